@@ -1,0 +1,17 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test
+
+demo: $(INSTALLED)
+	@$(BIN)/python sra_fast/demo.py
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -q
+
+# runs again only when the requirements change
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test]"
+	touch $@

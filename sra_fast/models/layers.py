@@ -1,0 +1,131 @@
+"""Layers of SiT and DiT under the reference's parameter names (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740)."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sra_fast import ops
+
+
+class PatchEmbed(nn.Module):
+    """``[B, C, H, W]`` -> ``[B, T, D]``, T = (H / patch_size)(W / patch_size)."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of the raw time, then a two-layer MLP: ``[B]`` -> ``[B, D]``."""
+
+    def __init__(self, hidden_size: int, frequency_size: int = 256):
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequency_size // 2
+        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
+        phase = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class embedding; row ``num_classes`` is the null class of classifier-free guidance (only if labels drop)."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
+        if drop is None and self.training and self.dropout_prob > 0:
+            drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
+        if drop is not None and self.dropout_prob > 0:
+            y = torch.where(drop, self.num_classes, y)
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
+        return self.proj(ops.attention(self.q_norm(q), self.k_norm(k), v).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, mlp_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """adaLN-Zero transformer block: ``x [B, T, D]``, conditioning ``c [B, D]`` -> ``[B, T, D]``."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        y = self.attn(ops.adaln(x, shift_msa, scale_msa))
+        x, h = ops.gated_residual_adaln(x, y, gate_msa, shift_mlp, scale_mlp)
+        return ops.gated_residual(x, self.mlp(h), gate_mlp)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_size: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(ops.adaln(x, shift, scale))
+
+
+class ProjectionHead(nn.Module):
+    """Linear(D, 2D) - SiLU - Linear(2D, D): maps student features before alignment (SRA, Sec. 3.3)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_size, 2 * hidden_size)
+        self.act = nn.SiLU()
+        self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.act(self.linear1(x)))
+
+
+def sincos_pos_embed(grid_size: int, hidden_size: int) -> Tensor:
+    """Fixed 2-d sine-cosine position embedding ``[1, grid_size^2, D]`` fp32.
+
+    The first half of the channels encodes the column, the second the row; in each, sines then cosines.
+    """
+    quarter = hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    phase = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([phase.sin(), phase.cos()], dim=1)  # [grid, D/2]
+    column, row = line.repeat(grid_size, 1), line.repeat_interleave(grid_size, dim=0)
+    return torch.cat([column, row], dim=1).float()[None]

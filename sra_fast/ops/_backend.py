@@ -1,0 +1,25 @@
+"""Which implementation an op runs: "auto" (the default), "triton" or "torch" (the reference)."""
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+def use_triton(x: torch.Tensor, backend: str | None) -> bool:
+    """True if the Triton kernel runs: asked for by name, or "auto" on a CUDA tensor.
+
+    The interpreter (``TRITON_INTERPRET=1``) runs kernels on CPU tensors for tests; "auto" never picks it, it is
+    thousands of times slower than the reference.
+    """
+    backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "triton" and not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise RuntimeError(f"backend='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got {x.device}")
+    return backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64)
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """fp32, or fp64 where the input is fp64: what every reference computes in."""
+    return x if x.dtype == torch.float64 else x.float()
