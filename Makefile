@@ -5,7 +5,8 @@ INSTALLED := .venv/.installed
 .PHONY: demo test
 
 demo: $(INSTALLED)
-	@$(BIN)/python sra_fast/demo.py
+	@$(BIN)/deepspeed sra_fast/train.py --config configs/digits.yaml
+	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)" && echo
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q

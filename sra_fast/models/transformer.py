@@ -61,9 +61,13 @@ class Backbone(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # a buffer: the reference stores it in its state dict, but nothing trains it
-        self.register_buffer("pos_embed", sincos_pos_embed(input_size // patch_size, hidden_size))
+        self.register_buffer("pos_embed", self.make_pos_embed())
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self._init_backbone()
+
+    def make_pos_embed(self) -> Tensor:
+        """The fixed position embedding ``[1, T, D]`` in fp32."""
+        return sincos_pos_embed(self.input_size // self.patch_size, self.hidden_size)
 
     def _init_backbone(self) -> None:
         self.apply(_init_linear)
@@ -86,7 +90,8 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"expected x [B, {', '.join(map(str, expected))}] and t, y [B], got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
             )
-        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
+        tokens = tokens + self.pos_embed.to(tokens.dtype)  # a buffer: mixed-precision wrappers may leave it in fp32
         return tokens, self.t_embedder(t) + self.y_embedder(y, drop)
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None) -> Tensor:

@@ -1,0 +1,1 @@
+"""The training engine: configuration, objective, data, DeepSpeed, sharded EMA, checkpoints, samplers, metrics, loop."""

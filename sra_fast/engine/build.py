@@ -1,0 +1,125 @@
+"""From a configuration to a DeepSpeed engine with its sharded EMA and teacher."""
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sra_fast.engine.config import Config
+from sra_fast.engine.ds_config import deepspeed_config, zero_stage
+from sra_fast.engine.ema import ShardedEMA, make_teacher
+from sra_fast.engine.objective import SRAObjective, make_process
+from sra_fast.engine.shards import MasterShards
+from sra_fast.engine.validate import split_batch
+from sra_fast.models import SiT
+
+
+@dataclass
+class Trainer:
+    """What a training loop and a checkpoint need; ``teacher`` refreshes the teacher inside ``engine.module`` or is None."""
+
+    cfg: Config
+    engine: deepspeed.DeepSpeedEngine
+    student: SiT
+    shards: MasterShards
+    ema: ShardedEMA
+    teacher: object | None
+    device: torch.device
+    stage: int
+    micro: int
+    accumulation: int
+    rank: int
+    world: int
+
+    @property
+    def clips(self) -> bool:
+        """Whether the loop clips the gradients itself: DeepSpeed has no optimizer wrapper at stage 0 in fp32."""
+        return self.stage == 0 and self.cfg.train.precision == "fp32"
+
+    def refresh_teacher(self) -> None:
+        if self.teacher is not None:
+            self.teacher.refresh()
+
+    def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict in the reference's order and names from gathered parameters; adds the position embedding."""
+        full = {**parameters, "pos_embed": self.student.make_pos_embed()}
+        return {name: full[name] for name in self.student.state_dict()}
+
+
+def _make_optimizer(cfg: Config, student: SiT, teacher_names: set[str], cuda: bool) -> torch.optim.AdamW:
+    """AdamW with the teacher's parameters as the first group: their EMA is then one contiguous part per rank."""
+    groups = [[], []]
+    for name, p in student.named_parameters():
+        groups[name not in teacher_names].append(p)
+    return torch.optim.AdamW(
+        [{"params": group} for group in groups if group],
+        lr=cfg.optim.lr,
+        betas=tuple(cfg.optim.betas),
+        eps=cfg.optim.eps,
+        weight_decay=cfg.optim.weight_decay,
+        fused=cuda,
+    )
+
+
+def _restore_fp32(trainer_shards: MasterShards, engine, initial: dict[str, Tensor]) -> None:
+    """DeepSpeed clones bf16 masters from rounded weights, and stage 0 takes an AdamW step while it is built: undo both."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    optimizer.state.clear()
+    trainer_shards.scatter(initial, trainer_shards.flats)
+    if engine.zero_optimization_stage() == 0:  # the masters are whole on every rank, the shards only cover a part
+        for group, names in zip(engine.optimizer.fp32_groups, _group_names(trainer_shards, engine.optimizer)):
+            for master, name in zip(group, names):
+                master.data.copy_(initial[name])
+
+
+def _group_names(shards: MasterShards, optimizer) -> list[list[str]]:
+    return [[shards.names[id(p)] for p in group] for group in optimizer.fp16_groups]
+
+
+def build(
+    cfg: Config, device: torch.device, ds_json: str | None = None, weights: dict[str, Tensor] | None = None
+) -> Trainer:
+    """Build model, teacher, optimizer and engine.
+
+    Args:
+        cfg: a checked configuration.
+        device: of this process.
+        ds_json: path of DeepSpeed's JSON, or None.
+        weights: state dict to start from instead of a fresh initialisation.
+
+    Raises:
+        ValueError: the batch does not divide, or the JSON contradicts the configuration.
+        RuntimeError: DeepSpeed's memory layout is not the one this engine knows.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    micro, accumulation = split_batch(cfg, world)
+    ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, device.type == "cuda")
+    stage = zero_stage(ds_config, cfg)
+
+    torch.manual_seed(cfg.train.seed)
+    student = cfg.model.build()
+    if weights is not None:
+        student.load_state_dict(weights, strict=True)
+    teacher = None
+    if cfg.align.target == "ema_teacher":
+        teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
+        teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
+    initial = {name: p.detach().clone() for name, p in student.named_parameters()}
+    process = make_process(cfg)
+    objective = SRAObjective(student.to(device), teacher and teacher.to(device), process, cfg.align)
+    teacher_names = {name for name, _ in teacher.named_parameters()} if teacher else set()
+    optimizer = _make_optimizer(cfg, student, teacher_names, device.type == "cuda")
+    engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
+
+    parameters = dict(student.named_parameters())
+    shards = MasterShards(engine, parameters)
+    if cfg.train.precision == "bf16":
+        _restore_fp32(shards, engine, initial)
+    shards.verify(parameters)
+    ema = ShardedEMA(shards, cfg.train.ema_decay)
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" and cfg.align.teacher_dtype == "auto" else torch.float32
+    return Trainer(
+        cfg, engine, student, shards, ema, make_teacher(teacher, ema, dtype), device, stage, micro, accumulation,
+        rank, world,
+    )

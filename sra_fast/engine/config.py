@@ -1,0 +1,188 @@
+"""The configuration: typed dataclasses, read from YAML files and the command line, checked before anything is allocated."""
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from sra_fast import models
+
+
+@dataclass
+class ModelConfig:
+    """Network."""
+
+    name: str = "SiT-XL/2"
+    """{SiT,DiT}-{S,B,L,XL}/{2,4,8}"""
+    input_size: int = 32
+    """side of the square input: image side / 8 for VAE latents"""
+    in_channels: int = 4
+    """channels of the input"""
+    num_classes: int = 1000
+    """number of labels"""
+    class_dropout_prob: float = 0.1
+    """share of labels dropped for classifier-free guidance; 0 builds no null class"""
+    qk_norm: bool = False
+    """LayerNorm on queries and keys"""
+    patch_size: int | None = None
+    """replaces the named size's"""
+    hidden_size: int | None = None
+    """replaces the named size's"""
+    depth: int | None = None
+    """replaces the named size's"""
+    num_heads: int | None = None
+    """replaces the named size's"""
+
+    @property
+    def family(self) -> str:
+        return models.preset(self.name)[0].family
+
+    def arguments(self) -> dict:
+        """Constructor arguments of the student."""
+        overrides = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
+        return {**models.preset(self.name)[1], **overrides}
+
+    def build(self) -> models.SiT:
+        return models.preset(self.name)[0](**self.arguments())
+
+    def build_teacher(self, depth: int) -> models.Backbone:
+        return models.Backbone(**{**self.arguments(), "depth": depth})
+
+
+@dataclass
+class AlignConfig:
+    """Alignment to the EMA teacher; `align: none` trains the plain model."""
+
+    target: Literal["ema_teacher", "none"] = "ema_teacher"
+    """where the target features come from"""
+    student_layer: int = 8
+    """m: the student's features after this block are projected and aligned (1-based)"""
+    teacher_layer: int = 20
+    """n: the teacher stops after this block (1-based, at least m)"""
+    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
+    """distance between the features"""
+    beta: float = 0.05
+    """where smooth-L1 turns linear"""
+    weight: float = 0.2
+    """lambda"""
+    schedule: Literal["constant", "epochs", "steps", "milestones"] = "constant"
+    """lambda over time: constant; held for `hold` epochs (or steps), then divided by ten every `decay`; or `milestones`"""
+    hold: int = 149
+    """last epoch (or step) at full lambda"""
+    decay: int = 1000
+    """epochs (or steps) in which lambda falls by a factor of ten"""
+    milestones: dict[int, float] = field(default_factory=dict)
+    """step -> lambda from that step on (schedule: milestones)"""
+    stop_at_step: int | None = None
+    """from this step on no alignment, and no teacher pass"""
+    t_max: float = 0.2
+    """the teacher's time is earlier by U(0, t_max)"""
+    teacher_dtype: Literal["auto", "fp32"] = "auto"
+    """precision of the teacher: the training precision, or fp32 as the reference has it"""
+
+
+@dataclass
+class DiffusionConfig:
+    """SiT's process (DiT's has no choices)."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    """interpolant between data and noise"""
+    time: Literal["uniform", "lognormal"] = "uniform"
+    """distribution of the student's times"""
+
+
+@dataclass
+class DataConfig:
+    """Training data."""
+
+    name: Literal["digits", "latents"] = "latents"
+    """scikit-learn's digits, or VAE moments on disk"""
+    path: str = "data/imagenet256"
+    """folder that holds vae-sd/ (latents)"""
+    latent_scale: float = 0.18215
+    """multiplies the sampled latents (SD-VAE: 0.18215)"""
+    num_workers: int = 4
+    """loader processes (latents)"""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-4
+    """learning rate after warm-up, constant"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """decay of the two moments"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    clip: float = 1.0
+    """largest global gradient norm; 0 turns clipping off"""
+    warmup_steps: int = 0
+    """steps of linear warm-up"""
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    steps: int = 400000
+    """optimizer steps"""
+    global_batch: int = 256
+    """images per optimizer step, over all processes"""
+    micro_batch: int | None = None
+    """images per process and forward pass; the rest is accumulated (default: all of the process's share)"""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """of weights and activations; master weights and EMA are always fp32"""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage (a stage in --deepspeed_config wins)"""
+    ema_decay: float = 0.9999
+    """decay of the EMA of the weights, from step 0"""
+    seed: int = 0
+    """of initialisation, data order, noise, times and dropped labels"""
+    out: str = "runs/default"
+    """a numbered run folder is made in here"""
+    resume: str | None = None
+    """run folder to go on with: a path, or 'auto' for the newest one in `out` that has a checkpoint"""
+    init_from: str | None = None
+    """a reference checkpoint (.pt) or an export (.safetensors) to start from"""
+    save_every: int = 50000
+    """steps between checkpoints; one is always written at the end"""
+    log_every: int = 100
+    """steps between log lines"""
+    export: list[Literal["safetensors", "reference"]] = field(default_factory=lambda: ["safetensors"])
+    """written at the end: EMA weights as safetensors; the reference's .pt with weights, EMA and optimizer state"""
+
+
+@dataclass
+class SampleConfig:
+    """Samplers."""
+
+    method: Literal["auto", "euler", "heun", "euler_maruyama", "ddim", "ddpm"] = "auto"
+    """auto: euler_maruyama for SiT, ddpm for DiT"""
+    steps: int = 250
+    """sampling steps"""
+    guidance: float = 1.0
+    """classifier-free guidance; 1 is none"""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """times in [0, 1] in which guidance applies"""
+    weights: Literal["ema", "model"] = "ema"
+    """which weights sample (the reference samples from the student during training)"""
+    labels: Literal["balanced", "random"] = "balanced"
+    """every class equally often, or drawn at random"""
+    rounding: Literal["round", "truncate"] = "round"
+    """from [0, 255] to uint8 (the reference truncates)"""
+
+    def resolved_method(self, family: str) -> str:
+        return {"SiT": "euler_maruyama", "DiT": "ddpm"}[family] if self.method == "auto" else self.method
+
+
+@dataclass
+class Config:
+    """sra-fast"""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)

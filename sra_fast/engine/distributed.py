@@ -1,0 +1,51 @@
+"""Process group and device, the same for every launcher, for CUDA with NCCL and for a CPU with gloo."""
+import logging
+import os
+import socket
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def init_distributed() -> torch.device:
+    """Join the launcher's process group (or make one of a single process) and return this process's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:  # started as `python sra_fast/train.py`
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
+    local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        _skip_shm_build()
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def _skip_shm_build() -> None:
+    """DeepSpeed compiles a shared-memory operator on a CPU for inference only: 46 s and a C++ compiler, for nothing here."""
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if isinstance(compatible, dict):
+        compatible["deepspeed_shm_comm"] = False
+
+
+def broadcast_path(path: Path | None) -> Path:
+    """Rank 0's path, on every rank."""
+    box = [str(path)]
+    dist.broadcast_object_list(box, src=0)
+    return Path(box[0])

@@ -1,0 +1,91 @@
+"""The training loop: Algorithm of SRA (arXiv 2505.02831), Sec. 3, under DeepSpeed."""
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sra_fast.engine import checkpoint
+from sra_fast.engine.build import Trainer
+from sra_fast.engine.data import ShuffledBatches, make_loader
+from sra_fast.engine.draws import draw
+from sra_fast.engine.metrics import Metrics
+from sra_fast.engine.objective import align_weight
+
+
+def set_lr(trainer: Trainer, step: int) -> float:
+    """Linear warm-up, then constant."""
+    optim = trainer.cfg.optim
+    lr = optim.lr * min(1.0, (step + 1) / max(optim.warmup_steps, 1))
+    for group in trainer.engine.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def clip_at_stage0(trainer: Trainer) -> torch.Tensor:
+    """fp32 at stage 0 has no DeepSpeed optimizer: clip here, where the norm can be kept without a host sync."""
+    limit = trainer.cfg.optim.clip or float("inf")
+    return torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), limit)
+
+
+def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, step: int, metrics: Metrics) -> dict:
+    """All micro-steps of one optimizer step, then the EMA and the teacher.  Returns what is known on the host."""
+    cfg, engine, device = trainer.cfg, trainer.engine, trainer.device
+    weight, lr = align_weight(cfg.align, step, stream.epoch(step)), set_lr(trainer, step)
+    for micro_step in range(trainer.accumulation):
+        batch, y = (item.to(device, non_blocking=True) for item in next(batches))
+        shape = (trainer.micro, *data.shape)
+        draws = draw(
+            cfg.train.seed, step, stream.first(micro_step), shape, device,
+            drop_prob=cfg.model.class_dropout_prob, posterior=data.posterior,
+        )
+        x0 = data.to_latent(batch, draws.posterior)
+        times = engine.module.process.times(draws.uniform, draws.gap)
+        loss, parts = engine(x0, y, draws.noise, times, draws.drop, weight)
+        engine.backward(loss)
+        metrics.add({"loss": loss.detach(), **parts})
+        norm = clip_at_stage0(trainer) if trainer.clips and engine.is_gradient_accumulation_boundary() else None
+        engine.step()
+    if engine.was_step_applied():
+        trainer.ema.update()
+        if weight > 0:
+            trainer.refresh_teacher()
+    metrics.add({"grad_norm": engine.get_global_grad_norm() if norm is None else norm})
+    return {"align_weight": weight, "lr": lr, "epoch": stream.epoch(step)}
+
+
+def train(trainer: Trainer, data, folder: Path, start: int = 0) -> list[dict]:
+    """Train from optimizer step ``start`` to ``train.steps``.
+
+    Args:
+        trainer: from ``build``, restored if resuming.
+        data: from ``make_dataset``.
+        folder: run folder.
+        start: number of optimizer steps already taken.
+
+    Returns:
+        The logged rows.
+
+    Raises:
+        FloatingPointError: loss or gradient norm not finite (noticed one log interval late).
+    """
+    cfg, main = trainer.cfg, trainer.rank == 0
+    stream = ShuffledBatches(
+        len(data), cfg.train.seed, trainer.micro, trainer.accumulation, trainer.rank, trainer.world, start, cfg.train.steps
+    )
+    batches = iter(make_loader(data, stream, cfg.data.num_workers, trainer.device.type == "cuda"))
+    metrics = Metrics(folder if main else None, cfg, trainer.device, trainer.world, start)
+    trainer.engine.train()
+    extra = {}
+    bar = tqdm(total=cfg.train.steps, initial=start, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5)
+    for step in range(start, cfg.train.steps):
+        extra = optimizer_step(trainer, batches, stream, data, step, metrics)
+        row = metrics.step(step + 1, extra)
+        bar.update()
+        if row:
+            bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
+        if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
+            metrics.pause()
+            checkpoint.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
+            metrics.resume()
+    bar.close()
+    return metrics.close(cfg.train.steps, extra)

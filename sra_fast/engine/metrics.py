@@ -1,0 +1,171 @@
+"""Numbers of a run: read back from the device with a lag, written to JSONL and TensorBoard, shown on a progress bar."""
+import json
+import math
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from sra_fast.engine.config import Config
+from sra_fast.engine.files import write_atomic
+
+# dense matrix rate in FLOP/s by a part of the GPU's name: bf16 and TF32 (NVIDIA data sheets); the first match counts
+PEAK = {
+    "H100 PCIe": (756e12, 378e12),
+    "H100": (989e12, 495e12),
+    "H200": (989e12, 495e12),
+    "GH200": (989e12, 495e12),
+    "B200": (2250e12, 1125e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "A10": (125e12, 62.5e12),
+    "L4": (121e12, 60e12),
+    "RTX 4090": (165e12, 82.6e12),
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak rate of the GPU, or None on a CPU and on GPUs that are not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rates[precision != "bf16"] for key, rates in PEAK.items() if key in name), None)
+
+
+def training_flops(cfg: Config) -> tuple[int, int]:
+    """FLOPs per image of ``(plain step, aligned step)``: 3 forwards of the student, then the head and the teacher too."""
+    with torch.device("meta"):
+        student, batch = cfg.model.build(), 1
+        x = torch.zeros(batch, cfg.model.in_channels, cfg.model.input_size, cfg.model.input_size)
+        t, y = torch.zeros(batch), torch.zeros(batch, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        student.eval()(x, t, y)
+    if cfg.align.target == "none":
+        return 3 * plain.get_total_flops(), 3 * plain.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as aligned:
+        student(x, t, y, align_depth=cfg.align.student_layer)
+    with torch.no_grad(), FlopCounterMode(display=False) as teacher:
+        student.features(x, t, y, cfg.align.teacher_layer)
+    return 3 * plain.get_total_flops(), 3 * aligned.get_total_flops() + teacher.get_total_flops()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a ``stats.jsonl``; a last line that was cut short by a crash is ignored."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Metrics:
+    """Means over ``every`` steps, averaged over the processes, written one reading behind the step that made them.
+
+    Nothing here waits for the device: sums stay on it, a row is copied to pinned memory and read once its event has
+    passed.
+
+    Args:
+        folder: run folder, or None on ranks that do not write.
+        cfg: configuration.
+        device: of this process.
+        world: number of processes.
+        start: steps already taken; rows of an interrupted run beyond them are dropped.
+    """
+
+    def __init__(self, folder: Path | None, cfg: Config, device: torch.device, world: int, start: int = 0):
+        self.every, self.device, self.world, self.images = cfg.train.log_every, device, world, cfg.train.global_batch
+        self.flops = training_flops(cfg)[1]
+        self.peak = peak_flops(device, cfg.train.precision)
+        self.sums, self.count, self.waiting, self.rows = {}, 0, deque(), []
+        self.clock = time.perf_counter()
+        self.file = self.board = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = folder / "stats.jsonl"
+            kept = [row for row in read_rows(path) if row["step"] <= start]
+            write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+            self.file = open(path, "a")
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """One micro-step's 0-d tensors; they are summed on the device."""
+        for name, value in values.items():
+            value = value.float() if torch.is_tensor(value) else torch.tensor(float(value))
+            total, n = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, n + 1)
+
+    def step(self, step: int, extra: dict[str, float]) -> dict | None:
+        """End of optimizer step ``step`` (1-based).  Returns the newest row that has arrived, if one did."""
+        self.count += 1
+        if step % self.every == 0 or step == 1:
+            self._send(step, extra)
+        return self._receive(wait=False)
+
+    def _send(self, step: int, extra: dict[str, float]) -> None:
+        names = sorted(self.sums)
+        means = torch.stack([(self.sums[n][0] / self.sums[n][1]).to(self.device) for n in names])
+        if self.world > 1:
+            dist.all_reduce(means)
+            means /= self.world
+        now, event = time.perf_counter(), None
+        if self.device.type == "cuda":
+            means = torch.empty(means.shape, pin_memory=True).copy_(means, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            extra = {**extra, "peak_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
+        rate = self.count * self.images / (now - self.clock)
+        extra = {"step": step, **extra, "images_per_s": rate, "ms_per_step": 1e3 * (now - self.clock) / self.count}
+        if self.peak:
+            extra["mfu"] = rate * self.flops / (self.peak * self.world)
+        self.waiting.append((names, means, event, extra))
+        self.sums, self.count, self.clock = {}, 0, now
+
+    def _receive(self, wait: bool) -> dict | None:
+        row = None
+        # on a CPU there is no event: the row waits for the next one, the lag is the same in tests as on a GPU
+        while self.waiting and (wait or (self.waiting[0][2].query() if self.waiting[0][2] else len(self.waiting) > 1)):
+            names, means, event, extra = self.waiting.popleft()
+            if event:
+                event.synchronize()
+            row = {**extra, **dict(zip(names, means.tolist()))}
+            self._write(row)
+        return row
+
+    def _write(self, row: dict) -> None:
+        self.rows.append(row)
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, row["step"])
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row.get(name, 0.0))]
+        if bad:
+            raise FloatingPointError(
+                f"{' and '.join(bad)} not finite in the {self.every} steps up to {row['step']}; "
+                "go on from the last checkpoint with a smaller optim.lr or align.weight"
+            )
+
+    def pause(self) -> None:
+        """Leave the time until ``resume`` out of the rates (checkpoints, samples)."""
+        self.paused = time.perf_counter()
+
+    def resume(self) -> None:
+        self.clock += time.perf_counter() - self.paused
+
+    def close(self, step: int, extra: dict[str, float]) -> list[dict]:
+        """Write what is left; returns all rows of this process's part of the run."""
+        if self.count:
+            self._send(step, extra)
+        self._receive(wait=True)
+        if self.file:
+            self.file.close()
+            self.board.close()
+        return self.rows

@@ -1,0 +1,89 @@
+"""SRA's objective: denoising plus alignment of the student's shallow features to the teacher's deep ones (SRA, Eq. 6)."""
+import torch
+from torch import Tensor, nn
+
+from sra_fast import ops
+from sra_fast.engine.config import AlignConfig, Config
+from sra_fast.engine.flow import FlowMatching
+from sra_fast.engine.gaussian import GaussianDiffusion
+from sra_fast.models import Backbone, SiT
+
+
+def make_process(cfg: Config, learn_sigma: bool = True) -> FlowMatching | GaussianDiffusion:
+    """The diffusion process of the configured model family."""
+    if cfg.model.family == "DiT":
+        return GaussianDiffusion(cfg.align.t_max, learn_sigma)
+    return FlowMatching(cfg.diffusion.path, cfg.diffusion.time, cfg.align.t_max)
+
+
+def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
+    """lambda at an optimizer step (0-based) and the data epoch it lies in.
+
+    ``epochs``: the reference's schedule, ``weight`` up to epoch ``hold``, then a factor of ten down every ``decay``
+    epochs.  ``steps``: the same in optimizer steps.  ``milestones``: piecewise constant.  Zero from ``stop_at_step`` on.
+    """
+    if cfg.target == "none" or (cfg.stop_at_step is not None and step >= cfg.stop_at_step):
+        return 0.0
+    if cfg.schedule == "milestones":
+        reached = [s for s in cfg.milestones if s <= step]
+        return cfg.milestones[max(reached)] if reached else cfg.weight
+    if cfg.schedule == "constant":
+        return cfg.weight
+    now = epoch if cfg.schedule == "epochs" else step
+    return cfg.weight * 0.1 ** (max(0, now - cfg.hold) / cfg.decay)
+
+
+class SRAObjective(nn.Module):
+    """Student, teacher and the loss of one micro-batch: the module that DeepSpeed wraps.
+
+    Args:
+        student: SiT or DiT.
+        teacher: a frozen ``Backbone`` of depth n with the EMA's weights, or None for training without alignment.
+        process: noises both inputs and compares the prediction.
+        align: student layer m, distance and its parameters.
+    """
+
+    def __init__(self, student: SiT, teacher: Backbone | None, process, align: AlignConfig):
+        super().__init__()
+        self.student, self.teacher, self.process, self.align = student, teacher, process, align
+        if teacher is not None:
+            teacher.requires_grad_(False)
+
+    def forward(
+        self, x0: Tensor, y: Tensor, noise: Tensor, times: tuple[Tensor, Tensor], drop: Tensor, weight: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch and its parts.
+
+        Args:
+            x0: ``[B, C, H, W]`` clean latents.
+            y: ``[B]`` labels.
+            noise: ``[B, C, H, W]``, shared by both branches.
+            times: student's and teacher's ``[B]``.
+            drop: ``[B]`` bool: labels replaced by the null class, in both branches.
+            weight: lambda; at 0 the teacher does not run.
+
+        Returns:
+            ``(loss [], parts)``: fp32 scalars ``denoise``, ``vb`` (DiT), ``align``, and the mean token norms
+            ``student_norm`` (projected features) and ``teacher_norm``.
+        """
+        noised = self.process.corrupt(x0, noise, *times)
+        if weight == 0:
+            prediction, align = self.student(noised.x, noised.t, y, drop=drop), {}
+        else:
+            prediction, features = self.student(noised.x, noised.t, y, drop=drop, align_depth=self.align.student_layer)
+            align = self._align(features, noised, y, drop)
+        losses = {name: value.mean() for name, value in self.process.losses(prediction, noised).items()}
+        loss = sum(losses.values())
+        if align:
+            loss = loss + weight * align["align"]
+        else:
+            # every stage of ZeRO then sees a (zero) gradient for every parameter, and steps alike
+            loss = loss + 0.0 * self.student.ap_head(prediction.new_zeros(1, 1, self.student.hidden_size)).sum()
+        return loss, {name: value.detach() for name, value in {**losses, **align}.items()}
+
+    def _align(self, features: Tensor, noised, y: Tensor, drop: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            target = self.teacher.features(noised.x_teacher, noised.t_teacher, y, drop=drop)
+        distance = ops.align_distance(features, target, self.align.distance, beta=self.align.beta).mean()
+        norms = (torch.linalg.vector_norm(f.detach(), dim=-1, dtype=torch.float32).mean() for f in (features, target))
+        return dict(zip(("align", "student_norm", "teacher_norm"), (distance, *norms)))

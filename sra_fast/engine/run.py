@@ -1,0 +1,139 @@
+"""A whole run: check, build, restore, train, export, report."""
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sra_fast.engine import checkpoint, report
+from sra_fast.engine.build import Trainer, build
+from sra_fast.engine.cli import save_config
+from sra_fast.engine.config import Config
+from sra_fast.engine.data import Digits, Latents, make_dataset
+from sra_fast.engine.ds_config import deepspeed_config, zero_stage
+from sra_fast.engine.files import write_json
+from sra_fast.engine.generate import choose_labels, generate
+from sra_fast.engine.loop import train
+from sra_fast.engine.metrics import read_rows
+from sra_fast.engine.validate import check, split_batch
+
+DIGITS_PER_CLASS = 40
+
+
+@dataclass
+class Plan:
+    """A checked run: nothing large was allocated for it yet."""
+
+    cfg: Config
+    ds_json: str | None
+    data: Digits | Latents
+    resume: Path | None
+    start: dict
+
+
+def prepare(cfg: Config, ds_json: str | None) -> Plan:
+    """Check everything that can be checked before GPU memory is used; ValueError says what is wrong."""
+    check(cfg)
+    micro, accumulation = split_batch(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
+    data = make_dataset(cfg)
+    resume = find_resume(cfg)
+    if resume and cfg.train.init_from:
+        raise ValueError("train.resume and train.init_from exclude each other")
+    start = checkpoint.read_weights(cfg.train.init_from) if cfg.train.init_from else {}
+    return Plan(cfg, ds_json, data, resume, start)
+
+
+def find_resume(cfg: Config) -> Path | None:
+    """The checkpoint folder that ``train.resume`` means, or None to start afresh; ValueError if it names nothing."""
+    if cfg.train.resume is None:
+        return None
+    if cfg.train.resume == "auto":
+        folders = sorted(Path(cfg.train.out).glob("[0-9]*"), reverse=True)
+        return next(filter(None, (checkpoint.latest(f / "checkpoints") for f in folders)), None)
+    path = Path(cfg.train.resume)
+    if (path / checkpoint.STATE).exists():
+        return path
+    found = checkpoint.latest(path / "checkpoints")
+    if found is None:
+        raise ValueError(f"train.resume must name a run folder or one of its checkpoints, found neither at {path}")
+    return found
+
+
+def new_folder(out: Path) -> Path:
+    """``out/000``, ``out/001``, ...: made by rank 0, known to all."""
+    box = [None]
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(p.name) for p in out.iterdir() if p.name.isdigit()), default=-1)
+        while box[0] is None:
+            try:
+                (out / f"{number:03d}").mkdir()
+                box[0] = str(out / f"{number:03d}")
+            except FileExistsError:  # another run started at the same moment
+                number += 1
+    dist.broadcast_object_list(box, src=0)
+    return Path(box[0])
+
+
+def run(plan: Plan, device: torch.device) -> dict:
+    """Execute a plan in the current process group; returns the summary (rank 0's is also in ``summary.json``)."""
+    cfg = plan.cfg
+    trainer = build(cfg, device, plan.ds_json, plan.start.get("model", plan.start.get("ema")))
+    if plan.resume:
+        folder, start = plan.resume.parents[1], checkpoint.load(trainer, plan.resume)
+    else:
+        folder, start = new_folder(Path(cfg.train.out)), checkpoint.start_from(trainer, plan.start)
+    if trainer.rank == 0:
+        save_config(cfg, folder / "config.yaml")
+    train(trainer, plan.data, folder, start)
+    epoch = cfg.train.steps // max(1, len(plan.data) // cfg.train.global_batch)
+    if "safetensors" in cfg.train.export:
+        checkpoint.export_safetensors(trainer, folder / "ema.safetensors", cfg.train.steps)
+    if "reference" in cfg.train.export:
+        checkpoint.export_reference(trainer, folder / "reference.pt", cfg.train.steps, epoch)
+    summary = summarise(trainer, plan.data, folder)
+    dist.barrier()
+    return summary
+
+
+def summarise(trainer: Trainer, data, folder: Path) -> dict:
+    """Loss curve and summary; for digits also samples and their scores.  Collective; rank 0 writes."""
+    shards = trainer.shards
+    use_ema = trainer.cfg.sample.weights == "ema"
+    weights = trainer.ema.full() if use_ema else shards.gather(shards.flats)
+    if trainer.rank:
+        return {}
+    rows = read_rows(folder / "stats.jsonl")
+    # the first row holds the first step alone, warm-up included
+    steady = rows[1:] or rows
+    total_ms = sum(row["ms_per_step"] for row in steady)
+    summary = {
+        "run_dir": str(folder),
+        "images_per_s": round(1e3 * trainer.cfg.train.global_batch * len(steady) / total_ms, 1),
+        "loss_first": rows[0]["loss"],
+        "loss_last": rows[-1]["loss"],
+    }
+    report.plot_loss(folder / "loss.png", rows)
+    if isinstance(data, Digits):
+        summary.update(digits_report(trainer, weights, folder))
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def digits_report(trainer: Trainer, weights: dict, folder: Path) -> dict:
+    """Samples of every class, beside real digits in ``samples.png``, and their scores."""
+    from sra_fast.engine.digits_eval import evaluate_digits, real_rows
+
+    cfg, device = trainer.cfg, trainer.device
+    model = cfg.model.build().to(device).eval()
+    model.load_state_dict(trainer.state_dict(weights))
+    labels = choose_labels(DIGITS_PER_CLASS * cfg.model.num_classes, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed)
+    images = generate(model, labels, cfg.sample, cfg.diffusion.path, cfg.train.seed, len(labels), device)
+    columns = 10
+    fake = [images[labels == c][:columns] for c in range(10)]
+    grid = torch.cat([torch.cat([f, r]) for f, r in zip(fake, real_rows(columns)) if len(f) == columns])
+    report.save_grid(folder / "samples.png", report.to_uint8(grid, cfg.sample.rounding), 2 * columns, 6, columns)
+    return evaluate_digits(images, labels)

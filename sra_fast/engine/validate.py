@@ -1,0 +1,68 @@
+"""Checks of a configuration before anything large is allocated: each failure is one ValueError that says what is wrong."""
+import torch
+
+from sra_fast.engine.config import Config
+from sra_fast.engine.samplers import METHODS
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check(cfg: Config) -> None:
+    """Everything that does not depend on the machine."""
+    with torch.device("meta"):
+        cfg.model.build()
+    family = cfg.model.family
+    _check_align(cfg)
+    _require(
+        family == "SiT" or (cfg.diffusion.path, cfg.diffusion.time) == ("linear", "uniform"),
+        f"diffusion.path and diffusion.time are SiT's; DiT has neither, got {cfg.diffusion.path}, {cfg.diffusion.time}",
+    )
+    method = cfg.sample.resolved_method(family)
+    _require(method in METHODS[family], f"sample.method for {family} must be one of {METHODS[family]}, got {method}")
+    _require(
+        cfg.sample.guidance == 1 or cfg.model.class_dropout_prob > 0,
+        f"sample.guidance {cfg.sample.guidance} needs model.class_dropout_prob > 0",
+    )
+    t, o = cfg.train, cfg.optim
+    for name, value in dict(steps=t.steps, save_every=t.save_every, log_every=t.log_every).items():
+        _require(value >= 1, f"train.{name} must be at least 1, got {value}")
+    _require(0 <= t.ema_decay <= 1, f"train.ema_decay must lie in [0, 1], got {t.ema_decay}")
+    _require(o.lr > 0 and o.clip >= 0, f"optim needs lr > 0 and clip >= 0, got lr {o.lr}, clip {o.clip}")
+
+
+def _check_align(cfg: Config) -> None:
+    a, depth = cfg.align, cfg.model.arguments()["depth"]
+    if a.target == "none":
+        return
+    _require(
+        1 <= a.student_layer <= a.teacher_layer <= depth,
+        f"align needs 1 <= student_layer <= teacher_layer <= depth ({depth}), "
+        f"got student_layer {a.student_layer} and teacher_layer {a.teacher_layer}",
+    )
+    _require(0 <= a.t_max <= 1, f"align.t_max must lie in [0, 1], got {a.t_max}")
+    _require(a.beta > 0, f"align.beta must be positive, got {a.beta}")
+    _require(a.decay >= 1, f"align.decay must be at least 1, got {a.decay}")
+    _require(
+        (a.schedule == "milestones") == bool(a.milestones),
+        f"align.milestones go with align.schedule: milestones, got schedule {a.schedule} and milestones {a.milestones}",
+    )
+
+
+def split_batch(cfg: Config, world_size: int) -> tuple[int, int]:
+    """``(micro batch per process, accumulation steps)`` of a global batch; ValueError if it does not divide."""
+    total, micro = cfg.train.global_batch, cfg.train.micro_batch
+    _require(total >= 1 and (micro is None or micro >= 1), f"batches must be at least 1, got {total} and {micro}")
+    if micro is None:
+        _require(
+            total % world_size == 0,
+            f"train.global_batch must be a multiple of the {world_size} processes, got {total}",
+        )
+        return total // world_size, 1
+    _require(
+        total % (micro * world_size) == 0,
+        f"train.global_batch must be a multiple of micro_batch {micro} x {world_size} processes, got {total}",
+    )
+    return micro, total // (micro * world_size)
