@@ -61,7 +61,7 @@ class AlignConfig:
     beta: float = 0.05
     """where smooth-L1 turns linear"""
     weight: float = 0.2
-    """lambda"""
+    """lambda: weight of the alignment loss"""
     schedule: Literal["constant", "epochs", "steps", "milestones"] = "constant"
     """lambda over time: constant; held for `hold` epochs (or steps), then divided by ten every `decay`; or `milestones`"""
     hold: int = 149

@@ -16,19 +16,21 @@ NUM_TIMES = 1000
 class Schedule:
     """Per-time constants of a chain with noise levels ``betas [N]`` (float64), named as in the DDPM paper.
 
-    ``alpha_bar``: fraction of signal power left; ``posterior_*``: mean coefficients and variance of
-    q(x_{t-1} | x_t, x_0), DDPM Eq. 7.
+    ``alpha_bar``: fraction of signal power left; ``signal``, ``noise``: its root and that of the rest, in which float64
+    matters: 1 - alpha_bar starts at 1e-4; ``mean_*``, ``log_variance_min``: q(x_{t-1} | x_t, x_0), DDPM Eq. 7.
     """
 
     def __init__(self, betas: Tensor):
         alpha_bar = (1 - betas).cumprod(0)
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-        self.betas, self.alpha_bar, self.alpha_bar_previous = betas, alpha_bar, previous
-        self.posterior_variance = betas * (1 - previous) / (1 - alpha_bar)
+        self.alpha_bar = alpha_bar
+        self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self.signal_previous, self.noise_previous = previous.sqrt(), (1 - previous).sqrt()
         self.mean_x0 = betas * previous.sqrt() / (1 - alpha_bar)
         self.mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)
         # the posterior variance is 0 at the first time: its logarithm takes the next one's, as in improved DDPM
-        clipped = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])
+        variance = betas * (1 - previous) / (1 - alpha_bar)
+        clipped = torch.cat([variance[1:2], variance[1:]])
         self.log_variance_min, self.log_variance_max = clipped.log(), betas.log()
         self.constants = {}
 
@@ -41,8 +43,7 @@ class Schedule:
 
     def predict_x0(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """DDPM Eq. 4 solved for x_0."""
-        alpha_bar = self.at("alpha_bar", t)
-        return (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        return (x - self.at("noise", t) * eps) / self.at("signal", t)
 
     def posterior_mean(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return self.at("mean_x0", t) * x0 + self.at("mean_xt", t) * x
@@ -108,8 +109,8 @@ class GaussianDiffusion:
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
         x0, noise = x0.float(), noise.float()
-        levels = (self.schedule.at("alpha_bar", s) for s in (t, t_teacher))
-        x, x_teacher = (level.sqrt() * x0 + (1 - level).sqrt() * noise for level in levels)
+        s = self.schedule
+        x, x_teacher = (s.at("signal", time) * x0 + s.at("noise", time) * noise for time in (t, t_teacher))
         return Noised(x, t, x_teacher, t_teacher, noise, x0)
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:

@@ -87,8 +87,7 @@ def _discrete(guided: Guidance, x: Tensor, num_steps: int, method: str, noise: C
         index = torch.full(x.shape[:1], i, device=x.device)
         x0 = schedule.predict_x0(x, index, eps)
         if method == "ddim":
-            previous = schedule.at("alpha_bar_previous", index)
-            x = previous.sqrt() * x0 + (1 - previous).sqrt() * eps
+            x = schedule.at("signal_previous", index) * x0 + schedule.at("noise_previous", index) * eps
             continue
         mean = schedule.posterior_mean(x0, x, index)
         if variance.shape[1]:

@@ -13,7 +13,7 @@ def align_distance(
     """Alignment distance of every image.
 
     ``smooth_l1`` (the paper's choice), ``l1`` and ``l2`` are means over tokens and channels; ``cosine_patch`` is
-    ``-cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``-cos`` over the tokens of each channel, what
+    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each channel, what
     the published code computes.
 
     Args:
@@ -38,9 +38,9 @@ def align_distance(
         raise ValueError(f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}")
     pred, target = upcast(pred), upcast(target.detach())
     if kind == "cosine_token":
-        return -F.cosine_similarity(pred, target, dim=1).mean(1)
+        return (1 - F.cosine_similarity(pred, target, dim=1)).mean(1)
     if kind == "cosine_patch":
-        per_token = -F.cosine_similarity(pred, target, dim=2)
+        per_token = 1 - F.cosine_similarity(pred, target, dim=2)
     elif kind == "smooth_l1":
         per_token = F.smooth_l1_loss(pred, target, beta=beta, reduction="none").mean(2)
     else:

@@ -1,0 +1,191 @@
+import pytest
+import torch
+from golden import Golden, assert_matches
+from torch.utils.flop_counter import FlopCounterMode
+
+from sra_fast.models import SIZES, DiT, SiT, arguments_from_state_dict, create_model, preset
+
+TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5)
+
+
+def randomise(model, seed=0):
+    """adaLN-Zero makes a fresh network constant: give every parameter a value that matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def batch(model, count=4):
+    torch.manual_seed(1)
+    x = torch.randn(count, model.in_channels, model.input_size, model.input_size)
+    return x, torch.rand(count), torch.randint(model.num_classes, (count,))
+
+
+def flops(call):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_sit_matches_reference():
+    golden = Golden("SiT")
+    model = golden.model()
+    prediction, features = model(golden["xt"], golden["t"], golden["y_drop"], drop=torch.zeros(6, dtype=bool), align_depth=2)
+    assert_matches(prediction, golden["v_pred"])
+    assert_matches(features, golden["student_feat"])
+
+
+def test_teacher_features_match_reference():
+    golden = Golden("SiT")
+    teacher = golden.model("ema").eval()
+    features = teacher.features(golden["xt_teacher"], golden["t_teacher"], golden["y_drop"], depth=3)
+    assert_matches(features, golden["teacher_feat"])
+
+
+@pytest.mark.parametrize("family", ["SiT", "DiT"])
+def test_state_dict_is_the_references(family):
+    """Same names, same order (the reference's optimizer state is numbered by it), strict load and export back."""
+    golden = Golden(family)
+    model, expected = golden.model(), golden.tree("sd")
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
+
+
+def test_arguments_from_state_dict_round_trip():
+    for family in (SiT, DiT):
+        model = family(**TINY, qk_norm=True, mlp_ratio=2.0)
+        found, arguments = arguments_from_state_dict(model.state_dict(), num_heads=2)
+        assert found is family
+        found(**arguments).load_state_dict(model.state_dict(), strict=True)
+    with pytest.raises(ValueError, match="num_heads"):
+        arguments_from_state_dict(model.state_dict())
+
+
+# parameters in millions: DiT, Table 1 (trainable, without the projection head), and one that the paper rounds
+@pytest.mark.parametrize("name, millions", [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)])
+def test_paper_sizes(name, millions):
+    with torch.device("meta"):
+        model = create_model(name)
+    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("ap_head"))
+    assert round(count / 1e6) == millions
+
+
+def test_every_preset_builds():
+    for family in ("SiT", "DiT"):
+        for size, (depth, width, heads) in SIZES.items():
+            for patch in (2, 4, 8):
+                cls, arguments = preset(f"{family}-{size}/{patch}")
+                assert cls.family == family
+                assert arguments == dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    with pytest.raises(ValueError, match="expected a model name"):
+        create_model("SiT-XXL/2")
+
+
+@pytest.mark.parametrize("family, out", [(SiT, 3), (DiT, 6)])
+def test_any_square_input_and_channels(family, out):
+    model = randomise(family(**{**TINY, "input_size": 12, "patch_size": 4}, qk_norm=True)).eval()
+    assert model(*batch(model)).shape == (4, out, 12, 12)
+    single = randomise(DiT(**TINY, learn_sigma=False)).eval()
+    assert single(*batch(single)).shape == (4, 3, 8, 8)
+
+
+def test_patches_land_where_they_came_from():
+    """A network whose blocks are identities and whose final layer is linear moves no patch."""
+    model = SiT(**TINY).eval()
+    x, t, y = batch(model, 1)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    base = model(x, t, y)
+    moved = x.clone()
+    moved[:, :, 2:4, 4:6] += 1  # patch (1, 2)
+    changed = (model(moved, t, y) - base).abs().amax(1)[0] > 0
+    assert changed[2:4, 4:6].all() and changed.sum() == 4
+
+
+def test_qk_norm_bounds_the_logits():
+    model = randomise(SiT(**TINY, qk_norm=True)).eval()
+    x, t, y = batch(model)
+    before = model(x, t, y)
+    model.blocks[0].attn.qkv.weight.data[:64] *= 100  # queries and keys: the norm removes their scale
+    model.blocks[0].attn.qkv.bias.data[:64] *= 100
+    assert_matches(model(x, t, y), before, 1e-4)
+
+
+def test_truncated_forward_is_exact_and_costs_nothing_more():
+    model = randomise(SiT(**TINY)).eval()
+    args = batch(model)
+    captured = {}
+    model.blocks[2].register_forward_hook(lambda m, i, out: captured.setdefault("h3", out))
+    model(*args)
+    assert torch.equal(model.features(*args, depth=3), captured["h3"])
+    embed = flops(lambda: model.embed(*args))
+    per_block = (flops(lambda: model.features(*args, depth=4)) - embed) / 4
+    for depth in (1, 2, 3):
+        assert flops(lambda: model.features(*args, depth=depth)) == embed + depth * per_block
+    with pytest.raises(ValueError, match="depth"):
+        model.features(*args, depth=5)
+
+
+def test_head_runs_only_when_asked_for():
+    model = randomise(SiT(**TINY)).eval()
+    args = batch(model)
+    head = flops(lambda: model.ap_head(torch.zeros(4, 16, 32)))
+    assert flops(lambda: model(*args, align_depth=2)) == flops(lambda: model(*args)) + head > 0
+
+
+@pytest.mark.parametrize("prob, share", [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_label_dropout_follows_its_setting(prob, share):
+    model = SiT(**{**TINY, "class_dropout_prob": prob}).train()
+    table = model.y_embedder.embedding_table
+    assert table.num_embeddings == 5 + (prob > 0)
+    torch.manual_seed(0)
+    y = torch.arange(4000) % 5
+    dropped = (model.y_embedder(y) != table(y)).any(1).float().mean().item()
+    assert abs(dropped - share) < 0.03 and (prob not in (0, 1) or dropped == share)
+    model.eval()
+    assert torch.equal(model.y_embedder(y), table(y))
+
+
+def test_drop_mask_means_the_null_class():
+    model = randomise(SiT(**TINY)).train()
+    x, t, y = batch(model)
+    drop = torch.tensor([True, False, True, False])
+    expected = model.eval()(x, t, torch.where(drop, model.null_class, y))
+    assert torch.equal(model.train()(x, t, y, drop=drop), expected)
+    assert torch.equal(model.eval()(x, t, y, drop=drop), expected)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(input_size=9), "multiple of patch_size"),
+        (dict(hidden_size=34), "multiple of 4"),
+        (dict(num_heads=3), "num_heads"),
+        (dict(class_dropout_prob=1.5), "class_dropout_prob"),
+        (dict(depth=0), "at least 1"),
+    ],
+)
+def test_rejects_impossible_sizes(change, message):
+    with pytest.raises(ValueError, match=message):
+        SiT(**{**TINY, **change})
+
+
+def test_rejects_inputs_that_do_not_fit():
+    model = SiT(**TINY)
+    x, t, y = batch(model)
+    for args in ((x[:, :2], t, y), (x, t[:2], y), (x, t, y[:2]), (x[..., :4], t, y)):
+        with pytest.raises(ValueError, match="expected x"):
+            model(*args)
+    with pytest.raises(ValueError, match="align_depth"):
+        model(x, t, y, align_depth=9)
+
+
+def test_backend_switch_keeps_the_program(monkeypatch):
+    model = randomise(SiT(**TINY)).eval()
+    args = batch(model)
+    auto = model(*args)
+    monkeypatch.setenv("SRA_FAST_BACKEND", "torch")
+    assert_matches(model(*args), auto)
+    monkeypatch.setenv("SRA_FAST_BACKEND", "tensorflow")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        model(*args)
