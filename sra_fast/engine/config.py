@@ -133,7 +133,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """of weights and activations; master weights and EMA are always fp32"""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage (a stage in --deepspeed_config wins)"""
+    """DeepSpeed ZeRO stage (a stage in DeepSpeed's JSON wins)"""
     ema_decay: float = 0.9999
     """decay of the EMA of the weights, from step 0"""
     seed: int = 0

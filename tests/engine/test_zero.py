@@ -1,0 +1,184 @@
+"""Sharded EMA, teacher, resume and export in every ZeRO stage and precision, on one and on two processes."""
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import assert_matches, relative_error
+from zero_worker import CASES, STEPS, tiny
+
+from sra_fast.engine import checkpoint
+from sra_fast.engine.data import ShuffledBatches, make_dataset
+from sra_fast.engine.draws import draw
+from sra_fast.engine.load_model import load_model
+from sra_fast.engine.objective import SRAObjective, make_process
+
+HERE = Path(__file__).parent
+NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
+WORLDS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """``results[world]``: folder with the outcomes of ``zero_worker.py`` on that many processes."""
+    folders = {}
+    for world in WORLDS:
+        folders[world] = tmp_path_factory.mktemp(f"world{world}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        done = subprocess.run(
+            [*command, str(HERE / "zero_worker.py"), str(folders[world])],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "SRA_FAST_BACKEND": "torch"}, capture_output=True, text=True, timeout=900,
+        )
+        last = folders[world] / f"imported_3.rank{world - 1}.pt"  # a launcher may abort after everything is done
+        assert last.exists(), done.stderr[-4000:]
+    return folders
+
+
+def read(results, world, name, rank=0):
+    return torch.load(results[world] / f"{name}.rank{rank}.pt", weights_only=True)
+
+
+def independent_run(precision="fp32"):
+    """The same training in plain PyTorch: one process, no DeepSpeed, a full-depth fp32 EMA model as the teacher."""
+    cfg = tiny(1, precision)
+    data, process = make_dataset(cfg), make_process(cfg)
+    torch.manual_seed(cfg.train.seed)
+    student = cfg.model.build()
+    ema = cfg.model.build().eval()
+    ema.load_state_dict(student.state_dict())
+    teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
+    model = SRAObjective(student, teacher, process, cfg.align).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.optim.lr, eps=cfg.optim.eps, weight_decay=0.0)
+    batches, losses = ShuffledBatches(len(data), 0, 24, 1, 0, 1, 0, STEPS), []
+    for step, indices in enumerate(batches):
+        teacher.load_state_dict({k: v for k, v in ema.state_dict().items() if k in teacher.state_dict()})
+        x0, y = data.__getitems__(indices)
+        d = draw(0, step, 0, x0.shape, torch.device("cpu"), drop_prob=0.1, posterior=False)
+        optimizer.zero_grad()
+        loss, _ = model(x0, y, d.noise, process.times(d.uniform, d.gap), d.drop, 0.2)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        for old, new in zip(ema.parameters(), student.parameters()):
+            old.data.mul_(0.9).add_(new.data, alpha=0.1)
+        losses.append(loss.item())
+    return dict(student.named_parameters()), dict(ema.named_parameters()), losses
+
+
+@pytest.fixture(scope="module")
+def independent():
+    return independent_run()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp32_is_the_independent_run(results, independent, world, stage):
+    """Weights, EMA and losses of every stage and process count against PyTorch alone."""
+    weights, ema, losses = independent
+    ours = read(results, world, f"fp32_{stage}")["whole"]
+    for name in weights:
+        assert_matches(ours["master"][name], weights[name].data, 1e-5)
+        assert_matches(ours["ema"][name], ema[name].data, 1e-5)
+    assert ours["loss"] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ema_is_the_average_of_the_masters(results, world, name):
+    """Recomputed from whole masters each step: catches an EMA that mixes up parameters or averages rounded weights."""
+    ours = read(results, world, name)["whole"]
+    assert ours["ema"].keys() == ours["watched_ema"].keys()
+    for key, expected in ours["watched_ema"].items():
+        assert relative_error(ours["ema"][key], expected) <= 1e-6, key
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_teacher_is_the_ema_on_every_rank(results, world, name):
+    dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+    for rank in range(world):
+        ours = read(results, world, name, rank)["whole"]
+        assert len(ours["teacher"]) == 7 + 3 * 10 and not any(k.startswith(("ap_head", "final_layer", "blocks.3")) for k in ours["teacher"])
+        for key, value in ours["teacher"].items():
+            assert torch.equal(value, ours["ema"][key].to(dtype).float()), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ema_is_sharded(results, name):
+    """Each of two ranks holds half of the EMA (plus padding), none of it twice."""
+    total = 4 * sum(v.numel() for v in read(results, 1, name)["whole"]["ema"].values())
+    held = [read(results, 2, name, rank)["whole"]["ema_bytes"] for rank in range(2)]
+    assert total <= sum(held) <= 1.05 * total and max(held) <= 0.55 * total
+
+
+@pytest.mark.parametrize("name", [*NAMES, "accumulated", "plain"])
+def test_two_processes_give_the_losses_of_one(results, name):
+    one, two = (read(results, world, name)["whole"] for world in WORLDS)
+    tolerance = 2e-3 if name.startswith("bf16") else 1e-5
+    assert len(one["loss"]) == STEPS
+    assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
+
+
+def test_accumulation_gives_the_losses_of_one_batch(results):
+    one, four = (read(results, 1, name)["whole"] for name in ("fp32_1", "accumulated"))
+    assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_stages_agree(results, world):
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-3)):
+        losses = [read(results, world, f"{precision}_{stage}")["whole"]["loss"] for stage in range(4)]
+        for other in losses[1:]:
+            assert other == pytest.approx(losses[0], rel=tolerance)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [*NAMES, "accumulated", "plain"])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
+    for rank in range(world):
+        both = read(results, world, name, rank)
+        whole, resumed = both["whole"], both["resumed"]
+        for part in ("master", "ema", "teacher", "exp_avg", "exp_avg_sq"):
+            for key, value in whole[part].items():
+                assert torch.equal(resumed[part][key], value), (part, key)
+        assert resumed["loss"] == whole["loss"][STEPS // 2 :]
+        assert resumed["grad_norm"] == whole["grad_norm"][STEPS // 2 :]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_hold_the_run(results, world, name):
+    ours = read(results, world, name)["resumed"]
+    held = checkpoint.read_reference(str(results[world] / f"{name}.reference.pt"))
+    assert set(held) == {"model", "ema", "opt", "args", "epoch", "steps"}
+    assert isinstance(held["args"], argparse.Namespace) and held["steps"] == STEPS
+    model, path = load_model(str(results[world] / f"{name}.safetensors"))
+    assert path == "linear"
+    for key, value in ours["ema"].items():
+        assert torch.equal(held["ema"][key], value) and torch.equal(model.state_dict()[key], value)
+        assert torch.equal(held["model"][key], ours["master"][key])
+    student = tiny(1, "fp32").model.build()
+    student.load_state_dict(held["model"], strict=True)
+    # the reference's parameter list begins with its position embedding
+    parameters = [torch.nn.Parameter(student.pos_embed, requires_grad=False), *student.parameters()]
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.load_state_dict(held["opt"])
+    for key, p in student.named_parameters():
+        assert torch.equal(optimizer.state[p]["exp_avg"], ours["exp_avg"][key])
+        assert optimizer.state[p]["step"] == STEPS
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_reference_checkpoint_imports_whole(results, world, stage):
+    source, ours = read(results, world, "fp32_1")["resumed"], read(results, world, f"imported_{stage}")
+    assert ours["step"] == STEPS
+    for part in ("master", "ema", "exp_avg", "exp_avg_sq"):
+        for key, value in source[part].items():
+            assert torch.equal(ours[part][key], value), (part, key)
+    for key, value in ours["teacher"].items():
+        assert torch.equal(value, source["ema"][key])

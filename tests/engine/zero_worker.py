@@ -1,0 +1,117 @@
+"""Runs under torchrun: trains a tiny SiT in every ZeRO stage and precision, interrupts and resumes, and saves what came out.
+
+Usage: zero_worker.py OUT_FOLDER.  One launch covers all cases, because a launch costs more than the training.
+"""
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+from sra_fast.engine import checkpoint  # noqa: E402
+from sra_fast.engine.build import build  # noqa: E402
+from sra_fast.engine.cli import parse_train  # noqa: E402
+from sra_fast.engine.data import make_dataset  # noqa: E402
+from sra_fast.engine.distributed import init_distributed  # noqa: E402
+from sra_fast.engine.loop import train  # noqa: E402
+
+STEPS, HALF = 6, 3
+CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+
+
+def tiny(stage: int, precision: str, *args: str):
+    """Four blocks of width 32 on digits.
+
+    AdamW's eps is 1e-5: at 1e-8 it blows up the rounding noise of gradients that are zero (the bias of the keys), and two
+    correct programs differ by 1e-4 after six steps.
+    """
+    base = (
+        "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 32 "
+        "--model.depth 4 --model.num_heads 2 --align.student_layer 2 --align.teacher_layer 3 --align.weight 0.2 "
+        f"--data.name digits --optim.lr 0.003 --optim.eps 1e-5 --train.steps {STEPS} --train.save_every {HALF} --train.global_batch 24 "
+        f"--train.log_every 1 --train.ema_decay 0.9 --train.zero_stage {stage} --train.precision {precision}"
+    )
+    return parse_train([*base.split(), *args])[0]
+
+
+def gathered_teacher(trainer) -> dict:
+    """The teacher's weights as this rank's forward sees them."""
+    import deepspeed
+
+    teacher = trainer.engine.module.teacher
+    parameters = dict(teacher.named_parameters()) if teacher else {}
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=trainer.stage == 3):
+        return {name: p.detach().float().clone() for name, p in parameters.items()}
+
+
+def watch_ema(trainer) -> dict:
+    """Recompute the EMA of every whole parameter from DeepSpeed's own gathered masters, beside the sharded one."""
+    ema = trainer.shards.gather(trainer.shards.flats)
+    update = trainer.ema.update
+
+    def update_both():
+        update()
+        for name, master in trainer.shards.gather(trainer.shards.flats).items():
+            ema[name] = 0.9 * ema[name] + 0.1 * master
+
+    trainer.ema.update = update_both
+    return ema
+
+
+def outcome(trainer, rows) -> dict:
+    shards = trainer.shards
+    moments = {key: shards.gather(shards.state(key)) for key in ("exp_avg", "exp_avg_sq")}
+    return {
+        "master": shards.gather(shards.flats),
+        "ema": trainer.ema.full(),
+        "teacher": gathered_teacher(trainer),
+        "ema_bytes": sum(flat.numel() * flat.element_size() for flat in trainer.ema.flats),
+        "loss": [row["loss"] for row in rows],
+        "grad_norm": [row["grad_norm"] for row in rows],
+        **moments,
+    }
+
+
+def run_case(out: Path, name: str, device, stage: int, precision: str, *args: str) -> None:
+    """Uninterrupted run; then one that is resumed from its middle; their outcomes go to ``out``."""
+    cfg = tiny(stage, precision, *args)
+    data, folder = make_dataset(cfg), out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = build(cfg, device)
+    watched = watch_ema(trainer)
+    whole = outcome(trainer, train(trainer, data, folder))
+    whole["watched_ema"] = watched
+    resumed = build(cfg, device)
+    start = checkpoint.load(resumed, folder / "checkpoints" / f"step_{HALF:08d}")
+    assert start == HALF
+    second = outcome(resumed, train(resumed, data, folder, start))
+    checkpoint.export_reference(resumed, out / f"{name}.reference.pt", STEPS, 0)
+    checkpoint.export_safetensors(resumed, out / f"{name}.safetensors", STEPS)
+    torch.save({"whole": whole, "resumed": second}, out / f"{name}.rank{dist.get_rank()}.pt")
+    dist.barrier()
+
+
+def start_from_reference(out: Path, device) -> None:
+    """Import the .pt that stage 1 wrote: weights, EMA and optimizer state must be what was exported."""
+    held = checkpoint.read_weights(str(out / "fp32_1.reference.pt"))
+    for stage in (0, 1, 2, 3):
+        trainer = build(tiny(stage, "fp32"), device, weights=held["model"])
+        step = checkpoint.start_from(trainer, held)
+        torch.save({"step": step, **outcome(trainer, [])}, out / f"imported_{stage}.rank{dist.get_rank()}.pt")
+
+
+def main() -> None:
+    out, device = Path(sys.argv[1]), init_distributed()
+    for stage, precision in CASES:
+        run_case(out, f"{precision}_{stage}", device, stage, precision)
+    world = dist.get_world_size()
+    run_case(out, "accumulated", device, 1, "fp32", "--train.micro_batch", str(24 // (4 * world)))
+    run_case(out, "plain", device, 2, "fp32", "--align", "none")
+    start_from_reference(out, device)
+
+
+if __name__ == "__main__":
+    main()
