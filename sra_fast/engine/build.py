@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sra_fast.engine.config import Config
-from sra_fast.engine.ds_config import deepspeed_config, zero_stage
+from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import ShardedEMA, make_teacher
 from sra_fast.engine.objective import SRAObjective, make_process
 from sra_fast.engine.shards import MasterShards
@@ -33,9 +33,10 @@ class Trainer:
     world: int
 
     @property
-    def clips(self) -> bool:
-        """Whether the loop clips the gradients itself: DeepSpeed has no optimizer wrapper at stage 0 in fp32."""
-        return self.stage == 0 and self.cfg.train.precision == "fp32"
+    def grad_norm(self) -> Tensor | float:
+        """Global gradient norm of the last step, before clipping; on the device where DeepSpeed leaves it there."""
+        norm = self.engine.get_global_grad_norm()
+        return self.engine.optimizer.grad_norm if norm is None else norm
 
     def refresh_teacher(self) -> None:
         if self.teacher is not None:
@@ -62,19 +63,29 @@ def _make_optimizer(cfg: Config, student: SiT, teacher_names: set[str], cuda: bo
     )
 
 
-def _restore_fp32(trainer_shards: MasterShards, engine, initial: dict[str, Tensor]) -> None:
+def _clip_before_step(engine, limit: float) -> None:
+    """Scale the gradients by min(1, limit / norm) on the device, as a hook of the optimizer that DeepSpeed steps."""
+    wrapper = engine.optimizer
+
+    def hook(optimizer, args, kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if optimizer is wrapper:  # stage 0 in fp32: no DeepSpeed optimizer has computed the norm
+            wrapper.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        norm = wrapper.grad_norm if optimizer is wrapper else wrapper._global_grad_norm
+        if limit:
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).float())
+
+    getattr(wrapper, "optimizer", wrapper).register_step_pre_hook(hook)
+
+
+def _restore_fp32(shards: MasterShards, engine, initial: dict[str, Tensor]) -> None:
     """DeepSpeed clones bf16 masters from rounded weights, and stage 0 takes an AdamW step while it is built: undo both."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    optimizer.state.clear()
-    trainer_shards.scatter(initial, trainer_shards.flats)
+    getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
+    shards.scatter(initial, shards.flats)
     if engine.zero_optimization_stage() == 0:  # the masters are whole on every rank, the shards only cover a part
-        for group, names in zip(engine.optimizer.fp32_groups, _group_names(trainer_shards, engine.optimizer)):
-            for master, name in zip(group, names):
-                master.data.copy_(initial[name])
-
-
-def _group_names(shards: MasterShards, optimizer) -> list[list[str]]:
-    return [[shards.names[id(p)] for p in group] for group in optimizer.fp16_groups]
+        for params, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups):
+            for p, master in zip(params, masters):
+                master.data.copy_(initial[shards.names[id(p)]])
 
 
 def build(
@@ -117,6 +128,8 @@ def build(
     if cfg.train.precision == "bf16":
         _restore_fp32(shards, engine, initial)
     shards.verify(parameters)
+    if clips_itself(stage, cfg):
+        _clip_before_step(engine, cfg.optim.clip)
     ema = ShardedEMA(shards, cfg.train.ema_decay)
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" and cfg.align.teacher_dtype == "auto" else torch.float32
     return Trainer(

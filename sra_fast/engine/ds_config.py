@@ -37,9 +37,15 @@ def deepspeed_config(cfg: Config, micro: int, accumulation: int, path: str | Non
         "wall_clock_breakdown": False,
     }
     merged = _merge(ours, _read_json(path)) if path else ours
-    if merged["zero_optimization"]["stage"] == 0 and cfg.train.precision == "fp32":
-        merged["gradient_clipping"] = 0.0  # the loop clips, and keeps the norm that DeepSpeed drops here
+    if clips_itself(merged["zero_optimization"]["stage"], cfg):
+        merged["gradient_clipping"] = 0.0
     return merged
+
+
+def clips_itself(stage: int, cfg: Config) -> bool:
+    """Whether this engine clips the gradients: without a host sync, where DeepSpeed 0.19 reads the norm on the host for
+    every parameter group (stages 1 and 2) or drops it (stage 0 in fp32)."""
+    return stage in (1, 2) or (stage == 0 and cfg.train.precision == "fp32")
 
 
 def _read_json(path: str) -> dict:

@@ -1,7 +1,6 @@
 """The training loop: Algorithm of SRA (arXiv 2505.02831), Sec. 3, under DeepSpeed."""
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from sra_fast.engine import checkpoint
@@ -21,12 +20,6 @@ def set_lr(trainer: Trainer, step: int) -> float:
     return lr
 
 
-def clip_at_stage0(trainer: Trainer) -> torch.Tensor:
-    """fp32 at stage 0 has no DeepSpeed optimizer: clip here, where the norm can be kept without a host sync."""
-    limit = trainer.cfg.optim.clip or float("inf")
-    return torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), limit)
-
-
 def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, step: int, metrics: Metrics) -> dict:
     """All micro-steps of one optimizer step, then the EMA and the teacher.  Returns what is known on the host."""
     cfg, engine, device = trainer.cfg, trainer.engine, trainer.device
@@ -43,13 +36,12 @@ def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, ste
         loss, parts = engine(x0, y, draws.noise, times, draws.drop, weight)
         engine.backward(loss)
         metrics.add({"loss": loss.detach(), **parts})
-        norm = clip_at_stage0(trainer) if trainer.clips and engine.is_gradient_accumulation_boundary() else None
         engine.step()
     if engine.was_step_applied():
         trainer.ema.update()
         if weight > 0:
             trainer.refresh_teacher()
-    metrics.add({"grad_norm": engine.get_global_grad_norm() if norm is None else norm})
+    metrics.add({"grad_norm": trainer.grad_norm})
     return {"align_weight": weight, "lr": lr, "epoch": stream.epoch(step)}
 
 

@@ -1,0 +1,123 @@
+"""No blocking host sync per step, rows with a lag, failure on a loss that is not finite."""
+import json
+import math
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from sra_fast.engine.cli import parse_train
+from sra_fast.engine.data import make_dataset
+from sra_fast.engine.metrics import Metrics, peak_flops, read_rows, training_flops
+
+CPU = torch.device("cpu")
+TINY = (
+    "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 32 "
+    "--model.depth 4 --model.num_heads 2 --align.student_layer 2 --align.teacher_layer 3 --data.name digits "
+    "--train.global_batch 8"
+).split()
+SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+
+
+def config(*args):
+    return parse_train([*TINY, *args])[0]
+
+
+def metrics(tmp_path, every=2, start=0):
+    return Metrics(tmp_path, config("--train.log_every", str(every)), CPU, 1, start)
+
+
+def test_flops_are_counted_by_layer():
+    plain, aligned = training_flops(config())
+    none, same = training_flops(config("--align", "none"))
+    assert plain == none == same
+    d, t = 32, 16
+    block = 2 * t * (12 * d * d) + 2 * 6 * d * d + 2 * 2 * t * t * d
+    head = 2 * t * 4 * d * d
+    deeper = training_flops(config("--align.teacher_layer", "4"))[1]
+    assert deeper - aligned == block
+    embed = plain / 3 - 4 * block - (2 * t * d * 4 + 2 * 2 * d * d)  # less the final layer
+    assert aligned == plain + 3 * head + embed + 3 * block
+
+
+def test_paper_flops():
+    """SiT-XL/2 at 256 px: 237.2 GFLOP forward, truncated teacher 169.4, head 2.7 (per image)."""
+    cfg = parse_train([])[0]
+    plain, aligned = training_flops(cfg)
+    assert plain / 3e9 == pytest.approx(237.2, rel=2e-3)
+    assert (aligned - plain) / 1e9 == pytest.approx(169.4 + 3 * 2.7, rel=5e-3)
+
+
+def test_peak_table(monkeypatch):
+    assert peak_flops(CPU, "bf16") is None
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
+    for name, rate in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=name: name)
+        assert peak_flops(torch.device("cuda"), "bf16") == rate
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Unheard-of 1")
+    assert peak_flops(torch.device("cuda"), "bf16") is None
+
+
+def test_rows_are_means_and_come_one_reading_late(tmp_path):
+    m = metrics(tmp_path)
+    rows = []
+    for step in range(1, 6):
+        m.add({"loss": torch.tensor(float(step))})
+        rows.append(m.step(step, {"lr": 0.1}))
+    # sent after steps 1, 2 and 4; each is read when the next one is on its way
+    assert [r and r["step"] for r in rows] == [None, 1, None, 2, None]
+    m.close(5, {"lr": 0.1})
+    written = read_rows(tmp_path / "stats.jsonl")
+    assert [(r["step"], r["loss"]) for r in written] == [(1, 1.0), (2, 2.0), (4, 3.5), (5, 5.0)]
+    assert all(r["images_per_s"] > 0 and "mfu" not in r and "peak_memory_gib" not in r for r in written)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_resumed_log_drops_rows_beyond_the_checkpoint(tmp_path):
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (2, 4, 6)) + '{"st')
+    m = metrics(tmp_path, start=4)
+    m.close(4, {})
+    assert [r["step"] for r in read_rows(tmp_path / "stats.jsonl")] == [2, 4]
+
+
+@pytest.mark.parametrize("name, value", [("loss", math.nan), ("grad_norm", math.inf)])
+def test_values_that_are_not_finite_stop_the_run(tmp_path, name, value):
+    m = metrics(tmp_path)
+    m.add({name: torch.tensor(value)})
+    m.step(1, {})
+    with pytest.raises(FloatingPointError, match=name):
+        m.close(1, {})
+    assert read_rows(tmp_path / "stats.jsonl"), "the row that shows it is kept"
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision):
+    """Every way of reading a tensor on the host is recorded, DeepSpeed's own included; steps that log nothing have none."""
+    from sra_fast.engine.build import build
+    from sra_fast.engine.data import ShuffledBatches, make_loader
+    from sra_fast.engine.distributed import init_distributed
+    from sra_fast.engine.loop import optimizer_step
+
+    cfg = config("--train.zero_stage", str(stage), "--train.precision", precision, "--train.log_every", "1000")
+    trainer, data = build(cfg, init_distributed()), make_dataset(cfg)
+    stream = ShuffledBatches(len(data), 0, 8, 1, 0, 1, 0, 6)
+    batches, m = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, CPU, 1)
+    reads = []
+    for name in SYNCS:
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, name=name, original=original, **kwargs):
+            reads.append((name, traceback.extract_stack(limit=12)))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    for step in range(6):
+        reads.clear() if step == 2 else None  # the first steps allocate optimizer state
+        extra = optimizer_step(trainer, batches, stream, data, step, m)
+        m.step(step + 2, extra)
+    # torch's AdamW reads its step counter, which lives on the host; on CUDA the fused one does not
+    blamed = [(n, [f"{Path(f.filename).name}:{f.lineno}" for f in s[-6:-1]]) for n, s in reads
+              if not any("torch/optim" in f.filename for f in s)]
+    assert not blamed, blamed[:4]
+    assert torch.tensor(1.0).item() == 1.0 and reads[-1][0] == "item", "the recorder works"
