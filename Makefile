@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)" && echo
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 # runs again only when the requirements change
 $(INSTALLED): setup.py pyproject.toml constraints.txt

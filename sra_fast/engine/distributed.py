@@ -2,11 +2,14 @@
 import logging
 import os
 import socket
-from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: silences a warning
+
+import deepspeed  # noqa: E402
 
 
 def _free_port() -> int:
@@ -42,10 +45,3 @@ def _skip_shm_build() -> None:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if isinstance(compatible, dict):
         compatible["deepspeed_shm_comm"] = False
-
-
-def broadcast_path(path: Path | None) -> Path:
-    """Rank 0's path, on every rank."""
-    box = [str(path)]
-    dist.broadcast_object_list(box, src=0)
-    return Path(box[0])

@@ -1,0 +1,55 @@
+"""Training learns: digits, a few hundred steps, with SRA and without, kernels off."""
+import pytest
+import torch
+
+from sra_fast.engine.build import build
+from sra_fast.engine.cli import parse_train
+from sra_fast.engine.data import Digits
+from sra_fast.engine.digits_eval import evaluate_digits, frechet_distance
+from sra_fast.engine.distributed import init_distributed
+from sra_fast.engine.loop import train
+from sra_fast.engine.run import prepare
+
+CONFIG = (
+    "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 64 "
+    "--model.depth 4 --model.num_heads 2 --align.student_layer 1 --align.teacher_layer 3 --data.name digits "
+    "--train.global_batch 32 --train.steps 300 --train.precision fp32 --train.ema_decay 0.98 --train.log_every 50 "
+    "--optim.lr 0.002 --optim.warmup_steps 30 --sample.method euler"
+).split()
+
+
+@pytest.mark.parametrize("align", ["ema_teacher", "none"])
+def test_training_learns(tmp_path, monkeypatch, align):
+    monkeypatch.setenv("SRA_FAST_BACKEND", "torch")
+    plan = prepare(parse_train([*CONFIG, "--align.target", align])[0], None)
+    trainer = build(plan.cfg, init_distributed())
+    rows = train(trainer, plan.data, tmp_path)
+    first, last = rows[0], rows[-1]
+    # the velocity's variance, 1.7, is the loss of a network that predicts nothing
+    assert first["denoise"] > 1.5 and last["denoise"] < 0.5 * first["denoise"], (first, last)
+    if align == "none":
+        assert "align" not in last and last["align_weight"] == 0
+    else:
+        # the projected student explains most of the teacher's features
+        assert last["align"] < 0.25 * first["align"], (first, last)
+        assert last["student_norm"] > 0.5 * last["teacher_norm"]
+
+
+def test_frechet_distance_of_gaussians():
+    """Against the closed form of two sets of points with known moments."""
+    torch.manual_seed(0)
+    a = torch.randn(5000, 3, dtype=torch.float64).numpy()
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + [1.0, 2.0, 0.0]) == pytest.approx(5, rel=1e-6)
+    centred = a - a.mean(0)
+    scaled = frechet_distance(centred, 3 * centred)
+    assert scaled == pytest.approx(4 * centred.var(0, ddof=1).sum(), rel=1e-6)  # sum of (3s - s)^2
+
+
+def test_scores_tell_good_from_bad():
+    real, noise = Digits(held_out=True), torch.rand(360, 1, 8, 8) * 2 - 1
+    good, bad = evaluate_digits(real.images, real.labels), evaluate_digits(noise, real.labels)
+    shuffled = evaluate_digits(real.images, real.labels.roll(1))
+    assert good["label_accuracy"] == good["svm_accuracy"] > 0.95 and good["frechet"] == pytest.approx(0, abs=1e-4)
+    assert bad["label_accuracy"] < 0.3 and bad["frechet"] > 10 * good["frechet_train"]
+    assert shuffled["label_accuracy"] < 0.3
