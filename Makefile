@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed sra_fast/train.py --config configs/digits.yaml
-	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)" && echo
+	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)"
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile

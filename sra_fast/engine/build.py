@@ -12,7 +12,7 @@ from sra_fast.engine.ema import ShardedEMA, make_teacher
 from sra_fast.engine.objective import SRAObjective, make_process
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import split_batch
-from sra_fast.models import SiT
+from sra_fast.models import Backbone, SiT
 
 
 @dataclass
@@ -46,6 +46,18 @@ class Trainer:
         """A state dict in the reference's order and names from gathered parameters; adds the position embedding."""
         full = {**parameters, "pos_embed": self.student.make_pos_embed()}
         return {name: full[name] for name in self.student.state_dict()}
+
+
+def _networks(cfg: Config, weights: dict[str, Tensor] | None) -> tuple[SiT, Backbone | None]:
+    """Student (the same on every process: one seed) and the teacher with its weights, in fp32 on the CPU."""
+    torch.manual_seed(cfg.train.seed)
+    student, teacher = cfg.model.build(), None
+    if weights is not None:
+        student.load_state_dict(weights, strict=True)
+    if cfg.align.target == "ema_teacher":
+        teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
+        teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
+    return student, teacher
 
 
 def _make_optimizer(cfg: Config, student: SiT, teacher_names: set[str], cuda: bool) -> torch.optim.AdamW:
@@ -103,35 +115,26 @@ def build(
         ValueError: the batch does not divide, or the JSON contradicts the configuration.
         RuntimeError: DeepSpeed's memory layout is not the one this engine knows.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world, bf16 = dist.get_rank(), dist.get_world_size(), cfg.train.precision == "bf16"
     micro, accumulation = split_batch(cfg, world)
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, device.type == "cuda")
     stage = zero_stage(ds_config, cfg)
-
-    torch.manual_seed(cfg.train.seed)
-    student = cfg.model.build()
-    if weights is not None:
-        student.load_state_dict(weights, strict=True)
-    teacher = None
-    if cfg.align.target == "ema_teacher":
-        teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
-        teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
-    initial = {name: p.detach().clone() for name, p in student.named_parameters()}
-    process = make_process(cfg)
-    objective = SRAObjective(student.to(device), teacher and teacher.to(device), process, cfg.align)
+    student, teacher = _networks(cfg, weights)
+    initial = {name: p.detach().clone() for name, p in student.named_parameters()} if bf16 else {}
+    objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
     teacher_names = {name for name, _ in teacher.named_parameters()} if teacher else set()
     optimizer = _make_optimizer(cfg, student, teacher_names, device.type == "cuda")
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
 
     parameters = dict(student.named_parameters())
     shards = MasterShards(engine, parameters)
-    if cfg.train.precision == "bf16":
+    if bf16:
         _restore_fp32(shards, engine, initial)
     shards.verify(parameters)
     if clips_itself(stage, cfg):
         _clip_before_step(engine, cfg.optim.clip)
     ema = ShardedEMA(shards, cfg.train.ema_decay)
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" and cfg.align.teacher_dtype == "auto" else torch.float32
+    dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype == "auto" else torch.float32
     return Trainer(
         cfg, engine, student, shards, ema, make_teacher(teacher, ema, dtype), device, stage, micro, accumulation,
         rank, world,

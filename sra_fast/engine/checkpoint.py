@@ -29,24 +29,41 @@ def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
     pieces = {name: (start, values.clone()) for name, (start, values) in trainer.ema.pieces().items()}
     write_atomic(path / f"ema_rank_{trainer.rank:05d}.pt", lambda p: torch.save(pieces, p))
     if trainer.rank == 0:
-        write_json(path / STATE, {"step": step, "epoch": epoch, **_identity(trainer)})
+        identity = identity_of(trainer.cfg, trainer.world, trainer.stage)
+        write_json(path / STATE, {"step": step, "epoch": epoch, **identity})
     dist.barrier()
     # the frozen teacher is not stored: it is the EMA's
     trainer.engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
     return path
 
 
-def _identity(trainer: Trainer) -> dict:
+def identity_of(cfg: Config, world_size: int, zero_stage: int) -> dict:
     """What must be the same for a resumed run to be the uninterrupted one."""
-    t = trainer.cfg.train
     return {
-        "seed": t.seed,
-        "global_batch": t.global_batch,
-        "world_size": trainer.world,
-        "zero_stage": trainer.stage,
-        "precision": t.precision,
-        "model": asdict(trainer.cfg.model),
+        "seed": cfg.train.seed,
+        "global_batch": cfg.train.global_batch,
+        "world_size": world_size,
+        "zero_stage": zero_stage,
+        "precision": cfg.train.precision,
+        "teacher_layer": cfg.align.teacher_layer if cfg.align.target != "none" else None,
+        "model": asdict(cfg.model),
     }
+
+
+def read_state(path: Path, identity: dict) -> dict:
+    """``sra_fast.json`` of a checkpoint that a run of this identity can go on from.
+
+    Raises:
+        ValueError: no checkpoint there, or one of another model, seed, batch, precision, ZeRO stage or process count.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"no checkpoint of sra-fast at {path}: {error}") from None
+    for key, value in identity.items():
+        if state.get(key) != value:
+            raise ValueError(f"cannot resume {path}: it was made with {key} {state.get(key)}, this run has {value}")
+    return state
 
 
 def latest(folder: Path) -> Path | None:
@@ -58,18 +75,8 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(trainer: Trainer, path: Path) -> int:
-    """Restore weights, optimizer, EMA and teacher from a checkpoint folder; returns the step.
-
-    Raises:
-        ValueError: no checkpoint there, or one of another model, seed, batch, precision, ZeRO stage or process count.
-    """
-    try:
-        state = json.loads((path / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"no checkpoint of sra-fast at {path}: {error}") from None
-    for key, value in _identity(trainer).items():
-        if state.get(key) != value:
-            raise ValueError(f"cannot resume {path}: it was made with {key} {state.get(key)}, this run has {value}")
+    """Restore weights, optimizer, EMA and teacher from a checkpoint folder; returns the step.  ValueError: see ``read_state``."""
+    state = read_state(path, identity_of(trainer.cfg, trainer.world, trainer.stage))
     loaded, _ = trainer.engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no checkpoint at {path}")

@@ -39,7 +39,7 @@ def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, ste
         engine.step()
     if engine.was_step_applied():
         trainer.ema.update()
-        if weight > 0:
+        if align_weight(cfg.align, step + 1, stream.epoch(step + 1)) > 0:  # the next step will use it
             trainer.refresh_teacher()
     metrics.add({"grad_norm": trainer.grad_norm})
     return {"align_weight": weight, "lr": lr, "epoch": stream.epoch(step)}
@@ -76,8 +76,8 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0) -> list[dict]:
         if row:
             bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
         if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
-            metrics.pause()
+            metrics.flush(step + 1, extra)  # raises if the weights are not worth saving
             checkpoint.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
-            metrics.resume()
+            metrics.restart_clock()
     bar.close()
-    return metrics.close(cfg.train.steps, extra)
+    return metrics.close()

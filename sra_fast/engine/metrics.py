@@ -153,18 +153,18 @@ class Metrics:
                 "go on from the last checkpoint with a smaller optim.lr or align.weight"
             )
 
-    def pause(self) -> None:
-        """Leave the time until ``resume`` out of the rates (checkpoints, samples)."""
-        self.paused = time.perf_counter()
-
-    def resume(self) -> None:
-        self.clock += time.perf_counter() - self.paused
-
-    def close(self, step: int, extra: dict[str, float]) -> list[dict]:
-        """Write what is left; returns all rows of this process's part of the run."""
+    def flush(self, step: int, extra: dict[str, float]) -> None:
+        """Write everything up to ``step``, waiting for the device: before a checkpoint, not in between."""
         if self.count:
             self._send(step, extra)
         self._receive(wait=True)
+
+    def restart_clock(self) -> None:
+        """Leave the time since ``flush`` (a checkpoint) out of the rates."""
+        self.clock = time.perf_counter()
+
+    def close(self) -> list[dict]:
+        """Close the files; returns all rows of this process's part of the run."""
         if self.file:
             self.file.close()
             self.board.close()

@@ -9,10 +9,10 @@ from sra_fast.engine.gaussian import GaussianDiffusion
 from sra_fast.models import Backbone, SiT
 
 
-def make_process(cfg: Config, learn_sigma: bool = True) -> FlowMatching | GaussianDiffusion:
+def make_process(cfg: Config) -> FlowMatching | GaussianDiffusion:
     """The diffusion process of the configured model family."""
     if cfg.model.family == "DiT":
-        return GaussianDiffusion(cfg.align.t_max, learn_sigma)
+        return GaussianDiffusion(cfg.align.t_max)
     return FlowMatching(cfg.diffusion.path, cfg.diffusion.time, cfg.align.t_max)
 
 

@@ -13,7 +13,7 @@ from sra_fast.engine.cli import save_config
 from sra_fast.engine.config import Config
 from sra_fast.engine.data import Digits, Latents, make_dataset
 from sra_fast.engine.ds_config import deepspeed_config, zero_stage
-from sra_fast.engine.files import write_json
+from sra_fast.engine.files import write_atomic
 from sra_fast.engine.generate import choose_labels, generate
 from sra_fast.engine.loop import train
 from sra_fast.engine.metrics import read_rows
@@ -36,14 +36,42 @@ class Plan:
 def prepare(cfg: Config, ds_json: str | None) -> Plan:
     """Check everything that can be checked before GPU memory is used; ValueError says what is wrong."""
     check(cfg)
-    micro, accumulation = split_batch(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-    zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
-    data = make_dataset(cfg)
+    _check_writable(Path(cfg.train.out))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    micro, accumulation = split_batch(cfg, world)
+    stage = zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
     resume = find_resume(cfg)
-    if resume and cfg.train.init_from:
+    if resume:
+        checkpoint.read_state(resume, checkpoint.identity_of(cfg, world, stage))
+    return Plan(cfg, ds_json, make_dataset(cfg), resume, _read_start(cfg, resume))
+
+
+def _read_start(cfg: Config, resume: Path | None) -> dict:
+    """What ``train.init_from`` names, or an empty dict; ValueError if it does not fit the run."""
+    if not cfg.train.init_from:
+        return {}
+    if resume:
         raise ValueError("train.resume and train.init_from exclude each other")
-    start = checkpoint.read_weights(cfg.train.init_from) if cfg.train.init_from else {}
-    return Plan(cfg, ds_json, data, resume, start)
+    start = checkpoint.read_weights(cfg.train.init_from)
+    with torch.device("meta"):
+        expected = {name: [*value.shape] for name, value in cfg.model.build().state_dict().items()}
+    for key in {"model", "ema"} & set(start):
+        found = {name: [*value.shape] for name, value in start[key].items()}
+        for name in sorted(set(expected) | set(found)):
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"train.init_from {cfg.train.init_from} does not fit the model: {name} should be "
+                    f"{expected.get(name, 'absent')}, it is {found.get(name, 'absent')}"
+                )
+    if start.get("steps", 0) >= cfg.train.steps:
+        raise ValueError(f"train.steps must exceed the {start['steps']} of train.init_from, got {cfg.train.steps}")
+    return start
+
+
+def _check_writable(out: Path) -> None:
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"train.out {out} cannot be written: {existing} is no writable folder")
 
 
 def find_resume(cfg: Config) -> Path | None:
@@ -119,7 +147,7 @@ def summarise(trainer: Trainer, data, folder: Path) -> dict:
     report.plot_loss(folder / "loss.png", rows)
     if isinstance(data, Digits):
         summary.update(digits_report(trainer, weights, folder))
-    write_json(folder / "summary.json", summary)
+    write_atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(summary) + "\n"))
     return summary
 
 

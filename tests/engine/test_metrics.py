@@ -67,7 +67,8 @@ def test_rows_are_means_and_come_one_reading_late(tmp_path):
         rows.append(m.step(step, {"lr": 0.1}))
     # sent after steps 1, 2 and 4; each is read when the next one is on its way
     assert [r and r["step"] for r in rows] == [None, 1, None, 2, None]
-    m.close(5, {"lr": 0.1})
+    m.flush(5, {"lr": 0.1})
+    m.close()
     written = read_rows(tmp_path / "stats.jsonl")
     assert [(r["step"], r["loss"]) for r in written] == [(1, 1.0), (2, 2.0), (4, 3.5), (5, 5.0)]
     assert all(r["images_per_s"] > 0 and "mfu" not in r and "peak_memory_gib" not in r for r in written)
@@ -77,7 +78,7 @@ def test_rows_are_means_and_come_one_reading_late(tmp_path):
 def test_resumed_log_drops_rows_beyond_the_checkpoint(tmp_path):
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (2, 4, 6)) + '{"st')
     m = metrics(tmp_path, start=4)
-    m.close(4, {})
+    m.close()
     assert [r["step"] for r in read_rows(tmp_path / "stats.jsonl")] == [2, 4]
 
 
@@ -87,7 +88,7 @@ def test_values_that_are_not_finite_stop_the_run(tmp_path, name, value):
     m.add({name: torch.tensor(value)})
     m.step(1, {})
     with pytest.raises(FloatingPointError, match=name):
-        m.close(1, {})
+        m.flush(1, {})
     assert read_rows(tmp_path / "stats.jsonl"), "the row that shows it is kept"
 
 
