@@ -2,6 +2,7 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
 
@@ -24,11 +25,13 @@ class Options:
     """images per model call (twice that with guidance)"""
     columns: int = 10
     """images per row of the grid"""
+    grid: int = 100
+    """images in the grid, the first ones"""
     scale: int = 1
     """enlargement of a pixel in the grid"""
     seed: int = 0
     """image i has the same noise for any batch size"""
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 (weights and activations; the sampler's state stays float64)"""
     vae: str | None = None
     """path or hub id of a diffusers AutoencoderKL, for models of 4-channel latents"""
@@ -39,17 +42,53 @@ class Options:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-def decode(latents, vae: str | None, scale: float, batch: int, device):
+def load_vae(path: str):
+    """diffusers' AutoencoderKL; ValueError without diffusers or without weights there."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ValueError("--vae needs diffusers: pip install 'sra-fast[vae]'") from None
+    try:
+        return AutoencoderKL.from_pretrained(path).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--vae {path} holds no AutoencoderKL: {str(error).splitlines()[0]}") from None
+
+
+def decode(latents, vae, scale: float, batch: int, device):
     """``[N, C, h, w]`` latents -> images in [-1, 1]; without a VAE latents of 1 or 3 channels are the images."""
     import torch
 
     if vae is None:
         return latents
-    from diffusers import AutoencoderKL  # the `vae` extra
-
-    model = AutoencoderKL.from_pretrained(vae).to(device).eval()
     with torch.no_grad():
-        return torch.cat([model.decode(part.to(device) / scale).sample.float().cpu() for part in latents.split(batch)])
+        return torch.cat([vae.decode(part.to(device) / scale).sample.float().cpu() for part in latents.split(batch)])
+
+
+def prepare(options: Options):
+    """``(model, interpolant, labels, VAE or None)``, everything checked and the folder made; ValueError says what is wrong."""
+    import torch
+
+    from sra_fast.engine.generate import choose_labels
+    from sra_fast.engine.load_model import load_model
+    from sra_fast.engine.validate import check_sampling
+
+    if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
+        raise ValueError("count, batch, columns, grid and scale must be at least 1")
+    model, path = load_model(options.checkpoint, options.sample.weights, options.num_heads)
+    check_sampling(options.sample, model.family)
+    if options.vae is None and model.in_channels not in (1, 3):
+        raise ValueError(f"the model makes latents of {model.in_channels} channels: give --vae to decode them")
+    classes = torch.tensor(options.classes if options.classes else list(range(model.num_classes)))
+    if int(classes.min()) < 0 or int(classes.max()) >= model.num_classes:
+        raise ValueError(f"classes must lie in [0, {model.num_classes}), got {options.classes}")
+    if options.sample.guidance != 1 and model.y_embedder.dropout_prob == 0:
+        raise ValueError(f"sample.guidance {options.sample.guidance} needs a model with a null class")
+    try:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out {options.out} cannot be made: {error.strerror}") from None
+    labels = classes[choose_labels(options.count, len(classes), options.sample.labels, options.seed)]
+    return model, path, labels, load_vae(options.vae) if options.vae else None
 
 
 def run(options: Options) -> Path:
@@ -59,29 +98,19 @@ def run(options: Options) -> Path:
     from tqdm import tqdm
 
     from sra_fast.engine.files import write_atomic
-    from sra_fast.engine.generate import choose_labels, generate
-    from sra_fast.engine.load_model import load_model
+    from sra_fast.engine.generate import generate
     from sra_fast.engine.report import save_grid, to_uint8
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, path = load_model(options.checkpoint, options.sample.weights, options.num_heads)
-    if options.count < 1 or options.batch < 1 or options.columns < 1 or options.precision not in ("fp32", "bf16"):
-        raise ValueError("count, batch and columns must be at least 1, precision fp32 or bf16")
-    if options.vae is None and model.in_channels not in (1, 3):
-        raise ValueError(f"the model makes latents of {model.in_channels} channels: give --vae to decode them")
+    model, path, labels, vae = prepare(options)
     model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    classes = torch.tensor(options.classes if options.classes else list(range(model.num_classes)))
-    if int(classes.min()) < 0 or int(classes.max()) >= model.num_classes:
-        raise ValueError(f"classes must lie in [0, {model.num_classes}), got {options.classes}")
-    labels = classes[choose_labels(options.count, len(classes), options.sample.labels, options.seed)]
     with tqdm(total=options.count, unit="image") as bar:
         latents = generate(model, labels, options.sample, path, options.seed, options.batch, device, bar.update)
-    images = to_uint8(decode(latents, options.vae, options.latent_scale, options.batch, device), options.sample.rounding)
-
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    images = decode(latents, vae.to(device) if vae else None, options.latent_scale, options.batch, device)
+    images, out = to_uint8(images, options.sample.rounding), Path(options.out)
     write_atomic(out / "samples.npz", lambda p: _savez(p, images, labels.numpy(), np))
-    save_grid(out / "samples.png", images, min(options.columns, options.count), options.scale)
+    shown = images[: options.grid]
+    save_grid(out / "samples.png", shown, min(options.columns, len(shown)), options.scale)
     return out
 
 

@@ -13,15 +13,14 @@ def main() -> None:
     from sra_fast.engine.run import prepare, run
 
     cfg, ds_json = parse_train()
-    rank = int(os.environ.get("RANK", 0))
     try:
         plan = prepare(cfg, ds_json)
     except ValueError as error:
-        if rank == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine: another may lack the data
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    summary = run(plan, init_distributed())
-    if rank == 0:
+    summary = run(plan, init_distributed(cfg.train.tf32))
+    if summary:
         print(json.dumps(summary))
 
 

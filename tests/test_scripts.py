@@ -51,10 +51,13 @@ def test_run_folder_is_complete(whole_run):
     folder, done = whole_run
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "stats.jsonl", "tensorboard", "loss.png", "samples.png", "checkpoints", "ema.safetensors", "summary.json",
+        "deepspeed.json",
     }
     summary = json.loads((folder / "summary.json").read_text())
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert printed == [summary] and summary["run_dir"] == str(folder)
+    assert "zero_stage: 2" in (folder / "config.yaml").read_text(), "the stage that ran, not the default"
+    assert json.loads((folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
     for key in ("images_per_s", "label_accuracy", "frechet", "loss_first", "loss_last"):
         assert np.isfinite(summary[key])
     rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
@@ -168,6 +171,10 @@ def test_dit_on_latents_from_disk(tmp_path):
     more = script("train", *args, "--train.steps", 6, "--train.out", tmp_path / "more", "--train.init_from", run / "reference.pt")
     assert more.returncode == 0, more.stderr[-2000:]
     assert [json.loads(l)["step"] for l in (tmp_path / "more/000/stats.jsonl").read_text().splitlines()] == [6]
+    other = script("train", *args, "--train.out", tmp_path / "no", "--train.init_from", run / "reference.pt", "--model.num_heads", 4)
+    assert other.returncode == 2 and "made with 2 heads, the model has 4" in other.stderr.splitlines()[-1]
+    other = script("train", *args, "--train.out", tmp_path / "no", "--train.init_from", run / "ema.safetensors", "--model.depth", 5)
+    assert other.returncode == 2 and "blocks.4.adaLN_modulation.1.bias should be [192], it is absent" in other.stderr
     for checkpoint in (run / "reference.pt", run):
         sampled = script("sample", "--checkpoint", checkpoint, "--out", tmp_path / "s", "--count", 3, "--num_heads", 2,
                          "--sample.method", "ddim", "--sample.steps", 3)

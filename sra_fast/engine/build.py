@@ -31,6 +31,7 @@ class Trainer:
     accumulation: int
     rank: int
     world: int
+    ds_config: dict
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -137,5 +138,5 @@ def build(
     dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype == "auto" else torch.float32
     return Trainer(
         cfg, engine, student, shards, ema, make_teacher(teacher, ema, dtype), device, stage, micro, accumulation,
-        rank, world,
+        rank, world, ds_config,
     )

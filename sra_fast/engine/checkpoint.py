@@ -68,10 +68,12 @@ def read_state(path: Path, identity: dict) -> dict:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a ``checkpoints`` folder, or None."""
-    try:
-        return folder / (folder / "latest").read_text().strip()
-    except FileNotFoundError:
+    if not (folder / "latest").exists():
         return None
+    named = folder / ((folder / "latest").read_text().strip() or "?")
+    # DeepSpeed writes `latest` last, but in place: a crash in that moment leaves it empty, with the newest step complete
+    steps = [named, *sorted(folder.glob("step_*"), reverse=True)]
+    return next((path for path in steps if (path / STATE).exists()), None)
 
 
 def load(trainer: Trainer, path: Path) -> int:
@@ -80,6 +82,9 @@ def load(trainer: Trainer, path: Path) -> int:
     loaded, _ = trainer.engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no checkpoint at {path}")
+    o = trainer.cfg.optim
+    for group in trainer.engine.optimizer.param_groups:  # the configuration's, not those of the interrupted run
+        group.update(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     trainer.ema.load(load_ema(path))
     trainer.refresh_teacher()
     return state["step"]
@@ -123,14 +128,16 @@ def read_reference(path: str) -> dict:
 
 
 def read_weights(path: str) -> dict:
-    """``{"ema": state dict, ...}`` from an export (``.safetensors``) or a reference checkpoint (``.pt``)."""
+    """``{"ema": state dict, ...}`` from an export (``.safetensors``, with its ``config``) or a reference checkpoint (``.pt``)."""
     if not path.endswith(".safetensors"):
         return read_reference(path)
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return {"ema": load_file(path)}
+        with safe_open(path, "pt") as f:
+            config = json.loads((f.metadata() or {}).get("config", "null"))
+        return {"ema": load_file(path), **({"config": config} if config else {})}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
 
@@ -177,11 +184,11 @@ def export_reference(trainer: Trainer, path: Path, step: int, epoch: int) -> Non
 
 
 def reference_args(cfg: Config) -> argparse.Namespace:
-    """The reference's command-line arguments that describe the model."""
+    """The reference's command-line arguments that describe the model, and the head count, which it has in the name."""
     m = cfg.model
     return argparse.Namespace(
         model=m.name, resolution=8 * m.input_size, num_classes=m.num_classes, qk_norm=m.qk_norm,
-        cfg_prob=m.class_dropout_prob, path_type=cfg.diffusion.path,
+        cfg_prob=m.class_dropout_prob, path_type=cfg.diffusion.path, num_heads=m.arguments()["num_heads"],
     )
 
 

@@ -132,6 +132,8 @@ class TrainConfig:
     """images per process and forward pass; the rest is accumulated (default: all of the process's share)"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """of weights and activations; master weights and EMA are always fp32"""
+    tf32: bool = False
+    """let fp32 matrix products run in TF32 on a GPU"""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage (a stage in DeepSpeed's JSON wins)"""
     ema_decay: float = 0.9999

@@ -77,7 +77,11 @@ class Latents(Dataset):
         missing = [f for f in self.files if Path(f).as_posix() not in labels]
         if missing:
             raise ValueError(f"{index} has no label for {len(missing)} files, the first is {missing[0]}")
-        return [labels[Path(f).as_posix()] for f in self.files]
+        found = [labels[Path(f).as_posix()] for f in self.files]
+        wrong = next((i for i, label in enumerate(found) if type(label) is not int), None)
+        if wrong is not None:
+            raise ValueError(f"{index}: the label of {self.files[wrong]} must be an integer, got {found[wrong]!r}")
+        return found
 
     def _read(self, name: str) -> np.ndarray:
         try:

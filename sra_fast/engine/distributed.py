@@ -18,8 +18,11 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def init_distributed() -> torch.device:
-    """Join the launcher's process group (or make one of a single process) and return this process's device."""
+def init_distributed(tf32: bool = False) -> torch.device:
+    """Join the launcher's process group (or make one of a single process) and return this process's device.
+
+    ``tf32``: let CUDA's fp32 matrix products round their inputs to TF32.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:  # started as `python sra_fast/train.py`
         os.environ.update(
@@ -29,7 +32,7 @@ def init_distributed() -> torch.device:
     local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     else:
         _skip_shm_build()
         if "OMP_NUM_THREADS" not in os.environ:

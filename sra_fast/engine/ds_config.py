@@ -2,8 +2,17 @@
 import json
 from pathlib import Path
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from sra_fast.engine.config import Config
 
+# what else a JSON may set; anything outside is a typo or contradicts how this engine trains
+OTHER_KEYS = (
+    "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "comms_logger", "wall_clock_breakdown", "steps_per_print",
+    "memory_breakdown", "dump_state", "flops_profiler", "zero_allow_untested_optimizer", "checkpoint", "compile",
+    "activation_checkpointing", "aio", "tensorboard", "wandb", "csv_monitor", "timers",
+)
 OWN_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
@@ -60,6 +69,15 @@ def _read_json(path: str) -> dict:
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise ValueError(f"--deepspeed_config sets '{key}': the optimizer is set by optim.* here")
+    unknown = set(config) - set(OWN_KEYS) - set(OTHER_KEYS)
+    if unknown:
+        raise ValueError(f"--deepspeed_config has unknown keys {sorted(unknown)}; known are {sorted((*OWN_KEYS, *OTHER_KEYS))}")
+    known = DeepSpeedZeroConfig.model_fields
+    aliases = {field.alias for field in known.values() if field.alias}
+    zero = config.get("zero_optimization", {})
+    for key in zero if isinstance(zero, dict) else ():
+        if key not in known and key not in aliases:
+            raise ValueError(f"--deepspeed_config has an unknown key zero_optimization.{key}")
     return config
 
 
@@ -68,6 +86,8 @@ def _merge(ours: dict, theirs: dict) -> dict:
     for key, value in theirs.items():
         if value == "auto":
             continue
+        if isinstance(ours.get(key), dict) != isinstance(value, dict) and key in ours:
+            raise ValueError(f"--deepspeed_config: {key} must be {'an object' if isinstance(ours[key], dict) else 'a value'}, got {value}")
         if key in OWN_KEYS and value != ours[key]:
             raise ValueError(f"--deepspeed_config sets {key} {value}, the configuration gives {ours[key]}")
         if key in ("bf16", "fp16") and value.get("enabled", False) not in ("auto", ours[key]["enabled"]):
@@ -84,6 +104,8 @@ def zero_stage(ds_config: dict, cfg: Config) -> int:
         raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage}")
     if zero["round_robin_gradients"]:
         raise ValueError("zero_optimization.round_robin_gradients must be false: it returns other parameters' data")
+    if not zero.get("compute_grad_norm", True):
+        raise ValueError("zero_optimization.compute_grad_norm must be true: the norm is clipped and logged")
     for name in ("offload_optimizer", "offload_param", "cpu_offload"):
         if zero.get(name) not in (None, False) and zero.get(name) != {"device": "none"}:
             raise ValueError(f"zero_optimization.{name} is not supported: the EMA reads the masters on the device")

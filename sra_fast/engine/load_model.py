@@ -1,5 +1,4 @@
 """A model for sampling from anything that holds weights: run folder, checkpoint, export, the reference's .pt."""
-import json
 from pathlib import Path
 
 import torch
@@ -54,13 +53,10 @@ def _from_checkpoint(path: Path) -> tuple[SiT, str]:
 
 
 def _from_safetensors(path: Path) -> tuple[SiT, str]:
-    from safetensors import safe_open
-
-    state = checkpoint.read_weights(str(path))["ema"]
-    with safe_open(path, "pt") as f:
-        config = json.loads((f.metadata() or {}).get("config", "null"))
+    held = checkpoint.read_weights(str(path))
+    state, config = held["ema"], held.get("config")
     if config is None:
-        return _from_state(state, None), "linear"
+        return _fill(*_made(state)), "linear"
     return _fill(ModelConfig(**config["model"]).build(), state), config["diffusion"]["path"]
 
 
@@ -68,9 +64,17 @@ def _from_reference(path: Path, weights: str, num_heads: int | None) -> tuple[Si
     held = checkpoint.read_reference(str(path))
     if weights not in held:
         raise ValueError(f"{path} holds no '{weights}' weights, only {sorted(held)}")
-    return _from_state(held[weights], num_heads), getattr(held.get("args"), "path_type", "linear")
+    args = held.get("args")
+    family = str(getattr(args, "model", "")).partition("-")[0]
+    made = _made(
+        held[weights],
+        num_heads or getattr(args, "num_heads", None),
+        getattr(args, "num_classes", None),
+        family if family in models.FAMILIES else None,
+    )
+    return _fill(*made), getattr(args, "path_type", "linear")
 
 
-def _from_state(state: dict[str, torch.Tensor], num_heads: int | None) -> SiT:
-    family, arguments = models.arguments_from_state_dict(state, num_heads)
-    return _fill(family(**arguments), state)
+def _made(state: dict[str, torch.Tensor], *given) -> tuple[SiT, dict[str, torch.Tensor]]:
+    cls, arguments = models.arguments_from_state_dict(state, *given)
+    return cls(**arguments), state

@@ -11,10 +11,13 @@ from sra_fast.engine.metrics import Metrics
 from sra_fast.engine.objective import align_weight
 
 
+def warm_up(step: int, warmup_steps: int) -> float:
+    """Factor of the learning rate at a 0-based step: linear, then 1."""
+    return min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
 def set_lr(trainer: Trainer, step: int) -> float:
-    """Linear warm-up, then constant."""
-    optim = trainer.cfg.optim
-    lr = optim.lr * min(1.0, (step + 1) / max(optim.warmup_steps, 1))
+    lr = trainer.cfg.optim.lr * warm_up(step, trainer.cfg.optim.warmup_steps)
     for group in trainer.engine.optimizer.param_groups:
         group["lr"] = lr
     return lr

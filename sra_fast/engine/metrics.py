@@ -28,9 +28,9 @@ PEAK = {
 }
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak rate of the GPU, or None on a CPU and on GPUs that are not in the table."""
-    if device.type != "cuda":
+def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> float | None:
+    """Peak rate of the GPU's matrix units, or None: a CPU, a GPU that is not in the table, or plain fp32."""
+    if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)
     return next((rates[precision != "bf16"] for key, rates in PEAK.items() if key in name), None)
@@ -80,8 +80,10 @@ class Metrics:
 
     def __init__(self, folder: Path | None, cfg: Config, device: torch.device, world: int, start: int = 0):
         self.every, self.device, self.world, self.images = cfg.train.log_every, device, world, cfg.train.global_batch
-        self.flops = training_flops(cfg)[1]
-        self.peak = peak_flops(device, cfg.train.precision)
+        self.flops = training_flops(cfg)
+        self.peak = peak_flops(device, cfg.train.precision, cfg.train.tf32)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of training, not of what was built before
         self.sums, self.count, self.waiting, self.rows = {}, 0, deque(), []
         self.clock = time.perf_counter()
         self.file = self.board = None
@@ -123,7 +125,7 @@ class Metrics:
         rate = self.count * self.images / (now - self.clock)
         extra = {"step": step, **extra, "images_per_s": rate, "ms_per_step": 1e3 * (now - self.clock) / self.count}
         if self.peak:
-            extra["mfu"] = rate * self.flops / (self.peak * self.world)
+            extra["mfu"] = rate * self.flops[extra.get("align_weight", 0) > 0] / (self.peak * self.world)
         self.waiting.append((names, means, event, extra))
         self.sums, self.count, self.clock = {}, 0, now
 

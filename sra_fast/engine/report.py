@@ -26,8 +26,9 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_
         gap_after: a wider white gap after this column.
     """
     count, height, width, channels = images.shape
-    images = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
-    rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, count - columns + 1, columns)]
+    missing = -count % columns
+    images = np.pad(images, ((0, missing), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, count, columns)]
     grid = np.concatenate(rows, axis=0)
     if gap_after:
         gap = np.full((grid.shape[0], width // 2, channels), 255, np.uint8)

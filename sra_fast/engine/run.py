@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sra_fast.engine import checkpoint, report
 from sra_fast.engine.build import Trainer, build
 from sra_fast.engine.cli import save_config
-from sra_fast.engine.config import Config
+from sra_fast.engine.config import Config, ModelConfig
 from sra_fast.engine.data import Digits, Latents, make_dataset
 from sra_fast.engine.ds_config import deepspeed_config, zero_stage
 from sra_fast.engine.files import write_atomic
@@ -40,6 +40,7 @@ def prepare(cfg: Config, ds_json: str | None) -> Plan:
     world = int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulation = split_batch(cfg, world)
     stage = zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
+    cfg.train.zero_stage = stage
     resume = find_resume(cfg)
     if resume:
         checkpoint.read_state(resume, checkpoint.identity_of(cfg, world, stage))
@@ -50,9 +51,10 @@ def _read_start(cfg: Config, resume: Path | None) -> dict:
     """What ``train.init_from`` names, or an empty dict; ValueError if it does not fit the run."""
     if not cfg.train.init_from:
         return {}
-    if resume:
-        raise ValueError("train.resume and train.init_from exclude each other")
+    if resume:  # a job that is restarted with the same command goes on where it was
+        return {}
     start = checkpoint.read_weights(cfg.train.init_from)
+    _check_heads(cfg, start)
     with torch.device("meta"):
         expected = {name: [*value.shape] for name, value in cfg.model.build().state_dict().items()}
     for key in {"model", "ema"} & set(start):
@@ -66,6 +68,17 @@ def _read_start(cfg: Config, resume: Path | None) -> dict:
     if start.get("steps", 0) >= cfg.train.steps:
         raise ValueError(f"train.steps must exceed the {start['steps']} of train.init_from, got {cfg.train.steps}")
     return start
+
+
+def _check_heads(cfg: Config, start: dict) -> None:
+    """The one property of a model that the shapes of its weights do not show."""
+    ours = cfg.model.arguments()["num_heads"]
+    if "config" in start:
+        theirs = ModelConfig(**start["config"]["model"]).arguments()["num_heads"]
+    else:
+        theirs = getattr(start.get("args"), "num_heads", ours)
+    if theirs != ours:
+        raise ValueError(f"train.init_from {cfg.train.init_from} was made with {theirs} heads, the model has {ours}")
 
 
 def _check_writable(out: Path) -> None:
@@ -114,8 +127,10 @@ def run(plan: Plan, device: torch.device) -> dict:
         folder, start = plan.resume.parents[1], checkpoint.load(trainer, plan.resume)
     else:
         folder, start = new_folder(Path(cfg.train.out)), checkpoint.start_from(trainer, plan.start)
+    plan.start.clear()
     if trainer.rank == 0:
         save_config(cfg, folder / "config.yaml")
+        write_atomic(folder / "deepspeed.json", lambda p: p.write_text(json.dumps(trainer.ds_config, indent=1)))
     train(trainer, plan.data, folder, start)
     epoch = cfg.train.steps // max(1, len(plan.data) // cfg.train.global_batch)
     if "safetensors" in cfg.train.export:
@@ -158,7 +173,7 @@ def digits_report(trainer: Trainer, weights: dict, folder: Path) -> dict:
     cfg, device = trainer.cfg, trainer.device
     model = cfg.model.build().to(device).eval()
     model.load_state_dict(trainer.state_dict(weights))
-    labels = choose_labels(DIGITS_PER_CLASS * cfg.model.num_classes, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed)
+    labels = choose_labels(DIGITS_PER_CLASS * Digits.num_classes, Digits.num_classes, cfg.sample.labels, cfg.train.seed)
     images = generate(model, labels, cfg.sample, cfg.diffusion.path, cfg.train.seed, len(labels), device)
     columns = 10
     fake = [images[labels == c][:columns] for c in range(10)]

@@ -1,7 +1,8 @@
 """Checks of a configuration before anything large is allocated: each failure is one ValueError that says what is wrong."""
 import torch
 
-from sra_fast.engine.config import Config
+from sra_fast.engine.config import Config, SampleConfig
+from sra_fast.engine.gaussian import NUM_TIMES
 from sra_fast.engine.samplers import METHODS
 
 
@@ -20,17 +21,35 @@ def check(cfg: Config) -> None:
         family == "SiT" or (cfg.diffusion.path, cfg.diffusion.time) == ("linear", "uniform"),
         f"diffusion.path and diffusion.time are SiT's; DiT has neither, got {cfg.diffusion.path}, {cfg.diffusion.time}",
     )
-    method = cfg.sample.resolved_method(family)
-    _require(method in METHODS[family], f"sample.method for {family} must be one of {METHODS[family]}, got {method}")
     _require(
         cfg.sample.guidance == 1 or cfg.model.class_dropout_prob > 0,
         f"sample.guidance {cfg.sample.guidance} needs model.class_dropout_prob > 0",
     )
-    t, o = cfg.train, cfg.optim
+    _check_numbers(cfg)
+    check_sampling(cfg.sample, family)
+
+
+def check_sampling(sample: SampleConfig, family: str) -> None:
+    """Sampler settings against the model's family: also what ``sample.py`` checks before it samples."""
+    method = sample.resolved_method(family)
+    _require(method in METHODS[family], f"sample.method for {family} must be one of {METHODS[family]}, got {method}")
+    most = NUM_TIMES if family == "DiT" else 10**6
+    _require(1 <= sample.steps <= most, f"sample.steps for {family} must lie in [1, {most}], got {sample.steps}")
+    low, high = sample.interval
+    _require(0 <= low <= high <= 1, f"sample.interval must be 0 <= low <= high <= 1, got {[low, high]}")
+
+
+def _check_numbers(cfg: Config) -> None:
+    t, o, d = cfg.train, cfg.optim, cfg.data
     for name, value in dict(steps=t.steps, save_every=t.save_every, log_every=t.log_every).items():
         _require(value >= 1, f"train.{name} must be at least 1, got {value}")
     _require(0 <= t.ema_decay <= 1, f"train.ema_decay must lie in [0, 1], got {t.ema_decay}")
-    _require(o.lr > 0 and o.clip >= 0, f"optim needs lr > 0 and clip >= 0, got lr {o.lr}, clip {o.clip}")
+    _require(o.lr > 0 and o.eps > 0, f"optim.lr and optim.eps must be positive, got {o.lr} and {o.eps}")
+    _require(all(0 <= beta < 1 for beta in o.betas), f"optim.betas must lie in [0, 1), got {list(o.betas)}")
+    for name, value in {"optim.clip": o.clip, "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps,
+                        "data.num_workers": d.num_workers, "align.hold": cfg.align.hold}.items():
+        _require(value >= 0, f"{name} must not be negative, got {value}")
+    _require(d.latent_scale > 0, f"data.latent_scale must be positive, got {d.latent_scale}")
 
 
 def _check_align(cfg: Config) -> None:
@@ -43,6 +62,8 @@ def _check_align(cfg: Config) -> None:
         f"got student_layer {a.student_layer} and teacher_layer {a.teacher_layer}",
     )
     _require(0 <= a.t_max <= 1, f"align.t_max must lie in [0, 1], got {a.t_max}")
+    _require(min(a.weight, *a.milestones.values()) >= 0 if a.milestones else a.weight >= 0,
+             f"align.weight and align.milestones must not be negative, got {a.weight} and {a.milestones}")
     _require(a.beta > 0, f"align.beta must be positive, got {a.beta}")
     _require(a.decay >= 1, f"align.decay must be at least 1, got {a.decay}")
     _require(

@@ -32,11 +32,14 @@ def create_model(name: str, **overrides) -> SiT:
     return family(**{**arguments, **overrides})
 
 
-def arguments_from_state_dict(state: Mapping[str, Tensor], num_heads: int | None = None) -> tuple[type[SiT], dict]:
+def arguments_from_state_dict(
+    state: Mapping[str, Tensor], num_heads: int | None = None, num_classes: int | None = None, family: str | None = None
+) -> tuple[type[SiT], dict]:
     """The class and constructor arguments that a state dict (the reference's names) was made with.
 
-    Everything but the head count follows from the shapes; ``num_heads`` defaults to that of the paper's size of the
-    same width.  Raises ValueError if the width is no paper size and ``num_heads`` is not given.
+    Shapes do not tell three things, which have the usual answer unless given: ``num_heads`` (the paper's size of the same
+    width), ``num_classes`` (all embedding rows but one, the null class) and ``family`` (2C output channels are a DiT's).
+    Raises ValueError if the width is no paper size and ``num_heads`` is not given.
     """
     weight = state["x_embedder.proj.weight"]
     hidden_size, in_channels, patch_size = weight.shape[:3]
@@ -48,6 +51,8 @@ def arguments_from_state_dict(state: Mapping[str, Tensor], num_heads: int | None
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     rows = state["y_embedder.embedding_table.weight"].shape[0]
     out_channels = state["final_layer.linear.weight"].shape[0] // patch_size**2
+    num_classes = rows - 1 if num_classes is None else num_classes
+    cls = FAMILIES[family] if family else SiT if out_channels == in_channels else DiT
     arguments = dict(
         input_size=patch_size * round(state["pos_embed"].shape[1] ** 0.5),
         patch_size=patch_size,
@@ -56,7 +61,8 @@ def arguments_from_state_dict(state: Mapping[str, Tensor], num_heads: int | None
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size,
-        num_classes=rows - 1,
+        num_classes=num_classes,
+        class_dropout_prob=0.1 if rows > num_classes else 0.0,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
     )
-    return (SiT if out_channels == in_channels else DiT), arguments
+    return cls, arguments | ({"learn_sigma": out_channels != in_channels} if cls is DiT else {})

@@ -55,6 +55,8 @@ def test_peak_table(monkeypatch):
     for name, rate in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=name: name)
         assert peak_flops(torch.device("cuda"), "bf16") == rate
+        assert peak_flops(torch.device("cuda"), "fp32", tf32=True) == pytest.approx(rate / 2, rel=2e-3)
+        assert peak_flops(torch.device("cuda"), "fp32") is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: "Unheard-of 1")
     assert peak_flops(torch.device("cuda"), "bf16") is None
 
@@ -92,7 +94,7 @@ def test_values_that_are_not_finite_stop_the_run(tmp_path, name, value):
     assert read_rows(tmp_path / "stats.jsonl"), "the row that shows it is kept"
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "bf16")])
+@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision):
     """Every way of reading a tensor on the host is recorded, DeepSpeed's own included; steps that log nothing have none."""
     from sra_fast.engine.build import build
@@ -118,7 +120,10 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision):
         extra = optimizer_step(trainer, batches, stream, data, step, m)
         m.step(step + 2, extra)
     # torch's AdamW reads its step counter, which lives on the host; on CUDA the fused one does not
-    blamed = [(n, [f"{Path(f.filename).name}:{f.lineno}" for f in s[-6:-1]]) for n, s in reads
-              if not any("torch/optim" in f.filename for f in s)]
-    assert not blamed, blamed[:4]
+    readers = [[f"{Path(f.filename).name}:{f.name}" for f in s[-5:-1]] for n, s in reads if "torch/optim" not in s[-2].filename]
+    if stage == 3:  # DeepSpeed itself looks at the norm, once a step; nothing else may
+        own = [r for r in readers if r[-1] == "utils.py:is_invalid_grad_norm" and r[-2] == "stage3.py:step"]
+        assert len(own) == 4, readers
+        readers = [r for r in readers if r not in own]
+    assert not readers, readers[:4]
     assert torch.tensor(1.0).item() == 1.0 and reads[-1][0] == "item", "the recorder works"

@@ -19,6 +19,18 @@ from sra_fast.engine.distributed import init_distributed  # noqa: E402
 from sra_fast.engine.loop import train  # noqa: E402
 
 STEPS, HALF = 6, 3
+# further configurations, each with the ZeRO stage it runs in; {micro} accumulates four micro-batches
+VARIANTS = {
+    "accumulated": (1, "--train.micro_batch {micro}"),
+    "accumulated_decay_clip": (2, "--train.micro_batch {micro} --optim.weight_decay 0.5 --optim.clip 0.05"),
+    "accumulated_no_clip": (3, "--train.micro_batch {micro} --optim.clip 0 --optim.weight_decay 0.1"),
+    "plain": (2, "--align none"),
+    "late_alignment": (1, '--align.schedule milestones --align.milestones {{"0":0.0,"2":0.4,"5":0.1}}'),
+    "stopped_alignment": (3, "--align.stop_at_step 2"),
+    "cosine_warmup": (0, "--diffusion.path cosine --diffusion.time lognormal --align.distance cosine_patch --optim.warmup_steps 4"),
+    "no_null_class": (2, "--model.class_dropout_prob 0 --align.teacher_layer 4 --optim.clip 0.1"),
+    "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
+}
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
 
@@ -47,15 +59,28 @@ def gathered_teacher(trainer) -> dict:
         return {name: p.detach().float().clone() for name, p in parameters.items()}
 
 
+def whole_masters(trainer) -> dict:
+    """Every fp32 master in whole, by DeepSpeed's public accessor where there is one (ZeRO 1-3)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    named, optimizer = dict(trainer.student.named_parameters()), trainer.engine.optimizer
+    if trainer.stage:
+        return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()}
+    masters = {id(p): p for p in named.values()}
+    for params, group in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ())):
+        masters.update({id(p): master for p, master in zip(params, group)})
+    return {name: masters[id(p)].detach().cpu().clone() for name, p in named.items()}
+
+
 def watch_ema(trainer) -> dict:
-    """Recompute the EMA of every whole parameter from DeepSpeed's own gathered masters, beside the sharded one."""
-    ema = trainer.shards.gather(trainer.shards.flats)
-    update = trainer.ema.update
+    """Recompute the EMA of every whole parameter from whole masters, beside the sharded one."""
+    ema = whole_masters(trainer)
+    update, decay = trainer.ema.update, trainer.cfg.train.ema_decay
 
     def update_both():
         update()
-        for name, master in trainer.shards.gather(trainer.shards.flats).items():
-            ema[name] = 0.9 * ema[name] + 0.1 * master
+        for name, master in whole_masters(trainer).items():
+            ema[name] = decay * ema[name] + (1 - decay) * master
 
     trainer.ema.update = update_both
     return ema
@@ -81,9 +106,9 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     data, folder = make_dataset(cfg), out / name
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build(cfg, device)
-    watched = watch_ema(trainer)
+    initial, watched = whole_masters(trainer), watch_ema(trainer)
     whole = outcome(trainer, train(trainer, data, folder))
-    whole["watched_ema"] = watched
+    whole["watched_ema"], whole["initial"] = watched, initial
     resumed = build(cfg, device)
     start = checkpoint.load(resumed, folder / "checkpoints" / f"step_{HALF:08d}")
     assert start == HALF
@@ -107,9 +132,8 @@ def main() -> None:
     out, device = Path(sys.argv[1]), init_distributed()
     for stage, precision in CASES:
         run_case(out, f"{precision}_{stage}", device, stage, precision)
-    world = dist.get_world_size()
-    run_case(out, "accumulated", device, 1, "fp32", "--train.micro_batch", str(24 // (4 * world)))
-    run_case(out, "plain", device, 2, "fp32", "--align", "none")
+    for name, (stage, args) in VARIANTS.items():
+        run_case(out, name, device, stage, "fp32", *args.format(micro=24 // (4 * dist.get_world_size())).split())
     start_from_reference(out, device)
 
 

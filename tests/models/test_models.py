@@ -60,6 +60,11 @@ def test_arguments_from_state_dict_round_trip():
         found(**arguments).load_state_dict(model.state_dict(), strict=True)
     with pytest.raises(ValueError, match="num_heads"):
         arguments_from_state_dict(model.state_dict())
+    # what shapes do not tell can be given
+    without_null = DiT(**{**TINY, "class_dropout_prob": 0.0}, learn_sigma=False)
+    found, arguments = arguments_from_state_dict(without_null.state_dict(), 2, num_classes=5, family="DiT")
+    assert found is DiT and arguments["num_classes"] == 5 and arguments["class_dropout_prob"] == 0
+    found(**arguments).load_state_dict(without_null.state_dict(), strict=True)
 
 
 # parameters in millions: DiT, Table 1 (trainable, without the projection head), and one that the paper rounds
