@@ -108,8 +108,11 @@ def measure_cubin(cubin: bytes) -> dict:
 
     def by_width(opcode: str) -> Counter:
         # LDG.E.128.CONSTANT, STG.E.U16, LDG.E (32 bit without a suffix)
-        lines = re.findall(rf"\b{opcode}\.([A-Z0-9_.]*)", sass)
-        return Counter(int(m.group(1)) if (m := re.search(r"(?:^|\.)[US]?(8|16|64|128|256)\b", s)) else 32 for s in lines)
+        matches = [
+            re.search(r"(?:^|\.)[US]?(8|16|64|128|256)\b", suffix)
+            for suffix in re.findall(rf"\b{opcode}\.([A-Z0-9_.]*)", sass)
+        ]
+        return Counter(int(match.group(1)) if match else 32 for match in matches)
 
     return {
         "registers": used["REG"],
