@@ -1,4 +1,5 @@
 """The per-image, per-group and per-token vectors of adaLN: what shapes they may have, and what they mean."""
+import torch
 from torch import Tensor
 
 from sra_fast.ops._backend import upcast
@@ -24,7 +25,7 @@ def check(
         )
     if not all(t.is_floating_point() for t in named.values()):
         raise ValueError(f"expected floating-point tensors, got { {name: t.dtype for name, t in named.items()} }")
-    if group is not None and (group.is_floating_point() or group.is_complex()):
+    if group is not None and (group.is_floating_point() or group.is_complex() or group.dtype == torch.bool):
         raise ValueError(f"expected an integer group, got {group.dtype}")
     devices = {t.device for t in named.values()} | ({group.device} if group is not None else set())
     if len(devices) > 1:
