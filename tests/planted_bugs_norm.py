@@ -159,10 +159,12 @@ def noticed(name: str, path: str, old: str, new: str, test: str) -> bool:
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
         environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
         run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-        # 1: tests failed; a file that does not even import gives 2 and proves nothing
-        first = next((line for line in run.stdout.splitlines() if line.startswith("FAILED")), run.stdout[-200:])
-        print(f"{'red ' if run.returncode == 1 else 'MISSED'}  {name}: {first.partition(' - ')[0]}", flush=True)
-        return run.returncode == 1
+        # 1: a test failed; negative: a test read or wrote outside its tensors and died of it.  2 would be a file that
+        # does not even import, which proves nothing
+        red = run.returncode == 1 or run.returncode < 0
+        first = next((s for s in run.stdout.splitlines() if s.startswith("FAILED")), f"exit {run.returncode}")
+        print(f"{'red   ' if red else 'MISSED'}  {name}: {first.partition(' - ')[0]}", flush=True)
+        return red
 
 
 def main() -> int:
