@@ -1,70 +1,101 @@
-"""adaLN-Zero building block: LayerNorm without affine, then per-image shift and scale (DiT, arXiv 2212.09748, Sec. 3.2)."""
+"""adaLN-Zero building block: norm without affine, then shift and scale (DiT, arXiv 2212.09748, Sec. 3.2)."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adaln as kernels
 from sra_fast.ops._backend import upcast, use_triton
+from sra_fast.ops._modulation import check, in_place, spread
 from sra_fast.ops._register import register
 
+NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
 
-def adaln_ref(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+
+def check_norm(norm: str) -> None:
+    """Raise ValueError unless ``norm`` is one of ``NORMS``."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {tuple(NORMS)}, got {norm!r}")
+
+
+def adaln_ref(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, norm: str = "layer", group: Tensor | None = None
+) -> Tensor:
     """The definition, in fp32.  Tests, benchmarks and backend="torch" all use this one function."""
-    xhat = F.layer_norm(upcast(x), x.shape[-1:], eps=eps)
-    return (xhat * (1 + upcast(scale)[:, None]) + upcast(shift)[:, None]).to(x.dtype)
+    xhat = NORMS[norm](upcast(x), x.shape[-1:], eps=eps)
+    return (xhat * (1 + spread(scale, group)) + spread(shift, group)).to(x.dtype)
+
+
+def _fake_bwd(dy, x, scale, group, mean, rstd):
+    per_token = group is None and scale.dim() == 3
+    dshift = x.new_empty(0) if per_token else scale.new_empty(scale.shape)
+    return x.new_empty(x.shape), dshift, scale.new_empty(scale.shape)
 
 
 _fwd = register(
-    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? group, float eps, bool rms) -> (Tensor, Tensor, Tensor)",
     kernels.adaln_fwd,
-    lambda x, shift, scale, eps: (
+    lambda x, shift, scale, group, eps, rms: (
         x.new_empty(x.shape),
-        *(x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2)),
+        x.new_empty((0,) if rms else x.shape[:2], dtype=torch.float32),
+        x.new_empty(x.shape[:2], dtype=torch.float32),
     ),
 )
 _bwd = register(
-    "adaln_bwd(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "adaln_bwd(Tensor dy, Tensor x, Tensor scale, Tensor? group, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
     kernels.adaln_bwd,
-    lambda dy, x, scale, mean, rstd: (x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(2))),
+    _fake_bwd,
 )
 
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, eps):
-        y, mean, rstd = _fwd(x, shift, scale, eps)
-        ctx.save_for_backward(x, scale, mean, rstd)
+    def forward(ctx, x, shift, scale, group, eps, rms):
+        x = x.contiguous()
+        y, mean, rstd = _fwd(x, shift, scale, group, eps, rms)
+        ctx.save_for_backward(x, scale, group, mean, rstd)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, scale, mean, rstd = ctx.saved_tensors
-        return *_bwd(dy.contiguous(), x, scale, mean, rstd), None
+        x, scale, group, mean, rstd = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx, dshift, dscale = _bwd(dy, x, scale, group, mean, rstd)
+        return dx, dy if group is None and scale.dim() == 3 else dshift, dscale, None, None, None
 
 
-def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
-    """``layer_norm(x) * (1 + scale) + shift`` with one read and one write of ``x``.
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    norm: str = "layer",
+    group: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``norm(x) * (1 + scale) + shift`` with one read and one write of ``x``; statistics in fp32.
 
     Args:
-        x: ``[B, T, D]`` tokens, bf16/fp16/fp32 (fp64 runs the reference).
-        shift: ``[B, D]``; may be a column slice of the 6*D adaLN projection.
-        scale: ``[B, D]``; same strides as ``shift``.
-        eps: added to the variance.
+        x: ``[B, T, D]`` tokens, bf16/fp16/fp32 (fp64 runs the reference); copied first unless contiguous.
+        shift: ``[B, D]``, or ``[B, T, D]`` for one per token, or ``[B, G, D]`` with ``group``; a column slice of the
+            6*D adaLN projection is used in place.
+        scale: shaped as ``shift``, with strides of its own.
+        eps: added to the variance (of RMS: to the mean square).
+        norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
+        group: ``[B, T]`` integers in [0, G), unchecked: which of an image's G vectors a token takes (two noise levels
+            per image: G = 2).  None: one vector per image, or per token.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
         ``[B, T, D]`` in ``x.dtype``.
 
     Raises:
-        ValueError: the shapes do not fit, or ``backend`` is unknown.
+        ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
-    if x.dim() != 3 or shift.shape != (x.shape[0], x.shape[2]) or scale.shape != shift.shape:
-        raise ValueError(
-            f"expected x [B, T, D] and shift, scale [B, D], got {[*x.shape]}, {[*shift.shape]}, {[*scale.shape]}"
-        )
-    if not use_triton(x, backend):
-        return adaln_ref(x, shift, scale, eps)
-    if shift.stride() != scale.stride() or shift.stride(-1) != 1:
-        shift, scale = shift.contiguous(), scale.contiguous()
-    return _AdaLN.apply(x.contiguous(), shift, scale, eps)
+    check(x, {}, {"shift": shift, "scale": scale}, group, per_token=True)
+    check_norm(norm)
+    if not use_triton(x, backend) or x.dtype == torch.float64 or x.numel() == 0:
+        return adaln_ref(x, shift, scale, eps, norm=norm, group=group)
+    group = None if group is None else group.contiguous()
+    return _AdaLN.apply(x, in_place(shift), in_place(scale), group, eps, norm == "rms")

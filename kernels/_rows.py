@@ -1,0 +1,196 @@
+"""What the row kernels share: how a width and a batch are cut, and the sum of partial gradients.
+
+A program owns one image (or one group of its tokens) and walks some of its rows, two at a time, so that the loads of
+both are in flight together.  A width that is no power of two is cut into a head and a tail, 1152 = 1024 + 128: padded
+to 2048, 44 % of the lanes would hold nothing.  Rows are one-dimensional tensors, so that their statistics are scalars:
+with two-dimensional tiles, statistics of head and tail pull both into one of their two layouts, and whole tiles cross
+shared memory in every iteration.
+"""
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# rows of one loop iteration of every kernel here
+STEP = 2
+# what a Hopper SM needs in flight to saturate its share of the memory: 25 bytes/ns times about 0.8 us, twice
+BYTES_IN_FLIGHT = 40 * 1024
+
+
+@functools.cache
+def width_config(D: int) -> dict[str, int]:
+    """HEAD and TAIL columns (TAIL 0: none) and the warps that give a thread 8 columns of the head, 128 bits in bf16."""
+    padded = triton.next_power_of_2(D)
+    head = padded if padded == D else padded // 2
+    tail = triton.next_power_of_2(D - head)
+    if D == head or tail == head:
+        head, tail = padded, 0
+    return {"D": D, "HEAD": head, "TAIL": tail, "num_warps": min(max(head // 256, 1), 16)}
+
+
+@functools.cache
+def num_splits(images: int, steps: int, slots: int) -> int:
+    """Programs per image: as few as fill the device evenly, since each adds a partial sum to the traffic.
+
+    Args:
+        images: images times groups.
+        steps: loop iterations that one image takes.
+        slots: programs that run at once.
+    """
+    most = max(min(steps, triton.cdiv(2 * slots, images)), 1)
+    # a program's prologue and epilogue take about as long as one iteration
+    cost = lambda splits: triton.cdiv(images * splits, slots) * (triton.cdiv(steps, splits) + 1)
+    return min(range(1, most + 1), key=cost)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    # the interpreter runs one program after the other: a few are enough to test them
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def mod_strides(mod: Tensor) -> tuple[int, int]:
+    """Strides of image and group of a modulation ``[B, D]`` or ``[B, G, D]``."""
+    assert mod.stride(-1) == 1 or mod.shape[-1] == 1
+    return (mod.stride(0), mod.stride(1)) if mod.dim() == 3 else (mod.stride(0), 0)
+
+
+def split_rows(x: Tensor, groups: int, num_loads: int) -> tuple[int, int]:
+    """Programs per image and group of ``x [B, T, D]``, and rows of each; ``num_loads`` arrays like x are read."""
+    B, T, D = x.shape
+    steps = triton.cdiv(T, STEP)
+    in_flight = STEP * num_loads * D * x.element_size()
+    slots = num_sms(x.device) * min(max(triton.cdiv(BYTES_IN_FLIGHT, in_flight), 2), 16)
+    splits = num_splits(B * groups, steps, slots)
+    return splits, triton.cdiv(steps, splits) * STEP
+
+
+@triton.jit
+def locate(G, P):
+    """Image, group and split of this program; int64, since they are multiplied by strides."""
+    pid = tl.program_id(0).to(tl.int64)
+    return pid, pid // P // G, pid // P % G, pid % P
+
+
+@triton.jit
+def is_mine(group_ptr, row, t, g, T):
+    """Whether token t (row `row` of all) exists and is in group g."""
+    live = t < T
+    if group_ptr is not None:
+        live &= tl.load(group_ptr + row, mask=live, other=-1) == g
+    return live
+
+
+@triton.jit
+def load(ptr, at, mask):
+    return tl.load(ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_fp32(ptr, at, mask):
+    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def residual(x, y, gate, bias, out_ptr, at, mask):
+    """x + gate (y + bias), stored rounded once, given back as the fp32 value of what was stored."""
+    out = x.to(tl.float32) + gate * (y.to(tl.float32) + bias)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, out, mask=mask)
+    return out.to(tl.float32)
+
+
+@triton.jit
+def load_bias(bias_ptr, cols, mask):
+    return load_fp32(bias_ptr, cols, mask) if bias_ptr is not None else 0.0
+
+
+@triton.jit
+def load_two(a_ptr, b_ptr, group_ptr, b, g, t, T, cols, cols2, D: tl.constexpr, TAIL: tl.constexpr):
+    """Row t of image b of two arrays, as it is in memory, and whether it is this program's."""
+    row = b * T + t
+    live = is_mine(group_ptr, row, t, g, T)
+    head = load(a_ptr, row * D + cols, live & (cols < D)), load(b_ptr, row * D + cols, live & (cols < D))
+    tail = head
+    if TAIL:
+        tail = load(a_ptr, row * D + cols2, live & (cols2 < D)), load(b_ptr, row * D + cols2, live & (cols2 < D))
+    return row, live, head, tail
+
+
+@triton.jit
+def fold(head, tail, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """The tail added to the head, whose columns each thread sums on its own: one reduction across threads, not two."""
+    if TAIL:
+        head = tl.sum(tl.reshape(head, (TAIL, HEAD // TAIL)), axis=1) + tail
+    return head
+
+
+@triton.jit
+def norm_fwd(
+    x, x2, row, live, mean_ptr, rstd_ptr, eps, cols, cols2, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+):
+    """xhat of a row cut in two; stores its statistics.  Without mean_ptr: RMS."""
+    if mean_ptr is not None:
+        mean = tl.sum(fold(x, x2, HEAD, TAIL), axis=0) / D
+        tl.store(mean_ptr + row, mean, mask=live)
+        # the padding holds 0 - mean, which must not enter the variance
+        x = tl.where(cols < D, x - mean, 0.0)
+        x2 = tl.where(cols2 < D, x2 - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(fold(x * x, x2 * x2, HEAD, TAIL), axis=0) / D + eps)
+    tl.store(rstd_ptr + row, rstd, mask=live)
+    return x * rstd, x2 * rstd
+
+
+@triton.jit
+def norm_bwd(xhat, xhat2, dxhat, dxhat2, mean_ptr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """c1, c2 of dx = (dxhat - xhat c1 - c2) rstd, both means in one reduction; c2 is 0 where no mean was subtracted."""
+    c1 = fold(xhat * dxhat, xhat2 * dxhat2, HEAD, TAIL)
+    if mean_ptr is None:
+        return tl.sum(c1, axis=0) / D, 0.0
+    return tl.split(tl.sum(tl.join(c1, fold(dxhat, dxhat2, HEAD, TAIL)), axis=0) / D)
+
+
+@triton.jit
+def sum_partials_kernel(
+    part_ptr,  # [M, P, K, D] fp32
+    a_ptr,  # [M, D], the sum over P of k = 0, and so on; None where there is no such k
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    P,
+    K,
+    D,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(2)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < D
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    # in the order of the splits, whatever order they finished in: the same bits every time
+    for p in range(P):
+        total += tl.load(part_ptr + ((m * P + p) * K + k) * D + cols, mask=mask, other=0.0)
+    out = m * D + cols
+    if k == 0:
+        tl.store(a_ptr + out, total, mask=mask)
+    if b_ptr is not None:
+        if k == 1:
+            tl.store(b_ptr + out, total, mask=mask)
+    if c_ptr is not None:
+        if k == 2:
+            tl.store(c_ptr + out, total, mask=mask)
+    if d_ptr is not None:
+        if k == 3:
+            tl.store(d_ptr + out, total, mask=mask)
+
+
+def sum_partials(part: Tensor, *outputs: Tensor) -> None:
+    """Sum ``part [M, P, K, D]`` over P into K tensors ``[M, D]`` (contiguous, any float dtype)."""
+    M, P, K, D = part.shape
+    assert len(outputs) == K and all(out.is_contiguous() for out in outputs)
+    block = 256
+    sum_partials_kernel[(M, triton.cdiv(D, block), K)](
+        part, *outputs, *[None] * (4 - K), P, K, D, BLOCK=block, num_warps=2, enable_fp_fusion=True
+    )

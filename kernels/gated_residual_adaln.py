@@ -1,0 +1,269 @@
+"""The residual update of adaLN-Zero and the modulated norm that follows it, in one pass.
+
+    x' = x + gate (y + bias)
+    h  = norm(x') (1 + scale) + shift
+
+A program walks rows of one image, so that the modulation is read once and the sums over tokens stay in registers; each
+leaves one fp32 partial sum per gradient, added in a fixed order (no atomics: bitwise repeatable).  x', y, mean and rstd
+are all the backward needs: h is recomputed, and y cannot be, since the gate starts at zero.
+Reference: sra_fast/ops/gated_residual.py::gated_residual_adaln_ref.
+
+Bytes moved, s per element of the [B, T, D] arrays (2 in bf16), P programs per image (kernels/_rows.py):
+    forward   4 s B T D (x, y; x', h) + 3 s P B D (modulation) + 8 B T (statistics)
+    backward  6 s B T D (x', y, dx', dh; dx, dy) + (24 + 2 s) P B D (three partial sums written and read, gate, scale)
+              + 3 s B D (dgate, dshift, dscale) + 8 B T (statistics); with a bias 8 P B D more for its partial sums
+In the names below a 2 marks the tail of a row that is cut in two.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._rows import (
+    is_mine,
+    load,
+    load_bias,
+    load_fp32,
+    load_two,
+    locate,
+    mod_strides,
+    norm_bwd,
+    norm_fwd,
+    residual,
+    split_rows,
+    sum_partials,
+    width_config,
+)
+
+
+@triton.jit
+def _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols, D: tl.constexpr):
+    mask = cols < D
+    w = 1.0 + load_fp32(scale_ptr, cols, mask)
+    return load_fp32(gate_ptr, cols, mask), load_fp32(shift_ptr, cols, mask), w, load_bias(bias_ptr, cols, mask)
+
+
+@triton.jit
+def _fwd_kernel(
+    x_ptr,  # [B, T, D]
+    y_ptr,  # [B, T, D]
+    bias_ptr,  # [D] or None
+    gate_ptr,  # [B, G, D], as are shift and scale; the last stride is 1
+    shift_ptr,
+    scale_ptr,
+    group_ptr,  # [B, T] integers, or None
+    x_new_ptr,  # [B, T, D]
+    h_ptr,  # [B, T, D]
+    mean_ptr,  # [B, T] fp32, None for RMS
+    rstd_ptr,  # [B, T] fp32
+    T,
+    G,
+    P,
+    num_rows,
+    gate_b,
+    gate_g,
+    shift_b,
+    shift_g,
+    scale_b,
+    scale_g,
+    eps,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    pid, b, g, p = locate(G, P)
+    gate_ptr += b * gate_b + g * gate_g
+    shift_ptr += b * shift_b + g * shift_g
+    scale_ptr += b * scale_b + g * scale_g
+    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
+    gate, shift, w, bias = _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols, D)
+    gate2, shift2, w2, bias2 = _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols2, D)
+    for t in range(p * num_rows, (p + 1) * num_rows, 2):
+        even = load_two(x_ptr, y_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL)
+        odd = load_two(x_ptr, y_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL)
+        for k in tl.static_range(2):
+            row, live, head, tail = odd if k else even
+            at, mask = row * D + cols, live & (cols < D)
+            at2, mask2 = row * D + cols2, live & (cols2 < D)
+            x = residual(head[0], head[1], gate, bias, x_new_ptr, at, mask)
+            x2 = residual(tail[0], tail[1], gate2, bias2, x_new_ptr, at2, mask2) if TAIL else x
+            x, x2 = norm_fwd(x, x2, row, live, mean_ptr, rstd_ptr, eps, cols, cols2, D, HEAD, TAIL)
+            tl.store(h_ptr + at, x * w + shift, mask=mask)
+            if TAIL:
+                tl.store(h_ptr + at2, x2 * w2 + shift2, mask=mask2)
+
+
+@triton.jit
+def _load_four(x_ptr, y_ptr, dx_new_ptr, dh_ptr, at, mask):
+    dh = load(dh_ptr, at, mask)
+    dx = load(dx_new_ptr, at, mask) if dx_new_ptr is not None else dh
+    return load(x_ptr, at, mask), load(y_ptr, at, mask), dx, dh
+
+
+@triton.jit
+def _load_row(
+    x_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, g, t, T, cols, cols2,
+    D: tl.constexpr, TAIL: tl.constexpr,
+):
+    """Row t of image b, its statistics, and whether it is this program's."""
+    row = b * T + t
+    live = is_mine(group_ptr, row, t, g, T)
+    head = _load_four(x_ptr, y_ptr, dx_new_ptr, dh_ptr, row * D + cols, live & (cols < D))
+    tail = head
+    if TAIL:
+        tail = _load_four(x_ptr, y_ptr, dx_new_ptr, dh_ptr, row * D + cols2, live & (cols2 < D))
+    mean = load(mean_ptr, row, live) if mean_ptr is not None else 0.0
+    return row, live, mean, load(rstd_ptr, row, live), head, tail
+
+
+@triton.jit
+def _unpack(piece, w, mean, rstd):
+    """fp32 xhat, dh and its product with w = 1 + scale."""
+    dh = piece[3].to(tl.float32)
+    return (piece[0].to(tl.float32) - mean) * rstd, dh, dh * w
+
+
+@triton.jit
+def _finish(piece, xhat, dh, dxhat, gate, sums, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, at, mask):
+    """Store dx and dy of a piece of a row, and add the row to the sums over tokens."""
+    dx = (dxhat - xhat * c1 - c2) * rstd
+    if dx_new_ptr is not None:
+        dx += piece[2].to(tl.float32)
+    tl.store(dx_ptr + at, dx, mask=mask)
+    tl.store(dy_ptr + at, dx * gate, mask=mask)
+    return sums[0] + dx * piece[1].to(tl.float32), sums[1] + dh, sums[2] + dh * xhat, sums[3] + dx
+
+
+@triton.jit
+def _store_sums(part_ptr, sums, gate, bias_ptr, cols, D: tl.constexpr, K: tl.constexpr):
+    # y + bias enters dgate: the bias times the sum of dx is added once, here
+    tl.store(part_ptr + cols, sums[0] + sums[3] * load_bias(bias_ptr, cols, cols < D), mask=cols < D)
+    tl.store(part_ptr + D + cols, sums[1], mask=cols < D)
+    tl.store(part_ptr + 2 * D + cols, sums[2], mask=cols < D)
+    if K == 4:
+        tl.store(part_ptr + 3 * D + cols, sums[3] * gate, mask=cols < D)
+
+
+@triton.jit
+def _bwd_kernel(
+    x_new_ptr,  # [B, T, D]
+    y_ptr,  # [B, T, D]
+    bias_ptr,  # [D] or None
+    gate_ptr,  # [B, G, D], as is scale; the last stride is 1
+    scale_ptr,
+    group_ptr,  # [B, T] integers, or None
+    mean_ptr,  # [B, T] fp32, None for RMS
+    rstd_ptr,  # [B, T] fp32
+    dx_new_ptr,  # [B, T, D], or None if x' has no other use
+    dh_ptr,  # [B, T, D]
+    dx_ptr,  # [B, T, D]
+    dy_ptr,  # [B, T, D]
+    part_ptr,  # [B, G, P, K, D] fp32: dgate, dshift, dscale, and for K = 4 the sum of dy
+    T,
+    G,
+    P,
+    num_rows,
+    gate_b,
+    gate_g,
+    scale_b,
+    scale_g,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    K: tl.constexpr,
+):
+    pid, b, g, p = locate(G, P)
+    gate_ptr += b * gate_b + g * gate_g
+    scale_ptr += b * scale_b + g * scale_g
+    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
+    gate, w = load_fp32(gate_ptr, cols, cols < D), 1.0 + load_fp32(scale_ptr, cols, cols < D)
+    gate2, w2 = load_fp32(gate_ptr, cols2, cols2 < D), 1.0 + load_fp32(scale_ptr, cols2, cols2 < D)
+    zero, zero2 = tl.zeros((HEAD,), tl.float32), tl.zeros((TAIL if TAIL else 1,), tl.float32)
+    sums, sums2 = (zero, zero, zero, zero), (zero2, zero2, zero2, zero2)
+    for t in range(p * num_rows, (p + 1) * num_rows, 2):
+        even = _load_row(
+            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL
+        )
+        odd = _load_row(
+            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL
+        )
+        for k in tl.static_range(2):
+            row, live, mean, rstd, head, tail = odd if k else even
+            xhat, dh, dxhat = _unpack(head, w, mean, rstd)
+            xhat2, dh2, dxhat2 = _unpack(tail, w2, mean, rstd) if TAIL else (xhat, dh, dxhat)
+            c1, c2 = norm_bwd(xhat, xhat2, dxhat, dxhat2, mean_ptr, D, HEAD, TAIL)
+            at, mask = row * D + cols, live & (cols < D)
+            sums = _finish(head, xhat, dh, dxhat, gate, sums, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, at, mask)
+            if TAIL:
+                at, mask = row * D + cols2, live & (cols2 < D)
+                sums2 = _finish(
+                    tail, xhat2, dh2, dxhat2, gate2, sums2, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, at, mask
+                )
+    _store_sums(part_ptr + pid * K * D, sums, gate, bias_ptr, cols, D, K)
+    if TAIL:
+        _store_sums(part_ptr + pid * K * D, sums2, gate2, bias_ptr, cols2, D, K)
+
+
+def gated_residual_adaln_fwd(
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x', h, mean (empty for RMS) and rstd; x, y, group contiguous, modulations ``[B, D]`` or ``[B, G, D]``."""
+    B, T, D = x.shape
+    assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
+    G = gate.shape[1] if gate.dim() == 3 else 1
+    P, rows = split_rows(x, G, 2)
+    x_new, h = x.new_empty(x.shape), x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((0,) if rms else (B, T), (B, T)))
+    config = width_config(D)
+    _fwd_kernel[(B * G * P,)](
+        *(x, y, bias, gate, shift, scale, group, x_new, h, None if rms else mean, rstd, T, G, P, rows),
+        *(*mod_strides(gate), *mod_strides(shift), *mod_strides(scale), eps),
+        **config,
+        # left alone, ptxas 13 spills two registers for sm_100 at D=768 to fit 128; wide rows it fits in fewer by itself
+        maxnreg=144 if config["num_warps"] < 4 else None,
+        enable_fp_fusion=True,
+    )
+    return x_new, h, mean, rstd
+
+
+def gated_residual_adaln_bwd(
+    dx_new: Tensor | None,
+    dh: Tensor,
+    x_new: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dy, dgate, dshift, dscale, dbias (empty without a bias); the [B, T, D] arrays and group contiguous."""
+    B, T, D = y.shape
+    assert all(t is None or t.is_contiguous() for t in (dx_new, dh, x_new, y, group))
+    G, K = gate.shape[1] if gate.dim() == 3 else 1, 3 if bias is None else 4
+    P, rows = split_rows(y, G, 4)
+    dx, dy = x_new.new_empty(y.shape), y.new_empty(y.shape)
+    dgate, dshift, dscale = (t.new_empty(t.shape) for t in (gate, scale, scale))
+    part = y.new_empty(B * G, P, K, D, dtype=torch.float32)
+    _bwd_kernel[(B * G * P,)](
+        *(x_new, y, bias, gate, scale, group, mean if mean.numel() else None, rstd, dx_new, dh, dx, dy, part),
+        *(T, G, P, rows, *mod_strides(gate), *mod_strides(scale)),
+        K=K,
+        **width_config(D),
+        enable_fp_fusion=True,
+    )
+    if bias is None:
+        sum_partials(part, dgate, dshift, dscale)
+        return dx, dy, dgate, dshift, dscale, y.new_empty(0)
+    sum_dy = part.new_empty(B * G, D)
+    sum_partials(part, dgate, dshift, dscale, sum_dy)
+    return dx, dy, dgate, dshift, dscale, sum_dy.sum(0).to(bias.dtype)

@@ -1,0 +1,83 @@
+"""What the tests of the row operators share: gradients, memory traffic, odd layouts."""
+import contextlib
+import tempfile
+
+import torch
+from conftest import DEVICE, assert_kernel_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WIDTHS = [64, 72, 384, 768, 1024, 1152, 1536]
+# the interpreter truncates to bf16 where the device rounds
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+
+
+def as_tuple(out):
+    return out if isinstance(out, tuple) else (out,)
+
+
+def run(fn, inputs, douts, dtype=None):
+    """Outputs and gradients of ``fn(*inputs)``; None inputs stay None; ``dtype`` casts the inputs first."""
+    inputs = [t if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+    out = as_tuple(fn(*inputs))
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    douts = [d.to(o.dtype) for d, o in zip(douts, out, strict=True)]
+    return [*out, *torch.autograd.grad(out, wanted, douts)]
+
+
+def check_against_fp64(kernel, naive, reference, inputs, douts, floor=4e-6):
+    """Outputs and gradients of the kernel: at most twice as far from the fp64 truth as plain PyTorch is."""
+    ours, theirs = run(kernel, inputs, douts), run(naive, inputs, douts)
+    truth = run(reference, inputs, douts, torch.float64)
+    for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
+        assert a.shape == c.shape and a.dtype == b.dtype, f"result {i}"
+        assert a.isfinite().all(), f"result {i} has a value that was never written"
+        assert_kernel_close(a, b, c, floor=floor * max(1.0, c.abs().max().item()))
+
+
+class OpLog(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def count_bytes(monkeypatch):
+    """Bytes that interpreted kernels load and store, masked lanes not counted: ``{"load": n, "store": n}``."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    total = {"load": 0, "store": 0}
+
+    def counting(kind, original):
+        def call(self, ptrs, *args):
+            mask = args[0] if kind == "load" else args[1]
+            total[kind] += int(mask.data.sum()) * (ptrs.get_element_ty().primitive_bitwidth // 8)
+            return original(self, ptrs, *args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for kind in total:
+            name = f"create_masked_{kind}"
+            patch.setattr(InterpreterBuilder, name, counting(kind, getattr(InterpreterBuilder, name)))
+        yield total
+
+
+def far_apart(values, stride):
+    """A view equal to ``values [B, D]``, rows ``stride`` elements apart, in a sparse file: it takes little memory."""
+    B, D = values.shape
+    with tempfile.NamedTemporaryFile() as file:
+        size = (B - 1) * stride + D
+        flat = torch.from_file(file.name, shared=True, size=size, dtype=values.dtype)
+        view = flat.as_strided((B, D), (stride, 1))
+        view.copy_(values)
+        return view
+
+
+def bitwise_equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,181 @@
+import threading
+import types
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from sra_fast.ops import attention as public
+from sra_fast.ops.attention import attention, attention_ref
+
+# the function of the same name hides the module behind `sra_fast.ops.attention`
+module = __import__("sys").modules["sra_fast.ops.attention"]
+
+
+def make(B=2, T=9, H=3, d=72, dtype=torch.float32):
+    """Views of a fused qkv projection, and a gradient."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(B, T, 3, H, d, device=DEVICE, dtype=dtype).unbind(2)
+    return (q, k, v), torch.randn(B, T, H, d, device=DEVICE, dtype=dtype)
+
+
+def definition(q, k, v, groups=None):
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    if groups is not None:
+        scores = scores.masked_fill(groups[:, None, :, None] != groups[:, None, None, :], float("-inf"))
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+def run(fn, inputs, dout):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = fn(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("backend", [None, "auto", "torch", "math"])
+@pytest.mark.parametrize("d", [64, 72])
+def test_forward_and_gradients(d, backend):
+    inputs, dout = make(d=d)
+    truth = run(definition, [t.double() for t in inputs], dout.double())
+    for a, c in zip(run(lambda *a: attention(*a, backend=backend), inputs, dout), truth, strict=True):
+        torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+
+
+def test_groups_do_not_see_each_other():
+    inputs, dout = make(T=8)
+    groups = torch.tensor([[0, 1, 0, 0, 2, 1, 0, 0], [5, 5, 5, 5, 5, 5, 5, 7]], device=DEVICE)
+    truth = run(lambda *a: definition(*a, groups), [t.double() for t in inputs], dout.double())
+    for a, c in zip(run(lambda *a: attention(*a, groups=groups), inputs, dout), truth, strict=True):
+        torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+    # a group on its own gives the same rows
+    alone = [t[:1, groups[0] == 0] for t in inputs]
+    torch.testing.assert_close(attention(*inputs, groups=groups)[:1, groups[0] == 0], attention_ref(*alone))
+
+
+def test_fp64_gradcheck():
+    inputs, _ = make(1, 3, 1, 4, torch.float64)
+    assert torch.autograd.gradcheck(attention, [t.detach().requires_grad_() for t in inputs])
+
+
+def test_compiles_without_graph_breaks():
+    inputs, dout = make()
+    groups = torch.arange(9, device=DEVICE).expand(2, 9) % 2
+    for kwargs in ({}, {"groups": groups}, {"backend": "math"}):
+        fn = lambda *a: attention(*a, **kwargs).sin()
+        compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        for a, b in zip(run(compiled, inputs, dout), run(fn, inputs, dout), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+    """Measuring without a device: times by name, and a log of what was measured, in which thread."""
+    times = {"sdpa": 3.0, "cudnn": 2.0, "flash": 1.0, "efficient": 4.0}
+    measured = []
+
+    def run_named(name, q, k, v, groups):
+        measured.append((name, threading.get_ident()))
+        if times[name] is None:
+            raise RuntimeError("No available kernel")
+        return definition(q, k, v, groups)
+
+    def milliseconds(run):
+        run()
+        return times[measured[-1][0]]
+
+    monkeypatch.setattr(module, "_run", run_named)
+    monkeypatch.setattr(module, "_milliseconds", milliseconds)
+    monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return types.SimpleNamespace(times=times, measured=measured)
+
+
+def test_the_fastest_is_chosen_once_per_shape(fake_clock):
+    (q, _, _), _ = make()
+    assert module._choose(q, None, True) == "flash"
+    count = len(fake_clock.measured)
+    fake_clock.times["flash"] = 9.0
+    assert module._choose(q, None, True) == "flash" and len(fake_clock.measured) == count
+    # another batch size is the same shape; inference, groups and another head dimension are not
+    assert module._choose(q[:1], None, True) == "flash"
+    assert module._choose(q, None, False) == "cudnn"
+    assert module._choose(q, torch.zeros(2, 9, dtype=torch.long, device=DEVICE), True) == "cudnn"
+    assert module._choose(q[..., :64], None, True) == "cudnn"
+
+
+def test_what_cannot_run_is_passed_over(fake_clock, caplog):
+    (q, _, _), _ = make()
+    fake_clock.times.update(flash=None, cudnn=None)
+    with caplog.at_level("INFO", logger="sra_fast"):
+        assert module._choose(q, None, True) == "sdpa"
+    assert "flash cannot run [2, 9, 3, 72] torch.float32: No available kernel" in caplog.text
+    fake_clock.times.update(dict.fromkeys(fake_clock.times))
+    assert module._choose(q, None, False) == "sdpa"
+
+
+def test_measuring_leaves_no_trace(fake_clock):
+    """Neither random state nor saved tensors: checkpointing and exact resumption depend on both."""
+    (q, _, _), _ = make()
+    state, packed = torch.get_rng_state(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        module._choose(q.requires_grad_(), None, True)
+    assert torch.equal(state, torch.get_rng_state()) and not packed
+    assert {thread for _, thread in fake_clock.measured}.isdisjoint({threading.get_ident()})
+
+
+def test_the_choice_is_read_while_compiling(fake_clock):
+    """Known shapes keep their backend under torch.compile; unknown ones are left to PyTorch, not measured."""
+    (q, _, _), _ = make()
+    fn = torch.compile(lambda q: (q, module._choose(q, None, False)), fullgraph=True, backend="aot_eager")
+    assert fn(q)[1] == "sdpa" and not fake_clock.measured
+    module._choose(q, None, False)
+    torch._dynamo.reset()
+    assert fn(q)[1] == "flash"
+
+
+def test_backend_can_be_named(monkeypatch):
+    used = []
+    monkeypatch.setattr(module, "_run", lambda name, q, *rest: used.append(name) or q)
+    inputs, _ = make()
+    monkeypatch.delenv("SRA_FAST_BACKEND", raising=False)
+    monkeypatch.delenv("SRA_FAST_ATTENTION", raising=False)
+    public(*inputs, backend="cudnn")
+    monkeypatch.setenv("SRA_FAST_BACKEND", "torch")
+    public(*inputs)
+    monkeypatch.setenv("SRA_FAST_ATTENTION", "efficient")
+    public(*inputs)
+    public(*inputs, backend="flash")
+    assert used == ["cudnn", "sdpa", "efficient", "flash"]
+
+
+def test_installed_packages_take_part(monkeypatch):
+    """FlashAttention, found by import; only without groups and in 16 bits, and its tuple is unpacked."""
+    fake = types.ModuleType("flash_attn_interface")
+    fake.flash_attn_func = lambda q, k, v: (definition(q, k, v), None)
+    monkeypatch.setitem(__import__("sys").modules, "flash_attn_interface", fake)
+    inputs, _ = make()
+    torch.testing.assert_close(attention(*inputs, backend="fa3"), attention_ref(*inputs), atol=1e-5, rtol=1e-5)
+    q = inputs[0]
+    assert "fa3" in module._candidates(q.half(), None)
+    assert "fa3" not in module._candidates(q, None)
+    assert "fa3" not in module._candidates(q.half(), torch.zeros(2, 9))
+
+
+def test_rejects_bad_input():
+    (q, k, v), _ = make()
+    groups = torch.zeros(2, 9, dtype=torch.long, device=DEVICE)
+    cases = [
+        ((q, k[:1], v), {}, "one shape \\[B, T, H, d\\], got \\[2, 9, 3, 72\\], \\[1, 9, 3, 72\\]"),
+        ((q[0], k[0], v[0]), {}, "one shape"),
+        ((q, k.half(), v), {}, "one floating-point dtype"),
+        ((q.long(), k.long(), v.long()), {}, "one floating-point dtype"),
+        ((q, k.to("meta"), v), {}, "every tensor on"),
+        ((q, k, v), {"groups": groups[:1]}, "expected groups \\[B, T\\] = \\[2, 9\\]"),
+        ((q, k, v), {"groups": groups.float()}, "integers, got"),
+        ((q, k, v), {"backend": "triton"}, "backend must be one of"),
+        ((q, k, v), {"backend": "fa2", "groups": groups}, "takes no groups"),
+    ]
+    for args, kwargs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            attention(*args, **kwargs)
