@@ -1,0 +1,139 @@
+"""Compile Triton kernels for a GPU that is not there, and read what the machine code costs.
+
+    report, = compile_kernels([Request("sra_fast.kernels.adaln", "_fwd_kernel", 90, args, num_warps=8)])
+    assert report.spills == 0 and report.loads[128]
+
+`args` gives every kernel argument in order.  A string is a run-time argument: "*bf16", "*fp32", "*i64" (a pointer),
+"i32", "i64", "fp32"; pointers and integers are specialised as divisible by 16, as the launcher does for real tensors,
+unless the string ends in ":1" ("i32:1" is an odd integer, "*bf16:1" a misaligned pointer).  Anything else (an int, a
+bool, None) is a constexpr.  All requests are compiled in one child process without TRITON_INTERPRET.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One kernel, one architecture (80, 90, 100), one set of arguments."""
+
+    module: str
+    kernel: str
+    arch: int
+    args: dict[str, str | int | float | bool | None]
+    num_warps: int = 4
+    options: dict[str, int | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Per thread: 32-bit registers, bytes of stack or local memory; per program: bytes of shared memory.
+
+    ``loads`` and ``stores`` count the global memory instructions by width in bits; ``barriers`` the block barriers.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    loads: Counter
+    stores: Counter
+    barriers: int
+
+
+def compile_kernels(requests: list[Request], timeout: float = 600) -> list[Report]:
+    """Compile every request; raises RuntimeError with the compiler's words if one does not compile."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps([asdict(r) for r in requests]),
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=timeout,
+    )
+    if child.returncode:
+        raise RuntimeError(f"compilation failed:\n{child.stderr[-4000:]}")
+    rows = json.loads(child.stdout.splitlines()[-1])
+    widths = lambda row, key: Counter({int(bits): n for bits, n in row.pop(key).items()})
+    return [Report(loads=widths(row, "loads"), stores=widths(row, "stores"), **row) for row in rows]
+
+
+def _source(request: dict):
+    """Triton's ASTSource for a request: types, constants and divisibility of every argument."""
+    from importlib import import_module
+
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(request["module"]), request["kernel"])
+    if list(request["args"]) != kernel.arg_names:
+        raise ValueError(f"{request['kernel']} takes {kernel.arg_names}, got {list(request['args'])}")
+    signature, constants, attrs = {}, {}, {}
+    for i, (name, value) in enumerate(request["args"].items()):
+        if not isinstance(value, str):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        signature[name], _, odd = value.partition(":")
+        if not odd and not value.startswith("fp"):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attrs)
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def measure_cubin(cubin: bytes) -> dict:
+    """Registers, stack, shared memory and memory instructions of a compiled kernel, from its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
+        sass = _run(_tool("nvdisasm"), "-c", file.name)
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+
+    def by_width(opcode: str) -> Counter:
+        # LDG.E.128.CONSTANT, STG.E.U16, LDG.E (32 bit without a suffix)
+        lines = re.findall(rf"\b{opcode}\.([A-Z0-9_.]*)", sass)
+        return Counter(int(m.group(1)) if (m := re.search(r"(?:^|\.)[US]?(8|16|64|128|256)\b", s)) else 32 for s in lines)
+
+    return {
+        "registers": used["REG"],
+        "spills": used["STACK"] + used["LOCAL"],
+        "shared": used["SHARED"],
+        "loads": by_width("LDG"),
+        "stores": by_width("STG"),
+        "barriers": len(re.findall(r"\bBAR\.", sass)),
+    }
+
+
+def _main() -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    rows = []
+    for request in json.load(sys.stdin):
+        options = {"num_warps": request["num_warps"], **request["options"]}
+        compiled = triton.compile(_source(request), target=GPUTarget("cuda", request["arch"], 32), options=options)
+        row = measure_cubin(compiled.asm["cubin"])
+        # dynamic shared memory is asked for at launch and is not in the cubin's table
+        rows.append(row | {"shared": max(row["shared"], compiled.metadata.shared)})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,96 @@
+"""Machine code of the elementwise kernels: registers, spills and load widths; and the bytes that each kernel touches."""
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from codegen import Request, compile_kernels
+
+from sra_fast.kernels import align_distance as align_kernels
+
+ARCHS = (80, 90, 100)
+DTYPES = ("bf16", "fp32")
+INTERPRETED = not torch.cuda.is_available()
+
+
+@contextmanager
+def traffic():
+    """Bytes that the kernels touch in global memory while the block runs: distinct addresses per load and store."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    seen = {"load": 0, "store": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def count(kind, ptrs, mask):
+        bits = ptrs.get_element_ty().primitive_bitwidth
+        seen[kind] += np.unique(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]).size * max(bits // 8, 1)
+
+    def counted_load(self, ptrs, mask, *args):
+        count("load", ptrs, mask)
+        return load(self, ptrs, mask, *args)
+
+    def counted_store(self, ptrs, value, mask, *args):
+        count("store", ptrs, mask)
+        return store(self, ptrs, value, mask, *args)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    try:
+        yield seen
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+def check_code(requests, registers):
+    """No spills, no more registers than `registers`, no narrow vector access to the contiguous operands."""
+    for request, report in zip(requests, compile_kernels(requests), strict=True):
+        what = f"{request.kernel} sm_{request.arch} {request.args}: {report}"
+        assert report.spills == 0, what
+        assert report.registers <= registers, what
+        # the wide operands: at least as many 128-bit accesses as all narrower ones (scalars per row) together
+        assert report.loads[128] >= sum(report.loads.values()) - report.loads[128], what
+        assert report.stores[128] and not report.stores[16] and not report.stores[64], what
+
+
+def align_requests():
+    D, ints = 1152, ("pred_stride_b", "pred_stride_t", "target_stride_b", "target_stride_t")
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            pair = {"pred_ptr": f"*{dtype}", "target_ptr": f"*{dtype}", "dist_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
+            rows = align_kernels._row_config(D)
+            warps, tile = rows["num_warps"], {"ROWS": rows["ROWS"], "BLOCK_D": rows["BLOCK_D"]}
+            sizes = dict.fromkeys(("num_rows", "T", "D"), "i32")
+            # smooth-L1 and the patch cosine, the two that reduce differently
+            for kind in (0, 3):
+                args = pair | sizes | dict.fromkeys(ints, "i32") | {"beta": "fp32", "KIND": kind, "WRITE_GRAD": True}
+                yield Request("sra_fast.kernels.align_distance", "_token_kernel", arch, args | tile, warps)
+            for T in (256, 1024):
+                cols = align_kernels._tile_config(T, D)
+                args = pair | {"T": "i32", "D": "i32"} | dict.fromkeys(ints, "i32") | {"WRITE_GRAD": True}
+                args |= {"BLOCK_T": cols["BLOCK_T"], "BLOCK_D": cols["BLOCK_D"]}
+                yield Request("sra_fast.kernels.align_distance", "_channel_kernel", arch, args, cols["num_warps"])
+            args = {"ddist_ptr": "*fp32", "grad_ptr": f"*{dtype}", "dpred_ptr": f"*{dtype}", "T": "i32", "D": "i32"}
+            # the upstream gradient of a mean is contiguous
+            for per_token in (True, False):
+                last = {"ddist_stride_b": "i32", "ddist_stride_n": 1, "PER_TOKEN": per_token}
+                last |= {"BLOCK_T": 64, "BLOCK_D": 64}
+                yield Request("sra_fast.kernels.align_distance", "_backward_kernel", arch, args | last, 4)
+
+
+def test_align_distance_code():
+    check_code(list(align_requests()), registers=128)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+@pytest.mark.parametrize("kind", ["smooth_l1", "cosine_patch", "cosine_token"])
+def test_align_distance_bytes(kind):
+    B, T, D = 1, 100, 1152
+    pred, target = torch.randn(2, B, T, D).bfloat16().unbind()
+    minimum = 3 * 2 * B * T * D
+    with traffic() as seen:
+        dist, grad = align_kernels.align_distance_fwd(pred, target, kind, 0.05, True)
+    # the kernel cannot read or write less than its operands: a count below that would be a broken counter
+    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
+    with traffic() as seen:
+        align_kernels.align_distance_bwd(torch.ones_like(dist), grad, kind != "cosine_token")
+    minimum = 2 * 2 * B * T * D
+    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
