@@ -7,6 +7,7 @@ import torch
 from codegen import Request, compile_kernels
 
 from sra_fast.kernels import align_distance as align_kernels
+from sra_fast.kernels import noise_pair as noise_kernels
 
 ARCHS = (80, 90, 100)
 DTYPES = ("bf16", "fp32")
@@ -93,4 +94,33 @@ def test_align_distance_bytes(kind):
     with traffic() as seen:
         align_kernels.align_distance_bwd(torch.ones_like(dist), grad, kind != "cosine_token")
     minimum = 2 * 2 * B * T * D
+    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
+
+
+def noise_requests():
+    outs = dict.fromkeys(("x_t_ptr", "x_teacher_ptr", "v_ptr"), "*fp32")
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for moments, cosine in ((False, False), (True, True)):
+                args = dict.fromkeys(("x0_ptr", "latent_noise_ptr", "noise_ptr"), f"*{dtype}")
+                args |= {"t_ptr": "*fp32", "t_teacher_ptr": "*fp32"} | outs
+                args |= dict.fromkeys(("N", "x0_stride", "latent_noise_stride", "noise_stride"), "i32")
+                args |= {"t_stride": 1, "t_teacher_stride": 1, "scale": "fp32"}
+                args |= {"MOMENTS": moments, "COSINE": cosine, "BLOCK": noise_kernels.BLOCK}
+                yield Request("sra_fast.kernels.noise_pair", "_noise_pair_kernel", arch, args)
+
+
+def test_noise_pair_code():
+    check_code(list(noise_requests()), registers=64)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+@pytest.mark.parametrize("moments", [False, True], ids=["latent", "moments"])
+def test_noise_pair_bytes(moments):
+    B, N = 2, 1500
+    noise = torch.randn(B, N)
+    x0, e = (torch.randn(B, 2 * N), torch.randn(B, N)) if moments else (torch.randn(B, N), None)
+    minimum = (28 if moments else 20) * B * N
+    with traffic() as seen:
+        noise_kernels.noise_pair(x0, e, noise, torch.rand(B), torch.rand(B), True, 1.0)
     assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
