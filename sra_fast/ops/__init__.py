@@ -2,7 +2,8 @@
 from sra_fast.ops.adaln import adaln
 from sra_fast.ops.align_distance import align_distance
 from sra_fast.ops.attention import attention
+from sra_fast.ops.ema_update import ema_update_
 from sra_fast.ops.gated_residual import gated_residual, gated_residual_adaln
 from sra_fast.ops.noise_pair import noise_pair
 
-__all__ = ["adaln", "align_distance", "attention", "gated_residual", "gated_residual_adaln", "noise_pair"]
+__all__ = ["adaln", "align_distance", "attention", "ema_update_", "gated_residual", "gated_residual_adaln", "noise_pair"]

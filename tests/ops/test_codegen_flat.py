@@ -7,6 +7,7 @@ import torch
 from codegen import Request, compile_kernels
 
 from sra_fast.kernels import align_distance as align_kernels
+from sra_fast.kernels import ema_update as ema_kernels
 from sra_fast.kernels import noise_pair as noise_kernels
 
 ARCHS = (80, 90, 100)
@@ -123,4 +124,35 @@ def test_noise_pair_bytes(moments):
     minimum = (28 if moments else 20) * B * N
     with traffic() as seen:
         noise_kernels.noise_pair(x0, e, noise, torch.rand(B), torch.rand(B), True, 1.0)
+    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
+
+
+def ema_requests(vector):
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for copy in (False, True):
+                args = {"table_ptr": "*i64", "ema_like_ptr": "*fp32", "p_like_ptr": f"*{dtype}"}
+                args |= {"copy_like_ptr": "*bf16", "weight": "fp32", "decay": "fp32"}
+                args |= {"WRITE_COPY": copy, "VECTOR": vector, "CHUNK": ema_kernels.CHUNK}
+                yield Request("sra_fast.kernels.ema_update", "_ema_kernel", arch, args, num_warps=8)
+
+
+def test_ema_update_code():
+    check_code(list(ema_requests(vector=True)), registers=48)
+
+
+def test_ema_update_code_for_misaligned_tensors():
+    """One element per access, so only spills are checked: it must stay usable, not fast."""
+    for report in compile_kernels([r for r in ema_requests(vector=False) if r.arch == 90]):
+        assert report.spills == 0 and report.registers <= 128 and not report.loads[128], report
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+@pytest.mark.parametrize("copy", [False, True], ids=["ema", "ema+copy"])
+def test_ema_update_bytes(copy):
+    N = 3 * ema_kernels.CHUNK + 48
+    copies = [torch.empty(N, dtype=torch.bfloat16)] if copy else []
+    minimum = (12 if copy else 10) * N
+    with traffic() as seen:
+        ema_kernels.ema_update_([torch.randn(N)], [torch.randn(N).bfloat16()], copies, 0.9)
     assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
