@@ -119,7 +119,7 @@ def test_operator_registration_and_compile(device):
     ema, params = make([torch.bfloat16], device, [(40,), (5, 3)])
     copies = [torch.zeros_like(e, dtype=torch.bfloat16) for e in ema]
     for given in ([], copies):
-        torch.library.opcheck(_op, (ema, params, given, 0.9))
+        torch.library.opcheck(_op, (ema, params, given, 0.9, False))
     same = [e.clone() for e in ema]
     fn = torch.compile(lambda e, p: ema_update_(e, p, 0.9, backend="triton"), fullgraph=True, backend="aot_eager")
     fn(ema, params)
