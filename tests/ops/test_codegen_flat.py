@@ -6,6 +6,7 @@ import pytest
 import torch
 from codegen import Request, compile_kernels
 
+from sra_fast.kernels import adamw_ema as adamw_kernels
 from sra_fast.kernels import align_distance as align_kernels
 from sra_fast.kernels import ema_update as ema_kernels
 from sra_fast.kernels import noise_pair as noise_kernels
@@ -156,3 +157,34 @@ def test_ema_update_bytes(copy):
     with traffic() as seen:
         ema_kernels.ema_update_([torch.randn(N)], [torch.randn(N).bfloat16()], copies, 0.9)
     assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
+
+
+def adamw_requests():
+    flags = ("CLIP", "WEIGHTS", "EMA", "EMA_COPY")
+    scalars = ("shrink", "weight1", "beta2", "weight2", "step_size", "inv_sqrt_bias2", "eps", "ema_weight", "decay")
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for full in (False, True):
+                args = {"param_ptr": "*fp32", "grad_ptr": f"*{dtype}", "exp_avg_ptr": "*fp32", "exp_avg_sq_ptr": "*fp32"}
+                args |= {"weights_ptr": "*bf16", "ema_ptr": "*fp32", "ema_copy_ptr": "*bf16", "clip_scale_ptr": "*fp32"}
+                # buffers beyond 2^31 elements have a 64-bit length
+                args |= {"N": "i64" if full else "i32"} | dict.fromkeys(scalars, "fp32") | dict.fromkeys(flags, full)
+                args |= {"BLOCK": adamw_kernels.BLOCK}
+                yield Request("sra_fast.kernels.adamw_ema", "_adamw_ema_kernel", arch, args)
+
+
+def test_adamw_ema_code():
+    check_code(list(adamw_requests()), registers=64)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+def test_adamw_ema_bytes():
+    N = 2 * adamw_kernels.BLOCK + 23
+    full = [torch.rand(N) for _ in range(5)]
+    half = [torch.empty(N, dtype=torch.bfloat16) for _ in range(2)]
+    param, grad, exp_avg, exp_avg_sq, ema = full
+    with traffic() as seen:
+        adamw_kernels.adamw_ema_(
+            param, grad, exp_avg, exp_avg_sq, half[0], ema, half[1], torch.ones(()), 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9
+        )
+    assert 40 * N <= seen["load"] + seen["store"] <= 1.05 * 40 * N
