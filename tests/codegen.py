@@ -3,11 +3,17 @@
     report, = compile_kernels([Request("sra_fast.kernels.adaln", "_fwd_kernel", 90, args, num_warps=8)])
     assert report.spills == 0 and report.loads[128]
 
+    with record_launches(kernels) as launches:  # what a launcher would run, taken from the launcher itself
+        kernels.adaln_fwd(*meta_tensors)
+    compile_kernels([replace(launch, arch=arch) for launch in launches for arch in (80, 90, 100)])
+
 `args` gives every kernel argument in order.  A string is a run-time argument: "*bf16", "*fp32", "*i64" (a pointer),
 "i32", "i64", "fp32"; pointers and integers are specialised as divisible by 16, as the launcher does for real tensors,
 unless the string ends in ":1" ("i32:1" is an odd integer, "*bf16:1" a misaligned pointer).  Anything else (an int, a
 bool, None) is a constexpr.  All requests are compiled in one child process without TRITON_INTERPRET.
 """
+import contextlib
+import inspect
 import json
 import os
 import re
@@ -67,6 +73,54 @@ def compile_kernels(requests: list[Request], timeout: float = 600) -> list[Repor
     return [Report(loads=widths(row, "loads"), stores=widths(row, "stores"), **row) for row in rows]
 
 
+def _describe(value, is_constexpr: bool) -> str | int | float | bool | None:
+    """An argument as `Request.args` writes it, specialised as Triton would specialise it."""
+    if is_constexpr or value is None or value is True or value is False or (isinstance(value, int) and value == 1):
+        return value
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64") + ("" if value % 16 == 0 else ":1")
+    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "bool": "i1"}
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"*{names.get(dtype, dtype.replace('int', 'i'))}" + ("" if value.data_ptr() % 16 == 0 else ":1")
+
+
+class _Recorder:
+    def __init__(self, module, name: str, log: list[Request]):
+        self.module, self.name, self.log = module, name, log
+        self.parameters = inspect.signature(getattr(module, name).fn).parameters
+
+    def __getitem__(self, grid):
+        return self._launch
+
+    def _launch(self, *args, **kwargs):
+        kwargs = dict(zip(self.parameters, args)) | kwargs
+        described = {
+            name: _describe(kwargs.pop(name), "constexpr" in str(parameter.annotation))
+            for name, parameter in self.parameters.items()
+        }
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        self.log.append(Request(self.module.__name__, self.name, 90, described, kwargs.pop("num_warps", 4), kwargs))
+
+
+@contextlib.contextmanager
+def record_launches(*modules):
+    """Every ``*_kernel`` of the modules notes its launch in the list this yields, and does not run.
+
+    Call launchers with tensors of any device, "meta" included (aligned, and of any size).
+    """
+    log, kernels = [], [(m, name) for m in modules for name in vars(m) if name.endswith("_kernel")]
+    originals = [getattr(module, name) for module, name in kernels]
+    for module, name in kernels:
+        setattr(module, name, _Recorder(module, name, log))
+    try:
+        yield log
+    finally:
+        for (module, name), original in zip(kernels, originals):
+            setattr(module, name, original)
+
+
 def _source(request: dict):
     """Triton's ASTSource for a request: types, constants and divisibility of every argument."""
     from importlib import import_module
@@ -108,8 +162,11 @@ def measure_cubin(cubin: bytes) -> dict:
 
     def by_width(opcode: str) -> Counter:
         # LDG.E.128.CONSTANT, STG.E.U16, LDG.E (32 bit without a suffix)
-        lines = re.findall(rf"\b{opcode}\.([A-Z0-9_.]*)", sass)
-        return Counter(int(m.group(1)) if (m := re.search(r"(?:^|\.)[US]?(8|16|64|128|256)\b", s)) else 32 for s in lines)
+        matches = [
+            re.search(r"(?:^|\.)[US]?(8|16|64|128|256)\b", suffix)
+            for suffix in re.findall(rf"\b{opcode}\.([A-Z0-9_.]*)", sass)
+        ]
+        return Counter(int(match.group(1)) if match else 32 for match in matches)
 
     return {
         "registers": used["REG"],

@@ -109,9 +109,13 @@ def test_bad_arguments_are_refused(extension):
             run([0], [0], [], [0], none, none, 0.9)
 
 
+def cuobjdump(*args) -> str:
+    return subprocess.run([_tool("cuobjdump"), *args], check=True, capture_output=True, text=True).stdout
+
+
 def test_machine_code(library):
     """9 kernels (3 dtypes of p, 3 of the copy) for each architecture: no stack, few registers, 128-bit accesses."""
-    usage = subprocess.run([_tool("cuobjdump"), "--dump-resource-usage", library], capture_output=True, text=True).stdout
+    usage = cuobjdump("--dump-resource-usage", library)
     parts = re.split(r"arch = sm_(\d+)", usage)[1:]
     for arch in ("80", "90", "100"):
         part = "".join(body for name, body in zip(parts[::2], parts[1::2], strict=True) if name == arch)
@@ -119,7 +123,7 @@ def test_machine_code(library):
         assert len(rows) == 9, usage[:2000]
         for name, registers, stack, local in rows:
             assert (int(stack), int(local)) == (0, 0) and int(registers) <= 64, (arch, name, registers, stack)
-    sass = subprocess.run([_tool("cuobjdump"), "-sass", "-arch", "sm_90", library], capture_output=True, text=True).stdout
+    sass = cuobjdump("-sass", "-arch", "sm_90", library)
     bodies = sass.split("Function :")[1:]
     assert len(bodies) == 9
     for body in bodies:

@@ -1,4 +1,4 @@
-"""Machine code of the elementwise kernels: registers, spills and load widths; and the bytes that each kernel touches."""
+"""Machine code of the flat kernels: registers, spills, widths of loads and stores; and the bytes that each touches."""
 from contextlib import contextmanager
 
 import numpy as np
@@ -66,17 +66,15 @@ def align_requests():
             for kind in (0, 3):
                 args = pair | sizes | dict.fromkeys(ints, "i32") | {"beta": "fp32", "KIND": kind, "WRITE_GRAD": True}
                 yield Request("sra_fast.kernels.align_distance", "_token_kernel", arch, args | tile, warps)
-            for T in (256, 1024):
-                cols = align_kernels._tile_config(T, D)
-                args = pair | {"T": "i32", "D": "i32"} | dict.fromkeys(ints, "i32") | {"WRITE_GRAD": True}
-                args |= {"BLOCK_T": cols["BLOCK_T"], "BLOCK_D": cols["BLOCK_D"]}
-                yield Request("sra_fast.kernels.align_distance", "_channel_kernel", arch, args, cols["num_warps"])
+            # 256 and 512 px fill the registers alike; 1024 is the largest T
+            cols = align_kernels._tile_config(1024, D)
+            args = pair | {"T": "i32", "D": "i32"} | dict.fromkeys(ints, "i32") | {"WRITE_GRAD": True}
+            args |= {"BLOCK_T": cols["BLOCK_T"], "BLOCK_D": cols["BLOCK_D"]}
+            yield Request("sra_fast.kernels.align_distance", "_channel_kernel", arch, args, cols["num_warps"])
             args = {"ddist_ptr": "*fp32", "grad_ptr": f"*{dtype}", "dpred_ptr": f"*{dtype}", "T": "i32", "D": "i32"}
             # the upstream gradient of a mean is contiguous
-            for per_token in (True, False):
-                last = {"ddist_stride_b": "i32", "ddist_stride_n": 1, "PER_TOKEN": per_token}
-                last |= {"BLOCK_T": 64, "BLOCK_D": 64}
-                yield Request("sra_fast.kernels.align_distance", "_backward_kernel", arch, args | last, 4)
+            args |= {"ddist_stride_b": "i32", "ddist_stride_n": 1, "PER_TOKEN": False, "BLOCK_T": 64, "BLOCK_D": 64}
+            yield Request("sra_fast.kernels.align_distance", "_backward_kernel", arch, args, 4)
 
 
 def test_align_distance_code():
@@ -144,7 +142,7 @@ def test_ema_update_code():
 
 def test_ema_update_code_for_misaligned_tensors():
     """One element per access, so only spills are checked: it must stay usable, not fast."""
-    for report in compile_kernels([r for r in ema_requests(vector=False) if r.arch == 90]):
+    for report in compile_kernels([r for r in ema_requests(vector=False) if r.arch == 90 and r.args["WRITE_COPY"]]):
         assert report.spills == 0 and report.registers <= 128 and not report.loads[128], report
 
 
@@ -165,7 +163,8 @@ def adamw_requests():
     for arch in ARCHS:
         for dtype in DTYPES:
             for full in (False, True):
-                args = {"param_ptr": "*fp32", "grad_ptr": f"*{dtype}", "exp_avg_ptr": "*fp32", "exp_avg_sq_ptr": "*fp32"}
+                args = {"param_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
+                args |= dict.fromkeys(("exp_avg_ptr", "exp_avg_sq_ptr"), "*fp32")
                 args |= {"weights_ptr": "*bf16", "ema_ptr": "*fp32", "ema_copy_ptr": "*bf16", "clip_scale_ptr": "*fp32"}
                 # buffers beyond 2^31 elements have a 64-bit length
                 args |= {"N": "i64" if full else "i32"} | dict.fromkeys(scalars, "fp32") | dict.fromkeys(flags, full)
