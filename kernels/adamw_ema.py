@@ -1,17 +1,19 @@
 """Gradient clipping, AdamW, half-precision weights, EMA and half-precision teacher in one pass over flat buffers.
 
-g = clip g;  p <- (1 - lr wd) p;  m <- m + (1 - b1)(g - m);  v <- b2 v + (1 - b2) g^2;
-p <- p - lr / (1 - b1^k) m / (sqrt(v / (1 - b2^k)) + eps);  ema <- ema + (1 - decay)(p - ema);  weights <- p;  ema_copy <- ema
+g <- clip g;  p <- (1 - lr wd) p;  m <- m + (1 - b1)(g - m);  v <- b2 v + (1 - b2) g^2;
+p <- p - lr / (1 - b1^k) m / (sqrt(v / (1 - b2^k)) + eps);  weights <- p;
+ema <- ema + (1 - decay)(p - ema);  ema_copy <- ema
 
-Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 weights, 8 EMA, 2 teacher copy: 40 in all.
-Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
+Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 for the weights, 8 for the EMA and 2
+for its copy: 40 in all.  Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer
+# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer;
+# 40-56 registers on sm_80/90/100 (budget 64)
 BLOCK = 1024
 
 
@@ -88,23 +90,15 @@ def adamw_ema_(
     """One-dimensional contiguous buffers of one length; optional ones are None."""
     step_size, inv_sqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     scalars = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, 1 - decay, decay)
-    flags = {"CLIP": clip_scale, "WEIGHTS": weights, "EMA": ema, "EMA_COPY": ema_copy}
-    flags = {name: tensor is not None for name, tensor in flags.items()}
+    options = {"WEIGHTS": weights is not None, "EMA": ema is not None, "EMA_COPY": ema_copy is not None}
+    options |= {"CLIP": clip_scale is not None, "BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
     buffers = [param, grad, exp_avg, exp_avg_sq, *(param if x is None else x for x in (weights, ema, ema_copy))]
-    N = param.numel()
+    clip = param if clip_scale is None else clip_scale
     # a length that is no multiple of 16 would narrow every access of the launch, so the rest goes alone
-    even = N // 16 * 16
+    N, even = param.numel(), param.numel() // 16 * 16
     with torch.cuda.device_of(param):
         for start, stop in ((0, even), (even, N)):
             if start < stop:
-                views = buffers if (start, stop) == (0, N) else [x[start:stop] for x in buffers]
-                _adamw_ema_kernel[(triton.cdiv(stop - start, BLOCK),)](
-                    *views,
-                    param if clip_scale is None else clip_scale,
-                    stop - start,
-                    *scalars,
-                    **flags,
-                    BLOCK=BLOCK,
-                    num_warps=4,
-                    enable_fp_fusion=True,
-                )
+                views = [x[start:stop] for x in buffers]
+                grid = (triton.cdiv(stop - start, BLOCK),)
+                _adamw_ema_kernel[grid](*views, clip, stop - start, *scalars, **options)

@@ -1,7 +1,7 @@
 """Multi-tensor exponential moving average:  ema <- ema + (1 - decay) (p - ema), and copy <- ema in half precision.
 
-One launch per combination of dtypes updates every tensor: a table on the device holds, for each chunk of CHUNK elements,
-the addresses of the three operands and the number of elements left.  The table is built once per set of tensors.
+One launch per combination of dtypes updates every tensor: a table on the device holds, for each chunk of CHUNK
+elements, the addresses of the three operands and the number of elements left.  It is built once per set of tensors.
 
 Bytes moved per element: 8 for the fp32 EMA and the size of p, 2 more with a copy: 12 fp32, 10 bf16, 12 bf16 with copy;
 the table adds 32 bytes per chunk.  Reference: sra_fast/ops/ema_update.py::ema_update_ref_.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 16 elements per thread at 8 warps; the table is then 0.07 % of the traffic
+# 16 elements per thread at 8 warps, 32-46 registers on sm_80/90/100 (budget 48); the table is 0.07 % of the traffic
 CHUNK = 4096
 
 _plans: OrderedDict[tuple, list] = OrderedDict()

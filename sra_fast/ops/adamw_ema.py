@@ -28,7 +28,7 @@ def adamw_ema_ref_(
     ema_copy: Tensor | None = None,
     decay: float = 0.9999,
 ) -> None:
-    """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Algorithm 2) in torch's order, then the EMA."""
+    """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Alg. 2) in torch's order, then the EMA."""
     beta1, beta2 = betas
     grad = grad.to(param.dtype)
     if clip_scale is not None:

@@ -36,7 +36,8 @@ def make(shape, dtype, device, weighted=False):
 
 
 def run(fn, pred, target, weight, dloss):
-    leaves = [t.detach().clone().requires_grad_() for t in (pred, weight) if t is not None]
+    # no clone: it would make the strides plain
+    leaves = [t.detach().requires_grad_() for t in (pred, weight) if t is not None]
     loss = fn(leaves[0], target, weight=leaves[1] if weight is not None else None)
     return [loss, *torch.autograd.grad(loss, leaves, dloss.to(loss.dtype))]
 
@@ -90,12 +91,12 @@ def test_mixed_dtypes_and_layouts(kind, device):
 
 @pytest.mark.parametrize("kind", ["l2", "cosine_token"])
 def test_offsets_beyond_32_bits(kind, device):
-    """Image strides above 2^31 elements: virtual memory on a CPU, 4 GiB on a GPU."""
-    T, D, stride = 4, 16, 2**31 + 16
-    base = torch.empty(stride + T * D, dtype=torch.bfloat16, device=device)
-    pred = base.as_strided((2, T, D), (stride, D, 1))
-    pred.copy_(torch.randn(2, T, D))
-    check(kind, pred, torch.randn(2, T, D, device=device).bfloat16(), None, floor=2**-6)
+    """A 32-bit image stride whose double is not: virtual memory on a CPU, 4 GiB on a GPU."""
+    T, D, stride = 4, 16, 2**30 + 16
+    base = torch.empty(2 * stride + T * D, dtype=torch.bfloat16, device=device)
+    pred = base.as_strided((3, T, D), (stride, D, 1))
+    pred.copy_(torch.randn(3, T, D))
+    check(kind, pred, torch.randn(3, T, D, device=device).bfloat16(), None, floor=2**-6)
 
 
 @pytest.mark.parametrize("kind", ["cosine_patch", "cosine_token"])
@@ -126,6 +127,16 @@ def test_expanded_upstream_gradient_and_mean(device):
     truth = align_distance_ref(wide, target.double(), "smooth_l1", weight=weight.double()).mean()
     torch.testing.assert_close(loss.double(), truth, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(grad.double(), torch.autograd.grad(truth * 0.2, wide)[0], atol=1e-9, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_token", [True, False], ids=["token", "channel"])
+def test_strides_of_the_upstream_gradient(per_token, device):
+    torch.manual_seed(0)
+    B, T, D = 2, 70, 72
+    grad, n = torch.randn(B, T, D, device=device), T if per_token else D
+    for ddist in (torch.randn(n, B, device=device).t(), torch.randn(B, 1, device=device).expand(B, n)):
+        factor = ddist[:, :, None] / D if per_token else ddist[:, None] / T
+        torch.testing.assert_close(_bwd(ddist, grad, per_token), grad * factor)
 
 
 def test_no_gradient_is_computed_or_leaks(device):

@@ -71,8 +71,9 @@ def test_the_ends_are_exact(device):
 def test_layouts(device):
     """One common dense order is used as it is; different orders and gaps go through the reference."""
     torch.manual_seed(0)
-    ema = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last), torch.randn(6, 4, device=device)]
-    ema += [torch.randn(4, 6, device=device).t(), torch.randn(9, 8, device=device)[:, ::2]]
+    ema = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)]
+    ema += [torch.randn(6, 4, device=device), torch.randn(4, 6, device=device).t()]
+    ema += [torch.randn(9, 8, device=device)[:, ::2]]
     params = [torch.randn_like(ema[0]), torch.randn(4, 6, device=device).t(), torch.randn(6, 4, device=device)]
     params += [torch.randn(9, 4, device=device)]
     check(ema, params, 0.9)
@@ -80,12 +81,27 @@ def test_layouts(device):
 
 def test_another_set_of_tensors_at_the_same_address(device):
     """The plan is kept per set of tensors: views of one storage with another length or dtype are other sets."""
-    storage = torch.randn(200, device=device)
-    for view in (storage, storage[:50], storage.view(torch.int16).view(torch.bfloat16)[:200]):
-        check([torch.randn(view.shape, device=device)], [view], 0.9)
+    # pairs of bf16 numbers are fp32 numbers, of any size but finite
+    ema, storage = torch.randn(200, device=device), torch.randn(400, device=device).bfloat16().view(torch.float32)
+    for view in (storage[:50], storage, storage.view(torch.bfloat16)[:200]):
+        check([ema[: view.numel()]], [view], 0.9)
     for i in range(kernels._MAX_PLANS + 2):
         ema_update_([storage[i:]], [torch.ones(200 - i, device=device)], 0.9, backend="triton")
     assert len(kernels._plans) <= kernels._MAX_PLANS
+
+
+def test_promises_to_the_compiler_hold(device):
+    """What a wide launch promises (addresses and counts are multiples of 16) is true; the rest goes elsewhere, once."""
+    buffer, numels = torch.zeros(20000, device=device), [16, 4096, 4103, 5, 9000]
+    starts = [0, 32, 4200, 8401, 10000]
+    ema = [buffer[i : i + n] for i, n in zip(starts, numels, strict=True)]
+    params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in numels]
+    plan = kernels._plan(ema, params, [])
+    wide = torch.cat([table for table, _, vector in plan if vector])
+    assert (wide[:, :2] % 16 == 0).all() and (wide[:, 3] % 16 == 0).all() and (wide[:, 3] <= kernels.CHUNK).all()
+    covered = sorted((line[0].item(), line[3].item()) for table, _, _ in plan for line in table)
+    flat = [a // 4 + i for a, count in ((a - buffer.data_ptr(), n) for a, n in covered) for i in range(count)]
+    assert flat == [i + k for i, n in zip(starts, numels, strict=True) for k in range(n)]
 
 
 def test_addresses_beyond_32_bits(device):
