@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 elements per thread at 4 warps, 32-54 registers on sm_80/90/100 (budget 64)
+# 8 elements per thread at 4 warps, 32-48 registers on sm_80/90/100 (budget 64)
 BLOCK = 1024
 
 
