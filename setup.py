@@ -1,4 +1,13 @@
-from setuptools import find_packages, setup
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 EXTRAS = {
     "train": [
@@ -18,6 +27,48 @@ EXTRAS = {
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"],
 }
 
+ARCHITECTURES = (80, 90, 100)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+
+
+class BuildCuda(build_ext):
+    """Compiles each .cu file with one call of nvcc; no torch headers, so any torch version loads the result."""
+
+    def build_extension(self, ext):
+        import pybind11
+
+        nvcc, output = find_nvcc(), Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+        archs = [a for a in ARCHITECTURES if f"compute_{a}" in known]
+        # machine code for each, and portable code of the newest for what comes after it
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-strict-aliasing"
+        options = ["-O3", "-std=c++17", "--shared", "--threads=0", host]
+        subprocess.run([nvcc, *options, *targets, *includes, "-o", str(output), *ext.sources], check=True)
+
+
+def cuda_extension() -> dict:
+    """What setup() needs for csrc/: nothing unless it is asked for and nvcc is there."""
+    if os.environ.get("SRA_FAST_BUILD_EXT") != "1":
+        return {}
+    if find_nvcc() is None:
+        print("sra-fast: SRA_FAST_BUILD_EXT=1, but no nvcc; continuing without the CUDA extension", file=sys.stderr)
+        return {}
+    return {
+        "ext_modules": [Extension("sra_fast._ema_cuda", ["csrc/ema_update.cu"])],
+        "cmdclass": {"build_ext": BuildCuda},
+        # an isolated build of pip's asks for this and installs it
+        "setup_requires": [] if find_spec("pybind11") else ["pybind11>=2.12"],
+    }
+
+
 setup(
     name="sra-fast",
     version="0.1.0",
@@ -30,4 +81,5 @@ setup(
     packages=find_packages(include=["sra_fast", "sra_fast.*"], exclude=["sra_fast.kernels"]) + ["sra_fast.kernels"],
     # in a checkout the device code lives in /kernels; in a wheel it becomes sra_fast/kernels
     package_dir={"sra_fast.kernels": "kernels"},
+    **cuda_extension(),
 )

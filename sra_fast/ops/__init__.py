@@ -1,8 +1,19 @@
 """Operators of adaLN diffusion transformers.  Each runs on any device; where a kernel exists, CUDA tensors use it."""
 from sra_fast.ops.adaln import adaln
+from sra_fast.ops.adamw_ema import adamw_ema_
 from sra_fast.ops.align_distance import align_distance
 from sra_fast.ops.attention import attention
+from sra_fast.ops.ema_update import ema_update_
 from sra_fast.ops.gated_residual import gated_residual, gated_residual_adaln
 from sra_fast.ops.noise_pair import noise_pair
 
-__all__ = ["adaln", "align_distance", "attention", "gated_residual", "gated_residual_adaln", "noise_pair"]
+__all__ = [
+    "adaln",
+    "adamw_ema_",
+    "align_distance",
+    "attention",
+    "ema_update_",
+    "gated_residual",
+    "gated_residual_adaln",
+    "noise_pair",
+]

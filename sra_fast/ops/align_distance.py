@@ -1,41 +1,24 @@
 """Distances between the student's projected features and the teacher's (SRA, arXiv 2505.02831, Sec. 3.3 and Eq. 5)."""
+import logging
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.ops._backend import upcast
+from sra_fast.kernels import align_distance as kernels
+from sra_fast.ops._backend import upcast, use_triton
+from sra_fast.ops._register import register
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
 
+_logger = logging.getLogger(__name__)
+_warned = False
 
-def align_distance(
+
+def align_distance_ref(
     pred: Tensor, target: Tensor, kind: str, *, beta: float = 0.05, weight: Tensor | None = None
 ) -> Tensor:
-    """Alignment distance of every image.
-
-    ``smooth_l1`` (the paper's choice), ``l1`` and ``l2`` are means over tokens and channels; ``cosine_patch`` is
-    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each channel, what
-    the published code computes.
-
-    Args:
-        pred: ``[B, T, D]`` projected student features.
-        target: ``[B, T, D]`` teacher features; no gradient flows into them.
-        kind: one of ``smooth_l1, l1, l2, cosine_patch, cosine_token``.
-        beta: where smooth-L1 turns from quadratic to linear; feature units.
-        weight: ``[B, T]`` weight of each token, or None; the mean over tokens becomes ``sum(w d) / T``.  Not defined
-            for ``cosine_token``, which mixes the tokens.
-
-    Returns:
-        ``[B]`` fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        ValueError: shapes that differ, an unknown ``kind``, or a ``weight`` where none is defined.
-    """
-    if pred.dim() != 3 or pred.shape != target.shape:
-        raise ValueError(f"expected pred and target of one shape [B, T, D], got {[*pred.shape]} and {[*target.shape]}")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    if weight is not None and (kind == "cosine_token" or weight.shape != pred.shape[:2]):
-        raise ValueError(f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}")
+    """The definition, in fp32 (fp64 for fp64).  Tests, benchmarks and backend="torch" all use this one function."""
     pred, target = upcast(pred), upcast(target.detach())
     if kind == "cosine_token":
         return (1 - F.cosine_similarity(pred, target, dim=1)).mean(1)
@@ -46,3 +29,116 @@ def align_distance(
     else:
         per_token = (F.l1_loss if kind == "l1" else F.mse_loss)(pred, target, reduction="none").mean(2)
     return (per_token if weight is None else per_token * weight).mean(1)
+
+
+def _fake_fwd(pred: Tensor, target: Tensor, kind: str, beta: float, need_grad: bool) -> tuple[Tensor, Tensor]:
+    B, T, D = pred.shape
+    dist = pred.new_empty((B, D if kind == "cosine_token" else T), dtype=torch.float32)
+    return dist, pred.new_empty((B, T, D) if need_grad else (0,))
+
+
+_fwd = register(
+    "align_distance_fwd(Tensor pred, Tensor target, str kind, float beta, bool need_grad) -> (Tensor, Tensor)",
+    kernels.align_distance_fwd,
+    _fake_fwd,
+)
+_bwd = register(
+    "align_distance_bwd(Tensor ddist, Tensor grad, bool per_token) -> Tensor",
+    kernels.align_distance_bwd,
+    lambda ddist, grad, per_token: grad.new_empty(grad.shape),
+)
+
+
+class _AlignDistance(torch.autograd.Function):
+    """The distance of every token, ``[B, T]``, or of every channel, ``[B, D]``; differentiable in ``pred`` alone."""
+
+    @staticmethod
+    def forward(ctx, pred, target, kind, beta):
+        dist, grad = _fwd(pred, target, kind, beta, True)
+        ctx.save_for_backward(grad)
+        ctx.per_token = kind != "cosine_token"
+        return dist
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, ddist):
+        return _bwd(ddist, *ctx.saved_tensors, ctx.per_token), None, None, None
+
+
+def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor | None, reduction: str) -> None:
+    if pred.dim() != 3 or pred.shape != target.shape:
+        raise ValueError(f"expected pred and target of one shape [B, T, D], got {[*pred.shape]} and {[*target.shape]}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if reduction not in ("none", "mean"):
+        raise ValueError(f"reduction must be 'none' or 'mean', got {reduction!r}")
+    if beta < 0:
+        raise ValueError(f"expected beta >= 0, got {beta}")
+    if weight is not None and (kind == "cosine_token" or weight.shape != pred.shape[:2]):
+        raise ValueError(f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}")
+    given = [x for x in (pred, target, weight) if x is not None]
+    if any(not x.is_floating_point() or x.device != pred.device for x in given):
+        raise ValueError(
+            f"expected floating-point tensors on one device, got {[(str(x.dtype), str(x.device)) for x in given]}"
+        )
+
+
+def _runs_triton(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
+    global _warned
+    if not use_triton(pred, backend) or pred.numel() == 0 or torch.float64 in (pred.dtype, target.dtype):
+        return False
+    if kind == "cosine_token" and pred.shape[1] > kernels.MAX_TOKENS:
+        if not _warned and not torch.compiler.is_compiling():
+            _logger.warning("cosine_token over more than %d tokens runs unfused in PyTorch", kernels.MAX_TOKENS)
+            _warned = True
+        return False
+    return True
+
+
+def align_distance(
+    pred: Tensor,
+    target: Tensor,
+    kind: str,
+    *,
+    beta: float = 0.05,
+    weight: Tensor | None = None,
+    reduction: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """Alignment distance of every image.
+
+    ``smooth_l1`` (the paper's choice), ``l1`` and ``l2`` are means over tokens and channels; ``cosine_patch`` is
+    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each channel,
+    what the published code computes.  The kernel reads both inputs once, computes the gradient in the same pass and never
+    materialises fp32 ``[B, T, D]``.
+
+    Args:
+        pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32/fp64; any strides.
+        target: ``[B, T, D]`` teacher features, any floating dtype and strides; no gradient flows into them.
+        kind: one of ``smooth_l1, l1, l2, cosine_patch, cosine_token``.
+        beta: where smooth-L1 turns from quadratic to linear; feature units.
+        weight: ``[B, T]`` weight of each token, or None; the mean over tokens becomes ``sum(w d) / T``.  Not defined
+            for ``cosine_token``, which mixes the tokens.  Gradients flow into it.
+        reduction: ``"none"`` for one distance per image, ``"mean"`` for their mean.
+        backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
+
+    Returns:
+        ``[B]``, or a scalar for ``reduction="mean"``; fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes that differ, an unknown ``kind`` or ``reduction``, a negative ``beta``, integer tensors,
+            tensors on different devices, or a ``weight`` where none is defined.
+    """
+    _check(pred, target, kind, beta, weight, reduction)
+    if _runs_triton(pred, target, kind, backend):
+        kind = "l1" if kind == "smooth_l1" and beta == 0 else kind
+        target = target.detach()
+        pred, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (pred, target))
+        if torch.is_grad_enabled() and pred.requires_grad:
+            dist = _AlignDistance.apply(pred, target, kind, beta)
+        else:
+            dist, _ = _fwd(pred, target, kind, beta, False)
+        loss = (dist if weight is None else dist * weight).mean(1)
+    else:
+        loss = align_distance_ref(pred, target, kind, beta=beta, weight=weight)
+    return loss.mean() if reduction == "mean" else loss

@@ -1,11 +1,18 @@
 """Student's and teacher's noisy inputs and the velocity target, from one image and one draw of noise."""
+import logging
 import math
 
+import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import upcast
+from sra_fast.kernels import noise_pair as kernels
+from sra_fast.ops._backend import upcast, use_triton
+from sra_fast.ops._register import register
 
 PATHS = ("linear", "cosine")
+
+_logger = logging.getLogger(__name__)
+_warned = False
 
 
 def interpolant(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -23,31 +30,113 @@ def interpolant(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raise ValueError(f"path must be one of {PATHS}, got {path!r}")
 
 
+def noise_pair_ref(
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    t_teacher: Tensor,
+    path: str = "linear",
+    *,
+    latent_noise: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, in fp32 (fp64 for fp64).  Tests, benchmarks and backend="torch" all use this one function."""
+    x0, noise = upcast(x0), upcast(noise)
+    if latent_noise is not None:
+        mean, std = x0.chunk(2, dim=1)
+        x0 = mean + std * upcast(latent_noise)
+    x0 = x0 if scale == 1 else x0 * scale
+    t, t_teacher = (upcast(s).view(-1, *[1] * (x0.dim() - 1)) for s in (t, t_teacher))
+    alpha, sigma, dalpha, dsigma = interpolant(t, path)
+    alpha_teacher, sigma_teacher, _, _ = interpolant(t_teacher, path)
+    return alpha * x0 + sigma * noise, alpha_teacher * x0 + sigma_teacher * noise, dalpha * x0 + dsigma * noise
+
+
+_op = register(
+    "noise_pair(Tensor x0, Tensor? latent_noise, Tensor noise, Tensor t, Tensor t_teacher, bool cosine, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    kernels.noise_pair,
+    lambda x0, latent_noise, noise, t, t_teacher, cosine, scale: tuple(
+        noise.new_empty(noise.shape, dtype=torch.float32) for _ in range(3)
+    ),
+)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[B, N]`` with unit stride inside an image; copies only what is not laid out so already."""
+    x = x.reshape(x.shape[0], -1)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _check(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, latent_noise: Tensor | None) -> None:
+    expected = list(noise.shape)
+    if latent_noise is not None and noise.dim() > 1:
+        expected[1] *= 2
+    fits = list(x0.shape) == expected and t.shape == noise.shape[:1] and t_teacher.shape == t.shape
+    if noise.dim() < 2 or not fits or (latent_noise is not None and latent_noise.shape != noise.shape):
+        what = "x0 [B, C, H, W]" if latent_noise is None else "moments x0 [B, 2C, H, W], latent_noise [B, C, H, W]"
+        got = [list(s.shape) for s in (x0, latent_noise, noise, t, t_teacher) if s is not None]
+        raise ValueError(f"expected {what}, noise [B, C, H, W] and t, t_teacher [B], got {got}")
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
+    given = [s for s in (x0, noise, t, t_teacher, latent_noise) if s is not None]
+    if any(not s.is_floating_point() or s.device != x0.device for s in given):
+        raise ValueError(
+            f"expected floating-point tensors on one device, got {[(str(s.dtype), str(s.device)) for s in given]}"
+        )
+
+
+def _runs_triton(tensors: list[Tensor], backend: str | None) -> bool:
+    global _warned
+    if not use_triton(tensors[0], backend) or tensors[1].numel() == 0:
+        return False
+    if torch.float64 in (s.dtype for s in tensors):
+        return False
+    if torch.is_grad_enabled() and any(s.requires_grad for s in tensors):
+        if not _warned and not torch.compiler.is_compiling():
+            _logger.warning("noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one")
+            _warned = True
+        return False
+    return True
+
+
 def noise_pair(
-    x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str = "linear"
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    t_teacher: Tensor,
+    path: str = "linear",
+    *,
+    latent_noise: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x_t``, ``x_t'`` and the velocity ``d x_t / dt`` for two times that share the noise (SRA, Sec. 3.2).
 
+    One pass over the data; inputs that want a gradient go to the PyTorch reference.
+
     Args:
-        x0: ``[B, C, H, W]`` clean latents.
+        x0: ``[B, C, H, W]`` clean latents, any floating dtype; with ``latent_noise`` the mean and the standard
+            deviation of the VAE's posterior, ``[B, 2C, H, W]``, and the latent is ``mean + std * latent_noise``.
         noise: ``[B, C, H, W]`` standard normal.
-        t: ``[B]`` student times in [0, 1].
-        t_teacher: ``[B]`` teacher times, at most ``t``.
+        t: ``[B]`` student times in [0, 1]; 0 is data, 1 is noise.
+        t_teacher: ``[B]`` teacher times in [0, 1], at most ``t``.
         path: ``"linear"`` or ``"cosine"``.
+        latent_noise: ``[B, C, H, W]`` standard normal, the posterior's draw; None: ``x0`` holds latents.
+        scale: multiplies the latent; 0.18215 for the SD-VAE's unscaled latents, 1 where they are scaled already.
+        backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
         ``(x_t, x_t', v)``, each ``[B, C, H, W]`` in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: the shapes do not fit, or ``path`` is unknown.
+        ValueError: the shapes do not fit, ``path`` is unknown, integer tensors, or tensors on different devices.
     """
-    if noise.shape != x0.shape or t.shape != x0.shape[:1] or t_teacher.shape != t.shape:
-        raise ValueError(
-            f"expected x0, noise [B, C, H, W] and t, t_teacher [B], "
-            f"got {[*x0.shape]}, {[*noise.shape]}, {[*t.shape]}, {[*t_teacher.shape]}"
-        )
-    x0, noise = upcast(x0), upcast(noise)
-    t, t_teacher = (upcast(s).view(-1, *[1] * (x0.dim() - 1)) for s in (t, t_teacher))
-    alpha, sigma, dalpha, dsigma = interpolant(t, path)
-    alpha_teacher, sigma_teacher, _, _ = interpolant(t_teacher, path)
-    return alpha * x0 + sigma * noise, alpha_teacher * x0 + sigma_teacher * noise, dalpha * x0 + dsigma * noise
+    _check(x0, noise, t, t_teacher, path, latent_noise)
+    tensors = [s for s in (x0, noise, t, t_teacher, latent_noise) if s is not None]
+    if not _runs_triton(tensors, backend):
+        return noise_pair_ref(x0, noise, t, t_teacher, path, latent_noise=latent_noise, scale=scale)
+    latent_rows = None if latent_noise is None else _rows(latent_noise)
+    outs = _op(_rows(x0), latent_rows, _rows(noise), t, t_teacher, path == "cosine", scale)
+    x_t, x_teacher, v = (out.view(noise.shape) for out in outs)
+    return x_t, x_teacher, v

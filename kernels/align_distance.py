@@ -1,0 +1,210 @@
+"""Alignment distances and their gradient from one read of the student's and the teacher's features.
+
+Per token:    dist[b,t] = (1/D) sum_d f(p - q), f = smooth-L1, |.| or (.)^2;  or  1 - cos(p, q) over the channels.
+Per channel:  dist[b,d] = 1 - cos(p, q) over the tokens.
+The forward also stores  g = n * d dist / d p  (n = D or T) in the dtype of p, and the backward is  dp = ddist * g / n.
+Without the factor n the entries of g would be about 1/D, and fp16 would lose them to underflow.
+
+Bytes moved, in elements of [B,T,D]: forward 3 (2 without gradient), backward 2; the fp32 distances add 4/D per element.
+Reference: sra_fast/ops/align_distance.py::align_distance_ref.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# cosine_token holds [T, 16] elements of both inputs in registers: at 2048 tokens sm_90 spills (272 bytes of stack)
+MAX_TOKENS = 1024
+
+SMOOTH_L1, L1, L2, COSINE = (tl.constexpr(i) for i in range(4))
+_CODES = {"smooth_l1": 0, "l1": 1, "l2": 2, "cosine_patch": 3}
+
+
+@triton.jit
+def _cosine(p, q, axis: tl.constexpr, n):
+    """1 - cos and n times its gradient; norms below 1e-8 are clamped in the value only, as torch's cosine_similarity."""
+    p_norm = tl.sqrt(tl.sum(p * p, axis=axis))
+    p_clamped = tl.maximum(p_norm, 1e-8)
+    q_clamped = tl.maximum(tl.sqrt(tl.sum(q * q, axis=axis)), 1e-8)
+    cos = tl.sum(p * q, axis=axis) / p_clamped / q_clamped
+    # at p = 0 the direction p / |p| is taken as zero
+    along = n * cos / p_clamped / tl.where(p_norm > 0.0, p_norm, 1.0)
+    across = n / p_clamped / q_clamped
+    return 1.0 - cos, tl.expand_dims(along, axis) * p - tl.expand_dims(across, axis) * q
+
+
+@triton.jit
+def _token_kernel(
+    pred_ptr,  # [B, T, D]
+    target_ptr,  # [B, T, D]
+    dist_ptr,  # [B*T] fp32
+    grad_ptr,  # [B*T, D], or unused
+    num_rows,
+    T,
+    D,
+    pred_stride_b,
+    pred_stride_t,
+    target_stride_b,
+    target_stride_t,
+    beta,
+    KIND: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    b, t = row // T, row % T
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < num_rows)[:, None] & (cols < D)
+
+    p_row, q_row = b * pred_stride_b + t * pred_stride_t, b * target_stride_b + t * target_stride_t
+    p = tl.load(pred_ptr + p_row[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+    q = tl.load(target_ptr + q_row[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
+
+    if KIND == COSINE:
+        dist, grad = _cosine(p, q, 1, D * 1.0)
+    else:
+        diff = p - q
+        if KIND == SMOOTH_L1:
+            size = tl.abs(diff)
+            quadratic = size < beta
+            loss = tl.where(quadratic, 0.5 * diff * (diff / beta), size - 0.5 * beta)
+            grad = tl.where(quadratic, diff / beta, tl.where(diff > 0.0, 1.0, -1.0))
+        elif KIND == L1:
+            loss = tl.abs(diff)
+            grad = tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, 0.0))
+        else:
+            loss = diff * diff
+            grad = 2.0 * diff
+        dist = tl.sum(loss, axis=1) / D
+    tl.store(dist_ptr + row, dist, mask=row < num_rows)
+    if WRITE_GRAD:
+        tl.store(grad_ptr + row[:, None] * D + cols, grad, mask=mask)
+
+
+@triton.jit
+def _channel_kernel(
+    pred_ptr,  # [B, T, D]
+    target_ptr,  # [B, T, D]
+    dist_ptr,  # [B, D] fp32
+    grad_ptr,  # [B, T, D], or unused
+    T,
+    D,
+    pred_stride_b,
+    pred_stride_t,
+    target_stride_b,
+    target_stride_t,
+    WRITE_GRAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    num_blocks = tl.cdiv(D, BLOCK_D)
+    b = tl.program_id(0).to(tl.int64) // num_blocks
+    t = tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
+    cols = tl.program_id(0) % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (t < T) & (cols < D)[None, :]
+
+    p_tile = b * pred_stride_b + t * pred_stride_t + cols[None, :]
+    q_tile = b * target_stride_b + t * target_stride_t + cols[None, :]
+    p = tl.load(pred_ptr + p_tile, mask=mask, other=0.0).to(tl.float32)
+    q = tl.load(target_ptr + q_tile, mask=mask, other=0.0).to(tl.float32)
+
+    dist, grad = _cosine(p, q, 0, T * 1.0)
+    tl.store(dist_ptr + b * D + cols, dist, mask=cols < D)
+    if WRITE_GRAD:
+        tl.store(grad_ptr + (b * T + t) * D + cols[None, :], grad, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    ddist_ptr,  # [B, T], or [B, D] for cosine_token
+    grad_ptr,  # [B, T, D]
+    dpred_ptr,  # [B, T, D]
+    T,
+    D,
+    ddist_stride_b,
+    ddist_stride_n,
+    PER_TOKEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    num_d, num_t = tl.cdiv(D, BLOCK_D), tl.cdiv(T, BLOCK_T)
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // num_d // num_t
+    t = pid // num_d % num_t * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    cols = (pid % num_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    mask = (t < T) & (cols < D)
+    if PER_TOKEN:
+        ddist = tl.load(ddist_ptr + b * ddist_stride_b + t * ddist_stride_n, mask=t < T, other=0.0) / D
+    else:
+        ddist = tl.load(ddist_ptr + b * ddist_stride_b + cols * ddist_stride_n, mask=cols < D, other=0.0) / T
+    grad = tl.load(grad_ptr + (b * T + t) * D + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dpred_ptr + (b * T + t) * D + cols, ddist * grad, mask=mask)
+
+
+def _row_config(D: int) -> dict:
+    """[ROWS, BLOCK_D] of 4096 elements; at D=1152 36-96 registers on sm_80/90/100 (budget 128)."""
+    block = triton.next_power_of_2(D)
+    rows = max(4096 // block, 1)
+    return {
+        "ROWS": rows,
+        "BLOCK_D": block,
+        "num_warps": min(max(rows * block // 1024, 4), 16),
+        "enable_fp_fusion": True,
+    }
+
+
+def _tile_config(T: int, D: int) -> dict:
+    """[BLOCK_T, BLOCK_D] of at most 16384 elements, 32 per thread and input; 108-128 registers (budget 128)."""
+    block_t = triton.next_power_of_2(T)
+    block_d = min(max(16384 // block_t, 16), 64, max(triton.next_power_of_2(D), 16))
+    return {
+        "BLOCK_T": block_t,
+        "BLOCK_D": block_d,
+        "num_warps": min(max(block_t * block_d // 1024, 4), 16),
+        "enable_fp_fusion": True,
+    }
+
+
+def align_distance_fwd(
+    pred: Tensor, target: Tensor, kind: str, beta: float, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    B, T, D = pred.shape
+    strides = (pred.stride(0), pred.stride(1), target.stride(0), target.stride(1))
+    grad = pred.new_empty((B, T, D) if need_grad else (0,))
+    if kind == "cosine_token":
+        config = _tile_config(T, D)
+        dist = pred.new_empty((B, D), dtype=torch.float32)
+        grid = (B * triton.cdiv(D, config["BLOCK_D"]),)
+        _channel_kernel[grid](pred, target, dist, grad, T, D, *strides, WRITE_GRAD=need_grad, **config)
+    else:
+        config = _row_config(D)
+        dist = pred.new_empty((B, T), dtype=torch.float32)
+        grid = (triton.cdiv(B * T, config["ROWS"]),)
+        _token_kernel[grid](
+            pred, target, dist, grad, B * T, T, D, *strides, beta, KIND=_CODES[kind], WRITE_GRAD=need_grad, **config
+        )
+    return dist, grad
+
+
+def align_distance_bwd(ddist: Tensor, grad: Tensor, per_token: bool) -> Tensor:
+    B, T, D = grad.shape
+    # 64 x 64: full 128-byte lines in bf16, widths of SiT divide evenly, and ddist adds 1.6 % to the bytes
+    block_t = block_d = 64
+    dpred = grad.new_empty(B, T, D)
+    grid = (B * triton.cdiv(T, block_t) * triton.cdiv(D, block_d),)
+    _backward_kernel[grid](
+        ddist,
+        grad,
+        dpred,
+        T,
+        D,
+        ddist.stride(0),
+        ddist.stride(1),
+        PER_TOKEN=per_token,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return dpred

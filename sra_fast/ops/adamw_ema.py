@@ -1,0 +1,151 @@
+"""The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16 teacher."""
+import torch
+from torch import Tensor
+
+from sra_fast.kernels import adamw_ema as kernels
+from sra_fast.ops._backend import use_triton
+from sra_fast.ops._register import register
+
+HALF = (torch.bfloat16, torch.float16)
+FULL = (torch.float32, torch.float64)
+
+
+@torch.no_grad()
+def adamw_ema_ref_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_scale: Tensor | None = None,
+    weights: Tensor | None = None,
+    ema: Tensor | None = None,
+    ema_copy: Tensor | None = None,
+    decay: float = 0.9999,
+) -> None:
+    """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Alg. 2) in torch's order, then the EMA."""
+    beta1, beta2 = betas
+    grad = grad.to(param.dtype)
+    if clip_scale is not None:
+        grad = grad * clip_scale.to(param.dtype)
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    if weights is not None:
+        weights.copy_(param)
+    if ema is not None:
+        ema.lerp_(param, 1 - decay)
+    if ema_copy is not None:
+        ema_copy.copy_(ema)
+
+
+def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, *rest) -> None:
+    kernels.adamw_ema_(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, *rest)
+    # autograd must see the change: a graph that saved the old value would be wrong in silence
+    written = (param, exp_avg, exp_avg_sq, weights, ema, ema_copy)
+    torch.autograd.graph.increment_version([x for x in written if x is not None])
+
+
+_op = register(
+    "adamw_ema_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights,"
+    " Tensor(e!)? ema, Tensor(f!)? ema_copy, Tensor? clip_scale, int step, float lr, float beta1, float beta2,"
+    " float eps, float weight_decay, float decay) -> ()",
+    _run,
+    lambda *args: None,
+)
+
+
+def _check_buffers(full: dict[str, Tensor | None], grad: Tensor, half: dict[str, Tensor | None]) -> None:
+    param = full["param"]
+    given = {k: v for k, v in {**full, "grad": grad, **half}.items() if v is not None}
+    if any(x.shape != param.shape or x.device != param.device or not x.is_contiguous() for x in given.values()):
+        got = {k: (list(x.shape), str(x.device), x.is_contiguous()) for k, x in given.items()}
+        raise ValueError(f"expected contiguous buffers of one shape and device, got (shape, device, contiguous) {got}")
+    bad = param.dtype not in FULL or any(x is not None and x.dtype != param.dtype for x in full.values())
+    if bad or not grad.is_floating_point() or any(x is not None and x.dtype not in HALF for x in half.values()):
+        got = {k: str(x.dtype) for k, x in given.items()}
+        raise ValueError(
+            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, a floating-point grad, and weights, "
+            f"ema_copy bf16 or fp16, got {got}"
+        )
+    if half["ema_copy"] is not None and full["ema"] is None:
+        raise ValueError("expected ema where ema_copy is given, got None")
+
+
+def _check_numbers(step: int, lr: float, betas: tuple[float, float], eps: float, decay: float) -> None:
+    if step < 1:
+        raise ValueError(f"expected step >= 1 (the first update is step 1), got {step}")
+    if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas) or not 0 <= decay <= 1:
+        raise ValueError(
+            "expected lr, eps >= 0, betas in [0, 1), decay in [0, 1], "
+            f"got lr={lr}, eps={eps}, betas={betas}, decay={decay}"
+        )
+
+
+@torch.no_grad()
+def adamw_ema_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_scale: Tensor | None = None,
+    weights: Tensor | None = None,
+    ema: Tensor | None = None,
+    ema_copy: Tensor | None = None,
+    decay: float = 0.9999,
+    backend: str | None = None,
+) -> None:
+    """One optimizer step in place: the update of ``torch.optim.AdamW``, then of the EMA, in one pass.
+
+    ``param``, ``exp_avg``, ``exp_avg_sq`` and ``step`` are the state of ``torch.optim.AdamW``; either can continue the
+    other's run.  40 bytes per element with an fp32 gradient, weights, EMA and copy; the host reads nothing back.
+
+    Args:
+        param: ``[N]`` fp32 master weights, contiguous (fp64 goes to the reference); a slice of a flat buffer will do.
+        grad: ``[N]`` gradient, fp32/bf16/fp16.
+        exp_avg: ``[N]`` first moment, fp32.
+        exp_avg_sq: ``[N]`` second moment, fp32.
+        step: number of this update, from 1.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay; the parameter shrinks by ``lr * weight_decay``.
+        clip_scale: one number on the device that multiplies the gradient: ``min(1, max_norm / norm)``, and
+            ``1 / loss_scale`` where there is one; or None.
+        weights: ``[N]`` bf16 or fp16, receives the rounded parameters; or None.
+        ema: ``[N]`` fp32, moves towards the new parameters; or None.
+        ema_copy: ``[N]`` bf16 or fp16, receives the rounded EMA; needs ``ema``; or None.
+        decay: fraction of the old EMA that is kept, in [0, 1].
+        backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts that do not fit, or a number outside its range.
+    """
+    _check_buffers(
+        {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema},
+        grad,
+        {"weights": weights, "ema_copy": ema_copy},
+    )
+    _check_numbers(step, lr, betas, eps, decay)
+    if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
+        raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
+    if param.numel() and param.dtype == torch.float32 and grad.dtype != torch.float64 and use_triton(param, backend):
+        buffers = [x if x is None else x.view(-1) for x in (param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy)]
+        _op(*buffers, clip_scale, step, lr, *betas, eps, weight_decay, decay)
+        return
+    outputs = {"weights": weights, "ema": ema, "ema_copy": ema_copy, "decay": decay}
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_scale": clip_scale}
+    adamw_ema_ref_(param, grad, exp_avg, exp_avg_sq, step, **numbers, **outputs)

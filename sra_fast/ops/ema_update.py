@@ -1,0 +1,161 @@
+"""In-place exponential moving average of many tensors: the teacher's update (SRA, arXiv 2505.02831, Sec. 3.2)."""
+import logging
+import os
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sra_fast.kernels import ema_update as kernels
+from sra_fast.ops._backend import use_triton
+from sra_fast.ops._register import register
+
+try:
+    from sra_fast import _ema_cuda
+except ImportError:
+    _ema_cuda = None
+
+HALF = (torch.bfloat16, torch.float16)
+
+_logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def ema_update_ref_(ema: list[Tensor], params: list[Tensor], decay: float, copies: list[Tensor] | None = None) -> None:
+    """The definition, in the dtype of ``ema``.  Tests, benchmarks and backend="torch" all use this one function."""
+    for e, p in zip(ema, params, strict=True):
+        e.lerp_(p.to(e.dtype), 1 - decay)
+    for c, e in zip(copies or [], ema if copies else [], strict=True):
+        c.copy_(e)
+
+
+def _run_extension(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
+    """One call per mix of dtypes; host tensors run the file's CPU reference."""
+    code = {None: "none", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    groups: dict[tuple, list] = {}
+    for e, p, c in zip(ema, params, copies or [None] * len(ema), strict=True):
+        lists = groups.setdefault((p.dtype, c.dtype if c is not None else None), [[], [], [], []])
+        addresses = (e.data_ptr(), p.data_ptr(), c.data_ptr() if c is not None else None, e.numel())
+        for column, value in zip(lists, addresses, strict=True):
+            if value is not None:
+                column.append(value)
+    with torch.cuda.device_of(ema[0]):
+        for dtypes, lists in groups.items():
+            args = (*lists, *(getattr(_ema_cuda.DType, code[dtype]) for dtype in dtypes), decay)
+            if ema[0].is_cuda:
+                _ema_cuda.ema_update(*args, torch.cuda.current_stream().cuda_stream)
+            else:
+                _ema_cuda.ema_update_cpu(*args)
+
+
+def _run(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool) -> None:
+    (_run_extension if extension else kernels.ema_update_)(ema, params, copies, decay)
+    # autograd must see the change: a graph that saved the old value would be wrong in silence
+    torch.autograd.graph.increment_version([*ema, *copies])
+
+
+_op = register(
+    "ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] copies, float decay, bool extension) -> ()",
+    _run,
+    lambda ema, params, copies, decay, extension: None,
+)
+
+
+@cache
+def _announce(choice: str) -> None:
+    """Say once which implementation "auto" took on a GPU."""
+    if choice == "cuda":
+        _logger.info("ema_update_ runs the CUDA extension")
+    else:
+        _logger.warning("ema_update_ runs in Triton: the CUDA extension is not built (SRA_FAST_BUILD_EXT=1 builds it)")
+
+
+def _choose(x: Tensor, backend: str | None) -> str:
+    """ "cuda", "triton" or "torch"."""
+    backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
+    if backend == "cuda":
+        if _ema_cuda is None:
+            raise RuntimeError("backend='cuda' needs sra_fast._ema_cuda: install with SRA_FAST_BUILD_EXT=1 and nvcc")
+        return backend
+    if not use_triton(x, backend):
+        return "torch"
+    choice = "cuda" if backend == "auto" and _ema_cuda is not None else "triton"
+    if backend == "auto" and not torch.compiler.is_compiling():
+        _announce(choice)
+    return choice
+
+
+def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
+    if len(params) != len(ema) or len(copies) not in (0, len(ema)):
+        raise ValueError(f"expected as many params and copies as ema, got {len(ema)}, {len(params)}, {len(copies)}")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"expected decay in [0, 1], got {decay}")
+    device = ema[0].device
+    for i, operands in enumerate(zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True)):
+        e, p, *c = operands
+        if any(t.shape != e.shape or t.device != device for t in operands):
+            got = [(list(t.shape), str(t.device)) for t in operands]
+            raise ValueError(f"expected tensors of one shape on {device} at index {i}, got {got}")
+        if e.dtype not in (torch.float32, torch.float64) or not p.is_floating_point() or (c and c[0].dtype not in HALF):
+            got = [str(t.dtype) for t in operands]
+            raise ValueError(f"expected ema fp32 (a bf16 EMA does not move), copies bf16 or fp16, got {got}")
+
+
+def _is_flat(operands: tuple[Tensor, ...]) -> bool:
+    """True if the tensors lie in memory in one common order without gaps, so that the kernels see them as vectors."""
+    if torch.float64 in (t.dtype for t in operands):
+        return False
+    first = operands[0]
+    if all(t.is_contiguous() for t in operands):
+        return True
+    span = 1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True))
+    return span == first.numel() and all(t.stride() == first.stride() for t in operands)
+
+
+def _launch(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool) -> None:
+    """Give the tensors that are plain vectors to the kernel, the few others to the reference."""
+    rows = list(zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True))
+    flat = [_is_flat(row) for row in rows]
+    for row, is_flat in zip(rows, flat, strict=True):
+        if not is_flat:
+            ema_update_ref_([row[0]], [row[1]], decay, list(row[2:]))
+    if not all(flat):
+        rows = [row for row, is_flat in zip(rows, flat, strict=True) if is_flat]
+        ema, params, copies = ([list(column) for column in zip(*rows, strict=True)] + [[]] * 3)[:3]
+    if rows:
+        _op(ema, params, copies, decay, extension)
+
+
+@torch.no_grad()
+def ema_update_(
+    ema: Iterable[Tensor],
+    params: Iterable[Tensor],
+    decay: float,
+    copies: Iterable[Tensor] | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """``ema = decay * ema + (1 - decay) * params`` for every tensor, in place, with one launch per mix of dtypes.
+
+    Args:
+        ema: fp32 tensors of any shapes (fp64 goes to the reference); no tensor twice.
+        params: tensors of the same shapes, bf16/fp16/fp32.
+        decay: fraction of the old average that is kept, in [0, 1]; the paper uses 0.9999.
+        copies: bf16 or fp16 tensors that receive the new average, rounded, in the same pass; or None.
+        backend: ``"cuda"`` (the compiled extension), ``"triton"``, ``"torch"`` or ``"auto"``: on a GPU the extension
+            where it is built, else Triton, said once in the log; default: ``$SRA_FAST_BACKEND``, else auto.
+
+    Raises:
+        ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, or ``decay`` is outside [0, 1].
+        RuntimeError: ``backend="cuda"`` and the extension is not built.
+    """
+    ema, params, copies = list(ema), list(params), list(copies or [])
+    if not ema and not params and not copies:
+        return
+    _check(ema, params, copies, decay)
+    choice = _choose(ema[0], backend)
+    if choice == "torch":
+        ema_update_ref_(ema, params, decay, copies)
+    else:
+        _launch(ema, params, copies, decay, extension=choice == "cuda")

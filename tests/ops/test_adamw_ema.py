@@ -1,0 +1,193 @@
+import pytest
+import torch
+from conftest import assert_kernel_close
+
+from sra_fast.ops.adamw_ema import _op, adamw_ema_, adamw_ema_ref_
+
+SIZES = [2048, 1000, 5, 1152 * 3 + 7]  # whole blocks; multiple of 8 only; less than one vector; ragged
+# large enough for every term to show in five steps
+HYPER = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+HALF = [torch.bfloat16, torch.float16]
+OUTPUTS = ("weights", "ema", "ema_copy")
+
+
+def make(N, device, grad_dtype=torch.float32, half=torch.bfloat16, seed=0):
+    torch.manual_seed(seed)
+    param, ema = torch.randn(2, N, device=device)
+    state = {"param": param, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param), "ema": ema}
+    state |= {k: torch.full((N,), float("nan"), device=device, dtype=half) for k in ("weights", "ema_copy")}
+    # from 1e-6 to 1: eps matters for some elements and not for others
+    scale = 10 ** (-6 * torch.rand(N, device=device))
+    return state, [(torch.randn(N, device=device) * scale).to(grad_dtype) for _ in range(5)]
+
+
+def step_all(fn, state, grads, first=1, **kw):
+    buffers = {k: state.get(k) for k in OUTPUTS}
+    for k, grad in enumerate(grads, first):
+        fn(state["param"], grad, state["exp_avg"], state["exp_avg_sq"], k, **buffers, **kw)
+
+
+def check(state, grads, **kw):
+    """Five steps of the kernel against fp64, with the reference in fp32 as the yardstick; copies are rounded."""
+    truth = {k: v.double() if v.dtype == torch.float32 else v.clone() for k, v in state.items()}
+    same = {k: v.clone() for k, v in state.items()}
+    step_all(adamw_ema_ref_, truth, [g.double() for g in grads], **kw)
+    step_all(adamw_ema_ref_, same, grads, **kw)
+    step_all(adamw_ema_, state, grads, backend="triton", **kw)
+    for name in ("param", "exp_avg", "exp_avg_sq", "ema"):
+        if name in state:
+            assert_kernel_close(state[name].double(), same[name].double(), truth[name], floor=3e-7)
+    for name, source in (("weights", "param"), ("ema_copy", "ema")):
+        if name in state:
+            # the interpreter truncates to bf16, a GPU rounds
+            unit = 2**-7 if state[name].dtype == torch.bfloat16 else 2**-11
+            torch.testing.assert_close(state[name].float(), state[source], rtol=unit, atol=1e-7)
+
+
+@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("N", SIZES)
+def test_step(N, half, device):
+    check(*make(N, device, half=half), **HYPER, decay=0.7, clip_scale=torch.tensor(0.37, device=device))
+
+
+@pytest.mark.parametrize("grad_dtype", HALF, ids=str)
+def test_half_precision_gradients(grad_dtype, device):
+    check(*make(300, device, grad_dtype), **HYPER, decay=0.7, clip_scale=torch.tensor([4.0], device=device))
+
+
+@pytest.mark.parametrize("present", [(), ("weights",), ("ema",), ("ema", "ema_copy")], ids=str)
+def test_optional_buffers(present, device):
+    """What is left out is neither needed nor touched."""
+    state, grads = make(70, device)
+    check({k: v for k, v in state.items() if k not in OUTPUTS or k in present}, grads, **HYPER, decay=0.2)
+    for name in set(OUTPUTS) - set(present) - {"ema"}:
+        assert state[name].isnan().all()
+
+
+def test_defaults_are_the_papers(device):
+    """AdamW 1e-4, no decay, EMA 0.9999: small moves, so compared as differences."""
+    state, grads = make(200, device)
+    before = {k: v.double() for k, v in state.items()}
+    truth = {k: v.clone() for k, v in before.items()}
+    step_all(adamw_ema_, state, grads, lr=1e-4, backend="triton")
+    step_all(adamw_ema_ref_, truth, [g.double() for g in grads], lr=1e-4)
+    for name, unit in (("param", 3e-7), ("ema", 3e-7)):
+        moved, expected = state[name].double() - before[name], truth[name] - before[name]
+        assert expected.abs().max() > 1e-4
+        # the storage rounds at 1.2e-7 of values up to 4, five times
+        torch.testing.assert_close(moved, expected, atol=5 * unit, rtol=1e-5)
+
+
+def test_continues_torch_adamw_and_back(device):
+    """Two steps of torch.optim.AdamW, two of ours on its state, one of torch's on ours: as five of torch's."""
+    state, grads = make(777, device)
+    ours, theirs = (torch.nn.Parameter(state["param"].clone()) for _ in range(2))
+    mixed, plain = (torch.optim.AdamW([p], **HYPER, foreach=False) for p in (ours, theirs))
+    for grad in grads:
+        theirs.grad = grad
+        plain.step()
+    for k, grad in enumerate(grads, 1):
+        ours.grad = grad
+        if k in (3, 4):
+            entry = mixed.state[ours]
+            adamw_ema_(ours, grad, entry["exp_avg"], entry["exp_avg_sq"], k, **HYPER, backend="triton")
+            entry["step"] += 1
+        else:
+            mixed.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    for name, unit in (("exp_avg", 1e-6), ("exp_avg_sq", 1e-6), ("step", 0)):
+        torch.testing.assert_close(mixed.state[ours][name], plain.state[theirs][name], atol=unit * 0.1, rtol=unit)
+
+
+def test_slices_of_a_flat_buffer(device):
+    """A rank's shard: any offset, and its neighbours stay untouched."""
+    for start, stop in ((16, 96), (3, 1100), (1, 4)):
+        full, grads = make(1200, device)
+        before = {k: v.clone() for k, v in full.items()}
+        check({k: v[start:stop] for k, v in full.items()}, [g[start:stop] for g in grads], **HYPER, decay=0.5)
+        for name, x in full.items():
+            torch.testing.assert_close(x[:start], before[name][:start], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(x[stop:], before[name][stop:], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_zero_gradient_only_decays(device):
+    state, _ = make(40, device)
+    expected = state["param"] * (1 - 3e-2 * 0.1)
+    step_all(adamw_ema_, state, [torch.zeros(40, device=device)], **HYPER, backend="triton")
+    torch.testing.assert_close(state["param"], expected)
+    assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+
+
+def test_the_ends_of_the_average_are_exact(device):
+    for decay in (0.0, 1.0):
+        state, grads = make(100, device)
+        old = state["ema"].clone()
+        step_all(adamw_ema_, state, grads[:1], **HYPER, decay=decay, backend="triton")
+        assert torch.equal(state["ema"], old if decay else state["param"])
+
+
+def test_fp64_goes_to_the_reference(device):
+    state, grads = make(20, device)
+    state = {k: v.double() if v.dtype == torch.float32 else v for k, v in state.items()}
+    truth = {k: v.clone() for k, v in state.items()}
+    step_all(adamw_ema_, state, grads, **HYPER, backend="triton")
+    step_all(adamw_ema_ref_, truth, grads, **HYPER)
+    assert torch.equal(state["param"], truth["param"]) and torch.equal(state["ema_copy"], truth["ema_copy"])
+
+
+def test_any_shape_and_nothing(device):
+    shaped, grads = make(60, device)
+    flat = {k: v.clone() for k, v in shaped.items()}
+    shaped = {k: v.view(3, 20) for k, v in shaped.items()}
+    step_all(adamw_ema_, shaped, [g.view(3, 20) for g in grads], **HYPER, backend="triton")
+    step_all(adamw_ema_, flat, grads, **HYPER, backend="triton")
+    assert all(torch.equal(shaped[k].view(-1), flat[k]) for k in flat)
+    empty, grads = make(0, device)
+    step_all(adamw_ema_, empty, grads, **HYPER, backend="triton")
+
+
+def test_autograd_sees_the_change(device):
+    state, grads = make(30, device)
+    versions = {k: v._version for k, v in state.items()}
+    step_all(adamw_ema_, state, grads[:1], **HYPER, backend="triton")
+    assert all(v._version > versions[k] for k, v in state.items())
+
+
+def test_operator_registration_and_compile(device):
+    state, grads = make(40, device)
+    names = ("exp_avg", "exp_avg_sq", "weights", "ema", "ema_copy")
+    clip = torch.tensor(0.5, device=device)
+    args = (1, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.9)
+    state["weights"].zero_(), state["ema_copy"].zero_()
+    torch.library.opcheck(_op, (state["param"], grads[0], *(state[k] for k in names), clip, *args))
+    torch.library.opcheck(_op, (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], *[None] * 4, *args))
+    same = {k: v.clone() for k, v in state.items()}
+    fn = torch.compile(lambda s, g: step_all(adamw_ema_, s, [g], **HYPER, backend="triton"),
+                       fullgraph=True, backend="aot_eager")
+    fn(state, grads[1])
+    step_all(adamw_ema_ref_, same, grads[1:2], **HYPER)
+    torch.testing.assert_close(state["param"], same["param"])
+    torch.testing.assert_close(state["ema"], same["ema"])
+
+
+def test_rejects_bad_input(device):
+    state, (grad, *_) = make(10, device)
+    p, m, v = state["param"], state["exp_avg"], state["exp_avg_sq"]
+    good = {"param": p, "grad": grad, "exp_avg": m, "exp_avg_sq": v, "step": 1, "lr": 1e-3}
+    for change, match in (
+        ({"grad": grad[:9]}, "one shape"),
+        ({"exp_avg": torch.zeros(20, device=device)[::2]}, "contiguous"),
+        ({"ema": torch.zeros(10, device="meta")}, "one shape and device"),
+        ({"exp_avg": m.bfloat16()}, "of one dtype, fp32 or fp64"),
+        ({"param": p.half(), "exp_avg": m.half(), "exp_avg_sq": v.half()}, "of one dtype, fp32 or fp64"),
+        ({"grad": grad.long()}, "floating-point grad"),
+        ({"weights": p.clone()}, "bf16 or fp16"),
+        ({"ema_copy": p.bfloat16()}, "expected ema where"),
+        ({"step": 0}, "step >= 1"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\)"),
+        ({"decay": 1.1}, "decay=1.1"),
+        ({"clip_scale": torch.ones(2, device=device)}, "clip_scale with one number"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            adamw_ema_(**good | change)

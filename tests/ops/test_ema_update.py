@@ -1,0 +1,161 @@
+import pytest
+import torch
+from conftest import assert_kernel_close
+
+from sra_fast.kernels import ema_update as kernels
+from sra_fast.ops.ema_update import _op, ema_update_, ema_update_ref_
+
+# a whole chunk; chunks and a ragged end; a scalar; nothing; fewer than 16; a 1152-wide bias
+SHAPES = [(4096,), (3, 2999), (), (0, 4), (5,), (1152,)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(dtypes, device, shapes=SHAPES):
+    torch.manual_seed(0)
+    ema = [torch.randn(s, device=device) for s in shapes]
+    params = [torch.randn(s, device=device).to(dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)]
+    return ema, params
+
+
+def check(ema, params, decay, copies=None):
+    """Two updates of the kernel against fp64, with torch.lerp in fp32 as the yardstick; copies are the rounded EMA."""
+    truth, same = [e.double() for e in ema], [e.clone() for e in ema]
+    for _ in range(2):
+        ema_update_ref_(truth, [p.double() for p in params], decay)
+        ema_update_ref_(same, params, decay)
+        ema_update_(ema, params, decay, copies, backend="triton")
+    for e, s, t in zip(ema, same, truth, strict=True):
+        if e.numel():
+            assert_kernel_close(e.double(), s.double(), t, floor=1e-7)
+    for c, e in zip(copies or [], ema if copies else [], strict=True):
+        # the interpreter truncates to bf16, a GPU rounds
+        unit = 2**-7 if c.dtype == torch.bfloat16 else 2**-11
+        torch.testing.assert_close(c.float(), e, rtol=unit, atol=1e-7)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.3])
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[1:2]], ids=["mixed", "bf16"])
+def test_update(dtypes, decay, device):
+    check(*make(dtypes, device), decay)
+
+
+@pytest.mark.parametrize("copy_dtype", DTYPES[1:], ids=str)
+def test_copies(copy_dtype, device):
+    ema, params = make(DTYPES, device)
+    copies = [torch.full_like(e, float("nan"), dtype=copy_dtype) for e in ema]
+    check(ema, params, 0.75, copies)
+
+
+def test_neighbours_stay_untouched(device):
+    """Slices of one buffer, aligned and not: nothing outside them is read into them or written."""
+    for offset, numel in ((16, 100), (1, 4096), (3, 17), (16, 4112)):
+        buffers = [torch.full((offset + numel + 8,), 7.0, device=device) for _ in range(3)]
+        buffers[2] = buffers[2].bfloat16()
+        ema, p, copy = (b[offset : offset + numel] for b in buffers)
+        p.copy_(torch.randn(numel))
+        check([ema], [p], 0.5, [copy])
+        for b in buffers:
+            assert (b[:offset] == 7).all() and (b[offset + numel :] == 7).all()
+
+
+def test_the_ends_are_exact(device):
+    """decay 0 copies the parameters and decay 1 keeps the average, bit for bit."""
+    ema, params = make([torch.float32], device, [(300,), (4096,)])
+    before = [e.clone() for e in ema]
+    ema_update_(ema, params, 1.0, backend="triton")
+    assert all(map(torch.equal, ema, before))
+    ema_update_(ema, params, 0.0, backend="triton")
+    assert all(map(torch.equal, ema, params))
+
+
+def test_layouts(device):
+    """One common dense order is used as it is; different orders and gaps go through the reference."""
+    torch.manual_seed(0)
+    ema = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)]
+    ema += [torch.randn(6, 4, device=device), torch.randn(4, 6, device=device).t()]
+    ema += [torch.randn(9, 8, device=device)[:, ::2]]
+    params = [torch.randn_like(ema[0]), torch.randn(4, 6, device=device).t(), torch.randn(6, 4, device=device)]
+    params += [torch.randn(9, 4, device=device)]
+    check(ema, params, 0.9)
+
+
+def test_another_set_of_tensors_at_the_same_address(device):
+    """The plan is kept per set of tensors: views of one storage with another length or dtype are other sets."""
+    # pairs of bf16 numbers are fp32 numbers, of any size but finite
+    ema, storage = torch.randn(200, device=device), torch.randn(400, device=device).bfloat16().view(torch.float32)
+    for view in (storage[:50], storage, storage.view(torch.bfloat16)[:200]):
+        check([ema[: view.numel()]], [view], 0.9)
+    for i in range(kernels._MAX_PLANS + 2):
+        ema_update_([storage[i:]], [torch.ones(200 - i, device=device)], 0.9, backend="triton")
+    assert len(kernels._plans) <= kernels._MAX_PLANS
+
+
+def test_promises_to_the_compiler_hold(device):
+    """What a wide launch promises (addresses and counts are multiples of 16) is true; the rest goes elsewhere, once."""
+    buffer, numels = torch.zeros(20000, device=device), [16, 4096, 4103, 5, 9000]
+    starts = [0, 32, 4200, 8401, 10000]
+    ema = [buffer[i : i + n] for i, n in zip(starts, numels, strict=True)]
+    params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in numels]
+    plan = kernels._plan(ema, params, [])
+    wide = torch.cat([table for table, _, vector in plan if vector])
+    assert (wide[:, :2] % 16 == 0).all() and (wide[:, 3] % 16 == 0).all() and (wide[:, 3] <= kernels.CHUNK).all()
+    covered = sorted((line[0].item(), line[3].item()) for table, _, _ in plan for line in table)
+    flat = [a // 4 + i for a, count in ((a - buffer.data_ptr(), n) for a, n in covered) for i in range(count)]
+    assert flat == [i + k for i, n in zip(starts, numels, strict=True) for k in range(n)]
+
+
+def test_addresses_beyond_32_bits(device):
+    """Table lines past 2^31 elements; nothing is read, so no memory is needed."""
+    tensor = torch.zeros(1, device=device)
+    lines = kernels._lines((tensor, tensor.bfloat16()), 2**31 + 16, 2**31 + 16 + kernels.CHUNK + 5)
+    assert (lines[:, 0] - tensor.data_ptr()).tolist() == [4 * (2**31 + 16), 4 * (2**31 + 16 + kernels.CHUNK)]
+    assert (lines[1, 1] - lines[0, 1]).item() == 2 * kernels.CHUNK
+    assert lines[:, 2].tolist() == [0, 0] and lines[:, 3].tolist() == [kernels.CHUNK, 5]
+
+
+def test_fp64_goes_to_the_reference(device):
+    ema, p = torch.randn(9, device=device).double(), torch.randn(9, device=device).double()
+    expected = 0.9 * ema + 0.1 * p
+    ema_update_([ema], [p], 0.9, backend="triton")
+    torch.testing.assert_close(ema, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_parameters_that_require_grad(device):
+    """The usual call: a model's parameters, outside any graph."""
+    model, teacher = torch.nn.Linear(7, 5).to(device), torch.nn.Linear(7, 5).to(device)
+    expected = [e.detach() + 0.1 * (p.detach() - e.detach()) for e, p in zip(teacher.parameters(), model.parameters())]
+    version = teacher.weight._version
+    ema_update_(teacher.parameters(), model.parameters(), 0.9, backend="triton")
+    for e, x in zip(teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(e.detach(), x)
+    assert teacher.weight._version > version and teacher.weight.is_leaf
+
+
+def test_operator_registration_and_compile(device):
+    ema, params = make([torch.bfloat16], device, [(40,), (5, 3)])
+    copies = [torch.zeros_like(e, dtype=torch.bfloat16) for e in ema]
+    for given in ([], copies):
+        torch.library.opcheck(_op, (ema, params, given, 0.9, False))
+    same = [e.clone() for e in ema]
+    fn = torch.compile(lambda e, p: ema_update_(e, p, 0.9, backend="triton"), fullgraph=True, backend="aot_eager")
+    fn(ema, params)
+    ema_update_ref_(same, params, 0.9)
+    for e, s in zip(ema, same, strict=True):
+        torch.testing.assert_close(e, s)
+
+
+def test_rejects_bad_input(device):
+    ema, params = make([torch.float32], device, [(4,), (5,)])
+    for bad, match in (
+        ((ema, params[:1], 0.9), "as many params"),
+        ((ema, params, 0.9, ema[:1]), "as many params"),
+        ((ema, params[::-1], 0.9), "one shape"),
+        ((ema, [p.to("meta") for p in params], 0.9), "one shape on"),
+        (([e.bfloat16() for e in ema], params, 0.9), "expected ema fp32"),
+        ((ema, [p.long() for p in params], 0.9), "expected ema fp32"),
+        ((ema, params, 0.9, [e.clone() for e in ema]), "copies bf16 or fp16"),
+        ((ema, params, 1.5), r"decay in \[0, 1\], got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ema_update_(*bad)
+    ema_update_([], [], 0.9)
