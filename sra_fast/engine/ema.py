@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sra_fast import ops
 from sra_fast.engine.shards import MasterShards
 from sra_fast.models import Backbone
 
@@ -26,7 +27,7 @@ class ShardedEMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self.flats, self.shards.flats, 1 - self.decay)
+        ops.ema_update_(self.flats, self.shards.flats, self.decay)
 
     def pieces(self) -> dict[str, tuple[int, Tensor]]:
         """``{name: (first element, values)}`` of this rank: what a checkpoint stores; fits any number of ranks."""

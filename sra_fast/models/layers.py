@@ -78,8 +78,24 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+# what a half-block adds to the residual stream, not added yet: its output [B, T, D] and its gate [B, D]
+Pending = tuple[Tensor, Tensor]
+
+
+def add_and_norm(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual stream with ``pending`` added, and its modulated LayerNorm: one pass over both."""
+    if pending is None:
+        return x, ops.adaln(x, shift, scale)
+    return ops.gated_residual_adaln(x, *pending, shift, scale)
+
+
 class Block(nn.Module):
-    """adaLN-Zero transformer block: ``x [B, T, D]``, conditioning ``c [B, D]`` -> ``[B, T, D]``."""
+    """adaLN-Zero transformer block.
+
+    Takes the residual stream ``x [B, T, D]``, the conditioning ``c [B, D]`` and what the block before left pending, and
+    returns the stream and what it leaves pending itself: so that the gate of one half-block, the addition and the norm of
+    the next are one pass, across blocks too.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
@@ -87,11 +103,11 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> tuple[Tensor, Pending]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        y = self.attn(ops.adaln(x, shift_msa, scale_msa))
-        x, h = ops.gated_residual_adaln(x, y, gate_msa, shift_mlp, scale_mlp)
-        return ops.gated_residual(x, self.mlp(h), gate_mlp)
+        x, h = add_and_norm(x, pending, shift_msa, scale_msa)
+        x, h = add_and_norm(x, (self.attn(h), gate_msa), shift_mlp, scale_mlp)
+        return x, (self.mlp(h), gate_mlp)
 
 
 class FinalLayer(nn.Module):
@@ -100,9 +116,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(ops.adaln(x, shift, scale))
+        return self.linear(add_and_norm(x, pending, shift, scale)[1])
 
 
 class ProjectionHead(nn.Module):

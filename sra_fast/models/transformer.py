@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor, nn
 
+from sra_fast import ops
 from sra_fast.models.layers import (
     Block, FinalLayer, LabelEmbedder, PatchEmbed, ProjectionHead, TimestepEmbedder, sincos_pos_embed,
 )
@@ -91,7 +92,8 @@ class Backbone(nn.Module):
                 f"expected x [B, {', '.join(map(str, expected))}] and t, y [B], got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
             )
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
-        tokens = tokens + self.pos_embed.to(tokens.dtype)  # a buffer: mixed-precision wrappers may leave it in fp32
+        # a buffer: mixed-precision wrappers may leave it in fp32.  contiguous: the patches come channels first
+        tokens = (tokens + self.pos_embed.to(tokens.dtype)).contiguous()
         return tokens, self.t_embedder(t) + self.y_embedder(y, drop)
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None) -> Tensor:
@@ -110,10 +112,10 @@ class Backbone(nn.Module):
         depth = self.depth if depth is None else depth
         if not 1 <= depth <= self.depth:
             raise ValueError(f"depth must lie in [1, {self.depth}], got {depth}")
-        tokens, c = self.embed(x, t, y, drop)
+        (tokens, c), pending = self.embed(x, t, y, drop), None
         for block in self.blocks[:depth]:
-            tokens = block(tokens, c)
-        return tokens
+            tokens, pending = block(tokens, c, pending)
+        return ops.gated_residual(tokens, *pending)
 
 
 class SiT(Backbone):
@@ -145,13 +147,13 @@ class SiT(Backbone):
         """The prediction; with ``align_depth=m`` also ``ap_head(h_m)`` ``[B, T, D]``.  Arguments: see ``features``."""
         if align_depth is not None and not 1 <= align_depth <= self.depth:
             raise ValueError(f"align_depth must lie in [1, {self.depth}], got {align_depth}")
-        tokens, c = self.embed(x, t, y, drop)
-        projected = None
+        (tokens, c), pending, projected = self.embed(x, t, y, drop), None, None
         for i, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, c)
+            tokens, pending = block(tokens, c, pending)
             if i == align_depth:
+                tokens, pending = ops.gated_residual(tokens, *pending), None
                 projected = self.ap_head(tokens)
-        prediction = self.unpatchify(self.final_layer(tokens, c))
+        prediction = self.unpatchify(self.final_layer(tokens, c, pending))
         return prediction if projected is None else (prediction, projected)
 
 

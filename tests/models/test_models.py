@@ -120,8 +120,8 @@ def test_truncated_forward_is_exact_and_costs_nothing_more():
     model = randomise(SiT(**TINY)).eval()
     args = batch(model)
     captured = {}
-    model.blocks[2].register_forward_hook(lambda m, i, out: captured.setdefault("h3", out))
-    model(*args)
+    model.ap_head.register_forward_pre_hook(lambda m, i: captured.setdefault("h3", i[0]))
+    model(*args, align_depth=3)
     assert torch.equal(model.features(*args, depth=3), captured["h3"])
     embed = flops(lambda: model.embed(*args))
     per_block = (flops(lambda: model.features(*args, depth=4)) - embed) / 4
@@ -185,12 +185,31 @@ def test_rejects_inputs_that_do_not_fit():
         model(x, t, y, align_depth=9)
 
 
-def test_backend_switch_keeps_the_program(monkeypatch):
+def test_aligning_does_not_change_the_prediction():
     model = randomise(SiT(**TINY)).eval()
     args = batch(model)
-    auto = model(*args)
-    monkeypatch.setenv("SRA_FAST_BACKEND", "torch")
-    assert_matches(model(*args), auto)
+    assert_matches(model(*args, align_depth=2)[0], model(*args), 1e-6)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_kernels_on_and_off_are_the_same_program(monkeypatch, device, qk_norm):
+    """Prediction, features and every gradient with the Triton kernels (without a GPU: interpreted) and without."""
+    model = randomise(SiT(**{**TINY, "depth": 2}, qk_norm=qk_norm)).to(device)
+    x, t, y = (a.to(device) for a in batch(model, 2))
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("SRA_FAST_BACKEND", backend)
+        out = model(x, t, y, drop=torch.tensor([True, False], device=device), align_depth=1)
+        gradients = torch.autograd.grad(sum(o.square().sum() for o in out), list(model.parameters()))
+        results.append([*out, model.features(x, t, y, depth=1, drop=y < 0), *gradients])
+    largest = max(off.abs().max() for off in results[0])
+    for off, on in zip(*results):  # the bias of the keys' norm has no gradient but rounding noise
+        assert (on - off).abs().max() <= 2e-5 * max(off.abs().max(), 1e-3 * largest)
+
+
+def test_unknown_backend_is_named(monkeypatch):
+    model = SiT(**TINY)
+    args = batch(model)
     monkeypatch.setenv("SRA_FAST_BACKEND", "tensorflow")
     with pytest.raises(ValueError, match="backend must be one of"):
         model(*args)
