@@ -35,6 +35,20 @@ def test_training_learns(tmp_path, monkeypatch, align):
         assert last["student_norm"] > 0.5 * last["teacher_norm"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="300 steps take hours in Triton's interpreter")
+def test_kernels_on_and_off_learn_alike(tmp_path, monkeypatch):
+    """The same loss curve with the Triton kernels and with the references, to rounding at first, within 2 % at the end."""
+    curves = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("SRA_FAST_BACKEND", backend)
+        plan = prepare(parse_train([*CONFIG, "--train.log_every", "10"])[0], None)
+        (tmp_path / backend).mkdir()
+        curves.append([row["loss"] for row in train(build(plan.cfg, init_distributed()), plan.data, tmp_path / backend)])
+    off, on = curves
+    assert on[:3] == pytest.approx(off[:3], rel=1e-4)
+    assert on[-5:] == pytest.approx(off[-5:], rel=2e-2)
+
+
 def test_frechet_distance_of_gaussians():
     """Against the closed form of two sets of points with known moments."""
     torch.manual_seed(0)
