@@ -21,9 +21,9 @@ TINY = (
 
 
 def environment() -> dict:
-    """Without the variables of a process group that another test has made in this process."""
+    """On the CPU, without the variables of a process group that another test has made in this process."""
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return {**{k: v for k, v in os.environ.items() if k not in launcher}, "OMP_NUM_THREADS": "1"}
+    return {**{k: v for k, v in os.environ.items() if k not in launcher}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def script(name, *args, **kwargs):

@@ -105,7 +105,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision):
     cfg = config("--train.zero_stage", str(stage), "--train.precision", precision, "--train.log_every", "1000")
     trainer, data = build(cfg, init_distributed()), make_dataset(cfg)
     stream = ShuffledBatches(len(data), 0, 8, 1, 0, 1, 0, 6)
-    batches, m = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, CPU, 1)
+    batches, m = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, trainer.device, 1)
     reads = []
     for name in SYNCS:
         original = getattr(torch.Tensor, name)

@@ -1,0 +1,49 @@
+"""The training of ``zero_worker.py`` on one GPU, with the kernels: every ZeRO stage and precision."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import relative_error
+from zero_worker import CASES, STEPS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("zero_worker.py")), str(folder)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True, timeout=900,
+    )
+    assert (folder / "imported_3.rank0.pt").exists(), done.stderr[-4000:]
+    return {name: torch.load(folder / f"{name}.rank0.pt", weights_only=True, map_location="cpu") for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ema_and_teacher(results, name):
+    ours, dtype = results[name]["whole"], torch.bfloat16 if name.startswith("bf16") else torch.float32
+    for key, expected in ours["watched_ema"].items():
+        assert relative_error(ours["ema"][key], expected) <= 1e-6, key
+    for key, value in ours["teacher"].items():
+        assert torch.equal(value, ours["ema"][key].to(dtype).float()), key
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 5e-3)])
+def test_stages_agree_and_learn(results, precision, tolerance):
+    losses = [results[f"{precision}_{stage}"]["whole"]["loss"] for stage in range(4)]
+    assert len(losses[0]) == STEPS and losses[0][-1] < losses[0][0]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=tolerance)
+    assert losses[0] == pytest.approx(results["fp32_1"]["whole"]["loss"], rel=5e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_run_goes_on(results, name):
+    whole, resumed = results[name]["whole"], results[name]["resumed"]
+    assert resumed["loss"] == pytest.approx(whole["loss"][STEPS // 2 :], rel=5e-3 if name.startswith("bf16") else 1e-4)
