@@ -13,6 +13,10 @@ def modules_after(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in out.stdout.split()}
 
 
+def test_sampling_does_not_need_deepspeed():
+    assert "deepspeed" not in modules_after("import sra_fast.engine.load_model, sra_fast.engine.generate, sra_fast.engine.report")
+
+
 def test_ops_and_models_need_torch_and_triton_only():
     baseline = modules_after("import torch, triton, triton.language")
     added = modules_after("import sra_fast.ops, sra_fast.models") - baseline

@@ -4,19 +4,24 @@
 (step, seed, sampler position, processes).  All random numbers are functions of (seed, step, image), so that these are
 the whole generator state.  DeepSpeed writes ``latest`` last: an interrupted save is never picked up.
 """
+from __future__ import annotations
+
 import argparse
 import json
 import pickle
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sra_fast.engine.build import Trainer
 from sra_fast.engine.config import Config
 from sra_fast.engine.files import write_atomic, write_json
+
+if TYPE_CHECKING:  # sampling reads checkpoints without DeepSpeed
+    from sra_fast.engine.build import Trainer
 
 STATE = "sra_fast.json"
 

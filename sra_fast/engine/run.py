@@ -92,7 +92,8 @@ def find_resume(cfg: Config) -> Path | None:
     if cfg.train.resume is None:
         return None
     if cfg.train.resume == "auto":
-        folders = sorted(Path(cfg.train.out).glob("[0-9]*"), reverse=True)
+        numbered = [f for f in Path(cfg.train.out).glob("*") if f.name.isdigit()]
+        folders = sorted(numbered, key=lambda f: int(f.name), reverse=True)
         return next(filter(None, (checkpoint.latest(f / "checkpoints") for f in folders)), None)
     path = Path(cfg.train.resume)
     if (path / checkpoint.STATE).exists():

@@ -15,6 +15,8 @@ def use_triton(x: torch.Tensor, backend: str | None) -> bool:
     backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if x.is_meta:  # shapes and FLOPs only
+        return False
     if backend == "triton" and not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise RuntimeError(f"backend='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got {x.device}")
     return backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64)

@@ -49,6 +49,13 @@ def test_paper_flops():
     assert (aligned - plain) / 1e9 == pytest.approx(169.4 + 3 * 2.7, rel=5e-3)
 
 
+def test_flops_do_not_depend_on_the_backend(monkeypatch):
+    expected = training_flops(config())
+    monkeypatch.setenv("SRA_FAST_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert training_flops(config()) == expected
+
+
 def test_peak_table(monkeypatch):
     assert peak_flops(CPU, "bf16") is None
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
