@@ -69,7 +69,8 @@ def _token_kernel(
             size = tl.abs(diff)
             quadratic = size < beta
             loss = tl.where(quadratic, 0.5 * diff * (diff / beta), size - 0.5 * beta)
-            grad = tl.where(quadratic, diff / beta, tl.where(diff > 0.0, 1.0, -1.0))
+            # a NaN stays one
+            grad = tl.where(quadratic, diff / beta, tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, diff)))
         elif KIND == L1:
             loss = tl.abs(diff)
             grad = tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, 0.0))
@@ -166,12 +167,17 @@ def _tile_config(T: int, D: int) -> dict:
     }
 
 
+def grad_dtype(pred: Tensor) -> torch.dtype:
+    """Of the stored ``n * gradient``: for fp16 it is fp32, for it overflows where the gradient itself does not."""
+    return torch.float32 if pred.dtype == torch.float16 else pred.dtype
+
+
 def align_distance_fwd(
     pred: Tensor, target: Tensor, kind: str, beta: float, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     B, T, D = pred.shape
     strides = (pred.stride(0), pred.stride(1), target.stride(0), target.stride(1))
-    grad = pred.new_empty((B, T, D) if need_grad else (0,))
+    grad = pred.new_empty((B, T, D) if need_grad else (0,), dtype=grad_dtype(pred))
     if kind == "cosine_token":
         config = _tile_config(T, D)
         dist = pred.new_empty((B, D), dtype=torch.float32)

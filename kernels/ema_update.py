@@ -84,14 +84,19 @@ def _plan(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list
 
 def ema_update_(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
     """``copies`` is empty or as long as ``ema``; matching tensors share one dense layout."""
-    key = tuple((t.data_ptr(), t.numel(), t.dtype) for t in (*ema, *params, *copies))
+    key = (len(copies), *((t.data_ptr(), t.numel(), t.dtype) for t in (*ema, *params, *copies)))
     if key not in _plans:
+        if ema[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("ema_update_: call it once on these tensors before a CUDA graph captures it")
         _plans[key] = _plan(ema, params, copies)
-        if len(_plans) > _MAX_PLANS:
-            _plans.popitem(last=False)
+    _plans.move_to_end(key)
+    if len(_plans) > _MAX_PLANS:
+        _plans.popitem(last=False)
     # the launch goes to the current device, which the table does not reveal
     with torch.cuda.device_of(ema[0]):
         for table, like, vector in _plans[key]:
+            if table.is_cuda:  # another stream than the one that made it may still read it when it is dropped
+                table.record_stream(torch.cuda.current_stream())
             _ema_kernel[(table.shape[0],)](
                 table,
                 *like,

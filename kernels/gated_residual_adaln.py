@@ -223,12 +223,14 @@ def gated_residual_adaln_fwd(
     x_new, h = x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((0,) if rms else (B, T), (B, T)))
     config = width_config(D)
+    columns = (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
     _fwd_kernel[(B * G * P,)](
         *(x, y, bias, gate, shift, scale, group, x_new, h, None if rms else mean, rstd, T, G, P, rows),
         *(*mod_strides(gate), *mod_strides(shift), *mod_strides(scale), eps),
         **config,
-        # left alone, ptxas 13 spills two registers for sm_100 at D=768 to fit 128; wide rows it fits in fewer by itself
-        maxnreg=144 if config["num_warps"] < 4 else None,
+        # left alone, ptxas 13 spills two registers for sm_100 at D=768 and 1536 (12 columns per thread) to fit 128; rows of
+        # 8 or 9 columns per thread it fits in fewer by itself
+        maxnreg=144 if columns >= 12 else None,
         enable_fp_fusion=True,
     )
     return x_new, h, mean, rstd

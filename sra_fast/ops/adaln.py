@@ -6,7 +6,7 @@ from torch import Tensor
 from sra_fast.kernels import adaln as kernels
 from sra_fast.ops._backend import upcast, use_triton
 from sra_fast.ops._modulation import check, in_place, spread
-from sra_fast.ops._register import register
+from sra_fast.ops._register import once, register
 
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
 
@@ -56,11 +56,10 @@ class _AdaLN(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, scale, group, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
-        dx, dshift, dscale = _bwd(dy, x, scale, group, mean, rstd)
+        dx, dshift, dscale = once(_bwd, dy, x, scale, group, mean, rstd)
         return dx, dy if group is None and scale.dim() == 3 else dshift, dscale, None, None, None
 
 
@@ -95,7 +94,8 @@ def adaln(
     """
     check(x, {}, {"shift": shift, "scale": scale}, group, per_token=True)
     check_norm(norm)
-    if not use_triton(x, backend) or x.dtype == torch.float64 or x.numel() == 0:
+    exact = torch.float64 in (x.dtype, shift.dtype, scale.dtype)
+    if not use_triton(x, backend) or exact or x.numel() == 0:
         return adaln_ref(x, shift, scale, eps, norm=norm, group=group)
     group = None if group is None else group.contiguous()
     return _AdaLN.apply(x, in_place(shift), in_place(scale), group, eps, norm == "rms")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
 from sra_fast.ops._backend import upcast, use_triton
-from sra_fast.ops._register import register
+from sra_fast.ops._register import once, register
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
 
@@ -34,7 +34,7 @@ def align_distance_ref(
 def _fake_fwd(pred: Tensor, target: Tensor, kind: str, beta: float, need_grad: bool) -> tuple[Tensor, Tensor]:
     B, T, D = pred.shape
     dist = pred.new_empty((B, D if kind == "cosine_token" else T), dtype=torch.float32)
-    return dist, pred.new_empty((B, T, D) if need_grad else (0,))
+    return dist, pred.new_empty((B, T, D) if need_grad else (0,), dtype=kernels.grad_dtype(pred))
 
 
 _fwd = register(
@@ -55,14 +55,14 @@ class _AlignDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, target, kind, beta):
         dist, grad = _fwd(pred, target, kind, beta, True)
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, dist)
         ctx.per_token = kind != "cosine_token"
         return dist
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, ddist):
-        return _bwd(ddist, *ctx.saved_tensors, ctx.per_token), None, None, None
+        grad, dist = ctx.saved_tensors
+        return once(_bwd, ddist, grad, ctx.per_token, tie=dist), None, None, None
 
 
 def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor | None, reduction: str) -> None:

@@ -100,7 +100,7 @@ def _measure(q: Tensor, groups: Tensor | None, training: bool) -> str:
 
 def _choose(q: Tensor, groups: Tensor | None, training: bool) -> str:
     """The measured backend for this shape; measured now if it is new and measuring is possible."""
-    key = (q.device, q.dtype, *q.shape[1:], groups is not None, training)
+    key = (q.device, q.dtype, q.shape[0].bit_length(), *q.shape[1:], groups is not None, training)
     if key in _chosen:
         return _chosen[key]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
@@ -142,6 +142,8 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; ``backend`` is unknown, not installed, or takes no groups.
     """
+    if torch.is_autocast_enabled(q.device.type):  # what autocast does to scaled_dot_product_attention itself
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, groups)
     if backend is None:
         torch_only = os.environ.get("SRA_FAST_BACKEND") == "torch"

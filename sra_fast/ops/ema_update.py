@@ -1,5 +1,6 @@
 """In-place exponential moving average of many tensors: the teacher's update (SRA, arXiv 2505.02831, Sec. 3.2)."""
 import logging
+import math
 import os
 from collections.abc import Iterable
 from functools import cache
@@ -13,7 +14,10 @@ from sra_fast.ops._register import register
 
 try:
     from sra_fast import _ema_cuda
-except ImportError:
+except ModuleNotFoundError:
+    _ema_cuda = None
+except ImportError as error:  # built, but for another machine: say why it is not used
+    logging.getLogger(__name__).warning("the CUDA extension does not load: %s", error)
     _ema_cuda = None
 
 HALF = (torch.bfloat16, torch.float16)
@@ -109,8 +113,9 @@ def _is_flat(operands: tuple[Tensor, ...]) -> bool:
     first = operands[0]
     if all(t.is_contiguous() for t in operands):
         return True
-    span = 1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True))
-    return span == first.numel() and all(t.stride() == first.stride() for t in operands)
+    dims = sorted((s, n) for n, s in zip(first.shape, first.stride(), strict=True) if n != 1)
+    gapless = all(s == math.prod(n for _, n in dims[:i]) for i, (s, _) in enumerate(dims))
+    return gapless and all(t.stride() == first.stride() for t in operands)
 
 
 def _launch(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool) -> None:

@@ -6,7 +6,7 @@ from sra_fast.kernels import gated_residual as kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops._backend import upcast, use_triton
 from sra_fast.ops._modulation import check, in_place, spread
-from sra_fast.ops._register import register
+from sra_fast.ops._register import once, register
 from sra_fast.ops.adaln import adaln_ref, check_norm
 
 
@@ -78,11 +78,10 @@ class _GatedResidual(torch.autograd.Function):
         return _fwd(x.contiguous(), y, bias, gate, group)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dx_new):
         y, bias, gate, group = ctx.saved_tensors
         dx_new = dx_new.contiguous()
-        dy, dgate, dbias = _bwd(dx_new, y, bias, gate, group)
+        dy, dgate, dbias = once(_bwd, dx_new, y, bias, gate, group)
         return dx_new, dy, None if bias is None else dbias, dgate, None
 
 
@@ -96,17 +95,16 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         return x_new, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dx_new, dh):
         x_new, *saved = ctx.saved_tensors
         dx_new = None if dx_new is None else dx_new.contiguous()
         dh = torch.zeros_like(x_new) if dh is None else dh.contiguous()
-        dx, dy, dgate, dshift, dscale, dbias = _fused_bwd(dx_new, dh, x_new, *saved)
+        dx, dy, dgate, dshift, dscale, dbias = once(_fused_bwd, dx_new, dh, x_new, *saved)
         return dx, dy, None if saved[1] is None else dbias, dgate, dshift, dscale, None, None, None
 
 
-def _runs_kernel(x: Tensor, backend: str | None) -> bool:
-    return use_triton(x, backend) and x.dtype != torch.float64 and x.numel() > 0
+def _runs_kernel(x: Tensor, backend: str | None, *others: Tensor) -> bool:
+    return use_triton(x, backend) and x.numel() > 0 and all(t.dtype != torch.float64 for t in (x, *others))
 
 
 def gated_residual(
@@ -136,9 +134,10 @@ def gated_residual(
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
     check(x, {"y": y}, {"gate": gate}, group, bias=bias)
-    if not _runs_kernel(x, backend):
+    if not _runs_kernel(x, backend, y, gate):
         return gated_residual_ref(x, y, gate, bias=bias, group=group)
     group = None if group is None else group.contiguous()
+    bias = None if bias is None else in_place(bias)
     return _GatedResidual.apply(x, y, bias, in_place(gate), group)
 
 
@@ -180,8 +179,9 @@ def gated_residual_adaln(
     """
     check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, group, bias=bias)
     check_norm(norm)
-    if not _runs_kernel(x, backend):
+    if not _runs_kernel(x, backend, y, gate, shift, scale):
         return gated_residual_adaln_ref(x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group)
     group = None if group is None else group.contiguous()
     gate, shift, scale = in_place(gate), in_place(shift), in_place(scale)
+    bias = None if bias is None else in_place(bias)
     return _GatedResidualAdaLN.apply(x, y, bias, gate, shift, scale, group, eps, norm == "rms")

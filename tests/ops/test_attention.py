@@ -97,8 +97,11 @@ def test_the_fastest_is_chosen_once_per_shape(fake_clock):
     count = len(fake_clock.measured)
     fake_clock.times["flash"] = 9.0
     assert module._choose(q, None, True) == "flash" and len(fake_clock.measured) == count
-    # another batch size is the same shape; inference, groups and another head dimension are not
-    assert module._choose(q[:1], None, True) == "flash"
+    # a batch size of the same power of two is the same shape; a larger one, inference, groups, another head dimension and
+    # another dtype are not
+    assert module._choose(q[[0, 1, 0]], None, True) == "flash"
+    assert module._choose(q[[0, 1] * 4], None, True) == "cudnn"
+    assert module._choose(q.double(), None, True) == "cudnn"
     assert module._choose(q, None, False) == "cudnn"
     assert module._choose(q, torch.zeros(2, 9, dtype=torch.long, device=DEVICE), True) == "cudnn"
     assert module._choose(q[..., :64], None, True) == "cudnn"

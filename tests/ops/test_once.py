@@ -1,0 +1,79 @@
+"""A second derivative raises: it is not computed, and must not be wrong in silence.  Launches go to the tensors' device."""
+import pytest
+import torch
+
+from sra_fast import ops
+
+X, Y, VECTORS = torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.randn(3, 2, 64)
+CALLS = {
+    "adaln": lambda x: ops.adaln(x, VECTORS[0], VECTORS[1], backend="triton"),
+    "gated_residual": lambda y: ops.gated_residual(X, y, VECTORS[0] * y.mean(1), backend="triton"),
+    "gated_residual_adaln": lambda x: ops.gated_residual_adaln(x, Y, *VECTORS, backend="triton")[1],
+    "align_distance": lambda x: ops.align_distance(x, Y, "l2", backend="triton"),
+}
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors here lie on the host")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("constant", [True, False], ids=["sum", "square"])
+def test_second_derivative_raises(name, constant):
+    x = X.clone().requires_grad_()
+    out = CALLS[name](x)
+    loss = out.sum() if constant else out.square().sum()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(loss + first.square().sum(), x)
+
+
+@needs_interpreter
+def test_first_derivative_under_create_graph_is_right():
+    x = X.clone().requires_grad_()
+    loss = CALLS["adaln"](x).square().sum()
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(loss, x, create_graph=True)[0], plain)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", CALLS)
+def test_every_launch_is_on_the_tensors_device(name, monkeypatch):
+    entered = []
+    original = torch.cuda.device_of.__init__
+
+    def spy(self, tensor):
+        entered.append(tensor)
+        original(self, tensor)
+
+    monkeypatch.setattr(torch.cuda.device_of, "__init__", spy)
+    x = X.clone().requires_grad_()
+    CALLS[name](x).sum().backward()
+    assert len(entered) >= 2, "forward and backward"
+
+
+def test_attention_follows_autocast():
+    """CUDA's autocast leaves normalised queries and keys in fp32 beside half-precision values."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = torch.randn(3, 2, 5, 2, 8, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        assert ops.attention(q, k, v.bfloat16()).dtype == torch.bfloat16
+
+
+@needs_interpreter
+def test_a_nan_stays_one_in_the_distance_and_its_gradient():
+    x = X.clone()
+    x[0, 0, 0] = float("nan")
+    x.requires_grad_()
+    loss = ops.align_distance(x, Y, "smooth_l1", backend="triton").sum()
+    loss.backward()
+    assert loss.isnan() and x.grad[0, 0, 0].isnan() and x.grad.isnan().sum() == 1
+
+
+@needs_interpreter
+def test_ema_plans_tell_params_from_copies():
+    """Three averages without copies, then two with: the same addresses in the same order."""
+    a, b, c = (torch.zeros(64) for _ in range(3))
+    d, e, f = (torch.ones(64) for _ in range(3))
+    ops.ema_update_([a, b, c], [d, e, f], 0.5, backend="triton")
+    half = [torch.zeros(64, dtype=torch.bfloat16) for _ in range(2)]
+    ops.ema_update_([a, b], [d, e], 0.5, copies=half, backend="triton")
+    assert a.eq(0.75).all() and c.eq(0.5).all() and half[0].eq(0.75).all()
