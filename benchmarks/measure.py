@@ -85,7 +85,8 @@ class Oracle:
         """What is wrong with a variant; None if nothing is.
 
         Every result may be twice as far from the truth as plain PyTorch's, and one unit in the last place of the
-        largest value more, in the maximum and in the mean square.
+        largest value more, in the maximum and in the mean square; in fp32 5e-5 of it where there are sums, whose order
+        is free, else 4e-6.
         """
         with poisoned():
             actual = results(self.entry, function, self.inputs(), self.dtype, self.device)
@@ -94,7 +95,7 @@ class Oracle:
         for i, (a, truth, scale, plain) in enumerate(zip(actual, self.truth, self.scale, self.plain, strict=True)):
             if a.shape != truth.shape:
                 return f"result {i} has shape {[*a.shape]} instead of {[*truth.shape]}"
-            slack = max(torch.finfo(a.dtype).eps, 4e-6)
+            slack = max(torch.finfo(a.dtype).eps, 5e-5 if self.entry.grads else 4e-6)
             for error, size, allowed in zip(_errors(a, truth), scale, plain, strict=True):
                 # written so that NaN is an error too
                 if not error <= 2 * allowed + slack * size:

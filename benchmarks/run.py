@@ -2,11 +2,11 @@
 
 Every operator, shape, pass and variant, most valuable first: time on the device with a cold L2, GB/s of the bytes that
 the operator needs, percent of the copy bandwidth measured in the same run.  Before any speed is printed the results are
-checked against the fp32 reference; a variant that is wrong is RED and has no speed.  Rows go to
-benchmarks/results/<gpu>-<commit>.json as they come.
+checked against the fp32 reference; a variant that is wrong is RED and has no speed.  Rows are written as they come, to
+benchmarks/results/<gpu>-<commit>.json unless --json names a file.
 
-Variants: ours, eager, compile, and where installed apex, liger, quack (their LayerNorm, PyTorch's modulation); on request
-compile_nomix, without inductor's mix-order reductions, which give wrong gradients in some versions.
+Variants: ours, eager, compile, and where installed apex, liger, quack (their LayerNorm, PyTorch's modulation); if asked
+for, compile_nomix, without inductor's mix-order reductions, which give wrong gradients in some versions.
 """
 import argparse
 import math
