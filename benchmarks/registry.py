@@ -1,0 +1,267 @@
+"""What is measured: every operator with its inputs, its rivals, and the fewest bytes that it can move.
+
+Bytes are those of the docstrings in kernels/ with every input read once and every output written once: no partial sums,
+and one program per image.  A percentage of the copy bandwidth is therefore one of what the operator needs, whichever
+implementation ran.
+"""
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(1, str(ROOT))
+
+import rivals  # noqa: E402
+
+from sra_fast import ops  # noqa: E402
+from sra_fast.models import create_model, preset  # noqa: E402
+from sra_fast.ops.adaln import adaln_ref  # noqa: E402
+from sra_fast.ops.adamw_ema import adamw_ema_ref_  # noqa: E402
+from sra_fast.ops.align_distance import align_distance_ref  # noqa: E402
+from sra_fast.ops.attention import attention_ref  # noqa: E402
+from sra_fast.ops.ema_update import ema_update_ref_  # noqa: E402
+from sra_fast.ops.gated_residual import gated_residual_adaln_ref, gated_residual_ref  # noqa: E402
+from sra_fast.ops.noise_pair import noise_pair_ref  # noqa: E402
+
+MODELS = ("SiT-XL/2", "SiT-B/2", "SiT-L/2")
+# most valuable first; a run that stops early has these
+RESOLUTION_BATCH = ((256, 32), (256, 256), (512, 32), (256, 64), (512, 64), (512, 256))
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model at a resolution and a batch; resolution and batch are None where only the parameters count."""
+
+    model: str
+    resolution: int | None = None
+    batch: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens, width and heads: patches of 2 in a latent of an eighth of the image's side."""
+        size = {"hidden_size": 64, "num_heads": 4} if self.model == TINY else preset(self.model)[1]
+        return (self.resolution // 16) ** 2, size["hidden_size"], size["num_heads"]
+
+    @property
+    def elements(self) -> int:
+        """B T D"""
+        return self.batch * self.sizes[0] * self.sizes[1]
+
+
+@functools.cache
+def parameter_shapes(model: str) -> tuple[torch.Size, ...]:
+    if model == TINY:
+        return tuple(torch.Size(s) for s in ((64, 48), (64,), (24, 8, 2), (1000,)))
+    with torch.device("meta"):
+        return tuple(p.shape for p in create_model(model).parameters())
+
+
+def num_parameters(shape: Shape) -> int:
+    return sum(s.numel() for s in parameter_shapes(shape.model))
+
+
+def random(seed: int, device: str) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda *size, dtype=torch.float32: torch.randn(*size, generator=generator, device=device).to(dtype)
+
+
+def _rows(shape: Shape, dtype: torch.dtype, randn: Callable, arrays: int, vectors: int) -> tuple[Tensor, ...]:
+    """Arrays [B, T, D] and vectors [B, D], the latter slices of one [B, 6 D] projection as a block has them."""
+    (T, D, _), B = shape.sizes, shape.batch
+    projection = randn(B, 6 * D, dtype=dtype)
+    return *(randn(B, T, D, dtype=dtype) for _ in range(arrays)), *projection.chunk(6, 1)[:vectors]
+
+
+def _noise(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    side = shape.resolution // 8
+    t = randn(shape.batch).sigmoid()
+    return *(randn(shape.batch, 4, side, side) for _ in range(2)), t, t * 0.8
+
+
+def _qkv(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
+    T, D, heads = shape.sizes
+    return (randn(shape.batch, T, 3, heads, D // heads, dtype=dtype),)
+
+
+def _lists(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[list[Tensor], ...]:
+    """EMA in fp32, parameters and copies in the working dtype (bf16 where that is fp32), and a rival's scratch."""
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    ema = [randn(s) for s in parameter_shapes(shape.model)]
+    params = [randn(s, dtype=dtype) for s in parameter_shapes(shape.model)]
+    return ema, params, [torch.zeros_like(e, dtype=half) for e in ema], [torch.empty_like(e) for e in ema]
+
+
+def _flat(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple:
+    """Flat buffers, the clip factor, the same buffers as lists of parameters, and the rival's step counters."""
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    shapes, N = parameter_shapes(shape.model), num_parameters(shape)
+    param, grad, exp_avg, exp_avg_sq, ema = randn(N), randn(N), randn(N), randn(N).square_(), randn(N)
+    weights, copy = (torch.zeros_like(param, dtype=half) for _ in range(2))
+    flat = [param, grad, exp_avg, exp_avg_sq, weights, ema, copy]
+    split = [[v.view(s) for v, s in zip(x.split([s.numel() for s in shapes]), shapes)] for x in flat]
+    # the fused AdamW of PyTorch does not count by itself
+    steps = [torch.full((), float(rivals.STEP), device=param.device) for _ in shapes]
+    return flat, torch.full((), 0.5, device=param.device), split, steps
+
+
+def _adamw(function: Callable, flat: list[Tensor], clip_scale: Tensor) -> None:
+    names = ("weights", "ema", "ema_copy")
+    outputs = dict(zip(names, flat[4:], strict=True)) | {"clip_scale": clip_scale, "decay": rivals.DECAY}
+    function(*flat[:4], rivals.STEP, **rivals.ADAMW, **outputs)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operator.
+
+    Attributes:
+        make: inputs for a shape, a dtype and a source of random numbers.
+        ours: the call under test; all functions take the inputs.
+        reference: the definition; on fp32 inputs it is the oracle.
+        eager: plain PyTorch, also what is compiled unless ``to_compile`` says otherwise.
+        bytes: fewest bytes of the forward and of the backward pass for a shape and a size of an element; None: the
+            operator is bound by arithmetic.
+        elements: what bytes per element refer to.
+        grads: which inputs get a gradient; none: there is no backward pass.
+        written: which inputs the call changes; none: it returns its results.
+        with_norm: ``eager`` also takes an installed package's LayerNorm.
+        compiles: whether the compiled rival runs unless asked for: hundreds of tensors take minutes to compile.
+        dtype: the one dtype there is, where the working dtype plays no role.
+    """
+
+    make: Callable
+    ours: Callable
+    reference: Callable
+    eager: Callable
+    bytes: Callable[[Shape, int], tuple[float, float]] | None
+    elements: Callable[[Shape], int] = lambda shape: shape.elements
+    grads: tuple[int, ...] = ()
+    written: tuple[int, ...] = ()
+    to_compile: Callable | None = None
+    with_norm: bool = False
+    compiles: bool = True
+    dtype: torch.dtype | None = None
+
+    @property
+    def per_model(self) -> bool:
+        return bool(self.written)
+
+
+def _moves(forward: int, vectors: int, backward: int, vectors_backward: int, per_token: int = 0) -> Callable:
+    """Arrays [B, T, D] and vectors [B, D] read or written by each pass, and fp32 bytes per token of each."""
+
+    def count(shape: Shape, s: int) -> tuple[float, float]:
+        (T, D, _), B = shape.sizes, shape.batch
+        passes = ((forward, vectors), (backward, vectors_backward))
+        return tuple(s * B * D * (T * arrays + rows) + per_token * B * T for arrays, rows in passes)
+
+    return count
+
+
+def attention_flops(shape: Shape) -> tuple[float, float]:
+    """Two products forward, five backward (flash attention recomputes one)."""
+    forward = 4 * shape.elements * shape.sizes[0]
+    return forward, 2.5 * forward
+
+
+def _latent_elements(shape: Shape) -> int:
+    return 4 * shape.batch * (shape.resolution // 8) ** 2
+
+
+# most valuable first
+ENTRIES: dict[str, Entry] = {
+    "gated_residual_adaln": Entry(
+        make=functools.partial(_rows, arrays=2, vectors=3),
+        ours=lambda *inputs: ops.gated_residual_adaln(*inputs, rivals.EPS),
+        reference=lambda *inputs: gated_residual_adaln_ref(*inputs, rivals.EPS),
+        eager=rivals.gated_residual_adaln,
+        bytes=_moves(4, 3, 6, 5, per_token=8),
+        grads=(0, 1, 2, 3, 4),
+        with_norm=True,
+    ),
+    "adamw_ema_": Entry(
+        make=_flat,
+        ours=lambda flat, clip_scale, *_: _adamw(ops.adamw_ema_, flat, clip_scale),
+        reference=lambda flat, clip_scale, *_: _adamw(adamw_ema_ref_, flat, clip_scale),
+        eager=rivals.adamw_ema,
+        bytes=lambda shape, s: (40 * num_parameters(shape), 0),
+        elements=num_parameters,
+        written=(0,),
+        to_compile=rivals.adamw_ema_flat,
+    ),
+    "ema_update_": Entry(
+        make=_lists,
+        ours=lambda ema, params, copies, _: ops.ema_update_(ema, params, rivals.DECAY, copies),
+        reference=lambda ema, params, copies, _: ema_update_ref_(ema, params, rivals.DECAY, copies),
+        eager=rivals.ema_update,
+        bytes=lambda shape, s: ((10 + s) * num_parameters(shape), 0),
+        elements=num_parameters,
+        written=(0, 2),
+        compiles=False,
+    ),
+    "adaln": Entry(
+        make=functools.partial(_rows, arrays=1, vectors=2),
+        ours=lambda *inputs: ops.adaln(*inputs, rivals.EPS),
+        reference=lambda *inputs: adaln_ref(*inputs, rivals.EPS),
+        eager=rivals.adaln,
+        bytes=_moves(2, 2, 3, 3, per_token=8),
+        grads=(0, 1, 2),
+        with_norm=True,
+    ),
+    "align_distance": Entry(
+        make=functools.partial(_rows, arrays=2, vectors=0),
+        ours=lambda pred, target: ops.align_distance(pred, target, "smooth_l1"),
+        reference=lambda pred, target: align_distance_ref(pred, target, "smooth_l1"),
+        eager=rivals.align_distance,
+        bytes=_moves(3, 0, 2, 0, per_token=4),
+        grads=(0,),
+    ),
+    "gated_residual": Entry(
+        make=functools.partial(_rows, arrays=2, vectors=1),
+        ours=lambda *inputs: ops.gated_residual(*inputs),
+        reference=gated_residual_ref,
+        eager=rivals.gated_residual,
+        bytes=_moves(3, 1, 3, 2),
+        grads=(0, 1, 2),
+    ),
+    "noise_pair": Entry(
+        make=_noise,
+        ours=lambda *inputs: ops.noise_pair(*inputs),
+        reference=noise_pair_ref,
+        eager=rivals.noise_pair,
+        bytes=lambda shape, s: (20 * _latent_elements(shape) + 8 * shape.batch, 0),
+        elements=_latent_elements,
+        dtype=torch.float32,
+    ),
+    "attention": Entry(
+        make=_qkv,
+        ours=lambda qkv: ops.attention(*qkv.unbind(2)),
+        reference=lambda qkv: attention_ref(*qkv.unbind(2)),
+        eager=rivals.attention,
+        bytes=None,
+        grads=(0,),
+    ),
+}
+
+
+def cases(names, models, resolutions, batches) -> list[tuple[str, Shape]]:
+    """Operators and shapes, most valuable first; None takes everything, numbers outside the list come last."""
+    models = models or MODELS
+    grid = [(r, b) for r, b in RESOLUTION_BATCH if r in (resolutions or (r,)) and b in (batches or (b,))]
+    grid += [(r, b) for r in resolutions or () for b in batches or () if (r, b) not in RESOLUTION_BATCH]
+    chosen = [name for name in ENTRIES if name in (names or ENTRIES)]
+    # a model is worth two places in the list of sizes
+    ranked = sorted(((i + 2 * m, m, i) for m in range(len(models)) for i in range(len(grid))))
+    ordered = [
+        (name, Shape(models[m]) if ENTRIES[name].per_model else Shape(models[m], *grid[i]))
+        for _, m, i in ranked
+        for name in chosen
+    ]
+    return list(dict.fromkeys(ordered))
