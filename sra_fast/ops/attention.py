@@ -142,7 +142,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; ``backend`` is unknown, not installed, or takes no groups.
     """
-    if torch.is_autocast_enabled(q.device.type):  # what autocast does to scaled_dot_product_attention itself
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # what autocast does to scaled_dot_product_attention itself
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, groups)
     if backend is None:
