@@ -294,9 +294,7 @@ def test_readme_is_up_to_date():
 
 def test_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
-    options = ["--benchmark-only", "-q", "-k", "cpu", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "benchmarks/", *options]
-    # pytest-benchmark refuses to measure in a worker of pytest-xdist, which this process may be
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-k", "cpu", "-p", "no:cacheprovider"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # a worker of xdist may not measure
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,5 @@
-"""A second derivative raises: it is not computed, and must not be wrong in silence.  Launches go to the tensors' device."""
+"""What holds for every operator, whatever a caller does: second derivatives raise, launches follow the tensors' device, layouts,
+NaN, autocast and reused addresses change no result."""
 import pytest
 import torch
 
@@ -77,3 +78,15 @@ def test_ema_plans_tell_params_from_copies():
     half = [torch.zeros(64, dtype=torch.bfloat16) for _ in range(2)]
     ops.ema_update_([a, b], [d, e], 0.5, copies=half, backend="triton")
     assert a.eq(0.75).all() and c.eq(0.5).all() and half[0].eq(0.75).all()
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_bias_of_any_layout(device, layout):
+    x, y, bias = (torch.randn(*shape, device=device) for shape in ((2, 3, 64), (2, 3, 64), (128,)))
+    bias = bias[::2] if layout == "strided" else bias[:1].expand(64)
+    gate, shift, scale = torch.randn(2, 192, device=device).chunk(3, dim=1)
+    out = ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="triton")
+    for a, b in zip(out, ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="torch")):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    out, expected = (ops.gated_residual(x, y, gate, bias=bias, backend=b) for b in ("triton", "torch"))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
