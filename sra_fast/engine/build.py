@@ -10,6 +10,7 @@ from sra_fast.engine.config import Config
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import ShardedEMA, make_teacher
 from sra_fast.engine.objective import SRAObjective, make_process
+from sra_fast.engine.optimizer import AdamWEMA, OnePassStep, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import split_batch
 from sra_fast.models import Backbone, SiT
@@ -40,8 +41,15 @@ class Trainer:
         return self.engine.optimizer.grad_norm if norm is None else norm
 
     def refresh_teacher(self) -> None:
+        """Teacher weights <- EMA, however that changed."""
         if self.teacher is not None:
             self.teacher.refresh()
+
+    def after_step(self, teacher_runs: bool) -> None:
+        """EMA and, if the next step runs the teacher, its weights follow the optimizer step just taken."""
+        self.ema.update()
+        if teacher_runs and self.teacher is not None:
+            self.teacher.after_step()
 
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict in the reference's order and names from gathered parameters; adds the position embedding."""
@@ -59,36 +67,6 @@ def _networks(cfg: Config, weights: dict[str, Tensor] | None) -> tuple[SiT, Back
         teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
         teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
     return student, teacher
-
-
-def _make_optimizer(cfg: Config, student: SiT, teacher_names: set[str], cuda: bool) -> torch.optim.AdamW:
-    """AdamW with the teacher's parameters as the first group: their EMA is then one contiguous part per rank."""
-    groups = [[], []]
-    for name, p in student.named_parameters():
-        groups[name not in teacher_names].append(p)
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups if group],
-        lr=cfg.optim.lr,
-        betas=tuple(cfg.optim.betas),
-        eps=cfg.optim.eps,
-        weight_decay=cfg.optim.weight_decay,
-        fused=cuda,
-    )
-
-
-def _clip_before_step(engine, limit: float) -> None:
-    """Scale the gradients by min(1, limit / norm) on the device, as a hook of the optimizer that DeepSpeed steps."""
-    wrapper = engine.optimizer
-
-    def hook(optimizer, args, kwargs):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if optimizer is wrapper:  # stage 0 in fp32: no DeepSpeed optimizer has computed the norm
-            wrapper.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        norm = wrapper.grad_norm if optimizer is wrapper else wrapper._global_grad_norm
-        if limit:
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).float())
-
-    getattr(wrapper, "optimizer", wrapper).register_step_pre_hook(hook)
 
 
 def _restore_fp32(shards: MasterShards, engine, initial: dict[str, Tensor]) -> None:
@@ -124,7 +102,7 @@ def build(
     initial = {name: p.detach().clone() for name, p in student.named_parameters()} if bf16 else {}
     objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
     teacher_names = {name for name, _ in teacher.named_parameters()} if teacher else set()
-    optimizer = _make_optimizer(cfg, student, teacher_names, device.type == "cuda")
+    optimizer = make_optimizer(cfg, student, teacher_names, device.type == "cuda")
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
 
     parameters = dict(student.named_parameters())
@@ -132,11 +110,15 @@ def build(
     if bf16:
         _restore_fp32(shards, engine, initial)
     shards.verify(parameters)
-    if clips_itself(stage, cfg):
-        _clip_before_step(engine, cfg.optim.clip)
-    ema = ShardedEMA(shards, cfg.train.ema_decay)
+    if stage in (1, 2) and isinstance(optimizer, AdamWEMA):
+        OnePassStep(engine, cfg.optim.clip)
+    elif clips_itself(stage, cfg):
+        clip_before_step(engine, cfg.optim.clip)
+    ema = ShardedEMA(shards, cfg.train.ema_decay, optimizer)
     dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype == "auto" else torch.float32
+    trained = make_teacher(teacher, ema, optimizer, dtype)
+    if trained is not None:
+        objective.teacher_ready = trained.wait
     return Trainer(
-        cfg, engine, student, shards, ema, make_teacher(teacher, ema, dtype), device, stage, micro, accumulation,
-        rank, world, ds_config,
+        cfg, engine, student, shards, ema, trained, device, stage, micro, accumulation, rank, world, ds_config
     )

@@ -106,6 +106,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW."""
 
+    implementation: Literal["fused", "torch"] = "fused"
+    """fused: AdamW, rounded weights, EMA and teacher in one pass (ops.adamw_ema_); torch: torch.optim.AdamW, then the EMA"""
     lr: float = 1e-4
     """learning rate after warm-up, constant"""
     betas: tuple[float, float] = (0.9, 0.999)

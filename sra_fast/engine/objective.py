@@ -41,11 +41,15 @@ class SRAObjective(nn.Module):
         teacher: a frozen ``Backbone`` of depth n with the EMA's weights, or None for training without alignment.
         process: noises both inputs and compares the prediction.
         align: student layer m, distance and its parameters.
+
+    Attributes:
+        teacher_ready: called before the teacher runs; returns once its weights have arrived.
     """
 
     def __init__(self, student: SiT, teacher: Backbone | None, process, align: AlignConfig):
         super().__init__()
         self.student, self.teacher, self.process, self.align = student, teacher, process, align
+        self.teacher_ready = lambda: None
         if teacher is not None:
             teacher.requires_grad_(False)
 
@@ -82,6 +86,7 @@ class SRAObjective(nn.Module):
         return loss, {name: value.detach() for name, value in {**losses, **align}.items()}
 
     def _align(self, features: Tensor, noised, y: Tensor, drop: Tensor) -> dict[str, Tensor]:
+        self.teacher_ready()
         with torch.no_grad():
             target = self.teacher.features(noised.x_teacher, noised.t_teacher, y, drop=drop)
         distance = ops.align_distance(features, target, self.align.distance, beta=self.align.beta).mean()
