@@ -3,16 +3,18 @@ from dataclasses import dataclass
 
 import deepspeed
 import torch
+import torch._inductor.config as inductor
 import torch.distributed as dist
 from torch import Tensor
 
+from sra_fast import ops
 from sra_fast.engine.config import Config
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import ShardedEMA, make_teacher
 from sra_fast.engine.objective import SRAObjective, make_process
 from sra_fast.engine.optimizer import AdamWEMA, OnePassStep, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
-from sra_fast.engine.validate import split_batch
+from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
 
 
@@ -73,10 +75,25 @@ def _restore_fp32(shards: MasterShards, engine, initial: dict[str, Tensor]) -> N
     """DeepSpeed clones bf16 masters from rounded weights, and stage 0 takes an AdamW step while it is built: undo both."""
     getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
     shards.scatter(initial, shards.flats)
-    if engine.zero_optimization_stage() == 0:  # the masters are whole on every rank, the shards only cover a part
-        for params, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups):
-            for p, master in zip(params, masters):
-                master.data.copy_(initial[shards.names[id(p)]])
+
+
+def _choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
+    """Measure attention's backends for the shapes of student and teacher: impossible once a compiler traces."""
+    a = cfg.model.arguments()
+    tokens, dtype = (a["input_size"] // a["patch_size"]) ** 2, torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    for images, training in ((micro, True), (round(micro * cfg.align.fraction), False)):
+        shape = (images, tokens, a["num_heads"], a["hidden_size"] // a["num_heads"])
+        q = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
+        with torch.set_grad_enabled(training):
+            ops.attention(q, q, q)
+
+
+def _compile_blocks(*models: Backbone | None) -> None:
+    """torch.compile of each block by itself: one compilation serves all blocks of a model."""
+    # torch 2.10 to 2.14 give wrong gradients of shared or broadcast modulations with it (pytorch issue 193061)
+    inductor.triton.mix_order_reduction = False
+    for block in (block for model in models if model is not None for block in model.blocks):
+        block.compile(fullgraph=True, dynamic=False)
 
 
 def build(
@@ -98,7 +115,13 @@ def build(
     micro, accumulation = split_batch(cfg, world)
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, device.type == "cuda")
     stage = zero_stage(ds_config, cfg)
+    check_device(cfg, stage, device.type == "cuda")
     student, teacher = _networks(cfg, weights)
+    for block in student.blocks:
+        block.recompute = cfg.train.recompute
+    if cfg.train.compile:
+        _choose_attention(cfg, micro, device)
+        _compile_blocks(student, teacher)
     initial = {name: p.detach().clone() for name, p in student.named_parameters()} if bf16 else {}
     objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
     teacher_names = {name for name, _ in teacher.named_parameters()} if teacher else set()
@@ -118,7 +141,7 @@ def build(
     dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype == "auto" else torch.float32
     trained = make_teacher(teacher, ema, optimizer, dtype)
     if trained is not None:
-        objective.teacher_ready = trained.wait
+        objective.teacher_pass.ready = trained.wait
     return Trainer(
         cfg, engine, student, shards, ema, trained, device, stage, micro, accumulation, rank, world, ds_config
     )

@@ -74,8 +74,16 @@ class AlignConfig:
     """from this step on no alignment, and no teacher pass"""
     t_max: float = 0.2
     """the teacher's time is earlier by U(0, t_max)"""
+    fraction: float = 1.0
+    """share of the images that the teacher sees each step; the loss is the mean over these"""
+    every: int = 1
+    """the teacher runs each `every`-th step, with lambda times `every`"""
     teacher_dtype: Literal["auto", "fp32"] = "auto"
     """precision of the teacher: the training precision, or fp32 as the reference has it"""
+    teacher_graph: bool = False
+    """replay the teacher's forward as a CUDA graph (ZeRO 0-2)"""
+    teacher_stream: bool = False
+    """run the teacher beside the student's forward, in a CUDA stream of its own (ZeRO 0-2)"""
 
 
 @dataclass
@@ -134,6 +142,10 @@ class TrainConfig:
     """images per process and forward pass; the rest is accumulated (default: all of the process's share)"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """of weights and activations; master weights and EMA are always fp32"""
+    compile: bool = False
+    """torch.compile each block (ZeRO 0-2)"""
+    recompute: Literal["none", "norm", "full"] = "none"
+    """what the backward pass computes again instead of keeping it: nothing; all but matrix products and attention (ZeRO 0-2); all"""
     tf32: bool = False
     """let fp32 matrix products run in TF32 on a GPU"""
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -33,6 +33,9 @@ VARIANTS = {
     "torch_adamw_1": (1, "--optim.implementation torch --optim.clip 0.1"),
     "torch_adamw_2": (2, "--optim.implementation torch --train.micro_batch {micro}"),
     "torch_adamw_3": (3, "--optim.implementation torch"),
+    "fraction_every": (2, "--align.fraction 0.3333333 --align.every 2 --train.micro_batch {micro}"),
+    "compiled": (1, "--train.compile true --train.recompute norm"),
+    "recompute_full": (3, "--train.recompute full"),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
 }
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
