@@ -16,6 +16,7 @@ from sra_fast.engine.optimizer import AdamWEMA, OnePassStep, clip_before_step, m
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
+from sra_fast.models.fp8 import use_fp8
 
 
 @dataclass
@@ -68,6 +69,8 @@ def _networks(cfg: Config, weights: dict[str, Tensor] | None) -> tuple[SiT, Back
     if cfg.align.target == "ema_teacher":
         teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
         teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
+        if cfg.align.teacher_dtype == "fp8":
+            use_fp8(teacher)
     return student, teacher
 
 
@@ -138,7 +141,7 @@ def build(
     elif clips_itself(stage, cfg):
         clip_before_step(engine, cfg.optim.clip)
     ema = ShardedEMA(shards, cfg.train.ema_decay, optimizer)
-    dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype == "auto" else torch.float32
+    dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype != "fp32" else torch.float32
     trained = make_teacher(teacher, ema, optimizer, dtype)
     if trained is not None:
         objective.teacher_pass.ready = trained.wait

@@ -36,6 +36,9 @@ def check_device(cfg: Config, stage: int, cuda: bool) -> None:
     for name, value in zip(wanted, (a.teacher_graph, a.teacher_stream, cfg.train.compile)):
         _require(not value or stage < 3, f"{name} needs a ZeRO stage below 3, got {stage}")
         _require(not value or cuda or name == "train.compile", f"{name} needs a CUDA device")
+    if a.teacher_dtype == "fp8" and a.target != "none":
+        _require(stage < 3 and cfg.train.precision == "bf16", "align.teacher_dtype fp8 needs train.precision bf16 and a ZeRO stage below 3")
+        _require(not cuda or torch.cuda.get_device_capability() >= (9, 0), "align.teacher_dtype fp8 needs compute capability 9.0")
     # stage 3 replaces linear by one that adds the bias in place, to what selective checkpointing has kept
     _require(cfg.train.recompute != "norm" or stage < 3, "train.recompute norm needs a ZeRO stage below 3: set it to full")
 

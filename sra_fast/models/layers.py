@@ -63,8 +63,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
+        return self.attend(self.qkv(x))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """``[B, T, 3D]`` -> ``[B, T, D]``: everything after the first projection."""
+        B, T, D = *qkv.shape[:2], qkv.shape[2] // 3
+        q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
         return self.proj(ops.attention(self.q_norm(q), self.k_norm(k), v).reshape(B, T, D))
 
 
