@@ -56,6 +56,8 @@ class AlignConfig:
     """m: the student's features after this block are projected and aligned (1-based)"""
     teacher_layer: int = 20
     """n: the teacher stops after this block (1-based, at least m)"""
+    head: Literal["mlp", "none"] = "mlp"
+    """what the student's features pass before they are compared: the projection head, or nothing"""
     distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
     """distance between the features"""
     beta: float = 0.05

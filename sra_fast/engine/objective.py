@@ -82,14 +82,15 @@ class SRAObjective(nn.Module):
             chosen = chosen_images(self.align.fraction, len(x0), x0.device)
             self.teacher_pass.start(noised.x_teacher, noised.t_teacher, y, drop, chosen=chosen)
             prediction, features = self.student(
-                noised.x, noised.t, y, drop=drop, align_depth=self.align.student_layer, align_images=chosen
+                noised.x, noised.t, y, drop=drop, align_depth=self.align.student_layer, align_images=chosen,
+                project=self.align.head == "mlp",
             )
             align = self._compare(features, self.teacher_pass.result())
         losses = {name: value.mean() for name, value in self.process.losses(prediction, noised).items()}
         loss = sum(losses.values())
         if align:
             loss = loss + weight * align["align"]
-        else:
+        if not align or self.align.head == "none":
             # every stage of ZeRO then sees a (zero) gradient for every parameter, and steps alike
             loss = loss + 0.0 * self.student.ap_head(prediction.new_zeros(1, 1, self.student.hidden_size)).sum()
         return loss, {name: value.detach() for name, value in {**losses, **align}.items()}
