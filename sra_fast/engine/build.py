@@ -128,7 +128,8 @@ def build(
     if bf16:
         _restore_fp32(shards, engine, initial)
     shards.verify(parameters)
-    if stage in (1, 2) and isinstance(optimizer, AdamWEMA):
+    # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which keeps its own step
+    if stage in (1, 2) and isinstance(optimizer, AdamWEMA) and hasattr(engine.optimizer, "bit16_groups_flat"):
         OnePassStep(engine, cfg.optim.clip)
     elif clips_itself(stage, cfg):
         clip_before_step(engine, cfg.optim.clip)
