@@ -4,10 +4,11 @@ A program walks rows of one image, so that the gate is read once and the sum ove
 leaves one fp32 partial sum of dgate, added in a fixed order (no atomics: bitwise repeatable).  dx is dx' itself.
 Reference: sra_fast/ops/gated_residual.py::gated_residual_ref.
 
-Bytes moved, s per element of the [B, T, D] arrays (2 in bf16), P programs per image (kernels/_rows.py):
-    forward   3 s B T D (x, y; x') + s P B D (gate)
-    backward  3 s B T D (dx', y; dy) + (8 + s) P B D (a partial sum written and read, gate) + s B D (dgate)
-              with a bias 8 P B D more for its partial sums
+Bytes, everything moved once, s per element of the [B, T, D] arrays (2 in bf16):
+    forward   3 s B T D (x, y; x') + s B D (gate)
+    backward  3 s B T D (dx', y; dy) + 2 s B D (gate; dgate)
+P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no partial sums: the forward moves
+s (P - 1) B D more, the backward (s (P - 1) + 8 P) B D (an fp32 sum written and read), with a bias 8 P B D more.
 In the names below a 2 marks the tail of a row that is cut in two.
 """
 import torch

@@ -8,10 +8,11 @@ leaves one fp32 partial sum per gradient, added in a fixed order (no atomics: bi
 are all the backward needs: h is recomputed, and y cannot be, since the gate starts at zero.
 Reference: sra_fast/ops/gated_residual.py::gated_residual_adaln_ref.
 
-Bytes moved, s per element of the [B, T, D] arrays (2 in bf16), P programs per image (kernels/_rows.py):
-    forward   4 s B T D (x, y; x', h) + 3 s P B D (modulation) + 8 B T (statistics)
-    backward  6 s B T D (x', y, dx', dh; dx, dy) + (24 + 2 s) P B D (three partial sums written and read, gate, scale)
-              + 3 s B D (dgate, dshift, dscale) + 8 B T (statistics); with a bias 8 P B D more for its partial sums
+Bytes, everything moved once, s per element of the [B, T, D] arrays (2 in bf16):
+    forward   4 s B T D (x, y; x', h) + 3 s B D (modulation) + 8 B T (statistics)
+    backward  6 s B T D (x', y, dx', dh; dx, dy) + 5 s B D (gate, scale; dgate, dshift, dscale) + 8 B T (statistics)
+P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no partial sums: the forward moves
+3 s (P - 1) B D more, the backward (2 s (P - 1) + 24 P) B D (three fp32 sums written and read), with a bias 8 P B D more.
 In the names below a 2 marks the tail of a row that is cut in two.
 """
 import torch
