@@ -17,6 +17,8 @@ from torch import Tensor
 STEP = 2
 # what a Hopper SM needs in flight to saturate its share of the memory: 25 bytes/ns times about 0.8 us, twice
 BYTES_IN_FLIGHT = 40 * 1024
+# 32-bit registers per thread, at most
+REGISTERS = {"sum_partials_kernel": 40}
 
 
 @functools.cache

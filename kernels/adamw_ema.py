@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer;
-# 40-56 registers on sm_80/90/100 (budget 64)
+# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer
 BLOCK = 1024
+# 32-bit registers per thread, at most, of wide launches
+REGISTERS = {"_adamw_ema_kernel": 56}
 
 
 @triton.jit

@@ -18,6 +18,10 @@ from torch import Tensor
 
 from ._rows import load_bias, load_fp32, load_two, locate, mod_strides, residual, split_rows, sum_partials, width_config
 
+# 32-bit registers per thread, at most: every launch, and SiT-XL's (D = 1152, half precision)
+REGISTERS = {"_fwd_kernel": 72, "_bwd_kernel": 96}
+REGISTERS_XL = {"_fwd_kernel": 72, "_bwd_kernel": 72}
+
 
 @triton.jit
 def _fwd_kernel(

@@ -36,6 +36,11 @@ from ._rows import (
     width_config,
 )
 
+# 32-bit registers per thread, at most: every launch, and SiT-XL's (D = 1152, half precision), whose programs of 128
+# threads then share an SM of Hopper by threes
+REGISTERS = {"_fwd_kernel": 144, "_bwd_kernel": 250}
+REGISTERS_XL = {"_fwd_kernel": 96, "_bwd_kernel": 168}
+
 
 @triton.jit
 def _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols, D: tl.constexpr):
