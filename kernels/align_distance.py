@@ -15,6 +15,8 @@ from torch import Tensor
 
 # cosine_token holds [T, 16] elements of both inputs in registers: at 2048 tokens sm_90 spills (272 bytes of stack)
 MAX_TOKENS = 1024
+# the other kinds hold a row: at D=32768 they spill up to 144 bytes
+MAX_WIDTH = 16384
 # 32-bit registers per thread, at most; compiled and checked by tests/ops/test_codegen_flat.py
 REGISTERS = {"_token_kernel": 128, "_channel_kernel": 128, "_backward_kernel": 64}
 

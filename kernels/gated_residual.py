@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ._rows import load_bias, load_fp32, load_two, locate, mod_strides, residual, split_rows, sum_partials, width_config
 
-# 32-bit registers per thread, at most: every launch, and SiT-XL's (D = 1152, half precision)
+# the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes at D=8192
+MAX_WIDTH = 6144
+# 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision)
 REGISTERS = {"_fwd_kernel": 72, "_bwd_kernel": 96}
 REGISTERS_XL = {"_fwd_kernel": 72, "_bwd_kernel": 72}
 
@@ -114,7 +116,11 @@ def gated_residual_fwd(x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor, 
     P, rows = split_rows(x, G, 2)
     x_new = x.new_empty(x.shape)
     _fwd_kernel[(B * G * P,)](
-        x, y, bias, gate, group, x_new, T, G, P, rows, *mod_strides(gate), **width_config(D), enable_fp_fusion=True
+        *(x, y, bias, gate, group, x_new, T, G, P, rows, *mod_strides(gate)),
+        **width_config(D),
+        # left alone, ptxas 13 spills four registers for sm_100 to fit 64 (D=3072)
+        maxnreg=96 if D > 2048 else None,
+        enable_fp_fusion=True,
     )
     return x_new
 

@@ -36,8 +36,11 @@ from ._rows import (
     width_config,
 )
 
-# 32-bit registers per thread, at most: every launch, and SiT-XL's (D = 1152, half precision), whose programs of 128
-# threads then share an SM of Hopper by threes
+# the widest rows that fit the registers of every architecture in every dtype: the backward spills 112-168 bytes in fp32
+# at D=3584, 72-136 in bf16 at D=4608
+MAX_WIDTH = 3072
+# 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision), whose programs
+# of 128 threads then share an SM of Hopper by threes
 REGISTERS = {"_fwd_kernel": 144, "_bwd_kernel": 250}
 REGISTERS_XL = {"_fwd_kernel": 96, "_bwd_kernel": 168}
 
@@ -234,9 +237,9 @@ def gated_residual_adaln_fwd(
         *(x, y, bias, gate, shift, scale, group, x_new, h, None if rms else mean, rstd, T, G, P, rows),
         *(*mod_strides(gate), *mod_strides(shift), *mod_strides(scale), eps),
         **config,
-        # left alone, ptxas 13 spills two registers for sm_100 at D=768 and 1536 (12 columns per thread) to fit 128; rows of
-        # 8 or 9 columns per thread it fits in fewer by itself
-        maxnreg=144 if columns >= 12 else None,
+        # left alone, ptxas 13 spills two registers for sm_100 at D=768 and 1536 (12 columns per thread) to fit 128, and at
+        # D=640 and 1280 (10) to fit 96; rows of 8 or 9 columns per thread it fits in fewer by itself
+        maxnreg=144 if columns >= 10 else None,
         enable_fp_fusion=True,
     )
     return x_new, h, mean, rstd

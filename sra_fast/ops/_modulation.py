@@ -1,8 +1,10 @@
 """The per-image, per-group and per-token vectors of adaLN: what shapes they may have, and what they mean."""
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import upcast
+from sra_fast.ops._backend import log_once, upcast, use_triton
 
 
 def check(
@@ -42,6 +44,16 @@ def _shapes_fit(x: Tensor, arrays: list, modulation: list, group: Tensor | None,
     else:
         fits = first == (B, D) or (per_token and first == x.shape)
     return fits and all(t.shape == first for t in modulation) and (bias is None or bias.shape == (D,))
+
+
+def runs_kernel(kernels: ModuleType, backend: str | None, x: Tensor, *others: Tensor) -> bool:
+    """True if the kernel takes ``x [B, T, D]``: fp64, empty and very wide tensors go to the reference."""
+    if not use_triton(x, backend) or x.numel() == 0 or any(t.dtype == torch.float64 for t in (x, *others)):
+        return False
+    D, name = x.shape[2], kernels.__name__.rpartition(".")[2]
+    if D > kernels.MAX_WIDTH:
+        log_once(f"{name} runs unfused in PyTorch: rows of %d elements, the kernel takes %d", D, kernels.MAX_WIDTH)
+    return D <= kernels.MAX_WIDTH
 
 
 def spread(modulation: Tensor, group: Tensor | None) -> Tensor:

@@ -1,18 +1,13 @@
 """Distances between the student's projected features and the teacher's (SRA, arXiv 2505.02831, Sec. 3.3 and Eq. 5)."""
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
-from sra_fast.ops._backend import upcast, use_triton
+from sra_fast.ops._backend import log_once, upcast, use_triton
 from sra_fast.ops._register import once, register
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
-
-_logger = logging.getLogger(__name__)
-_warned = False
 
 
 def align_distance_ref(
@@ -84,15 +79,13 @@ def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor 
 
 
 def _runs_triton(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
-    global _warned
     if not use_triton(pred, backend) or pred.numel() == 0 or torch.float64 in (pred.dtype, target.dtype):
         return False
-    if kind == "cosine_token" and pred.shape[1] > kernels.MAX_TOKENS:
-        if not _warned and not torch.compiler.is_compiling():
-            _logger.warning("cosine_token over more than %d tokens runs unfused in PyTorch", kernels.MAX_TOKENS)
-            _warned = True
-        return False
-    return True
+    _, T, D = pred.shape
+    length, longest = (T, kernels.MAX_TOKENS) if kind == "cosine_token" else (D, kernels.MAX_WIDTH)
+    if length > longest:
+        log_once(f"{kind} runs unfused in PyTorch: over %d elements, the kernel takes %d", length, longest)
+    return length <= longest
 
 
 def align_distance(
@@ -113,7 +106,8 @@ def align_distance(
     materialises fp32 ``[B, T, D]``.
 
     Args:
-        pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32/fp64; any strides.
+        pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32; any strides.  The kernel takes D <= 16384, and
+            T <= 1024 for ``cosine_token``: fp64 and larger tensors run the reference, the latter logged once.
         target: ``[B, T, D]`` teacher features, any floating dtype and strides; no gradient flows into them.
         kind: one of ``smooth_l1, l1, l2, cosine_patch, cosine_token``.
         beta: where smooth-L1 turns from quadratic to linear; feature units.

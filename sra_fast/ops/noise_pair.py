@@ -1,18 +1,14 @@
 """Student's and teacher's noisy inputs and the velocity target, from one image and one draw of noise."""
-import logging
 import math
 
 import torch
 from torch import Tensor
 
 from sra_fast.kernels import noise_pair as kernels
-from sra_fast.ops._backend import upcast, use_triton
+from sra_fast.ops._backend import log_once, upcast, use_triton
 from sra_fast.ops._register import register
 
 PATHS = ("linear", "cosine")
-
-_logger = logging.getLogger(__name__)
-_warned = False
 
 
 def interpolant(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -87,15 +83,12 @@ def _check(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, l
 
 
 def _runs_triton(tensors: list[Tensor], backend: str | None) -> bool:
-    global _warned
     if not use_triton(tensors[0], backend) or tensors[1].numel() == 0:
         return False
     if torch.float64 in (s.dtype for s in tensors):
         return False
     if torch.is_grad_enabled() and any(s.requires_grad for s in tensors):
-        if not _warned and not torch.compiler.is_compiling():
-            _logger.warning("noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one")
-            _warned = True
+        log_once("noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one")
         return False
     return True
 

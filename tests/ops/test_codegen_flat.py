@@ -86,7 +86,7 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # on every architecture, and on Hopper alone
 CASES = {
     align_kernels: (
-        [partial(align_launches, dtype, widths=WIDTHS) for dtype in (bf16, fp32)]
+        [partial(align_launches, dtype, widths=(*WIDTHS, align_kernels.MAX_WIDTH)) for dtype in (bf16, fp32)]
         + [partial(align_launches, dtype, T=1024, grads=(True, False)) for dtype in (bf16, fp32)],
         [partial(align_launches, fp16), partial(align_launches, fp32, bf16)],
     ),

@@ -123,6 +123,15 @@ def test_every_load_and_store_is_as_wide_as_it_can_be(compiled):
         assert (report.loads, report.stores) == found, label(request)
 
 
+def test_the_widest_rows_do_not_spill():
+    requests = []
+    for module in (adaln, gated_residual, gated_residual_adaln):
+        log = [r for dtype in (bf16, fp32) for r in launches(module.MAX_WIDTH, dtype, variant="group", bias=True)]
+        requests += [replace(r, arch=arch) for arch in ARCHS for r in log if r.module == module.__name__]
+    for request, report in zip(requests, compile_kernels(requests), strict=True):
+        assert report.spills == 0, label(request)
+
+
 def test_widths_follow_alignment():
     """The check above can fail: a misaligned pointer costs the wide loads."""
     request = next(r for r in launches(1152, bf16) if r.kernel == "_fwd_kernel" and "gate_ptr" in r.args)

@@ -2,6 +2,7 @@
 NaN, autocast and reused addresses change no result."""
 import pytest
 import torch
+from rows import OpLog
 
 from sra_fast import ops
 
@@ -90,3 +91,29 @@ def test_bias_of_any_layout(device, layout):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     out, expected = (ops.gated_residual(x, y, gate, bias=bias, backend=b) for b in ("triton", "torch"))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+# the most elements that each kernel's registers hold, and a call over so many
+LARGEST = {
+    "adaln": (5120, lambda D: ops.adaln(torch.ones(1, 2, D), *torch.ones(2, 1, D), backend="triton")),
+    "gated_residual": (
+        6144, lambda D: ops.gated_residual(*torch.ones(2, 1, 2, D), torch.ones(1, D), backend="triton")
+    ),
+    "gated_residual_adaln": (
+        3072, lambda D: ops.gated_residual_adaln(*torch.ones(2, 1, 2, D), *torch.ones(3, 1, D), backend="triton")
+    ),
+    "l1": (16384, lambda D: ops.align_distance(*torch.ones(2, 1, 2, D), "l1", backend="triton")),
+    "cosine_token": (1024, lambda T: ops.align_distance(*torch.ones(2, 1, T, 2), "cosine_token", backend="triton")),
+}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_reference_takes_what_no_kernel_holds_and_says_so_once(name, caplog):
+    limit, call = LARGEST[name]
+    for size, kernel in ((limit, True), (limit + 8, False), (limit + 8, False)):
+        with OpLog() as log:
+            call(size)
+        assert any(op.startswith("sra_fast") for op in log.names) == kernel
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{name} runs unfused") and str(limit) in said and str(limit + 8) in said
