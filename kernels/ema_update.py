@@ -94,19 +94,17 @@ def ema_update_(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], d
     _plans.move_to_end(key)
     if len(_plans) > _MAX_PLANS:
         _plans.popitem(last=False)
-    # the launch goes to the current device, which the table does not reveal
-    with torch.cuda.device_of(ema[0]):
-        for table, like, vector in _plans[key]:
-            if table.is_cuda:  # another stream than the one that made it may still read it when it is dropped
-                table.record_stream(torch.cuda.current_stream())
-            _ema_kernel[(table.shape[0],)](
-                table,
-                *like,
-                1 - decay,
-                decay,
-                WRITE_COPY=bool(copies),
-                VECTOR=vector,
-                CHUNK=CHUNK,
-                num_warps=8,
-                enable_fp_fusion=True,
-            )
+    for table, like, vector in _plans[key]:
+        if table.is_cuda:  # another stream than the one that made it may still read it when it is dropped
+            table.record_stream(torch.cuda.current_stream())
+        _ema_kernel[(table.shape[0],)](
+            table,
+            *like,
+            1 - decay,
+            decay,
+            WRITE_COPY=bool(copies),
+            VECTOR=vector,
+            CHUNK=CHUNK,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )

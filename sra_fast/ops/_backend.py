@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _logger = logging.getLogger("sra_fast.ops")
 _said: set[str] = set()

@@ -4,7 +4,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
 
 
 def check(
@@ -25,7 +25,7 @@ def check(
             f"expected {', '.join(['x', *arrays])} [B, T, D] and {per_image}, with a group [B, T] instead [B, G, D],"
             f" and bias [D]; got {', '.join(f'{name} {[*t.shape]}' for name, t in got.items())}"
         )
-    if not all(t.is_floating_point() for t in named.values()):
+    if not all(t.dtype in FLOAT_DTYPES for t in named.values()):
         raise ValueError(f"expected floating-point tensors, got { {name: t.dtype for name, t in named.items()} }")
     if group is not None and (group.is_floating_point() or group.is_complex() or group.dtype == torch.bool):
         raise ValueError(f"expected an integer group, got {group.dtype}")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
-from sra_fast.ops._backend import log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
 from sra_fast.ops._register import once, register
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
@@ -72,7 +72,7 @@ def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor 
     if weight is not None and (kind == "cosine_token" or weight.shape != pred.shape[:2]):
         raise ValueError(f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}")
     given = [x for x in (pred, target, weight) if x is not None]
-    if any(not x.is_floating_point() or x.device != pred.device for x in given):
+    if any(x.dtype not in FLOAT_DTYPES or x.device != pred.device for x in given):
         raise ValueError(
             f"expected floating-point tensors on one device, got {[(str(x.dtype), str(x.device)) for x in given]}"
         )

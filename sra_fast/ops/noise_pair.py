@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import noise_pair as kernels
-from sra_fast.ops._backend import log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
 from sra_fast.ops._register import register
 
 PATHS = ("linear", "cosine")
@@ -76,7 +76,7 @@ def _check(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, l
     if path not in PATHS:
         raise ValueError(f"path must be one of {PATHS}, got {path!r}")
     given = [s for s in (x0, noise, t, t_teacher, latent_noise) if s is not None]
-    if any(not s.is_floating_point() or s.device != x0.device for s in given):
+    if any(s.dtype not in FLOAT_DTYPES or s.device != x0.device for s in given):
         raise ValueError(
             f"expected floating-point tensors on one device, got {[(str(s.dtype), str(s.device)) for s in given]}"
         )
