@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
 from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
-from sra_fast.ops._register import once, register
+from sra_fast.ops._register import once, register, wants_grad
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
 
@@ -128,7 +128,7 @@ def align_distance(
         kind = "l1" if kind == "smooth_l1" and beta == 0 else kind
         target = target.detach()
         pred, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (pred, target))
-        if torch.is_grad_enabled() and pred.requires_grad:
+        if wants_grad(pred):
             dist = _AlignDistance.apply(pred, target, kind, beta)
         else:
             dist, _ = _fwd(pred, target, kind, beta, False)

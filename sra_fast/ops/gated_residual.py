@@ -6,7 +6,7 @@ from sra_fast.kernels import gated_residual as kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import check, in_place, runs_kernel, spread
-from sra_fast.ops._register import once, register
+from sra_fast.ops._register import once, register, wants_grad
 from sra_fast.ops.adaln import adaln_ref, check_norm
 
 
@@ -135,7 +135,10 @@ def gated_residual(
         return gated_residual_ref(x, y, gate, bias=bias, group=group)
     group = None if group is None else group.contiguous()
     bias = None if bias is None else in_place(bias)
-    return _GatedResidual.apply(x, y, bias, in_place(gate), group)
+    args = bias, in_place(gate), group
+    if wants_grad(x, y, bias, gate):
+        return _GatedResidual.apply(x, y, *args)
+    return _fwd(x.contiguous(), y.contiguous(), *args)
 
 
 def gated_residual_adaln(
@@ -182,4 +185,7 @@ def gated_residual_adaln(
     group = None if group is None else group.contiguous()
     gate, shift, scale = in_place(gate), in_place(shift), in_place(scale)
     bias = None if bias is None else in_place(bias)
-    return _GatedResidualAdaLN.apply(x, y, bias, gate, shift, scale, group, eps, norm == "rms")
+    args = bias, gate, shift, scale, group, eps, norm == "rms"
+    if wants_grad(x, y, bias, gate, shift, scale):
+        return _GatedResidualAdaLN.apply(x, y, *args)
+    return _fused_fwd(x.contiguous(), y.contiguous(), *args)[:2]

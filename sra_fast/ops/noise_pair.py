@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sra_fast.kernels import noise_pair as kernels
 from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
-from sra_fast.ops._register import register
+from sra_fast.ops._register import register, wants_grad
 
 PATHS = ("linear", "cosine")
 
@@ -87,7 +87,7 @@ def _runs_triton(tensors: list[Tensor], backend: str | None) -> bool:
         return False
     if torch.float64 in (s.dtype for s in tensors):
         return False
-    if torch.is_grad_enabled() and any(s.requires_grad for s in tensors):
+    if wants_grad(*tensors):
         log_once("noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one")
         return False
     return True

@@ -3,6 +3,7 @@ NaN, autocast and reused addresses change no result."""
 import pytest
 import torch
 from rows import OpLog
+from torch.autograd import forward_ad
 
 from sra_fast import ops
 
@@ -39,6 +40,25 @@ def test_first_derivative_under_create_graph_is_right():
     loss = CALLS["adaln"](x).square().sum()
     (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
     assert torch.equal(torch.autograd.grad(loss, x, create_graph=True)[0], plain)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode_raises(name):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        CALLS[name](forward_ad.make_dual(X, X))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", CALLS)
+def test_without_gradients_the_operator_is_called_directly(name, monkeypatch):
+    """The same numbers, and no autograd.Function on the way."""
+    x = X.clone().requires_grad_()
+    expected = CALLS[name](x)
+    monkeypatch.setattr(torch.autograd.Function, "apply", None)
+    with torch.no_grad():
+        assert torch.equal(CALLS[name](x), expected)
+    assert torch.equal(CALLS[name](X), expected)
 
 
 @needs_interpreter
