@@ -6,7 +6,7 @@ from torch import Tensor
 from sra_fast.kernels import adaln as kernels
 from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import check, in_place, runs_kernel, spread
-from sra_fast.ops._register import once, register, wants_grad
+from sra_fast.ops._register import apply, once, register, wants_grad
 
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
 
@@ -99,4 +99,4 @@ def adaln(
         return adaln_ref(x, shift, scale, eps, norm=norm, group=group)
     group = None if group is None else group.contiguous()
     args = x, in_place(shift), in_place(scale), group, eps, norm == "rms"
-    return _AdaLN.apply(*args) if wants_grad(x, shift, scale) else _fwd(x.contiguous(), *args[1:])[0]
+    return apply(_AdaLN, *args) if wants_grad(x, shift, scale) else _fwd(x.contiguous(), *args[1:])[0]

@@ -6,7 +6,7 @@ from sra_fast.kernels import gated_residual as kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import check, in_place, runs_kernel, spread
-from sra_fast.ops._register import once, register, wants_grad
+from sra_fast.ops._register import apply, once, register, wants_grad
 from sra_fast.ops.adaln import adaln_ref, check_norm
 
 
@@ -137,7 +137,7 @@ def gated_residual(
     bias = None if bias is None else in_place(bias)
     args = bias, in_place(gate), group
     if wants_grad(x, y, bias, gate):
-        return _GatedResidual.apply(x, y, *args)
+        return apply(_GatedResidual, x, y, *args)
     return _fwd(x.contiguous(), y.contiguous(), *args)
 
 
@@ -187,5 +187,5 @@ def gated_residual_adaln(
     bias = None if bias is None else in_place(bias)
     args = bias, gate, shift, scale, group, eps, norm == "rms"
     if wants_grad(x, y, bias, gate, shift, scale):
-        return _GatedResidualAdaLN.apply(x, y, *args)
+        return apply(_GatedResidualAdaLN, x, y, *args)
     return _fused_fwd(x.contiguous(), y.contiguous(), *args)[:2]

@@ -43,6 +43,25 @@ def test_first_derivative_under_create_graph_is_right():
 
 
 @needs_interpreter
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, v: ops.adaln(x, v, v, backend="triton"),
+        lambda x, v: ops.gated_residual(x, x, v, backend="triton"),
+        lambda x, v: ops.gated_residual_adaln(x, x, v, v, v, backend="triton")[1],
+    ],
+    ids=["adaln", "gated_residual", "gated_residual_adaln"],
+)
+def test_one_tensor_as_several_inputs_compiles(fn):
+    x, v = X.clone().requires_grad_(), VECTORS[0].clone().requires_grad_()
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x, v).square().sum(), [x, v]) for f in (fn, compiled)]
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, atol=1e-5, rtol=1e-5)
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_raises(name):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
