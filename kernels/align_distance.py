@@ -26,7 +26,7 @@ _CODES = {"smooth_l1": 0, "l1": 1, "l2": 2, "cosine_patch": 3}
 
 @triton.jit
 def _cosine(p, q, axis: tl.constexpr, n):
-    """1 - cos and n times its gradient; norms below 1e-8 are clamped in the value only, as torch's cosine_similarity."""
+    """1 - cos and n times its gradient; norms below 1e-8 are clamped in the value alone, as torch clamps them."""
     p_norm = tl.sqrt(tl.sum(p * p, axis=axis))
     p_clamped = tl.maximum(p_norm, 1e-8)
     q_clamped = tl.maximum(tl.sqrt(tl.sum(q * q, axis=axis)), 1e-8)

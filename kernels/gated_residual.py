@@ -43,14 +43,14 @@ def _fwd_kernel(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    pid, b, g, p = locate(G, P)
+    pid, b, g, p, mine = locate(G, P)
     gate_ptr += b * gate_b + g * gate_g
     cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
     gate, bias = load_fp32(gate_ptr, cols, cols < D), load_bias(bias_ptr, cols, cols < D)
     gate2, bias2 = load_fp32(gate_ptr, cols2, cols2 < D), load_bias(bias_ptr, cols2, cols2 < D)
     for t in range(p * num_rows, (p + 1) * num_rows, 2):
-        even = load_two(x_ptr, y_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL)
-        odd = load_two(x_ptr, y_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL)
+        even = load_two(x_ptr, y_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL)
+        odd = load_two(x_ptr, y_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL)
         for k in tl.static_range(2):
             row, live, head, tail = odd if k else even
             residual(head[0], head[1], gate, bias, x_new_ptr, row * D + cols, live & (cols < D))
@@ -78,15 +78,15 @@ def _bwd_kernel(
     TAIL: tl.constexpr,
     K: tl.constexpr,
 ):
-    pid, b, g, p = locate(G, P)
+    pid, b, g, p, mine = locate(G, P)
     gate_ptr += b * gate_b + g * gate_g
     cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
     gate, gate2 = load_fp32(gate_ptr, cols, cols < D), load_fp32(gate_ptr, cols2, cols2 < D)
     zero, zero2 = tl.zeros((HEAD,), tl.float32), tl.zeros((TAIL if TAIL else 1,), tl.float32)
     dgate, sum_dx, dgate2, sum_dx2 = zero, zero, zero2, zero2
     for t in range(p * num_rows, (p + 1) * num_rows, 2):
-        even = load_two(dx_new_ptr, y_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL)
-        odd = load_two(dx_new_ptr, y_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL)
+        even = load_two(dx_new_ptr, y_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL)
+        odd = load_two(dx_new_ptr, y_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL)
         for k in tl.static_range(2):
             row, live, head, tail = odd if k else even
             dx = head[0].to(tl.float32)

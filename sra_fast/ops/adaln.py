@@ -83,8 +83,8 @@ def adaln(
         scale: shaped as ``shift``, with strides of its own.
         eps: added to the variance (of RMS: to the mean square).
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
-        group: ``[B, T]`` integers in [0, G), unchecked: which of an image's G vectors a token takes (two noise levels
-            per image: G = 2).  None: one vector per image, or per token.
+        group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes (two noise levels per image:
+            G = 2).  The reference raises on others, the kernel takes the nearest.  None: one vector per image or token.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:

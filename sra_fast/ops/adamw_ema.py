@@ -74,8 +74,8 @@ def _check_buffers(full: dict[str, Tensor | None], grad: Tensor, half: dict[str,
     if bad or grad.dtype not in FLOAT_DTYPES or any(x is not None and x.dtype not in HALF for x in half.values()):
         got = {k: str(x.dtype) for k, x in given.items()}
         raise ValueError(
-            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, grad fp32, bf16 or fp16, and weights, "
-            f"ema_copy bf16 or fp16, got {got}"
+            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, grad fp32, bf16 or fp16, and "
+            f"weights, ema_copy bf16 or fp16, got {got}"
         )
     if half["ema_copy"] is not None and full["ema"] is None:
         raise ValueError("expected ema where ema_copy is given, got None")

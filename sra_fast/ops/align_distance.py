@@ -101,9 +101,9 @@ def align_distance(
     """Alignment distance of every image.
 
     ``smooth_l1`` (the paper's choice), ``l1`` and ``l2`` are means over tokens and channels; ``cosine_patch`` is
-    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each channel,
-    what the published code computes.  The kernel reads both inputs once, computes the gradient in the same pass and never
-    materialises fp32 ``[B, T, D]``.
+    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each
+    channel, what the published code computes.  The kernel reads both inputs once, computes the gradient in the same
+    pass and never materialises fp32 ``[B, T, D]``.
 
     Args:
         pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32; any strides.  The kernel takes D <= 16384, and

@@ -122,7 +122,8 @@ def _launch(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay
         if not is_flat:
             ema_update_ref_([row[0]], [row[1]], decay, list(row[2:]))
     if not all(flat):
-        log_once("ema_update_: %d of %d tensors run unfused in PyTorch: fp64, or not dense in one order", flat.count(False), len(flat))
+        odd = flat.count(False)
+        log_once("ema_update_: %d of %d tensors run unfused in PyTorch: fp64 or not dense in one order", odd, len(flat))
         rows = [row for row, is_flat in zip(rows, flat, strict=True) if is_flat]
         ema, params, copies = ([list(column) for column in zip(*rows, strict=True)] + [[]] * 3)[:3]
     if rows:

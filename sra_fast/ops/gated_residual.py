@@ -121,7 +121,8 @@ def gated_residual(
         gate: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice of the 6*D adaLN projection is used in place.
         bias: ``[D]`` or None; the bias of the linear that made ``y``, if that left it out: its gradient then comes out
             of the backward pass over ``y`` and needs none of its own.
-        group: ``[B, T]`` integers in [0, G), unchecked: which of an image's G vectors a token takes.
+        group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes.  The reference raises on
+            others, the kernel takes the nearest.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:

@@ -24,7 +24,7 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = [
     *({"dtype": dtype} | variant for dtype in (bf16, fp32) for variant in (
         {"rms": True}, {"bias": True}, {"variant": "group"}, {"variant": "group", "bias": True}, {"variant": "token"},
-        {"modulation": fp32},
+        {"variant": "group", "rms": True}, {"modulation": fp32},
     )),
     {"dtype": fp16},
     {"dtype": fp32, "y": bf16},

@@ -1,5 +1,5 @@
-"""What holds for every operator, whatever a caller does: second derivatives raise, launches follow the tensors' device, layouts,
-NaN, autocast and reused addresses change no result."""
+"""What holds for every operator, whatever a caller does: derivatives that do not exist raise, launches follow the
+tensors' device, layouts, NaN, autocast and reused addresses change no result."""
 import pytest
 import torch
 from rows import OpLog

@@ -182,7 +182,8 @@ def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypat
     caplog.set_level(logging.INFO)
     assert [_choose(torch.zeros(1), "auto") for _ in range(2)] == [choice] * 2
     (record,) = caplog.records
-    assert record.levelname == level and {"cuda": "CUDA extension", "triton": "in Triton"}[choice] in record.getMessage()
+    assert record.levelname == level
+    assert {"cuda": "CUDA extension", "triton": "in Triton"}[choice] in record.getMessage()
 
 
 def test_a_missing_extension_is_no_warning():

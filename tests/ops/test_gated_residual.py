@@ -133,6 +133,16 @@ def test_layouts():
     assert bitwise_equal(run(plain(), odd, odd_douts[1:]), run(plain(), dense, odd_douts[1:]))
 
 
+def test_an_index_outside_takes_the_nearest_group():
+    """No row is left unwritten, forward or backward, whatever the indices."""
+    inputs, _, douts = make(2, 6, 72, groups=3)
+    group = torch.tensor([[-1, 0, 1, 2, 3, 99], [-(2**31), 2**31 - 1, 1, 0, 7, -5]], device=DEVICE)
+    inside = group.clamp(0, 2)
+    assert bitwise_equal(run(fused(group=group), inputs, douts), run(fused(group=inside), inputs, douts))
+    args = (*inputs[:3], None)
+    assert bitwise_equal(run(plain(group=group), args, douts[:1]), run(plain(group=inside), args, douts[:1]))
+
+
 def test_modulation_is_used_in_place():
     """Slices of a projection reach the kernel as they are: nothing runs but views and our own operators."""
     (x, y, gate, shift, scale, _), _, _ = make(2, 4, 72)

@@ -15,8 +15,8 @@ ops = torch.ops.sra_fast
 counted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter loads and stores")
 B, T, S = 1, 12, 4
 
-# [B, T, D] arrays, [B, D] vectors read or written, bytes of statistics per token: everything once, as the docstrings say;
-# then what sharing an image costs: vectors that each of its P programs reads, and fp32 partial sums that it leaves
+# [B, T, D] arrays, [B, D] vectors read or written, bytes of statistics per token: everything once, as the docstrings
+# say; then what sharing an image costs: vectors that each of its P programs reads, and fp32 partial sums that it leaves
 TRAFFIC = {
     "adaln_fwd": (2, 2, 8, 2, 0),
     "adaln_bwd": (3, 3, 8, 1, 2),
@@ -25,11 +25,16 @@ TRAFFIC = {
     "gated_residual_adaln_fwd": (4, 3, 8, 3, 0),
     "gated_residual_adaln_bwd": (6, 5, 8, 2, 3),
 }
-# bytes over the minimum on 132 processors in bf16: 1.05 but for these.  The excess is modulation and partial sums, which
-# the second-level cache may serve
+# bytes over the minimum on 132 processors in bf16: 1.05 but for these.  The excess is modulation and partial sums,
+# which the second-level cache may serve
 SHAPES = {
     (256, 256, 1152): {"adaln_bwd": 1.06},
-    (64, 256, 1152): {"adaln_fwd": 1.06, "adaln_bwd": 1.12, "gated_residual_bwd": 1.07, "gated_residual_adaln_bwd": 1.06},
+    (64, 256, 1152): {
+        "adaln_fwd": 1.06,
+        "adaln_bwd": 1.12,
+        "gated_residual_bwd": 1.07,
+        "gated_residual_adaln_bwd": 1.06,
+    },
     (32, 256, 1152): {
         "adaln_fwd": 1.13,
         "adaln_bwd": 1.23,
