@@ -11,7 +11,7 @@ from sra_fast.kernels import adaln, gated_residual, gated_residual_adaln
 
 WIDTHS = [64, 72, 384, 768, 1024, 1152, 1536]
 # the interpreter truncates to bf16 where the device rounds
-DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
 
 
 def as_tuple(out):
@@ -82,19 +82,23 @@ def far_apart(values, stride):
         return view
 
 
+def without_memory(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def launchers(
-    B: int, T: int, D: int, dtype: torch.dtype, *, y=None, modulation=None, variant="image", bias=False, rms=False
+    B, T, D, dtype, *, y=None, modulation=None, variant="image", bias=False, rms=False, make=without_memory
 ) -> dict[str, Callable]:
-    """Every launcher, to be called on tensors without memory, [B, 6D] modulation used in place.
+    """Every launcher, with tensors from ``make(*shape, dtype=)`` to call it on; [B, 6D] modulation is used in place.
 
     `y` and `modulation` are their dtypes where they differ; `variant`: image, group or token.
     """
-    like = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
-    x, y, rstd = like(B, T, D), like(B, T, D, dtype=y or dtype), like(B, T, dtype=torch.float32)
-    mean, bias = rstd[:0] if rms else rstd, like(D, dtype=y.dtype) if bias else None
+    x, y = make(B, T, D, dtype=dtype), make(B, T, D, dtype=y or dtype)
+    rstd, bias = make(B, T, dtype=torch.float32), make(D, dtype=y.dtype) if bias else None
+    mean = rstd[:0] if rms else rstd
     shape = {"image": (B, 6 * D), "group": (B, 2, 6 * D), "token": (B, T, 6 * D)}[variant]
-    gate, shift, scale = like(*shape, dtype=modulation or dtype).chunk(6, dim=-1)[2:5]
-    group = like(B, T, dtype=torch.int64) if variant == "group" else None
+    gate, shift, scale = make(*shape, dtype=modulation or dtype).chunk(6, dim=-1)[2:5]
+    group = make(B, T, dtype=torch.int64) if variant == "group" else None
     found = {
         "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms),
         "adaln_bwd": lambda: adaln.adaln_bwd(x, x, scale, group, mean, rstd),

@@ -1,18 +1,27 @@
 """What holds for every operator, whatever a caller does: derivatives that do not exist raise, launches follow the
 tensors' device, layouts, NaN, autocast and reused addresses change no result."""
+import contextlib
+import shutil
+
 import pytest
 import torch
-from rows import OpLog
+from rows import OpLog, as_tuple
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from sra_fast import ops
 
+torch.manual_seed(0)
 X, Y, VECTORS = torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.randn(3, 2, 64)
-CALLS = {
-    "adaln": lambda x: ops.adaln(x, VECTORS[0], VECTORS[1], backend="triton"),
-    "gated_residual": lambda y: ops.gated_residual(X, y, VECTORS[0] * y.mean(1), backend="triton"),
-    "gated_residual_adaln": lambda x: ops.gated_residual_adaln(x, Y, *VECTORS, backend="triton")[1],
-    "align_distance": lambda x: ops.align_distance(x, Y, "l2", backend="triton"),
+# of all the tensors that may want a gradient, then of the one through which every gradient passes a kernel
+FULL = {
+    "adaln": lambda x, y, g, s, c: ops.adaln(x, s, c, backend="triton"),
+    "gated_residual": lambda x, y, g, s, c: ops.gated_residual(x, y, g, backend="triton"),
+    "gated_residual_adaln": lambda x, y, g, s, c: ops.gated_residual_adaln(x, y, g, s, c, backend="triton"),
+    "align_distance": lambda x, y, g, s, c: ops.align_distance(x, y, "smooth_l1", backend="triton"),
+}
+CALLS = {name: lambda x, fn=fn: as_tuple(fn(x, Y, *VECTORS))[-1] for name, fn in FULL.items()} | {
+    "gated_residual": lambda y: ops.gated_residual(X, y, VECTORS[0] * y.mean(1), backend="triton")
 }
 WITHOUT_BACKWARD = {
     "noise_pair": lambda t: ops.noise_pair(t[:, None], t[:, None], t, t, backend="triton"),
@@ -61,7 +70,7 @@ def test_one_tensor_as_several_inputs_compiles(fn):
 
 
 @needs_interpreter
-@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_raises(name):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
@@ -105,6 +114,77 @@ def test_attention_follows_autocast():
     q, k, v = torch.randn(3, 2, 5, 2, 8, device=device)
     with torch.autocast(device, torch.bfloat16):
         assert ops.attention(q, k, v.bfloat16()).dtype == torch.bfloat16
+
+
+def gradients(fn, dtype=torch.float32, context=contextlib.nullcontext):
+    """Outputs and gradients of a call over X, Y and VECTORS in a dtype."""
+    leaves = [t.to(dtype).requires_grad_() for t in (X.clone(), Y.clone(), *VECTORS.clone())]
+    with context():
+        out = as_tuple(fn(*leaves))
+    torch.autograd.backward(out, [o.detach().cos() for o in out])
+    return [*out, *(t.grad for t in leaves)]
+
+
+def assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", FULL)
+def test_checkpointing(name, reentrant):
+    checkpointed = lambda *a: checkpoint(FULL[name], *a, use_reentrant=reentrant)
+    assert_same(gradients(checkpointed), gradients(FULL[name]))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FULL)
+def test_autocast_changes_nothing(name, dtype):
+    """The dtypes of outputs and gradients follow the inputs, whatever autocast would choose."""
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    assert_same(gradients(FULL[name], dtype, autocast), gradients(FULL[name], dtype))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", WITHOUT_BACKWARD)
+def test_autocast_changes_nothing_in_place(name):
+    results = []
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        x = torch.linspace(0, 1, 7)
+        with context:
+            out = WITHOUT_BACKWARD[name](x)
+        results.append([x, *(out or ())])
+    assert_same(*results)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "name, saved",
+    [("adaln", [0, 4]), ("gated_residual", [1, 2]), ("gated_residual_adaln", [1, 2, 4, "output"])],
+)
+def test_a_saved_tensor_that_changes_before_the_backward_raises(name, saved):
+    for which in saved:
+        leaves = [t.clone().requires_grad_() for t in (X, Y, *VECTORS)]
+        inputs = [t * 1 for t in leaves]
+        out = as_tuple(FULL[name](*inputs))
+        with torch.no_grad():
+            (out[0] if which == "output" else inputs[which]).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out[-1].sum().backward()
+
+
+@needs_interpreter
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.filterwarnings("ignore:dynamo_pgo", "ignore:.torch.jit")
+def test_inductor_keeps_the_strides_of_inputs():
+    """Transposed intermediates: left free, inductor drops the copy and hands the launcher permuted rows."""
+    a, v = torch.randn(2, 64, 16), torch.randn(2, 64)
+    fn = lambda a: ops.gated_residual((a * 2).transpose(1, 2), a.sin().transpose(1, 2), v, backend="triton")
+    # a cached graph knows nothing of the operators' tags
+    with torch._inductor.config.patch(force_disable_caches=True, cpp_cache_precompile_headers=False, **{"cpp.simdlen": 1}):
+        torch.testing.assert_close(torch.compile(fn, fullgraph=True)(a), fn(a), atol=1e-6, rtol=1e-6)
 
 
 @needs_interpreter
