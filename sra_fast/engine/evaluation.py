@@ -165,7 +165,7 @@ def comparability(scores: dict, extractor: Extractor, samples: Summary, referenc
     for name, value in scores.items():
         reasons = common + (against if name != "inception_score" else [])
         if partial and name in ("precision", "recall"):
-            reasons = reasons + ["not all images"]
+            reasons.append("not all images")
         if value is None:
             verdicts[name] = "not computed: the extractor or the reference file lacks what it needs"
         else:
