@@ -214,7 +214,9 @@ def test_what_may_be_compared():
     limited = verdicts(samples=replace(samples, features=features[:10_000]))
     assert [name for name in NAMES if limited[name] != COMPARABLE] == ["precision", "recall"]
     assert limited["recall"] == "not comparable: not all images"
-    assert verdicts(sfid=None)["sfid"].startswith("not computed: ") and verdicts(sfid=None)["fid"] == COMPARABLE
+    lacking = verdicts(sfid=None, inception_score=None, precision=None, recall=None)
+    assert lacking["fid"] == COMPARABLE and lacking["inception_score"] == "not computed: the extractor gives no logits"
+    assert "no spatial features" in lacking["sfid"] and "holds no images" in lacking["precision"] + lacking["recall"]
 
 
 def test_extractors_by_name(classifier, tmp_path, monkeypatch):
