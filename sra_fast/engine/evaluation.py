@@ -21,6 +21,12 @@ log = logging.getLogger(__name__)
 SAMPLES = 50_000  # of published numbers
 CACHED = ".stats.npz"
 COMPARABLE = "comparable with published ADM-suite numbers for the same reference file"
+LACKING = {
+    "sfid": "the extractor or the reference file has no spatial features",
+    "inception_score": "the extractor gives no logits",
+    "precision": "the reference file holds no images",
+    "recall": "the reference file holds no images",
+}
 
 
 @dataclass
@@ -165,9 +171,9 @@ def comparability(scores: dict, extractor: Extractor, samples: Summary, referenc
     for name, value in scores.items():
         reasons = common + (against if name != "inception_score" else [])
         if partial and name in ("precision", "recall"):
-            reasons = reasons + ["not all images"]
+            reasons.append("not all images")
         if value is None:
-            verdicts[name] = "not computed: the extractor or the reference file lacks what it needs"
+            verdicts[name] = f"not computed: {LACKING[name]}"
         else:
             verdicts[name] = f"not comparable: {'; '.join(reasons)}" if reasons else COMPARABLE
     return verdicts

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZE, POOL, SPATIAL = 299, 2048, 17 * 17 * 7
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 MEAN_POOL = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 HALVE = partial(F.max_pool2d, kernel_size=3, stride=2)
@@ -177,8 +178,6 @@ def load_inception(path: str) -> Inception:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.to_empty(device="cpu").load_state_dict(state, strict=True)
     except (OSError, RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path} does not hold the weights of weights-inception-2015-12-05-6726825d.pth: {reason}"
-        ) from None
+        reason = "no file of tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not hold the weights of {WEIGHTS}: {reason}") from None
     return model.eval().requires_grad_(False)

@@ -67,7 +67,6 @@ class NpzImages:
                 if f.readinto(memoryview(images).cast("B")) != math.prod(images.shape):
                     raise ValueError(f"{self.path}: arr_0 ends before its {self.count} images")
                 yield images
-            f.read(1)  # the end: zipfile compares the checksum there
 
 
 def read_statistics(path: str) -> tuple[Gaussian | None, Gaussian | None]:
