@@ -177,7 +177,8 @@ def main() -> None:
     try:
         summary = run(options)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         sys.exit(f"error: {error}; finished parts are kept, the same command goes on")
     if summary:

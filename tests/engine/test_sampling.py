@@ -108,4 +108,4 @@ def test_two_processes_of_the_script_give_the_images_of_one(weights, tmp_path):
 
 def test_graph_needs_a_gpu(weights, tmp_path):
     child = sample(weights, tmp_path, 0, 1, "--graph", "true")
-    assert "graph needs a CUDA device" in child.communicate(timeout=300)[1].splitlines()[-1] and child.returncode == 1
+    assert "graph needs a CUDA device" in child.communicate(timeout=300)[1].splitlines()[-1] and child.returncode == 2
