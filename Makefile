@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test
+.PHONY: demo test bugs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed sra_fast/train.py --config configs/digits.yaml
@@ -10,6 +10,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+
+# plants bugs in the operators one at a time; every one must turn a test red (half an hour)
+bugs: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/planted_bugs.py
 
 # runs again only when the requirements change
 $(INSTALLED): setup.py pyproject.toml constraints.txt

@@ -76,7 +76,7 @@ def locate(G, P):
     """Image, group, split and indices of this program; int64, since they are multiplied by strides."""
     pid = tl.program_id(0).to(tl.int64)
     g = pid // P % G
-    # at the ends also what lies outside [0, G), so that every row is written; 64 bits would cost 22 registers
+    # at the ends also what lies outside [0, G), so that every row is written; 64 bits cost 22 registers (fused, sm_90)
     mine = tl.where(g == 0, -(2**31), g.to(tl.int32)), tl.where(g == G - 1, 2**31 - 1, g.to(tl.int32))
     return pid, pid // P // G, g, pid % P, mine
 

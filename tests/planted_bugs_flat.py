@@ -1,176 +1,181 @@
-"""Plant one bug at a time in a copy of the tree and see the tests of that op go red.
-
-    python tests/planted_bugs_flat.py [substring of the path ...]
-
-Prints one line per bug; exit status 1 if one survives or a baseline is not green.  Not collected by pytest: about ten
-minutes, the CUDA file (rebuilt per bug) half of them.
-"""
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-TREE = ("kernels", "sra_fast", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
-
-ALIGN, NOISE, EMA, ADAMW, CUDA = (
-    "kernels/align_distance.py",
-    "kernels/noise_pair.py",
-    "kernels/ema_update.py",
-    "kernels/adamw_ema.py",
-    "csrc/ema_update.cu",
+"""Bugs of the alignment distance, the noise, the EMA and the optimizer, for tests/planted_bugs.py."""
+ALIGN, NOISE, EMA, ADAMW = (f"kernels/{n}.py" for n in ("align_distance", "noise_pair", "ema_update", "adamw_ema"))
+CUDA = "csrc/ema_update.cu"
+O_EMA, O_ADAMW = "sra_fast/ops/ema_update.py", "sra_fast/ops/adamw_ema.py"
+T_ALIGN, T_NOISE, T_EMA, T_ADAMW = (
+    f"tests/ops/test_{n}.py" for n in ("align_distance", "noise_pair", "ema_update", "adamw_ema")
 )
-TESTS = {
-    ALIGN: "tests/ops/test_align_distance.py",
-    NOISE: "tests/ops/test_noise_pair.py",
-    EMA: "tests/ops/test_ema_update.py",
-    ADAMW: "tests/ops/test_adamw_ema.py",
-    CUDA: "tests/test_csrc.py",
-}
+T_CUDA = "tests/test_csrc.py"
 
-# (file, what it does, original text, planted text); the original must occur exactly once
 BUGS = [
-    # token kernel
-    (ALIGN, "every row reads image 0", "b, t = row // T, row % T", "b, t = row * 0, row % T"),
-    (ALIGN, "mean over the padded width", "dist = tl.sum(loss, axis=1) / D", "dist = tl.sum(loss, axis=1) / BLOCK_D"),
-    (ALIGN, "smooth-L1 without its offset", "size - 0.5 * beta", "size"),
+    ("every row reads image 0", ALIGN, "b, t = row // T, row % T", "b, t = row * 0, row % T", T_ALIGN),
     (
+        "mean over the padded width",
         ALIGN,
+        "dist = tl.sum(loss, axis=1) / D",
+        "dist = tl.sum(loss, axis=1) / BLOCK_D",
+        T_ALIGN,
+    ),
+    ("smooth-L1 without its offset", ALIGN, "size - 0.5 * beta", "size", T_ALIGN),
+    (
         "smooth-L1 gradient without 1/beta",
+        ALIGN,
         "grad = tl.where(quadratic, diff / beta,",
         "grad = tl.where(quadratic, diff,",
+        T_ALIGN,
     ),
-    (ALIGN, "l2 gradient without its 2", "grad = 2.0 * diff", "grad = diff"),
+    ("l2 gradient without its 2", ALIGN, "grad = 2.0 * diff", "grad = diff", T_ALIGN),
     (
-        ALIGN,
         "32-bit rows",
+        ALIGN,
         "row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)\n    b, t",
         "row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)\n    b, t",
+        T_ALIGN,
     ),
-    # cosine, both kernels
-    (ALIGN, "cosine gradient without its radial term", "tl.expand_dims(along, axis) * p -", "0.0 * p -"),
-    (ALIGN, "0/0 at a zero vector", "tl.where(p_norm > 0.0, p_norm, 1.0)", "p_norm"),
-    (ALIGN, "no clamp of the norm", "p_clamped = tl.maximum(p_norm, 1e-8)", "p_clamped = p_norm"),
-    # channel kernel
+    ("cosine gradient without its radial term", ALIGN, "tl.expand_dims(along, axis) * p -", "0.0 * p -", T_ALIGN),
+    ("0/0 at a zero vector", ALIGN, "tl.where(p_norm > 0.0, p_norm, 1.0)", "p_norm", T_ALIGN),
+    ("no clamp of the norm", ALIGN, "p_clamped = tl.maximum(p_norm, 1e-8)", "p_clamped = p_norm", T_ALIGN),
     (
-        ALIGN,
         "padded tokens enter the sums",
+        ALIGN,
         "mask = (t < T) & (cols < D)[None, :]\n\n    p_tile",
         "mask = (t >= 0) & (cols < D)[None, :]\n\n    p_tile",
+        T_ALIGN,
     ),
-    (ALIGN, "distances of image 0 overwritten", "tl.store(dist_ptr + b * D + cols,", "tl.store(dist_ptr + cols,"),
-    (ALIGN, "gradient scaled by the wrong length", "_cosine(p, q, 0, T * 1.0)", "_cosine(p, q, 0, D * 1.0)"),
     (
+        "distances of image 0 overwritten",
         ALIGN,
+        "tl.store(dist_ptr + b * D + cols,",
+        "tl.store(dist_ptr + cols,",
+        T_ALIGN,
+    ),
+    ("gradient scaled by the wrong length", ALIGN, "_cosine(p, q, 0, T * 1.0)", "_cosine(p, q, 0, D * 1.0)", T_ALIGN),
+    (
         "wrong token stride of the target",
+        ALIGN,
         "t * target_stride_t + cols[None, :]",
         "t * pred_stride_t + cols[None, :]",
+        T_ALIGN,
     ),
-    (ALIGN, "32-bit images", "b = tl.program_id(0).to(tl.int64) // num_blocks", "b = tl.program_id(0) // num_blocks"),
-    # backward kernel
     (
+        "32-bit images",
         ALIGN,
-        "upstream gradient of image 0 for all",
-        "ddist_ptr + b * ddist_stride_b + t * ddist_stride_n",
-        "ddist_ptr + t * ddist_stride_n",
+        "b = tl.program_id(0).to(tl.int64) // num_blocks",
+        "b = tl.program_id(0) // num_blocks",
+        T_ALIGN,
     ),
-    (ALIGN, "wrong tile", "pid // num_d % num_t * BLOCK_T", "pid % num_t * BLOCK_T"),
-    (ALIGN, "stride of the upstream gradient ignored", "cols * ddist_stride_n", "cols"),
-    (ALIGN, "channel gradient divided by D", "mask=cols < D, other=0.0) / T", "mask=cols < D, other=0.0) / D"),
-    # noise pair
-    (NOISE, "teacher at the student's time", "_interpolant(t_teacher, COSINE)", "_interpolant(t, COSINE)"),
-    (NOISE, "velocity with the wrong sign", "dalpha * x + dsigma * noise", "dalpha * x - dsigma * noise"),
-    (NOISE, "mean taken for std", "x0_stride + N + cols", "x0_stride + cols"),
-    (NOISE, "latent scale dropped", "x *= scale", "x *= 1.0"),
-    (NOISE, "sine coefficient off by 1e-4", "8.3333333333333333e-03", "8.4333333333333333e-03"),
-    (NOISE, "output of another image", "out = b * N + cols", "out = b * BLOCK + cols"),
     (
-        NOISE,
+        "upstream gradient of image 0 for all",
+        ALIGN,
+        "ddist_ptr += b * ddist_stride_b",
+        "ddist_ptr += 0 * ddist_stride_b",
+        T_ALIGN,
+    ),
+    ("wrong tile", ALIGN, "pid // num_d % num_t * BLOCK_T", "pid % num_t * BLOCK_T", T_ALIGN),
+    ("stride of the upstream gradient ignored", ALIGN, "cols * ddist_stride_n", "cols", T_ALIGN),
+    ("channel gradient divided by D", ALIGN, "mask=cols < D, other=0.0) / T", "mask=cols < D, other=0.0) / D", T_ALIGN),
+    ("teacher at the student's time", NOISE, "_interpolant(t_teacher, COSINE)", "_interpolant(t, COSINE)", T_NOISE),
+    ("velocity with the wrong sign", NOISE, "dalpha * x + dsigma * noise", "dalpha * x - dsigma * noise", T_NOISE),
+    ("mean taken for std", NOISE, "x0_stride + N + cols", "x0_stride + cols", T_NOISE),
+    ("latent scale dropped", NOISE, "x *= scale", "x *= 1.0", T_NOISE),
+    ("sine coefficient off by 1e-4", NOISE, "8.3333333333333333e-03", "8.4333333333333333e-03", T_NOISE),
+    ("output of another image", NOISE, "out = b * N + cols", "out = b * BLOCK + cols", T_NOISE),
+    (
         "noise stride ignored",
+        NOISE,
         "noise_ptr + b * noise_stride + cols, mask=mask, other=0.0).to(tl.float32)\n\n",
         "noise_ptr + b * N + cols, mask=mask, other=0.0).to(tl.float32)\n\n",
+        T_NOISE,
     ),
-    (NOISE, "32-bit image index", "b = tl.program_id(0).to(tl.int64) //", "b = tl.program_id(0) //"),
-    # EMA in Triton
-    (EMA, "weight and decay swapped", "ema + weight * (p - ema)", "ema + decay * (p - ema)"),
-    (EMA, "far end of the lerp wrong", "p - decay * (p - ema)", "p - weight * (p - ema)"),
-    (EMA, "mask ignores the count", "mask = cols < count", "mask = cols < CHUNK"),
-    (EMA, "copy of the parameter", "tl.store(copy_ptr + cols, new,", "tl.store(copy_ptr + cols, p,"),
-    (EMA, "element size of fp32 for all", "first * t.element_size()", "first * 4"),
-    (EMA, "odd counts in the wide launch", "split = numel // 16 * 16 if", "split = numel if"),
-    (EMA, "plan found by address alone", "(t.data_ptr(), t.numel(), t.dtype) for", "(t.data_ptr(),) for"),
-    # AdamW with EMA
-    (ADAMW, "no weight decay", "shrink * param - step_size", "param - step_size"),
-    (ADAMW, "no second bias correction", "tl.sqrt(exp_avg_sq) * inv_sqrt_bias2 + eps", "tl.sqrt(exp_avg_sq) + eps"),
-    (ADAMW, "no first bias correction", "lr / (1 - beta1**step)", "lr"),
-    (ADAMW, "second moment of |g|", "weight2 * grad * grad", "weight2 * tl.abs(grad)"),
-    (ADAMW, "clip scale ignored", "grad *= tl.load(clip_scale_ptr).to(tl.float32)", "grad *= 1.0"),
+    ("32-bit image index", NOISE, "b = tl.program_id(0).to(tl.int64) //", "b = tl.program_id(0) //", T_NOISE),
+    ("weight and decay swapped", EMA, "ema + weight * (p - ema)", "ema + decay * (p - ema)", T_EMA),
+    ("far end of the lerp wrong", EMA, "p - decay * (p - ema)", "p - weight * (p - ema)", T_EMA),
+    ("mask ignores the count", EMA, "mask = cols < count", "mask = cols < CHUNK", T_EMA),
+    ("copy of the parameter", EMA, "tl.store(copy_ptr + cols, new,", "tl.store(copy_ptr + cols, p,", T_EMA),
+    ("element size of fp32 for all", EMA, "first * t.element_size()", "first * 4", T_EMA),
+    ("odd counts in the wide launch", EMA, "split = numel // 16 * 16 if", "split = numel if", T_EMA),
+    ("plan found by address alone", EMA, "(t.data_ptr(), t.numel(), t.dtype) for", "(t.data_ptr(),) for", T_EMA),
+    ("no weight decay", ADAMW, "shrink * param - step_size", "param - step_size", T_ADAMW),
     (
+        "no second bias correction",
         ADAMW,
+        "tl.sqrt(exp_avg_sq) * inv_sqrt_bias2 + eps",
+        "tl.sqrt(exp_avg_sq) + eps",
+        T_ADAMW,
+    ),
+    ("no first bias correction", ADAMW, "lr / (1 - beta1**step)", "lr", T_ADAMW),
+    ("second moment of |g|", ADAMW, "weight2 * grad * grad", "weight2 * tl.abs(grad)", T_ADAMW),
+    ("clip scale ignored", ADAMW, "grad *= tl.load(clip_scale_ptr).to(tl.float32)", "grad *= 1.0", T_ADAMW),
+    (
         "EMA of a shrunk parameter",
+        ADAMW,
         "ema + ema_weight * (param - ema)",
         "ema + ema_weight * (shrink * param - ema)",
+        T_ADAMW,
     ),
-    (ADAMW, "weights are the moment", "tl.store(weights_ptr + cols, param,", "tl.store(weights_ptr + cols, exp_avg,"),
-    (ADAMW, "the last elements are forgotten", "((0, even), (even, N))", "((0, even),)"),
-    # CUDA: reference, device code (run on host memory), tables
-    (CUDA, "bisection off by one", "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk"),
     (
-        CUDA,
+        "weights are the moment",
+        ADAMW,
+        "tl.store(weights_ptr + cols, param,",
+        "tl.store(weights_ptr + cols, exp_avg,",
+        T_ADAMW,
+    ),
+    ("the last elements are forgotten", ADAMW, "((0, even), (even, N))", "((0, even),)", T_ADAMW),
+    ("bisection off by one", CUDA, "first_chunk[middle] <= chunk", "first_chunk[middle] < chunk", T_CUDA),
+    (
         "second vector repeats the first",
+        CUDA,
         "const int at = (u * kThreads + thread) * kVector;\n    load",
         "const int at = thread * kVector;\n    load",
+        T_CUDA,
     ),
-    (CUDA, "last element of a tail", "i < kChunk && i < left", "i < kChunk && i + 1 < left"),
-    (CUDA, "chunk count survives the table", "table.num_tensors = 0;\n      num_chunks = 0;", "table.num_tensors = 0;"),
+    ("last element of a tail", CUDA, "i < kChunk && i < left", "i < kChunk && i + 1 < left", T_CUDA),
     (
+        "chunk count survives the table",
         CUDA,
+        "table.num_tensors = 0;\n      num_chunks = 0;",
+        "table.num_tensors = 0;",
+        T_CUDA,
+    ),
+    (
         "reference copies the parameter",
+        CUDA,
         "from_float(ema[i], copy + i);\n  }",
         "from_float(to_float(p[i]), copy + i);\n  }",
+        T_CUDA,
     ),
-    (CUDA, "alignment of the EMA not asked for", "is_aligned(ema) && is_aligned(p) &&", "is_aligned(p) &&"),
+    ("alignment of the EMA not asked for", CUDA, "is_aligned(ema) && is_aligned(p) &&", "is_aligned(p) &&", T_CUDA),
+    # operators
+    (
+        "a NaN for a learning rate",
+        O_ADAMW,
+        "finite = all(0 <= number < math.inf for",
+        "finite = all(not number < 0 for",
+        T_ADAMW,
+    ),
+    ("eight-bit parameters", O_EMA, "p.dtype in FLOAT_DTYPES", "p.is_floating_point()", T_EMA),
+    ("any order taken for flat", O_EMA, "all(t.stride() == first.stride() for t in operands)", "True", T_EMA),
+    ("no word of the extension", O_EMA, 'log_once("SRA_FAST_BUILD_EXT=1, but', '(lambda message: None)("', T_EMA),
+    # machine code
+    (
+        "the compiler not told of alignment",
+        EMA,
+        "tl.multiple_of(copy_ptr, 16), tl.multiple_of(count, 16)",
+        "copy_ptr, count",
+        "tests/ops/test_codegen_flat.py::test_code[ema_update]",
+    ),
+    (
+        "a factor loaded by every thread",
+        ALIGN,
+        "(tl.load(ddist_ptr + t * ddist_stride_n, mask=t < T, other=0.0) / D)[:, None]",
+        "tl.load(ddist_ptr + t[:, None] * ddist_stride_n, mask=(t < T)[:, None], other=0.0) / D",
+        "tests/ops/test_codegen_flat.py::test_code[align_distance]",
+    ),
+    (
+        "ends launched with the rest",
+        ADAMW,
+        "((0, even), (even, N))",
+        "((0, N),)",
+        "tests/ops/test_codegen_flat.py::test_code[adamw_ema]",
+    ),
 ]
-
-
-def run_tests(tests: str, bug: tuple | None) -> int:
-    """Exit status of the op's tests in a fresh copy of the tree, with the bug planted."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in TREE:
-            source, target = ROOT / name, Path(folder) / name
-            if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-            else:
-                shutil.copy(source, target)
-        if bug:
-            path, _, old, new = bug
-            text = (ROOT / path).read_text()
-            if text.count(old) != 1:
-                raise SystemExit(f"{path}: expected {old!r} once, found it {text.count(old)} times")
-            (Path(folder) / path).write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", tests]
-        env = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode
-
-
-def main(wanted: list[str]) -> int:
-    bugs = [bug for bug in BUGS if not wanted or any(part in bug[0] for part in wanted)]
-    survivors = 0
-    for path in dict.fromkeys(bug[0] for bug in bugs):
-        status = run_tests(TESTS[path], None)
-        survivors += status != 0
-        print(f"{'green' if status == 0 else 'RED'}  {path}: as it is", flush=True)
-        for bug in (bug for bug in bugs if bug[0] == path):
-            status = run_tests(TESTS[path], bug)
-            # 1: a test failed; negative: a wild address killed the interpreter; anything else shows nothing
-            caught = status == 1 or status < 0
-            survivors += not caught
-            print(f"{'caught' if caught else f'SURVIVED ({status})'}  {path}: {bug[1]}", flush=True)
-    print(f"{len(bugs)} bugs, {survivors} survived")
-    return int(survivors > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -50,8 +50,9 @@ def runs_kernel(kernels: ModuleType, backend: str | None, x: Tensor, *others: Te
     """True if the kernel takes ``x [B, T, D]``: fp64, empty and very wide tensors go to the reference."""
     if not use_triton(x, backend) or x.numel() == 0 or any(t.dtype == torch.float64 for t in (x, *others)):
         return False
-    D, name = x.shape[2], kernels.__name__.rpartition(".")[2]
+    D = x.shape[2]
     if D > kernels.MAX_WIDTH:
+        name = kernels.__name__.rpartition(".")[2]
         log_once(f"{name} runs unfused in PyTorch: rows of %d elements, the kernel takes %d", D, kernels.MAX_WIDTH)
     return D <= kernels.MAX_WIDTH
 

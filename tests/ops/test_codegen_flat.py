@@ -1,14 +1,13 @@
 """Machine code of the flat kernels: registers, spills, widths of loads and stores; and the bytes that each touches."""
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from codegen import compile_kernels, record_launches
+from rows import count_bytes
 
 from sra_fast.kernels import adamw_ema as adamw_kernels
 from sra_fast.kernels import align_distance as align_kernels
@@ -17,33 +16,6 @@ from sra_fast.kernels import noise_pair as noise_kernels
 
 ARCHS, WIDTHS = (80, 90, 100), (384, 768, 1024, 1152, 1536)
 INTERPRETED = not torch.cuda.is_available()
-
-
-@contextmanager
-def traffic():
-    """Bytes that the kernels touch in global memory while the block runs: distinct addresses per load and store."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    seen = {"load": 0, "store": 0}
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def count(kind, ptrs, mask):
-        bits = ptrs.get_element_ty().primitive_bitwidth
-        seen[kind] += np.unique(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]).size * max(bits // 8, 1)
-
-    def counted_load(self, ptrs, mask, *args):
-        count("load", ptrs, mask)
-        return load(self, ptrs, mask, *args)
-
-    def counted_store(self, ptrs, value, mask, *args):
-        count("store", ptrs, mask)
-        return store(self, ptrs, value, mask, *args)
-
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
-    try:
-        yield seen
-    finally:
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
 
 
 def meta(*shape, dtype=torch.float32):
@@ -164,51 +136,51 @@ def test_code(module):
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
 @pytest.mark.parametrize("kind", ["smooth_l1", "cosine_patch", "cosine_token"])
-def test_align_distance_bytes(kind):
+def test_align_distance_bytes(kind, monkeypatch):
     B, T, D = 1, 100, 1152
     pred, target = torch.randn(2, B, T, D).bfloat16().unbind()
     minimum = 3 * 2 * B * T * D
-    with traffic() as seen:
+    with count_bytes(monkeypatch) as seen:
         dist, grad = align_kernels.align_distance_fwd(pred, target, kind, 0.05, True)
     # the kernel cannot read or write less than its operands: a count below that would be a broken counter
-    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
-    with traffic() as seen:
+    assert minimum <= sum(seen.values()) <= 1.05 * minimum
+    with count_bytes(monkeypatch) as seen:
         align_kernels.align_distance_bwd(torch.ones_like(dist), grad, kind != "cosine_token")
     minimum = 2 * 2 * B * T * D
-    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
+    assert minimum <= sum(seen.values()) <= 1.05 * minimum
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
 @pytest.mark.parametrize("moments", [False, True], ids=["latent", "moments"])
-def test_noise_pair_bytes(moments):
+def test_noise_pair_bytes(moments, monkeypatch):
     B, N = 2, 1500
     noise = torch.randn(B, N)
     x0, e = (torch.randn(B, 2 * N), torch.randn(B, N)) if moments else (torch.randn(B, N), None)
     minimum = (28 if moments else 20) * B * N
-    with traffic() as seen:
+    with count_bytes(monkeypatch) as seen:
         noise_kernels.noise_pair(x0, e, noise, torch.rand(B), torch.rand(B), True, 1.0)
-    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
+    assert minimum <= sum(seen.values()) <= 1.05 * minimum
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
 @pytest.mark.parametrize("copy", [False, True], ids=["ema", "ema+copy"])
-def test_ema_update_bytes(copy):
+def test_ema_update_bytes(copy, monkeypatch):
     N = 3 * ema_kernels.CHUNK + 48
     copies = [torch.empty(N, dtype=torch.bfloat16)] if copy else []
     minimum = (12 if copy else 10) * N
-    with traffic() as seen:
+    with count_bytes(monkeypatch) as seen:
         ema_kernels.ema_update_([torch.randn(N)], [torch.randn(N).bfloat16()], copies, 0.9)
-    assert minimum <= seen["load"] + seen["store"] <= 1.05 * minimum
+    assert minimum <= sum(seen.values()) <= 1.05 * minimum
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
-def test_adamw_ema_bytes():
+def test_adamw_ema_bytes(monkeypatch):
     N = 2 * adamw_kernels.BLOCK + 23
     full = [torch.rand(N) for _ in range(5)]
     half = [torch.empty(N, dtype=torch.bfloat16) for _ in range(2)]
     param, grad, exp_avg, exp_avg_sq, ema = full
-    with traffic() as seen:
+    with count_bytes(monkeypatch) as seen:
         adamw_kernels.adamw_ema_(
             param, grad, exp_avg, exp_avg_sq, half[0], ema, half[1], torch.ones(()), 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9
         )
-    assert 40 * N <= seen["load"] + seen["store"] <= 1.05 * 40 * N
+    assert 40 * N <= sum(seen.values()) <= 1.05 * 40 * N

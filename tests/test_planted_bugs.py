@@ -1,0 +1,77 @@
+"""Planted bugs turn tests red: one or two of tests/planted_bugs.py for every kernel, without a copy of the tree.
+
+Bugs that make a kernel write outside its tensors are not among them.
+"""
+import re
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from planted_bugs import BUGS, ROOT
+
+sys.path.append(str(ROOT / "tests" / "ops"))
+import test_adamw_ema  # noqa: E402
+import test_adaln  # noqa: E402
+import test_align_distance  # noqa: E402
+import test_ema_update  # noqa: E402
+import test_gated_residual  # noqa: E402
+import test_noise_pair  # noqa: E402
+
+fused = lambda device: test_gated_residual.test_fused_variants(2, 3, 88, "layer", 0, True)
+plain = lambda device: test_gated_residual.test_plain_forward_and_gradients(2, 5, 64, 0, True, torch.float32)
+adaln = lambda device: test_adaln.test_variants(2, 3, 88, "image", "layer")
+align = lambda kind: lambda device: test_align_distance.test_forward_and_gradients(kind, False, (2, 7, 72), device)
+# the bug, and the fastest test that must go red
+CHECKS = {
+    "tail left out of the statistics": fused,
+    "first partial sum dropped": plain,
+    "partial sums of the wrong gradient": plain,
+    "scale without the one": adaln,
+    "shift and scale swapped": adaln,
+    "dx without c1": adaln,
+    "dscale without xhat": adaln,
+    "residual sign": plain,
+    "bias not added": plain,
+    "plain: dy without the gate": plain,
+    "plain: dgate without the bias": plain,
+    "fused: h from x": fused,
+    "fused: tail of h lost": fused,
+    "fused: dgate from dh": fused,
+    "fused: dshift forgets rows": fused,
+    "l2 gradient without its 2": align("l2"),
+    "mean over the padded width": align("l1"),
+    "distances of image 0 overwritten": align("cosine_token"),
+    "gradient scaled by the wrong length": align("cosine_token"),
+    "channel gradient divided by D": align("cosine_token"),
+    "velocity with the wrong sign": lambda device: test_noise_pair.test_forward((3, 3, 7, 5), "linear", False, device),
+    "latent scale dropped": lambda device: test_noise_pair.test_forward((3, 3, 7, 5), "cosine", True, device),
+    "weight and decay swapped": lambda device: test_ema_update.test_update([torch.float32], 0.9999, device),
+    "copy of the parameter": lambda device: test_ema_update.test_copies(torch.float16, device),
+    "no weight decay": lambda device: test_adamw_ema.test_step(5, torch.float16, device),
+    "no second bias correction": lambda device: test_adamw_ema.test_step(5, torch.float16, device),
+}
+
+
+def plant(name: str, monkeypatch, folder: Path) -> None:
+    """Put the kernels of a copy of kernels/ with the bug in the place of those that the launchers launch."""
+    (path, old, new), = [bug[1:4] for bug in BUGS if bug[0] == name]
+    package = "planted_" + re.sub(r"\W+", "_", name)
+    shutil.copytree(ROOT / "kernels", folder / package)
+    file = folder / package / Path(path).name
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    monkeypatch.syspath_prepend(folder)
+    for source in (ROOT / "kernels").glob("*.py"):
+        module, broken = (import_module(f"{where}.{source.stem}") for where in ("sra_fast.kernels", package))
+        for kernel in (name for name in vars(broken) if name.endswith("_kernel")):
+            monkeypatch.setattr(module, kernel, getattr(broken, kernel))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_bug_is_noticed(name, monkeypatch, tmp_path, device):
+    plant(name, monkeypatch, tmp_path)
+    with pytest.raises(AssertionError):
+        CHECKS[name](device)
