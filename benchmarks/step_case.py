@@ -1,0 +1,120 @@
+"""One variant of a training step in this process: built, timed, and taken apart into phases and kernels."""
+import argparse
+import itertools
+import math
+import statistics
+
+import torch
+from measure import copy_bandwidth, matmul_rate
+from phases import Phases, by_family, kernel_times, time_steps
+from programs import Program
+from variants import REFERENCE, Variant
+
+from sra_fast.engine.build import build
+from sra_fast.engine.config import Config
+from sra_fast.engine.data import ShuffledBatches
+from sra_fast.engine.distributed import init_distributed
+from sra_fast.engine.loop import optimizer_step
+from sra_fast.engine.metrics import Metrics, peak_flops, training_flops
+
+
+class RandomMoments:
+    """One batch of VAE moments, given out for ever."""
+
+    posterior = True
+
+    def __init__(self, cfg: Config, device: torch.device):
+        batch, channels, side = cfg.train.global_batch, cfg.model.in_channels, cfg.model.input_size
+        self.shape = (channels, side, side)
+        generator = torch.Generator(device).manual_seed(0)
+        moments = torch.rand(batch, 2 * channels, side, side, device=device, generator=generator)
+        self.batch = moments, torch.arange(batch, device=device) % cfg.model.num_classes
+
+    def to_latent(self, moments, noise):
+        mean, std = moments.chunk(2, dim=1)
+        return (mean + std * noise) * 0.18215
+
+
+class EngineStep:
+    """The engine's own step on one batch: draws, noising, student, teacher, backward, DeepSpeed, clipping, AdamW, EMA, teacher."""
+
+    def __init__(self, cfg: Config, data: RandomMoments, device: torch.device):
+        self.trainer, self.data, batch = build(cfg, device), data, cfg.train.global_batch
+        self.stream = ShuffledBatches(10**9, 0, batch, 1, 0, 1, 0, 10**6)
+        self.metrics, self.batches = Metrics(None, cfg, device, 1), itertools.repeat(data.batch)
+        self.trainer.engine.train()
+
+    def step(self, i: int) -> None:
+        optimizer_step(self.trainer, self.batches, self.stream, self.data, i, self.metrics)
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        return self.metrics.sums["loss"][0]
+
+    @property
+    def phases(self) -> list[tuple[object, str, str]]:
+        engine = self.trainer.engine
+        teacher = [(engine.module.teacher, "features", "teacher")] if engine.module.teacher is not None else []
+        return [(engine, "forward", "forward"), *teacher, (engine, "backward", "backward"), (engine, "step", "optimizer")]
+
+
+class ProgramStep(Program):
+    """A program with the phases that its functions are."""
+
+    @property
+    def phases(self) -> list[tuple[object, str, str]]:
+        # inside one graph the teacher cannot be told from the student
+        teacher = [] if self.switches.compile == "whole" else [(self, "features", "teacher")]
+        return [(self, "forward", "forward"), *teacher, (self, "backward", "backward"), (self, "update", "optimizer")]
+
+
+def make_step(variant: Variant, cfg: Config, device: torch.device, reference: str | None):
+    """What runs the variant: ``step(i)``, ``loss_sum`` and ``phases``."""
+    data = RandomMoments(cfg, device)
+    if variant.switches is not None:
+        return ProgramStep(cfg, variant.switches, data, device)
+    if variant.base == REFERENCE:
+        from reference import Reference
+
+        return Reference(cfg, reference, data, device)
+    return EngineStep(cfg, data, device)
+
+
+def rates(cfg: Config, device: torch.device, ms: float) -> dict:
+    """Images and FLOP/s: ``mfu`` counts three passes of the student, ``mfu_with_teacher`` head and truncated teacher too."""
+    rate, (plain, aligned) = 1e3 * cfg.train.global_batch / ms, training_flops(cfg)
+    peak = peak_flops(device, cfg.train.precision)
+    mfu = {"mfu": rate * plain / peak, "mfu_with_teacher": rate * aligned / peak} if peak else {}
+    return {"images_per_s": rate, **mfu, "flops_per_s": rate * aligned}
+
+
+def measure(args: argparse.Namespace, name: str, case: tuple[str, int, int]) -> dict:
+    """Everything that is measured of one variant of a case (model, resolution, batch), in this process."""
+    variant, device = Variant.parse(name), init_distributed()
+    cfg, cuda = variant.configuration(*case, args.device), device.type == "cuda"
+    run = make_step(variant, cfg, device, args.reference)
+    warm, timed = args.warmup, args.warmup + args.steps
+    time_steps(run.step, range(warm), cuda)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    ms = statistics.median(time_steps(run.step, range(warm, timed), cuda))
+    found = {"ms": ms, **rates(cfg, device, ms), "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+    found["dtype"] = getattr(run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision])
+    if not math.isfinite(float(run.loss_sum)):
+        raise FloatingPointError(f"the loss is {float(run.loss_sum)}: no time of a wrong step is reported")
+    if args.profile:
+        kernels = kernel_times(run.step, range(timed, timed + args.profile), cuda)
+        phases = Phases(cuda)
+        for place in run.phases:
+            phases.around(*place)
+        found["kernels"], found["longest"] = by_family(kernels), dict(itertools.islice(kernels.items(), 10))
+        found["phases"] = phases.measure(run.step, range(timed + args.profile, timed + 2 * args.profile))
+        # all of it, hidden behind the backward pass or not
+        found["phases"]["communication"] = found["kernels"].get("communication", 0.0)
+    return found
+
+
+def ceilings(device: str) -> dict:
+    """What a copy and a matrix product reach: ``{name: [ms, GB/s or TFLOP/s]}``."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return {"copy": copy_bandwidth(device), "matmul": matmul_rate(device, dtype)}
