@@ -1,0 +1,112 @@
+"""FLOPs of a step and bytes of its update, counted while they run on the CPU, against the formulas and the kernel's count."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import counting  # noqa: E402
+import registry  # noqa: E402
+from programs import Program  # noqa: E402
+from step_case import RandomMoments, make_step  # noqa: E402
+from variants import Variant  # noqa: E402
+
+from sra_fast import ops  # noqa: E402
+from sra_fast.engine.distributed import init_distributed  # noqa: E402
+from sra_fast.engine.metrics import training_flops  # noqa: E402
+
+BATCH = 2
+
+
+def small(name: str, *case):
+    variant = Variant.parse(name)
+    return variant, variant.configuration(*(case or ("SiT-S/4", 64, BATCH, "cpu")))
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """One process; the environment that says so is taken back."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    return init_distributed()
+
+
+@pytest.mark.parametrize("name, full_depth", [
+    ("plain", False), ("sra", False), ("sra+align.teacher_layer=12", False), ("truncated", False), ("bf16_teacher", True),
+])  # fmt: skip
+def test_a_step_does_what_the_formula_says(name, full_depth, device, monkeypatch):
+    # as products: the counter does not know the CPU's flash attention
+    monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
+    variant, cfg = small(name)
+    run, expected = make_step(variant, cfg, device, None), counting.step_flops(cfg, full_depth)
+    with FlopCounterMode(display=False) as counter:
+        run.step(0)
+    # without alignment the head sees one token, whose input needs no gradient: every parameter gets a (zero) gradient
+    spare = 2.5 * counting.parts(cfg)["head"] / 4 if name == "plain" else 0
+    assert counter.get_total_flops() == BATCH * sum(expected.values()) + spare
+    if full_depth or not expected["teacher"]:
+        return
+    # the layers' share of the blocks, exactly; what the teacher needs besides are the embedders
+    p = counting.parts(cfg)
+    assert (expected["teacher"] - p["embed"]) * 12 == cfg.align.teacher_layer * (12 * p["block"])
+    assert p["embed"] < 0.01 * expected["teacher"]
+
+
+def test_flops_of_the_papers_models():
+    """Times plain, 2 FLOP per multiply-add: what the design rests on, and what MFU is reported with."""
+    found = {}
+    for name, full_depth in {"plain": False, "sra": False, "fp32_teacher": True}.items():
+        _, cfg = small(name, "SiT-XL/2", 256, 1, "cuda")
+        found[name] = sum(counting.step_flops(cfg, full_depth).values())
+        if not full_depth:
+            # MFU's count takes three passes of everything
+            assert found[name] == pytest.approx(training_flops(cfg)[name == "sra"], rel=1e-4)
+    assert found["plain"] == pytest.approx(711.7e9, rel=1e-4)
+    assert found["sra"] / found["plain"] == pytest.approx(1.250, abs=5e-4)
+    assert found["fp32_teacher"] / found["plain"] == pytest.approx(1.345, abs=5e-4)
+    plain, sra = (sum(counting.step_flops(small(name, "SiT-S/2", 256, 1, "cpu")[1]).values()) for name in ("plain", "sra"))
+    assert sra / plain < 1.25
+
+
+def test_bytes_of_known_operators():
+    n = 1000
+    a, b, half = torch.randn(n), torch.rand(n), torch.zeros(n, dtype=torch.bfloat16)
+    m, v, steps = torch.zeros(n), torch.zeros(n), [torch.ones(())]
+    numbers = dict(lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)
+    calls = {
+        8: lambda: torch._foreach_mul_([a], 0.5),
+        12: lambda: a.lerp_(b, 0.5),
+        6: lambda: torch._foreach_copy_([half], [a]),
+        28: lambda: torch._fused_adamw_([a], [b], [m], [v], [], steps, **numbers),
+        0: lambda: (a.view(10, 100).transpose(0, 1)[3], torch.empty(n), a.detach()),
+        4: lambda: torch.linalg.vector_norm(a),
+    }
+    for per_element, call in calls.items():
+        with counting.count_bytes() as counter:
+            call()
+        # single numbers, such as the norm or the step, are bytes too
+        assert per_element * n <= counter.total <= per_element * n + 8
+
+
+def test_bytes_of_the_update_against_the_kernel(device):
+    N, make = registry.num_parameters(registry.Shape("tiny")), registry.ENTRIES["adamw_ema_"].make
+    (*buffers, weights, ema, copy), *_ = make(registry.Shape("tiny"), torch.bfloat16, registry.random(0, "cpu"))
+    with counting.count_bytes() as counter:
+        ops.adamw_ema_(*buffers, 1, lr=0.1, weights=weights, ema=ema, ema_copy=copy)
+    assert counter.total == registry.ENTRIES["adamw_ema_"].bytes(registry.Shape("tiny"), 2)[0] == 40 * N
+
+    def per_parameter(name):
+        variant, cfg = small(f"{name}+train.precision=bf16+align.teacher_layer=12")
+        run = Program(cfg, variant.switches, RandomMoments(cfg, device), device)
+        run.phases = [(run, "update", "optimizer")]
+        return counting.update_bytes(run) / sum(p.numel() for p in run.student.parameters())
+
+    # norm 4, clip 8, AdamW 28, EMA 12, teacher's copy 6 of all but head and final layer
+    assert 57 < per_parameter("strong") < 58
+    # AdamW in passes of its own, the EMA in two
+    assert per_parameter("truncated") == pytest.approx(per_parameter("strong") - 28 - 12 + 76 + 20, abs=0.1)
