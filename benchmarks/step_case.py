@@ -19,12 +19,12 @@ from sra_fast.engine.metrics import Metrics, peak_flops, training_flops
 
 
 class RandomMoments:
-    """One batch of VAE moments, given out for ever."""
+    """One batch of VAE moments, given out for ever; ``world`` processes share the configured batch."""
 
     posterior = True
 
-    def __init__(self, cfg: Config, device: torch.device):
-        batch, channels, side = cfg.train.global_batch, cfg.model.in_channels, cfg.model.input_size
+    def __init__(self, cfg: Config, device: torch.device, world: int = 1):
+        batch, channels, side = cfg.train.global_batch // world, cfg.model.in_channels, cfg.model.input_size
         self.shape = (channels, side, side)
         generator = torch.Generator(device).manual_seed(0)
         moments = torch.rand(batch, 2 * channels, side, side, device=device, generator=generator)
@@ -39,10 +39,11 @@ class EngineStep:
     """The engine's own step on one batch: draws, noising, student, teacher, backward, DeepSpeed, clipping, AdamW, EMA, teacher."""
 
     def __init__(self, cfg: Config, data: RandomMoments, device: torch.device):
-        self.trainer, self.data, batch = build(cfg, device), data, cfg.train.global_batch
-        self.stream = ShuffledBatches(10**9, 0, batch, 1, 0, 1, 0, 10**6)
-        self.metrics, self.batches = Metrics(None, cfg, device, 1), itertools.repeat(data.batch)
-        self.trainer.engine.train()
+        self.trainer = trainer = build(cfg, device)
+        self.data, self.batches = data, itertools.repeat(data.batch)
+        self.stream = ShuffledBatches(10**9, 0, trainer.micro, 1, trainer.rank, trainer.world, 0, 10**6)
+        self.metrics = Metrics(None, cfg, device, trainer.world)
+        trainer.engine.train()
 
     def step(self, i: int) -> None:
         optimizer_step(self.trainer, self.batches, self.stream, self.data, i, self.metrics)

@@ -74,7 +74,7 @@ def test_programs_take_the_engines_steps(sums):
 
 
 def test_rows_of_every_kind(tmp_path):
-    done = run("--batch", 2, "--variants", "plain,sra,truncated", "--repeat", 2, "--profile", 1, "--json", tmp_path / "rows.json")
+    done = run("--batch", 2, "--variants", "plain,sra,truncated", "--profile", 1, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     copy, matmul = rows[:2]
@@ -116,6 +116,23 @@ def test_unknown_variants_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         train_step.parse(["--variants", words])
     assert message in capsys.readouterr().err
+
+
+def test_repetitions_alternate_and_the_median_counts(monkeypatch, tmp_path):
+    times, tried = {"plain": [3.0, 1.0, 2.0], "sra": [6.0, 9.0, 5.0]}, []
+
+    def run_case(argv, name, *rest):
+        tried.append(name)
+        if name == "ceilings":
+            raise train_step.Failure("no ceilings")
+        return {"ms": times[name].pop(0), "images_per_s": 1.0, "flops_per_s": 1.0, "peak_bytes": None, "dtype": "float32"}
+
+    monkeypatch.setattr(train_step, "run_case", run_case)
+    path = tmp_path / "rows.json"
+    assert train_step.main(["--device", "cpu", "--batch", "1", "--repeat", "3", "--json", str(path)]) == 1
+    assert tried == ["ceilings", *["plain", "sra"] * 3]
+    # nothing can be said about the ceiling
+    assert [(row["ms"], "percent_of_ceiling" in row) for row in json.loads(path.read_text())] == [(2.0, False), (6.0, False)]
 
 
 def test_what_does_not_fit_is_not_tried_larger(monkeypatch, tmp_path):
