@@ -47,7 +47,7 @@ def written() -> int:
 
 def count(name: str, device) -> dict:
     """One counted step after two."""
-    cfg = Variant.parse(name).configuration("SiT-S/8", 64, 2 * dist.get_world_size(), "cpu")
+    cfg = Variant.parse(name + "+model.hidden_size=192+model.num_heads=6").configuration("SiT-S/8", 64, 2 * dist.get_world_size(), "cpu")
     run = EngineStep(cfg, RandomMoments(cfg, device, dist.get_world_size()), device)
     for i in range(2):
         run.step(i)

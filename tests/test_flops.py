@@ -1,4 +1,4 @@
-"""FLOPs of a step and bytes of its update, counted while they run on the CPU, against the formulas and the kernel's count."""
+"""What a step consists of: FLOPs and bytes, counted while it runs on the CPU, its phases and its families of kernels."""
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import counting  # noqa: E402
+import phases  # noqa: E402
 import registry  # noqa: E402
 from programs import Program  # noqa: E402
 from step_case import RandomMoments, make_step  # noqa: E402
@@ -22,8 +23,11 @@ from sra_fast.engine.metrics import training_flops  # noqa: E402
 BATCH = 2
 
 
+NARROW = "+model.hidden_size=64+model.num_heads=2"
+
+
 def small(name: str, *case):
-    variant = Variant.parse(name)
+    variant = Variant.parse(name if case else name + NARROW)
     return variant, variant.configuration(*(case or ("SiT-S/4", 64, BATCH, "cpu")))
 
 
@@ -54,7 +58,7 @@ def test_a_step_does_what_the_formula_says(name, full_depth, device, monkeypatch
     # the layers' share of the blocks, exactly; what the teacher needs besides are the embedders
     p = counting.parts(cfg)
     assert (expected["teacher"] - p["embed"]) * 12 == cfg.align.teacher_layer * (12 * p["block"])
-    assert p["embed"] < 0.01 * expected["teacher"]
+    assert p["embed"] < 0.03 * expected["teacher"]
 
 
 def test_flops_of_the_papers_models():
@@ -107,6 +111,48 @@ def test_bytes_of_the_update_against_the_kernel(device):
         return counting.update_bytes(run) / sum(p.numel() for p in run.student.parameters())
 
     # norm 4, clip 8, AdamW 28, EMA 12, teacher's copy 6 of all but head and final layer
-    assert 57 < per_parameter("strong") < 58
+    assert 57 < per_parameter("strong+compile=no") < 58
     # AdamW in passes of its own, the EMA in two
-    assert per_parameter("truncated") == pytest.approx(per_parameter("strong") - 28 - 12 + 76 + 20, abs=0.1)
+    assert per_parameter("truncated") == pytest.approx(per_parameter("strong+compile=no") - 28 - 12 + 76 + 20, abs=0.1)
+
+
+@pytest.mark.parametrize("kernel, expected", {
+    "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(Params)": "matmul",
+    "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTT": "matmul",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<96, 128, 64, 4, cutlass::bfloat16_t>>": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x128x128_4x1x1_kernel0_0": "attention",
+    "triton_red_fused__to_copy_add_mul_native_layer_norm_3": "compiled",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
+    "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
+    "Memcpy DtoD (Device -> Device)": "copy",
+    "_adamw_ema_kernel": "ours",
+    "_bwd_kernel": "ours",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::SiLU>": "other",
+}.items())  # fmt: skip
+def test_families_of_kernels(kernel, expected):
+    assert phases.family(kernel) == expected
+
+
+def test_phases_follow_the_clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
+
+    class Step:
+        def spend(self, seconds):
+            now[0] += seconds
+
+        teacher = forward = update = spend
+
+        def run(self, i):
+            self.spend(1)
+            self.forward(2 + i)
+            self.update(4)
+            self.spend(8)
+
+    step = Step()
+    assert phases.time_steps(step.run, range(2), cuda=False) == [15e3, 16e3]
+    clock, inner = phases.Phases(cuda=False), step.forward
+    step.forward = lambda seconds: (inner(seconds), step.teacher(0.5))
+    for place in ((step, "teacher", "teacher"), (step, "forward", "forward"), (step, "update", "optimizer")):
+        clock.around(*place)
+    assert clock.measure(step.run, range(3)) == {"teacher": 500.0, "forward": 3e3, "optimizer": 12e3}

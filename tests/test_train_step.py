@@ -226,48 +226,6 @@ def test_ladder_and_depths():
     }
 
 
-@pytest.mark.parametrize("kernel, expected", {
-    "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(Params)": "matmul",
-    "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTT": "matmul",
-    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<96, 128, 64, 4, cutlass::bfloat16_t>>": "attention",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x128x128_4x1x1_kernel0_0": "attention",
-    "triton_red_fused__to_copy_add_mul_native_layer_norm_3": "compiled",
-    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
-    "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
-    "Memcpy DtoD (Device -> Device)": "copy",
-    "_adamw_ema_kernel": "ours",
-    "_bwd_kernel": "ours",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::SiLU>": "other",
-}.items())  # fmt: skip
-def test_families_of_kernels(kernel, expected):
-    assert phases.family(kernel) == expected
-
-
-def test_phases_follow_the_clock(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
-
-    class Step:
-        def spend(self, seconds):
-            now[0] += seconds
-
-        teacher = forward = update = spend
-
-        def run(self, i):
-            self.spend(1)
-            self.forward(2 + i)
-            self.update(4)
-            self.spend(8)
-
-    step = Step()
-    assert phases.time_steps(step.run, range(2), cuda=False) == [15e3, 16e3]
-    clock, inner = phases.Phases(cuda=False), step.forward
-    step.forward = lambda seconds: (inner(seconds), step.teacher(0.5))
-    for place in ((step, "teacher", "teacher"), (step, "forward", "forward"), (step, "update", "optimizer")):
-        clock.around(*place)
-    assert clock.measure(step.run, range(3)) == {"teacher": 500.0, "forward": 3e3, "optimizer": 12e3}
-
-
 def step_rows() -> list[dict]:
     common = {"kind": "train_step", "name": "step", "device": "NVIDIA X", "versions": {"torch": "2"}, "commit": "abc"}
     case = {**common, "model": "SiT-XL/2", "resolution": 256, "batch": 32, "images_per_s": 320.0}
