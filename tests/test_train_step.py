@@ -176,7 +176,7 @@ class SRALoss:
         out, features, _ = model(images, images[:, 0, 0, 0], y=labels, ad=3)
         target = teacher(images, images[:, 0, 0, 0], y=labels, ad=8)[1]
         assert out.dtype == target.dtype and not target.requires_grad and features.requires_grad
-        return (out - 1).square().mean((1, 2, 3)), (features - target).square().mean()
+        return (out - 1).square().mean((1, 2, 3)) / 1e3, (features - target).square().mean() / 1e3
 """
 
 
@@ -190,25 +190,28 @@ def checkout(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", "float32"), ("bf16", "float16")])
-def test_the_published_loop_learns_and_moves_its_teacher(checkout, precision, dtype):
+def test_the_published_loop_learns_and_moves_its_teacher(checkout):
     from reference import Reference
     from step_case import RandomMoments
 
-    settings = f"+train.precision={precision}+optim.lr=0.01+train.ema_decay=0.5+align.student_layer=3+align.teacher_layer=8"
-    cfg = Variant.parse("reference" + settings).configuration("SiT-S/8", 64, 4, "cpu")
-    run = Reference(cfg, str(checkout), RandomMoments(cfg, torch.device("cpu")), torch.device("cpu"))
-    weights = [p.clone() for p in run.model.parameters()]
-    losses = [0.0]
-    for i in range(8):
-        run.step(i)
-        losses.append(float(run.loss_sum))
-    first, last = losses[1], losses[-1] - losses[-2]
-    assert last < 0.9 * first and run.dtype == dtype and run.scaler.is_enabled() == (precision == "bf16")
-    for start, p, average in zip(weights, run.model.parameters(), run.ema.parameters()):
-        if p.requires_grad:
-            # between the start and the student, closer to the student after eight halvings
-            assert 0 < (p - average).norm() < 0.6 * (p - start).norm()
+    losses = {}
+    for precision, dtype in {"fp32": "float32", "bf16": "float16"}.items():
+        # with this eps AdamW sees the scale of the gradients
+        settings = f"+train.precision={precision}+optim.lr=0.03+optim.eps=1e-5+train.ema_decay=0.5+align.student_layer=3"
+        cfg = Variant.parse("reference" + settings).configuration("SiT-S/8", 64, 4, "cpu")
+        run = Reference(cfg, str(checkout), RandomMoments(cfg, torch.device("cpu")), torch.device("cpu"))
+        assert run.dtype == dtype and run.scaler.is_enabled() == (precision == "bf16")
+        weights, sums = [p.clone() for p in run.model.parameters()], [0.0]
+        for i in range(8):
+            run.step(i)
+            sums.append(float(run.loss_sum))
+        losses[precision] = [after - before for before, after in zip(sums, sums[1:])]
+        for start, p, average in zip(weights, run.model.parameters(), run.ema.parameters()):
+            if p.requires_grad:
+                # between the start and the student, closer to the student after eight halvings
+                assert 0 < (p - average).norm() < 0.6 * (p - start).norm()
+    assert losses["fp32"][-1] < 0.9 * losses["fp32"][0]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
 def test_ladder_and_depths():
