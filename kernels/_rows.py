@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# what a quantised row is stored in
+E4M3 = torch.float8_e4m3fn
 # rows of one loop iteration of every kernel here
 STEP = 2
 # what a Hopper SM needs in flight to saturate its share of the memory: 25 bytes/ns times about 0.8 us, twice
@@ -150,6 +152,27 @@ def norm_bwd(xhat, xhat2, dxhat, dxhat2, mean_ptr, D: tl.constexpr, HEAD: tl.con
     if mean_ptr is None:
         return tl.sum(c1, axis=0) / D, 0.0
     return tl.split(tl.sum(tl.join(c1, fold(dxhat, dxhat2, HEAD, TAIL)), axis=0) / D)
+
+
+@triton.jit
+def e4m3_scale(amax):
+    """The scale that maps [-amax, amax] onto e4m3's range; a row of zeros keeps a scale that can divide."""
+    return tl.maximum(amax, 1e-12) / 448.0
+
+
+@triton.jit
+def store_row(ptr, scale_ptr, row, live, v, v2, at, mask, at2, mask2, TAIL: tl.constexpr):
+    """Store a row cut in two; with scale_ptr in e4m3, divided by a scale of its own that is stored too."""
+    if scale_ptr is not None:
+        amax = tl.max(tl.abs(v), axis=0)
+        if TAIL:
+            amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))
+        scale = e4m3_scale(amax)
+        tl.store(scale_ptr + row, scale, mask=live)
+        v, v2 = v / scale, v2 / scale
+    tl.store(ptr + at, v.to(ptr.dtype.element_ty), mask=mask)
+    if TAIL:
+        tl.store(ptr + at2, v2.to(ptr.dtype.element_ty), mask=mask2)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
+    E4M3,
     is_mine,
     load,
     load_bias,
@@ -31,6 +32,7 @@ from ._rows import (
     norm_fwd,
     residual,
     split_rows,
+    store_row,
     sum_partials,
     width_config,
 )
@@ -54,6 +56,7 @@ def _fwd_kernel(
     group_ptr,  # [B, T] integers, or None
     x_new_ptr,  # [B, T, D]
     h_ptr,  # [B, T, D]
+    h_scale_ptr,  # [B, T] fp32, None unless h is e4m3
     mean_ptr,  # [B, T] fp32, None for RMS
     rstd_ptr,  # [B, T] fp32
     T,
@@ -88,9 +91,8 @@ def _fwd_kernel(
             x = residual(head[0], head[1], gate, bias, x_new_ptr, at, mask)
             x2 = residual(tail[0], tail[1], gate2, bias2, x_new_ptr, at2, mask2) if TAIL else x
             x, x2 = norm_fwd(x, x2, row, live, mean_ptr, rstd_ptr, eps, cols, cols2, D, HEAD, TAIL)
-            tl.store(h_ptr + at, x * w + shift, mask=mask)
-            if TAIL:
-                tl.store(h_ptr + at2, x2 * w2 + shift2, mask=mask2)
+            h, h2 = x * w + shift, x2 * w2 + shift2 if TAIL else x
+            store_row(h_ptr, h_scale_ptr, row, live, h, h2, at, mask, at2, mask2, TAIL)
 
 
 @triton.jit
@@ -214,18 +216,22 @@ def gated_residual_adaln_fwd(
     group: Tensor | None,
     eps: float,
     rms: bool,
+    h_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x', h, mean (empty for RMS) and rstd; x, y, group contiguous, modulations ``[B, D]`` or ``[B, G, D]``."""
+    """x', h, mean (empty for RMS) and rstd; x, y, group contiguous, modulations ``[B, D]`` or ``[B, G, D]``.
+
+    With ``h_scale [B, T]`` h is e4m3, to be multiplied by the scales that are written there.
+    """
     B, T, D = x.shape
     assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
     G = gate.shape[1] if gate.dim() == 3 else 1
     P, rows = split_rows(x, G, 2)
-    x_new, h = x.new_empty(x.shape), x.new_empty(x.shape)
+    x_new, h = x.new_empty(x.shape), x.new_empty(x.shape, dtype=x.dtype if h_scale is None else E4M3)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((0,) if rms else (B, T), (B, T)))
     config = width_config(D)
     columns = (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
     _fwd_kernel[(B * G * P,)](
-        *(x, y, bias, gate, shift, scale, group, x_new, h, None if rms else mean, rstd, T, G, P, rows),
+        *(x, y, bias, gate, shift, scale, group, x_new, h, h_scale, None if rms else mean, rstd, T, G, P, rows),
         *(*mod_strides(gate), *mod_strides(shift), *mod_strides(scale), eps),
         **config,
         # left alone, ptxas 13 spills two registers for sm_100 at D=768 and 1536 (12 columns per thread) to fit 128; rows of

@@ -81,7 +81,7 @@ def _describe(value, is_constexpr: bool) -> str | int | float | bool | None:
         return "fp32"
     if isinstance(value, int):
         return ("i32" if -(2**31) <= value < 2**31 else "i64") + ("" if value % 16 == 0 else ":1")
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "bool": "i1"}
+    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "bool": "i1", "float8_e4m3fn": "fp8e4nv"}
     dtype = str(value.dtype).removeprefix("torch.")
     return f"*{names.get(dtype, dtype.replace('int', 'i'))}" + ("" if value.data_ptr() % 16 == 0 else ":1")
 

@@ -3,16 +3,20 @@ from dataclasses import dataclass
 
 import deepspeed
 import torch
+import torch._inductor.config as inductor
 import torch.distributed as dist
 from torch import Tensor
 
+from sra_fast import ops
 from sra_fast.engine.config import Config
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import ShardedEMA, make_teacher
 from sra_fast.engine.objective import SRAObjective, make_process
+from sra_fast.engine.optimizer import AdamWEMA, OnePassStep, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
-from sra_fast.engine.validate import split_batch
+from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
+from sra_fast.models.fp8 import use_fp8
 
 
 @dataclass
@@ -40,8 +44,15 @@ class Trainer:
         return self.engine.optimizer.grad_norm if norm is None else norm
 
     def refresh_teacher(self) -> None:
+        """Teacher weights <- EMA, however that changed."""
         if self.teacher is not None:
             self.teacher.refresh()
+
+    def after_step(self, teacher_runs: bool) -> None:
+        """EMA and, if the next step runs the teacher, its weights follow the optimizer step just taken."""
+        self.ema.update()
+        if teacher_runs and self.teacher is not None:
+            self.teacher.after_step()
 
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict in the reference's order and names from gathered parameters; adds the position embedding."""
@@ -58,47 +69,34 @@ def _networks(cfg: Config, weights: dict[str, Tensor] | None) -> tuple[SiT, Back
     if cfg.align.target == "ema_teacher":
         teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
         teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
+        if cfg.align.teacher_dtype == "fp8":
+            use_fp8(teacher)
     return student, teacher
-
-
-def _make_optimizer(cfg: Config, student: SiT, teacher_names: set[str], cuda: bool) -> torch.optim.AdamW:
-    """AdamW with the teacher's parameters as the first group: their EMA is then one contiguous part per rank."""
-    groups = [[], []]
-    for name, p in student.named_parameters():
-        groups[name not in teacher_names].append(p)
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups if group],
-        lr=cfg.optim.lr,
-        betas=tuple(cfg.optim.betas),
-        eps=cfg.optim.eps,
-        weight_decay=cfg.optim.weight_decay,
-        fused=cuda,
-    )
-
-
-def _clip_before_step(engine, limit: float) -> None:
-    """Scale the gradients by min(1, limit / norm) on the device, as a hook of the optimizer that DeepSpeed steps."""
-    wrapper = engine.optimizer
-
-    def hook(optimizer, args, kwargs):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if optimizer is wrapper:  # stage 0 in fp32: no DeepSpeed optimizer has computed the norm
-            wrapper.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        norm = wrapper.grad_norm if optimizer is wrapper else wrapper._global_grad_norm
-        if limit:
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).float())
-
-    getattr(wrapper, "optimizer", wrapper).register_step_pre_hook(hook)
 
 
 def _restore_fp32(shards: MasterShards, engine, initial: dict[str, Tensor]) -> None:
     """DeepSpeed clones bf16 masters from rounded weights, and stage 0 takes an AdamW step while it is built: undo both."""
     getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
     shards.scatter(initial, shards.flats)
-    if engine.zero_optimization_stage() == 0:  # the masters are whole on every rank, the shards only cover a part
-        for params, masters in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups):
-            for p, master in zip(params, masters):
-                master.data.copy_(initial[shards.names[id(p)]])
+
+
+def _choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
+    """Measure attention's backends for the shapes of student and teacher: impossible once a compiler traces."""
+    a = cfg.model.arguments()
+    tokens, dtype = (a["input_size"] // a["patch_size"]) ** 2, torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    for images, training in ((micro, True), (round(micro * cfg.align.fraction), False)):
+        shape = (images, tokens, a["num_heads"], a["hidden_size"] // a["num_heads"])
+        q = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
+        with torch.set_grad_enabled(training):
+            ops.attention(q, q, q)
+
+
+def _compile_blocks(*models: Backbone | None) -> None:
+    """torch.compile of each block by itself: one compilation serves all blocks of a model."""
+    # torch 2.10 to 2.14 give wrong gradients of shared or broadcast modulations with it (pytorch issue 193061)
+    inductor.triton.mix_order_reduction = False
+    for block in (block for model in models if model is not None for block in model.blocks):
+        block.compile(fullgraph=True, dynamic=False)
 
 
 def build(
@@ -120,11 +118,17 @@ def build(
     micro, accumulation = split_batch(cfg, world)
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, device.type == "cuda")
     stage = zero_stage(ds_config, cfg)
+    check_device(cfg, stage, device.type == "cuda")
     student, teacher = _networks(cfg, weights)
+    for block in student.blocks:
+        block.recompute = cfg.train.recompute
+    if cfg.train.compile:
+        _choose_attention(cfg, micro, device)
+        _compile_blocks(student, teacher)
     initial = {name: p.detach().clone() for name, p in student.named_parameters()} if bf16 else {}
     objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
     teacher_names = {name for name, _ in teacher.named_parameters()} if teacher else set()
-    optimizer = _make_optimizer(cfg, student, teacher_names, device.type == "cuda")
+    optimizer = make_optimizer(cfg, student, teacher_names, device.type == "cuda")
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
 
     parameters = dict(student.named_parameters())
@@ -132,11 +136,15 @@ def build(
     if bf16:
         _restore_fp32(shards, engine, initial)
     shards.verify(parameters)
-    if clips_itself(stage, cfg):
-        _clip_before_step(engine, cfg.optim.clip)
-    ema = ShardedEMA(shards, cfg.train.ema_decay)
-    dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype == "auto" else torch.float32
+    if stage in (1, 2) and isinstance(optimizer, AdamWEMA):
+        OnePassStep(engine, cfg.optim.clip)
+    elif clips_itself(stage, cfg):
+        clip_before_step(engine, cfg.optim.clip)
+    ema = ShardedEMA(shards, cfg.train.ema_decay, optimizer)
+    dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype != "fp32" else torch.float32
+    trained = make_teacher(teacher, ema, optimizer, dtype)
+    if trained is not None:
+        objective.teacher_pass.ready = trained.wait
     return Trainer(
-        cfg, engine, student, shards, ema, make_teacher(teacher, ema, dtype), device, stage, micro, accumulation,
-        rank, world, ds_config,
+        cfg, engine, student, shards, ema, trained, device, stage, micro, accumulation, rank, world, ds_config
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed's for the exact resume of a run, the sharded EMA beside them, and exports.
+"""Checkpoints: DeepSpeed's for the exact resume of a run, the EMA included; the EMA beside them for samplers; exports.
 
 ``<run>/checkpoints/step_00001000/`` holds DeepSpeed's files, ``ema_rank_00000.pt`` of every rank and ``sra_fast.json``
 (step, seed, sampler position, processes).  All random numbers are functions of (seed, step, image), so that these are
@@ -90,7 +90,9 @@ def load(trainer: Trainer, path: Path) -> int:
     o = trainer.cfg.optim
     for group in trainer.engine.optimizer.param_groups:  # the configuration's, not those of the interrupted run
         group.update(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
-    trainer.ema.load(load_ema(path))
+    if o.implementation == "fused":  # its step count is read on the host
+        for moments in trainer.shards.optimizer_states():
+            moments["step"] = moments["step"].cpu()
     trainer.refresh_teacher()
     return state["step"]
 

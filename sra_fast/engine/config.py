@@ -56,6 +56,8 @@ class AlignConfig:
     """m: the student's features after this block are projected and aligned (1-based)"""
     teacher_layer: int = 20
     """n: the teacher stops after this block (1-based, at least m)"""
+    head: Literal["mlp", "none"] = "mlp"
+    """what the student's features pass before they are compared: the projection head, or nothing"""
     distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
     """distance between the features"""
     beta: float = 0.05
@@ -74,8 +76,17 @@ class AlignConfig:
     """from this step on no alignment, and no teacher pass"""
     t_max: float = 0.2
     """the teacher's time is earlier by U(0, t_max)"""
-    teacher_dtype: Literal["auto", "fp32"] = "auto"
-    """precision of the teacher: the training precision, or fp32 as the reference has it"""
+    fraction: float = 1.0
+    """share of the images that the teacher sees each step; the loss is the mean over these"""
+    every: int = 1
+    """the teacher runs each `every`-th step, with lambda times `every`"""
+    teacher_dtype: Literal["auto", "fp32", "fp8"] = "auto"
+    """precision of the teacher: the training precision; fp32 as the reference has it; fp8: bf16 with the three large products
+    of a block in e4m3 (Hopper or newer, ZeRO 0-2, train.precision bf16)"""
+    teacher_graph: bool = False
+    """replay the teacher's forward as a CUDA graph (ZeRO 0-2)"""
+    teacher_stream: bool = False
+    """run the teacher beside the student's forward, in a CUDA stream of its own (ZeRO 0-2)"""
 
 
 @dataclass
@@ -106,6 +117,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW."""
 
+    implementation: Literal["fused", "torch"] = "fused"
+    """fused: AdamW, rounded weights, EMA and teacher in one pass (ops.adamw_ema_); torch: torch.optim.AdamW, then the EMA"""
     lr: float = 1e-4
     """learning rate after warm-up, constant"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -132,6 +145,10 @@ class TrainConfig:
     """images per process and forward pass; the rest is accumulated (default: all of the process's share)"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """of weights and activations; master weights and EMA are always fp32"""
+    compile: bool = False
+    """torch.compile each block (ZeRO 0-2)"""
+    recompute: Literal["none", "norm", "full"] = "none"
+    """what the backward pass computes again instead of keeping it: nothing; all but matrix products and attention (ZeRO 0-2); all"""
     tf32: bool = False
     """let fp32 matrix products run in TF32 on a GPU"""
     zero_stage: Literal[0, 1, 2, 3] = 1

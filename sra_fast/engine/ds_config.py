@@ -42,6 +42,7 @@ def deepspeed_config(cfg: Config, micro: int, accumulation: int, path: str | Non
             # a persistent parameter of the frozen teacher would go stale: only gathered ones see the new EMA
             "stage3_param_persistence_threshold": 0,
         },
+        "zero_allow_untested_optimizer": True,  # ours; it works on each flat partition like AdamW
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

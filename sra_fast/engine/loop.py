@@ -41,9 +41,7 @@ def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, ste
         metrics.add({"loss": loss.detach(), **parts})
         engine.step()
     if engine.was_step_applied():
-        trainer.ema.update()
-        if align_weight(cfg.align, step + 1, stream.epoch(step + 1)) > 0:  # the next step will use it
-            trainer.refresh_teacher()
+        trainer.after_step(teacher_runs=align_weight(cfg.align, step + 1, stream.epoch(step + 1)) > 0)
     metrics.add({"grad_norm": trainer.grad_norm})
     return {"align_weight": weight, "lr": lr, "epoch": stream.epoch(step)}
 
@@ -83,4 +81,6 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0) -> list[dict]:
             checkpoint.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
             metrics.restart_clock()
     bar.close()
+    if trainer.teacher is not None:
+        trainer.teacher.wait()
     return metrics.close()

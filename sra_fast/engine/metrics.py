@@ -36,8 +36,8 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> floa
     return next((rates[precision != "bf16"] for key, rates in PEAK.items() if key in name), None)
 
 
-def training_flops(cfg: Config) -> tuple[int, int]:
-    """FLOPs per image of ``(plain step, aligned step)``: 3 forwards of the student, then the head and the teacher too."""
+def training_flops(cfg: Config) -> tuple[float, float]:
+    """FLOPs per image of ``(plain step, aligned step)``: 3 forwards of the student, then head and teacher too, as often as they run."""
     with torch.device("meta"):
         student, batch = cfg.model.build(), 1
         x = torch.zeros(batch, cfg.model.in_channels, cfg.model.input_size, cfg.model.input_size)
@@ -50,7 +50,8 @@ def training_flops(cfg: Config) -> tuple[int, int]:
         student(x, t, y, align_depth=cfg.align.student_layer)
     with torch.no_grad(), FlopCounterMode(display=False) as teacher:
         student.features(x, t, y, cfg.align.teacher_layer)
-    return 3 * plain.get_total_flops(), 3 * aligned.get_total_flops() + teacher.get_total_flops()
+    extra = 3 * (aligned.get_total_flops() - plain.get_total_flops()) + teacher.get_total_flops()
+    return 3 * plain.get_total_flops(), 3 * plain.get_total_flops() + extra * cfg.align.fraction / cfg.align.every
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -125,7 +126,7 @@ class Metrics:
         rate = self.count * self.images / (now - self.clock)
         extra = {"step": step, **extra, "images_per_s": rate, "ms_per_step": 1e3 * (now - self.clock) / self.count}
         if self.peak:
-            extra["mfu"] = rate * self.flops[extra.get("align_weight", 0) > 0] / (self.peak * self.world)
+            extra["mfu"] = rate * self.flops["align" in self.sums] / (self.peak * self.world)
         self.waiting.append((names, means, event, extra))
         self.sums, self.count, self.clock = {}, 0, now
 

@@ -6,6 +6,7 @@ from sra_fast import ops
 from sra_fast.engine.config import AlignConfig, Config
 from sra_fast.engine.flow import FlowMatching
 from sra_fast.engine.gaussian import GaussianDiffusion
+from sra_fast.engine.teacher_pass import TeacherPass, chosen_images
 from sra_fast.models import Backbone, SiT
 
 
@@ -19,11 +20,16 @@ def make_process(cfg: Config) -> FlowMatching | GaussianDiffusion:
 def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
     """lambda at an optimizer step (0-based) and the data epoch it lies in.
 
-    ``epochs``: the reference's schedule, ``weight`` up to epoch ``hold``, then a factor of ten down every ``decay``
-    epochs.  ``steps``: the same in optimizer steps.  ``milestones``: piecewise constant.  Zero from ``stop_at_step`` on.
+    ``epochs``: the reference's schedule, ``weight`` up to epoch ``hold``, then a factor of ten down every ``decay`` epochs.
+    ``steps``: the same in optimizer steps.  ``milestones``: piecewise constant.  Zero from ``stop_at_step`` on.  With
+    ``every`` k: k times that at each k-th step, zero in between.
     """
-    if cfg.target == "none" or (cfg.stop_at_step is not None and step >= cfg.stop_at_step):
+    if cfg.target == "none" or (cfg.stop_at_step is not None and step >= cfg.stop_at_step) or step % cfg.every:
         return 0.0
+    return cfg.every * _scheduled(cfg, step, epoch)
+
+
+def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:
     if cfg.schedule == "milestones":
         reached = [s for s in cfg.milestones if s <= step]
         return cfg.milestones[max(reached)] if reached else cfg.weight
@@ -40,14 +46,17 @@ class SRAObjective(nn.Module):
         student: SiT or DiT.
         teacher: a frozen ``Backbone`` of depth n with the EMA's weights, or None for training without alignment.
         process: noises both inputs and compares the prediction.
-        align: student layer m, distance and its parameters.
+        align: student layer m, distance and its parameters, and how the teacher runs.
+
+    Attributes:
+        teacher_pass: runs the teacher.
     """
 
     def __init__(self, student: SiT, teacher: Backbone | None, process, align: AlignConfig):
         super().__init__()
         self.student, self.teacher, self.process, self.align = student, teacher, process, align
         if teacher is not None:
-            teacher.requires_grad_(False)
+            self.teacher_pass = TeacherPass(teacher.requires_grad_(False), align)
 
     def forward(
         self, x0: Tensor, y: Tensor, noise: Tensor, times: tuple[Tensor, Tensor], drop: Tensor, weight: float
@@ -70,20 +79,23 @@ class SRAObjective(nn.Module):
         if weight == 0:
             prediction, align = self.student(noised.x, noised.t, y, drop=drop), {}
         else:
-            prediction, features = self.student(noised.x, noised.t, y, drop=drop, align_depth=self.align.student_layer)
-            align = self._align(features, noised, y, drop)
+            chosen = chosen_images(self.align.fraction, len(x0), x0.device)
+            self.teacher_pass.start(noised.x_teacher, noised.t_teacher, y, drop, chosen=chosen)
+            prediction, features = self.student(
+                noised.x, noised.t, y, drop=drop, align_depth=self.align.student_layer, align_images=chosen,
+                project=self.align.head == "mlp",
+            )
+            align = self._compare(features, self.teacher_pass.result())
         losses = {name: value.mean() for name, value in self.process.losses(prediction, noised).items()}
         loss = sum(losses.values())
         if align:
             loss = loss + weight * align["align"]
-        else:
+        if not align or self.align.head == "none":
             # every stage of ZeRO then sees a (zero) gradient for every parameter, and steps alike
             loss = loss + 0.0 * self.student.ap_head(prediction.new_zeros(1, 1, self.student.hidden_size)).sum()
         return loss, {name: value.detach() for name, value in {**losses, **align}.items()}
 
-    def _align(self, features: Tensor, noised, y: Tensor, drop: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            target = self.teacher.features(noised.x_teacher, noised.t_teacher, y, drop=drop)
+    def _compare(self, features: Tensor, target: Tensor) -> dict[str, Tensor]:
         distance = ops.align_distance(features, target, self.align.distance, beta=self.align.beta).mean()
         norms = (torch.linalg.vector_norm(f.detach(), dim=-1, dtype=torch.float32).mean() for f in (features, target))
         return dict(zip(("align", "student_norm", "teacher_norm"), (distance, *norms)))

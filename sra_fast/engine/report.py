@@ -37,16 +37,24 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_
     Image.fromarray(grid[..., 0] if channels == 1 else grid[..., :3]).save(path)
 
 
-def plot_loss(path: Path, rows: list[dict]) -> None:
-    """Loss parts and feature norms over steps; needs matplotlib (the ``plots`` extra), without it says so once."""
+def _pyplot(path: Path):
+    """matplotlib without a display; None, and one warning, where it is not installed (the ``plots`` extra)."""
     try:
         import matplotlib
     except ImportError:
         log.warning("matplotlib is not installed: no %s (pip install 'sra-fast[plots]')", path.name)
-        return
+        return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot_loss(path: Path, rows: list[dict]) -> None:
+    """Loss parts and feature norms over steps."""
+    plt = _pyplot(path)
+    if plt is None:
+        return
     panels = [("denoise", "vb", "align"), ("student_norm", "teacher_norm"), ("grad_norm",)]
     panels = [names for names in panels if any(name in row for row in rows for name in names)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
@@ -57,6 +65,29 @@ def plot_loss(path: Path, rows: list[dict]) -> None:
                 axis.plot(*zip(*points), label=name)
         axis.set_xlabel("step")
         axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_study(path: Path, rows: list[dict]) -> None:
+    """A panel per score, a dot per seed and a bar at the mean of every variant."""
+    plt = _pyplot(path)
+    if plt is None:
+        return
+    keys = [key for key in ("denoise", "frechet", "label_accuracy") if all(key in row for row in rows)]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    size = (4 * len(keys) + 1, 0.35 * len(variants) + 1.2)
+    figure, axes = plt.subplots(1, len(keys), figsize=size, squeeze=False, sharey=True)
+    for axis, key in zip(axes[0], keys):
+        for i, variant in enumerate(variants):
+            values = [row[key] for row in rows if row["variant"] == variant]
+            axis.plot(values, [i] * len(values), "o", color="tab:blue", alpha=0.6)
+            axis.plot([sum(values) / len(values)], [i], "|", color="black", markersize=14)
+        axis.set_xlabel(key)
+        axis.grid(axis="x", linewidth=0.4)
+    axes[0, 0].set_yticks(range(len(variants)), variants)
+    axes[0, 0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

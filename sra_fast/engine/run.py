@@ -17,7 +17,7 @@ from sra_fast.engine.files import write_atomic
 from sra_fast.engine.generate import choose_labels, generate
 from sra_fast.engine.loop import train
 from sra_fast.engine.metrics import read_rows
-from sra_fast.engine.validate import check, split_batch
+from sra_fast.engine.validate import check, check_device, split_batch
 
 DIGITS_PER_CLASS = 40
 
@@ -40,6 +40,7 @@ def prepare(cfg: Config, ds_json: str | None) -> Plan:
     world = int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulation = split_batch(cfg, world)
     stage = zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
+    check_device(cfg, stage, torch.cuda.is_available())
     cfg.train.zero_stage = stage
     resume = find_resume(cfg)
     if resume:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sra_fast.engine.optimizer import new_state
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -29,6 +31,8 @@ class MasterShards:
     Attributes:
         flats: live 1-d fp32 tensors, updated in place by ``engine.step()``.
         segments: which part of which parameter lies where in ``flats``.
+        owners: the tensor behind each of ``flats``, a key of the optimizer's state.
+        replicated: stage 0: every rank holds everything.
         shapes: shape of every trained parameter, in the model's order.
         teacher_layout: stages 0-2: ``({name: offset}, elements per rank)`` of the first parameter group, flattened;
             None at stage 3.
@@ -40,7 +44,7 @@ class MasterShards:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.names = {id(p): name for name, p in parameters.items()}
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-        self.flats, self.segments, self._owners = [], [], []
+        self.flats, self.segments, self.owners, self.replicated = [], [], [], False
         self.teacher_layout, self.teacher_flats = None, 0
         stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
         if stage == 3:
@@ -54,17 +58,17 @@ class MasterShards:
         else:
             self._from_replicated(optimizer)
 
-    def _add(self, owner: Tensor, first: int, numel: int) -> int:
-        """A new flat: elements ``first .. first + numel`` of ``owner``, a key of the optimizer's state."""
-        self._owners.append((owner, first))
-        self.flats.append(owner.detach().view(-1).narrow(0, first, numel))
+    def _add(self, owner: Tensor) -> int:
+        """A new flat: all of ``owner``, a key of the optimizer's state."""
+        self.owners.append(owner)
+        self.flats.append(owner.detach().view(-1))
         return len(self.flats) - 1
 
     def _from_stage3(self, optimizer) -> None:
         for params, low, master in zip(
             optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
         ):
-            flat = self._add(master, 0, master.numel())
+            flat = self._add(master)
             for p in params:
                 start, size = self.rank * p.ds_tensor.ds_numel, p.ds_tensor.ds_numel
                 numel = min(size, max(0, p.ds_numel - start))  # the last ranks' parts may be padding
@@ -75,54 +79,46 @@ class MasterShards:
     def _from_flat_groups(self, groups, lows: list[Tensor], masters: list[Tensor]) -> None:
         for g, (params, low, master) in enumerate(zip(groups, lows, masters)):
             offsets = {self.names[id(p)]: (p.data_ptr() - low.data_ptr()) // low.element_size() for p in params}
-            flat = self._add(master, 0, master.numel())
-            part = master.numel()
+            flat, part = self._add(master), master.numel()
             for name, offset in offsets.items():
-                self._cut(name, offset, part, lambda first, numel: (flat, offset + first - self.rank * part))
+                self._cut(name, offset, part, flat)
             if g == 0:
                 self.teacher_layout, self.teacher_flats = (offsets, part), 1
 
     def _from_replicated(self, optimizer) -> None:
-        """Stage 0 has whole masters everywhere: each rank still takes only its share of the EMA."""
+        """Stage 0 has whole masters on every rank, and so a whole EMA."""
+        self.replicated = True
         masters = getattr(optimizer, "fp32_groups", None) or [g["params"] for g in optimizer.param_groups]
         params = getattr(optimizer, "fp16_groups", None) or masters
         for g, (group, group_masters) in enumerate(zip(params, masters)):
             offsets, total = {}, 0
-            for p in group:
-                offsets[self.names[id(p)]] = total
-                total += p.numel()
-            part = -(-total // self.world)
             for p, master in zip(group, group_masters):
                 name = self.names[id(p)]
-                self._cut(name, offsets[name], part, lambda first, numel: (self._add(master, first, numel), 0))
+                offsets[name] = total
+                total += p.numel()
+                self.segments.append(Segment(name, 0, self._add(master), 0, p.numel()))
             if g == 0:
-                self.teacher_layout, self.teacher_flats = (offsets, part), len(self.flats)
+                self.teacher_layout, self.teacher_flats = (offsets, total), len(self.flats)
 
-    def _cut(self, name: str, offset: int, part: int, place) -> None:
-        """Record what this rank's ``part`` of a flattened group holds of the parameter at ``offset``."""
+    def _cut(self, name: str, offset: int, part: int, flat: int) -> None:
+        """Record what this rank's ``part`` of a flattened group, ``flat``, holds of the parameter at ``offset``."""
         low, high = self.rank * part, (self.rank + 1) * part
         first, last = max(offset, low) - offset, min(offset + self.shapes[name].numel(), high) - offset
         if last > first:
-            flat, position = place(first, last - first)
-            self.segments.append(Segment(name, first, flat, position, last - first))
+            self.segments.append(Segment(name, first, flat, offset + first - low, last - first))
 
     def state(self, key: str) -> list[Tensor]:
-        """AdamW's ``exp_avg`` or ``exp_avg_sq``, laid out like ``flats``; zeros if no step was taken yet."""
-        pairs = zip(self.optimizer_states(), self._owners, self.flats)
-        return [state[key].view(-1).narrow(0, first, flat.numel()) for state, (_, first), flat in pairs]
+        """``exp_avg``, ``exp_avg_sq`` or ``ema`` of the optimizer's state, laid out like ``flats``."""
+        return [state[key].view(-1) for state in self.optimizer_states()]
 
     def optimizer_states(self) -> list[dict]:
-        """AdamW's state of the tensor behind each of ``flats``, made as AdamW makes it if there is none yet."""
+        """The optimizer's state of the tensor behind each of ``flats``, made as AdamW makes it if there is none yet."""
         optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-        for owner, _ in self._owners:
-            if not optimizer.state[owner]:
-                fused = any(group.get("fused") for group in optimizer.param_groups)
-                optimizer.state[owner] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=owner.device if fused else "cpu"),
-                    "exp_avg": torch.zeros_like(owner.data),
-                    "exp_avg_sq": torch.zeros_like(owner.data),
-                }
-        return [optimizer.state[owner] for owner, _ in self._owners]
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        for owner in self.owners:
+            if "exp_avg" not in optimizer.state[owner]:
+                optimizer.state[owner].update(new_state(owner, on_device=fused))
+        return [optimizer.state[owner] for owner in self.owners]
 
     @torch.no_grad()
     def scatter(self, full: dict[str, Tensor], flats: list[Tensor]) -> None:
@@ -133,8 +129,9 @@ class MasterShards:
     @torch.no_grad()
     def gather(self, flats: list[Tensor], bucket: int = 1 << 26) -> dict[str, Tensor]:
         """Whole tensors (name -> fp32 on the CPU) from every rank's ``flats``; collective, the result is on every rank."""
-        full, names = {}, list(self.shapes)
-        mine = {}
+        if self.replicated:
+            return {s.name: s.of(flats).view(self.shapes[s.name]).cpu().clone() for s in self.segments}
+        full, names, mine = {}, list(self.shapes), {}
         for s in self.segments:
             mine.setdefault(s.name, []).append(s)
         while names:

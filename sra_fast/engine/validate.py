@@ -4,6 +4,7 @@ import torch
 from sra_fast.engine.config import Config, SampleConfig
 from sra_fast.engine.gaussian import NUM_TIMES
 from sra_fast.engine.samplers import METHODS
+from sra_fast.engine.teacher_pass import images_per_cycle
 
 
 def _require(condition: bool, message: str) -> None:
@@ -27,6 +28,19 @@ def check(cfg: Config) -> None:
     )
     _check_numbers(cfg)
     check_sampling(cfg.sample, family)
+
+
+def check_device(cfg: Config, stage: int, cuda: bool) -> None:
+    """What needs a GPU, or parameters that stay where they are."""
+    a, wanted = cfg.align, ("align.teacher_graph", "align.teacher_stream", "train.compile")
+    for name, value in zip(wanted, (a.teacher_graph, a.teacher_stream, cfg.train.compile)):
+        _require(not value or stage < 3, f"{name} needs a ZeRO stage below 3, got {stage}")
+        _require(not value or cuda or name == "train.compile", f"{name} needs a CUDA device")
+    if a.teacher_dtype == "fp8" and a.target != "none":
+        _require(stage < 3 and cfg.train.precision == "bf16", "align.teacher_dtype fp8 needs train.precision bf16 and a ZeRO stage below 3")
+        _require(not cuda or torch.cuda.get_device_capability() >= (9, 0), "align.teacher_dtype fp8 needs compute capability 9.0")
+    # stage 3 replaces linear by one that adds the bias in place, to what selective checkpointing has kept
+    _require(cfg.train.recompute != "norm" or stage < 3, "train.recompute norm needs a ZeRO stage below 3: set it to full")
 
 
 def check_sampling(sample: SampleConfig, family: str) -> None:
@@ -65,6 +79,8 @@ def _check_align(cfg: Config) -> None:
     _require(min(a.weight, *a.milestones.values()) >= 0 if a.milestones else a.weight >= 0,
              f"align.weight and align.milestones must not be negative, got {a.weight} and {a.milestones}")
     _require(a.beta > 0, f"align.beta must be positive, got {a.beta}")
+    _require(0 < a.fraction <= 1, f"align.fraction must lie in (0, 1], got {a.fraction}")
+    _require(a.every >= 1, f"align.every must be at least 1, got {a.every}")
     _require(a.decay >= 1, f"align.decay must be at least 1, got {a.decay}")
     _require(
         (a.schedule == "milestones") == bool(a.milestones),
@@ -73,7 +89,7 @@ def _check_align(cfg: Config) -> None:
 
 
 def split_batch(cfg: Config, world_size: int) -> tuple[int, int]:
-    """``(micro batch per process, accumulation steps)`` of a global batch; ValueError if it does not divide."""
+    """``(micro batch per process, accumulation steps)`` of a global batch; ValueError if it or align.fraction does not divide."""
     total, micro = cfg.train.global_batch, cfg.train.micro_batch
     _require(total >= 1 and (micro is None or micro >= 1), f"batches must be at least 1, got {total} and {micro}")
     if micro is None:
@@ -81,9 +97,10 @@ def split_batch(cfg: Config, world_size: int) -> tuple[int, int]:
             total % world_size == 0,
             f"train.global_batch must be a multiple of the {world_size} processes, got {total}",
         )
-        return total // world_size, 1
+        micro = total // world_size
     _require(
         total % (micro * world_size) == 0,
         f"train.global_batch must be a multiple of micro_batch {micro} x {world_size} processes, got {total}",
     )
+    images_per_cycle(cfg.align.fraction, micro)
     return micro, total // (micro * world_size)

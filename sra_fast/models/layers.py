@@ -3,6 +3,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sra_fast import ops
 
@@ -62,8 +63,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
+        return self.attend(self.qkv(x))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """``[B, T, 3D]`` -> ``[B, T, D]``: everything after the first projection."""
+        B, T, D = *qkv.shape[:2], qkv.shape[2] // 3
+        q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
         return self.proj(ops.attention(self.q_norm(q), self.k_norm(k), v).reshape(B, T, D))
 
 
@@ -89,21 +94,43 @@ def add_and_norm(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tenso
     return ops.gated_residual_adaln(x, *pending, shift, scale)
 
 
+def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    name = op.name().partition(".")[0]
+    product = name in ("aten::mm", "aten::addmm", "aten::bmm") or "attention" in name or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_products():
+    """Selective activation checkpointing: keeps the outputs of matrix products and attention, recomputes the rest."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
 class Block(nn.Module):
     """adaLN-Zero transformer block.
 
     Takes the residual stream ``x [B, T, D]``, the conditioning ``c [B, D]`` and what the block before left pending, and
     returns the stream and what it leaves pending itself: so that the gate of one half-block, the addition and the norm of
     the next are one pass, across blocks too.
+
+    Attributes:
+        recompute: what the backward pass computes again instead of keeping it: ``"none"``, ``"norm"`` (all but matrix products
+            and attention) or ``"full"``.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
+        self.recompute = "none"
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> tuple[Tensor, Pending]:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._forward(x, c, pending)
+        context = {"context_fn": _keep_products} if self.recompute == "norm" else {}
+        return checkpoint(self._forward, x, c, pending, use_reentrant=False, preserve_rng_state=False, **context)
+
+    def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x, h = add_and_norm(x, pending, shift_msa, scale_msa)
         x, h = add_and_norm(x, (self.attn(h), gate_msa), shift_mlp, scale_mlp)

@@ -142,9 +142,18 @@ class SiT(Backbone):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, *, drop: Tensor | None = None, align_depth: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        drop: Tensor | None = None,
+        align_depth: int | None = None,
+        align_images: Tensor | None = None,
+        project: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction; with ``align_depth=m`` also ``ap_head(h_m)`` ``[B, T, D]``.  Arguments: see ``features``."""
+        """The prediction; with ``align_depth=m`` also ``ap_head(h_m)`` (``project=False``: ``h_m``) ``[B, T, D]``, or that of
+        the images ``align_images [b]`` alone ``[b, T, D]``.  Other arguments: see ``features``."""
         if align_depth is not None and not 1 <= align_depth <= self.depth:
             raise ValueError(f"align_depth must lie in [1, {self.depth}], got {align_depth}")
         (tokens, c), pending, projected = self.embed(x, t, y, drop), None, None
@@ -152,7 +161,8 @@ class SiT(Backbone):
             tokens, pending = block(tokens, c, pending)
             if i == align_depth:
                 tokens, pending = ops.gated_residual(tokens, *pending), None
-                projected = self.ap_head(tokens)
+                projected = tokens if align_images is None else tokens[align_images]
+                projected = self.ap_head(projected) if project else projected
         prediction = self.unpatchify(self.final_layer(tokens, c, pending))
         return prediction if projected is None else (prediction, projected)
 

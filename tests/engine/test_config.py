@@ -7,7 +7,7 @@ import pytest
 from sra_fast.engine.cli import load_config, parse_train, save_config
 from sra_fast.engine.config import Config
 from sra_fast.engine.ds_config import deepspeed_config, zero_stage
-from sra_fast.engine.validate import check, split_batch
+from sra_fast.engine.validate import check, check_device, split_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = {  # student layer, teacher layer (SRA, Table of settings)
@@ -108,6 +108,8 @@ def test_help_explains_every_field(capsys):
         (("--sample.method", "ddim"), "sample.method for SiT"),
         (("--model.class_dropout_prob", "0", "--sample.guidance", "2"), "class_dropout_prob > 0"),
         (("--align.t_max", "1.5"), "t_max"),
+        (("--align.fraction", "0"), r"align.fraction must lie in \(0, 1\], got 0"),
+        (("--align.every", "0"), "align.every must be at least 1, got 0"),
         (("--align.schedule", "milestones"), "milestones"),
         (("--train.steps", "0"), "train.steps"),
         (("--train.ema_decay", "1.1"), "ema_decay"),
@@ -183,6 +185,24 @@ def test_contradicting_deepspeed_json_is_named(tmp_path, user, message):
     with pytest.raises(ValueError, match=message):
         cfg, config = merged(tmp_path, user)
         zero_stage(config, cfg)
+
+
+@pytest.mark.parametrize("name", ["align.teacher_graph", "align.teacher_stream", "train.compile"])
+def test_what_the_machine_or_the_stage_cannot_do_is_named(name):
+    cfg = parse(f"--{name}", "true")
+    check_device(cfg, 2, cuda=True)
+    with pytest.raises(ValueError, match=f"{name} needs a ZeRO stage below 3, got 3"):
+        check_device(cfg, 3, cuda=True)
+    if name != "train.compile":
+        with pytest.raises(ValueError, match=f"{name} needs a CUDA device"):
+            check_device(cfg, 2, cuda=False)
+
+
+def test_selective_recompute_is_refused_at_stage_3():
+    cfg = parse("--train.recompute", "norm")
+    check_device(cfg, 2, cuda=False)
+    with pytest.raises(ValueError, match="recompute norm needs a ZeRO stage below 3"):
+        check_device(cfg, 3, cuda=False)
 
 
 def test_missing_deepspeed_json_is_named():

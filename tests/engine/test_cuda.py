@@ -9,8 +9,51 @@ import torch
 from golden import relative_error
 from zero_worker import CASES, STEPS
 
+from sra_fast.engine.build import build
+from sra_fast.engine.cli import parse_train
+from sra_fast.engine.distributed import init_distributed
+from sra_fast.engine.loop import train
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
+
+
+class RandomLatents:
+    """512 latents of noise with labels, the same in every run."""
+
+    shape, posterior = (4, 32, 32), False
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.images, self.labels = torch.randn(512, *self.shape, generator=generator), torch.arange(512) % 1000
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, indices):
+        return self.images[indices], self.labels[indices]
+
+    def to_latent(self, images, noise):
+        return images
+
+
+@pytest.mark.parametrize("precision, early, late", [("fp32", 1e-4, 1e-2), ("bf16", 2e-3, 2e-2)])
+def test_kernels_and_references_train_sit_b2_alike(tmp_path, monkeypatch, precision, early, late):
+    """200 steps of SiT-B/2 on random latents: the Triton kernels against SRA_FAST_BACKEND=torch, the whole loss curve."""
+    curves = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("SRA_FAST_BACKEND", backend)
+        cfg = parse_train([
+            "--model.name", "SiT-B/2", "--align.student_layer", "3", "--align.teacher_layer", "8", "--train.global_batch", "16",
+            "--train.steps", "200", "--train.log_every", "5", "--train.save_every", "1000", "--train.precision", precision,
+            "--data.num_workers", "0", "--optim.warmup_steps", "20",
+        ])[0]
+        (tmp_path / backend).mkdir()
+        trainer = build(cfg, init_distributed())
+        curves[backend] = [row["loss"] for row in train(trainer, RandomLatents(), tmp_path / backend)]
+    assert len(curves["torch"]) > 40 and curves["torch"][-1] < curves["torch"][0]
+    assert curves["triton"][:4] == pytest.approx(curves["torch"][:4], rel=early)
+    assert curves["triton"] == pytest.approx(curves["torch"], rel=late)
 
 
 @pytest.fixture(scope="module")

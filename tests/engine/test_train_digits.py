@@ -35,6 +35,18 @@ def test_training_learns(tmp_path, monkeypatch, align):
         assert last["student_norm"] > 0.5 * last["teacher_norm"]
 
 
+def test_teacher_in_any_precision_trains_alike(tmp_path):
+    """bf16 training with a bf16, an fp32 and an fp8 teacher: the same loss to a fraction of a percent, not the same bits."""
+    curves = {}
+    for dtype in ("auto", "fp32", "fp8"):
+        args = ["--train.precision", "bf16", "--align.teacher_dtype", dtype, "--train.steps", "20", "--train.log_every", "5"]
+        plan = prepare(parse_train([*CONFIG, *args])[0], None)
+        (tmp_path / dtype).mkdir()
+        curves[dtype] = [row["loss"] for row in train(build(plan.cfg, init_distributed()), plan.data, tmp_path / dtype)]
+    for dtype in ("fp32", "fp8"):
+        assert curves[dtype] == pytest.approx(curves["auto"], rel=1e-2) and curves[dtype] != curves["auto"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="300 steps take hours in Triton's interpreter")
 def test_kernels_on_and_off_learn_alike(tmp_path, monkeypatch):
     """The same loss curve with the Triton kernels and with the references, to rounding at first, within 2 % at the end."""

@@ -29,6 +29,13 @@ VARIANTS = {
     "stopped_alignment": (3, "--align.stop_at_step 2"),
     "cosine_warmup": (0, "--diffusion.path cosine --diffusion.time lognormal --align.distance cosine_patch --optim.warmup_steps 4"),
     "no_null_class": (2, "--model.class_dropout_prob 0 --align.teacher_layer 4 --optim.clip 0.1"),
+    "torch_adamw_0": (0, "--optim.implementation torch --optim.clip 0.1"),
+    "torch_adamw_1": (1, "--optim.implementation torch --optim.clip 0.1"),
+    "torch_adamw_2": (2, "--optim.implementation torch --train.micro_batch {micro}"),
+    "torch_adamw_3": (3, "--optim.implementation torch"),
+    "fraction_every": (2, "--align.fraction 0.3333333 --align.every 2 --train.micro_batch {micro}"),
+    "compiled": (1, "--train.compile true --train.recompute norm"),
+    "recompute_full": (3, "--train.recompute full"),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
 }
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]

@@ -1,0 +1,42 @@
+"""Blocks whose forward runs its three large products in fp8, for a network without gradients: the teacher."""
+from torch import Tensor, nn
+
+from sra_fast.models.layers import Block, Pending
+from sra_fast.models.transformer import Backbone
+from sra_fast.ops.fp8 import Rows, adaln_fp8, gated_residual_adaln_fp8, linear_fp8, quantize_rows
+
+
+def _linear(x: Rows, layer: nn.Linear) -> Tensor:
+    # quantised at every call: 3 bytes per weight, and no copy that could be older than the weights
+    return linear_fp8(x, quantize_rows(layer.weight), layer.bias)
+
+
+class Fp8Block(Block):
+    """A ``Block`` with qkv, fc1 and fc2 in e4m3, one scale per token and per output channel; inference only, in bf16.
+
+    Their inputs are quantised by the pass that makes them: the modulated norm, or the GELU.  The projection after attention
+    stays in bf16: quantising its input would take a pass of its own and about what it saves.
+    """
+
+    def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        if pending is None:
+            h = adaln_fp8(x, shift_msa, scale_msa)
+        else:
+            x, h = gated_residual_adaln_fp8(x, *pending, shift_msa, scale_msa)
+        y = self.attn.attend(_linear(h, self.attn.qkv))
+        x, h = gated_residual_adaln_fp8(x, y, gate_msa, shift_mlp, scale_mlp)
+        hidden = quantize_rows(_linear(h, self.mlp.fc1), gelu=True)
+        return x, (_linear(hidden, self.mlp.fc2), gate_mlp)
+
+
+def use_fp8(model: Backbone) -> None:
+    """Turn the blocks of a frozen network into ``Fp8Block``, in place; its parameters stay what and where they are.
+
+    Raises:
+        ValueError: a width that fp8 products cannot have.
+    """
+    if model.hidden_size % 16:
+        raise ValueError(f"fp8 needs a hidden_size that is a multiple of 16, got {model.hidden_size}")
+    for block in model.blocks:
+        block.__class__ = Fp8Block

@@ -1,0 +1,169 @@
+"""The operators of an fp8 forward pass without gradients: e4m3 rows with one scale each, and linear layers on them.
+
+What a linear layer reads is quantised where it is made: in the pass of the modulated norm, or in that of the GELU.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sra_fast.kernels import adaln as adaln_kernels
+from sra_fast.kernels import gated_residual_adaln as fused_kernels
+from sra_fast.kernels import quantize_rows as kernels
+from sra_fast.ops._backend import use_triton
+from sra_fast.ops._modulation import check, in_place
+from sra_fast.ops._register import register
+from sra_fast.ops.adaln import adaln_ref
+from sra_fast.ops.gated_residual import gated_residual_ref
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+
+class Rows(NamedTuple):
+    """``values * scale``: ``values [..., K]`` e4m3, ``scale [..., 1]`` fp32."""
+
+    values: Tensor
+    scale: Tensor
+
+    def dequantize(self) -> Tensor:
+        """``[..., K]`` fp32."""
+        return self.values.float() * self.scale
+
+
+def quantize_rows_ref(x: Tensor, *, gelu: bool = False) -> Rows:
+    """The definition, in fp32."""
+    v = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
+    scale = v.abs().amax(-1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
+    return Rows((v / scale).to(E4M3), scale)
+
+
+def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return adaln_kernels.adaln_fwd(x, shift, scale, None, eps, False, h_scale)[0], h_scale
+
+
+def _fused(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return *fused_kernels.gated_residual_adaln_fwd(x, y, None, gate, shift, scale, None, eps, False, h_scale)[:2], h_scale
+
+
+_quantize_op = register(
+    "quantize_rows(Tensor x, bool gelu) -> (Tensor, Tensor)", kernels.quantize_rows, lambda x, gelu: _rows_like(x)
+)
+_adaln_op = register(
+    "adaln_fp8(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    _adaln,
+    lambda x, shift, scale, eps: _rows_like(x),
+)
+_fused_op = register(
+    "gated_residual_adaln_fp8(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fused,
+    lambda x, y, gate, shift, scale, eps: (x.new_empty(x.shape), *_rows_like(x)),
+)
+
+
+@torch.no_grad()
+def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str | None = None) -> Rows:
+    """Each row of ``x`` in e4m3, with the scale that puts its largest element at 448.
+
+    Args:
+        x: ``[..., K]`` bf16/fp16/fp32; copied first unless contiguous.
+        gelu: take tanh-GELU of x first.
+        backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
+
+    Returns:
+        ``Rows`` of the shape of ``x``.
+
+    Raises:
+        ValueError: ``x`` is no floating-point tensor with rows, or ``backend`` is unknown.
+    """
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"expected x [..., K] of a floating-point dtype, got {[*x.shape]} {x.dtype}")
+    if not use_triton(x, backend) or x.numel() == 0 or x.dtype == torch.float64:
+        return quantize_rows_ref(x, gelu=gelu)
+    values, scale = _quantize_op(x.reshape(-1, x.shape[-1]).contiguous(), gelu)
+    return Rows(values.view(x.shape), scale.view(*x.shape[:-1], 1))
+
+
+@torch.no_grad()
+def adaln_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Rows:
+    """``ops.adaln`` with its output in e4m3, in the same pass; no gradient.
+
+    Args:
+        x: ``[B, T, D]`` bf16/fp16/fp32; copied first unless contiguous.
+        shift: ``[B, D]``; a column slice is used in place.
+        scale: as ``shift``.
+        eps: added to the variance.
+        backend: see ``quantize_rows``.
+
+    Returns:
+        ``Rows``, ``[B, T, D]``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
+    """
+    check(x, {}, {"shift": shift, "scale": scale}, None)
+    if not use_triton(x, backend) or x.numel() == 0:
+        return quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
+    return Rows(*_adaln_op(x.contiguous(), in_place(shift), in_place(scale), eps))
+
+
+@torch.no_grad()
+def gated_residual_adaln_fp8(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None
+) -> tuple[Tensor, Rows]:
+    """``ops.gated_residual_adaln`` with h in e4m3, in the same pass; no gradient.
+
+    Args:
+        x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous.
+        y: ``[B, T, D]`` output of the half-block that ends; copied first unless contiguous.
+        gate: ``[B, D]``; a column slice is used in place, as of shift and scale.
+        shift: ``[B, D]``.
+        scale: ``[B, D]``.
+        eps: added to the variance.
+        backend: see ``quantize_rows``.
+
+    Returns:
+        ``(x' [B, T, D] in x.dtype, h: Rows [B, T, D])``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
+    """
+    check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, None)
+    if not use_triton(x, backend) or x.numel() == 0:
+        x = gated_residual_ref(x, y, gate)
+        return x, quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
+    x_new, *rows = _fused_op(x.contiguous(), y.contiguous(), in_place(gate), in_place(shift), in_place(scale), eps)
+    return x_new, Rows(*rows)
+
+
+@torch.no_grad()
+def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight^T + bias`` on the fp8 matrix units (``torch._scaled_mm``), accumulated in fp32; no gradient.
+
+    Args:
+        x: ``[..., K]``, K a multiple of 16.
+        weight: ``[N, K]``, N a multiple of 16, one scale per output.
+        bias: ``[N]`` bf16 or None.
+
+    Returns:
+        ``[..., N]`` bf16.
+
+    Raises:
+        ValueError: K or N does not fit.
+    """
+    (N, K), rows = weight.values.shape, x.values.reshape(-1, x.values.shape[-1])
+    if rows.shape[1] != K or K % 16 or N % 16:
+        raise ValueError(f"expected x [..., K] and weight [N, K], multiples of 16, got {[*x.values.shape]} and {[N, K]}")
+    out = torch._scaled_mm(
+        rows, weight.values.t(), scale_a=x.scale.view(-1, 1), scale_b=weight.scale.view(1, -1), bias=bias,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )
+    return out.view(*x.values.shape[:-1], N)
