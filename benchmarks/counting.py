@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from unittest.mock import patch
 
@@ -45,8 +46,9 @@ def parts(cfg: Config) -> dict[str, int]:
     return found
 
 
-def step_flops(cfg: Config, full_depth: bool = False) -> dict[str, int]:
-    """FLOPs per image of a training step: ``student`` (forward and backward, its head included) and ``teacher``.
+def step_flops(cfg: Config, full_depth: bool = False) -> dict[str, Fraction]:
+    """FLOPs per image of a training step: ``student`` (forward and backward, its head included) and ``teacher``, for the share
+    of images and steps that are aligned.
 
     Args:
         cfg: model, layers and target are read.
@@ -55,12 +57,16 @@ def step_flops(cfg: Config, full_depth: bool = False) -> dict[str, int]:
     p, depth = parts(cfg), cfg.model.arguments()["depth"]
     forward = p["embed"] + depth * p["block"] + p["final"]
     if cfg.align.target == "none":
-        return {"student": 3 * forward - p["first"], "teacher": 0}
+        return {"student": Fraction(3 * forward - p["first"]), "teacher": Fraction(0)}
     teacher = forward if full_depth else p["embed"] + cfg.align.teacher_layer * p["block"]
-    return {"student": 3 * (forward + p["head"]) - p["first"], "teacher": teacher}
+    share = Fraction(cfg.align.fraction).limit_denominator(1000) / cfg.align.every
+    return {"student": 3 * forward + 3 * p["head"] * share - p["first"], "teacher": teacher * share}
 
 
-VARIANTS = ("plain", "sra", "fp32_teacher", "bf16_teacher", "truncated", "strong")
+VARIANTS = (
+    "plain", "sra", "sra+optim.implementation=torch", "sra+align.fraction=0.5", "fp32_teacher", "bf16_teacher", "truncated",
+    "strong",
+)  # fmt: skip
 
 
 # arguments that are written without being read, or only read, in spite of their schema
@@ -156,12 +162,12 @@ def main(argv: list[str] | None = None) -> None:
         variant = Variant.parse(name)
         full_depth = variant.switches is not None and not variant.switches.truncated
         flops = sum(step_flops(variant.configuration(args.model, args.resolution, 1, "cuda"), full_depth).values())
-        small = variant.configuration("SiT-S/8", 64, 1, "cuda")
+        small = variant.configuration("SiT-S/8", 64, 2, "cuda")
         run = make_step(variant, small, device, None)
         fuse_adamw(run)
         per_parameter = update_bytes(run) / sum(p.numel() for p in small.model.build().parameters())
         plain = plain or flops
-        print(f"{name:14} {flops / 1e9:9.1f} {flops / plain:7.3f} {per_parameter:7.1f}", flush=True)
+        print(f"{name:30} {float(flops) / 1e9:9.1f} {float(flops / plain):7.3f} {per_parameter:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

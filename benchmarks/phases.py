@@ -1,7 +1,6 @@
 """Where the time of a step goes: by phase, with events around functions, and by family of kernels, with the profiler."""
 import functools
 import re
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -65,16 +64,15 @@ class Phases:
         setattr(owner, attribute, timed)
 
     def measure(self, step: Callable[[int], None], steps: range) -> dict[str, float]:
-        """Median milliseconds of each phase; the optimizer's lasts to the end of the step, the teacher's is not the student's."""
+        """Mean milliseconds per step of each phase; the optimizer's lasts to the end of the step, the forward's is the student's."""
         for i in steps:
             step(i)
             self.spans["optimizer"][-1][1] = recorded(self.cuda)
         if self.cuda:
             torch.cuda.synchronize()
-        ms = {name: [begin.elapsed_time(end) for begin, end in spans] for name, spans in self.spans.items()}
-        if "teacher" in ms:
-            ms["forward"] = [whole - teacher for whole, teacher in zip(ms["forward"], ms["teacher"], strict=True)]
-        return {name: statistics.median(values) for name, values in ms.items()}
+        ms = {name: sum(begin.elapsed_time(end) for begin, end in spans) / len(steps) for name, spans in self.spans.items()}
+        ms["forward"] -= ms.get("teacher", 0.0)
+        return ms
 
 
 @functools.cache

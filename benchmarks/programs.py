@@ -28,7 +28,7 @@ class Switches:
         truncated: the teacher stops at block n.
         kernels: the operators may run their kernels; else SRA_FAST_BACKEND=torch (read by whoever starts the process).
         compile: "blocks" (every block, the layers behind them and the losses), "whole" (forward and losses as one graph).
-        backend: of torch.compile.
+        backend, mode: of torch.compile.
         adamw: "foreach" or "fused".
         ema: "each" parameter on its own, or "foreach".
     """
@@ -38,6 +38,7 @@ class Switches:
     kernels: bool = False
     compile: str = "no"
     backend: str = "inductor"
+    mode: str | None = None
     adamw: str = "foreach"
     ema: str = "each"
 
@@ -95,7 +96,7 @@ class Program:
         return teacher
 
     def _compile(self) -> None:
-        settings = {"fullgraph": True, "dynamic": False, "backend": self.switches.backend}
+        settings = {"fullgraph": True, "dynamic": False, "backend": self.switches.backend, "mode": self.switches.mode}
         if self.switches.compile == "whole":
             self.forward = torch.compile(self.forward, **settings)
         elif self.switches.compile == "blocks":

@@ -147,10 +147,11 @@ def measured(rows: list[dict], case: dict) -> tuple[Times, int | None, str]:
 
 
 def assumed(cfg: Config, mfu: float) -> Times:
-    """Times of an H100 at a fraction of its peak; the update at 46 bytes per parameter and 3 TB/s."""
+    """Times of an H100 at a fraction of its peak; the update at 44 bytes per parameter and 3 TB/s."""
     flops, speed = step_flops(cfg), mfu * PEAK["H100"][0] / cfg.train.global_batch
-    update = 46 * Sizes.of(cfg).student / 3e12
-    return Times(flops["student"] / 3 / speed, flops["teacher"] / speed, flops["student"] * 2 / 3 / speed, update)
+    update = 44 * Sizes.of(cfg).student / 3e12
+    forward, teacher = float(flops["student"]) / 3 / speed, float(flops["teacher"]) / speed
+    return Times(forward, teacher, 2 * forward, update)
 
 
 def predictions(cfg: Config, times: Times, peak: int | None, cluster: Cluster, gpus: tuple[int, ...]) -> Iterator[dict]:

@@ -55,7 +55,8 @@ class EngineStep:
     @property
     def phases(self) -> list[tuple[object, str, str]]:
         engine = self.trainer.engine
-        teacher = [(engine.module.teacher, "features", "teacher")] if engine.module.teacher is not None else []
+        aligned = engine.module.teacher is not None
+        teacher = [(engine.module.teacher_pass, "run", "teacher")] if aligned else []
         return [(engine, "forward", "forward"), *teacher, (engine, "backward", "backward"), (engine, "step", "optimizer")]
 
 
@@ -84,34 +85,42 @@ def make_step(variant: Variant, cfg: Config, device: torch.device, reference: st
 def rates(cfg: Config, device: torch.device, ms: float) -> dict:
     """Images and FLOP/s: ``mfu`` counts three passes of the student, ``mfu_with_teacher`` head and truncated teacher too."""
     rate, (plain, aligned) = 1e3 * cfg.train.global_batch / ms, training_flops(cfg)
-    peak = peak_flops(device, cfg.train.precision)
+    peak = peak_flops(device, cfg.train.precision, cfg.train.tf32)
     mfu = {"mfu": rate * plain / peak, "mfu_with_teacher": rate * aligned / peak} if peak else {}
     return {"images_per_s": rate, **mfu, "flops_per_s": rate * aligned}
 
 
+def take_apart(run, first: int, steps: int, cuda: bool) -> dict:
+    """Milliseconds per step of the families of kernels, of the longest kernels, and of the phases."""
+    kernels, phases = kernel_times(run.step, range(first, first + steps), cuda), Phases(cuda)
+    for place in run.phases:
+        phases.around(*place)
+    families = by_family(kernels)
+    # all of it, hidden behind the backward pass or not
+    times = {**phases.measure(run.step, range(first + steps, first + 2 * steps)), "communication": families.get("communication", 0.0)}
+    return {"kernels": families, "longest": dict(itertools.islice(kernels.items(), 10)), "phases": times}
+
+
 def measure(args: argparse.Namespace, name: str, case: tuple[str, int, int]) -> dict:
     """Everything that is measured of one variant of a case (model, resolution, batch), in this process."""
-    variant, device = Variant.parse(name), init_distributed()
-    cfg, cuda = variant.configuration(*case, args.device), device.type == "cuda"
-    run = make_step(variant, cfg, device, args.reference)
-    warm, timed = args.warmup, args.warmup + args.steps
-    time_steps(run.step, range(warm), cuda)
+    variant = Variant.parse(name)
+    cfg = variant.configuration(*case, args.device)
+    device = init_distributed(cfg.train.tf32)
+    run, cuda = make_step(variant, cfg, device, args.reference), device.type == "cuda"
+    last = args.warmup + args.steps
+    time_steps(run.step, range(args.warmup), cuda)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    ms = statistics.median(time_steps(run.step, range(warm, timed), cuda))
+    ms = statistics.median(time_steps(run.step, range(args.warmup, last), cuda))
     found = {"ms": ms, **rates(cfg, device, ms), "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
     found["dtype"] = getattr(run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision])
     if not math.isfinite(float(run.loss_sum)):
         raise FloatingPointError(f"the loss is {float(run.loss_sum)}: no time of a wrong step is reported")
     if args.profile:
-        kernels = kernel_times(run.step, range(timed, timed + args.profile), cuda)
-        phases = Phases(cuda)
-        for place in run.phases:
-            phases.around(*place)
-        found["kernels"], found["longest"] = by_family(kernels), dict(itertools.islice(kernels.items(), 10))
-        found["phases"] = phases.measure(run.step, range(timed + args.profile, timed + 2 * args.profile))
-        # all of it, hidden behind the backward pass or not
-        found["phases"]["communication"] = found["kernels"].get("communication", 0.0)
+        try:
+            found |= take_apart(run, last, args.profile, cuda)
+        except RuntimeError as error:  # the time is worth having on a machine that does not let itself be profiled
+            found["note"] = f"neither phases nor kernels: {error}".partition("\n")[0]
     return found
 
 

@@ -40,8 +40,10 @@ class CollectiveCounter(TorchDispatchMode):
         return out
 
 
-def written() -> int:
-    """Bytes that this process has written, to sockets and files."""
+def written(run: EngineStep) -> int:
+    """Bytes that this process has written, to sockets and files, once the teacher's weights have arrived."""
+    run.trainer.teacher.wait()
+    dist.barrier()
     return int(next(line for line in open("/proc/self/io") if line.startswith("wchar")).split()[1])
 
 
@@ -51,11 +53,10 @@ def count(name: str, device) -> dict:
     run = EngineStep(cfg, RandomMoments(cfg, device, dist.get_world_size()), device)
     for i in range(2):
         run.step(i)
-    dist.barrier()
-    before, counter = written(), CollectiveCounter()
+    before, counter = written(run), CollectiveCounter()
     with counter:
         run.step(2)
-    sent = written() - before
+    sent = written(run) - before
     names = {name for name, _ in run.trainer.engine.module.teacher.named_parameters()}
     shapes = {name: shape.numel() for name, shape in run.trainer.shards.shapes.items()}
     return {

@@ -15,6 +15,7 @@ import itertools
 import math
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,8 +74,10 @@ def run_case(argv: list[str], name: str, case: tuple, limit: float, device: str)
     except subprocess.TimeoutExpired:
         raise Failure(f"not finished in {limit:.0f} s") from None
     if done.returncode:
-        raise Failure((done.stderr.strip().splitlines() or ["?"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+        # libraries still warn after the error
+        lines = done.stderr.strip().splitlines() or ["?"]
+        raise Failure(next((line for line in reversed(lines) if re.search(r"(Error|error)\b", line)), lines[-1]))
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
 
 class Session:
@@ -141,7 +144,7 @@ def print_result(name: str, case: tuple, found: dict, first: float) -> None:
     mfu = f", MFU {found['mfu']:.1%} ({found['mfu_with_teacher']:.1%} with the teacher)" if "mfu" in found else ""
     memory = f", {found['peak_bytes'] / 2**30:.1f} GiB" if found["peak_bytes"] else ""
     print(f"{name:16} {describe(case)}: {found['ms']:.1f} ms, {found['images_per_s']:.1f} images/s{mfu}{memory}, "
-          f"{found['ms'] / first:.3f} of plain (or of the first variant)")
+          f"{found['ms'] / first:.3f} of plain (or of the first variant) {found.get('note', '')}", flush=True)
     parts = {"phases": found.get("phases"), "kernels": found.get("kernels"), "longest": found.get("longest")}
     for label, times in parts.items():
         if times:

@@ -34,7 +34,7 @@ def traffic():
     return list(json.loads(lines[-1]).values())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", range(4))
 def test_two_processes_send_what_is_predicted(traffic, stage):
     found = traffic[stage]
     predicted = collectives(stage, Sizes(found["parameters"], found["teacher"]))
@@ -46,12 +46,6 @@ def test_two_processes_send_what_is_predicted(traffic, stage):
     # the norm and a few numbers more
     assert {kind: size for kind, size in found["collectives"].items() if size > 1000} == pytest.approx(sizes, rel=1e-6)
     assert found["sent"] == pytest.approx(sent, rel=1e-3)
-
-
-def test_gradients_of_stage_0(traffic):
-    found = traffic[0]
-    assert collectives(0, Sizes(found["parameters"], found["teacher"])) == {"gradients": ("all_reduce", 2 * found["parameters"])}
-    assert found["collectives"]["all_reduce"] == pytest.approx(2 * found["parameters"], rel=1e-6)
 
 
 @pytest.mark.parametrize("nodes", [1, 4])

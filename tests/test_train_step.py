@@ -222,6 +222,11 @@ def test_ladder_and_depths():
     assert teacher_share("sra", "SiT-XL/2") == 20 / 28
     cfg = Variant.parse(depths[0]).configuration("SiT-XL/2", 512, 8, "cuda")
     assert (cfg.align.student_layer, cfg.align.teacher_layer, cfg.model.input_size) == (7, 7, 64)
+    # the engine knows every option that the variants set
+    assert Variant.parse("fp8").configuration("SiT-XL/2", 256, 8, "cuda").align.teacher_dtype == "fp8"
+    assert [Variant.parse(name).configuration("SiT-B/2", 256, 8, "cuda").train.compile for name in LADDER[5:]] == [
+        False, True, True, True
+    ]
     # only programs without our kernels are told so, before torch is imported
     backends = {name: Variant.parse(name).environment.get("SRA_FAST_BACKEND") for name in NAMES}
     assert {name for name, backend in backends.items() if backend == "torch"} == {
