@@ -64,7 +64,8 @@ class Phases:
         setattr(owner, attribute, timed)
 
     def measure(self, step: Callable[[int], None], steps: range) -> dict[str, float]:
-        """Mean milliseconds per step of each phase; the optimizer's lasts to the end of the step, the forward's is the student's."""
+        """Mean milliseconds per step of each phase.  The optimizer's lasts to the end of the step; the teacher's, if it is one,
+        is taken from the forward."""
         for i in steps:
             step(i)
             self.spans["optimizer"][-1][1] = recorded(self.cuda)
@@ -94,9 +95,9 @@ FAMILIES = {
 
 
 def family(kernel: str) -> str:
-    """"ours", a key of ``FAMILIES``, or "other"."""
+    """"ours" with the kernel's name, a key of ``FAMILIES``, or "other"."""
     if kernel in our_kernels() or "sra_fast" in kernel:
-        return "ours"
+        return f"ours: {kernel}"
     return next((name for name, pattern in FAMILIES.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 

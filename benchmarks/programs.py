@@ -6,7 +6,6 @@ without this repository's kernels.  Weights are fp32 under autocast; draws and l
 program takes the same steps.
 """
 import copy
-import itertools
 from dataclasses import dataclass
 
 import torch

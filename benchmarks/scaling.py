@@ -1,4 +1,4 @@
-"""Predicted step time, memory per GPU and cost on 1 to 4096 GPUs, ZeRO 0-3:  python benchmarks/scaling.py --model SiT-XL/2 --batch 32
+"""Predicted step time, memory per GPU and cost on 1 to 4096 GPUs, ZeRO 0-3:  python benchmarks/scaling.py --batch 32
 
 From the single-GPU rows of train_step.py (step, phases, peak memory), the bytes that every stage sends (tests count them in
 two processes) and the speed of the links.  --assume-mfu takes the place of rows where there are none.  Every GPU keeps its
@@ -32,6 +32,7 @@ HOP_SECONDS = 3e-6
 # elements: what the engine sets for DeepSpeed, and DeepSpeed's own limit of gathered parameters that it keeps
 REDUCE_BUCKET, GATHER_BUCKET, MAX_LIVE = 50_000_000, 200_000_000, 1_000_000_000
 IMAGENET = 1_281_167
+HEADER = "ZeRO  GPUs       ms  images/s efficiency    GiB  MB sent GPU-hours      cost"
 GPUS = tuple(2**i for i in range(13))
 
 
@@ -122,7 +123,8 @@ def step_seconds(stage: int, gpus: int, sizes: Sizes, times: Times, cluster: Clu
 def state_bytes(stage: int, gpus: int, sizes: Sizes) -> dict[str, float]:
     """Bytes per GPU of everything but activations: bf16 weights and gradients, fp32 masters, moments and EMA, bf16 teacher."""
     P, share = sizes.student, gpus if stage else 1
-    found = {"weights": 2 * P, "gradients": 2 * P, "optimizer": 12 * P / share, "ema": 4 * P / share, "teacher": 2 * sizes.teacher}
+    found = {"weights": 2 * P, "gradients": 2 * P, "optimizer": 12 * P / share, "ema": 4 * P / share}
+    found["teacher"] = 2 * sizes.teacher
     if stage >= 2:
         found["gradients"] = min(2 * P, 2 * P / gpus + 2 * REDUCE_BUCKET)
     if stage == 3:
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     file = RowFile(args.json, where) if args.json else None
     cluster = Cluster(LINKS[args.intra], LINKS[args.inter], args.per_node, args.efficiency)
     print(f"predicted from {device}; memory {'with' if peak else 'without'} activations; {args.intra}, {args.inter}")
-    print(f"{'ZeRO':>4} {'GPUs':>5} {'ms':>8} {'images/s':>9} {'efficiency':>10} {'GiB':>6} {'MB sent':>8} {'GPU-hours':>9} {'cost':>9}")
+    print(HEADER)
     for found in predictions(cfg, times, peak, cluster, tuple(args.gpus)):
         hours = args.epochs * IMAGENET / found["images_per_s"] * found["gpus"] / 3600
         print(f"{found['stage']:4} {found['gpus']:5} {found['ms']:8.1f} {found['images_per_s']:9.0f} {found['efficiency']:10.3f} "

@@ -36,7 +36,7 @@ class RandomMoments:
 
 
 class EngineStep:
-    """The engine's own step on one batch: draws, noising, student, teacher, backward, DeepSpeed, clipping, AdamW, EMA, teacher."""
+    """The engine's own step on one batch, from the draws to the teacher's refresh."""
 
     def __init__(self, cfg: Config, data: RandomMoments, device: torch.device):
         self.trainer = trainer = build(cfg, device)
@@ -95,9 +95,9 @@ def take_apart(run, first: int, steps: int, cuda: bool) -> dict:
     kernels, phases = kernel_times(run.step, range(first, first + steps), cuda), Phases(cuda)
     for place in run.phases:
         phases.around(*place)
-    families = by_family(kernels)
+    times, families = phases.measure(run.step, range(first + steps, first + 2 * steps)), by_family(kernels)
     # all of it, hidden behind the backward pass or not
-    times = {**phases.measure(run.step, range(first + steps, first + 2 * steps)), "communication": families.get("communication", 0.0)}
+    times["communication"] = families.get("communication", 0.0)
     return {"kernels": families, "longest": dict(itertools.islice(kernels.items(), 10)), "phases": times}
 
 

@@ -12,11 +12,11 @@ MISSING = "not measured yet"
 # the headline's case and lines
 MODEL, RESOLUTION = "SiT-XL/2", 256
 LINES = {
-    "reference": "published code",
-    "strong": "plain PyTorch at its best",
     "plain": "this engine without alignment",
     "sra": "this engine",
     "sra_fp8": "this engine, fp8 teacher",
+    "strong": "plain PyTorch at its best",
+    "reference": "published code",
 }
 
 
@@ -130,7 +130,7 @@ def render_steps(rows: list[dict]) -> list[str]:
     lines = [
         f"A training step of {MODEL} at {RESOLUTION} px on one GPU, all in one run. MFU counts three passes of the student; with",
         "teacher, the projection head and the truncated teacher too. Measured and written by",
-        "`python benchmarks/train_step.py --variants plain,sra,sra_fp8,strong,reference --reference PATH && python benchmarks/table.py`",
+        f"`python benchmarks/train_step.py --variants {','.join(LINES)} --reference PATH && python benchmarks/table.py`",
         "(`PATH`: a checkout of the published code).",
     ]
     case = ("train_step", "step", MODEL, RESOLUTION)

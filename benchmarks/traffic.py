@@ -1,4 +1,6 @@
-"""What one optimizer step sends, for every ZeRO stage, as JSON:  python -m torch.distributed.run --nproc_per_node 2 benchmarks/traffic.py
+"""What one optimizer step sends, as JSON, for every variant that is named:
+
+    torchrun --nproc_per_node 2 benchmarks/traffic.py sra sra+train.zero_stage=3
 
 A small SiT on the CPU.  Every rank counts the tensors it gives to collectives, and what its process has written to sockets.
 """
@@ -49,8 +51,9 @@ def written(run: EngineStep) -> int:
 
 def count(name: str, device) -> dict:
     """One counted step after two."""
-    cfg = Variant.parse(name + "+model.hidden_size=192+model.num_heads=6").configuration("SiT-S/8", 64, 2 * dist.get_world_size(), "cpu")
-    run = EngineStep(cfg, RandomMoments(cfg, device, dist.get_world_size()), device)
+    world, small = dist.get_world_size(), "+model.hidden_size=192+model.num_heads=6"
+    cfg = Variant.parse(name + small).configuration("SiT-S/8", 64, 2 * world, "cpu")
+    run = EngineStep(cfg, RandomMoments(cfg, device, world), device)
     for i in range(2):
         run.step(i)
     before, counter = written(run), CollectiveCounter()

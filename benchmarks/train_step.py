@@ -1,4 +1,4 @@
-"""Time of a whole training step, of this engine and of its rivals:  python benchmarks/train_step.py --model SiT-XL/2 --batch 32 256
+"""Time of a whole training step, of this engine and of its rivals:  python benchmarks/train_step.py --batch 32 256
 
 Variants (`ladder` and `depths` stand for several; settings go behind a +, as in sra+train.compile=true):
   plain, sra, sra_fp8   this engine: without alignment, with it, with an fp8 teacher
@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["SiT-XL/2"])
     parser.add_argument("--resolution", type=int, nargs="+", default=[256])
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256], help="images per GPU; larger ones than do not fit are left out")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256], help="images per GPU, up to what fits")
     parser.add_argument("--variants", default="plain,sra")
     parser.add_argument("--reference", help="a checkout of the published code, for the variant reference")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -132,7 +132,7 @@ class Session:
                 median = sorted(found[name], key=lambda each: each["ms"])[(len(found[name]) - 1) // 2]
                 self.record(name, case, median)
                 first = found.get("plain", next(iter(found.values())))[0]["ms"]
-                print_result(name, case, result, first)
+                print_result(name, case, result, first, "plain" in found)
 
 
 def describe(case: tuple) -> str:
@@ -140,11 +140,11 @@ def describe(case: tuple) -> str:
     return f"{model} {resolution} px, {batch} images" if model else ""
 
 
-def print_result(name: str, case: tuple, found: dict, first: float) -> None:
+def print_result(name: str, case: tuple, found: dict, first: float, has_plain: bool) -> None:
     mfu = f", MFU {found['mfu']:.1%} ({found['mfu_with_teacher']:.1%} with the teacher)" if "mfu" in found else ""
     memory = f", {found['peak_bytes'] / 2**30:.1f} GiB" if found["peak_bytes"] else ""
     print(f"{name:16} {describe(case)}: {found['ms']:.1f} ms, {found['images_per_s']:.1f} images/s{mfu}{memory}, "
-          f"{found['ms'] / first:.3f} of plain (or of the first variant) {found.get('note', '')}", flush=True)
+          f"{found['ms'] / first:.3f} of {'plain' if has_plain else 'the first'} {found.get('note', '')}", flush=True)
     parts = {"phases": found.get("phases"), "kernels": found.get("kernels"), "longest": found.get("longest")}
     for label, times in parts.items():
         if times:

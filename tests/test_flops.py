@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import counting  # noqa: E402
+import overhead  # noqa: E402
 import phases  # noqa: E402
 import registry  # noqa: E402
 from step_case import make_step  # noqa: E402
@@ -126,8 +127,7 @@ def test_bytes_of_the_update_against_the_kernel(device):
     "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "optimizer",
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
     "Memcpy DtoD (Device -> Device)": "copy",
-    "_adamw_ema_kernel": "ours",
-    "_bwd_kernel": "ours",
+    "_adamw_ema_kernel": "ours: _adamw_ema_kernel",
     "void at::native::vectorized_elementwise_kernel<4, at::native::SiLU>": "other",
 }.items())  # fmt: skip
 def test_families_of_kernels(kernel, expected):
@@ -157,3 +157,23 @@ def test_phases_follow_the_clock(monkeypatch):
     for place in ((step, "teacher", "teacher"), (step, "forward", "forward"), (step, "update", "optimizer")):
         clock.around(*place)
     assert clock.measure(step.run, range(3)) == {"teacher": 500.0, "forward": 3e3, "optimizer": 12e3}  # means
+
+
+@pytest.mark.parametrize("sra, ratio, code", [(2.5, "1.250", 0), (3.0, "1.500", 1)])
+def test_overhead_compares_processor_time_step_by_step(sra, ratio, code, monkeypatch, capsys):
+    now, order = [0.0], []
+
+    class Step:
+        def __init__(self, variant):
+            self.name = variant.name
+
+        def step(self, i):
+            order.append(self.name)
+            # a disturbance of one step does not count
+            now[0] += {"plain": 2.0, "sra": sra}[self.name] + 50 * (i == 2)
+
+    monkeypatch.setattr(overhead, "make_step", lambda variant, *rest: Step(variant))
+    monkeypatch.setattr(overhead, "init_distributed", lambda: None)
+    monkeypatch.setattr(overhead.time, "process_time", lambda: now[0])
+    assert overhead.main(["--model", "SiT-S/8", "--steps", "3"]) == code
+    assert order == ["plain", "sra"] * 4 and f"time: {ratio} (pairs" in capsys.readouterr().out

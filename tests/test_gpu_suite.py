@@ -34,7 +34,7 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print("started", child.pid, flush=True)
 time.sleep(60)
 """
-DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLOW.replace("\n", ";").strip(";")
+DEAF = "import signal\nfor n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, signal.SIG_IGN)\n" + SLOW
 
 
 def is_running(pid: int) -> bool:

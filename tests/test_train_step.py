@@ -90,7 +90,7 @@ def test_rows_of_every_kind(tmp_path):
         parts = {row["name"]: row["ms"] for row in mine if row["kind"] == "phase"}
         assert set(parts) == {"forward", "backward", "optimizer", "communication"} | teacher and min(parts.values()) >= 0
         shares = {row["name"]: row["ms"] for row in mine if row["kind"] == "kernel_share"}
-        assert {"matmul", "attention"} <= set(shares) <= {*phases.FAMILIES, "ours", "other"}
+        assert {"matmul", "attention"} <= set(shares) <= {*phases.FAMILIES, "other"}
     for row in rows:
         assert list(row) == [name for name in record.FIELDS if name in row] and row["device"] == "cpu"
         assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith("python benchmarks/train_step.py")
