@@ -76,7 +76,8 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
+    # the oldest versions on which the tests of the operators have run
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
     packages=find_packages(include=["sra_fast", "sra_fast.*"], exclude=["sra_fast.kernels"]) + ["sra_fast.kernels"],
     # in a checkout the device code lives in /kernels; in a wheel it becomes sra_fast/kernels

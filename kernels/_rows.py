@@ -19,6 +19,8 @@ E4M3 = torch.float8_e4m3fn
 STEP = 2
 # what a Hopper SM needs in flight to saturate its share of the memory: 25 bytes/ns times about 0.8 us, twice
 BYTES_IN_FLIGHT = 40 * 1024
+# 32-bit registers per thread, at most
+REGISTERS = {"sum_partials_kernel": 40}
 
 
 @functools.cache
@@ -71,17 +73,21 @@ def split_rows(x: Tensor, groups: int, num_loads: int) -> tuple[int, int]:
 
 @triton.jit
 def locate(G, P):
-    """Image, group and split of this program; int64, since they are multiplied by strides."""
+    """Image, group, split and indices of this program; int64, since they are multiplied by strides."""
     pid = tl.program_id(0).to(tl.int64)
-    return pid, pid // P // G, pid // P % G, pid % P
+    g = pid // P % G
+    # at the ends also what lies outside [0, G), so that every row is written; 64 bits would cost 22 registers
+    mine = tl.where(g == 0, -(2**31), g.to(tl.int32)), tl.where(g == G - 1, 2**31 - 1, g.to(tl.int32))
+    return pid, pid // P // G, g, pid % P, mine
 
 
 @triton.jit
-def is_mine(group_ptr, row, t, g, T):
-    """Whether token t (row `row` of all) exists and is in group g."""
+def is_mine(group_ptr, row, t, mine, T):
+    """Whether token t (row `row` of all) exists and its index lies in `mine`."""
     live = t < T
     if group_ptr is not None:
-        live &= tl.load(group_ptr + row, mask=live, other=-1) == g
+        index = tl.load(group_ptr + row, mask=live, other=0).to(tl.int32)
+        live &= (index >= mine[0]) & (index <= mine[1])
     return live
 
 
@@ -110,10 +116,10 @@ def load_bias(bias_ptr, cols, mask):
 
 
 @triton.jit
-def load_two(a_ptr, b_ptr, group_ptr, b, g, t, T, cols, cols2, D: tl.constexpr, TAIL: tl.constexpr):
+def load_two(a_ptr, b_ptr, group_ptr, b, mine, t, T, cols, cols2, D: tl.constexpr, TAIL: tl.constexpr):
     """Row t of image b of two arrays, as it is in memory, and whether it is this program's."""
     row = b * T + t
-    live = is_mine(group_ptr, row, t, g, T)
+    live = is_mine(group_ptr, row, t, mine, T)
     head = load(a_ptr, row * D + cols, live & (cols < D)), load(b_ptr, row * D + cols, live & (cols < D))
     tail = head
     if TAIL:

@@ -7,14 +7,14 @@ ema <- ema + (1 - decay)(p - ema);  ema_copy <- ema
 Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 for the weights, 8 for the EMA and 2
 for its copy: 40 in all.  Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
 """
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer;
-# 40-56 registers on sm_80/90/100 (budget 64)
+# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer
 BLOCK = 1024
+# 32-bit registers per thread, at most, of wide launches
+REGISTERS = {"_adamw_ema_kernel": 56}
 
 
 @triton.jit
@@ -96,9 +96,8 @@ def adamw_ema_(
     clip = param if clip_scale is None else clip_scale
     # a length that is no multiple of 16 would narrow every access of the launch, so the rest goes alone
     N, even = param.numel(), param.numel() // 16 * 16
-    with torch.cuda.device_of(param):
-        for start, stop in ((0, even), (even, N)):
-            if start < stop:
-                views = [x[start:stop] for x in buffers]
-                grid = (triton.cdiv(stop - start, BLOCK),)
-                _adamw_ema_kernel[grid](*views, clip, stop - start, *scalars, **options)
+    for start, stop in ((0, even), (even, N)):
+        if start < stop:
+            views = [x[start:stop] for x in buffers]
+            grid = (triton.cdiv(stop - start, BLOCK),)
+            _adamw_ema_kernel[grid](*views, clip, stop - start, *scalars, **options)

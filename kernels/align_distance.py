@@ -15,6 +15,10 @@ from torch import Tensor
 
 # cosine_token holds [T, 16] elements of both inputs in registers: at 2048 tokens sm_90 spills (272 bytes of stack)
 MAX_TOKENS = 1024
+# the other kinds hold a row: at D=32768 they spill up to 144 bytes
+MAX_WIDTH = 16384
+# 32-bit registers per thread, at most; compiled and checked by tests/ops/test_codegen_flat.py
+REGISTERS = {"_token_kernel": 128, "_channel_kernel": 128, "_backward_kernel": 64}
 
 SMOOTH_L1, L1, L2, COSINE = (tl.constexpr(i) for i in range(4))
 _CODES = {"smooth_l1": 0, "l1": 1, "l2": 2, "cosine_patch": 3}
@@ -22,7 +26,7 @@ _CODES = {"smooth_l1": 0, "l1": 1, "l2": 2, "cosine_patch": 3}
 
 @triton.jit
 def _cosine(p, q, axis: tl.constexpr, n):
-    """1 - cos and n times its gradient; norms below 1e-8 are clamped in the value only, as torch's cosine_similarity."""
+    """1 - cos and n times its gradient; norms below 1e-8 are clamped in the value alone, as torch clamps them."""
     p_norm = tl.sqrt(tl.sum(p * p, axis=axis))
     p_clamped = tl.maximum(p_norm, 1e-8)
     q_clamped = tl.maximum(tl.sqrt(tl.sum(q * q, axis=axis)), 1e-8)
@@ -132,31 +136,36 @@ def _backward_kernel(
     num_d, num_t = tl.cdiv(D, BLOCK_D), tl.cdiv(T, BLOCK_T)
     pid = tl.program_id(0).to(tl.int64)
     b = pid // num_d // num_t
-    t = pid // num_d % num_t * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    cols = (pid % num_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    mask = (t < T) & (cols < D)
+    t = pid // num_d % num_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = pid % num_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (t < T)[:, None] & (cols < D)[None, :]
+    # loaded in one dimension: of a [BLOCK_T, 1] tile every thread would load 32 numbers, not the 4 or 8 it needs
+    ddist_ptr += b * ddist_stride_b
     if PER_TOKEN:
-        ddist = tl.load(ddist_ptr + b * ddist_stride_b + t * ddist_stride_n, mask=t < T, other=0.0) / D
+        ddist = (tl.load(ddist_ptr + t * ddist_stride_n, mask=t < T, other=0.0) / D)[:, None]
     else:
-        ddist = tl.load(ddist_ptr + b * ddist_stride_b + cols * ddist_stride_n, mask=cols < D, other=0.0) / T
-    grad = tl.load(grad_ptr + (b * T + t) * D + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dpred_ptr + (b * T + t) * D + cols, ddist * grad, mask=mask)
+        ddist = (tl.load(ddist_ptr + cols * ddist_stride_n, mask=cols < D, other=0.0) / T)[None, :]
+    tile = (b * T + t)[:, None] * D + cols[None, :]
+    grad = tl.load(grad_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dpred_ptr + tile, ddist * grad, mask=mask)
 
 
 def _row_config(D: int) -> dict:
-    """[ROWS, BLOCK_D] of 4096 elements; at D=1152 36-96 registers on sm_80/90/100 (budget 128)."""
+    """[ROWS, BLOCK_D] of 4096 elements."""
     block = triton.next_power_of_2(D)
     rows = max(4096 // block, 1)
     return {
         "ROWS": rows,
         "BLOCK_D": block,
         "num_warps": min(max(rows * block // 1024, 4), 16),
+        # left alone, ptxas 13 spills two registers of l1 (sm_80) and l2 (sm_100) in bf16 to fit 80 and 56
+        "maxnreg": 128 if block == 512 else None,
         "enable_fp_fusion": True,
     }
 
 
 def _tile_config(T: int, D: int) -> dict:
-    """[BLOCK_T, BLOCK_D] of at most 16384 elements, 32 per thread and input; 108-128 registers (budget 128)."""
+    """[BLOCK_T, BLOCK_D] of at most 16384 elements, 32 per thread and input."""
     block_t = triton.next_power_of_2(T)
     block_d = min(max(16384 // block_t, 16), 64, max(triton.next_power_of_2(D), 16))
     return {

@@ -4,10 +4,11 @@ A program walks rows of one image, so that the gate is read once and the sum ove
 leaves one fp32 partial sum of dgate, added in a fixed order (no atomics: bitwise repeatable).  dx is dx' itself.
 Reference: sra_fast/ops/gated_residual.py::gated_residual_ref.
 
-Bytes moved, s per element of the [B, T, D] arrays (2 in bf16), P programs per image (kernels/_rows.py):
-    forward   3 s B T D (x, y; x') + s P B D (gate)
-    backward  3 s B T D (dx', y; dy) + (8 + s) P B D (a partial sum written and read, gate) + s B D (dgate)
-              with a bias 8 P B D more for its partial sums
+Bytes, everything moved once, s per element of the [B, T, D] arrays (2 in bf16):
+    forward   3 s B T D (x, y; x') + s B D (gate)
+    backward  3 s B T D (dx', y; dy) + 2 s B D (gate; dgate)
+P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no partial sums: the forward moves
+s (P - 1) B D more, the backward (s (P - 1) + 8 P) B D (an fp32 sum written and read), with a bias 8 P B D more.
 In the names below a 2 marks the tail of a row that is cut in two.
 """
 import torch
@@ -16,6 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import load_bias, load_fp32, load_two, locate, mod_strides, residual, split_rows, sum_partials, width_config
+
+# the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes at D=8192
+MAX_WIDTH = 6144
+# 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision)
+REGISTERS = {"_fwd_kernel": 72, "_bwd_kernel": 96}
+REGISTERS_XL = {"_fwd_kernel": 72, "_bwd_kernel": 72}
 
 
 @triton.jit
@@ -36,14 +43,14 @@ def _fwd_kernel(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    pid, b, g, p = locate(G, P)
+    pid, b, g, p, mine = locate(G, P)
     gate_ptr += b * gate_b + g * gate_g
     cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
     gate, bias = load_fp32(gate_ptr, cols, cols < D), load_bias(bias_ptr, cols, cols < D)
     gate2, bias2 = load_fp32(gate_ptr, cols2, cols2 < D), load_bias(bias_ptr, cols2, cols2 < D)
     for t in range(p * num_rows, (p + 1) * num_rows, 2):
-        even = load_two(x_ptr, y_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL)
-        odd = load_two(x_ptr, y_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL)
+        even = load_two(x_ptr, y_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL)
+        odd = load_two(x_ptr, y_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL)
         for k in tl.static_range(2):
             row, live, head, tail = odd if k else even
             residual(head[0], head[1], gate, bias, x_new_ptr, row * D + cols, live & (cols < D))
@@ -71,15 +78,15 @@ def _bwd_kernel(
     TAIL: tl.constexpr,
     K: tl.constexpr,
 ):
-    pid, b, g, p = locate(G, P)
+    pid, b, g, p, mine = locate(G, P)
     gate_ptr += b * gate_b + g * gate_g
     cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
     gate, gate2 = load_fp32(gate_ptr, cols, cols < D), load_fp32(gate_ptr, cols2, cols2 < D)
     zero, zero2 = tl.zeros((HEAD,), tl.float32), tl.zeros((TAIL if TAIL else 1,), tl.float32)
     dgate, sum_dx, dgate2, sum_dx2 = zero, zero, zero2, zero2
     for t in range(p * num_rows, (p + 1) * num_rows, 2):
-        even = load_two(dx_new_ptr, y_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL)
-        odd = load_two(dx_new_ptr, y_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL)
+        even = load_two(dx_new_ptr, y_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL)
+        odd = load_two(dx_new_ptr, y_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL)
         for k in tl.static_range(2):
             row, live, head, tail = odd if k else even
             dx = head[0].to(tl.float32)
@@ -109,7 +116,11 @@ def gated_residual_fwd(x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor, 
     P, rows = split_rows(x, G, 2)
     x_new = x.new_empty(x.shape)
     _fwd_kernel[(B * G * P,)](
-        x, y, bias, gate, group, x_new, T, G, P, rows, *mod_strides(gate), **width_config(D), enable_fp_fusion=True
+        *(x, y, bias, gate, group, x_new, T, G, P, rows, *mod_strides(gate)),
+        **width_config(D),
+        # left alone, ptxas 13 spills four registers for sm_100 to fit 64 (D=3072)
+        maxnreg=96 if D > 2048 else None,
+        enable_fp_fusion=True,
     )
     return x_new
 

@@ -8,10 +8,11 @@ leaves one fp32 partial sum per gradient, added in a fixed order (no atomics: bi
 are all the backward needs: h is recomputed, and y cannot be, since the gate starts at zero.
 Reference: sra_fast/ops/gated_residual.py::gated_residual_adaln_ref.
 
-Bytes moved, s per element of the [B, T, D] arrays (2 in bf16), P programs per image (kernels/_rows.py):
-    forward   4 s B T D (x, y; x', h) + 3 s P B D (modulation) + 8 B T (statistics)
-    backward  6 s B T D (x', y, dx', dh; dx, dy) + (24 + 2 s) P B D (three partial sums written and read, gate, scale)
-              + 3 s B D (dgate, dshift, dscale) + 8 B T (statistics); with a bias 8 P B D more for its partial sums
+Bytes, everything moved once, s per element of the [B, T, D] arrays (2 in bf16):
+    forward   4 s B T D (x, y; x', h) + 3 s B D (modulation) + 8 B T (statistics)
+    backward  6 s B T D (x', y, dx', dh; dx, dy) + 5 s B D (gate, scale; dgate, dshift, dscale) + 8 B T (statistics)
+P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no partial sums: the forward moves
+3 s (P - 1) B D more, the backward (2 s (P - 1) + 24 P) B D (three fp32 sums written and read; a bias: 8 P B D).
 In the names below a 2 marks the tail of a row that is cut in two.
 """
 import torch
@@ -36,6 +37,14 @@ from ._rows import (
     sum_partials,
     width_config,
 )
+
+# the widest rows that fit the registers of every architecture in every dtype: the backward spills 112-168 bytes in fp32
+# at D=3584, 72-136 in bf16 at D=4608
+MAX_WIDTH = 3072
+# 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision), whose programs
+# of 128 threads then share an SM of Hopper by threes
+REGISTERS = {"_fwd_kernel": 144, "_bwd_kernel": 250}
+REGISTERS_XL = {"_fwd_kernel": 96, "_bwd_kernel": 168}
 
 
 @triton.jit
@@ -74,7 +83,7 @@ def _fwd_kernel(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    pid, b, g, p = locate(G, P)
+    pid, b, g, p, mine = locate(G, P)
     gate_ptr += b * gate_b + g * gate_g
     shift_ptr += b * shift_b + g * shift_g
     scale_ptr += b * scale_b + g * scale_g
@@ -82,8 +91,8 @@ def _fwd_kernel(
     gate, shift, w, bias = _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols, D)
     gate2, shift2, w2, bias2 = _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols2, D)
     for t in range(p * num_rows, (p + 1) * num_rows, 2):
-        even = load_two(x_ptr, y_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL)
-        odd = load_two(x_ptr, y_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL)
+        even = load_two(x_ptr, y_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL)
+        odd = load_two(x_ptr, y_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL)
         for k in tl.static_range(2):
             row, live, head, tail = odd if k else even
             at, mask = row * D + cols, live & (cols < D)
@@ -104,12 +113,12 @@ def _load_four(x_ptr, y_ptr, dx_new_ptr, dh_ptr, at, mask):
 
 @triton.jit
 def _load_row(
-    x_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, g, t, T, cols, cols2,
+    x_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, mine, t, T, cols, cols2,
     D: tl.constexpr, TAIL: tl.constexpr,
 ):
     """Row t of image b, its statistics, and whether it is this program's."""
     row = b * T + t
-    live = is_mine(group_ptr, row, t, g, T)
+    live = is_mine(group_ptr, row, t, mine, T)
     head = _load_four(x_ptr, y_ptr, dx_new_ptr, dh_ptr, row * D + cols, live & (cols < D))
     tail = head
     if TAIL:
@@ -174,7 +183,7 @@ def _bwd_kernel(
     TAIL: tl.constexpr,
     K: tl.constexpr,
 ):
-    pid, b, g, p = locate(G, P)
+    pid, b, g, p, mine = locate(G, P)
     gate_ptr += b * gate_b + g * gate_g
     scale_ptr += b * scale_b + g * scale_g
     cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
@@ -184,10 +193,10 @@ def _bwd_kernel(
     sums, sums2 = (zero, zero, zero, zero), (zero2, zero2, zero2, zero2)
     for t in range(p * num_rows, (p + 1) * num_rows, 2):
         even = _load_row(
-            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, g, t, T, cols, cols2, D, TAIL
+            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL
         )
         odd = _load_row(
-            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, g, t + 1, T, cols, cols2, D, TAIL
+            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL
         )
         for k in tl.static_range(2):
             row, live, mean, rstd, head, tail = odd if k else even
@@ -234,9 +243,9 @@ def gated_residual_adaln_fwd(
         *(x, y, bias, gate, shift, scale, group, x_new, h, h_scale, None if rms else mean, rstd, T, G, P, rows),
         *(*mod_strides(gate), *mod_strides(shift), *mod_strides(scale), eps),
         **config,
-        # left alone, ptxas 13 spills two registers for sm_100 at D=768 and 1536 (12 columns per thread) to fit 128; rows of
-        # 8 or 9 columns per thread it fits in fewer by itself
-        maxnreg=144 if columns >= 12 else None,
+        # left alone, ptxas 13 spills two registers for sm_100 at D=768 and 1536 (12 columns per thread) to fit 128, at
+        # D=640 and 1280 (10) to fit 96; rows of 8 or 9 columns per thread it fits in fewer by itself
+        maxnreg=144 if columns >= 10 else None,
         enable_fp_fusion=True,
     )
     return x_new, h, mean, rstd

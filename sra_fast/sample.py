@@ -1,6 +1,12 @@
-"""Sample images:  python sra_fast/sample.py --checkpoint runs/digits/000 --count 100 --out samples"""
+"""Sample images:  python sra_fast/sample.py --checkpoint runs/digits/000 --count 100 --out samples
+
+Under a launcher (`deepspeed sra_fast/sample.py ...`) every process makes its share.  Interrupted, the same command goes on.
+"""
+import json
+import os
 import sys
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +39,12 @@ class Options:
     """image i has the same noise for any batch size"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 (weights and activations; the sampler's state stays float64)"""
+    compile: bool = False
+    """torch.compile each block"""
+    graph: bool = False
+    """replay the model as a CUDA graph"""
+    png: bool = False
+    """also write every image to out/png/000000.png, ..."""
     vae: str | None = None
     """path or hub id of a diffusers AutoencoderKL, for models of 4-channel latents"""
     latent_scale: float = 0.18215
@@ -91,42 +103,86 @@ def prepare(options: Options):
     return model, path, labels, load_vae(options.vae) if options.vae else None
 
 
-def run(options: Options) -> Path:
-    """Sample and write; returns the folder."""
-    import numpy as np
+def identity(options: Options, model) -> dict:
+    """What the images depend on."""
+    free = {"checkpoint", "out", "batch", "columns", "grid", "scale", "compile", "graph", "png", "num_heads"}
+    fingerprint = sum(float(p.double().sum()) for p in model.state_dict().values())
+    return {"weights": fingerprint, **{key: value for key, value in asdict(options).items() if key not in free}}
+
+
+def make_images(options: Options, model, path: str, labels, vae, device, progress):
+    """``(first, end)`` image numbers -> uint8 images, on this process's device."""
+    import torch
+
+    from sra_fast.engine.cuda_graph import Graphed
+    from sra_fast.engine.generate import generate
+    from sra_fast.engine.report import to_uint8
+
+    model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    vae = vae.to(device) if vae else None
+    if options.compile:
+        model.compile_blocks()
+    call = Graphed(model) if options.graph else None
+
+    def make(first: int, end: int):
+        latents = generate(
+            model, labels[first:end], options.sample, path, options.seed, options.batch, device, progress,
+            first=first, call=call,
+        )
+        images = decode(latents, vae, options.latent_scale, options.batch, device)
+        return to_uint8(images, options.sample.rounding)
+
+    return make
+
+
+def run(options: Options) -> dict | None:
+    """Sample and write; the first process's summary, None on the others."""
     import torch
     from tqdm import tqdm
 
-    from sra_fast.engine.files import write_atomic
-    from sra_fast.engine.generate import generate
-    from sra_fast.engine.report import save_grid, to_uint8
+    from sra_fast.engine.report import save_grid
+    from sra_fast.engine.sampling import join_parts, make_parts, num_parts, open_parts
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif options.graph:
+        raise ValueError("graph needs a CUDA device")
     model, path, labels, vae = prepare(options)
-    model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    with tqdm(total=options.count, unit="image") as bar:
-        latents = generate(model, labels, options.sample, path, options.seed, options.batch, device, bar.update)
-    images = decode(latents, vae.to(device) if vae else None, options.latent_scale, options.batch, device)
-    images, out = to_uint8(images, options.sample.rounding), Path(options.out)
-    write_atomic(out / "samples.npz", lambda p: _savez(p, images, labels.numpy(), np))
-    shown = images[: options.grid]
+    out, parts, png = Path(options.out), Path(options.out) / "parts", Path(options.out) / "png" if options.png else None
+    if rank >= num_parts(options.count):
+        return None
+    open_parts(parts, identity(options, model))
+    if png:
+        png.mkdir(exist_ok=True)
+    start = time.perf_counter()
+    with tqdm(total=-(-options.count // world), unit="image", disable=rank > 0) as bar, torch.no_grad():
+        make = make_images(options, model, path, labels, vae, device, bar.update)
+        made = make_parts(make, options.count, parts, rank, world, png)
+    rate = made / (time.perf_counter() - start)
+    if rank:
+        return None
+    shown = join_parts(parts, options.count, labels.numpy(), out / "samples.npz", options.grid)
     save_grid(out / "samples.png", shown, min(options.columns, len(shown)), options.scale)
-    return out
-
-
-def _savez(path: Path, images, labels, np) -> None:
-    with open(path, "wb") as f:  # an open file: savez would add a suffix to the name
-        np.savez(f, arr_0=images, arr_1=labels)
+    return {"out": str(out), "count": options.count, "images_per_s_per_process": round(rate, 2)}
 
 
 def main() -> None:
     from sra_fast.engine.cli import make_parser, parse
 
-    options, _ = parse(Options, make_parser(Options, "Sample images from a SiT or DiT."))
+    parser = make_parser(Options, "Sample images from a SiT or DiT.")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    options, _ = parse(Options, parser)
     try:
-        print(run(options))
+        summary = run(options)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        sys.exit(f"error: {error}; finished parts are kept, the same command goes on")
+    if summary:
+        print(json.dumps(summary))
 
 
 if __name__ == "__main__":

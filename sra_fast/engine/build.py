@@ -3,7 +3,6 @@ from dataclasses import dataclass
 
 import deepspeed
 import torch
-import torch._inductor.config as inductor
 import torch.distributed as dist
 from torch import Tensor
 
@@ -91,14 +90,6 @@ def _choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
             ops.attention(q, q, q)
 
 
-def _compile_blocks(*models: Backbone | None) -> None:
-    """torch.compile of each block by itself: one compilation serves all blocks of a model."""
-    # torch 2.10 to 2.14 give wrong gradients of shared or broadcast modulations with it (pytorch issue 193061)
-    inductor.triton.mix_order_reduction = False
-    for block in (block for model in models if model is not None for block in model.blocks):
-        block.compile(fullgraph=True, dynamic=False)
-
-
 def build(
     cfg: Config, device: torch.device, ds_json: str | None = None, weights: dict[str, Tensor] | None = None
 ) -> Trainer:
@@ -124,7 +115,8 @@ def build(
         block.recompute = cfg.train.recompute
     if cfg.train.compile:
         _choose_attention(cfg, micro, device)
-        _compile_blocks(student, teacher)
+        for network in filter(None, (student, teacher)):
+            network.compile_blocks()
     initial = {name: p.detach().clone() for name, p in student.named_parameters()} if bf16 else {}
     objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
     teacher_names = {name for name, _ in teacher.named_parameters()} if teacher else set()
@@ -136,7 +128,8 @@ def build(
     if bf16:
         _restore_fp32(shards, engine, initial)
     shards.verify(parameters)
-    if stage in (1, 2) and isinstance(optimizer, AdamWEMA):
+    # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which keeps its own step
+    if stage in (1, 2) and isinstance(optimizer, AdamWEMA) and hasattr(engine.optimizer, "bit16_groups_flat"):
         OnePassStep(engine, cfg.optim.clip)
     elif clips_itself(stage, cfg):
         clip_before_step(engine, cfg.optim.clip)

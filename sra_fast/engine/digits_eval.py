@@ -1,20 +1,11 @@
 """How good generated digits are: an SVM's agreement with their labels, and the Fréchet distance to held-out digits."""
-import numpy as np
 import torch
 from torch import Tensor
 
 from sra_fast.engine.data import Digits
+from sra_fast.engine.scores import fit_gaussian, frechet_distance
 
 COMPONENTS = 16
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Fréchet distance between Gaussians fitted to ``a`` and ``b`` ``[N, D]`` (arXiv 1706.08500, Eq. 6)."""
-    from scipy.linalg import sqrtm
-
-    mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a.T), np.cov(b.T)
-    covmean = sqrtm(cov_a @ cov_b).real  # rounding can leave a tiny imaginary part
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * covmean))
 
 
 def evaluate_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -33,12 +24,12 @@ def evaluate_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
     flat = [x.reshape(len(x), -1).double().numpy() for x in (train.images, held_out.images, images.clamp(-1, 1).cpu())]
     svm = SVC(gamma="scale", C=10).fit(flat[0], train.labels.numpy())
     pca = PCA(COMPONENTS, svd_solver="full").fit(flat[0])
-    space = [pca.transform(x) for x in flat]
+    train_fit, held_out_fit, fit = (fit_gaussian(pca.transform(x)) for x in flat)
     return {
         "label_accuracy": float((svm.predict(flat[2]) == labels.cpu().numpy()).mean()),
         "svm_accuracy": float(svm.score(flat[1], held_out.labels.numpy())),
-        "frechet": frechet_distance(space[2], space[1]),
-        "frechet_train": frechet_distance(space[0], space[1]),
+        "frechet": frechet_distance(fit, held_out_fit),
+        "frechet_train": frechet_distance(train_fit, held_out_fit),
     }
 
 

@@ -36,22 +36,25 @@ class ImageNoise:
 
 
 def generate(
-    model: SiT, labels: Tensor, cfg: SampleConfig, path: str, seed: int, batch: int, device, progress=None
+    model: SiT, labels: Tensor, cfg: SampleConfig, path: str, seed: int, batch: int, device, progress=None, *,
+    first: int = 0, call=None,
 ) -> Tensor:
     """Latents ``[N, C, H, W]`` fp32 on the CPU for ``labels [N]``, ``batch`` at a time.
 
     Args:
         path: the interpolant the model was trained with.
         progress: called with the number of finished images of every batch.
+        first: number of the first image, which its noise depends on.
+        call: what runs the model; default: the model.
     """
     latents = []
-    for first in range(0, len(labels), batch):
-        y = labels[first : first + batch].to(device)
-        noise = ImageNoise(seed, range(first, first + len(y)), device)
+    for at in range(0, len(labels), batch):
+        y = labels[at : at + batch].to(device)
+        noise = ImageNoise(seed, range(first + at, first + at + len(y)), device)
         z = noise.draw(model.in_channels, model.input_size, model.input_size)
         x = sample(
             model, z, y, cfg.resolved_method(model.family), cfg.steps, guidance=cfg.guidance,
-            interval=tuple(cfg.interval), path=path, noise=noise.like,
+            interval=tuple(cfg.interval), path=path, noise=noise.like, call=call,
         )
         latents.append(x.float().cpu())
         if progress:

@@ -110,7 +110,7 @@ class OnePassStep:
     """
 
     NEEDS = ("averaged_gradients", "all_grad_tensors", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups",
-             "bit16_groups", "bit16_groups_flat", "real_dp_process_group", "nccl_start_alignment_factor", "allgather_bucket_size",
+             "bit16_groups", "real_dp_process_group", "nccl_start_alignment_factor", "allgather_bucket_size",
              "free_grad_in_param_list", "_release_preflattened_grad_buffers", "flatten", "micro_step_id", "overflow", "_lazy_init_hp_params_optimizer_state")
 
     def __init__(self, engine, limit: float):

@@ -19,22 +19,30 @@ class Guidance:
         y: ``[B]`` labels.
         scale: 1 is no guidance.
         interval: (low, high), in units of t in [0, 1].
+        call: what runs the model, ``(x, t, y)`` -> output; default: the model.
 
     Raises:
         ValueError: guidance with a model that was built without a null class.
     """
 
-    def __init__(self, model: SiT, y: Tensor, scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)):
+    def __init__(
+        self,
+        model: SiT,
+        y: Tensor,
+        scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ):
         if scale != 1 and model.y_embedder.dropout_prob == 0:
             raise ValueError(f"guidance {scale} needs a null class, but the model has class_dropout_prob=0")
-        self.model, self.y, self.scale, self.interval = model, y, scale, interval
+        self.call, self.y, self.scale, self.interval = call or model, y, scale, interval
         self.y_both = torch.cat([y, torch.full_like(y, model.null_class)])
 
     def __call__(self, x: Tensor, t: Tensor, inside: bool) -> Tensor:
         """``x [B, C, H, W]`` and one time ``t []`` -> model output; ``inside``: whether ``t`` is in the interval."""
         if not inside:
-            return self.model(x, t.expand(x.shape[0]), self.y)
-        both = self.model(torch.cat([x, x]), t.expand(2 * x.shape[0]), self.y_both)
+            return self.call(x, t.expand(x.shape[0]), self.y)
+        both = self.call(torch.cat([x, x]), t.expand(2 * x.shape[0]), self.y_both)
         conditional, unconditional = both.chunk(2)
         # DiT's variance channels, behind the first C, stay conditional
         c, rest = conditional.split([x.shape[1], conditional.shape[1] - x.shape[1]], dim=1)
@@ -110,6 +118,7 @@ def sample(
     interval: tuple[float, float] = (0.0, 1.0),
     path: str = "linear",
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
+    call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Latents from noise.
 
@@ -123,6 +132,7 @@ def sample(
         interval: times in [0, 1] in which guidance applies; outside it the model runs once per step.
         path: the interpolant SiT was trained with.
         noise: draws the standard normals of the stochastic samplers, given the state.
+        call: what runs the model (a CUDA graph of it); default: the model.
 
     Returns:
         ``[B, C, H, W]``: float64 for SiT (the state of the reference's samplers), fp32 for DiT.
@@ -134,7 +144,7 @@ def sample(
         raise ValueError(f"method for {model.family} must be one of {METHODS[model.family]}, got {method!r}")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    guided = Guidance(model, y, guidance, interval)
+    guided = Guidance(model, y, guidance, interval, call)
     if model.family == "DiT":
         return _discrete(guided, z.float(), num_steps, method, noise)
     if method == "euler_maruyama":

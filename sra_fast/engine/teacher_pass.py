@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.engine.config import AlignConfig
+from sra_fast.engine.cuda_graph import Graphed
 from sra_fast.models import Backbone
 
 
@@ -45,7 +46,7 @@ class TeacherPass:
     def __init__(self, teacher: Backbone, align: AlignConfig):
         self.run = functools.partial(_features, teacher)
         if align.teacher_graph:
-            self.run = _Graphed(self.run)
+            self.run = Graphed(self.run)
         self.stream = torch.cuda.Stream() if align.teacher_stream else None
         self.ready: Callable[[], None] = lambda: None  # returns once the teacher's weights have arrived
         self.inputs, self.target = (), None
@@ -77,29 +78,3 @@ class TeacherPass:
 @torch.no_grad()
 def _features(teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, drop: Tensor) -> Tensor:
     return teacher.features(x, t, y, drop=drop)
-
-
-class _Graphed:
-    """``fn(*inputs)`` as a CUDA graph, captured at the first call; one shape, and the weights must keep their addresses."""
-
-    def __init__(self, fn: Callable[..., Tensor]):
-        self.fn, self.graph, self.inputs, self.output = fn, None, None, None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.graph is None:
-            self._capture(inputs)
-        torch._foreach_copy_(self.inputs, list(inputs))
-        self.graph.replay()
-        return self.output
-
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = [item.clone() for item in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and measures attention, neither of which a capture may do
-            for _ in range(3):
-                self.fn(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = self.fn(*self.inputs)

@@ -79,6 +79,15 @@ class Backbone(nn.Module):
         for block in self.blocks:  # adaLN-Zero: every block starts as the identity
             nn.init.zeros_(block.adaLN_modulation[1].weight)
 
+    def compile_blocks(self) -> None:
+        """torch.compile of each block by itself: one compilation serves all blocks, and start-up does not grow with depth."""
+        import torch._inductor.config as inductor
+
+        # torch 2.10 to 2.14 give wrong gradients of shared or broadcast modulations with it (pytorch issue 193061)
+        inductor.triton.mix_order_reduction = False
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
     @property
     def null_class(self) -> int:
         """The label of "no class" (guidance); only embedded if ``class_dropout_prob > 0``."""

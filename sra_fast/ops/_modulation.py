@@ -1,8 +1,10 @@
 """The per-image, per-group and per-token vectors of adaLN: what shapes they may have, and what they mean."""
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import upcast
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
 
 
 def check(
@@ -23,7 +25,7 @@ def check(
             f"expected {', '.join(['x', *arrays])} [B, T, D] and {per_image}, with a group [B, T] instead [B, G, D],"
             f" and bias [D]; got {', '.join(f'{name} {[*t.shape]}' for name, t in got.items())}"
         )
-    if not all(t.is_floating_point() for t in named.values()):
+    if not all(t.dtype in FLOAT_DTYPES for t in named.values()):
         raise ValueError(f"expected floating-point tensors, got { {name: t.dtype for name, t in named.items()} }")
     if group is not None and (group.is_floating_point() or group.is_complex() or group.dtype == torch.bool):
         raise ValueError(f"expected an integer group, got {group.dtype}")
@@ -42,6 +44,16 @@ def _shapes_fit(x: Tensor, arrays: list, modulation: list, group: Tensor | None,
     else:
         fits = first == (B, D) or (per_token and first == x.shape)
     return fits and all(t.shape == first for t in modulation) and (bias is None or bias.shape == (D,))
+
+
+def runs_kernel(kernels: ModuleType, backend: str | None, x: Tensor, *others: Tensor) -> bool:
+    """True if the kernel takes ``x [B, T, D]``: fp64, empty and very wide tensors go to the reference."""
+    if not use_triton(x, backend) or x.numel() == 0 or any(t.dtype == torch.float64 for t in (x, *others)):
+        return False
+    D, name = x.shape[2], kernels.__name__.rpartition(".")[2]
+    if D > kernels.MAX_WIDTH:
+        log_once(f"{name} runs unfused in PyTorch: rows of %d elements, the kernel takes %d", D, kernels.MAX_WIDTH)
+    return D <= kernels.MAX_WIDTH
 
 
 def spread(modulation: Tensor, group: Tensor | None) -> Tensor:

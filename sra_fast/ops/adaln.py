@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adaln as kernels
-from sra_fast.ops._backend import upcast, use_triton
-from sra_fast.ops._modulation import check, in_place, spread
-from sra_fast.ops._register import once, register
+from sra_fast.ops._backend import upcast
+from sra_fast.ops._modulation import check, in_place, runs_kernel, spread
+from sra_fast.ops._register import apply, once, register, wants_grad
 
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
 
@@ -76,14 +76,15 @@ def adaln(
     """``norm(x) * (1 + scale) + shift`` with one read and one write of ``x``; statistics in fp32.
 
     Args:
-        x: ``[B, T, D]`` tokens, bf16/fp16/fp32 (fp64 runs the reference); copied first unless contiguous.
+        x: ``[B, T, D]`` tokens, bf16/fp16/fp32; copied first unless contiguous.  The kernel takes D <= 5120: fp64 and
+            wider rows run the reference, the latter logged once.
         shift: ``[B, D]``, or ``[B, T, D]`` for one per token, or ``[B, G, D]`` with ``group``; a column slice of the
             6*D adaLN projection is used in place.
         scale: shaped as ``shift``, with strides of its own.
         eps: added to the variance (of RMS: to the mean square).
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
-        group: ``[B, T]`` integers in [0, G), unchecked: which of an image's G vectors a token takes (two noise levels
-            per image: G = 2).  None: one vector per image, or per token.
+        group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes (two noise levels per image:
+            G = 2).  The reference raises on others, the kernel takes the nearest.  None: one vector per image or token.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
@@ -94,8 +95,8 @@ def adaln(
     """
     check(x, {}, {"shift": shift, "scale": scale}, group, per_token=True)
     check_norm(norm)
-    exact = torch.float64 in (x.dtype, shift.dtype, scale.dtype)
-    if not use_triton(x, backend) or exact or x.numel() == 0:
+    if not runs_kernel(kernels, backend, x, shift, scale):
         return adaln_ref(x, shift, scale, eps, norm=norm, group=group)
     group = None if group is None else group.contiguous()
-    return _AdaLN.apply(x, in_place(shift), in_place(scale), group, eps, norm == "rms")
+    args = x, in_place(shift), in_place(scale), group, eps, norm == "rms"
+    return apply(_AdaLN, *args) if wants_grad(x, shift, scale) else _fwd(x.contiguous(), *args[1:])[0]

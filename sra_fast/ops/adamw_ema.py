@@ -1,9 +1,11 @@
 """The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16 teacher."""
+import math
+
 import torch
 from torch import Tensor
 
 from sra_fast.kernels import adamw_ema as kernels
-from sra_fast.ops._backend import use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
 from sra_fast.ops._register import register
 
 HALF = (torch.bfloat16, torch.float16)
@@ -69,23 +71,26 @@ def _check_buffers(full: dict[str, Tensor | None], grad: Tensor, half: dict[str,
         got = {k: (list(x.shape), str(x.device), x.is_contiguous()) for k, x in given.items()}
         raise ValueError(f"expected contiguous buffers of one shape and device, got (shape, device, contiguous) {got}")
     bad = param.dtype not in FULL or any(x is not None and x.dtype != param.dtype for x in full.values())
-    if bad or not grad.is_floating_point() or any(x is not None and x.dtype not in HALF for x in half.values()):
+    if bad or grad.dtype not in FLOAT_DTYPES or any(x is not None and x.dtype not in HALF for x in half.values()):
         got = {k: str(x.dtype) for k, x in given.items()}
         raise ValueError(
-            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, a floating-point grad, and weights, "
-            f"ema_copy bf16 or fp16, got {got}"
+            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, grad fp32, bf16 or fp16, and "
+            f"weights, ema_copy bf16 or fp16, got {got}"
         )
     if half["ema_copy"] is not None and full["ema"] is None:
         raise ValueError("expected ema where ema_copy is given, got None")
 
 
-def _check_numbers(step: int, lr: float, betas: tuple[float, float], eps: float, decay: float) -> None:
+def _check_numbers(
+    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
+) -> None:
     if step < 1:
         raise ValueError(f"expected step >= 1 (the first update is step 1), got {step}")
-    if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas) or not 0 <= decay <= 1:
+    finite = all(0 <= number < math.inf for number in (lr, eps)) and math.isfinite(weight_decay)
+    if not finite or not all(0 <= beta < 1 for beta in betas) or not 0 <= decay <= 1:
         raise ValueError(
-            "expected lr, eps >= 0, betas in [0, 1), decay in [0, 1], "
-            f"got lr={lr}, eps={eps}, betas={betas}, decay={decay}"
+            "expected finite lr, eps >= 0 and weight_decay, betas in [0, 1), decay in [0, 1], "
+            f"got lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}, decay={decay}"
         )
 
 
@@ -139,7 +144,7 @@ def adamw_ema_(
         grad,
         {"weights": weights, "ema_copy": ema_copy},
     )
-    _check_numbers(step, lr, betas, eps, decay)
+    _check_numbers(step, lr, betas, eps, weight_decay, decay)
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
     if param.numel() and param.dtype == torch.float32 and grad.dtype != torch.float64 and use_triton(param, backend):

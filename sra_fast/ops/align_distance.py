@@ -1,18 +1,13 @@
 """Distances between the student's projected features and the teacher's (SRA, arXiv 2505.02831, Sec. 3.3 and Eq. 5)."""
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
-from sra_fast.ops._backend import upcast, use_triton
-from sra_fast.ops._register import once, register
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
+from sra_fast.ops._register import once, register, wants_grad
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
-
-_logger = logging.getLogger(__name__)
-_warned = False
 
 
 def align_distance_ref(
@@ -77,22 +72,20 @@ def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor 
     if weight is not None and (kind == "cosine_token" or weight.shape != pred.shape[:2]):
         raise ValueError(f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}")
     given = [x for x in (pred, target, weight) if x is not None]
-    if any(not x.is_floating_point() or x.device != pred.device for x in given):
+    if any(x.dtype not in FLOAT_DTYPES or x.device != pred.device for x in given):
         raise ValueError(
             f"expected floating-point tensors on one device, got {[(str(x.dtype), str(x.device)) for x in given]}"
         )
 
 
 def _runs_triton(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
-    global _warned
     if not use_triton(pred, backend) or pred.numel() == 0 or torch.float64 in (pred.dtype, target.dtype):
         return False
-    if kind == "cosine_token" and pred.shape[1] > kernels.MAX_TOKENS:
-        if not _warned and not torch.compiler.is_compiling():
-            _logger.warning("cosine_token over more than %d tokens runs unfused in PyTorch", kernels.MAX_TOKENS)
-            _warned = True
-        return False
-    return True
+    _, T, D = pred.shape
+    length, longest = (T, kernels.MAX_TOKENS) if kind == "cosine_token" else (D, kernels.MAX_WIDTH)
+    if length > longest:
+        log_once(f"{kind} runs unfused in PyTorch: over %d elements, the kernel takes %d", length, longest)
+    return length <= longest
 
 
 def align_distance(
@@ -108,12 +101,13 @@ def align_distance(
     """Alignment distance of every image.
 
     ``smooth_l1`` (the paper's choice), ``l1`` and ``l2`` are means over tokens and channels; ``cosine_patch`` is
-    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each channel,
-    what the published code computes.  The kernel reads both inputs once, computes the gradient in the same pass and never
-    materialises fp32 ``[B, T, D]``.
+    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each
+    channel, what the published code computes.  The kernel reads both inputs once, computes the gradient in the same
+    pass and never materialises fp32 ``[B, T, D]``.
 
     Args:
-        pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32/fp64; any strides.
+        pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32; any strides.  The kernel takes D <= 16384, and
+            T <= 1024 for ``cosine_token``: fp64 and larger tensors run the reference, the latter logged once.
         target: ``[B, T, D]`` teacher features, any floating dtype and strides; no gradient flows into them.
         kind: one of ``smooth_l1, l1, l2, cosine_patch, cosine_token``.
         beta: where smooth-L1 turns from quadratic to linear; feature units.
@@ -134,7 +128,7 @@ def align_distance(
         kind = "l1" if kind == "smooth_l1" and beta == 0 else kind
         target = target.detach()
         pred, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (pred, target))
-        if torch.is_grad_enabled() and pred.requires_grad:
+        if wants_grad(pred):
             dist = _AlignDistance.apply(pred, target, kind, beta)
         else:
             dist, _ = _fwd(pred, target, kind, beta, False)

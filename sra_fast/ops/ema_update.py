@@ -3,26 +3,23 @@ import logging
 import math
 import os
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from sra_fast.kernels import ema_update as kernels
-from sra_fast.ops._backend import use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, use_triton
 from sra_fast.ops._register import register
 
 try:
-    from sra_fast import _ema_cuda
+    import sra_fast._ema_cuda as _ema_cuda
 except ModuleNotFoundError:
     _ema_cuda = None
 except ImportError as error:  # built, but for another machine: say why it is not used
-    logging.getLogger(__name__).warning("the CUDA extension does not load: %s", error)
+    log_once("the CUDA extension does not load: %s", error)
     _ema_cuda = None
 
 HALF = (torch.bfloat16, torch.float16)
-
-_logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -44,13 +41,12 @@ def _run_extension(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]
         for column, value in zip(lists, addresses, strict=True):
             if value is not None:
                 column.append(value)
-    with torch.cuda.device_of(ema[0]):
-        for dtypes, lists in groups.items():
-            args = (*lists, *(getattr(_ema_cuda.DType, code[dtype]) for dtype in dtypes), decay)
-            if ema[0].is_cuda:
-                _ema_cuda.ema_update(*args, torch.cuda.current_stream().cuda_stream)
-            else:
-                _ema_cuda.ema_update_cpu(*args)
+    for dtypes, lists in groups.items():
+        args = (*lists, *(getattr(_ema_cuda.DType, code[dtype]) for dtype in dtypes), decay)
+        if ema[0].is_cuda:
+            _ema_cuda.ema_update(*args, torch.cuda.current_stream().cuda_stream)
+        else:
+            _ema_cuda.ema_update_cpu(*args)
 
 
 def _run(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool) -> None:
@@ -66,15 +62,6 @@ _op = register(
 )
 
 
-@cache
-def _announce(choice: str) -> None:
-    """Say once which implementation "auto" took on a GPU."""
-    if choice == "cuda":
-        _logger.info("ema_update_ runs the CUDA extension")
-    else:
-        _logger.warning("ema_update_ runs in Triton: the CUDA extension is not built (SRA_FAST_BUILD_EXT=1 builds it)")
-
-
 def _choose(x: Tensor, backend: str | None) -> str:
     """ "cuda", "triton" or "torch"."""
     backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
@@ -84,10 +71,16 @@ def _choose(x: Tensor, backend: str | None) -> str:
         return backend
     if not use_triton(x, backend):
         return "torch"
-    choice = "cuda" if backend == "auto" and _ema_cuda is not None else "triton"
-    if backend == "auto" and not torch.compiler.is_compiling():
-        _announce(choice)
-    return choice
+    if backend == "triton":
+        return backend
+    if _ema_cuda is not None:
+        log_once("ema_update_ runs the CUDA extension", level=logging.INFO)
+        return "cuda"
+    if os.environ.get("SRA_FAST_BUILD_EXT") == "1":
+        log_once("SRA_FAST_BUILD_EXT=1, but the CUDA extension is not there: ema_update_ runs in Triton")
+    else:
+        log_once("ema_update_ runs in Triton: the CUDA extension is not built", level=logging.INFO)
+    return "triton"
 
 
 def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
@@ -101,9 +94,12 @@ def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay:
         if any(t.shape != e.shape or t.device != device for t in operands):
             got = [(list(t.shape), str(t.device)) for t in operands]
             raise ValueError(f"expected tensors of one shape on {device} at index {i}, got {got}")
-        if e.dtype not in (torch.float32, torch.float64) or not p.is_floating_point() or (c and c[0].dtype not in HALF):
-            got = [str(t.dtype) for t in operands]
-            raise ValueError(f"expected ema fp32 (a bf16 EMA does not move), copies bf16 or fp16, got {got}")
+        fits = e.dtype in (torch.float32, torch.float64) and p.dtype in FLOAT_DTYPES
+        if not fits or (c and c[0].dtype not in HALF):
+            raise ValueError(
+                "expected ema fp32 (a bf16 EMA does not move), params bf16, fp16 or fp32, copies bf16 or fp16, got"
+                f" {[str(t.dtype) for t in operands]} at index {i}"
+            )
 
 
 def _is_flat(operands: tuple[Tensor, ...]) -> bool:
@@ -126,6 +122,8 @@ def _launch(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay
         if not is_flat:
             ema_update_ref_([row[0]], [row[1]], decay, list(row[2:]))
     if not all(flat):
+        odd = flat.count(False)
+        log_once("ema_update_: %d of %d tensors run unfused in PyTorch: fp64 or not dense in one order", odd, len(flat))
         rows = [row for row, is_flat in zip(rows, flat, strict=True) if is_flat]
         ema, params, copies = ([list(column) for column in zip(*rows, strict=True)] + [[]] * 3)[:3]
     if rows:
@@ -144,12 +142,14 @@ def ema_update_(
     """``ema = decay * ema + (1 - decay) * params`` for every tensor, in place, with one launch per mix of dtypes.
 
     Args:
-        ema: fp32 tensors of any shapes (fp64 goes to the reference); no tensor twice.
+        ema: fp32 tensors of any shapes; no tensor twice.  What is fp64, or not dense in one order with its parameter,
+            goes to the reference, which is logged once.
         params: tensors of the same shapes, bf16/fp16/fp32.
         decay: fraction of the old average that is kept, in [0, 1]; the paper uses 0.9999.
         copies: bf16 or fp16 tensors that receive the new average, rounded, in the same pass; or None.
         backend: ``"cuda"`` (the compiled extension), ``"triton"``, ``"torch"`` or ``"auto"``: on a GPU the extension
-            where it is built, else Triton, said once in the log; default: ``$SRA_FAST_BACKEND``, else auto.
+            where it is built, else Triton, said once in the log (as a warning if ``SRA_FAST_BUILD_EXT=1`` asked for the
+            extension); default: ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
         ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, or ``decay`` is outside [0, 1].

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from sra_fast.kernels import gated_residual as kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
-from sra_fast.ops._backend import upcast, use_triton
-from sra_fast.ops._modulation import check, in_place, spread
-from sra_fast.ops._register import once, register
+from sra_fast.ops._backend import upcast
+from sra_fast.ops._modulation import check, in_place, runs_kernel, spread
+from sra_fast.ops._register import apply, once, register, wants_grad
 from sra_fast.ops.adaln import adaln_ref, check_norm
 
 
@@ -103,10 +103,6 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         return dx, dy, None if saved[1] is None else dbias, dgate, dshift, dscale, None, None, None
 
 
-def _runs_kernel(x: Tensor, backend: str | None, *others: Tensor) -> bool:
-    return use_triton(x, backend) and x.numel() > 0 and all(t.dtype != torch.float64 for t in (x, *others))
-
-
 def gated_residual(
     x: Tensor,
     y: Tensor,
@@ -119,12 +115,14 @@ def gated_residual(
     """``x + gate * (y + bias)``, computed in fp32 and rounded once.
 
     Args:
-        x: ``[B, T, D]`` residual stream, bf16/fp16/fp32 (fp64 runs the reference); copied first unless contiguous.
+        x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous.  The kernel takes D <= 6144:
+            fp64 and wider rows run the reference, the latter logged once.
         y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes; copied first unless contiguous.
         gate: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice of the 6*D adaLN projection is used in place.
         bias: ``[D]`` or None; the bias of the linear that made ``y``, if that left it out: its gradient then comes out
             of the backward pass over ``y`` and needs none of its own.
-        group: ``[B, T]`` integers in [0, G), unchecked: which of an image's G vectors a token takes.
+        group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes.  The reference raises on
+            others, the kernel takes the nearest.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
@@ -134,11 +132,14 @@ def gated_residual(
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
     check(x, {"y": y}, {"gate": gate}, group, bias=bias)
-    if not _runs_kernel(x, backend, y, gate):
+    if not runs_kernel(kernels, backend, x, y, gate):
         return gated_residual_ref(x, y, gate, bias=bias, group=group)
     group = None if group is None else group.contiguous()
     bias = None if bias is None else in_place(bias)
-    return _GatedResidual.apply(x, y, bias, in_place(gate), group)
+    args = bias, in_place(gate), group
+    if wants_grad(x, y, bias, gate):
+        return apply(_GatedResidual, x, y, *args)
+    return _fwd(x.contiguous(), y.contiguous(), *args)
 
 
 def gated_residual_adaln(
@@ -160,7 +161,8 @@ def gated_residual_adaln(
     next.  For the backward pass it keeps ``x'``, ``y`` and two numbers per token.
 
     Args:
-        x: ``[B, T, D]`` residual stream, bf16/fp16/fp32 (fp64 runs the reference); copied first unless contiguous.
+        x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous.  The kernel takes D <= 3072:
+            fp64 and wider rows run the reference, the latter logged once.
         y: ``[B, T, D]`` output of the half-block that ends, any of these dtypes; copied first unless contiguous.
         gate: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice of the 6*D adaLN projection is used in place.
         shift: shaped as ``gate``, with strides of its own.
@@ -179,9 +181,12 @@ def gated_residual_adaln(
     """
     check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, group, bias=bias)
     check_norm(norm)
-    if not _runs_kernel(x, backend, y, gate, shift, scale):
+    if not runs_kernel(fused_kernels, backend, x, y, gate, shift, scale):
         return gated_residual_adaln_ref(x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group)
     group = None if group is None else group.contiguous()
     gate, shift, scale = in_place(gate), in_place(shift), in_place(scale)
     bias = None if bias is None else in_place(bias)
-    return _GatedResidualAdaLN.apply(x, y, bias, gate, shift, scale, group, eps, norm == "rms")
+    args = bias, gate, shift, scale, group, eps, norm == "rms"
+    if wants_grad(x, y, bias, gate, shift, scale):
+        return apply(_GatedResidualAdaLN, x, y, *args)
+    return _fused_fwd(x.contiguous(), y.contiguous(), *args)[:2]

@@ -1,18 +1,14 @@
 """Student's and teacher's noisy inputs and the velocity target, from one image and one draw of noise."""
-import logging
 import math
 
 import torch
 from torch import Tensor
 
 from sra_fast.kernels import noise_pair as kernels
-from sra_fast.ops._backend import upcast, use_triton
-from sra_fast.ops._register import register
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
+from sra_fast.ops._register import register, wants_grad
 
 PATHS = ("linear", "cosine")
-
-_logger = logging.getLogger(__name__)
-_warned = False
 
 
 def interpolant(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,22 +76,19 @@ def _check(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, l
     if path not in PATHS:
         raise ValueError(f"path must be one of {PATHS}, got {path!r}")
     given = [s for s in (x0, noise, t, t_teacher, latent_noise) if s is not None]
-    if any(not s.is_floating_point() or s.device != x0.device for s in given):
+    if any(s.dtype not in FLOAT_DTYPES or s.device != x0.device for s in given):
         raise ValueError(
             f"expected floating-point tensors on one device, got {[(str(s.dtype), str(s.device)) for s in given]}"
         )
 
 
 def _runs_triton(tensors: list[Tensor], backend: str | None) -> bool:
-    global _warned
     if not use_triton(tensors[0], backend) or tensors[1].numel() == 0:
         return False
     if torch.float64 in (s.dtype for s in tensors):
         return False
-    if torch.is_grad_enabled() and any(s.requires_grad for s in tensors):
-        if not _warned and not torch.compiler.is_compiling():
-            _logger.warning("noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one")
-            _warned = True
+    if wants_grad(*tensors):
+        log_once("noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one")
         return False
     return True
 

@@ -1,14 +1,17 @@
-"""What the tests of the row operators share: gradients, memory traffic, odd layouts."""
+"""What the tests of the row operators share: gradients, memory traffic, odd layouts, launches without data."""
 import contextlib
 import tempfile
+from collections.abc import Callable
 
 import torch
 from conftest import DEVICE, assert_kernel_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sra_fast.kernels import adaln, gated_residual, gated_residual_adaln
+
 WIDTHS = [64, 72, 384, 768, 1024, 1152, 1536]
 # the interpreter truncates to bf16 where the device rounds
-DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
 
 
 def as_tuple(out):
@@ -77,6 +80,42 @@ def far_apart(values, stride):
         view = flat.as_strided((B, D), (stride, 1))
         view.copy_(values)
         return view
+
+
+def without_memory(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launchers(
+    B, T, D, dtype, *, y=None, modulation=None, variant="image", bias=False, rms=False, make=without_memory
+) -> dict[str, Callable]:
+    """Every launcher, with tensors from ``make(*shape, dtype=)`` to call it on; [B, 6D] modulation is used in place.
+
+    `y` and `modulation` are their dtypes where they differ; `variant`: image, group or token.
+    """
+    x, y = make(B, T, D, dtype=dtype), make(B, T, D, dtype=y or dtype)
+    rstd, bias = make(B, T, dtype=torch.float32), make(D, dtype=y.dtype) if bias else None
+    mean = rstd[:0] if rms else rstd
+    shape = {"image": (B, 6 * D), "group": (B, 2, 6 * D), "token": (B, T, 6 * D)}[variant]
+    gate, shift, scale = make(*shape, dtype=modulation or dtype).chunk(6, dim=-1)[2:5]
+    group = make(B, T, dtype=torch.int64) if variant == "group" else None
+    found = {
+        "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms),
+        "adaln_bwd": lambda: adaln.adaln_bwd(x, x, scale, group, mean, rstd),
+    }
+    if variant == "token":
+        return found
+    plain, fused = gated_residual, gated_residual_adaln
+    return found | {
+        "gated_residual_fwd": lambda: plain.gated_residual_fwd(x, y, bias, gate, group),
+        "gated_residual_bwd": lambda: plain.gated_residual_bwd(x, y, bias, gate, group),
+        "gated_residual_adaln_fwd": lambda: fused.gated_residual_adaln_fwd(
+            x, y, bias, gate, shift, scale, group, 1e-6, rms
+        ),
+        "gated_residual_adaln_bwd": lambda: fused.gated_residual_adaln_bwd(
+            x, x, x, y, bias, gate, scale, group, mean, rstd
+        ),
+    }
 
 
 def bitwise_equal(first, second):

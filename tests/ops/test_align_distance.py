@@ -1,10 +1,7 @@
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_kernel_close
-from torch.utils.checkpoint import checkpoint
 
 from sra_fast.ops.align_distance import KINDS, _bwd, _fwd, align_distance, align_distance_ref
 
@@ -175,16 +172,6 @@ def test_empty_batch(device):
     assert torch.autograd.grad(loss.sum(), pred)[0].shape == pred.shape
 
 
-def test_too_many_tokens_is_said_once(device, caplog):
-    pred = torch.randn(1, 1025, 1, device=device)
-    with caplog.at_level(logging.WARNING):
-        losses = [align_distance(pred, pred.square(), "cosine_token", backend="triton") for _ in range(2)]
-    assert torch.equal(losses[0], align_distance_ref(pred, pred.square(), "cosine_token"))
-    assert [r.getMessage() for r in caplog.records if "cosine_token" in r.getMessage()] == [
-        "cosine_token over more than 1024 tokens runs unfused in PyTorch"
-    ]
-
-
 def test_operator_registration(device):
     pred, target, _ = make(SHAPES[0], torch.float32, device)
     for kind, per_token in (("smooth_l1", True), ("cosine_token", False)):
@@ -194,7 +181,7 @@ def test_operator_registration(device):
         torch.library.opcheck(_bwd, (torch.randn_like(dist), grad, per_token))
 
 
-def test_compiles_and_checkpoints(device):
+def test_compiles(device):
     pred, target, weight = make((2, 5, 64), torch.float32, device, weighted=True)
     pred.requires_grad_()
     expected = torch.autograd.grad(align_distance_ref(pred * 2, target, "smooth_l1", weight=weight).sum(), pred)[0]
@@ -202,9 +189,8 @@ def test_compiles_and_checkpoints(device):
     def fn(p):
         return align_distance(p * 2, target, "smooth_l1", weight=weight, backend="triton")
 
-    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    for loss in (compiled(pred), checkpoint(fn, pred, use_reentrant=False)):
-        torch.testing.assert_close(torch.autograd.grad(loss.sum(), pred)[0], expected, atol=1e-8, rtol=1e-5)
+    loss = torch.compile(fn, fullgraph=True, backend="aot_eager")(pred)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), pred)[0], expected, atol=1e-8, rtol=1e-5)
 
 
 def test_rejects_bad_input(device):

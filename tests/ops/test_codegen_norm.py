@@ -1,9 +1,11 @@
-"""The row kernels as the launchers launch them, compiled for three GPUs: registers, spills, width of loads and stores.
+"""Every launch of the row kernels, compiled for three GPUs: registers, spills, number and width of loads and stores.
 
-`python tests/ops/test_codegen_norm.py` prints the whole table, every real width included.
+`python tests/ops/test_codegen_norm.py` prints the table.
 """
 import sys
+from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -12,57 +14,51 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)]
 from codegen import compile_kernels, record_launches  # noqa: E402
+from rows import launchers  # noqa: E402
 
 from sra_fast.kernels import _rows, adaln, gated_residual, gated_residual_adaln  # noqa: E402
 
-# 32-bit registers per thread: with 128 threads a program, 4, 3 and 2 programs share an SM of Hopper, and 12 to 8 warps
-# with one row pair each in flight are what kernels/_rows.py counts on
-BUDGET = {
-    ("adaln", "_fwd_kernel"): 128,
-    ("adaln", "_bwd_kernel"): 144,
-    ("gated_residual", "_fwd_kernel"): 72,
-    ("gated_residual", "_bwd_kernel"): 96,
-    ("gated_residual_adaln", "_fwd_kernel"): 144,
-    ("gated_residual_adaln", "_bwd_kernel"): 250,
-    ("_rows", "sum_partials_kernel"): 40,
+ARCHS, WIDTHS = (80, 90, 100), (384, 768, 1024, 1152, 1536)
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+# what else a launch may be given, compiled for Hopper at the width of SiT-XL
+VARIANTS = [
+    *({"dtype": dtype} | variant for dtype in (bf16, fp32) for variant in (
+        {"rms": True}, {"bias": True}, {"variant": "group"}, {"variant": "group", "bias": True}, {"variant": "token"},
+        {"variant": "group", "rms": True}, {"modulation": fp32},
+    )),
+    {"dtype": fp16},
+    {"dtype": fp32, "y": bf16},
+    {"dtype": fp32, "y": bf16, "modulation": bf16},
+]
+
+# rows read in every iteration, read once per program, rows written, partial sums written
+ACCESSES = {
+    "adaln._fwd_kernel": (["x"], ["shift", "scale"], ["y"], []),
+    "adaln._bwd_kernel": (["dy", "x"], ["scale"], ["dx"], ["dscale"] * 2),
+    "gated_residual._fwd_kernel": (["x", "y"], ["gate", "bias"], ["x_new"], []),
+    "gated_residual._bwd_kernel": (["dx_new", "y"], ["gate", "bias"], ["dy"], ["part"]),
+    "gated_residual_adaln._fwd_kernel": (["x", "y"], ["gate", "shift", "scale", "bias"], ["x_new", "h"], []),
+    "gated_residual_adaln._bwd_kernel": (
+        ["x_new", "y", "dx_new", "dh"], ["gate", "scale", "bias"], ["dx", "dy"], ["part"] * 3
+    ),
 }
-# at the width of SiT-XL in bf16, what a training step runs
-BUDGET_XL = {("gated_residual_adaln", "_fwd_kernel"): 96, ("gated_residual_adaln", "_bwd_kernel"): 168}
 
 
-def launches(D, dtype, variant="image"):
-    """Every kernel launch of the three operators, forward and backward, with [B, 6D] modulation used in place."""
-    B, T, G = 32, 256, 2
-    like = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
-    x, row, bias = like(B, T, D), like(B, T, dtype=torch.float32), like(D) if variant == "group" else None
-    shape = {"image": (B, 6 * D), "group": (B, G, 6 * D), "token": (B, T, 6 * D)}[variant]
-    gate, shift, scale = like(*shape).chunk(6, dim=-1)[2:5]
-    group = like(B, T, dtype=torch.int64) if variant == "group" else None
-    # as on an H100, whose 132 processors decide how many programs share an image
+def launches(D, dtype, **variant):
+    """The kernel launches of the three operators, forward and backward, on a device with 132 processors."""
     h100 = mock.patch.object(_rows, "num_sms", lambda device: 132)
     with h100, record_launches(_rows, adaln, gated_residual, gated_residual_adaln) as log:
-        adaln.adaln_fwd(x, shift, scale, group, 1e-6, False)
-        adaln.adaln_bwd(x, x, scale, group, row, row)
-        if variant != "token":
-            gated_residual.gated_residual_fwd(x, x, bias, gate, group)
-            gated_residual.gated_residual_bwd(x, x, bias, gate, group)
-            gated_residual_adaln.gated_residual_adaln_fwd(x, x, bias, gate, shift, scale, group, 1e-6, False)
-            gated_residual_adaln.gated_residual_adaln_bwd(x, x, x, x, bias, gate, scale, group, row, row)
+        for launch in launchers(32, 256, D, dtype, **variant).values():
+            launch()
     return log
 
 
-def cases(full=False):
-    bf16, fp32 = torch.bfloat16, torch.float32
-    every = [(384, bf16), (768, bf16), (1024, bf16), (1152, bf16), (384, fp32), (768, fp32), (1024, fp32), (1152, fp32)]
-    chosen = {arch: every if full else [(1152, bf16), (1152, fp32)] for arch in (80, 90, 100)}
-    if not full:
-        chosen[90] = [*chosen[90], (384, bf16), (768, bf16)]
-    pairs = [(arch, *pair) for arch in chosen for pair in chosen[arch]]
-    requests = [replace(r, arch=arch) for arch, D, dtype in pairs for r in launches(D, dtype)]
-    for dtype in (bf16, fp32) if full else (bf16,):
-        requests += [r for variant in ("group", "token") for r in launches(1152, dtype, variant)]
+def cases():
+    plain = [launches(D, dtype) for D in WIDTHS for dtype in (bf16, fp32)]
+    requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
+    requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
     # the same launch can occur twice (sums of partial gradients)
-    return [r for i, r in enumerate(requests) if r not in requests[:i]]
+    return list({repr(r): r for r in requests}.values())
 
 
 @pytest.fixture(scope="module")
@@ -76,37 +72,76 @@ def label(request):
     return f"{request.module.rpartition('.')[2]}.{request.kernel} sm_{request.arch} D={request.args['D']} {pointer}"
 
 
+def accesses(request):
+    return ACCESSES[f"{request.module.rpartition('.')[2]}.{request.kernel}"]
+
+
+def pieces(request, name):
+    """Accesses of one row per thread: as wide as its columns of the head and of the tail are, 128 bits at most."""
+    found = Counter()
+    for columns in (request.args["HEAD"], request.args["TAIL"]):
+        bits = request.bits(name) * columns // (32 * request.num_warps)
+        if bits:
+            found[min(bits, 128)] += max(bits // 128, 1)
+    return found
+
+
+def expected(request):
+    """Loads and stores of an iteration of two rows, of the prologue and of the epilogue."""
+    args = request.args
+    rows_in, once_in, rows_out, once_out = accesses(request)
+    if args.get("PER_TOKEN"):
+        rows_in, once_in, rows_out, once_out = rows_in + once_in, [], rows_out + once_out[:1], []
+    if args.get("bias_ptr"):
+        once_out = once_out + once_out[:1]
+    loads = sum((pieces(request, name) for name in rows_in * 2 + once_in if request.bits(name)), Counter())
+    stores = sum((pieces(request, name) for name in rows_out * 2 + once_out), Counter())
+    statistics = loads if once_out or "dscale_ptr" in args else stores
+    statistics[32] += 2 * sum(args.get(name) is not None for name in ("mean_ptr", "rstd_ptr"))
+    loads[64] += 2 * (args["group_ptr"] is not None)
+    return loads, stores
+
+
 def test_registers_and_spills(compiled):
     for request, report in compiled:
-        key = request.module.rpartition(".")[2], request.kernel
+        module = import_module(request.module)
         assert report.spills == 0, label(request)
-        assert report.registers <= BUDGET[key], f"{label(request)}: {report.registers} registers"
-        xl = request.args["D"] == 1152 and "*fp32" not in (request.args.get("y_ptr"), request.args.get("x_ptr"))
-        if xl and key in BUDGET_XL and request.args["group_ptr"] is None and request.arch == 90:
-            assert report.registers <= BUDGET_XL[key], f"{label(request)}: {report.registers} registers"
+        assert report.registers <= module.REGISTERS[request.kernel], f"{label(request)}: {report.registers} registers"
+        if request.args["D"] == 1152 and all(request.bits(name) == 16 for name in accesses(request)[0]):
+            most = module.REGISTERS_XL[request.kernel]
+            assert report.registers <= most, f"{label(request)}: {report.registers} registers"
 
 
-def test_loads_and_stores_are_128_bits_wide(compiled):
-    """The head of a row moves in 128-bit pieces; its tail, a ninth of SiT-XL's and a third of SiT-B's, in less."""
+def test_every_load_and_store_is_as_wide_as_it_can_be(compiled):
+    """128 bits in the head of a row; the tail has fewer columns per thread, statistics are single numbers."""
     for request, report in compiled:
         if request.kernel == "sum_partials_kernel":
-            continue
-        for kind, found in (("loads", report.loads), ("stores", report.stores)):
-            share = 128 * found[128] / sum(bits * n for bits, n in found.items())
-            assert share >= 0.5, f"{label(request)}: {kind} {dict(found)}"
+            outputs = [request.bits(name) for name in "abcd"]
+            found = Counter({128: 1}), Counter(4 * bits for bits in outputs if bits)
+        else:
+            found = expected(request)
+        assert (report.loads, report.stores) == found, label(request)
+
+
+def test_the_widest_rows_do_not_spill():
+    requests = []
+    for module in (adaln, gated_residual, gated_residual_adaln):
+        log = [r for dtype in (bf16, fp32) for r in launches(module.MAX_WIDTH, dtype, variant="group", bias=True)]
+        requests += [replace(r, arch=arch) for arch in ARCHS for r in log if r.module == module.__name__]
+    for request, report in zip(requests, compile_kernels(requests), strict=True):
+        assert report.spills == 0, label(request)
 
 
 def test_widths_follow_alignment():
-    """The check above can fail: a misaligned pointer or an odd stride costs the wide loads."""
-    request = next(r for r in launches(1152, torch.bfloat16) if r.kernel == "_fwd_kernel" and "gate_ptr" in r.args)
-    odd = replace(request, args=request.args | {"x_ptr": "*bf16:1"})
-    aligned, misaligned = compile_kernels([request, odd])
-    assert misaligned.loads[128] < aligned.loads[128]
+    """The check above can fail: a misaligned pointer costs the wide loads."""
+    request = next(r for r in launches(1152, bf16) if r.kernel == "_fwd_kernel" and "gate_ptr" in r.args)
+    (report,) = compile_kernels([replace(request, args=request.args | {"x_ptr": "*bf16:1"})])
+    assert report.loads[128] < expected(request)[0][128]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for request, report in zip(found := cases(full=True), compile_kernels(found, timeout=3000)):
+    for request, report in zip(found := cases(), compile_kernels(found)):
         kind = "token" if request.args.get("PER_TOKEN") else "group" if request.args.get("group_ptr") else "image"
         moves = [" ".join(f"{n}x{bits}" for bits, n in sorted(c.items())) for c in (report.loads, report.stores)]
         usage = f"{report.registers:4} registers, {report.spills} spilled, {report.barriers} barriers"

@@ -1,9 +1,13 @@
+import logging
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import assert_kernel_close
 
 from sra_fast.kernels import ema_update as kernels
-from sra_fast.ops.ema_update import _op, ema_update_, ema_update_ref_
+from sra_fast.ops.ema_update import _choose, _op, ema_update_, ema_update_ref_
 
 # a whole chunk; chunks and a ragged end; a scalar; nothing; fewer than 16; a 1152-wide bias
 SHAPES = [(4096,), (3, 2999), (), (0, 4), (5,), (1152,)]
@@ -68,15 +72,19 @@ def test_the_ends_are_exact(device):
     assert all(map(torch.equal, ema, params))
 
 
-def test_layouts(device):
-    """One common dense order is used as it is; different orders and gaps go through the reference."""
+def test_layouts(device, caplog):
+    """One common dense order is used as it is; different orders and gaps go through the reference, said once."""
     torch.manual_seed(0)
     ema = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)]
     ema += [torch.randn(6, 4, device=device), torch.randn(4, 6, device=device).t()]
     ema += [torch.randn(9, 8, device=device)[:, ::2]]
     params = [torch.randn_like(ema[0]), torch.randn(4, 6, device=device).t(), torch.randn(6, 4, device=device)]
     params += [torch.randn(9, 4, device=device)]
+    check(ema[:1], params[:1], 0.9)
+    assert not caplog.records
     check(ema, params, 0.9)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "3 of 4 tensors run unfused" in said
 
 
 def test_another_set_of_tensors_at_the_same_address(device):
@@ -152,10 +160,33 @@ def test_rejects_bad_input(device):
         ((ema, params[::-1], 0.9), "one shape"),
         ((ema, [p.to("meta") for p in params], 0.9), "one shape on"),
         (([e.bfloat16() for e in ema], params, 0.9), "expected ema fp32"),
-        ((ema, [p.long() for p in params], 0.9), "expected ema fp32"),
+        ((ema, [p.long() for p in params], 0.9), "expected ema fp32.* params .*int64.* at index 0"),
+        ((ema, [p.to(torch.float8_e4m3fn) for p in params], 0.9), "expected ema fp32.* params .*float8_e4m3fn"),
         ((ema, params, 0.9, [e.clone() for e in ema]), "copies bf16 or fp16"),
         ((ema, params, 1.5), r"decay in \[0, 1\], got 1.5"),
     ):
         with pytest.raises(ValueError, match=match):
             ema_update_(*bad)
     ema_update_([], [], 0.9)
+
+
+@pytest.mark.parametrize(
+    "built, asked, choice, level",
+    [(True, "1", "cuda", "INFO"), (False, "0", "triton", "INFO"), (False, "1", "triton", "WARNING")],
+)
+def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypatch, caplog):
+    module = sys.modules[ema_update_.__module__]
+    monkeypatch.setattr(module, "use_triton", lambda x, backend: True)
+    monkeypatch.setattr(module, "_ema_cuda", object() if built else None)
+    monkeypatch.setenv("SRA_FAST_BUILD_EXT", asked)
+    caplog.set_level(logging.INFO)
+    assert [_choose(torch.zeros(1), "auto") for _ in range(2)] == [choice] * 2
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert {"cuda": "CUDA extension", "triton": "in Triton"}[choice] in record.getMessage()
+
+
+def test_a_missing_extension_is_no_warning():
+    """Only one that is there and does not load is."""
+    command = [sys.executable, "-c", "import sra_fast.ops.ema_update"]
+    assert not subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -1,5 +1,3 @@
-import logging
-
 import pytest
 import torch
 from conftest import assert_kernel_close
@@ -88,9 +86,8 @@ def test_gradients_go_through_the_reference(device, caplog):
 
     assert torch.autograd.gradcheck(fn, leaves)
     x0 = torch.randn(2, 4, 3, 2, device=device, requires_grad=True)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            x_t, _, _ = fn(x0, *(s.detach().float() for s in leaves[1:]))
+    for _ in range(2):
+        x_t, _, _ = fn(x0, *(s.detach().float() for s in leaves[1:]))
     (dx0,) = torch.autograd.grad(x_t.sum(), x0)
     alpha = 0.5 * interpolant(args["t"], "cosine")[0].float()
     torch.testing.assert_close(dx0[:, :2], alpha.view(2, 1, 1, 1).expand(2, 2, 3, 2))

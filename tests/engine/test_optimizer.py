@@ -1,0 +1,111 @@
+"""AdamW with the EMA in its pass: against torch's, in DeepSpeed, and with gradients that are not numbers."""
+import copy
+import json
+import math
+
+import pytest
+import torch
+from test_metrics import config
+
+from sra_fast.engine.build import build
+from sra_fast.engine.data import make_dataset
+from sra_fast.engine.distributed import init_distributed
+from sra_fast.engine.loop import train
+from sra_fast.engine.optimizer import AdamWEMA, OnePassStep
+
+SETTINGS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+
+
+def pair():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((7, 5), (33,))]
+    return ours, [torch.nn.Parameter(p.detach().clone()) for p in ours]
+
+
+def set_gradients(step, *sides):
+    generator = torch.Generator().manual_seed(step)
+    for both in zip(*sides):
+        gradient = torch.randn(both[0].shape, generator=generator)
+        for p in both:
+            p.grad = gradient.clone()
+
+
+def test_steps_of_torchs_adamw_and_of_ours_can_alternate():
+    ours, theirs = pair()
+    a, b = AdamWEMA(ours, ema_decay=0.5, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
+    for step in range(3):
+        set_gradients(step, ours, theirs)
+        a.step(), b.step()
+    third = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    c = torch.optim.AdamW(third, **SETTINGS)
+    c.load_state_dict(copy.deepcopy(a.state_dict()))  # torch's goes on with ours' state
+    set_gradients(3, ours, theirs, third)
+    a.step(), b.step(), c.step()
+    for p, q, r in zip(ours, theirs, third):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(r, q, rtol=1e-6, atol=1e-6)
+        assert a.state[p]["step"] == b.state[q]["step"] == 4
+
+
+def test_ema_copy_and_clipping_in_the_same_pass():
+    ours, theirs = pair()
+    a, b = AdamWEMA(ours, ema_decay=0.75, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
+    ema, a.copies = [p.detach().clone() for p in ours], {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in ours}
+    for p in ours:
+        a.state[p]["ema"] = p.detach().clone()
+    set_gradients(0, ours, theirs)
+    a.clip_scale = torch.tensor(0.5)
+    for q in theirs:
+        q.grad *= 0.5
+    a.step(), b.step()
+    for p, q, mean in zip(ours, theirs, ema):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a.state[p]["ema"], 0.75 * mean + 0.25 * q, rtol=1e-6, atol=1e-6)
+        assert torch.equal(a.copies[p], a.state[p]["ema"].bfloat16())
+
+
+def run(tmp_path, *args, ds=None):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ds or {}))
+    cfg = config("--train.steps", "6", "--train.log_every", "1", *args)
+    trainer, folder = build(cfg, init_distributed(), str(path)), tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    return trainer, [row["loss"] for row in train(trainer, make_dataset(cfg), folder)]
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_accumulation_of_bf16_gradients_in_fp32(tmp_path, stage):
+    """DeepSpeed then keeps other gradients (stage 2) or has another optimizer (stage 1): both implementations work there."""
+    ds = {"data_types": {"grad_accum_dtype": "fp32"}}
+    curves = [
+        run(tmp_path, "--train.precision", "bf16", "--train.zero_stage", stage, "--train.micro_batch", "4",
+            "--optim.implementation", name, "--optim.lr", "0.003", ds=ds)[1]
+        for name in ("fused", "torch")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3) and curves[0][-1] < curves[0][0]
+
+
+@pytest.mark.parametrize("stage, precision", [("0", "fp32"), ("1", "bf16"), ("2", "fp32")])
+def test_gradients_that_are_not_numbers_stop_the_run(tmp_path, monkeypatch, stage, precision):
+    """DeepSpeed's scan for them is off; the norm, read with a lag, still shows them, and nothing is saved."""
+    from sra_fast.engine.objective import SRAObjective
+
+    forward = SRAObjective.forward
+
+    def poisoned(self, *args):
+        loss, parts = forward(self, *args)
+        head = next(self.student.final_layer.parameters())
+        return loss + (head.float() * math.nan).sum() * 0, parts
+
+    monkeypatch.setattr(SRAObjective, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match="grad_norm"):
+        run(tmp_path, "--train.zero_stage", stage, "--train.precision", precision)
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+def test_another_deepspeed_is_named():
+    class Engine:
+        optimizer = object()
+
+    with pytest.raises(RuntimeError, match="averaged_gradients.*set it to torch"):
+        OnePassStep(Engine(), 1.0)
