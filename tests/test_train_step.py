@@ -1,4 +1,4 @@
-"""The step benchmark: its programs take the engine's steps, its rows and tables say what was measured, on any machine."""
+"""The step benchmark: its programs take the engine's steps, its rows say what was measured, on any machine."""
 import json
 import os
 import subprocess
@@ -13,9 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import phases  # noqa: E402
 import record  # noqa: E402
-import table  # noqa: E402
 import train_step  # noqa: E402
-from plot import draw_steps  # noqa: E402
 from variants import LADDER, NAMES, Variant, expand, teacher_share  # noqa: E402
 
 SMALL = "--device cpu --model SiT-S/8 --resolution 64 --warmup 0 --steps 2".split()
@@ -232,40 +230,3 @@ def test_ladder_and_depths():
     assert {name for name, backend in backends.items() if backend == "torch"} == {
         "fp32_teacher", "bf16_teacher", "truncated", "strong"
     }
-
-
-def step_rows() -> list[dict]:
-    common = {"kind": "train_step", "name": "step", "device": "NVIDIA X", "versions": {"torch": "2"}, "commit": "abc"}
-    case = {**common, "model": "SiT-XL/2", "resolution": 256, "batch": 32, "images_per_s": 320.0}
-    return [
-        {**case, "variant": "plain", "ms": 100.0, "mfu": 0.4, "mfu_with_teacher": 0.4, "peak_bytes": 10 * 2**30},
-        {**case, "variant": "sra", "ms": 125.0, "mfu": 0.3, "mfu_with_teacher": 0.375, "peak_bytes": 12 * 2**30},
-        {**case, "variant": "strong", "ms": 150.0},
-        {**case, "variant": "strong+compile=whole", "ms": 140.0},
-        {**case, "variant": "sra+align.teacher_layer=14", "ms": 110.0},
-        {**case, "variant": "sra", "model": "SiT-B/2", "ms": 1.0},
-        {**case, "variant": "truncated", "ms": 160.0},
-    ]
-
-
-def test_headline_follows_the_rows():
-    block = "\n".join(table.render_steps(step_rows()))
-    assert "NVIDIA X, torch 2, commit abc:" in block
-    assert "| `plain`: this engine without alignment | 32 | 320 | 40.0 % | 40.0 % | 10.0 GiB |  |" in block
-    assert "| `sra`: this engine | 32 | 320 | 30.0 % | 37.5 % | 12.0 GiB | +25.0 % |" in block
-    # the rival's best settings count
-    assert "| `strong+compile=whole`: plain PyTorch at its best | 32 | 320 |  |  |  | +40.0 % |" in block
-    assert "| `reference`: published code |  | not measured yet |" in block and block.count("this engine |") == 1
-    on_cpu = [{**row, "device": "cpu"} for row in step_rows()]
-    assert table.render_steps(on_cpu) == table.render_steps([]) and str(table.render_steps([])).count("not measured yet") == 5
-
-
-def test_plot_of_ladder_and_depths(tmp_path, monkeypatch):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    draw_steps(step_rows(), tmp_path / "steps.png")
-    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
-    left, right = drawn[0].axes
-    assert [patch.get_width() for patch in left.patches] == [160.0] and left.get_yticklabels()[0].get_text() == "truncated"
-    assert right.lines[0].get_xydata().tolist() == [[0.5, 1.1], [20 / 28, 1.25]]
