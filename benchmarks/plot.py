@@ -32,7 +32,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def draw_steps(rows: list[dict], path: Path) -> None:
     """Left the ladder, a bar of milliseconds for every rung; right the time over plain against the teacher's share n/L."""
-    from variants import LADDER, teacher_share
+    from variants import LADDER, is_depth, teacher_share
 
     cases: dict[tuple, dict[str, float]] = {}
     for row in rows:
@@ -49,7 +49,7 @@ def draw_steps(rows: list[dict], path: Path) -> None:
     left.set_xlabel("ms per step")
     for case, times in cases.items():
         points = sorted((teacher_share(name, case[0]), ms / times["plain"]) for name, ms in times.items()
-                        if "plain" in times and name.partition("+")[0] == "sra")
+                        if "plain" in times and is_depth(name))
         if points:
             right.plot(*zip(*points), marker="o", label=title(case))
             right.legend()

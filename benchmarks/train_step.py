@@ -70,7 +70,7 @@ def run_case(argv: list[str], name: str, case: tuple, limit: float, device: str)
     if device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         raise Failure(f"not finished in {limit:.0f} s") from None
     if done.returncode:

@@ -52,6 +52,11 @@ def teacher_depths(model: str) -> list[str]:
     return [f"sra+{TEACHER_LAYER}={layers(model)[2] * quarter // 4}" for quarter in (1, 2, 3, 4)]
 
 
+def is_depth(name: str) -> bool:
+    """Whether a variant is ``sra``, at most with another teacher layer."""
+    return name == "sra" or (name.startswith(f"sra+{TEACHER_LAYER}=") and name.count("+") == 1)
+
+
 def teacher_share(name: str, model: str) -> float:
     """n/L of a variant of the engine."""
     _, teacher, depth = layers(model)
