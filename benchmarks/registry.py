@@ -26,6 +26,7 @@ from sra_fast.ops.adamw_ema import adamw_ema_ref_  # noqa: E402
 from sra_fast.ops.align_distance import align_distance_ref  # noqa: E402
 from sra_fast.ops.attention import attention_ref  # noqa: E402
 from sra_fast.ops.ema_update import ema_update_ref_  # noqa: E402
+from sra_fast.ops.fp8 import quantize_rows, quantize_rows_ref  # noqa: E402
 from sra_fast.ops.gated_residual import gated_residual_adaln_ref, gated_residual_ref  # noqa: E402
 from sra_fast.ops.noise_pair import noise_pair_ref  # noqa: E402
 
@@ -83,6 +84,11 @@ def _noise(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, .
     side = shape.resolution // 8
     t = randn(shape.batch).sigmoid()
     return *(randn(shape.batch, 4, side, side) for _ in range(2)), t, t * 0.8
+
+
+def _hidden(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
+    T, D, _ = shape.sizes
+    return (randn(shape.batch, T, 4 * D, dtype=dtype),)
 
 
 def _qkv(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
@@ -230,6 +236,14 @@ ENTRIES: dict[str, Entry] = {
         eager=rivals.gated_residual,
         bytes=_moves(3, 1, 3, 2),
         grads=(0, 1, 2),
+    ),
+    "quantize_rows": Entry(
+        make=_hidden,
+        ours=lambda x: quantize_rows(x, gelu=True),
+        reference=lambda x: quantize_rows_ref(x, gelu=True),
+        eager=rivals.quantize_rows,
+        bytes=lambda shape, s: ((s + 1) * 4 * shape.elements + 4 * shape.batch * shape.sizes[0], 0),
+        elements=lambda shape: 4 * shape.elements,
     ),
     "noise_pair": Entry(
         make=_noise,

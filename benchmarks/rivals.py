@@ -44,6 +44,12 @@ def align_distance(pred: Tensor, target: Tensor) -> Tensor:
     return F.smooth_l1_loss(pred.float(), target.float(), beta=0.05, reduction="none").mean((1, 2))
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    v = F.gelu(x, approximate="tanh")
+    scale = v.abs().amax(-1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
+    return (v / scale).to(torch.float8_e4m3fn), scale
+
+
 def attention(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
 

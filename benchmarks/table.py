@@ -1,5 +1,6 @@
-"""Write the table of operators in README.md from the rows in benchmarks/results:  python benchmarks/table.py"""
+"""Write the generated tables of README.md from the rows in benchmarks/results:  python benchmarks/table.py"""
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,9 +8,16 @@ from record import load_results
 from registry import ENTRIES, ROOT, Shape, cases
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- ops table begin -->", "<!-- ops table end -->"
-COMMAND = "python benchmarks/run.py && python benchmarks/table.py"
 MISSING = "not measured yet"
+# the headline's case and lines
+MODEL, RESOLUTION = "SiT-XL/2", 256
+LINES = {
+    "plain": "this engine without alignment",
+    "sra": "this engine",
+    "sra_fp8": "this engine, fp8 teacher",
+    "strong": "plain PyTorch at its best",
+    "reference": "published code",
+}
 
 
 def bytes_per_element(name: str) -> list[tuple[str, str]]:
@@ -64,39 +72,91 @@ def _table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def render(rows: list[dict]) -> str:
-    """The block of the README, with its markers: one table for every GPU and commit."""
-    rows = [row for row in rows if row["kind"] == "op" and row["device"] != "cpu"]
+def _groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Rows by GPU and commit, each with a line that says which."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["device"], row["commit"]), []).append(row)
+    found = []
+    for (device, commit), group in sorted(groups.items()):
+        versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
+        copy = next((f", copy {row['gbps']:.0f} GB/s" for row in group if row["name"] == "copy"), "")
+        found.append((f"{device}, {versions}, commit {commit}{copy}:", group))
+    return found
+
+
+def render_ops(rows: list[dict]) -> list[str]:
+    """One table of operators for every GPU and commit."""
     lines = [
         "Operators in bf16, L2 cold, against the bytes (attention: the FLOPs) that they cannot do without; the ceiling",
         "is the copy (matmul) rate of the same run. Measured and written by",
-        f"`{COMMAND}`.",
+        "`python benchmarks/run.py && python benchmarks/table.py`.",
     ]
-    for (device, commit), group in sorted(groups.items()):
-        copy = next((f", copy {row['gbps']:.0f} GB/s" for row in group if row["name"] == "copy"), "")
-        versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
+    groups = _groups([row for row in rows if row["kind"] == "op" and row["device"] != "cpu"])
+    for title, group in groups:
         # other dtypes are in the rows, not in the table
         shown = [row for row in group if row.get("dtype") == "bfloat16" or row["name"] == "noise_pair"]
-        lines += ["", f"{device}, {versions}, commit {commit}{copy}:", "", *_table(shown)]
-    if not groups:
-        lines += ["", *_table([])]
-    return "\n".join([BEGIN, *lines, END])
+        lines += ["", title, "", *_table(shown)]
+    return lines if groups else [*lines, "", *_table([])]
 
 
-def replace_block(text: str, block: str) -> str:
-    """The text with everything between the markers, and the markers, replaced."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected the lines {BEGIN} and {END} in the text")
-    return head + block + tail
+def _step_cells(row: dict, plain: dict | None) -> list[str]:
+    percent = lambda name: f"{100 * row[name]:.1f} %" if name in row else ""
+    memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else ""
+    over = f"{100 * (row['ms'] / plain['ms'] - 1):+.1f} %" if plain else ""
+    return [f"{row['batch']}", f"{row['images_per_s']:.0f}", percent("mfu"), percent("mfu_with_teacher"), memory, over]
+
+
+def _step_table(rows: list[dict]) -> list[str]:
+    heads = ["", "images per GPU", "images/s", "MFU", "MFU with teacher", "memory", "time over plain"]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for name, text in LINES.items():
+        # the rival may choose its settings
+        names = lambda row: row["variant"].partition("+")[0] if name == "strong" else row["variant"]
+        found: dict[int, dict] = {}
+        for row in sorted((row for row in rows if names(row) == name), key=lambda row: row["ms"]):
+            found.setdefault(row["batch"], row)
+        plain = {row["batch"]: row for row in rows if row["variant"] == "plain"}
+        for batch in sorted(found):
+            label = f"`{found[batch]['variant']}`: {text}"
+            lines.append(_line([label, *_step_cells(found[batch], plain.get(batch) if name != "plain" else None)]))
+        if not found:
+            lines.append(_line([f"`{name}`: {text}", "", MISSING, "", "", "", ""]))
+    return lines
+
+
+def render_steps(rows: list[dict]) -> list[str]:
+    """The headline: one table of training steps for every GPU and commit."""
+    lines = [
+        f"A training step of {MODEL} at {RESOLUTION} px on one GPU, all in one run. MFU counts three passes of the student; with",
+        "teacher, the projection head and the truncated teacher too. Measured and written by",
+        f"`python benchmarks/train_step.py --variants {','.join(LINES)} --reference PATH && python benchmarks/table.py`",
+        "(`PATH`: a checkout of the published code).",
+    ]
+    case = ("train_step", "step", MODEL, RESOLUTION)
+    shown = [row for row in rows if tuple(row.get(k) for k in ("kind", "name", "model", "resolution")) == case]
+    groups = _groups([row for row in shown if row["device"] != "cpu"])
+    for title, group in groups:
+        lines += ["", title, "", *_step_table(group)]
+    return lines if groups else [*lines, "", *_step_table([])]
+
+
+BLOCKS: dict[str, Callable[[list[dict]], list[str]]] = {"step": render_steps, "ops": render_ops}
+
+
+def fill(text: str, rows: list[dict]) -> str:
+    """The text with what stands between the markers of every block replaced; ValueError if a marker is missing."""
+    for name, render in BLOCKS.items():
+        begin, end = f"<!-- {name} table begin -->", f"<!-- {name} table end -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"expected the lines {begin} and {end} in the text")
+        head, _, rest = text.partition(begin)
+        text = "\n".join([head + begin, *render(rows), end + rest.partition(end)[2]])
+    return text
 
 
 def main(readme: Path = README) -> None:
-    readme.write_text(replace_block(readme.read_text(), render(load_results())))
+    readme.write_text(fill(readme.read_text(), load_results()))
 
 
 if __name__ == "__main__":

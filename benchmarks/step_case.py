@@ -1,0 +1,130 @@
+"""One variant of a training step in this process: built, timed, and taken apart into phases and kernels."""
+import argparse
+import itertools
+import math
+import statistics
+
+import torch
+from measure import copy_bandwidth, matmul_rate
+from phases import Phases, by_family, kernel_times, time_steps
+from programs import Program
+from variants import REFERENCE, Variant
+
+from sra_fast.engine.build import build
+from sra_fast.engine.config import Config
+from sra_fast.engine.data import ShuffledBatches
+from sra_fast.engine.distributed import init_distributed
+from sra_fast.engine.loop import optimizer_step
+from sra_fast.engine.metrics import Metrics, peak_flops, training_flops
+
+
+class RandomMoments:
+    """One batch of VAE moments, given out for ever; ``world`` processes share the configured batch."""
+
+    posterior = True
+
+    def __init__(self, cfg: Config, device: torch.device, world: int = 1):
+        batch, channels, side = cfg.train.global_batch // world, cfg.model.in_channels, cfg.model.input_size
+        self.shape = (channels, side, side)
+        generator = torch.Generator(device).manual_seed(0)
+        moments = torch.rand(batch, 2 * channels, side, side, device=device, generator=generator)
+        self.batch = moments, torch.arange(batch, device=device) % cfg.model.num_classes
+
+    def to_latent(self, moments, noise):
+        mean, std = moments.chunk(2, dim=1)
+        return (mean + std * noise) * 0.18215
+
+
+class EngineStep:
+    """The engine's own step on one batch, from the draws to the teacher's refresh."""
+
+    def __init__(self, cfg: Config, data: RandomMoments, device: torch.device):
+        self.trainer = trainer = build(cfg, device)
+        self.data, self.batches = data, itertools.repeat(data.batch)
+        self.stream = ShuffledBatches(10**9, 0, trainer.micro, 1, trainer.rank, trainer.world, 0, 10**6)
+        self.metrics = Metrics(None, cfg, device, trainer.world)
+        trainer.engine.train()
+
+    def step(self, i: int) -> None:
+        optimizer_step(self.trainer, self.batches, self.stream, self.data, i, self.metrics)
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        return self.metrics.sums["loss"][0]
+
+    @property
+    def phases(self) -> list[tuple[object, str, str]]:
+        engine = self.trainer.engine
+        aligned = engine.module.teacher is not None
+        teacher = [(engine.module.teacher_pass, "run", "teacher")] if aligned else []
+        return [(engine, "forward", "forward"), *teacher, (engine, "backward", "backward"), (engine, "step", "optimizer")]
+
+
+class ProgramStep(Program):
+    """A program with the phases that its functions are."""
+
+    @property
+    def phases(self) -> list[tuple[object, str, str]]:
+        # inside one graph the teacher cannot be told from the student
+        teacher = [] if self.switches.compile == "whole" else [(self, "features", "teacher")]
+        return [(self, "forward", "forward"), *teacher, (self, "backward", "backward"), (self, "update", "optimizer")]
+
+
+def make_step(variant: Variant, cfg: Config, device: torch.device, reference: str | None):
+    """What runs the variant: ``step(i)``, ``loss_sum`` and ``phases``."""
+    data = RandomMoments(cfg, device)
+    if variant.switches is not None:
+        return ProgramStep(cfg, variant.switches, data, device)
+    if variant.base == REFERENCE:
+        from reference import Reference
+
+        return Reference(cfg, reference, data, device)
+    return EngineStep(cfg, data, device)
+
+
+def rates(cfg: Config, device: torch.device, ms: float) -> dict:
+    """Images and FLOP/s: ``mfu`` counts three passes of the student, ``mfu_with_teacher`` head and truncated teacher too."""
+    rate, (plain, aligned) = 1e3 * cfg.train.global_batch / ms, training_flops(cfg)
+    peak = peak_flops(device, cfg.train.precision, cfg.train.tf32)
+    mfu = {"mfu": rate * plain / peak, "mfu_with_teacher": rate * aligned / peak} if peak else {}
+    return {"images_per_s": rate, **mfu, "flops_per_s": rate * aligned}
+
+
+def take_apart(run, first: int, steps: int, cuda: bool) -> dict:
+    """Milliseconds per step of the families of kernels, of the longest kernels, and of the phases."""
+    kernels, phases = kernel_times(run.step, range(first, first + steps), cuda), Phases(cuda)
+    for place in run.phases:
+        phases.around(*place)
+    times, families = phases.measure(run.step, range(first + steps, first + 2 * steps)), by_family(kernels)
+    # all of it, hidden behind the backward pass or not
+    times["communication"] = families.get("communication", 0.0)
+    return {"kernels": families, "longest": dict(itertools.islice(kernels.items(), 10)), "phases": times}
+
+
+def measure(args: argparse.Namespace, name: str, case: tuple[str, int, int]) -> dict:
+    """Everything that is measured of one variant of a case (model, resolution, batch), in this process."""
+    variant = Variant.parse(name)
+    cfg = variant.configuration(*case, args.device)
+    device = init_distributed(cfg.train.tf32)
+    run, cuda = make_step(variant, cfg, device, args.reference), device.type == "cuda"
+    last = args.warmup + args.steps
+    time_steps(run.step, range(args.warmup), cuda)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    ms = statistics.median(time_steps(run.step, range(args.warmup, last), cuda))
+    found = {"ms": ms, **rates(cfg, device, ms), "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+    found["dtype"] = getattr(run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision])
+    if not math.isfinite(float(run.loss_sum)):
+        raise FloatingPointError(f"the loss is {float(run.loss_sum)}: no time of a wrong step is reported")
+    if args.profile:
+        try:
+            found |= take_apart(run, last, args.profile, cuda)
+        except RuntimeError as error:  # the time is worth having on a machine that does not let itself be profiled
+            found["note"] = f"neither phases nor kernels: {error}".partition("\n")[0]
+    return found
+
+
+def ceilings(device: str) -> dict:
+    """What a copy and a matrix product reach: ``{name: [ms, GB/s or TFLOP/s]}``."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return {"copy": copy_bandwidth(device), "matmul": matmul_rate(device, dtype)}

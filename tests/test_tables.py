@@ -1,0 +1,83 @@
+"""Tables and pictures follow the rows; without rows of a GPU they say so."""
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import record  # noqa: E402
+import table  # noqa: E402
+
+
+def example_rows() -> list[dict]:
+    common = {"kind": "op", "device": "NVIDIA X", "versions": {"torch": "2"}, "commit": "abc", "command": "c"}
+    case = {**common, "model": "SiT-XL/2", "resolution": 256, "dtype": "bfloat16"}
+    return [
+        {**common, "name": "copy", "variant": "torch", "ms": 1.0, "gbps": 3000.4},
+        {**case, "name": "adaln.forward", "variant": "ours", "batch": 256, "ms": 1.0, "percent_of_ceiling": 11.0},
+        {**case, "name": "adaln.forward", "variant": "ours", "batch": 32, "ms": 2.0, "percent_of_ceiling": 91.4},
+        {**case, "name": "adaln.forward", "variant": "compile", "batch": 32, "ms": 3.0, "percent_of_ceiling": 60.0},
+        {**case, "name": "adaln.backward", "variant": "ours", "batch": 32, "ms": 2.0, "percent_of_ceiling": 80.0},
+        {**case, "name": "adaln.backward", "variant": "compile", "batch": 32},
+        {**case, "name": "gated_residual.forward", "variant": "ours", "batch": 32},
+    ]
+
+
+def test_table_follows_the_rows():
+    block = "\n".join(table.render_ops(example_rows()))
+    assert "NVIDIA X, torch 2, commit abc, copy 3000 GB/s:" in block
+    assert "| `adaln.forward` | 4 | SiT-XL/2, 256 px, 32 | 91 % | 1.50x |  |" in block
+    assert "| `adaln.backward` | 6 | SiT-XL/2, 256 px, 32 | 80 % | rival is wrong |  |" in block
+    assert "| `gated_residual.forward` | 6 | SiT-XL/2, 256 px, 32 | wrong |  |  |" in block
+    assert "| `adamw_ema_` | 40 |  | not measured yet |  |  |" in block
+    on_cpu = [{**row, "device": "cpu"} for row in example_rows()]
+    assert table.render_ops(on_cpu) == table.render_ops([]) and str(table.render_ops([])).count("not measured yet") == 14
+
+
+def test_readme_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    assert table.fill(text, record.load_results()) == text, "run python benchmarks/table.py"
+    with pytest.raises(ValueError, match="ops table begin"):
+        table.fill(text.replace("<!-- ops table begin -->", ""), [])
+
+
+def step_rows() -> list[dict]:
+    common = {"kind": "train_step", "name": "step", "device": "NVIDIA X", "versions": {"torch": "2"}, "commit": "abc"}
+    case = {**common, "model": "SiT-XL/2", "resolution": 256, "batch": 32, "images_per_s": 320.0}
+    return [
+        {**case, "variant": "plain", "ms": 100.0, "mfu": 0.4, "mfu_with_teacher": 0.4, "peak_bytes": 10 * 2**30},
+        {**case, "variant": "sra", "ms": 125.0, "mfu": 0.3, "mfu_with_teacher": 0.375, "peak_bytes": 12 * 2**30},
+        {**case, "variant": "strong", "ms": 150.0},
+        {**case, "variant": "strong+compile=whole", "ms": 140.0},
+        {**case, "variant": "sra+align.teacher_layer=14", "ms": 110.0},
+        {**case, "variant": "sra", "model": "SiT-B/2", "ms": 1.0},
+        {**case, "variant": "truncated", "ms": 160.0},
+        {**case, "variant": "sra+align.every=2", "ms": 105.0},
+    ]
+
+
+def test_headline_follows_the_rows():
+    block = "\n".join(table.render_steps(step_rows()))
+    assert "NVIDIA X, torch 2, commit abc:" in block
+    assert "| `plain`: this engine without alignment | 32 | 320 | 40.0 % | 40.0 % | 10.0 GiB |  |" in block
+    assert "| `sra`: this engine | 32 | 320 | 30.0 % | 37.5 % | 12.0 GiB | +25.0 % |" in block
+    # the rival's best settings count
+    assert "| `strong+compile=whole`: plain PyTorch at its best | 32 | 320 |  |  |  | +40.0 % |" in block
+    assert "| `reference`: published code |  | not measured yet |" in block and block.count("this engine |") == 1
+    on_cpu = [{**row, "device": "cpu"} for row in step_rows()]
+    assert table.render_steps(on_cpu) == table.render_steps([]) and str(table.render_steps([])).count("not measured yet") == 5
+
+
+def test_plot_of_ladder_and_depths(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from plot import draw_steps
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    draw_steps(step_rows(), tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    left, right = drawn[0].axes
+    assert [patch.get_width() for patch in left.patches] == [160.0] and left.get_yticklabels()[0].get_text() == "truncated"
+    assert right.lines[0].get_xydata().tolist() == [[0.5, 1.1], [20 / 28, 1.25]]
