@@ -54,34 +54,13 @@ class Options:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-def load_vae(path: str):
-    """diffusers' AutoencoderKL; ValueError without diffusers or without weights there."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise ValueError("--vae needs diffusers: pip install 'sra-fast[vae]'") from None
-    try:
-        return AutoencoderKL.from_pretrained(path).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--vae {path} holds no AutoencoderKL: {str(error).splitlines()[0]}") from None
-
-
-def decode(latents, vae, scale: float, batch: int, device):
-    """``[N, C, h, w]`` latents -> images in [-1, 1]; without a VAE latents of 1 or 3 channels are the images."""
-    import torch
-
-    if vae is None:
-        return latents
-    with torch.no_grad():
-        return torch.cat([vae.decode(part.to(device) / scale).sample.float().cpu() for part in latents.split(batch)])
-
-
 def prepare(options: Options):
     """``(model, interpolant, labels, VAE or None)``, everything checked and the folder made; ValueError says what is wrong."""
     import torch
 
     from sra_fast.engine.generate import choose_labels
     from sra_fast.engine.load_model import load_model
+    from sra_fast.engine.vae import load_vae
     from sra_fast.engine.validate import check_sampling
 
     if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
@@ -117,6 +96,7 @@ def make_images(options: Options, model, path: str, labels, vae, device, progres
     from sra_fast.engine.cuda_graph import Graphed
     from sra_fast.engine.generate import generate
     from sra_fast.engine.report import to_uint8
+    from sra_fast.engine.vae import decode
 
     model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     vae = vae.to(device) if vae else None

@@ -172,6 +172,26 @@ class TrainConfig:
 
 
 @dataclass
+class MonitorConfig:
+    """Samples of the EMA during training, made by all processes together."""
+
+    every: int = 0
+    """steps between two looks; 0: never"""
+    count: int = 100
+    """images each time"""
+    grid: int = 100
+    """images in the picture, the first ones"""
+    batch: int = 64
+    """images per process and model call"""
+    vae: str | None = None
+    """folder of a diffusers AutoencoderKL, for latents of 4 channels"""
+    reference: str | None = None
+    """.npz of images or statistics: the FID of the `count` images is logged (published ones are of 50 000)"""
+    inception: str | None = None
+    """path of weights-inception-2015-12-05-6726825d.pth, for the FID"""
+
+
+@dataclass
 class SampleConfig:
     """Samplers."""
 
@@ -205,3 +225,4 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)

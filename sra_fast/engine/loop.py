@@ -46,7 +46,7 @@ def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, ste
     return {"align_weight": weight, "lr": lr, "epoch": stream.epoch(step)}
 
 
-def train(trainer: Trainer, data, folder: Path, start: int = 0) -> list[dict]:
+def train(trainer: Trainer, data, folder: Path, start: int = 0, monitor=None) -> list[dict]:
     """Train from optimizer step ``start`` to ``train.steps``.
 
     Args:
@@ -54,6 +54,7 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0) -> list[dict]:
         data: from ``make_dataset``.
         folder: run folder.
         start: number of optimizer steps already taken.
+        monitor: looks at the EMA every ``monitor.every`` steps; None: nobody does.
 
     Returns:
         The logged rows.
@@ -79,6 +80,10 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0) -> list[dict]:
         if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
             metrics.flush(step + 1, extra)  # raises if the weights are not worth saving
             checkpoint.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
+            metrics.restart_clock()
+        if monitor is not None and (step + 1) % cfg.monitor.every == 0:
+            metrics.flush(step + 1, extra)
+            monitor.look(trainer, step + 1)
             metrics.restart_clock()
     bar.close()
     if trainer.teacher is not None:

@@ -17,6 +17,7 @@ from sra_fast.engine.files import write_atomic
 from sra_fast.engine.generate import choose_labels, generate
 from sra_fast.engine.loop import train
 from sra_fast.engine.metrics import read_rows
+from sra_fast.engine.monitor import Monitor
 from sra_fast.engine.validate import check, check_device, split_batch
 
 DIGITS_PER_CLASS = 40
@@ -133,7 +134,7 @@ def run(plan: Plan, device: torch.device) -> dict:
     if trainer.rank == 0:
         save_config(cfg, folder / "config.yaml")
         write_atomic(folder / "deepspeed.json", lambda p: p.write_text(json.dumps(trainer.ds_config, indent=1)))
-    train(trainer, plan.data, folder, start)
+    train(trainer, plan.data, folder, start, Monitor(cfg, device, folder) if cfg.monitor.every else None)
     epoch = cfg.train.steps // max(1, len(plan.data) // cfg.train.global_batch)
     if "safetensors" in cfg.train.export:
         checkpoint.export_safetensors(trainer, folder / "ema.safetensors", cfg.train.steps)

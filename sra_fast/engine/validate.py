@@ -1,4 +1,6 @@
 """Checks of a configuration before anything large is allocated: each failure is one ValueError that says what is wrong."""
+from pathlib import Path
+
 import torch
 
 from sra_fast.engine.config import Config, SampleConfig
@@ -27,6 +29,7 @@ def check(cfg: Config) -> None:
         f"sample.guidance {cfg.sample.guidance} needs model.class_dropout_prob > 0",
     )
     _check_numbers(cfg)
+    _check_monitor(cfg)
     check_sampling(cfg.sample, family)
 
 
@@ -86,6 +89,23 @@ def _check_align(cfg: Config) -> None:
         (a.schedule == "milestones") == bool(a.milestones),
         f"align.milestones go with align.schedule: milestones, got schedule {a.schedule} and milestones {a.milestones}",
     )
+
+
+def _check_monitor(cfg: Config) -> None:
+    m = cfg.monitor
+    _require(m.every >= 0, f"monitor.every must not be negative, got {m.every}")
+    if m.every == 0:
+        return
+    for name, value, least in (("count", m.count, 2), ("grid", m.grid, 1), ("batch", m.batch, 1)):
+        _require(value >= least, f"monitor.{name} must be at least {least}, got {value}")
+    channels = cfg.model.in_channels
+    _require(m.vae is not None or channels in (1, 3), f"monitor.every needs monitor.vae to decode latents of {channels} channels")
+    _require(
+        (m.reference is None) == (m.inception is None),
+        f"monitor.reference and monitor.inception go together, got {m.reference} and {m.inception}",
+    )
+    for name, path in (("vae", m.vae), ("reference", m.reference), ("inception", m.inception)):
+        _require(path is None or Path(path).exists(), f"monitor.{name}: there is no {path}")
 
 
 def split_batch(cfg: Config, world_size: int) -> tuple[int, int]:

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import assert_matches, relative_error
+from PIL import Image
 from zero_worker import CASES, STEPS, VARIANTS, tiny
 
 from sra_fast.engine import checkpoint
@@ -142,6 +144,11 @@ def test_two_processes_give_the_losses_of_one(results, name):
     assert len(one["loss"]) == STEPS
     assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
+
+
+def test_two_processes_share_the_samples_of_one(results):
+    pictures = [np.asarray(Image.open(results[w] / "monitored/samples/step_00000006.png")).astype(int) for w in WORLDS]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and len(np.unique(pictures[0])) > 20
 
 
 def test_accumulation_gives_the_losses_of_one_batch(results):

@@ -17,6 +17,7 @@ from sra_fast.engine.cli import parse_train  # noqa: E402
 from sra_fast.engine.data import make_dataset  # noqa: E402
 from sra_fast.engine.distributed import init_distributed  # noqa: E402
 from sra_fast.engine.loop import train  # noqa: E402
+from sra_fast.engine.monitor import Monitor  # noqa: E402
 
 STEPS, HALF = 6, 3
 # further configurations, each with the ZeRO stage it runs in; {micro} accumulates four micro-batches
@@ -36,6 +37,7 @@ VARIANTS = {
     "fraction_every": (2, "--align.fraction 0.3333333 --align.every 2 --train.micro_batch {micro}"),
     "compiled": (1, "--train.compile true --train.recompute norm"),
     "recompute_full": (3, "--train.recompute full"),
+    "monitored": (2, "--monitor.every 3 --monitor.count 5 --sample.steps 2"),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
 }
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
@@ -114,7 +116,8 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build(cfg, device)
     initial, watched = whole_masters(trainer), watch_ema(trainer)
-    whole = outcome(trainer, train(trainer, data, folder))
+    monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
+    whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
     whole["watched_ema"], whole["initial"] = watched, initial
     resumed = build(cfg, device)
     start = checkpoint.load(resumed, folder / "checkpoints" / f"step_{HALF:08d}")
