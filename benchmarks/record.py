@@ -1,9 +1,11 @@
 """JSON rows of measurements: their fields, where they were taken, and the file that holds them."""
+import contextlib
 import json
 import os
 import platform
 import re
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -37,6 +39,8 @@ def commit() -> str:
 def environment(device: str, command: str) -> dict:
     """The fields that all rows of a run share."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    with contextlib.suppress(PackageNotFoundError):
+        versions["deepspeed"] = version("deepspeed")
     if device == "cuda":
         versions["cuda"] = torch.version.cuda
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
