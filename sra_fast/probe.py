@@ -76,7 +76,8 @@ def say(rows: list[dict]) -> None:
     from sra_fast.engine.linear_probe import best
 
     top = best(rows)
-    print(f"t = {top['time']:<5g} best after block {top['layer']:2}: {top['accuracy']:6.1%}   noisy input: {rows[0]['accuracy']:6.1%}")
+    pixels = rows[0]["accuracy"]
+    print(f"t = {top['time']:<5g} best after block {top['layer']:2}: {top['accuracy']:6.1%}   noisy input: {pixels:6.1%}")
 
 
 def main() -> None:

@@ -119,6 +119,7 @@ def save_samples(path: Path, images: np.ndarray, columns: int, scale: int) -> No
     runs, n, height, width, channels = images.shape
     images = np.pad(images, ((0, 0), (0, -n % columns), *[(0, 0)] * 3), constant_values=255)
     rows = images.reshape(runs, -1, columns, height, width, channels).swapaxes(0, 1)
-    blocks = [np.pad(mosaic(block, 1), ((0, height // 4 if runs > 1 else 0), (0, 0), (0, 0)), constant_values=255) for block in rows]
+    below = ((0, height // 4 if runs > 1 else 0), (0, 0), (0, 0))
+    blocks = [np.pad(mosaic(block, 1), below, constant_values=255) for block in rows]
     picture = np.concatenate(blocks).repeat(scale, 0).repeat(scale, 1)
     write_atomic(path, lambda p: Image.fromarray(picture.squeeze(2) if channels == 1 else picture).save(p, format="png"))

@@ -64,7 +64,7 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
         ValueError: weights of another layout.
     """
     if any(name.startswith("ap_head.") for name in state):
-        raise ValueError("these weights have a projection head, no official release has: train.init_from takes them as they are")
+        raise ValueError("the weights have a projection head (ap_head), no release has: train.init_from takes them as they are")
     state = {name: value.float() for name, value in state.items()}
     if cfg.family == "SiT":
         _convert_sit(state, cfg.arguments()["patch_size"], cfg.in_channels)
@@ -98,5 +98,7 @@ def interpolant(args) -> str:
     """
     path, prediction = getattr(args, "path_type", "Linear"), getattr(args, "prediction", "velocity")
     if path not in PATHS or prediction != "velocity":
-        raise ValueError(f"expected --path-type {' or '.join(PATHS)} and --prediction velocity, the weights have {path}, {prediction}")
+        raise ValueError(
+            f"expected --path-type {' or '.join(PATHS)} and --prediction velocity, the weights have {path} and {prediction}"
+        )
     return PATHS[path]
