@@ -2,6 +2,7 @@
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -19,3 +20,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1)))
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made if it is not there; ValueError if that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out {path} cannot be made: {error.strerror}") from None
+    return Path(path)
+
+
+def require(module: str, package: str, extra: str) -> None:
+    """ValueError that says how to install what an optional part needs, if it is not there."""
+    if find_spec(module) is None:
+        raise ValueError(f"this needs {package}: pip install 'sra-fast[{extra}]'")

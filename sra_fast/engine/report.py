@@ -37,7 +37,7 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_
     Image.fromarray(grid[..., 0] if channels == 1 else grid[..., :3]).save(path)
 
 
-def _pyplot(path: Path):
+def pyplot(path: Path):
     """matplotlib without a display; None, and one warning, where it is not installed (the ``plots`` extra)."""
     try:
         import matplotlib
@@ -52,7 +52,7 @@ def _pyplot(path: Path):
 
 def plot_loss(path: Path, rows: list[dict]) -> None:
     """Loss parts and feature norms over steps."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     panels = [("denoise", "vb", "align"), ("student_norm", "teacher_norm"), ("grad_norm",)]
@@ -72,7 +72,7 @@ def plot_loss(path: Path, rows: list[dict]) -> None:
 
 def plot_study(path: Path, rows: list[dict]) -> None:
     """A panel per score, a dot per seed and a bar at the mean of every variant."""
-    plt = _pyplot(path)
+    plt = pyplot(path)
     if plt is None:
         return
     keys = [key for key in ("denoise", "frechet", "label_accuracy") if all(key in row for row in rows)]

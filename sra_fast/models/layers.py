@@ -19,6 +19,11 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def timestep_frequencies(count: int, device=None) -> Tensor:
+    """Angular frequencies ``[count]`` fp32 of the sinusoid of a time, from 1 towards 1e-4."""
+    return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(10000) / count))
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid of the raw time, then a two-layer MLP: ``[B]`` -> ``[B, D]``."""
 
@@ -30,9 +35,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.frequency_size // 2
-        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
-        phase = t.float()[:, None] * frequencies
+        phase = t.float()[:, None] * timestep_frequencies(self.frequency_size // 2, t.device)
         return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 

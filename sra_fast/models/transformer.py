@@ -1,4 +1,6 @@
 """SiT and DiT: one backbone (embedders and adaLN-Zero blocks), a prediction layer and SRA's projection head."""
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -125,6 +127,13 @@ class Backbone(nn.Module):
         for block in self.blocks[:depth]:
             tokens, pending = block(tokens, c, pending)
         return ops.gated_residual(tokens, *pending)
+
+    def all_features(self, x: Tensor, t: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """``features`` of depth 1, 2, .. L in one pass, one after the other ``[B, T, D]``.  Arguments: see ``features``."""
+        (tokens, c), pending = self.embed(x, t, y), None
+        for block in self.blocks:
+            tokens, pending = block(tokens, c, pending)
+            yield ops.gated_residual(tokens, *pending)
 
 
 class SiT(Backbone):

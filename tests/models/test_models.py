@@ -131,6 +131,18 @@ def test_truncated_forward_is_exact_and_costs_nothing_more():
         model.features(*args, depth=5)
 
 
+@pytest.mark.parametrize("family", [SiT, DiT])
+def test_all_features_are_the_features_of_every_depth(family):
+    model = randomise(family(**TINY)).eval()
+    args = batch(model)
+    layers = list(model.all_features(*args))
+    assert len(layers) == model.depth
+    for depth, features in enumerate(layers, start=1):
+        assert torch.equal(features, model.features(*args, depth=depth))
+    once = flops(lambda: model.features(*args))
+    assert flops(lambda: list(model.all_features(*args))) == once, "one pass"
+
+
 def test_head_runs_only_when_asked_for():
     model = randomise(SiT(**TINY)).eval()
     args = batch(model)
