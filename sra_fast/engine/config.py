@@ -106,7 +106,9 @@ class DataConfig:
     name: Literal["digits", "latents"] = "latents"
     """scikit-learn's digits, or VAE moments on disk"""
     path: str = "data/imagenet256"
-    """folder that holds vae-sd/ (latents)"""
+    """folder that holds index.json (packed by preprocess.py) or vae-sd/ (the reference's layout)"""
+    verify: bool = False
+    """compare the SHA-256 of each packed shard with the index when it is first read"""
     latent_scale: float = 0.18215
     """multiplies the sampled latents (SD-VAE: 0.18215)"""
     num_workers: int = 4

@@ -3,9 +3,7 @@
 A data set has ``shape`` (C, H, W of the latent), ``posterior`` (whether images are moments to sample from), ``labels``,
 ``__getitems__`` (a list of indices -> one batch) and ``to_latent`` (a batch on the device -> clean latents).
 """
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sra_fast.engine.config import Config
-from sra_fast.engine.draws import block_seed
+from sra_fast.engine.latents import Latents, PackedLatents, open_latents
+from sra_fast.engine.permutation import Permutation
 
 
 class Digits(Dataset):
@@ -43,74 +42,10 @@ class Digits(Dataset):
         return images
 
 
-class Latents(Dataset):
-    """VAE moments in the reference's layout: ``<path>/vae-sd/**/*.npy`` (mean and std, ``[2C, H, W]``) and ``dataset.json``.
-
-    Args:
-        path: folder that holds ``vae-sd``.
-        scale: multiplies the sampled latents.
-
-    Raises:
-        ValueError: the folder, its ``dataset.json``, images or labels are missing, or the moments have no [2C, H, W].
-    """
-
-    posterior = True
-
-    def __init__(self, path: str, scale: float = 0.18215):
-        self.root, self.scale = Path(path) / "vae-sd", scale
-        if not self.root.is_dir():
-            raise ValueError(f"data.path must hold a folder vae-sd with VAE moments, found none at {self.root}")
-        self.files = sorted(str(f.relative_to(self.root)) for f in self.root.rglob("*.npy"))
-        if not self.files:
-            raise ValueError(f"no .npy file under {self.root}")
-        self.labels = torch.tensor(self._read_labels(), dtype=torch.int64)
-        self.num_classes = int(self.labels.max()) + 1
-        moments = self._read(self.files[0])
-        self.shape = (moments.shape[0] // 2, *moments.shape[1:])
-
-    def _read_labels(self) -> list[int]:
-        index = self.root / "dataset.json"
-        try:
-            labels = dict(json.loads(index.read_text())["labels"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}') from None
-        missing = [f for f in self.files if Path(f).as_posix() not in labels]
-        if missing:
-            raise ValueError(f"{index} has no label for {len(missing)} files, the first is {missing[0]}")
-        found = [labels[Path(f).as_posix()] for f in self.files]
-        wrong = next((i for i, label in enumerate(found) if type(label) is not int), None)
-        if wrong is not None:
-            raise ValueError(f"{index}: the label of {self.files[wrong]} must be an integer, got {found[wrong]!r}")
-        return found
-
-    def _read(self, name: str) -> np.ndarray:
-        try:
-            moments = np.load(self.root / name, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{self.root / name} is no readable .npy file: {error}") from None
-        if moments.ndim == 4 and moments.shape[0] == 1:  # the reference's encoder leaves a batch dimension
-            moments = moments[0]
-        expected = (2 * self.shape[0], *self.shape[1:]) if hasattr(self, "shape") else moments.shape
-        if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape != expected:
-            raise ValueError(f"{self.root / name} must hold moments [2C, H, W] like the others, got {moments.shape}")
-        return moments
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        moments = np.stack([self._read(self.files[i]) for i in indices])
-        return torch.from_numpy(moments), self.labels[indices]
-
-    def to_latent(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """``[B, 2C, H, W]`` moments and ``[B, C, H, W]`` normals -> latents ``(mean + std * noise) * scale``, fp32."""
-        mean, std = moments.float().chunk(2, dim=1)
-        return (mean + std * noise) * self.scale
-
-
-def make_dataset(cfg: Config) -> Digits | Latents:
+def make_dataset(cfg: Config) -> Digits | Latents | PackedLatents:
     """The configured training set; ValueError if it does not fit the model or the batch."""
-    data = Digits() if cfg.data.name == "digits" else Latents(cfg.data.path, cfg.data.latent_scale)
+    d = cfg.data
+    data = Digits() if d.name == "digits" else open_latents(d.path, d.latent_scale, d.verify)
     model = cfg.model
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
@@ -128,7 +63,8 @@ def make_dataset(cfg: Config) -> Digits | Latents:
 class ShuffledBatches:
     """Indices of this process's micro-batches from ``step`` on: a function of (seed, epoch), not of the processes.
 
-    Every epoch is one permutation, cut into global batches; what does not fill a last one is dropped.
+    Every epoch is one permutation, cut into global batches; what does not fill a last one is dropped.  It is computed
+    batch by batch: neither memory nor the time to resume grow with the data set.
 
     Args:
         num_images: size of the data set.
@@ -162,11 +98,11 @@ class ShuffledBatches:
         for step in range(self.step, self.steps):
             if self.epoch(step) != epoch:
                 epoch = self.epoch(step)
-                order = np.random.default_rng(block_seed(self.seed, epoch, -1)).permutation(self.num_images)
+                order = Permutation(self.num_images, self.seed, epoch, -1)
             start = step % self.steps_per_epoch * self.global_batch
             for micro_step in range(self.accumulation):
                 first = start + self.first(micro_step)
-                yield order[first : first + self.micro].tolist()
+                yield order(np.arange(first, first + self.micro)).tolist()
 
 
 def _as_is(batch):

@@ -3,21 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import write_latents
 
 from sra_fast.engine.config import Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.engine.data import Digits, Latents, ShuffledBatches, make_dataset, make_loader
-
-
-def write_latents(root, count=10, shape=(8, 4, 4), leading=()):
-    folder = root / "vae-sd"
-    rng, labels = np.random.default_rng(0), []
-    for i in range(count):
-        name = f"{i % 2:05d}/img-mean-std-{i:08d}.npy"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        np.save(folder / name, rng.random((*leading, *shape), dtype=np.float32))
-        labels.append([name, i % 3])
-    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return folder
 
 
 def config(path="", **model):

@@ -1,0 +1,56 @@
+"""Small data sets on disk, and the photographs that scikit-learn and matplotlib bring along."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def photographs() -> list[Image.Image]:
+    """China (640 x 427), a flower (640 x 427), Grace Hopper (512 x 600)."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn's photographs")
+    cbook = pytest.importorskip("matplotlib.cbook", reason="needs matplotlib's photograph")
+    hopper = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return [*map(Image.fromarray, datasets.load_sample_images().images), hopper.convert("RGB")]
+
+
+def write_images(root: Path, per_class: int = 4) -> list[str]:
+    """A class folder for each photograph with cuts of it, as .jpg and .png; returns the names, sorted."""
+    names = []
+    for photo, label in zip(photographs(), ("a", "b", "c")):
+        (root / label).mkdir(parents=True)
+        for i in range(per_class):
+            names.append(f"{label}/{i}.{('jpg', 'png')[i % 2]}")
+            photo.crop((40 * i, 20 * i, 40 * i + 200, 20 * i + 150 + i)).save(root / names[-1])
+    return names
+
+
+def write_latents(root: Path, count: int = 10, shape=(8, 4, 4), leading=(), classes: int = 3) -> Path:
+    """Moments in the reference's layout; returns ``root/vae-sd``."""
+    folder, rng, labels = root / "vae-sd", np.random.default_rng(0), []
+    for i in range(count):
+        name = f"{i % 2:05d}/img-mean-std-{i:08d}.npy"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, rng.random((*leading, *shape), dtype=np.float32))
+        labels.append([name, i % classes])
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def write_vae(folder: Path, seed: int = 0, **config) -> Path:
+    """A small AutoencoderKL of random weights that makes latents of 4 channels and an eighth of the side."""
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+    torch.manual_seed(seed)
+    sizes = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1, **config}
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **sizes
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below ``root`` with its content."""
+    return {f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()}
