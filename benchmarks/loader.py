@@ -3,7 +3,6 @@
     python benchmarks/loader.py --images 131072 --batch 32 --workers 0 2 4 --step_ms 60
 """
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -40,15 +39,20 @@ class Noise:
 def packed(folder: Path, count: int, side: int) -> PackedLatents:
     """``count`` images of ``side`` pixels in ``folder``, made if they are not there: 16 KB each at 256 px."""
     shape = (8, side // 8, side // 8)
-    job = {"version": 1, "layout": "packed", "source": "noise", "num_images": count, "num_classes": 1000, "shape": shape,
-           "vae": None, "shard_size": 8192, "dtype": "float16"}
-    execute(Plan(Noise(count, shape), lambda moments: moments, json.loads(json.dumps(job)), folder, batch=256, threads=1))
+    job = {"version": 1, "layout": "packed", "source_sha256": "noise", "num_images": count, "num_classes": 1000,
+           "shape": [*shape], "vae": None, "shard_size": 8192, "dtype": "float16"}
+    execute(Plan(Noise(count, shape), lambda moments: moments, job, folder, batch=256, threads=1))
     return PackedLatents(str(folder))
+
+
+def start_loader(data: PackedLatents, batch: int, workers: int, steps: int):
+    order = ShuffledBatches(len(data), 0, batch, 1, 0, 1, 0, steps)
+    return iter(make_loader(data, order, workers, torch.cuda.is_available()))
 
 
 def latents_per_second(data: PackedLatents, batch: int, workers: int, steps: int) -> float:
     """Of one process that does nothing else, from the first batch on (loader processes start before)."""
-    loader = iter(make_loader(data, ShuffledBatches(len(data), 0, batch, 1, 0, 1, 0, steps + 1), workers, torch.cuda.is_available()))
+    loader = start_loader(data, batch, workers, steps + 1)
     next(loader)
     start = time.perf_counter()
     for _ in loader:
@@ -58,8 +62,7 @@ def latents_per_second(data: PackedLatents, batch: int, workers: int, steps: int
 
 def waits(data: PackedLatents, batch: int, workers: int, steps: int, step_ms: float) -> list[float]:
     """Milliseconds that each step of ``step_ms`` waited for its batch, the first one left out; sorted."""
-    loader, found = make_loader(data, ShuffledBatches(len(data), 0, batch, 1, 0, 1, 0, steps), workers, torch.cuda.is_available()), []
-    loader = iter(loader)
+    loader, found = start_loader(data, batch, workers, steps), []
     for _ in range(steps):
         start = time.perf_counter()
         next(loader)

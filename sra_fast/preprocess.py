@@ -13,10 +13,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: impo
 
 @dataclass
 class Options:
-    """What to make of what.  Killed or interrupted, the same command goes on where it was, on any number of processes."""
+    """What to make of what.  Interrupted, the same command goes on where it was, on any number of processes."""
 
     source: str
-    """images: a folder or a .zip with class folders, or with a dataset.json; moments: a folder with vae-sd/ or index.json"""
+    """images: a folder or .zip with class folders or a dataset.json; moments: a folder with vae-sd/ or index.json"""
     out: str
     """folder to make"""
     vae: str | None = None
@@ -42,7 +42,7 @@ class Options:
 
 
 def open_moments(options: Options):
-    """``(data set, function from its batches to moments, what preprocess.json says of them)``; ValueError says what is wrong."""
+    """``(data set, function from its batches to moments, what the index says of them)``; ValueError: what is wrong."""
     from sra_fast.engine.latents import open_latents
 
     if options.vae or options.mirror:
@@ -56,17 +56,20 @@ def open_moments(options: Options):
 
 
 def open_images(options: Options):
-    """``(data set, function from its batches to moments, what preprocess.json says of them)``; ValueError says what is wrong."""
+    """``(data set, function from its batches to moments, what the index says of them)``; ValueError: what is wrong."""
     import torch
 
-    from sra_fast.engine.images import Images
+    from sra_fast.engine.images import ImageFolder
     from sra_fast.engine.vae import load_vae, make_encoder, moments_shape, vae_identity
 
     if not options.vae:
         raise ValueError("images need --vae, the folder of an AutoencoderKL")
-    torch.set_num_threads(1)  # on a CPU the rounding depends on it, and the output must not depend on the machine
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    data = Images(options.source, options.resolution, options.num_classes, options.mirror)
+    torch.set_num_threads(1)  # on a CPU the rounding depends on their number, the output must not
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    data = ImageFolder(options.source, options.resolution, options.num_classes, options.mirror)
     vae = load_vae(options.vae)
     facts = {"num_classes": data.num_classes, "vae": vae_identity(vae)}
     facts |= {key: getattr(options, key) for key in ("resolution", "mirror", "precision")}
@@ -87,7 +90,7 @@ def prepare(options: Options):
         raise ValueError(f"out must be another folder than source, got {out} for both")
     packed = (source / INDEX).exists() or (source / "vae-sd").is_dir()
     data, encode, facts = (open_moments if packed else open_images)(options)
-    job = {"version": VERSION, "layout": options.layout, "source": data.fingerprint, "num_images": len(data), **facts}
+    job = {"version": VERSION, "layout": options.layout, "source_sha256": data.fingerprint, "num_images": len(data), **facts}
     job |= {"shard_size": options.shard_size, "dtype": options.dtype if options.layout == "packed" else "float32"}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Plan(data, encode, job, out, options.batch, options.threads, rank, world)

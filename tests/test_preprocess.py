@@ -12,7 +12,7 @@ import torch
 from datasets import photographs, tree, write_images, write_latents, write_vae
 from test_scripts import TINY, environment, script
 
-from sra_fast.engine.images import Images
+from sra_fast.engine.images import ImageFolder
 from sra_fast.engine.latents import PackedLatents
 from sra_fast.engine.pack import execute
 from sra_fast.engine.vae import load_vae, make_encoder, vae_identity
@@ -53,7 +53,7 @@ def packed(tmp_path_factory):
 
 @diffusers
 def test_shards_are_the_vaes_moments_of_the_crops(packed):
-    data, images = PackedLatents(packed / "one"), Images(packed / "images", 64)
+    data, images = PackedLatents(packed / "one"), ImageFolder(packed / "images", 64)
     vae = load_vae(str(packed / "vae"))
     with torch.no_grad():
         posterior = vae.encode(images.__getitems__([5, 9])[0].float() / 127.5 - 1).latent_dist

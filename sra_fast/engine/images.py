@@ -27,7 +27,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-class Images(Dataset):
+class ImageFolder(Dataset):
     """Images of class folders, or of a ``dataset.json`` (``{"labels": [["a/b.png", 3], ...]}``) beside them.
 
     Class folders are numbered in the order of their names.  Reading is thread-safe.
@@ -78,22 +78,23 @@ class Images(Dataset):
             yield from (above + name for name in files)
 
     def _listed_labels(self) -> list[int]:
+        index = f"{self.path}/dataset.json"
         try:
             labels = dict(json.loads(self._read("dataset.json"))["labels"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{self.path}/dataset.json must hold {{"labels": [[file, label], ...]}}: {error!r}') from None
+            raise ValueError(f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}') from None
         for name in self.names:
-            if type(labels.get(name)) is not int:
-                raise ValueError(f"{self.path}/dataset.json must hold a whole number as the label of {name}, got {labels.get(name)!r}")
+            if type(label := labels.get(name)) is not int:
+                raise ValueError(f"{index} must hold a whole number as the label of {name}, got {label!r}")
         absent = labels.keys() - set(self.names)
         if absent:
-            raise ValueError(f"{self.path}/dataset.json lists {len(absent)} files that are not there: {min(absent)}")
+            raise ValueError(f"{index} lists {len(absent)} files that are not there: {min(absent)}")
         return [labels[name] for name in self.names]
 
     def _folder_labels(self, names: list[str], num_classes: int | None) -> list[int]:
         loose = next((name for name in self.names if "/" not in name), None)
         if loose:
-            raise ValueError(f"{self.path} must hold a dataset.json, or every image in a class folder; {loose} is in none")
+            raise ValueError(f"{self.path} needs a dataset.json, or every image in a class folder: {loose} is in none")
         classes = sorted({name.partition("/")[0] for name in names if "/" in name})
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name.partition("/")[0]] for name in self.names]

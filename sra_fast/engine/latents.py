@@ -1,8 +1,8 @@
 """VAE moments on disk, in the reference's layout (one file per image) or packed in shards.
 
-Packed: ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and ``shards/00000.npy``, ... (``[shard_size, 2C, H, W]`` each,
-the last one shorter; mean, then standard deviation).  The index is written last and holds what the latents were made with,
-and the size and SHA-256 of every other file.  bf16 is stored as its bits in uint16, which .npy has a name for.
+Packed: ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and ``shards/00000.npy``, ... (``[shard_size, 2C, H, W]``
+each, the last one shorter; mean, then standard deviation).  The index is written last and holds what the latents were
+made with, and the size and SHA-256 of every other file.  bf16 is stored as its bits in uint16, which .npy has a name for.
 """
 import hashlib
 import json
@@ -34,7 +34,13 @@ def file_entry(root: Path, name: str) -> dict:
 
 
 class Moments(Dataset):
-    """Means and standard deviations of latents; ``moments_shape`` is [2C, H, W], ``vae`` says what made them, if known."""
+    """Means and standard deviations of latents.
+
+    Attributes:
+        moments_shape: [2C, H, W].
+        fingerprint: SHA-256 of names and labels, or of the index.
+        vae: ``vae_identity`` of what made them, if known.
+    """
 
     posterior = True
     labels: Tensor
@@ -194,7 +200,7 @@ class PackedLatents(Moments):
         return {**self.__dict__, "_maps": {}}  # a loader process opens its own; a pickled map would be the shard itself
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """``[B, 2C, H, W]`` moments in the stored dtype and ``[B]`` labels, in the order asked for, read in that of the disk."""
+        """``[B, 2C, H, W]`` moments in the stored dtype and ``[B]`` labels, as asked for; read in the order of the disk."""
         moments = np.empty((len(indices), *self.moments_shape), self.storage)
         for position in np.argsort(indices):
             shard, row = divmod(indices[position], self.shard_size)
@@ -208,6 +214,7 @@ def open_latents(path: str, scale: float = 0.18215, verify: bool = False) -> Lat
     if (root / JOB).exists() and not (root / INDEX).exists() and not (root / "vae-sd/dataset.json").exists():
         raise ValueError(f"the preprocessing of {root} is not finished: the same command goes on with it")
     data = PackedLatents(path, scale, verify) if (root / INDEX).exists() else Latents(path, scale)
-    if data.vae and data.vae["scaling_factor"] != scale:
-        log.warning("data.latent_scale is %s, the scaling_factor of the VAE of %s is %s", scale, path, data.vae["scaling_factor"])
+    factor = data.vae["scaling_factor"] if data.vae else scale
+    if factor != scale:
+        log.warning("data.latent_scale is %s, the scaling_factor of the VAE that made %s is %s", scale, path, factor)
     return data

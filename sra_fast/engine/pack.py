@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_fast.engine.files import write_atomic, write_json
-from sra_fast.engine.latents import INDEX, JOB, LABELS, STORAGE, VERSION, file_entry, shard_name
+from sra_fast.engine.latents import INDEX, JOB, LABELS, STORAGE, file_entry, shard_name
 
 AHEAD = 2  # batches that are ready before they are needed
 
@@ -91,7 +91,7 @@ class Packed(Layout):
 
 
 class Reference(Layout):
-    """The reference's layout: ``vae-sd/00000/img-mean-std-00000000.npy`` (fp32 ``[2C, H, W]``) and ``vae-sd/dataset.json``."""
+    """The reference's: ``vae-sd/00000/img-mean-std-00000000.npy`` (fp32 ``[2C, H, W]``) and ``vae-sd/dataset.json``."""
 
     folder = "vae-sd"
 
@@ -128,7 +128,10 @@ class Plan:
         source: a data set: ``__len__``, ``labels``, ``__getitems__`` (thread-safe).
         encode: what makes moments ``[B, 2C, H, W]`` of its batches.
         job: what the moments are made of and with, the same for a restart: written to ``preprocess.json`` at the start.
-        batch: images per call of ``encode``.  threads: that read ahead.
+        out: folder of the data set.
+        batch: images per call of ``encode``.
+        threads: that read ahead.
+        rank, world: this process and their number.
     """
 
     source: object
@@ -165,7 +168,9 @@ class Plan:
         begun = json.loads(file.read_text())
         for key, value in self.job.items():
             if begun.get(key) != value:
-                raise ValueError(f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: choose another out")
+                raise ValueError(
+                    f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: choose another out"
+                )
 
 
 def read_ahead(read: Callable, items: Iterable, threads: int) -> Iterator:

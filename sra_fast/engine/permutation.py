@@ -19,8 +19,8 @@ class Permutation:
     """A bijection of ``range(length)``: a Feistel network on pairs with cycle walking.
 
     A position is a pair (left, right) of Z_a x Z_b with a, b about the root of ``length``; a round adds a keyed hash of
-    one half to the other. What lands in [length, a b) is sent through again: at most 1 in sqrt(length). Black and Rogaway,
-    "Ciphers with arbitrary finite domains" (2002).
+    one half to the other. What lands in [length, a b), one position in sqrt(length) at most, is sent through again. Black and
+    Rogaway, "Ciphers with arbitrary finite domains" (2002).
 
     Args:
         length: at least 1.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from datasets import photographs, write_images
 from PIL import Image
 
-from sra_fast.engine.images import Images, center_crop
+from sra_fast.engine.images import ImageFolder, center_crop
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -66,7 +66,7 @@ def test_the_rest_is_bicubic(size, halvings):
 def test_class_folders_a_list_and_a_zip_are_the_same(tmp_path):
     names = write_images(tmp_path / "folders", per_class=3)
     (tmp_path / "folders/a/notes.txt").write_text("no image")
-    data = Images(tmp_path / "folders", 64)
+    data = ImageFolder(tmp_path / "folders", 64)
     assert data.names == sorted(names) and data.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and data.num_classes == 3
     batch, labels = data.__getitems__([7, 0])
     assert labels.tolist() == [2, 0] and batch.dtype == torch.uint8 and batch.shape == (2, 3, 64, 64)
@@ -77,7 +77,7 @@ def test_class_folders_a_list_and_a_zip_are_the_same(tmp_path):
     shutil.make_archive(tmp_path / "zipped", "zip", tmp_path / "folders")
     order = [[name, 2 - "abc".index(name[0])] for name in names]
     (tmp_path / "listed/dataset.json").write_text(json.dumps({"labels": order}))
-    zipped, listed = Images(tmp_path / "zipped.zip", 64), Images(tmp_path / "listed", 64)
+    zipped, listed = ImageFolder(tmp_path / "zipped.zip", 64), ImageFolder(tmp_path / "listed", 64)
     assert zipped.fingerprint == data.fingerprint != listed.fingerprint
     assert torch.equal(zipped.__getitems__([7, 0])[0], batch)
     assert listed.labels.tolist() == (2 - data.labels).tolist()
@@ -85,7 +85,7 @@ def test_class_folders_a_list_and_a_zip_are_the_same(tmp_path):
 
 def test_mirror_images_follow_their_images(tmp_path):
     write_images(tmp_path / "i", per_class=2)
-    plain, data = Images(tmp_path / "i", 32), Images(tmp_path / "i", 32, mirror=True)
+    plain, data = ImageFolder(tmp_path / "i", 32), ImageFolder(tmp_path / "i", 32, mirror=True)
     assert len(data) == 2 * len(plain) and data.labels.tolist() == [y for y in plain.labels.tolist() for _ in range(2)]
     batch = plain.__getitems__([3, 4])[0]
     mirrored = data.__getitems__([7, 6, 9])[0]
@@ -97,14 +97,14 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
     (tmp_path / "x").mkdir()
     for mode in ("L", "P", "RGBA", "CMYK"):
         photo.convert(mode).save(tmp_path / f"x/{mode}.tif")
-    data = Images(tmp_path, 64)
+    data = ImageFolder(tmp_path, 64)
     grey = data.__getitems__([data.names.index("x/L.tif")])[0][0]
     assert torch.equal(grey[0], grey[1]) and grey[0].float().std() > 10
     assert torch.equal(data.__getitems__([data.names.index("x/RGBA.tif")])[0][0].permute(1, 2, 0), torch.from_numpy(np.array(photo)))
 
 
 def broken(tmp_path, name: str) -> dict:
-    """An image folder with one thing wrong; the arguments of ``Images``."""
+    """An image folder with one thing wrong; the arguments of ``ImageFolder``."""
     root = tmp_path / "i"
     write_images(root, per_class=2)
     listed = {"labels": [[f"{c}/{n}", i] for i, c in enumerate("abc") for n in ("0.jpg", "1.png")]}
@@ -141,7 +141,7 @@ def broken(tmp_path, name: str) -> dict:
         ("no folder", "no folder or .zip of images at .*nowhere"),
         ("no zip", "neither a folder nor a readable .zip"),
         ("no images", "holds no images"),
-        ("loose", "every image in a class folder; 0.jpg is in none"),
+        ("loose", "every image in a class folder: 0.jpg is in none"),
         ("empty class", "1 class folders without images, the first is aa"),
         ("class count", "num_classes 4 was asked for, .* has 3 class folders"),
         ("range", r"labels must lie in \[0, 3\), b/1.png has 3"),
@@ -154,7 +154,7 @@ def broken(tmp_path, name: str) -> dict:
 )
 def test_wrong_folders_are_one_clear_error(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
-        Images(**broken(tmp_path, name), size=32)
+        ImageFolder(**broken(tmp_path, name), size=32)
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut", "text"])
@@ -169,7 +169,7 @@ def test_unreadable_images_are_named(tmp_path, kind, zipped):
             for f in sorted(path.rglob("*.*")):
                 z.write(f, f.relative_to(path))
         path = tmp_path / "i.zip"
-    data = Images(path, 32)
+    data = ImageFolder(path, 32)
     data.__getitems__([0, 1, 2, 4, 5])
     with pytest.raises(ValueError, match="b/1.png is no readable image"):
         data.__getitems__([2, 3])

@@ -19,7 +19,7 @@ def pack(root, dtype="float16", shard_size=7, count=23, vae=None) -> tuple[Laten
     """Moments in both layouts: shards of 7, 7, 7 and 2."""
     write_latents(root / "files", count)
     source = Latents(root / "files")
-    job = {"version": 1, "layout": "packed", "source": source.fingerprint, "num_images": count, "num_classes": 3,
+    job = {"version": 1, "layout": "packed", "source_sha256": source.fingerprint, "num_images": count, "num_classes": 3,
            "shape": [*source.moments_shape], "vae": vae, "shard_size": shard_size, "dtype": dtype}
     assert execute(Plan(source, lambda moments: moments, job, root / "packed", batch=4, threads=2))
     return source, PackedLatents(root / "packed")
