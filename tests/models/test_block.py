@@ -14,12 +14,6 @@ from sra_fast.ops import attention
 KEPT = {"none": 16.2, "norm": 11.2, "full": 2.2}
 
 
-@pytest.fixture(autouse=True)
-def linear(monkeypatch):
-    """PyTorch's: a ZeRO-3 engine built earlier in the process has left another, which changes what it has returned."""
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
-
-
 def inputs(B, T, D, dtype=torch.float32):
     torch.manual_seed(1)
     x, c, y, gate = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((B, T, D), (B, D), (B, T, D), (B, D)))
