@@ -187,6 +187,20 @@ def test_inductor_keeps_the_strides_of_inputs():
         torch.testing.assert_close(torch.compile(fn, fullgraph=True)(a), fn(a), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_statistics_are_kept_in_fp32(norm, device):
+    """Of half-precision rows too, and of the residual as it was rounded."""
+    x, y, (gate, shift, scale) = (t.to(device, torch.float16) for t in (X, Y, VECTORS))
+    args = shift, scale, None, 1e-6, norm == "rms"
+    x_new, _, *fused = torch.ops.sra_fast.gated_residual_adaln_fwd(x, y, None, gate, *args)
+    for rows, (mean, rstd) in ((x_new, fused), (x, torch.ops.sra_fast.adaln_fwd(x, *args)[1:])):
+        exact = rows.double()
+        if norm == "layer":
+            torch.testing.assert_close(mean.double(), exact.mean(2), atol=1e-6, rtol=1e-6)
+            exact = exact - exact.mean(2, keepdim=True)
+        torch.testing.assert_close(rstd.double(), exact.square().mean(2).rsqrt(), atol=1e-6, rtol=1e-5)
+
+
 @needs_interpreter
 def test_a_nan_stays_one_in_the_distance_and_its_gradient():
     x = X.clone()
