@@ -123,7 +123,15 @@ def test_identity_is_the_encoders(tmp_path):
 def test_bf16_encoding_is_close_and_another_precision(tmp_path):
     vae = load_vae(str(write_vae(tmp_path / "vae")))
     pixels = torch.stack([torch.from_numpy(np.array(p.crop((0, 0, 64, 64)))).permute(2, 0, 1) for p in photographs()])
-    fp32, bf16 = (make_encoder(vae, precision, torch.device("cpu"))(pixels) for precision in ("fp32", "bf16"))
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    choices, inside = [(cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic)], []
+    vae.encoder.register_forward_pre_hook(
+        lambda *_: inside.append((cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic))
+    )
+    fp32, tf32, bf16 = (make_encoder(vae, precision, torch.device("cpu"))(pixels) for precision in ("fp32", "tf32", "bf16"))
+    assert inside == [(False, False, True), (True, True, True), (False, False, True)]
+    assert choices == [(cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic)], "the process's own come back"
+    assert torch.equal(fp32, tf32), "on a CPU"
     error = (fp32 - bf16).norm() / fp32.norm()
     assert fp32.dtype == bf16.dtype == torch.float32 and 0 < error < 0.03
 

@@ -1,6 +1,7 @@
 """The image autoencoder: diffusers' AutoencoderKL, loaded from a local folder."""
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -40,18 +41,28 @@ def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor]
     ``precision``: fp32; tf32: products of fp32 numbers rounded to TF32 on a GPU; bf16: autocast.  The same batch gives the
     same bits again.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     vae.to(device)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
         images = pixels.to(device).float() / 127.5 - 1
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with _repeatable(tf32=precision == "tf32"), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             posterior = vae.encode(images).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1).cpu()
 
     return encode
+
+
+@contextmanager
+def _repeatable(tf32: bool) -> Iterator[None]:
+    """The same bits from the same batch, and TF32 as said; the process's own choices come back afterwards."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    matmul.allow_tf32 = tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def moments_shape(vae, encode: Callable[[Tensor], Tensor], size: int) -> tuple[int, int, int]:

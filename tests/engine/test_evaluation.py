@@ -102,7 +102,7 @@ class Counting:
 
 def test_reference_is_read_once_until_it_changes(digits, classifier, tmp_path):
     counting = Counting(classifier)
-    extractor = replace(classifier, compute=counting)
+    extractor, tf32 = replace(classifier, compute=counting), torch.backends.cudnn.allow_tf32
 
     def reference(**kwargs):
         before = counting.images
@@ -123,7 +123,7 @@ def test_reference_is_read_once_until_it_changes(digits, classifier, tmp_path):
     stat = os.stat(digits["reference"])
     os.utime(digits["reference"], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert reference()[1] == 1437, "touched"
-    assert counting.tf32 == {False} and torch.backends.cudnn.allow_tf32
+    assert counting.tf32 == {False} and torch.backends.cudnn.allow_tf32 == tf32
 
 
 def test_cache_that_cannot_be_used_is_a_warning(digits, classifier, tmp_path, monkeypatch, caplog):
