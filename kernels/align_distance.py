@@ -18,7 +18,7 @@ MAX_TOKENS = 1024
 # the other kinds hold a row: at D=32768 they spill up to 144 bytes
 MAX_WIDTH = 16384
 # 32-bit registers per thread, at most; compiled and checked by tests/ops/test_codegen_flat.py
-REGISTERS = {"_token_kernel": 128, "_channel_kernel": 128, "_backward_kernel": 64}
+REGISTERS = {"_align_token_kernel": 128, "_align_channel_kernel": 128, "_align_bwd_kernel": 64}
 
 SMOOTH_L1, L1, L2, COSINE = (tl.constexpr(i) for i in range(4))
 _CODES = {"smooth_l1": 0, "l1": 1, "l2": 2, "cosine_patch": 3}
@@ -38,7 +38,7 @@ def _cosine(p, q, axis: tl.constexpr, n):
 
 
 @triton.jit
-def _token_kernel(
+def _align_token_kernel(
     pred_ptr,  # [B, T, D]
     target_ptr,  # [B, T, D]
     dist_ptr,  # [B*T] fp32
@@ -88,7 +88,7 @@ def _token_kernel(
 
 
 @triton.jit
-def _channel_kernel(
+def _align_channel_kernel(
     pred_ptr,  # [B, T, D]
     target_ptr,  # [B, T, D]
     dist_ptr,  # [B, D] fp32
@@ -121,7 +121,7 @@ def _channel_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _align_bwd_kernel(
     ddist_ptr,  # [B, T], or [B, D] for cosine_token
     grad_ptr,  # [B, T, D]
     dpred_ptr,  # [B, T, D]
@@ -191,12 +191,12 @@ def align_distance_fwd(
         config = _tile_config(T, D)
         dist = pred.new_empty((B, D), dtype=torch.float32)
         grid = (B * triton.cdiv(D, config["BLOCK_D"]),)
-        _channel_kernel[grid](pred, target, dist, grad, T, D, *strides, WRITE_GRAD=need_grad, **config)
+        _align_channel_kernel[grid](pred, target, dist, grad, T, D, *strides, WRITE_GRAD=need_grad, **config)
     else:
         config = _row_config(D)
         dist = pred.new_empty((B, T), dtype=torch.float32)
         grid = (triton.cdiv(B * T, config["ROWS"]),)
-        _token_kernel[grid](
+        _align_token_kernel[grid](
             pred, target, dist, grad, B * T, T, D, *strides, beta, KIND=_CODES[kind], WRITE_GRAD=need_grad, **config
         )
     return dist, grad
@@ -208,7 +208,7 @@ def align_distance_bwd(ddist: Tensor, grad: Tensor, per_token: bool) -> Tensor:
     block_t = block_d = 64
     dpred = grad.new_empty(B, T, D)
     grid = (B * triton.cdiv(T, block_t) * triton.cdiv(D, block_d),)
-    _backward_kernel[grid](
+    _align_bwd_kernel[grid](
         ddist,
         grad,
         dpred,

@@ -21,12 +21,12 @@ from ._rows import load_bias, load_fp32, load_two, locate, mod_strides, residual
 # the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes at D=8192
 MAX_WIDTH = 6144
 # 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision)
-REGISTERS = {"_fwd_kernel": 72, "_bwd_kernel": 96}
-REGISTERS_XL = {"_fwd_kernel": 72, "_bwd_kernel": 72}
+REGISTERS = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 96}
+REGISTERS_XL = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 72}
 
 
 @triton.jit
-def _fwd_kernel(
+def _gated_residual_fwd_kernel(
     x_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
     bias_ptr,  # [D] or None
@@ -59,7 +59,7 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _bwd_kernel(
+def _gated_residual_bwd_kernel(
     dx_new_ptr,  # [B, T, D], the gradient of x', which is also that of x
     y_ptr,  # [B, T, D]
     bias_ptr,  # [D] or None
@@ -115,7 +115,7 @@ def gated_residual_fwd(x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor, 
     G = gate.shape[1] if gate.dim() == 3 else 1
     P, rows = split_rows(x, G, 2)
     x_new = x.new_empty(x.shape)
-    _fwd_kernel[(B * G * P,)](
+    _gated_residual_fwd_kernel[(B * G * P,)](
         *(x, y, bias, gate, group, x_new, T, G, P, rows, *mod_strides(gate)),
         **width_config(D),
         # left alone, ptxas 13 spills four registers for sm_100 to fit 64 (D=3072)
@@ -135,7 +135,7 @@ def gated_residual_bwd(
     P, rows = split_rows(y, G, 2)
     dy, dgate = y.new_empty(y.shape), gate.new_empty(gate.shape)
     part = y.new_empty(B * G, P, K, D, dtype=torch.float32)
-    _bwd_kernel[(B * G * P,)](
+    _gated_residual_bwd_kernel[(B * G * P,)](
         *(dx_new, y, bias, gate, group, dy, part, T, G, P, rows, *mod_strides(gate)),
         K=K,
         **width_config(D),

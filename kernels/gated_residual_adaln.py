@@ -43,8 +43,8 @@ from ._rows import (
 MAX_WIDTH = 3072
 # 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision), whose programs
 # of 128 threads then share an SM of Hopper by threes
-REGISTERS = {"_fwd_kernel": 144, "_bwd_kernel": 250}
-REGISTERS_XL = {"_fwd_kernel": 96, "_bwd_kernel": 168}
+REGISTERS = {"_gated_residual_adaln_fwd_kernel": 144, "_gated_residual_adaln_bwd_kernel": 250}
+REGISTERS_XL = {"_gated_residual_adaln_fwd_kernel": 96, "_gated_residual_adaln_bwd_kernel": 168}
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _fwd_kernel(
+def _gated_residual_adaln_fwd_kernel(
     x_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
     bias_ptr,  # [D] or None
@@ -156,7 +156,7 @@ def _store_sums(part_ptr, sums, gate, bias_ptr, cols, D: tl.constexpr, K: tl.con
 
 
 @triton.jit
-def _bwd_kernel(
+def _gated_residual_adaln_bwd_kernel(
     x_new_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
     bias_ptr,  # [D] or None
@@ -239,7 +239,7 @@ def gated_residual_adaln_fwd(
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((0,) if rms else (B, T), (B, T)))
     config = width_config(D)
     columns = (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
-    _fwd_kernel[(B * G * P,)](
+    _gated_residual_adaln_fwd_kernel[(B * G * P,)](
         *(x, y, bias, gate, shift, scale, group, x_new, h, h_scale, None if rms else mean, rstd, T, G, P, rows),
         *(*mod_strides(gate), *mod_strides(shift), *mod_strides(scale), eps),
         **config,
@@ -271,7 +271,7 @@ def gated_residual_adaln_bwd(
     dx, dy = x_new.new_empty(y.shape), y.new_empty(y.shape)
     dgate, dshift, dscale = (t.new_empty(t.shape) for t in (gate, scale, scale))
     part = y.new_empty(B * G, P, K, D, dtype=torch.float32)
-    _bwd_kernel[(B * G * P,)](
+    _gated_residual_adaln_bwd_kernel[(B * G * P,)](
         *(x_new, y, bias, gate, scale, group, mean if mean.numel() else None, rstd, dx_new, dh, dx, dy, part),
         *(T, G, P, rows, *mod_strides(gate), *mod_strides(scale)),
         K=K,

@@ -21,7 +21,7 @@ def _gelu(x):
 
 
 @triton.jit
-def _kernel(
+def _quantize_rows_kernel(
     x_ptr,  # [M, K]
     q_ptr,  # [M, K] e4m3
     scale_ptr,  # [M] fp32
@@ -44,5 +44,5 @@ def quantize_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     assert x.is_contiguous()
     M, K = x.shape
     q, scale = x.new_empty(M, K, dtype=E4M3), x.new_empty(M, 1, dtype=torch.float32)
-    _kernel[(M,)](x, q, scale, GELU=gelu, **width_config(K), enable_fp_fusion=True)
+    _quantize_rows_kernel[(M,)](x, q, scale, GELU=gelu, **width_config(K), enable_fp_fusion=True)
     return q, scale

@@ -1,6 +1,6 @@
 """Compile Triton kernels for a GPU that is not there, and read what the machine code costs.
 
-    report, = compile_kernels([Request("sra_fast.kernels.adaln", "_fwd_kernel", 90, args, num_warps=8)])
+    report, = compile_kernels([Request("sra_fast.kernels.adaln", "_adaln_fwd_kernel", 90, args, num_warps=8)])
     assert report.spills == 0 and report.loads[128]
 
     with record_launches(kernels) as launches:  # what a launcher would run, taken from the launcher itself

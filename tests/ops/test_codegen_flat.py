@@ -100,12 +100,12 @@ def vectors(request, names, elements):
 def expected(request):
     """Loads and stores of one thread; what is narrower than 128 bits is a single number."""
     args = request.args
-    if request.kernel == "_backward_kernel":
+    if request.kernel == "_align_bwd_kernel":
         loads, stores = (vectors(request, [name], 32) for name in ("grad", "dpred"))
         # the factor of each of the thread's rows, or of its columns, which are as many as 128 bits hold
         columns = 128 // request.bits("grad")
         loads += Counter({32: 32 // columns} if args["PER_TOKEN"] else {128: columns * 32 // 128})
-    elif request.kernel in ("_token_kernel", "_channel_kernel"):
+    elif request.kernel in ("_align_token_kernel", "_align_channel_kernel"):
         loads = vectors(request, ["pred", "target"], 32)
         stores = vectors(request, ["grad"] * args["WRITE_GRAD"], 32) + Counter({32: 1})
     elif request.kernel == "_noise_pair_kernel":

@@ -33,12 +33,12 @@ VARIANTS = [
 
 # rows read in every iteration, read once per program, rows written, partial sums written
 ACCESSES = {
-    "adaln._fwd_kernel": (["x"], ["shift", "scale"], ["y"], []),
-    "adaln._bwd_kernel": (["dy", "x"], ["scale"], ["dx"], ["dscale"] * 2),
-    "gated_residual._fwd_kernel": (["x", "y"], ["gate", "bias"], ["x_new"], []),
-    "gated_residual._bwd_kernel": (["dx_new", "y"], ["gate", "bias"], ["dy"], ["part"]),
-    "gated_residual_adaln._fwd_kernel": (["x", "y"], ["gate", "shift", "scale", "bias"], ["x_new", "h"], []),
-    "gated_residual_adaln._bwd_kernel": (
+    "_adaln_fwd_kernel": (["x"], ["shift", "scale"], ["y"], []),
+    "_adaln_bwd_kernel": (["dy", "x"], ["scale"], ["dx"], ["dscale"] * 2),
+    "_gated_residual_fwd_kernel": (["x", "y"], ["gate", "bias"], ["x_new"], []),
+    "_gated_residual_bwd_kernel": (["dx_new", "y"], ["gate", "bias"], ["dy"], ["part"]),
+    "_gated_residual_adaln_fwd_kernel": (["x", "y"], ["gate", "shift", "scale", "bias"], ["x_new", "h"], []),
+    "_gated_residual_adaln_bwd_kernel": (
         ["x_new", "y", "dx_new", "dh"], ["gate", "scale", "bias"], ["dx", "dy"], ["part"] * 3
     ),
 }
@@ -69,11 +69,7 @@ def compiled():
 
 def label(request):
     pointer = next(value for value in request.args.values() if isinstance(value, str) and value.startswith("*"))
-    return f"{request.module.rpartition('.')[2]}.{request.kernel} sm_{request.arch} D={request.args['D']} {pointer}"
-
-
-def accesses(request):
-    return ACCESSES[f"{request.module.rpartition('.')[2]}.{request.kernel}"]
+    return f"{request.kernel} sm_{request.arch} D={request.args['D']} {pointer}"
 
 
 def pieces(request, name):
@@ -89,7 +85,7 @@ def pieces(request, name):
 def expected(request):
     """Loads and stores of an iteration of two rows, of the prologue and of the epilogue."""
     args = request.args
-    rows_in, once_in, rows_out, once_out = accesses(request)
+    rows_in, once_in, rows_out, once_out = ACCESSES[request.kernel]
     if args.get("PER_TOKEN"):
         rows_in, once_in, rows_out, once_out = rows_in + once_in, [], rows_out + once_out[:1], []
     if args.get("bias_ptr"):
@@ -107,7 +103,7 @@ def test_registers_and_spills(compiled):
         module = import_module(request.module)
         assert report.spills == 0, label(request)
         assert report.registers <= module.REGISTERS[request.kernel], f"{label(request)}: {report.registers} registers"
-        if request.args["D"] == 1152 and all(request.bits(name) == 16 for name in accesses(request)[0]):
+        if request.args["D"] == 1152 and all(request.bits(name) == 16 for name in ACCESSES[request.kernel][0]):
             most = module.REGISTERS_XL[request.kernel]
             assert report.registers <= most, f"{label(request)}: {report.registers} registers"
 
@@ -134,7 +130,7 @@ def test_the_widest_rows_do_not_spill():
 
 def test_widths_follow_alignment():
     """The check above can fail: a misaligned pointer costs the wide loads."""
-    request = next(r for r in launches(1152, bf16) if r.kernel == "_fwd_kernel" and "gate_ptr" in r.args)
+    request = next(r for r in launches(1152, bf16) if r.kernel == "_gated_residual_adaln_fwd_kernel")
     (report,) = compile_kernels([replace(request, args=request.args | {"x_ptr": "*bf16:1"})])
     assert report.loads[128] < expected(request)[0][128]
 

@@ -15,7 +15,7 @@ from sra_fast.ops.fp8 import E4M3, Rows, adaln_fp8, gated_residual_adaln_fp8, li
 
 BACKENDS = ["torch", "triton"]
 # registers that keep at least 4, 8 and 16 rows in flight on an SM
-BUDGET = {"_fwd_kernel": 144, "_kernel": 64}
+BUDGET = {"_adaln_fwd_kernel": 144, "_gated_residual_adaln_fwd_kernel": 144, "_quantize_rows_kernel": 64}
 
 
 def random(*shape, seed=0, dtype=torch.float32, device="cpu"):
