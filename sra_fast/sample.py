@@ -66,7 +66,7 @@ def prepare(options: Options):
     if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
         raise ValueError("count, batch, columns, grid and scale must be at least 1")
     model, path = load_model(options.checkpoint, options.sample.weights, options.num_heads)
-    check_sampling(options.sample, model.family)
+    check_sampling(options.sample, model)
     if options.vae is None and model.in_channels not in (1, 3):
         raise ValueError(f"the model makes latents of {model.in_channels} channels: give --vae to decode them")
     classes = torch.tensor(options.classes if options.classes else list(range(model.num_classes)))

@@ -205,6 +205,8 @@ class SampleConfig:
     """classifier-free guidance; 1 is none"""
     interval: tuple[float, float] = (0.0, 1.0)
     """times in [0, 1] in which guidance applies"""
+    guided_channels: int = 0
+    """how many channels guidance applies to; 0: all (the official DiT and SiT samplers: 3)"""
     weights: Literal["ema", "model"] = "ema"
     """which weights sample (the reference samples from the student during training)"""
     labels: Literal["balanced", "random"] = "balanced"

@@ -64,9 +64,9 @@ def respaced(num_steps: int) -> tuple[list[int], Schedule]:
 
     Improved DDPM, Sec. 4: the shorter chain's betas follow from the full chain's alpha_bar.
     """
-    if not 1 <= num_steps <= NUM_TIMES:
-        raise ValueError(f"steps must lie in [1, {NUM_TIMES}] for a discrete chain, got {num_steps}")
-    stride = (NUM_TIMES - 1) / max(num_steps - 1, 1)
+    if not 2 <= num_steps <= NUM_TIMES:
+        raise ValueError(f"steps must lie in [2, {NUM_TIMES}] for a discrete chain, got {num_steps}")
+    stride = (NUM_TIMES - 1) / (num_steps - 1)
     times = [round(i * stride) for i in range(num_steps)]
     alpha_bar = (1 - linear_betas()).cumprod(0)[times]
     return times, Schedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))

@@ -54,7 +54,7 @@ def generate(
         z = noise.draw(model.in_channels, model.input_size, model.input_size)
         x = sample(
             model, z, y, cfg.resolved_method(model.family), cfg.steps, guidance=cfg.guidance,
-            interval=tuple(cfg.interval), path=path, noise=noise.like, call=call,
+            interval=tuple(cfg.interval), guided_channels=cfg.guided_channels, path=path, noise=noise.like, call=call,
         )
         latents.append(x.float().cpu())
         if progress:

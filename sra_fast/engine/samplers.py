@@ -19,6 +19,7 @@ class Guidance:
         y: ``[B]`` labels.
         scale: 1 is no guidance.
         interval: (low, high), in units of t in [0, 1].
+        channels: how many of the C are guided, the rest conditional; 0: all.
         call: what runs the model, ``(x, t, y)`` -> output; default: the model.
 
     Raises:
@@ -31,11 +32,13 @@ class Guidance:
         y: Tensor,
         scale: float = 1.0,
         interval: tuple[float, float] = (0.0, 1.0),
+        channels: int = 0,
         call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ):
         if scale != 1 and model.y_embedder.dropout_prob == 0:
             raise ValueError(f"guidance {scale} needs a null class, but the model has class_dropout_prob=0")
         self.call, self.y, self.scale, self.interval = call or model, y, scale, interval
+        self.channels = channels or model.in_channels
         self.y_both = torch.cat([y, torch.full_like(y, model.null_class)])
 
     def __call__(self, x: Tensor, t: Tensor, inside: bool) -> Tensor:
@@ -45,8 +48,8 @@ class Guidance:
         both = self.call(torch.cat([x, x]), t.expand(2 * x.shape[0]), self.y_both)
         conditional, unconditional = both.chunk(2)
         # DiT's variance channels, behind the first C, stay conditional
-        c, rest = conditional.split([x.shape[1], conditional.shape[1] - x.shape[1]], dim=1)
-        u = unconditional[:, : x.shape[1]]
+        c, rest = conditional.tensor_split([self.channels], dim=1)
+        u = unconditional[:, : self.channels]
         return torch.cat([u + self.scale * (c - u), rest], dim=1)
 
     def applies(self, t: float) -> bool:
@@ -116,6 +119,7 @@ def sample(
     *,
     guidance: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
+    guided_channels: int = 0,
     path: str = "linear",
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
@@ -130,6 +134,7 @@ def sample(
         num_steps: steps; Heun calls the model twice in each but the last.
         guidance: scale; 1 is none.
         interval: times in [0, 1] in which guidance applies; outside it the model runs once per step.
+        guided_channels: how many of the C channels guidance applies to; 0: all.
         path: the interpolant SiT was trained with.
         noise: draws the standard normals of the stochastic samplers, given the state.
         call: what runs the model (a CUDA graph of it); default: the model.
@@ -144,7 +149,7 @@ def sample(
         raise ValueError(f"method for {model.family} must be one of {METHODS[model.family]}, got {method!r}")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    guided = Guidance(model, y, guidance, interval, call)
+    guided = Guidance(model, y, guidance, interval, guided_channels, call)
     if model.family == "DiT":
         return _discrete(guided, z.float(), num_steps, method, noise)
     if method == "euler_maruyama":

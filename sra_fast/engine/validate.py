@@ -3,10 +3,11 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.engine.config import Config, SampleConfig
+from sra_fast.engine.config import Config, ModelConfig, SampleConfig
 from sra_fast.engine.gaussian import NUM_TIMES
 from sra_fast.engine.samplers import METHODS
 from sra_fast.engine.teacher_pass import images_per_cycle
+from sra_fast.models import SiT
 
 
 def _require(condition: bool, message: str) -> None:
@@ -30,7 +31,7 @@ def check(cfg: Config) -> None:
     )
     _check_numbers(cfg)
     _check_monitor(cfg)
-    check_sampling(cfg.sample, family)
+    check_sampling(cfg.sample, cfg.model)
 
 
 def check_device(cfg: Config, stage: int, cuda: bool) -> None:
@@ -46,14 +47,16 @@ def check_device(cfg: Config, stage: int, cuda: bool) -> None:
     _require(cfg.train.recompute != "norm" or stage < 3, "train.recompute norm needs a ZeRO stage below 3: set it to full")
 
 
-def check_sampling(sample: SampleConfig, family: str) -> None:
-    """Sampler settings against the model's family: also what ``sample.py`` checks before it samples."""
-    method = sample.resolved_method(family)
+def check_sampling(sample: SampleConfig, model: ModelConfig | SiT) -> None:
+    """Sampler settings against the model's family and channels: also what ``sample.py`` checks before it samples."""
+    family, method = model.family, sample.resolved_method(model.family)
     _require(method in METHODS[family], f"sample.method for {family} must be one of {METHODS[family]}, got {method}")
-    most = NUM_TIMES if family == "DiT" else 10**6
-    _require(1 <= sample.steps <= most, f"sample.steps for {family} must lie in [1, {most}], got {sample.steps}")
+    low, high = (2, NUM_TIMES) if family == "DiT" else (1, 10**6)
+    _require(low <= sample.steps <= high, f"sample.steps for {family} must lie in [{low}, {high}], got {sample.steps}")
     low, high = sample.interval
     _require(0 <= low <= high <= 1, f"sample.interval must be 0 <= low <= high <= 1, got {[low, high]}")
+    n, high = sample.guided_channels, model.in_channels
+    _require(0 <= n <= high, f"sample.guided_channels must lie in [0, {high}], got {n}")
 
 
 def _check_numbers(cfg: Config) -> None:

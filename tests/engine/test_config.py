@@ -118,7 +118,8 @@ def test_help_explains_every_field(capsys):
         (("--optim.warmup_steps", "-3"), "optim.warmup_steps must not be negative, got -3"),
         (("--align.weight", "-0.2"), "must not be negative, got -0.2"),
         (("--sample.steps", "0"), "sample.steps for SiT"),
-        (("--model.name", "DiT-XL/2", "--sample.steps", "2000"), r"sample.steps for DiT must lie in \[1, 1000\]"),
+        (("--model.name", "DiT-XL/2", "--sample.steps", "2000"), r"sample.steps for DiT must lie in \[2, 1000\]"),
+        (("--sample.guided_channels", "5"), r"sample.guided_channels must lie in \[0, 4\], got 5"),
         (("--sample.interval", "[0.9, 0.1]"), "low <= high"),
     ],
 )
