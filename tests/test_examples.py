@@ -1,7 +1,12 @@
+import re
 import runpy
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "examples/dit_block.py"
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples/dit_block.py"
 
 
 def test_fused_block_is_the_plain_one(device, monkeypatch):
@@ -10,3 +15,15 @@ def test_fused_block_is_the_plain_one(device, monkeypatch):
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SRA_FAST_BACKEND", backend)
         assert compare(device) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_the_page_shows_runs(backend, device, monkeypatch):
+    monkeypatch.setenv("SRA_FAST_BACKEND", backend)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/use_the_ops.md").read_text(), re.DOTALL))
+    with torch.device(device):
+        names = {}
+        exec(compile(code, "docs/use_the_ops.md", "exec"), names)
+    teacher, student = names["teacher"][0].weight, names["student"][0].weight
+    assert names["h"].isfinite().all() and names["loss"].isfinite()
+    assert 0 < (teacher - student).abs().max() < 0.01 and not teacher.requires_grad
