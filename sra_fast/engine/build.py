@@ -11,7 +11,8 @@ from sra_fast.engine.config import Config
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import ShardedEMA, make_teacher
 from sra_fast.engine.objective import SRAObjective, make_process
-from sra_fast.engine.optimizer import AdamWEMA, OnePassStep, clip_before_step, make_optimizer
+from sra_fast.engine.one_pass import PartitionedStep, Stage3Step
+from sra_fast.engine.optimizer import AdamWEMA, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
@@ -130,7 +131,9 @@ def build(
     shards.verify(parameters)
     # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which keeps its own step
     if stage in (1, 2) and isinstance(optimizer, AdamWEMA) and hasattr(engine.optimizer, "bit16_groups_flat"):
-        OnePassStep(engine, cfg.optim.clip)
+        PartitionedStep(engine, cfg.optim.clip)
+    elif stage == 3 and isinstance(optimizer, AdamWEMA):
+        Stage3Step(engine, cfg.optim.clip)
     elif clips_itself(stage, cfg):
         clip_before_step(engine, cfg.optim.clip)
     ema = ShardedEMA(shards, cfg.train.ema_decay, optimizer)

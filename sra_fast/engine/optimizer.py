@@ -1,7 +1,5 @@
 """The optimizer: torch's AdamW, or AdamW whose pass over the weights also updates the EMA and the teacher's copy of it."""
-import deepspeed.comm as dist
 import torch
-from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
 
 from sra_fast import ops
@@ -93,72 +91,3 @@ def clip_before_step(engine, limit: float) -> None:
             torch._foreach_mul_(gradients, scale)
 
     getattr(wrapper, "optimizer", wrapper).register_step_pre_hook(hook)
-
-
-class OnePassStep:
-    """Takes the place of ``step`` of DeepSpeed's ZeRO-1/2 optimizer: flatten, norm, one pass per group, all-gather.
-
-    DeepSpeed's own converts every gradient to fp32 twice (for the norm and for the optimizer), scales it in a pass of its
-    own, and rounds the weights in another: about 102 bytes per parameter, EMA included, against 46 here.
-
-    Args:
-        engine: stage 1 or 2, with an ``AdamWEMA``.
-        limit: of the global gradient norm, 0 for none.
-
-    Raises:
-        RuntimeError: this version of DeepSpeed keeps its gradients elsewhere.
-    """
-
-    NEEDS = ("averaged_gradients", "all_grad_tensors", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups",
-             "bit16_groups", "real_dp_process_group", "nccl_start_alignment_factor", "allgather_bucket_size",
-             "free_grad_in_param_list", "_release_preflattened_grad_buffers", "flatten", "micro_step_id", "overflow", "_lazy_init_hp_params_optimizer_state")
-
-    def __init__(self, engine, limit: float):
-        self.zero, self.limit = engine.optimizer, limit
-        missing = [name for name in self.NEEDS if not hasattr(self.zero, name)]
-        if missing:
-            raise RuntimeError(
-                f"optim.implementation fused needs DeepSpeed 0.19's ZeRO optimizer, this one lacks {missing}: set it to torch"
-            )
-        self.zero.step = self
-
-    @torch.no_grad()
-    def __call__(self, closure=None) -> None:
-        zero = self.zero
-        zero.micro_step_id, zero.overflow = -1, False  # -1: no micro-step yet
-        gradients = [self._flat_gradient(i) for i in range(len(zero.bit16_groups))]
-        zero._global_grad_norm = self._norm(gradients)
-        adamw = zero.optimizer
-        adamw.clip_scale = clip_factor(zero._global_grad_norm, self.limit)
-        for i, group in enumerate(adamw.param_groups):
-            rank = dist.get_rank(group=zero.real_dp_process_group[i])
-            master, weights = zero.single_partition_of_fp32_groups[i], zero.parallel_partitioned_bit16_groups[i][rank]
-            adamw.update(master, gradients[i], group, weights)
-            gradients[i] = None
-        zero._lazy_init_hp_params_optimizer_state()
-        all_gather_dp_groups(
-            groups_flat=zero.bit16_groups_flat, partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-            dp_process_group=zero.real_dp_process_group, start_alignment_factor=zero.nccl_start_alignment_factor,
-            allgather_bucket_size=zero.allgather_bucket_size,
-        )
-
-    def _flat_gradient(self, i: int) -> Tensor:
-        """This rank's part of group i's gradient, 1-d; the parameters' own gradients are freed."""
-        zero = self.zero
-        gradients = zero.averaged_gradients[i]
-        flat = getattr(gradients, "flat_partition", None)  # there already where fp32 accumulates bf16 gradients
-        flat = zero.flatten(gradients) if flat is None else flat.view(-1)
-        expected = zero.single_partition_of_fp32_groups[i].numel()
-        if flat.numel() != expected:
-            raise RuntimeError(f"DeepSpeed left {flat.numel()} gradients for a partition of {expected}: unsupported version?")
-        zero._release_preflattened_grad_buffers(i)
-        zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
-        zero.free_grad_in_param_list(zero.bit16_groups[i])
-        return flat
-
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """Norm of the whole gradient, fp32, on the device; NaN stays NaN."""
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-        squared = norms.square().sum()
-        dist.all_reduce(squared, group=self.zero.dp_process_group)
-        return squared.sqrt()
