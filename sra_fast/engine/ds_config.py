@@ -33,7 +33,8 @@ def deepspeed_config(cfg: Config, micro: int, accumulation: int, path: str | Non
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": cfg.train.zero_stage,
-            "overlap_comm": cuda,
+            # with it DeepSpeed waits for the device after every backward; one process has nothing to overlap
+            "overlap_comm": cuda and cfg.train.global_batch > micro * accumulation,
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 200_000_000,
@@ -45,6 +46,7 @@ def deepspeed_config(cfg: Config, micro: int, accumulation: int, path: str | Non
         "zero_allow_untested_optimizer": True,  # ours; it works on each flat partition like AdamW
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # on by default, and waits for the device twice per micro-step
     }
     merged = _merge(ours, _read_json(path)) if path else ours
     if clips_itself(merged["zero_optimization"]["stage"], cfg):

@@ -161,6 +161,12 @@ def test_shipped_deepspeed_files_are_accepted(stage):
     assert zero_stage(config, cfg) == stage
 
 
+@pytest.mark.parametrize("micro, overlap", [(256, False), (64, True)])
+def test_one_process_overlaps_nothing(micro, overlap):
+    """DeepSpeed then waits for the device after every backward."""
+    assert deepspeed_config(parse(), micro, 1, None, cuda=True)["zero_optimization"]["overlap_comm"] == overlap
+
+
 @pytest.mark.parametrize(
     "user, message",
     [
