@@ -114,6 +114,11 @@ def zero_stage(ds_config: dict, cfg: Config) -> int:
             raise ValueError(f"zero_optimization.{name} is not supported: the EMA reads the masters on the device")
     if stage == 3 and zero["stage3_param_persistence_threshold"] != 0:
         raise ValueError("zero_optimization.stage3_param_persistence_threshold must be 0: the teacher would go stale")
+    if cfg.align.target != "none" and (zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_nontrainable_weights")):
+        raise ValueError(
+            "zero_optimization.zero_hpz_partition_size above 1 and zero_quantized_nontrainable_weights are not supported with a "
+            "teacher: DeepSpeed copies frozen weights once, so that it would go stale"
+        )
     if stage == 3 and cfg.align.teacher_dtype == "fp32" and cfg.train.precision != "fp32":
         raise ValueError("align.teacher_dtype fp32 with train.precision bf16 needs a ZeRO stage below 3")
     return stage
