@@ -47,12 +47,19 @@ class Trainer:
         """Teacher weights <- EMA, however that changed."""
         if self.teacher is not None:
             self.teacher.refresh()
+        self._settle()
 
     def after_step(self, teacher_runs: bool) -> None:
         """EMA and, if the next step runs the teacher, its weights follow the optimizer step just taken."""
         self.ema.update()
         if teacher_runs and self.teacher is not None:
             self.teacher.after_step()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Stage 3 gathers parameters in a stream of its own, which does not wait for what was written to the partitions."""
+        if self.stage == 3 and self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict in the reference's order and names from gathered parameters; adds the position embedding."""

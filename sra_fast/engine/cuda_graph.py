@@ -36,6 +36,7 @@ class Graphed:
                 self.fn(*static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # by default a loader's thread that pins a batch meanwhile would break the capture and die of it itself
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self.fn(*static)
         return graph, static, output

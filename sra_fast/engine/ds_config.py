@@ -33,7 +33,8 @@ def deepspeed_config(cfg: Config, micro: int, accumulation: int, path: str | Non
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": cfg.train.zero_stage,
-            "overlap_comm": cuda,
+            # with it DeepSpeed waits for the device after every backward; one process has nothing to overlap
+            "overlap_comm": cuda and cfg.train.global_batch > micro * accumulation,
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 200_000_000,
@@ -45,6 +46,7 @@ def deepspeed_config(cfg: Config, micro: int, accumulation: int, path: str | Non
         "zero_allow_untested_optimizer": True,  # ours; it works on each flat partition like AdamW
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # on by default, and waits for the device twice per micro-step
     }
     merged = _merge(ours, _read_json(path)) if path else ours
     if clips_itself(merged["zero_optimization"]["stage"], cfg):
@@ -112,6 +114,11 @@ def zero_stage(ds_config: dict, cfg: Config) -> int:
             raise ValueError(f"zero_optimization.{name} is not supported: the EMA reads the masters on the device")
     if stage == 3 and zero["stage3_param_persistence_threshold"] != 0:
         raise ValueError("zero_optimization.stage3_param_persistence_threshold must be 0: the teacher would go stale")
+    if cfg.align.target != "none" and (zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("zero_quantized_nontrainable_weights")):
+        raise ValueError(
+            "zero_optimization.zero_hpz_partition_size above 1 and zero_quantized_nontrainable_weights are not supported with a "
+            "teacher: DeepSpeed copies frozen weights once, so that it would go stale"
+        )
     if stage == 3 and cfg.align.teacher_dtype == "fp32" and cfg.train.precision != "fp32":
         raise ValueError("align.teacher_dtype fp32 with train.precision bf16 needs a ZeRO stage below 3")
     return stage

@@ -1,4 +1,5 @@
 """Checks of a configuration before anything large is allocated: each failure is one ValueError that says what is wrong."""
+import math
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def check_device(cfg: Config, stage: int, cuda: bool) -> None:
         _require(not value or cuda or name == "train.compile", f"{name} needs a CUDA device")
     if a.teacher_dtype == "fp8" and a.target != "none":
         _require(stage < 3 and cfg.train.precision == "bf16", "align.teacher_dtype fp8 needs train.precision bf16 and a ZeRO stage below 3")
+        width = cfg.model.arguments()["hidden_size"]
+        _require(width % 16 == 0, f"align.teacher_dtype fp8 needs a model.hidden_size that is a multiple of 16, got {width}")
         _require(not cuda or torch.cuda.get_device_capability() >= (9, 0), "align.teacher_dtype fp8 needs compute capability 9.0")
     # stage 3 replaces linear by one that adds the bias in place, to what selective checkpointing has kept
     _require(cfg.train.recompute != "norm" or stage < 3, "train.recompute norm needs a ZeRO stage below 3: set it to full")
@@ -63,12 +66,13 @@ def _check_numbers(cfg: Config) -> None:
     t, o, d = cfg.train, cfg.optim, cfg.data
     for name, value in dict(steps=t.steps, save_every=t.save_every, log_every=t.log_every).items():
         _require(value >= 1, f"train.{name} must be at least 1, got {value}")
+    _require(-(2**63) <= t.seed < 2**64, f"train.seed must lie in [-2^63, 2^64), got {t.seed}")
     _require(0 <= t.ema_decay <= 1, f"train.ema_decay must lie in [0, 1], got {t.ema_decay}")
-    _require(o.lr > 0 and o.eps > 0, f"optim.lr and optim.eps must be positive, got {o.lr} and {o.eps}")
+    _require(0 < o.lr < math.inf and 0 < o.eps < math.inf, f"optim.lr and optim.eps must be positive and finite, got {o.lr} and {o.eps}")
     _require(all(0 <= beta < 1 for beta in o.betas), f"optim.betas must lie in [0, 1), got {list(o.betas)}")
     for name, value in {"optim.clip": o.clip, "optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps,
                         "data.num_workers": d.num_workers, "align.hold": cfg.align.hold}.items():
-        _require(value >= 0, f"{name} must not be negative, got {value}")
+        _require(0 <= value < math.inf, f"{name} must not be negative nor infinite, got {value}")
     _require(d.latent_scale > 0, f"data.latent_scale must be positive, got {d.latent_scale}")
 
 

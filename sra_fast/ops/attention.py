@@ -102,7 +102,8 @@ def _choose(q: Tensor, groups: Tensor | None, training: bool) -> str:
     """The measured backend for this shape; measured now if it is new and measuring is possible."""
     key = (q.device, q.dtype, q.shape[0].bit_length(), *q.shape[1:], groups is not None, training)
     if key in _chosen:
-        return _chosen[key]
+        # a compiler that may not break the graph stops at a package's import
+        return "sdpa" if torch.compiler.is_compiling() and _chosen[key] in _PACKAGES else _chosen[key]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return "sdpa"
 
@@ -125,7 +126,8 @@ def attention(
 
     On a CUDA device the first call of a shape measures what is installed and keeps the fastest; the choice can differ
     between runs, so name a backend where runs must agree bit for bit.  While torch.compile traces or a CUDA graph is
-    captured nothing can be measured: run the shape once eagerly before, or PyTorch picks.
+    captured nothing can be measured: run the shape once eagerly before, or PyTorch picks, which it also does in compiled code
+    where a package was the fastest.
 
     Args:
         q: ``[B, T, H, d]``, any float dtype; views of a fused qkv projection are used in place.

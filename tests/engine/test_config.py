@@ -113,9 +113,10 @@ def test_help_explains_every_field(capsys):
         (("--align.schedule", "milestones"), "milestones"),
         (("--train.steps", "0"), "train.steps"),
         (("--train.ema_decay", "1.1"), "ema_decay"),
+        (("--train.seed", str(2**64)), "train.seed must lie in"),
         (("--optim.lr", "0"), "optim.lr and optim.eps must be positive"),
         (("--optim.betas", "[1.0, 0.9]"), "optim.betas"),
-        (("--optim.warmup_steps", "-3"), "optim.warmup_steps must not be negative, got -3"),
+        (("--optim.warmup_steps", "-3"), "optim.warmup_steps must not be negative nor infinite, got -3"),
         (("--align.weight", "-0.2"), "must not be negative, got -0.2"),
         (("--sample.steps", "0"), "sample.steps for SiT"),
         (("--model.name", "DiT-XL/2", "--sample.steps", "2000"), r"sample.steps for DiT must lie in \[2, 1000\]"),
@@ -162,6 +163,12 @@ def test_shipped_deepspeed_files_are_accepted(stage):
     assert zero_stage(config, cfg) == stage
 
 
+@pytest.mark.parametrize("micro, overlap", [(256, False), (64, True)])
+def test_one_process_overlaps_nothing(micro, overlap):
+    """DeepSpeed then waits for the device after every backward."""
+    assert deepspeed_config(parse(), micro, 1, None, cuda=True)["zero_optimization"]["overlap_comm"] == overlap
+
+
 @pytest.mark.parametrize(
     "user, message",
     [
@@ -174,6 +181,8 @@ def test_shipped_deepspeed_files_are_accepted(stage):
         ({"zero_optimization": {"stagee": 2}}, "unknown key zero_optimization.stagee"),
         ({"zero_optimisation": {"stage": 2}}, "unknown keys .'zero_optimisation'"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm must be true"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "would go stale"),
+        ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "would go stale"),
         ({"bf16": True}, "bf16 must be an object"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
@@ -209,3 +218,16 @@ def test_selective_recompute_is_refused_at_stage_3():
 def test_missing_deepspeed_json_is_named():
     with pytest.raises(ValueError, match="cannot be read"):
         deepspeed_config(parse(), 256, 1, "nowhere.json", cuda=False)
+
+
+def test_fp8_needs_widths_of_its_products_before_anything_is_built():
+    with pytest.raises(ValueError, match="multiple of 16, got 36"):
+        check_device(parse("--align.teacher_dtype", "fp8", "--model.hidden_size", "36", "--model.num_heads", "3"), 1, cuda=False)
+
+
+@pytest.mark.parametrize("name", ["optim.lr", "optim.clip", "optim.weight_decay"])
+def test_infinite_numbers_of_a_file_are_named(tmp_path, name):
+    section, field = name.split(".")
+    (tmp_path / "inf.yaml").write_text(f"{section}:\n  {field}: .inf\n")
+    with pytest.raises(ValueError, match="infinite|finite"):
+        check(parse("--config", str(tmp_path / "inf.yaml")))

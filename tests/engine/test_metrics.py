@@ -104,7 +104,10 @@ def test_values_that_are_not_finite_stop_the_run(tmp_path, name, value):
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
 @pytest.mark.parametrize("optimizer", ["fused", "torch"])
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, optimizer):
-    """Every way of reading a tensor on the host is recorded, DeepSpeed's own included; steps that log nothing have none."""
+    """Every way of reading a tensor on the host, or of waiting for the device, is recorded, DeepSpeed's own included; steps
+    that log nothing have none."""
+    from deepspeed.accelerator import get_accelerator
+
     from sra_fast.engine.build import build
     from sra_fast.engine.data import ShuffledBatches, make_loader
     from sra_fast.engine.distributed import init_distributed
@@ -124,6 +127,8 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
+    waits = []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *a: waits.append(traceback.extract_stack(limit=3)))
     for step in range(6):
         reads.clear() if step == 2 else None  # the first steps allocate optimizer state
         extra = optimizer_step(trainer, batches, stream, data, step, m)
@@ -137,4 +142,5 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
         assert len(own) == 4, readers
         readers = [r for r in readers if r not in own]
     assert not readers, readers[:4]
+    assert not waits, waits[0]
     assert torch.tensor(1.0).item() == 1.0 and reads[-1][0] == "item", "the recorder works"

@@ -104,6 +104,18 @@ def test_gradients_that_are_not_numbers_stop_the_run(tmp_path, monkeypatch, stag
     assert not list(tmp_path.glob("*/checkpoints"))
 
 
+@pytest.mark.parametrize("stage, waits", [(1, 0), (3, 2)])
+def test_stage_3_gathers_only_what_was_written(monkeypatch, stage, waits):
+    """DeepSpeed's stream for the gather of parameters does not wait for the update: a plain race on a GPU."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"synchronize": lambda self: calls.append(1)})())
+    trainer = build(config("--train.zero_stage", str(stage)), init_distributed())
+    trainer.device = torch.device("cuda")
+    trainer.after_step(teacher_runs=False)
+    trainer.refresh_teacher()
+    assert len(calls) == waits
+
+
 @pytest.mark.parametrize("step, missing", [(PartitionedStep, "averaged_gradients"), (Stage3Step, "grad_partitions_flat_buffer")])
 def test_another_deepspeed_is_named(step, missing):
     class Engine:

@@ -1,10 +1,15 @@
 """Which images the teacher sees; and on a GPU, graph and stream against the plain call."""
+import contextlib
+import threading
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from golden import Golden
 from test_objective import NO_DROP, objective, sit_loss
 
 from sra_fast.engine.config import AlignConfig
+from sra_fast.engine.cuda_graph import Graphed
 from sra_fast.engine.flow import FlowMatching
 from sra_fast.engine.objective import align_weight
 from sra_fast.engine.teacher_pass import TeacherPass, chosen_images
@@ -45,6 +50,36 @@ def test_fraction_is_the_mean_over_its_images():
 def test_every_kth_step_at_k_times_the_weight():
     cfg = AlignConfig(weight=0.2, every=3, stop_at_step=7)
     assert [align_weight(cfg, s, 0) for s in range(9)] == pytest.approx([0.6, 0, 0, 0.6, 0, 0, 0.6, 0, 0])
+
+
+def test_a_capture_restricts_its_own_thread_alone(monkeypatch):
+    """PyTorch's default forbids the loader's thread to pin memory during it, which ends both."""
+    modes = []
+
+    @contextlib.contextmanager
+    def capture(graph, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        yield
+
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    Graphed(torch.neg)(torch.ones(2))
+    assert modes == ["thread_local"]
+
+
+@needs_gpu
+def test_memory_is_pinned_while_a_graph_is_captured():
+    pinned = []
+
+    def pins_beside(x):
+        thread = threading.Thread(target=lambda: pinned.append(torch.ones(1 << 20).pin_memory()))
+        thread.start()
+        thread.join()
+        return x + 1
+
+    x = torch.zeros(4, device="cuda")
+    assert torch.equal(Graphed(pins_beside)(x), x + 1) and len(pinned) == 4
 
 
 @needs_gpu

@@ -135,6 +135,10 @@ def test_the_choice_is_read_while_compiling(fake_clock):
     module._choose(q, None, False)
     torch._dynamo.reset()
     assert fn(q)[1] == "flash"
+    module._chosen.update(dict.fromkeys(module._chosen, "fa2"))
+    torch._dynamo.reset()
+    assert fn(q)[1] == "sdpa", "a package is no part of a compiled graph"
+    assert module._choose(q, None, False) == "fa2"
 
 
 def test_backend_can_be_named(monkeypatch):
