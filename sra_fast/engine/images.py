@@ -105,7 +105,7 @@ class ImageFolder(Dataset):
                 raise ValueError(f"{index} must hold a whole number as the label of {name}, got {label!r}")
         absent = labels.keys() - set(self.names)
         if absent:
-            raise ValueError(f"{index} lists {len(absent)} files that are not there: {min(absent)}")
+            raise ValueError(f"{index} lists {len(absent)} files that are not there: {min(absent, key=str)}")
         return [labels[name] for name in self.names]
 
     def _folder_labels(self, names: list[str], num_classes: int | None) -> list[int]:
