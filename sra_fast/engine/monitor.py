@@ -42,7 +42,7 @@ class Monitor:
     def __init__(self, cfg: Config, device: torch.device, folder: Path):
         m = cfg.monitor
         self.cfg, self.device, self.folder = cfg, device, folder
-        self.vae = load_vae(m.vae).to(device) if m.vae else None
+        self.vae = load_vae(m.vae, cfg.model.in_channels).to(device) if m.vae else None
         self.extractor: Extractor | None = None
         if m.reference:
             self.extractor = inception_extractor(m.inception, device)
