@@ -25,7 +25,10 @@ def main() -> None:
     for study in studies:
         if args.seeds:
             study.seeds[:] = args.seeds
-        rows = execute(study, args.out / study.name)
+        try:
+            rows = execute(study, args.out / study.name)
+        except (ValueError, RuntimeError, OSError) as error:
+            sys.exit(f"error: {error}")
         plot_study(args.out / study.name / "plot.png", rows)
         print(f"\n{study.name}\n\n{table(rows)}")
 

@@ -1,4 +1,5 @@
 """Score samples:  python sra_fast/evaluate.py --samples samples.npz --reference ref.npz --inception weights.pth"""
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def prepare(options: Options):
     """``(sample images, reference images or None, extractor)``, everything checked; ValueError says what is wrong."""
     import torch
 
-    from sra_fast.engine.extractors import inception_extractor, named_extractor
+    from sra_fast.engine.extractors import inception_extractor, named_extractor, probe
     from sra_fast.engine.npz import NpzImages, members
     from sra_fast.engine.scores import NEIGHBOURS
 
@@ -47,6 +48,8 @@ def prepare(options: Options):
         raise ValueError("device cuda: there is no GPU")
     if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {options.out}")
+    if not os.access(Path(options.out).parent, os.W_OK):
+        raise ValueError(f"out {options.out} cannot be written")
     samples = NpzImages(options.samples)
     reference = NpzImages(options.reference) if "arr_0" in members(options.reference) else None
     used = {"samples": samples.count, "reference": reference and reference.count, "manifold_images": options.manifold_images}
@@ -56,7 +59,10 @@ def prepare(options: Options):
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     if options.inception:
         return samples, reference, inception_extractor(options.inception, device)
-    return samples, reference, named_extractor(options.features, samples.shape, device)
+    extractor = named_extractor(options.features, samples.shape, device)
+    if reference and reference.shape != samples.shape:
+        probe(extractor, reference.shape)
+    return samples, reference, extractor
 
 
 def run(options: Options) -> dict:
@@ -92,6 +98,8 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        sys.exit(f"error: cannot write {options.out}: {error}")
     for name, verdict in report["comparable"].items():
         value = report[name]
         print(f"{name:16}{'-' if value is None else f'{value:.4f}':>12}  {verdict}")

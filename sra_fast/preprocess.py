@@ -89,6 +89,8 @@ def prepare(options: Options):
     if source.resolve() == out.resolve():
         raise ValueError(f"out must be another folder than source, got {out} for both")
     packed = (source / INDEX).exists() or (source / "vae-sd").is_dir()
+    if not packed and source.resolve() in out.resolve().parents:  # the next run would take it for a class
+        raise ValueError(f"out must not lie in the folder of the images, got {out} in {source}")
     data, encode, facts = (open_moments if packed else open_images)(options)
     job = {"version": VERSION, "layout": options.layout, "source_sha256": data.fingerprint, "num_images": len(data), **facts}
     job |= {"shard_size": options.shard_size, "dtype": options.dtype if options.layout == "packed" else "float32"}

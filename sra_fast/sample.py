@@ -2,6 +2,7 @@
 
 Under a launcher (`deepspeed sra_fast/sample.py ...`) every process makes its share.  Interrupted, the same command goes on.
 """
+import hashlib
 import json
 import os
 import sys
@@ -79,14 +80,17 @@ def prepare(options: Options):
     except OSError as error:
         raise ValueError(f"out {options.out} cannot be made: {error.strerror}") from None
     labels = classes[choose_labels(options.count, len(classes), options.sample.labels, options.seed)]
-    return model, path, labels, load_vae(options.vae) if options.vae else None
+    return model, path, labels, load_vae(options.vae, model.in_channels) if options.vae else None
 
 
 def identity(options: Options, model) -> dict:
-    """What the images depend on."""
-    free = {"checkpoint", "out", "batch", "columns", "grid", "scale", "compile", "graph", "png", "num_heads"}
-    fingerprint = sum(float(p.double().sum()) for p in model.state_dict().values())
-    return {"weights": fingerprint, **{key: value for key, value in asdict(options).items() if key not in free}}
+    """What the images depend on, and whether they are also written as PNGs."""
+    free = {"checkpoint", "out", "batch", "columns", "grid", "scale", "compile", "graph", "num_heads"}
+    digest = hashlib.sha256()  # no sum: its last digit depends on the number of threads
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy())
+    return {"weights": digest.hexdigest()[:16], **{key: value for key, value in asdict(options).items() if key not in free}}
 
 
 def make_images(options: Options, model, path: str, labels, vae, device, progress):
@@ -110,6 +114,8 @@ def make_images(options: Options, model, path: str, labels, vae, device, progres
             first=first, call=call,
         )
         images = decode(latents, vae, options.latent_scale, options.batch, device)
+        if not images.isfinite().all():
+            raise ValueError(f"images {first} .. {end - 1} are not finite: the weights, or precision {options.precision}")
         return to_uint8(images, options.sample.rounding)
 
     return make
@@ -121,7 +127,7 @@ def run(options: Options) -> dict | None:
     from tqdm import tqdm
 
     from sra_fast.engine.report import save_grid
-    from sra_fast.engine.sampling import join_parts, make_parts, num_parts, open_parts
+    from sra_fast.engine.sampling import join_parts, make_parts, num_parts, open_parts, open_pngs
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -135,7 +141,7 @@ def run(options: Options) -> dict | None:
         return None
     open_parts(parts, identity(options, model))
     if png:
-        png.mkdir(exist_ok=True)
+        open_pngs(png, options.count)
     start = time.perf_counter()
     with tqdm(total=-(-options.count // world), unit="image", disable=rank > 0) as bar, torch.no_grad():
         make = make_images(options, model, path, labels, vae, device, bar.update)
@@ -160,7 +166,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        sys.exit(f"error: {error}; finished parts are kept, the same command goes on")
+        sys.exit(f"error: cannot write {options.out}: {error}; finished parts are kept, the same command goes on")
     if summary:
         print(json.dumps(summary))
 

@@ -67,7 +67,7 @@ def draw_curves(options: Options, out: Path) -> Path:
 
     runs = {folder: read_rows(Path(folder) / "stats.jsonl") for folder in options.runs}
     for folder, rows in runs.items():
-        if not rows or "denoise" not in rows[0]:
+        if not rows or not all(isinstance(row, dict) and {"step", "denoise"} <= row.keys() for row in rows):
             raise ValueError(f"runs must be run folders, found no losses in {folder}/stats.jsonl")
     plot_curves(out / "curves.png", runs)
     return out / "curves.png"

@@ -125,11 +125,13 @@ def test_visualize_command(trained, tmp_path):
     [
         ("probe", ("--checkpoint", "{run}", "--layers", "[5]"), "layers must lie in [1, 4], got [5]"),
         ("visualize", ("--runs", "[nowhere]"), "found no losses in nowhere/stats.jsonl"),
+        ("visualize", ("--runs", "[{other}]"), "found no losses in"),
         ("visualize", ("--runs", "[{run}]", "--out", "README.md/out"), "out README.md/out cannot be made"),
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, name, args, message):
-    done = script(name, "--out", tmp_path / "out", *(a.format(run=trained) for a in args))
+    (tmp_path / "stats.jsonl").write_text('5\n{"denoise": 1}\n')
+    done = script(name, "--out", tmp_path / "out", *(a.format(run=trained, other=tmp_path) for a in args))
     errors = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 2 and errors[-1].startswith("error: ") and message in errors[-1], done.stderr[-2000:]
     assert "Traceback" not in done.stderr

@@ -26,8 +26,9 @@ def evaluate(folder, *args):
 def folder(tmp_path):
     np.savez(tmp_path / "ref.npz", to_uint8(Digits().images))
     np.savez(tmp_path / "samples.npz", to_uint8(Digits(held_out=True).images))
+    np.savez(tmp_path / "large.npz", to_uint8(Digits().images).repeat(2, 1).repeat(2, 2))
     np.savez(tmp_path / "three.npz", to_uint8(Digits().images[:3]))
-    (tmp_path / "my_pixels.py").write_text(FEATURES)
+    (tmp_path / "my_pixels.py").write_text(FEATURES + "def eight(x):\n    return x.reshape(len(x), 64).float()\n")
     return tmp_path
 
 
@@ -61,10 +62,12 @@ def test_scores_table_and_json(folder):
         (("--samples", "samples.npz", "--features", "my_pixels:pixels", "--manifold_images", 0), "manifold_images must be more than 3"),
         (("--samples", "samples.npz", "--inception", "my_pixels.py"), "my_pixels.py does not hold the weights of"),
         (("--samples", "samples.npz", "--features", "my_pixels:pixels", "--out", "no/scores.json"), "out must be a file in a folder"),
+        (("--samples", "samples.npz", "--features", "my_pixels:pixels", "--out", "/proc/scores.json"), "/proc/scores.json"),
+        (("--samples", "samples.npz", "--features", "my_pixels:eight", "--reference", "large.npz"), "failed on uint8 [1, 1, 16, 16]"),
     ],
 )
 def test_bad_input_is_one_line(folder, args, message):
     done = evaluate(folder, "--reference", "ref.npz", *args)
-    assert done.returncode == 2 and not list(folder.glob("*.json"))
+    assert done.returncode in (1, 2) and not list(folder.glob("*.json"))
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and message in last and "Traceback" not in done.stderr

@@ -160,6 +160,7 @@ def test_another_vae_does_not_go_on(packed, tmp_path, preprocess):
         ({"num_classes": 5}, "num_classes 5 was asked for, .* has 3 class folders"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"out": "{root}/images"}, "out must be another folder than source"),
+        ({"out": "{root}/images/latents"}, "out must not lie in the folder of the images, got .*images/latents in .*images"),
         ({"source": "{root}/nowhere"}, "no folder or .zip of images"),
         ({"source": "{root}/one"}, "--vae and --mirror are for images, .*one holds moments"),
     ],

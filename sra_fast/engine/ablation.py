@@ -8,9 +8,10 @@ from statistics import mean, stdev
 
 import yaml
 
-from sra_fast.engine.files import write_atomic
+from sra_fast.engine.files import write_atomic, write_json
 from sra_fast.engine.metrics import read_rows
 
+GIVEN = "study.json"  # in the folder of a variant's runs: what it was made with
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -32,7 +33,7 @@ def read_study(path: Path) -> Study:
     """A study from YAML: ``base`` (a configuration, relative to the file), ``args``, ``seeds``, ``variants``.
 
     Raises:
-        ValueError: unreadable, a key missing or unknown, or no variants or seeds.
+        ValueError: unreadable, a key missing or unknown, no variants or seeds, or something else than they are.
     """
     try:
         held = yaml.safe_load(path.read_text())
@@ -41,17 +42,34 @@ def read_study(path: Path) -> Study:
     expected = {"base", "args", "seeds", "variants"}
     if not isinstance(held, dict) or set(held) != expected or not held["seeds"] or not held["variants"]:
         raise ValueError(f"{path} must have {sorted(expected)}, none of seeds and variants empty, got {held}")
+    fields = [held["args"] or {}, held["variants"], *(v or {} for v in dict(held["variants"]).values())]
+    if not all(isinstance(part, dict) for part in fields) or not all(type(seed) is int for seed in held["seeds"]):
+        raise ValueError(f"{path}: args, variants and each variant must be mappings, seeds whole numbers, got {held}")
+    if not (path.parent / held["base"]).is_file():
+        raise ValueError(f"{path}: there is no base configuration {path.parent / held['base']}")
     common = _arguments(held["args"] or {})
     variants = {name: [*common, *_arguments(fields or {})] for name, fields in held["variants"].items()}
     return Study(path.stem, path.parent / held["base"], held["seeds"], variants)
 
 
 def run_one(study: Study, variant: str, seed: int, folder: Path) -> Path:
-    """Train one variant with one seed unless that has been done; the run's folder."""
+    """Train one variant with one seed unless that has been done; the run's folder.
+
+    Raises:
+        ValueError: it has been done with other arguments or another base.
+        RuntimeError: the run failed.
+    """
     runs = folder / f"{list(study.variants).index(variant):02d}_seed{seed}"
+    given = {"arguments": study.variants[variant], "base": yaml.safe_load(study.base.read_text())}
+    held = json.loads((runs / GIVEN).read_text()) if (runs / GIVEN).exists() else given
+    for key, value in json.loads(json.dumps(given)).items():
+        if held[key] != value:
+            raise ValueError(f"{runs} was made with {key} {held[key]}, {variant} now has {value}: delete it or choose another --out")
     done = next((f.parent for f in sorted(runs.glob("*/summary.json"))), None)
     if done:
         return done
+    runs.mkdir(parents=True, exist_ok=True)
+    write_json(runs / GIVEN, given)
     command = [
         sys.executable, str(TRAIN), "--config", str(study.base), *study.variants[variant],
         "--train.seed", str(seed), "--train.out", str(runs),
@@ -70,9 +88,11 @@ def outcome(run: Path, first: Path) -> dict[str, float]:
     """
     summary = json.loads((run / "summary.json").read_text())
     curve, reference = ([row["denoise"] for row in read_rows(r / "stats.jsonl")] for r in (run, first))
+    if len(curve) != len(reference):
+        raise ValueError(f"variants must log the same steps: {run} logged {len(curve)}, {first} {len(reference)}")
     scores = {key: summary[key] for key in ("label_accuracy", "frechet", "images_per_s") if key in summary}
     last = max(1, len(curve) // 10)
-    difference = max(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))
+    difference = max(abs(a - b) / abs(b) for a, b in zip(curve, reference))
     return {"denoise": mean(curve[-last:]), "curve": difference, **scores}
 
 

@@ -126,7 +126,7 @@ def read_reference(path: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be read safely: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is no checkpoint that can be read safely: {(str(error).splitlines() or ['empty'])[0]}") from None
     if isinstance(checkpoint, dict) and "x_embedder.proj.weight" in checkpoint:
         checkpoint = {"ema": checkpoint}
     if not isinstance(checkpoint, dict) or "x_embedder.proj.weight" not in checkpoint.get("ema", checkpoint.get("model", {})):

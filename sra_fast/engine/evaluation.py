@@ -48,9 +48,7 @@ def summarize(images: NpzImages, extractor: Extractor, batch: int, keep: int | N
     """One pass over ``images``, ``batch`` at a time, with a progress bar; features of the first ``keep`` are kept (None: all)."""
     pool, spatial, score, kept = Moments(), Moments(), InceptionScore(), []
     keep = images.count if keep is None else keep
-    # TF32 convolutions are PyTorch's default on a GPU; they move features in the third digit
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with torch.inference_mode(), exact, tqdm(total=images.count, unit="image", desc=Path(images.path).name) as bar:
+    with torch.inference_mode(), tqdm(total=images.count, unit="image", desc=Path(images.path).name) as bar:
         for part in images.batches(batch):
             features = extractor(torch.from_numpy(part).permute(0, 3, 1, 2).contiguous())
             kept.append(features.pool[: max(0, keep - pool.count)].float().cpu())

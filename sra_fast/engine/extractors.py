@@ -29,7 +29,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of uint8 images ``[N, C, H, W]`` on ``device``."""
+    """Features of uint8 images ``[N, C, H, W]`` on ``device``, with exact convolutions whatever the process has chosen."""
 
     name: str
     """what it is, with a hash of its weights: the identity in reports and in the names of cached statistics"""
@@ -42,7 +42,9 @@ class Extractor:
 
     def __call__(self, images: Tensor) -> Features:
         """ValueError if what comes out is no ``[N, D]`` or ``([N, D], logits [N, K])``, or not finite."""
-        out = self.compute(images.to(self.device))
+        # TF32 convolutions are PyTorch's default on a GPU; they move features in the third digit
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out = self.compute(images.to(self.device))
         if self.inception:
             return self._checked(Features(*out), len(images))
         pool, logits = out if isinstance(out, (tuple, list)) and len(out) == 2 else (out, None)
@@ -88,13 +90,13 @@ def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extrac
             extractor = Extractor(f"{Path(spec).stem}-{_digest(spec)}", torch.jit.load(spec, device).eval(), device)
         except RuntimeError as error:
             raise ValueError(f"{spec} is no TorchScript file: {str(error).splitlines()[0]}") from None
-        _probe(extractor, shape)
+        probe(extractor, shape)
         return extractor
     compute = _imported(spec)
     if isinstance(compute, nn.Module):
         compute = compute.to(device).eval()
     extractor = Extractor(spec.replace(":", "."), compute, device)
-    return replace(extractor, name=f"{extractor.name}-{_probe(extractor, shape)}")
+    return replace(extractor, name=f"{extractor.name}-{probe(extractor, shape)}")
 
 
 def _imported(spec: str) -> Callable:
@@ -109,8 +111,9 @@ def _imported(spec: str) -> Callable:
         raise ValueError(f"features {spec} cannot be imported: {error}") from None
 
 
-def _probe(extractor: Extractor, shape: list[int]) -> str:
-    """Hash of the features of a fixed image, 3 digits each: a function's weights can change when its file does not."""
+def probe(extractor: Extractor, shape: list[int]) -> str:
+    """Hash of the features of a fixed image of ``shape (H, W, C)``, 3 digits each: a function's weights can change when its
+    file does not.  ValueError: it does not work on such images."""
     height, width, channels = shape
     image = torch.arange(channels * height * width).mul(37).remainder(256).to(torch.uint8).view(1, channels, height, width)
     try:

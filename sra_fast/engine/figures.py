@@ -1,10 +1,12 @@
 """Pictures of an analysis: curves of runs, accuracy against depth, PCA maps, samples side by side."""
+import zlib
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
 from sra_fast.engine.files import write_atomic
+from sra_fast.engine.npz import NpzImages
 from sra_fast.engine.report import pyplot
 
 CURVES = ("denoise", "vb", "align", "student_norm", "teacher_norm", "grad_norm")
@@ -101,9 +103,10 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
     for path in paths:
         try:
             with np.load(path, allow_pickle=False) as held:
+                NpzImages(path)  # the checks of arr_0
                 images.append(held["arr_0"][:count])
                 labels.append(held["arr_1"][:count])
-        except (OSError, ValueError, EOFError, KeyError, TypeError, BadZipFile) as error:
+        except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} holds no samples (arr_0 and arr_1 of sample.py): {error}") from None
     n = min(map(len, images))
     for path, x, y in zip(paths, images, labels):

@@ -22,6 +22,21 @@ def write_json(path: Path, value) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1)))
 
 
+def write_first(path: Path, value) -> None:
+    """``write_json`` unless the file is there: of processes that start together one writes, the others read it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_atomic(temporary, lambda p: p.write_text(json.dumps(value, indent=1)))
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def make_folder(path: str | Path) -> Path:
     """The folder, made if it is not there; ValueError if that cannot be."""
     try:

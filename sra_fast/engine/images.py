@@ -27,10 +27,20 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def _hidden(name: str) -> bool:
+    """What file managers and notebooks leave: .DS_Store, ._0.jpg, .ipynb_checkpoints/0-checkpoint.jpg, __MACOSX/."""
+    return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _unreadable(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}")
+
+
 class ImageFolder(Dataset):
     """Images of class folders, or of a ``dataset.json`` (``{"labels": [["a/b.png", 3], ...]}``) beside them.
 
-    Class folders are numbered in the order of their names.  Reading is thread-safe.
+    Class folders are numbered in the order of their names.  Files and folders whose name begins with a dot are not there,
+    nor is a .zip's __MACOSX.  Reading is thread-safe.
 
     Args:
         path: folder or .zip.
@@ -39,15 +49,15 @@ class ImageFolder(Dataset):
         mirror: every image is followed by its mirror image.
 
     Raises:
-        ValueError: no images, an empty class, another number of classes, a label missing or outside [0, num_classes);
-            ``__getitems__``: a file that is no readable image.
+        ValueError: no images, an empty class, another number of classes, a label missing or outside [0, num_classes), a
+            folder that cannot be read or links to one above it; ``__getitems__``: a file that is no readable image of 8 bits.
     """
 
     def __init__(self, path: str, size: int, num_classes: int | None = None, mirror: bool = False):
         self.path, self.size, self.copies = Path(path), size, 2 if mirror else 1
         self.zip = self._open_zip() if self.path.is_file() else None
-        names = sorted(self._list())
-        self.names = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+        names = sorted({name for name in self._list() if not _hidden(name)})  # a .zip may hold a file twice: the last counts
+        self.names = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES and name[-1] != "/"]
         if not self.names:
             raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
         labels = self._listed_labels() if "dataset.json" in names else self._folder_labels(names, num_classes)
@@ -71,7 +81,11 @@ class ImageFolder(Dataset):
             return
         if not self.path.is_dir():
             raise ValueError(f"no folder or .zip of images at {self.path}")
-        for folder, subfolders, files in os.walk(self.path, followlinks=True):
+        for folder, subfolders, files in os.walk(self.path, onerror=_unreadable, followlinks=True):
+            above = [parent.resolve() for parent in Path(folder).parents if parent.is_relative_to(self.path)]
+            if Path(folder).resolve() in above:
+                raise ValueError(f"{folder} is a link to a folder above it, {Path(folder).resolve()}")
+            subfolders[:] = [name for name in subfolders if not _hidden(name)]
             above = os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
             above = "" if above == "./" else above
             yield from (above + name + "/" for name in subfolders)
@@ -80,7 +94,10 @@ class ImageFolder(Dataset):
     def _listed_labels(self) -> list[int]:
         index = f"{self.path}/dataset.json"
         try:
-            labels = dict(json.loads(self._read("dataset.json"))["labels"])
+            listed = json.loads(self._read("dataset.json"))["labels"]
+            labels = dict(listed)
+            if len(labels) < len(listed):
+                raise ValueError("a file is listed twice")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}') from None
         for name in self.names:
@@ -88,7 +105,7 @@ class ImageFolder(Dataset):
                 raise ValueError(f"{index} must hold a whole number as the label of {name}, got {label!r}")
         absent = labels.keys() - set(self.names)
         if absent:
-            raise ValueError(f"{index} lists {len(absent)} files that are not there: {min(absent)}")
+            raise ValueError(f"{index} lists {len(absent)} files that are not there: {min(absent, key=str)}")
         return [labels[name] for name in self.names]
 
     def _folder_labels(self, names: list[str], num_classes: int | None) -> list[int]:
@@ -99,6 +116,11 @@ class ImageFolder(Dataset):
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name.partition("/")[0]] for name in self.names]
         empty = [classes[i] for i in sorted(set(range(len(classes))) - set(labels))]
+        if len(classes) == 1 and num_classes is None and any(name.count("/") > 1 for name in self.names):
+            raise ValueError(
+                f"{self.path} holds one folder, {classes[0]}, with folders in it: the classes must be one level higher "
+                "(or num_classes 1)"
+            )
         if empty:
             raise ValueError(f"{self.path} has {len(empty)} class folders without images, the first is {empty[0]}")
         if num_classes not in (None, len(classes)):
@@ -112,6 +134,8 @@ class ImageFolder(Dataset):
         """uint8 ``[size, size, 3]``."""
         try:
             with Image.open(BytesIO(self._read(name))) as image:
+                if image.mode[0] in "IF":  # Pillow clips them to 255: white
+                    raise ValueError(f"8 bits per channel were expected, its mode is {image.mode}")
                 return np.asarray(center_crop(image.convert("RGB"), self.size))
         except UnidentifiedImageError:
             raise ValueError(f"{self.path}/{name} is no readable image: empty, or of an unknown format") from None

@@ -99,6 +99,9 @@ class Latents(Moments):
         missing = [f for f in self.files if f not in labels]
         if missing:
             raise ValueError(f"{index} has no label for {len(missing)} files, the first is {missing[0]}")
+        absent = labels.keys() - set(self.files)
+        if absent:
+            raise ValueError(f"{index} lists {len(absent)} files that are not there, the first is {min(absent, key=str)}")
         found = [labels[f] for f in self.files]
         wrong = next((i for i, label in enumerate(found) if type(label) is not int), None)
         if wrong is not None:

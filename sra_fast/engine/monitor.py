@@ -11,7 +11,9 @@ from sra_fast.engine.build import Trainer
 from sra_fast.engine.config import Config
 from sra_fast.engine.evaluation import summarize_reference
 from sra_fast.engine.extractors import Extractor, inception_extractor
+from sra_fast.engine.files import write_atomic
 from sra_fast.engine.generate import choose_labels, generate
+from sra_fast.engine.metrics import read_rows
 from sra_fast.engine.scores import Moments, frechet_distance
 from sra_fast.engine.vae import decode, load_vae
 
@@ -42,7 +44,7 @@ class Monitor:
     def __init__(self, cfg: Config, device: torch.device, folder: Path):
         m = cfg.monitor
         self.cfg, self.device, self.folder = cfg, device, folder
-        self.vae = load_vae(m.vae).to(device) if m.vae else None
+        self.vae = load_vae(m.vae, cfg.model.in_channels).to(device) if m.vae else None
         self.extractor: Extractor | None = None
         if m.reference:
             self.extractor = inception_extractor(m.inception, device)
@@ -71,6 +73,7 @@ class Monitor:
             return None
         (self.folder / "samples").mkdir(exist_ok=True)
         report.save_grid(self.folder / "samples" / f"step_{step:08d}.png", shown, 10, 4 if shown.shape[1] < 32 else 1)
-        with open(self.folder / "samples.jsonl", "a") as f:
-            f.write(json.dumps(scores) + "\n")
+        file = self.folder / "samples.jsonl"
+        rows = [row for row in read_rows(file) if row["step"] < step]  # those of an interrupted run beyond here are made again
+        write_atomic(file, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in [*rows, scores])))
         return scores

@@ -25,7 +25,7 @@ def _readable(path: str):
 def members(path: str) -> set[str]:
     """Names of the arrays in an ``.npz``; ValueError if it is none."""
     with _readable(path), zipfile.ZipFile(path) as archive:
-        return {name.removesuffix(".npy") for name in archive.namelist()}
+        return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
 
 
 class NpzImages:
@@ -72,7 +72,7 @@ class NpzImages:
 def read_statistics(path: str) -> tuple[Gaussian | None, Gaussian | None]:
     """Statistics that a reference batch brings along: of pool features (``mu sigma``), of spatial ones (``mu_s sigma_s``).
 
-    None where the file has none; ValueError for shapes other than ``[D]`` and ``[D, D]``.
+    None where the file has none; ValueError for anything but finite real numbers ``[D]`` and ``[D, D]``.
     """
     held = members(path)
     with _readable(path), np.load(path) as arrays:
@@ -83,7 +83,12 @@ def read_statistics(path: str) -> tuple[Gaussian | None, Gaussian | None]:
 
 
 def _gaussian(path: str, arrays, mean: str, cov: str) -> Gaussian:
-    mu, sigma = np.asarray(arrays[mean], np.float64), np.asarray(arrays[cov], np.float64)
+    try:
+        mu, sigma = (arrays[name].astype(np.float64, casting="same_kind") for name in (mean, cov))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {mean} and {cov} must be real numbers: {error}") from None
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: {mean} and {cov} must be finite, they are not")
     if mu.ndim != 1 or sigma.shape != mu.shape * 2:
         raise ValueError(f"{path}: {mean} and {cov} must be [D] and [D, D], they are {[*mu.shape]} and {[*sigma.shape]}")
     return Gaussian(mu, sigma)

@@ -82,6 +82,9 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
 
 
 def _convert_sit(state: dict[str, Tensor], patch_size: int, channels: int) -> None:
+    for name in ("t_embedder.mlp.0.weight", "final_layer.linear.bias"):
+        if name not in state:
+            raise ValueError(f"the weights do not fit the model: they have no {name}")
     state["t_embedder.mlp.0.weight"] = reverse_time(state["t_embedder.mlp.0.weight"])
     expected = [patch_size**2 * channels, 2 * patch_size**2 * channels]
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sra_fast.engine.files import write_atomic, write_json
+from sra_fast.engine.files import write_atomic, write_first, write_json
 from sra_fast.engine.latents import INDEX, JOB, LABELS, STORAGE, file_entry, shard_name
 
 AHEAD = 2  # batches that are ready before they are needed
@@ -100,9 +100,11 @@ class Reference(Layout):
         return f"{image // 1000:05d}/img-mean-std-{image:08d}.npy"
 
     def write(self, part: int, first: int, count: int, batches: Iterable[Tensor]) -> dict:
-        """Moments ``[B, 2C, H, W]`` as ``count`` files."""
+        """Moments ``[B, 2C, H, W]`` as ``count`` files; ValueError: a value is not finite."""
         images = (moments for batch in batches for moments in batch.float().numpy())
         for image, moments in enumerate(images, first):
+            if not np.isfinite(moments).all():
+                raise ValueError(f"moments of image {image} are not finite")
             path = self.out / self.folder / self.name(image)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_npy(path, moments)
@@ -159,12 +161,15 @@ class Plan:
         return record if record and self.layout.complete(record) else None
 
     def begin(self) -> None:
-        """Make the folder, or go on in it; ValueError if it was begun with something else."""
+        """Make the folder, or go on in it; ValueError if it was begun with something else, or holds another's files."""
         (self.out / "parts").mkdir(parents=True, exist_ok=True)
-        (self.out / self.layout.folder).mkdir(exist_ok=True)
-        file = self.out / JOB
+        folder, file = self.out / self.layout.folder, self.out / JOB
+        folder.mkdir(exist_ok=True)
+        foreign = next(folder.iterdir(), None)  # looked for first: another process may be at it already
         if not file.exists():
-            write_json(file, self.job)
+            if foreign:
+                raise ValueError(f"{foreign} was not made by this command, it would be lost: choose another out")
+            write_first(file, self.job)
         begun = json.loads(file.read_text())
         for key, value in self.job.items():
             if begun.get(key) != value:

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sra_fast.engine.files import write_atomic
+
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +36,8 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_
         gap = np.full((grid.shape[0], width // 2, channels), 255, np.uint8)
         grid = np.concatenate([grid[:, : gap_after * (width + 1)], gap, grid[:, gap_after * (width + 1) :]], axis=1)
     grid = grid.repeat(scale, 0).repeat(scale, 1)
-    Image.fromarray(grid[..., 0] if channels == 1 else grid[..., :3]).save(path)
+    picture = Image.fromarray(grid[..., 0] if channels == 1 else grid[..., :3])
+    write_atomic(path, lambda p: picture.save(p, format="png"))
 
 
 def pyplot(path: Path):

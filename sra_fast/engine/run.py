@@ -40,6 +40,8 @@ def prepare(cfg: Config, ds_json: str | None) -> Plan:
     _check_writable(Path(cfg.train.out))
     world = int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulation = split_batch(cfg, world)
+    if cfg.monitor.every and cfg.monitor.count < world:
+        raise ValueError(f"monitor.count must be at least 1 for each of the {world} processes, got {cfg.monitor.count}")
     stage = zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
     check_device(cfg, stage, torch.cuda.is_available())
     cfg.train.zero_stage = stage

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sra_fast.engine.files import write_atomic, write_json
+from sra_fast.engine.files import write_atomic, write_first
 
 PART = 256
 
@@ -28,7 +28,7 @@ def open_parts(folder: Path, identity: dict) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_json(file, identity)
+            write_first(file, identity)
         held = json.loads(file.read_text())
     except OSError as error:
         raise ValueError(f"out {folder.parent} cannot be written: {error.strerror}") from None
@@ -37,6 +37,14 @@ def open_parts(folder: Path, identity: dict) -> None:
             raise ValueError(
                 f"{folder} holds unfinished samples with {key} {held.get(key)}, this run has {value}: delete it or choose another --out"
             )
+
+
+def open_pngs(folder: Path, count: int) -> None:
+    """Make ``folder``; ValueError if it holds images of an earlier, larger set, which these ``count`` would not replace."""
+    folder.mkdir(exist_ok=True)
+    more = [file for file in folder.glob("*.png") if file.stem.isdigit() and int(file.stem) >= count]
+    if more:
+        raise ValueError(f"{folder} holds {len(more)} images more than these {count}: delete it or choose another --out")
 
 
 def num_parts(count: int) -> int:
@@ -102,5 +110,7 @@ def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: in
 
     write_atomic(out, write)
     first = np.concatenate([np.load(part) for part in parts[: num_parts(keep)]])[:keep]
+    for part in parts:  # before the identity: parts without one would be taken for those of the next samples
+        part.unlink()
     shutil.rmtree(folder)
     return first

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 
-def load_vae(path: str):
+def load_vae(path: str, channels: int | None = None):
     """diffusers' AutoencoderKL in fp32, from a folder or from the hub's cache; nothing is downloaded.
 
+    Args:
+        channels: that its latents must have.
+
     Raises:
-        ValueError: no diffusers, or no AutoencoderKL there.
+        ValueError: no diffusers, no AutoencoderKL there, or one of other latents.
     """
     try:
         from diffusers import AutoencoderKL
@@ -22,6 +25,8 @@ def load_vae(path: str):
         vae = AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as error:  # of diffusers, huggingface_hub, safetensors and torch
         raise ValueError(f"--vae {path} holds no AutoencoderKL: {str(error).strip().splitlines()[0]}") from None
+    if channels not in (None, vae.config.latent_channels):
+        raise ValueError(f"--vae {path} is for latents of {vae.config.latent_channels} channels, the model has {channels}")
     return vae.float().eval().requires_grad_(False)
 
 

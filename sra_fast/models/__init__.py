@@ -12,6 +12,8 @@ __all__ = ["Backbone", "DiT", "SiT", "SIZES", "arguments_from_state_dict", "crea
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCHES = (2, 4, 8)
 FAMILIES = {"SiT": SiT, "DiT": DiT}
+SHAPES_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed",
+               "blocks.0.mlp.fc1.weight")
 
 
 def preset(name: str) -> tuple[type[SiT], dict]:
@@ -39,8 +41,11 @@ def arguments_from_state_dict(
 
     Shapes do not tell three things, which have the usual answer unless given: ``num_heads`` (the paper's size of the same
     width), ``num_classes`` (all embedding rows but one, the null class) and ``family`` (2C output channels are a DiT's).
-    Raises ValueError if the width is no paper size and ``num_heads`` is not given.
+    Raises ValueError if the width is no paper size and ``num_heads`` is not given, or a parameter is missing.
     """
+    missing = [name for name in SHAPES_FROM if name not in state]
+    if missing:
+        raise ValueError(f"the weights are none of a SiT or DiT: they have no {missing[0]}")
     weight = state["x_embedder.proj.weight"]
     hidden_size, in_channels, patch_size = weight.shape[:3]
     if num_heads is None:

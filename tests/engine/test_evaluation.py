@@ -271,6 +271,11 @@ def test_official_weights_are_known_by_their_hash(tmp_path, monkeypatch):
     extractor = inception_extractor(str(tmp_path / "weights-inception-2015-12-05-6726825d.pth"), CPU)
     assert extractor.inception and not extractor.official and extractor.name != "inception-6726825d"
     assert isinstance(extractor(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), Features)
+    choices = []
+    seen = replace(extractor, compute=lambda x: choices.append(torch.backends.cudnn.allow_tf32) or Tiny()(x))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        seen(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert choices == [False], "the same features while a run trains in TF32"
     monkeypatch.setattr(extractors, "_digest", lambda path: "6726825d")
     extractor = inception_extractor("any path", CPU)
     assert extractor.official and extractor.name == "inception-6726825d"

@@ -196,10 +196,13 @@ def test_samples_that_do_not_belong_together(tmp_path):
     np.savez(tmp_path / "size.npz", arr_0=x[:, :2], arr_1=[0, 1, 2])
     np.savez(tmp_path / "names.npz", x=x)
     np.save(tmp_path / "array.npy", x)
+    np.savez(tmp_path / "float.npz", arr_0=x.astype(np.float32), arr_1=[0, 1, 2])
+    np.savez(tmp_path / "flat.npz", arr_0=x[..., 0], arr_1=[0, 1, 2])
+    np.savez(tmp_path / "label.npz", arr_0=x, arr_1=0)
     (tmp_path / "broken.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
     for name in ("labels.npz", "size.npz"):
         with pytest.raises(ValueError, match="sizes and labels"):
             read_samples([str(tmp_path / "a.npz"), str(tmp_path / name)], 3)
-    for name in ("names.npz", "array.npy", "broken.npz", "missing.npz"):
+    for name in ("names.npz", "array.npy", "broken.npz", "missing.npz", "float.npz", "flat.npz", "label.npz"):
         with pytest.raises(ValueError, match="holds no samples"):
             read_samples([str(tmp_path / name)], 3)

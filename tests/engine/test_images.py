@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from zipfile import ZipFile
 
@@ -120,6 +121,13 @@ def broken(tmp_path, name: str) -> dict:
         (root / "aa").mkdir()
     if name == "class count":
         return {"path": root, "num_classes": 4}
+    if name == "twice":
+        listed["labels"].append(["b/1.png", 2])
+    if name == "one folder":
+        shutil.move(root, tmp_path / "above/train")
+        return {"path": tmp_path / "above"}
+    if name == "loop":
+        (root / "b/again").symlink_to("../../i")
     if name == "range":
         listed["labels"][3][1] = 3
     if name == "negative":
@@ -130,7 +138,7 @@ def broken(tmp_path, name: str) -> dict:
         listed["labels"][3][1] = 1.0
     if name == "absent":
         listed["labels"].append(["c/9.png", 2])
-    if name in ("range", "negative", "no label", "not whole", "absent", "no list"):
+    if name in ("range", "negative", "no label", "not whole", "absent", "twice", "no list"):
         (root / "dataset.json").write_text("[]" if name == "no list" else json.dumps(listed))
     return {"path": root, **({"num_classes": 3} if name == "range" else {})}
 
@@ -150,6 +158,9 @@ def broken(tmp_path, name: str) -> dict:
         ("not whole", "the label of b/1.png, got 1.0"),
         ("absent", "lists 1 files that are not there: c/9.png"),
         ("no list", "dataset.json must hold"),
+        ("twice", "dataset.json must hold .*a file is listed twice"),
+        ("one folder", "holds one folder, train, with folders in it: the classes must be one level higher"),
+        ("loop", "i/b/again is a link to a folder above it, .*/i$"),
     ],
 )
 def test_wrong_folders_are_one_clear_error(tmp_path, name, message):
@@ -173,3 +184,41 @@ def test_unreadable_images_are_named(tmp_path, kind, zipped):
     data.__getitems__([0, 1, 2, 4, 5])
     with pytest.raises(ValueError, match="b/1.png is no readable image"):
         data.__getitems__([2, 3])
+
+
+def test_what_file_managers_leave_is_not_there(tmp_path):
+    names = write_images(tmp_path / "i", per_class=2)
+    (tmp_path / "i/c").rename(tmp_path / "i/c.png")  # a folder, whatever its name says
+    names = [name.replace("c/", "c.png/") for name in names]
+    for name in (".DS_Store", "a/._0.jpg", ".ipynb_checkpoints/0.jpg", "b/.cache/1.png", "__MACOSX/a/._0.jpg"):
+        (tmp_path / "i" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "i/a/0.jpg", tmp_path / "i" / name)
+    shutil.make_archive(tmp_path / "z", "zip", tmp_path / "i")
+    with ZipFile(tmp_path / "z.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.write(tmp_path / "i/a/0.jpg", "a/0.jpg")
+    for path in (tmp_path / "i", tmp_path / "z.zip"):
+        data = ImageFolder(path, 32)
+        assert data.names == names and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert len(data.__getitems__([*range(6)])[0]) == 6
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    write_images(tmp_path / "i", per_class=2)
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(ValueError, match="i/b cannot be read: Permission denied"):
+        ImageFolder(tmp_path / "i", 32)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_refused_and_not_clipped_to_white(tmp_path, dtype):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.linspace(0, 60000, 1600).reshape(40, 40).astype(dtype)).save(tmp_path / "a/0.tif")
+    with pytest.raises(ValueError, match="a/0.tif is no readable image: .*8 bits per channel were expected, its mode is [IF]"):
+        ImageFolder(tmp_path, 32).__getitems__([0])

@@ -92,6 +92,13 @@ def test_a_loader_process_is_not_sent_the_shards(tmp_path):
     assert torch.equal(copy.__getitems__([22, 3])[0], data.__getitems__([22, 3])[0])
 
 
+def test_a_file_that_is_listed_but_not_there_is_named(tmp_path):
+    folder = write_latents(tmp_path, 6)
+    (folder / "00001/img-mean-std-00000003.npy").unlink()
+    with pytest.raises(ValueError, match="lists 1 files that are not there, the first is 00001/img-mean-std-00000003.npy"):
+        Latents(tmp_path)
+
+
 def damage(root, kind):
     shard = root / "shards/00001.npy"
     if kind == "missing":

@@ -13,6 +13,7 @@ from sra_fast.engine.data import Digits, make_dataset
 from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.extractors import Extractor
 from sra_fast.engine.loop import train
+from sra_fast.engine.run import prepare
 from sra_fast.engine.scores import fit_gaussian, frechet_distance
 from sra_fast.engine.validate import check
 
@@ -55,6 +56,21 @@ def test_distance_to_a_reference(tmp_path, monkeypatch):
     reference = fit_gaussian(digits.reshape(len(digits), -1)[:, ::4].astype(np.float32))
     samples = torch.cat([part for part in seen if len(part) in (5, 2)][-3:])
     assert len(samples) == 12 and rows[-1]["fid"] == pytest.approx(frechet_distance(fit_gaussian(samples.numpy()), reference), rel=1e-5)
+
+
+def test_scores_that_are_made_again_are_not_there_twice(tmp_path):
+    """Nor does a line that a killed process cut short hide those after it."""
+    (tmp_path / "samples.jsonl").write_text('{"step": 2, "images": 12}\n{"step": 4, "images": 12}\n{"step": 6, "im')
+    cfg, device = config(*ARGS), init_distributed()
+    monitors.Monitor(cfg, device, tmp_path).look(build(cfg, device), 4)
+    assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [2, 4]
+
+
+def test_every_process_needs_an_image(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    cfg = config(*ARGS, "--monitor.count", "3", "--train.global_batch", "8", "--train.out", str(tmp_path))
+    with pytest.raises(ValueError, match="monitor.count must be at least 1 for each of the 4 processes, got 3"):
+        prepare(cfg, None)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,10 @@ def test_damage_is_one_error(tmp_path):
     np.savez(path, images=IMAGES)
     with pytest.raises(ValueError, match=r"holds no images \(arr_0\), only \['images'\]"):
         NpzImages(str(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0", b"no .npy")
+    with pytest.raises(ValueError, match="holds no images"):
+        NpzImages(str(path))
     npz(path, data=b"no numpy header at all")
     with pytest.raises(ValueError, match="arr_0 is no plain array"):
         NpzImages(str(path))
@@ -104,3 +108,11 @@ def test_statistics(tmp_path):
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(ValueError, match=r"mu and sigma must be \[D\] and \[D, D\], they are \[3\] and \[4, 4\]"):
         read_statistics(path)
+
+
+@pytest.mark.parametrize("mu, message", [([0, np.nan], "finite"), ([0, 1j], "real numbers"), (["a", "b"], "real numbers"),
+                                         (np.array([None, 1]), "real numbers")])
+def test_statistics_that_are_no_finite_numbers_are_refused(tmp_path, mu, message):
+    np.savez(tmp_path / "x.npz", mu=mu, sigma=np.eye(2))
+    with pytest.raises(ValueError, match=f"x.npz: mu and sigma must be {message}"):
+        read_statistics(str(tmp_path / "x.npz"))

@@ -156,6 +156,8 @@ def broken(change) -> dict:
         (broken(lambda s: s.update({"ap_head.linear1.weight": torch.zeros(1)})), "SiT-S/2", 2, "have a projection head"),
         (broken(lambda s: s["pos_embed"].mul_(2)), "DiT-S/2", 2, "position embedding"),
         (broken(lambda s: s.update({"final_layer.linear.weight": torch.zeros(20, 32)})), "SiT-S/2", 2, "should have 12 or 24 rows"),
+        (broken(lambda s: s.pop("pos_embed")), "SiT-S/2", 2, "none of a SiT or DiT: they have no pos_embed"),
+        (broken(lambda s: s.pop("final_layer.linear.bias")), "SiT-S/2", 2, "have no final_layer.linear.bias"),
         (broken(lambda s: s.pop("blocks.1.attn.qkv.bias")), "DiT-S/2", 2, "blocks.1.attn.qkv.bias"),
     ],
 )
@@ -173,8 +175,10 @@ def test_other_processes_are_refused():
 
 def test_bad_command_is_one_line(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
     for args, message in (
         (("--from", tmp_path / "other.pt", "--out", tmp_path / "a.safetensors"), "neither a SiT or DiT state dict"),
+        (("--from", tmp_path / "empty.pt", "--out", tmp_path / "a.safetensors"), "empty.pt is no checkpoint"),
         (("--from", tmp_path / "other.pt", "--out", tmp_path / "a.pt"), "must end with .safetensors"),
     ):
         done = command("--model", "SiT-XL/2", *args)

@@ -210,3 +210,31 @@ def test_reading_ahead_keeps_the_order_and_the_bound():
     batches = read_ahead(read, iter(range(100)), threads=3)
     assert next(batches) == 0 and len(started) <= 6
     assert list(batches) == list(range(1, 100)) and sorted(started) == list(range(100))
+
+
+def test_moments_that_are_not_finite_are_refused_in_the_references_layout(tmp_path, source):
+    np.save(source.root / source.files[5], np.full((8, 4, 4), np.nan, np.float32))
+    with pytest.raises(ValueError, match="moments of image 5 are not finite"):
+        execute(plan(source, tmp_path / "out", "reference"))
+    assert not (tmp_path / "out/vae-sd/dataset.json").exists()
+
+
+def test_anothers_files_are_not_overwritten(tmp_path, source):
+    theirs = write_latents(tmp_path / "theirs", 4)
+    before = tree(theirs)
+    with pytest.raises(ValueError, match="theirs/vae-sd/.* was not made by this command, it would be lost: choose another out"):
+        execute(plan(source, tmp_path / "theirs", "reference"))
+    assert tree(theirs) == before
+
+
+def test_of_two_jobs_that_start_together_one_has_the_folder(tmp_path, source, monkeypatch):
+    """The other begins between our look at the folder and our first file."""
+    first, other = files.write_first, plan(source, tmp_path / "out", dtype="bfloat16")
+    monkeypatch.setattr(pack, "write_first", lambda *args: (first(tmp_path / "out/preprocess.json", other.job), first(*args)))
+    with pytest.raises(ValueError, match="was begun with dtype bfloat16, this run has float16"):
+        plan(source, tmp_path / "out").begin()
+    monkeypatch.undo()
+    link = lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted"))  # noqa: E731
+    monkeypatch.setattr(os, "link", link)
+    plan(source, tmp_path / "no_links").begin()
+    assert [*tree(tmp_path / "no_links")] == ["preprocess.json"]

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import write_vae
 from PIL import Image
 
 from sra_fast.engine import sampling
+from sra_fast.engine.config import SampleConfig
 from sra_fast.engine.files import write_atomic
 from sra_fast.models import SiT
 
@@ -74,6 +76,50 @@ def test_parts_of_other_samples_are_refused(tmp_path):
         sampling.open_parts(tmp_path / "file" / "parts", {})
 
 
+@pytest.mark.parametrize("event", range(4))
+def test_killed_while_the_parts_are_deleted(tmp_path, event, monkeypatch):
+    """What is left belongs to these samples: others do not take it for theirs, the same command ends with the same file."""
+    parts, remove, left = tmp_path / "parts", os.unlink, [event]
+
+    def dies(path, *args, **kwargs):
+        if str(path).endswith((".npy", ".json")):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    sampling.open_parts(parts, {"seed": 0})
+    sampling.make_parts(make, COUNT, parts, 0, 1)
+    monkeypatch.setattr(os, "unlink", dies)
+    with pytest.raises(KeyboardInterrupt):
+        join(parts, tmp_path / "samples.npz")
+    monkeypatch.undo()
+    monkeypatch.setattr(sampling, "PART", 4)
+    assert (parts / "identity.json").exists()
+    with pytest.raises(ValueError, match="unfinished samples with seed 0"):
+        sampling.open_parts(parts, {"seed": 1})
+    sampling.open_parts(parts, {"seed": 0})
+    assert sampling.make_parts(make, COUNT, parts, 0, 1) == min(4 * event, COUNT)
+    join(parts, tmp_path / "again.npz")
+    assert np.array_equal(np.load(tmp_path / "again.npz")["arr_0"], make(0, COUNT))
+
+
+def test_of_two_runs_that_start_together_one_has_the_folder(tmp_path, monkeypatch):
+    first = sampling.write_first
+    monkeypatch.setattr(sampling, "write_first", lambda path, value: (first(path, {"seed": 1}), first(path, value)))
+    with pytest.raises(ValueError, match="unfinished samples with seed 1, this run has 0"):
+        sampling.open_parts(tmp_path / "parts", {"seed": 0})
+
+
+def test_pngs_of_a_larger_set_are_not_left_among_these(tmp_path):
+    sampling.open_pngs(tmp_path / "png", 5)
+    for name in ("000004.png", "000005.png", "grid.png"):
+        (tmp_path / "png" / name).write_bytes(b"")
+    sampling.open_pngs(tmp_path / "png", 6)
+    with pytest.raises(ValueError, match="holds 1 images more than these 5"):
+        sampling.open_pngs(tmp_path / "png", 5)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
@@ -109,3 +155,58 @@ def test_two_processes_of_the_script_give_the_images_of_one(weights, tmp_path):
 def test_graph_needs_a_gpu(weights, tmp_path):
     child = sample(weights, tmp_path, 0, 1, "--graph", "true")
     assert "graph needs a CUDA device" in child.communicate(timeout=300)[1].splitlines()[-1] and child.returncode == 2
+
+
+@pytest.fixture
+def script():
+    """sample.py as a module; imported, it must not touch the path as it does when it is launched."""
+    path = list(sys.path)
+    import sra_fast.sample as module
+
+    sys.path[:] = path
+    return module
+
+
+def options(script, weights, out, **changed):
+    given = {"checkpoint": str(weights), "num_heads": 2, "out": str(out), "count": 6, "sample": SampleConfig("euler", 2)}
+    return script.Options(**{**given, **changed})
+
+
+def test_what_the_images_depend_on_is_the_same_for_any_number_of_threads(script, weights, tmp_path):
+    given = options(script, weights, tmp_path)
+    model = script.prepare(given)[0]
+    model.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.randn(600, 1000))  # large enough for a sum by threads
+    first, threads = script.identity(given, model), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert script.identity(given, model) == first
+    finally:
+        torch.set_num_threads(threads)
+    weight = model.blocks[0].attn.qkv.weight.data
+    weight[[0, 1]] = weight[[1, 0]]
+    assert script.identity(given, model)["weights"] != first["weights"], "the same sum"
+    assert script.identity(options(script, weights, tmp_path, batch=2, graph=True), model)["count"] == 6
+
+
+def test_pngs_asked_for_too_late_are_an_error(script, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.os, "environ", {})
+    monkeypatch.setattr(sampling, "join_parts", lambda *args: exit("killed"))
+    with pytest.raises(SystemExit):
+        script.run(options(script, weights, tmp_path))
+    with pytest.raises(ValueError, match="unfinished samples with png False, this run has True"):
+        script.run(options(script, weights, tmp_path, png=True))
+
+
+def test_images_that_are_not_finite_are_an_error(script, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.os, "environ", {})
+    held = torch.load(weights)
+    held["ema"]["final_layer.linear.bias"][0] = float("nan")
+    torch.save(held, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match="images 0 .. 3 are not finite"):
+        script.run(options(script, tmp_path / "nan.pt", tmp_path / "out"))
+    assert not [*tmp_path.glob("out/parts/*.npy")]
+
+
+def test_a_vae_of_other_latents_is_an_error(script, weights, tmp_path):
+    with pytest.raises(ValueError, match="--vae .*vae is for latents of 4 channels, the model has 1"):
+        script.prepare(options(script, weights, tmp_path / "out", vae=str(write_vae(tmp_path / "vae"))))
