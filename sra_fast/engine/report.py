@@ -88,6 +88,7 @@ def plot_study(path: Path, rows: list[dict]) -> None:
             axis.plot(values, [i] * len(values), "o", color="tab:blue", alpha=0.6)
             axis.plot([sum(values) / len(values)], [i], "|", color="black", markersize=14)
         axis.set_xlabel(key)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", linewidth=0.4)
     axes[0, 0].set_yticks(range(len(variants)), variants)
     axes[0, 0].invert_yaxis()
