@@ -1,6 +1,7 @@
 """Numbers of a run: read back from the device with a lag, written to JSONL and TensorBoard, shown on a progress bar."""
 import json
 import math
+import re
 import time
 from collections import deque
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sra_fast.engine.config import Config
 from sra_fast.engine.files import write_atomic
 
-# dense matrix rate in FLOP/s by a part of the GPU's name: bf16 and TF32 (NVIDIA data sheets); the first match counts
+# dense matrix rate in FLOP/s by whole words of the GPU's name: bf16 and TF32 (NVIDIA data sheets); the first match counts
 PEAK = {
     "H100 PCIe": (756e12, 378e12),
     "H100": (989e12, 495e12),
@@ -33,7 +34,7 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> floa
     if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rates[precision != "bf16"] for key, rates in PEAK.items() if key in name), None)
+    return next((rates[precision != "bf16"] for key, rates in PEAK.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def training_flops(cfg: Config) -> tuple[float, float]:
