@@ -210,3 +210,11 @@ def test_images_that_are_not_finite_are_an_error(script, weights, tmp_path, monk
 def test_a_vae_of_other_latents_is_an_error(script, weights, tmp_path):
     with pytest.raises(ValueError, match="--vae .*vae is for latents of 4 channels, the model has 1"):
         script.prepare(options(script, weights, tmp_path / "out", vae=str(write_vae(tmp_path / "vae"))))
+
+
+def test_an_image_depends_on_its_number_not_on_its_part(script, weights, tmp_path):
+    given = options(script, weights, tmp_path, batch=2)
+    make_images = script.make_images(given, *script.prepare(given), torch.device("cpu"), lambda finished: None)
+    whole = make_images(0, 6)
+    assert np.array_equal(np.concatenate([make_images(0, 4), make_images(4, 6)]), whole)
+    assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6, "each has noise of its own"
