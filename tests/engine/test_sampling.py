@@ -14,6 +14,7 @@ from PIL import Image
 from sra_fast.engine import sampling
 from sra_fast.engine.config import SampleConfig
 from sra_fast.engine.files import write_atomic
+from sra_fast.engine.report import to_uint8
 from sra_fast.models import SiT
 
 ROOT = Path(__file__).parents[2]
@@ -218,3 +219,9 @@ def test_an_image_depends_on_its_number_not_on_its_part(script, weights, tmp_pat
     whole = make_images(0, 6)
     assert np.array_equal(np.concatenate([make_images(0, 4), make_images(4, 6)]), whole)
     assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6, "each has noise of its own"
+
+
+def test_rounding_and_the_references_truncation():
+    images = torch.tensor([-2.0, -1.0, 0.9 / 127.5 - 1, 0.4 / 127.5 - 1, 1.0, 3.0]).view(1, 6, 1, 1)
+    assert to_uint8(images).flatten().tolist() == [0, 0, 1, 0, 255, 255]
+    assert to_uint8(images, "truncate").flatten().tolist() == [0, 0, 0, 0, 255, 255]
