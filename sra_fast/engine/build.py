@@ -73,6 +73,8 @@ def _networks(cfg: Config, weights: dict[str, Tensor] | None) -> tuple[SiT, Back
     student, teacher = cfg.model.build(), None
     if weights is not None:
         student.load_state_dict(weights, strict=True)
+    for block in student.blocks:
+        block.recompute = cfg.train.recompute
     if cfg.align.target == "ema_teacher":
         teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
         teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
@@ -98,6 +100,18 @@ def _choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
             ops.attention(q, q, q)
 
 
+def _set_step(cfg: Config, engine, optimizer: torch.optim.Optimizer, stage: int) -> None:
+    """One pass in the place of DeepSpeed's step where there is one, else clipping before DeepSpeed's where it is ours."""
+    ours = isinstance(optimizer, AdamWEMA)
+    # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which keeps its own step
+    if ours and stage in (1, 2) and hasattr(engine.optimizer, "bit16_groups_flat"):
+        PartitionedStep(engine, cfg.optim.clip)
+    elif ours and stage == 3:
+        Stage3Step(engine, cfg.optim.clip)
+    elif clips_itself(stage, cfg):
+        clip_before_step(engine, cfg.optim.clip)
+
+
 def build(
     cfg: Config, device: torch.device, ds_json: str | None = None, weights: dict[str, Tensor] | None = None
 ) -> Trainer:
@@ -119,8 +133,6 @@ def build(
     stage = zero_stage(ds_config, cfg)
     check_device(cfg, stage, device.type == "cuda")
     student, teacher = _networks(cfg, weights)
-    for block in student.blocks:
-        block.recompute = cfg.train.recompute
     if cfg.train.compile:
         _choose_attention(cfg, micro, device)
         for network in filter(None, (student, teacher)):
@@ -136,13 +148,7 @@ def build(
     if bf16:
         _restore_fp32(shards, engine, initial)
     shards.verify(parameters)
-    # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which keeps its own step
-    if stage in (1, 2) and isinstance(optimizer, AdamWEMA) and hasattr(engine.optimizer, "bit16_groups_flat"):
-        PartitionedStep(engine, cfg.optim.clip)
-    elif stage == 3 and isinstance(optimizer, AdamWEMA):
-        Stage3Step(engine, cfg.optim.clip)
-    elif clips_itself(stage, cfg):
-        clip_before_step(engine, cfg.optim.clip)
+    _set_step(cfg, engine, optimizer, stage)
     ema = ShardedEMA(shards, cfg.train.ema_decay, optimizer)
     dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype != "fp32" else torch.float32
     trained = make_teacher(teacher, ema, optimizer, dtype)

@@ -26,7 +26,7 @@ def write_first(path: Path, value) -> None:
     """``write_json`` unless the file is there: of processes that start together one writes, the others read it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_atomic(temporary, lambda p: p.write_text(json.dumps(value, indent=1)))
+        write_json(temporary, value)
         try:
             os.link(temporary, path)
         except FileExistsError:

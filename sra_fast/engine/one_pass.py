@@ -1,7 +1,8 @@
 """One pass over the memory in the place of DeepSpeed's ``step``: norm, then clip, AdamW, rounded weights and EMA at once.
 
 DeepSpeed's own converts every gradient to fp32 (stages 1 and 2: twice), scales it in a pass of its own, and rounds the weights in
-another: about 102 bytes per parameter at stages 1 and 2, EMA included, against 46 here.
+another. Bytes per parameter, EMA and teacher's copy included, counted on SiT-S/8 in bf16: 43.3 here at stage 1 and 41.9 at stage 3;
+DeepSpeed's step with torch's AdamW 85.9 at both.
 """
 import deepspeed.comm as dist
 import torch

@@ -123,3 +123,10 @@ def test_another_deepspeed_is_named(step, missing):
 
     with pytest.raises(RuntimeError, match=f"{missing}.*set it to torch"):
         step(Engine(), 1.0)
+
+
+@pytest.mark.parametrize("policy", ["none", "norm", "full"])
+def test_recomputation_reaches_the_students_blocks(policy):
+    trainer = build(config("--train.recompute", policy), init_distributed())
+    assert {block.recompute for block in trainer.student.blocks} == {policy}
+    assert {block.recompute for block in trainer.engine.module.teacher.blocks} == {"none"}
