@@ -64,7 +64,7 @@ def step_flops(cfg: Config, full_depth: bool = False) -> dict[str, Fraction]:
 
 
 VARIANTS = (
-    "plain", "sra", "sra+optim.implementation=torch", "sra+align.fraction=0.5", "fp32_teacher", "bf16_teacher", "truncated",
+    "plain", "sra", "sra_fp8", "sra+optim.implementation=torch", "sra+align.fraction=0.5", "fp32_teacher", "bf16_teacher", "truncated",
     "strong",
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ p <- p - lr / (1 - b1^k) m / (sqrt(v / (1 - b2^k)) + eps);  weights <- p;
 ema <- ema + (1 - decay)(p - ema);  ema_copy <- ema
 
 Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 for the weights, 8 for the EMA and 2
-for its copy: 40 in all.  Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
+for its copy: 40 in all; 1 for a copy in e4m3: 39.  Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
 """
 import triton
 import triton.language as tl
@@ -14,7 +14,29 @@ from torch import Tensor
 # 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer
 BLOCK = 1024
 # 32-bit registers per thread, at most, of wide launches
-REGISTERS = {"_adamw_ema_kernel": 56}
+REGISTERS = {"_adamw_ema_kernel": 56, "_adamw_ema_kernel/segments": 72}
+
+
+@triton.jit
+def _scaled_to_e4m3(x, at, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS: tl.constexpr):
+    """Elements [start, stop) of a buffer cut into segments, each times its multiplier; amax learns what they are at most.
+
+    Nearly always they lie in one segment.
+    """
+    ends = tl.load(ends_ptr + tl.arange(0, SEGMENTS), mask=tl.arange(0, SEGMENTS) < S, other=stop)
+    # the segments of the first and of the last element, in one reduction
+    both = tl.sum((ends <= start).to(tl.int32) + (ends < stop).to(tl.int32) * 65536)
+    scaled = x
+    for segment in range(both % 65536, tl.minimum(both // 65536, S - 1) + 1):
+        end = tl.load(ends_ptr + segment)
+        inside = (at >= start) & (at < end)  # lanes beyond the end hold 0, or a NaN if eps is 0, which no maximum takes
+        scaled = tl.where(inside, x * tl.load(multiplier_ptr + segment), scaled)
+        peak = tl.max(tl.where(inside, tl.abs(x), 0.0))
+        if peak > tl.load(amax_ptr + segment):  # rarely true after the first programs: few atomics
+            tl.atomic_max(amax_ptr + segment, peak, sem="relaxed")
+        start = tl.maximum(start, end)
+    # as comparisons, which leave a NaN what it is
+    return tl.where(scaled > 448.0, 448.0, tl.where(scaled < -448.0, -448.0, scaled))
 
 
 @triton.jit
@@ -25,9 +47,14 @@ def _adamw_ema_kernel(
     exp_avg_sq_ptr,  # [N] fp32
     weights_ptr,  # [N] half precision, or unused
     ema_ptr,  # [N] fp32, or unused
-    ema_copy_ptr,  # [N] half precision, or unused
+    ema_copy_ptr,  # [N] half precision or e4m3, or unused
+    multiplier_ptr,  # [S] fp32: of the segments of an e4m3 copy, or unused
+    amax_ptr,  # [S] fp32, or unused
+    ends_ptr,  # [S] int64, counted from FIRST elements before these N, or unused
     clip_scale_ptr,  # one fp32 number, or unused
     N,
+    S,
+    FIRST,
     shrink,  # 1 - lr * weight_decay
     weight1,  # 1 - beta1
     beta2,
@@ -41,6 +68,7 @@ def _adamw_ema_kernel(
     WEIGHTS: tl.constexpr,
     EMA: tl.constexpr,
     EMA_COPY: tl.constexpr,
+    SEGMENTS: tl.constexpr,  # S rounded up to a power of two, or 0
     BLOCK: tl.constexpr,
 ):
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -66,6 +94,10 @@ def _adamw_ema_kernel(
         # torch.lerp: from the nearer end, so that decay 0 returns the parameter exactly
         ema = tl.where(ema_weight < 0.5, ema + ema_weight * (param - ema), param - decay * (param - ema))
         tl.store(ema_ptr + cols, ema, mask=mask)
+        if SEGMENTS:
+            start = FIRST + tl.program_id(0).to(tl.int64) * BLOCK
+            stop = tl.minimum(start + BLOCK, FIRST + N)
+            ema = _scaled_to_e4m3(ema, FIRST + cols, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS)
         if EMA_COPY:
             tl.store(ema_copy_ptr + cols, ema, mask=mask)
 
@@ -78,6 +110,9 @@ def adamw_ema_(
     weights: Tensor | None,
     ema: Tensor | None,
     ema_copy: Tensor | None,
+    multiplier: Tensor | None,
+    amax: Tensor | None,
+    ends: Tensor | None,
     clip_scale: Tensor | None,
     step: int,
     lr: float,
@@ -90,14 +125,18 @@ def adamw_ema_(
     """One-dimensional contiguous buffers of one length; optional ones are None."""
     step_size, inv_sqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     scalars = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, 1 - decay, decay)
+    S = 0 if ends is None else ends.numel()
     options = {"WEIGHTS": weights is not None, "EMA": ema is not None, "EMA_COPY": ema_copy is not None}
-    options |= {"CLIP": clip_scale is not None, "BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
-    buffers = [param, grad, exp_avg, exp_avg_sq, *(param if x is None else x for x in (weights, ema, ema_copy))]
-    clip = param if clip_scale is None else clip_scale
+    options |= {"CLIP": clip_scale is not None, "SEGMENTS": triton.next_power_of_2(S), "BLOCK": BLOCK}
+    unused = lambda x: param if x is None else x
+    buffers = [param, grad, exp_avg, exp_avg_sq, *map(unused, (weights, ema, ema_copy))]
+    small = [*map(unused, (multiplier, amax, ends, clip_scale))]
     # a length that is no multiple of 16 would narrow every access of the launch, so the rest goes alone
     N, even = param.numel(), param.numel() // 16 * 16
     for start, stop in ((0, even), (even, N)):
         if start < stop:
             views = [x[start:stop] for x in buffers]
             grid = (triton.cdiv(stop - start, BLOCK),)
-            _adamw_ema_kernel[grid](*views, clip, stop - start, *scalars, **options)
+            _adamw_ema_kernel[grid](
+                *views, *small, stop - start, S, start, *scalars, **options, num_warps=4, enable_fp_fusion=True
+            )

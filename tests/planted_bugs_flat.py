@@ -6,6 +6,7 @@ T_ALIGN, T_NOISE, T_EMA, T_ADAMW = (
     f"tests/ops/test_{n}.py" for n in ("align_distance", "noise_pair", "ema_update", "adamw_ema")
 )
 T_CUDA = "tests/test_csrc.py"
+REPLICA, T_REPLICA = "sra_fast/engine/replica.py", "tests/engine/test_replica.py"
 
 BUGS = [
     ("every row reads image 0", ALIGN, "b, t = row // T, row % T", "b, t = row * 0, row % T", T_ALIGN),
@@ -145,6 +146,18 @@ BUGS = [
         T_CUDA,
     ),
     ("alignment of the EMA not asked for", CUDA, "is_aligned(ema) && is_aligned(p) &&", "is_aligned(p) &&", T_CUDA),
+    # the optimizer's copy in e4m3, in the kernel, by hand, and in the engine
+    ("segment of the program's end for all", ADAMW, "range(both % 65536,", "range(both // 65536,", T_ADAMW),
+    ("only the first segment of a program", ADAMW, "tl.minimum(both // 65536, S - 1) + 1", "both % 65536 + 1", T_ADAMW),
+    ("a border belongs to both sides", ADAMW, "start = tl.maximum(start, end)", "pass", T_ADAMW),
+    ("largest value, not magnitude", ADAMW, "tl.where(inside, tl.abs(x), 0.0)", "tl.where(inside, x, 0.0)", T_ADAMW),
+    ("the ragged end counts from 0", ADAMW, "start = FIRST + tl", "start = tl", T_ADAMW),
+    ("e4m3 of what is too large", ADAMW, "scaled > 448.0, 448.0,", "scaled > 1e9, 448.0,", T_ADAMW),
+    ("the largest magnitude forgotten", REPLICA, "power_of_two_multiplier(self.amax))\n        self.amax.zero_()",
+     "self.multiplier)", T_REPLICA),
+    ("the scale of the next copy", REPLICA, "self.in_use.reciprocal()", "power_of_two_multiplier(self.amax).reciprocal()", T_REPLICA),
+    ("a resumed run forgets what it measured", REPLICA, 'in ("multiplier", "amax"):', 'in ("multiplier",):', T_REPLICA),
+    ("every rank's segments are the first's", REPLICA, "shards.rank * group.size if self.sharded else 0", "0", T_REPLICA),
     # operators
     (
         "a NaN for a learning rate",

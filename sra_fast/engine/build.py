@@ -9,14 +9,14 @@ from torch import Tensor
 from sra_fast import ops
 from sra_fast.engine.config import Config
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
-from sra_fast.engine.ema import ShardedEMA, make_teacher
+from sra_fast.engine.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
 from sra_fast.engine.objective import SRAObjective, make_process
 from sra_fast.engine.one_pass import PartitionedStep, Stage3Step
 from sra_fast.engine.optimizer import AdamWEMA, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
-from sra_fast.models.fp8 import use_fp8
+from sra_fast.models.fp8 import fp8_layers, use_fp8
 
 
 @dataclass
@@ -43,10 +43,10 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         return self.engine.optimizer.grad_norm if norm is None else norm
 
-    def refresh_teacher(self) -> None:
-        """Teacher weights <- EMA, however that changed."""
+    def refresh_teacher(self, state: dict | None = None) -> None:
+        """Teacher weights <- EMA, however that changed; ``state`` is that of the teacher of a run that is gone on with."""
         if self.teacher is not None:
-            self.teacher.refresh()
+            self.teacher.refresh(state)
         self._settle()
 
     def after_step(self, teacher_runs: bool) -> None:
@@ -78,9 +78,33 @@ def _networks(cfg: Config, weights: dict[str, Tensor] | None) -> tuple[SiT, Back
     if cfg.align.target == "ema_teacher":
         teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
         teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
-        if cfg.align.teacher_dtype == "fp8":
-            use_fp8(teacher)
     return student, teacher
+
+
+def _teacher_kinds(cfg: Config, teacher: Backbone | None) -> list[set[str]]:
+    """Names of the teacher's parameters, those of each dtype in a set."""
+    if teacher is None:
+        return []
+    names = {name for name, _ in teacher.named_parameters()}
+    fp8 = set(fp8_layers(teacher)) if cfg.align.teacher_dtype == "fp8" else set()
+    return [fp8, names - fp8] if fp8 else [names]
+
+
+def _make_teacher(
+    cfg: Config, teacher: Backbone | None, ema: ShardedEMA, optimizer: torch.optim.Optimizer
+) -> ReplicatedTeacher | PartitionedTeacher | None:
+    """What refreshes the teacher in this ZeRO stage, or None without a teacher."""
+    if teacher is None:
+        return None
+    if not ema.shards.groups:
+        return PartitionedTeacher(teacher, ema)
+    fp8, dtype = {}, torch.float32
+    if cfg.train.precision == "bf16" and cfg.align.teacher_dtype != "fp32":
+        dtype = torch.bfloat16
+    if cfg.align.teacher_dtype == "fp8":
+        use_fp8(teacher)  # only now: DeepSpeed casts what it is given to bf16
+        fp8 = fp8_layers(teacher)
+    return ReplicatedTeacher(teacher, ema, optimizer, dtype, fp8)
 
 
 def _restore_fp32(shards: MasterShards, engine, initial: dict[str, Tensor]) -> None:
@@ -139,8 +163,7 @@ def build(
             network.compile_blocks()
     initial = {name: p.detach().clone() for name, p in student.named_parameters()} if bf16 else {}
     objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
-    teacher_names = {name for name, _ in teacher.named_parameters()} if teacher else set()
-    optimizer = make_optimizer(cfg, student, teacher_names, device.type == "cuda")
+    optimizer = make_optimizer(cfg, student, _teacher_kinds(cfg, teacher), device.type == "cuda")
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
 
     parameters = dict(student.named_parameters())
@@ -150,8 +173,7 @@ def build(
     shards.verify(parameters)
     _set_step(cfg, engine, optimizer, stage)
     ema = ShardedEMA(shards, cfg.train.ema_decay, optimizer)
-    dtype = torch.bfloat16 if bf16 and cfg.align.teacher_dtype != "fp32" else torch.float32
-    trained = make_teacher(teacher, ema, optimizer, dtype)
+    trained = _make_teacher(cfg, teacher, ema, optimizer)
     if trained is not None:
         objective.teacher_pass.ready = trained.wait
     return Trainer(

@@ -1,8 +1,8 @@
 """Checkpoints: DeepSpeed's for the exact resume of a run, the EMA included; the EMA beside them for samplers; exports.
 
 ``<run>/checkpoints/step_00001000/`` holds DeepSpeed's files, ``ema_rank_00000.pt`` of every rank and ``sra_fast.json``
-(step, seed, sampler position, processes).  All random numbers are functions of (seed, step, image), so that these are
-the whole generator state.  DeepSpeed writes ``latest`` last: an interrupted save is never picked up.
+(step, seed, sampler position, processes, scales of an fp8 teacher).  All random numbers are functions of (seed, step, image), so
+that these are the whole generator state.  DeepSpeed writes ``latest`` last: an interrupted save is never picked up.
 """
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     pieces = {name: (start, values.clone()) for name, (start, values) in trainer.ema.pieces().items()}
     write_atomic(path / f"ema_rank_{trainer.rank:05d}.pt", lambda p: torch.save(pieces, p))
+    teacher = trainer.teacher.state() if trainer.teacher is not None else None
     if trainer.rank == 0:
         identity = identity_of(trainer.cfg, trainer.world, trainer.stage)
-        write_json(path / STATE, {"step": step, "epoch": epoch, **identity})
+        write_json(path / STATE, {"step": step, "epoch": epoch, **identity, "teacher": teacher})
     dist.barrier()
     # the frozen teacher is not stored: it is the EMA's
     trainer.engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
@@ -51,6 +52,7 @@ def identity_of(cfg: Config, world_size: int, zero_stage: int) -> dict:
         "zero_stage": zero_stage,
         "precision": cfg.train.precision,
         "teacher_layer": cfg.align.teacher_layer if cfg.align.target != "none" else None,
+        "fp8_teacher": cfg.align.target == "ema_teacher" and cfg.align.teacher_dtype == "fp8",  # groups parameters otherwise
         "model": asdict(cfg.model),
     }
 
@@ -62,7 +64,7 @@ def read_state(path: Path, identity: dict) -> dict:
         ValueError: no checkpoint there, or one of another model, seed, batch, precision, ZeRO stage or process count.
     """
     try:
-        state = json.loads((path / STATE).read_text())
+        state = {"fp8_teacher": False, "teacher": None, **json.loads((path / STATE).read_text())}
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"no checkpoint of sra-fast at {path}: {error}") from None
     for key, value in identity.items():
@@ -93,7 +95,7 @@ def load(trainer: Trainer, path: Path) -> int:
     if o.implementation == "fused":  # its step count is read on the host
         for moments in trainer.shards.optimizer_states():
             moments["step"] = moments["step"].cpu()
-    trainer.refresh_teacher()
+    trainer.refresh_teacher(state["teacher"])
     return state["step"]
 
 

@@ -82,7 +82,7 @@ class AlignConfig:
     """the teacher runs each `every`-th step, with lambda times `every`"""
     teacher_dtype: Literal["auto", "fp32", "fp8"] = "auto"
     """precision of the teacher: the training precision; fp32 as the reference has it; fp8: bf16 with the three large products
-    of a block in e4m3 (Hopper or newer, ZeRO 0-2, train.precision bf16)"""
+    of a block in e4m3, their weights rounded in the optimizer's pass (Hopper or newer, ZeRO 0-2, train.precision bf16)"""
     teacher_graph: bool = False
     """replay the teacher's forward as a CUDA graph (ZeRO 0-2)"""
     teacher_stream: bool = False

@@ -2,14 +2,14 @@
 
 Each rank holds the fp32 EMA of its own part of the fp32 master weights, 4 bytes per parameter over the number of ranks
 (stage 0: all of it), in the optimizer's state as ``"ema"``.  The teacher is blocks 1..n and the embedders in the training
-precision, on every rank (ZeRO-3: partitioned like the weights).
+precision or in part in fp8, on every rank (ZeRO-3: partitioned like the weights).
 """
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sra_fast import ops
 from sra_fast.engine.optimizer import AdamWEMA
+from sra_fast.engine.replica import Fp8Replica, Replica
 from sra_fast.engine.shards import MasterShards
 from sra_fast.models import Backbone
 
@@ -56,41 +56,46 @@ class ShardedEMA:
 
 
 class ReplicatedTeacher:
-    """Stages 0-2: every teacher parameter is a view of one flat buffer, refreshed by one all-gather of the EMA.
+    """Stages 0-2: every teacher parameter is a view of a replica, refreshed by one all-gather of the EMA.
 
-    The teacher's parameters are the optimizer's first group, so that each rank's part of that group is its part of the
-    buffer, with nothing to unpack.  A bf16 buffer's part is written by the optimizer's own pass, if that is an ``AdamWEMA``;
-    the all-gather runs beside the student's next forward.
+    Where the replicas are low precision and the optimizer is an ``AdamWEMA``, its own pass writes them; the all-gather runs
+    beside the student's next forward.
 
     Args:
-        teacher: the frozen ``Backbone``; its parameters are rebound to the buffer.
+        teacher: the frozen ``Backbone``; its parameters are rebound to the replicas.
         ema: source of the weights.
         optimizer: of the run.
-        dtype: of the buffer and of everything the teacher computes.
+        dtype: of everything the teacher computes, and of its parameters, except for
+        fp8: ``{name of a weight: its layer}``, which are kept in e4m3.
     """
 
-    def __init__(self, teacher: Backbone, ema: ShardedEMA, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
-        shards, self.ema, self.pending = ema.shards, ema, None
-        offsets, size = shards.teacher_layout
-        world = 1 if shards.replicated else shards.world
-        self.buffer = torch.zeros(world * size, dtype=dtype, device=shards.flats[0].device)
-        self.part = self.buffer if world == 1 else torch.zeros(size, dtype=dtype, device=self.buffer.device)
-        owners = shards.owners[: shards.teacher_flats]
-        sizes = [owner.numel() for owner in owners]
-        self.views = [view.view(o.shape) for view, o in zip(self.part[: sum(sizes)].split(sizes), owners)]
+    def __init__(
+        self, teacher: Backbone, ema: ShardedEMA, optimizer: torch.optim.Optimizer, dtype: torch.dtype, fp8: dict[str, nn.Linear]
+    ):
+        parameters, shards, self.ema, self.pending = dict(teacher.named_parameters()), ema.shards, ema, []
+        groups = [group for group in shards.groups if group.offsets.keys() <= parameters.keys()]
+        self.replicas = [Fp8Replica(shards, g, fp8) if g.offsets.keys() <= fp8.keys() else Replica(shards, g, dtype) for g in groups]
         self.in_optimizer = ema.in_optimizer and dtype != torch.float32
-        if self.in_optimizer:
-            optimizer.copies = dict(zip(owners, self.views))
-        for name, p in teacher.named_parameters():
-            p.data = self.buffer.narrow(0, offsets[name], p.numel()).view(p.shape)
+        for replica in self.replicas:
+            replica.bind(parameters)
+            if self.in_optimizer:
+                optimizer.copies.update(replica.copies)
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Teacher weights <- EMA, on every rank the same."""
-        torch._foreach_copy_([v.view(-1) for v in self.views], self.ema.flats[: len(self.views)])
+    def refresh(self, state: dict | None = None) -> None:
+        """Teacher weights <- EMA, on every rank the same; ``state``: of the run that is gone on with."""
+        for replica in self.replicas:
+            given = {"multiplier": torch.tensor(state["in_use"])} if state and isinstance(replica, Fp8Replica) else {}
+            replica.store(self.ema.flats, **given)
         self._gather()
         self.wait()
+        for replica in self._fp8 if state else ():
+            replica.load_state(state)
+
+    @property
+    def _fp8(self) -> list[Fp8Replica]:
+        return [replica for replica in self.replicas if isinstance(replica, Fp8Replica)]
 
     def after_step(self) -> None:
         """``refresh`` after an optimizer step, without waiting for it: ``wait`` comes before the teacher's forward."""
@@ -99,14 +104,23 @@ class ReplicatedTeacher:
         else:
             self.refresh()
 
+    @torch.no_grad()
     def _gather(self) -> None:
-        if self.part is not self.buffer:
-            self.pending = dist.all_gather_into_tensor(self.buffer, self.part, async_op=True)
+        self.pending = [(replica, replica.gather()) for replica in self.replicas]
 
+    @torch.no_grad()
     def wait(self) -> None:
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
+        """The teacher's weights are complete after this, on the current stream."""
+        for replica, handles in self.pending:
+            for handle in handles:
+                handle.wait()
+            replica.arrived()
+        self.pending = []
+
+    def state(self) -> dict | None:
+        """What ``refresh`` needs besides the EMA to make the same weights in a resumed run; collective."""
+        self.wait()
+        return next((replica.state() for replica in self._fp8), None)
 
 
 class PartitionedTeacher:
@@ -125,7 +139,7 @@ class PartitionedTeacher:
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self, state: None = None) -> None:
         """Teacher weights <- EMA, each rank its own partition."""
         flats = self.ema.flats
         torch._foreach_copy_(self.target, [s.of(flats) for s in self.segments])
@@ -135,11 +149,5 @@ class PartitionedTeacher:
     def wait(self) -> None:
         """Nothing is under way."""
 
-
-def make_teacher(teacher: Backbone | None, ema: ShardedEMA, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
-    """The refresher that fits the ZeRO stage, or None without a teacher."""
-    if teacher is None:
-        return None
-    if ema.shards.teacher_layout is None:
-        return PartitionedTeacher(teacher, ema)
-    return ReplicatedTeacher(teacher, ema, optimizer, dtype)
+    def state(self) -> None:
+        """The EMA is all there is."""

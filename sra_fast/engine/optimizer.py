@@ -19,7 +19,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Attributes:
         clip_scale: one number on the device that multiplies the gradients of the next step, or None.
-        copies: ``{parameter: bf16 tensor of its size}``, which receives the rounded EMA.
+        copies: ``{parameter: bf16 tensor or ops.fp8.Fp8Copy of its size}``, which receives the rounded EMA.
     """
 
     def __init__(self, params, *, lr: float, betas: tuple, eps: float, weight_decay: float, ema_decay: float):
@@ -59,11 +59,14 @@ def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
     }
 
 
-def make_optimizer(cfg: Config, student: SiT, teacher_names: set[str], cuda: bool) -> torch.optim.Optimizer:
-    """The configured optimizer with the teacher's parameters as the first group: their EMA is one contiguous part per rank."""
-    groups = [[], []]
+def make_optimizer(cfg: Config, student: SiT, kinds: list[set[str]], cuda: bool) -> torch.optim.Optimizer:
+    """The configured optimizer; its first groups are the parameters named in ``kinds``, the last one holds the others.
+
+    What the teacher keeps in one dtype is a group, so that its EMA is one contiguous part per rank.
+    """
+    groups = [[] for _ in (*kinds, "others")]
     for name, p in student.named_parameters():
-        groups[name not in teacher_names].append(p)
+        groups[next((i for i, names in enumerate(kinds) if name in names), len(kinds))].append(p)
     groups, o = [{"params": group} for group in groups if group], cfg.optim
     settings = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
     if o.implementation == "torch":

@@ -25,6 +25,18 @@ class Segment:
         return flats[self.flat].narrow(0, self.offset, self.numel)
 
 
+@dataclass(frozen=True)
+class Group:
+    """A parameter group, flattened: parameter ``name`` starts at element ``offsets[name]``; every rank holds ``size`` elements.
+
+    ``flats`` says which of ``MasterShards.flats`` are this rank's elements, in order.
+    """
+
+    offsets: dict[str, int]
+    size: int
+    flats: range
+
+
 class MasterShards:
     """This rank's part of the fp32 master weights.
 
@@ -34,9 +46,7 @@ class MasterShards:
         owners: the tensor behind each of ``flats``, a key of the optimizer's state.
         replicated: stage 0: every rank holds everything.
         shapes: shape of every trained parameter, in the model's order.
-        teacher_layout: stages 0-2: ``({name: offset}, elements per rank)`` of the first parameter group, flattened;
-            None at stage 3.
-        teacher_flats: how many of ``flats`` belong to that group.
+        groups: stages 0-2: the layout of every parameter group; empty at stage 3.
     """
 
     def __init__(self, engine, parameters: dict[str, torch.nn.Parameter]):
@@ -45,7 +55,7 @@ class MasterShards:
         self.names = {id(p): name for name, p in parameters.items()}
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
         self.flats, self.segments, self.owners, self.replicated = [], [], [], False
-        self.teacher_layout, self.teacher_flats = None, 0
+        self.groups: list[Group] = []
         stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
         if stage == 3:
             self._from_stage3(optimizer)
@@ -77,28 +87,26 @@ class MasterShards:
                     self.segments.append(Segment(self.names[id(p)], start, flat, offset, numel))
 
     def _from_flat_groups(self, groups, lows: list[Tensor], masters: list[Tensor]) -> None:
-        for g, (params, low, master) in enumerate(zip(groups, lows, masters)):
+        for params, low, master in zip(groups, lows, masters):
             offsets = {self.names[id(p)]: (p.data_ptr() - low.data_ptr()) // low.element_size() for p in params}
             flat, part = self._add(master), master.numel()
             for name, offset in offsets.items():
                 self._cut(name, offset, part, flat)
-            if g == 0:
-                self.teacher_layout, self.teacher_flats = (offsets, part), 1
+            self.groups.append(Group(offsets, part, range(flat, flat + 1)))
 
     def _from_replicated(self, optimizer) -> None:
         """Stage 0 has whole masters on every rank, and so a whole EMA."""
         self.replicated = True
         masters = getattr(optimizer, "fp32_groups", None) or [g["params"] for g in optimizer.param_groups]
         params = getattr(optimizer, "fp16_groups", None) or masters
-        for g, (group, group_masters) in enumerate(zip(params, masters)):
-            offsets, total = {}, 0
+        for group, group_masters in zip(params, masters):
+            offsets, total, first = {}, 0, len(self.flats)
             for p, master in zip(group, group_masters):
                 name = self.names[id(p)]
                 offsets[name] = total
                 total += p.numel()
                 self.segments.append(Segment(name, 0, self._add(master), 0, p.numel()))
-            if g == 0:
-                self.teacher_layout, self.teacher_flats = (offsets, total), len(self.flats)
+            self.groups.append(Group(offsets, total, range(first, len(self.flats))))
 
     def _cut(self, name: str, offset: int, part: int, flat: int) -> None:
         """Record what this rank's ``part`` of a flattened group, ``flat``, holds of the parameter at ``offset``."""

@@ -1,4 +1,5 @@
 """Blocks whose forward runs its three large products in fp8, for a network without gradients: the teacher."""
+import torch
 from torch import Tensor, nn
 
 from sra_fast.models.layers import Block, Pending
@@ -7,8 +8,7 @@ from sra_fast.ops.fp8 import Rows, adaln_fp8, gated_residual_adaln_fp8, linear_f
 
 
 def _linear(x: Rows, layer: nn.Linear) -> Tensor:
-    # quantised at every call: 3 bytes per weight, and no copy that could be older than the weights
-    return linear_fp8(x, quantize_rows(layer.weight), layer.bias)
+    return linear_fp8(x, Rows(layer.weight, layer.weight_scale), layer.bias)
 
 
 class Fp8Block(Block):
@@ -30,8 +30,20 @@ class Fp8Block(Block):
         return x, (_linear(hidden, self.mlp.fc2), gate_mlp)
 
 
+def fp8_layers(model: Backbone) -> dict[str, nn.Linear]:
+    """``{name of the weight: layer}`` of the layers that an ``Fp8Block`` runs in e4m3."""
+    layers = {}
+    for i, block in enumerate(model.blocks):
+        for path, layer in {"attn.qkv": block.attn.qkv, "mlp.fc1": block.mlp.fc1, "mlp.fc2": block.mlp.fc2}.items():
+            layers[f"blocks.{i}.{path}.weight"] = layer
+    return layers
+
+
+@torch.no_grad()
 def use_fp8(model: Backbone) -> None:
-    """Turn the blocks of a frozen network into ``Fp8Block``, in place; its parameters stay what and where they are.
+    """Turn the blocks of a frozen network into ``Fp8Block``, in place, and the weights of their large products into e4m3.
+
+    What is left of the network must be bf16 on its device already.  The layers get ``weight_scale [out_features, 1]`` fp32.
 
     Raises:
         ValueError: a width that fp8 products cannot have.
@@ -40,3 +52,5 @@ def use_fp8(model: Backbone) -> None:
         raise ValueError(f"fp8 needs a hidden_size that is a multiple of 16, got {model.hidden_size}")
     for block in model.blocks:
         block.__class__ = Fp8Block
+    for layer in fp8_layers(model).values():
+        layer.weight.data, layer.weight_scale = quantize_rows(layer.weight)

@@ -7,6 +7,7 @@ from torch import Tensor
 from sra_fast.kernels import adamw_ema as kernels
 from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
 from sra_fast.ops._register import register
+from sra_fast.ops.fp8 import E4M3, Fp8Copy
 
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
@@ -27,7 +28,7 @@ def adamw_ema_ref_(
     clip_scale: Tensor | None = None,
     weights: Tensor | None = None,
     ema: Tensor | None = None,
-    ema_copy: Tensor | None = None,
+    ema_copy: Tensor | Fp8Copy | None = None,
     decay: float = 0.9999,
 ) -> None:
     """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Alg. 2) in torch's order, then the EMA."""
@@ -44,21 +45,24 @@ def adamw_ema_ref_(
         weights.copy_(param)
     if ema is not None:
         ema.lerp_(param, 1 - decay)
-    if ema_copy is not None:
+    if isinstance(ema_copy, Fp8Copy):
+        ema_copy.measure_(ema.view(-1))
+        ema_copy.store_(ema.view(-1))
+    elif ema_copy is not None:
         ema_copy.copy_(ema)
 
 
-def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, *rest) -> None:
-    kernels.adamw_ema_(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, *rest)
+def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest) -> None:
+    kernels.adamw_ema_(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest)
     # autograd must see the change: a graph that saved the old value would be wrong in silence
-    written = (param, exp_avg, exp_avg_sq, weights, ema, ema_copy)
+    written = (param, exp_avg, exp_avg_sq, weights, ema, ema_copy, amax)
     torch.autograd.graph.increment_version([x for x in written if x is not None])
 
 
 _op = register(
     "adamw_ema_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights,"
-    " Tensor(e!)? ema, Tensor(f!)? ema_copy, Tensor? clip_scale, int step, float lr, float beta1, float beta2,"
-    " float eps, float weight_decay, float decay) -> ()",
+    " Tensor(e!)? ema, Tensor(f!)? ema_copy, Tensor? multiplier, Tensor(g!)? amax, Tensor? ends, Tensor? clip_scale,"
+    " int step, float lr, float beta1, float beta2, float eps, float weight_decay, float decay) -> ()",
     _run,
     lambda *args: None,
 )
@@ -77,8 +81,16 @@ def _check_buffers(full: dict[str, Tensor | None], grad: Tensor, half: dict[str,
             "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, grad fp32, bf16 or fp16, and "
             f"weights, ema_copy bf16 or fp16, got {got}"
         )
-    if half["ema_copy"] is not None and full["ema"] is None:
-        raise ValueError("expected ema where ema_copy is given, got None")
+
+
+def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
+    values, multiplier, amax, ends = copy
+    if values.dtype != E4M3 or values.shape != param.shape or values.device != param.device or not values.is_contiguous():
+        raise ValueError(f"expected ema_copy.values as param, contiguous and e4m3, got {[*values.shape]} {values.dtype} {values.device}")
+    kinds = [(x.dtype, x.device, x.dim(), x.numel()) for x in (multiplier, amax, ends)]
+    S, full = multiplier.numel(), torch.float32
+    if not 0 < S < 2**15 or kinds != [(dtype, param.device, 1, S) for dtype in (full, full, torch.int64)]:
+        raise ValueError(f"expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, S < 2^15, on {param.device}, got {kinds}")
 
 
 def _check_numbers(
@@ -109,7 +121,7 @@ def adamw_ema_(
     clip_scale: Tensor | None = None,
     weights: Tensor | None = None,
     ema: Tensor | None = None,
-    ema_copy: Tensor | None = None,
+    ema_copy: Tensor | Fp8Copy | None = None,
     decay: float = 0.9999,
     backend: str | None = None,
 ) -> None:
@@ -132,24 +144,26 @@ def adamw_ema_(
             ``1 / loss_scale`` where there is one; or None.
         weights: ``[N]`` bf16 or fp16, receives the rounded parameters; or None.
         ema: ``[N]`` fp32, moves towards the new parameters; or None.
-        ema_copy: ``[N]`` bf16 or fp16, receives the rounded EMA; needs ``ema``; or None.
+        ema_copy: ``[N]`` bf16 or fp16, or an ``Fp8Copy``, receives the rounded EMA; needs ``ema``; or None.
         decay: fraction of the old EMA that is kept, in [0, 1].
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not fit, or a number outside its range.
     """
-    _check_buffers(
-        {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema},
-        grad,
-        {"weights": weights, "ema_copy": ema_copy},
-    )
+    if ema_copy is not None and ema is None:
+        raise ValueError("expected ema where ema_copy is given, got None")
+    full, fp8 = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}, isinstance(ema_copy, Fp8Copy)
+    _check_buffers(full, grad, {"weights": weights, "ema_copy": None if fp8 else ema_copy})
+    if fp8:
+        _check_fp8(ema_copy, param)
     _check_numbers(step, lr, betas, eps, weight_decay, decay)
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
     if param.numel() and param.dtype == torch.float32 and grad.dtype != torch.float64 and use_triton(param, backend):
-        buffers = [x if x is None else x.view(-1) for x in (param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy)]
-        _op(*buffers, clip_scale, step, lr, *betas, eps, weight_decay, decay)
+        copy, *scaling = ema_copy if fp8 else (ema_copy, None, None, None)
+        buffers = [x if x is None else x.view(-1) for x in (param, grad, exp_avg, exp_avg_sq, weights, ema, copy)]
+        _op(*buffers, *scaling, clip_scale, step, lr, *betas, eps, weight_decay, decay)
         return
     outputs = {"weights": weights, "ema": ema, "ema_copy": ema_copy, "decay": decay}
     numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_scale": clip_scale}

@@ -32,6 +32,45 @@ class Rows(NamedTuple):
         return self.values.float() * self.scale
 
 
+class Fp8Copy(NamedTuple):
+    """An e4m3 copy of a flat buffer ``[N]`` that is cut into S segments, one multiplier each: what ``adamw_ema_`` can write.
+
+    Its kernel needs compute capability 8.9.
+
+    values: ``[N]`` e4m3; buffer times multiplier, rounded, at most 448 in magnitude (NaN stays NaN).
+    multiplier: ``[S]`` fp32, read.
+    amax: ``[S]`` fp32, raised to the largest magnitude in each segment: what the next multiplier is chosen from.
+    ends: ``[S]`` int64, the element after each segment's last; never decreasing, the last one N (not checked: it is on the device).
+    """
+
+    values: Tensor
+    multiplier: Tensor
+    amax: Tensor
+    ends: Tensor
+
+    @torch.no_grad()
+    def measure_(self, x: Tensor) -> None:
+        """``amax <- max(amax, |x|)`` over each segment of ``x [N]``; reads ``ends`` on the host."""
+        for i, segment in enumerate(x.tensor_split(self.ends[:-1].cpu())):
+            if segment.numel():
+                self.amax[i] = torch.maximum(self.amax[i], segment.abs().amax().float())
+
+    @torch.no_grad()
+    def store_(self, x: Tensor) -> None:
+        """``values <- x``, with the multipliers as they are; reads ``ends`` on the host."""
+        ends = self.ends[:-1].cpu()
+        for segment, values, multiplier in zip(x.tensor_split(ends), self.values.view(-1).tensor_split(ends), self.multiplier):
+            values.copy_((segment.float() * multiplier).clamp(-E4M3_MAX, E4M3_MAX))
+
+
+def power_of_two_multiplier(amax: Tensor) -> Tensor:
+    """For each ``amax`` the power of two that brings it into [64, 128): e4m3's 448 leaves room for 3.5 times as much.
+
+    A change of such a multiplier changes no mantissa, so that a slowly moving buffer has a steady copy.
+    """
+    return torch.ldexp(torch.ones_like(amax), 7 - torch.frexp(amax).exponent)
+
+
 def quantize_rows_ref(x: Tensor, *, gelu: bool = False) -> Rows:
     """The definition, in fp32."""
     v = F.gelu(x.float(), approximate="tanh") if gelu else x.float()

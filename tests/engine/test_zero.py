@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden import assert_matches, relative_error
 from PIL import Image
-from zero_worker import CASES, STEPS, VARIANTS, tiny
+from zero_worker import CASES, FP8, STEPS, VARIANTS, tiny
 
 from sra_fast.engine import checkpoint
 from sra_fast.engine.data import ShuffledBatches, make_dataset
@@ -127,6 +127,33 @@ def test_teacher_is_the_ema_on_every_rank(results, world, name):
             assert torch.equal(value, ours["ema"][key].to(dtype).float()), key
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_teacher_is_the_ema_rounded_on_every_rank(results, world, name):
+    both = [read(results, world, name, rank)["whole"] for rank in range(world)]
+    teacher, ema = both[0]["teacher"], both[0]["ema"]
+    assert all(torch.equal(other["teacher"][key], value) for other in both for key, value in teacher.items())
+    scaled = [key.removesuffix("_scale") for key in teacher if key.endswith("_scale")]
+    assert len(scaled) == 9 and len(teacher) == 7 + 3 * 10 + 9
+    for key in set(ema) & set(teacher):
+        value = teacher[key]
+        if key not in scaled:
+            assert torch.equal(value, ema[key].bfloat16().float()), key
+            continue
+        scale = teacher[key + "_scale"]
+        assert 32 < value.abs().max() <= 256, "the range of e4m3 is used, with room left"
+        assert ((value * scale - ema[key]).abs() <= 2**-4 * ema[key].abs() + 2**-10 * scale).all(), key
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_fp8_teachers_agree(results, world):
+    """Losses: of the stages and optimizers to rounding, and close to those of a bf16 teacher."""
+    losses = [read(results, world, name)["whole"]["loss"] for name in ("bf16_1", "fp8_0", "fp8_1", "fp8_torch")]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=5e-3) and other != losses[0]
+        assert other == pytest.approx(losses[1], rel=2e-3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ema_is_sharded(results, name):
     """Each of two ranks holds half of the EMA (plus padding), none of it twice; stage 0 shards nothing."""
@@ -137,10 +164,10 @@ def test_ema_is_sharded(results, name):
     assert total <= sum(held) <= 1.05 * total and max(held) <= 0.55 * total
 
 
-@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *FP8])
 def test_two_processes_give_the_losses_of_one(results, name):
     one, two = (read(results, world, name)["whole"] for world in WORLDS)
-    tolerance = 2e-3 if name.startswith("bf16") else 1e-5
+    tolerance = 2e-3 if name.startswith("bf16") or name in FP8 else 1e-5
     assert len(one["loss"]) == STEPS
     assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
@@ -165,7 +192,7 @@ def test_all_stages_agree(results, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *FP8])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
     for rank in range(world):
         both = read(results, world, name, rank)

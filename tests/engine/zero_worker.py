@@ -40,6 +40,12 @@ VARIANTS = {
     "monitored": (2, "--monitor.every 3 --monitor.count 5 --sample.steps 2"),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
 }
+FP8 = {  # in bf16
+    "fp8_0": (0, "--align.teacher_dtype fp8"),
+    "fp8_1": (1, "--align.teacher_dtype fp8"),
+    "fp8_2": (2, "--align.teacher_dtype fp8 --align.every 2 --train.micro_batch {micro}"),
+    "fp8_torch": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
+}
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
 
@@ -64,8 +70,9 @@ def gathered_teacher(trainer) -> dict:
 
     teacher = trainer.engine.module.teacher
     parameters = dict(teacher.named_parameters()) if teacher else {}
+    scales = {f"{name}.weight_scale": m.weight_scale for name, m in teacher.named_modules() if hasattr(m, "weight_scale")} if teacher else {}
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=trainer.stage == 3):
-        return {name: p.detach().float().clone() for name, p in parameters.items()}
+        return {name: p.detach().float().clone() for name, p in {**parameters, **scales}.items()}
 
 
 def whole_masters(trainer) -> dict:
@@ -142,8 +149,8 @@ def main() -> None:
     out, device = Path(sys.argv[1]), init_distributed()
     for stage, precision in CASES:
         run_case(out, f"{precision}_{stage}", device, stage, precision)
-    for name, (stage, args) in VARIANTS.items():
-        run_case(out, name, device, stage, "fp32", *args.format(micro=24 // (4 * dist.get_world_size())).split())
+    for name, (stage, args) in {**VARIANTS, **FP8}.items():
+        run_case(out, name, device, stage, "bf16" if name in FP8 else "fp32", *args.format(micro=24 // (4 * dist.get_world_size())).split())
     start_from_reference(out, device)
 
 

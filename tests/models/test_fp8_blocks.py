@@ -6,7 +6,7 @@ import torch
 from test_models import TINY, batch, randomise
 
 from sra_fast.models import Backbone, SiT
-from sra_fast.models.fp8 import use_fp8
+from sra_fast.models.fp8 import fp8_layers, use_fp8
 
 
 def error(features, exact):
@@ -15,28 +15,18 @@ def error(features, exact):
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_features_in_fp8(depth):
-    """Relative error of h_n: bf16 under 1 %, fp8 a few times that and under 6 %; the parameters are shared and unchanged."""
+    """Relative error of h_n: bf16 under 1 %, fp8 a few times that and under 6 %; what is not in e4m3 is unchanged."""
     network = randomise(Backbone(**{**TINY, "hidden_size": 64, "depth": 4})).requires_grad_(False).eval()
     x, t, y = batch(network)
     exact, low = network.features(x, t, y, depth), copy.deepcopy(network).bfloat16()
     in_bf16 = error(low.features(x, t, y, depth), exact)
-    before = {name: p.data_ptr() for name, p in low.named_parameters()}
     state = copy.deepcopy(low.state_dict())
     use_fp8(low)
     in_fp8 = error(low.features(x, t, y, depth), exact)
     assert in_bf16 < 0.01 and 2 * in_bf16 < in_fp8 < 0.06, (in_bf16, in_fp8)
-    assert before == {name: p.data_ptr() for name, p in low.named_parameters()}
-    assert all(torch.equal(value, state[name]) for name, value in low.state_dict().items())
-
-
-def test_follows_its_weights():
-    """Nothing quantised is kept: a change of the weights shows at once."""
-    network = randomise(Backbone(**TINY)).requires_grad_(False).bfloat16().eval()
-    use_fp8(network)
-    x, t, y = batch(network)
-    before = network.features(x, t, y)
-    network.blocks[0].mlp.fc1.weight.mul_(1.5)
-    assert error(network.features(x, t, y), before.float()) > 0.02
+    changed = {name for name, value in low.state_dict().items() if value.dtype != state[name].dtype}
+    assert changed == fp8_layers(low).keys() and len(changed) == 12
+    assert all(torch.equal(value, state[name]) for name, value in low.state_dict().items() if name not in changed)
 
 
 def test_width_that_cannot_is_named():

@@ -1,8 +1,11 @@
 import pytest
 import torch
 from conftest import assert_kernel_close
+from triton import knobs
 
+from sra_fast.kernels import adamw_ema as kernels
 from sra_fast.ops.adamw_ema import _op, adamw_ema_, adamw_ema_ref_
+from sra_fast.ops.fp8 import E4M3, Fp8Copy, power_of_two_multiplier
 
 SIZES = [2048, 1000, 5, 1152 * 3 + 7]  # whole blocks; multiple of 8 only; less than one vector; ragged
 # large enough for every term to show in five steps
@@ -62,6 +65,69 @@ def test_optional_buffers(present, device):
     check({k: v for k, v in state.items() if k not in OUTPUTS or k in present}, grads, **HYPER, decay=0.2)
     for name in set(OUTPUTS) - set(present) - {"ema"}:
         assert state[name].isnan().all()
+
+
+def fp8_copy(N, ends, device, dtype=E4M3):
+    """Multipliers from 2^6 to 2^16; segments that have seen 0 or 100."""
+    S = len(ends)
+    multiplier = 2.0 ** (torch.arange(S) * 7 % 11 + 6).float()
+    amax = 100.0 * (torch.arange(S) % 3 == 1).float()
+    values = torch.zeros(N, dtype=dtype)
+    return Fp8Copy(*(x.to(device) for x in (values, multiplier, amax, torch.tensor(ends))))
+
+
+def rounded_to_e4m3(x, copy):
+    """What must be stored, in fp64: x times its segment's multiplier, at most 448."""
+    index = torch.bucketize(torch.arange(len(x)), copy.ends.cpu(), right=True)
+    return (x.cpu().double() * copy.multiplier.cpu()[index].double()).clamp(-448, 448), index
+
+
+CUTS = [  # one segment; borders in a block, at its end, an empty one; many small ones; only the ragged end lies elsewhere
+    (2048, [2048]),
+    (3000, [10, 1024, 1024, 2500, 3000]),
+    (1100, [*range(7, 1100, 31), 1100]),
+    (1029, [1024, 1029]),
+]
+
+
+@pytest.mark.parametrize("N, ends", CUTS, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_copy_in_e4m3(N, ends, backend, device):
+    state, grads = make(N, device)
+    state.pop("ema_copy"), state["ema"].mul_(3)
+    # the interpreter rounds to e4m3 wrongly: there the kernel stores fp32 what it would round
+    exact = backend == "triton" and knobs.runtime.interpret
+    copy = fp8_copy(N, ends, device, torch.float32 if exact else E4M3)
+    seen = copy.amax.clone()
+    clip, weights, ema = torch.tensor(0.5, device=device), state["weights"], state["ema"]
+    buffers = (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"])
+    if exact:  # without eps what the kernel computes beyond the end is NaN
+        kernels.adamw_ema_(*buffers, weights, ema, *copy, clip, 1, 3e-2, 0.8, 0.95, 0.0, 0.1, 0.7)
+    else:
+        outputs = {"weights": weights, "ema": ema, "ema_copy": copy}
+        adamw_ema_(*buffers, 1, **HYPER | {"eps": 0.0}, clip_scale=clip, decay=0.7, backend=backend, **outputs)
+    expected, index = rounded_to_e4m3(state["ema"], copy)
+    error = (copy.values.cpu().double() - expected).abs()
+    assert (error <= (1e-6 * expected.abs() if exact else 2**-4 * expected.abs() + 2**-10)).all()
+    assert (expected.abs() == 448).any() and (expected.abs() < 100).any(), "both sides of the limit are met"
+    largest = torch.zeros(len(ends)).scatter_reduce_(0, index, state["ema"].abs().cpu(), "amax")
+    assert torch.equal(copy.amax.cpu(), torch.maximum(largest, seen.cpu()))
+
+
+def test_an_e4m3_copy_of_nan_is_nan(device):
+    state, grads = make(40, device)
+    state["ema"][7] = float("nan")
+    copy = fp8_copy(40, [40], device, torch.float32 if knobs.runtime.interpret else E4M3)
+    kernels.adamw_ema_(state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], None, state["ema"], *copy, None,
+                       1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)  # fmt: skip
+    assert copy.values.float().isnan().nonzero().tolist() == [[7]]
+
+
+def test_power_of_two_multiplier():
+    amax = torch.tensor([0.0, 1e-20, 0.7, 1.0, 3.99, 4.0, 1e10])
+    multiplier = power_of_two_multiplier(amax)
+    assert torch.equal(torch.frexp(multiplier).mantissa, torch.full((7,), 0.5)), "powers of two"
+    assert ((multiplier * amax)[1:] >= 64).all() and (multiplier * amax < 128).all()
 
 
 def test_defaults_are_the_papers(device):
@@ -159,8 +225,8 @@ def test_operator_registration_and_compile(device):
     clip = torch.tensor(0.5, device=device)
     args = (1, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.9)
     state["weights"].zero_(), state["ema_copy"].zero_()
-    torch.library.opcheck(_op, (state["param"], grads[0], *(state[k] for k in names), clip, *args))
-    torch.library.opcheck(_op, (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], *[None] * 4, *args))
+    torch.library.opcheck(_op, (state["param"], grads[0], *(state[k] for k in names), None, None, None, clip, *args))
+    torch.library.opcheck(_op, (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], *[None] * 7, *args))
     same = {k: v.clone() for k, v in state.items()}
     fn = torch.compile(lambda s, g: step_all(adamw_ema_, s, [g], **HYPER, backend="triton"),
                        fullgraph=True, backend="aot_eager")
@@ -184,6 +250,10 @@ def test_rejects_bad_input(device):
         ({"grad": grad.to(torch.float8_e5m2)}, "grad fp32, bf16 or fp16"),
         ({"weights": p.clone()}, "bf16 or fp16"),
         ({"ema_copy": p.bfloat16()}, "expected ema where"),
+        ({"ema_copy": fp8_copy(10, [10], device)}, "expected ema where"),
+        ({"ema": p.clone(), "ema_copy": fp8_copy(9, [9], device)}, r"ema_copy.values as param, .* got \[9\]"),
+        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device, torch.bfloat16)}, "e4m3, got .* torch.bfloat16"),
+        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device)._replace(ends=torch.tensor([4, 10]))}, "ends .S. int64"),
         ({"step": 0}, "step >= 1"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),

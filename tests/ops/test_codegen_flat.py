@@ -46,11 +46,13 @@ def ema_launches(dtype, copy=torch.bfloat16):
         ema_kernels.ema_update_([ema], [ema.to(dtype)], copies, 0.9)
 
 
-def adamw_launches(dtype, half=torch.bfloat16):
+def adamw_launches(dtype, half=torch.bfloat16, fp8=False):
     # beyond 2^31 elements the length is a 64-bit integer
     for N in (4096, 2**31 + 53):
-        full, grad, copy = meta(N), meta(N, dtype=dtype), meta(N, dtype=half)
-        for outputs in ((copy, full, copy, meta()), (None,) * 4):
+        full, grad, copy, e4m3 = meta(N), meta(N, dtype=dtype), meta(N, dtype=half), meta(N, dtype=torch.float8_e4m3fn)
+        scaling = lambda S: (meta(S), meta(S), meta(S, dtype=torch.int64))
+        plain = ((copy, full, copy, None, None, None, meta()), (None,) * 7)
+        for outputs in [(copy, full, e4m3, *scaling(S), meta()) for S in (1, 63)] if fp8 else plain:
             adamw_kernels.adamw_ema_(full, grad, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)
 
 
@@ -69,7 +71,7 @@ CASES = {
     ),
     adamw_kernels: (
         [partial(adamw_launches, bf16), partial(adamw_launches, fp32)],
-        [partial(adamw_launches, fp16), partial(adamw_launches, bf16, fp16)],
+        [partial(adamw_launches, fp16), partial(adamw_launches, bf16, fp16), partial(adamw_launches, bf16, fp8=True)],
     ),
 }
 
@@ -90,10 +92,11 @@ def is_wide(request):
 
 
 def vectors(request, names, elements):
-    """Accesses of so many elements per thread behind every pointer: 128 bits each, or one element."""
+    """Accesses of so many elements per thread behind every pointer: 128 bits each, if there are as many, or one element."""
     found = Counter()
     for bits in map(request.bits, names):
-        found[128 if is_wide(request) else bits] += elements * bits // 128 if is_wide(request) else elements
+        width = min(128, elements * bits) if is_wide(request) else bits
+        found[width] += elements * bits // width
     return found
 
 
@@ -119,6 +122,7 @@ def expected(request):
     else:
         state = ["param", "exp_avg", "exp_avg_sq", *["ema"] * args["EMA"]]
         loads = vectors(request, ["grad", *state], 8) + Counter({32: int(args["CLIP"])})
+        loads += Counter({32: 2, 64: 2} if args["SEGMENTS"] else {})  # all ends; then an end, a multiplier and a peak at a time
         stores = vectors(request, state + ["weights"] * args["WEIGHTS"] + ["ema_copy"] * args["EMA_COPY"], 8)
     return loads, stores
 
@@ -131,7 +135,8 @@ def test_code(module):
         assert report.spills == 0, what
         assert (report.loads, report.stores) == expected(request), what
         # accesses of one element must stay usable, not fast
-        assert report.registers <= (module.REGISTERS[request.kernel] if is_wide(request) else 128), what
+        limit = module.REGISTERS[request.kernel + "/segments" * bool(request.args.get("SEGMENTS"))]
+        assert report.registers <= (limit if is_wide(request) else 128), what
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
@@ -181,6 +186,7 @@ def test_adamw_ema_bytes(monkeypatch):
     param, grad, exp_avg, exp_avg_sq, ema = full
     with count_bytes(monkeypatch) as seen:
         adamw_kernels.adamw_ema_(
-            param, grad, exp_avg, exp_avg_sq, half[0], ema, half[1], torch.ones(()), 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9
-        )
+            param, grad, exp_avg, exp_avg_sq, half[0], ema, half[1], None, None, None, torch.ones(()),
+            1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9,
+        )  # fmt: skip
     assert 40 * N <= sum(seen.values()) <= 1.05 * 40 * N

@@ -1,0 +1,113 @@
+"""The teacher's copies of the EMA in e4m3: scales that lag by one gather, and what a resumed run needs of them."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sra_fast import ops
+from sra_fast.engine.replica import Fp8Replica
+from sra_fast.engine.shards import Group
+
+NAMES, SIZES = ("a", "b"), ((32, 16), (16, 48))
+
+
+def replica(owners=1):
+    """Two layers on one process: the masters in one flat tensor with 8 elements of padding, or in one tensor per layer."""
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(k, n).requires_grad_(False) for name, (n, k) in zip(NAMES, SIZES)}
+    flats = [layer.weight.detach().clone().view(-1) for layer in layers.values()]
+    offsets = dict(zip(NAMES, (0, 512 + 8 * (owners == 1))))
+    if owners == 1:
+        flats = [torch.cat([flats[0], torch.zeros(8), flats[1]])]
+    shards = SimpleNamespace(flats=flats, owners=flats, rank=0, world=1, replicated=owners == 2)
+    made = Fp8Replica(shards, Group(offsets, sum(map(len, flats)), range(owners)), layers)
+    made.bind({name: layer.weight for name, layer in layers.items()})
+    return made, layers, flats
+
+
+def gather(made):
+    assert made.gather() == []
+    made.arrived()
+
+
+def step(made, flats, ema):
+    """An optimizer step that leaves ``ema``, and its copy, as ``AdamWEMA`` makes it."""
+    for flat, new in zip(flats, ema):
+        zeros = [torch.zeros_like(flat) for _ in range(3)]
+        ops.adamw_ema_(new.clone(), *zeros, 1, lr=0.0, ema=flat, ema_copy=made.copies[flat], decay=0.0)
+        assert torch.equal(flat, new)
+
+
+def error(layer, expected):
+    """Relative to e4m3's own: at most 1 is rounding to the nearest."""
+    value, expected = layer.weight.float() * layer.weight_scale, expected.view(layer.weight.shape)
+    return ((value - expected).abs() / (2**-4 * expected.abs() + 2**-10 * layer.weight_scale)).max().item()
+
+
+def parts(flats):
+    whole = torch.cat(flats)
+    return whole[:512], whole[-768:]
+
+
+@pytest.mark.parametrize("owners", [1, 2])
+def test_layers_read_what_the_optimizer_writes(owners):
+    made, layers, flats = replica(owners)
+    made.store(flats)
+    gather(made)
+    for factor in (1.0, 1.5, 0.01, 3.0):
+        step(made, flats, [factor * flat for flat in flats])
+        gather(made)
+        for layer, expected in zip(layers.values(), parts(flats)):
+            assert layer.weight.dtype == torch.float8_e4m3fn and error(layer, expected) <= 1
+            assert len(layer.weight_scale.unique()) == 1
+
+
+def test_segments_of_every_rank():
+    """Layers of 512 and 768 elements, 8 between them, 32 after them, in three parts."""
+    layers = {name: nn.Linear(k, n) for name, (n, k) in zip(NAMES, SIZES)}
+    found = []
+    for rank in range(3):
+        flat = torch.zeros(440)
+        shards = SimpleNamespace(flats=[flat], owners=[flat], rank=rank, world=3, replicated=False)
+        made = Fp8Replica(shards, Group({"a": 0, "b": 520}, 440, range(1)), layers)
+        found.append(made.copies[flat].ends.tolist())
+    assert found == [[440, 440], [80, 440], [0, 440]] and len(made.buffer) == 1320
+
+
+def test_a_jump_saturates_once():
+    made, layers, flats = replica()
+    made.store(flats)
+    gather(made)
+    flats[0][520:] *= 20  # the second layer only
+    for saturated in (True, False):
+        step(made, flats, flats)
+        gather(made)
+        errors = [error(layer, expected) for layer, expected in zip(layers.values(), parts(flats))]
+        assert errors[0] <= 1 and (errors[1] > 2) == saturated
+        assert (layers["b"].weight.float().abs() == 448).any() == saturated
+
+
+def test_a_resumed_run_makes_the_same_copies():
+    """Also where steps without a gather lie before and after the checkpoint."""
+    made, layers, flats = replica()
+    made.store(flats)
+    gather(made)
+    step(made, flats, [3 * flat for flat in flats])
+    gather(made)
+    step(made, flats, [0.3 * flat for flat in flats])  # measured, not gathered
+    state, saved = made.state(), [flat.clone() for flat in flats]
+
+    again, same_layers, others = replica()
+    for flat, value in zip(others, saved):
+        flat.copy_(value)
+    again.store(others, torch.tensor(state["in_use"]))
+    gather(again)
+    again.load_state(state)
+    for factor in (0.2, 0.9):
+        for one, theirs in ((made, flats), (again, others)):
+            step(one, theirs, [factor * flat for flat in theirs])
+            gather(one)
+        for layer, same in zip(layers.values(), same_layers.values()):
+            assert torch.equal(layer.weight.float(), same.weight.float())
+            assert torch.equal(layer.weight_scale, same.weight_scale)
