@@ -40,6 +40,17 @@ def time_steps(step: Callable[[int], None], steps: range, cuda: bool) -> list[fl
     return [begin.elapsed_time(end) for begin, end in zip(events, events[1:])]
 
 
+def time_host(step: Callable[[int], None], steps: range) -> list[float]:
+    """Milliseconds until ``step(i)`` returns, on an idle GPU: less than the step's own where the host runs ahead of the device."""
+    times = []
+    for i in steps:
+        torch.cuda.synchronize()
+        begin = recorded(cuda=False)
+        step(i)
+        times.append(begin.elapsed_time(recorded(cuda=False)))
+    return times
+
+
 class Phases:
     """Times of functions inside a step, on the device.
 

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 from measure import copy_bandwidth, matmul_rate
-from phases import Phases, by_family, kernel_times, time_steps
+from phases import Phases, by_family, kernel_times, recorded, time_host, time_steps
 from programs import Program
 from variants import REFERENCE, Variant
 
@@ -105,20 +105,24 @@ def measure(args: argparse.Namespace, name: str, case: tuple[str, int, int]) -> 
     """Everything that is measured of one variant of a case (model, resolution, batch), in this process."""
     variant = Variant.parse(name)
     cfg = variant.configuration(*case, args.device)
-    device = init_distributed(cfg.train.tf32)
+    device, begin = init_distributed(cfg.train.tf32), recorded(cuda=False)
     run, cuda = make_step(variant, cfg, device, args.reference), device.type == "cuda"
     last = args.warmup + args.steps
-    time_steps(run.step, range(args.warmup), cuda)
+    time_steps(run.step, range(min(args.warmup, 1)), cuda)
+    host = {"start-up": begin.elapsed_time(recorded(cuda=False))} if args.warmup else {}
+    time_steps(run.step, range(1, args.warmup), cuda)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     ms = statistics.median(time_steps(run.step, range(args.warmup, last), cuda))
-    found = {"ms": ms, **rates(cfg, device, ms), "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+    if cuda:
+        host["step"] = statistics.median(time_host(run.step, range(last, last + 5)))
+    found = {"ms": ms, "host": host, **rates(cfg, device, ms), "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
     found["dtype"] = getattr(run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision])
     if not math.isfinite(float(run.loss_sum)):
         raise FloatingPointError(f"the loss is {float(run.loss_sum)}: no time of a wrong step is reported")
     if args.profile:
         try:
-            found |= take_apart(run, last, args.profile, cuda)
+            found |= take_apart(run, last + 5, args.profile, cuda)
         except RuntimeError as error:  # the time is worth having on a machine that does not let itself be profiled
             found["note"] = f"neither phases nor kernels: {error}".partition("\n")[0]
     return found

@@ -7,6 +7,9 @@ Variants (`ladder` and `depths` stand for several; settings go behind a +, as in
   ladder                from the published code to the fp8 teacher, one change per row
   depths                sra with the teacher stopped at a quarter, a half, three quarters and all of the depth
 
+Rows of kind "host" are the host's time: "start-up" from the first line of building to the end of the first step, and "step"
+until a step has been launched; where that is shorter than the step itself, Python is hidden behind the device.
+
 Latents are random moments on the device; the rest of the step is the training loop's own.  Every case runs in a process of
 its own, so that its peak memory is its own and one that does not fit stops nothing; rows are written as they come.
 """
@@ -110,12 +113,12 @@ class Session:
         print(f"copy {gbps:.1f} GB/s, matmul {self.tflops:.2f} TFLOP/s")
 
     def record(self, name: str, case: tuple, found: dict) -> None:
-        """The rows of one variant: the step, its phases, its families of kernels."""
+        """The rows of one variant: the step, its phases, its families of kernels, the host's time."""
         fields = dict(zip(("model", "resolution", "batch"), case), variant=name, dtype=found["dtype"], **self.where)
         step = {k: found.get(k) for k in ("ms", "images_per_s", "mfu", "mfu_with_teacher", "peak_bytes")}
         ceiling = None if math.isnan(self.tflops) else found["flops_per_s"] / self.tflops / 1e10
         self.file.add(make_row(kind="train_step", name="step", percent_of_ceiling=ceiling, **step, **fields))
-        for kind, part in (("phase", "phases"), ("kernel_share", "kernels")):
+        for kind, part in (("phase", "phases"), ("kernel_share", "kernels"), ("host", "host")):
             for label, ms in found.get(part, {}).items():
                 self.file.add(make_row(kind=kind, name=label, ms=ms, **fields))
 
@@ -145,7 +148,7 @@ def print_result(name: str, case: tuple, found: dict, first: float, has_plain: b
     memory = f", {found['peak_bytes'] / 2**30:.1f} GiB" if found["peak_bytes"] else ""
     print(f"{name:16} {describe(case)}: {found['ms']:.1f} ms, {found['images_per_s']:.1f} images/s{mfu}{memory}, "
           f"{found['ms'] / first:.3f} of {'plain' if has_plain else 'the first'} {found.get('note', '')}", flush=True)
-    parts = {"phases": found.get("phases"), "kernels": found.get("kernels"), "longest": found.get("longest")}
+    parts = {"host": found.get("host"), "phases": found.get("phases"), "kernels": found.get("kernels"), "longest": found.get("longest")}
     for label, times in parts.items():
         if times:
             print(f"  {label}: " + ", ".join(f"{part[:60]} {ms:.2f}" for part, ms in times.items()), flush=True)

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_programs_take_the_engines_steps(sums):
 
 
 def test_rows_of_every_kind(tmp_path):
-    done = run("--batch", 2, "--variants", "plain,sra,truncated", "--profile", 1, "--json", tmp_path / "rows.json")
+    done = run("--batch", 2, "--variants", "plain,sra,truncated", "--profile", 1, "--warmup", 1, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     copy, matmul = rows[:2]
@@ -87,11 +88,21 @@ def test_rows_of_every_kind(tmp_path):
         teacher = {"teacher"} if variant != "plain" else set()
         parts = {row["name"]: row["ms"] for row in mine if row["kind"] == "phase"}
         assert set(parts) == {"forward", "backward", "optimizer", "communication"} | teacher and min(parts.values()) >= 0
+        (start,) = (row for row in mine if row["kind"] == "host")  # a CPU's host has no device to run ahead of
+        assert start["name"] == "start-up" and start["ms"] > step["ms"]
         shares = {row["name"]: row["ms"] for row in mine if row["kind"] == "kernel_share"}
         assert {"matmul", "attention"} <= set(shares) <= {*phases.FAMILIES, "other"}
     for row in rows:
         assert list(row) == [name for name in record.FIELDS if name in row] and row["device"] == "cpu"
         assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith("python benchmarks/train_step.py")
+
+
+def test_host_time_does_not_wait_for_the_device(monkeypatch):
+    """A step that returns after 5 ms, on a device that is busy for 50 more."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1) or time.sleep(0.05))
+    times = phases.time_host(lambda i: time.sleep(0.005), range(3))
+    assert len(times) == len(waits) == 3 and all(4.9 < ms < 40 for ms in times)
 
 
 def test_a_case_that_fails_is_said_and_the_others_go_on(tmp_path):
