@@ -21,7 +21,7 @@ from ._rows import load_bias, load_fp32, load_two, locate, mod_strides, residual
 # the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes at D=8192
 MAX_WIDTH = 6144
 # 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision)
-REGISTERS = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 96}
+REGISTERS = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 105}  # fp32 and Triton 3.6; 96 with 3.7
 REGISTERS_XL = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 72}
 
 

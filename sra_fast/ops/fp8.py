@@ -185,7 +185,7 @@ def gated_residual_adaln_fp8(
 
 @torch.no_grad()
 def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight^T + bias`` on the fp8 matrix units (``torch._scaled_mm``), accumulated in fp32; no gradient.
+    """``x @ weight^T + bias`` on the fp8 matrix units (``torch._scaled_mm``; on a CPU in fp32), accumulated in fp32; no gradient.
 
     Args:
         x: ``[..., K]``, K a multiple of 16.
@@ -201,8 +201,12 @@ def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
     (N, K), rows = weight.values.shape, x.values.reshape(-1, x.values.shape[-1])
     if rows.shape[1] != K or K % 16 or N % 16:
         raise ValueError(f"expected x [..., K] and weight [N, K], multiples of 16, got {[*x.values.shape]} and {[N, K]}")
-    out = torch._scaled_mm(
-        rows, weight.values.t(), scale_a=x.scale.view(-1, 1), scale_b=weight.scale.view(1, -1), bias=bias,
-        out_dtype=torch.bfloat16, use_fast_accum=True,
-    )
+    if not rows.is_cuda:  # the definition, in fp32
+        out = x.dequantize().view(-1, K) @ weight.dequantize().t()
+        out = (out if bias is None else out + bias).bfloat16()
+    else:
+        out = torch._scaled_mm(
+            rows, weight.values.t(), scale_a=x.scale.view(-1, 1), scale_b=weight.scale.view(1, -1), bias=bias,
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )
     return out.view(*x.values.shape[:-1], N)

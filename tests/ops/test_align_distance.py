@@ -11,6 +11,7 @@ SHAPES = [(2, 16, 64), (1, 9, 72), (2, 70, 72), (3, 5, 384), (2, 7, 1152)]
 
 def naive(pred, target, kind, beta=0.05, weight=None):
     """What a training script writes, in the dtype it is given: sets the error budget."""
+    target = target.to(pred.dtype)  # torch 2.11's l2 takes no mixture
     if kind == "cosine_token":
         return (1 - F.cosine_similarity(pred, target, dim=1)).mean(1)
     if kind == "cosine_patch":

@@ -70,19 +70,21 @@ def test_modulated_norms_in_fp8(device, backend, D):
     assert_rounded(h, h_ref)
 
 
-def test_linear_against_the_product_of_what_was_quantised():
-    x, weight, bias = quantize_rows(random(2, 5, 64)), quantize_rows(random(48, 64, seed=1)), random(48, seed=2).bfloat16()
-    out = linear_fp8(x, weight, bias)
-    expected = x.dequantize() @ weight.dequantize().t() + bias.float()
-    assert out.dtype == torch.bfloat16 and out.shape == (2, 5, 48)
-    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=0.02)
+def test_linear_against_the_product_of_what_was_quantised(device):
+    x, weight = (quantize_rows(t, backend="torch") for t in (random(2, 5, 64, device=device), random(48, 64, seed=1, device=device)))
+    bias = random(48, seed=2, device=device).bfloat16()
+    for b in (bias, None):
+        out = linear_fp8(x, weight, b)
+        expected = x.dequantize().double() @ weight.dequantize().double().t() + (0 if b is None else b.double())
+        assert out.dtype == torch.bfloat16 and out.shape == (2, 5, 48)
+        torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=0.02)
 
 
-def test_error_of_a_linear_layer_in_fp8():
+def test_error_of_a_linear_layer_in_fp8(device):
     """Two roundings of at most 1/16 each: about 4 % in norm for random data, not more."""
-    x, weight = random(256, 512), random(256, 512, seed=1)
-    exact = x @ weight.t()
-    error = (linear_fp8(quantize_rows(x), quantize_rows(weight)).float() - exact).norm() / exact.norm()
+    x, weight = random(256, 512, device=device), random(256, 512, seed=1, device=device)
+    exact = x.double() @ weight.double().t()
+    error = (linear_fp8(quantize_rows(x), quantize_rows(weight)).double() - exact).norm() / exact.norm()
     assert 0.01 < error < 0.05, error
 
 
