@@ -1,6 +1,6 @@
 """Everything worth knowing of a fresh GPU machine, most valuable first:  python benchmarks/gpu_suite.py --out DIR
 
-Parts: tests on CUDA, operators, training steps, the ladder, the probe of stacked products.  Each is a process of its own with
+Parts: tests on CUDA, operators, training steps of 32 and of 256 images, the ladder, the probe of stacked products.  Each is a process of its own with
 a limit in time, ended when that is reached; what it has written stays.  Time that a part leaves goes to the next ones.
 DIR gets rows.json (what the tables are made from), a log of every part, and summary.json, rewritten after every part.
 """
@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from record import environment  # noqa: E402
 
 # share of the budget in seconds of 540
-PARTS = {"tests": 130, "ops": 60, "steps": 230, "ladder": 90, "probe": 30}
+PARTS = {"tests": 120, "ops": 55, "steps": 125, "large": 120, "ladder": 90, "probe": 30}
 TAIL = 4000
 PATIENCE = 5.0
 
@@ -39,15 +39,19 @@ def commands(out: Path, device: str, reference: str | None) -> dict[str, list[st
             "tests": [*tests, "tests/test_import.py"],
             "ops": [*ops, "--ops", "noise_pair", "--budget", "0.002"],
             "steps": [*step, *small, "--variants", "plain"],
+            "large": [*step, *small, "--variants", "plain+train.recompute=norm"],
             "ladder": [*step, *small, "--variants", "truncated"],
             "probe": ["benchmarks/stacked_products.py", *rows, *small[:6]],
         }
     quick = ["--model", "SiT-XL/2", "--warmup", "4", "--steps", "10"]
-    steps = ",".join(["plain", "sra", "strong", *(["reference"] if reference else [])])
+    rivals = ["strong", *(["reference"] if reference else [])]
+    # of 256 images 80 GB do not hold every activation
+    steps, large = ["plain", "sra", "sra_fp8", *rivals], ["plain+train.recompute=norm", "sra+train.recompute=norm", *rivals]
     return {
         "tests": [*tests, *parallel, "tests/engine/test_cuda.py", "tests/ops", "tests/models"],
         "ops": [*ops, "--models", "SiT-XL/2", "--resolution", "256", "--batch", "32", "--variants", "ours,eager,compile"],
-        "steps": [*step, *quick, "--batch", "32", "256", "--variants", steps],
+        "steps": [*step, *quick, "--batch", "32", "--variants", ",".join(steps)],
+        "large": [*step, *quick, "--batch", "256", "--variants", ",".join(large)],
         "ladder": [*step, *quick, "--batch", "32", "--variants", "ladder"],
         "probe": ["benchmarks/stacked_products.py", *rows],
     }

@@ -28,6 +28,7 @@ from sra_fast.ops.attention import attention_ref  # noqa: E402
 from sra_fast.ops.ema_update import ema_update_ref_  # noqa: E402
 from sra_fast.ops.fp8 import quantize_rows, quantize_rows_ref  # noqa: E402
 from sra_fast.ops.gated_residual import gated_residual_adaln_ref, gated_residual_ref  # noqa: E402
+from sra_fast.ops.linear_gelu import linear_gelu_ref  # noqa: E402
 from sra_fast.ops.noise_pair import noise_pair_ref  # noqa: E402
 
 MODELS = ("SiT-XL/2", "SiT-B/2", "SiT-L/2")
@@ -89,6 +90,12 @@ def _noise(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, .
 def _hidden(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
     T, D, _ = shape.sizes
     return (randn(shape.batch, T, 4 * D, dtype=dtype),)
+
+
+def _linear(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    """Tokens, and the first layer of an MLP that keeps their variance."""
+    T, D, _ = shape.sizes
+    return randn(shape.batch, T, D, dtype=dtype), randn(4 * D, D, dtype=dtype) / D**0.5, randn(4 * D, dtype=dtype)
 
 
 def _qkv(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
@@ -153,6 +160,7 @@ class Entry:
     to_compile: Callable | None = None
     with_norm: bool = False
     compiles: bool = True
+    flops: Callable[[Shape], tuple[float, float]] | None = None
     dtype: torch.dtype | None = None
 
     @property
@@ -175,6 +183,10 @@ def attention_flops(shape: Shape) -> tuple[float, float]:
     """Two products forward, five backward (flash attention recomputes one)."""
     forward = 4 * shape.elements * shape.sizes[0]
     return forward, 2.5 * forward
+
+
+def linear_gelu_flops(shape: Shape) -> tuple[float, float]:
+    return 8 * shape.elements * shape.sizes[1], 0
 
 
 def _latent_elements(shape: Shape) -> int:
@@ -245,6 +257,15 @@ ENTRIES: dict[str, Entry] = {
         bytes=lambda shape, s: ((s + 1) * 4 * shape.elements + 4 * shape.batch * shape.sizes[0], 0),
         elements=lambda shape: 4 * shape.elements,
     ),
+    "linear_gelu": Entry(
+        make=_linear,
+        ours=lambda *inputs: ops.linear_gelu(*inputs),
+        reference=linear_gelu_ref,
+        eager=linear_gelu_ref,
+        bytes=None,
+        flops=linear_gelu_flops,
+        elements=lambda shape: 4 * shape.elements,
+    ),
     "noise_pair": Entry(
         make=_noise,
         ours=lambda *inputs: ops.noise_pair(*inputs),
@@ -260,6 +281,7 @@ ENTRIES: dict[str, Entry] = {
         reference=lambda qkv: attention_ref(*qkv.unbind(2)),
         eager=rivals.attention,
         bytes=None,
+        flops=attention_flops,
         grads=(0,),
     ),
 }

@@ -22,7 +22,7 @@ from measure import (
     PASSES, Oracle, as_leaves, copy_bandwidth, matmul_rate, milliseconds, num_sets, peak_bytes, steps_of,
 )  # fmt: skip
 from record import RowFile, environment, make_row
-from registry import ENTRIES, MODELS, TINY, Entry, Shape, attention_flops, cases, random
+from registry import ENTRIES, MODELS, TINY, Entry, Shape, cases, random
 from rivals import installed_norms
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -111,7 +111,7 @@ class Bench:
 
     def throughput(self, entry: Entry, shape: Shape, dtype: torch.dtype, which: str, ms: float) -> dict:
         """GB/s and percent of the copy bandwidth; of the matmul rate where the operator is bound by arithmetic."""
-        count = attention_flops(shape) if entry.bytes is None else entry.bytes(shape, dtype.itemsize)
+        count = entry.flops(shape) if entry.bytes is None else entry.bytes(shape, dtype.itemsize)
         rate = {"forward": count[0], "backward": count[1], "both": sum(count)}[which] / ms / 1e6
         if entry.bytes is None:
             return {"percent_of_ceiling": 100 * rate / 1e3 / self.tflops}

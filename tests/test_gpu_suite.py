@@ -20,7 +20,7 @@ def test_dry_run_from_anywhere(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "found" / "summary.json").read_text())
-    assert [part["part"] for part in summary["parts"]] == ["tests", "ops", "steps", "probe"]
+    assert [part["part"] for part in summary["parts"]] == ["tests", "ops", "steps", "large", "probe"]
     assert all(part["returncode"] == 0 and not part["ran_over"] for part in summary["parts"])
     assert "passed" in (tmp_path / "found" / "tests.log").read_text()
     rows = json.loads((tmp_path / "found" / "rows.json").read_text())
@@ -65,8 +65,8 @@ def test_time_that_a_part_leaves_goes_to_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_suite, "run_part", run_part)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     found = gpu_suite.run_suite(dict.fromkeys(gpu_suite.PARTS, []), tmp_path, 540, "cpu")
-    assert limits == pytest.approx([130, 510 * 60 / 410, 480 * 230 / 350, 450 * 90 / 120, 420])
-    assert len(found) == 5 == len(json.loads((tmp_path / "summary.json").read_text())["parts"])
+    assert limits == pytest.approx([120, 510 * 55 / 420, 480 * 125 / 365, 450 * 120 / 240, 420 * 90 / 120, 390])
+    assert len(found) == 6 == len(json.loads((tmp_path / "summary.json").read_text())["parts"])
 
 
 def test_the_parts_for_a_gpu_are_within_nine_minutes_and_parse():
@@ -78,8 +78,9 @@ def test_the_parts_for_a_gpu_are_within_nine_minutes_and_parse():
     assert list(todo) == list(gpu_suite.PARTS) and todo["tests"][-3:] == ["tests/engine/test_cuda.py", "tests/ops", "tests/models"]
     assert all((ROOT / path).exists() for path in todo["tests"][-3:])
     assert run.parse(todo["ops"][1:]).variants == ["ours", "eager", "compile"]
-    steps, ladder = (train_step.parse(todo[name][1:]) for name in ("steps", "ladder"))
-    assert steps.names["SiT-XL/2"] == ["plain", "sra", "strong", "reference"] and steps.batch == [32, 256]
+    steps, large, ladder = (train_step.parse(todo[name][1:]) for name in ("steps", "large", "ladder"))
+    assert steps.names["SiT-XL/2"] == ["plain", "sra", "sra_fp8", "strong", "reference"] and steps.batch == [32]
+    assert large.names["SiT-XL/2"][1:] == ["sra+train.recompute=norm", "strong", "reference"] and large.batch == [256]
     assert ladder.names["SiT-XL/2"][0] == "reference" and ladder.names["SiT-XL/2"][-1] == "fp8"
 
 
@@ -87,7 +88,7 @@ def test_unknown_parts_are_refused(capsys):
     for words in (["--only", "everything"], ["--only", "ops", "--skip", "ops"]):
         with pytest.raises(SystemExit):
             gpu_suite.main(words)
-        assert "expected parts of tests, ops, steps, ladder, probe" in capsys.readouterr().err
+        assert "expected parts of tests, ops, steps, large, ladder, probe" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert gpu_suite.main([]) == 2 and "no CUDA device" in capsys.readouterr().err
 

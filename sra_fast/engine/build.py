@@ -124,6 +124,15 @@ def _choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
             ops.attention(q, q, q)
 
 
+def _restore_linear() -> None:
+    """Undo what an earlier stage 3 of this process has left: DeepSpeed's ``linear`` in the place of PyTorch's.
+
+    Compiled it gives wrong gradients (torch 2.11), under selective checkpointing as well: in silence, both.
+    """
+    if torch.nn.functional.linear.__module__ == "deepspeed.runtime.zero.linear":
+        torch.nn.functional.linear = torch._C._nn.linear
+
+
 def _set_step(cfg: Config, engine, optimizer: torch.optim.Optimizer, stage: int) -> None:
     """One pass in the place of DeepSpeed's step where there is one, else clipping before DeepSpeed's where it is ours."""
     ours = isinstance(optimizer, AdamWEMA)
@@ -156,6 +165,8 @@ def build(
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, device.type == "cuda")
     stage = zero_stage(ds_config, cfg)
     check_device(cfg, stage, device.type == "cuda")
+    if stage < 3:
+        _restore_linear()
     student, teacher = _networks(cfg, weights)
     if cfg.train.compile:
         _choose_attention(cfg, micro, device)

@@ -75,15 +75,21 @@ class Attention(nn.Module):
         return self.proj(ops.attention(self.q_norm(q), self.k_norm(k), v).reshape(B, T, D))
 
 
+class LinearGelu(nn.Linear):
+    """A linear layer and tanh-GELU: a module, so that ZeRO-3 has its weight there when it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear_gelu(x, self.weight, self.bias)
+
+
 class Mlp(nn.Module):
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.act = nn.GELU(approximate="tanh")
+        self.fc1 = LinearGelu(hidden_size, mlp_size)
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc1(x))
 
 
 # what a half-block adds to the residual stream, not added yet: its output [B, T, D] and its gate [B, D]

@@ -5,6 +5,7 @@ from sra_fast.ops.align_distance import align_distance
 from sra_fast.ops.attention import attention
 from sra_fast.ops.ema_update import ema_update_
 from sra_fast.ops.gated_residual import gated_residual, gated_residual_adaln
+from sra_fast.ops.linear_gelu import linear_gelu
 from sra_fast.ops.noise_pair import noise_pair
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "ema_update_",
     "gated_residual",
     "gated_residual_adaln",
+    "linear_gelu",
     "noise_pair",
 ]

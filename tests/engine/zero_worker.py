@@ -36,6 +36,7 @@ VARIANTS = {
     "torch_adamw_3": (3, "--optim.implementation torch"),
     "fraction_every": (2, "--align.fraction 0.3333333 --align.every 2 --train.micro_batch {micro}"),
     "compiled": (1, "--train.compile true --train.recompute norm"),
+    "recompute_norm": (2, "--train.recompute norm"),  # after stage 3 has run in this process
     "recompute_full": (3, "--train.recompute full"),
     "monitored": (2, "--monitor.every 3 --monitor.count 5 --sample.steps 2"),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),

@@ -1,4 +1,5 @@
 """What a block keeps for its backward pass, and that it compiles whole."""
+import contextlib
 import gc
 import warnings
 
@@ -25,7 +26,11 @@ def live_bytes():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor or type(o) is torch.nn.Parameter]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    sizes = {}
+    for t in tensors:
+        with contextlib.suppress(RuntimeError):  # what other tests leave of fake tensors has no memory
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("recompute", KEPT)
@@ -83,3 +88,4 @@ def test_traces_whole_with_the_kernels_on_cuda_tensors(monkeypatch):
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("gated_residual_adaln_fwd" in name for name in called) == 2
     assert any("sdpa_kernel" in name for name in called), "the measured backend is in the graph"
+    assert any("linear_gelu" in name for name in called) and not any("gelu" in name and "linear" not in name for name in called)

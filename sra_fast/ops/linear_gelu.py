@@ -1,0 +1,54 @@
+"""The first half of an MLP: a linear layer and tanh-GELU, for inference in one product."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
+from sra_fast.ops._register import register, wants_grad
+
+
+def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition: two operators, the product rounded between them."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # cuBLASLt's epilogue adds the bias and takes tanh-GELU of the fp32 sums: no pass of its own over [M, N]
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+_op = register(
+    "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    _product,
+    lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    """``gelu_tanh(x @ weight^T + bias)``; without a gradient, on CUDA, GELU is the product's epilogue.
+
+    That is the teacher's forward and a sampler's.  Where a gradient is wanted, GELU's needs what lies between: two operators.
+
+    Args:
+        x: ``[..., K]`` fp32/bf16/fp16/fp64.
+        weight: ``[N, K]`` of x's dtype.
+        bias: ``[N]`` of x's dtype.
+        backend: ``"triton"`` (here: the epilogue), ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
+    """
+    fits = x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and bias.shape == weight.shape[:1]
+    given = (x, weight, bias)
+    if fits and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which chooses the dtypes itself
+        return linear_gelu_ref(x, weight, bias)
+    if not fits or x.dtype not in FLOAT_DTYPES or any((t.dtype, t.device) != (x.dtype, x.device) for t in given):
+        got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
+        raise ValueError(f"expected x [..., K], weight [N, K] and bias [N] of one floating dtype and device, got {got}")
+    # on a CPU the product's epilogue is another GELU
+    if not use_triton(x, backend) or not x.is_cuda or x.numel() == 0 or wants_grad(*given):
+        return linear_gelu_ref(x, weight, bias)
+    return _op(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
