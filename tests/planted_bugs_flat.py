@@ -156,7 +156,8 @@ BUGS = [
     ("the largest magnitude forgotten", REPLICA, "power_of_two_multiplier(self.amax))\n        self.amax.zero_()",
      "self.multiplier)", T_REPLICA),
     ("the scale of the next copy", REPLICA, "self.in_use.reciprocal()", "power_of_two_multiplier(self.amax).reciprocal()", T_REPLICA),
-    ("a resumed run forgets what it measured", REPLICA, 'in ("multiplier", "amax"):', 'in ("multiplier",):', T_REPLICA),
+    ("a resumed run chooses its scales anew", REPLICA, "if multiplier is None else multiplier", "if True else multiplier", T_REPLICA),
+    ("no scales without a gather", REPLICA, "self._reduce_amax()\n        self.arrived()", "self._reduce_amax()", T_REPLICA),
     ("every rank's segments are the first's", REPLICA, "shards.rank * group.size if self.sharded else 0", "0", T_REPLICA),
     # operators
     (

@@ -43,7 +43,7 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         return self.engine.optimizer.grad_norm if norm is None else norm
 
-    def refresh_teacher(self, state: dict | None = None) -> None:
+    def refresh_teacher(self, state: list[float] | None = None) -> None:
         """Teacher weights <- EMA, however that changed; ``state`` is that of the teacher of a run that is gone on with."""
         if self.teacher is not None:
             self.teacher.refresh(state)
@@ -52,8 +52,8 @@ class Trainer:
     def after_step(self, teacher_runs: bool) -> None:
         """EMA and, if the next step runs the teacher, its weights follow the optimizer step just taken."""
         self.ema.update()
-        if teacher_runs and self.teacher is not None:
-            self.teacher.after_step()
+        if self.teacher is not None:
+            self.teacher.after_step(teacher_runs)
         self._settle()
 
     def _settle(self) -> None:

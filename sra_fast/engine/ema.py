@@ -83,26 +83,29 @@ class ReplicatedTeacher:
         self.refresh()
 
     @torch.no_grad()
-    def refresh(self, state: dict | None = None) -> None:
+    def refresh(self, state: list[float] | None = None) -> None:
         """Teacher weights <- EMA, on every rank the same; ``state``: of the run that is gone on with."""
         for replica in self.replicas:
-            given = {"multiplier": torch.tensor(state["in_use"])} if state and isinstance(replica, Fp8Replica) else {}
+            given = {"multiplier": torch.tensor(state)} if state and isinstance(replica, Fp8Replica) else {}
             replica.store(self.ema.flats, **given)
         self._gather()
         self.wait()
-        for replica in self._fp8 if state else ():
-            replica.load_state(state)
 
     @property
     def _fp8(self) -> list[Fp8Replica]:
         return [replica for replica in self.replicas if isinstance(replica, Fp8Replica)]
 
-    def after_step(self) -> None:
-        """``refresh`` after an optimizer step, without waiting for it: ``wait`` comes before the teacher's forward."""
-        if self.in_optimizer:
+    @torch.no_grad()
+    def after_step(self, teacher_runs: bool) -> None:
+        """``refresh`` after an optimizer step, without waiting for it: ``wait`` comes before the teacher's forward, if it runs."""
+        if not self.in_optimizer:
+            if teacher_runs:
+                self.refresh()
+        elif teacher_runs:
             self._gather()
         else:
-            self.refresh()
+            for replica in self._fp8:
+                replica.skip()
 
     @torch.no_grad()
     def _gather(self) -> None:
@@ -117,10 +120,10 @@ class ReplicatedTeacher:
             replica.arrived()
         self.pending = []
 
-    def state(self) -> dict | None:
-        """What ``refresh`` needs besides the EMA to make the same weights in a resumed run; collective."""
+    def state(self) -> list[float] | None:
+        """What ``refresh`` needs besides the EMA to make the same weights in a resumed run: a number for each in e4m3."""
         self.wait()
-        return next((replica.state() for replica in self._fp8), None)
+        return next((replica.in_use.tolist() for replica in self._fp8), None)
 
 
 class PartitionedTeacher:
@@ -144,7 +147,10 @@ class PartitionedTeacher:
         flats = self.ema.flats
         torch._foreach_copy_(self.target, [s.of(flats) for s in self.segments])
 
-    after_step = refresh
+    def after_step(self, teacher_runs: bool) -> None:
+        """``refresh`` after an optimizer step, if the teacher runs in the next."""
+        if teacher_runs:
+            self.refresh()
 
     def wait(self) -> None:
         """Nothing is under way."""

@@ -50,10 +50,11 @@ class Replica:
 
 
 class Fp8Replica(Replica):
-    """Weights of linear layers in e4m3: each times a power of two, chosen from the largest magnitude one gather ago.
+    """Weights of linear layers in e4m3: each times a power of two, chosen from the largest magnitude one step ago.
 
     The pass that writes the copy cannot know the largest magnitude of what it writes, so it measures for the next one.  The EMA
-    moves slowly, and there is room for 3.5 times the old magnitude; beyond it values saturate until the next gather.
+    moves slowly, and there is room for 3.5 times the old magnitude; beyond it values saturate for one step.  Values and scales
+    belong together from ``arrived`` to the next optimizer step, which may write the buffer itself.
 
     Args:
         shards: of the masters.
@@ -65,10 +66,10 @@ class Fp8Replica(Replica):
         super().__init__(shards, group, E4M3)
         device, offsets = self.buffer.device, list(group.offsets.values())
         self.multiplier, self.in_use, self.amax = (torch.ones(len(offsets), device=device) for _ in range(3))
-        ends, begin = torch.tensor([*offsets[1:], len(self.buffer)]), shards.rank * group.size if self.sharded else 0
+        ends, begin = [*offsets[1:], len(self.buffer)], shards.rank * group.size if self.sharded else 0
         for owner, values in self.copies.items():
-            local = (ends - begin).clamp(0, values.numel()).to(device)
-            self.copies[owner] = Fp8Copy(values, self.multiplier, self.amax, local)
+            bounds = [min(max(end - begin, 0), values.numel()) for end in ends]
+            self.copies[owner] = Fp8Copy.of(values, self.multiplier, self.amax, bounds)
             begin += values.numel()
         rows = torch.tensor([layers[name].out_features for name in group.offsets])
         self.row_segment = torch.arange(len(rows)).repeat_interleave(rows).to(device)
@@ -77,7 +78,7 @@ class Fp8Replica(Replica):
             layers[name].weight_scale = scale
 
     def store(self, flats: list[Tensor], multiplier: Tensor | None = None) -> None:
-        """As ``Replica.store``, with the ``multiplier [S]`` given or, by default, those that fit best now."""
+        """As ``Replica.store``, with the ``multiplier [S]`` given or, by default, those that fit best; measures for the next step."""
         self.amax.zero_()
         for copy, i in zip(self.copies.values(), self.group.flats):
             copy.measure_(flats[i])
@@ -98,12 +99,7 @@ class Fp8Replica(Replica):
         self.multiplier.copy_(power_of_two_multiplier(self.amax))
         self.amax.zero_()
 
-    def state(self) -> dict[str, list[float]]:
-        """What a resumed run needs to make the same copies, one number per weight; collective."""
+    def skip(self) -> None:
+        """After an optimizer step that no gather follows: the next one's scales are chosen all the same."""
         self._reduce_amax()
-        return {name: getattr(self, name).tolist() for name in ("in_use", "multiplier", "amax")}
-
-    def load_state(self, state: dict[str, list[float]]) -> None:
-        """After a gather of copies that were stored with ``state["in_use"]``."""
-        for name in ("multiplier", "amax"):
-            getattr(self, name).copy_(torch.tensor(state[name]))
+        self.arrived()

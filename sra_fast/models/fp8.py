@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from sra_fast.models.layers import Block, Pending
 from sra_fast.models.transformer import Backbone
-from sra_fast.ops.fp8 import Rows, adaln_fp8, gated_residual_adaln_fp8, linear_fp8, quantize_rows
+from sra_fast.ops.fp8 import E4M3, Rows, adaln_fp8, gated_residual_adaln_fp8, linear_fp8, power_of_two_multiplier, quantize_rows
 
 
 def _linear(x: Rows, layer: nn.Linear) -> Tensor:
@@ -12,7 +12,7 @@ def _linear(x: Rows, layer: nn.Linear) -> Tensor:
 
 
 class Fp8Block(Block):
-    """A ``Block`` with qkv, fc1 and fc2 in e4m3, one scale per token and per output channel; inference only, in bf16.
+    """A ``Block`` with qkv, fc1 and fc2 in e4m3, one scale per token and per weight matrix; inference only, in bf16.
 
     Their inputs are quantised by the pass that makes them: the modulated norm, or the GELU.  The projection after attention
     stays in bf16: quantising its input would take a pass of its own and about what it saves.
@@ -53,4 +53,6 @@ def use_fp8(model: Backbone) -> None:
     for block in model.blocks:
         block.__class__ = Fp8Block
     for layer in fp8_layers(model).values():
-        layer.weight.data, layer.weight_scale = quantize_rows(layer.weight)
+        multiplier = power_of_two_multiplier(layer.weight.abs().amax().float())
+        layer.weight_scale = multiplier.reciprocal().repeat(layer.out_features, 1)
+        layer.weight.data = (layer.weight * multiplier).to(E4M3)

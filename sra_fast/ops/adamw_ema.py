@@ -46,8 +46,8 @@ def adamw_ema_ref_(
     if ema is not None:
         ema.lerp_(param, 1 - decay)
     if isinstance(ema_copy, Fp8Copy):
-        ema_copy.measure_(ema.view(-1))
-        ema_copy.store_(ema.view(-1))
+        ema_copy.measure_(ema)
+        ema_copy.store_(ema)
     elif ema_copy is not None:
         ema_copy.copy_(ema)
 
@@ -84,13 +84,17 @@ def _check_buffers(full: dict[str, Tensor | None], grad: Tensor, half: dict[str,
 
 
 def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
-    values, multiplier, amax, ends = copy
+    values, *small, bounds = copy
     if values.dtype != E4M3 or values.shape != param.shape or values.device != param.device or not values.is_contiguous():
         raise ValueError(f"expected ema_copy.values as param, contiguous and e4m3, got {[*values.shape]} {values.dtype} {values.device}")
-    kinds = [(x.dtype, x.device, x.dim(), x.numel()) for x in (multiplier, amax, ends)]
-    S, full = multiplier.numel(), torch.float32
-    if not 0 < S < 2**15 or kinds != [(dtype, param.device, 1, S) for dtype in (full, full, torch.int64)]:
-        raise ValueError(f"expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, S < 2^15, on {param.device}, got {kinds}")
+    got = [([*x.shape], x.dtype, x.device, x.is_contiguous()) for x in small]
+    S, dtypes = len(bounds), (torch.float32, torch.float32, torch.int64)
+    if not 0 < S <= 1024 or got != [([S], dtype, param.device, True) for dtype in dtypes]:
+        raise ValueError(
+            f"expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, contiguous on {param.device}, S in [1, 1024], got {got}"
+        )
+    if bounds[-1] != param.numel() or any(end < begin for begin, end in zip((0, *bounds), bounds)):
+        raise ValueError(f"expected ema_copy.bounds that never decrease and end at {param.numel()}, got {bounds}")
 
 
 def _check_numbers(
@@ -161,7 +165,7 @@ def adamw_ema_(
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
     if param.numel() and param.dtype == torch.float32 and grad.dtype != torch.float64 and use_triton(param, backend):
-        copy, *scaling = ema_copy if fp8 else (ema_copy, None, None, None)
+        copy, *scaling = ema_copy[:4] if fp8 else (ema_copy, None, None, None)
         buffers = [x if x is None else x.view(-1) for x in (param, grad, exp_avg, exp_avg_sq, weights, ema, copy)]
         _op(*buffers, *scaling, clip_scale, step, lr, *betas, eps, weight_decay, decay)
         return

@@ -2,6 +2,8 @@
 
 What a linear layer reads is quantised where it is made: in the pass of the modulated norm, or in that of the GELU.
 """
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,40 +37,53 @@ class Rows(NamedTuple):
 class Fp8Copy(NamedTuple):
     """An e4m3 copy of a flat buffer ``[N]`` that is cut into S segments, one multiplier each: what ``adamw_ema_`` can write.
 
-    Its kernel needs compute capability 8.9.
+    Its kernel needs compute capability 8.9.  ``Fp8Copy.of`` makes one.
 
     values: ``[N]`` e4m3; buffer times multiplier, rounded, at most 448 in magnitude (NaN stays NaN).
     multiplier: ``[S]`` fp32, read.
-    amax: ``[S]`` fp32, raised to the largest magnitude in each segment: what the next multiplier is chosen from.
-    ends: ``[S]`` int64, the element after each segment's last; never decreasing, the last one N (not checked: it is on the device).
+    amax: ``[S]`` fp32, raised to the largest magnitude in each segment: what the next multiplier is chosen from.  Whether a NaN
+        counts is not defined.
+    ends: ``[S]`` int64, the element after each segment's last; never decreasing, the last one N.
+    bounds: the same numbers on the host.
     """
 
     values: Tensor
     multiplier: Tensor
     amax: Tensor
     ends: Tensor
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Tensor, multiplier: Tensor, amax: Tensor, bounds: Sequence[int]) -> "Fp8Copy":
+        """With ``ends`` made of ``bounds``."""
+        return cls(values, multiplier, amax, torch.tensor(bounds, device=values.device), tuple(bounds))
+
+    def _pieces(self, x: Tensor) -> dict[int, Tensor]:
+        """``{number of the segment: its part of x}``, without the empty ones."""
+        begins = (0, *self.bounds[:-1])
+        return {i: x.view(-1)[begin:end] for i, (begin, end) in enumerate(zip(begins, self.bounds)) if begin < end}
 
     @torch.no_grad()
     def measure_(self, x: Tensor) -> None:
-        """``amax <- max(amax, |x|)`` over each segment of ``x [N]``; reads ``ends`` on the host."""
-        for i, segment in enumerate(x.tensor_split(self.ends[:-1].cpu())):
-            if segment.numel():
-                self.amax[i] = torch.maximum(self.amax[i], segment.abs().amax().float())
+        """``amax <- max(amax, |x|)`` over each segment of ``x [N]``."""
+        pieces = self._pieces(x)
+        for i, largest in zip(pieces, torch._foreach_norm(list(pieces.values()), math.inf)):
+            self.amax[i].copy_(torch.maximum(self.amax[i], largest))
 
     @torch.no_grad()
     def store_(self, x: Tensor) -> None:
-        """``values <- x``, with the multipliers as they are; reads ``ends`` on the host."""
-        ends = self.ends[:-1].cpu()
-        for segment, values, multiplier in zip(x.tensor_split(ends), self.values.view(-1).tensor_split(ends), self.multiplier):
-            values.copy_((segment.float() * multiplier).clamp(-E4M3_MAX, E4M3_MAX))
+        """``values <- x``, with the multipliers as they are."""
+        for (i, piece), values in zip(self._pieces(x).items(), self._pieces(self.values).values()):
+            values.copy_((piece.float() * self.multiplier[i]).clamp(-E4M3_MAX, E4M3_MAX))
 
 
 def power_of_two_multiplier(amax: Tensor) -> Tensor:
-    """For each ``amax`` the power of two that brings it into [64, 128): e4m3's 448 leaves room for 3.5 times as much.
+    """For each ``amax`` (fp32) the power of two that brings it into [64, 128): e4m3's 448 leaves room for 3.5 times as much.
 
     A change of such a multiplier changes no mantissa, so that a slowly moving buffer has a steady copy.
     """
-    return torch.ldexp(torch.ones_like(amax), 7 - torch.frexp(amax).exponent)
+    exponent = (7 - torch.frexp(amax).exponent).clamp(-126, 120)
+    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)  # from its bits: exact on every device
 
 
 def quantize_rows_ref(x: Tensor, *, gelu: bool = False) -> Rows:

@@ -1,5 +1,6 @@
 """What must not happen to checkpoints: code from a pickle, a half-written one picked up, a diverged run saved."""
 import argparse
+import json
 import os
 
 import pytest
@@ -117,3 +118,22 @@ def test_resume_takes_the_configured_optimizer_settings(tmp_path):
         assert group["weight_decay"] == 0.3 and group["betas"] == (0.8, 0.9)
     with pytest.raises(ValueError, match="made with seed 0, this run has 1"):
         checkpoint.load(trainer_of("--train.seed", "1")[0], tmp_path / "checkpoints/step_00000003")
+
+
+def test_an_fp8_teacher_groups_parameters_otherwise(tmp_path):
+    """Said before DeepSpeed fails; a checkpoint from before there was such a group goes on without one."""
+    fp8 = ("--train.precision", "bf16", "--align.teacher_dtype", "fp8")
+    trainer, data = trainer_of(*fp8[:2])
+    train(trainer, data, tmp_path)
+    path = tmp_path / "checkpoints/step_00000003"
+    with pytest.raises(ValueError, match="made with fp8_group False, this run has True"):
+        checkpoint.load(trainer_of(*fp8)[0], path)
+    state = json.loads((path / checkpoint.STATE).read_text())
+    assert state.pop("fp8_group") is False and state.pop("teacher") is None
+    (path / checkpoint.STATE).write_text(json.dumps(state))
+    assert checkpoint.load(trainer_of(*fp8[:2])[0], path) == 3
+    trainer, data = trainer_of(*fp8)
+    (tmp_path / "fp8").mkdir()
+    train(trainer, data, tmp_path / "fp8")
+    with pytest.raises(ValueError, match="made with fp8_group True, this run has False"):
+        checkpoint.load(trainer_of(*fp8[:2])[0], tmp_path / "fp8/checkpoints/step_00000003")

@@ -56,6 +56,32 @@ def test_kernels_and_references_train_sit_b2_alike(tmp_path, monkeypatch, precis
     assert curves["triton"] == pytest.approx(curves["torch"], rel=late)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs e4m3 products")
+def test_fp8_teacher_with_graph_and_stream(tmp_path):
+    """50 steps of SiT-S/2: the same loss curve to a fraction of a percent, however the teacher runs; scales are powers of two."""
+    curves = {}
+    for name, extra in {"bf16": "", "fp8": "--align.teacher_dtype fp8", "every": "--align.teacher_dtype fp8 --align.every 2",
+                        "graph": "--align.teacher_dtype fp8 --align.teacher_graph true --align.teacher_stream true"}.items():  # fmt: skip
+        cfg = parse_train([
+            "--model.name", "SiT-S/2", "--align.student_layer", "3", "--align.teacher_layer", "8", "--train.global_batch", "16",
+            "--train.steps", "50", "--train.log_every", "5", "--train.save_every", "1000", "--train.precision", "bf16",
+            "--data.num_workers", "0", "--train.ema_decay", "0.9", "--optim.lr", "1e-3", *extra.split(),
+        ])[0]
+        (tmp_path / name).mkdir()
+        trainer = build(cfg, init_distributed())
+        curves[name] = [row["loss"] for row in train(trainer, RandomLatents(), tmp_path / name)]
+        if name != "bf16":
+            scales = torch.tensor(trainer.teacher.state())
+            assert len(scales) == 24 and (torch.frexp(scales).mantissa == 0.5).all()
+            ema = trainer.ema.full()
+            layers = {n: m for n, m in trainer.engine.module.teacher.named_modules() if hasattr(m, "weight_scale")}
+            for key, layer in layers.items() if name != "every" else ():
+                error = (layer.weight.float() * layer.weight_scale).cpu() - ema[f"{key}.weight"]
+                assert (error.abs() <= 2**-4 * ema[f"{key}.weight"].abs() + 2**-10 * layer.weight_scale.cpu()).all(), key
+    assert curves["fp8"] == pytest.approx(curves["bf16"], rel=1e-2) and curves["fp8"] != curves["bf16"]
+    assert curves["graph"] == pytest.approx(curves["fp8"], rel=2e-3)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")

@@ -45,7 +45,11 @@ FP8 = {  # in bf16
     "fp8_0": (0, "--align.teacher_dtype fp8"),
     "fp8_1": (1, "--align.teacher_dtype fp8"),
     "fp8_2": (2, "--align.teacher_dtype fp8 --align.every 2 --train.micro_batch {micro}"),
-    "fp8_torch": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
+    "fp8_torch_0": (0, "--align.teacher_dtype fp8 --optim.implementation torch"),
+    "fp8_torch_1": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
+    # so large steps that scales change with each, resumed where those in use are not what the EMA would give
+    "fp8_moving": (1, "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 2"),
+    "fp8_moving_every": (2, "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 4 --align.every 3"),
 }
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
@@ -128,8 +132,9 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
     whole["watched_ema"], whole["initial"] = watched, initial
     resumed = build(cfg, device)
-    start = checkpoint.load(resumed, folder / "checkpoints" / f"step_{HALF:08d}")
-    assert start == HALF
+    first = cfg.train.save_every
+    start = checkpoint.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
+    assert start == first
     second = outcome(resumed, train(resumed, data, folder, start))
     checkpoint.export_reference(resumed, out / f"{name}.reference.pt", STEPS, 0)
     checkpoint.export_safetensors(resumed, out / f"{name}.safetensors", STEPS)

@@ -73,7 +73,7 @@ def fp8_copy(N, ends, device, dtype=E4M3):
     multiplier = 2.0 ** (torch.arange(S) * 7 % 11 + 6).float()
     amax = 100.0 * (torch.arange(S) % 3 == 1).float()
     values = torch.zeros(N, dtype=dtype)
-    return Fp8Copy(*(x.to(device) for x in (values, multiplier, amax, torch.tensor(ends))))
+    return Fp8Copy.of(*(x.to(device) for x in (values, multiplier, amax)), ends)
 
 
 def rounded_to_e4m3(x, copy):
@@ -102,7 +102,7 @@ def test_copy_in_e4m3(N, ends, backend, device):
     clip, weights, ema = torch.tensor(0.5, device=device), state["weights"], state["ema"]
     buffers = (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"])
     if exact:  # without eps what the kernel computes beyond the end is NaN
-        kernels.adamw_ema_(*buffers, weights, ema, *copy, clip, 1, 3e-2, 0.8, 0.95, 0.0, 0.1, 0.7)
+        kernels.adamw_ema_(*buffers, weights, ema, *copy[:4], clip, 1, 3e-2, 0.8, 0.95, 0.0, 0.1, 0.7)
     else:
         outputs = {"weights": weights, "ema": ema, "ema_copy": copy}
         adamw_ema_(*buffers, 1, **HYPER | {"eps": 0.0}, clip_scale=clip, decay=0.7, backend=backend, **outputs)
@@ -118,16 +118,24 @@ def test_an_e4m3_copy_of_nan_is_nan(device):
     state, grads = make(40, device)
     state["ema"][7] = float("nan")
     copy = fp8_copy(40, [40], device, torch.float32 if knobs.runtime.interpret else E4M3)
-    kernels.adamw_ema_(state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], None, state["ema"], *copy, None,
+    kernels.adamw_ema_(state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], None, state["ema"], *copy[:4], None,
                        1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)  # fmt: skip
     assert copy.values.float().isnan().nonzero().tolist() == [[7]]
 
 
-def test_power_of_two_multiplier():
-    amax = torch.tensor([0.0, 1e-20, 0.7, 1.0, 3.99, 4.0, 1e10])
+def test_power_of_two_multiplier(device):
+    amax = torch.tensor([0.0, 1e-45, 1e-37, 1e-20, 0.7, 1.0, 3.99, 4.0, 1e10, 3e38], device=device)
     multiplier = power_of_two_multiplier(amax)
-    assert torch.equal(torch.frexp(multiplier).mantissa, torch.full((7,), 0.5)), "powers of two"
-    assert ((multiplier * amax)[1:] >= 64).all() and (multiplier * amax < 128).all()
+    assert (torch.frexp(multiplier).mantissa == 0.5).all() and multiplier.isfinite().all(), "powers of two"
+    assert multiplier.reciprocal().isfinite().all() and (multiplier.reciprocal() > 0).all()
+    assert ((multiplier * amax)[3:] >= 64).all() and (multiplier * amax < 128).all()
+
+
+def test_e4m3_copy_without_memory():
+    """Shapes alone, as of every other form of the operator."""
+    N, full = 100, [torch.empty(100, device="meta") for _ in range(5)]
+    copy = Fp8Copy.of(torch.empty(N, dtype=E4M3, device="meta"), full[0][:2], full[1][:2], [40, N])
+    adamw_ema_(*full[:4], 1, lr=0.1, ema=full[4], ema_copy=copy)
 
 
 def test_defaults_are_the_papers(device):
@@ -253,7 +261,10 @@ def test_rejects_bad_input(device):
         ({"ema_copy": fp8_copy(10, [10], device)}, "expected ema where"),
         ({"ema": p.clone(), "ema_copy": fp8_copy(9, [9], device)}, r"ema_copy.values as param, .* got \[9\]"),
         ({"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device, torch.bfloat16)}, "e4m3, got .* torch.bfloat16"),
-        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device)._replace(ends=torch.tensor([4, 10]))}, "ends .S. int64"),
+        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device)._replace(bounds=(4, 10))}, "ends .S. int64"),
+        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [4, 9], device)}, r"end at 10, got \(4, 9\)"),
+        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [5, 4, 10], device)}, "never decrease"),
+        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [4, 10], device)._replace(amax=torch.zeros(4, device=device)[::2])}, "contiguous"),
         ({"step": 0}, "step >= 1"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
