@@ -8,6 +8,7 @@ from sra_fast.engine.flow import FlowMatching
 from sra_fast.engine.gaussian import GaussianDiffusion
 from sra_fast.engine.teacher_pass import TeacherPass, chosen_images
 from sra_fast.models import Backbone, SiT
+from sra_fast.models.layers import timestep_features
 
 
 def make_process(cfg: Config) -> FlowMatching | GaussianDiffusion:
@@ -80,9 +81,10 @@ class SRAObjective(nn.Module):
             prediction, align = self.student(noised.x, noised.t, y, drop=drop), {}
         else:
             chosen = chosen_images(self.align.fraction, len(x0), x0.device)
-            self.teacher_pass.start(noised.x_teacher, noised.t_teacher, y, drop, chosen=chosen)
+            t, t_teacher = timestep_features(torch.cat([noised.t, noised.t_teacher])).chunk(2)
+            self.teacher_pass.start(noised.x_teacher, t_teacher, y, drop, chosen=chosen)
             prediction, features = self.student(
-                noised.x, noised.t, y, drop=drop, align_depth=self.align.student_layer, align_images=chosen,
+                noised.x, t, y, drop=drop, align_depth=self.align.student_layer, align_images=chosen,
                 project=self.align.head == "mlp",
             )
             align = self._compare(features, self.teacher_pass.result())

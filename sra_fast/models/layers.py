@@ -24,8 +24,14 @@ def timestep_frequencies(count: int, device=None) -> Tensor:
     return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(10000) / count))
 
 
+def timestep_features(t: Tensor, size: int = 256) -> Tensor:
+    """Cosines and sines of raw times, ``[B]`` -> ``[B, size]`` fp32: what the MLP of a ``TimestepEmbedder`` sees."""
+    phase = t.float()[:, None] * timestep_frequencies(size // 2, t.device)
+    return torch.cat([phase.cos(), phase.sin()], dim=1)
+
+
 class TimestepEmbedder(nn.Module):
-    """Sinusoid of the raw time, then a two-layer MLP: ``[B]`` -> ``[B, D]``."""
+    """``timestep_features`` of the raw time, unless it is they that are given, then a two-layer MLP: ``[B]`` -> ``[B, D]``."""
 
     def __init__(self, hidden_size: int, frequency_size: int = 256):
         super().__init__()
@@ -35,8 +41,8 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        phase = t.float()[:, None] * timestep_frequencies(self.frequency_size // 2, t.device)
-        return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        features = timestep_features(t, self.frequency_size) if t.dim() == 1 else t
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

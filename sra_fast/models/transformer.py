@@ -98,9 +98,11 @@ class Backbone(nn.Module):
     def embed(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, T, D]`` and conditioning ``[B, D]``; see ``features`` for the arguments."""
         expected = (self.in_channels, self.input_size, self.input_size)
-        if x.dim() != 4 or x.shape[1:] != expected or t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+        times = (x.shape[:1], (*x.shape[:1], self.t_embedder.frequency_size))
+        if x.dim() != 4 or x.shape[1:] != expected or t.shape not in times or y.shape != x.shape[:1]:
             raise ValueError(
-                f"expected x [B, {', '.join(map(str, expected))}] and t, y [B], got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
+                f"expected x [B, {', '.join(map(str, expected))}], t [B] or [B, {times[1][1]}] and y [B], "
+                f"got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
             )
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         # a buffer: mixed-precision wrappers may leave it in fp32.  contiguous: the patches come channels first
@@ -112,7 +114,7 @@ class Backbone(nn.Module):
 
         Args:
             x: ``[B, C, H, W]`` noisy input, any float dtype (cast to the weights').
-            t: ``[B]`` times: SiT in [0, 1] (0 is data), DiT integers in [0, 1000).
+            t: ``[B]`` times: SiT in [0, 1] (0 is data), DiT integers in [0, 1000); or their ``timestep_features`` ``[B, 256]``.
             y: ``[B]`` int64 labels; ``num_classes`` is the null class.
             depth: number of blocks to run.
             drop: ``[B]`` bool, labels to replace by the null class; None: drawn in training mode, none in eval mode.

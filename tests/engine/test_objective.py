@@ -9,6 +9,7 @@ from sra_fast.engine.flow import FlowMatching
 from sra_fast.engine.gaussian import GaussianDiffusion
 from sra_fast.engine.objective import SRAObjective, align_weight
 from sra_fast.models import Backbone
+from sra_fast.models.layers import timestep_features
 
 NO_DROP = torch.zeros(6, dtype=bool)
 
@@ -52,6 +53,19 @@ def test_sit_loss_and_gradients_match_reference():
     for name, gradient in gradients.items():
         assert_matches(gradient, expected[name])
     assert all(p.grad is None for p in model.teacher.parameters())
+
+
+def test_one_sinusoid_for_the_times_of_both_branches(monkeypatch):
+    """In one call, and with the numbers of two."""
+    golden, calls = Golden("SiT"), []
+    model, cos = objective(golden, FlowMatching()), torch.Tensor.cos
+    monkeypatch.setattr(torch.Tensor, "cos", lambda phase: calls.append(phase.shape) or cos(phase))
+    sit_loss(model, golden)
+    assert calls == [(12, 128)]
+    model.student.eval()
+    x, y = golden["x0"], golden["y_drop"]
+    for t in (golden["t"], 1000 * golden["t_teacher"]):
+        assert torch.equal(model.student(x, timestep_features(t), y), model.student(x, t, y))
 
 
 def test_optimizer_step_and_ema_match_reference():
