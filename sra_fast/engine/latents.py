@@ -5,8 +5,10 @@ each, the last one shorter; mean, then standard deviation).  The index is writte
 made with, and the size and SHA-256 of every other file.  bf16 is stored as its bits in uint16, which .npy has a name for.
 """
 import hashlib
+import io
 import json
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from torch.utils.data import Dataset
 log = logging.getLogger(__name__)
 INDEX, LABELS, JOB, VERSION = "index.json", "labels.npy", "preprocess.json", 1
 STORAGE = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
+# numpy parses a header as Python, which two threads may not do at once in CPython 3.11.7 (SystemError, issue 106905)
+_parsing = threading.Lock()
 
 
 def shard_name(number: int) -> str:
@@ -110,7 +114,9 @@ class Latents(Moments):
 
     def _read(self, name: str, first: bool = False) -> np.ndarray:
         try:
-            moments = np.load(self.root / name, allow_pickle=False)
+            data = io.BytesIO((self.root / name).read_bytes())
+            with _parsing:
+                moments = np.load(data, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{self.root / name} is no readable .npy file: {error}") from None
         if moments.ndim == 4 and moments.shape[0] == 1:  # the reference's encoder leaves a batch dimension

@@ -3,6 +3,8 @@ import json
 import logging
 import pickle
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -167,3 +169,21 @@ def test_a_shard_that_vanishes_or_changes_shape_later_is_named(tmp_path):
     (tmp_path / "packed/shards/00001.npy").unlink()
     with pytest.raises(ValueError, match="00001.npy was altered or cannot be read: .*No such file"):
         data.__getitems__([8])
+
+
+def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    """Two at once are a rare SystemError of CPython 3.11.7."""
+    write_latents(tmp_path, 20)
+    data, load, inside, most = Latents(tmp_path), np.load, [], []
+
+    def watched(*args, **kw):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return load(*args, **kw)
+
+    monkeypatch.setattr(np, "load", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: data.__getitems__([i]), range(len(data))))
+    assert max(most) == 1 and len(most) == len(data)
