@@ -16,6 +16,7 @@ from sra_fast.engine.config import Config
 from sra_fast.engine.draws import draw
 from sra_fast.engine.objective import make_process
 from sra_fast.models import SiT
+from sra_fast.models.layers import settle
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def full_depth_features(model: SiT, x: Tensor, t: Tensor, y: Tensor, drop: Tenso
     for i, block in enumerate(model.blocks, start=1):
         tokens, pending = block(tokens, c, pending)
         if i == depth:
-            features = ops.gated_residual(tokens, *pending)
+            features = settle(tokens, pending)
     model.final_layer(tokens, c, pending)
     return features
 

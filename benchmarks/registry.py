@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))
 
+import inputs  # noqa: E402
 import rivals  # noqa: E402
+from inputs import TINY, Shape, num_parameters, parameter_shapes, random  # noqa: E402, F401
 
 from sra_fast import ops  # noqa: E402
-from sra_fast.models import create_model, preset  # noqa: E402
 from sra_fast.ops.adaln import adaln_ref  # noqa: E402
 from sra_fast.ops.adamw_ema import adamw_ema_ref_  # noqa: E402
 from sra_fast.ops.align_distance import align_distance_ref  # noqa: E402
@@ -34,94 +35,6 @@ from sra_fast.ops.noise_pair import noise_pair_ref  # noqa: E402
 MODELS = ("SiT-XL/2", "SiT-B/2", "SiT-L/2")
 # most valuable first; a run that stops early has these
 RESOLUTION_BATCH = ((256, 32), (256, 256), (512, 32), (256, 64), (512, 64), (512, 256))
-TINY = "tiny"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model at a resolution and a batch; resolution and batch are None where only the parameters count."""
-
-    model: str
-    resolution: int | None = None
-    batch: int | None = None
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Tokens, width and heads: patches of 2 in a latent of an eighth of the image's side."""
-        size = {"hidden_size": 64, "num_heads": 4} if self.model == TINY else preset(self.model)[1]
-        return (self.resolution // 16) ** 2, size["hidden_size"], size["num_heads"]
-
-    @property
-    def elements(self) -> int:
-        """B T D"""
-        return self.batch * self.sizes[0] * self.sizes[1]
-
-
-@functools.cache
-def parameter_shapes(model: str) -> tuple[torch.Size, ...]:
-    if model == TINY:
-        return tuple(torch.Size(s) for s in ((64, 48), (64,), (24, 8, 2), (1000,)))
-    with torch.device("meta"):
-        return tuple(p.shape for p in create_model(model).parameters())
-
-
-def num_parameters(shape: Shape) -> int:
-    return sum(s.numel() for s in parameter_shapes(shape.model))
-
-
-def random(seed: int, device: str) -> Callable[..., Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return lambda *size, dtype=torch.float32: torch.randn(*size, generator=generator, device=device).to(dtype)
-
-
-def _rows(shape: Shape, dtype: torch.dtype, randn: Callable, arrays: int, vectors: int) -> tuple[Tensor, ...]:
-    """Arrays [B, T, D] and vectors [B, D], the latter slices of one [B, 6 D] projection as a block has them."""
-    (T, D, _), B = shape.sizes, shape.batch
-    projection = randn(B, 6 * D, dtype=dtype)
-    return *(randn(B, T, D, dtype=dtype) for _ in range(arrays)), *projection.chunk(6, 1)[:vectors]
-
-
-def _noise(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
-    side = shape.resolution // 8
-    t = randn(shape.batch).sigmoid()
-    return *(randn(shape.batch, 4, side, side) for _ in range(2)), t, t * 0.8
-
-
-def _hidden(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
-    T, D, _ = shape.sizes
-    return (randn(shape.batch, T, 4 * D, dtype=dtype),)
-
-
-def _linear(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
-    """Tokens, and the first layer of an MLP that keeps their variance."""
-    T, D, _ = shape.sizes
-    return randn(shape.batch, T, D, dtype=dtype), randn(4 * D, D, dtype=dtype) / D**0.5, randn(4 * D, dtype=dtype)
-
-
-def _qkv(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
-    T, D, heads = shape.sizes
-    return (randn(shape.batch, T, 3, heads, D // heads, dtype=dtype),)
-
-
-def _lists(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[list[Tensor], ...]:
-    """EMA in fp32, parameters and copies in the working dtype (bf16 where that is fp32), and a rival's scratch."""
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    ema = [randn(s) for s in parameter_shapes(shape.model)]
-    params = [randn(s, dtype=dtype) for s in parameter_shapes(shape.model)]
-    return ema, params, [torch.zeros_like(e, dtype=half) for e in ema], [torch.empty_like(e) for e in ema]
-
-
-def _flat(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple:
-    """Flat buffers, the clip factor, the same buffers as lists of parameters, and the rival's step counters."""
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    shapes, N = parameter_shapes(shape.model), num_parameters(shape)
-    param, grad, exp_avg, exp_avg_sq, ema = randn(N), randn(N), randn(N), randn(N).square_(), randn(N)
-    weights, copy = (torch.zeros_like(param, dtype=half) for _ in range(2))
-    flat = [param, grad, exp_avg, exp_avg_sq, weights, ema, copy]
-    split = [[v.view(s) for v, s in zip(x.split([s.numel() for s in shapes]), shapes)] for x in flat]
-    # the fused AdamW of PyTorch does not count by itself
-    steps = [torch.full((), float(rivals.STEP), device=param.device) for _ in shapes]
-    return flat, torch.full((), 0.5, device=param.device), split, steps
 
 
 def _adamw(function: Callable, flat: list[Tensor], clip_scale: Tensor) -> None:
@@ -185,8 +98,26 @@ def attention_flops(shape: Shape) -> tuple[float, float]:
     return forward, 2.5 * forward
 
 
-def linear_gelu_flops(shape: Shape) -> tuple[float, float]:
-    return 8 * shape.elements * shape.sizes[1], 0
+def product_flops(forward: int, backward: int) -> Callable:
+    """Of products with so many D x D matrices in all."""
+    return lambda shape: tuple(2 * n * shape.elements * shape.sizes[1] for n in (forward, backward))
+
+
+def _half_block(mlp: bool, backend: str | None, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *layers: Tensor):
+    function = ops.adaln_mlp if mlp else ops.adaln_linear
+    return function(x, shift, scale, *layers, eps=rivals.EPS, residual=(y, gate), backend=backend)
+
+
+def _half_block_entry(mlp: bool) -> "Entry":
+    return Entry(
+        make=functools.partial(inputs.half_block, mlp=mlp),
+        ours=functools.partial(_half_block, mlp, None),
+        reference=functools.partial(_half_block, mlp, "torch"),
+        eager=rivals.adaln_mlp if mlp else rivals.adaln_linear,
+        bytes=None,
+        flops=product_flops(8, 16) if mlp else product_flops(3, 6),
+        grads=tuple(range(9 if mlp else 7)),
+    )
 
 
 def _latent_elements(shape: Shape) -> int:
@@ -196,7 +127,7 @@ def _latent_elements(shape: Shape) -> int:
 # most valuable first
 ENTRIES: dict[str, Entry] = {
     "gated_residual_adaln": Entry(
-        make=functools.partial(_rows, arrays=2, vectors=3),
+        make=functools.partial(inputs.rows, arrays=2, vectors=3),
         ours=lambda *inputs: ops.gated_residual_adaln(*inputs, rivals.EPS),
         reference=lambda *inputs: gated_residual_adaln_ref(*inputs, rivals.EPS),
         eager=rivals.gated_residual_adaln,
@@ -205,7 +136,7 @@ ENTRIES: dict[str, Entry] = {
         with_norm=True,
     ),
     "adamw_ema_": Entry(
-        make=_flat,
+        make=inputs.flat,
         ours=lambda flat, clip_scale, *_: _adamw(ops.adamw_ema_, flat, clip_scale),
         reference=lambda flat, clip_scale, *_: _adamw(adamw_ema_ref_, flat, clip_scale),
         eager=rivals.adamw_ema,
@@ -214,8 +145,10 @@ ENTRIES: dict[str, Entry] = {
         written=(0,),
         to_compile=rivals.adamw_ema_flat,
     ),
+    "adaln_mlp": _half_block_entry(mlp=True),
+    "adaln_linear": _half_block_entry(mlp=False),
     "ema_update_": Entry(
-        make=_lists,
+        make=inputs.lists,
         ours=lambda ema, params, copies, _: ops.ema_update_(ema, params, rivals.DECAY, copies),
         reference=lambda ema, params, copies, _: ema_update_ref_(ema, params, rivals.DECAY, copies),
         eager=rivals.ema_update,
@@ -225,7 +158,7 @@ ENTRIES: dict[str, Entry] = {
         compiles=False,
     ),
     "adaln": Entry(
-        make=functools.partial(_rows, arrays=1, vectors=2),
+        make=functools.partial(inputs.rows, arrays=1, vectors=2),
         ours=lambda *inputs: ops.adaln(*inputs, rivals.EPS),
         reference=lambda *inputs: adaln_ref(*inputs, rivals.EPS),
         eager=rivals.adaln,
@@ -234,7 +167,7 @@ ENTRIES: dict[str, Entry] = {
         with_norm=True,
     ),
     "align_distance": Entry(
-        make=functools.partial(_rows, arrays=2, vectors=0),
+        make=functools.partial(inputs.rows, arrays=2, vectors=0),
         ours=lambda pred, target: ops.align_distance(pred, target, "smooth_l1"),
         reference=lambda pred, target: align_distance_ref(pred, target, "smooth_l1"),
         eager=rivals.align_distance,
@@ -242,7 +175,7 @@ ENTRIES: dict[str, Entry] = {
         grads=(0,),
     ),
     "gated_residual": Entry(
-        make=functools.partial(_rows, arrays=2, vectors=1),
+        make=functools.partial(inputs.rows, arrays=2, vectors=1),
         ours=lambda *inputs: ops.gated_residual(*inputs),
         reference=gated_residual_ref,
         eager=rivals.gated_residual,
@@ -250,7 +183,7 @@ ENTRIES: dict[str, Entry] = {
         grads=(0, 1, 2),
     ),
     "quantize_rows": Entry(
-        make=_hidden,
+        make=inputs.hidden,
         ours=lambda x: quantize_rows(x, gelu=True),
         reference=lambda x: quantize_rows_ref(x, gelu=True),
         eager=rivals.quantize_rows,
@@ -258,16 +191,16 @@ ENTRIES: dict[str, Entry] = {
         elements=lambda shape: 4 * shape.elements,
     ),
     "linear_gelu": Entry(
-        make=_linear,
+        make=inputs.linear,
         ours=lambda *inputs: ops.linear_gelu(*inputs),
         reference=linear_gelu_ref,
         eager=linear_gelu_ref,
         bytes=None,
-        flops=linear_gelu_flops,
+        flops=product_flops(4, 0),
         elements=lambda shape: 4 * shape.elements,
     ),
     "noise_pair": Entry(
-        make=_noise,
+        make=inputs.noise,
         ours=lambda *inputs: ops.noise_pair(*inputs),
         reference=noise_pair_ref,
         eager=rivals.noise_pair,
@@ -276,7 +209,7 @@ ENTRIES: dict[str, Entry] = {
         dtype=torch.float32,
     ),
     "attention": Entry(
-        make=_qkv,
+        make=inputs.qkv,
         ours=lambda qkv: ops.attention(*qkv.unbind(2)),
         reference=lambda qkv: attention_ref(*qkv.unbind(2)),
         eager=rivals.attention,

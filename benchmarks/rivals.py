@@ -34,6 +34,20 @@ def gated_residual_adaln(
     return x, adaln(x, shift, scale, norm)
 
 
+def adaln_linear(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, h = gated_residual_adaln(x, y, gate, shift, scale)
+    return x, F.linear(h, weight, bias)
+
+
+def adaln_mlp(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, hidden = adaln_linear(x, y, gate, shift, scale, w1, b1)
+    return x, F.linear(F.gelu(hidden, approximate="tanh"), w2, b2)
+
+
 def noise_pair(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     t, t_teacher = (s.view(-1, 1, 1, 1) for s in (t, t_teacher))
     return (1 - t) * x0 + t * noise, (1 - t_teacher) * x0 + t_teacher * noise, noise - x0

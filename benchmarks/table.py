@@ -88,7 +88,7 @@ def _groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
 def render_ops(rows: list[dict]) -> list[str]:
     """One table of operators for every GPU and commit."""
     lines = [
-        "Operators in bf16, L2 cold, against the bytes (attention, linear_gelu: the FLOPs) that they cannot do without; the ceiling",
+        "Operators in bf16, L2 cold, against the bytes (where none are given: the FLOPs) that they cannot do without; the ceiling",
         "is the copy (matmul) rate of the same run. Measured and written by",
         "`python benchmarks/run.py && python benchmarks/table.py`.",
     ]

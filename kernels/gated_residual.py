@@ -141,9 +141,6 @@ def gated_residual_bwd(
         **width_config(D),
         enable_fp_fusion=True,
     )
-    if bias is None:
-        sum_partials(part, dgate)
-        return dy, dgate, y.new_empty(0)
-    sum_dy = part.new_empty(B * G, D)
-    sum_partials(part, dgate, sum_dy)
-    return dy, dgate, sum_dy.sum(0).to(bias.dtype)
+    dbias = y.new_empty(0) if bias is None else bias.new_empty(D)
+    sum_partials(part, dgate, total=None if bias is None else dbias)
+    return dy, dgate, dbias

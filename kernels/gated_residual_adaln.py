@@ -13,6 +13,7 @@ Bytes, everything moved once, s per element of the [B, T, D] arrays (2 in bf16):
     backward  6 s B T D (x', y, dx', dh; dx, dy) + 5 s B D (gate, scale; dgate, dshift, dscale) + 8 B T (statistics)
 P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no partial sums: the forward moves
 3 s (P - 1) B D more, the backward (2 s (P - 1) + 24 P) B D (three fp32 sums written and read; a bias: 8 P B D).
+The backward can write h once more, s B T D, for a weight gradient that needs it: nothing is gained by keeping it.
 In the names below a 2 marks the tail of a row that is cut in two.
 """
 import torch
@@ -21,22 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
-    E4M3,
-    is_mine,
-    load,
-    load_bias,
-    load_fp32,
-    load_two,
-    locate,
-    mod_strides,
-    norm_bwd,
-    norm_fwd,
-    residual,
-    split_rows,
-    store_row,
-    sum_partials,
-    width_config,
-)
+    E4M3, is_mine, load, load_bias, load_fp32, load_two, locate, mod_strides, norm_bwd, norm_fwd,
+    residual, split_rows, store_row, sum_partials, width_config,
+)  # fmt: skip
 
 # the widest rows that fit the registers of every architecture in every dtype: the backward spills 112-168 bytes in fp32
 # at D=3584, 72-136 in bf16 at D=4608
@@ -135,8 +123,12 @@ def _unpack(piece, w, mean, rstd):
 
 
 @triton.jit
-def _finish(piece, xhat, dh, dxhat, gate, sums, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, at, mask):
-    """Store dx and dy of a piece of a row, and add the row to the sums over tokens."""
+def _finish(
+    piece, xhat, dh, dxhat, gate, w, shift_ptr, sums, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, h_ptr, at, cols, mask
+):
+    """Store dx and dy of a piece of a row, h again where it is wanted, and add the row to the sums over tokens."""
+    if h_ptr is not None:
+        tl.store(h_ptr + at, xhat * w + load_fp32(shift_ptr, cols, mask), mask=mask)
     dx = (dxhat - xhat * c1 - c2) * rstd
     if dx_new_ptr is not None:
         dx += piece[2].to(tl.float32)
@@ -162,6 +154,7 @@ def _gated_residual_adaln_bwd_kernel(
     bias_ptr,  # [D] or None
     gate_ptr,  # [B, G, D], as is scale; the last stride is 1
     scale_ptr,
+    shift_ptr,  # as scale, or None where h is not wanted
     group_ptr,  # [B, T] integers, or None
     mean_ptr,  # [B, T] fp32, None for RMS
     rstd_ptr,  # [B, T] fp32
@@ -169,6 +162,7 @@ def _gated_residual_adaln_bwd_kernel(
     dh_ptr,  # [B, T, D]
     dx_ptr,  # [B, T, D]
     dy_ptr,  # [B, T, D]
+    h_ptr,  # [B, T, D], or None: what the forward pass gave
     part_ptr,  # [B, G, P, K, D] fp32: dgate, dshift, dscale, and for K = 4 the sum of dy
     T,
     G,
@@ -178,6 +172,8 @@ def _gated_residual_adaln_bwd_kernel(
     gate_g,
     scale_b,
     scale_g,
+    shift_b,
+    shift_g,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
@@ -186,6 +182,8 @@ def _gated_residual_adaln_bwd_kernel(
     pid, b, g, p, mine = locate(G, P)
     gate_ptr += b * gate_b + g * gate_g
     scale_ptr += b * scale_b + g * scale_g
+    if h_ptr is not None:
+        shift_ptr += b * shift_b + g * shift_g
     cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
     gate, w = load_fp32(gate_ptr, cols, cols < D), 1.0 + load_fp32(scale_ptr, cols, cols < D)
     gate2, w2 = load_fp32(gate_ptr, cols2, cols2 < D), 1.0 + load_fp32(scale_ptr, cols2, cols2 < D)
@@ -204,11 +202,15 @@ def _gated_residual_adaln_bwd_kernel(
             xhat2, dh2, dxhat2 = _unpack(tail, w2, mean, rstd) if TAIL else (xhat, dh, dxhat)
             c1, c2 = norm_bwd(xhat, xhat2, dxhat, dxhat2, mean_ptr, D, HEAD, TAIL)
             at, mask = row * D + cols, live & (cols < D)
-            sums = _finish(head, xhat, dh, dxhat, gate, sums, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, at, mask)
+            sums = _finish(
+                *(head, xhat, dh, dxhat, gate, w, shift_ptr, sums, c1, c2, rstd),
+                *(dx_new_ptr, dx_ptr, dy_ptr, h_ptr, at, cols, mask),
+            )
             if TAIL:
                 at, mask = row * D + cols2, live & (cols2 < D)
                 sums2 = _finish(
-                    tail, xhat2, dh2, dxhat2, gate2, sums2, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, at, mask
+                    *(tail, xhat2, dh2, dxhat2, gate2, w2, shift_ptr, sums2, c1, c2, rstd),
+                    *(dx_new_ptr, dx_ptr, dy_ptr, h_ptr, at, cols2, mask),
                 )
     _store_sums(part_ptr + pid * K * D, sums, gate, bias_ptr, cols, D, K)
     if TAIL:
@@ -262,25 +264,27 @@ def gated_residual_adaln_bwd(
     group: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, dgate, dshift, dscale, dbias (empty without a bias); the [B, T, D] arrays and group contiguous."""
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dy, dgate, dshift, dscale, dbias (empty without a bias), and with ``shift`` h, else empty.
+
+    The [B, T, D] arrays and group are contiguous.
+    """
     B, T, D = y.shape
     assert all(t is None or t.is_contiguous() for t in (dx_new, dh, x_new, y, group))
     G, K = gate.shape[1] if gate.dim() == 3 else 1, 3 if bias is None else 4
     P, rows = split_rows(y, G, 4)
     dx, dy = x_new.new_empty(y.shape), y.new_empty(y.shape)
     dgate, dshift, dscale = (t.new_empty(t.shape) for t in (gate, scale, scale))
-    part = y.new_empty(B * G, P, K, D, dtype=torch.float32)
+    part, h = y.new_empty(B * G, P, K, D, dtype=torch.float32), x_new.new_empty(0 if shift is None else y.shape)
     _gated_residual_adaln_bwd_kernel[(B * G * P,)](
-        *(x_new, y, bias, gate, scale, group, mean if mean.numel() else None, rstd, dx_new, dh, dx, dy, part),
-        *(T, G, P, rows, *mod_strides(gate), *mod_strides(scale)),
+        *(x_new, y, bias, gate, scale, shift, group, mean if mean.numel() else None, rstd, dx_new, dh, dx, dy),
+        *(None if shift is None else h, part, T, G, P, rows, *mod_strides(gate), *mod_strides(scale)),
+        *mod_strides(scale if shift is None else shift),
         K=K,
         **width_config(D),
         enable_fp_fusion=True,
     )
-    if bias is None:
-        sum_partials(part, dgate, dshift, dscale)
-        return dx, dy, dgate, dshift, dscale, y.new_empty(0)
-    sum_dy = part.new_empty(B * G, D)
-    sum_partials(part, dgate, dshift, dscale, sum_dy)
-    return dx, dy, dgate, dshift, dscale, sum_dy.sum(0).to(bias.dtype)
+    dbias = y.new_empty(0) if bias is None else bias.new_empty(D)
+    sum_partials(part, dgate, dshift, dscale, total=None if bias is None else dbias)
+    return dx, dy, dgate, dshift, dscale, dbias, h

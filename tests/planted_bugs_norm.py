@@ -28,8 +28,8 @@ BUGS = [
         T_ADALN,
     ),
     ("a mean term for RMS", ROWS, "return tl.sum(c1, axis=0) / D, 0.0", "return tl.sum(c1, axis=0) / D, 0.5", T_ADALN),
-    ("first partial sum dropped", ROWS, "for p in range(P):", "for p in range(1, P):", T_GATED),
-    ("partial sums of the wrong image", ROWS, "((m * P + p) * K + k) * D", "((m + p) * K + k) * D", T_GATED),
+    ("first partial sum dropped", ROWS, "row = p + tl.arange(0, ROWS)", "row = p + 1 + tl.arange(0, ROWS)", T_GATED),
+    ("partial sums of the wrong image", ROWS, "first, count = m * P, P", "first, count = m, P", T_GATED),
     ("rows past the last token", ROWS, "live = t < T\n", "live = t <= T\n", T_GATED),
     ("group ignored", ROWS, "(index >= mine[0]) & (index <= mine[1])", "mine[0] <= 0", T_ADALN),
     ("indices out of range skipped", ROWS, "tl.where(g == 0, -(2**31), g.to(tl.int32))", "g.to(tl.int32)", T_GATED),
@@ -189,7 +189,7 @@ BUGS = [
     ),
     ("fused: tail of h lost", FUSED, "x2 * w2 + shift2 if TAIL", "x2 * w2 if TAIL", T_GATED),
     ("plain: bias of the head in the tail", PLAIN, "tail[1], gate2, bias2,", "tail[1], gate2, 0.0,", T_GATED),
-    ("partial sums of the wrong gradient", ROWS, "if k == 1:", "if k == 0:", T_GATED),
+    ("partial sums of the wrong gradient", ROWS, "mask=mask & (k == 1)", "mask=mask & (k == 0)", T_GATED),
     ("more partial sums than needed", ROWS, "min(range(1, most + 1), key=cost)", "most", T_ROWS),
     # what every operator promises
     (

@@ -34,7 +34,9 @@ QUICK = ["--device", "cpu", "--budget", "0.002"]
 def test_every_operator_with_a_kernel_is_measured():
     assert set(ENTRIES) == {*ops.__all__, "quantize_rows"}
     kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
-    assert kernels == {name.rstrip("_") for name in ENTRIES} - {"attention", "linear_gelu"}
+    # those of an MLP and of qkv are the norm's and GELU's
+    products = {"attention", "linear_gelu", "adaln_linear", "adaln_mlp"}
+    assert kernels - {"gelu"} == {name.rstrip("_") for name in ENTRIES} - products
 
 
 def test_most_valuable_first():
@@ -42,7 +44,7 @@ def test_most_valuable_first():
     assert found[0] == ("gated_residual_adaln", XL) and found[1] == ("adamw_ema_", Shape("SiT-XL/2"))
     shapes = {shape for name, shape in found if name == "adaln"}
     assert shapes == {Shape(m, r, b) for m in registry.MODELS for r in (256, 512) for b in (32, 64, 256)}
-    assert len(found) == len(set(found)) == 18 * 8 + 3 * 2
+    assert len(found) == len(set(found)) == 18 * 10 + 3 * 2
     assert registry.cases(["adaln"], [TINY], [64], [3]) == [("adaln", Shape(TINY, 64, 3))]
     assert XL.sizes == (256, 1152, 16) and Shape("SiT-B/2", 512, 1).sizes == (1024, 768, 12)
     # SiT-XL/2 with its projection head
@@ -61,10 +63,10 @@ def traffic(name: str) -> tuple[int, int]:
     mean, rstd = (meta(B, T).float() for _ in range(2))
     x, y = rows[:2]
     calls = {
-        "adaln": ((x, vector, vector, None, 1e-6, False), (y, x, vector, None, mean, rstd)),
+        "adaln": ((x, vector, vector, None, 1e-6, False), (y, x, vector, None, mean, rstd, None)),
         "gated_residual": ((x, y, None, vector, None), (x, y, None, vector, None)),
         "gated_residual_adaln": (
-            (x, y, None, *[vector] * 3, None, 1e-6, False), (*rows, None, vector, vector, None, mean, rstd),
+            (x, y, None, *[vector] * 3, None, 1e-6, False), (*rows, None, vector, vector, None, mean, rstd, None),
         ),  # fmt: skip
         "align_distance": ((x, y, "smooth_l1", 0.05, True), (mean, x, True)),
     }
@@ -149,7 +151,7 @@ def test_run_writes_rows(tmp_path, capsys):
         assert list(row) == [name for name in record.FIELDS if name in row]
         assert row["kind"] == "op" and row["device"] == "cpu" and row["ms"] > 0
         assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith("python benchmarks/run.py")
-        assert row["name"].startswith(("matmul", "attention", "linear_gelu")) or row["gbps"] > 0
+        assert row["name"].startswith(("matmul", "attention", "linear_gelu", "adaln_")) or row["gbps"] > 0
         assert row["name"] in ("copy", "matmul") or (row["model"] == TINY and row["percent_of_ceiling"] > 0)
         assert ("batch" in row) == (row["name"] not in ("copy", "matmul", "adamw_ema_", "ema_update_"))
     row = next(row for row in rows if row["name"] == "adaln.both" and row["variant"] == "ours")
@@ -212,7 +214,7 @@ def test_a_rival_that_cannot_run_does_not_end_the_run(tmp_path, capsys, monkeypa
 def test_time_limit_leaves_what_there_is(tmp_path, capsys):
     for _ in range(2):
         assert run.main([*QUICK, "--time-limit", "0", "--json", str(tmp_path / "rows.json")]) == 0
-        assert "time limit reached: 10 of 10 cases not measured" in capsys.readouterr().out
+        assert f"time limit reached: {len(ENTRIES)} of {len(ENTRIES)} cases not measured" in capsys.readouterr().out
     # the second run's replaced the first one's
     assert [row["name"] for row in rows_of(tmp_path / "rows.json")] == ["copy", "matmul"]
 

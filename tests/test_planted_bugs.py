@@ -15,6 +15,7 @@ from planted_bugs import BUGS, ROOT
 sys.path.append(str(ROOT / "tests" / "ops"))
 import test_adamw_ema  # noqa: E402
 import test_adaln  # noqa: E402
+import test_adaln_linear  # noqa: E402
 import test_align_distance  # noqa: E402
 import test_ema_update  # noqa: E402
 import test_gated_residual  # noqa: E402
@@ -23,12 +24,13 @@ import test_noise_pair  # noqa: E402
 fused = lambda device: test_gated_residual.test_fused_variants(2, 3, 88, "layer", 0, True)
 plain = lambda device: test_gated_residual.test_plain_forward_and_gradients(2, 5, 64, 0, True, torch.float32)
 adaln = lambda device: test_adaln.test_variants(2, 3, 88, "image", "layer")
+layers = lambda op: lambda device: test_adaln_linear.test_forward_and_gradients(op, 1, 17, 72, 100, torch.float32, True)
 align = lambda kind: lambda device: test_align_distance.test_forward_and_gradients(kind, False, (2, 7, 72), device)
 # the bug, and the fastest test that must go red
 CHECKS = {
     "tail left out of the statistics": fused,
     "first partial sum dropped": plain,
-    "partial sums of the wrong gradient": plain,
+    "partial sums of the wrong gradient": fused,
     "scale without the one": adaln,
     "shift and scale swapped": adaln,
     "dx without c1": adaln,
@@ -41,6 +43,10 @@ CHECKS = {
     "fused: tail of h lost": fused,
     "fused: dgate from dh": fused,
     "fused: dshift forgets rows": fused,
+    "h again without the scale": layers("linear"),
+    "h again, its tail lost": layers("linear"),
+    "slope of GELU without its cube": layers("mlp"),
+    "GELU's own value from dx": layers("mlp"),
     "l2 gradient without its 2": align("l2"),
     "mean over the padded width": align("l1"),
     "distances of image 0 overwritten": align("cosine_token"),

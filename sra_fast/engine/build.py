@@ -17,6 +17,7 @@ from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
+from sra_fast.models.layers import Block
 
 
 @dataclass
@@ -67,14 +68,14 @@ class Trainer:
         return {name: full[name] for name in self.student.state_dict()}
 
 
-def _networks(cfg: Config, weights: dict[str, Tensor] | None) -> tuple[SiT, Backbone | None]:
+def _networks(cfg: Config, weights: dict[str, Tensor] | None, stage: int) -> tuple[SiT, Backbone | None]:
     """Student (the same on every process: one seed) and the teacher with its weights, in fp32 on the CPU."""
     torch.manual_seed(cfg.train.seed)
     student, teacher = cfg.model.build(), None
     if weights is not None:
         student.load_state_dict(weights, strict=True)
     for block in student.blocks:
-        block.recompute = cfg.train.recompute
+        block.recompute, block.pend_bias = cfg.train.recompute, stage < 3
     if cfg.align.target == "ema_teacher":
         teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
         teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
@@ -167,13 +168,15 @@ def build(
     check_device(cfg, stage, device.type == "cuda")
     if stage < 3:
         _restore_linear()
-    student, teacher = _networks(cfg, weights)
+    student, teacher = _networks(cfg, weights, stage)
     if cfg.train.compile:
         _choose_attention(cfg, micro, device)
         for network in filter(None, (student, teacher)):
             network.compile_blocks()
     initial = {name: p.detach().clone() for name, p in student.named_parameters()} if bf16 else {}
     objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
+    if stage == 3:  # a block's operators read the weights of several layers: gathered and given back together
+        deepspeed.utils.set_z3_leaf_modules(objective, [Block])
     optimizer = make_optimizer(cfg, student, _teacher_kinds(cfg, teacher), device.type == "cuda")
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
 

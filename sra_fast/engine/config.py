@@ -150,7 +150,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile each block (ZeRO 0-2)"""
     recompute: Literal["none", "norm", "full"] = "none"
-    """what the backward pass computes again instead of keeping it: nothing; all but matrix products and attention (ZeRO 0-2); all"""
+    """what is not kept for the backward pass: nothing; the outputs of norms and GELU, which (with the kernels) passes that run
+    anyway write again; everything inside a block, which then runs again"""
     tf32: bool = False
     """let fp32 matrix products run in TF32 on a GPU"""
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -19,15 +19,15 @@ class Fp8Block(Block):
     """
 
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).chunk(6, dim=1)
         if pending is None:
             h = adaln_fp8(x, shift_msa, scale_msa)
         else:
-            x, h = gated_residual_adaln_fp8(x, *pending, shift_msa, scale_msa)
-        y = self.attn.attend(_linear(h, self.attn.qkv))
+            x, h = gated_residual_adaln_fp8(x, *pending[:2], shift_msa, scale_msa)
+        y = self.attn.proj(self.attn(_linear(h, self.attn.qkv)))
         x, h = gated_residual_adaln_fp8(x, y, gate_msa, shift_mlp, scale_mlp)
         hidden = quantize_rows(_linear(h, self.mlp.fc1), gelu=True)
-        return x, (_linear(hidden, self.mlp.fc2), gate_mlp)
+        return x, (_linear(hidden, self.mlp.fc2), gate_mlp, None)
 
 
 def fp8_layers(model: Backbone) -> dict[str, nn.Linear]:

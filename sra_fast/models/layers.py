@@ -2,8 +2,9 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from sra_fast import ops
 
@@ -63,6 +64,8 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
+    """Between its two projections: the products themselves are fused with what surrounds them (``Block``)."""
+
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.num_heads = num_heads
@@ -71,96 +74,82 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attend(self.qkv(x))
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """``[B, T, 3D]`` -> ``[B, T, D]``: everything after the first projection."""
+    def forward(self, qkv: Tensor) -> Tensor:
+        """``[B, T, 3D]`` -> ``[B, T, D]``."""
         B, T, D = *qkv.shape[:2], qkv.shape[2] // 3
         q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
-        return self.proj(ops.attention(self.q_norm(q), self.k_norm(k), v).reshape(B, T, D))
-
-
-class LinearGelu(nn.Linear):
-    """A linear layer and tanh-GELU: a module, so that ZeRO-3 has its weight there when it runs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_gelu(x, self.weight, self.bias)
+        return ops.attention(self.q_norm(q), self.k_norm(k), v).reshape(B, T, D)
 
 
 class Mlp(nn.Module):
+    """The weights of a block's MLP, which runs as ``ops.adaln_mlp``."""
+
     def __init__(self, hidden_size: int, mlp_size: int):
         super().__init__()
-        self.fc1 = LinearGelu(hidden_size, mlp_size)
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))
 
-
-# what a half-block adds to the residual stream, not added yet: its output [B, T, D] and its gate [B, D]
-Pending = tuple[Tensor, Tensor]
-
-
-def add_and_norm(x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual stream with ``pending`` added, and its modulated LayerNorm: one pass over both."""
-    if pending is None:
-        return x, ops.adaln(x, shift, scale)
-    return ops.gated_residual_adaln(x, *pending, shift, scale)
-
-
-def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    name = op.name().partition(".")[0]
-    product = name in ("aten::mm", "aten::addmm", "aten::bmm") or "attention" in name or "flash_attn" in name
-    return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_products():
-    """Selective activation checkpointing: keeps the outputs of matrix products and attention, recomputes the rest."""
-    return create_selective_checkpoint_contexts(_policy)
+# what a half-block adds to the residual stream, not added yet: its output [B, T, D], its gate [B, D] and the bias [D] that
+# its last product left out, or None
+Pending = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Block(nn.Module):
     """adaLN-Zero transformer block.
 
-    Takes the residual stream ``x [B, T, D]``, the conditioning ``c [B, D]`` and what the block before left pending, and
-    returns the stream and what it leaves pending itself: so that the gate of one half-block, the addition and the norm of
-    the next are one pass, across blocks too.
+    Takes the residual stream ``x [B, T, D]``, the conditioning ``c [B, D]`` behind its SiLU, which every block's modulation
+    shares, and what the block before left pending, and returns the stream and what it leaves pending itself: so that the gate
+    of one half-block, the addition and the norm of the next are one pass, across blocks too.
 
     Attributes:
-        recompute: what the backward pass computes again instead of keeping it: ``"none"``, ``"norm"`` (all but matrix products
-            and attention) or ``"full"``.
+        recompute: what the backward pass has again instead of keeping it: ``"none"``, ``"norm"`` (with the kernels the outputs of
+            norms and GELU, which passes that run anyway write once more) or ``"full"`` (everything: the block runs again).
+        pend_bias: leave the MLP's last bias to whoever adds what is pending: its gradient is then free.  The parameter must be
+            whole there, as under ZeRO 0 to 2; not so where blocks are gathered one by one (ZeRO 3, FSDP).
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
         super().__init__()
-        self.recompute = "none"
+        self.recompute, self.pend_bias = "none", False
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> tuple[Tensor, Pending]:
-        if self.recompute == "none" or not torch.is_grad_enabled():
+        if self.recompute != "full" or not torch.is_grad_enabled():
             return self._forward(x, c, pending)
-        context = {"context_fn": _keep_products} if self.recompute == "norm" else {}
-        return checkpoint(self._forward, x, c, pending, use_reentrant=False, preserve_rng_state=False, **context)
+        return checkpoint(self._forward, x, c, pending, use_reentrant=False, preserve_rng_state=False)
 
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x, h = add_and_norm(x, pending, shift_msa, scale_msa)
-        x, h = add_and_norm(x, (self.attn(h), gate_msa), shift_mlp, scale_mlp)
-        return x, (self.mlp(h), gate_mlp)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).chunk(6, dim=1)
+        qkv, proj, fc1, fc2, again = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.recompute == "norm"
+        x, y = ops.adaln_linear(x, shift_msa, scale_msa, qkv.weight, qkv.bias, residual=pending, recompute=again)
+        attended = F.linear(self.attn(y), proj.weight), gate_msa, proj.bias
+        now, later = (None, fc2.bias) if self.pend_bias else (fc2.bias, None)
+        x, y = ops.adaln_mlp(
+            x, shift_mlp, scale_mlp, fc1.weight, fc1.bias, fc2.weight, now, residual=attended, recompute=again
+        )
+        return x, (y, gate_mlp, later)
+
+
+def settle(x: Tensor, pending: Pending) -> Tensor:
+    """The residual stream with what is pending added."""
+    y, gate, bias = pending
+    return ops.gated_residual(x, y, gate, bias=bias)
 
 
 class FinalLayer(nn.Module):
+    """Modulated norm and prediction of every patch; arguments as ``Block``'s."""
+
     def __init__(self, hidden_size: int, out_size: int):
         super().__init__()
         self.linear = nn.Linear(hidden_size, out_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(add_and_norm(x, pending, shift, scale)[1])
+        shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
+        return ops.adaln_linear(x, shift, scale, self.linear.weight, self.linear.bias, residual=pending)[1]
 
 
 class ProjectionHead(nn.Module):

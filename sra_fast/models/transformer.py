@@ -2,11 +2,11 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sra_fast import ops
 from sra_fast.models.layers import (
-    Block, FinalLayer, LabelEmbedder, PatchEmbed, ProjectionHead, TimestepEmbedder, sincos_pos_embed,
+    Block, FinalLayer, LabelEmbedder, PatchEmbed, ProjectionHead, TimestepEmbedder, settle, sincos_pos_embed,
 )
 
 
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         return self.num_classes
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, T, D]`` and conditioning ``[B, D]``; see ``features`` for the arguments."""
+        """Tokens ``[B, T, D]`` and the conditioning ``[B, D]`` behind its SiLU; see ``features`` for the arguments."""
         expected = (self.in_channels, self.input_size, self.input_size)
         times = (x.shape[:1], (*x.shape[:1], self.t_embedder.frequency_size))
         if x.dim() != 4 or x.shape[1:] != expected or t.shape not in times or y.shape != x.shape[:1]:
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         # a buffer: mixed-precision wrappers may leave it in fp32.  contiguous: the patches come channels first
         tokens = (tokens + self.pos_embed.to(tokens.dtype)).contiguous()
-        return tokens, self.t_embedder(t) + self.y_embedder(y, drop)
+        return tokens, F.silu(self.t_embedder(t) + self.y_embedder(y, drop))
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None) -> Tensor:
         """The residual stream after block ``depth`` (1-based; default: the last), computing nothing beyond it.
@@ -128,14 +128,14 @@ class Backbone(nn.Module):
         (tokens, c), pending = self.embed(x, t, y, drop), None
         for block in self.blocks[:depth]:
             tokens, pending = block(tokens, c, pending)
-        return ops.gated_residual(tokens, *pending)
+        return settle(tokens, pending)
 
     def all_features(self, x: Tensor, t: Tensor, y: Tensor) -> Iterator[Tensor]:
         """``features`` of depth 1, 2, .. L in one pass, one after the other ``[B, T, D]``.  Arguments: see ``features``."""
         (tokens, c), pending = self.embed(x, t, y), None
         for block in self.blocks:
             tokens, pending = block(tokens, c, pending)
-            yield ops.gated_residual(tokens, *pending)
+            yield settle(tokens, pending)
 
 
 class SiT(Backbone):
@@ -180,7 +180,7 @@ class SiT(Backbone):
         for i, block in enumerate(self.blocks, start=1):
             tokens, pending = block(tokens, c, pending)
             if i == align_depth:
-                tokens, pending = ops.gated_residual(tokens, *pending), None
+                tokens, pending = settle(tokens, pending), None
                 projected = tokens if align_images is None else tokens[align_images]
                 projected = self.ap_head(projected) if project else projected
         prediction = self.unpatchify(self.final_layer(tokens, c, pending))

@@ -1,5 +1,7 @@
 """Operators of adaLN diffusion transformers.  Each runs on any device; where a kernel exists, CUDA tensors use it."""
 from sra_fast.ops.adaln import adaln
+from sra_fast.ops.adaln_linear import adaln_linear
+from sra_fast.ops.adaln_mlp import adaln_mlp
 from sra_fast.ops.adamw_ema import adamw_ema_
 from sra_fast.ops.align_distance import align_distance
 from sra_fast.ops.attention import attention
@@ -10,6 +12,8 @@ from sra_fast.ops.noise_pair import noise_pair
 
 __all__ = [
     "adaln",
+    "adaln_linear",
+    "adaln_mlp",
     "adamw_ema_",
     "align_distance",
     "attention",

@@ -25,10 +25,10 @@ def adaln_ref(
     return (xhat * (1 + spread(scale, group)) + spread(shift, group)).to(x.dtype)
 
 
-def _fake_bwd(dy, x, scale, group, mean, rstd):
+def _fake_bwd(dy, x, scale, group, mean, rstd, shift):
     per_token = group is None and scale.dim() == 3
     dshift = x.new_empty(0) if per_token else scale.new_empty(scale.shape)
-    return x.new_empty(x.shape), dshift, scale.new_empty(scale.shape)
+    return x.new_empty(x.shape), dshift, scale.new_empty(scale.shape), x.new_empty(0 if shift is None else x.shape)
 
 
 _fwd = register(
@@ -41,7 +41,8 @@ _fwd = register(
     ),
 )
 _bwd = register(
-    "adaln_bwd(Tensor dy, Tensor x, Tensor scale, Tensor? group, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "adaln_bwd(Tensor dy, Tensor x, Tensor scale, Tensor? group, Tensor mean, Tensor rstd, Tensor? shift)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.adaln_bwd,
     _fake_bwd,
 )
@@ -59,7 +60,7 @@ class _AdaLN(torch.autograd.Function):
     def backward(ctx, dy):
         x, scale, group, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
-        dx, dshift, dscale = once(_bwd, dy, x, scale, group, mean, rstd)
+        dx, dshift, dscale, _ = once(_bwd, dy, x, scale, group, mean, rstd, None)
         return dx, dy if group is None and scale.dim() == 3 else dshift, dscale, None, None, None
 
 

@@ -61,11 +61,13 @@ _fused_fwd = register(
 )
 _fused_bwd = register(
     "gated_residual_adaln_bwd(Tensor? dx_new, Tensor dh, Tensor x_new, Tensor y, Tensor? bias, Tensor gate,"
-    " Tensor scale, Tensor? group, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor scale, Tensor? group, Tensor mean, Tensor rstd, Tensor? shift)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fused_kernels.gated_residual_adaln_bwd,
-    lambda dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd: (
+    lambda dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd, shift: (
         *(t.new_empty(t.shape) for t in (x_new, y, gate, scale, scale)),
         _empty_or(y, bias),
+        x_new.new_empty(0 if shift is None else x_new.shape),
     ),
 )
 
@@ -99,7 +101,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         x_new, *saved = ctx.saved_tensors
         dx_new = None if dx_new is None else dx_new.contiguous()
         dh = torch.zeros_like(x_new) if dh is None else dh.contiguous()
-        dx, dy, dgate, dshift, dscale, dbias = once(_fused_bwd, dx_new, dh, x_new, *saved)
+        dx, dy, dgate, dshift, dscale, dbias, _ = once(_fused_bwd, dx_new, dh, x_new, *saved, None)
         return dx, dy, None if saved[1] is None else dbias, dgate, dshift, dscale, None, None, None
 
 

@@ -208,13 +208,6 @@ def test_what_the_machine_or_the_stage_cannot_do_is_named(name):
             check_device(cfg, 2, cuda=False)
 
 
-def test_selective_recompute_is_refused_at_stage_3():
-    cfg = parse("--train.recompute", "norm")
-    check_device(cfg, 2, cuda=False)
-    with pytest.raises(ValueError, match="recompute norm needs a ZeRO stage below 3"):
-        check_device(cfg, 3, cuda=False)
-
-
 def test_missing_deepspeed_json_is_named():
     with pytest.raises(ValueError, match="cannot be read"):
         deepspeed_config(parse(), 256, 1, "nowhere.json", cuda=False)

@@ -45,7 +45,7 @@ def official(net: DiT, x, time, y):
     phase = time.double()[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
     c = net.t_embedder.mlp(torch.cat([phase.cos(), phase.sin()], dim=1).float()) + sd["y_embedder.embedding_table.weight"][y]
     for block in net.blocks:
-        tokens, (branch, gate) = block(tokens, c)
+        tokens, (branch, gate, _) = block(tokens, F.silu(c))
         tokens = tokens + gate[:, None] * branch
     h = norm(tokens, *net.final_layer.adaLN_modulation(c).chunk(2, dim=1))
     patches = net.final_layer.linear(h).unflatten(2, (P * P, 2 * x.shape[1]))  # channels fastest

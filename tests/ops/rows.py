@@ -87,11 +87,12 @@ def without_memory(*shape, dtype):
 
 
 def launchers(
-    B, T, D, dtype, *, y=None, modulation=None, variant="image", bias=False, rms=False, make=without_memory
+    B, T, D, dtype, *, y=None, modulation=None, variant="image", bias=False, rms=False, again=False, make=without_memory
 ) -> dict[str, Callable]:
     """Every launcher, with tensors from ``make(*shape, dtype=)`` to call it on; [B, 6D] modulation is used in place.
 
-    `y` and `modulation` are their dtypes where they differ; `variant`: image, group or token.
+    `y` and `modulation` are their dtypes where they differ; `variant`: image, group or token; `again`: the backward
+    pass gives the normed rows too.
     """
     x, y = make(B, T, D, dtype=dtype), make(B, T, D, dtype=y or dtype)
     rstd, bias = make(B, T, dtype=torch.float32), make(D, dtype=y.dtype) if bias else None
@@ -101,7 +102,7 @@ def launchers(
     group = make(B, T, dtype=torch.int64) if variant == "group" else None
     found = {
         "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms),
-        "adaln_bwd": lambda: adaln.adaln_bwd(x, x, scale, group, mean, rstd),
+        "adaln_bwd": lambda: adaln.adaln_bwd(x, x, scale, group, mean, rstd, shift if again else None),
     }
     if variant == "token":
         return found
@@ -113,7 +114,7 @@ def launchers(
             x, y, bias, gate, shift, scale, group, 1e-6, rms
         ),
         "gated_residual_adaln_bwd": lambda: fused.gated_residual_adaln_bwd(
-            x, x, x, y, bias, gate, scale, group, mean, rstd
+            x, x, x, y, bias, gate, scale, group, mean, rstd, shift if again else None
         ),
     }
 

@@ -9,9 +9,11 @@ import torch
 from codegen import compile_kernels, record_launches
 from rows import count_bytes
 
+from sra_fast.kernels import _rows
 from sra_fast.kernels import adamw_ema as adamw_kernels
 from sra_fast.kernels import align_distance as align_kernels
 from sra_fast.kernels import ema_update as ema_kernels
+from sra_fast.kernels import gelu as gelu_kernels
 from sra_fast.kernels import noise_pair as noise_kernels
 
 ARCHS, WIDTHS = (80, 90, 100), (384, 768, 1024, 1152, 1536)
@@ -56,6 +58,11 @@ def adamw_launches(dtype, half=torch.bfloat16, fp8=False):
             adamw_kernels.adamw_ema_(full, grad, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)
 
 
+def gelu_launches(dtype):
+    for N, again in product((4608, 1536), (False, True)):
+        gelu_kernels.gelu_bwd(*meta(2, 8192, N, dtype=dtype), again)
+
+
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # on every architecture, and on Hopper alone
 CASES = {
@@ -64,6 +71,7 @@ CASES = {
         + [partial(align_launches, dtype, T=1024, grads=(True, False)) for dtype in (bf16, fp32)],
         [partial(align_launches, fp16), partial(align_launches, fp32, bf16)],
     ),
+    gelu_kernels: ([partial(gelu_launches, bf16), partial(gelu_launches, fp32)], [partial(gelu_launches, fp16)]),
     noise_kernels: ([partial(noise_launches, bf16), partial(noise_launches, fp32)], [partial(noise_launches, fp16)]),
     ema_kernels: (
         [partial(ema_launches, bf16), partial(ema_launches, fp32)],
@@ -79,10 +87,10 @@ CASES = {
 def requests_of(module):
     requests = []
     for launches, archs in zip(CASES[module], (ARCHS, (90,)), strict=True):
-        with record_launches(module) as log:
+        with record_launches(module, _rows) as log:
             for launch in launches:
                 launch()
-        requests += [replace(request, arch=arch) for arch in archs for request in log]
+        requests += [replace(request, arch=arch) for arch in archs for request in log if request.module == module.__name__]
     return list({repr(r): r for r in requests}.values())
 
 
@@ -115,6 +123,9 @@ def expected(request):
         moments = ["x0", "latent_noise"] * args["MOMENTS"]
         loads = vectors(request, ["x0", "noise", *moments], 8) + Counter({32: 2})
         stores = vectors(request, ["x_t", "x_teacher", "v"], 8)
+    elif request.kernel == "_gelu_bwd_kernel":
+        loads = vectors(request, ["dy", "x"], 16)
+        stores = vectors(request, ["dx", *["y"] * (args["y_ptr"] is not None)], 16) + vectors(request, ["part"], 8)
     elif request.kernel == "_ema_kernel":
         copy = args["WRITE_COPY"]
         loads = vectors(request, ["ema_like", "p_like"], 16) + Counter({64: 3 + copy})
@@ -190,3 +201,14 @@ def test_adamw_ema_bytes(monkeypatch):
             1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9,
         )  # fmt: skip
     assert 40 * N <= sum(seen.values()) <= 1.05 * 40 * N
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+@pytest.mark.parametrize("again", [False, True])
+def test_gelu_bytes(again, monkeypatch):
+    M, N, P = 24, 1000, 3
+    monkeypatch.setattr(gelu_kernels, "num_splits", lambda *args: P)
+    dy, x = torch.randn(2, M, N).bfloat16()
+    with count_bytes(monkeypatch) as seen:
+        gelu_kernels.gelu_bwd(dy, x, again)
+    assert sum(seen.values()) == (3 + again) * 2 * M * N + 2 * N + 8 * P * N

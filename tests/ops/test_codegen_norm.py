@@ -24,7 +24,8 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 VARIANTS = [
     *({"dtype": dtype} | variant for dtype in (bf16, fp32) for variant in (
         {"rms": True}, {"bias": True}, {"variant": "group"}, {"variant": "group", "bias": True}, {"variant": "token"},
-        {"variant": "group", "rms": True}, {"modulation": fp32},
+        {"variant": "group", "rms": True}, {"modulation": fp32}, {"again": True}, {"again": True, "bias": True},
+        {"variant": "group", "again": True, "bias": True},
     )),
     {"dtype": fp16},
     {"dtype": fp32, "y": bf16},
@@ -42,6 +43,7 @@ ACCESSES = {
         ["x_new", "y", "dx_new", "dh"], ["gate", "scale", "bias"], ["dx", "dy"], ["part"] * 3
     ),
 }
+AGAIN = {"_adaln_bwd_kernel": "y", "_gated_residual_adaln_bwd_kernel": "h"}
 
 
 def launches(D, dtype, **variant):
@@ -54,7 +56,7 @@ def launches(D, dtype, **variant):
 
 
 def cases():
-    plain = [launches(D, dtype) for D in WIDTHS for dtype in (bf16, fp32)]
+    plain = [launches(D, dtype, again=again) for D in WIDTHS for dtype in (bf16, fp32) for again in (False, True)]
     requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
     requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
     # the same launch can occur twice (sums of partial gradients)
@@ -90,6 +92,8 @@ def expected(request):
         rows_in, once_in, rows_out, once_out = rows_in + once_in, [], rows_out + once_out[:1], []
     if args.get("bias_ptr"):
         once_out = once_out + once_out[:1]
+    if "_bwd" in request.kernel and args.get("shift_ptr"):  # the normed rows again
+        rows_in, rows_out = [*rows_in, "shift"], [*rows_out, AGAIN[request.kernel]]
     loads = sum((pieces(request, name) for name in rows_in * 2 + once_in if request.bits(name)), Counter())
     stores = sum((pieces(request, name) for name in rows_out * 2 + once_out), Counter())
     statistics = loads if once_out or "dscale_ptr" in args else stores
@@ -102,8 +106,10 @@ def test_registers_and_spills(compiled):
     for request, report in compiled:
         module = import_module(request.module)
         assert report.spills == 0, label(request)
+        assert report.registers * 32 * request.num_warps <= 65536, f"{label(request)} cannot be launched"
         assert report.registers <= module.REGISTERS[request.kernel], f"{label(request)}: {report.registers} registers"
-        if request.args["D"] == 1152 and all(request.bits(name) == 16 for name in ACCESSES[request.kernel][0]):
+        rare = request.kernel == "_adaln_bwd_kernel" and request.args["shift_ptr"]  # not between two blocks
+        if request.args["D"] == 1152 and not rare and all(request.bits(name) == 16 for name in ACCESSES[request.kernel][0]):
             most = module.REGISTERS_XL[request.kernel]
             assert report.registers <= most, f"{label(request)}: {report.registers} registers"
 
@@ -112,8 +118,8 @@ def test_every_load_and_store_is_as_wide_as_it_can_be(compiled):
     """128 bits in the head of a row; the tail has fewer columns per thread, statistics are single numbers."""
     for request, report in compiled:
         if request.kernel == "sum_partials_kernel":
-            outputs = [request.bits(name) for name in "abcd"]
-            found = Counter({128: 1}), Counter(4 * bits for bits in outputs if bits)
+            outputs = [request.bits(name) for name in ("a", "b", "c", "total")]
+            found = Counter({128: 4}), Counter(bits for bits in outputs if bits)
         else:
             found = expected(request)
         assert (report.loads, report.stores) == found, label(request)
@@ -122,10 +128,11 @@ def test_every_load_and_store_is_as_wide_as_it_can_be(compiled):
 def test_the_widest_rows_do_not_spill():
     requests = []
     for module in (adaln, gated_residual, gated_residual_adaln):
-        log = [r for dtype in (bf16, fp32) for r in launches(module.MAX_WIDTH, dtype, variant="group", bias=True)]
+        widest = [(module.MAX_WIDTH, module is not adaln), (gated_residual_adaln.MAX_WIDTH, True)]
+        log = [r for dtype in (bf16, fp32) for D, again in widest for r in launches(D, dtype, variant="group", bias=True, again=again)]
         requests += [replace(r, arch=arch) for arch in ARCHS for r in log if r.module == module.__name__]
     for request, report in zip(requests, compile_kernels(requests), strict=True):
-        assert report.spills == 0, label(request)
+        assert report.spills == 0 and report.registers * 32 * request.num_warps <= 65536, label(request)
 
 
 def test_widths_follow_alignment():

@@ -20,6 +20,12 @@ FULL = {
     "gated_residual_adaln": lambda x, y, g, s, c: ops.gated_residual_adaln(x, y, g, s, c, backend="triton"),
     "align_distance": lambda x, y, g, s, c: ops.align_distance(x, y, "smooth_l1", backend="triton"),
 }
+W1, W2 = torch.randn(96, 64) / 8, torch.randn(64, 96) / 8
+# with products, whose dtypes are autocast's to choose
+LAYERS = {
+    "adaln_linear": lambda x, y, g, s, c: ops.adaln_linear(x, s, c, W1, residual=(y, g), recompute=True, backend="triton"),
+    "adaln_mlp": lambda x, y, g, s, c: ops.adaln_mlp(x, s, c, W1, None, W2, residual=(y, g), recompute=True, backend="triton"),
+}
 CALLS = {name: lambda x, fn=fn: as_tuple(fn(x, Y, *VECTORS))[-1] for name, fn in FULL.items()} | {
     "gated_residual": lambda y: ops.gated_residual(X, y, VECTORS[0] * y.mean(1), backend="triton")
 }
@@ -132,10 +138,20 @@ def assert_same(first, second):
 
 @needs_interpreter
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", FULL | LAYERS)
 def test_checkpointing(name, reentrant):
-    checkpointed = lambda *a: checkpoint(FULL[name], *a, use_reentrant=reentrant)
-    assert_same(gradients(checkpointed), gradients(FULL[name]))
+    fn = (FULL | LAYERS)[name]
+    checkpointed = lambda *a: checkpoint(fn, *a, use_reentrant=reentrant)
+    assert_same(gradients(checkpointed), gradients(fn))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_launch_of_a_layer_is_on_the_tensors_device(name, monkeypatch):
+    entered, original = [], torch.cuda.device_of.__init__
+    monkeypatch.setattr(torch.cuda.device_of, "__init__", lambda self, tensor: entered.append(tensor) or original(self, tensor))
+    LAYERS[name](X.clone().requires_grad_(), Y, *VECTORS)[1].sum().backward()
+    assert len(entered) == {"adaln_linear": 2, "adaln_mlp": 3}[name]
 
 
 @needs_interpreter

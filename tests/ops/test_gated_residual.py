@@ -246,7 +246,9 @@ def test_operator_registration():
         torch.library.opcheck(_bwd, (dx, y, b, mods[0], g))
         torch.library.opcheck(_fused_fwd, (x, y, b, *mods, g, 1e-6, b is not None))
         x_new, _, mean, rstd = _fused_fwd(x, y, b, *mods, g, 1e-6, b is not None)
-        torch.library.opcheck(_fused_bwd, (None if b is None else dx, dh, x_new, y, b, mods[0], mods[2], g, mean, rstd))
+        saved = (x_new, y, b, mods[0], mods[2], g, mean, rstd)
+        for shift_again in (None, mods[1]):
+            torch.library.opcheck(_fused_bwd, (None if b is None else dx, dh, *saved, shift_again))
 
 
 def test_compiles_without_graph_breaks():

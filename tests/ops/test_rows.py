@@ -13,7 +13,7 @@ from sra_fast.kernels import _rows, adaln, gated_residual, gated_residual_adaln
 
 ops = torch.ops.sra_fast
 counted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter loads and stores")
-B, T, S = 1, 12, 4
+B, T, S = 2, 12, 4
 
 # [B, T, D] arrays, [B, D] vectors read or written, bytes of statistics per token: everything once, as the docstrings
 # say; then what sharing an image costs: vectors that each of its P programs reads, and fp32 partial sums that it leaves
@@ -97,7 +97,7 @@ def test_bytes_gated_residual(D, with_bias, monkeypatch):
     total, P, _ = bytes_of(monkeypatch, "gated_residual_fwd", x, y, bias, gate, None)
     assert total == moved("gated_residual_fwd", *shape, P) + n * S * P * B * D
     total, P, _ = bytes_of(monkeypatch, "gated_residual_bwd", dx, y, bias, gate, None)
-    assert total == moved("gated_residual_bwd", *shape, P) + n * ((8 + S) * P + 4) * B * D
+    assert total == moved("gated_residual_bwd", *shape, P) + n * ((8 + S) * P * B + S) * D
 
 
 @counted
@@ -110,9 +110,10 @@ def test_bytes_gated_residual_adaln(D, with_bias, monkeypatch):
     args = (x, y, bias, gate, shift, scale, None, 1e-6, False)
     total, P, (x_new, _, mean, rstd) = bytes_of(monkeypatch, "gated_residual_adaln_fwd", *args)
     assert total == moved("gated_residual_adaln_fwd", *shape, P) + n * S * P * B * D
-    args = (dx, dh, x_new, y, bias, gate, scale, None, mean, rstd)
-    total, P, _ = bytes_of(monkeypatch, "gated_residual_adaln_bwd", *args)
-    assert total == moved("gated_residual_adaln_bwd", *shape, P) + n * ((8 + S) * P + 4) * B * D
+    for shift_again, rows in ((None, 0), (shift, 2 * B * T)):  # h written once more, and the shift read for every row, from L1
+        args = (dx, dh, x_new, y, bias, gate, scale, None, mean, rstd, shift_again)
+        total, P, _ = bytes_of(monkeypatch, "gated_residual_adaln_bwd", *args)
+        assert total == moved("gated_residual_adaln_bwd", *shape, P) + n * ((8 + S) * P * B + S) * D + rows * S * D
 
 
 @counted
@@ -121,8 +122,9 @@ def test_bytes_adaln(D, monkeypatch):
     x, dy, shift, scale = arrays(D, *[(B, T)] * 2, *[(B,)] * 2)
     total, P, (_, mean, rstd) = bytes_of(monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False)
     assert total == moved("adaln_fwd", B, T, D, S, P)
-    total, P, _ = bytes_of(monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd)
-    assert total == moved("adaln_bwd", B, T, D, S, P)
+    for shift_again, rows in ((None, 0), (shift, 2 * B * T)):
+        total, P, _ = bytes_of(monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, shift_again)
+        assert total == moved("adaln_bwd", B, T, D, S, P) + rows * S * D
 
 
 @counted
@@ -132,7 +134,7 @@ def test_bytes_adaln_per_token(monkeypatch):
     x, dy, shift, scale = arrays(D, *[(B, T)] * 4)
     total, P, (_, mean, rstd) = bytes_of(monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False)
     assert total == 4 * S * B * T * D + 8 * B * T + 2 * S * P * B * D
-    total, P, _ = bytes_of(monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd)
+    total, P, _ = bytes_of(monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, None)
     assert total == 5 * S * B * T * D + 8 * B * T + S * P * B * D
 
 

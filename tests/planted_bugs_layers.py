@@ -1,0 +1,37 @@
+"""Bugs of the operators with a linear layer, for tests/planted_bugs.py."""
+ROWS, ADALN, FUSED, GELU = (f"kernels/{n}.py" for n in ("_rows", "adaln", "gated_residual_adaln", "gelu"))
+LINEAR, MLP, LAYERS = "sra_fast/ops/adaln_linear.py", "sra_fast/ops/adaln_mlp.py", "sra_fast/models/layers.py"
+T_LAYERS, T_BLOCK, T_ROWS = "tests/ops/test_adaln_linear.py", "tests/models/test_block.py", "tests/ops/test_rows.py"
+
+BUGS = [
+    ("h again without the scale", FUSED, "xhat * w + load_fp32(shift_ptr", "xhat + load_fp32(shift_ptr", T_LAYERS),
+    ("h again with the shift of image 0", FUSED, "    shift_ptr += b * shift_b + g * shift_g\n    cols, cols2 = tl.arange(0, HEAD), HEAD"
+     " + tl.arange(0, TAIL if TAIL else 1)\n    gate, w", "    shift_ptr += g * shift_g\n    cols, cols2 = tl.arange(0, HEAD), HEAD"
+     " + tl.arange(0, TAIL if TAIL else 1)\n    gate, w", T_LAYERS),
+    ("h again, its tail lost", FUSED, "*(dx_new_ptr, dx_ptr, dy_ptr, h_ptr, at, cols2, mask)",
+     "*(dx_new_ptr, dx_ptr, dy_ptr, None, at, cols2, mask)", T_LAYERS),
+    ("y again with the shift of group 0", ADALN, "shift_ptr += b * shift_b + g * shift_g\n    cols, cols2 = tl.arange(0, HEAD), "
+     "HEAD + tl.arange(0, TAIL if TAIL else 1)\n    scale, scale2", "shift_ptr += b * shift_b\n    cols, cols2 = tl.arange(0, HEAD), "
+     "HEAD + tl.arange(0, TAIL if TAIL else 1)\n    scale, scale2", T_LAYERS),
+    ("total of image 0", ROWS, "tl.where(m == 0, M * P, 0)", "tl.where(m == 0, P, 0)", T_LAYERS),
+    ("slope of GELU without its cube", GELU, "0.21406443847687905", "0.07135481282562635", T_LAYERS),
+    ("GELU's own value from dx", GELU, "x * sigmoid, mask=mask", "dx * sigmoid, mask=mask", T_LAYERS),
+    ("bias gradient of the last rows only", GELU, "sums += dx", "sums = dx", T_LAYERS),
+    ("rows beyond the end counted", GELU, "mask = row[:, None] * N + cols, (row < M)[:, None] & (cols < N)",
+     "mask = row[:, None] * N + cols, (row < M + 1)[:, None] & (cols < N)", T_LAYERS),
+    ("GELU reads twice", GELU, "x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)",
+     "x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + 0 * tl.load(x_ptr + at, mask=mask, other=0.0)",
+     "tests/ops/test_codegen_flat.py -k gelu_bytes"),
+    ("h kept all the same", LINEAR, "kept = None if recompute else h", "kept = h", T_LAYERS),
+    ("hidden kept all the same", MLP, "kept = (None, None) if recompute else (h, hidden)", "kept = (None, hidden)", T_LAYERS),
+    ("weight gradients of frozen weights", MLP, "if wanted[2] else None", "", T_LAYERS),
+    ("gradient of x' dropped", LINEAR, "dx_new = grads[0].contiguous()", "dx_new = None and grads[0].contiguous()", T_LAYERS),
+    ("bias of the residual dropped", LINEAR, "bias = *residual[:2], residual[2] if len(residual) == 3 else None",
+     "bias = *residual[:2], None", T_LAYERS),
+    ("autocast unheard", LINEAR, "if autocast(x) or not", "if not", T_LAYERS),
+    ("second derivatives of weights in silence", LINEAR, "*once(partial(_backward, ctx.needs_input_grad[7:9]), dx_new, dout",
+     "*partial(_backward, ctx.needs_input_grad[7:9])(dx_new, dout", T_LAYERS),
+    ("the block's MLP keeps everything", LAYERS, "residual=attended, recompute=again", "residual=attended", T_BLOCK),
+    ("the pending bias is lost", LAYERS, "return x, (y, gate_mlp, later)", "return x, (y, gate_mlp, None)", T_BLOCK),
+    ("the pending bias is added twice", LAYERS, "(None, fc2.bias) if self.pend_bias", "(fc2.bias, fc2.bias) if self.pend_bias", T_BLOCK),
+]  # fmt: skip
