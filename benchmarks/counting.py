@@ -1,12 +1,13 @@
 """What needs no GPU: FLOPs of every variant of a step, and bytes that its optimizer moves:  python benchmarks/counting.py
 
-FLOPs are those of the products, counted by torch's flop counter on tensors without data.  Bytes are counted by running the
-update of a small model on the CPU: every tensor that an operator reads and every one that it writes, caches left out.
+FLOPs are those of the products, counted by torch's flop counter on tensors without data.  Bytes are counted by running a step of
+a small model on the CPU: every tensor that an operator reads and every one that it writes, caches left out.  Its batch is so
+small that weights and gradients are what the backward pass moves.
 """
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from unittest.mock import patch
@@ -121,22 +122,32 @@ def count_bytes() -> Iterator[ByteCounter]:
         yield counter
 
 
-def update_bytes(run) -> int:
-    """Bytes that the optimizer's phase of the second step of ``run`` moves, up to the end of the step."""
-    owner, attribute, _ = next(place for place in run.phases if place[2] == "optimizer")
-    function = getattr(owner, attribute)
+def bytes_by_phase(run) -> dict[str, int]:
+    """Bytes that ``backward`` and ``optimizer`` of the second step of ``run`` move; the optimizer's up to the end of the step."""
+    places = {name: (owner, attribute) for owner, attribute, name in run.phases}
     run.step(0)
+    found = {}
     with contextlib.ExitStack() as stack:
-        found = []
 
-        def entered(*args, **kw):
-            found.append(stack.enter_context(count_bytes()))
-            return function(*args, **kw)
+        def counted_as(name: str, function: Callable) -> Callable:
+            def wrapped(*args, **kw):
+                found[name] = stack.enter_context(count_bytes())
+                out = function(*args, **kw)
+                if name == "backward":
+                    stack.pop_all().close()
+                return out
 
-        setattr(owner, attribute, entered)
+            return wrapped
+
+        originals = {}
+        for name in ("backward", "optimizer"):
+            owner, attribute = places[name]
+            originals[name] = getattr(owner, attribute)
+            setattr(owner, attribute, counted_as(name, originals[name]))
         run.step(1)
-    setattr(owner, attribute, function)
-    return found[0].total
+    for name, function in originals.items():
+        setattr(*places[name], function)
+    return {name: counter.total for name, counter in found.items()}
 
 
 def fuse_adamw(run) -> None:
@@ -157,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     from sra_fast.engine.distributed import init_distributed
 
     device, plain = init_distributed(), None
-    print(f"{args.model}, {args.resolution} px: GFLOP per image and step, times plain; bytes per parameter of the update")
+    print(f"{args.model}, {args.resolution} px: GFLOP per image and step, times plain; bytes per parameter of update and backward")
     for name in VARIANTS:
         variant = Variant.parse(name)
         full_depth = variant.switches is not None and not variant.switches.truncated
@@ -165,9 +176,10 @@ def main(argv: list[str] | None = None) -> None:
         small = variant.configuration("SiT-S/8", 64, 2, "cuda")
         run = make_step(variant, small, device, None)
         fuse_adamw(run)
-        per_parameter = update_bytes(run) / sum(p.numel() for p in small.model.build().parameters())
+        N, moved = sum(p.numel() for p in small.model.build().parameters()), bytes_by_phase(run)
         plain = plain or flops
-        print(f"{name:30} {float(flops) / 1e9:9.1f} {float(flops / plain):7.3f} {per_parameter:7.1f}", flush=True)
+        print(f"{name:30} {float(flops) / 1e9:9.1f} {float(flops / plain):7.3f} {moved['optimizer'] / N:7.1f} "
+              f"{moved['backward'] / N:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

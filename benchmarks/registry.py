@@ -104,8 +104,11 @@ def product_flops(forward: int, backward: int) -> Callable:
 
 
 def _half_block(mlp: bool, backend: str | None, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *layers: Tensor):
-    function = ops.adaln_mlp if mlp else ops.adaln_linear
-    return function(x, shift, scale, *layers, eps=rivals.EPS, residual=(y, gate), backend=backend)
+    options = {"eps": rivals.EPS, "residual": (y, gate), "backend": backend}
+    if mlp:
+        return ops.adaln_mlp(x, shift, scale, *layers, **options)
+    x, heads = ops.adaln_linear(x, shift, scale, *layers, parts=3, **options)
+    return x, *heads
 
 
 def _half_block_entry(mlp: bool) -> "Entry":

@@ -36,16 +36,17 @@ def gated_residual_adaln(
 
 def adaln_linear(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """Queries, keys and values."""
     x, h = gated_residual_adaln(x, y, gate, shift, scale)
-    return x, F.linear(h, weight, bias)
+    return x, *F.linear(h, weight, bias).chunk(3, dim=2)
 
 
 def adaln_mlp(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x, hidden = adaln_linear(x, y, gate, shift, scale, w1, b1)
-    return x, F.linear(F.gelu(hidden, approximate="tanh"), w2, b2)
+    x, h = gated_residual_adaln(x, y, gate, shift, scale)
+    return x, F.linear(F.gelu(F.linear(h, w1, b1), approximate="tanh"), w2, b2)
 
 
 def noise_pair(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ two processes) and the speed of the links.  --assume-mfu takes the place of rows
 number of images, so the global batch grows.
 
 Assumed, not measured: ring collectives at a fraction of the links' speed, the latency of a hop, gradients sent behind the
-backward pass up to the last bucket, ZeRO-3's gathers behind the forward pass.
+backward pass up to the last bucket, ZeRO-3's gathers behind the forward pass, an H100's memory at 3 TB/s.
 """
 import argparse
 import math
@@ -29,6 +29,10 @@ from sra_fast.engine.metrics import PEAK  # noqa: E402
 LINKS = {"nvlink3": 300e9, "nvlink4": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "pcie5": 64e9,
          "ib200": 25e9, "ib400": 50e9, "ib800": 100e9, "eth100": 12.5e9}  # fmt: skip
 HOP_SECONDS = 3e-6
+MEMORY_SPEED = 3e12
+# bytes per parameter that DeepSpeed moves around a collective of bf16 gradients, by stage: into a bucket, the mean, and out of it
+# (counted in two processes; one process moves none of them)
+GRADIENT_COPIES = (12, 16, 16, 16)
 # elements: what the engine sets for DeepSpeed, and DeepSpeed's own limit of gathered parameters that it keeps
 REDUCE_BUCKET, GATHER_BUCKET, MAX_LIVE = 50_000_000, 200_000_000, 1_000_000_000
 IMAGENET = 1_281_167
@@ -117,6 +121,8 @@ def step_seconds(stage: int, gpus: int, sizes: Sizes, times: Times, cluster: Clu
     else:  # the teacher's weights arrive while the student runs
         exposed += weights + behind(teacher, times.forward)
     update = times.optimizer / (gpus if stage else 1)
+    if gpus > 1:
+        exposed += GRADIENT_COPIES[stage] * sizes.student / MEMORY_SPEED
     return times.forward + times.teacher + times.backward + update + times.other + exposed
 
 
@@ -149,9 +155,9 @@ def measured(rows: list[dict], case: dict) -> tuple[Times, int | None, str]:
 
 
 def assumed(cfg: Config, mfu: float) -> Times:
-    """Times of an H100 at a fraction of its peak; the update at 44 bytes per parameter and 3 TB/s."""
+    """Times of an H100 at a fraction of its peak; the update at 40 bytes per parameter."""
     flops, speed = step_flops(cfg), mfu * PEAK["H100"][0] / cfg.train.global_batch
-    update = 44 * Sizes.of(cfg).student / 3e12
+    update = 40 * Sizes.of(cfg).student / MEMORY_SPEED
     forward, teacher = float(flops["student"]) / 3 / speed, float(flops["teacher"]) / speed
     return Times(forward, teacher, 2 * forward, update)
 

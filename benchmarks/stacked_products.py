@@ -1,16 +1,19 @@
 """Would stacked weights pay?  python benchmarks/stacked_products.py
 
 Two questions to the device: the products of student and teacher (different inputs, different weights) one after the other
-against one batched product over [2, K, N]; and the modulation of every block, which has the same input, block by block
-against one batched product and against one wide one.  Rows of kind "probe".
+against one batched product over [2, K, N], which has no epilogue for a bias, and against two streams; and the modulation of every
+block, which has the same input, block by block against one batched product and against one wide one.  Rows of kind "probe".
 """
 import argparse
+import functools
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from measure import matmul_rate, milliseconds, num_sets
 from record import RowFile, environment, make_row
 from registry import Shape, random
@@ -27,24 +30,52 @@ def shapes(model: str, resolution: int, batch: int) -> dict[str, tuple[int, int,
     return found | {"adaln": (preset(model)[1]["depth"], batch, D, 6 * D)}
 
 
-def make(seed: int, name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Inputs [count, rows, K], for the modulation one for all, and weights [count, K, N], stored as nn.Linear does."""
+def make(seed: int, name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """Inputs [count, rows, K], for the modulation one for all, weights [count, N, K] and biases [count, N]."""
     (count, rows, K, N), randn = shape, partial(random(seed, device), dtype=dtype)
     x = randn(1, rows, K).expand(count, rows, K) if name == "adaln" else randn(count, rows, K)
-    return x, randn(count, N, K).mT
+    return x, randn(count, N, K), randn(count, N)
 
 
-def separate(x: Tensor, weights: Tensor) -> list[Tensor]:
-    return [a @ b for a, b in zip(x, weights)]
+def separate(x: Tensor, weights: Tensor, biases: Tensor) -> list[Tensor]:
+    return [F.linear(*each) for each in zip(x, weights, biases)]
 
 
-def batched(x: Tensor, weights: Tensor) -> Tensor:
-    return torch.bmm(x, weights)
+def streams(x: Tensor, weights: Tensor, biases: Tensor) -> list[Tensor]:
+    """The second product beside the first one: a wave that the one leaves unfilled the other may fill."""
+    now, beside = torch.cuda.current_stream(), _side_stream(x.device)
+    beside.wait_stream(now)
+    with torch.cuda.stream(beside):
+        second = F.linear(x[1], weights[1], biases[1])
+    first = F.linear(x[0], weights[0], biases[0])
+    now.wait_stream(beside)
+    return [first, second]
 
 
-def wide(x: Tensor, weights: Tensor) -> Tensor:
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def batched(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    """Without the biases, where the next pass can add them."""
+    return torch.bmm(x, weights.mT)
+
+
+def batched_bias(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    return torch.baddbmm(biases[:, None], x, weights.mT)
+
+
+def wide(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
     """The input is the same for all, so their weights are the columns of one product."""
-    return x[0] @ weights.mT.flatten(0, 1).T
+    return F.linear(x[0], weights.flatten(0, 1), biases.flatten())
+
+
+def functions(name: str, device: str) -> list[Callable]:
+    """What is compared for the layer of this name."""
+    if name == "adaln":
+        return [separate, batched_bias, wide]
+    return [separate, *([streams] if device == "cuda" else []), batched, batched_bias]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,12 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, shape in shapes(args.model, args.resolution, args.batch).items():
         sets = [make(0, name, shape, dtype, args.device)]
         sets += [make(seed, name, shape, dtype, args.device) for seed in range(1, num_sets(sets[0], args.device))]
-        for function in (separate, batched, *([wide] if name == "adaln" else [])):
+        for function in functions(name, args.device):
             ms = milliseconds(sets, lambda x: x, lambda x, f=function: f(*x), args.device, 0.2)
             percent = 2 * math.prod(shape) / ms / 1e7 / tflops
             row = {"kind": "probe", "name": f"stacked.{name}", "variant": function.__name__, "ms": ms}
             file.add(make_row(**row, percent_of_ceiling=percent, **case, **where))
-            print(f"{name:6} {function.__name__:9} {ms:8.4f} ms, {percent:5.1f} % of the matmul rate", flush=True)
+            print(f"{name:6} {function.__name__:12} {ms:8.4f} ms, {percent:5.1f} % of the matmul rate", flush=True)
     return 0
 
 

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 benchmarks/traffic.py sra sra+train.zero_stage=3
 
-A small SiT on the CPU.  Every rank counts the tensors it gives to collectives, and what its process has written to sockets.
+A small SiT on the CPU.  Every rank counts the tensors it gives to collectives, what its process has written to sockets, and what
+is moved around the collectives of the backward pass.
 """
 import json
 import sys
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch.distributed as dist  # noqa: E402
+from counting import ByteCounter  # noqa: E402
 from step_case import EngineStep, RandomMoments  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -42,6 +44,15 @@ class CollectiveCounter(TorchDispatchMode):
         return out
 
 
+class CopyCounter(ByteCounter):
+    """``total``: bytes of what moves and scales tensors, without products, norms and the like."""
+
+    @staticmethod
+    def moved(func, args, kwargs, out) -> int:
+        names = ("copy_", "div_", "mul_", "cat")
+        return ByteCounter.moved(func, args, kwargs, out) if func._schema.name.removeprefix("aten::") in names else 0
+
+
 def written(run: EngineStep) -> int:
     """Bytes that this process has written, to sockets and files, once the teacher's weights have arrived."""
     run.trainer.teacher.wait()
@@ -56,7 +67,14 @@ def count(name: str, device) -> dict:
     run = EngineStep(cfg, RandomMoments(cfg, device, world), device)
     for i in range(2):
         run.step(i)
-    before, counter = written(run), CollectiveCounter()
+    engine, copies, before, counter = run.trainer.engine, CopyCounter(), written(run), CollectiveCounter()
+    backward = engine.backward
+
+    def counted(loss):
+        with copies:
+            backward(loss)
+
+    engine.backward = counted
     with counter:
         run.step(2)
     sent = written(run) - before
@@ -64,7 +82,7 @@ def count(name: str, device) -> dict:
     shapes = {name: shape.numel() for name, shape in run.trainer.shards.shapes.items()}
     return {
         "parameters": sum(shapes.values()), "teacher": sum(shapes[name] for name in names), "sent": sent,
-        "collectives": dict(counter.sizes),
+        "collectives": dict(counter.sizes), "copies": copies.total,
     }  # fmt: skip
 
 

@@ -6,7 +6,12 @@ ema <- ema + (1 - decay)(p - ema);  ema_copy <- ema
 
 Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 for the weights, 8 for the EMA and 2
 for its copy: 40 in all; 1 for a copy in e4m3: 39.  Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
+
+The gradient may lie in pieces, as autograd leaves it: a table says which elements each holds, and where.
 """
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +20,8 @@ from torch import Tensor
 BLOCK = 1024
 # 32-bit registers per thread, at most, of wide launches
 REGISTERS = {"_adamw_ema_kernel": 56, "_adamw_ema_kernel/segments": 72}
+# a device address that aligns every access: so many bytes
+ALIGNMENT = 16
 
 
 @triton.jit
@@ -40,9 +47,31 @@ def _scaled_to_e4m3(x, at, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, S
 
 
 @triton.jit
+def _gather(like_ptr, begin_ptr, count_ptr, address_ptr, first_ptr, start, stop, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements [start, stop) of a vector in pieces, in fp32, zero where there is none.  Nearly always they lie in one."""
+    out = tl.zeros((BLOCK,), tl.float32)
+    piece = tl.load(first_ptr + start // BLOCK)
+    begin = tl.load(begin_ptr + piece)
+    while begin < stop:  # behind the last piece stands a very large begin
+        # the compiler cannot see into the tables; without these facts every access is one element wide
+        source = tl.multiple_of(tl.load(address_ptr + piece).to(like_ptr.dtype), 16)
+        count = tl.multiple_of(tl.load(count_ptr + piece), VECTOR)
+        at = tl.multiple_of(start - begin, VECTOR) + tl.arange(0, BLOCK)
+        inside = (at >= 0) & (at < count)
+        out = tl.where(inside, tl.load(source + at, mask=inside, other=0.0).to(tl.float32), out)
+        piece += 1
+        begin = tl.load(begin_ptr + piece)
+    return out
+
+
+@triton.jit
 def _adamw_ema_kernel(
     param_ptr,  # [N] fp32
-    grad_ptr,  # [N]
+    grad_ptr,  # [N]; in pieces, a pointer of their dtype
+    begin_ptr,  # [pieces + 1] int64: the first element of each, counted from FIRST elements before these N; None: in one piece
+    count_ptr,  # [pieces] int64
+    address_ptr,  # [pieces] int64
+    first_ptr,  # [blocks] int32: the first piece that ends behind the begin of the block
     exp_avg_ptr,  # [N] fp32
     exp_avg_sq_ptr,  # [N] fp32
     weights_ptr,  # [N] half precision, or unused
@@ -69,12 +98,18 @@ def _adamw_ema_kernel(
     EMA: tl.constexpr,
     EMA_COPY: tl.constexpr,
     SEGMENTS: tl.constexpr,  # S rounded up to a power of two, or 0
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = FIRST + tl.program_id(0).to(tl.int64) * BLOCK
+    stop = tl.minimum(start + BLOCK, FIRST + N)
     mask = cols < N
     param = tl.load(param_ptr + cols, mask=mask, other=0.0)
-    grad = tl.load(grad_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if begin_ptr is None:
+        grad = tl.load(grad_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    else:
+        grad = _gather(grad_ptr, begin_ptr, count_ptr, address_ptr, first_ptr, start, stop, VECTOR, BLOCK)
     exp_avg = tl.load(exp_avg_ptr + cols, mask=mask, other=0.0)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + cols, mask=mask, other=0.0)
     if CLIP:
@@ -95,16 +130,29 @@ def _adamw_ema_kernel(
         ema = tl.where(ema_weight < 0.5, ema + ema_weight * (param - ema), param - decay * (param - ema))
         tl.store(ema_ptr + cols, ema, mask=mask)
         if SEGMENTS:
-            start = FIRST + tl.program_id(0).to(tl.int64) * BLOCK
-            stop = tl.minimum(start + BLOCK, FIRST + N)
             ema = _scaled_to_e4m3(ema, FIRST + cols, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS)
         if EMA_COPY:
             tl.store(ema_copy_ptr + cols, ema, mask=mask)
 
 
+@functools.lru_cache(maxsize=8)
+def _layout(begins: tuple[int, ...], counts: tuple[int, ...], N: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """begin, count and first of ``_adamw_ema_kernel``."""
+    begin, count = torch.tensor([*begins, 2**62]), torch.tensor(counts)
+    first = torch.searchsorted(begin[:-1] + count, torch.arange(0, N, BLOCK), right=True)
+    return begin.to(device), count.to(device), first.to(device, torch.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """An allocator gives out the same addresses step after step, so this is rarely made."""
+    table = torch.tensor(addresses)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
 def adamw_ema_(
     param: Tensor,
-    grad: Tensor,
+    grad: Tensor | list[Tensor],
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     weights: Tensor | None,
@@ -121,13 +169,24 @@ def adamw_ema_(
     eps: float,
     weight_decay: float,
     decay: float,
+    begins: list[int] | None = None,
 ) -> None:
-    """One-dimensional contiguous buffers of one length; optional ones are None."""
+    """One-dimensional contiguous buffers of one length; optional ones are None.
+
+    With ``begins`` the gradient is a list of pieces that do not overlap, begin there, in ascending order, and hold whole
+    multiples of ``ALIGNMENT`` bytes at multiples of it.
+    """
     step_size, inv_sqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     scalars = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, 1 - decay, decay)
     S = 0 if ends is None else ends.numel()
     options = {"WEIGHTS": weights is not None, "EMA": ema is not None, "EMA_COPY": ema_copy is not None}
     options |= {"CLIP": clip_scale is not None, "SEGMENTS": triton.next_power_of_2(S), "BLOCK": BLOCK}
+    pieces = [None] * 4
+    if begins is not None:
+        layout = _layout(tuple(begins), tuple(piece.numel() for piece in grad), param.numel(), param.device)
+        pieces = [*layout[:2], _on_device(tuple(piece.data_ptr() for piece in grad), param.device), layout[2]]
+        grad = grad[0].new_empty(0)
+    options["VECTOR"] = ALIGNMENT // grad.element_size()
     unused = lambda x: param if x is None else x
     buffers = [param, grad, exp_avg, exp_avg_sq, *map(unused, (weights, ema, ema_copy))]
     small = [*map(unused, (multiplier, amax, ends, clip_scale))]
@@ -135,8 +194,8 @@ def adamw_ema_(
     N, even = param.numel(), param.numel() // 16 * 16
     for start, stop in ((0, even), (even, N)):
         if start < stop:
-            views = [x[start:stop] for x in buffers]
+            views, sizes = [x[start:stop] for x in buffers], (stop - start, S, start)
             grid = (triton.cdiv(stop - start, BLOCK),)
             _adamw_ema_kernel[grid](
-                *views, *small, stop - start, S, start, *scalars, **options, num_warps=4, enable_fp_fusion=True
+                *views[:2], *pieces, *views[2:], *small, *sizes, *scalars, **options, num_warps=4, enable_fp_fusion=True
             )

@@ -1,7 +1,11 @@
 """Bugs of the operators with a linear layer, for tests/planted_bugs.py."""
-ROWS, ADALN, FUSED, GELU = (f"kernels/{n}.py" for n in ("_rows", "adaln", "gated_residual_adaln", "gelu"))
+ROWS, ADALN, FUSED, GELU, CONCAT = (
+    f"kernels/{n}.py" for n in ("_rows", "adaln", "gated_residual_adaln", "gelu", "concat_columns")
+)
 LINEAR, MLP, LAYERS = "sra_fast/ops/adaln_linear.py", "sra_fast/ops/adaln_mlp.py", "sra_fast/models/layers.py"
-T_LAYERS, T_BLOCK, T_ROWS = "tests/ops/test_adaln_linear.py", "tests/models/test_block.py", "tests/ops/test_rows.py"
+T_LAYERS, T_BLOCK, T_GELU, T_CONCAT = "tests/ops/test_adaln_linear.py", "tests/models/test_block.py", "tests/ops/test_gelu.py", (
+    "tests/ops/test_concat_columns.py"
+)
 
 BUGS = [
     ("h again without the scale", FUSED, "xhat * w + load_fp32(shift_ptr", "xhat + load_fp32(shift_ptr", T_LAYERS),
@@ -14,14 +18,19 @@ BUGS = [
      "HEAD + tl.arange(0, TAIL if TAIL else 1)\n    scale, scale2", "shift_ptr += b * shift_b\n    cols, cols2 = tl.arange(0, HEAD), "
      "HEAD + tl.arange(0, TAIL if TAIL else 1)\n    scale, scale2", T_LAYERS),
     ("total of image 0", ROWS, "tl.where(m == 0, M * P, 0)", "tl.where(m == 0, P, 0)", T_LAYERS),
-    ("slope of GELU without its cube", GELU, "0.21406443847687905", "0.07135481282562635", T_LAYERS),
-    ("GELU's own value from dx", GELU, "x * sigmoid, mask=mask", "dx * sigmoid, mask=mask", T_LAYERS),
-    ("bias gradient of the last rows only", GELU, "sums += dx", "sums = dx", T_LAYERS),
+    ("slope of GELU without its cube", GELU, "0.21406443847687905", "0.07135481282562635", T_GELU),
+    ("GELU's own value from dx", GELU, "x * sigmoid, mask=mask", "dx * sigmoid, mask=mask", T_GELU),
+    ("bias gradient of the last rows only", GELU, "sums += dx", "sums = dx", T_GELU),
     ("rows beyond the end counted", GELU, "mask = row[:, None] * N + cols, (row < M)[:, None] & (cols < N)",
-     "mask = row[:, None] * N + cols, (row < M + 1)[:, None] & (cols < N)", T_LAYERS),
+     "mask = row[:, None] * N + cols, (row < M + 1)[:, None] & (cols < N)", T_GELU),
     ("GELU reads twice", GELU, "x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)",
      "x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + 0 * tl.load(x_ptr + at, mask=mask, other=0.0)",
      "tests/ops/test_codegen_flat.py -k gelu_bytes"),
+    ("the third part is the second", CONCAT, "if k == 2:\n        source, stride = c_ptr", "if k == 2:\n        source, stride = b_ptr", T_CONCAT),
+    ("rows of the first part's length", CONCAT, "source, stride = b_ptr, b_row.to(tl.int64)", "source, stride = b_ptr, D", T_CONCAT),
+    ("sums of the last rows only", CONCAT, "sums += x.to(tl.float32)", "sums = x.to(tl.float32)", T_CONCAT),
+    ("parts in another order", LINEAR, "(x_new.new_zeros(shape) if grad is None else grad for grad in grads[-parts:])",
+     "(x_new.new_zeros(shape) if grad is None else grad for grad in grads[-1 : -parts - 1 : -1])", T_LAYERS),
     ("h kept all the same", LINEAR, "kept = None if recompute else h", "kept = h", T_LAYERS),
     ("hidden kept all the same", MLP, "kept = (None, None) if recompute else (h, hidden)", "kept = (None, hidden)", T_LAYERS),
     ("weight gradients of frozen weights", MLP, "if wanted[2] else None", "", T_LAYERS),
@@ -29,8 +38,8 @@ BUGS = [
     ("bias of the residual dropped", LINEAR, "bias = *residual[:2], residual[2] if len(residual) == 3 else None",
      "bias = *residual[:2], None", T_LAYERS),
     ("autocast unheard", LINEAR, "if autocast(x) or not", "if not", T_LAYERS),
-    ("second derivatives of weights in silence", LINEAR, "*once(partial(_backward, ctx.needs_input_grad[7:9]), dx_new, dout",
-     "*partial(_backward, ctx.needs_input_grad[7:9])(dx_new, dout", T_LAYERS),
+    ("second derivatives of weights in silence", LINEAR, "found = once(partial(_backward, ctx.needs_input_grad[7:9], ctx.parts), *up",
+     "found = partial(_backward, ctx.needs_input_grad[7:9], ctx.parts)(*up", T_LAYERS),
     ("the block's MLP keeps everything", LAYERS, "residual=attended, recompute=again", "residual=attended", T_BLOCK),
     ("the pending bias is lost", LAYERS, "return x, (y, gate_mlp, later)", "return x, (y, gate_mlp, None)", T_BLOCK),
     ("the pending bias is added twice", LAYERS, "(None, fc2.bias) if self.pend_bias", "(fc2.bias, fc2.bias) if self.pend_bias", T_BLOCK),

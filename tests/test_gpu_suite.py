@@ -95,13 +95,12 @@ def test_unknown_parts_are_refused(capsys):
 
 def test_the_probes_products_are_the_same():
     for name, shape in stacked_products.shapes("SiT-S/8", 64, 3).items():
-        x, weights = stacked_products.make(0, name, shape, torch.float32, "cpu")
-        count, rows, K, N = shape
-        assert x.shape == (count, rows, K) and weights.shape == (count, K, N)
-        one_by_one = stacked_products.separate(x, weights)
-        torch.testing.assert_close(stacked_products.batched(x, weights), torch.stack(one_by_one), rtol=1e-4, atol=1e-4)
-        if name == "adaln":
-            torch.testing.assert_close(stacked_products.wide(x, weights), torch.cat(one_by_one, 1), rtol=1e-4, atol=1e-4)
+        given = stacked_products.make(0, name, shape, torch.float32, "cpu")
+        one_by_one = stacked_products.separate(*given)
+        expected = {"wide": torch.cat(one_by_one, 1), "batched": torch.stack(one_by_one) - given[2][:, None]}
+        for function in stacked_products.functions(name, "cpu")[1:]:
+            same = expected.get(function.__name__, torch.stack(one_by_one))
+            torch.testing.assert_close(function(*given), same, rtol=1e-4, atol=1e-4)
     assert stacked_products.shapes("SiT-XL/2", 256, 32) == {
         "qkv": (2, 8192, 1152, 3456), "proj": (2, 8192, 1152, 1152), "fc1": (2, 8192, 1152, 4608), "fc2": (2, 8192, 4608, 1152),
         "adaln": (28, 32, 1152, 6912),

@@ -75,11 +75,21 @@ def test_one_gpu_takes_the_measured_time():
         assert step_seconds(stage, 1, XL, TIMES, SLOW) == pytest.approx(0.083)
 
 
-def test_links_without_limit_leave_only_latency(monkeypatch):
+COPIES = [bytes_each * XL.student / 3e12 for bytes_each in scaling.GRADIENT_COPIES]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bytes_that_are_moved_around_the_gradients(traffic, stage):
+    found = traffic[stage]
+    # the rest is of activations: a small model on few images
+    assert found["copies"] / found["parameters"] == pytest.approx(scaling.GRADIENT_COPIES[stage], abs=0.3)
+
+
+def test_links_without_limit_leave_latency_and_copies(monkeypatch):
     monkeypatch.setattr(scaling, "HOP_SECONDS", 0.0)
-    assert step_seconds(0, 64, XL, TIMES, FAST) == pytest.approx(0.083, abs=1e-4)
+    assert step_seconds(0, 64, XL, TIMES, FAST) == pytest.approx(0.083 + COPIES[0], abs=1e-4)
     for stage in (1, 2, 3):
-        assert step_seconds(stage, 64, XL, TIMES, FAST) == pytest.approx(0.071 + 0.012 / 64, abs=1e-4)
+        assert step_seconds(stage, 64, XL, TIMES, FAST) == pytest.approx(0.071 + 0.012 / 64 + COPIES[stage], abs=1e-4)
 
 
 def test_what_is_hidden_and_what_is_not(monkeypatch):
@@ -87,13 +97,13 @@ def test_what_is_hidden_and_what_is_not(monkeypatch):
     two = Cluster(intra=1e12, inter=1e12, efficiency=1.0)
     # the weights of stage 1 wait for the update: 2 P bytes, half of them from the other GPU; gradients but for one bucket do not
     tail = wire_bytes("all_reduce", 2 * scaling.REDUCE_BUCKET, 2) / 1e12
-    assert step_seconds(1, 2, XL, TIMES, two) == pytest.approx(0.071 + 0.006 + XL.student / 1e12 + tail)
+    assert step_seconds(1, 2, XL, TIMES, two) == pytest.approx(0.077 + XL.student / 1e12 + tail + COPIES[1])
     # a link that is a hundred times slower cannot hide the gradients any more
     slow = Cluster(intra=1e10, inter=1e10, efficiency=1.0)
     gradients, weights, teacher = 2 * XL.student / 1e10, XL.student / 1e10, XL.teacher / 1e10
     tail *= 100
     expected = 0.077 + tail + (gradients - tail - 0.040) + weights + (teacher - 0.020)
-    assert step_seconds(1, 2, XL, TIMES, slow) == pytest.approx(expected)
+    assert step_seconds(1, 2, XL, TIMES, slow) == pytest.approx(expected + COPIES[1])
     assert collectives(3, XL)["weights"] == ("all_gather", 4 * XL.student)
     assert collectives(3, Sizes(300_000_000, 200_000_000))["weights"] == ("all_gather", 600_000_000)
 

@@ -11,7 +11,7 @@ from sra_fast.engine.config import Config
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
 from sra_fast.engine.objective import SRAObjective, make_process
-from sra_fast.engine.one_pass import PartitionedStep, Stage3Step
+from sra_fast.engine.one_pass import PartitionedStep, ReplicatedStep, Stage3Step
 from sra_fast.engine.optimizer import AdamWEMA, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import check_device, split_batch
@@ -142,6 +142,8 @@ def _set_step(cfg: Config, engine, optimizer: torch.optim.Optimizer, stage: int)
         PartitionedStep(engine, cfg.optim.clip)
     elif ours and stage == 3:
         Stage3Step(engine, cfg.optim.clip)
+    elif ours and stage == 0 and cfg.train.precision == "bf16":
+        ReplicatedStep(engine, cfg.optim.clip)
     elif clips_itself(stage, cfg):
         clip_before_step(engine, cfg.optim.clip)
 

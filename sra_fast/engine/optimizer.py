@@ -5,6 +5,7 @@ from torch import Tensor
 from sra_fast import ops
 from sra_fast.engine.config import Config
 from sra_fast.models import SiT
+from sra_fast.ops.adamw_ema import Gradient
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -34,7 +35,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.update(p, p.grad, group)
 
-    def update(self, p: Tensor, grad: Tensor, group: dict, weights: Tensor | None = None) -> None:
+    def update(self, p: Tensor, grad: Gradient, group: dict, weights: Tensor | None = None) -> None:
         """One step of ``p`` with ``grad`` (any float dtype); ``weights`` receives the result in its own dtype."""
         state = self.state[p]
         if "exp_avg" not in state:
@@ -42,7 +43,7 @@ class AdamWEMA(torch.optim.Optimizer):
         state["step"] += 1
         low = weights is not None and weights.dtype != torch.float32
         ops.adamw_ema_(
-            p.data, grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], int(state["step"]), lr=group["lr"],
+            p.data, grad.contiguous() if isinstance(grad, Tensor) else grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), lr=group["lr"],
             betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], clip_scale=self.clip_scale,
             weights=weights if low else None, ema=state.get("ema"), ema_copy=self.copies.get(p), decay=self.ema_decay,
         )

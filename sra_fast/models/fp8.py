@@ -24,7 +24,7 @@ class Fp8Block(Block):
             h = adaln_fp8(x, shift_msa, scale_msa)
         else:
             x, h = gated_residual_adaln_fp8(x, *pending[:2], shift_msa, scale_msa)
-        y = self.attn.proj(self.attn(_linear(h, self.attn.qkv)))
+        y = self.attn.proj(self.attn(*_linear(h, self.attn.qkv).chunk(3, dim=2)))
         x, h = gated_residual_adaln_fp8(x, y, gate_msa, shift_mlp, scale_mlp)
         hidden = quantize_rows(_linear(h, self.mlp.fc1), gelu=True)
         return x, (_linear(hidden, self.mlp.fc2), gate_mlp, None)

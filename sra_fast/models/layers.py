@@ -74,11 +74,11 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """``[B, T, 3D]`` -> ``[B, T, D]``."""
-        B, T, D = *qkv.shape[:2], qkv.shape[2] // 3
-        q, k, v = qkv.view(B, T, 3, self.num_heads, D // self.num_heads).unbind(2)
-        return ops.attention(self.q_norm(q), self.k_norm(k), v).reshape(B, T, D)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries, keys and values ``[B, T, D]`` -> ``[B, T, D]``."""
+        shape = *q.shape[:2], self.num_heads, q.shape[2] // self.num_heads
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        return ops.attention(self.q_norm(q), self.k_norm(k), v).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -124,8 +124,10 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).chunk(6, dim=1)
         qkv, proj, fc1, fc2, again = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.recompute == "norm"
-        x, y = ops.adaln_linear(x, shift_msa, scale_msa, qkv.weight, qkv.bias, residual=pending, recompute=again)
-        attended = F.linear(self.attn(y), proj.weight), gate_msa, proj.bias
+        x, heads = ops.adaln_linear(
+            x, shift_msa, scale_msa, qkv.weight, qkv.bias, residual=pending, recompute=again, parts=3
+        )
+        attended = F.linear(self.attn(*heads), proj.weight), gate_msa, proj.bias
         now, later = (None, fc2.bias) if self.pend_bias else (fc2.bias, None)
         x, y = ops.adaln_mlp(
             x, shift_mlp, scale_mlp, fc1.weight, fc1.bias, fc2.weight, now, residual=attended, recompute=again

@@ -6,15 +6,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adaln as kernels
+from sra_fast.kernels import concat_columns as concat_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops._backend import log_once
 from sra_fast.ops._modulation import check, in_place, runs_kernel
-from sra_fast.ops._register import apply, once, wants_grad
+from sra_fast.ops._register import apply, once, register, wants_grad
 from sra_fast.ops.adaln import _bwd, _fwd, adaln, check_norm
 from sra_fast.ops.gated_residual import _fused_bwd, _fused_fwd, gated_residual_adaln
 
 # what a half-block adds to the residual stream: its output [B, T, D], its gate, and the bias [D] its output lacks, or None
 Residual = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+
+_concat = register(
+    "concat_columns(Tensor[] parts) -> (Tensor, Tensor)",
+    concat_kernels.concat_columns,
+    lambda parts: tuple(parts[0].new_empty(shape) for shape in (
+        (parts[0].shape[0], len(parts) * parts[0].shape[1]), (len(parts) * parts[0].shape[1],)
+    )),
+)  # fmt: skip
 
 
 def normed(x, y, y_bias, gate, shift, scale, group, eps, rms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,36 +50,50 @@ def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
     return dout.t() @ x.view(-1, x.shape[-1])
 
 
-def _backward(wanted, dx_new, dout, weight, h, *saved):
-    """Gradients of everything but the numbers; ``wanted`` are those of weight and bias, ``h`` is None where it comes again."""
-    dout, again = dout.flatten(0, 1), h is None and wanted[0]
+def _backward(wanted, parts, dx_new, *tensors):
+    """Gradients of everything but the numbers; ``wanted`` are those of weight and bias."""
+    douts, (weight, h, *saved) = tensors[:parts], tensors[parts:]
+    if parts > 1:  # side by side, and summed for the bias on the way
+        dout, dbias = _concat([rows_of(part) for part in douts])
+    else:
+        dout = douts[0].flatten(0, 1)
+        dbias = dout.sum(0) if wanted[1] else None
+    again = h is None and wanted[0]
     *grads, h_again = normed_backward(again, dx_new, (dout @ weight).view(saved[0].shape), *saved)
     dweight = weight_gradient(dout, h_again if again else h) if wanted[0] else None
-    return *grads, None, dweight, dout.sum(0) if wanted[1] else None
+    return *grads, None, dweight, dbias if wanted[1] else None
 
 
 class _AdaLNLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, y_bias, gate, shift, scale, group, weight, bias, eps, rms, recompute):
+    def forward(ctx, x, y, y_bias, gate, shift, scale, group, weight, bias, eps, rms, recompute, parts):
         x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms)
         kept = None if recompute else h
         ctx.save_for_backward(weight, kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
         ctx.set_materialize_grads(False)
-        out = F.linear(h, weight, bias)
-        return out if y is None else (x_new, out)
+        ctx.parts = parts
+        out = F.linear(h, weight, bias).chunk(parts, dim=2)
+        return out if y is None else (x_new, *out)
 
     @staticmethod
     def backward(ctx, *grads):
         weight, *saved = ctx.saved_tensors
-        dx_new, dout = both_gradients(grads, saved[1], weight)
-        return *once(partial(_backward, ctx.needs_input_grad[7:9]), dx_new, dout, weight, *saved), None, None, None
+        upstream = upstream_gradients(grads, saved[1], weight, ctx.parts)
+        found = once(partial(_backward, ctx.needs_input_grad[7:9], ctx.parts), *upstream, weight, *saved)
+        return *found, None, None, None, None
 
 
-def both_gradients(grads: tuple[Tensor | None, ...], x_new: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The upstream gradients of x' (None without one) and of the output of the layer with ``weight [N, K]``."""
-    dx_new = grads[0].contiguous() if len(grads) == 2 and grads[0] is not None else None
-    dout = grads[-1] if grads[-1] is not None else x_new.new_zeros(*x_new.shape[:2], weight.shape[0])
-    return dx_new, dout
+def rows_of(x: Tensor) -> Tensor:
+    """``[B, T, D]`` as ``[B T, D]`` with dense columns, in place where it can be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def upstream_gradients(grads: tuple[Tensor | None, ...], x_new: Tensor, weight: Tensor, parts: int = 1) -> list[Tensor | None]:
+    """Those of x' (None without one) and of the ``parts`` of the output of the layer with ``weight [N, K]``."""
+    dx_new = grads[0].contiguous() if len(grads) > parts and grads[0] is not None else None
+    shape = *x_new.shape[:2], weight.shape[0] // parts
+    return [dx_new, *(x_new.new_zeros(shape) if grad is None else grad for grad in grads[-parts:])]
 
 
 def compose(x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, eps: float, **options) -> tuple[Tensor, Tensor]:
@@ -130,8 +153,9 @@ def adaln_linear(
     norm: str = "layer",
     group: Tensor | None = None,
     recompute: bool = False,
+    parts: int = 1,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """``x' = x + gate (y + y_bias)`` and ``(norm(x') (1 + scale) + shift) @ weight^T + bias``.
 
     ``gated_residual_adaln`` (without ``residual``: ``adaln``) and a linear layer, with one difference: with ``recompute`` the
@@ -150,18 +174,24 @@ def adaln_linear(
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
         group: ``[B, T]`` integers in [0, G) or None; see ``adaln``.
         recompute: write the normed rows again instead of keeping them (by the kernels alone).
+        parts: 1, 2 or 3: the output in so many equal parts, such as queries, keys and values, views of one tensor.  Their
+            gradients are put side by side in one pass, which makes that of ``bias`` too.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
-        ``(x' [B, T, D], out [B, T, N])`` in x's dtype.
+        ``(x' [B, T, D], out [B, T, N])`` in x's dtype, out as a tuple of ``parts`` if they are several.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
-    check_layer(x, x.shape[-1], weight, bias)
+    N = check_layer(x, x.shape[-1], weight, bias)
+    if parts not in (1, 2, 3) or N % parts:
+        raise ValueError(f"expected parts 1, 2 or 3 that divide the {N} outputs of weight, got {parts}")
     given = prepare(x, residual, shift, scale, group, norm, backend, recompute, weight, bias)
     if given is None:
         x, h = compose(x, residual, shift, scale, eps, norm=norm, group=group, backend=backend)
-        return x, F.linear(h, weight, bias)
-    out = apply(_AdaLNLinear, *given, weight, bias, eps, norm == "rms", recompute)
-    return (x, out) if residual is None else out
+        out = F.linear(h, weight, bias).chunk(parts, dim=2)
+    else:
+        out = apply(_AdaLNLinear, *given, weight, bias, eps, norm == "rms", recompute, parts)
+        x, out = (x, out) if residual is None else (out[0], out[1:])
+    return x, out if parts > 1 else out[0]

@@ -8,7 +8,7 @@ from torch import Tensor
 from sra_fast.kernels import gelu as kernels
 from sra_fast.ops._register import apply, once, register
 from sra_fast.ops.adaln_linear import (
-    Residual, both_gradients, check_layer, compose, normed, normed_backward, prepare, weight_gradient,
+    Residual, check_layer, compose, normed, normed_backward, prepare, upstream_gradients, weight_gradient,
 )
 from sra_fast.ops.linear_gelu import linear_gelu
 
@@ -46,7 +46,7 @@ class _AdaLNMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         weight1, weight2, *saved = ctx.saved_tensors
-        upstream = both_gradients(grads, saved[3], weight2)
+        upstream = upstream_gradients(grads, saved[3], weight2)
         found = once(partial(_backward, ctx.needs_input_grad[7:11]), *upstream, weight1, weight2, *saved)
         return *found, None, None, None
 

@@ -1,22 +1,37 @@
 """The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16 teacher."""
+import logging
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adamw_ema as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, log_once, use_triton
 from sra_fast.ops._register import register
 from sra_fast.ops.fp8 import E4M3, Fp8Copy
 
+# a gradient in one piece, or (first element, tensor of any shape) of each of its pieces
+Gradient = Tensor | Sequence[tuple[int, Tensor]]
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
+
+
+def _whole(grad: Gradient, param: Tensor) -> Tensor:
+    """The gradient in one piece."""
+    if isinstance(grad, Tensor):
+        return grad
+    whole = grad[0][1].new_zeros(param.shape)
+    for begin, piece in grad:
+        whole.view(-1)[begin : begin + piece.numel()].copy_(piece.reshape(-1))
+    return whole
 
 
 @torch.no_grad()
 def adamw_ema_ref_(
     param: Tensor,
-    grad: Tensor,
+    grad: Gradient,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: int,
@@ -33,7 +48,7 @@ def adamw_ema_ref_(
 ) -> None:
     """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Alg. 2) in torch's order, then the EMA."""
     beta1, beta2 = betas
-    grad = grad.to(param.dtype)
+    grad = _whole(grad, param).to(param.dtype)
     if clip_scale is not None:
         grad = grad * clip_scale.to(param.dtype)
     param.mul_(1 - lr * weight_decay)
@@ -53,6 +68,7 @@ def adamw_ema_ref_(
 
 
 def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest) -> None:
+    grad = grad[0] if rest[-1] is None else grad
     kernels.adamw_ema_(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest)
     # autograd must see the change: a graph that saved the old value would be wrong in silence
     written = (param, exp_avg, exp_avg_sq, weights, ema, ema_copy, amax)
@@ -60,23 +76,54 @@ def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, a
 
 
 _op = register(
-    "adamw_ema_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights,"
+    "adamw_ema_(Tensor(a!) param, Tensor[] grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights,"
     " Tensor(e!)? ema, Tensor(f!)? ema_copy, Tensor? multiplier, Tensor(g!)? amax, Tensor? ends, Tensor? clip_scale,"
-    " int step, float lr, float beta1, float beta2, float eps, float weight_decay, float decay) -> ()",
+    " int step, float lr, float beta1, float beta2, float eps, float weight_decay, float decay,"
+    " int[]? begins) -> ()",
     _run,
     lambda *args: None,
 )
 
 
-def _check_buffers(full: dict[str, Tensor | None], grad: Tensor, half: dict[str, Tensor | None]) -> None:
-    param = full["param"]
-    given = {k: v for k, v in {**full, "grad": grad, **half}.items() if v is not None}
+def _in_place(grad: Gradient, param: Tensor) -> tuple[list[Tensor], list[int] | None]:
+    """What the kernel reads: one vector and None, or aligned pieces, with zeros up to a whole number of 16 bytes, and their begins."""
+    if isinstance(grad, Tensor):
+        return [grad.view(-1)], None
+    vector = kernels.ALIGNMENT // grad[0][1].element_size()
+    if any(begin % vector for begin, _ in grad):
+        log_once("adamw_ema_: a piece of the gradient begins at no multiple of 16 bytes: all are copied into one", level=logging.INFO)
+        return [_whole(grad, param).view(-1)], None
+    pieces = [F.pad(p.reshape(-1), (0, -p.numel() % vector)) if p.numel() % vector else p for _, p in grad]
+    return [p.clone() if p.data_ptr() % kernels.ALIGNMENT else p for p in pieces], [begin for begin, _ in grad]
+
+
+def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
+    """ValueError unless the pieces can be parts of one gradient of ``param``."""
+    if not grad:
+        raise ValueError("expected at least one piece of the gradient, got none")
+    dtype, end = grad[0][1].dtype, 0
+    for i, (begin, piece) in enumerate(grad):
+        if begin < end or begin + piece.numel() > param.numel():
+            raise ValueError(f"expected pieces in ascending order that do not overlap, within {param.numel()} elements: "
+                             f"piece {i} is [{begin}, {begin + piece.numel()}), the one before ends at {end}")  # fmt: skip
+        if piece.dtype != dtype or piece.device != param.device or not piece.is_contiguous():
+            raise ValueError(f"expected contiguous pieces of {dtype} on {param.device}, got piece {i}: {piece.dtype}, "
+                             f"{piece.device}, contiguous {piece.is_contiguous()}")  # fmt: skip
+        end = begin + piece.numel()
+
+
+def _check_buffers(full: dict[str, Tensor | None], grad: Gradient, half: dict[str, Tensor | None]) -> None:
+    param, whole = full["param"], isinstance(grad, Tensor)
+    if not whole:
+        _check_pieces(grad, param)
+    dtype = grad.dtype if whole else grad[0][1].dtype
+    given = {k: v for k, v in {**full, "grad": grad if whole else None, **half}.items() if v is not None}
     if any(x.shape != param.shape or x.device != param.device or not x.is_contiguous() for x in given.values()):
         got = {k: (list(x.shape), str(x.device), x.is_contiguous()) for k, x in given.items()}
         raise ValueError(f"expected contiguous buffers of one shape and device, got (shape, device, contiguous) {got}")
     bad = param.dtype not in FULL or any(x is not None and x.dtype != param.dtype for x in full.values())
-    if bad or grad.dtype not in FLOAT_DTYPES or any(x is not None and x.dtype not in HALF for x in half.values()):
-        got = {k: str(x.dtype) for k, x in given.items()}
+    if bad or dtype not in FLOAT_DTYPES or any(x is not None and x.dtype not in HALF for x in half.values()):
+        got = {k: str(x.dtype) for k, x in given.items()} | {"grad": str(dtype)}
         raise ValueError(
             "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, grad fp32, bf16 or fp16, and "
             f"weights, ema_copy bf16 or fp16, got {got}"
@@ -113,7 +160,7 @@ def _check_numbers(
 @torch.no_grad()
 def adamw_ema_(
     param: Tensor,
-    grad: Tensor,
+    grad: Gradient,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: int,
@@ -136,7 +183,8 @@ def adamw_ema_(
 
     Args:
         param: ``[N]`` fp32 master weights, contiguous (fp64 goes to the reference); a slice of a flat buffer will do.
-        grad: ``[N]`` gradient, fp32/bf16/fp16.
+        grad: ``[N]`` gradient, fp32/bf16/fp16; or ``[(first element, tensor of any shape), ...]``, contiguous pieces of it in
+            ascending order, zero between them: read where they are if their first elements are multiples of 16 bytes.
         exp_avg: ``[N]`` first moment, fp32.
         exp_avg_sq: ``[N]`` second moment, fp32.
         step: number of this update, from 1.
@@ -164,10 +212,12 @@ def adamw_ema_(
     _check_numbers(step, lr, betas, eps, weight_decay, decay)
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
-    if param.numel() and param.dtype == torch.float32 and grad.dtype != torch.float64 and use_triton(param, backend):
+    wide = torch.float64 in (param.dtype, grad.dtype if isinstance(grad, Tensor) else grad[0][1].dtype)
+    if param.numel() and not wide and use_triton(param, backend):
         copy, *scaling = ema_copy[:4] if fp8 else (ema_copy, None, None, None)
-        buffers = [x if x is None else x.view(-1) for x in (param, grad, exp_avg, exp_avg_sq, weights, ema, copy)]
-        _op(*buffers, *scaling, clip_scale, step, lr, *betas, eps, weight_decay, decay)
+        first, *buffers = [x if x is None else x.view(-1) for x in (param, exp_avg, exp_avg_sq, weights, ema, copy)]
+        grads, begins = _in_place(grad, param)
+        _op(first, grads, *buffers, *scaling, clip_scale, step, lr, *betas, eps, weight_decay, decay, begins)
         return
     outputs = {"weights": weights, "ema": ema, "ema_copy": ema_copy, "decay": decay}
     numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_scale": clip_scale}

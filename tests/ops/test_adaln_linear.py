@@ -2,12 +2,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, assert_kernel_close
+from conftest import DEVICE
 from rows import DTYPES, OpLog, bitwise_equal, check_against_fp64, run
 
 from sra_fast import ops
-from sra_fast.kernels import gelu as gelu_kernels
-from sra_fast.ops.adaln_mlp import _gelu_bwd
 
 OPS = {"linear": ops.adaln_linear, "mlp": ops.adaln_mlp}
 # parameters of the layers behind the norm
@@ -55,6 +53,31 @@ def naive(op, norm="layer", group=None):
 def test_forward_and_gradients(op, B, T, D, K, dtype, recompute):
     inputs, _, douts = make(op, B, T, D, K, dtype)
     check_against_fp64(call(op, recompute=recompute), naive(op), call(op, "torch"), inputs, douts, floor=2e-5)
+
+
+@pytest.mark.parametrize("recompute, residual", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts(parts, recompute, residual, dtype):
+    """Queries, keys and values: as one output, cut; used apart, one of them not at all."""
+    inputs, _, _ = make("linear", 2, 5, 72, 96, dtype)
+    inputs[1:4] = inputs[1:4] if residual else [None] * 3
+    douts = [torch.randn(2, 5, 96 // parts, 2, device=DEVICE, dtype=dtype)[..., 0], torch.randn(2, 5, 96 // parts, device=DEVICE, dtype=dtype)]
+
+    def cut(backend, **options):
+        return lambda *t: call("linear", backend, residual, **options)(*t)[1][:2]
+
+    whole = lambda *t: call("linear", "torch", residual)(*t)[1].chunk(parts, dim=2)[:2]
+    check_against_fp64(cut("triton", recompute=recompute, parts=parts), whole, whole, inputs, douts, floor=2e-5)
+    for a, b in zip(run(cut("torch", parts=parts), inputs, douts), run(whole, inputs, douts), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parts_that_cannot_be():
+    inputs, _, _ = make("linear", K=98)
+    for parts in (0, 3, 4):
+        with pytest.raises(ValueError, match=f"parts 1, 2 or 3 that divide the 98 outputs of weight, got {parts}"):
+            call("linear", parts=parts)(*inputs)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -217,37 +240,3 @@ def test_options_are_named():
     for options, message in ({"norm": "batch"}, "norm must be one of"), ({"backend": "cuda"}, "backend must be one of"):
         with pytest.raises(ValueError, match=message):
             call("linear", **{"backend": "triton", **options})(*[t.requires_grad_() for t in inputs])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M, N", [(1, 16), (7, 100), (33, 512), (5, 640), (12, 4608)])
-def test_gelu_backward(M, N, dtype):
-    torch.manual_seed(0)
-    x, dy = torch.randn(M, N, device=DEVICE) * 4, torch.randn(M, N, device=DEVICE)
-    x[0, :8] = torch.tensor([0.0, -0.0, 1e-4, -1e-4, 12.0, -12.0, 60.0, -60.0])
-    x, dy = x.to(dtype).requires_grad_(), dy.to(dtype)
-    naive, wide = F.gelu(x, approximate="tanh"), x.detach().double().requires_grad_()
-    (naive_dx,) = torch.autograd.grad(naive, x, dy)
-    exact = F.gelu(wide, approximate="tanh")
-    (exact_dx,) = torch.autograd.grad(exact, wide, dy.double())
-    dx, dbias, y = _gelu_bwd(dy, x.detach(), True)
-    for ours, theirs, truth in ((dx, naive_dx, exact_dx), (dbias, naive_dx.sum(0), exact_dx.sum(0)), (y, naive, exact)):
-        assert ours.dtype == dtype
-        assert_kernel_close(ours, theirs.detach(), truth.float(), floor=4e-6 * truth.abs().max().item())
-    again = _gelu_bwd(dy, x.detach(), False)
-    assert bitwise_equal(again[:2], (dx, dbias)) and again[2].numel() == 0
-
-
-def test_splits_change_nothing_but_the_order_of_sums(monkeypatch):
-    dy, x = torch.randn(2, 23, 640, device=DEVICE)
-    few = _gelu_bwd(dy, x, True)
-    for splits in (1, 5, 12):
-        monkeypatch.setattr(gelu_kernels, "num_splits", lambda *args, splits=splits: splits)
-        dx, dbias, y = _gelu_bwd(dy, x, True)
-        assert bitwise_equal((dx, y), (few[0], few[2]))
-        torch.testing.assert_close(dbias, few[1], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_operator_registration(again):
-    torch.library.opcheck(_gelu_bwd, (*torch.randn(2, 6, 32, device=DEVICE), again))

@@ -152,6 +152,77 @@ def test_defaults_are_the_papers(device):
         torch.testing.assert_close(moved, expected, atol=5 * unit, rtol=1e-5)
 
 
+# pieces [begin, end) of 3000 elements: across blocks of 1024, at their borders, several in one, gaps, ragged ends
+PIECES = {
+    "one": [(0, 3000)],
+    "borders": [(0, 1024), (1024, 2048), (2048, 3000)],
+    "gaps": [(8, 500), (1016, 1032), (1096, 2900)],
+    "many": [(i, i + 24) for i in range(0, 2960, 40)],
+    "ragged": [(0, 1001), (1008, 1009), (1016, 2999)],
+    "a late one": [(2992, 3000)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cuts", PIECES.values(), ids=PIECES)
+def test_a_gradient_in_pieces(cuts, dtype, device):
+    """The same bits as in one piece, zero in the gaps; nothing is read beyond a piece's end."""
+    state, (whole, *_) = make(3000, device, dtype)
+    keep, pieces = torch.zeros(3000, dtype=torch.bool, device=device), []
+    for begin, end in cuts:
+        keep[begin:end] = True
+        # among NaNs, as a matrix where it can be
+        room = torch.full((end - begin + 32,), float("nan"), device=device, dtype=dtype)
+        room[16 : 16 + end - begin] = whole[begin:end]
+        piece = room[16 : 16 + end - begin]
+        pieces.append((begin, piece.view(2, -1) if len(piece) % 2 == 0 else piece))
+    results = []
+    for grad in (torch.where(keep, whole, 0), pieces):
+        held = {k: v.clone() for k, v in state.items()}
+        step_all(adamw_ema_, held, [grad, grad], **HYPER, decay=0.7, clip_scale=torch.tensor(0.37, device=device), backend="triton")
+        results.append(held)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in state)
+    held = {k: v.clone() for k, v in state.items()}
+    step_all(adamw_ema_, held, [pieces, pieces], **HYPER, decay=0.7, clip_scale=torch.tensor(0.37, device=device), backend="torch")
+    torch.testing.assert_close(held["param"], results[0]["param"], atol=1e-6, rtol=1e-6)
+
+
+def test_pieces_follow_their_addresses(device):
+    """Tables are kept for a layout, and for addresses: other tensors, other numbers."""
+    state, grads = make(64, device)
+    for grad in grads[:3]:
+        before = {k: v.clone() for k, v in state.items()}
+        step_all(adamw_ema_, state, [[(0, grad[:32].clone()), (32, grad[32:].clone())]], **HYPER, backend="triton")
+        step_all(adamw_ema_, before, [grad], **HYPER, backend="triton")
+        assert torch.equal(state["param"], before["param"])
+
+
+def test_pieces_that_are_not_aligned_are_copied(device, caplog):
+    state, (grad, *_) = make(64, device)
+    same = {k: v.clone() for k, v in state.items()}
+    with caplog.at_level("INFO"):
+        step_all(adamw_ema_, state, [[(0, grad[:30]), (30, grad[30:])]], **HYPER, backend="triton")
+    step_all(adamw_ema_, same, [grad], **HYPER, backend="triton")
+    assert torch.equal(state["param"], same["param"]) and "no multiple of 16 bytes" in caplog.text
+
+
+@pytest.mark.parametrize("pieces, message", [
+    (lambda g: [], "at least one piece"),
+    (lambda g: [(0, g[:8]), (4, g[8:])], r"piece 1 is \[4, 36\), the one before ends at 8"),
+    (lambda g: [(8, g[:8]), (0, g[:8])], "ascending order"),
+    (lambda g: [(0, g[:8]), (40, g[8:])], r"within 40 elements: piece 1 is \[40, 72\)"),
+    (lambda g: [(-8, g)], "ascending order"),
+    (lambda g: [(0, g[:8]), (8, g[8:].bfloat16())], "piece 1: torch.bfloat16"),
+    (lambda g: [(0, g[:8]), (8, g[8:].to("meta"))], "piece 1: .*meta"),
+    (lambda g: [(0, g[::2])], "piece 0: .*contiguous False"),
+    (lambda g: [(0, g.long())], "grad fp32, bf16 or fp16"),
+])  # fmt: skip
+def test_pieces_that_do_not_fit_are_named(pieces, message, device):
+    state, (grad, *_) = make(40, device)
+    with pytest.raises(ValueError, match=message):
+        step_all(adamw_ema_, state, [pieces(grad)], **HYPER)
+
+
 def test_continues_torch_adamw_and_back(device):
     """Two steps of torch.optim.AdamW, two of ours on its state, one of torch's on ours: as five of torch's."""
     state, grads = make(777, device)
@@ -233,8 +304,10 @@ def test_operator_registration_and_compile(device):
     clip = torch.tensor(0.5, device=device)
     args = (1, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.9)
     state["weights"].zero_(), state["ema_copy"].zero_()
-    torch.library.opcheck(_op, (state["param"], grads[0], *(state[k] for k in names), None, None, None, clip, *args))
-    torch.library.opcheck(_op, (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], *[None] * 7, *args))
+    torch.library.opcheck(_op, (state["param"], grads[:1], *(state[k] for k in names), None, None, None, clip, *args, None))
+    moments = state["exp_avg"], state["exp_avg_sq"]
+    torch.library.opcheck(_op, (state["param"], grads[:1], *moments, *[None] * 7, *args, None))
+    torch.library.opcheck(_op, (state["param"], [grads[0][:8], grads[1][16:32]], *moments, *[None] * 7, *args, [8, 16]))
     same = {k: v.clone() for k, v in state.items()}
     fn = torch.compile(lambda s, g: step_all(adamw_ema_, s, [g], **HYPER, backend="triton"),
                        fullgraph=True, backend="aot_eager")

@@ -12,6 +12,7 @@ from rows import count_bytes
 from sra_fast.kernels import _rows
 from sra_fast.kernels import adamw_ema as adamw_kernels
 from sra_fast.kernels import align_distance as align_kernels
+from sra_fast.kernels import concat_columns as concat_kernels
 from sra_fast.kernels import ema_update as ema_kernels
 from sra_fast.kernels import gelu as gelu_kernels
 from sra_fast.kernels import noise_pair as noise_kernels
@@ -58,9 +59,21 @@ def adamw_launches(dtype, half=torch.bfloat16, fp8=False):
             adamw_kernels.adamw_ema_(full, grad, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)
 
 
+def pieces_launches(dtype):
+    full, copy = torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16)
+    outputs = (copy, full, copy, None, None, None, torch.zeros(()))
+    pieces = [torch.zeros(n, dtype=dtype) for n in (1024, 3072)]
+    adamw_kernels.adamw_ema_(full, pieces, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, [0, 1024])
+
+
 def gelu_launches(dtype):
     for N, again in product((4608, 1536), (False, True)):
         gelu_kernels.gelu_bwd(*meta(2, 8192, N, dtype=dtype), again)
+
+
+def concat_launches(dtype):
+    for D in (384, 1152):
+        concat_kernels.concat_columns([*meta(3, 8192, D, dtype=dtype)])
 
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -71,6 +84,7 @@ CASES = {
         + [partial(align_launches, dtype, T=1024, grads=(True, False)) for dtype in (bf16, fp32)],
         [partial(align_launches, fp16), partial(align_launches, fp32, bf16)],
     ),
+    concat_kernels: ([partial(concat_launches, bf16), partial(concat_launches, fp32)], [partial(concat_launches, fp16)]),
     gelu_kernels: ([partial(gelu_launches, bf16), partial(gelu_launches, fp32)], [partial(gelu_launches, fp16)]),
     noise_kernels: ([partial(noise_launches, bf16), partial(noise_launches, fp32)], [partial(noise_launches, fp16)]),
     ema_kernels: (
@@ -78,7 +92,7 @@ CASES = {
         [partial(ema_launches, fp16), partial(ema_launches, bf16, fp16)],
     ),
     adamw_kernels: (
-        [partial(adamw_launches, bf16), partial(adamw_launches, fp32)],
+        [partial(adamw_launches, bf16), partial(adamw_launches, fp32), partial(pieces_launches, bf16), partial(pieces_launches, fp32)],
         [partial(adamw_launches, fp16), partial(adamw_launches, bf16, fp16), partial(adamw_launches, bf16, fp8=True)],
     ),
 }
@@ -126,6 +140,8 @@ def expected(request):
     elif request.kernel == "_gelu_bwd_kernel":
         loads = vectors(request, ["dy", "x"], 16)
         stores = vectors(request, ["dx", *["y"] * (args["y_ptr"] is not None)], 16) + vectors(request, ["part"], 8)
+    elif request.kernel == "_concat_columns_kernel":
+        loads, stores = vectors(request, ["a"], 16), vectors(request, ["out"], 16) + Counter({32: 1})
     elif request.kernel == "_ema_kernel":
         copy = args["WRITE_COPY"]
         loads = vectors(request, ["ema_like", "p_like"], 16) + Counter({64: 3 + copy})
@@ -133,6 +149,8 @@ def expected(request):
     else:
         state = ["param", "exp_avg", "exp_avg_sq", *["ema"] * args["EMA"]]
         loads = vectors(request, ["grad", *state], 8) + Counter({32: int(args["CLIP"])})
+        if args["begin_ptr"]:  # the block's first piece; a begin ahead of the loop, then each piece's begin, address and count
+            loads += Counter({32: 1, 64: 4})
         loads += Counter({32: 2, 64: 2} if args["SEGMENTS"] else {})  # all ends; then an end, a multiplier and a peak at a time
         stores = vectors(request, state + ["weights"] * args["WEIGHTS"] + ["ema_copy"] * args["EMA_COPY"], 8)
     return loads, stores
@@ -212,3 +230,12 @@ def test_gelu_bytes(again, monkeypatch):
     with count_bytes(monkeypatch) as seen:
         gelu_kernels.gelu_bwd(dy, x, again)
     assert sum(seen.values()) == (3 + again) * 2 * M * N + 2 * N + 8 * P * N
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+def test_concat_bytes(monkeypatch):
+    M, D, P = 50, 200, 3
+    monkeypatch.setattr(concat_kernels, "num_splits", lambda *args: P)
+    with count_bytes(monkeypatch) as seen:
+        concat_kernels.concat_columns([*torch.randn(3, M, D).bfloat16()])
+    assert sum(seen.values()) == 2 * 2 * M * 3 * D + 2 * 3 * D + 8 * P * 3 * D
