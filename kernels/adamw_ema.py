@@ -9,12 +9,12 @@ for its copy: 40 in all; 1 for a copy in e4m3: 39.  Reference: sra_fast/ops/adam
 
 The gradient may lie in pieces, as autograd leaves it: a table says which elements each holds, and where.
 """
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._plans import Plans, in_use
 
 # 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer
 BLOCK = 1024
@@ -22,6 +22,8 @@ BLOCK = 1024
 REGISTERS = {"_adamw_ema_kernel": 56, "_adamw_ema_kernel/segments": 72}
 # a device address that aligns every access: so many bytes
 ALIGNMENT = 16
+
+_layouts, _addresses = Plans("adamw_ema_"), Plans("adamw_ema_")
 
 
 @triton.jit
@@ -57,8 +59,7 @@ def _gather(like_ptr, begin_ptr, count_ptr, address_ptr, first_ptr, start, stop,
         source = tl.multiple_of(tl.load(address_ptr + piece).to(like_ptr.dtype), 16)
         count = tl.multiple_of(tl.load(count_ptr + piece), VECTOR)
         at = tl.multiple_of(start - begin, VECTOR) + tl.arange(0, BLOCK)
-        inside = (at >= 0) & (at < count)
-        out = tl.where(inside, tl.load(source + at, mask=inside, other=0.0).to(tl.float32), out)
+        out += tl.load(source + at, mask=(at >= 0) & (at < count), other=0.0).to(tl.float32)
         piece += 1
         begin = tl.load(begin_ptr + piece)
     return out
@@ -135,19 +136,25 @@ def _adamw_ema_kernel(
             tl.store(ema_copy_ptr + cols, ema, mask=mask)
 
 
-@functools.lru_cache(maxsize=8)
-def _layout(begins: tuple[int, ...], counts: tuple[int, ...], N: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _layout(begins: list[int], counts: list[int], N: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """begin, count and first of ``_adamw_ema_kernel``."""
     begin, count = torch.tensor([*begins, 2**62]), torch.tensor(counts)
     first = torch.searchsorted(begin[:-1] + count, torch.arange(0, N, BLOCK), right=True)
     return begin.to(device), count.to(device), first.to(device, torch.int32)
 
 
-@functools.lru_cache(maxsize=8)
-def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """An allocator gives out the same addresses step after step, so this is rarely made."""
+def _on_device(addresses: list[int], device: torch.device) -> Tensor:
     table = torch.tensor(addresses)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _tables(pieces: list[Tensor], begins: list[int], N: int, device: torch.device) -> tuple[Tensor, ...]:
+    """begin, count, address and first.  An allocator gives out the same addresses step after step: these too are rarely made."""
+    counts, addresses = [piece.numel() for piece in pieces], [piece.data_ptr() for piece in pieces]
+    begin, count, first = _layouts.get((N, device, *begins, *counts), lambda: _layout(begins, counts, N, device))
+    address = _addresses.get((device, *addresses), lambda: _on_device(addresses, device))
+    in_use(begin, count, address, first)
+    return begin, count, address, first
 
 
 def adamw_ema_(
@@ -173,8 +180,8 @@ def adamw_ema_(
 ) -> None:
     """One-dimensional contiguous buffers of one length; optional ones are None.
 
-    With ``begins`` the gradient is a list of pieces that do not overlap, begin there, in ascending order, and hold whole
-    multiples of ``ALIGNMENT`` bytes at multiples of it.
+    With ``begins`` the gradient is a list of pieces that begin there, in ascending order, and hold whole multiples of
+    ``ALIGNMENT`` bytes at multiples of it; where two overlap, one is zero.
     """
     step_size, inv_sqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     scalars = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, 1 - decay, decay)
@@ -183,8 +190,7 @@ def adamw_ema_(
     options |= {"CLIP": clip_scale is not None, "SEGMENTS": triton.next_power_of_2(S), "BLOCK": BLOCK}
     pieces = [None] * 4
     if begins is not None:
-        layout = _layout(tuple(begins), tuple(piece.numel() for piece in grad), param.numel(), param.device)
-        pieces = [*layout[:2], _on_device(tuple(piece.data_ptr() for piece in grad), param.device), layout[2]]
+        pieces = _tables(grad, begins, param.numel(), param.device)
         grad = grad[0].new_empty(0)
     options["VECTOR"] = ALIGNMENT // grad.element_size()
     unused = lambda x: param if x is None else x

@@ -54,8 +54,8 @@ def _concat_columns_kernel(
         source, stride = b_ptr, b_row.to(tl.int64)
     if k == 2:
         source, stride = c_ptr, c_row.to(tl.int64)
-    if ALIGNED:  # which of them it is, the compiler does not know
-        source, stride = tl.multiple_of(source, 16), tl.multiple_of(stride, VECTOR)
+    if ALIGNED:  # a hint on a number that is chosen at run time would be dropped
+        stride = stride // VECTOR * VECTOR
     sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for m in range(p * num_rows, (p + 1) * num_rows, ROWS):
         row = m + tl.arange(0, ROWS)

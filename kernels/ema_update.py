@@ -6,20 +6,19 @@ elements, the addresses of the three operands and the number of elements left.  
 Bytes moved per element: 8 for the fp32 EMA and the size of p, 2 more with a copy: 12 fp32, 10 bf16, 12 bf16 with copy;
 the table adds 32 bytes per chunk.  Reference: sra_fast/ops/ema_update.py::ema_update_ref_.
 """
-from collections import OrderedDict
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ._plans import Plans, in_use
 
 # 16 elements per thread at 8 warps; the table is 0.07 % of the traffic
 CHUNK = 4096
 # 32-bit registers per thread, at most, of wide launches
 REGISTERS = {"_ema_kernel": 48}
 
-_plans: OrderedDict[tuple, list] = OrderedDict()
-_MAX_PLANS = 8
+_plans = Plans("ema_update_")
 
 
 @triton.jit
@@ -87,16 +86,8 @@ def _plan(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list
 def ema_update_(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
     """``copies`` is empty or as long as ``ema``; matching tensors share one dense layout."""
     key = (len(copies), *((t.data_ptr(), t.numel(), t.dtype) for t in (*ema, *params, *copies)))
-    if key not in _plans:
-        if ema[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("ema_update_: call it once on these tensors before a CUDA graph captures it")
-        _plans[key] = _plan(ema, params, copies)
-    _plans.move_to_end(key)
-    if len(_plans) > _MAX_PLANS:
-        _plans.popitem(last=False)
-    for table, like, vector in _plans[key]:
-        if table.is_cuda:  # another stream than the one that made it may still read it when it is dropped
-            table.record_stream(torch.cuda.current_stream())
+    for table, like, vector in _plans.get(key, lambda: _plan(ema, params, copies)):
+        in_use(table)
         _ema_kernel[(table.shape[0],)](
             table,
             *like,

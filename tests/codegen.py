@@ -79,8 +79,10 @@ def compile_kernels(requests: list[Request], timeout: float = 600) -> list[Repor
     return [Report(loads=widths(row, "loads"), stores=widths(row, "stores"), **row) for row in rows]
 
 
-def _describe(value, is_constexpr: bool) -> str | int | float | bool | None:
-    """An argument as `Request.args` writes it, specialised as Triton would specialise it."""
+def _describe(value, is_constexpr: bool, plain: bool) -> str | int | float | bool | None:
+    """An argument as `Request.args` writes it, specialised as Triton would specialise it; `plain` ones it would not."""
+    if plain and type(value) is int:
+        return "i32:1" if -(2**31) <= value < 2**31 else "i64:1"
     if is_constexpr or value is None or value is True or value is False or (isinstance(value, int) and value == 1):
         return value
     if isinstance(value, float):
@@ -95,7 +97,10 @@ def _describe(value, is_constexpr: bool) -> str | int | float | bool | None:
 class _Recorder:
     def __init__(self, module, name: str, log: list[Request]):
         self.module, self.name, self.log = module, name, log
-        self.parameters = inspect.signature(getattr(module, name).fn).parameters
+        kernel = getattr(module, name)
+        self.parameters = inspect.signature(kernel.fn).parameters
+        interpreted = getattr(kernel, "kwargs", None)  # which has no parameters to ask
+        self.plain = interpreted["do_not_specialize"] or () if interpreted else {p.name for p in kernel.params if p.do_not_specialize}
 
     def __getitem__(self, grid):
         return self._launch
@@ -103,7 +108,7 @@ class _Recorder:
     def _launch(self, *args, **kwargs):
         kwargs = dict(zip(self.parameters, args)) | kwargs
         described = {
-            name: _describe(kwargs.pop(name), "constexpr" in str(parameter.annotation))
+            name: _describe(kwargs.pop(name), "constexpr" in str(parameter.annotation), name in self.plain)
             for name, parameter in self.parameters.items()
         }
         kwargs = {key: value for key, value in kwargs.items() if value is not None}

@@ -45,9 +45,14 @@ class OnePassStep:
 
 
 class ReplicatedStep(OnePassStep):
-    """Stage 0 in bf16: norm, one pass per parameter."""
+    """Stage 0 in bf16: norm, one pass per parameter.  One process has nothing to average."""
 
     needs = ("fp16_groups", "fp32_groups", "overflow", "zero_grad")
+
+    def __init__(self, engine, limit: float):
+        super().__init__(engine, limit)
+        if dist.get_world_size() == 1:
+            engine.enable_backward_allreduce = False
 
     @torch.no_grad()
     def __call__(self, closure=None) -> None:

@@ -20,6 +20,7 @@ class Fp8Block(Block):
 
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).chunk(6, dim=1)
+        assert pending is None or pending[2] is None  # what the teacher's own blocks leave
         if pending is None:
             h = adaln_fp8(x, shift_msa, scale_msa)
         else:

@@ -45,6 +45,11 @@ def normed_backward(again, dx_new, dh, x_new, y, y_bias, gate, shift, scale, gro
     return dx, dy, None if y_bias is None else dbias, dgate, dshift, dscale, h
 
 
+def unflatten(out: Tensor, x: Tensor) -> Tensor:
+    """``out [B T, N]`` as ``[B, T, N]`` for ``x [B, T, D]``: no view to autograd, which forbids to change views of a Function."""
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:2], out.shape[1]])
+
+
 def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
     """Of a linear layer that maps ``x [..., K]`` to something of gradient ``dout [M, N]``."""
     return dout.t() @ x.view(-1, x.shape[-1])
@@ -68,11 +73,12 @@ class _AdaLNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, y_bias, gate, shift, scale, group, weight, bias, eps, rms, recompute, parts):
         x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms)
-        kept = None if recompute else h
+        kept = None if recompute or not ctx.needs_input_grad[7] else h
         ctx.save_for_backward(weight, kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.parts = parts
-        out = F.linear(h, weight, bias).chunk(parts, dim=2)
+        out = unflatten(F.linear(h.flatten(0, 1), weight, bias), x)
+        out = out.chunk(parts, dim=2) if parts > 1 else (out,)
         return out if y is None else (x_new, *out)
 
     @staticmethod
@@ -85,7 +91,7 @@ class _AdaLNLinear(torch.autograd.Function):
 
 def rows_of(x: Tensor) -> Tensor:
     """``[B, T, D]`` as ``[B T, D]`` with dense columns, in place where it can be."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x.flatten(0, 1)
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -96,11 +102,22 @@ def upstream_gradients(grads: tuple[Tensor | None, ...], x_new: Tensor, weight: 
     return [dx_new, *(x_new.new_zeros(shape) if grad is None else grad for grad in grads[-parts:])]
 
 
+def parts_of(residual: Residual | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """y, gate and bias; ValueError if they are none."""
+    if residual is None:
+        return None, None, None
+    given = tuple(residual) if isinstance(residual, list | tuple) else (residual,)
+    wanted = len(given) in (2, 3) and all(isinstance(t, Tensor) for t in given[:2])
+    if not wanted or not all(t is None or isinstance(t, Tensor) for t in given[2:]):
+        raise ValueError(f"expected residual (y, gate) or (y, gate, y_bias), got {[type(t).__name__ for t in given]}")
+    return (*given, None)[:3]
+
+
 def compose(x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, eps: float, **options) -> tuple[Tensor, Tensor]:
     """x' and h by the operators of one pass each."""
     if residual is None:
         return x, adaln(x, shift, scale, eps, **options)
-    y, gate, bias = *residual[:2], residual[2] if len(residual) == 3 else None
+    y, gate, bias = parts_of(residual)
     return gated_residual_adaln(x, y, gate, shift, scale, eps, bias=bias, **options)
 
 
@@ -109,8 +126,11 @@ def autocast(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def check_layer(x: Tensor, in_features: int, weight: Tensor, bias: Tensor | None) -> int:
-    """ValueError unless they are those of a linear layer that ``x`` can be given to; its number of outputs."""
+def check_layer(x: Tensor, in_features: int | None, weight: Tensor, bias: Tensor | None) -> int:
+    """ValueError unless they are those of a linear layer for so many features (None: those of ``x``); its number of outputs."""
+    if x.dim() != 3:
+        raise ValueError(f"expected x [B, T, D], got {[*x.shape]}")
+    in_features = x.shape[2] if in_features is None else in_features
     given = [weight] if bias is None else [weight, bias]
     fits = weight.dim() == 2 and weight.shape[1] == in_features and (bias is None or bias.shape == weight.shape[:1])
     if not fits or any(t.device != x.device or (t.dtype != x.dtype and not autocast(x)) for t in given):
@@ -125,15 +145,17 @@ def prepare(
 ) -> tuple | None:
     """The arguments of ``normed`` but its last two, checked, if the Function runs: where a gradient is wanted, with the kernels
     and without autocast.  None: ``compose``, which checks for itself."""
-    y, gate, bias = (None, None, None) if residual is None else (*residual, None)[:3]
+    y, gate, bias = parts_of(residual)
     vectors = bias, gate, shift, scale
-    if not wants_grad(x, y, *vectors, *layers):
+    per_token = group is None and shift.dim() == 3  # which adaln alone would take
+    if not wants_grad(x, y, *vectors, *layers) and not per_token:
         return None
     gated = {} if residual is None else {"gate": gate}
     check(x, {} if y is None else {"y": y}, {**gated, "shift": shift, "scale": scale}, group, bias=bias)
     check_norm(norm)
     used = [t for t in (y, *vectors, *layers) if t is not None]
-    if autocast(x) or not runs_kernel(kernels if y is None else fused_kernels, backend, x, *used):
+    empty = any(t is not None and t.numel() == 0 for t in layers)
+    if empty or autocast(x) or not runs_kernel(kernels if y is None else fused_kernels, backend, x, *used):
         if recompute:
             log_once("recompute: without the kernels, or under autocast, every activation is kept")
         return None
@@ -174,23 +196,26 @@ def adaln_linear(
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
         group: ``[B, T]`` integers in [0, G) or None; see ``adaln``.
         recompute: write the normed rows again instead of keeping them (by the kernels alone).
-        parts: 1, 2 or 3: the output in so many equal parts, such as queries, keys and values, views of one tensor.  Their
-            gradients are put side by side in one pass, which makes that of ``bias`` too.
+        parts: 1, 2 or 3: the output in so many equal parts, such as queries, keys and values: views of one tensor, which as
+            views of ``chunk`` cannot be changed in place.  Their gradients are put side by side in one pass, which makes that
+            of ``bias`` too.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
-        ``(x' [B, T, D], out [B, T, N])`` in x's dtype, out as a tuple of ``parts`` if they are several.
+        ``(x' [B, T, D], out [B, T, N])`` in x's dtype (under autocast out in autocast's), out as a tuple of ``parts`` if
+        they are several.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
-    N = check_layer(x, x.shape[-1], weight, bias)
-    if parts not in (1, 2, 3) or N % parts:
+    N = check_layer(x, None, weight, bias)
+    if type(parts) is not int or parts not in (1, 2, 3) or N % parts:
         raise ValueError(f"expected parts 1, 2 or 3 that divide the {N} outputs of weight, got {parts}")
     given = prepare(x, residual, shift, scale, group, norm, backend, recompute, weight, bias)
     if given is None:
         x, h = compose(x, residual, shift, scale, eps, norm=norm, group=group, backend=backend)
-        out = F.linear(h, weight, bias).chunk(parts, dim=2)
+        out = F.linear(h, weight, bias)
+        out = out.chunk(parts, dim=2) if parts > 1 else (out,)
     else:
         out = apply(_AdaLNLinear, *given, weight, bias, eps, norm == "rms", recompute, parts)
         x, out = (x, out) if residual is None else (out[0], out[1:])

@@ -8,7 +8,8 @@ from torch import Tensor
 from sra_fast.kernels import gelu as kernels
 from sra_fast.ops._register import apply, once, register
 from sra_fast.ops.adaln_linear import (
-    Residual, check_layer, compose, normed, normed_backward, prepare, upstream_gradients, weight_gradient,
+    Residual, check_layer, compose, normed, normed_backward, prepare, unflatten, upstream_gradients,
+    weight_gradient,
 )
 from sra_fast.ops.linear_gelu import linear_gelu
 
@@ -22,12 +23,12 @@ _gelu_bwd = register(
 def _backward(wanted, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
     """Gradients of everything but the numbers; ``wanted`` are those of the layers' four, whose inputs are None where they come
     again."""
-    dout, again = dout.flatten(0, 1), h is None
-    da, dbias1, hidden_again = _gelu_bwd((dout @ weight2).contiguous(), a, again and wanted[2])
-    dweight2 = weight_gradient(dout, hidden_again if again else hidden) if wanted[2] else None
+    dout = dout.flatten(0, 1)
+    da, dbias1, hidden_again = _gelu_bwd((dout @ weight2).contiguous(), a, hidden is None and wanted[2])
+    dweight2 = weight_gradient(dout, hidden_again if hidden is None else hidden) if wanted[2] else None
     dh = (da @ weight1).view(saved[0].shape)
-    *grads, h_again = normed_backward(again and wanted[0], dx_new, dh, *saved)
-    dweight1 = weight_gradient(da, h_again if again else h) if wanted[0] else None
+    *grads, h_again = normed_backward(h is None and wanted[0], dx_new, dh, *saved)
+    dweight1 = weight_gradient(da, h_again if h is None else h) if wanted[0] else None
     return *grads, None, dweight1, dbias1 if wanted[1] else None, dweight2, dout.sum(0) if wanted[3] else None
 
 
@@ -37,10 +38,11 @@ class _AdaLNMlp(torch.autograd.Function):
         x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms)
         a = F.linear(h.flatten(0, 1), weight1, bias1)
         hidden = F.gelu(a, approximate="tanh")
-        kept = (None, None) if recompute else (h, hidden)
+        first, _, second, _ = ctx.needs_input_grad[7:11]
+        kept = (None, None) if recompute else (h if first else None, hidden if second else None)
         ctx.save_for_backward(weight1, weight2, a, *kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
         ctx.set_materialize_grads(False)
-        out = F.linear(hidden, weight2, bias2).view(*x.shape[:2], -1)
+        out = unflatten(F.linear(hidden, weight2, bias2), x)
         return out if y is None else (x_new, out)
 
     @staticmethod
@@ -70,8 +72,8 @@ def adaln_mlp(
     """``x' = x + gate (y + y_bias)`` and ``gelu_tanh(h @ weight1^T + bias1) @ weight2^T + bias2``, h the modulated norm of x'.
 
     The gradient of ``bias1`` comes out of GELU's backward pass.  With ``recompute`` neither h nor GELU's output is kept: the
-    backward passes over the norm and over GELU write them again, 2 bytes per element more in half precision, and of the five
-    arrays of an MLP's width in a DiT (h and four times that) only four are left, GELU's input.  Without a gradient GELU is the
+    backward passes over the norm and over GELU write them again, 2 bytes per element more in half precision, and of nine arrays
+    ``[B, T, D]`` that an MLP of four times the width keeps (h, GELU's input and output) four are left.  Without a gradient GELU is the
     first product's epilogue (``linear_gelu``).
 
     Args:
@@ -85,13 +87,13 @@ def adaln_mlp(
         eps, residual, norm, group, recompute, backend: see ``adaln_linear``.
 
     Returns:
-        ``(x' [B, T, D], out [B, T, N])`` in x's dtype.
+        ``(x' [B, T, D], out [B, T, N])`` in x's dtype (under autocast out in autocast's).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
     layers = weight1, bias1, weight2, bias2
-    check_layer(x, check_layer(x, x.shape[-1], *layers[:2]), *layers[2:])
+    check_layer(x, check_layer(x, None, *layers[:2]), *layers[2:])
     given = prepare(x, residual, shift, scale, group, norm, backend, recompute, *layers)
     if given is None:
         x, h = compose(x, residual, shift, scale, eps, norm=norm, group=group, backend=backend)

@@ -1,5 +1,4 @@
 """The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16 teacher."""
-import logging
 import math
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adamw_ema as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, log_once, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
 from sra_fast.ops._register import register
 from sra_fast.ops.fp8 import E4M3, Fp8Copy
 
@@ -85,22 +84,32 @@ _op = register(
 )
 
 
-def _in_place(grad: Gradient, param: Tensor) -> tuple[list[Tensor], list[int] | None]:
-    """What the kernel reads: one vector and None, or aligned pieces, with zeros up to a whole number of 16 bytes, and their begins."""
+def _in_place(grad: Gradient) -> tuple[list[Tensor], list[int] | None]:
+    """What the kernel reads: one vector and None, or pieces and their begins, all at multiples of 16 bytes: the others as copies
+    with zeros around them."""
     if isinstance(grad, Tensor):
         return [grad.view(-1)], None
-    vector = kernels.ALIGNMENT // grad[0][1].element_size()
-    if any(begin % vector for begin, _ in grad):
-        log_once("adamw_ema_: a piece of the gradient begins at no multiple of 16 bytes: all are copied into one", level=logging.INFO)
-        return [_whole(grad, param).view(-1)], None
-    pieces = [F.pad(p.reshape(-1), (0, -p.numel() % vector)) if p.numel() % vector else p for _, p in grad]
-    return [p.clone() if p.data_ptr() % kernels.ALIGNMENT else p for p in pieces], [begin for begin, _ in grad]
+    vector, pieces, begins = kernels.ALIGNMENT // grad[0][1].element_size(), [], []
+    for begin, piece in grad:
+        before, after = begin % vector, -(begin + piece.numel()) % vector
+        if before or after:
+            piece = F.pad(piece.reshape(-1), (before, after))
+        elif piece.data_ptr() % kernels.ALIGNMENT:
+            piece = piece.clone()
+        pieces.append(piece)
+        begins.append(begin - before)
+    return pieces, begins
+
+
+def _kinds(grad) -> str:
+    return f"{type(grad).__name__} of {[type(each).__name__ for each in grad][:3]}" if isinstance(grad, list | tuple) else str(type(grad))
 
 
 def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
     """ValueError unless the pieces can be parts of one gradient of ``param``."""
-    if not grad:
-        raise ValueError("expected at least one piece of the gradient, got none")
+    pairs = isinstance(grad, list | tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in grad)
+    if not pairs or not grad or not all(type(begin) is int and isinstance(piece, Tensor) for begin, piece in grad):
+        raise ValueError(f"expected grad as a tensor or as a list of (first element, tensor), at least one, got {_kinds(grad)}")
     dtype, end = grad[0][1].dtype, 0
     for i, (begin, piece) in enumerate(grad):
         if begin < end or begin + piece.numel() > param.numel():
@@ -184,7 +193,7 @@ def adamw_ema_(
     Args:
         param: ``[N]`` fp32 master weights, contiguous (fp64 goes to the reference); a slice of a flat buffer will do.
         grad: ``[N]`` gradient, fp32/bf16/fp16; or ``[(first element, tensor of any shape), ...]``, contiguous pieces of it in
-            ascending order, zero between them: read where they are if their first elements are multiples of 16 bytes.
+            ascending order, zero between them: read where they are if they begin and end at multiples of 16 bytes, as copies else.
         exp_avg: ``[N]`` first moment, fp32.
         exp_avg_sq: ``[N]`` second moment, fp32.
         step: number of this update, from 1.
@@ -216,7 +225,7 @@ def adamw_ema_(
     if param.numel() and not wide and use_triton(param, backend):
         copy, *scaling = ema_copy[:4] if fp8 else (ema_copy, None, None, None)
         first, *buffers = [x if x is None else x.view(-1) for x in (param, exp_avg, exp_avg_sq, weights, ema, copy)]
-        grads, begins = _in_place(grad, param)
+        grads, begins = _in_place(grad)
         _op(first, grads, *buffers, *scaling, clip_scale, step, lr, *betas, eps, weight_decay, decay, begins)
         return
     outputs = {"weights": weights, "ema": ema, "ema_copy": ema_copy, "decay": decay}

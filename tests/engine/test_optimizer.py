@@ -11,7 +11,7 @@ from sra_fast.engine.build import build
 from sra_fast.engine.data import make_dataset
 from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import train
-from sra_fast.engine.one_pass import PartitionedStep, Stage3Step
+from sra_fast.engine.one_pass import PartitionedStep, ReplicatedStep, Stage3Step
 from sra_fast.engine.optimizer import AdamWEMA
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
@@ -86,7 +86,25 @@ def test_accumulation_of_bf16_gradients_in_fp32(tmp_path, stage):
     assert curves[0] == pytest.approx(curves[1], rel=1e-3) and curves[0][-1] < curves[0][0]
 
 
-@pytest.mark.parametrize("stage, precision", [("0", "fp32"), ("1", "bf16"), ("2", "fp32"), ("3", "bf16")])
+def test_one_process_leaves_gradients_where_they_are_unless_they_accumulate_in_fp32(tmp_path):
+    args = ["--train.precision", "bf16", "--train.micro_batch", "4"]
+    for stage, ds, alone in (("1", {}, True), ("2", {}, True), ("2", {"data_types": {"grad_accum_dtype": "fp32"}}, False)):
+        trainer, _ = run(tmp_path, *args, "--train.zero_stage", stage, ds=ds)
+        assert trainer.engine.optimizer.step.alone == alone
+        assert trainer.engine.enable_backward_allreduce != alone and bool(trainer.engine.optimizer._grad_acc_hooks) != alone
+
+
+def test_every_stage_clips_alike(tmp_path):
+    """To a tenth of the norm, with an eps that leaves AdamW sensitive to the scale of the gradients."""
+    args = ["--train.precision", "bf16", "--optim.clip", "0.05", "--optim.eps", "0.1", "--optim.lr", "0.01"]
+    runs = [run(tmp_path, *args, "--train.zero_stage", stage) for stage in "0123"]
+    free = run(tmp_path, "--optim.clip", "0", *args[:2], *args[4:])[1]
+    for trainer, losses in runs:
+        assert float(trainer.grad_norm) > 0.25 and losses == pytest.approx(runs[1][1], rel=1e-4)
+    assert free != pytest.approx(runs[1][1], rel=1e-2)
+
+
+@pytest.mark.parametrize("stage, precision", [("0", "fp32"), ("0", "bf16"), ("1", "bf16"), ("2", "fp32"), ("3", "bf16")])
 def test_gradients_that_are_not_numbers_stop_the_run(tmp_path, monkeypatch, stage, precision):
     """DeepSpeed's scan for them is off; the norm, read with a lag, still shows them, and nothing is saved."""
     from sra_fast.engine.objective import SRAObjective
@@ -116,7 +134,7 @@ def test_stage_3_gathers_only_what_was_written(monkeypatch, stage, waits):
     assert len(calls) == waits
 
 
-@pytest.mark.parametrize("step, missing", [(PartitionedStep, "averaged_gradients"), (Stage3Step, "grad_partitions_flat_buffer")])
+@pytest.mark.parametrize("step, missing", [(ReplicatedStep, "fp32_groups"), (PartitionedStep, "averaged_gradients"), (Stage3Step, "grad_partitions_flat_buffer")])
 def test_another_deepspeed_is_named(step, missing):
     class Engine:
         optimizer = object()

@@ -75,7 +75,7 @@ def test_parts(parts, recompute, residual, dtype):
 
 def test_parts_that_cannot_be():
     inputs, _, _ = make("linear", K=98)
-    for parts in (0, 3, 4):
+    for parts in (0, 3, 4, 2.0, True):
         with pytest.raises(ValueError, match=f"parts 1, 2 or 3 that divide the 98 outputs of weight, got {parts}"):
             call("linear", parts=parts)(*inputs)
 
@@ -117,6 +117,27 @@ def test_keeps_only_what_the_backward_needs(op, recompute, arrays):
     leaves, sizes = [t.detach().requires_grad_() for t in (x, *others)], {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
         call(op, recompute=recompute)(*leaves)
+    given = {t.untyped_storage().data_ptr() for t in others}
+    kept = sum(t.numel() for at, t in sizes.items() if at not in given or t.shape == x.shape)
+    assert arrays * x.numel() <= kept <= arrays * x.numel() + 2 * 6 * 2
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("op", OPS)
+def test_outputs_can_be_changed_in_place(op, backend):
+    """As those of a linear layer can."""
+    inputs, _, (_, dout) = make(op)
+    in_place = lambda *t: F.relu(call(op, backend)(*t)[1], inplace=True)
+    for a, b in zip(run(in_place, inputs, [dout]), run(lambda *t: F.relu(call(op, backend)(*t)[1]), inputs, [dout]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op, arrays", [("linear", 2), ("mlp", 2 + 4)])
+def test_frozen_weights_keep_no_inputs(op, arrays):
+    (x, *others), _, _ = make(op, 2, 6, 72, 4 * 72)
+    leaves, sizes = [t.detach().requires_grad_(i < 6) for i, t in enumerate((x, *others))], {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        call(op)(*leaves)
     given = {t.untyped_storage().data_ptr() for t in others}
     kept = sum(t.numel() for at, t in sizes.items() if at not in given or t.shape == x.shape)
     assert arrays * x.numel() <= kept <= arrays * x.numel() + 2 * 6 * 2
@@ -233,6 +254,45 @@ def test_bad_input_is_named(op, change, message, grad):
     inputs = [change[i](t) if i in change else t for i, t in enumerate(inputs)]
     with pytest.raises(ValueError, match=message), torch.set_grad_enabled(grad):
         call(op)(*[t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_what_else_cannot_be_is_named(op, grad):
+    (x, y, _, gate, shift, scale, *layers), _, _ = make(op)
+    x.requires_grad_(grad)
+    per_token = shift[:, None].expand(2, 5, 72)
+    for args, options, message in (
+        ((x, per_token, per_token), {}, r"shift, scale \[B, D\]"),
+        ((x[0, 0], shift, scale), {}, r"expected x \[B, T, D\], got \[72\]"),
+        ((x.sum(), shift, scale), {}, r"expected x \[B, T, D\], got \[\]"),
+        ((x, shift, scale), {"residual": (y,)}, r"expected residual \(y, gate\) .* got \['Tensor'\]"),
+        ((x, shift, scale), {"residual": (y, None)}, "expected residual"),
+        ((x, shift, scale), {"residual": (y, gate, None, None)}, "expected residual"),
+        ((x, shift, scale), {"residual": y}, "expected residual"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPS[op](*args, *layers, **options)
+
+
+def test_layers_without_outputs():
+    (x, y, _, gate, shift, scale, *_), _, _ = make("linear")
+    x.requires_grad_()
+    empty, bias = torch.zeros(0, 72, device=DEVICE), torch.zeros(0, device=DEVICE)
+    _, parts = ops.adaln_linear(x, shift, scale, empty, bias, residual=(y, gate), parts=3, backend="triton")
+    assert [part.shape for part in parts] == [(2, 5, 0)] * 3
+    _, out = ops.adaln_mlp(x, shift, scale, empty, bias, empty.t(), residual=(y, gate), backend="triton")
+    assert out.shape == (2, 5, 72) and not out.any()
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_parts_compile_with_weights_as_arguments(dynamic):
+    inputs, _, _ = make("linear")
+    fn = lambda *t: call("linear", parts=3)(*t)[1][:2]
+    douts = [torch.randn(2, 5, 32, device=DEVICE) for _ in range(2)]
+    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for a, b in zip(run(compiled, inputs, douts), run(fn, inputs, douts), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_options_are_named():

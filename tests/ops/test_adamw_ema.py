@@ -197,17 +197,21 @@ def test_pieces_follow_their_addresses(device):
         assert torch.equal(state["param"], before["param"])
 
 
-def test_pieces_that_are_not_aligned_are_copied(device, caplog):
-    state, (grad, *_) = make(64, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_that_share_a_vector(dtype, device):
+    """They begin and end anywhere: copies of them, widened with zeros, overlap."""
+    state, (grad, *_) = make(3000, device, dtype)
+    cuts = [0, 3, 4, 9, 10, 11, 1021, 1027, 2051, 3000]
+    pieces = [(begin, grad[begin:end]) for begin, end in zip(cuts, cuts[1:])]
     same = {k: v.clone() for k, v in state.items()}
-    with caplog.at_level("INFO"):
-        step_all(adamw_ema_, state, [[(0, grad[:30]), (30, grad[30:])]], **HYPER, backend="triton")
+    step_all(adamw_ema_, state, [pieces], **HYPER, backend="triton")
     step_all(adamw_ema_, same, [grad], **HYPER, backend="triton")
-    assert torch.equal(state["param"], same["param"]) and "no multiple of 16 bytes" in caplog.text
+    assert torch.equal(state["param"], same["param"]) and torch.equal(state["exp_avg_sq"], same["exp_avg_sq"])
 
 
 @pytest.mark.parametrize("pieces, message", [
-    (lambda g: [], "at least one piece"),
+    (lambda g: [], "at least one, got list of"), (lambda g: [g], r"got list of \['Tensor'\]"), (lambda g: [(0.0, g)], "first element, tensor"),
+    (lambda g: ((i, g) for i in [0]), "got <class 'generator'>"),
     (lambda g: [(0, g[:8]), (4, g[8:])], r"piece 1 is \[4, 36\), the one before ends at 8"),
     (lambda g: [(8, g[:8]), (0, g[:8])], "ascending order"),
     (lambda g: [(0, g[:8]), (40, g[8:])], r"within 40 elements: piece 1 is \[40, 72\)"),
