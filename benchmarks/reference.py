@@ -57,6 +57,8 @@ class Reference:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(cfg.train.seed)
         sizes = {"input_size": cfg.model.input_size, "num_classes": cfg.model.num_classes, "use_cfg": True}
+        if cfg.model.name.startswith("SiT-S"):  # its S models leave the prediction layer at B's width, and cannot run
+            sizes["decoder_hidden_size"] = cfg.model.arguments()["hidden_size"]
         self.model = models[cfg.model.name](**sizes, fused_attn=True, qk_norm=cfg.model.qk_norm).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.train()

@@ -230,7 +230,7 @@ def cases(names, models, resolutions, batches) -> list[tuple[str, Shape]]:
     grid += [(r, b) for r in resolutions or () for b in batches or () if (r, b) not in RESOLUTION_BATCH]
     chosen = [name for name in ENTRIES if name in (names or ENTRIES)]
     # a model is worth two places in the list of sizes
-    ranked = sorted(((i + 2 * m, m, i) for m in range(len(models)) for i in range(len(grid))))
+    ranked = sorted((i + 2 * m, m, i) for m in range(len(models)) for i in range(len(grid)))
     ordered = [
         (name, Shape(models[m]) if ENTRIES[name].per_model else Shape(models[m], *grid[i]))
         for _, m, i in ranked

@@ -258,6 +258,12 @@ def test_device_times_count_only_what_is_timed(monkeypatch):
     assert log[9:] == [0, 1, 2] * ((len(log) - 9) // 3) and len(log) >= 9 + 3 + 10
 
 
+def test_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("SRA_FAST_COMMIT", "0123abc")
+    assert record.commit() == "0123abc"
+
+
 def test_sets_are_larger_than_l2(monkeypatch):
     properties = type("Properties", (), {"L2_cache_size": 50 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

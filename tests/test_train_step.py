@@ -164,8 +164,9 @@ def test_what_does_not_fit_is_not_tried_larger(monkeypatch, tmp_path):
 PUBLISHED_MODEL = """
 import torch
 class SiT(torch.nn.Module):
-    def __init__(self, input_size, num_classes, use_cfg, fused_attn, qk_norm):
+    def __init__(self, input_size, num_classes, use_cfg, fused_attn, qk_norm, decoder_hidden_size=768):
         super().__init__()
+        assert decoder_hidden_size == 384
         self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(12))
         self.frozen = torch.nn.Parameter(torch.ones(4), requires_grad=False)
     def forward(self, x, t, y, ad):

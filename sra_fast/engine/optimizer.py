@@ -42,9 +42,10 @@ class AdamWEMA(torch.optim.Optimizer):
             state.update(new_state(p, on_device=False))
         state["step"] += 1
         low = weights is not None and weights.dtype != torch.float32
+        grad = grad.contiguous() if isinstance(grad, Tensor) else grad
         ops.adamw_ema_(
-            p.data, grad.contiguous() if isinstance(grad, Tensor) else grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), lr=group["lr"],
-            betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"], clip_scale=self.clip_scale,
+            p.data, grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), lr=group["lr"], betas=group["betas"],
+            eps=group["eps"], weight_decay=group["weight_decay"], clip_scale=self.clip_scale,
             weights=weights if low else None, ema=state.get("ema"), ema_copy=self.copies.get(p), decay=self.ema_decay,
         )
         if weights is not None and not low:

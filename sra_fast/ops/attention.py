@@ -106,6 +106,9 @@ def _choose(q: Tensor, groups: Tensor | None, training: bool) -> str:
         return "sdpa" if torch.compiler.is_compiling() and _chosen[key] in _PACKAGES else _chosen[key]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return "sdpa"
+    # the thread of a running backward pass is the one that the measurement's own would wait for, for ever
+    if torch._C._current_graph_task_id() != -1:
+        return "sdpa"
 
     def work():
         torch.cuda.set_device(q.device)
@@ -125,9 +128,9 @@ def attention(
     """``softmax(q k^T / sqrt(d)) v`` for every head.
 
     On a CUDA device the first call of a shape measures what is installed and keeps the fastest; the choice can differ
-    between runs, so name a backend where runs must agree bit for bit.  While torch.compile traces or a CUDA graph is
-    captured nothing can be measured: run the shape once eagerly before, or PyTorch picks, which it also does in compiled code
-    where a package was the fastest.
+    between runs, so name a backend where runs must agree bit for bit.  While torch.compile traces, a CUDA graph is captured or
+    a backward pass runs (which repeats a reentrant checkpoint) nothing can be measured: run the shape once eagerly before, or
+    PyTorch picks, which it also does in compiled code where a package was the fastest.
 
     Args:
         q: ``[B, T, H, d]``, any float dtype; views of a fused qkv projection are used in place.

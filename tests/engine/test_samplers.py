@@ -6,7 +6,6 @@ from sra_fast.engine.config import SampleConfig
 from sra_fast.engine.gaussian import Schedule, linear_betas
 from sra_fast.engine.generate import generate
 from sra_fast.engine.samplers import METHODS, Guidance, sample
-from sra_fast.models import DiT, SiT
 
 SIT_CASES = {
     "ode20": dict(method="euler", num_steps=20),

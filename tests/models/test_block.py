@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch._subclasses import FakeTensorMode
 
 from sra_fast.models.layers import Block, settle
@@ -17,7 +18,8 @@ KEPT = {"none": 18.05, "norm": 12.05, "full": 2.05}
 
 def inputs(B, T, D, dtype=torch.float32):
     torch.manual_seed(1)
-    x, c, y, gate = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((B, T, D), (B, D), (B, T, D), (B, D)))
+    shapes = (B, T, D), (B, D), (B, T, D), (B, D)
+    x, c, y, gate = (torch.randn(shape, dtype=dtype).to(DEVICE).requires_grad_() for shape in shapes)
     return x, c, (y, gate, None)
 
 
@@ -42,7 +44,8 @@ def test_activations_kept_for_the_backward(monkeypatch, recompute):
     """In SiT-XL's width, with the kernels: at 256 tokens and 28 blocks in bf16 298, 199 and 33 MB per image."""
     monkeypatch.setenv("SRA_FAST_BACKEND", "triton")
     B, T, D = 1, 32, 1152
-    blocks, (x, c, pending), kept, after = [Block(D, 16, 4.0, False) for _ in range(3)], inputs(B, T, D), [], []
+    (x, c, pending), kept, after = inputs(B, T, D), [], []
+    blocks = [Block(D, 16, 4.0, False).to(DEVICE) for _ in range(3)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         for block in blocks:
             block.recompute = recompute
@@ -59,6 +62,7 @@ def gradients(mode, compiled=False, pend_bias=False):
     block.recompute, block.pend_bias = mode, pend_bias
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
+    block.to(DEVICE)
     if compiled:
         block.compile(fullgraph=True, dynamic=False)
     x, c, pending = inputs(2, 8, 32)

@@ -127,6 +127,17 @@ def test_measuring_leaves_no_trace(fake_clock):
     assert {thread for _, thread in fake_clock.measured}.isdisjoint({threading.get_ident()})
 
 
+def test_a_backward_pass_is_no_time_to_measure(fake_clock):
+    """Its thread is the one that the measurement's backward pass would need: a reentrant checkpoint would hang."""
+    (q, _, _), _ = make()
+    chosen = []
+    x = torch.ones((), requires_grad=True)
+    x.register_hook(lambda grad: chosen.append(module._choose(q, None, True)))
+    x.backward()
+    assert chosen == ["sdpa"] and not fake_clock.measured
+    assert module._choose(q, None, True) == "flash", "what was not measured is measured later"
+
+
 def test_the_choice_is_read_while_compiling(fake_clock):
     """Known shapes keep their backend under torch.compile; unknown ones are left to PyTorch, not measured."""
     (q, _, _), _ = make()

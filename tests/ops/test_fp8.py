@@ -97,9 +97,9 @@ def test_bad_input_is_named():
         adaln_fp8(random(4, 24), random(4, 24), random(4, 24))
 
 
-def test_schemas(monkeypatch):
+def test_schemas(monkeypatch, device):
     monkeypatch.undo()
-    x, mod = random(2, 4, 32), random(2, 32)
+    x, mod = random(2, 4, 32, device=device), random(2, 32, device=device)
     torch.library.opcheck(torch.ops.sra_fast.quantize_rows.default, (x.view(8, 32), True), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.sra_fast.adaln_fp8.default, (x, mod, mod, 1e-6), test_utils=("test_schema", "test_faketensor"))
     fused = torch.ops.sra_fast.gated_residual_adaln_fp8.default

@@ -8,7 +8,7 @@ from codegen import record_launches
 from conftest import DEVICE
 from rows import count_bytes, launchers
 
-import sra_fast.ops  # registers the operators
+import sra_fast.ops  # noqa: F401 (registers the operators)
 from sra_fast.kernels import _rows, adaln, gated_residual, gated_residual_adaln
 
 ops = torch.ops.sra_fast
