@@ -7,6 +7,7 @@ T_ALIGN, T_NOISE, T_EMA, T_ADAMW = (
 )
 T_CUDA = "tests/test_csrc.py"
 REPLICA, T_REPLICA = "sra_fast/engine/replica.py", "tests/engine/test_replica.py"
+T_PIECES = "tests/ops/test_adamw_ema_pieces.py"
 
 BUGS = [
     ("every row reads image 0", ALIGN, "b, t = row // T, row % T", "b, t = row * 0, row % T", T_ALIGN),
@@ -160,12 +161,12 @@ BUGS = [
     ("no scales without a gather", REPLICA, "self._reduce_amax()\n        self.arrived()", "self._reduce_amax()", T_REPLICA),
     ("every rank's segments are the first's", REPLICA, "shards.rank * group.size if self.sharded else 0", "0", T_REPLICA),
     # gradients in pieces
-    ("the first piece of a block alone", ADAMW, "        begin = tl.load(begin_ptr + piece)\n    return", "        begin = stop\n    return", T_ADAMW),
-    ("pieces without an end", ADAMW, "mask=(at >= 0) & (at < count)", "mask=at >= 0", T_ADAMW),
-    ("the block before a piece's end", ADAMW, "torch.arange(0, N, BLOCK), right=True", "torch.arange(0, N, BLOCK) + BLOCK, right=True", T_ADAMW),
-    ("addresses of the step before", ADAMW, "_addresses.get((device, *addresses)", "_addresses.get((device, *counts)", T_ADAMW),
-    ("the ragged end of pieces counts from 0", ADAMW, "first_ptr, start, stop, VECTOR, BLOCK)", "first_ptr, start - FIRST, stop, VECTOR, BLOCK)", T_ADAMW),
-    ("zeros before a piece, not after", O_ADAMW, "F.pad(piece.reshape(-1), (before, after))", "F.pad(piece.reshape(-1), (before + after, 0))", T_ADAMW),
+    ("the first piece of a block alone", ADAMW, "        begin = tl.load(begin_ptr + piece)\n    return", "        begin = stop\n    return", T_PIECES),
+    ("pieces without an end", ADAMW, "mask=(at >= 0) & (at < count)", "mask=at >= 0", T_PIECES),
+    ("the block before a piece's end", ADAMW, "torch.arange(0, N, BLOCK), right=True", "torch.arange(0, N, BLOCK) + BLOCK, right=True", T_PIECES),
+    ("addresses of the step before", ADAMW, "_addresses.get((device, *addresses)", "_addresses.get((device, *counts)", T_PIECES),
+    ("the ragged end of pieces counts from 0", ADAMW, "first_ptr, start, stop, VECTOR, BLOCK)", "first_ptr, start - FIRST, stop, VECTOR, BLOCK)", T_PIECES),
+    ("zeros before a piece, not after", O_ADAMW, "F.pad(piece.reshape(-1), (before, after))", "F.pad(piece.reshape(-1), (before + after, 0))", T_PIECES),
     # operators
     (
         "a NaN for a learning rate",
