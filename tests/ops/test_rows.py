@@ -142,7 +142,7 @@ def test_bytes_adaln_per_token(monkeypatch):
 def test_a_row_of_a_group_is_moved_once(monkeypatch):
     """With groups every row is still read and written by one program only."""
     x, y, gate = arrays(72, (B, T), (B, T), (B, 3))
-    group = torch.tensor([[0, 1, 0, 0, 2, 1, 1, 0, 2, 0, 0, 0]], device=DEVICE)
+    group = torch.tensor([[0, 1, 0, 0, 2, 1, 1, 0, 2, 0, 0, 0], [2, 2, 2, 0, 0, 0, 1, 1, 0, 1, 2, 1]], device=DEVICE)
     total, P, _ = bytes_of(monkeypatch, "gated_residual_fwd", x, y, None, gate, group)
     assert total == 3 * S * B * T * 72 + S * P * 3 * B * 72 + 8 * 3 * B * T
 
