@@ -65,7 +65,7 @@ def plant(name: str, monkeypatch, folder: Path) -> None:
     """Put the kernels of a copy of kernels/ with the bug in the place of those that the launchers launch."""
     (path, old, new), = [bug[1:4] for bug in BUGS if bug[0] == name]
     package = "planted_" + re.sub(r"\W+", "_", name)
-    shutil.copytree(ROOT / "kernels", folder / package)
+    shutil.copytree(ROOT / "kernels", folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     file = folder / package / Path(path).name
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import photographs, tree, write_images, write_latents, write_vae
-from test_scripts import TINY, environment, script
+from test_scripts import TINY, environment, free_port, script
 
 from sra_fast.engine.images import ImageFolder
 from sra_fast.engine.latents import PackedLatents
@@ -43,7 +43,7 @@ def packed(tmp_path_factory):
     assert one.stdout.splitlines() == [f"{root}/one: 12 images of 3 classes"]
     assert "12/12" in one.stderr and "image/s" in one.stderr
     two = subprocess.run(
-        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29727",
+        [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", free_port(),
          "sra_fast/preprocess.py", *map(str, args), "--out", str(root / "two")],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
     )

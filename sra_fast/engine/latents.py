@@ -19,8 +19,16 @@ from torch.utils.data import Dataset
 log = logging.getLogger(__name__)
 INDEX, LABELS, JOB, VERSION = "index.json", "labels.npy", "preprocess.json", 1
 STORAGE = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
-# numpy parses a header as Python, which two threads may not do at once in CPython 3.11.7 (SystemError, issue 106905)
 _parsing = threading.Lock()
+
+
+def load_npy(file: Path | io.BytesIO, **options) -> np.ndarray:
+    """``numpy.load``, by one thread at a time.
+
+    It parses a header as Python, which two threads at once may turn into a SystemError (CPython 3.11.7, gh-106905).
+    """
+    with _parsing:
+        return np.load(file, **options)
 
 
 def shard_name(number: int) -> str:
@@ -114,9 +122,7 @@ class Latents(Moments):
 
     def _read(self, name: str, first: bool = False) -> np.ndarray:
         try:
-            data = io.BytesIO((self.root / name).read_bytes())
-            with _parsing:
-                moments = np.load(data, allow_pickle=False)
+            moments = load_npy(io.BytesIO((self.root / name).read_bytes()), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{self.root / name} is no readable .npy file: {error}") from None
         if moments.ndim == 4 and moments.shape[0] == 1:  # the reference's encoder leaves a batch dimension
@@ -196,7 +202,7 @@ class PackedLatents(Moments):
         try:
             if self.unchecked[number] and sha256(path) != entry["sha256"]:
                 raise ValueError(f"its SHA-256 is not the index's {entry['sha256']}")
-            shard = np.load(path, mmap_mode="r").view(np.ndarray)  # a memmap's own indexing costs more than the read
+            shard = load_npy(path, mmap_mode="r").view(np.ndarray)  # a memmap's own indexing costs more than the read
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} was altered or cannot be read: {error}") from None
         expected = (min(self.shard_size, self.length - number * self.shard_size), *self.moments_shape)

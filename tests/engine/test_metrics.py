@@ -1,4 +1,5 @@
 """No blocking host sync per step, rows with a lag, failure on a loss that is not finite."""
+import gc
 import json
 import math
 import traceback
@@ -102,6 +103,16 @@ def test_values_that_are_not_finite_stop_the_run(tmp_path, name, value):
     assert read_rows(tmp_path / "stats.jsonl"), "the row that shows it is kept"
 
 
+@pytest.fixture
+def no_collection():
+    """Engines of earlier tests synchronise when they are collected."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
 @pytest.mark.parametrize("optimizer", ["fused", "torch"])
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, optimizer):

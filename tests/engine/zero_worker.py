@@ -150,6 +150,7 @@ def start_from_reference(out: Path, device) -> None:
         trainer = build(tiny(stage, "fp32"), device, weights=held["model"])
         step = checkpoint.start_from(trainer, held)
         torch.save({"step": step, **outcome(trainer, [])}, out / f"imported_{stage}.rank{dist.get_rank()}.pt")
+    dist.barrier()
 
 
 def main() -> None:
