@@ -59,7 +59,7 @@ def test_depth_helps_at_noisy_times(mean_pooled):
 def test_what_is_learned_beats_noisy_pixels(trained):
     """All patches side by side against the whole noisy image; a network that learned nothing adds nothing to it."""
     found = probes(load_model(str(trained))[0], [0.3], how="all")
-    assert max(found[0.3, layer] for layer in (2, 3, 4)) > found[0.3, 0] + 0.01, found
+    assert max(found[0.3, layer] for layer in (2, 3, 4)) > found[0.3, 0] + 0.015, found
     torch.manual_seed(0)
     fresh = probes(SiT(8, 2, 1, 48, 4, 2, num_classes=10).eval(), [0.3], how="all")
     assert fresh[0.3, 4] == pytest.approx(fresh[0.3, 0], abs=0.01) and fresh[0.3, 0] == found[0.3, 0]

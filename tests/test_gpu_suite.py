@@ -25,7 +25,7 @@ def test_dry_run_from_anywhere(tmp_path):
     assert "passed" in (tmp_path / "found" / "tests.log").read_text()
     rows = json.loads((tmp_path / "found" / "rows.json").read_text())
     # every part has added its own to one file
-    assert {"op", "train_step", "probe"} <= {row["kind"] for row in rows} and summary["commit"][:12] == rows[0]["commit"][:12]
+    assert {"op", "train_step", "probe"} <= {row["kind"] for row in rows} and summary["commit"] == rows[0]["commit"]
 
 
 SLOW = """
@@ -45,16 +45,13 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("program, returncodes", [(SLOW, (-2, -15, -9)), (DEAF, (-9,))])
+@pytest.mark.parametrize("program, returncodes", [(SLOW, (-2, -15)), (DEAF, (-9,))])
 def test_a_part_that_runs_over_is_ended_with_its_children_and_its_output_stays(program, returncodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "PATIENCE", 0.5)
+    monkeypatch.setattr(gpu_suite, "PATIENCE", 1.0)
     part = gpu_suite.run_part(["-c", program], tmp_path / "log", 3.0, "cpu")
     assert part["ran_over"] and 3 <= part["seconds"] < 20 and part["tail"].startswith("started ")
     assert part["returncode"] in returncodes
-    child, waits = int(part["tail"].split()[1]), iter(range(100))
-    while is_running(child) and next(waits, None) is not None:
-        time.sleep(0.1)
-    assert not is_running(child)
+    assert not is_running(int(part["tail"].split()[1]))
 
 
 def test_time_that_a_part_leaves_goes_to_the_next(tmp_path, monkeypatch):

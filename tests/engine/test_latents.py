@@ -186,4 +186,6 @@ def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch, packe
     monkeypatch.setattr(np, "load", watched)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: data.__getitems__([i]), range(len(data))))
-    assert max(most) == 1 and len(most) >= (len(data.entries) if packed else len(data))
+    assert max(most) == 1
+    # two threads may open one shard
+    assert len(most) >= len(data.entries) if packed else len(most) == len(data)
