@@ -56,6 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=240, help="seconds for one case")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no case starts, and the last one is ended")
     parser.add_argument("--untimed", action="store_true", help="run two steps of each variant and write no rows: fills the compilers' caches")
+    parser.add_argument("--shrink", action="store_true", help="try what does not fit with half of the images, until it does")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
     parser.add_argument("--plot", type=Path, help="draw the ladder, and the overhead against the teacher's depth")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -138,13 +139,18 @@ class Session:
             for label, ms in found.get(part, {}).items():
                 self.file.add(make_row(kind=kind, name=label, ms=ms, **fields))
 
+    def fits(self, name: str, case: Case) -> bool:
+        """Whether nothing smaller has been too large."""
+        return case[2] < self.too_large.get((name, *case[:2]), math.inf)
+
     def run_case(self, case: Case, names: list[str]) -> None:
-        model, resolution, batch = case
         found: dict[str, list[dict]] = {}
         for _, name in itertools.product(range(self.args.repeat), names):
-            if batch >= self.too_large.get((name, model, resolution), math.inf):
+            if not self.fits(name, case):
                 continue
             result = self.run(name, case, profile=name not in found)
+            if not self.fits(name, case) and self.args.shrink and case[2] > 1:
+                self.run_case((*case[:2], case[2] // 2), [name])
             if result is None or self.args.untimed:
                 continue
             if self.clocks is not None:

@@ -104,7 +104,7 @@ def _timed_step(name: str, inputs: list[Tensor], groups: Tensor | None, dout: Te
     return [rows(grad) for grad in torch.autograd.grad(out, inputs, dout)] if training else [out]
 
 
-def _times(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> dict[str, float]:
+def backend_times(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> dict[str, float]:
     """Milliseconds of every candidate that runs, on random data laid out as the inputs."""
     # a generator of its own: the training run's random numbers must not depend on what was measured
     generator = torch.Generator(q.device).manual_seed(0)
@@ -121,7 +121,7 @@ def _times(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: boo
 
 def _measure(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> str:
     """The candidate with the least time for forward, or forward and backward."""
-    times = _times(q, k, v, groups, training)
+    times = backend_times(q, k, v, groups, training)
     best = min(times, key=times.get, default="sdpa")
     listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     what = "forward and backward" if training else "forward"
