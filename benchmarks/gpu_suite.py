@@ -31,7 +31,7 @@ sys.path[0:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from record import environment  # noqa: E402
-from verdict import failed_tests, render  # noqa: E402
+from verdict import failed_tests, predicted_rows, render  # noqa: E402
 
 BUDGETS = {"first": 270, "second": 310}
 # what tells something of a GPU; what compilers make of the kernels needs none
@@ -285,6 +285,8 @@ def main(argv: list[str] | None = None) -> int:
         parts = first_parts(out, absolute(args.reference), absolute(args.probe))
     else:
         parts = second_parts(out, absolute(args.reference), [name for name in red if name])
+    # what the verdict compares with takes a few seconds of a core, which a part can hide
+    threading.Thread(target=predicted_rows, daemon=True).start()
     with archived(out, args.archive.resolve() if args.archive else None):
         found = run_suite(args.which, parts, out, args.budget or BUDGETS[args.which], args.device)
         (out / "red.txt").write_text("\n".join(failed_tests(out / "tests.log")))

@@ -3,12 +3,19 @@
 Operators and tests right or wrong, every goal beside what was measured, what the host and the card did, where the time goes.
 """
 import argparse
+import functools
 import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from scaling import predicted  # noqa: E402
+from variants import Variant  # noqa: E402
 
 MODEL, PIXELS, SMALL_MODEL = "SiT-XL/2", 256, "SiT-B/2"
 NOT_RUN = "not run"
@@ -90,14 +97,15 @@ class Goal:
     at_most: bool = False
     unit: str = ""
 
-    def line(self, rows: Rows) -> str:
-        value, sign = self.value(rows), "<=" if self.at_most else ">="
-        goal = f"goal {sign} {self.bound:g}{self.unit}"
+    def line(self, rows: Rows, predicted: Rows) -> str:
+        number = lambda value: f"{value:.{3 if abs(value) < 10 else 1}f}{self.unit}"
+        value, guess = self.value(rows), self.value(predicted)
+        goal = f"goal {'<=' if self.at_most else '>='} {self.bound:g}{self.unit}"
+        said = f", predicted {number(guess)}" if guess is not None else ""
         if value is None:
-            return f"{self.name:48} {NOT_RUN:>12}   {goal}"
+            return f"{self.name:46} {NOT_RUN:>10}   {goal}{said}"
         met = value <= self.bound if self.at_most else value >= self.bound
-        digits = 3 if abs(value) < 10 else 1
-        return f"{self.name:48} {value:10.{digits}f}{self.unit:2}   {goal:18} {'met' if met else 'MISSED'}"
+        return f"{self.name:46} {number(value):>10}   {goal}, {'met' if met else 'MISSED'}{said}"
 
 
 GOALS = (
@@ -117,6 +125,19 @@ GOALS = (
     Goal("adamw_ema_ over its bytes", over_bytes, 1.15, at_most=True),
     Goal("memory over plain, 32 images", memory_over_plain, 6, at_most=True, unit="GB"),
 )  # fmt: skip
+
+
+@functools.cache
+def predicted_rows() -> Rows:
+    """Steps of this engine as ``scaling.predicted`` has them, before anything is measured."""
+    rows = []
+    for model, batch in ((MODEL, 32), (MODEL, 256), (SMALL_MODEL, 256)):
+        for name in ("plain", "sra", "sra_fp8"):
+            times = predicted(Variant.parse(name).configuration(model, PIXELS, batch, "cuda"))
+            seconds = times.forward + times.teacher + times.backward + times.optimizer + times.other
+            case = {"kind": "train_step", "name": "step", "variant": name, "model": model, "resolution": PIXELS, "batch": batch}
+            rows.append({**case, "ms": 1e3 * seconds, "images_per_s": batch / seconds})
+    return Rows(rows)
 
 
 def test_results(log: Path) -> dict[str, set[str]]:
@@ -192,7 +213,7 @@ def render(folder: Path, which: str = "") -> str:
     where = next((f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in rows), "nothing measured")
     copy = next((f", copy {row['gbps']:.0f} GB/s" for row in rows if row["name"] == "copy"), "")
     lines = [f"VERDICT {which}: {where}{copy}", *operators(rows), *tests(folder / "tests.log"), *steps(rows)]
-    lines += [*host_and_kernels(Rows(rows)), "goals:", *("  " + goal.line(Rows(rows)) for goal in GOALS)]
+    lines += [*host_and_kernels(Rows(rows)), "goals:", *("  " + goal.line(Rows(rows), predicted_rows()) for goal in GOALS)]
     return "\n".join(lines) + "\n"
 
 

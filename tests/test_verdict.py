@@ -63,17 +63,20 @@ def lines(tmp_path):
 
 
 def test_goals_are_met_missed_or_not_run(lines):
-    said = {line[:50].strip(): line[50:].split() for line in lines[lines.index("goals:") + 1 :]}
-    assert said["SRA over plain, 32 images (time)"] == ["1.167", "goal", "<=", "1.18", "met"]
-    assert said["SRA with fp8 teacher over plain, 32"] == ["1.133", "goal", "<=", "1.13", "MISSED"]
+    said = {line[2:48].strip(): line[49:].split() for line in lines[lines.index("goals:") + 1 :]}
+    assert said["SRA over plain, 32 images (time)"] [:5] == ["1.167", "goal", "<=", "1.18,", "met,"]
+    assert said["SRA with fp8 teacher over plain, 32"] [:5] == ["1.133", "goal", "<=", "1.13,", "MISSED,"]
     # each at its best among the settings that it may choose, and at the batch that fits
-    assert said["SRA over plain, 256 images (time)"] == ["1.150", "goal", "<=", "1.18", "met"]
-    assert said["SRA over strong, 32 images"] == ["1.100", "goal", ">=", "1.1", "met"]
-    assert said["SRA over strong, 256 images"] == ["1.304", "goal", ">=", "1.05", "met"]
-    assert said["images/s with SRA, 32 images"][0] == "457.1" and said["images/s with SRA, 32 images"][-1] == "MISSED"
+    assert said["SRA over plain, 256 images (time)"] [:5] == ["1.150", "goal", "<=", "1.18,", "met,"]
+    assert said["SRA over strong, 32 images"] == ["1.100", "goal", ">=", "1.1,", "met"]
+    assert said["SRA over strong, 256 images"] == ["1.304", "goal", ">=", "1.05,", "met"]
+    assert said["images/s with SRA, 32 images"][0] == "457.1" and "MISSED," in said["images/s with SRA, 32 images"]
     assert said["images/s of B/2 with SRA, 256"][:2] == ["not", "run"]
     assert said["half-block backward over torch.compile's"][0] == "1.500"
     assert said["adamw_ema_ over its bytes"][0] == "1.250" and said["adamw_ema_ over its bytes"][-1] == "MISSED"
+    # beside what was measured, what arithmetic said: within a quarter of it here, as these rows were made up
+    (guess,) = (float(words[words.index("predicted") + 1]) for words in [said["images/s with SRA, 32 images"]])
+    assert 350 < guess < 570
     assert said["memory over plain, 32 images"][0] == "3.000GB"
     assert len(said) == len(verdict.GOALS)
 
