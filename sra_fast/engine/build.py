@@ -83,6 +83,8 @@ def _networks(
             teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
     if weights is not None:
         student.load_state_dict(weights, strict=True)
+    for network in filter(None, (student, teacher)):
+        network.residual_dtype = torch.float32 if cfg.train.residual == "fp32" else None
     for block in student.blocks:
         block.recompute, block.pend_bias = cfg.train.recompute, stage < 3
     if teacher is not None:
