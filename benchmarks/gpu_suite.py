@@ -34,7 +34,6 @@ def commands(out: Path, device: str, reference: str | None) -> dict[str, list[st
     """The command of every part; on a CPU the same programs at the smallest sizes."""
     rows = ["--device", device, "--json", str(out / "rows.json")]
     published = ["--reference", reference] if reference else []
-    parallel = ["-n", "8", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     tests = ["-m", "pytest", "-v", "-p", "no:cacheprovider"]
     step, ops = ["benchmarks/train_step.py", *rows, *published], ["benchmarks/run.py", *rows]
     if device == "cpu":
@@ -52,7 +51,7 @@ def commands(out: Path, device: str, reference: str | None) -> dict[str, list[st
     # of 256 images 80 GB do not hold every activation
     steps, large = ["plain", "sra", "sra_fp8", *rivals], ["plain+train.recompute=norm", "sra+train.recompute=norm", *rivals]
     return {
-        "tests": [*tests, *parallel, *COMPILED, *TESTS],
+        "tests": [*tests, "--durations", "20", *side_by_side(), *COMPILED, *TESTS],
         "ops": [*ops, "--models", "SiT-XL/2", "--resolution", "256", "--batch", "32", "--variants", "ours,eager,compile"],
         "steps": [*step, *quick, "--batch", "32", "--variants", ",".join(steps)],
         "large": [*step, *quick, "--batch", "256", "--variants", ",".join(large)],
@@ -61,9 +60,24 @@ def commands(out: Path, device: str, reference: str | None) -> dict[str, list[st
     }
 
 
+def side_by_side() -> list[str]:
+    """Options of pytest for many processes on one GPU, as far as its plugins are installed."""
+    options = []
+    if importlib.util.find_spec("xdist"):
+        workers = max(2, min(12, 3 * (os.cpu_count() or 1) // 4))
+        # one test at a time, so that long ones, which come first, are spread; "load" also goes on after the test that broke a
+        # process, which the modes that keep groups together would repeat; how often is for the limit in time to say
+        options += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "200"]
+    if importlib.util.find_spec("pytest_timeout"):
+        # from a thread: what waits for the device does not see a signal; it prints where every thread is and ends the process
+        options += ["--timeout", "60", "--timeout-method", "thread"]
+    return options
+
+
 def run_part(command: list[str], log: Path, seconds: float, device: str) -> dict:
     """Run a command for at most so long; its output goes to ``log`` as it comes."""
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    # the width is pytest's: a cause is cut off at the end of its line
+    environ = {"COLUMNS": "160", **os.environ, "PYTHONUNBUFFERED": "1", **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
     begin, late = time.perf_counter(), False
     with open(log, "w") as file:
         process = subprocess.Popen(
