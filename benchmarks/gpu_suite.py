@@ -65,19 +65,22 @@ def side_by_side() -> list[str]:
     options = []
     if importlib.util.find_spec("xdist"):
         workers = max(2, min(12, 3 * (os.cpu_count() or 1) // 4))
-        # one test at a time, so that long ones, which come first, are spread; "load" also goes on after the test that broke a
-        # process, which the modes that keep groups together would repeat; how often is for the limit in time to say
+        # one test at a time spreads the long ones, which come first.  "load" goes on after a test that has
+        # ended its process; the modes that keep groups together would start it again
         options += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "200"]
     if importlib.util.find_spec("pytest_timeout"):
-        # from a thread: what waits for the device does not see a signal; it prints where every thread is and ends the process
+        # from a thread, which ends the process: what waits for the device does not see a signal.
+        # Shortly before, pytest itself prints where every thread is
         options += ["--timeout", "60", "--timeout-method", "thread"]
+        options += ["--override-ini", "faulthandler_timeout=55"]
     return options
 
 
 def run_part(command: list[str], log: Path, seconds: float, device: str) -> dict:
     """Run a command for at most so long; its output goes to ``log`` as it comes."""
     # the width is pytest's: a cause is cut off at the end of its line
-    environ = {"COLUMNS": "160", **os.environ, "PYTHONUNBUFFERED": "1", **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    environ = {"COLUMNS": "160", **os.environ, "PYTHONUNBUFFERED": "1"}
+    environ |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     begin, late = time.perf_counter(), False
     with open(log, "w") as file:
         process = subprocess.Popen(

@@ -1,5 +1,7 @@
-"""What a run of tests on a GPU needs: a kernel that breaks CUDA is named and takes no other test with it, long tests begin
-first, memory goes back, and what tests have measured is printed.
+"""What a run of tests on a GPU needs, as hooks of pytest.
+
+A kernel that breaks CUDA is named and takes no other test with it, long tests begin first, memory
+goes back, and what tests have measured is printed.
 """
 import gc
 import itertools
@@ -55,7 +57,7 @@ def pytest_runtest_protocol(item):
 
 
 def end_process(item, reason: str) -> None:
-    """A worker of pytest-xdist ends at once: xdist names its test and starts another.  Without xdist the session ends."""
+    """A worker of xdist ends at once: xdist names its test and starts another.  Else the session ends."""
     if not hasattr(item.config, "workerinput"):
         pytest.exit(reason, returncode=1)
     print(f"\n{reason}", file=sys.__stderr__, flush=True)
@@ -69,7 +71,7 @@ def seconds(item) -> float:
 
 
 def long_ones_first(items: list) -> list:
-    """The longest first, each with a short one behind it: xdist gives every worker two neighbours to begin with."""
+    """The longest first, each with a short one after it: xdist begins with two neighbours per worker."""
     longest = sorted(filter(seconds, items), key=seconds, reverse=True)
     others = [item for item in items if not seconds(item)]
     pairs = itertools.zip_longest(longest, others[: len(longest)])
@@ -82,8 +84,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What tests have recorded (`record_property`), whether they passed or not: a log then holds the numbers themselves."""
-    reports = [r for key in ("passed", "failed") for r in terminalreporter.stats.get(key, ()) if r.when == "call"]
+    """What tests have recorded (`record_property`), whether they passed or not."""
+    stats = terminalreporter.stats
+    reports = [r for key in ("passed", "failed") for r in stats.get(key, ()) if r.when == "call"]
     lines = [f"{r.nodeid}: {name} {value}" for r in reports for name, value in r.user_properties]
     if lines:
         terminalreporter.section("measured")

@@ -1,4 +1,4 @@
-"""A broken CUDA context ends its process and is named, long tests begin first, numbers are printed; no GPU is needed."""
+"""A test that breaks CUDA is named and ends its process, long tests begin first; without a GPU."""
 import importlib.util
 import os
 import subprocess
@@ -58,7 +58,8 @@ def test_late(breaks):
     assert not broken
 """
 KERNEL = "test_it.py::test_kernel"
-REPORTED = "RuntimeError: CUDA error: an illegal memory access was encountered (what the device reports after this test)"
+CAUSE = "CUDA error: an illegal memory access was encountered"
+FAILED = f"FAILED {KERNEL} - RuntimeError: {CAUSE} (what the device reports after this test)"
 
 
 def session(folder, *options):
@@ -66,29 +67,28 @@ def session(folder, *options):
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(TESTS)
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_it.py"], cwd=folder,
-        env=environ | {"PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "200"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    environ |= {"PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_it.py"]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
     return done.stdout + done.stderr, done.returncode
 
 
 def test_a_broken_device_ends_the_session_and_is_named(tmp_path):
     said, status = session(tmp_path)
-    assert status == 1 and f"FAILED {KERNEL} - {REPORTED}" in said
+    assert status == 1 and FAILED in said
     assert "by its own numbers" in said, "what the test itself found stays in its report"
-    assert f"{KERNEL} leaves a process that cannot use CUDA any more: CUDA error: an illegal" in said
+    assert f"{KERNEL} leaves a process that cannot use CUDA any more: {CAUSE}" in said
     assert "test_after" not in said and "test_before: largest error 1.0e-03" in said
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist")
 def test_a_broken_device_ends_one_worker_and_the_others_tests_run(tmp_path):
     said, status = session(tmp_path, "-n", "1", "--dist", "load", "--maxschedchunk", "1")
-    assert status == 1 and f"FAILED {KERNEL} - {REPORTED}" in said
+    assert status == 1 and FAILED in said
     assert f"crashed while running '{KERNEL}'" in said and "PASSED test_it.py::test_after" in said
     # broken by what runs after the test itself: no report holds the cause, but the worker has said it
     assert "PASSED test_it.py::test_late" in said and "crashed while running 'test_it.py::test_late'" in said
-    assert "test_late leaves a process that cannot use CUDA any more: CUDA error" in said
+    assert f"test_late leaves a process that cannot use CUDA any more: {CAUSE}" in said
     assert said.count("replacing crashed worker") == 2 and "test_before: largest error 1.0e-03" in said
 
 

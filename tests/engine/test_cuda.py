@@ -68,12 +68,16 @@ class RandomLatents:
 def trained(folder, *args):
     """The trainer after a run with these arguments, and the curves that it logged."""
     gc.collect()
-    common = "--align.student_layer 3 --align.teacher_layer 8 --train.global_batch 16 --train.log_every 5 --train.save_every 1000"
-    cfg = parse_train([*common.split(), "--data.num_workers", "0", *args])[0]
+    common = (
+        "--align.student_layer 3 --align.teacher_layer 8 --train.global_batch 16 --train.log_every 5 "
+        "--train.save_every 1000 --data.num_workers 0"
+    )
+    cfg = parse_train([*common.split(), *args])[0]
     folder.mkdir()
     trainer = build(cfg, init_distributed())
     rows = train(trainer, RandomLatents(), folder)
-    return trainer, {name: [row[name] for row in rows if name in row] for name in ("loss", "align", "grad_norm")}
+    curves = {name: [row[name] for row in rows if name in row] for name in ("loss", "align", "grad_norm")}
+    return trainer, curves
 
 
 def assert_alike(ours, theirs, tolerances, record):
@@ -82,25 +86,32 @@ def assert_alike(ours, theirs, tolerances, record):
     for name in tolerances:
         apart = [abs(a - b) / abs(b) for a, b in zip(ours[name], theirs[name], strict=True)]
         found[name] = max(apart[:EARLY]), max(apart)
-    record("apart", ", ".join(f"{name} {early:.1e} early, {late:.1e} at most" for name, (early, late) in found.items()))
+    told = [f"{name} {early:.1e} early, {late:.1e} at most" for name, (early, late) in found.items()]
+    record("apart", ", ".join(told))
     for name, limits in tolerances.items():
         assert all(value <= limit for value, limit in zip(found[name], limits)), (name, found[name], limits)
 
 
-# What may lie between two programs that differ in rounding alone: of the first 15 steps, and of all.  Measured on a CPU with the
-# same data, 200 steps of 4 blocks of width 192: bf16 and fp32 are 7e-5 (loss), 1.1e-2 (align), 1.3e-2 (grad_norm) apart, two
-# backends of attention 1.6e-5, 2.5e-3 and 7.5e-3 in bf16, 1e-7, 2e-7 and 2e-6 in fp32; two seeds 1.7e-2, 0.14 and 0.34.
+# How far two programs may be apart that differ only in rounding: in the first 15 steps, and in all.
+# Measured on a CPU with latents of this kind, 200 steps of 4 blocks of width 192 (loss, align, grad_norm):
+#     bf16 and fp32                          7e-5    1.1e-2  1.3e-2
+#     two backends of attention in bf16      1.6e-5  2.5e-3  7.5e-3
+#     two backends of attention in fp32      1e-7    2e-7    2e-6
+#     two seeds                              1.7e-2  0.14    0.34
+# The loss of latents that are noise hardly moves: a wrong gradient shows in the two others.
 ROUNDING = {
     "fp32": {"loss": (1e-5, 1e-4), "align": (1e-3, 1e-2), "grad_norm": (1e-3, 1e-2)},
     "bf16": {"loss": (2e-4, 1e-3), "align": (1e-2, 5e-2), "grad_norm": (1e-2, 5e-2)},
 }
-# Between teachers in fp8 and bf16 there, after 50 steps: 8e-5, 9.5e-3 and 1.4e-2, behind 3 blocks; here it is behind 8
+# Teachers in fp8 and in bf16, measured likewise in 50 steps: 8e-5, 9.5e-3 and 1.4e-2 with 3 blocks; here they have 8.
 FP8 = {"loss": (1e-3, 5e-3), "align": (2e-2, 0.1), "grad_norm": (2e-2, 0.1)}
 
 
 @pytest.mark.long(30)
 @pytest.mark.parametrize("precision, steps", [("fp32", 60), ("bf16", 200)])
-def test_kernels_and_references_train_sit_b2_alike(tmp_path, monkeypatch, nothing_saved, record_property, precision, steps):
+def test_kernels_and_references_train_sit_b2_alike(
+    tmp_path, monkeypatch, nothing_saved, record_property, precision, steps
+):
     """SiT-B/2 on random latents: the Triton kernels against SRA_FAST_BACKEND=torch, the whole curves."""
     curves = {}
     for backend in ("torch", "triton"):
@@ -132,12 +143,13 @@ def test_fp8_teacher_trains_as_a_bf16_one(tmp_path, nothing_saved, record_proper
     trainer, ours = small(tmp_path / "fp8", "--align.teacher_dtype fp8")
     assert_scales_are_powers_of_two(trainer)
     ema = trainer.ema.full()
-    layers = {name: m for name, m in trainer.engine.module.teacher.named_modules() if hasattr(m, "weight_scale")}
+    modules = trainer.engine.module.teacher.named_modules()
+    layers = {name: module for name, module in modules if hasattr(module, "weight_scale")}
     for name, layer in layers.items():
         exact, scale = ema[f"{name}.weight"], layer.weight_scale.cpu()
         error = (layer.weight.cpu().float() * scale - exact).abs()
         assert (error <= 2**-4 * exact.abs() + 2**-10 * scale).all(), name
-    del trainer, layers, layer
+    del trainer, modules, layers, layer
     theirs = small(tmp_path / "bf16")[1]
     assert ours != theirs
     assert_alike(ours, theirs, FP8, record_property)
@@ -146,7 +158,7 @@ def test_fp8_teacher_trains_as_a_bf16_one(tmp_path, nothing_saved, record_proper
 @needs_e4m3
 @pytest.mark.long(15)
 def test_graph_and_stream_change_nothing(tmp_path, nothing_saved, record_property):
-    """The same kernels in another order of launches: what differs is what a library chooses while a graph is captured."""
+    """The same kernels in another order of launches; a library may choose others during a capture."""
     plain = small(tmp_path / "plain", "--align.teacher_dtype fp8")[1]
     other = "--align.teacher_dtype fp8 --align.teacher_graph true --align.teacher_stream true"
     graphed = small(tmp_path / "graph", other)[1]
@@ -186,8 +198,11 @@ def test_stages_agree_and_learn(tmp_path, nothing_saved, record_property, precis
         losses[case] = [row["loss"] for row in train(build(cfg, init_distributed()), make_dataset(cfg), folder)]
         gc.collect()
     first, exact = losses[0, precision], losses[1, "fp32"]
-    apart = {case: max(abs(a - b) / b for a, b in zip(other, first, strict=True)) for case, other in losses.items()}
-    record_property("from stage 0 apart", ", ".join(f"{case[1]}_{case[0]} {value:.1e}" for case, value in apart.items()))
+    apart = {
+        case: max(abs(a - b) / b for a, b in zip(other, first, strict=True)) for case, other in losses.items()
+    }
+    told = [f"{name}_{stage} {value:.1e}" for (stage, name), value in apart.items()]
+    record_property("apart from stage 0", ", ".join(told))
     assert len(first) == STEPS and first[-1] < first[0]
     for case, other in losses.items():
         assert other == pytest.approx(first, rel=tolerance if case[1] == precision else 5e-3), case

@@ -98,7 +98,7 @@ def test_plain_forward_and_gradients(B, T, D, groups, bias, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_pass_variance(dtype):
     """Rows whose mean is a thousand times their deviation: E[x^2] - E[x]^2 has no correct digit left in fp32, nor has
-    a mean that is stored in half precision.  A unit in the last place of 1000, by which two right means may differ, is 6e-5.
+    a mean that is stored in half precision.  Two right means may differ by a unit in the last place of 1000: 6e-5.
     """
     inputs, _, douts = make(1, 3, 1152, dtype)
     inputs = (inputs[0] + 1000, *inputs[1:])
