@@ -37,7 +37,6 @@ BUDGETS = {"first": 270, "second": 310}
 # what tells something of a GPU; what compilers make of the kernels needs none
 TESTS = ["tests/engine/test_cuda.py", "tests/engine/test_teacher_pass.py", "tests/ops", "tests/models"]
 COMPILED = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_without_spills"]
-WORKERS, TEST_SECONDS = 10, 60
 MODEL, PIXELS, SMALL_MODEL = "SiT-XL/2", "256", "SiT-B/2"
 TAIL = 4000
 PATIENCE = 5.0
@@ -63,11 +62,25 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def side_by_side() -> list[str]:
+    """Options of pytest for many processes on one GPU, as far as its plugins are installed."""
+    options = []
+    if importlib.util.find_spec("xdist"):
+        workers = max(2, min(12, 3 * (os.cpu_count() or 1) // 4))
+        # one test at a time spreads the long ones, which come first.  "load" goes on after a test that has
+        # ended its process; the modes that keep groups together would start it again
+        options += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "200"]
+    if importlib.util.find_spec("pytest_timeout"):
+        # from a thread, which ends the process: what waits for the device does not see a signal.
+        # Shortly before, pytest itself prints where every thread is
+        options += ["--timeout", "60", "--timeout-method", "thread"]
+        options += ["--override-ini", "faulthandler_timeout=55"]
+    return options
+
+
 def pytest_command(*chosen: str) -> list[str]:
-    has = lambda package: importlib.util.find_spec(package) is not None
-    parallel = ["-n", str(WORKERS), "--dist", "loadgroup", "--max-worker-restart", "20"] if has("xdist") else []
-    limit = ["--timeout", str(TEST_SECONDS)] if has("pytest_timeout") else []
-    return ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *parallel, *limit, *COMPILED, *chosen]
+    common = ["-m", "pytest", "-v", "--tb=short", "--durations", "20", "-p", "no:cacheprovider"]
+    return [*common, *side_by_side(), *COMPILED, *chosen]
 
 
 def build_probe(source: str, out: Path) -> str:
@@ -144,7 +157,8 @@ def dry_parts(which: str, out: Path) -> list[Part]:
 def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
     """The part's process, in a group of its own; its output goes to ``log`` as it comes."""
     environ = {
-        **os.environ, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(out / "caches" / "triton"),
+        # the width is pytest's: a cause is cut off at the end of its line
+        "COLUMNS": "160", **os.environ, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(out / "caches" / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(out / "caches" / "inductor"), **part.environment,
     }  # fmt: skip
     if device == "cpu":

@@ -71,15 +71,22 @@ def count_bytes(monkeypatch):
         yield total
 
 
-def far_apart(values, stride):
-    """A view equal to ``values [B, D]``, rows ``stride`` elements apart, in a sparse file: it takes little memory."""
-    B, D = values.shape
-    with tempfile.NamedTemporaryFile() as file:
-        size = (B - 1) * stride + D
-        flat = torch.from_file(file.name, shared=True, size=size, dtype=values.dtype)
-        view = flat.as_strided((B, D), (stride, 1))
-        view.copy_(values)
-        return view
+def far_apart(stride, *values):
+    """Views equal to ``values [B, D]``, rows ``stride`` elements apart, side by side in one buffer.
+
+    On the host that is a sparse file, which takes little memory; on a GPU it takes all of it, once for all values.
+    """
+    (B, D), dtype, device = values[0].shape, values[0].dtype, values[0].device
+    size = (B - 1) * stride + len(values) * D
+    if device.type == "cuda":
+        flat = torch.empty(size, dtype=dtype, device=device)
+    else:
+        with tempfile.NamedTemporaryFile() as file:
+            flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    views = [flat.as_strided((B, D), (stride, 1), i * D) for i in range(len(values))]
+    for view, value in zip(views, values):
+        view.copy_(value)
+    return views
 
 
 def without_memory(*shape, dtype):
