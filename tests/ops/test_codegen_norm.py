@@ -31,6 +31,8 @@ VARIANTS = [
     {"dtype": fp32, "y": bf16},
     {"dtype": fp32, "y": bf16, "modulation": bf16},
 ]
+# a residual stream in fp32 in training in bf16, on every architecture at the width of SiT-XL
+STREAM = {"dtype": fp32, "y": bf16, "h": bf16, "modulation": bf16}
 
 # rows read in every iteration, read once per program, rows written, partial sums written
 ACCESSES = {
@@ -59,6 +61,8 @@ def cases():
     plain = [launches(D, dtype, again=again) for D in WIDTHS for dtype in (bf16, fp32) for again in (False, True)]
     requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
     requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
+    stream = [r for bias in (False, True) for again in (False, True) for r in launches(1152, bias=bias, again=again, **STREAM)]
+    requests += [replace(r, arch=arch) for arch in ARCHS for r in stream]
     # the same launch can occur twice (sums of partial gradients)
     return list({repr(r): r for r in requests}.values())
 
