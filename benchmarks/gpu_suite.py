@@ -100,7 +100,7 @@ def case(batch: int, variants: str, model: str = MODEL) -> list[str]:
 def first_parts(out: Path, reference: str | None, probe: str | None) -> list[Part]:
     """Is it right, and what does a step cost?"""
     rows = ["--json", str(out / "rows.json")]
-    ways = "plain,sra,sra_fp8,sra+align.teacher_stream=true,sra+align.teacher_graph=true,plain,sra"
+    ways = "plain,sra,sra_fp8,sra+align.teacher_graph=true,sra+align.teacher_stream=true,sra+train.residual=fp32,plain,sra"
     step = ["benchmarks/train_step.py", *rows, "--warmup", "5", "--steps", "30"]
     fill = Part("fill", 0, ["benchmarks/train_step.py", "--json", str(out / "fill.json"), "--untimed", *case(32, "strong")],
                 environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"})  # fmt: skip

@@ -20,7 +20,9 @@ STEP = 2
 # what a Hopper SM needs in flight to saturate its share of the memory: 25 bytes/ns times about 0.8 us, twice
 BYTES_IN_FLIGHT = 40 * 1024
 # 32-bit registers per thread, at most
-REGISTERS = {"sum_partials_kernel": 40}
+REGISTERS = {"sum_partials_kernel": 64}
+# of a program that adds partial sums: four such programs share an SM of Hopper
+SUM_WARPS = 8
 
 
 @functools.cache
@@ -182,6 +184,18 @@ def store_row(ptr, scale_ptr, row, live, v, v2, at, mask, at2, mask2, TAIL: tl.c
 
 
 @triton.jit
+def _sum_rows(part_ptr, first, count, stride, cols, live, ROWS: tl.constexpr):
+    """Sum over rows [first, first + count), `stride` elements apart, of every live column; each column has its own first."""
+    total = tl.zeros(cols.shape, dtype=tl.float32)
+    # in the order of the splits, whatever order they finished in: the same bits every time
+    for p in range(0, count, ROWS):
+        row = p + tl.arange(0, ROWS)
+        at = (first + row[:, None]) * stride + cols
+        total += tl.sum(tl.load(part_ptr + at, mask=(row < count)[:, None] & live, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
 def sum_partials_kernel(
     part_ptr,  # [M, P, K, D] fp32
     a_ptr,  # [M, D], the sum over P of k = 0, and so on; None where there is no such k
@@ -193,41 +207,59 @@ def sum_partials_kernel(
     K,
     D,
     ROWS: tl.constexpr,
+    IMAGES: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOTAL_ROWS: tl.constexpr,
+    TOTAL_BLOCK: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(2)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    first, count = m * P, P
+    pid = tl.program_id(0)
+    num_totals, num_sums = 0, K
     if total_ptr is not None:
-        is_total = k == K - 1
-        first, count = tl.where(is_total, 0, first), tl.where(is_total, tl.where(m == 0, M * P, 0), P)
-    sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    # in the order of the splits, whatever order they finished in: the same bits every time
-    for p in range(0, count, ROWS):
-        row = p + tl.arange(0, ROWS)
-        at = ((first + row) * K + k) * D
-        sums += tl.load(part_ptr + at[:, None] + cols, mask=(row < count)[:, None] & (cols < D), other=0.0)
-    total, out, mask = tl.sum(sums, axis=0), m * D + cols, cols < D
-    tl.store(a_ptr + out, total, mask=mask & (k == 0))
-    if b_ptr is not None:
-        tl.store(b_ptr + out, total, mask=mask & (k == 1))
-    if c_ptr is not None:
-        tl.store(c_ptr + out, total, mask=mask & (k == 2))
-    if total_ptr is not None:
-        tl.store(total_ptr + cols, total, mask=mask & is_total & (m == 0))
+        # the first programs, because theirs is the longest way: few columns, and rows of every image at once
+        num_totals, num_sums = tl.cdiv(D, TOTAL_BLOCK), K - 1
+        if pid < num_totals:
+            cols = pid * TOTAL_BLOCK + tl.arange(0, TOTAL_BLOCK)
+            first = tl.zeros((TOTAL_BLOCK,), dtype=tl.int64)
+            total = _sum_rows(part_ptr + (K - 1) * D, first, M * P, K * D, cols, cols < D, TOTAL_ROWS)
+            tl.store(total_ptr + cols, total, mask=cols < D)
+    if a_ptr is not None:
+        if pid >= num_totals:
+            # BLOCK columns of IMAGES images side by side
+            blocks = tl.cdiv(D, BLOCK)
+            k = (pid - num_totals) // blocks % num_sums
+            lane = tl.arange(0, IMAGES * BLOCK)
+            m = ((pid - num_totals) // blocks // num_sums).to(tl.int64) * IMAGES + lane // BLOCK
+            cols = (pid - num_totals) % blocks * BLOCK + lane % BLOCK
+            live = (m < M) & (cols < D)
+            total = _sum_rows(part_ptr + k * D, m * P, P, K * D, cols, live, ROWS)
+            out = m * D + cols
+            tl.store(a_ptr + out, total, mask=live & (k == 0))
+            if b_ptr is not None:
+                tl.store(b_ptr + out, total, mask=live & (k == 1))
+            if c_ptr is not None:
+                tl.store(c_ptr + out, total, mask=live & (k == 2))
 
 
 def sum_partials(part: Tensor, *outputs: Tensor, total: Tensor | None = None) -> None:
     """Sum ``part [M, P, K, D]`` over P into K tensors ``[M, D]``, with ``total [D]`` the last k over M too (contiguous)."""
     M, P, K, D = part.shape
     assert len(outputs) == K - (total is not None) and all(out.is_contiguous() for out in outputs)
-    block = 64
-    sum_partials_kernel[(M, triton.cdiv(D, block), K)](
+    # a warp has 128 columns, so that no lane of SiT's widths is idle; eight loads per thread at most, here and of the total
+    block, rows = 128, min(triton.next_power_of_2(P), 64)
+    images = min(SUM_WARPS, 64 // rows)
+    # two sectors of 32 bytes from each row, and so many rows that nearly always one iteration takes them all
+    total_block, total_rows = 16, min(max(triton.next_power_of_2(M * P), 64), 512)
+    num_totals = 0 if total is None else triton.cdiv(D, total_block)
+    num_sums = triton.cdiv(M, images) * triton.cdiv(D, block) * len(outputs)
+    sum_partials_kernel[(num_totals + num_sums,)](
         *(part, *outputs, *[None] * (3 - len(outputs)), total, M, P, K, D),
-        ROWS=32,
+        ROWS=rows,
+        IMAGES=images,
         BLOCK=block,
-        num_warps=4,
-        maxnreg=40,  # left alone, ptxas 13 spills two registers to fit 32 (sm_80)
+        TOTAL_ROWS=total_rows,
+        TOTAL_BLOCK=total_block,
+        num_warps=SUM_WARPS,
+        # left alone, ptxas 13 aims at 40 and waits after three to five of a thread's eight loads (read for sm_90)
+        maxnreg=REGISTERS["sum_partials_kernel"],
         enable_fp_fusion=True,
     )

@@ -19,7 +19,9 @@ from ._plans import Plans, in_use
 # 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer
 BLOCK = 1024
 # 32-bit registers per thread, at most, of wide launches
-REGISTERS = {"_adamw_ema_kernel": 56, "_adamw_ema_kernel/segments": 72}
+REGISTERS = {"_adamw_ema_kernel": 56}
+# a program loads the ends of at least so many segments, one per thread: models with fewer share one kernel
+MIN_SEGMENTS = 128
 # a device address that aligns every access: so many bytes
 ALIGNMENT = 16
 
@@ -27,7 +29,9 @@ _layouts, _addresses = Plans("adamw_ema_"), Plans("adamw_ema_")
 
 
 @triton.jit
-def _scaled_to_e4m3(x, at, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS: tl.constexpr):
+def _scaled_to_e4m3(
+    x, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Elements [start, stop) of a buffer cut into segments, each times its multiplier; amax learns what they are at most.
 
     Nearly always they lie in one segment.
@@ -36,9 +40,13 @@ def _scaled_to_e4m3(x, at, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, S
     # the segments of the first and of the last element, in one reduction
     both = tl.sum((ends <= start).to(tl.int32) + (ends < stop).to(tl.int32) * 65536)
     scaled = x
+    # counted from the block's first element, in 32 bits: comparing 64 took up to 16 registers more, and some launches spilled
+    begin = start
+    at = tl.arange(0, BLOCK)
     for segment in range(both % 65536, tl.minimum(both // 65536, S - 1) + 1):
         end = tl.load(ends_ptr + segment)
-        inside = (at >= start) & (at < end)  # lanes beyond the end hold 0, or a NaN if eps is 0, which no maximum takes
+        # lanes beyond the end hold 0, or a NaN if eps is 0, which no maximum takes
+        inside = (at >= (start - begin).to(tl.int32)) & (at < tl.minimum(end - begin, BLOCK).to(tl.int32))
         scaled = tl.where(inside, x * tl.load(multiplier_ptr + segment), scaled)
         peak = tl.max(tl.where(inside, tl.abs(x), 0.0))
         if peak > tl.load(amax_ptr + segment):  # rarely true after the first programs: few atomics
@@ -98,7 +106,7 @@ def _adamw_ema_kernel(
     WEIGHTS: tl.constexpr,
     EMA: tl.constexpr,
     EMA_COPY: tl.constexpr,
-    SEGMENTS: tl.constexpr,  # S rounded up to a power of two, or 0
+    SEGMENTS: tl.constexpr,  # a power of two, at least S; 0 without an e4m3 copy
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -131,7 +139,7 @@ def _adamw_ema_kernel(
         ema = tl.where(ema_weight < 0.5, ema + ema_weight * (param - ema), param - decay * (param - ema))
         tl.store(ema_ptr + cols, ema, mask=mask)
         if SEGMENTS:
-            ema = _scaled_to_e4m3(ema, FIRST + cols, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS)
+            ema = _scaled_to_e4m3(ema, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS, BLOCK)
         if EMA_COPY:
             tl.store(ema_copy_ptr + cols, ema, mask=mask)
 
@@ -187,7 +195,8 @@ def adamw_ema_(
     scalars = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, 1 - decay, decay)
     S = 0 if ends is None else ends.numel()
     options = {"WEIGHTS": weights is not None, "EMA": ema is not None, "EMA_COPY": ema_copy is not None}
-    options |= {"CLIP": clip_scale is not None, "SEGMENTS": triton.next_power_of_2(S), "BLOCK": BLOCK}
+    segments = max(triton.next_power_of_2(S), MIN_SEGMENTS) if S else 0
+    options |= {"CLIP": clip_scale is not None, "SEGMENTS": segments, "BLOCK": BLOCK}
     pieces = [None] * 4
     if begins is not None:
         pieces = _tables(grad, begins, param.numel(), param.device)
@@ -202,6 +211,12 @@ def adamw_ema_(
         if start < stop:
             views, sizes = [x[start:stop] for x in buffers], (stop - start, S, start)
             grid = (triton.cdiv(stop - start, BLOCK),)
+            # left alone, ptxas may aim at 48 registers for a copy in segments and spill two; single elements need more
+            limit = REGISTERS["_adamw_ema_kernel"] if S and stop == even else None
             _adamw_ema_kernel[grid](
-                *views[:2], *pieces, *views[2:], *small, *sizes, *scalars, **options, num_warps=4, enable_fp_fusion=True
+                *(*views[:2], *pieces, *views[2:], *small, *sizes, *scalars),
+                **options,
+                num_warps=4,
+                maxnreg=limit,
+                enable_fp_fusion=True,
             )

@@ -86,5 +86,5 @@ def concat_columns(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         enable_fp_fusion=True,
     )
     sums = like.new_empty(K * D)
-    sum_partials(part, sums)
+    sum_partials(part, total=sums)
     return out, sums

@@ -73,5 +73,5 @@ def gelu_bwd(dy: Tensor, x: Tensor, want_y: bool) -> tuple[Tensor, Tensor, Tenso
         enable_fp_fusion=True,
     )
     dbias = x.new_empty(N)
-    sum_partials(part, dbias)
+    sum_partials(part, total=dbias)
     return dx, dbias, y

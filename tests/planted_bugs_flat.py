@@ -151,6 +151,7 @@ BUGS = [
     ("segment of the program's end for all", ADAMW, "range(both % 65536,", "range(both // 65536,", T_ADAMW),
     ("only the first segment of a program", ADAMW, "tl.minimum(both // 65536, S - 1) + 1", "both % 65536 + 1", T_ADAMW),
     ("a border belongs to both sides", ADAMW, "start = tl.maximum(start, end)", "pass", T_ADAMW),
+    ("segments counted from the buffer's first element", ADAMW, "begin = start\n", "begin = 0\n", T_ADAMW),
     ("largest value, not magnitude", ADAMW, "tl.where(inside, tl.abs(x), 0.0)", "tl.where(inside, x, 0.0)", T_ADAMW),
     ("the ragged end counts from 0", ADAMW, "start = FIRST + tl", "start = tl", T_ADAMW),
     ("e4m3 of what is too large", ADAMW, "scaled > 448.0, 448.0,", "scaled > 1e9, 448.0,", T_ADAMW),

@@ -3,8 +3,8 @@ ROWS, ADALN, PLAIN, FUSED = (f"kernels/{n}.py" for n in ("_rows", "adaln", "gate
 O_ADALN, O_GATED, MODULATION, REGISTER, BACKEND, ATTENTION = (
     f"sra_fast/ops/{n}.py" for n in ("adaln", "gated_residual", "_modulation", "_register", "_backend", "attention")
 )
-T_ADALN, T_GATED, T_ROWS, T_FAR, T_CONTRACTS, T_ATTENTION = (
-    f"tests/ops/test_{n}.py" for n in ("adaln", "gated_residual", "rows", "far_rows", "contracts", "attention")
+T_ADALN, T_GATED, T_ROWS, T_FAR, T_CONTRACTS, T_ATTENTION, T_SUMS = (
+    f"tests/ops/test_{n}.py" for n in ("adaln", "gated_residual", "rows", "far_rows", "contracts", "attention", "sum_partials")
 )
 
 BUGS = [
@@ -29,7 +29,11 @@ BUGS = [
     ),
     ("a mean term for RMS", ROWS, "return tl.sum(c1, axis=0) / D, 0.0", "return tl.sum(c1, axis=0) / D, 0.5", T_ADALN),
     ("first partial sum dropped", ROWS, "row = p + tl.arange(0, ROWS)", "row = p + 1 + tl.arange(0, ROWS)", T_GATED),
-    ("partial sums of the wrong image", ROWS, "first, count = m * P, P", "first, count = m, P", T_GATED),
+    ("partial sums of the wrong image", ROWS, "m * P, P, K * D", "m, P, K * D", T_GATED),
+    ("partial sums beyond the last image", ROWS, "live = (m < M) & (cols < D)", "live = cols < D", T_SUMS),
+    ("one image of those side by side", ROWS, "* IMAGES + lane // BLOCK", "* IMAGES", T_SUMS),
+    ("the second block of a total", ROWS, "cols = pid * TOTAL_BLOCK + tl", "cols = tl", T_SUMS),
+    ("partial sums beyond the first rows", ROWS, "total += tl.sum(", "total = tl.sum(", T_SUMS),
     ("rows past the last token", ROWS, "live = t < T\n", "live = t <= T\n", T_GATED),
     ("group ignored", ROWS, "(index >= mine[0]) & (index <= mine[1])", "mine[0] <= 0", T_ADALN),
     ("indices out of range skipped", ROWS, "tl.where(g == 0, -(2**31), g.to(tl.int32))", "g.to(tl.int32)", T_GATED),
@@ -189,7 +193,7 @@ BUGS = [
     ),
     ("fused: tail of h lost", FUSED, "x2 * w2 + shift2 if TAIL", "x2 * w2 if TAIL", T_GATED),
     ("plain: bias of the head in the tail", PLAIN, "tail[1], gate2, bias2,", "tail[1], gate2, 0.0,", T_GATED),
-    ("partial sums of the wrong gradient", ROWS, "mask=mask & (k == 1)", "mask=mask & (k == 0)", T_GATED),
+    ("partial sums of the wrong gradient", ROWS, "mask=live & (k == 1)", "mask=live & (k == 0)", T_GATED),
     ("more partial sums than needed", ROWS, "min(range(1, most + 1), key=cost)", "most", T_ROWS),
     # what every operator promises
     (

@@ -18,6 +18,8 @@ from sra_fast.kernels import gelu as gelu_kernels
 from sra_fast.kernels import noise_pair as noise_kernels
 
 ARCHS, WIDTHS = (80, 90, 100), (384, 768, 1024, 1152, 1536)
+# segments of an e4m3 copy: a weight by itself, the weights of SiT-XL/2's teacher, and of all its blocks
+SEGMENTS = (1, 60, 84)
 INTERPRETED = not torch.cuda.is_available()
 
 
@@ -55,15 +57,18 @@ def adamw_launches(dtype, half=torch.bfloat16, fp8=False):
         full, grad, copy, e4m3 = meta(N), meta(N, dtype=dtype), meta(N, dtype=half), meta(N, dtype=torch.float8_e4m3fn)
         scaling = lambda S: (meta(S), meta(S), meta(S, dtype=torch.int64))
         plain = ((copy, full, copy, None, None, None, meta()), (None,) * 7)
-        for outputs in [(copy, full, e4m3, *scaling(S), meta()) for S in (1, 84)] if fp8 else plain:
+        for outputs in [(copy, full, e4m3, *scaling(S), meta()) for S in SEGMENTS] if fp8 else plain:
             adamw_kernels.adamw_ema_(full, grad, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)
 
 
-def pieces_launches(dtype):
-    full, copy = torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16)
-    outputs = (copy, full, copy, None, None, None, torch.zeros(()))
+def pieces_launches(dtype, fp8=False):
+    full, copy, e4m3 = (torch.zeros(4096, dtype=kind) for kind in (fp32, bf16, torch.float8_e4m3fn))
+    scaling = lambda S: (torch.zeros(S), torch.zeros(S), torch.zeros(S, dtype=torch.int64))
+    copies = [(e4m3, *scaling(S)) for S in SEGMENTS] if fp8 else [(copy, None, None, None)]
     pieces = [torch.zeros(n, dtype=dtype) for n in (1024, 3072)]
-    adamw_kernels.adamw_ema_(full, pieces, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, [0, 1024])
+    for outputs in copies:
+        outputs = (copy, full, *outputs, torch.zeros(()))
+        adamw_kernels.adamw_ema_(full, pieces, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, [0, 1024])
 
 
 def gelu_launches(dtype):
@@ -77,7 +82,7 @@ def concat_launches(dtype):
 
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-# on every architecture, and on Hopper alone
+# on every architecture, on Hopper alone, and on those that have e4m3
 CASES = {
     align_kernels: (
         [partial(align_launches, dtype, widths=(*WIDTHS, align_kernels.MAX_WIDTH)) for dtype in (bf16, fp32)]
@@ -93,14 +98,15 @@ CASES = {
     ),
     adamw_kernels: (
         [partial(adamw_launches, bf16), partial(adamw_launches, fp32), partial(pieces_launches, bf16), partial(pieces_launches, fp32)],
-        [partial(adamw_launches, fp16), partial(adamw_launches, bf16, fp16), partial(adamw_launches, bf16, fp8=True)],
+        [partial(adamw_launches, fp16), partial(adamw_launches, bf16, fp16)],
+        [partial(launches, dtype, fp8=True) for launches in (adamw_launches, pieces_launches) for dtype in (bf16, fp32)],
     ),
 }
 
 
 def requests_of(module):
     requests = []
-    for launches, archs in zip(CASES[module], (ARCHS, (90,)), strict=True):
+    for launches, archs in zip(CASES[module], (ARCHS, (90,), (90, 100))):
         with record_launches(module, _rows) as log:
             for launch in launches:
                 launch()
@@ -163,9 +169,9 @@ def test_code(module):
         what = f"{request.kernel} sm_{request.arch} {request.args}: {report}"
         assert report.spills == 0, what
         assert (report.loads, report.stores) == expected(request), what
-        # accesses of one element must stay usable, not fast
-        limit = module.REGISTERS[request.kernel + "/segments" * bool(request.args.get("SEGMENTS"))]
-        assert report.registers <= (limit if is_wide(request) else 128), what
+        # accesses of one element must stay usable, not fast; an e4m3 copy takes more
+        narrow = 160 if request.args.get("SEGMENTS") else 128
+        assert report.registers <= (module.REGISTERS[request.kernel] if is_wide(request) else narrow), what
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
