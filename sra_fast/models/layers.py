@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sra_fast import ops
+from sra_fast.ops._backend import autocast
 
 
 class PatchEmbed(nn.Module):
@@ -164,8 +165,8 @@ class ProjectionHead(nn.Module):
         self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # features of a residual stream in fp32; autocast rounds them itself
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.linear1.weight.dtype)
+        if not autocast(x):  # which rounds features of a residual stream in fp32 itself
+            x = x.to(self.linear1.weight.dtype)
         return self.linear2(self.act(self.linear1(x)))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sra_fast.kernels import adaln as kernels
 from sra_fast.kernels import concat_columns as concat_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
-from sra_fast.ops._backend import log_once
+from sra_fast.ops._backend import autocast, log_once
 from sra_fast.ops._modulation import check, in_place, runs_kernel
 from sra_fast.ops._register import apply, once, register, wants_grad
 from sra_fast.ops.adaln import _bwd, _fwd, adaln, check_norm
@@ -124,11 +124,6 @@ def compose(x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, 
 def dtype_of_rows(x: Tensor, weight: Tensor) -> torch.dtype:
     """Of the normed rows: what the product reads.  Autocast rounds them itself."""
     return x.dtype if autocast(x) else weight.dtype
-
-
-def autocast(x: Tensor) -> bool:
-    """Whether dtypes are autocast's to choose."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def check_layer(

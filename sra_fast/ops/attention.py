@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sra_fast.ops._backend import autocast
+
 log = logging.getLogger("sra_fast")
 
 # PyTorch's own; "sdpa" lets PyTorch pick
@@ -178,7 +180,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; ``backend`` is unknown, not installed, or takes no groups.
     """
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # what autocast does to scaled_dot_product_attention itself
+    if autocast(q):  # what autocast does to scaled_dot_product_attention itself
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, groups)
     if backend is None:

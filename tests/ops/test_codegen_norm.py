@@ -31,10 +31,8 @@ VARIANTS = [
     {"dtype": fp32, "y": bf16},
     {"dtype": fp32, "y": bf16, "modulation": bf16},
 ]
-<<<<<<< HEAD
 # a residual stream in fp32 in training in bf16, on every architecture at the width of SiT-XL
 STREAM = {"dtype": fp32, "y": bf16, "h": bf16, "modulation": bf16}
-=======
 # partial sums [M, P, K, D] and whether the last k has a total: fused backward of SiT-XL/2 at 32, 64 and 256 images, its gated
 # addition, adaln's backward; fused of B at 256 images; 8 and 4 images; an image for each SM; GELU's bias, that of q, k and v
 SUMS = [
@@ -42,7 +40,6 @@ SUMS = [
     (256, 2, 4, 768, True), (8, 43, 4, 1152, True), (4, 128, 2, 1152, True), (256, 1, 3, 1152, False),
     (1, 142, 1, 4608, True), (1, 47, 1, 3456, True),
 ]  # fmt: skip
->>>>>>> kernels-weak
 
 # rows read in every iteration, read once per program, rows written, partial sums written
 ACCESSES = {
