@@ -109,8 +109,8 @@ def first_parts(out: Path, reference: str | None, probe: str | None) -> list[Par
         Part("ops", 45, ["benchmarks/run.py", *rows, "--models", MODEL, "--resolution", PIXELS, "--batch", "32", "--variants",
                          "ours,eager", "--passes", "forward,backward", "--budget", "0.05"], beside=build),
         Part("attention", 12, ["benchmarks/attention_backends.py", *rows]),
-        Part("steps", 90, [*step, *case(32, ways)]),
-        Part("tests", 110, pytest_command(*TESTS), beside=fill, environment={"TRITON_CACHE_DIR": str(out / "test_caches")}),
+        Part("steps", 105, [*step, *case(32, ways)]),
+        Part("tests", 95, pytest_command(*TESTS), beside=fill, environment={"TRITON_CACHE_DIR": str(out / "test_caches")}),
     ]  # fmt: skip
     if probe:
         found.insert(2, Part("probe", 6, f"{out / 'probe'} 32 256"))

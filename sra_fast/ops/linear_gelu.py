@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.ops._backend import autocast, FLOAT_DTYPES, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, autocast, use_triton
 from sra_fast.ops._register import register, wants_grad
 
 
