@@ -83,7 +83,8 @@ class Phases:
         if self.cuda:
             torch.cuda.synchronize()
         ms = {name: sum(begin.elapsed_time(end) for begin, end in spans) / len(steps) for name, spans in self.spans.items()}
-        ms["forward"] -= ms.get("teacher", 0.0)
+        if "forward" in ms:
+            ms["forward"] -= ms.get("teacher", 0.0)
         return ms
 
 

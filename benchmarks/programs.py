@@ -14,6 +14,7 @@ from torch import Tensor
 from sra_fast import ops
 from sra_fast.engine.build import choose_attention
 from sra_fast.engine.config import Config
+from sra_fast.engine.cuda_graph import GraphedGradients
 from sra_fast.engine.draws import draw
 from sra_fast.engine.objective import make_process
 from sra_fast.models import SiT
@@ -34,6 +35,7 @@ class Switches:
         backend, mode: of torch.compile.
         adamw: "foreach" or "fused".
         ema: "each" parameter on its own, or "foreach".
+        graph: forward and backward pass are replayed as one CUDA graph, as the engine's are.
         measured_attention: the fastest of attention's backends, measured; else PyTorch picks.
     """
 
@@ -46,6 +48,7 @@ class Switches:
     mode: str | None = None
     adamw: str = "foreach"
     ema: str = "each"
+    graph: bool = False
     measured_attention: bool = False
 
 
@@ -92,6 +95,7 @@ class Program:
         if switches.measured_attention:
             choose_attention(cfg, cfg.train.global_batch, device)
         self._compile()
+        self.graphed = GraphedGradients(self.loss_of, self.params, device.type == "cuda") if switches.graph else None
 
     def _make_teacher(self) -> torch.nn.Module:
         """The EMA itself, or a copy of the part of it that runs; ``self.copied`` pairs the copy with its source."""
@@ -154,6 +158,11 @@ class Program:
             target = self.features(noised.x_teacher, noised.t_teacher, y, drop)
         return self.losses(prediction, projected, target, noised)
 
+    def loss_of(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, y: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the same without its graph of gradients."""
+        loss = self.forward(self.process.corrupt(x0, noise, t, t_teacher), y, drop)
+        return loss, loss.detach()
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
@@ -184,8 +193,11 @@ class Program:
             drop_prob=cfg.model.class_dropout_prob, posterior=self.data.posterior,
         )
         x0 = self.data.to_latent(batch, d.posterior)
-        noised = self.process.corrupt(x0, d.noise, *self.process.times(d.uniform, d.gap))
-        loss = self.forward(noised, y, d.drop)
-        self.backward(loss)
+        inputs = x0, d.noise, *self.process.times(d.uniform, d.gap), y, d.drop
+        if self.graphed is not None:
+            loss = self.graphed(*inputs)
+        else:
+            for_backward, loss = self.loss_of(*inputs)
+            self.backward(for_backward)
         self.update()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss

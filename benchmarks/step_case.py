@@ -17,6 +17,7 @@ from variants import REFERENCE, Variant
 
 from sra_fast.engine.build import build, restore_linear
 from sra_fast.engine.config import Config
+from sra_fast.engine.cuda_graph import hidden_bytes
 from sra_fast.engine.data import ShuffledBatches
 from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import optimizer_step
@@ -68,6 +69,8 @@ class EngineStep:
     @property
     def phases(self) -> list[tuple[object, str, str]]:
         engine = self.trainer.engine
+        if self.trainer.graphed is not None:  # inside one graph forward, teacher and backward cannot be told apart
+            return [(self.trainer, "micro_step", "graph"), (engine, "step", "optimizer")]
         aligned = engine.module.teacher is not None
         teacher = [(engine.module.teacher_pass, "run", "teacher")] if aligned else []
         return [(engine, "forward", "forward"), *teacher, (engine, "backward", "backward"), (engine, "step", "optimizer")]
@@ -78,7 +81,9 @@ class ProgramStep(Program):
 
     @property
     def phases(self) -> list[tuple[object, str, str]]:
-        # inside one graph the teacher cannot be told from the student
+        if self.graphed is not None:
+            return [(self, "graphed", "graph"), (self, "update", "optimizer")]
+        # inside one graph of the compiler's the teacher cannot be told from the student
         teacher = [] if self.switches.compile == "whole" else [(self, "features", "teacher")]
         return [(self, "forward", "forward"), *teacher, (self, "backward", "backward"), (self, "update", "optimizer")]
 
@@ -181,7 +186,7 @@ def time_run(args: argparse.Namespace, run, cfg: Config, device: torch.device, b
     when = time.time()
     ms = statistics.median(time_steps(run.step, range(args.warmup, last), cuda))
     found = {"ms": ms, "when": [when, time.time()], "host": host, **rates(cfg, device, ms)}
-    found["peak_bytes"] = torch.cuda.max_memory_allocated() - left if cuda else None
+    found["peak_bytes"] = torch.cuda.max_memory_allocated() + hidden_bytes() - left if cuda else None
     if cuda:
         host["step"] = statistics.median(time_host(run.step, range(last, last + 5)))
     found["dtype"] = getattr(run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision])

@@ -27,10 +27,11 @@ _CODES = {"smooth_l1": 0, "l1": 1, "l2": 2, "cosine_patch": 3}
 @triton.jit
 def _cosine(p, q, axis: tl.constexpr, n):
     """1 - cos and n times its gradient; norms below 1e-8 are clamped in the value alone, as torch clamps them."""
-    p_norm = tl.sqrt(tl.sum(p * p, axis=axis))
+    # rounded to nearest: 1 - cos of similar features cancels, and what a GPU approximates by default is off by more than fp32 is
+    p_norm = tl.sqrt_rn(tl.sum(p * p, axis=axis))
     p_clamped = tl.maximum(p_norm, 1e-8)
-    q_clamped = tl.maximum(tl.sqrt(tl.sum(q * q, axis=axis)), 1e-8)
-    cos = tl.sum(p * q, axis=axis) / p_clamped / q_clamped
+    q_clamped = tl.maximum(tl.sqrt_rn(tl.sum(q * q, axis=axis)), 1e-8)
+    cos = tl.div_rn(tl.div_rn(tl.sum(p * q, axis=axis), p_clamped), q_clamped)
     # at p = 0 the direction p / |p| is taken as zero
     along = n * cos / p_clamped / tl.where(p_norm > 0.0, p_norm, 1.0)
     across = n / p_clamped / q_clamped

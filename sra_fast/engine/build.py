@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sra_fast import ops
 from sra_fast.engine.config import Config
+from sra_fast.engine.cuda_graph import GraphedGradients
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
 from sra_fast.engine.objective import SRAObjective, make_process
@@ -37,6 +38,29 @@ class Trainer:
     rank: int
     world: int
     ds_config: dict
+    graphed: GraphedGradients | None = None
+
+    def micro_step(
+        self, x0: Tensor, y: Tensor, noise: Tensor, times: tuple[Tensor, Tensor], drop: Tensor, weight: float, first: bool
+    ) -> dict[str, Tensor]:
+        """Forward and backward pass of a micro-batch; its gradients are added to those of the optimizer step's earlier ones.
+
+        Args:
+            x0, y, noise, times, drop, weight: see ``SRAObjective.forward``.
+            first: of the optimizer step's micro-batches.
+
+        Returns:
+            The ``loss`` and its parts, scalars on the device.
+        """
+        if self.graphed is None:
+            loss, parts = self.engine(x0, y, noise, times, drop, weight)
+            self.engine.backward(loss)
+            return {"loss": loss.detach(), **parts}
+        inputs, aligned = [x0, y, noise, *times, drop], weight > 0
+        if aligned:
+            self.engine.module.teacher_pass.ready()
+            inputs.append(torch.full((), weight, device=self.device))
+        return self.graphed(*inputs, variant=aligned, accumulate=not first)
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -165,6 +189,31 @@ def _set_step(cfg: Config, engine, optimizer: torch.optim.Optimizer, stage: int)
         clip_before_step(engine, cfg.optim.clip)
 
 
+def _make_graphed(cfg: Config, engine, student: SiT, stage: int, accumulation: int) -> GraphedGradients | None:
+    """What replays forward and backward pass as a graph, or None where DeepSpeed runs them.
+
+    RuntimeError if it is asked for, but the gradients do not stay with the parameters.
+    """
+    alone = stage == 0 or getattr(engine.optimizer.step, "alone", False)
+    cuda, align = next(student.parameters()).is_cuda, cfg.align
+    possible = cuda and dist.get_world_size() == 1 and alone and cfg.optim.implementation == "fused"
+    if cfg.train.graph and not possible:
+        raise RuntimeError("train.graph needs gradients that stay with the parameters: DeepSpeed's JSON lets it convert them")
+    if not (possible and not (align.teacher_graph or align.teacher_stream) if cfg.train.graph is None else cfg.train.graph):
+        return None
+    return graphed_step(engine.module, student, accumulation)
+
+
+def graphed_step(objective: SRAObjective, student: SiT, accumulation: int, graphs: bool = True) -> GraphedGradients:
+    """The objective's loss, as a mean over ``accumulation`` micro-batches, and its gradients; without ``graphs`` the same eagerly."""
+
+    def fn(x0, y, noise, t, t_teacher, drop, weight=0.0):
+        loss, parts = objective(x0, y, noise, (t, t_teacher), drop, weight)
+        return loss / accumulation, {"loss": loss.detach(), **parts}
+
+    return GraphedGradients(fn, student.parameters(), graphs)
+
+
 def build(
     cfg: Config, device: torch.device, ds_json: str | None = None, weights: dict[str, Tensor] | None = None
 ) -> Trainer:
@@ -184,7 +233,7 @@ def build(
     micro, accumulation = split_batch(cfg, world)
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, device.type == "cuda")
     stage = zero_stage(ds_config, cfg)
-    check_device(cfg, stage, device.type == "cuda")
+    check_device(cfg, stage, device.type == "cuda", world)
     if stage < 3:
         restore_linear()
     student, teacher = _networks(cfg, weights, stage, device)
@@ -209,6 +258,7 @@ def build(
     trained = _make_teacher(cfg, teacher, ema, optimizer)
     if trained is not None:
         objective.teacher_pass.ready = trained.wait
+    graphed = _make_graphed(cfg, engine, student, stage, accumulation)
     return Trainer(
-        cfg, engine, student, shards, ema, trained, device, stage, micro, accumulation, rank, world, ds_config
+        cfg, engine, student, shards, ema, trained, device, stage, micro, accumulation, rank, world, ds_config, graphed
     )

@@ -1,11 +1,59 @@
-"""A function of tensors, replayed as CUDA graphs."""
-from collections.abc import Callable
+"""Functions of tensors, replayed as CUDA graphs: the host launches one graph instead of hundreds of kernels."""
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+WARM_UP_CALLS = 3
+# what has captured graphs and is still in use
+_live: weakref.WeakSet = weakref.WeakSet()
 
-class Graphed:
+
+def hidden_bytes() -> int:
+    """Device memory of all graphs beyond the tensors that PyTorch counts as allocated: their intermediate results live there."""
+    return sum(owner.hidden_bytes for owner in _live)
+
+
+class _Captures:
+    """Graphs that share one pool of memory: they are replayed one after the other."""
+
+    def __init__(self):
+        self.captured: dict[Hashable, tuple] = {}
+        self.hidden_bytes, self.pool = 0, None
+        _live.add(self)
+
+    def capture(self, fn: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of ``fn()`` and what it returns, which every replay writes again."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        _warm_up(warm_up)
+        count = lambda: torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        before, graph = count(), torch.cuda.CUDAGraph()
+        # by default a loader's thread that pins a batch meanwhile would break the capture and die of it itself
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            output = fn()
+        self.hidden_bytes += count() - before
+        return graph, output
+
+
+def _warm_up(fn: Callable[[], Any]) -> None:
+    """Compile kernels and measure attention, neither of which a capture may do."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_CALLS):
+            fn()
+    torch.cuda.current_stream().wait_stream(side)
+    # graphs have a pool of their own: what these calls have left would stay beside it
+    torch.cuda.empty_cache()
+
+
+def _signature(inputs: Iterable[Tensor]) -> tuple:
+    return tuple((item.shape, item.dtype) for item in inputs)
+
+
+class Graphed(_Captures):
     """``fn(*inputs)`` as a CUDA graph for each combination of shapes, captured when it is first met.
 
     What ``fn`` reads besides its inputs must keep its address; the output is overwritten by the next call.
@@ -15,28 +63,95 @@ class Graphed:
     """
 
     def __init__(self, fn: Callable[..., Tensor]):
-        self.fn, self.captured = fn, {}
+        super().__init__()
+        self.fn = fn
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        key = tuple((item.shape, item.dtype) for item in inputs)
+        key = _signature(inputs)
         if key not in self.captured:
-            self.captured[key] = self._capture(inputs)
-        graph, static, output = self.captured[key]
+            static = [item.clone() for item in inputs]
+            run = lambda: self.fn(*static)
+            self.captured[key] = static, *self.capture(run, run)
+        static, graph, output = self.captured[key]
         for held, item in zip(static, inputs):
             held.copy_(item)
         graph.replay()
         return output
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+
+class GraphedGradients(_Captures):
+    """A loss and its gradients as one CUDA graph: forward and backward pass with the host's part of a single launch.
+
+    Gradients come from ``torch.autograd.grad`` and are put into ``.grad`` after each replay, always the same tensors: hooks of
+    parameters do not run.  What ``fn`` reads besides its inputs, the parameters among it, must keep its address.
+
+    Args:
+        fn: tensors to ``(loss [], anything)``.
+        parameters: that get a gradient; all of them take part in every loss.
+        graphs: False runs the same without a graph, as on a CPU.
+    """
+
+    def __init__(self, fn: Callable[..., tuple[Tensor, Any]], parameters: Iterable[Tensor], graphs: bool = True):
+        super().__init__()
+        self.fn, self.parameters, self.graphs = fn, list(parameters), graphs
+        self.gradients: list[Tensor] = []
+
+    def __call__(self, *inputs: Tensor, variant: Hashable = None, accumulate: bool = False) -> Any:
+        """What ``fn`` gives besides the loss, overwritten by the next call; gradients are in ``.grad``.
+
+        Args:
+            inputs: of ``fn``.
+            variant: tells apart calls in which ``fn`` does different things with inputs of the same shapes.
+            accumulate: add to the gradients of the call before.
+        """
+        key = (variant, accumulate, _signature(inputs))
+        if key not in self.captured:
+            self.captured[key] = self._prepare(inputs, accumulate)
+        static, graph, output = self.captured[key]
+        for held, item in zip(static, inputs):
+            held.copy_(item)
+        if graph is None:
+            output = self._step(static, accumulate)
+        else:
+            graph.replay()
+        for p, gradient in zip(self.parameters, self.gradients):
+            p.grad = gradient
+        return output
+
+    def _prepare(self, inputs: tuple[Tensor, ...], accumulate: bool) -> tuple[list[Tensor], torch.cuda.CUDAGraph | None, Any]:
+        """Inputs that stay where they are, a graph that reads them, and what it writes."""
         static = [item.clone() for item in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and measures attention, neither of which a capture may do
-            for _ in range(3):
-                self.fn(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # by default a loader's thread that pins a batch meanwhile would break the capture and die of it itself
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self.fn(*static)
-        return graph, static, output
+        if not self.graphs:
+            return static, None, None
+        return static, *self.capture(lambda: self._step(static, accumulate), lambda: self._rehearse(static))
+
+    def _rehearse(self, inputs: list[Tensor]) -> None:
+        """Run every kernel of a step, but leave the gradients alone: accumulation has still to add to them."""
+        gradients = _own(self._gradients(inputs)[1])
+        torch._foreach_add_(gradients, gradients)
+        torch._foreach_copy_(gradients, gradients)
+
+    def _gradients(self, inputs: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        loss, output = self.fn(*inputs)
+        return output, list(torch.autograd.grad(loss, self.parameters))
+
+    def _step(self, inputs: list[Tensor], accumulate: bool) -> Any:
+        output, gradients = self._gradients(inputs)
+        if accumulate:
+            torch._foreach_add_(self.gradients, gradients)
+        elif self.gradients:
+            torch._foreach_copy_(self.gradients, gradients)
+        else:
+            self.gradients = _own(gradients)
+        return output
+
+
+def _own(gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients as dense tensors of which none shares memory with another."""
+    seen: set[int] = set()
+    found = []
+    for gradient in gradients:
+        shared = gradient._is_view() or gradient.data_ptr() in seen or not gradient.is_contiguous()
+        found.append(gradient.clone(memory_format=torch.contiguous_format) if shared else gradient)
+        seen.add(found[-1].data_ptr())
+    return found

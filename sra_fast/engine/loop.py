@@ -36,9 +36,7 @@ def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, ste
         )
         x0 = data.to_latent(batch, draws.posterior)
         times = engine.module.process.times(draws.uniform, draws.gap)
-        loss, parts = engine(x0, y, draws.noise, times, draws.drop, weight)
-        engine.backward(loss)
-        metrics.add({"loss": loss.detach(), **parts})
+        metrics.add(trainer.micro_step(x0, y, draws.noise, times, draws.drop, weight, first=micro_step == 0))
         engine.step()
     if engine.was_step_applied():
         trainer.after_step(teacher_runs=align_weight(cfg.align, step + 1, stream.epoch(step + 1)) > 0)

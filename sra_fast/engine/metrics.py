@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sra_fast.engine.config import Config
+from sra_fast.engine.cuda_graph import hidden_bytes
 from sra_fast.engine.files import write_atomic
 
 # dense matrix rate in FLOP/s by whole words of the GPU's name: bf16 and TF32 (NVIDIA data sheets); the first match counts
@@ -134,7 +135,7 @@ class Metrics:
             means = torch.empty(means.shape, pin_memory=True).copy_(means, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            extra = {**extra, "peak_memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
+            extra = {**extra, "peak_memory_gib": (torch.cuda.max_memory_allocated(self.device) + hidden_bytes()) / 2**30}
         rate = self.count * self.images / (now - self.clock)
         extra = {"step": step, **extra, "images_per_s": rate, "ms_per_step": 1e3 * (now - self.clock) / self.count}
         if self.peak:

@@ -60,7 +60,7 @@ class SRAObjective(nn.Module):
             self.teacher_pass = TeacherPass(teacher.requires_grad_(False), align)
 
     def forward(
-        self, x0: Tensor, y: Tensor, noise: Tensor, times: tuple[Tensor, Tensor], drop: Tensor, weight: float
+        self, x0: Tensor, y: Tensor, noise: Tensor, times: tuple[Tensor, Tensor], drop: Tensor, weight: float | Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch and its parts.
 
@@ -70,14 +70,14 @@ class SRAObjective(nn.Module):
             noise: ``[B, C, H, W]``, shared by both branches.
             times: student's and teacher's ``[B]``.
             drop: ``[B]`` bool: labels replaced by the null class, in both branches.
-            weight: lambda; at 0 the teacher does not run.
+            weight: lambda; at 0 the teacher does not run.  A tensor ``[]`` is not looked at: it does run.
 
         Returns:
             ``(loss [], parts)``: fp32 scalars ``denoise``, ``vb`` (DiT), ``align``, and the mean token norms
             ``student_norm`` (projected features) and ``teacher_norm``.
         """
         noised = self.process.corrupt(x0, noise, *times)
-        if weight == 0:
+        if not isinstance(weight, Tensor) and weight == 0:
             prediction, align = self.student(noised.x, noised.t, y, drop=drop), {}
         else:
             chosen = chosen_images(self.align.fraction, len(x0), x0.device)

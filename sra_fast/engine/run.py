@@ -43,7 +43,7 @@ def prepare(cfg: Config, ds_json: str | None) -> Plan:
     if cfg.monitor.every and cfg.monitor.count < world:
         raise ValueError(f"monitor.count must be at least 1 for each of the {world} processes, got {cfg.monitor.count}")
     stage = zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
-    check_device(cfg, stage, torch.cuda.is_available())
+    check_device(cfg, stage, torch.cuda.is_available(), world)
     cfg.train.zero_stage = stage
     resume = find_resume(cfg)
     if resume:

@@ -35,12 +35,18 @@ def check(cfg: Config) -> None:
     check_sampling(cfg.sample, cfg.model)
 
 
-def check_device(cfg: Config, stage: int, cuda: bool) -> None:
+def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
     """What needs a GPU, or parameters that stay where they are."""
     a, wanted = cfg.align, ("align.teacher_graph", "align.teacher_stream", "train.compile")
     for name, value in zip(wanted, (a.teacher_graph, a.teacher_stream, cfg.train.compile)):
         _require(not value or stage < 3, f"{name} needs a ZeRO stage below 3, got {stage}")
         _require(not value or cuda or name == "train.compile", f"{name} needs a CUDA device")
+    if cfg.train.graph:
+        _require(cuda, "train.graph needs a CUDA device")
+        _require(world == 1 and stage < 3, f"train.graph needs one process and a ZeRO stage below 3, got {world} and {stage}")
+        _require(cfg.optim.implementation == "fused", f"train.graph needs optim.implementation fused, got {cfg.optim.implementation}")
+        other = [name for name, value in zip(wanted[:2], (a.teacher_graph, a.teacher_stream)) if value]
+        _require(not other, f"train.graph holds the teacher too: it goes without {' and '.join(other)}")
     if a.teacher_dtype == "fp8" and a.target != "none":
         _require(stage < 3 and cfg.train.precision == "bf16", "align.teacher_dtype fp8 needs train.precision bf16 and a ZeRO stage below 3")
         width = cfg.model.arguments()["hidden_size"]

@@ -1,0 +1,157 @@
+"""Forward and backward pass as one function of tensors, which a GPU replays as a graph: the training is the same to the bit."""
+import pytest
+import torch
+from zero_worker import tiny
+
+from sra_fast.engine import checkpoint
+from sra_fast.engine.build import build, graphed_step
+from sra_fast.engine.cuda_graph import GraphedGradients, hidden_bytes
+from sra_fast.engine.data import make_dataset
+from sra_fast.engine.distributed import init_distributed
+from sra_fast.engine.loop import train
+from sra_fast.engine.validate import check_device
+
+CUDA = torch.cuda.is_available()
+ARGUMENTS = [
+    "",
+    "--train.micro_batch 8",
+    "--align none",
+    "--align.every 2 --align.fraction 0.5",
+    '--align.schedule milestones --align.milestones {"0":0.0,"2":0.4,"5":0.1} --train.micro_batch 12',
+    "--train.recompute full",
+    "--train.recompute norm --train.residual fp32",
+    "--model.name DiT-S/2 --align.weight 0.04",
+]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Nothing is saved, and attention's backward pass adds in one order."""
+    monkeypatch.setattr(checkpoint, "save", lambda *args: None)
+    monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
+
+
+def run(folder, graphed, stage, precision, args):
+    """Logged rows and the masters, EMA and moments after six steps."""
+    cfg = tiny(stage, precision, "--train.graph", "false", *args.split())
+    trainer = build(cfg, init_distributed())
+    assert trainer.graphed is None
+    if graphed:
+        trainer.graphed = graphed_step(trainer.engine.module, trainer.student, trainer.accumulation, graphs=CUDA)
+    folder.mkdir()
+    rows = train(trainer, make_dataset(cfg), folder)
+    names = ("loss", "align", "denoise", "vb", "grad_norm", "student_norm", "teacher_norm")
+    logged = [{name: row[name] for name in names if name in row} for row in rows]
+    state = [trainer.shards.flats, trainer.ema.flats, *(trainer.shards.state(name) for name in ("exp_avg", "exp_avg_sq"))]
+    state = [[t.clone() for t in tensors] for tensors in state]
+    trainer.engine.destroy()
+    return logged, state
+
+
+# the way of the gradients is what differs between stages
+CASES = [(1, "bf16", args) for args in ARGUMENTS]
+CASES += [(stage, precision, args) for stage, precision in ((2, "fp32"), (0, "bf16"), (0, "fp32")) for args in ARGUMENTS[:2]]
+
+
+@pytest.mark.parametrize("stage, precision, args", CASES)
+def test_the_same_training(tmp_path, stage, precision, args):
+    eager, graphed = (run(tmp_path / name, name == "graphed", stage, precision, args) for name in ("eager", "graphed"))
+    assert eager[0] == graphed[0] and len(eager[0]) == 6
+    for ours, theirs in zip(graphed[1], eager[1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def make(graphs=CUDA):
+    torch.manual_seed(0)
+    device = "cuda" if CUDA else "cpu"
+    layer = torch.nn.Linear(5, 3).to(device)
+    loss = lambda x, y: ((layer(x) - y).square().mean(), {"sum": layer(x).sum()})
+    batches = [(torch.randn(4, 5, device=device), torch.randn(4, 3, device=device)) for _ in range(3)]
+    return layer, loss, batches, GraphedGradients(loss, layer.parameters(), graphs)
+
+
+def expected(layer, loss, batches):
+    layer.zero_grad()
+    for batch in batches:
+        value, output = loss(*batch)
+        value.backward()
+    return [p.grad.clone() for p in layer.parameters()], output["sum"].detach()
+
+
+def test_gradients_and_their_sum():
+    layer, loss, batches, graphed = make()
+    for _ in range(2):  # the second time everything has been captured
+        for count in (1, 3):
+            outputs = [graphed(*batch, accumulate=i > 0)["sum"].clone() for i, batch in enumerate(batches[:count])]
+            found = [p.grad.clone() for p in layer.parameters()]
+            wanted, last = expected(layer, loss, batches[:count])
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(outputs[-1], last)
+
+
+def test_gradients_keep_their_place_though_they_were_taken_away():
+    """The optimizer's table of addresses is made once."""
+    layer, _, batches, graphed = make()
+    places = []
+    for variant in (0, 1, 0):
+        graphed(*batches[0], variant=variant)
+        places.append([p.grad.data_ptr() for p in layer.parameters()])
+        layer.zero_grad(set_to_none=True)
+    assert places[0] == places[1] == places[2]
+    assert len(graphed.captured) == 2
+
+
+def test_shared_and_strided_gradients_become_tensors_of_their_own():
+    a, b, c = (torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3))
+    x = torch.randn(3, 4)
+    # the gradients of a and b are one tensor, that of c is expanded
+    graphed = GraphedGradients(lambda x: (((a + b) * x).sum() + c.sum(), None), [a, b, c], graphs=False)
+    graphed(x)
+    graphed(x, accumulate=True)
+    for p, wanted in ((a, 2 * x), (b, 2 * x), (c, torch.full_like(x, 2.0))):
+        assert p.grad.is_contiguous()
+        torch.testing.assert_close(p.grad, wanted)
+
+
+def test_memory_that_pytorch_does_not_count():
+    before = hidden_bytes()
+    if not CUDA:
+        make()[-1](*make()[2][0])
+        assert hidden_bytes() == before == 0
+        return
+    layer = torch.nn.Linear(1024, 1024, device="cuda")
+    x = torch.randn(2**14, 1024, device="cuda")
+    graphed = GraphedGradients(lambda x: (layer(layer(x).relu()).square().mean(), None), layer.parameters())
+    graphed(x)
+    # two outputs of the layer, one of the activation, their gradients: at least four of 64 MiB at once
+    assert hidden_bytes() - before >= 4 * x.nbytes
+
+
+def test_who_may_ask_for_a_graph():
+    asked = lambda *args: tiny(1, "bf16", "--train.graph", "true", *args)
+    check_device(asked(), 2, cuda=True)
+    for found, stage, world, cuda, message in (
+        (asked(), 1, 1, False, "train.graph needs a CUDA device"),
+        (asked(), 3, 1, True, "one process and a ZeRO stage below 3, got 1 and 3"),
+        (asked(), 1, 2, True, "one process and a ZeRO stage below 3, got 2 and 1"),
+        (asked("--optim.implementation", "torch"), 1, 1, True, "needs optim.implementation fused, got torch"),
+        (asked("--align.teacher_graph", "true"), 1, 1, True, "goes without align.teacher_graph"),
+        (asked("--align.teacher_stream", "true"), 1, 1, True, "goes without align.teacher_stream"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_device(found, stage, cuda, world)
+
+
+def test_a_cpu_has_none():
+    assert CUDA or build(tiny(1, "bf16"), init_distributed()).graphed is None
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_one_gpu_has_a_graph_unless_it_cannot():
+    device = init_distributed()
+    for args, graph in (("", True), ("--train.graph false", False), ("--align.teacher_graph true", False),
+                        ("--optim.implementation torch", False)):  # fmt: skip
+        trainer = build(tiny(1, "bf16", *args.split()), device)
+        assert (trainer.graphed is not None) == graph, args
+        trainer.engine.destroy()
