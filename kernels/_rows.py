@@ -177,7 +177,9 @@ def store_row(ptr, scale_ptr, row, live, v, v2, at, mask, at2, mask2, TAIL: tl.c
             amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))
         scale = e4m3_scale(amax)
         tl.store(scale_ptr + row, scale, mask=live)
-        v, v2 = v / scale, v2 / scale
+        # one division per row, not per element
+        inverse = 1.0 / scale
+        v, v2 = v * inverse, v2 * inverse
     tl.store(ptr + at, v.to(ptr.dtype.element_ty), mask=mask)
     if TAIL:
         tl.store(ptr + at2, v2.to(ptr.dtype.element_ty), mask=mask2)
