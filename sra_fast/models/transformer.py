@@ -104,8 +104,8 @@ class Backbone(nn.Module):
                 f"got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
             )
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
-        # a buffer: mixed-precision wrappers may leave it in fp32.  contiguous: the patches come channels first
-        tokens = (tokens + self.pos_embed.to(tokens.dtype)).contiguous()
+        # a buffer: mixed-precision wrappers may leave it in fp32
+        tokens = tokens + self.pos_embed.to(tokens.dtype)
         return tokens, F.silu(self.t_embedder(t) + self.y_embedder(y, drop))
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None) -> Tensor:
