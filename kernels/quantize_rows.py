@@ -6,7 +6,7 @@ One program of few warps per row, the row in registers: many rows are under way 
 Reference: sra_fast/ops/fp8.py::quantize_rows_ref.
 
 Bytes moved, s per element of x (2 in bf16): (s + 1) M K (x; q) + 4 M (scales).
-Instructions count as well: at 35 per element an H100 would issue for longer than it moves the bytes; here they are 13.4.
+Instructions count as well: with 35 per element an H100 issues for longer than it moves bytes; here they are 13.4.
 """
 import torch
 import triton
@@ -25,7 +25,7 @@ REGISTERS = {"_quantize_rows_kernel": 96}
 def _gelu(x):
     """tanh-GELU as x / (1 + 2^u), u = -2 log2(e) sqrt(2/pi) (x + 0.044715 x^3)."""
     t = 1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x))
-    # one instruction of the special unit, where a division takes five more; beyond t = 2^64 the square is infinite, and 1 / t is 0
+    # 1 / t in two instructions, where a division takes five; beyond t = 2^64 the square is infinite, and 1 / t is 0
     return x * tl.rsqrt(t * t)
 
 

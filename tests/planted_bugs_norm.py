@@ -6,7 +6,8 @@ O_ADALN, O_GATED, MODULATION, REGISTER, BACKEND, ATTENTION = (
     f"sra_fast/ops/{n}.py" for n in ("adaln", "gated_residual", "_modulation", "_register", "_backend", "attention")
 )
 T_ADALN, T_GATED, T_ROWS, T_FAR, T_CONTRACTS, T_ATTENTION, T_SUMS, T_FP8 = (
-    f"tests/ops/test_{n}.py" for n in ("adaln", "gated_residual", "rows", "far_rows", "contracts", "attention", "sum_partials", "fp8")
+    f"tests/ops/test_{n}.py"
+    for n in ("adaln", "gated_residual", "rows", "far_rows", "contracts", "attention", "sum_partials", "fp8")
 )
 
 BUGS = [
@@ -36,7 +37,7 @@ BUGS = [
     ("one image of those side by side", ROWS, "* IMAGES + lane // BLOCK", "* IMAGES", T_SUMS),
     ("the second block of a total", ROWS, "cols = pid * TOTAL_BLOCK + tl", "cols = tl", T_SUMS),
     ("partial sums beyond the first rows", ROWS, "total += tl.sum(", "total = tl.sum(", T_SUMS),
-    ("e4m3: the scale itself, not its inverse", ROWS, "v, v2 = v * inverse, v2 * inverse", "v, v2 = v * scale, v2 * scale", T_FP8),
+    ("e4m3: the scale for its inverse", ROWS, "v, v2 = v * inverse, v2 * inverse", "v, v2 = v * scale, v2 * scale", T_FP8),
     ("e4m3: tail left out of the maximum", ROWS, "amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))", "pass", T_FP8),
     ("quantize: GELU without its cube", QUANTIZE, "0.1029432397", "0.0", T_FP8),
     ("quantize: GELU without its square", QUANTIZE, "tl.rsqrt(t * t)", "tl.rsqrt(t)", T_FP8),

@@ -12,8 +12,8 @@ from sra_fast import ops
 class PatchProjection(nn.Conv2d):
     """A convolution of patches that do not overlap, as one product: ``[B, C, H, W]`` -> ``[B, T, D]``, contiguous.
 
-    Parameters and their initial values are the convolution's.  On CUDA its forward pass and its weight's gradient would be
-    cuDNN's, channels first: passes over [B, D, T] that only change the order.
+    Parameters and their initial values are the convolution's.  On CUDA its forward pass and its weight's gradient
+    would be cuDNN's, channels first: passes over [B, D, T] that only change the order.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):

@@ -55,7 +55,8 @@ def test_parameters_and_randomness_of_a_convolution():
     torch.manual_seed(0)
     theirs, expected = nn.Conv2d(4, 72, 2, stride=2), torch.rand(1)
     assert {name: p.shape for name, p in ours.named_parameters()} == {"weight": (72, 4, 2, 2), "bias": (72,)}
-    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias) and torch.equal(after, expected)
+    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+    assert torch.equal(after, expected)
 
 
 def test_mixed_precision(device):
