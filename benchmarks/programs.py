@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sra_fast import ops
+from sra_fast.engine.build import choose_attention
 from sra_fast.engine.config import Config
 from sra_fast.engine.draws import draw
 from sra_fast.engine.objective import make_process
@@ -26,21 +27,26 @@ class Switches:
     Attributes:
         teacher_copy: the teacher is a copy of the EMA in the training precision, refreshed after every step.
         truncated: the teacher stops at block n.
+        swap: there is no teacher beside the student: the EMA is copied into the live weights, the student runs as teacher, and its
+            weights are copied back.
         kernels: the operators may run their kernels; else SRA_FAST_BACKEND=torch (read by whoever starts the process).
         compile: "blocks" (every block, the layers behind them and the losses), "whole" (forward and losses as one graph).
         backend, mode: of torch.compile.
         adamw: "foreach" or "fused".
         ema: "each" parameter on its own, or "foreach".
+        measured_attention: the fastest of attention's backends, measured; else PyTorch picks.
     """
 
     teacher_copy: bool = False
     truncated: bool = False
+    swap: bool = False
     kernels: bool = False
     compile: str = "no"
     backend: str = "inductor"
     mode: str | None = None
     adamw: str = "foreach"
     ema: str = "each"
+    measured_attention: bool = False
 
 
 def full_depth_features(model: SiT, x: Tensor, t: Tensor, y: Tensor, drop: Tensor, depth: int) -> Tensor:
@@ -67,7 +73,8 @@ class Program:
     def __init__(self, cfg: Config, switches: Switches, data, device: torch.device):
         self.cfg, self.switches, self.data, self.device = cfg, switches, data, device
         torch.manual_seed(cfg.train.seed)
-        self.student = cfg.model.build().to(device).train()
+        with device:
+            self.student = cfg.model.build().train()
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.teacher = self._make_teacher()
         self.process = make_process(cfg)
@@ -79,18 +86,25 @@ class Program:
         self.optimizer = torch.optim.AdamW(
             self.params, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, **named
         )
+        # where the student's weights wait while it is the teacher
+        self.backup = [torch.empty_like(p) for p in self.params] if switches.swap else []
         self.loss_sum = torch.zeros((), device=device)
+        if switches.measured_attention:
+            choose_attention(cfg, cfg.train.global_batch, device)
         self._compile()
 
     def _make_teacher(self) -> torch.nn.Module:
         """The EMA itself, or a copy of the part of it that runs; ``self.copied`` pairs the copy with its source."""
         self.copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        if self.switches.swap:
+            return self.student
         if not self.switches.teacher_copy:
             return self.ema
         cfg, source = self.cfg, dict(self.ema.named_parameters())
-        teacher = cfg.model.build_teacher(cfg.align.teacher_layer) if self.switches.truncated else cfg.model.build()
+        with self.device:
+            teacher = cfg.model.build_teacher(cfg.align.teacher_layer) if self.switches.truncated else cfg.model.build()
         dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-        teacher = teacher.to(self.device, dtype).eval().requires_grad_(False)
+        teacher = teacher.to(dtype).eval().requires_grad_(False)
         self.copied = [*teacher.parameters()], [source[name] for name, _ in teacher.named_parameters()]
         torch._foreach_copy_(*self.copied)
         return teacher
@@ -100,27 +114,45 @@ class Program:
         if self.switches.compile == "whole":
             self.forward = torch.compile(self.forward, **settings)
         elif self.switches.compile == "blocks":
-            for module in (*self.student.blocks, self.student.final_layer, self.student.ap_head, *self.teacher.blocks):
+            teacher = () if self.teacher is self.student else self.teacher.blocks
+            for module in (*self.student.blocks, self.student.final_layer, self.student.ap_head, *teacher):
                 module.compile(**settings)
             self.losses = torch.compile(self.losses, **settings)
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor) -> Tensor:
         """The teacher's, after block n."""
+        if self.switches.swap:
+            return self.swapped_features(x, t, y, drop)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self.switches.truncated:
                 return self.teacher.features(x, t, y, self.cfg.align.teacher_layer, drop)
             return full_depth_features(self.teacher, x, t, y, drop, self.cfg.align.teacher_layer)
+
+    @torch.no_grad()
+    def swapped_features(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor) -> Tensor:
+        """Those of the student with the EMA's weights, run to its end under the student's autocast."""
+        torch._foreach_copy_(self.backup, self.params)
+        torch._foreach_copy_(self.params, self.averages)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            features = full_depth_features(self.student.eval(), x, t, y, drop, self.cfg.align.teacher_layer)
+        self.student.train()
+        torch._foreach_copy_(self.params, self.backup)
+        return features
 
     def losses(self, prediction: Tensor, projected: Tensor, features: Tensor, noised) -> Tensor:
         align, denoise = self.cfg.align, sum(loss.mean() for loss in self.process.losses(prediction, noised).values())
         return denoise + align.weight * ops.align_distance(projected, features, align.distance, beta=align.beta).mean()
 
     def forward(self, noised, y: Tensor, drop: Tensor) -> Tensor:
+        # first the teacher where it borrows the student's weights: what the backward pass will read must not change
+        target = self.features(noised.x_teacher, noised.t_teacher, y, drop) if self.switches.swap else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             prediction, projected = self.student(
                 noised.x, noised.t, y, drop=drop, align_depth=self.cfg.align.student_layer
             )
-        return self.losses(prediction, projected, self.features(noised.x_teacher, noised.t_teacher, y, drop), noised)
+        if target is None:
+            target = self.features(noised.x_teacher, noised.t_teacher, y, drop)
+        return self.losses(prediction, projected, target, noised)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

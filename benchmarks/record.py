@@ -16,7 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # a field is absent where it means nothing; a row without ms is of a variant whose results were wrong
 FIELDS = (
     "kind", "name", "variant", "model", "resolution", "batch", "dtype", "device", "ms", "images_per_s", "mfu",
-    "mfu_with_teacher", "gbps", "percent_of_ceiling", "peak_bytes", "versions", "commit", "command",
+    "mfu_with_teacher", "gbps", "percent_of_ceiling", "peak_bytes", "sm_mhz", "watts", "throttled", "spread",
+    "versions", "commit", "command",
 )  # fmt: skip
 KEY = ("kind", "name", "variant", "model", "resolution", "batch", "dtype", "device", "commit")
 

@@ -30,6 +30,8 @@ LINKS = {"nvlink3": 300e9, "nvlink4": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "p
          "ib200": 25e9, "ib400": 50e9, "ib800": 100e9, "eth100": 12.5e9}  # fmt: skip
 HOP_SECONDS = 3e-6
 MEMORY_SPEED = 3e12
+# what ``predicted`` assumes of an H100: products and attention, passes over memory, the three of four products that fp8 speeds up, gaps
+PRODUCT_SHARE, ATTENTION_RATE, PASS_SHARE, FP8_SPEED, OTHER_SECONDS = 0.70, 250e12, 0.85, 1.5, 1.5e-3
 # bytes per parameter that DeepSpeed moves around a collective of bf16 gradients, by stage: into a bucket, the mean, and out of it
 # (counted in two processes; one process moves none of them)
 GRADIENT_COPIES = (12, 16, 16, 16)
@@ -160,6 +162,29 @@ def assumed(cfg: Config, mfu: float) -> Times:
     update = 40 * Sizes.of(cfg).student / MEMORY_SPEED
     forward, teacher = float(flops["student"]) / 3 / speed, float(flops["teacher"]) / speed
     return Times(forward, teacher, 2 * forward, update)
+
+
+def predicted(cfg: Config) -> Times:
+    """Times of an H100 by arithmetic: FLOPs over what its products reach, bytes over what passes over memory reach.
+
+    Bytes per element of [B, T, D] and block are those of the operators' docstrings: a half-block 8 forward and 12 backward, GELU 16
+    and 24, the gradients of queries, keys and values side by side 12.  A teacher's GELU is part of its product.
+    """
+    a, images = cfg.model.arguments(), cfg.train.global_batch
+    tokens = (a["input_size"] // a["patch_size"]) ** 2
+    elements, blocks = images * tokens * a["hidden_size"], a["depth"]
+    flops, products = step_flops(cfg), PRODUCT_SHARE * PEAK["H100"][0]
+    memory = PASS_SHARE * MEMORY_SPEED
+    # two products, or five backward; counted as products above
+    slow = 4 * tokens * elements * (1 / ATTENTION_RATE - 1 / products)
+    student = images * float(flops["student"]) / 3 / products
+    forward = student + blocks * (elements * 32 / memory + slow)
+    backward = 2 * student + blocks * (elements * 60 / memory + 2.5 * slow)
+    teacher = 0.0
+    if flops["teacher"]:
+        rate = products * (FP8_SPEED if cfg.align.teacher_dtype == "fp8" else 1)
+        teacher = images * float(flops["teacher"]) / rate + cfg.align.teacher_layer * (elements * 16 / memory + slow)
+    return Times(forward, teacher, backward, 42 * Sizes.of(cfg).student / memory, OTHER_SECONDS)
 
 
 def predictions(cfg: Config, times: Times, peak: int | None, cluster: Cluster, gpus: tuple[int, ...]) -> Iterator[dict]:

@@ -1,8 +1,13 @@
-"""One variant of a training step in this process: built, timed, and taken apart into phases and kernels."""
+"""One variant of a training step in this process: built, timed, taken apart into phases and kernels, and given back."""
 import argparse
+import contextlib
+import gc
 import itertools
 import math
+import os
 import statistics
+import time
+from collections.abc import Iterator
 
 import torch
 from measure import copy_bandwidth, matmul_rate
@@ -10,12 +15,16 @@ from phases import Phases, by_family, kernel_times, recorded, time_host, time_st
 from programs import Program
 from variants import REFERENCE, Variant
 
-from sra_fast.engine.build import build
+from sra_fast.engine.build import build, restore_linear
 from sra_fast.engine.config import Config
 from sra_fast.engine.data import ShuffledBatches
 from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import optimizer_step
 from sra_fast.engine.metrics import Metrics, peak_flops, training_flops
+
+
+# device memory that a case may leave to the next one of a process: what libraries keep for themselves
+LEFT_BYTES = 1 << 28
 
 
 class RandomMoments:
@@ -47,6 +56,10 @@ class EngineStep:
 
     def step(self, i: int) -> None:
         optimizer_step(self.trainer, self.batches, self.stream, self.data, i, self.metrics)
+
+    def close(self) -> None:
+        """DeepSpeed keeps hooks on the parameters, which would keep the engine."""
+        self.trainer.engine.destroy()
 
     @property
     def loss_sum(self) -> torch.Tensor:
@@ -101,26 +114,81 @@ def take_apart(run, first: int, steps: int, cuda: bool) -> dict:
     return {"kernels": families, "longest": dict(itertools.islice(kernels.items(), 10)), "phases": times}
 
 
-def measure(args: argparse.Namespace, name: str, case: tuple[str, int, int]) -> dict:
-    """Everything that is measured of one variant of a case (model, resolution, batch), in this process."""
+@contextlib.contextmanager
+def environment_of(variant: Variant) -> Iterator[None]:
+    """The variant's variables, set while it is built and runs: operators read them when they are called or traced."""
+    before = dict(os.environ)
+    os.environ.update(variant.environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def handle(args: argparse.Namespace, request: list) -> dict:
+    """The answer to one request of the parent's: the ceilings, or a variant of a case (model, resolution, batch)."""
+    name, *case, profile = request
+    if name == "ceilings":
+        return ceilings(args.device)
     variant = Variant.parse(name)
+    with environment_of(variant):
+        return measure(args, variant, tuple(case), profile)
+
+
+def release(cuda: bool) -> bool:
+    """Give back what the last case held.  Whether the next one starts as in a new process: not if a kernel has broken the device's
+    context, nor if memory is still held (a ZeRO-3 engine never goes)."""
+    restore_linear()
+    torch._dynamo.reset()
+    gc.collect()
+    if not cuda:
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return torch.cuda.memory_allocated() <= LEFT_BYTES
+
+
+def measure(args: argparse.Namespace, variant: Variant, case: tuple[str, int, int], profile: bool) -> dict:
+    """Everything that is measured of one variant of a case (model, resolution, batch), in this process."""
     cfg = variant.configuration(*case, args.device)
     device, begin = init_distributed(cfg.train.tf32), recorded(cuda=False)
-    run, cuda = make_step(variant, cfg, device, args.reference), device.type == "cuda"
-    last = args.warmup + args.steps
+    cuda = device.type == "cuda"
+    # what earlier cases have left, next to nothing, is not this one's
+    left = torch.cuda.memory_allocated() if cuda else 0
+    run = make_step(variant, cfg, device, args.reference)
+    try:
+        return time_run(args, run, cfg, device, begin, left, profile)
+    finally:
+        getattr(run, "close", lambda: None)()
+
+
+def time_run(args: argparse.Namespace, run, cfg: Config, device: torch.device, begin, left: int, profile: bool) -> dict:
+    """Start-up since ``begin``, the median step, the host's, memory beyond what was ``left``, and where the time goes."""
+    cuda, last = device.type == "cuda", args.warmup + args.steps
     time_steps(run.step, range(min(args.warmup, 1)), cuda)
     host = {"start-up": begin.elapsed_time(recorded(cuda=False))} if args.warmup else {}
+    if args.untimed:
+        time_steps(run.step, range(1, 2), cuda)
+        return {}
     time_steps(run.step, range(1, args.warmup), cuda)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    when = time.time()
     ms = statistics.median(time_steps(run.step, range(args.warmup, last), cuda))
+    found = {"ms": ms, "when": [when, time.time()], "host": host, **rates(cfg, device, ms)}
+    found["peak_bytes"] = torch.cuda.max_memory_allocated() - left if cuda else None
     if cuda:
         host["step"] = statistics.median(time_host(run.step, range(last, last + 5)))
-    found = {"ms": ms, "host": host, **rates(cfg, device, ms), "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
     found["dtype"] = getattr(run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision])
-    if not math.isfinite(float(run.loss_sum)):
-        raise FloatingPointError(f"the loss is {float(run.loss_sum)}: no time of a wrong step is reported")
-    if args.profile:
+    found["loss"] = float(run.loss_sum)
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(f"the loss is {found['loss']}: no time of a wrong step is reported")
+    if args.profile and profile:
         try:
             found |= take_apart(run, last + 5, args.profile, cuda)
         except RuntimeError as error:  # the time is worth having on a machine that does not let itself be profiled

@@ -10,27 +10,30 @@ Variants (`ladder` and `depths` stand for several; settings go behind a +, as in
 Rows of kind "host" are the host's time: "start-up" from the first line of building to the end of the first step, and "step"
 until a step has been launched; where that is shorter than the step itself, Python is hidden behind the device.
 
-Latents are random moments on the device; the rest of the step is the training loop's own.  Every case runs in a process of
-its own, so that its peak memory is its own and one that does not fit stops nothing; rows are written as they come.
+Latents are random moments on the device; the rest of the step is the training loop's own.  All cases run in one process, one
+after the other, so that start-up is paid for once; memory is given back between them and peaks are each case's own (--separate
+gives every case a process).  A case that fails, or does not fit, stops no other; rows are written as they come.  A name given
+twice is built and timed twice: the median counts, and the spread is written beside it.
 """
 import argparse
 import itertools
 import math
-import json
 import os
-import re
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from clocks import Clocks  # noqa: E402
 from record import RowFile, environment, make_row  # noqa: E402
-from variants import Variant, expand  # noqa: E402
+from variants import expand  # noqa: E402
+from worker import Failure, Worker, serve  # noqa: E402
 
 OUT_OF_MEMORY = "OutOfMemoryError"
+Case = tuple[str, int, int]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,62 +42,73 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, nargs="+", default=[256])
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256], help="images per GPU, up to what fits")
     parser.add_argument("--variants", default="plain,sra")
+    parser.add_argument(
+        "--case", nargs=4, action="append", metavar=("MODEL", "PIXELS", "BATCH", "VARIANTS"),
+        help="instead of the four above, as often as wanted: cases in this order",
+    )  # fmt: skip
     parser.add_argument("--reference", help="a checkout of the published code, for the variant reference")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--profile", type=int, default=3, help="steps for the phases and for the kernels; 0: neither")
-    parser.add_argument("--repeat", type=int, default=1, help="processes per case, alternating; the median time counts")
-    parser.add_argument("--time-limit", type=float, default=240, help="seconds for one process")
+    parser.add_argument("--repeat", type=int, default=1, help="times that the variants of a case are gone through")
+    parser.add_argument("--separate", action="store_true", help="a process for every case")
+    parser.add_argument("--time-limit", type=float, default=240, help="seconds for one case")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no case starts, and the last one is ended")
+    parser.add_argument("--untimed", action="store_true", help="run two steps of each variant and write no rows: fills the compilers' caches")
+    parser.add_argument("--shrink", action="store_true", help="try what does not fit with half of the images, until it does")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
     parser.add_argument("--plot", type=Path, help="draw the ladder, and the overhead against the teacher's depth")
-    parser.add_argument("--one", nargs=4, metavar=("VARIANT", "MODEL", "PIXELS", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    counts = (*args.batch, *args.resolution, args.steps, args.repeat)
-    if min(counts) < 1 or min(args.warmup, args.profile) < 0:
-        parser.error(f"batches, pixels, steps and repetitions must be at least 1, got {counts}")
     if args.warmup == 0 and args.device == "cuda":
         parser.error("the first steps on a GPU measure and compile: --warmup must be at least 1")
     try:
-        args.names = {m: expand(args.variants.split(","), m, args.reference is not None) for m in args.model}
+        args.cases = cases_of(args)
     except ValueError as error:
         parser.error(str(error))
+    counts = (*(n for (_, *sizes), _ in args.cases for n in sizes), args.steps, args.repeat)
+    if min(counts) < 1 or min(args.warmup, args.profile) < 0:
+        parser.error(f"batches, pixels, steps and repetitions must be at least 1, got {counts}")
     return args
 
 
-class Failure(Exception):
-    """A case that gave no time; the message says why."""
-
-
-def run_case(argv: list[str], name: str, case: tuple, limit: float, device: str) -> dict:
-    """``step_case.measure`` in a fresh process."""
-    command = [sys.executable, str(Path(__file__)), *argv, "--one", name, *map(str, case)]
-    environ = {**os.environ, **({} if name == "ceilings" else Variant.parse(name).environment)}
-    if device == "cpu":
-        environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise Failure(f"not finished in {limit:.0f} s") from None
-    if done.returncode:
-        # libraries still warn after the error
-        lines = done.stderr.strip().splitlines() or ["?"]
-        raise Failure(next((line for line in reversed(lines) if re.search(r"(Error|error)\b", line)), lines[-1]))
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+def cases_of(args: argparse.Namespace) -> list[tuple[Case, list[str]]]:
+    """Every (model, pixels, images) with its variants, in the order in which they run.  ValueError for unknown variants."""
+    given = args.case
+    if given is None:
+        given = [(*case, args.variants) for case in itertools.product(args.model, args.resolution, sorted(args.batch))]
+    found = []
+    for model, pixels, batch, names in given:
+        variants = expand(names.split(","), model, args.reference is not None)
+        found.append(((model, int(pixels), int(batch)), variants))
+    return found
 
 
 class Session:
     """One run: its ceilings, its rows, what failed."""
 
     def __init__(self, args: argparse.Namespace, argv: list[str]):
-        self.args, self.argv, self.failed, self.tflops = args, argv, 0, math.nan
+        self.args, self.failed, self.tflops = args, 0, math.nan
+        self.end = time.monotonic() + args.budget
         self.where = environment(args.device, "python benchmarks/train_step.py " + " ".join(argv))
         self.file = RowFile(args.json, self.where)
+        self.clocks = Clocks(self.file.path.with_suffix(".clocks.csv") if args.json else None) if args.device == "cuda" else None
+        # inductor's mix-order reductions give wrong gradients for chained adaLN (pytorch #193061)
+        environ = {**os.environ, "TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
+        if args.device == "cpu":
+            environ["CUDA_VISIBLE_DEVICES"] = ""
+        self.worker = Worker([sys.executable, str(Path(__file__)), *argv, "--serve"], environ, args.separate)
         self.too_large: dict[tuple, int] = {}
 
-    def run(self, name: str, case: tuple) -> dict | None:
+    def run(self, name: str, case: Case, profile: bool = True) -> dict | None:
+        limit = min(self.args.time_limit, self.end - time.monotonic())
+        if limit <= 0:
+            print(f"{name:16} {describe(case)}: not run, no time is left", flush=True)
+            self.failed += 1
+            return None
         try:
-            return run_case(self.argv, name, case, self.args.time_limit, self.args.device)
+            return self.worker.ask([name, *case, profile], limit)
         except Failure as failure:
             if OUT_OF_MEMORY in str(failure):
                 self.too_large[name, *case[:2]] = case[2]
@@ -110,40 +124,59 @@ class Session:
         common = {"kind": "train_step", "variant": "torch", **self.where}
         self.file.add(make_row(name="copy", ms=copy_ms, gbps=gbps, **common))
         self.file.add(make_row(name="matmul", ms=matmul_ms, **common))
-        print(f"copy {gbps:.1f} GB/s, matmul {self.tflops:.2f} TFLOP/s")
+        print(f"copy {gbps:.1f} GB/s, matmul {self.tflops:.2f} TFLOP/s", flush=True)
 
-    def record(self, name: str, case: tuple, found: dict) -> None:
+    def record(self, name: str, case: Case, found: dict, spread: float | None) -> None:
         """The rows of one variant: the step, its phases, its families of kernels, the host's time."""
         fields = dict(zip(("model", "resolution", "batch"), case), variant=name, dtype=found["dtype"], **self.where)
         step = {k: found.get(k) for k in ("ms", "images_per_s", "mfu", "mfu_with_teacher", "peak_bytes")}
         ceiling = None if math.isnan(self.tflops) else found["flops_per_s"] / self.tflops / 1e10
-        self.file.add(make_row(kind="train_step", name="step", percent_of_ceiling=ceiling, **step, **fields))
-        for kind, part in (("phase", "phases"), ("kernel_share", "kernels"), ("host", "host")):
+        clocks = found.get("clocks", {})
+        self.file.add(
+            make_row(kind="train_step", name="step", percent_of_ceiling=ceiling, spread=spread, **clocks, **step, **fields)
+        )
+        for kind, part in (("phase", "phases"), ("kernel_share", "kernels"), ("host", "host"), ("kernel", "longest")):
             for label, ms in found.get(part, {}).items():
                 self.file.add(make_row(kind=kind, name=label, ms=ms, **fields))
 
-    def run_case(self, case: tuple) -> None:
-        model, resolution, batch = case
-        names, found = self.args.names[model], {}
+    def fits(self, name: str, case: Case) -> bool:
+        """Whether nothing smaller has been too large."""
+        return case[2] < self.too_large.get((name, *case[:2]), math.inf)
+
+    def run_case(self, case: Case, names: list[str]) -> None:
+        found: dict[str, list[dict]] = {}
         for _, name in itertools.product(range(self.args.repeat), names):
-            if batch >= self.too_large.get((name, model, resolution), math.inf):
+            if not self.fits(name, case):
                 continue
-            result = self.run(name, case)
-            if result is not None:
-                found.setdefault(name, []).append(result)
-                # the process with the median time stands for all
-                median = sorted(found[name], key=lambda each: each["ms"])[(len(found[name]) - 1) // 2]
-                self.record(name, case, median)
-                first = found.get("plain", next(iter(found.values())))[0]["ms"]
-                print_result(name, case, result, first, "plain" in found)
+            result = self.run(name, case, profile=name not in found)
+            if not self.fits(name, case) and self.args.shrink and case[2] > 1:
+                self.run_case((*case[:2], case[2] // 2), [name])
+            if result is None or self.args.untimed:
+                continue
+            if self.clocks is not None:
+                result["clocks"] = self.clocks.between(*result["when"])
+            found.setdefault(name, []).append(result)
+            by_time = sorted(found[name], key=lambda each: each["ms"])
+            # the repetition with the median time stands for all; only the first one is taken apart
+            apart = {k: found[name][0][k] for k in ("phases", "kernels", "longest") if k in found[name][0]}
+            median = by_time[(len(by_time) - 1) // 2] | apart
+            spread = (by_time[-1]["ms"] - by_time[0]["ms"]) / median["ms"] if len(by_time) > 1 else None
+            self.record(name, case, median, spread)
+            first = found.get("plain", next(iter(found.values())))[0]["ms"]
+            print_result(name, case, result, first, "plain" in found)
+
+    def close(self) -> None:
+        self.worker.stop()
+        if self.clocks is not None:
+            self.clocks.stop()
 
 
-def describe(case: tuple) -> str:
+def describe(case: Case) -> str:
     model, resolution, batch = case
     return f"{model} {resolution} px, {batch} images" if model else ""
 
 
-def print_result(name: str, case: tuple, found: dict, first: float, has_plain: bool) -> None:
+def print_result(name: str, case: Case, found: dict, first: float, has_plain: bool) -> None:
     mfu = f", MFU {found['mfu']:.1%} ({found['mfu_with_teacher']:.1%} with the teacher)" if "mfu" in found else ""
     memory = f", {found['peak_bytes'] / 2**30:.1f} GiB" if found["peak_bytes"] else ""
     print(f"{name:16} {describe(case)}: {found['ms']:.1f} ms, {found['images_per_s']:.1f} images/s{mfu}{memory}, "
@@ -160,17 +193,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: --device cpu runs small models", file=sys.stderr)
         return 2
-    if args.one:
-        from step_case import ceilings, measure
+    if args.serve:
+        from step_case import handle, release
 
-        name, model, resolution, batch = args.one
-        case = (model, int(resolution), int(batch))
-        print(json.dumps(ceilings(args.device) if name == "ceilings" else measure(args, name, case)))
+        serve(lambda request: handle(args, request), lambda: release(args.device == "cuda"))
         return 0
     session = Session(args, argv)
-    session.measure_ceilings()
-    for case in itertools.product(args.model, args.resolution, sorted(args.batch)):
-        session.run_case(case)
+    try:
+        if not args.untimed:
+            session.measure_ceilings()
+        for case, names in args.cases:
+            session.run_case(case, names)
+    finally:
+        session.close()
     print(f"{len(session.file.rows)} rows in {session.file.path}")
     if args.plot:
         from plot import draw_steps

@@ -32,13 +32,15 @@ _TRUNCATED = Switches(teacher_copy=True, truncated=True)
 PROGRAMS = {
     "fp32_teacher": Switches(),
     "bf16_teacher": Switches(teacher_copy=True),
+    "swap_ema": Switches(swap=True, adamw="fused", ema="foreach"),
     "truncated": _TRUNCATED,
-    "fused_ops": replace(_TRUNCATED, kernels=True),
-    "strong": replace(_TRUNCATED, compile="blocks", adamw="fused", ema="foreach"),
+    "fused_ops": replace(_TRUNCATED, kernels=True, measured_attention=True),
+    "strong": replace(_TRUNCATED, compile="blocks", adamw="fused", ema="foreach", measured_attention=True),
 }
 NAMES = (REFERENCE, *ENGINE, *PROGRAMS)
-# every rung changes one thing; fp32_teacher is the published program written with this repository's modules
-LADDER = (REFERENCE, "fp32_teacher", "bf16_teacher", "truncated", "fused_ops", "one_pass", "compile", "graph", "fp8")
+# every rung changes one thing, but for swap_ema, which is how other engines run an EMA teacher today; fp32_teacher is the
+# published program written with this repository's modules
+LADDER = (REFERENCE, "fp32_teacher", "swap_ema", "bf16_teacher", "truncated", "fused_ops", "one_pass", "compile", "graph", "fp8")
 
 
 def layers(model: str) -> tuple[int, int, int]:
@@ -64,12 +66,12 @@ def teacher_share(name: str, model: str) -> float:
 
 
 def expand(names: list[str], model: str, has_reference: bool) -> list[str]:
-    """``ladder`` and ``depths`` replaced by what they stand for, in order and once each.
+    """``ladder`` and ``depths`` replaced by what they stand for, in order.
 
     ValueError for unknown names, and for the published code without a checkout; a ladder without one starts higher up.
     """
     groups = {"ladder": LADDER[0 if has_reference else 1 :], "depths": teacher_depths(model)}
-    found = list(dict.fromkeys(each for name in names for each in groups.get(name, (name,))))
+    found = [each for name in names for each in groups.get(name, (name,))]
     if REFERENCE in [Variant.parse(name).base for name in found] and not has_reference:
         raise ValueError("the variant reference needs --reference PATH: a checkout of the published code")
     return found
@@ -104,12 +106,12 @@ class Variant:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that must be set before torch is imported."""
+        """Variables that are set while it is built and runs: no kernel of ours in a program that must do without."""
         if self.switches is None:
             return {}
         backend = {} if self.switches.kernels else {"SRA_FAST_BACKEND": "torch"}
-        # inductor's mix-order reductions give wrong gradients for chained adaLN (pytorch #193061)
-        return {**backend, "TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
+        # with SRA_FAST_BACKEND alone PyTorch picks attention's backend; the best rival measures it, as the engine does
+        return {**backend, "SRA_FAST_ATTENTION": "auto" if self.switches.measured_attention else "sdpa"}
 
     def configuration(self, model: str, resolution: int, batch: int, device: str) -> Config:
         """The engine's configuration of one case; batches are per process, and there is one."""

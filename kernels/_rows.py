@@ -248,7 +248,7 @@ def sum_partials(part: Tensor, *outputs: Tensor, total: Tensor | None = None) ->
     """Sum ``part [M, P, K, D]`` over P into K tensors ``[M, D]``, with ``total [D]`` the last k over M too (contiguous)."""
     M, P, K, D = part.shape
     assert len(outputs) == K - (total is not None) and all(out.is_contiguous() for out in outputs)
-    # a warp has 128 columns, so that no lane of SiT's widths is idle; a thread has eight loads at most, of the total too
+    # a warp has 128 columns, so that no lane of SiT's widths is idle; a thread has at most eight loads, of the total too
     block = 128
     rows = min(triton.next_power_of_2(P), 64)
     images = min(SUM_WARPS, 64 // rows)

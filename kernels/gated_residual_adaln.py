@@ -11,6 +11,7 @@ Reference: sra_fast/ops/gated_residual.py::gated_residual_adaln_ref.
 Bytes, everything moved once, s per element of the [B, T, D] arrays (2 in bf16):
     forward   4 s B T D (x, y; x', h) + 3 s B D (modulation) + 8 B T (statistics)
     backward  6 s B T D (x', y, dx', dh; dx, dy) + 5 s B D (gate, scale; dgate, dshift, dscale) + 8 B T (statistics)
+With x, x' and their gradients in fp32, the others in bf16, B T D elements take 12 bytes forward and 18 backward.
 P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no partial sums: the forward moves
 3 s (P - 1) B D more, the backward (2 s (P - 1) + 24 P) B D (three fp32 sums written and read; a bias: 8 P B D).
 The backward can write h once more, s B T D, for a weight gradient that needs it: nothing is gained by keeping it.
@@ -227,17 +228,18 @@ def gated_residual_adaln_fwd(
     group: Tensor | None,
     eps: float,
     rms: bool,
+    dtype: torch.dtype | None = None,
     h_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x', h, mean (empty for RMS) and rstd; x, y, group contiguous, modulations ``[B, D]`` or ``[B, G, D]``.
 
-    With ``h_scale [B, T]`` h is e4m3, to be multiplied by the scales that are written there.
+    h is of ``dtype``, by default x's.  With ``h_scale [B, T]`` h is e4m3, to be multiplied by the scales that are written there.
     """
     B, T, D = x.shape
     assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
     G = gate.shape[1] if gate.dim() == 3 else 1
     P, rows = split_rows(x, G, 2)
-    x_new, h = x.new_empty(x.shape), x.new_empty(x.shape, dtype=x.dtype if h_scale is None else E4M3)
+    x_new, h = x.new_empty(x.shape), x.new_empty(x.shape, dtype=(dtype or x.dtype) if h_scale is None else E4M3)
     mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((0,) if rms else (B, T), (B, T)))
     config = width_config(D)
     columns = (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
@@ -276,7 +278,7 @@ def gated_residual_adaln_bwd(
     P, rows = split_rows(y, G, 4)
     dx, dy = x_new.new_empty(y.shape), y.new_empty(y.shape)
     dgate, dshift, dscale = (t.new_empty(t.shape) for t in (gate, scale, scale))
-    part, h = y.new_empty(B * G, P, K, D, dtype=torch.float32), x_new.new_empty(0 if shift is None else y.shape)
+    part, h = y.new_empty(B * G, P, K, D, dtype=torch.float32), dh.new_empty(0 if shift is None else y.shape)
     _gated_residual_adaln_bwd_kernel[(B * G * P,)](
         *(x_new, y, bias, gate, scale, shift, group, mean if mean.numel() else None, rstd, dx_new, dh, dx, dy),
         *(None if shift is None else h, part, T, G, P, rows, *mod_strides(gate), *mod_strides(scale)),

@@ -141,3 +141,21 @@ def test_measured_rows_and_what_is_said_without_them(tmp_path, capsys, monkeypat
     written = json.loads(path.read_text())
     assert len(written) == 8 and {r["kind"] for r in written} == {"prediction"} and "(assumed)" in written[0]["device"]
     assert written[0]["ms"] * written[0]["images_per_s"] == pytest.approx(32000)
+
+
+def test_what_arithmetic_says_of_one_gpu():
+    """By hand, for 32 images of SiT-XL/2: FLOPs at 692 TFLOP/s, passes over memory at 2.55 TB/s, attention at 250 TFLOP/s."""
+    cfg = Variant.parse("sra").configuration("SiT-XL/2", 256, 32, "cuda")
+    times = scaling.predicted(cfg)
+    elements, blocks = 32 * 256 * 1152, 28
+    attention = 4 * 256 * elements * (1 / 250e12 - 1 / 692.3e12)
+    # 237.2 GFLOP of the student and 2.7 of its head per image
+    products = 32 * 239.9e9 / 692.3e12
+    assert times.forward == pytest.approx(products + blocks * (elements * 32 / 2.55e12 + attention), rel=2e-3)
+    assert times.backward == pytest.approx(2 * products + blocks * (elements * 60 / 2.55e12 + 2.5 * attention), rel=2e-3)
+    teacher = 32 * 169.4e9 / 692.3e12
+    assert times.teacher == pytest.approx(teacher + 20 * (elements * 16 / 2.55e12 + attention), rel=2e-3)
+    assert times.optimizer == pytest.approx(42 * 680.1e6 / 2.55e12, rel=1e-3)
+    fp8 = scaling.predicted(Variant.parse("sra_fp8").configuration("SiT-XL/2", 256, 32, "cuda"))
+    assert times.teacher - fp8.teacher == pytest.approx(teacher / 3, rel=2e-3)
+    assert scaling.predicted(Variant.parse("plain").configuration("SiT-XL/2", 256, 32, "cuda")).teacher == 0

@@ -14,7 +14,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import phases  # noqa: E402
 import record  # noqa: E402
 import train_step  # noqa: E402
+
 from variants import LADDER, NAMES, Variant, expand, teacher_share  # noqa: E402
+from worker import Worker  # noqa: E402
 
 SMALL = "--device cpu --model SiT-S/8 --resolution 64 --warmup 0 --steps 2".split()
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
@@ -52,8 +54,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def sums():
-    programs = ["fp32_teacher", "bf16_teacher", "truncated", "fused_ops", "strong+backend=aot_eager",
-                "strong+compile=whole+backend=aot_eager"]  # fmt: skip
+    programs = ["fp32_teacher", "swap_ema", "bf16_teacher", "truncated", "fused_ops", "strong+backend=aot_eager",
+                "strong+compile=whole+backend=aot_eager", "swap_ema+compile=blocks+backend=aot_eager"]  # fmt: skip
     # what the comparison must be able to see
     wrong = ["truncated+align.teacher_layer=4", "truncated+train.ema_decay=0.6", "truncated+optim.clip=0"]
     names = ["sra" + TINY, *(name + TINY for name in programs), *("truncated" + TINY + name[9:] for name in wrong)]
@@ -64,10 +66,10 @@ def sums():
 
 
 def test_programs_take_the_engines_steps(sums):
-    engine, *programs = sums[:7]
+    engine, *programs = sums[:9]
     for program in programs:
         assert program == pytest.approx(engine, rel=1e-5)
-    for wrong in sums[7:]:
+    for wrong in sums[9:]:
         assert wrong != pytest.approx(engine, rel=1e-3)
 
 
@@ -132,38 +134,84 @@ def test_unknown_variants_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+STEP = {"images_per_s": 1.0, "flops_per_s": 1.0, "peak_bytes": None, "dtype": "float32", "loss": 1.0}
+
+
 def test_repetitions_alternate_and_the_median_counts(monkeypatch, tmp_path):
     times, tried = {"plain": [3.0, 1.0, 2.0], "sra": [6.0, 9.0, 5.0]}, []
 
-    def run_case(argv, name, *rest):
-        tried.append(name)
+    def ask(self, request, limit):
+        name, *_, profile = request
+        tried.append((name, profile))
         if name == "ceilings":
             raise train_step.Failure("no ceilings")
-        return {"ms": times[name].pop(0), "images_per_s": 1.0, "flops_per_s": 1.0, "peak_bytes": None, "dtype": "float32"}
+        apart = {"phases": {"forward": times[name][0]}} if profile else {}
+        return {"ms": times[name].pop(0), **STEP, **apart}
 
-    monkeypatch.setattr(train_step, "run_case", run_case)
+    monkeypatch.setattr(train_step.Worker, "ask", ask)
     path = tmp_path / "rows.json"
     assert train_step.main(["--device", "cpu", "--batch", "1", "--repeat", "3", "--json", str(path)]) == 1
-    assert tried == ["ceilings", *["plain", "sra"] * 3]
+    # a step is taken apart once
+    assert tried == [("ceilings", True), ("plain", True), ("sra", True), *[("plain", False), ("sra", False)] * 2]
+    rows = json.loads(path.read_text())
+    steps = {row["variant"]: row for row in rows if row["kind"] == "train_step"}
+    assert {name: row["ms"] for name, row in steps.items()} == {"plain": 2.0, "sra": 6.0}
+    assert {name: row["spread"] for name, row in steps.items()} == {"plain": 1.0, "sra": pytest.approx(4 / 6)}
+    assert {row["variant"]: row["ms"] for row in rows if row["kind"] == "phase"} == {"plain": 3.0, "sra": 6.0}
     # nothing can be said about the ceiling
-    assert [(row["ms"], "percent_of_ceiling" in row) for row in json.loads(path.read_text())] == [(2.0, False), (6.0, False)]
+    assert not any("percent_of_ceiling" in row for row in rows)
+
+
+def test_cases_run_in_the_order_given(monkeypatch, tmp_path):
+    tried = []
+
+    def ask(self, request, limit):
+        tried.append(tuple(request[:4]))
+        return {"copy": [1.0, 1.0], "matmul": [1.0, 1.0]} if request[0] == "ceilings" else {"ms": 1.0, **STEP}
+
+    monkeypatch.setattr(train_step.Worker, "ask", ask)
+    words = ["--case", "SiT-S/8", "64", "4", "sra,plain,sra", "--case", "SiT-S/4", "32", "2", "plain"]
+    assert train_step.main(["--device", "cpu", *words, "--json", str(tmp_path / "rows.json")]) == 0
+    large, small = ("SiT-S/8", 64, 4), ("SiT-S/4", 32, 2)
+    assert tried[1:] == [("sra", *large), ("plain", *large), ("sra", *large), ("plain", *small)]
 
 
 def test_what_does_not_fit_is_not_tried_larger(monkeypatch, tmp_path):
     tried = []
 
-    def run_case(argv, name, case, *rest):
-        tried.append((name, case[2]))
-        if name == "sra" and case[2] >= 64:
+    def ask(self, request, limit):
+        name, _, _, batch, _ = request
+        tried.append((name, batch))
+        if name == "sra" and batch >= 64:
             raise train_step.Failure("torch.OutOfMemoryError: CUDA out of memory")
         if name == "ceilings":
             return {"copy": [1.0, 1.0], "matmul": [1.0, 1.0]}
-        return {"ms": 1.0, "images_per_s": 1.0, "flops_per_s": 1.0, "peak_bytes": None, "dtype": "float32"}
+        return {"ms": 1.0, **STEP}
 
-    monkeypatch.setattr(train_step, "run_case", run_case)
+    monkeypatch.setattr(train_step.Worker, "ask", ask)
     command = ["--device", "cpu", "--batch", "128", "32", "64", "--json", str(tmp_path / "rows.json")]
     assert train_step.main(command) == 0
     assert [name for name, batch in tried if batch == 128] == ["plain"] and ("sra", 64) in tried
+
+
+def test_what_no_time_is_left_for_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step.Worker, "ask", lambda *args: pytest.fail("nothing may start"))
+    command = ["--device", "cpu", "--batch", "1", "--budget", "0", "--json", str(tmp_path / "rows.json")]
+    assert train_step.main(command) == 1
+    assert "plain            SiT-XL/2 256 px, 1 images: not run, no time is left" in capsys.readouterr().out
+
+
+def test_one_process_gives_what_separate_processes_give():
+    """Losses to the bit: nothing of an earlier case, its backend, its compiled code or its seeds, reaches the next."""
+    command = [sys.executable, "benchmarks/train_step.py", *SMALL, "--profile", "0", "--serve"]
+    losses = []
+    for separate in (False, True):
+        worker = Worker(command, ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}, separate)
+        names = [name + TINY for name in ("plain", "sra", "strong+backend=aot_eager", "sra")]
+        losses.append([worker.ask([name, "SiT-S/8", 64, 2, False], 200)["loss"] for name in names])
+        worker.stop()
+    assert losses[0] == losses[1] and losses[0][1] == losses[0][3]
+    assert len(set(losses[0][:2])) == 2, "with and without alignment"
 
 
 PUBLISHED_MODEL = """
@@ -231,7 +279,7 @@ def test_the_published_loop_learns_and_moves_its_teacher(checkout):
 
 def test_ladder_and_depths():
     assert expand(["ladder"], "SiT-XL/2", True)[:2] == ["reference", "fp32_teacher"] and set(LADDER) < set(NAMES)
-    assert expand(["plain", "ladder", "plain"], "SiT-XL/2", False) == ["plain", *LADDER[1:]]
+    assert expand(["plain", "ladder", "plain"], "SiT-XL/2", False) == ["plain", *LADDER[1:], "plain"]
     depths = expand(["depths"], "SiT-XL/2", False)
     assert [teacher_share(name, "SiT-XL/2") for name in depths] == [0.25, 0.5, 0.75, 1.0]
     assert teacher_share("sra", "SiT-XL/2") == 20 / 28
@@ -239,11 +287,14 @@ def test_ladder_and_depths():
     assert (cfg.align.student_layer, cfg.align.teacher_layer, cfg.model.input_size) == (7, 7, 64)
     # the engine knows every option that the variants set
     assert Variant.parse("fp8").configuration("SiT-XL/2", 256, 8, "cuda").align.teacher_dtype == "fp8"
-    assert [Variant.parse(name).configuration("SiT-B/2", 256, 8, "cuda").train.compile for name in LADDER[5:]] == [
+    assert [Variant.parse(name).configuration("SiT-B/2", 256, 8, "cuda").train.compile for name in LADDER[6:]] == [
         False, True, True, True
     ]
-    # only programs without our kernels are told so, before torch is imported
+    # only programs without our kernels are told so
     backends = {name: Variant.parse(name).environment.get("SRA_FAST_BACKEND") for name in NAMES}
     assert {name for name, backend in backends.items() if backend == "torch"} == {
-        "fp32_teacher", "bf16_teacher", "truncated", "strong"
+        "fp32_teacher", "bf16_teacher", "swap_ema", "truncated", "strong"
     }
+    # the best rival and the engine take the backend of attention that is the fastest
+    attention = {name for name in NAMES if Variant.parse(name).environment.get("SRA_FAST_ATTENTION", "auto") == "auto"}
+    assert attention >= {"strong", "fused_ops", "sra", "plain"} and not attention & {"truncated", "swap_ema", "fp32_teacher"}

@@ -147,6 +147,9 @@ class TrainConfig:
     """images per process and forward pass; the rest is accumulated (default: all of the process's share)"""
     precision: Literal["bf16", "fp32"] = "bf16"
     """of weights and activations; master weights and EMA are always fp32"""
+    residual: Literal["bf16", "fp32"] = "bf16"
+    """dtype of the residual stream in bf16 training, of student and teacher; fp32 is what the published code has (its position
+    embedding is fp32, and autocast rounds inside the half-blocks only)"""
     compile: bool = False
     """torch.compile each block (ZeRO 0-2)"""
     recompute: Literal["none", "norm", "full"] = "none"

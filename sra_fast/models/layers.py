@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sra_fast import ops
+from sra_fast.ops._backend import autocast
 
 
 class PatchProjection(nn.Conv2d):
@@ -117,7 +118,7 @@ Pending = tuple[Tensor, Tensor, Tensor | None]
 class Block(nn.Module):
     """adaLN-Zero transformer block.
 
-    Takes the residual stream ``x [B, T, D]``, the conditioning ``c [B, D]`` behind its SiLU, which every block's modulation
+    Takes the residual stream ``x [B, T, D]``, of the weights' dtype or in fp32, the conditioning ``c [B, D]`` behind its SiLU, which every block's modulation
     shares, and what the block before left pending, and returns the stream and what it leaves pending itself: so that the gate
     of one half-block, the addition and the norm of the next are one pass, across blocks too.
 
@@ -183,6 +184,8 @@ class ProjectionHead(nn.Module):
         self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not autocast(x):  # which rounds features of a residual stream in fp32 itself
+            x = x.to(self.linear1.weight.dtype)
         return self.linear2(self.act(self.linear1(x)))
 
 

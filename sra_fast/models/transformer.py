@@ -1,6 +1,7 @@
 """SiT and DiT: one backbone (embedders and adaLN-Zero blocks), a prediction layer and SRA's projection head."""
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,9 +32,15 @@ class Backbone(nn.Module):
         num_classes: number of classes; labels lie in ``[0, num_classes)``, the null class is ``num_classes``.
         qk_norm: LayerNorm on the queries and keys of each head.
 
+    Attributes:
+        residual_dtype: of the residual stream; None: the weights'.  In fp32, additions of 28 blocks are not rounded to bf16 one by
+            one (the published code's stream is fp32 under its autocast), and every pass over the stream moves half as much more.
+
     Raises:
         ValueError: sizes that do not divide, or a probability outside [0, 1].
     """
+
+    residual_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -105,7 +112,8 @@ class Backbone(nn.Module):
             )
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         # a buffer: mixed-precision wrappers may leave it in fp32
-        tokens = tokens + self.pos_embed.to(tokens.dtype)
+        dtype = self.residual_dtype or tokens.dtype
+        tokens = tokens.to(dtype) + self.pos_embed.to(dtype)
         return tokens, F.silu(self.t_embedder(t) + self.y_embedder(y, drop))
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None) -> Tensor:

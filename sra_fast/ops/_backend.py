@@ -28,6 +28,11 @@ def use_triton(x: Tensor, backend: str | None) -> bool:
     return backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64)
 
 
+def autocast(x: Tensor) -> bool:
+    """Whether dtypes are autocast's to choose."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def upcast(x: Tensor) -> Tensor:
     """fp32, or fp64 where the input is fp64: what every reference computes in."""
     return x if x.dtype == torch.float64 else x.float()

@@ -15,8 +15,10 @@ def check(
     *,
     bias: Tensor | None = None,
     per_token: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise ValueError unless ``arrays`` are shaped as ``x [B, T, D]`` and ``modulation`` as the docstrings say."""
+    """Raise ValueError unless ``arrays`` are shaped as ``x [B, T, D]`` and ``modulation`` as the docstrings say; ``dtype`` is that of
+    an output."""
     named = {"x": x, **arrays, **modulation} | ({} if bias is None else {"bias": bias})
     if not _shapes_fit(x, list(arrays.values()), list(modulation.values()), group, bias, per_token):
         per_image = f"{', '.join(modulation)} [B, D]" + (" or [B, T, D]" if per_token else "")
@@ -27,6 +29,8 @@ def check(
         )
     if not all(t.dtype in FLOAT_DTYPES for t in named.values()):
         raise ValueError(f"expected floating-point tensors, got { {name: t.dtype for name, t in named.items()} }")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"expected a floating-point dtype of the output, got {dtype}")
     if group is not None and (group.is_floating_point() or group.is_complex() or group.dtype == torch.bool):
         raise ValueError(f"expected an integer group, got {group.dtype}")
     devices = {t.device for t in named.values()} | ({group.device} if group is not None else set())
@@ -46,9 +50,12 @@ def _shapes_fit(x: Tensor, arrays: list, modulation: list, group: Tensor | None,
     return fits and all(t.shape == first for t in modulation) and (bias is None or bias.shape == (D,))
 
 
-def runs_kernel(kernels: ModuleType, backend: str | None, x: Tensor, *others: Tensor) -> bool:
-    """True if the kernel takes ``x [B, T, D]``: fp64, empty and very wide tensors go to the reference."""
-    if not use_triton(x, backend) or x.numel() == 0 or any(t.dtype == torch.float64 for t in (x, *others)):
+def runs_kernel(
+    kernels: ModuleType, backend: str | None, x: Tensor, *others: Tensor, dtype: torch.dtype | None = None
+) -> bool:
+    """True if the kernel takes ``x [B, T, D]``: fp64 (of the output too), empty and very wide tensors go to the reference."""
+    dtypes = {dtype, *(t.dtype for t in (x, *others))}
+    if not use_triton(x, backend) or x.numel() == 0 or torch.float64 in dtypes:
         return False
     D = x.shape[2]
     if D > kernels.MAX_WIDTH:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sra_fast.kernels import adaln as kernels
 from sra_fast.kernels import concat_columns as concat_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
-from sra_fast.ops._backend import log_once
+from sra_fast.ops._backend import autocast, log_once
 from sra_fast.ops._modulation import check, in_place, runs_kernel
 from sra_fast.ops._register import apply, once, register, wants_grad
 from sra_fast.ops.adaln import _bwd, _fwd, adaln, check_norm
@@ -26,11 +26,11 @@ _concat = register(
 )  # fmt: skip
 
 
-def normed(x, y, y_bias, gate, shift, scale, group, eps, rms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x' (without y: x itself), h, mean and rstd, by the kernels."""
+def normed(x, y, y_bias, gate, shift, scale, group, eps, rms, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x' (without y: x itself), h of ``dtype``, mean and rstd, by the kernels."""
     if y is None:
-        return x, *_fwd(x, shift, scale, group, eps, rms)
-    return _fused_fwd(x, y, y_bias, gate, shift, scale, group, eps, rms)
+        return x, *_fwd(x, shift, scale, group, eps, rms, dtype)
+    return _fused_fwd(x, y, y_bias, gate, shift, scale, group, eps, rms, dtype)
 
 
 def normed_backward(again, dx_new, dh, x_new, y, y_bias, gate, shift, scale, group, mean, rstd) -> tuple[Tensor | None, ...]:
@@ -72,7 +72,7 @@ def _backward(wanted, parts, dx_new, *tensors):
 class _AdaLNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, y_bias, gate, shift, scale, group, weight, bias, eps, rms, recompute, parts):
-        x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms)
+        x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms, weight.dtype)
         kept = None if recompute or not ctx.needs_input_grad[7] else h
         ctx.save_for_backward(weight, kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
         ctx.set_materialize_grads(False)
@@ -99,7 +99,7 @@ def upstream_gradients(grads: tuple[Tensor | None, ...], x_new: Tensor, weight: 
     """Those of x' (None without one) and of the ``parts`` of the output of the layer with ``weight [N, K]``."""
     dx_new = grads[0].contiguous() if len(grads) > parts and grads[0] is not None else None
     shape = *x_new.shape[:2], weight.shape[0] // parts
-    return [dx_new, *(x_new.new_zeros(shape) if grad is None else grad for grad in grads[-parts:])]
+    return [dx_new, *(weight.new_zeros(shape) if grad is None else grad for grad in grads[-parts:])]
 
 
 def parts_of(residual: Residual | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -121,21 +121,28 @@ def compose(x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, 
     return gated_residual_adaln(x, y, gate, shift, scale, eps, bias=bias, **options)
 
 
-def autocast(x: Tensor) -> bool:
-    """Whether dtypes are autocast's to choose."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+def dtype_of_rows(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the normed rows: what the product reads.  Autocast rounds them itself."""
+    return x.dtype if autocast(x) else weight.dtype
 
 
-def check_layer(x: Tensor, in_features: int | None, weight: Tensor, bias: Tensor | None) -> int:
-    """ValueError unless they are those of a linear layer for so many features (None: those of ``x``); its number of outputs."""
+def check_layer(
+    x: Tensor, in_features: int | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> int:
+    """ValueError unless they are those of a linear layer for so many features (None: those of ``x``); its number of outputs.
+
+    Its dtype is ``dtype``; without one x's, or any under a residual stream in fp32.
+    """
     if x.dim() != 3:
         raise ValueError(f"expected x [B, T, D], got {[*x.shape]}")
     in_features = x.shape[2] if in_features is None else in_features
     given = [weight] if bias is None else [weight, bias]
     fits = weight.dim() == 2 and weight.shape[1] == in_features and (bias is None or bias.shape == weight.shape[:1])
-    if not fits or any(t.device != x.device or (t.dtype != x.dtype and not autocast(x)) for t in given):
+    if dtype is None:
+        dtype = weight.dtype if x.dtype == torch.float32 and weight.is_floating_point() else x.dtype
+    if not fits or any(t.device != x.device or (t.dtype != dtype and not autocast(x)) for t in given):
         got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
-        raise ValueError(f"expected weight [N, {in_features}] and bias [N] of dtype {x.dtype} on {x.device}, got {got}")
+        raise ValueError(f"expected weight [N, {in_features}] and bias [N] of dtype {dtype} on {x.device}, got {got}")
     return weight.shape[0]
 
 
@@ -143,7 +150,7 @@ def prepare(
     x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, group: Tensor | None, norm: str, backend: str | None,
     recompute: bool, *layers: Tensor | None,
 ) -> tuple | None:
-    """The arguments of ``normed`` but its last two, checked, if the Function runs: where a gradient is wanted, with the kernels
+    """The arguments of ``normed`` but its last three, checked, if the Function runs: where a gradient is wanted, with the kernels
     and without autocast.  None: ``compose``, which checks for itself."""
     y, gate, bias = parts_of(residual)
     vectors = bias, gate, shift, scale
@@ -188,8 +195,8 @@ def adaln_linear(
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32.
         shift: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice of the 6*D adaLN projection is used in place.
         scale: shaped as ``shift``.
-        weight: ``[N, D]`` of x's dtype.
-        bias: ``[N]`` or None.
+        weight: ``[N, D]`` of x's dtype, or of any if x is fp32: the normed rows are then written in the weight's.
+        bias: ``[N]`` of the weight's dtype or None.
         eps: added to the variance (of RMS: to the mean square).
         residual: ``(y, gate)`` or ``(y, gate, y_bias)``: output ``[B, T, D]`` and gate (shaped as ``shift``) of the half-block
             that ends, and the bias ``[D]`` that its last layer left out; None: x' is x.
@@ -202,8 +209,8 @@ def adaln_linear(
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
-        ``(x' [B, T, D], out [B, T, N])`` in x's dtype (under autocast out in autocast's), out as a tuple of ``parts`` if
-        they are several.
+        ``(x' [B, T, D], out [B, T, N])``, x' in x's dtype, out in the weight's (under autocast in autocast's), as a tuple of
+        ``parts`` if they are several.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
@@ -213,7 +220,7 @@ def adaln_linear(
         raise ValueError(f"expected parts 1, 2 or 3 that divide the {N} outputs of weight, got {parts}")
     given = prepare(x, residual, shift, scale, group, norm, backend, recompute, weight, bias)
     if given is None:
-        x, h = compose(x, residual, shift, scale, eps, norm=norm, group=group, backend=backend)
+        x, h = compose(x, residual, shift, scale, eps, norm=norm, group=group, dtype=dtype_of_rows(x, weight), backend=backend)
         out = F.linear(h, weight, bias)
         out = out.chunk(parts, dim=2) if parts > 1 else (out,)
     else:

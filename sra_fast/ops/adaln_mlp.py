@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import gelu as kernels
+from sra_fast.ops._backend import autocast
 from sra_fast.ops._register import apply, once, register
 from sra_fast.ops.adaln_linear import (
-    Residual, check_layer, compose, normed, normed_backward, prepare, unflatten, upstream_gradients,
+    Residual, check_layer, compose, dtype_of_rows, normed, normed_backward, prepare, unflatten, upstream_gradients,
     weight_gradient,
 )
 from sra_fast.ops.linear_gelu import linear_gelu
@@ -35,7 +36,7 @@ def _backward(wanted, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
 class _AdaLNMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, y_bias, gate, shift, scale, group, weight1, bias1, weight2, bias2, eps, rms, recompute):
-        x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms)
+        x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms, weight1.dtype)
         a = F.linear(h.flatten(0, 1), weight1, bias1)
         hidden = F.gelu(a, approximate="tanh")
         first, _, second, _ = ctx.needs_input_grad[7:11]
@@ -80,23 +81,25 @@ def adaln_mlp(
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32.
         shift: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice of the 6*D adaLN projection is used in place.
         scale: shaped as ``shift``.
-        weight1: ``[K, D]`` of x's dtype.
+        weight1: ``[K, D]`` of x's dtype, or of any if x is fp32: everything inside is then of the weight's.
         bias1: ``[K]`` or None.
         weight2: ``[N, K]``.
         bias2: ``[N]``, or None: what adds the output to the residual stream can add it, and have its gradient for free.
         eps, residual, norm, group, recompute, backend: see ``adaln_linear``.
 
     Returns:
-        ``(x' [B, T, D], out [B, T, N])`` in x's dtype (under autocast out in autocast's).
+        ``(x' [B, T, D], out [B, T, N])``, x' in x's dtype, out in the weights' (under autocast in autocast's).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
     layers = weight1, bias1, weight2, bias2
-    check_layer(x, check_layer(x, None, *layers[:2]), *layers[2:])
+    check_layer(x, check_layer(x, None, *layers[:2]), *layers[2:], dtype=None if autocast(x) else weight1.dtype)
     given = prepare(x, residual, shift, scale, group, norm, backend, recompute, *layers)
     if given is None:
-        x, h = compose(x, residual, shift, scale, eps, norm=norm, group=group, backend=backend)
+        x, h = compose(
+            x, residual, shift, scale, eps, norm=norm, group=group, dtype=dtype_of_rows(x, weight1), backend=backend
+        )
         zero = bias1 if bias1 is not None else weight1.new_zeros(weight1.shape[0])
         return x, F.linear(linear_gelu(h, weight1, zero, backend=backend), weight2, bias2)
     out = apply(_AdaLNMlp, *given, *layers, eps, norm == "rms", recompute)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sra_fast.ops._backend import autocast
+
 log = logging.getLogger("sra_fast")
 
 # PyTorch's own; "sdpa" lets PyTorch pick
@@ -62,43 +64,74 @@ def _candidates(q: Tensor, groups: Tensor | None) -> list[str]:
     return ["sdpa", "cudnn", "flash", "efficient", *packages]
 
 
-def _milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median device time of ``run`` after three unmeasured calls."""
+# cycles for which the device is kept busy until a round of calls is queued: 20 ms at 2 GHz
+_BUSY_CYCLES = 40_000_000
+
+
+def _milliseconds(run: Callable[[], object], calls: int = 10, rounds: int = 3) -> float:
+    """Device time of one call of ``run``: the median of ``rounds``, after three unmeasured calls.
+
+    A call takes the host longer than the device: the device waits until all calls of a round are queued, or it would be the
+    host that is timed.
+    """
     for _ in range(3):
         run()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in events:
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(_BUSY_CYCLES)
         begin.record()
-        run()
+        for _ in range(calls):
+            run()
         end.record()
-    torch.cuda.synchronize()
-    return sorted(begin.elapsed_time(end) for begin, end in events)[repeats // 2]
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls)
+    return sorted(times)[rounds // 2]
 
 
-def _measure(q: Tensor, groups: Tensor | None, training: bool) -> str:
-    """The candidate with the least time for forward, or forward and backward, on random data shaped as ``q``."""
+def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers in the shape, the dtype and the strides of ``x``: views of one projection stay such views."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).normal_(generator=generator)
+
+
+def _timed_step(name: str, inputs: list[Tensor], groups: Tensor | None, dout: Tensor, training: bool) -> list[Tensor]:
+    """Forward, or forward and backward, to rows of tokens ``[B T, H d]``.
+
+    The layers around attention read its output and its gradients as such rows: a backend that leaves them in another order
+    pays for the copy here, as it does there.
+    """
+    rows = lambda x: x.flatten(2).flatten(0, 1)
+    out = rows(_run(name, *inputs, groups))
+    return [rows(grad) for grad in torch.autograd.grad(out, inputs, dout)] if training else [out]
+
+
+def backend_times(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> dict[str, float]:
+    """Milliseconds of every candidate that runs, on random data laid out as the inputs."""
     # a generator of its own: the training run's random numbers must not depend on what was measured
     generator = torch.Generator(q.device).manual_seed(0)
-    random = lambda: torch.randn(q.shape, dtype=q.dtype, device=q.device, generator=generator)
-    inputs, dout = [random().requires_grad_(training) for _ in range(3)], random()
-    times: dict[str, float] = {}
+    inputs = [_random_like(x, generator).requires_grad_(training) for x in (q, k, v)]
+    dout = torch.randn(q.shape[0] * q.shape[1], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device, generator=generator)
+    times = {}
     for name in _candidates(q, groups):
-
-        def step(name=name):
-            out = _run(name, *inputs, groups)
-            return torch.autograd.grad(out, inputs, dout) if training else out
-
         try:
-            times[name] = _milliseconds(step)
+            times[name] = _milliseconds(lambda name=name: _timed_step(name, inputs, groups, dout, training))
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             log.info("attention: %s cannot run %s %s: %s", name, [*q.shape], q.dtype, str(error).partition("\n")[0])
+    return times
+
+
+def _measure(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> str:
+    """The candidate with the least time for forward, or forward and backward."""
+    times = backend_times(q, k, v, groups, training)
     best = min(times, key=times.get, default="sdpa")
     listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
-    log.info("attention: %s for %s %s (%s)", best, [*q.shape], q.dtype, listed or "nothing could be measured")
+    what = "forward and backward" if training else "forward"
+    log.info("attention: %s for %s of %s %s (%s)", best, what, [*q.shape], q.dtype, listed or "nothing could be measured")
     return best
 
 
-def _choose(q: Tensor, groups: Tensor | None, training: bool) -> str:
+def _choose(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> str:
     """The measured backend for this shape; measured now if it is new and measuring is possible."""
     key = (q.device, q.dtype, q.shape[0].bit_length(), *q.shape[1:], groups is not None, training)
     if key in _chosen:
@@ -112,7 +145,7 @@ def _choose(q: Tensor, groups: Tensor | None, training: bool) -> str:
 
     def work():
         torch.cuda.set_device(q.device)
-        _chosen[key] = _measure(q.detach(), groups, training)
+        _chosen[key] = _measure(q.detach(), k.detach(), v.detach(), groups, training)
 
     # a thread has no saved-tensor hooks, autocast or no_grad of the caller's: activation checkpointing, which counts
     # the tensors that are saved, must not see those of the measurement
@@ -147,7 +180,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; ``backend`` is unknown, not installed, or takes no groups.
     """
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # what autocast does to scaled_dot_product_attention itself
+    if autocast(q):  # what autocast does to scaled_dot_product_attention itself
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, groups)
     if backend is None:
@@ -159,7 +192,7 @@ def attention(
         raise ValueError(f"backend {backend!r} needs the package {_PACKAGES[backend]} and takes no groups")
     if backend == "auto" and q.is_cuda and q.numel():
         training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        backend = _choose(q, groups, training)
+        backend = _choose(q, k, v, groups, training)
     return _run("sdpa" if backend in ("auto", "torch") else backend, q, k, v, groups)
 
 

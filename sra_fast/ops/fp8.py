@@ -99,12 +99,13 @@ def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return adaln_kernels.adaln_fwd(x, shift, scale, None, eps, False, h_scale)[0], h_scale
+    return adaln_kernels.adaln_fwd(x, shift, scale, None, eps, False, y_scale=h_scale)[0], h_scale
 
 
 def _fused(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return *fused_kernels.gated_residual_adaln_fwd(x, y, None, gate, shift, scale, None, eps, False, h_scale)[:2], h_scale
+    x_new, h, *_ = fused_kernels.gated_residual_adaln_fwd(x, y, None, gate, shift, scale, None, eps, False, h_scale=h_scale)
+    return x_new, h, h_scale
 
 
 _quantize_op = register(

@@ -29,10 +29,11 @@ def gated_residual_adaln_ref(
     norm: str = "layer",
     bias: Tensor | None = None,
     group: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: x' is rounded to x's dtype, and it is the rounded x' that is normalised."""
     x = gated_residual_ref(x, y, gate, bias=bias, group=group)
-    return x, adaln_ref(x, shift, scale, eps, norm=norm, group=group)
+    return x, adaln_ref(x, shift, scale, eps, norm=norm, group=group, dtype=dtype)
 
 
 def _empty_or(like: Tensor, shape: Tensor | None) -> Tensor:
@@ -51,10 +52,11 @@ _bwd = register(
 )
 _fused_fwd = register(
     "gated_residual_adaln_fwd(Tensor x, Tensor y, Tensor? bias, Tensor gate, Tensor shift, Tensor scale, Tensor? group,"
-    " float eps, bool rms) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float eps, bool rms, ScalarType? dtype=None) -> (Tensor, Tensor, Tensor, Tensor)",
     fused_kernels.gated_residual_adaln_fwd,
-    lambda x, y, bias, gate, shift, scale, group, eps, rms: (
-        *(x.new_empty(x.shape) for _ in range(2)),
+    lambda x, y, bias, gate, shift, scale, group, eps, rms, dtype=None: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=dtype or x.dtype),
         x.new_empty((0,) if rms else x.shape[:2], dtype=torch.float32),
         x.new_empty(x.shape[:2], dtype=torch.float32),
     ),
@@ -67,7 +69,7 @@ _fused_bwd = register(
     lambda dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd, shift: (
         *(t.new_empty(t.shape) for t in (x_new, y, gate, scale, scale)),
         _empty_or(y, bias),
-        x_new.new_empty(0 if shift is None else x_new.shape),
+        dh.new_empty(0 if shift is None else x_new.shape),
     ),
 )
 
@@ -89,9 +91,9 @@ class _GatedResidual(torch.autograd.Function):
 
 class _GatedResidualAdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, bias, gate, shift, scale, group, eps, rms):
+    def forward(ctx, x, y, bias, gate, shift, scale, group, eps, rms, dtype):
         y = y.contiguous()
-        x_new, h, mean, rstd = _fused_fwd(x.contiguous(), y, bias, gate, shift, scale, group, eps, rms)
+        x_new, h, mean, rstd = _fused_fwd(x.contiguous(), y, bias, gate, shift, scale, group, eps, rms, dtype)
         ctx.save_for_backward(x_new, y, bias, gate, scale, group, mean, rstd)
         ctx.set_materialize_grads(False)
         return x_new, h
@@ -102,7 +104,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         dx_new = None if dx_new is None else dx_new.contiguous()
         dh = torch.zeros_like(x_new) if dh is None else dh.contiguous()
         dx, dy, dgate, dshift, dscale, dbias, _ = once(_fused_bwd, dx_new, dh, x_new, *saved, None)
-        return dx, dy, None if saved[1] is None else dbias, dgate, dshift, dscale, None, None, None
+        return dx, dy, None if saved[1] is None else dbias, dgate, dshift, dscale, None, None, None, None
 
 
 def gated_residual(
@@ -155,6 +157,7 @@ def gated_residual_adaln(
     norm: str = "layer",
     bias: Tensor | None = None,
     group: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x' = x + gate * (y + bias)`` and ``h = norm(x') * (1 + scale) + shift``, in one pass each way.
@@ -173,22 +176,23 @@ def gated_residual_adaln(
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
         bias: ``[D]`` or None; see ``gated_residual``.
         group: ``[B, T]`` integers in [0, G) or None; see ``gated_residual``.
+        dtype: of h, which a product in half precision reads where x is a residual stream in fp32; default: x's.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
-        ``(x', h)``, each ``[B, T, D]`` in ``x.dtype``.
+        ``(x', h)``, each ``[B, T, D]``, x' in ``x.dtype``, h in ``dtype``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
-    check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, group, bias=bias)
+    check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, group, bias=bias, dtype=dtype)
     check_norm(norm)
-    if not runs_kernel(fused_kernels, backend, x, y, gate, shift, scale):
-        return gated_residual_adaln_ref(x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group)
+    if not runs_kernel(fused_kernels, backend, x, y, gate, shift, scale, dtype=dtype):
+        return gated_residual_adaln_ref(x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group, dtype=dtype)
     group = None if group is None else group.contiguous()
     gate, shift, scale = in_place(gate), in_place(shift), in_place(scale)
     bias = None if bias is None else in_place(bias)
-    args = bias, gate, shift, scale, group, eps, norm == "rms"
+    args = bias, gate, shift, scale, group, eps, norm == "rms", dtype
     if wants_grad(x, y, bias, gate, shift, scale):
         return apply(_GatedResidualAdaLN, x, y, *args)
     return _fused_fwd(x.contiguous(), y.contiguous(), *args)[:2]

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, autocast, use_triton
 from sra_fast.ops._register import register, wants_grad
 
 
@@ -43,7 +43,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
     """
     fits = x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and bias.shape == weight.shape[:1]
     given = (x, weight, bias)
-    if fits and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # which chooses the dtypes itself
+    if fits and autocast(x):  # which chooses the dtypes itself
         return linear_gelu_ref(x, weight, bias)
     if not fits or x.dtype not in FLOAT_DTYPES or any((t.dtype, t.device) != (x.dtype, x.device) for t in given):
         got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]

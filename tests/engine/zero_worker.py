@@ -1,7 +1,6 @@
 """Runs under torchrun: trains a tiny SiT in every ZeRO stage and precision, interrupts and resumes, and saves what came out.
 
-Usage: zero_worker.py OUT_FOLDER [stages].  One launch covers all cases, because a launch costs more than the training; with
-"stages" those of CASES alone.
+Usage: zero_worker.py OUT_FOLDER.  One launch covers all cases, because a launch costs more than the training.
 """
 import sys
 from pathlib import Path
@@ -157,8 +156,6 @@ def main() -> None:
     out, device = Path(sys.argv[1]), init_distributed()
     for stage, precision in CASES:
         run_case(out, f"{precision}_{stage}", device, stage, precision)
-    if sys.argv[2:] == ["stages"]:
-        return
     for name, (stage, args) in {**VARIANTS, **FP8}.items():
         run_case(out, name, device, stage, "bf16" if name in FP8 else "fp32", *args.format(micro=24 // (4 * dist.get_world_size())).split())
     start_from_reference(out, device)

@@ -72,7 +72,7 @@ def gradients(mode, compiled=False, pend_bias=False):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("recompute", ["none", "norm", "full"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.long(10), pytest.mark.timeout(150)])])
 def test_recomputing_changes_nothing(monkeypatch, recompute, compiled, backend):
     """Nor do the kernels, compilation, or a bias that is left pending."""
     expected = gradients("none")

@@ -71,15 +71,22 @@ def count_bytes(monkeypatch):
         yield total
 
 
-def far_apart(values, stride):
-    """A view equal to ``values [B, D]``, rows ``stride`` elements apart, in a sparse file: it takes little memory."""
-    B, D = values.shape
-    with tempfile.NamedTemporaryFile() as file:
-        size = (B - 1) * stride + D
-        flat = torch.from_file(file.name, shared=True, size=size, dtype=values.dtype)
-        view = flat.as_strided((B, D), (stride, 1))
-        view.copy_(values)
-        return view
+def far_apart(stride, *values):
+    """Views equal to ``values [B, D]``, rows ``stride`` elements apart, side by side in one buffer.
+
+    On the host that is a sparse file, which takes little memory; on a GPU it takes all of it, once for all values.
+    """
+    (B, D), dtype, device = values[0].shape, values[0].dtype, values[0].device
+    size = (B - 1) * stride + len(values) * D
+    if device.type == "cuda":
+        flat = torch.empty(size, dtype=dtype, device=device)
+    else:
+        with tempfile.NamedTemporaryFile() as file:
+            flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    views = [flat.as_strided((B, D), (stride, 1), i * D) for i in range(len(values))]
+    for view, value in zip(views, values):
+        view.copy_(value)
+    return views
 
 
 def without_memory(*shape, dtype):
@@ -87,22 +94,23 @@ def without_memory(*shape, dtype):
 
 
 def launchers(
-    B, T, D, dtype, *, y=None, modulation=None, variant="image", bias=False, rms=False, again=False, make=without_memory
+    B, T, D, dtype, *, y=None, h=None, modulation=None, variant="image", bias=False, rms=False, again=False, make=without_memory
 ) -> dict[str, Callable]:
     """Every launcher, with tensors from ``make(*shape, dtype=)`` to call it on; [B, 6D] modulation is used in place.
 
-    `y` and `modulation` are their dtypes where they differ; `variant`: image, group or token; `again`: the backward
+    `y`, `h` (of what the norm gives) and `modulation` are their dtypes where they differ; `variant`: image, group or token; `again`: the backward
     pass gives the normed rows too.
     """
     x, y = make(B, T, D, dtype=dtype), make(B, T, D, dtype=y or dtype)
+    dh = make(B, T, D, dtype=h or dtype)
     rstd, bias = make(B, T, dtype=torch.float32), make(D, dtype=y.dtype) if bias else None
     mean = rstd[:0] if rms else rstd
     shape = {"image": (B, 6 * D), "group": (B, 2, 6 * D), "token": (B, T, 6 * D)}[variant]
     gate, shift, scale = make(*shape, dtype=modulation or dtype).chunk(6, dim=-1)[2:5]
     group = make(B, T, dtype=torch.int64) if variant == "group" else None
     found = {
-        "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms),
-        "adaln_bwd": lambda: adaln.adaln_bwd(x, x, scale, group, mean, rstd, shift if again else None),
+        "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms, h),
+        "adaln_bwd": lambda: adaln.adaln_bwd(dh, x, scale, group, mean, rstd, shift if again else None),
     }
     if variant == "token":
         return found
@@ -111,10 +119,10 @@ def launchers(
         "gated_residual_fwd": lambda: plain.gated_residual_fwd(x, y, bias, gate, group),
         "gated_residual_bwd": lambda: plain.gated_residual_bwd(x, y, bias, gate, group),
         "gated_residual_adaln_fwd": lambda: fused.gated_residual_adaln_fwd(
-            x, y, bias, gate, shift, scale, group, 1e-6, rms
+            x, y, bias, gate, shift, scale, group, 1e-6, rms, h
         ),
         "gated_residual_adaln_bwd": lambda: fused.gated_residual_adaln_bwd(
-            x, x, x, y, bias, gate, scale, group, mean, rstd, shift if again else None
+            x, dh, x, y, bias, gate, scale, group, mean, rstd, shift if again else None
         ),
     }
 

@@ -30,4 +30,4 @@ def test_a_load_past_the_end_is_found(short):
 def test_a_store_past_the_end_is_found():
     x, mod, scale = torch.zeros(B, T, D), torch.zeros(B, D), torch.zeros(B, T)
     with pytest.raises(Exception, match="create_masked_store: 1 elements lie in none"):
-        adaln.adaln_fwd(x, mod, mod, None, 1e-6, False, scale[:, :-1])
+        adaln.adaln_fwd(x, mod, mod, None, 1e-6, False, y_scale=scale[:, :-1])

@@ -31,6 +31,8 @@ VARIANTS = [
     {"dtype": fp32, "y": bf16},
     {"dtype": fp32, "y": bf16, "modulation": bf16},
 ]
+# a residual stream in fp32 in training in bf16, on every architecture at the width of SiT-XL
+STREAM = {"dtype": fp32, "y": bf16, "h": bf16, "modulation": bf16}
 # partial sums [M, P, K, D] and whether the last k has a total
 SUMS = [
     # fused backward of SiT-XL/2 at 32, 64 and 256 images, of B at 256
@@ -79,6 +81,8 @@ def cases():
     plain += [sums(*shape, bf16) for shape in SUMS]
     requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
     requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
+    stream = [r for bias in (False, True) for again in (False, True) for r in launches(1152, bias=bias, again=again, **STREAM)]
+    requests += [replace(r, arch=arch) for arch in ARCHS for r in stream]
     # the same launch can occur twice (sums of partial gradients)
     return list({repr(r): r for r in requests}.values())
 

@@ -113,8 +113,8 @@ def test_compiles_without_spills_and_with_wide_accesses(monkeypatch):
     with record_launches(adaln_kernels, fused_kernels, quantize_kernels) as launches:
         for D in (384, 768, 1024, 1152):
             x, mod, scale = meta(4, 256, D), meta(4, 6 * D)[:, :D], meta(4, 256, 1, dtype=torch.float32)
-            adaln_kernels.adaln_fwd(x, mod, mod, None, 1e-6, False, scale)
-            fused_kernels.gated_residual_adaln_fwd(x, x, None, mod, mod, mod, None, 1e-6, False, scale)
+            adaln_kernels.adaln_fwd(x, mod, mod, None, 1e-6, False, y_scale=scale)
+            fused_kernels.gated_residual_adaln_fwd(x, x, None, mod, mod, mod, None, 1e-6, False, h_scale=scale)
             for dtype in (torch.bfloat16, torch.float32):
                 quantize_kernels.quantize_rows(meta(1024, 4 * D, dtype=dtype), True)
                 quantize_kernels.quantize_rows(meta(3 * D, D, dtype=dtype), False)

@@ -98,11 +98,11 @@ def test_plain_forward_and_gradients(B, T, D, groups, bias, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_pass_variance(dtype):
     """Rows whose mean is a thousand times their deviation: E[x^2] - E[x]^2 has no correct digit left in fp32, nor has
-    a mean that is stored in half precision.
+    a mean that is stored in half precision.  Two right means may differ by a unit in the last place of 1000: 6e-5.
     """
     inputs, _, douts = make(1, 3, 1152, dtype)
     inputs = (inputs[0] + 1000, *inputs[1:])
-    check_against_fp64(fused(), naive("layer", None), reference("layer", None), inputs, douts)
+    check_against_fp64(fused(), naive("layer", None), reference("layer", None), inputs, douts, floor=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -171,9 +171,8 @@ def test_modulation_is_used_in_place():
 def test_offsets_beyond_32_bits():
     """Modulation rows 2^29 and 2^30 elements apart: the last one lies at offset 2^31, past what 32 bits hold."""
     (x, y, gate, shift, scale, _), _, douts = make(5, 2, 64)
-    inputs = [x, y, *(far_apart(t.half().cpu(), 2**29).to(DEVICE) for t in (gate, shift, scale))]
-    if DEVICE == "cpu":
-        assert all(t.stride(0) == 2**29 for t in inputs[2:])
+    inputs = [x, y, *far_apart(2**29, gate.half(), shift.half(), scale.half())]
+    assert all(t.stride(0) == 2**29 for t in inputs[2:])
     dense = [t.contiguous() for t in inputs]
     assert bitwise_equal(run(fused(), [*inputs, None], douts), run(fused(), [*dense, None], douts))
     assert bitwise_equal(run(plain(), [*inputs[:3], None], douts[:1]), run(plain(), [*dense[:3], None], douts[:1]))
