@@ -177,7 +177,9 @@ def store_row(ptr, scale_ptr, row, live, v, v2, at, mask, at2, mask2, TAIL: tl.c
             amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))
         scale = e4m3_scale(amax)
         tl.store(scale_ptr + row, scale, mask=live)
-        v, v2 = v / scale, v2 / scale
+        # one division per row, not per element
+        inverse = 1.0 / scale
+        v, v2 = v * inverse, v2 * inverse
     tl.store(ptr + at, v.to(ptr.dtype.element_ty), mask=mask)
     if TAIL:
         tl.store(ptr + at2, v2.to(ptr.dtype.element_ty), mask=mask2)
@@ -185,7 +187,7 @@ def store_row(ptr, scale_ptr, row, live, v, v2, at, mask, at2, mask2, TAIL: tl.c
 
 @triton.jit
 def _sum_rows(part_ptr, first, count, stride, cols, live, ROWS: tl.constexpr):
-    """Sum over rows [first, first + count), `stride` elements apart, of every live column; each column has its own first."""
+    """Sum of every live column over `count` rows, `stride` elements apart; each column has its own first row."""
     total = tl.zeros(cols.shape, dtype=tl.float32)
     # in the order of the splits, whatever order they finished in: the same bits every time
     for p in range(0, count, ROWS):
@@ -213,10 +215,12 @@ def sum_partials_kernel(
     TOTAL_BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    num_totals, num_sums = 0, K
+    num_totals = 0
+    num_sums = K
     if total_ptr is not None:
         # the first programs, because theirs is the longest way: few columns, and rows of every image at once
-        num_totals, num_sums = tl.cdiv(D, TOTAL_BLOCK), K - 1
+        num_totals = tl.cdiv(D, TOTAL_BLOCK)
+        num_sums = K - 1
         if pid < num_totals:
             cols = pid * TOTAL_BLOCK + tl.arange(0, TOTAL_BLOCK)
             first = tl.zeros((TOTAL_BLOCK,), dtype=tl.int64)
@@ -244,11 +248,13 @@ def sum_partials(part: Tensor, *outputs: Tensor, total: Tensor | None = None) ->
     """Sum ``part [M, P, K, D]`` over P into K tensors ``[M, D]``, with ``total [D]`` the last k over M too (contiguous)."""
     M, P, K, D = part.shape
     assert len(outputs) == K - (total is not None) and all(out.is_contiguous() for out in outputs)
-    # a warp has 128 columns, so that no lane of SiT's widths is idle; eight loads per thread at most, here and of the total
-    block, rows = 128, min(triton.next_power_of_2(P), 64)
+    # a warp has 128 columns, so that no lane of SiT's widths is idle; a thread has at most eight loads, of the total too
+    block = 128
+    rows = min(triton.next_power_of_2(P), 64)
     images = min(SUM_WARPS, 64 // rows)
-    # two sectors of 32 bytes from each row, and so many rows that nearly always one iteration takes them all
-    total_block, total_rows = 16, min(max(triton.next_power_of_2(M * P), 64), 512)
+    # two sectors of 32 bytes from each row, and so many rows that one or two iterations take them all
+    total_block = 16
+    total_rows = min(max(triton.next_power_of_2(M * P), 64), 512)
     num_totals = 0 if total is None else triton.cdiv(D, total_block)
     num_sums = triton.cdiv(M, images) * triton.cdiv(D, block) * len(outputs)
     sum_partials_kernel[(num_totals + num_sums,)](

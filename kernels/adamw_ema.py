@@ -40,7 +40,7 @@ def _scaled_to_e4m3(
     # the segments of the first and of the last element, in one reduction
     both = tl.sum((ends <= start).to(tl.int32) + (ends < stop).to(tl.int32) * 65536)
     scaled = x
-    # counted from the block's first element, in 32 bits: comparing 64 took up to 16 registers more, and some launches spilled
+    # counted from the block's first element, in 32 bits: with 64 it took up to 16 registers more, and launches spilled
     begin = start
     at = tl.arange(0, BLOCK)
     for segment in range(both % 65536, tl.minimum(both // 65536, S - 1) + 1):

@@ -6,6 +6,7 @@ LINEAR, MLP, LAYERS = "sra_fast/ops/adaln_linear.py", "sra_fast/ops/adaln_mlp.py
 T_LAYERS, T_BLOCK, T_GELU, T_CONCAT = "tests/ops/test_adaln_linear.py", "tests/models/test_block.py", "tests/ops/test_gelu.py", (
     "tests/ops/test_concat_columns.py"
 )
+T_PATCH = "tests/models/test_patch_embed.py"
 
 BUGS = [
     ("h again without the scale", FUSED, "xhat * w + load_fp32(shift_ptr", "xhat + load_fp32(shift_ptr", T_LAYERS),
@@ -43,6 +44,9 @@ BUGS = [
     ("inputs of frozen layers kept", MLP, "(h if first else None, hidden if second else None)", "(h, hidden)", T_LAYERS),
     ("outputs are views", LINEAR, "return torch.ops.aten._unsafe_view(out, [*x.shape[:2], out.shape[1]])", "return out.view(*x.shape[:2], -1)", T_LAYERS),
     ("the block's MLP keeps everything", LAYERS, "residual=attended, recompute=again", "residual=attended", T_BLOCK),
+    ("a patch's columns before its rows", LAYERS, "permute(0, 2, 4, 1, 3, 5)", "permute(0, 2, 4, 1, 5, 3)", T_PATCH),
+    ("patches column by column", LAYERS, "permute(0, 2, 4, 1, 3, 5)", "permute(0, 4, 2, 1, 3, 5)", T_PATCH),
+    ("patches without their bias", LAYERS, "self.weight.flatten(1), self.bias)", "self.weight.flatten(1))", T_PATCH),
     ("the pending bias is lost", LAYERS, "return x, (y, gate_mlp, later)", "return x, (y, gate_mlp, None)", T_BLOCK),
     ("the pending bias is added twice", LAYERS, "(None, fc2.bias) if self.pend_bias", "(fc2.bias, fc2.bias) if self.pend_bias", T_BLOCK),
 ]  # fmt: skip

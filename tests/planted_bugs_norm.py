@@ -1,10 +1,13 @@
 """Bugs of the row kernels and of what every operator shares, for tests/planted_bugs.py."""
-ROWS, ADALN, PLAIN, FUSED = (f"kernels/{n}.py" for n in ("_rows", "adaln", "gated_residual", "gated_residual_adaln"))
+ROWS, ADALN, PLAIN, FUSED, QUANTIZE = (
+    f"kernels/{n}.py" for n in ("_rows", "adaln", "gated_residual", "gated_residual_adaln", "quantize_rows")
+)
 O_ADALN, O_GATED, MODULATION, REGISTER, BACKEND, ATTENTION = (
     f"sra_fast/ops/{n}.py" for n in ("adaln", "gated_residual", "_modulation", "_register", "_backend", "attention")
 )
-T_ADALN, T_GATED, T_ROWS, T_FAR, T_CONTRACTS, T_ATTENTION, T_SUMS = (
-    f"tests/ops/test_{n}.py" for n in ("adaln", "gated_residual", "rows", "far_rows", "contracts", "attention", "sum_partials")
+T_ADALN, T_GATED, T_ROWS, T_FAR, T_CONTRACTS, T_ATTENTION, T_SUMS, T_FP8 = (
+    f"tests/ops/test_{n}.py"
+    for n in ("adaln", "gated_residual", "rows", "far_rows", "contracts", "attention", "sum_partials", "fp8")
 )
 
 BUGS = [
@@ -34,6 +37,13 @@ BUGS = [
     ("one image of those side by side", ROWS, "* IMAGES + lane // BLOCK", "* IMAGES", T_SUMS),
     ("the second block of a total", ROWS, "cols = pid * TOTAL_BLOCK + tl", "cols = tl", T_SUMS),
     ("partial sums beyond the first rows", ROWS, "total += tl.sum(", "total = tl.sum(", T_SUMS),
+    ("e4m3: the scale for its inverse", ROWS, "v, v2 = v * inverse, v2 * inverse", "v, v2 = v * scale, v2 * scale", T_FP8),
+    ("e4m3: tail left out of the maximum", ROWS, "amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))", "pass", T_FP8),
+    ("quantize: GELU without its cube", QUANTIZE, "0.1029432397", "0.0", T_FP8),
+    ("quantize: GELU without its square", QUANTIZE, "tl.rsqrt(t * t)", "tl.rsqrt(t)", T_FP8),
+    ("quantize: largest value, not magnitude", QUANTIZE, "tl.maximum(amax, tl.abs(v))", "tl.maximum(amax, v)", T_FP8),
+    ("quantize: largest of the last piece", QUANTIZE, "tl.maximum(amax, tl.abs(v))", "tl.abs(v)", T_FP8),
+    ("quantize: maximum before GELU", QUANTIZE, "tl.abs(v))\n", "tl.abs(pieces[i].to(tl.float32)))\n", T_FP8),
     ("rows past the last token", ROWS, "live = t < T\n", "live = t <= T\n", T_GATED),
     ("group ignored", ROWS, "(index >= mine[0]) & (index <= mine[1])", "mine[0] <= 0", T_ADALN),
     ("indices out of range skipped", ROWS, "tl.where(g == 0, -(2**31), g.to(tl.int32))", "g.to(tl.int32)", T_GATED),

@@ -10,15 +10,34 @@ from sra_fast import ops
 from sra_fast.ops._backend import autocast
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution of patches that do not overlap, as one product: ``[B, C, H, W]`` -> ``[B, T, D]``, contiguous.
+
+    Parameters and their initial values are the convolution's.  On CUDA its forward pass and its weight's gradient
+    would be cuDNN's, channels first: passes over [B, D, T] that only change the order.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        p = self.kernel_size[0]
+        patches = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+        # a patch in the order of the weight's last three dimensions
+        return F.linear(patches.reshape(B, -1, C * p * p), self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
     """``[B, C, H, W]`` -> ``[B, T, D]``, T = (H / patch_size)(W / patch_size)."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        # a module of its own, so that what gathers its weights (ZeRO 3, FSDP) sees the call
+        self.proj = PatchProjection(patch_size, in_channels, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x)
 
 
 def timestep_frequencies(count: int, device=None) -> Tensor:

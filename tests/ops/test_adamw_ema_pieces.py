@@ -53,8 +53,8 @@ def test_pieces_and_a_copy_in_segments(device):
         # each at an address of its own, that aligns every access
         pieces = [grad[begin:end].clone() for begin, end in zip(cuts, cuts[1:])]
         kernels.adamw_ema_(
-            state["param"], pieces if in_pieces else grad, state["exp_avg"], state["exp_avg_sq"], state["weights"], state["ema"],
-            *copy[:4], None, 1, 3e-2, 0.8, 0.95, 1e-3, 0.1, 0.7, begins,
+            state["param"], pieces if in_pieces else grad, state["exp_avg"], state["exp_avg_sq"], state["weights"],
+            state["ema"], *copy[:4], None, 1, 3e-2, 0.8, 0.95, 1e-3, 0.1, 0.7, begins,
         )  # fmt: skip
         assert copy.values.abs().max() == 448 and (copy.amax > 0).sum() == 4
         results.append([state["param"], state["ema"], copy.values, copy.amax])

@@ -99,7 +99,7 @@ CASES = {
     adamw_kernels: (
         [partial(adamw_launches, bf16), partial(adamw_launches, fp32), partial(pieces_launches, bf16), partial(pieces_launches, fp32)],
         [partial(adamw_launches, fp16), partial(adamw_launches, bf16, fp16)],
-        [partial(launches, dtype, fp8=True) for launches in (adamw_launches, pieces_launches) for dtype in (bf16, fp32)],
+        [partial(launch, dtype, fp8=True) for launch in (adamw_launches, pieces_launches) for dtype in (bf16, fp32)],
     ),
 }
 

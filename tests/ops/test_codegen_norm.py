@@ -33,11 +33,14 @@ VARIANTS = [
 ]
 # a residual stream in fp32 in training in bf16, on every architecture at the width of SiT-XL
 STREAM = {"dtype": fp32, "y": bf16, "h": bf16, "modulation": bf16}
-# partial sums [M, P, K, D] and whether the last k has a total: fused backward of SiT-XL/2 at 32, 64 and 256 images, its gated
-# addition, adaln's backward; fused of B at 256 images; 8 and 4 images; an image for each SM; GELU's bias, that of q, k and v
+# partial sums [M, P, K, D] and whether the last k has a total
 SUMS = [
-    (32, 12, 4, 1152, True), (64, 6, 4, 1152, True), (256, 3, 4, 1152, True), (32, 19, 2, 1152, True), (256, 5, 2, 1152, False),
-    (256, 2, 4, 768, True), (8, 43, 4, 1152, True), (4, 128, 2, 1152, True), (256, 1, 3, 1152, False),
+    # fused backward of SiT-XL/2 at 32, 64 and 256 images, of B at 256
+    (32, 12, 4, 1152, True), (64, 6, 4, 1152, True), (256, 3, 4, 1152, True), (256, 2, 4, 768, True),
+    # gated addition, adaln's backward; few images, and one split for each
+    (32, 19, 2, 1152, True), (256, 5, 2, 1152, False), (8, 43, 4, 1152, True), (4, 128, 2, 1152, True),
+    (256, 1, 3, 1152, False),
+    # the bias before GELU, and that of queries, keys and values
     (1, 142, 1, 4608, True), (1, 47, 1, 3456, True),
 ]  # fmt: skip
 
@@ -124,7 +127,7 @@ def expected(request):
 
 
 def expected_of_sums(request):
-    """Loads and stores of one iteration: 128 bits of the sums' columns and rows, and of the total's; what a thread is left with."""
+    """Loads of one iteration, 128 bits each, of the sums and of the total; stores of a thread's columns."""
     args, threads = request.args, 32 * request.num_warps
     outputs = [request.bits(name) for name in ("a", "b", "c") if request.bits(name)]
     columns = args["IMAGES"] * args["BLOCK"]

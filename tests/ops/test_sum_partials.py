@@ -4,11 +4,14 @@ import torch
 
 from sra_fast.kernels._rows import sum_partials
 
-# [M, P, K, D]: one split; fewer images than lie side by side, and one more; rows for two warps, for all, for two iterations;
-# widths below a block, ragged, of SiT-XL; a total over more rows than one iteration takes
+# [M, P, K, D]
 SHAPES = [
-    (1, 1, 1, 5), (3, 1, 3, 128), (9, 3, 4, 72), (8, 7, 2, 384), (5, 12, 4, 1152), (3, 19, 2, 200), (2, 43, 3, 130), (2, 70, 2, 256),
-    (1, 142, 1, 4608), (130, 5, 2, 36),
+    # one split; fewer images than lie side by side, as many, and one more
+    (1, 1, 1, 5), (3, 1, 3, 128), (8, 7, 2, 384), (9, 3, 4, 72),
+    # rows of an image for two warps, for four, for all, and for two iterations
+    (5, 12, 4, 1152), (3, 19, 2, 200), (2, 43, 3, 130), (2, 70, 2, 256),
+    # a total over more rows than one iteration takes, and over one image
+    (130, 5, 2, 36), (1, 142, 1, 4608),
 ]  # fmt: skip
 
 
