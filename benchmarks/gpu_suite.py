@@ -121,21 +121,22 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
     """How does it compare, and what should the defaults be?"""
     rows = ["--json", str(out / "rows.json")]
     published = ["--reference", reference] if reference else []
-    norm = "+train.recompute=norm"
+    norm, graph = "+train.recompute=norm", "strong+graph=true"
     cases = [
-        case(32, "strong,sra,plain,sra_fp8,strong,sra,plain" + (",reference" if reference else "")),
-        case(256, f"plain{norm},sra{norm},sra_fp8{norm},strong"),
-        case(32, f"swap_ema,sra+train.compile=true,sra{norm}"),
+        case(32, f"plain,sra,sra_fp8,{graph},plain,sra,sra_fp8,{graph}" + (",reference" if reference else "")),
+        case(256, f"plain{norm},sra{norm},{graph},sra_fp8{norm}"),
+        case(32, f"swap_ema+graph=true,sra+train.residual=fp32,sra{norm},strong"),
         case(256, "plain,sra", SMALL_MODEL),
+        case(32, "sra+train.compile=true,sra+train.graph=false"),
     ]
-    step = ["benchmarks/train_step.py", *rows, *published, "--warmup", "5", "--steps", "30", "--shrink"]
+    step = ["benchmarks/train_step.py", *rows, *published, "--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60"]
     found = [
-        Part("steps", 230, [*step, *(word for words in cases for word in words)]),
+        Part("steps", 200, [*step, "--shrink", *(word for words in cases for word in words)]),
         Part("ops", 50, ["benchmarks/run.py", *rows, "--models", MODEL, "--resolution", PIXELS, "--batch", "32", "--variants",
                          "ours,compile", "--passes", "forward,backward", "--budget", "0.05"]),
     ]  # fmt: skip
     if red:
-        found.insert(0, Part("tests", 30, pytest_command(*red), environment={"TRITON_CACHE_DIR": str(out / "test_caches")}))
+        found.insert(0, Part("tests", 50, pytest_command(*red), environment={"TRITON_CACHE_DIR": str(out / "test_caches")}))
     return found
 
 

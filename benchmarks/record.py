@@ -30,10 +30,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """Short hash, "-dirty" if the code differs from it; outside a checkout $SRA_FAST_COMMIT, else "unknown"."""
+    """$SRA_FAST_COMMIT where it is set, as on a machine that has a copy of the tree; else the short hash, "-dirty" if the code
+    differs from it; "unknown" outside a checkout."""
+    if given := os.environ.get("SRA_FAST_COMMIT"):
+        return given
     found = _git("rev-parse", "--short=10", "HEAD")
     if found is None:
-        return os.environ.get("SRA_FAST_COMMIT", "unknown")
+        return "unknown"
     # what a run itself leads to does not count
     results = (":!benchmarks/results", ":!README.md")
     return found + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results) else "")

@@ -116,7 +116,7 @@ def take_apart(run, first: int, steps: int, cuda: bool) -> dict:
     times, families = phases.measure(run.step, range(first + steps, first + 2 * steps)), by_family(kernels)
     # all of it, hidden behind the backward pass or not
     times["communication"] = families.get("communication", 0.0)
-    return {"kernels": families, "longest": dict(itertools.islice(kernels.items(), 10)), "phases": times}
+    return {"kernels": families, "longest": dict(itertools.islice(kernels.items(), 40)), "phases": times}
 
 
 @contextlib.contextmanager
@@ -174,13 +174,14 @@ def measure(args: argparse.Namespace, variant: Variant, case: tuple[str, int, in
 
 def time_run(args: argparse.Namespace, run, cfg: Config, device: torch.device, begin, left: int, profile: bool) -> dict:
     """Start-up since ``begin``, the median step, the host's, memory beyond what was ``left``, and where the time goes."""
-    cuda, last = device.type == "cuda", args.warmup + args.steps
+    cuda = device.type == "cuda"
     time_steps(run.step, range(min(args.warmup, 1)), cuda)
     host = {"start-up": begin.elapsed_time(recorded(cuda=False))} if args.warmup else {}
     if args.untimed:
         time_steps(run.step, range(1, 2), cuda)
         return {}
-    time_steps(run.step, range(1, args.warmup), cuda)
+    warm = time_steps(run.step, range(1, args.warmup), cuda)
+    last = args.warmup + steps_within(args.seconds, args.steps, warm)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     when = time.time()
@@ -199,6 +200,13 @@ def time_run(args: argparse.Namespace, run, cfg: Config, device: torch.device, b
         except RuntimeError as error:  # the time is worth having on a machine that does not let itself be profiled
             found["note"] = f"neither phases nor kernels: {error}".partition("\n")[0]
     return found
+
+
+def steps_within(seconds: float, steps: int, warm: list[float]) -> int:
+    """How many steps are timed: all, or as many as the last one of the warm-up (in ms) allows, but 8."""
+    if not warm or seconds == math.inf:
+        return steps
+    return min(steps, max(8, int(1e3 * seconds / warm[-1])))
 
 
 def ceilings(device: str) -> dict:

@@ -50,6 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of timed steps at most; at least 8 steps are timed")
     parser.add_argument("--profile", type=int, default=3, help="steps for the phases and for the kernels; 0: neither")
     parser.add_argument("--repeat", type=int, default=1, help="times that the variants of a case are gone through")
     parser.add_argument("--separate", action="store_true", help="a process for every case")
@@ -184,7 +185,7 @@ def print_result(name: str, case: Case, found: dict, first: float, has_plain: bo
     parts = {"host": found.get("host"), "phases": found.get("phases"), "kernels": found.get("kernels"), "longest": found.get("longest")}
     for label, times in parts.items():
         if times:
-            print(f"  {label}: " + ", ".join(f"{part[:60]} {ms:.2f}" for part, ms in times.items()), flush=True)
+            print(f"  {label}: " + ", ".join(f"{part[:60]} {ms:.2f}" for part, ms in itertools.islice(times.items(), 20)), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,14 +17,14 @@ TEACHER_LAYER = "align.teacher_layer"
 REFERENCE = "reference"
 _ONE_PASS = {"optim.implementation": "fused"}
 _COMPILED = {**_ONE_PASS, "train.compile": "true"}
-_GRAPH = {**_COMPILED, "align.teacher_graph": "true"}
+_GRAPH = {**_COMPILED, "train.graph": "true"}
 # the engine with its own defaults, and what they are changed to
 ENGINE = {
     "plain": {"align.target": "none"},
     "sra": {},
     "sra_fp8": {"align.teacher_dtype": "fp8"},
-    "one_pass": {**_ONE_PASS, "train.compile": "false", "align.teacher_graph": "false"},
-    "compile": {**_COMPILED, "align.teacher_graph": "false"},
+    "one_pass": {**_ONE_PASS, "train.compile": "false", "train.graph": "false"},
+    "compile": {**_COMPILED, "train.graph": "false"},
     "graph": _GRAPH,
     "fp8": {**_GRAPH, "align.teacher_dtype": "fp8"},
 }

@@ -109,8 +109,10 @@ def _networks(
         student.load_state_dict(weights, strict=True)
     for network in filter(None, (student, teacher)):
         network.residual_dtype = torch.float32 if cfg.train.residual == "fp32" else None
+        for block in network.blocks:
+            block.pend_bias = stage < 3
     for block in student.blocks:
-        block.recompute, block.pend_bias = cfg.train.recompute, stage < 3
+        block.recompute = cfg.train.recompute
     if teacher is not None:
         state = student.state_dict()
         teacher.load_state_dict({name: state[name] for name in teacher.state_dict()})
