@@ -4,8 +4,8 @@
     python benchmarks/gpu_suite.py second --out DIR --reference PATH --caches FILE
 
 first: every operator right or wrong and its share of the copy bandwidth, attention's backends, training steps of 32 images with the
-teacher run in every way, the CUDA tests, and what fills the compilers' caches.  second: the tests that were red, then the steps against
-the rivals at 32 and 256 images, options of the engine, and the operators against torch.compile.  Each ends with a VERDICT.
+teacher run in every way, the CUDA tests, and what fills the compilers' caches.  second: steps against the rivals at
+32 and 256 images and with the engine's options, the tests that were red, and the operators against torch.compile.  Each ends with a VERDICT.
 
 Parts are processes of their own with a limit in time; what they have written stays, and time that a part leaves goes to the next.
 DIR gets rows.json (what the tables are made from), a log of every part, summary.json and verdict.txt, renewed after every part, and
@@ -136,7 +136,7 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
                          "ours,compile", "--passes", "forward,backward", "--budget", "0.05"]),
     ]  # fmt: skip
     if red:
-        found.insert(0, Part("tests", 50, pytest_command(*red), environment={"TRITON_CACHE_DIR": str(out / "test_caches")}))
+        found.insert(1, Part("tests", 60, pytest_command(*red), environment={"TRITON_CACHE_DIR": str(out / "test_caches")}))
     return found
 
 

@@ -141,14 +141,21 @@ def state_bytes(stage: int, gpus: int, sizes: Sizes) -> dict[str, float]:
     return found
 
 
-def measured(rows: list[dict], case: dict) -> tuple[Times, int | None, str]:
-    """Times, peak bytes and device of the newest rows of a case; ValueError if there are none."""
+def measured(rows: list[dict], case: dict, cfg: Config) -> tuple[Times, int | None, str]:
+    """Times, peak bytes and device of the newest rows of a case; ValueError if there are none.
+
+    A graph's time is split in the proportions that arithmetic gives: its parts cannot be told apart.
+    """
     mine = [row for row in rows if row["device"] != "cpu" and all(row.get(k) == v for k, v in case.items())]
     step = next((row for row in reversed(mine) if row["kind"] == "train_step"), None)
     if step is None:
         raise ValueError(f"no rows of a GPU for {case}: run train_step.py there, or give --assume-mfu")
     run = (step["device"], step["commit"])
     phases = {row["name"]: row["ms"] / 1e3 for row in mine if row["kind"] == "phase" and (row["device"], row["commit"]) == run}
+    if "graph" in phases:
+        guess = predicted(cfg)
+        share = phases["graph"] / (guess.forward + guess.teacher + guess.backward)
+        phases |= {name: share * getattr(guess, name) for name in ("forward", "teacher", "backward")}
     if not {"forward", "backward", "optimizer"} <= set(phases):
         raise ValueError(f"the rows of {case} hold no phases: run train_step.py without --profile 0")
     times = Times(phases["forward"], phases.get("teacher", 0.0), phases["backward"], phases["optimizer"])
@@ -232,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.assume_mfu:
             times, peak, device = assumed(cfg, args.assume_mfu), None, f"an H100 at {args.assume_mfu} of its peak (assumed)"
         else:
-            times, peak, device = measured(load_results(), case)
+            times, peak, device = measured(load_results(), case, cfg)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -124,11 +124,16 @@ def test_measured_rows_and_what_is_said_without_them(tmp_path, capsys, monkeypat
         *({**row, "kind": "phase", "name": name, "ms": ms} for name, ms in phases.items()),
         {**row, "kind": "train_step", "name": "step", "ms": 83.0, "peak_bytes": 8 * 2**30},
     ]
-    times, peak, device = scaling.measured(rows, case)
+    cfg = Variant.parse("sra").configuration("SiT-B/2", 256, 32, "cuda")
+    times, peak, device = scaling.measured(rows, case, cfg)
     assert (times.forward, times.other, peak, device) == (0.02, pytest.approx(0.001), 8 * 2**30, "NVIDIA X")
     with pytest.raises(ValueError, match="hold no phases"):
-        scaling.measured(rows[:1], case)
-    cfg = Variant.parse("sra").configuration("SiT-B/2", 256, 32, "cuda")
+        scaling.measured(rows[:1], case, cfg)
+    # a graph's time is split as arithmetic has it
+    graph = [rows[-1], *({**rows[1], "name": name, "ms": ms} for name, ms in {"graph": 70.0, "optimizer": 12.0}.items())]
+    split, guess = scaling.measured(graph, case, cfg)[0], scaling.predicted(cfg)
+    assert split.forward + split.teacher + split.backward == pytest.approx(0.07) and split.optimizer == 0.012
+    assert split.teacher / split.backward == pytest.approx(guess.teacher / guess.backward)
     found = list(scaling.predictions(cfg, times, peak, SLOW, (1, 8)))
     one, eight = found[0], found[1::2]
     assert one["ms"] == pytest.approx(83.0) and one["images_per_s"] == pytest.approx(32 / 0.083) and one["efficiency"] == 1

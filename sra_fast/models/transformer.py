@@ -111,9 +111,8 @@ class Backbone(nn.Module):
                 f"got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
             )
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
-        # a buffer: mixed-precision wrappers may leave it in fp32
-        dtype = self.residual_dtype or tokens.dtype
-        tokens = tokens.to(dtype) + self.pos_embed.to(dtype)
+        # a buffer: mixed-precision wrappers may leave it in fp32.  The sum has the wider dtype of the two
+        tokens = tokens + self.pos_embed.to(self.residual_dtype or tokens.dtype)
         return tokens, F.silu(self.t_embedder(t) + self.y_embedder(y, drop))
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None) -> Tensor:
