@@ -57,11 +57,11 @@ def test_a_capture_restricts_its_own_thread_alone(monkeypatch):
     modes = []
 
     @contextlib.contextmanager
-    def capture(graph, capture_error_mode="global"):
+    def capture(graph, pool, capture_error_mode="global"):
         modes.append(capture_error_mode)
         yield
 
-    for name in ("Stream", "CUDAGraph", "current_stream", "stream"):
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", capture)
     Graphed(torch.neg)(torch.ones(2))
