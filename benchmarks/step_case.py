@@ -153,6 +153,7 @@ def release(cuda: bool) -> bool:
         torch.cuda.synchronize()
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
+        torch.rand(1, device="cuda")  # fails for ever after a capture that has failed
     except RuntimeError:
         return False
     return torch.cuda.memory_allocated() <= LEFT_BYTES

@@ -16,9 +16,12 @@ KEPT = 2**30
 
 
 def synchronize() -> None:
-    """Wait for the device, where this process has used one."""
+    """Wait for the device, where this process has used one; after a capture that has failed random numbers fail for ever."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+        state = torch.cuda.get_rng_state()
+        torch.rand(1, device="cuda")
+        torch.cuda.set_rng_state(state)
 
 
 def cuda_error() -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sra_fast import ops
 from sra_fast.engine.config import Config
-from sra_fast.engine.cuda_graph import GraphedGradients
+from sra_fast.engine.cuda_graph import GraphedGradients, held_accumulators
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
 from sra_fast.engine.objective import SRAObjective, make_process
@@ -203,6 +203,8 @@ def _make_graphed(cfg: Config, engine, student: SiT, stage: int, accumulation: i
         raise RuntimeError("train.graph needs gradients that stay with the parameters: DeepSpeed's JSON lets it convert them")
     if not (possible and not (align.teacher_graph or align.teacher_stream) if cfg.train.graph is None else cfg.train.graph):
         return None
+    if held := held_accumulators(student.parameters()):
+        raise RuntimeError(f"train.graph: this version of DeepSpeed holds autograd nodes of {held} parameters; set it to false")
     return graphed_step(engine.module, student, accumulation)
 
 

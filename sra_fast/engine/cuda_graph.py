@@ -49,6 +49,20 @@ def _warm_up(fn: Callable[[], Any]) -> None:
     torch.cuda.empty_cache()
 
 
+def held_accumulators(parameters: Iterable[Tensor]) -> int:
+    """How many parameters have a gradient-accumulating node of autograd's that something keeps alive.
+
+    It is bound to the stream in which it was made.  A backward pass that is captured makes that stream wait for the capture,
+    which CUDA forbids to the default one.
+    """
+    node = lambda p: torch.autograd.graph.get_gradient_edge(p).node
+    parameters = list(parameters)
+    for p in parameters:
+        node(p).metadata["seen"] = True
+    # of a node that was let go nothing is left: this one is new
+    return sum("seen" in node(p).metadata for p in parameters)
+
+
 def _signature(inputs: Iterable[Tensor]) -> tuple:
     return tuple((item.shape, item.dtype) for item in inputs)
 

@@ -91,6 +91,7 @@ class PartitionedStep(OnePassStep):
             engine.enable_backward_allreduce = False
             while zero._grad_acc_hooks:
                 zero._grad_acc_hooks.pop().remove()
+            _let_go_of_accumulators(zero)
 
     @torch.no_grad()
     def __call__(self, closure=None) -> None:
@@ -135,6 +136,18 @@ class PartitionedStep(OnePassStep):
         zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
         zero.free_grad_in_param_list(zero.bit16_groups[i])
         return flat
+
+
+def _let_go_of_accumulators(zero) -> None:
+    """DeepSpeed's maps from weights to masters hold slices that autograd tracks.
+
+    With them lives the node that accumulates each parameter's gradient, bound to the stream that was current when DeepSpeed was
+    set up: a backward pass in another stream, such as a capture's, would make that one wait.
+    """
+    for p in (p for group in zero.bit16_groups for p in group):
+        mapping = getattr(p, "_hp_mapping", None)
+        if mapping is not None:
+            mapping.lp_fragment = mapping.lp_fragment.detach()
 
 
 class Stage3Step(OnePassStep):

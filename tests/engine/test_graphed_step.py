@@ -5,7 +5,7 @@ from zero_worker import tiny
 
 from sra_fast.engine import checkpoint
 from sra_fast.engine.build import build, graphed_step
-from sra_fast.engine.cuda_graph import GraphedGradients, hidden_bytes
+from sra_fast.engine.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
 from sra_fast.engine.data import make_dataset
 from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import train
@@ -141,6 +141,18 @@ def test_who_may_ask_for_a_graph():
     ):
         with pytest.raises(ValueError, match=message):
             check_device(found, stage, cuda, world)
+
+
+@pytest.mark.parametrize("stage, precision", [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")])
+def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision):
+    """A capture would make the stream wait in which they were made: on a GPU "the legacy stream", and it fails."""
+    trainer = build(tiny(stage, precision, "--train.graph", "false"), init_distributed())
+    assert held_accumulators(trainer.student.parameters()) == 0
+    # the check can tell: a view that autograd tracks holds one
+    p = next(trainer.student.parameters())
+    view = p.view(-1)
+    assert held_accumulators(trainer.student.parameters()) == 1 and view.grad_fn is not None
+    trainer.engine.destroy()
 
 
 def test_a_cpu_has_none():
