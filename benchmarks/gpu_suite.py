@@ -121,18 +121,19 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
     """How does it compare, and what should the defaults be?"""
     rows = ["--json", str(out / "rows.json")]
     published = ["--reference", reference] if reference else []
-    norm, graph = "+train.recompute=norm", "strong+graph=true"
+    norm, strong = "+train.recompute=norm", "strong+graph=true"
     cases = [
-        case(32, f"plain,sra,sra_fp8,{graph},plain,sra,sra_fp8,{graph}" + (",reference" if reference else "")),
-        case(256, f"plain{norm},sra{norm},{graph},sra_fp8{norm}"),
-        case(32, f"swap_ema+graph=true,sra+train.residual=fp32,sra{norm},strong"),
+        case(32, f"plain,sra,{strong},plain,sra,sra_fp8" + (",reference" if reference else "")),
+        case(256, f"plain{norm},sra{norm},{strong}"),
+        case(32, f"sra+train.residual=fp32,sra+align.teacher_stream=true,sra{norm},swap_ema+graph=true"),
         case(256, "plain,sra", SMALL_MODEL),
-        case(32, "sra+train.compile=true,sra+train.graph=false"),
+        case(256, f"sra_fp8{norm}"),
+        case(32, "strong,sra+train.compile=true,sra+train.graph=false"),
     ]
     step = ["benchmarks/train_step.py", *rows, *published, "--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60"]
     found = [
-        Part("steps", 200, [*step, "--shrink", *(word for words in cases for word in words)]),
-        Part("ops", 50, ["benchmarks/run.py", *rows, "--models", MODEL, "--resolution", PIXELS, "--batch", "32", "--variants",
+        Part("steps", 205, [*step, "--shrink", *(word for words in cases for word in words)]),
+        Part("ops", 40, ["benchmarks/run.py", *rows, "--models", MODEL, "--resolution", PIXELS, "--batch", "32", "--variants",
                          "ours,compile", "--passes", "forward,backward", "--budget", "0.05"]),
     ]  # fmt: skip
     if red:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 # cosine_token holds [T, 16] elements of both inputs in registers: at 2048 tokens sm_90 spills (272 bytes of stack)
 MAX_TOKENS = 1024
-# the other kinds hold a row: at D=32768 they spill up to 144 bytes
+# the other kinds hold a row in so many pieces of at most 16 warps
+MAX_PIECES = 5
 MAX_WIDTH = 16384
 # 32-bit registers per thread, at most; compiled and checked by tests/ops/test_codegen_flat.py
 REGISTERS = {"_align_token_kernel": 128, "_align_channel_kernel": 128, "_align_bwd_kernel": 64}
@@ -25,17 +26,38 @@ _CODES = {"smooth_l1": 0, "l1": 1, "l2": 2, "cosine_patch": 3}
 
 
 @triton.jit
-def _cosine(p, q, axis: tl.constexpr, n):
-    """1 - cos and n times its gradient; norms below 1e-8 are clamped in the value alone, as torch clamps them."""
+def _cosine(pp, qq, pq, n):
+    """1 - cos from the sums of p p, q q and p q, and what p and q are multiplied by in n times its gradient.
+
+    Norms below 1e-8 are clamped in the value alone, as torch clamps them.
+    """
     # rounded to nearest: 1 - cos of similar features cancels, and what a GPU approximates by default is off by more than fp32 is
-    p_norm = tl.sqrt_rn(tl.sum(p * p, axis=axis))
+    p_norm = tl.sqrt_rn(pp)
     p_clamped = tl.maximum(p_norm, 1e-8)
-    q_clamped = tl.maximum(tl.sqrt_rn(tl.sum(q * q, axis=axis)), 1e-8)
-    cos = tl.div_rn(tl.div_rn(tl.sum(p * q, axis=axis), p_clamped), q_clamped)
+    q_clamped = tl.maximum(tl.sqrt_rn(qq), 1e-8)
+    cos = tl.div_rn(tl.div_rn(pq, p_clamped), q_clamped)
     # at p = 0 the direction p / |p| is taken as zero
     along = n * cos / p_clamped / tl.where(p_norm > 0.0, p_norm, 1.0)
     across = n / p_clamped / q_clamped
-    return 1.0 - cos, tl.expand_dims(along, axis) * p - tl.expand_dims(across, axis) * q
+    return 1.0 - cos, along, across
+
+
+@triton.jit
+def _elementwise(diff, beta, KIND: tl.constexpr):
+    """f and f' of p - q."""
+    if KIND == SMOOTH_L1:
+        size = tl.abs(diff)
+        quadratic = size < beta
+        loss = tl.where(quadratic, 0.5 * diff * (diff / beta), size - 0.5 * beta)
+        # a NaN stays one
+        grad = tl.where(quadratic, diff / beta, tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, diff)))
+    elif KIND == L1:
+        loss = tl.abs(diff)
+        grad = tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, 0.0))
+    else:
+        loss = diff * diff
+        grad = 2.0 * diff
+    return loss, grad
 
 
 @triton.jit
@@ -44,7 +66,6 @@ def _align_token_kernel(
     target_ptr,  # [B, T, D]
     dist_ptr,  # [B*T] fp32
     grad_ptr,  # [B*T, D], or unused
-    num_rows,
     T,
     D,
     pred_stride_b,
@@ -54,38 +75,43 @@ def _align_token_kernel(
     beta,
     KIND: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    b, t = row // T, row % T
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    mask = (row < num_rows)[:, None] & (cols < D)
+    row = tl.program_id(0).to(tl.int64)
+    pred_ptr += row // T * pred_stride_b + row % T * pred_stride_t
+    target_ptr += row // T * target_stride_b + row % T * target_stride_t
+    grad_ptr += row * D
+    # the whole row is asked for before any of it is used
+    preds, targets = (), ()
+    for i in tl.static_range(PIECES):
+        cols = i * BLOCK + tl.arange(0, BLOCK)
+        preds += (tl.load(pred_ptr + cols, mask=cols < D, other=0.0),)
+        targets += (tl.load(target_ptr + cols, mask=cols < D, other=0.0),)
 
-    p_row, q_row = b * pred_stride_b + t * pred_stride_t, b * target_stride_b + t * target_stride_t
-    p = tl.load(pred_ptr + p_row[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-    q = tl.load(target_ptr + q_row[:, None] + cols, mask=mask, other=0.0).to(tl.float32)
-
+    # each thread adds up its own columns first: one reduction across threads
     if KIND == COSINE:
-        dist, grad = _cosine(p, q, 1, D * 1.0)
+        zero = tl.zeros((BLOCK,), dtype=tl.float32)
+        pp, qq, pq = zero, zero, zero
+        for i in tl.static_range(PIECES):
+            p, q = preds[i].to(tl.float32), targets[i].to(tl.float32)
+            pp, qq, pq = pp + p * p, qq + q * q, pq + p * q
+        dist, along, across = _cosine(tl.sum(pp, axis=0), tl.sum(qq, axis=0), tl.sum(pq, axis=0), D * 1.0)
+        tl.store(dist_ptr + row, dist)
+        if WRITE_GRAD:
+            for i in tl.static_range(PIECES):
+                cols = i * BLOCK + tl.arange(0, BLOCK)
+                grad = along * preds[i].to(tl.float32) - across * targets[i].to(tl.float32)
+                tl.store(grad_ptr + cols, grad, mask=cols < D)
     else:
-        diff = p - q
-        if KIND == SMOOTH_L1:
-            size = tl.abs(diff)
-            quadratic = size < beta
-            loss = tl.where(quadratic, 0.5 * diff * (diff / beta), size - 0.5 * beta)
-            # a NaN stays one
-            grad = tl.where(quadratic, diff / beta, tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, diff)))
-        elif KIND == L1:
-            loss = tl.abs(diff)
-            grad = tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, 0.0))
-        else:
-            loss = diff * diff
-            grad = 2.0 * diff
-        dist = tl.sum(loss, axis=1) / D
-    tl.store(dist_ptr + row, dist, mask=row < num_rows)
-    if WRITE_GRAD:
-        tl.store(grad_ptr + row[:, None] * D + cols, grad, mask=mask)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for i in tl.static_range(PIECES):
+            cols = i * BLOCK + tl.arange(0, BLOCK)
+            loss, grad = _elementwise(preds[i].to(tl.float32) - targets[i].to(tl.float32), beta, KIND)
+            total += loss
+            if WRITE_GRAD:
+                tl.store(grad_ptr + cols, grad, mask=cols < D)
+        tl.store(dist_ptr + row, tl.sum(total, axis=0) / D)
 
 
 @triton.jit
@@ -115,9 +141,10 @@ def _align_channel_kernel(
     p = tl.load(pred_ptr + p_tile, mask=mask, other=0.0).to(tl.float32)
     q = tl.load(target_ptr + q_tile, mask=mask, other=0.0).to(tl.float32)
 
-    dist, grad = _cosine(p, q, 0, T * 1.0)
+    dist, along, across = _cosine(tl.sum(p * p, axis=0), tl.sum(q * q, axis=0), tl.sum(p * q, axis=0), T * 1.0)
     tl.store(dist_ptr + b * D + cols, dist, mask=cols < D)
     if WRITE_GRAD:
+        grad = along[None, :] * p - across[None, :] * q
         tl.store(grad_ptr + (b * T + t) * D + cols[None, :], grad, mask=mask)
 
 
@@ -152,15 +179,17 @@ def _align_bwd_kernel(
 
 
 def _row_config(D: int) -> dict:
-    """[ROWS, BLOCK_D] of 4096 elements."""
-    block = triton.next_power_of_2(D)
-    rows = max(4096 // block, 1)
+    """Pieces of a row, 8 columns of each per thread (128 bits in bf16), and the warps of the program that has it.
+
+    Few warps, so that many rows are under way on an SM, each in another phase: SiT-XL's 1152 columns are 5 pieces of one warp.
+    """
+    warps = 1
+    while triton.cdiv(D, 256 * warps) > MAX_PIECES:
+        warps *= 2
     return {
-        "ROWS": rows,
-        "BLOCK_D": block,
-        "num_warps": min(max(rows * block // 1024, 4), 16),
-        # left alone, ptxas 13 spills two registers of l1 (sm_80) and l2 (sm_100) in bf16 to fit 80 and 56
-        "maxnreg": 128 if block == 512 else None,
+        "PIECES": triton.cdiv(D, 256 * warps),
+        "BLOCK": 256 * warps,
+        "num_warps": warps,
         "enable_fp_fusion": True,
     }
 
@@ -196,9 +225,8 @@ def align_distance_fwd(
     else:
         config = _row_config(D)
         dist = pred.new_empty((B, T), dtype=torch.float32)
-        grid = (triton.cdiv(B * T, config["ROWS"]),)
-        _align_token_kernel[grid](
-            pred, target, dist, grad, B * T, T, D, *strides, beta, KIND=_CODES[kind], WRITE_GRAD=need_grad, **config
+        _align_token_kernel[(B * T,)](
+            pred, target, dist, grad, T, D, *strides, beta, KIND=_CODES[kind], WRITE_GRAD=need_grad, **config
         )
     return dist, grad
 

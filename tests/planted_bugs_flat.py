@@ -10,12 +10,12 @@ REPLICA, T_REPLICA = "sra_fast/engine/replica.py", "tests/engine/test_replica.py
 T_PIECES = "tests/ops/test_adamw_ema_pieces.py"
 
 BUGS = [
-    ("every row reads image 0", ALIGN, "b, t = row // T, row % T", "b, t = row * 0, row % T", T_ALIGN),
+    ("every row reads image 0", ALIGN, "row // T * pred_stride_b", "row * 0 * pred_stride_b", T_ALIGN),
     (
         "mean over the padded width",
         ALIGN,
-        "dist = tl.sum(loss, axis=1) / D",
-        "dist = tl.sum(loss, axis=1) / BLOCK_D",
+        "tl.sum(total, axis=0) / D)",
+        "tl.sum(total, axis=0) / (PIECES * BLOCK))",
         T_ALIGN,
     ),
     ("smooth-L1 without its offset", ALIGN, "size - 0.5 * beta", "size", T_ALIGN),
@@ -30,11 +30,14 @@ BUGS = [
     (
         "32-bit rows",
         ALIGN,
-        "row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)\n    b, t",
-        "row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)\n    b, t",
+        "row = tl.program_id(0).to(tl.int64)\n    pred_ptr",
+        "row = tl.program_id(0)\n    pred_ptr",
         T_ALIGN,
     ),
-    ("cosine gradient without its radial term", ALIGN, "tl.expand_dims(along, axis) * p -", "0.0 * p -", T_ALIGN),
+    ("cosine gradient without its radial term", ALIGN, "along[None, :] * p -", "0.0 * p -", T_ALIGN),
+    ("cosine gradient of a token without its radial term", ALIGN, "along * preds[i].to(tl.float32) -", "0.0 -", T_ALIGN),
+    ("distances of a token from its last piece alone", ALIGN, "total += loss", "total = loss", T_ALIGN),
+    ("token stride of the student's for both", ALIGN, "row % T * target_stride_t", "row % T * pred_stride_t", T_ALIGN),
     ("0/0 at a zero vector", ALIGN, "tl.where(p_norm > 0.0, p_norm, 1.0)", "p_norm", T_ALIGN),
     ("no clamp of the norm", ALIGN, "p_clamped = tl.maximum(p_norm, 1e-8)", "p_clamped = p_norm", T_ALIGN),
     (
@@ -51,7 +54,7 @@ BUGS = [
         "tl.store(dist_ptr + cols,",
         T_ALIGN,
     ),
-    ("gradient scaled by the wrong length", ALIGN, "_cosine(p, q, 0, T * 1.0)", "_cosine(p, q, 0, D * 1.0)", T_ALIGN),
+    ("gradient scaled by the wrong length", ALIGN, "tl.sum(p * q, axis=0), T * 1.0)", "tl.sum(p * q, axis=0), D * 1.0)", T_ALIGN),
     (
         "wrong token stride of the target",
         ALIGN,

@@ -197,11 +197,11 @@ def _make_graphed(cfg: Config, engine, student: SiT, stage: int, accumulation: i
     RuntimeError if it is asked for, but the gradients do not stay with the parameters.
     """
     alone = stage == 0 or getattr(engine.optimizer.step, "alone", False)
-    cuda, align = next(student.parameters()).is_cuda, cfg.align
+    cuda = next(student.parameters()).is_cuda
     possible = cuda and dist.get_world_size() == 1 and alone and cfg.optim.implementation == "fused"
     if cfg.train.graph and not possible:
         raise RuntimeError("train.graph needs gradients that stay with the parameters: DeepSpeed's JSON lets it convert them")
-    if not (possible and not (align.teacher_graph or align.teacher_stream) if cfg.train.graph is None else cfg.train.graph):
+    if not (possible and not cfg.align.teacher_graph if cfg.train.graph is None else cfg.train.graph):
         return None
     if held := held_accumulators(student.parameters()):
         raise RuntimeError(f"train.graph: this version of DeepSpeed holds autograd nodes of {held} parameters; set it to false")

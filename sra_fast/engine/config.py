@@ -152,7 +152,7 @@ class TrainConfig:
     embedding is fp32, and autocast rounds inside the half-blocks only)"""
     graph: bool | None = None
     """replay forward and backward pass as one CUDA graph, so that the host launches it in one call; default: on one GPU, where it
-    can (ZeRO 0-2, optim.implementation fused, neither align.teacher_graph nor align.teacher_stream)"""
+    can (ZeRO 0-2, optim.implementation fused, no align.teacher_graph)"""
     compile: bool = False
     """torch.compile each block (ZeRO 0-2)"""
     recompute: Literal["none", "norm", "full"] = "none"

@@ -45,8 +45,7 @@ def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
         _require(cuda, "train.graph needs a CUDA device")
         _require(world == 1 and stage < 3, f"train.graph needs one process and a ZeRO stage below 3, got {world} and {stage}")
         _require(cfg.optim.implementation == "fused", f"train.graph needs optim.implementation fused, got {cfg.optim.implementation}")
-        other = [name for name, value in zip(wanted[:2], (a.teacher_graph, a.teacher_stream)) if value]
-        _require(not other, f"train.graph holds the teacher too: it goes without {' and '.join(other)}")
+        _require(not a.teacher_graph, "train.graph holds the teacher too: it goes without align.teacher_graph")
     if a.teacher_dtype == "fp8" and a.target != "none":
         _require(stage < 3 and cfg.train.precision == "bf16", "align.teacher_dtype fp8 needs train.precision bf16 and a ZeRO stage below 3")
         width = cfg.model.arguments()["hidden_size"]

@@ -176,7 +176,9 @@ def test_fp8_teacher_trains_as_a_bf16_one(tmp_path, monkeypatch, nothing_saved, 
 def test_graphs_and_streams_change_nothing(tmp_path, nothing_saved, record_property):
     """The same kernels, launched otherwise; a library may choose others during a capture."""
     plain = small(tmp_path / "plain", "--align.teacher_dtype fp8 --train.graph false")[1]
-    for name, args in {"teacher": "--align.teacher_graph true --align.teacher_stream true", "step": "--train.graph true"}.items():
+    ways = {"teacher": "--align.teacher_graph true", "step": "--train.graph true"}
+    ways |= {f"{name} beside": f"{args} --align.teacher_stream true" for name, args in ways.items()}
+    for name, args in ways.items():
         graphed = small(tmp_path / name, f"--align.teacher_dtype fp8 {args}")[1]
         assert_alike(graphed, plain, ROUNDING["bf16"], lambda label, told, name=name: record_property(name, told))
 

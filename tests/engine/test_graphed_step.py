@@ -137,7 +137,6 @@ def test_who_may_ask_for_a_graph():
         (asked(), 1, 2, True, "one process and a ZeRO stage below 3, got 2 and 1"),
         (asked("--optim.implementation", "torch"), 1, 1, True, "needs optim.implementation fused, got torch"),
         (asked("--align.teacher_graph", "true"), 1, 1, True, "goes without align.teacher_graph"),
-        (asked("--align.teacher_stream", "true"), 1, 1, True, "goes without align.teacher_stream"),
     ):
         with pytest.raises(ValueError, match=message):
             check_device(found, stage, cuda, world)

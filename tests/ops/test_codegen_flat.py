@@ -136,7 +136,10 @@ def expected(request):
         # the factor of each of the thread's rows, or of its columns, which are as many as 128 bits hold
         columns = 128 // request.bits("grad")
         loads += Counter({32: 32 // columns} if args["PER_TOKEN"] else {128: columns * 32 // 128})
-    elif request.kernel in ("_align_token_kernel", "_align_channel_kernel"):
+    elif request.kernel == "_align_token_kernel":
+        loads = vectors(request, ["pred", "target"], 8 * args["PIECES"])
+        stores = vectors(request, ["grad"] * args["WRITE_GRAD"], 8 * args["PIECES"]) + Counter({32: 1})
+    elif request.kernel == "_align_channel_kernel":
         loads = vectors(request, ["pred", "target"], 32)
         stores = vectors(request, ["grad"] * args["WRITE_GRAD"], 32) + Counter({32: 1})
     elif request.kernel == "_noise_pair_kernel":
