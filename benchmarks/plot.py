@@ -31,8 +31,9 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def draw_steps(rows: list[dict], path: Path) -> None:
-    """Left the ladder, a bar of milliseconds for every rung; right the time over plain against the teacher's share n/L."""
+    """Left the ladder, a bar of milliseconds for every rung, beside what others report; right the time over plain against the teacher's share n/L."""
     from variants import LADDER, is_depth, teacher_share
+    from verdict import MODEL, PIXELS, PUBLISHED
 
     cases: dict[tuple, dict[str, float]] = {}
     for row in rows:
@@ -45,6 +46,10 @@ def draw_steps(rows: list[dict], path: Path) -> None:
     if rungs:
         left.barh(rungs, [cases[highest][name] for name in rungs])
         left.set_title(title(highest))
+        if highest[:2] == (MODEL, PIXELS):
+            for (name, rate), style in zip(PUBLISHED.items(), ("--", "-.", ":")):
+                left.axvline(1e3 * highest[2] / rate, color="gray", linestyle=style, label=f"{name}: as reported")
+            left.legend(fontsize="x-small")
     left.invert_yaxis()
     left.set_xlabel("ms per step")
     for case, times in cases.items():

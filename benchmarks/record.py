@@ -1,5 +1,6 @@
 """JSON rows of measurements: their fields, where they were taken, and the file that holds them."""
 import contextlib
+import datetime
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIELDS = (
     "kind", "name", "variant", "model", "resolution", "batch", "dtype", "device", "ms", "images_per_s", "mfu",
     "mfu_with_teacher", "gbps", "percent_of_ceiling", "peak_bytes", "sm_mhz", "watts", "throttled", "spread",
-    "versions", "commit", "command",
+    "versions", "commit", "date", "command",
 )  # fmt: skip
 KEY = ("kind", "name", "variant", "model", "resolution", "batch", "dtype", "device", "commit")
 
@@ -50,7 +51,8 @@ def environment(device: str, command: str) -> dict:
     if device == "cuda":
         versions["cuda"] = torch.version.cuda
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"device": name, "versions": versions, "commit": commit(), "command": command}
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+    return {"device": name, "versions": versions, "commit": commit(), "date": date, "command": command}
 
 
 def make_row(**fields) -> dict:

@@ -16,6 +16,7 @@ LINES = {
     "sra": "this engine",
     "sra_fp8": "this engine, fp8 teacher",
     "strong": "plain PyTorch at its best",
+    "swap_ema": "the EMA as teacher in the student's place",
     "reference": "published code",
 }
 
@@ -73,12 +74,16 @@ def _table(rows: list[dict]) -> list[str]:
 
 
 def _groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    """Rows by GPU and commit, each with a line that says which."""
+    """The newest rows of every GPU, all of one commit, with a line that says which."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["device"], row["commit"]), []).append(row)
+    newest = {}
+    for key in sorted(groups, key=lambda key: min(row.get("date", "") for row in groups[key])):
+        newest[key[0]] = key
     found = []
-    for (device, commit), group in sorted(groups.items()):
+    for device, commit in sorted(newest.values()):
+        group = groups[device, commit]
         versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
         copy = next((f", copy {row['gbps']:.0f} GB/s" for row in group if row["name"] == "copy"), "")
         found.append((f"{device}, {versions}, commit {commit}{copy}:", group))
@@ -89,8 +94,8 @@ def render_ops(rows: list[dict]) -> list[str]:
     """One table of operators for every GPU and commit."""
     lines = [
         "Operators in bf16, L2 cold, against the bytes (where none are given: the FLOPs) that they cannot do without; the ceiling",
-        "is the copy (matmul) rate of the same run. Measured and written by",
-        "`python benchmarks/run.py && python benchmarks/table.py`.",
+        "is the copy (matmul) rate of the same run. A time is that of a call between others like it, what a launch costs included.",
+        "Measured and written by `python benchmarks/run.py && python benchmarks/table.py`.",
     ]
     groups = _groups([row for row in rows if row["kind"] == "op" and row["device"] != "cpu"])
     for title, group in groups:
@@ -129,23 +134,58 @@ def _step_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _option_table(rows: list[dict]) -> list[str]:
+    """What settings of this engine cost or gain against ``sra`` at the same batch; none if none was measured."""
+    usual = {row["batch"]: row for row in rows if row["variant"] == "sra"}
+    options = [row for row in rows if row["variant"].startswith("sra+") and row["batch"] in usual]
+    if not options:
+        return []
+    heads = ["setting", "images per GPU", "images/s", "memory", "time over `sra`"]
+    lines = ["", "Settings of this engine, against `sra`:", "", _line(heads), "|---" * len(heads) + "|"]
+    for row in sorted(options, key=lambda row: (row["batch"], row["variant"])):
+        batch, rate, _, _, memory, over = _step_cells(row, usual[row["batch"]])
+        lines.append(_line([f"`{row['variant'].removeprefix('sra+')}`", batch, rate, memory, over]))
+    return lines
+
+
+def _headline_rows(rows: list[dict]) -> list[dict]:
+    """Steps of the headline's case, on GPUs."""
+    case = ("train_step", "step", MODEL, RESOLUTION)
+    found = [row for row in rows if tuple(row.get(k) for k in ("kind", "name", "model", "resolution")) == case]
+    return [row for row in found if row["device"] != "cpu"]
+
+
 def render_steps(rows: list[dict]) -> list[str]:
     """The headline: one table of training steps for every GPU and commit."""
     lines = [
         f"A training step of {MODEL} at {RESOLUTION} px on one GPU, all in one run. MFU counts three passes of the student; with",
-        "teacher, the projection head and the truncated teacher too. Measured and written by",
-        f"`python benchmarks/train_step.py --variants {','.join(LINES)} --reference PATH && python benchmarks/table.py`",
-        "(`PATH`: a checkout of the published code).",
+        "teacher, the projection head and the truncated teacher too. `strong` at the largest of 256, 128, .. images that fits.",
+        "Measured and written by `python benchmarks/gpu_suite.py second --reference PATH`, `cp runs/gpu_suite/rows.json",
+        "benchmarks/results/GPU.json` and `python benchmarks/table.py` (`PATH`: a checkout of the published code).",
     ]
-    case = ("train_step", "step", MODEL, RESOLUTION)
-    shown = [row for row in rows if tuple(row.get(k) for k in ("kind", "name", "model", "resolution")) == case]
-    groups = _groups([row for row in shown if row["device"] != "cpu"])
+    groups = _groups(_headline_rows(rows))
     for title, group in groups:
-        lines += ["", title, "", *_step_table(group)]
+        lines += ["", title, "", *_step_table(group), *_option_table(group)]
     return lines if groups else [*lines, "", *_step_table([])]
 
 
-BLOCKS: dict[str, Callable[[list[dict]], list[str]]] = {"step": render_steps, "ops": render_ops}
+def render_headline(rows: list[dict], batch: int = 32) -> list[str]:
+    """One sentence for every GPU: milliseconds of a step with alignment, without it, and of the rivals."""
+    lines = []
+    for title, group in _groups(_headline_rows(rows)):
+        ms = {name: found[batch]["ms"] for name in LINES if batch in (found := _fastest(group, name))}
+        if not {"sra", "plain"} <= set(ms):
+            continue
+        rivals = {"strong": "plain PyTorch at its best", "reference": "the published code"}
+        said = [f"{text} {ms[name]:.0f} ms ({ms[name] / ms['sra']:.1f} times as long)" for name, text in rivals.items() if name in ms]
+        lines.append(
+            f"A step of {MODEL} at {RESOLUTION} px with {batch} images on one {title.partition(',')[0]} takes {ms['sra']:.0f} ms with SRA, "
+            f"{ms['plain']:.0f} ms without" + "".join(f"; {each}" for each in said) + ": [measured](#measured)."
+        )
+    return lines
+
+
+BLOCKS: dict[str, Callable[[list[dict]], list[str]]] = {"headline": render_headline, "step": render_steps, "ops": render_ops}
 
 
 def fill(text: str, rows: list[dict]) -> str:

@@ -19,6 +19,13 @@ from variants import Variant  # noqa: E402
 
 MODEL, PIXELS, SMALL_MODEL = "SiT-XL/2", 256, "SiT-B/2"
 NOT_RUN = "not run"
+# images/s of one GPU in training a model of XL/2's size at 256 px, as these works report it: other GPUs and other software, to be
+# looked at beside the rows and never as a measurement of ours
+PUBLISHED = {
+    "LightningDiT, H800 (arXiv 2501.01423)": 285,
+    "SRA 2 (arXiv 2601.17830)": 230,
+    "REPA (arXiv 2410.06940)": 173,
+}
 # kinds of rows whose time is no operator's
 CEILINGS = ("copy", "matmul")
 
@@ -191,7 +198,8 @@ def steps(rows: list[dict]) -> list[str]:
         held = f" ({row['throttled']})" if "throttled" in row else ""
         spread = f" +-{50 * row['spread']:.1f} %" if "spread" in row else ""
         lines.append(f"  {row['model']} {row['batch']:4} {row['variant']:34} {row['ms']:8.2f} ms{spread} {row['images_per_s']:7.1f}/s{mfu}{memory}{clock}{held}")
-    return lines and ["steps:", *lines]
+    published = ", ".join(f"{name} {rate}/s" for name, rate in PUBLISHED.items())
+    return lines and ["steps:", *lines, f"  reported elsewhere, not measured here: {published}"]
 
 
 def host_and_kernels(rows: Rows) -> list[str]:

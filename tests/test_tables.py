@@ -70,8 +70,23 @@ def test_headline_follows_the_rows():
     assert "| `sra+train.recompute=norm`: this engine | 256 | 320 |  |  |  | +25.0 % |" in block
     assert "| `strong+compile=whole`: plain PyTorch at its best | 32 | 320 |  |  |  | +40.0 % |" in block
     assert "| `reference`: published code |  | not measured yet |" in block and block.count("this engine |") == 2
+    # settings against the default at the same batch
+    assert "| `align.teacher_layer=14` | 32 | 320 |  | -12.0 % |" in block and "| `train.recompute=norm` | 32 | 320 |  | +0.8 % |" in block
+    assert "`train.recompute=norm` | 256" not in block, "there is no default to compare with"
+    # of a GPU's rows the newest commit's count, whatever its name
+    older = [{**row, "commit": "zzz", "date": "2026-01-01", "ms": 1.0} for row in step_rows()]
+    newer = [{**row, "date": "2026-01-02"} for row in step_rows()]
+    assert table.render_steps(newer + older) == table.render_steps(newer)
     on_cpu = [{**row, "device": "cpu"} for row in step_rows()]
-    assert table.render_steps(on_cpu) == table.render_steps([]) and str(table.render_steps([])).count("not measured yet") == 5
+    assert table.render_steps(on_cpu) == table.render_steps([]) and str(table.render_steps([])).count("not measured yet") == 6
+
+
+def test_headline_sentence():
+    (line,) = table.render_headline(step_rows())
+    assert "SiT-XL/2 at 256 px with 32 images on one NVIDIA X takes 125 ms with SRA, 100 ms without" in line
+    # the rival at its fastest settings; of the published code nothing is known here
+    assert "plain PyTorch at its best 140 ms (1.1 times as long): [measured](#measured)." in line and "published" not in line
+    assert table.render_headline([row for row in step_rows() if row["variant"] != "plain"]) == []
 
 
 def test_plot_of_ladder_and_depths(tmp_path, monkeypatch):
