@@ -35,7 +35,7 @@ from verdict import failed_tests, predicted_rows, render  # noqa: E402
 
 BUDGETS = {"first": 270, "second": 310}
 # what tells something of a GPU; what compilers make of the kernels needs none
-TESTS = ["tests/engine/test_cuda.py", "tests/engine/test_teacher_pass.py", "tests/ops", "tests/models"]
+TESTS = [*(f"tests/engine/test_{name}.py" for name in ("cuda", "graphed_step", "teacher_pass")), "tests/ops", "tests/models"]
 COMPILED = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_without_spills"]
 MODEL, PIXELS, SMALL_MODEL = "SiT-XL/2", "256", "SiT-B/2"
 TAIL = 4000
@@ -100,7 +100,7 @@ def case(batch: int, variants: str, model: str = MODEL) -> list[str]:
 def first_parts(out: Path, reference: str | None, probe: str | None) -> list[Part]:
     """Is it right, and what does a step cost?"""
     rows = ["--json", str(out / "rows.json")]
-    ways = "plain,sra,sra_fp8,sra+align.teacher_graph=true,sra+align.teacher_stream=true,sra+train.residual=fp32,plain,sra"
+    ways = "plain,sra,sra_fp8,sra+align.teacher_stream=true,sra+train.residual=fp32,sra+train.graph=false,plain,sra"
     step = ["benchmarks/train_step.py", *rows, "--warmup", "5", "--steps", "30"]
     fill = Part("fill", 0, ["benchmarks/train_step.py", "--json", str(out / "fill.json"), "--untimed", *case(32, "strong")],
                 environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"})  # fmt: skip
@@ -124,11 +124,11 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
     norm, strong = "+train.recompute=norm", "strong+graph=true"
     cases = [
         case(32, f"plain,sra,{strong},plain,sra,sra_fp8" + (",reference" if reference else "")),
-        case(256, f"plain{norm},sra{norm},{strong}"),
-        case(32, f"sra+train.residual=fp32,sra+align.teacher_stream=true,sra{norm},swap_ema+graph=true"),
+        case(256, f"plain{norm},sra{norm}"),
         case(256, "plain,sra", SMALL_MODEL),
-        case(256, f"sra_fp8{norm}"),
-        case(32, "strong,sra+train.compile=true,sra+train.graph=false"),
+        case(32, f"sra{norm},sra+align.teacher_stream=true,swap_ema+graph=true,sra+train.compile=true"),
+        case(256, f"sra_fp8{norm},{strong}"),
+        case(32, "sra+train.residual=fp32,strong"),
     ]
     step = ["benchmarks/train_step.py", *rows, *published, "--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60"]
     found = [

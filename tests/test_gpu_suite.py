@@ -127,7 +127,7 @@ def test_the_parts_for_a_gpu_fit_their_budgets_and_parse():
     args = train_step.parse(second["steps"].command[1:])
     assert args.shrink and args.cases[0] == (large, ["plain", "sra", "strong+graph=true", "plain", "sra", "sra_fp8", "reference"])
     larger = ("SiT-XL/2", 256, 256)
-    assert [case for case, _ in args.cases[1:]] == [larger, large, ("SiT-B/2", 256, 256), larger, large]
+    assert [case for case, _ in args.cases[1:]] == [larger, ("SiT-B/2", 256, 256), large, larger, large]
     # without a checkout there is no published code; without red tests none run again
     without = {part.name: part for part in gpu_suite.second_parts(Path("/out"), None, [])}
     assert "reference" not in " ".join(without["steps"].command) and "tests" not in without
