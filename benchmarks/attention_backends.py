@@ -4,6 +4,7 @@ What ``ops.attention`` measures for itself when it first meets a shape, written 
 projection, and gradients end as rows of tokens, so that a copy that a backend makes necessary is in its time.  Rows of kind
 "probe"; where a backend cannot run, there is none.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -39,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
                 percent = flops / ms / 1e7 / tflops
                 row = {"kind": "probe", "name": f"attention_backend.{name}", "variant": backend, "ms": ms}
                 file.add(make_row(**row, percent_of_ceiling=percent, **case, **where))
-                print(f"{model} d={D // H} {name:8} {backend:10} {1e3 * ms:7.1f} us, {percent:5.1f} % of the matmul rate", flush=True)
+                print(
+                    f"{model} d={D // H} {name:8} {backend:10} {1e3 * ms:7.1f} us, {percent:5.1f} % of the matmul rate",
+                    flush=True,
+                )
     return 0
 
 

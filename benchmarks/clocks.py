@@ -1,4 +1,5 @@
 """Clock, power and throttling of the GPU while something is measured: read from its driver, never set."""
+
 import statistics
 import subprocess
 import threading

@@ -1,16 +1,19 @@
 """Everything worth knowing of a fresh GPU machine, in two commands of about five minutes:
 
-    python benchmarks/gpu_suite.py first  --out DIR --reference PATH
+    python benchmarks/gpu_suite.py first  --out DIR
     python benchmarks/gpu_suite.py second --out DIR --reference PATH --caches FILE
 
-first: every operator right or wrong and its share of the copy bandwidth, attention's backends, training steps of 32 images with the
-teacher run in every way, the CUDA tests, and what fills the compilers' caches.  second: steps against the rivals at
-32 and 256 images and with the engine's options, the tests that were red, and the operators against torch.compile.  Each ends with a VERDICT.
+first: every operator right or wrong and its share of the copy bandwidth, attention's backends, training steps of 32
+images with the teacher run in every way, the CUDA tests, and what fills the compilers' caches.
+second: steps against the rivals at 32 and 256 images and with the engine's options, the tests that were red, and the
+operators against torch.compile.
 
-Parts are processes of their own with a limit in time; what they have written stays, and time that a part leaves goes to the next.
-DIR gets rows.json (what the tables are made from), a log of every part, summary.json and verdict.txt, renewed after every part, and
-caches.tgz.  --archive FOLDER renews an archive of all that every ten seconds, for a machine that may be taken away.
+Each ends with a VERDICT.  Parts are processes of their own with a limit in time; what they have written stays, and time
+that a part leaves goes to the next.  DIR gets rows.json (what the tables are made from), a log of every part, summary.json
+and verdict.txt, renewed after every part; from first also caches.tgz.  --archive FOLDER renews an archive of all that every
+ten seconds, for a machine that may be taken away.
 """
+
 import argparse
 import contextlib
 import importlib.util
@@ -35,7 +38,11 @@ from verdict import failed_tests, predicted_rows, render  # noqa: E402
 
 BUDGETS = {"first": 270, "second": 310}
 # what tells something of a GPU; what compilers make of the kernels needs none
-TESTS = [*(f"tests/engine/test_{name}.py" for name in ("cuda", "graphed_step", "teacher_pass")), "tests/ops", "tests/models"]
+TESTS = [
+    *(f"tests/engine/test_{name}.py" for name in ("cuda", "graphed_step", "teacher_pass")),
+    "tests/ops",
+    "tests/models",
+]
 COMPILED = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_without_spills"]
 MODEL, PIXELS, SMALL_MODEL = "SiT-XL/2", "256", "SiT-B/2"
 TAIL = 4000
@@ -97,7 +104,7 @@ def case(batch: int, variants: str, model: str = MODEL) -> list[str]:
     return ["--case", model, PIXELS, str(batch), variants]
 
 
-def first_parts(out: Path, reference: str | None, probe: str | None) -> list[Part]:
+def first_parts(out: Path, probe: str | None) -> list[Part]:
     """Is it right, and what does a step cost?"""
     rows = ["--json", str(out / "rows.json")]
     ways = "plain,sra,sra_fp8,sra+align.teacher_stream=true,sra+train.residual=fp32,sra+train.graph=false,plain,sra"
@@ -130,14 +137,16 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
         case(256, f"sra_fp8{norm},{strong}"),
         case(32, "sra+train.residual=fp32,strong"),
     ]
-    step = ["benchmarks/train_step.py", *rows, *published, "--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60"]
+    limits = "--warmup 5 --steps 30 --seconds 4 --time-limit 60 --shrink".split()
+    step = ["benchmarks/train_step.py", *rows, *published, *limits]
     found = [
-        Part("steps", 205, [*step, "--shrink", *(word for words in cases for word in words)]),
+        Part("steps", 205, [*step, *(word for words in cases for word in words)]),
         Part("ops", 40, ["benchmarks/run.py", *rows, "--models", MODEL, "--resolution", PIXELS, "--batch", "32", "--variants",
                          "ours,compile", "--passes", "forward,backward", "--budget", "0.05"]),
     ]  # fmt: skip
     if red:
-        found.insert(1, Part("tests", 60, pytest_command(*red), environment={"TRITON_CACHE_DIR": str(out / "test_caches")}))
+        caches = {"TRITON_CACHE_DIR": str(out / "test_caches")}
+        found.insert(1, Part("tests", 60, pytest_command(*red), environment=caches))
     return found
 
 
@@ -152,8 +161,15 @@ def dry_parts(which: str, out: Path) -> list[Part]:
         fill = Part("fill", 0, ["benchmarks/train_step.py", "--device", "cpu", "--json", str(out / "fill.json"), "--untimed",
                                 "--warmup", "1", *small("plain")])  # fmt: skip
         beside = Part(tests.name, tests.share, tests.command, beside=fill)
-        return [Part("ops", 45, [*ops, "--variants", "ours,eager"]), Part("steps", 90, [*step, *small("plain,sra,plain,sra")]), beside]
-    return [Part("steps", 230, [*step, *small("plain,sra,swap_ema")]), Part("ops", 50, [*ops, "--variants", "ours,compile"])]
+        return [
+            Part("ops", 45, [*ops, "--variants", "ours,eager"]),
+            Part("steps", 90, [*step, *small("plain,sra,plain,sra")]),
+            beside,
+        ]
+    return [
+        Part("steps", 230, [*step, *small("plain,sra,swap_ema")]),
+        Part("ops", 50, [*ops, "--variants", "ours,compile"]),
+    ]
 
 
 def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
@@ -167,7 +183,9 @@ def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
         environ["CUDA_VISIBLE_DEVICES"] = ""
     command = ["bash", "-c", part.command] if isinstance(part.command, str) else [sys.executable, *part.command]
     with open(log, "w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def run_part(part: Part, out: Path, seconds: float, device: str) -> list[dict]:
@@ -222,7 +240,9 @@ def run_suite(which: str, parts: list[Part], out: Path, budget: float, device: s
         for record in run_part(part, out, seconds, device):
             found.append(record)
             state = "ran over" if record["ran_over"] else f"exit code {record['returncode']}"
-            print(f"{record['tail'].rstrip()[-1500:]}\n{record['part']}: {state} after {record['seconds']} s", flush=True)
+            print(
+                f"{record['tail'].rstrip()[-1500:]}\n{record['part']}: {state} after {record['seconds']} s", flush=True
+            )
         (out / "summary.json").write_text(json.dumps({**where, "suite": which, "parts": found}, indent=1) + "\n")
         (out / "verdict.txt").write_text(render(out, which))
     return found
@@ -275,11 +295,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("which", choices=tuple(BUDGETS), help="the first command, or the second")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_suite", help="default: runs/gpu_suite")
     parser.add_argument("--budget", type=float, help="seconds for everything (default 270 and 310)")
-    parser.add_argument("--reference", help="a checkout of the published code")
+    parser.add_argument("--reference", help="second: a checkout of the published code")
     parser.add_argument("--probe", help="first: a CUDA program to build and run with the arguments 32 256")
     parser.add_argument("--caches", type=Path, help="second: the caches.tgz that first has written, for the same --out")
-    parser.add_argument("--archive", type=Path, help="a folder that gets found.tgz, renewed every ten seconds, and caches.tgz")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run at the smallest sizes")
+    parser.add_argument(
+        "--archive", type=Path, help="a folder that gets found.tgz, renewed every ten seconds, and caches.tgz"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run at the smallest sizes"
+    )
     args = parser.parse_args(argv)
     for name in ("reference", "probe", "caches"):
         given = getattr(args, name)
@@ -299,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         parts = dry_parts(args.which, out)
     elif args.which == "first":
-        parts = first_parts(out, absolute(args.reference), absolute(args.probe))
+        parts = first_parts(out, absolute(args.probe))
     else:
         parts = second_parts(out, absolute(args.reference), [name for name in red if name])
     # what the verdict compares with takes a few seconds of a core, which a part can hide

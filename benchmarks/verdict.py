@@ -2,6 +2,7 @@
 
 Operators and tests right or wrong, every goal beside what was measured, what the host and the card did, where the time goes.
 """
+
 import argparse
 import functools
 import json
@@ -43,7 +44,8 @@ class Rows:
         mine = [
             row
             for row in self.rows
-            if (row["kind"], row["name"], row.get("model"), row.get("resolution")) == ("train_step", "step", model, PIXELS)
+            if (row["kind"], row["name"], row.get("model"), row.get("resolution"))
+            == ("train_step", "step", model, PIXELS)
             and row["variant"].partition(free)[0] == variant
             and row["batch"] <= batch
         ]
@@ -52,17 +54,27 @@ class Rows:
     def operator(self, name: str, variant: str = "ours", batch: int | None = 32) -> dict | None:
         """A row of an operator; one without ``ms`` was wrong."""
         key = ("op", name, variant, MODEL, batch)
-        found = (row for row in self.rows if tuple(row.get(k) for k in ("kind", "name", "variant", "model", "batch")) == key)
+        found = (
+            row for row in self.rows if tuple(row.get(k) for k in ("kind", "name", "variant", "model", "batch")) == key
+        )
         return next(found, None)
 
     def kernels(self, variant: str, batch: int) -> dict[str, float]:
         """Milliseconds of a step by family of kernels."""
         key = ("kernel_share", variant, MODEL, batch)
-        return {row["name"]: row["ms"] for row in self.rows if tuple(row.get(k) for k in ("kind", "variant", "model", "batch")) == key}
+        return {
+            row["name"]: row["ms"]
+            for row in self.rows
+            if tuple(row.get(k) for k in ("kind", "variant", "model", "batch")) == key
+        }
 
     def host(self, variant: str, batch: int) -> dict[str, float]:
         key = ("host", variant, MODEL, batch)
-        return {row["name"]: row["ms"] for row in self.rows if tuple(row.get(k) for k in ("kind", "variant", "model", "batch")) == key}
+        return {
+            row["name"]: row["ms"]
+            for row in self.rows
+            if tuple(row.get(k) for k in ("kind", "variant", "model", "batch")) == key
+        }
 
 
 def rate(row: dict | None) -> float | None:
@@ -142,7 +154,14 @@ def predicted_rows() -> Rows:
         for name in ("plain", "sra", "sra_fp8"):
             times = predicted(Variant.parse(name).configuration(model, PIXELS, batch, "cuda"))
             seconds = times.forward + times.teacher + times.backward + times.optimizer + times.other
-            case = {"kind": "train_step", "name": "step", "variant": name, "model": model, "resolution": PIXELS, "batch": batch}
+            case = {
+                "kind": "train_step",
+                "name": "step",
+                "variant": name,
+                "model": model,
+                "resolution": PIXELS,
+                "batch": batch,
+            }
             rows.append({**case, "ms": 1e3 * seconds, "images_per_s": batch / seconds})
     return Rows(rows)
 
@@ -172,11 +191,16 @@ def operators(rows: list[dict]) -> list[str]:
     if not mine:
         return [f"operators: {NOT_RUN}"]
     wrong = sorted({row["name"] for row in mine if "ms" not in row})
-    lines = [f"operators: {len({row['name'] for row in mine}) - len(wrong)} right, {len(wrong)} wrong" + (": " + ", ".join(wrong) if wrong else "")]
+    lines = [
+        f"operators: {len({row['name'] for row in mine}) - len(wrong)} right, {len(wrong)} wrong"
+        + (": " + ", ".join(wrong) if wrong else "")
+    ]
     for row in mine:
         if "ms" in row:
             case = " ".join(str(row[k]) for k in ("model", "batch") if k in row)
-            lines.append(f"  {row['name']:34} {case:14} {1e3 * row['ms']:9.1f} us {row['percent_of_ceiling']:6.1f} % of the ceiling")
+            lines.append(
+                f"  {row['name']:34} {case:14} {1e3 * row['ms']:9.1f} us {row['percent_of_ceiling']:6.1f} % of the ceiling"
+            )
     return lines
 
 
@@ -192,12 +216,16 @@ def steps(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["kind"] != "train_step" or row["name"] != "step":
             continue
-        mfu = f" MFU {100 * row['mfu']:.1f} %, with teacher {100 * row['mfu_with_teacher']:.1f} %" if "mfu" in row else ""
+        mfu = (
+            f" MFU {100 * row['mfu']:.1f} %, with teacher {100 * row['mfu_with_teacher']:.1f} %" if "mfu" in row else ""
+        )
         memory = f" {row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else ""
         clock = f" at {row['sm_mhz']:.0f} MHz, {row['watts']:.0f} W" if "sm_mhz" in row and "watts" in row else ""
         held = f" ({row['throttled']})" if "throttled" in row else ""
         spread = f" +-{50 * row['spread']:.1f} %" if "spread" in row else ""
-        lines.append(f"  {row['model']} {row['batch']:4} {row['variant']:34} {row['ms']:8.2f} ms{spread} {row['images_per_s']:7.1f}/s{mfu}{memory}{clock}{held}")
+        lines.append(
+            f"  {row['model']} {row['batch']:4} {row['variant']:34} {row['ms']:8.2f} ms{spread} {row['images_per_s']:7.1f}/s{mfu}{memory}{clock}{held}"
+        )
     published = ", ".join(f"{name} {rate}/s" for name, rate in PUBLISHED.items())
     return lines and ["steps:", *lines, f"  reported elsewhere, not measured here: {published}"]
 
@@ -207,10 +235,14 @@ def host_and_kernels(rows: Rows) -> list[str]:
     lines = []
     if step and "step" in host:
         hidden = "hidden" if host["step"] < step["ms"] else "NOT hidden"
-        lines.append(f"host: {host['step']:.1f} ms per step of {step['ms']:.1f} ms, {hidden}; start-up {host['start-up'] / 1e3:.1f} s")
+        lines.append(
+            f"host: {host['step']:.1f} ms per step of {step['ms']:.1f} ms, {hidden}; start-up {host['start-up'] / 1e3:.1f} s"
+        )
     if kernels:
         slowest = sorted(kernels.items(), key=lambda item: -item[1])[:5]
-        lines.append("slowest kernel families of sra, 32 images: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in slowest))
+        lines.append(
+            "slowest kernel families of sra, 32 images: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in slowest)
+        )
     return lines
 
 
@@ -218,10 +250,17 @@ def render(folder: Path, which: str = "") -> str:
     """The verdict on what the folder holds so far."""
     path = folder / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    where = next((f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in rows), "nothing measured")
+    where = next(
+        (f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in rows),
+        "nothing measured",
+    )
     copy = next((f", copy {row['gbps']:.0f} GB/s" for row in rows if row["name"] == "copy"), "")
     lines = [f"VERDICT {which}: {where}{copy}", *operators(rows), *tests(folder / "tests.log"), *steps(rows)]
-    lines += [*host_and_kernels(Rows(rows)), "goals:", *("  " + goal.line(Rows(rows), predicted_rows()) for goal in GOALS)]
+    lines += [
+        *host_and_kernels(Rows(rows)),
+        "goals:",
+        *("  " + goal.line(Rows(rows), predicted_rows()) for goal in GOALS),
+    ]
     return "\n".join(lines) + "\n"
 
 

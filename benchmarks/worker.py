@@ -3,6 +3,7 @@
 What belongs to a case is given back before the next.  A case that breaks the device, or does not end, ends the process; the next
 case starts another.  So does one whose memory is not given back.
 """
+
 import json
 import os
 import queue
@@ -54,7 +55,12 @@ class Worker:
     def _start(self) -> None:
         self.errors = tempfile.TemporaryFile("w+", errors="replace")
         self.process = subprocess.Popen(
-            self.command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            self.command,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_forward, args=(self.process.stdout, self.lines), daemon=True).start()

@@ -108,7 +108,7 @@ def test_the_parts_for_a_gpu_fit_their_budgets_and_parse():
     import run
     import train_step
 
-    first = {part.name: part for part in gpu_suite.first_parts(Path("/out"), "/published", "/probe.cu")}
+    first = {part.name: part for part in gpu_suite.first_parts(Path("/out"), "/probe.cu")}
     second = {part.name: part for part in gpu_suite.second_parts(Path("/out"), "/published", ["tests/ops/test_adaln.py::test_a"])}
     assert list(first) == ["ops", "attention", "probe", "steps", "tests"] and list(second) == ["steps", "tests", "ops"]
     for parts, which in ((first, "first"), (second, "second")):

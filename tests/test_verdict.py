@@ -1,4 +1,5 @@
 """The verdict says what the rows and pytest's log hold: right, wrong, met, missed, or not run."""
+
 import json
 import sys
 from pathlib import Path
@@ -64,10 +65,10 @@ def lines(tmp_path):
 
 def test_goals_are_met_missed_or_not_run(lines):
     said = {line[2:48].strip(): line[49:].split() for line in lines[lines.index("goals:") + 1 :]}
-    assert said["SRA over plain, 32 images (time)"] [:5] == ["1.167", "goal", "<=", "1.18,", "met,"]
-    assert said["SRA with fp8 teacher over plain, 32"] [:5] == ["1.133", "goal", "<=", "1.13,", "MISSED,"]
+    assert said["SRA over plain, 32 images (time)"][:5] == ["1.167", "goal", "<=", "1.18,", "met,"]
+    assert said["SRA with fp8 teacher over plain, 32"][:5] == ["1.133", "goal", "<=", "1.13,", "MISSED,"]
     # each at its best among the settings that it may choose, and at the batch that fits
-    assert said["SRA over plain, 256 images (time)"] [:5] == ["1.150", "goal", "<=", "1.18,", "met,"]
+    assert said["SRA over plain, 256 images (time)"][:5] == ["1.150", "goal", "<=", "1.18,", "met,"]
     assert said["SRA over strong, 32 images"] == ["1.100", "goal", ">=", "1.1,", "met"]
     assert said["SRA over strong, 256 images"] == ["1.304", "goal", ">=", "1.05,", "met"]
     assert said["images/s with SRA, 32 images"][0] == "457.1" and "MISSED," in said["images/s with SRA, 32 images"]
@@ -86,11 +87,18 @@ def test_what_is_wrong_is_named(lines):
     assert lines[0] == "VERDICT first: NVIDIA H100 80GB HBM3, torch 2.11.0, commit abc, copy 3000 GB/s"
     assert "operators: 2 right, 1 wrong: adaln.forward" in lines
     assert "tests: 2 passed, 2 failed" in text
-    assert [line for line in lines if "RED" in line] == ["  RED tests/ops/test_a.py::test_two", "  RED tests/ops/test_b.py::test_four"]
+    assert [line for line in lines if "RED" in line] == [
+        "  RED tests/ops/test_a.py::test_two",
+        "  RED tests/ops/test_b.py::test_four",
+    ]
     assert "host: 40.0 ms per step of 70.0 ms, hidden; start-up 9.0 s" in lines
     assert any(line.endswith("matmul 40.0 ms, attention 5.0 ms, a 0.4 ms, b 0.3 ms, c 0.2 ms") for line in lines)
     (mine,) = (line for line in lines if " sra   " in line)
-    assert "70.00 ms +-0.2 %" in mine and "MFU 33.0 %, with teacher 41.0 %" in mine and "at 1700 MHz, 650 W (power cap)" in mine
+    assert (
+        "70.00 ms +-0.2 %" in mine
+        and "MFU 33.0 %, with teacher 41.0 %" in mine
+        and "at 1700 MHz, 650 W (power cap)" in mine
+    )
 
 
 def test_a_host_that_is_slower_than_the_device_is_not_hidden(tmp_path):

@@ -1,4 +1,5 @@
 """A process for many cases: answers, errors, what ends it, and that the next case starts another."""
+
 import os
 import sys
 import time
@@ -84,7 +85,12 @@ def test_a_process_for_every_request(make):
 
 
 def test_clock_power_and_throttling_of_a_time(tmp_path):
-    lines = ["1980, 2619, 610.5, 55, 0x0000000000000000", "[N/A], 2619, [N/A], 55, 0x0000000000000004", "no device", "1410, 2619, 690.5, 60, 0x24"]
+    lines = [
+        "1980, 2619, 610.5, 55, 0x0000000000000000",
+        "[N/A], 2619, [N/A], 55, 0x0000000000000004",
+        "no device",
+        "1410, 2619, 690.5, 60, 0x24",
+    ]
     command = [sys.executable, "-c", f"print({chr(10).join(lines)!r})"]
     clocks = Clocks(tmp_path / "clocks.csv", command)
     clocks.process.wait()
@@ -95,7 +101,11 @@ def test_clock_power_and_throttling_of_a_time(tmp_path):
     assert clocks.between(now, now + 5) == {"sm_mhz": 1695.0, "watts": 650.5, "throttled": "power cap, thermal"}
     assert clocks.between(now + 60, now + 70) == {}
     text = (tmp_path / "clocks.csv").read_text().splitlines()
-    assert text[0] == "seconds," + ",".join(FIELDS) and len(text) == 4 and text[1].endswith(",1980,2619,610.5,55,0x0000000000000000")
+    assert (
+        text[0] == "seconds," + ",".join(FIELDS)
+        and len(text) == 4
+        and text[1].endswith(",1980,2619,610.5,55,0x0000000000000000")
+    )
     clocks.stop()
 
 

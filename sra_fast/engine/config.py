@@ -151,8 +151,8 @@ class TrainConfig:
     """dtype of the residual stream in bf16 training, of student and teacher; fp32 is what the published code has (its position
     embedding is fp32, and autocast rounds inside the half-blocks only)"""
     graph: bool | None = None
-    """replay forward and backward pass as one CUDA graph, so that the host launches it in one call; default: on one GPU, where it
-    can (ZeRO 0-2, optim.implementation fused, no align.teacher_graph)"""
+    """replay forward and backward pass as one CUDA graph, so that the host launches it in one call; its activations keep their
+    memory between steps; default: on one GPU, where it can (ZeRO 0-2, optim.implementation fused, no align.teacher_graph)"""
     compile: bool = False
     """torch.compile each block (ZeRO 0-2)"""
     recompute: Literal["none", "norm", "full"] = "none"

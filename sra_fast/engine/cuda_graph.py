@@ -1,4 +1,5 @@
 """Functions of tensors, replayed as CUDA graphs: the host launches one graph instead of hundreds of kernels."""
+
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -132,7 +133,9 @@ class GraphedGradients(_Captures):
             p.grad = gradient
         return output
 
-    def _prepare(self, inputs: tuple[Tensor, ...], accumulate: bool) -> tuple[list[Tensor], torch.cuda.CUDAGraph | None, Any]:
+    def _prepare(
+        self, inputs: tuple[Tensor, ...], accumulate: bool
+    ) -> tuple[list[Tensor], torch.cuda.CUDAGraph | None, Any]:
         """Inputs that stay where they are, a graph that reads them, and what it writes."""
         static = [item.clone() for item in inputs]
         if not self.graphs:

@@ -118,9 +118,9 @@ Pending = tuple[Tensor, Tensor, Tensor | None]
 class Block(nn.Module):
     """adaLN-Zero transformer block.
 
-    Takes the residual stream ``x [B, T, D]``, of the weights' dtype or in fp32, the conditioning ``c [B, D]`` behind its SiLU, which every block's modulation
-    shares, and what the block before left pending, and returns the stream and what it leaves pending itself: so that the gate
-    of one half-block, the addition and the norm of the next are one pass, across blocks too.
+    Takes the residual stream ``x [B, T, D]``, of the weights' dtype or in fp32, the conditioning ``c [B, D]`` behind its SiLU,
+    which every block's modulation shares, and what the block before left pending, and returns the stream and what it leaves
+    pending itself: so that the gate of one half-block, the addition and the norm of the next are one pass, across blocks too.
 
     Attributes:
         recompute: what the backward pass has again instead of keeping it: ``"none"``, ``"norm"`` (with the kernels the outputs of

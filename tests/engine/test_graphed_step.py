@@ -1,4 +1,5 @@
 """Forward and backward pass as one function of tensors, which a GPU replays as a graph: the training is the same to the bit."""
+
 import pytest
 import torch
 from zero_worker import tiny
@@ -42,7 +43,11 @@ def run(folder, graphed, stage, precision, args):
     rows = train(trainer, make_dataset(cfg), folder)
     names = ("loss", "align", "denoise", "vb", "grad_norm", "student_norm", "teacher_norm")
     logged = [{name: row[name] for name in names if name in row} for row in rows]
-    state = [trainer.shards.flats, trainer.ema.flats, *(trainer.shards.state(name) for name in ("exp_avg", "exp_avg_sq"))]
+    state = [
+        trainer.shards.flats,
+        trainer.ema.flats,
+        *(trainer.shards.state(name) for name in ("exp_avg", "exp_avg_sq")),
+    ]
     state = [[t.clone() for t in tensors] for tensors in state]
     trainer.engine.destroy()
     return logged, state
@@ -50,7 +55,9 @@ def run(folder, graphed, stage, precision, args):
 
 # the way of the gradients is what differs between stages
 CASES = [(1, "bf16", args) for args in ARGUMENTS]
-CASES += [(stage, precision, args) for stage, precision in ((2, "fp32"), (0, "bf16"), (0, "fp32")) for args in ARGUMENTS[:2]]
+CASES += [
+    (stage, precision, args) for stage, precision in ((2, "fp32"), (0, "bf16"), (0, "fp32")) for args in ARGUMENTS[:2]
+]
 
 
 @pytest.mark.parametrize("stage, precision, args", CASES)
@@ -142,7 +149,9 @@ def test_who_may_ask_for_a_graph():
             check_device(found, stage, cuda, world)
 
 
-@pytest.mark.parametrize("stage, precision", [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(
+    "stage, precision", [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")]
+)
 def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision):
     """A capture would make the stream wait in which they were made: on a GPU "the legacy stream", and it fails."""
     trainer = build(tiny(stage, precision, "--train.graph", "false"), init_distributed())

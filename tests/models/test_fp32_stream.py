@@ -1,4 +1,5 @@
 """bf16 training with a residual stream in fp32 is as exact as autocast, whose stream is fp32 too; without it, it is not."""
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -29,7 +30,9 @@ def results(model, inputs, dout, autocast=False):
     model.zero_grad()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         prediction, features = model.eval()(*inputs, align_depth=LAYER, project=False)
-    torch.autograd.backward([prediction, features], [dout.to(prediction.dtype), torch.ones_like(features) / features.numel()])
+    torch.autograd.backward(
+        [prediction, features], [dout.to(prediction.dtype), torch.ones_like(features) / features.numel()]
+    )
     gradients = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
     return [prediction.float(), gradients, features.float()]
 
@@ -92,4 +95,7 @@ def test_the_option_reaches_both_networks(monkeypatch):
         cfg = parse_train([*words.split(), "--train.residual", residual])[0]
         for network in build._networks(cfg, None, 1, torch.device("cpu")):
             assert network.residual_dtype == dtype
-    assert parse_train(["--config", "configs/sit_xl2_256.yaml", "--config", "configs/parity.yaml"])[0].train.residual == "fp32"
+    assert (
+        parse_train(["--config", "configs/sit_xl2_256.yaml", "--config", "configs/parity.yaml"])[0].train.residual
+        == "fp32"
+    )

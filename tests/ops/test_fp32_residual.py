@@ -1,4 +1,5 @@
 """A residual stream in fp32 with everything inside the half-blocks in half precision: each array once, in its own dtype."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,9 @@ def test_bad_dtypes():
     ):
         with pytest.raises(ValueError, match="expected a floating-point dtype of the output, got torch.int32"):
             call()
-    with pytest.raises(ValueError, match="expected weight .* of dtype"):  # a stream in half precision needs weights of its dtype
+    with pytest.raises(
+        ValueError, match="expected weight .* of dtype"
+    ):  # a stream in half precision needs weights of its dtype
         ops.adaln_linear(x.to(HALF), shift, scale, w1.float(), b1.float())
     with pytest.raises(ValueError, match="expected weight .* of dtype"):
         ops.adaln_mlp(x, shift, scale, w1, b1, w2.float(), b2.float())
