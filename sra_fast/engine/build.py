@@ -1,4 +1,5 @@
 """From a configuration to a DeepSpeed engine with its sharded EMA and teacher."""
+import logging
 from dataclasses import dataclass
 
 import deepspeed
@@ -11,14 +12,17 @@ from sra_fast.engine.config import Config
 from sra_fast.engine.cuda_graph import GraphedGradients, held_accumulators
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
-from sra_fast.engine.objective import SRAObjective, make_process
-from sra_fast.engine.one_pass import PartitionedStep, ReplicatedStep, Stage3Step
+from sra_fast.engine.objective import SRAObjective, alignment_phases, make_process
+from sra_fast.engine.one_pass import PartitionedStep, ReplicatedStep, Stage3Step, let_go_of_accumulators
 from sra_fast.engine.optimizer import AdamWEMA, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import Block
+
+
+log = logging.getLogger("sra_fast")
 
 
 @dataclass
@@ -56,11 +60,15 @@ class Trainer:
             loss, parts = self.engine(x0, y, noise, times, drop, weight)
             self.engine.backward(loss)
             return {"loss": loss.detach(), **parts}
-        inputs, aligned = [x0, y, noise, *times, drop], weight > 0
-        if aligned:
+        plain = x0, y, noise, *times, drop
+        inputs = {False: plain, True: (*plain, torch.full((), weight, device=self.device))}
+        phases = alignment_phases(self.cfg.align)
+        if True in phases:
             self.engine.module.teacher_pass.ready()
-            inputs.append(torch.full((), weight, device=self.device))
-        return self.graphed(*inputs, variant=aligned, accumulate=not first)
+        if not self.graphed.captured:  # every step that this run will take
+            accumulate = (False, True) if self.accumulation > 1 else (False,)
+            self.graphed.prepare([(inputs[aligned], later) for aligned in phases for later in accumulate])
+        return self.graphed(*inputs[weight > 0], accumulate=not first)
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -107,6 +115,9 @@ def _networks(
             teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
     if weights is not None:
         student.load_state_dict(weights, strict=True)
+    if dist.get_world_size() > 1:  # GPUs of two kinds draw other numbers from one seed
+        for p in student.parameters():
+            dist.broadcast(p.data, 0)
     for network in filter(None, (student, teacher)):
         network.residual_dtype = torch.float32 if cfg.train.residual == "fp32" else None
         for block in network.blocks:
@@ -191,31 +202,57 @@ def _set_step(cfg: Config, engine, optimizer: torch.optim.Optimizer, stage: int)
         clip_before_step(engine, cfg.optim.clip)
 
 
-def _make_graphed(cfg: Config, engine, student: SiT, stage: int, accumulation: int) -> GraphedGradients | None:
+def _make_graphed(
+    cfg: Config, engine, student: SiT, stage: int, accumulation: int, ds_config: dict
+) -> GraphedGradients | None:
     """What replays forward and backward pass as a graph, or None where DeepSpeed runs them.
 
-    RuntimeError if it is asked for, but the gradients do not stay with the parameters.
+    ValueError if a graph is asked for and DeepSpeed stands in its way; where it is only the default, that is logged.
     """
-    alone = stage == 0 or getattr(engine.optimizer.step, "alone", False)
-    cuda = next(student.parameters()).is_cuda
-    possible = cuda and dist.get_world_size() == 1 and alone and cfg.optim.implementation == "fused"
-    if cfg.train.graph and not possible:
-        raise RuntimeError("train.graph needs gradients that stay with the parameters: DeepSpeed's JSON lets it convert them")
-    if not (possible and not cfg.align.teacher_graph if cfg.train.graph is None else cfg.train.graph):
+    if cfg.train.graph is False or (cfg.train.graph is None and cfg.align.teacher_graph):
         return None
-    if held := held_accumulators(student.parameters()):
-        raise RuntimeError(f"train.graph: this version of DeepSpeed holds autograd nodes of {held} parameters; set it to false")
-    return graphed_step(engine.module, student, accumulation)
+    one_gpu = next(student.parameters()).is_cuda and dist.get_world_size() == 1
+    if not one_gpu or stage == 3 or cfg.optim.implementation != "fused":
+        return None  # check_device has refused what was asked for and cannot be
+    graphed = graphed_step(engine.module, student, accumulation)
+    obstacle = _graph_obstacle(engine, stage, ds_config, graphed)
+    if obstacle is None:
+        return graphed
+    if cfg.train.graph:
+        raise ValueError(f"train.graph true cannot be: {obstacle}")
+    log.warning("no CUDA graph of the step, the host launches every kernel: %s", obstacle)
+    return None
+
+
+def _graph_obstacle(engine, stage: int, ds_config: dict, graphed: GraphedGradients) -> str | None:
+    """What of DeepSpeed's stands in the way of a graph on one GPU, or None."""
+    if stage > 0 and not getattr(engine.optimizer.step, "alone", False):
+        return "DeepSpeed's JSON lets it convert the gradients"
+    watched = {
+        "flops_profiler": ds_config.get("flops_profiler", {}).get("enabled"),
+        "wall_clock_breakdown": ds_config.get("wall_clock_breakdown"),
+        "timers.throughput": ds_config.get("timers", {}).get("throughput", {}).get("enabled"),
+    }
+    for name, value in watched.items():
+        if value:
+            return f"{name} of DeepSpeed's JSON looks into forward and backward passes"
+    graphed.let_go()
+    held = held_accumulators(graphed.parameters)
+    return f"this version of DeepSpeed holds autograd's nodes of {held} parameters" if held else None
 
 
 def graphed_step(objective: SRAObjective, student: SiT, accumulation: int, graphs: bool = True) -> GraphedGradients:
-    """The objective's loss, as a mean over ``accumulation`` micro-batches, and its gradients; without ``graphs`` the same eagerly."""
+    """The objective's loss, as a mean over ``accumulation`` micro-batches, and its gradients.
+
+    Without ``graphs`` the same is run eagerly.
+    """
 
     def fn(x0, y, noise, t, t_teacher, drop, weight=0.0):
         loss, parts = objective(x0, y, noise, (t, t_teacher), drop, weight)
         return loss / accumulation, {"loss": loss.detach(), **parts}
 
-    return GraphedGradients(fn, student.parameters(), graphs)
+    parameters = list(student.parameters())
+    return GraphedGradients(fn, parameters, graphs, lambda: let_go_of_accumulators(parameters))
 
 
 def build(
@@ -262,7 +299,7 @@ def build(
     trained = _make_teacher(cfg, teacher, ema, optimizer)
     if trained is not None:
         objective.teacher_pass.ready = trained.wait
-    graphed = _make_graphed(cfg, engine, student, stage, accumulation)
+    graphed = _make_graphed(cfg, engine, student, stage, accumulation, ds_config)
     return Trainer(
         cfg, engine, student, shards, ema, trained, device, stage, micro, accumulation, rank, world, ds_config, graphed
     )

@@ -51,6 +51,7 @@ def identity_of(cfg: Config, world_size: int, zero_stage: int) -> dict:
         "world_size": world_size,
         "zero_stage": zero_stage,
         "precision": cfg.train.precision,
+        "residual": cfg.train.residual,
         "teacher_layer": cfg.align.teacher_layer if cfg.align.target != "none" else None,
         "fp8_group": cfg.align.target == "ema_teacher" and cfg.align.teacher_dtype == "fp8",  # a parameter group of its own
         "model": asdict(cfg.model),
@@ -64,7 +65,7 @@ def read_state(path: Path, identity: dict) -> dict:
         ValueError: no checkpoint there, or one of another model, seed, batch, precision, ZeRO stage or process count.
     """
     try:
-        state = {"fp8_group": False, "teacher": None, **json.loads((path / STATE).read_text())}
+        state = {"fp8_group": False, "residual": "bf16", "teacher": None, **json.loads((path / STATE).read_text())}
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"no checkpoint of sra-fast at {path}: {error}") from None
     for key, value in identity.items():

@@ -25,20 +25,25 @@ class _Captures:
         self.hidden_bytes, self.pool = 0, None
         _live.add(self)
 
-    def capture(self, fn: Callable[[], Any], warm_up: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph of ``fn()`` and what it returns, which every replay writes again."""
+    def capture(self, fn: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of ``fn()``, which has run before, and what it returns, which every replay writes again."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        _warm_up(warm_up)
         count = lambda: torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         before, graph = count(), torch.cuda.CUDAGraph()
-        # by default a loader's thread that pins a batch meanwhile would break the capture and die of it itself
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = fn()
+        try:
+            # by default a loader's thread that pins a batch meanwhile would break the capture and die of it itself
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = fn()
+        except RuntimeError as error:
+            # the end of a capture that has failed fails too, and would hide why
+            raise error.__context__ or error from None
         self.hidden_bytes += count() - before
+        # what the capture has allocated lives in the pool, which is counted apart
+        torch.cuda.reset_peak_memory_stats()
         return graph, output
 
 
-def _warm_up(fn: Callable[[], Any]) -> None:
+def warm_up(fn: Callable[[], Any]) -> None:
     """Compile kernels and measure attention, neither of which a capture may do."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -86,7 +91,8 @@ class Graphed(_Captures):
         if key not in self.captured:
             static = [item.clone() for item in inputs]
             run = lambda: self.fn(*static)
-            self.captured[key] = static, *self.capture(run, run)
+            warm_up(run)
+            self.captured[key] = static, *self.capture(run)
         static, graph, output = self.captured[key]
         for held, item in zip(static, inputs):
             held.copy_(item)
@@ -104,25 +110,29 @@ class GraphedGradients(_Captures):
         fn: tensors to ``(loss [], anything)``.
         parameters: that get a gradient; all of them take part in every loss.
         graphs: False runs the same without a graph, as on a CPU.
+        let_go: called before a capture; makes others let go of what ``held_accumulators`` counts.
     """
 
-    def __init__(self, fn: Callable[..., tuple[Tensor, Any]], parameters: Iterable[Tensor], graphs: bool = True):
+    def __init__(
+        self,
+        fn: Callable[..., tuple[Tensor, Any]],
+        parameters: Iterable[Tensor],
+        graphs: bool = True,
+        let_go: Callable[[], None] = lambda: None,
+    ):
         super().__init__()
-        self.fn, self.parameters, self.graphs = fn, list(parameters), graphs
+        self.fn, self.parameters, self.graphs, self.let_go = fn, list(parameters), graphs, let_go
         self.gradients: list[Tensor] = []
 
-    def __call__(self, *inputs: Tensor, variant: Hashable = None, accumulate: bool = False) -> Any:
+    def __call__(self, *inputs: Tensor, accumulate: bool = False) -> Any:
         """What ``fn`` gives besides the loss, overwritten by the next call; gradients are in ``.grad``.
 
         Args:
-            inputs: of ``fn``.
-            variant: tells apart calls in which ``fn`` does different things with inputs of the same shapes.
+            inputs: of ``fn``; for each combination of their number, shapes and dtypes there is a graph.
             accumulate: add to the gradients of the call before.
         """
-        key = (variant, accumulate, _signature(inputs))
-        if key not in self.captured:
-            self.captured[key] = self._prepare(inputs, accumulate)
-        static, graph, output = self.captured[key]
+        self.prepare([(inputs, accumulate)])
+        static, graph, output = self.captured[accumulate, _signature(inputs)]
         for held, item in zip(static, inputs):
             held.copy_(item)
         if graph is None:
@@ -133,14 +143,31 @@ class GraphedGradients(_Captures):
             p.grad = gradient
         return output
 
-    def _prepare(
-        self, inputs: tuple[Tensor, ...], accumulate: bool
-    ) -> tuple[list[Tensor], torch.cuda.CUDAGraph | None, Any]:
-        """Inputs that stay where they are, a graph that reads them, and what it writes."""
-        static = [item.clone() for item in inputs]
+    def prepare(self, calls: list[tuple[Iterable[Tensor], bool]]) -> None:
+        """Capture what ``(inputs, accumulate)`` have no graph yet, the accumulating ones last.
+
+        Calls that are known beforehand belong together: all are warmed up before any is captured.  Later a warm-up would need the
+        memory of a whole step beside that of the graphs, which keep theirs.
+
+        Raises:
+            RuntimeError: something holds autograd's nodes of the parameters.
+        """
+        missing = {(accumulate, _signature(inputs)): inputs for inputs, accumulate in calls}
+        new = sorted((key for key in missing if key not in self.captured), key=lambda key: key[0])
+        static = {key: [item.clone() for item in missing[key]] for key in new}
+        if not static:
+            return
         if not self.graphs:
-            return static, None, None
-        return static, *self.capture(lambda: self._step(static, accumulate), lambda: self._rehearse(static))
+            self.captured |= {key: (inputs, None, None) for key, inputs in static.items()}
+            return
+        self.let_go()
+        if held := held_accumulators(self.parameters):
+            raise RuntimeError(f"a CUDA graph of the gradients: autograd's nodes of {held} parameters are held by something else")
+        for inputs in static.values():
+            warm_up(lambda inputs=inputs: self._rehearse(inputs))
+        for (accumulate, signature), inputs in static.items():
+            step = lambda inputs=inputs, accumulate=accumulate: self._step(inputs, accumulate)
+            self.captured[accumulate, signature] = inputs, *self.capture(step)
 
     def _rehearse(self, inputs: list[Tensor]) -> None:
         """Run every kernel of a step, but leave the gradients alone: accumulation has still to add to them."""

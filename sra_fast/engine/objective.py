@@ -30,6 +30,17 @@ def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
     return cfg.every * _scheduled(cfg, step, epoch)
 
 
+def alignment_phases(cfg: AlignConfig) -> set[bool]:
+    """Whether there are steps with a teacher, and whether there are steps without."""
+    if cfg.target == "none":
+        return {False}
+    weights = set(cfg.milestones.values())
+    if not cfg.milestones or min(cfg.milestones) > 0:
+        weights.add(cfg.weight)
+    rests = cfg.every > 1 or cfg.stop_at_step is not None or 0 in weights
+    return ({True} if max(weights) > 0 else set()) | ({False} if rests else set())
+
+
 def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:
     if cfg.schedule == "milestones":
         reached = [s for s in cfg.milestones if s <= step]

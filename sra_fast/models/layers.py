@@ -25,7 +25,7 @@ class PatchProjection(nn.Conv2d):
         p = self.kernel_size[0]
         patches = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
         # a patch in the order of the weight's last three dimensions
-        return F.linear(patches.reshape(B, -1, C * p * p), self.weight.flatten(1), self.bias)
+        return F.linear(patches.reshape(B, (H // p) * (W // p), C * p * p), self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):

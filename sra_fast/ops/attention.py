@@ -91,7 +91,12 @@ def _milliseconds(run: Callable[[], object], calls: int = 10, rounds: int = 3) -
 
 
 def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers in the shape, the dtype and the strides of ``x``: views of one projection stay such views."""
+    """Random numbers in the shape, the dtype and the strides of ``x``: views of one projection stay such views.
+
+    What was expanded becomes dense: its elements share memory.
+    """
+    if 0 in x.stride():
+        return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).normal_(generator=generator)
 
 

@@ -4,15 +4,18 @@ import pytest
 import torch
 from zero_worker import tiny
 
-from sra_fast.engine import checkpoint
+from sra_fast.engine import build as engine_build
+from sra_fast.engine import checkpoint, cuda_graph
 from sra_fast.engine.build import build, graphed_step
 from sra_fast.engine.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
-from sra_fast.engine.data import make_dataset
+from sra_fast.engine.data import ShuffledBatches, make_dataset, make_loader
 from sra_fast.engine.distributed import init_distributed
-from sra_fast.engine.loop import train
+from sra_fast.engine.loop import optimizer_step, train
+from sra_fast.engine.metrics import Metrics
 from sra_fast.engine.validate import check_device
 
 CUDA = torch.cuda.is_available()
+SAVE = checkpoint.save
 ARGUMENTS = [
     "",
     "--train.micro_batch 8",
@@ -101,8 +104,9 @@ def test_gradients_keep_their_place_though_they_were_taken_away():
     """The optimizer's table of addresses is made once."""
     layer, _, batches, graphed = make()
     places = []
-    for variant in (0, 1, 0):
-        graphed(*batches[0], variant=variant)
+    x, y = batches[0]
+    for rows in (4, 2, 4):
+        graphed(x[:rows], y[:rows])
         places.append([p.grad.data_ptr() for p in layer.parameters()])
         layer.zero_grad(set_to_none=True)
     assert places[0] == places[1] == places[2]
@@ -152,14 +156,81 @@ def test_who_may_ask_for_a_graph():
 @pytest.mark.parametrize(
     "stage, precision", [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")]
 )
-def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision):
-    """A capture would make the stream wait in which they were made: on a GPU "the legacy stream", and it fails."""
+def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp_path):
+    """A capture would make the stream wait in which they were made: on a GPU "the legacy stream", and it fails.
+
+    DeepSpeed makes them when it is built, and again when it loads a checkpoint.
+    """
     trainer = build(tiny(stage, precision, "--train.graph", "false"), init_distributed())
-    assert held_accumulators(trainer.student.parameters()) == 0
+    graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
+    SAVE(trainer, tmp_path, 0, 0)
+    for start in (lambda: None, lambda: checkpoint.load(trainer, tmp_path / "step_00000000")):
+        start()
+        assert (held_accumulators(graphed.parameters) > 0) == (stage > 0), "else there is nothing to let go of"
+        graphed.let_go()
+        assert held_accumulators(graphed.parameters) == 0
     # the check can tell: a view that autograd tracks holds one
-    p = next(trainer.student.parameters())
-    view = p.view(-1)
-    assert held_accumulators(trainer.student.parameters()) == 1 and view.grad_fn is not None
+    view = graphed.parameters[0].view(-1)
+    assert held_accumulators(graphed.parameters) == 1 and view.grad_fn is not None
+    trainer.engine.destroy()
+
+
+@pytest.mark.parametrize("args, count", [
+    ("", 1), ("--align none", 1), ("--train.micro_batch 8", 2), ("--align.every 2", 2), ("--align.stop_at_step 3", 2),
+    ('--align.schedule milestones --align.milestones {"2":0.0} --train.micro_batch 12', 4),
+    ('--align.schedule milestones --align.milestones {"0":0.0,"3":0.4}', 2),
+    ('--align.schedule milestones --align.milestones {"0":0.1,"3":0.4}', 1),
+])  # fmt: skip
+def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
+    """Later a warm-up would need the memory of a step beside the graphs'."""
+    cfg = tiny(1, "bf16", *args.split())
+    trainer = build(cfg, init_distributed())
+    trainer.graphed = graphed_step(trainer.engine.module, trainer.student, trainer.accumulation, graphs=False)
+    made = []
+    prepare = trainer.graphed.prepare
+    monkeypatch.setattr(trainer.graphed, "prepare", lambda calls: (prepare(calls), made.append(len(trainer.graphed.captured))))
+    data = make_dataset(cfg)
+    stream = ShuffledBatches(len(data), 0, trainer.micro, trainer.accumulation, 0, 1, 0, 6)
+    batches, metrics = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, trainer.device, 1)
+    for step in range(6):
+        optimizer_step(trainer, batches, stream, data, step, metrics)
+    assert set(made) == {count}
+    trainer.engine.destroy()
+
+
+def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
+    layer, _, batches, _ = make(graphs=False)
+    log = []
+    loss = lambda x, y: ((layer(x) - y).square().mean(), None)
+    graphed = GraphedGradients(loss, layer.parameters(), let_go=lambda: log.append("let go"))
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda fn: log.append("warm up"))
+    monkeypatch.setattr(graphed, "capture", lambda fn: log.append(("capture", fn())) or (None, None))
+    (x, y), *_ = batches
+    graphed.prepare([((x, y), True), ((x, y), False), ((x[:2], y[:2]), False), ((x, y), False)])
+    # the accumulating one last: what it adds to is there
+    assert log == ["let go", *["warm up"] * 3, *[("capture", None)] * 3]
+    assert [accumulate for accumulate, _ in graphed.captured] == [False, False, True]
+    graphed.prepare([((x, y), True)])
+    assert len(log) == 7
+    view = layer.weight.view(-1)
+    with pytest.raises(RuntimeError, match="nodes of 1 parameters are held by something else"):
+        graphed.prepare([((x[:1], y[:1]), False)])
+    assert view.grad_fn is not None
+
+
+def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
+    trainer = build(tiny(1, "bf16"), init_distributed())
+    graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
+    obstacle = lambda **json: engine_build._graph_obstacle(trainer.engine, 1, {**trainer.ds_config, **json}, graphed)
+    assert obstacle() is None
+    assert obstacle(flops_profiler={"enabled": False}) is None
+    assert "flops_profiler of DeepSpeed's JSON" in obstacle(flops_profiler={"enabled": True})
+    assert "wall_clock_breakdown" in obstacle(wall_clock_breakdown=True)
+    assert "timers.throughput" in obstacle(timers={"throughput": {"enabled": True}})
+    view = graphed.parameters[0].view(-1)
+    assert "holds autograd's nodes of 1 parameters" in obstacle() and view.grad_fn is not None
+    monkeypatch.setattr(trainer.engine.optimizer.step, "alone", False)
+    assert "convert the gradients" in obstacle()
     trainer.engine.destroy()
 
 

@@ -61,7 +61,7 @@ def test_a_capture_restricts_its_own_thread_alone(monkeypatch):
         modes.append(capture_error_mode)
         yield
 
-    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph_pool_handle"):
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph_pool_handle", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", capture)
     Graphed(torch.neg)(torch.ones(2))

@@ -99,3 +99,8 @@ def test_a_hook_of_the_projection_sees_the_call(device):
     expected.sum().backward()
     assert calls == ["gather", "release", "gather"]
     torch.testing.assert_close(layer.proj.weight.grad.double(), operands[1].grad, atol=1e-4, rtol=1e-5)
+
+
+def test_no_images(device):
+    layer, _ = made(2, 4, 72, (16, 16), device)
+    assert layer(torch.empty(0, 4, 16, 16, device=device)).shape == (0, 64, 72)

@@ -200,6 +200,8 @@ def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
     q, k, v = qkv.unbind(2)
     alike = module._random_like(q, torch.Generator(DEVICE).manual_seed(0))
     assert alike.stride() == q.stride() and alike.shape == q.shape and 0.5 < alike.std() < 1.5
+    expanded = module._random_like(k[:, :, :1].expand(-1, -1, 4, -1), torch.Generator(DEVICE).manual_seed(0))
+    assert expanded.is_contiguous() and expanded.std(2).min() > 0
     inputs, dout = [x.detach().requires_grad_() for x in (q, k, v)], torch.randn(18, 32, device=DEVICE)
     expected = torch.autograd.grad(module._run("sdpa", *inputs, None).flatten(2).flatten(0, 1), inputs, dout)
 
