@@ -52,7 +52,13 @@ def environment(device: str, command: str) -> dict:
         versions["cuda"] = torch.version.cuda
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
-    return {"device": name, "versions": versions, "commit": commit(), "date": date, "command": command}
+    return {"device": name, "versions": versions, "commit": commit(), "date": date, "command": anonymous(command)}
+
+
+def anonymous(command: str) -> str:
+    """The command without the folders of the machine that it ran on."""
+    words = [os.path.relpath(word, ROOT) if word.startswith(f"{ROOT}{os.sep}") else word for word in command.split()]
+    return " ".join(os.path.basename(word) if os.path.isabs(word) else word for word in words)
 
 
 def make_row(**fields) -> dict:
@@ -80,5 +86,6 @@ class RowFile:
 
 
 def load_results(folder: Path = RESULTS) -> list[dict]:
-    """All rows under benchmarks/results, in the order of file names."""
-    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
+    """All rows under benchmarks/results, the oldest first."""
+    rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
+    return sorted(rows, key=lambda row: row.get("date", ""))

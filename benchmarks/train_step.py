@@ -19,6 +19,7 @@ import argparse
 import itertools
 import math
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -157,12 +158,7 @@ class Session:
             if self.clocks is not None:
                 result["clocks"] = self.clocks.between(*result["when"])
             found.setdefault(name, []).append(result)
-            by_time = sorted(found[name], key=lambda each: each["ms"])
-            # the repetition with the median time stands for all; only the first one is taken apart
-            apart = {k: found[name][0][k] for k in ("phases", "kernels", "longest") if k in found[name][0]}
-            median = by_time[(len(by_time) - 1) // 2] | apart
-            spread = (by_time[-1]["ms"] - by_time[0]["ms"]) / median["ms"] if len(by_time) > 1 else None
-            self.record(name, case, median, spread)
+            self.record(name, case, *summary(found[name]))
             first = found.get("plain", next(iter(found.values())))[0]["ms"]
             print_result(name, case, result, first, "plain" in found)
 
@@ -170,6 +166,20 @@ class Session:
         self.worker.stop()
         if self.clocks is not None:
             self.clocks.stop()
+
+
+def summary(repeated: list[dict]) -> tuple[dict, float | None]:
+    """One result for all repetitions, with the median time and its rates, and their spread, relative; None of a single one.
+
+    Only the first repetition is taken apart into phases and kernels.
+    """
+    times = [each["ms"] for each in repeated]
+    median = statistics.median(times)
+    closest = min(repeated, key=lambda each: abs(each["ms"] - median))
+    apart = {k: repeated[0][k] for k in ("phases", "kernels", "longest") if k in repeated[0]}
+    names = ("images_per_s", "mfu", "mfu_with_teacher", "flops_per_s")
+    rates = {name: closest[name] * closest["ms"] / median for name in names if name in closest}
+    return {**closest, **apart, **rates, "ms": median}, (max(times) - min(times)) / median if len(times) > 1 else None
 
 
 def describe(case: Case) -> str:

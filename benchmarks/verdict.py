@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from scaling import predicted  # noqa: E402
-from variants import Variant  # noqa: E402
+from variants import PROGRAMS, Variant  # noqa: E402
 
 MODEL, PIXELS, SMALL_MODEL = "SiT-XL/2", 256, "SiT-B/2"
 NOT_RUN = "not run"
@@ -38,16 +38,15 @@ class Rows:
         self.rows = rows
 
     def step(self, variant: str, batch: int, model: str = MODEL) -> dict | None:
-        """The fastest step of a variant: this engine may choose what it recomputes, the rival everything.  At the largest batch up
-        to ``batch`` where that did not fit."""
-        free = "+" if variant == "strong" else "+train.recompute="
+        """The fastest step of a variant: this engine may choose what it recomputes, a rival everything, and fewer images
+        where these do not fit."""
+        rival = variant in PROGRAMS
         mine = [
             row
             for row in self.rows
-            if (row["kind"], row["name"], row.get("model"), row.get("resolution"))
-            == ("train_step", "step", model, PIXELS)
-            and row["variant"].partition(free)[0] == variant
-            and row["batch"] <= batch
+            if (row["kind"], row["name"], row.get("model"), row.get("resolution")) == ("train_step", "step", model, PIXELS)
+            and row["variant"].partition("+" if rival else "+train.recompute=")[0] == variant
+            and (batch // 2 <= row["batch"] <= batch if rival else row["batch"] == batch)
         ]
         return max(mine, key=lambda row: (row["batch"], -row["ms"]), default=None)
 
@@ -134,7 +133,7 @@ GOALS = (
     Goal("images/s with SRA, 32 images", lambda r: rate(r.step("sra", 32)), 460),
     Goal("images/s with SRA, 256 images", lambda r: rate(r.step("sra", 256)), 560),
     Goal("SRA over strong, 32 images", lambda r: faster(r.step("sra", 32), r.step("strong", 32)), 1.10),
-    Goal("SRA over strong, 256 images", lambda r: faster(r.step("sra", 256), r.step("strong", 256)), 1.05),
+    Goal("SRA over strong, 256 images (or what fits it)", lambda r: faster(r.step("sra", 256), r.step("strong", 256)), 1.05),
     Goal("SRA over the published code, 32", lambda r: faster(r.step("sra", 32), r.step("reference", 32)), 4),
     Goal("SRA over swap_ema, 32", lambda r: faster(r.step("sra", 32), r.step("swap_ema", 32)), 1.5),
     Goal("images/s of B/2 with SRA, 256", lambda r: rate(r.step("sra", 256, SMALL_MODEL)), 2000),
@@ -208,7 +207,10 @@ def tests(log: Path) -> list[str]:
     found, red = test_results(log), failed_tests(log)
     if not log.exists():
         return [f"tests: {NOT_RUN}"]
-    return [f"tests: {len(found['PASSED'] - set(red))} passed, {len(red)} failed", *(f"  RED {name}" for name in red)]
+    # pytest's last line; without it there were more
+    ended = re.search(r"^=+ .*(passed|failed|error).* in [\d.]+s", log.read_text(errors="replace"), re.MULTILINE)
+    cut = "" if ended else ", CUT SHORT: the others were not run"
+    return [f"tests: {len(found['PASSED'] - set(red))} passed, {len(red)} failed{cut}", *(f"  RED {name}" for name in red)]
 
 
 def steps(rows: list[dict]) -> list[str]:

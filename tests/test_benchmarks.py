@@ -258,6 +258,12 @@ def test_device_times_count_only_what_is_timed(monkeypatch):
     assert log[9:] == [0, 1, 2] * ((len(log) - 9) // 3) and len(log) >= 9 + 3 + 3 * 3
 
 
+def test_commands_name_no_folder_of_a_machine():
+    command = f"python benchmarks/run.py --json {ROOT}/benchmarks/results/x.json --reference /home/me/SRA --budget 0.1"
+    expected = "python benchmarks/run.py --json benchmarks/results/x.json --reference SRA --budget 0.1"
+    assert record.environment("cpu", command)["command"] == expected
+
+
 def test_where_there_is_no_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("SRA_FAST_COMMIT", "0123abc")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import scaling  # noqa: E402
+from record import load_results  # noqa: E402
 from scaling import Cluster, Sizes, Times, collectives, state_bytes, step_seconds, wire_bytes  # noqa: E402
 from variants import Variant  # noqa: E402
 
@@ -129,6 +130,10 @@ def test_measured_rows_and_what_is_said_without_them(tmp_path, capsys, monkeypat
     assert (times.forward, times.other, peak, device) == (0.02, pytest.approx(0.001), 8 * 2**30, "NVIDIA X")
     with pytest.raises(ValueError, match="hold no phases"):
         scaling.measured(rows[:1], case, cfg)
+    # the newest by their date, whatever their file is called
+    for name, date, commit in (("a", "2026-02-01", "new"), ("b", "2026-01-01", "old")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"date": date, "commit": commit}]))
+    assert [row["commit"] for row in load_results(tmp_path)] == ["old", "new"]
     # a graph's time is split as arithmetic has it
     graph = [rows[-1], *({**rows[1], "name": name, "ms": ms} for name, ms in {"graph": 70.0, "optimizer": 12.0}.items())]
     split, guess = scaling.measured(graph, case, cfg)[0], scaling.predicted(cfg)

@@ -162,6 +162,15 @@ def test_repetitions_alternate_and_the_median_counts(monkeypatch, tmp_path):
     assert not any("percent_of_ceiling" in row for row in rows)
 
 
+def test_two_repetitions_count_alike():
+    fast, slow = ({"ms": ms, "images_per_s": 32e3 / ms, "mfu": 30 / ms, "peak_bytes": 7} for ms in (60.0, 70.0))
+    for order in ((fast, slow), (slow, fast)):
+        found, spread = train_step.summary([*order])
+        assert found["ms"] == 65.0 and spread == pytest.approx(10 / 65) and found["peak_bytes"] == 7
+        assert found["images_per_s"] == pytest.approx(32e3 / 65) and found["mfu"] == pytest.approx(30 / 65)
+    assert train_step.summary([fast]) == (fast, None)
+
+
 def test_cases_run_in_the_order_given(monkeypatch, tmp_path):
     tried = []
 
