@@ -74,7 +74,7 @@ def _table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+def newest_groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     """The newest rows of every GPU, all of one commit, with a line that says which."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -96,9 +96,9 @@ def render_ops(rows: list[dict]) -> list[str]:
     lines = [
         "Operators in bf16, L2 cold, against the bytes (where none are given: the FLOPs) that they cannot do without; the ceiling",
         "is the copy (matmul) rate of the same run. A time is that of a call between others like it, what a launch costs included.",
-        "Measured and written by `python benchmarks/run.py && python benchmarks/table.py`.",
+        "Measured and written by `python benchmarks/run.py && python benchmarks/table.py`; [as a picture](docs/images/operators.png).",
     ]
-    groups = _groups([row for row in rows if row["kind"] == "op" and row["device"] != "cpu"])
+    groups = newest_groups([row for row in rows if row["kind"] == "op" and row["device"] != "cpu"])
     for title, group in groups:
         # other dtypes are in the rows, not in the table
         shown = [row for row in group if row.get("dtype") == "bfloat16" or row["name"] == "noise_pair"]
@@ -162,9 +162,10 @@ def render_steps(rows: list[dict]) -> list[str]:
         f"A training step of {MODEL} at {RESOLUTION} px on one GPU, all in one run. MFU counts three passes of the student; with",
         "teacher, the projection head and the truncated teacher too. `strong` at the largest of 256, 128, .. images that fits.",
         "Measured and written by `python benchmarks/gpu_suite.py second --reference PATH`, `cp runs/gpu_suite/rows.json",
-        "benchmarks/results/GPU.json` and `python benchmarks/table.py` (`PATH`: a checkout of the published code).",
+        "benchmarks/results/GPU.json`, `python benchmarks/table.py` and, for the pictures, `python benchmarks/plot.py` (`PATH`: a",
+        "checkout of the published code).",
     ]
-    groups = _groups(_headline_rows(rows))
+    groups = newest_groups(_headline_rows(rows))
     for title, group in groups:
         lines += ["", title, "", *_step_table(group), *_option_table(group)]
     return lines if groups else [*lines, "", *_step_table([])]
@@ -173,7 +174,7 @@ def render_steps(rows: list[dict]) -> list[str]:
 def render_headline(rows: list[dict], batch: int = 32) -> list[str]:
     """One sentence for every GPU: milliseconds of a step with alignment, without it, and of the rivals."""
     lines = []
-    for title, group in _groups(_headline_rows(rows)):
+    for title, group in newest_groups(_headline_rows(rows)):
         ms = {name: found[batch]["ms"] for name in LINES if batch in (found := _fastest(group, name))}
         if not {"sra", "plain"} <= set(ms):
             continue

@@ -58,22 +58,11 @@ class Rows:
         )
         return next(found, None)
 
-    def kernels(self, variant: str, batch: int) -> dict[str, float]:
-        """Milliseconds of a step by family of kernels."""
-        key = ("kernel_share", variant, MODEL, batch)
-        return {
-            row["name"]: row["ms"]
-            for row in self.rows
-            if tuple(row.get(k) for k in ("kind", "variant", "model", "batch")) == key
-        }
-
-    def host(self, variant: str, batch: int) -> dict[str, float]:
-        key = ("host", variant, MODEL, batch)
-        return {
-            row["name"]: row["ms"]
-            for row in self.rows
-            if tuple(row.get(k) for k in ("kind", "variant", "model", "batch")) == key
-        }
+    def parts(self, kind: str, variant: str, batch: int) -> dict[str, float]:
+        """Milliseconds of a step's parts: its families of kernels (``kernel_share``), what the host takes (``host``)."""
+        key = (kind, variant, MODEL, batch)
+        fields = ("kind", "variant", "model", "batch")
+        return {row["name"]: row["ms"] for row in self.rows if tuple(row.get(k) for k in fields) == key}
 
 
 def rate(row: dict | None) -> float | None:
@@ -233,7 +222,7 @@ def steps(rows: list[dict]) -> list[str]:
 
 
 def host_and_kernels(rows: Rows) -> list[str]:
-    step, host, kernels = rows.step("sra", 32), rows.host("sra", 32), rows.kernels("sra", 32)
+    step, host, kernels = rows.step("sra", 32), rows.parts("host", "sra", 32), rows.parts("kernel_share", "sra", 32)
     lines = []
     if step and "step" in host:
         hidden = "hidden" if host["step"] < step["ms"] else "NOT hidden"

@@ -98,5 +98,12 @@ def test_plot_of_ladder_and_depths(tmp_path, monkeypatch):
     draw_steps(step_rows(), tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     left, right = drawn[0].axes
-    assert [patch.get_width() for patch in left.patches] == [160.0] and left.get_yticklabels()[0].get_text() == "truncated"
+    # the ladder's rungs first, then the slowest first
+    widths, names = [patch.get_width() for patch in left.patches], [label.get_text() for label in left.get_yticklabels()]
+    assert widths == [160.0, 150.0, 140.0, 126.0, 125.0, 110.0, 105.0, 100.0]
+    assert (names[0], names[1], names[4], names[-1]) == ("truncated", "strong", "sra", "plain")
+    assert [line.get_xdata()[0] for line in left.lines] == pytest.approx([32e3 / 285, 32e3 / 230, 32e3 / 173])
     assert right.lines[0].get_xydata().tolist() == [[0.5, 1.1], [20 / 28, 1.25]]
+    # without depths there is nothing to draw on the right
+    draw_steps([row for row in step_rows() if "teacher_layer" not in row["variant"]], tmp_path / "steps.png")
+    assert len(drawn[1].axes) == 1
