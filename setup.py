@@ -73,7 +73,7 @@ setup(
     name="sra-fast",
     version="0.1.0",
     description="Self-Representation Alignment for diffusion transformers, at the speed of the plain step",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     # the oldest versions on which the tests of the operators have run

@@ -137,7 +137,7 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
         case(256, f"sra_fp8{norm},{strong}"),
         case(32, "sra+train.residual=fp32,strong"),
     ]
-    limits = "--warmup 5 --steps 30 --seconds 4 --time-limit 60 --shrink".split()
+    limits = ["--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60", "--shrink"]
     step = ["benchmarks/train_step.py", *rows, *published, *limits]
     found = [
         Part("steps", 205, [*step, *(word for words in cases for word in words)]),

@@ -104,7 +104,7 @@ def flat(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple:
     param, grad, exp_avg, exp_avg_sq, ema = randn(N), randn(N), randn(N), randn(N).square_(), randn(N)
     weights, copy = (torch.zeros_like(param, dtype=half) for _ in range(2))
     flat = [param, grad, exp_avg, exp_avg_sq, weights, ema, copy]
-    split = [[v.view(s) for v, s in zip(x.split([s.numel() for s in shapes]), shapes)] for x in flat]
+    split = [[v.view(s) for v, s in zip(x.split([s.numel() for s in shapes]), shapes, strict=True)] for x in flat]
     # the fused AdamW of PyTorch does not count by itself
     steps = [torch.full((), float(rivals.STEP), device=param.device) for _ in shapes]
     return flat, torch.full((), 0.5, device=param.device), split, steps

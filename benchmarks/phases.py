@@ -4,6 +4,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def time_steps(step: Callable[[int], None], steps: range, cuda: bool) -> list[fl
         events.append(recorded(cuda))
     if cuda:
         torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in zip(events, events[1:])]
+    return [begin.elapsed_time(end) for begin, end in pairwise(events)]
 
 
 def time_host(step: Callable[[int], None], steps: range) -> list[float]:

@@ -4,7 +4,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -51,7 +51,7 @@ def draw_steps(rows: list[dict], path: Path) -> None:
         _bars(axes[0, 0], cases[highest], highest)
         axes[0, 0].set_title(title(highest))
     for label, points in curves.items():
-        axes[0, 1].plot(*zip(*points), marker="o", label=label)
+        axes[0, 1].plot(*zip(*points, strict=True), marker="o", label=label)
         axes[0, 1].legend()
         axes[0, 1].set_xlabel("teacher's blocks over all blocks, n/L")
         axes[0, 1].set_ylabel("time over plain")
@@ -69,7 +69,7 @@ def _bars(axes, times: dict[str, float], case: tuple) -> None:
     bars = axes.barh(names, [times[name] for name in names])
     axes.bar_label(bars, fmt="%.0f", padding=2, fontsize="x-small")
     if case[:2] == (MODEL, PIXELS):
-        for (name, rate), style in zip(PUBLISHED.items(), ("--", "-.", ":")):
+        for (name, rate), style in zip(PUBLISHED.items(), ("--", "-.", ":"), strict=True):
             axes.axvline(1e3 * case[2] / rate, color="gray", linestyle=style, label=f"{name}: as reported")
         axes.legend(fontsize="x-small", loc="lower right")
     axes.invert_yaxis()

@@ -19,7 +19,15 @@ from pathlib import Path
 
 import torch
 from measure import (
-    PASSES, Oracle, as_leaves, copy_bandwidth, matmul_rate, milliseconds, num_sets, peak_bytes, steps_of,
+    PASSES,
+    Oracle,
+    as_leaves,
+    copy_bandwidth,
+    matmul_rate,
+    milliseconds,
+    num_sets,
+    peak_bytes,
+    steps_of,
 )  # fmt: skip
 from record import RowFile, environment, make_row
 from registry import ENTRIES, MODELS, TINY, Entry, Shape, cases, random

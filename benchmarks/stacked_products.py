@@ -38,7 +38,7 @@ def make(seed: int, name: str, shape: tuple[int, int, int, int], dtype: torch.dt
 
 
 def separate(x: Tensor, weights: Tensor, biases: Tensor) -> list[Tensor]:
-    return [F.linear(*each) for each in zip(x, weights, biases)]
+    return [F.linear(*each) for each in zip(x, weights, biases, strict=True)]
 
 
 def streams(x: Tensor, weights: Tensor, biases: Tensor) -> list[Tensor]:

@@ -23,7 +23,6 @@ from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import optimizer_step
 from sra_fast.engine.metrics import Metrics, peak_flops, training_flops
 
-
 # device memory that a case may leave to the next one of a process: what libraries keep for themselves
 LEFT_BYTES = 1 << 28
 

@@ -31,7 +31,7 @@ def bytes_per_element(name: str) -> list[tuple[str, str]]:
         return [(label, "") for label in labels]
     shape = Shape("SiT-XL/2") if entry.per_model else Shape("SiT-XL/2", 256, 256)
     counts = entry.bytes(shape, (entry.dtype or torch.bfloat16).itemsize)
-    return [(label, f"{round(n / entry.elements(shape))}") for label, n in zip(labels, counts)]
+    return [(label, f"{round(n / entry.elements(shape))}") for label, n in zip(labels, counts, strict=True)]
 
 
 def _case(row: dict) -> tuple:

@@ -130,7 +130,7 @@ class Session:
 
     def record(self, name: str, case: Case, found: dict, spread: float | None) -> None:
         """The rows of one variant: the step, its phases, its families of kernels, the host's time."""
-        fields = dict(zip(("model", "resolution", "batch"), case), variant=name, dtype=found["dtype"], **self.where)
+        fields = dict(zip(("model", "resolution", "batch"), case, strict=True), variant=name, dtype=found["dtype"], **self.where)
         step = {k: found.get(k) for k in ("ms", "images_per_s", "mfu", "mfu_with_teacher", "peak_bytes")}
         ceiling = None if math.isnan(self.tflops) else found["flops_per_s"] / self.tflops / 1e10
         clocks = found.get("clocks", {})

@@ -164,7 +164,7 @@ def test_results(log: Path) -> dict[str, set[str]]:
         match = re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (tests/\S+::.+?)(?: - .*)?$", line)
         match = match or re.match(r"(?P<name>tests/\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR)\b", line)
         if match:
-            groups = match.groupdict() or dict(zip(("outcome", "name"), match.groups()))
+            groups = match.groupdict() or dict(zip(("outcome", "name"), match.groups(), strict=True))
             found[groups["outcome"]].add(groups["name"].strip())
     return found
 

@@ -53,7 +53,8 @@ class Worker:
         return answer
 
     def _start(self) -> None:
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")
+        # read after the process has ended: it stays open
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             self.command,
             env=self.environment,

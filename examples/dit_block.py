@@ -51,7 +51,7 @@ def compare(device: str = "cpu") -> float:
     for block in (plain, fused):
         out = block(x, c)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))])
-    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results))
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results, strict=True))
 
 
 if __name__ == "__main__":

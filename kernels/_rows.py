@@ -31,7 +31,7 @@ def width_config(D: int) -> dict[str, int]:
     padded = triton.next_power_of_2(D)
     head = padded if padded == D else padded // 2
     tail = triton.next_power_of_2(D - head)
-    if D == head or tail == head:
+    if head == D or tail == head:
         head, tail = padded, 0
     return {"D": D, "HEAD": head, "TAIL": tail, "num_warps": min(max(head // 256, 1), 16)}
 
@@ -226,7 +226,7 @@ def sum_partials_kernel(
             first = tl.zeros((TOTAL_BLOCK,), dtype=tl.int64)
             total = _sum_rows(part_ptr + (K - 1) * D, first, M * P, K * D, cols, cols < D, TOTAL_ROWS)
             tl.store(total_ptr + cols, total, mask=cols < D)
-    if a_ptr is not None:
+    if a_ptr is not None:  # noqa: SIM102, this condition is decided when compiling, the next at run time
         if pid >= num_totals:
             # BLOCK columns of IMAGES images side by side
             blocks = tl.cdiv(D, BLOCK)

@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import load_bias, load_fp32, load_two, locate, mod_strides, residual, split_rows, sum_partials, width_config
+from ._rows import (
+    load_bias,
+    load_fp32,
+    load_two,
+    locate,
+    mod_strides,
+    residual,
+    split_rows,
+    sum_partials,
+    width_config,
+)
 
 # the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes at D=8192
 MAX_WIDTH = 6144

@@ -23,8 +23,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
-    E4M3, is_mine, load, load_bias, load_fp32, load_two, locate, mod_strides, norm_bwd, norm_fwd,
-    residual, split_rows, store_row, sum_partials, width_config,
+    E4M3,
+    is_mine,
+    load,
+    load_bias,
+    load_fp32,
+    load_two,
+    locate,
+    mod_strides,
+    norm_bwd,
+    norm_fwd,
+    residual,
+    split_rows,
+    store_row,
+    sum_partials,
+    width_config,
 )  # fmt: skip
 
 # the widest rows that fit the registers of every architecture in every dtype: the backward spills 112-168 bytes in fp32

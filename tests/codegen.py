@@ -106,7 +106,7 @@ class _Recorder:
         return self._launch
 
     def _launch(self, *args, **kwargs):
-        kwargs = dict(zip(self.parameters, args)) | kwargs
+        kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         described = {
             name: _describe(kwargs.pop(name), "constexpr" in str(parameter.annotation), name in self.plain)
             for name, parameter in self.parameters.items()
@@ -128,7 +128,7 @@ def record_launches(*modules):
     try:
         yield log
     finally:
-        for (module, name), original in zip(kernels, originals):
+        for (module, name), original in zip(kernels, originals, strict=True):
             setattr(module, name, original)
 
 

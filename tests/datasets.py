@@ -19,7 +19,7 @@ def photographs() -> list[Image.Image]:
 def write_images(root: Path, per_class: int = 4) -> list[str]:
     """A class folder for each photograph with cuts of it, as .jpg and .png; returns the names, sorted."""
     names = []
-    for photo, label in zip(photographs(), ("a", "b", "c")):
+    for photo, label in zip(photographs(), ("a", "b", "c"), strict=True):
         (root / label).mkdir(parents=True)
         for i in range(per_class):
             names.append(f"{label}/{i}.{('jpg', 'png')[i % 2]}")

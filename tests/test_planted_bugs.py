@@ -13,13 +13,13 @@ import torch
 from planted_bugs import BUGS, ROOT
 
 sys.path.append(str(ROOT / "tests" / "ops"))
-import test_adamw_ema  # noqa: E402
-import test_adaln  # noqa: E402
-import test_adaln_linear  # noqa: E402
-import test_align_distance  # noqa: E402
-import test_ema_update  # noqa: E402
-import test_gated_residual  # noqa: E402
-import test_noise_pair  # noqa: E402
+import test_adaln
+import test_adaln_linear
+import test_adamw_ema
+import test_align_distance
+import test_ema_update
+import test_gated_residual
+import test_noise_pair
 
 fused = lambda device: test_gated_residual.test_fused_variants(2, 3, 88, "layer", 0, True)
 plain = lambda device: test_gated_residual.test_plain_forward_and_gradients(2, 5, 64, 0, True, torch.float32)

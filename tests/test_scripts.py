@@ -15,10 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-TINY = (
-    "--config configs/digits.yaml --model.hidden_size 32 --model.depth 4 --model.num_heads 2 --align.student_layer 2 "
-    "--align.teacher_layer 3 --train.global_batch 16 --train.log_every 2 --sample.steps 2"
-).split()
+TINY = ["--config", "configs/digits.yaml", "--model.hidden_size", "32", "--model.depth", "4", "--model.num_heads", "2", "--align.student_layer", "2", "--align.teacher_layer", "3", "--train.global_batch", "16", "--train.log_every", "2", "--sample.steps", "2"]
 
 
 def environment() -> dict:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,10 @@ sys.path.append(str(ROOT / "benchmarks"))
 import phases  # noqa: E402
 import record  # noqa: E402
 import train_step  # noqa: E402
-
 from variants import LADDER, NAMES, Variant, expand, teacher_share  # noqa: E402
 from worker import Worker  # noqa: E402
 
-SMALL = "--device cpu --model SiT-S/8 --resolution 64 --warmup 0 --steps 2".split()
+SMALL = ["--device", "cpu", "--model", "SiT-S/8", "--resolution", "64", "--warmup", "0", "--steps", "2"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
 
 
@@ -263,8 +263,9 @@ def checkout(tmp_path):
 
 
 def test_the_published_loop_learns_and_moves_its_teacher(checkout):
-    from reference import Reference
     from step_case import RandomMoments
+
+    from reference import Reference
 
     losses = {}
     for precision, dtype in {"fp32": "float32", "bf16": "float16"}.items():
@@ -277,8 +278,8 @@ def test_the_published_loop_learns_and_moves_its_teacher(checkout):
         for i in range(8):
             run.step(i)
             sums.append(float(run.loss_sum))
-        losses[precision] = [after - before for before, after in zip(sums, sums[1:])]
-        for start, p, average in zip(weights, run.model.parameters(), run.ema.parameters()):
+        losses[precision] = [after - before for before, after in pairwise(sums)]
+        for start, p, average in zip(weights, run.model.parameters(), run.ema.parameters(), strict=True):
             if p.requires_grad:
                 # between the start and the student, closer to the student after eight halvings
                 assert 0 < (p - average).norm() < 0.6 * (p - start).norm()

@@ -92,7 +92,7 @@ def outcome(run: Path, first: Path) -> dict[str, float]:
         raise ValueError(f"variants must log the same steps: {run} logged {len(curve)}, {first} {len(reference)}")
     scores = {key: summary[key] for key in ("label_accuracy", "frechet", "images_per_s") if key in summary}
     last = max(1, len(curve) // 10)
-    difference = max(abs(a - b) / abs(b) for a, b in zip(curve, reference))
+    difference = max(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))
     return {"denoise": mean(curve[-last:]), "curve": difference, **scores}
 
 

@@ -13,14 +13,18 @@ from sra_fast.engine.cuda_graph import GraphedGradients, held_accumulators
 from sra_fast.engine.ds_config import clips_itself, deepspeed_config, zero_stage
 from sra_fast.engine.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
 from sra_fast.engine.objective import SRAObjective, alignment_phases, make_process
-from sra_fast.engine.one_pass import PartitionedStep, ReplicatedStep, Stage3Step, let_go_of_accumulators
+from sra_fast.engine.one_pass import (
+    PartitionedStep,
+    ReplicatedStep,
+    Stage3Step,
+    let_go_of_accumulators,
+)
 from sra_fast.engine.optimizer import AdamWEMA, clip_before_step, make_optimizer
 from sra_fast.engine.shards import MasterShards
 from sra_fast.engine.validate import check_device, split_batch
 from sra_fast.models import Backbone, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import Block
-
 
 log = logging.getLogger("sra_fast")
 

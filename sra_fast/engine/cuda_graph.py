@@ -94,7 +94,7 @@ class Graphed(_Captures):
             warm_up(run)
             self.captured[key] = static, *self.capture(run)
         static, graph, output = self.captured[key]
-        for held, item in zip(static, inputs):
+        for held, item in zip(static, inputs, strict=True):
             held.copy_(item)
         graph.replay()
         return output
@@ -133,13 +133,13 @@ class GraphedGradients(_Captures):
         """
         self.prepare([(inputs, accumulate)])
         static, graph, output = self.captured[accumulate, _signature(inputs)]
-        for held, item in zip(static, inputs):
+        for held, item in zip(static, inputs, strict=True):
             held.copy_(item)
         if graph is None:
             output = self._step(static, accumulate)
         else:
             graph.replay()
-        for p, gradient in zip(self.parameters, self.gradients):
+        for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
         return output
 

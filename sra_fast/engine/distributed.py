@@ -8,7 +8,7 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: silences a warning
 
-import deepspeed  # noqa: E402
+import deepspeed
 
 
 def init_distributed(tf32: bool = False) -> torch.device:

@@ -25,7 +25,7 @@ class ShardedEMA:
 
     def __init__(self, shards: MasterShards, decay: float, optimizer: torch.optim.Optimizer):
         self.shards, self.decay, self.in_optimizer = shards, decay, isinstance(optimizer, AdamWEMA)
-        for state, owner in zip(shards.optimizer_states(), shards.owners):
+        for state, owner in zip(shards.optimizer_states(), shards.owners, strict=True):
             state["ema"] = owner.detach().clone()
 
     @property

@@ -14,7 +14,13 @@ from sra_fast.engine.extractors import Extractor
 from sra_fast.engine.files import write_atomic
 from sra_fast.engine.inception import POOL, SPATIAL
 from sra_fast.engine.npz import NpzImages, members, read_statistics
-from sra_fast.engine.scores import Gaussian, InceptionScore, Moments, frechet_distance, precision_recall
+from sra_fast.engine.scores import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    precision_recall,
+)
 
 log = logging.getLogger(__name__)
 

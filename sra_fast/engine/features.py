@@ -89,7 +89,7 @@ def noisy_features(
     """
     process = FlowMatching(path) if model.family == "SiT" else GaussianDiffusion()
     device, inputs, kept = model.pos_embed.device, [], {layer: [] for layer in layers}
-    for x0, noise, y in zip(images.x0.split(batch), images.noise.split(batch), labels.split(batch)):
+    for x0, noise, y in zip(images.x0.split(batch), images.noise.split(batch), labels.split(batch), strict=True):
         t, _ = process.times(torch.full((len(y),), time), torch.zeros(len(y)))
         x = process.corrupt(x0, noise, t, t).x
         inputs.append(x)

@@ -28,11 +28,11 @@ def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
         return
     names = [name for name in CURVES if any(name in row for rows in runs.values() for row in rows)]
     figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], names):
+    for axis, name in zip(axes[0], names, strict=True):
         for run, rows in runs.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                axis.plot(*zip(*points), label=run, linewidth=1.2)
+                axis.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
         axis.set(title=name, xlabel="step")
         axis.grid(linewidth=0.4)
     axes[0, 0].legend()
@@ -54,7 +54,7 @@ def plot_probe(path: Path, rows: list[dict], title: str) -> None:
     for i, time in enumerate(times):
         colour = plt.get_cmap("viridis")(i / max(len(times), 1))
         points = [(row["layer"], row["accuracy"]) for row in rows if row["time"] == time and row["layer"]]
-        axis.plot(*zip(*points), "o-", color=colour, markersize=4, label=f"t = {time:g}")
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"t = {time:g}")
         axis.axhline(next(row["accuracy"] for row in rows if row["time"] == time and not row["layer"]),
                      color=colour, linestyle="--", linewidth=0.8)
     axis.set(xlabel="block", ylabel="accuracy on held-out images", title=title, ylim=(0, 1))
@@ -109,7 +109,7 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
         except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} holds no samples (arr_0 and arr_1 of sample.py): {error}") from None
     n = min(map(len, images))
-    for path, x, y in zip(paths, images, labels):
+    for path, x, y in zip(paths, images, labels, strict=True):
         if x.shape[1:] != images[0].shape[1:] or not np.array_equal(y[:n], labels[0][:n]):
             raise ValueError(f"samples must have the sizes and labels of {paths[0]}, those of {path} differ")
     return np.stack([x[:n] for x in images])

@@ -60,15 +60,15 @@ def probe_layers(
     """
     if model.y_embedder.dropout_prob == 0:
         raise ValueError("a probe needs a model with a null class (model.class_dropout_prob > 0): a label would be the answer")
-    images = [part.read(most, seed, draws) for part, most in zip(parts, (count - count // 5, count // 5))]
+    images = [part.read(most, seed, draws) for part, most in zip(parts, (count - count // 5, count // 5), strict=True)]
     if len(images[0].labels.unique()) < 2:
         raise ValueError(f"a probe needs images of several classes, got class {images[0].labels[0]} alone")
     rows = []
     for time in times:
         samples = [_samples(model, path, part, time, layers, how, batch) for part in images]
-        labels = [part.labels.repeat_interleave(len(s[0]) // len(part.labels)) for part, s in zip(images, samples)]
-        scores = [accuracy(train, labels[0], test, labels[1]) for train, test in zip(*samples)]
-        rows += [{"time": time, "layer": layer, "accuracy": score} for layer, score in zip([0, *layers], scores)]
+        labels = [part.labels.repeat_interleave(len(s[0]) // len(part.labels)) for part, s in zip(images, samples, strict=True)]
+        scores = [accuracy(train, labels[0], test, labels[1]) for train, test in zip(*samples, strict=True)]
+        rows += [{"time": time, "layer": layer, "accuracy": score} for layer, score in zip([0, *layers], scores, strict=True)]
         if progress:
             progress(rows[-len(scores) :])
     return rows

@@ -107,7 +107,7 @@ class Metrics:
             path = folder / "stats.jsonl"
             kept = [row for row in read_rows(path) if row["step"] <= start]
             write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in kept)))
-            self.file = open(path, "a")
+            self.file = open(path, "a")  # noqa: SIM115, stays open for the whole run
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def add(self, values: dict[str, Tensor]) -> None:
@@ -150,7 +150,7 @@ class Metrics:
             names, means, event, extra = self.waiting.popleft()
             if event:
                 event.synchronize()
-            row = {**extra, **dict(zip(names, means.tolist()))}
+            row = {**extra, **dict(zip(names, means.tolist(), strict=True))}
             self._write(row)
         return row
 

@@ -1,5 +1,6 @@
 """Samples of the EMA during training: a picture and, if asked for, their Fréchet distance, made by all processes together."""
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     padded[: len(rows)] = rows
     everyone = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(everyone, padded)
-    return torch.cat([part[:count] for part, count in zip(everyone, counts)])
+    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
 
 class Monitor:
@@ -57,7 +58,7 @@ class Monitor:
         model = cfg.model.build().to(self.device).eval()
         model.load_state_dict(trainer.state_dict(trainer.ema.full()))
         bounds = [m.count * r // world for r in range(world + 1)]
-        counts, first = [b - a for a, b in zip(bounds, bounds[1:])], bounds[rank]
+        counts, first = [b - a for a, b in pairwise(bounds)], bounds[rank]
         labels = choose_labels(m.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed)[first : bounds[rank + 1]]
         latents = generate(model, labels, cfg.sample, cfg.diffusion.path, cfg.train.seed, m.batch, self.device, first=first)
         images = report.to_uint8(decode(latents, self.vae, cfg.data.latent_scale, m.batch, self.device), cfg.sample.rounding)

@@ -111,4 +111,4 @@ class SRAObjective(nn.Module):
     def _compare(self, features: Tensor, target: Tensor) -> dict[str, Tensor]:
         distance = ops.align_distance(features, target, self.align.distance, beta=self.align.beta).mean()
         norms = (torch.linalg.vector_norm(f.detach(), dim=-1, dtype=torch.float32).mean() for f in (features, target))
-        return dict(zip(("align", "student_norm", "teacher_norm"), (distance, *norms)))
+        return dict(zip(("align", "student_norm", "teacher_norm"), (distance, *norms), strict=True))

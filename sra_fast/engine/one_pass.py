@@ -62,8 +62,8 @@ class ReplicatedStep(OnePassStep):
         zero.overflow = False
         groups = [[gradient_of(p) for p in group] for group in zero.fp16_groups]
         self._set_clip_scale([gradient for group in groups for gradient in group])
-        for settings, gradients, weights, masters in zip(zero.param_groups, groups, zero.fp16_groups, zero.fp32_groups):
-            for gradient, p, master in zip(gradients, weights, masters):
+        for settings, gradients, weights, masters in zip(zero.param_groups, groups, zero.fp16_groups, zero.fp32_groups, strict=True):
+            for gradient, p, master in zip(gradients, weights, masters, strict=True):
                 zero.optimizer.update(master, gradient, settings, p.data)
 
 
@@ -172,7 +172,7 @@ class Stage3Step(OnePassStep):
         zero.averaged_gradients = {}
         self._set_clip_scale(gradients, zero.dp_process_group)
         zero.zero_grad(set_to_none=True)
-        for i, (master, gradient) in enumerate(zip(masters, gradients)):
+        for i, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
             group = zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]
             zero.optimizer.update(master, gradient, group, zero.fp16_partitioned_groups_flat[i])
         zero._post_step(set())

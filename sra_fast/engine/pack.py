@@ -206,7 +206,7 @@ def execute(plan: Plan) -> bool:
         batches = read_ahead(plan.source.__getitems__, chunks, plan.threads)
         title = f"process 1 of {plan.world}"  # the others have as much to do
         with tqdm(total=sum(map(len, spans)), desc=title, unit="image", disable=plan.rank > 0, dynamic_ncols=True) as bar:
-            for part, span in zip(parts, spans):
+            for part, span in zip(parts, spans, strict=True):
                 record = plan.layout.write(part, span[0], len(span), _moments(plan, batches, len(span), bar))
                 write_json(plan.out / f"parts/{part:05d}.json", record)
         records = [plan.record(part) for part in range(plan.num_parts)]

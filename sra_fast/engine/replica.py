@@ -28,7 +28,7 @@ class Replica:
         owners = [shards.owners[i] for i in group.flats]
         sizes = [owner.numel() for owner in owners]
         views = self.part[: sum(sizes)].split(sizes)
-        self.copies = {owner: view.view(owner.shape) for owner, view in zip(owners, views)}
+        self.copies = {owner: view.view(owner.shape) for owner, view in zip(owners, views, strict=True)}
 
     def bind(self, parameters: dict[str, nn.Parameter]) -> None:
         """Make the parameters of these names views of the buffer."""
@@ -74,17 +74,17 @@ class Fp8Replica(Replica):
         rows = torch.tensor([layers[name].out_features for name in group.offsets])
         self.row_segment = torch.arange(len(rows)).repeat_interleave(rows).to(device)
         self.scales = torch.ones(len(self.row_segment), 1, device=device)
-        for name, scale in zip(group.offsets, self.scales.split(rows.tolist())):
+        for name, scale in zip(group.offsets, self.scales.split(rows.tolist()), strict=True):
             layers[name].weight_scale = scale
 
     def store(self, flats: list[Tensor], multiplier: Tensor | None = None) -> None:
         """As ``Replica.store``, with the ``multiplier [S]`` given or, by default, those that fit best; measures for the next step."""
         self.amax.zero_()
-        for copy, i in zip(self.copies.values(), self.group.flats):
+        for copy, i in zip(self.copies.values(), self.group.flats, strict=True):
             copy.measure_(flats[i])
         self._reduce_amax()
         self.multiplier.copy_(power_of_two_multiplier(self.amax) if multiplier is None else multiplier)
-        for copy, i in zip(self.copies.values(), self.group.flats):
+        for copy, i in zip(self.copies.values(), self.group.flats, strict=True):
             copy.store_(flats[i])
 
     def _reduce_amax(self, async_op: bool = False) -> dist.Work | None:

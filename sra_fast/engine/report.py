@@ -61,11 +61,11 @@ def plot_loss(path: Path, rows: list[dict]) -> None:
     panels = [("denoise", "vb", "align"), ("student_norm", "teacher_norm"), ("grad_norm",)]
     panels = [names for names in panels if any(name in row for row in rows for name in names)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
-    for axis, names in zip(axes[0], panels):
+    for axis, names in zip(axes[0], panels, strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                axis.plot(*zip(*points), label=name)
+                axis.plot(*zip(*points, strict=True), label=name)
         axis.set_xlabel("step")
         axis.legend()
     figure.tight_layout()
@@ -82,7 +82,7 @@ def plot_study(path: Path, rows: list[dict]) -> None:
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     size = (4 * len(keys) + 1, 0.35 * len(variants) + 1.2)
     figure, axes = plt.subplots(1, len(keys), figsize=size, squeeze=False, sharey=True)
-    for axis, key in zip(axes[0], keys):
+    for axis, key in zip(axes[0], keys, strict=True):
         for i, variant in enumerate(variants):
             values = [row[key] for row in rows if row["variant"] == variant]
             axis.plot(values, [i] * len(values), "o", color="tab:blue", alpha=0.6)

@@ -182,6 +182,6 @@ def digits_report(trainer: Trainer, weights: dict, folder: Path) -> dict:
     images = generate(model, labels, cfg.sample, cfg.diffusion.path, cfg.train.seed, len(labels), device)
     columns = 10
     fake = [images[labels == c][:columns] for c in range(10)]
-    grid = torch.cat([torch.cat([f, r]) for f, r in zip(fake, real_rows(columns)) if len(f) == columns])
+    grid = torch.cat([torch.cat([f, r]) for f, r in zip(fake, real_rows(columns), strict=True) if len(f) == columns])
     report.save_grid(folder / "samples.png", report.to_uint8(grid, cfg.sample.rounding), 2 * columns, 6, columns)
     return evaluate_digits(images, labels)

@@ -1,5 +1,6 @@
 """Samplers for SiT (ODE, SDE) and DiT (DDIM, DDPM), with classifier-free guidance in an interval of times."""
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _velocity(guided: Guidance, x: Tensor, t: float, inside: bool) -> Tensor:
 def _ode(guided: Guidance, x: Tensor, num_steps: int, heun: bool) -> Tensor:
     """Euler or Heun on dx/dt = v from t=1 to t=0; Heun's last step is an Euler step."""
     times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         inside = guided.applies(t)
         slope = _velocity(guided, x, t, inside)
         euler = x + (t_next - t) * slope
@@ -78,7 +79,7 @@ def _ode(guided: Guidance, x: Tensor, num_steps: int, heun: bool) -> Tensor:
 def _euler_maruyama(guided: Guidance, x: Tensor, num_steps: int, path: str, noise: Callable) -> Tensor:
     """The reverse SDE with diffusion w_t = 2t (SiT, Eq. 10); the last step, from t=0.04 to 0, is drift alone."""
     times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         v = _velocity(guided, x, t, guided.applies(t))
         alpha, sigma, dalpha, dsigma = interpolant(torch.tensor(t, dtype=torch.float64), path)
         eps = (alpha * v - dalpha * x) / (alpha * dsigma - dalpha * sigma)

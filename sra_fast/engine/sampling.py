@@ -83,7 +83,7 @@ def make_parts(
         for number, image in enumerate(images if png else (), start=first):
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
             write_atomic(png / f"{number:06d}.png", lambda p, picture=picture: picture.save(p, format="PNG"))
-        write_atomic(_part(folder, i), lambda p: _save(p, images))
+        write_atomic(_part(folder, i), lambda p, images=images: _save(p, images))
         made += end - first
     return made
 

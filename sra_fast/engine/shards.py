@@ -76,7 +76,7 @@ class MasterShards:
 
     def _from_stage3(self, optimizer) -> None:
         for params, low, master in zip(
-            optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
+            optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=False
         ):
             flat = self._add(master)
             for p in params:
@@ -87,7 +87,7 @@ class MasterShards:
                     self.segments.append(Segment(self.names[id(p)], start, flat, offset, numel))
 
     def _from_flat_groups(self, groups, lows: list[Tensor], masters: list[Tensor]) -> None:
-        for params, low, master in zip(groups, lows, masters):
+        for params, low, master in zip(groups, lows, masters, strict=True):
             offsets = {self.names[id(p)]: (p.data_ptr() - low.data_ptr()) // low.element_size() for p in params}
             flat, part = self._add(master), master.numel()
             for name, offset in offsets.items():
@@ -99,9 +99,9 @@ class MasterShards:
         self.replicated = True
         masters = getattr(optimizer, "fp32_groups", None) or [g["params"] for g in optimizer.param_groups]
         params = getattr(optimizer, "fp16_groups", None) or masters
-        for group, group_masters in zip(params, masters):
+        for group, group_masters in zip(params, masters, strict=True):
             offsets, total, first = {}, 0, len(self.flats)
-            for p, master in zip(group, group_masters):
+            for p, master in zip(group, group_masters, strict=True):
                 name = self.names[id(p)]
                 offsets[name] = total
                 total += p.numel()

@@ -38,7 +38,7 @@ def check(cfg: Config) -> None:
 def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
     """What needs a GPU, or parameters that stay where they are."""
     a, wanted = cfg.align, ("align.teacher_graph", "align.teacher_stream", "train.compile")
-    for name, value in zip(wanted, (a.teacher_graph, a.teacher_stream, cfg.train.compile)):
+    for name, value in zip(wanted, (a.teacher_graph, a.teacher_stream, cfg.train.compile), strict=True):
         _require(not value or stage < 3, f"{name} needs a ZeRO stage below 3, got {stage}")
         _require(not value or cuda or name == "train.compile", f"{name} needs a CUDA device")
     if cfg.train.graph:

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_fast.models.layers import (
-    Block, FinalLayer, LabelEmbedder, PatchEmbed, ProjectionHead, TimestepEmbedder, settle, sincos_pos_embed,
+    Block,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    ProjectionHead,
+    TimestepEmbedder,
+    settle,
+    sincos_pos_embed,
 )
 
 

@@ -9,7 +9,15 @@ from sra_fast.kernels import gelu as kernels
 from sra_fast.ops._backend import autocast
 from sra_fast.ops._register import apply, once, register
 from sra_fast.ops.adaln_linear import (
-    Residual, check_layer, compose, dtype_of_rows, normed, normed_backward, prepare, unflatten, upstream_gradients,
+    Residual,
+    check_layer,
+    compose,
+    dtype_of_rows,
+    normed,
+    normed_backward,
+    prepare,
+    unflatten,
+    upstream_gradients,
     weight_gradient,
 )
 from sra_fast.ops.linear_gelu import linear_gelu

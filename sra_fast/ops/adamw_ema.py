@@ -1,6 +1,7 @@
 """The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16 teacher."""
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
         raise ValueError(
             f"expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, contiguous on {param.device}, S in [1, 1024], got {got}"
         )
-    if bounds[-1] != param.numel() or any(end < begin for begin, end in zip((0, *bounds), bounds)):
+    if bounds[-1] != param.numel() or any(end < begin for begin, end in pairwise((0, *bounds))):
         raise ValueError(f"expected ema_copy.bounds that never decrease and end at {param.numel()}, got {bounds}")
 
 

@@ -61,19 +61,19 @@ class Fp8Copy(NamedTuple):
     def _pieces(self, x: Tensor) -> dict[int, Tensor]:
         """``{number of the segment: its part of x}``, without the empty ones."""
         begins = (0, *self.bounds[:-1])
-        return {i: x.view(-1)[begin:end] for i, (begin, end) in enumerate(zip(begins, self.bounds)) if begin < end}
+        return {i: x.view(-1)[begin:end] for i, (begin, end) in enumerate(zip(begins, self.bounds, strict=True)) if begin < end}
 
     @torch.no_grad()
     def measure_(self, x: Tensor) -> None:
         """``amax <- max(amax, |x|)`` over each segment of ``x [N]``."""
         pieces = self._pieces(x)
-        for i, largest in zip(pieces, torch._foreach_norm(list(pieces.values()), math.inf)):
+        for i, largest in zip(pieces, torch._foreach_norm(list(pieces.values()), math.inf), strict=True):
             self.amax[i].copy_(torch.maximum(self.amax[i], largest))
 
     @torch.no_grad()
     def store_(self, x: Tensor) -> None:
         """``values <- x``, with the multipliers as they are."""
-        for (i, piece), values in zip(self._pieces(x).items(), self._pieces(self.values).values()):
+        for (i, piece), values in zip(self._pieces(x).items(), self._pieces(self.values).values(), strict=True):
             values.copy_((piece.float() * self.multiplier[i]).clamp(-E4M3_MAX, E4M3_MAX))
 
 

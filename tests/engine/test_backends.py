@@ -28,6 +28,6 @@ def test_kernels_and_references_take_the_same_steps(tmp_path, monkeypatch, stage
     ours = run(tmp_path, stage, "triton", monkeypatch, "--train.recompute", recompute)
     theirs = run(tmp_path, stage, "torch", monkeypatch)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and len(set(ours[0])) == 2
-    for state, expected in zip(ours[1:], theirs[1:]):
+    for state, expected in zip(ours[1:], theirs[1:], strict=True):
         for name, value in expected.items():
             assert_matches(state[name], value, 1e-5)

@@ -16,11 +16,7 @@ from sra_fast.engine.loop import train
 from sra_fast.engine.run import prepare
 from sra_fast.models import DiT
 
-TINY = (
-    "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 32 "
-    "--model.depth 4 --model.num_heads 2 --align.student_layer 2 --align.teacher_layer 3 --data.name digits "
-    "--train.global_batch 8 --train.steps 6 --train.save_every 3 --train.zero_stage 1"
-).split()
+TINY = ["--model.name", "SiT-S/2", "--model.input_size", "8", "--model.in_channels", "1", "--model.num_classes", "10", "--model.hidden_size", "32", "--model.depth", "4", "--model.num_heads", "2", "--align.student_layer", "2", "--align.teacher_layer", "3", "--data.name", "digits", "--train.global_batch", "8", "--train.steps", "6", "--train.save_every", "3", "--train.zero_stage", "1"]
 
 
 class Evil:

@@ -105,5 +105,5 @@ def test_loader_reads_ahead_in_order(tmp_path):
     expected = [data.__getitems__(i) for i in stream]
     loaded = list(make_loader(data, stream, num_workers=2, cuda=False))
     assert len(loaded) == 7
-    for (a, y), (b, z) in zip(loaded, expected):
+    for (a, y), (b, z) in zip(loaded, expected, strict=True):
         assert torch.equal(a, b) and torch.equal(y, z)

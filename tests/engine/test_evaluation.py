@@ -10,7 +10,14 @@ from torch import nn
 
 from sra_fast.engine import evaluation
 from sra_fast.engine.data import Digits
-from sra_fast.engine.evaluation import COMPARABLE, Summary, comparability, score, summarize, summarize_reference
+from sra_fast.engine.evaluation import (
+    COMPARABLE,
+    Summary,
+    comparability,
+    score,
+    summarize,
+    summarize_reference,
+)
 from sra_fast.engine.extractors import Extractor, Features, inception_extractor, named_extractor
 from sra_fast.engine.npz import NpzImages
 from sra_fast.engine.report import to_uint8
@@ -187,7 +194,7 @@ def test_spatial_features_make_sfid(digits):
     extractor = fake_inception()
     samples, reference = (summarize(NpzImages(digits[name]), extractor, 64) for name in ("noisy", "clean"))
     images = [torch.from_numpy(np.load(digits[name])["arr_0"]).permute(0, 3, 1, 2) for name in ("noisy", "clean")]
-    pools, spatials, _ = zip(*(extractor.compute(x) for x in images))
+    pools, spatials, _ = zip(*(extractor.compute(x) for x in images), strict=True)
     scores = score(samples, reference, CPU)
     assert scores["fid"] == pytest.approx(frechet_distance(*(fit_gaussian(x.numpy()) for x in pools)), rel=1e-4)
     assert scores["sfid"] == pytest.approx(frechet_distance(*(fit_gaussian(x.numpy()) for x in spatials)), rel=1e-4)
@@ -198,7 +205,9 @@ def test_what_may_be_compared():
     features = torch.zeros(50_000, 1)
     samples, reference = Summary(50_000, features=features), Summary(10_000, features=features[:10_000], precomputed=True)
 
-    def verdicts(extractor=fake_inception(), samples=samples, reference=reference, same_size=True, **scores):
+    official = fake_inception()
+
+    def verdicts(extractor=official, samples=samples, reference=reference, same_size=True, **scores):
         return comparability(dict.fromkeys(NAMES, 1.0) | scores, extractor, samples, reference, same_size)
 
     assert verdicts() == dict.fromkeys(NAMES, COMPARABLE)

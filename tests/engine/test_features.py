@@ -56,7 +56,7 @@ def test_images_are_chosen_and_noised_by_the_seed():
     assert torch.equal(a.x0[:20], a.x0[20:]) and torch.equal(a.labels[:20], a.labels[20:])
     assert len(rows_of(a)) == 20 and len({n.numpy().tobytes() for n in a.noise}) == 40, "no image and no noise twice"
     data = Digits()
-    found = {x.numpy().tobytes(): int(y) for x, y in zip(data.images, data.labels)}
+    found = {x.numpy().tobytes(): int(y) for x, y in zip(data.images, data.labels, strict=True)}
     assert [found[x.numpy().tobytes()] for x in a.x0] == a.labels.tolist()
 
 
@@ -80,7 +80,7 @@ def test_features_are_those_of_the_noisy_input_at_that_time(family):
         alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[300]
         expected, t = alpha_bar.sqrt() * images.x0 + (1 - alpha_bar).sqrt() * images.noise, torch.full((10,), 300)
     torch.testing.assert_close(x, expected.float(), rtol=1e-5, atol=1e-6)
-    for depth, found in zip((1, 3), features):
+    for depth, found in zip((1, 3), features, strict=True):
         torch.testing.assert_close(found, model.features(x, t, images.labels, depth=depth).mean(1), rtol=1e-4, atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_maps_show_the_input_and_one_colour_per_patch():
 def test_samples_of_runs_lie_under_each_other(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(255, size=(2, 5, 4, 4, 1), dtype=np.uint8)
-    for name, x, count in zip("ab", images, (5, 4)):
+    for name, x, count in zip("ab", images, (5, 4), strict=True):
         np.savez(tmp_path / f"{name}.npz", arr_0=x[:count], arr_1=np.arange(count))
     paths = [str(tmp_path / f"{name}.npz") for name in "ab"]
     found = read_samples(paths, 9)

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from golden import assert_matches
+
 from sra_fast.engine.inception import load_inception, resize_tf1
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/inception.npz")
@@ -15,7 +15,7 @@ IMAGES = torch.from_numpy(GOLDEN["images"])
 def random_weights() -> dict[str, torch.Tensor]:
     """The weights that the golden outputs belong to, under torch-fidelity's names and shapes."""
     rng, state = np.random.RandomState(0), {}
-    for name, padded in zip(GOLDEN["names"].tolist(), GOLDEN["shapes"].tolist()):
+    for name, padded in zip(GOLDEN["names"].tolist(), GOLDEN["shapes"].tolist(), strict=True):
         shape = tuple(size for size in padded if size)
         x = rng.standard_normal(shape).astype(np.float32)
         if name.endswith("conv.weight"):
@@ -44,7 +44,7 @@ def test_names_shapes_and_outputs_are_torch_fidelitys(weights):
     ours = {name: [*x.shape] for name, x in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     assert ours == {name: [*x.shape] for name, x in random_weights().items()} and len(ours) == 472
     with torch.inference_mode():
-        outputs = dict(zip(("pool", "spatial", "logits"), model(IMAGES)))
+        outputs = dict(zip(("pool", "spatial", "logits"), model(IMAGES), strict=True))
         grey, colour = model(IMAGES[:, :1]), model(IMAGES[:, :1].repeat(1, 3, 1, 1))
     for name, output in outputs.items():
         assert_matches(output, torch.from_numpy(GOLDEN[name]), 1e-4)

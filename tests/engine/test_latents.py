@@ -81,7 +81,7 @@ def test_loader_processes_read_the_same(tmp_path):
     for workers in (0, 2):
         loaded = list(make_loader(PackedLatents(tmp_path / "packed"), stream, workers, cuda=False))
         assert len(loaded) == 9
-        assert all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(loaded, expected))
+        assert all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(loaded, expected, strict=True))
 
 
 def test_a_loader_process_is_not_sent_the_shards(tmp_path):

@@ -13,11 +13,7 @@ from sra_fast.engine.data import make_dataset
 from sra_fast.engine.metrics import Metrics, peak_flops, read_rows, training_flops
 
 CPU = torch.device("cpu")
-TINY = (
-    "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 32 "
-    "--model.depth 4 --model.num_heads 2 --align.student_layer 2 --align.teacher_layer 3 --data.name digits "
-    "--train.global_batch 8"
-).split()
+TINY = ["--model.name", "SiT-S/2", "--model.input_size", "8", "--model.in_channels", "1", "--model.num_classes", "10", "--model.hidden_size", "32", "--model.depth", "4", "--model.num_heads", "2", "--align.student_layer", "2", "--align.teacher_layer", "3", "--data.name", "digits", "--train.global_batch", "8"]
 SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 

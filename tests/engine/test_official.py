@@ -12,7 +12,13 @@ from golden import assert_matches
 
 from sra_fast.engine.cli import parse_train
 from sra_fast.engine.load_model import load_model
-from sra_fast.engine.official import convert, first_channels, interpolant, model_config, reverse_time
+from sra_fast.engine.official import (
+    convert,
+    first_channels,
+    interpolant,
+    model_config,
+    reverse_time,
+)
 from sra_fast.engine.run import prepare
 from sra_fast.engine.samplers import sample
 from sra_fast.models import DiT
@@ -135,7 +141,7 @@ def test_file_to_file_samples_and_starts_a_run(tmp_path, layout):
     assert path == ("linear" if layout == "release" else "cosine")
     assert_matches(model(x, t, y), -official_velocity(net, x, 1 - t, y), 1e-5)
     sizes = [f"--model.{key}={value}" for key, value in {**TINY, **digits}.items()]
-    run = ["--model.name", "SiT-S/2", *sizes, *"--align.student_layer 1 --align.teacher_layer 2 --data.name digits".split()]
+    run = ["--model.name", "SiT-S/2", *sizes, *["--align.student_layer", "1", "--align.teacher_layer", "2", "--data.name", "digits"]]
     start = prepare(parse_train([*run, "--train.init_from", str(out)])[0], None).start["ema"]
     assert all(torch.equal(start[name], value) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="made with 2 heads, the model has 4"):

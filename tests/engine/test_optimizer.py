@@ -25,7 +25,7 @@ def pair():
 
 def set_gradients(step, *sides):
     generator = torch.Generator().manual_seed(step)
-    for both in zip(*sides):
+    for both in zip(*sides, strict=True):
         gradient = torch.randn(both[0].shape, generator=generator)
         for p in both:
             p.grad = gradient.clone()
@@ -42,7 +42,7 @@ def test_steps_of_torchs_adamw_and_of_ours_can_alternate():
     c.load_state_dict(copy.deepcopy(a.state_dict()))  # torch's goes on with ours' state
     set_gradients(3, ours, theirs, third)
     a.step(), b.step(), c.step()
-    for p, q, r in zip(ours, theirs, third):
+    for p, q, r in zip(ours, theirs, third, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(r, q, rtol=1e-6, atol=1e-6)
         assert a.state[p]["step"] == b.state[q]["step"] == 4
@@ -59,7 +59,7 @@ def test_ema_copy_and_clipping_in_the_same_pass():
     for q in theirs:
         q.grad *= 0.5
     a.step(), b.step()
-    for p, q, mean in zip(ours, theirs, ema):
+    for p, q, mean in zip(ours, theirs, ema, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(a.state[p]["ema"], 0.75 * mean + 0.25 * q, rtol=1e-6, atol=1e-6)
         assert torch.equal(a.copies[p], a.state[p]["ema"].bfloat16())

@@ -75,7 +75,11 @@ def test_killed_anywhere_and_started_again(tmp_path, source, layout, events, mon
     expected = tree(tmp_path / "whole")
     for event in range(events):
         out = tmp_path / f"killed{event}"
-        status = in_child(lambda: (kill_at(event, monkeypatch), execute(plan(source, out, layout))))
+        def pack_until_killed(event=event, out=out):
+            kill_at(event, monkeypatch)
+            execute(plan(source, out, layout))
+
+        status = in_child(pack_until_killed)
         assert os.WTERMSIG(status) == signal.SIGKILL
         with pytest.raises(ValueError, match="not finished" if event else "folder vae-sd|no .npy file"):
             open_latents(out)
@@ -234,7 +238,7 @@ def test_of_two_jobs_that_start_together_one_has_the_folder(tmp_path, source, mo
     with pytest.raises(ValueError, match="was begun with dtype bfloat16, this run has float16"):
         plan(source, tmp_path / "out").begin()
     monkeypatch.undo()
-    link = lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted"))  # noqa: E731
+    link = lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted"))
     monkeypatch.setattr(os, "link", link)
     plan(source, tmp_path / "no_links").begin()
     assert [*tree(tmp_path / "no_links")] == ["preprocess.json"]

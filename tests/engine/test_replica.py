@@ -15,9 +15,9 @@ NAMES, SIZES = ("a", "b"), ((32, 16), (16, 48))
 def replica(device="cpu", owners=1):
     """Two layers on one process: the masters in one flat tensor with 8 elements of padding, or in one tensor per layer."""
     torch.manual_seed(0)
-    layers = {name: nn.Linear(k, n).requires_grad_(False).to(device) for name, (n, k) in zip(NAMES, SIZES)}
+    layers = {name: nn.Linear(k, n).requires_grad_(False).to(device) for name, (n, k) in zip(NAMES, SIZES, strict=True)}
     flats = [layer.weight.detach().clone().view(-1) for layer in layers.values()]
-    offsets = dict(zip(NAMES, (0, 512 + 8 * (owners == 1))))
+    offsets = dict(zip(NAMES, (0, 512 + 8 * (owners == 1)), strict=True))
     if owners == 1:
         flats = [torch.cat([flats[0], torch.zeros(8, device=device), flats[1]])]
     shards = SimpleNamespace(flats=flats, owners=flats, rank=0, world=1, replicated=owners == 2)
@@ -33,7 +33,7 @@ def gather(made):
 
 def step(made, flats, ema):
     """An optimizer step that leaves ``ema``, and its copy, as ``AdamWEMA`` makes it."""
-    for flat, new in zip(flats, ema):
+    for flat, new in zip(flats, ema, strict=True):
         zeros = [torch.zeros_like(flat) for _ in range(3)]
         ops.adamw_ema_(new.clone(), *zeros, 1, lr=0.0, ema=flat, ema_copy=made.copies[flat], decay=0.0)
         assert torch.equal(flat, new)
@@ -58,14 +58,14 @@ def test_layers_read_what_the_optimizer_writes(owners, device):
     for factor in (1.0, 1.5, 0.01, 3.0):
         step(made, flats, [factor * flat for flat in flats])
         gather(made)
-        for layer, expected in zip(layers.values(), parts(flats)):
+        for layer, expected in zip(layers.values(), parts(flats), strict=True):
             assert layer.weight.dtype == torch.float8_e4m3fn and error(layer, expected) <= 1
             assert len(layer.weight_scale.unique()) == 1
 
 
 def test_segments_of_every_rank():
     """Layers of 512 and 768 elements, 8 between them, 32 after them, in three parts."""
-    layers = {name: nn.Linear(k, n) for name, (n, k) in zip(NAMES, SIZES)}
+    layers = {name: nn.Linear(k, n) for name, (n, k) in zip(NAMES, SIZES, strict=True)}
     found = []
     for rank in range(3):
         flat = torch.zeros(440)
@@ -83,7 +83,7 @@ def test_a_jump_saturates_once(device):
     for saturated in (True, False):
         step(made, flats, flats)
         gather(made)
-        errors = [error(layer, expected) for layer, expected in zip(layers.values(), parts(flats))]
+        errors = [error(layer, expected) for layer, expected in zip(layers.values(), parts(flats), strict=True)]
         assert errors[0] <= 1 and (errors[1] > 2) == saturated
         assert (layers["b"].weight.float().abs() == 448).any() == saturated
 
@@ -98,7 +98,7 @@ def test_a_resumed_run_makes_the_same_copies(device):
     state, saved = made.in_use.tolist(), [flat.clone() for flat in flats]
 
     again, same_layers, others = replica(device)
-    for flat, value in zip(others, saved):
+    for flat, value in zip(others, saved, strict=True):
         flat.copy_(value)
     again.store(others, torch.tensor(state))
     gather(again)
@@ -121,10 +121,10 @@ def test_scales_follow_steps_without_a_gather(device):
         made.skip()
     step(made, flats, flats)
     gather(made)
-    for layer, expected in zip(layers.values(), parts(flats)):
+    for layer, expected in zip(layers.values(), parts(flats), strict=True):
         assert error(layer, expected) <= 1
 
 
 def assert_equal(layers, others):
-    for one, other in zip(layers.values(), others.values()):
+    for one, other in zip(layers.values(), others.values(), strict=True):
         assert torch.equal(one.weight.float(), other.weight.float()) and torch.equal(one.weight_scale, other.weight_scale)

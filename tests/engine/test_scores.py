@@ -6,7 +6,14 @@ from scipy.linalg import sqrtm
 from sklearn.neighbors import NearestNeighbors
 
 from sra_fast.engine import scores
-from sra_fast.engine.scores import Gaussian, InceptionScore, Moments, fit_gaussian, frechet_distance, precision_recall
+from sra_fast.engine.scores import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    fit_gaussian,
+    frechet_distance,
+    precision_recall,
+)
 
 RNG = np.random.RandomState(0)
 

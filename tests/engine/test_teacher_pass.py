@@ -42,7 +42,7 @@ def test_fraction_is_the_mean_over_its_images():
         model._compare = lambda f, t, compare=compare, record=record: record.append((f, t)) or compare(f, t)
     (_, parts), _ = sit_loss(half, golden), sit_loss(whole, golden)
     chosen = chosen_images(0.5, 6, CPU)
-    for ours, all_images in zip(seen[0], expected[0]):
+    for ours, all_images in zip(seen[0], expected[0], strict=True):
         torch.testing.assert_close(ours, all_images[chosen])
     assert parts["align"] == pytest.approx(half._compare(*(t[chosen] for t in expected[0]))["align"].item(), rel=1e-6)
 
@@ -91,7 +91,7 @@ def test_graph_and_stream_give_the_features_of_the_plain_call(graph, stream):
         p.normal_(std=0.1)
     plain = TeacherPass(teacher, AlignConfig())
     other = TeacherPass(teacher, AlignConfig(teacher_graph=graph, teacher_stream=stream))
-    for step in range(4):
+    for _ in range(4):
         x, t, y = torch.randn(6, 4, 8, 8, device="cuda"), torch.rand(6, device="cuda"), torch.randint(10, (6,), device="cuda")
         results = []
         for teacher_pass in (plain, other):

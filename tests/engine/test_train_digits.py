@@ -10,12 +10,7 @@ from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import train
 from sra_fast.engine.run import prepare
 
-CONFIG = (
-    "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 64 "
-    "--model.depth 4 --model.num_heads 2 --align.student_layer 1 --align.teacher_layer 3 --data.name digits "
-    "--train.global_batch 32 --train.steps 300 --train.precision fp32 --train.ema_decay 0.98 --train.log_every 50 "
-    "--optim.lr 0.002 --optim.warmup_steps 30 --sample.method euler"
-).split()
+CONFIG = ["--model.name", "SiT-S/2", "--model.input_size", "8", "--model.in_channels", "1", "--model.num_classes", "10", "--model.hidden_size", "64", "--model.depth", "4", "--model.num_heads", "2", "--align.student_layer", "1", "--align.teacher_layer", "3", "--data.name", "digits", "--train.global_batch", "32", "--train.steps", "300", "--train.precision", "fp32", "--train.ema_decay", "0.98", "--train.log_every", "50", "--optim.lr", "0.002", "--optim.warmup_steps", "30", "--sample.method", "euler"]
 
 
 @pytest.mark.parametrize("align", ["ema_teacher", "none"])

@@ -68,7 +68,7 @@ def independent_run(*args):
             torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.clip)
         optimizer.param_groups[0]["lr"] = 0.003 * warm_up(step, cfg.optim.warmup_steps)
         optimizer.step()
-        for old, new in zip(ema.parameters(), student.parameters()):
+        for old, new in zip(ema.parameters(), student.parameters(), strict=True):
             old.data.mul_(0.9).add_(new.data, alpha=0.1)
         losses.append(loss.item())
     return dict(student.named_parameters()), dict(ema.named_parameters()), losses

@@ -88,8 +88,8 @@ def whole_masters(trainer) -> dict:
     if trainer.stage:
         return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()}
     masters = {id(p): p for p in named.values()}
-    for params, group in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ())):
-        masters.update({id(p): master for p, master in zip(params, group)})
+    for params, group in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True):
+        masters.update({id(p): master for p, master in zip(params, group, strict=True)})
     return {name: masters[id(p)].detach().cpu().clone() for name, p in named.items()}
 
 

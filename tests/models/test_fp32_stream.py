@@ -50,15 +50,15 @@ def test_as_exact_as_autocast(seed, monkeypatch, record_property):
     with monkeypatch.context() as patch:
         patch.setenv("SRA_FAST_BACKEND", "torch")
         allowed = errors(model, truth, inputs, dout, autocast=True)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         p.data = p.data.bfloat16()
     ours = errors(model, truth, inputs, dout)
     model.residual_dtype = None
     without = errors(model, truth, inputs, dout)
     record_property("prediction, gradients, features", f"autocast {allowed}, fp32 stream {ours}, bf16 stream {without}")
-    assert all(a <= 1.2 * b for a, b in zip(ours, allowed)), (ours, allowed)
+    assert all(a <= 1.2 * b for a, b in zip(ours, allowed, strict=True)), (ours, allowed)
     # the measurement can tell: in bf16 the stream is what rounds most
-    assert all(a > 1.5 * b for a, b in zip(without, allowed)), (without, allowed)
+    assert all(a > 1.5 * b for a, b in zip(without, allowed, strict=True)), (without, allowed)
 
 
 def test_features_are_fp32_and_predictions_bf16():

@@ -126,7 +126,7 @@ def test_truncated_forward_is_exact_and_costs_nothing_more():
     embed = flops(lambda: model.embed(*args))
     per_block = (flops(lambda: model.features(*args, depth=4)) - embed) / 4
     for depth in (1, 2, 3):
-        assert flops(lambda: model.features(*args, depth=depth)) == embed + depth * per_block
+        assert flops(lambda depth=depth: model.features(*args, depth=depth)) == embed + depth * per_block
     with pytest.raises(ValueError, match="depth"):
         model.features(*args, depth=5)
 
@@ -215,7 +215,7 @@ def test_kernels_on_and_off_are_the_same_program(monkeypatch, device, qk_norm):
         gradients = torch.autograd.grad(sum(o.square().sum() for o in out), list(model.parameters()))
         results.append([*out, model.features(x, t, y, depth=1, drop=y < 0), *gradients])
     largest = max(off.abs().max() for off in results[0])
-    for off, on in zip(*results):  # the bias of the keys' norm has no gradient but rounding noise
+    for off, on in zip(*results, strict=True):  # the bias of the keys' norm has no gradient but rounding noise
         assert (on - off).abs().max() <= 2e-5 * max(off.abs().max(), 1e-3 * largest)
 
 

@@ -84,7 +84,7 @@ def far_apart(stride, *values):
         with tempfile.NamedTemporaryFile() as file:
             flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
     views = [flat.as_strided((B, D), (stride, 1), i * D) for i in range(len(values))]
-    for view, value in zip(views, values):
+    for view, value in zip(views, values, strict=True):
         view.copy_(value)
     return views
 

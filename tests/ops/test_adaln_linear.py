@@ -35,7 +35,7 @@ def call(op, backend="triton", residual=True, **options):
 
 def naive(op, norm="layer", group=None):
     """What a DiT codebase writes, in the dtype it is given."""
-    pick = lambda m: m[:, None] if group is None else torch.stack([rows[g] for rows, g in zip(m, group)])
+    pick = lambda m: m[:, None] if group is None else torch.stack([rows[g] for rows, g in zip(m, group, strict=True)])
 
     def fn(x, y, y_bias, gate, shift, scale, w1, b1, w2=None, b2=None):
         x = x + pick(gate) * (y + y_bias)

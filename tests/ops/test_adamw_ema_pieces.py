@@ -1,4 +1,6 @@
 """The optimizer step with a gradient in pieces, as autograd leaves it."""
+from itertools import pairwise
+
 import pytest
 import torch
 from test_adamw_ema import HYPER, fp8_copy, make, step_all
@@ -51,7 +53,7 @@ def test_pieces_and_a_copy_in_segments(device):
         copy = fp8_copy(N, [10, 1024, 1024, 2500, N], device, torch.float32)
         begins = cuts[:-1] if in_pieces else None
         # each at an address of its own, that aligns every access
-        pieces = [grad[begin:end].clone() for begin, end in zip(cuts, cuts[1:])]
+        pieces = [grad[begin:end].clone() for begin, end in pairwise(cuts)]
         kernels.adamw_ema_(
             state["param"], pieces if in_pieces else grad, state["exp_avg"], state["exp_avg_sq"], state["weights"],
             state["ema"], *copy[:4], None, 1, 3e-2, 0.8, 0.95, 1e-3, 0.1, 0.7, begins,
@@ -76,7 +78,7 @@ def test_pieces_that_share_a_vector(dtype, device):
     """They begin and end anywhere: copies of them, widened with zeros, overlap."""
     state, (grad, *_) = make(3000, device, dtype)
     cuts = [0, 3, 4, 9, 10, 11, 1021, 1027, 2051, 3000]
-    pieces = [(begin, grad[begin:end]) for begin, end in zip(cuts, cuts[1:])]
+    pieces = [(begin, grad[begin:end]) for begin, end in pairwise(cuts)]
     same = {k: v.clone() for k, v in state.items()}
     step_all(adamw_ema_, state, [pieces], **HYPER, backend="triton")
     step_all(adamw_ema_, same, [grad], **HYPER, backend="triton")

@@ -37,8 +37,9 @@ def run(fn, inputs, dout):
 def test_forward_and_gradients(d, backend):
     inputs, dout = make(d=d)
     truth = run(definition, [t.double() for t in inputs], dout.double())
-    for a, c in zip(run(lambda *a: attention(*a, backend=backend), inputs, dout), truth, strict=True):
-        torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+    found = run(lambda *qkv: attention(*qkv, backend=backend), inputs, dout)
+    for ours, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -60,8 +61,9 @@ def test_groups_do_not_see_each_other():
     inputs, dout = make(T=8)
     groups = torch.tensor([[0, 1, 0, 0, 2, 1, 0, 0], [5, 5, 5, 5, 5, 5, 5, 7]], device=DEVICE)
     truth = run(lambda *a: definition(*a, groups), [t.double() for t in inputs], dout.double())
-    for a, c in zip(run(lambda *a: attention(*a, groups=groups), inputs, dout), truth, strict=True):
-        torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+    found = run(lambda *qkv: attention(*qkv, groups=groups), inputs, dout)
+    for ours, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
     # a group on its own gives the same rows
     alone = [t[:1, groups[0] == 0] for t in inputs]
     torch.testing.assert_close(attention(*inputs, groups=groups)[:1, groups[0] == 0], attention_ref(*alone))
@@ -76,7 +78,7 @@ def test_compiles_without_graph_breaks():
     inputs, dout = make()
     groups = torch.arange(9, device=DEVICE).expand(2, 9) % 2
     for kwargs in ({}, {"groups": groups}, {"backend": "math"}):
-        fn = lambda *a: attention(*a, **kwargs).sin()
+        fn = lambda *a, kwargs=kwargs: attention(*a, **kwargs).sin()
         compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
         # on a GPU the compiled function may take another backend than the one that is measured
         for a, b in zip(run(compiled, inputs, dout), run(fn, inputs, dout), strict=True):

@@ -106,7 +106,7 @@ CASES = {
 
 def requests_of(module):
     requests = []
-    for launches, archs in zip(CASES[module], (ARCHS, (90,), (90, 100))):
+    for launches, archs in zip(CASES[module], (ARCHS, (90,), (90, 100)), strict=True):
         with record_launches(module, _rows) as log:
             for launch in launches:
                 launch()

@@ -180,7 +180,7 @@ def test_widths_follow_alignment():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for request, report in zip(found := cases(), compile_kernels(found)):
+    for request, report in zip(found := cases(), compile_kernels(found), strict=True):
         kind = "token" if request.args.get("PER_TOKEN") else "group" if request.args.get("group_ptr") else "image"
         moves = [" ".join(f"{n}x{bits}" for bits, n in sorted(c.items())) for c in (report.loads, report.stores)]
         usage = f"{report.registers:4} registers, {report.spills} spilled, {report.barriers} barriers"

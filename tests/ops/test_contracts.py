@@ -244,7 +244,7 @@ def test_bias_of_any_layout(device, layout):
     bias = bias[::2] if layout == "strided" else bias[:1].expand(64)
     gate, shift, scale = torch.randn(2, 192, device=device).chunk(3, dim=1)
     out = ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="triton")
-    for a, b in zip(out, ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="torch")):
+    for a, b in zip(out, ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="torch"), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     out, expected = (ops.gated_residual(x, y, gate, bias=bias, backend=b) for b in ("triton", "torch"))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 from conftest import assert_kernel_close
+from sra_fast.kernels._plans import MAX_PLANS
 
 from sra_fast.kernels import ema_update as kernels
-from sra_fast.kernels._plans import MAX_PLANS
 from sra_fast.ops.ema_update import _choose, _op, ema_update_, ema_update_ref_
 
 # a whole chunk; chunks and a ragged end; a scalar; nothing; fewer than 16; a 1152-wide bias
@@ -132,7 +132,7 @@ def test_fp64_goes_to_the_reference(device):
 def test_parameters_that_require_grad(device):
     """The usual call: a model's parameters, outside any graph."""
     model, teacher = torch.nn.Linear(7, 5).to(device), torch.nn.Linear(7, 5).to(device)
-    expected = [e.detach() + 0.1 * (p.detach() - e.detach()) for e, p in zip(teacher.parameters(), model.parameters())]
+    expected = [e.detach() + 0.1 * (p.detach() - e.detach()) for e, p in zip(teacher.parameters(), model.parameters(), strict=True)]
     version = teacher.weight._version
     ema_update_(teacher.parameters(), model.parameters(), 0.9, backend="triton")
     for e, x in zip(teacher.parameters(), expected, strict=True):

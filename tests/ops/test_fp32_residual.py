@@ -101,7 +101,7 @@ def test_bytes_per_element(monkeypatch):
             call()
         found.append(sum(total.values()) / elements)
     # vectors, statistics and partial sums on top: with one program per image less than a byte per element
-    assert all(0 <= each - exact < 0.9 for each, exact in zip(found, (12, 18, 22, 6, 10))), found
+    assert all(0 <= each - exact < 0.9 for each, exact in zip(found, (12, 18, 22, 6, 10), strict=True)), found
 
 
 def test_a_compiler_and_the_operators_agree():

@@ -12,7 +12,14 @@ from sra_fast import ops
 from sra_fast.kernels import adaln as adaln_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.kernels import quantize_rows as quantize_kernels
-from sra_fast.ops.fp8 import E4M3, Rows, adaln_fp8, gated_residual_adaln_fp8, linear_fp8, quantize_rows
+from sra_fast.ops.fp8 import (
+    E4M3,
+    Rows,
+    adaln_fp8,
+    gated_residual_adaln_fp8,
+    linear_fp8,
+    quantize_rows,
+)
 
 BACKENDS = ["torch", "triton"]
 # registers per thread
@@ -119,7 +126,7 @@ def test_compiles_without_spills_and_with_wide_accesses(monkeypatch):
                 quantize_kernels.quantize_rows(meta(1024, 4 * D, dtype=dtype), True)
                 quantize_kernels.quantize_rows(meta(3 * D, D, dtype=dtype), False)
     requests = [replace(launch, arch=arch) for launch in launches for arch in (90, 100)]
-    for request, report in zip(requests, compile_kernels(requests)):
+    for request, report in zip(requests, compile_kernels(requests), strict=True):
         told = (request.module, request.arch, request.args, report)
         assert report.spills == 0 and report.registers <= BUDGET[request.kernel], told
         # 8 columns of the head, or of a piece, per thread: 128 bits of bf16 in, 64 bits of e4m3 out

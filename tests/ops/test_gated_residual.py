@@ -32,7 +32,7 @@ def make(B, T, D, dtype=torch.float32, groups=0, bias=False, seed=0):
 
 
 def pick(modulation, group):
-    return modulation[:, None] if group is None else torch.stack([m[g] for m, g in zip(modulation, group)])
+    return modulation[:, None] if group is None else torch.stack([m[g] for m, g in zip(modulation, group, strict=True)])
 
 
 def naive(norm, group):
@@ -223,8 +223,9 @@ def test_splits_do_not_change_rows(monkeypatch):
     inputs, _, douts = make(1, 9, 72, bias=True)
     few = run(fused(), inputs, douts)
     assert bitwise_equal(few, run(fused(), inputs, douts))
-    for splits, rows in [(1, 10), (5, 2), (2, 6)]:
-        monkeypatch.setattr(fused_kernels, "split_rows", lambda x, groups, num_loads: (splits, rows))
+    for partition in [(1, 10), (5, 2), (2, 6)]:
+        split_rows = lambda x, groups, num_loads, partition=partition: partition
+        monkeypatch.setattr(fused_kernels, "split_rows", split_rows)
         other = run(fused(), inputs, douts)
         assert bitwise_equal(few[:4], other[:4])
         for a, b in zip(few[4:], other[4:], strict=True):

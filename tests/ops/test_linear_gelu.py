@@ -35,7 +35,7 @@ def test_gradients(device):
     upstream = torch.randn(2, 5, 80, device=device)
     ours = torch.autograd.grad(ops.linear_gelu(*given), given, upstream)
     expected = torch.autograd.grad(F.gelu(F.linear(*given), approximate="tanh"), given, upstream)
-    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_the_product_adds_the_bias_and_multiplies_by_the_transpose():

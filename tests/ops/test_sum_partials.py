@@ -1,7 +1,6 @@
 """Sums of partial gradients."""
 import pytest
 import torch
-
 from sra_fast.kernels._rows import sum_partials
 
 # [M, P, K, D]
