@@ -43,7 +43,9 @@ class BuildCuda(build_ext):
 
         nvcc, output = find_nvcc(), Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+        known = subprocess.run(
+            [nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True
+        ).stdout.split()
         archs = [a for a in ARCHITECTURES if f"compute_{a}" in known]
         # machine code for each, and portable code of the newest for what comes after it
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -51,7 +53,9 @@ class BuildCuda(build_ext):
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         host = "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-strict-aliasing"
         options = ["-O3", "-std=c++17", "--shared", "--threads=0", host]
-        subprocess.run([nvcc, *options, *targets, *includes, "-o", str(output), *ext.sources], check=True)
+        subprocess.run(
+            [nvcc, *options, *targets, *includes, "-o", str(output), *ext.sources], check=True
+        )
 
 
 def cuda_extension() -> dict:
@@ -59,7 +63,10 @@ def cuda_extension() -> dict:
     if os.environ.get("SRA_FAST_BUILD_EXT") != "1":
         return {}
     if find_nvcc() is None:
-        print("sra-fast: SRA_FAST_BUILD_EXT=1, but no nvcc; continuing without the CUDA extension", file=sys.stderr)
+        print(
+            "sra-fast: SRA_FAST_BUILD_EXT=1, but no nvcc; continuing without the CUDA extension",
+            file=sys.stderr,
+        )
         return {}
     return {
         "ext_modules": [Extension("sra_fast._ema_cuda", ["csrc/ema_update.cu"])],
@@ -79,7 +86,8 @@ setup(
     # the oldest versions on which the tests of the operators have run
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
-    packages=find_packages(include=["sra_fast", "sra_fast.*"], exclude=["sra_fast.kernels"]) + ["sra_fast.kernels"],
+    packages=find_packages(include=["sra_fast", "sra_fast.*"], exclude=["sra_fast.kernels"])
+    + ["sra_fast.kernels"],
     # in a checkout the device code lives in /kernels; in a wheel it becomes sra_fast/kernels
     package_dir={"sra_fast.kernels": "kernels"},
     **cuda_extension(),

@@ -2,6 +2,7 @@
 
 Every call is synchronised and the host's share counts; run.py gives the device's time alone and rotates cold buffers.
 """
+
 import pytest
 import torch
 from measure import Oracle, as_leaves, steps_of
@@ -19,7 +20,9 @@ CASES = [
 ]
 
 
-def measure(benchmark, name: str, which: str, variant: str, shape: Shape, dtype: torch.dtype, device: str) -> None:
+def measure(
+    benchmark, name: str, which: str, variant: str, shape: Shape, dtype: torch.dtype, device: str
+) -> None:
     entry = ENTRIES[name]
     torch._dynamo.reset()
     dtype = entry.dtype or dtype
@@ -38,7 +41,9 @@ def measure(benchmark, name: str, which: str, variant: str, shape: Shape, dtype:
 
     benchmark.group = f"{name} {which}"
     setup = lambda: ((prepare(inputs),), {})
-    benchmark.pedantic(synchronised, setup=setup, rounds=50 if device == "cuda" else 5, warmup_rounds=3)
+    benchmark.pedantic(
+        synchronised, setup=setup, rounds=50 if device == "cuda" else 5, warmup_rounds=3
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -49,4 +54,6 @@ def test_op(benchmark, name, which, variant):
 
 
 def test_op_on_cpu(benchmark):
-    measure(benchmark, "gated_residual_adaln", "both", "ours", Shape(TINY, 64, 4), torch.float32, "cpu")
+    measure(
+        benchmark, "gated_residual_adaln", "both", "ours", Shape(TINY, 64, 4), torch.float32, "cpu"
+    )

@@ -9,7 +9,13 @@ from pathlib import Path
 
 FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 # bits of the last field that make a time unlike another run's (nvml.h: nvmlClocksEventReason*)
-REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal", 0x40: "hardware thermal", 0x80: "power brake"}
+REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+}
 PERIOD_MS = 500
 
 
@@ -26,7 +32,12 @@ class Clocks:
     def __init__(self, path: Path | None = None, command: Iterable[str] | None = None):
         self.readings: list[tuple[float, list[str]]] = []
         self.path = path
-        query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", f"-lms={PERIOD_MS}"]
+        query = [
+            "nvidia-smi",
+            f"--query-gpu={','.join(FIELDS)}",
+            "--format=csv,noheader,nounits",
+            f"-lms={PERIOD_MS}",
+        ]
         try:
             self.process = subprocess.Popen(
                 list(command or query), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -62,7 +73,11 @@ class Clocks:
                 found[name] = statistics.median(numbers)
         active = [int(words[4], 16) for words in inside if words[4].startswith("0x")]
         # at most of the readings: the first and the last one may belong to what was before or came after
-        held = [name for bit, name in REASONS.items() if 2 * sum(bits & bit > 0 for bits in active) > len(active)]
+        held = [
+            name
+            for bit, name in REASONS.items()
+            if 2 * sum(bits & bit > 0 for bits in active) > len(active)
+        ]
         return {**found, "throttled": ", ".join(held)} if held else found
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ FLOPs are those of the products, counted by torch's flop counter on tensors with
 a small model on the CPU: every tensor that an operator reads and every one that it writes, caches left out.  Its batch is so
 small that weights and gradients are what the backward pass moves.
 """
+
 import argparse
 import contextlib
 import sys
@@ -38,11 +39,21 @@ def parts(cfg: Config) -> dict[str, int]:
     m = replace(cfg.model, depth=1)  # every block is alike
     with torch.device("meta"):
         student = m.build().eval()
-        x, t, y = torch.zeros(1, m.in_channels, m.input_size, m.input_size), torch.zeros(1), torch.zeros(1).long()
-        token = torch.zeros(1, (m.input_size // student.x_embedder.proj.kernel_size[0]) ** 2, student.hidden_size)
+        x, t, y = (
+            torch.zeros(1, m.in_channels, m.input_size, m.input_size),
+            torch.zeros(1),
+            torch.zeros(1).long(),
+        )
+        token = torch.zeros(
+            1, (m.input_size // student.x_embedder.proj.kernel_size[0]) ** 2, student.hidden_size
+        )
         frequencies = torch.zeros(1, student.t_embedder.frequency_size)
     first = counted(student.x_embedder, x) + counted(student.t_embedder.mlp[0], frequencies)
-    found = {"embed": counted(student.embed, x, t, y), "head": counted(student.ap_head, token), "first": first}
+    found = {
+        "embed": counted(student.embed, x, t, y),
+        "head": counted(student.ap_head, token),
+        "first": first,
+    }
     found["block"] = counted(student.features, x, t, y, depth=1) - found["embed"]
     found["final"] = counted(student.final_layer, token, token[:, 0])
     return found
@@ -72,7 +83,12 @@ VARIANTS = (
 
 
 # arguments that are written without being read, or only read, in spite of their schema
-WRITTEN_ONLY = {"copy_": ("self",), "_foreach_copy_": ("self",), "zero_": ("self",), "fill_": ("self",)}
+WRITTEN_ONLY = {
+    "copy_": ("self",),
+    "_foreach_copy_": ("self",),
+    "zero_": ("self",),
+    "fill_": ("self",),
+}
 READ_ONLY = {"_fused_adamw_": ("grads",)}
 
 
@@ -94,8 +110,12 @@ class ByteCounter(TorchDispatchMode):
     @staticmethod
     def moved(func, args, kwargs, out) -> int:
         name, arguments = func._schema.name.split("::")[1], func._schema.arguments
-        given = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(arguments)]
-        memory = lambda value: {t.untyped_storage().data_ptr() for t in tree_leaves(value) if isinstance(t, Tensor)}
+        given = [
+            (a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(arguments)
+        ]
+        memory = lambda value: {
+            t.untyped_storage().data_ptr() for t in tree_leaves(value) if isinstance(t, Tensor)
+        }
         old = memory([value for _, value in given])
         fresh = [t for t in tree_leaves(out) if isinstance(t, Tensor) and not memory(t) & old]
         written = [a.name for a, _ in given if a.alias_info and a.alias_info.is_write]
@@ -114,10 +134,24 @@ def count_bytes() -> Iterator[ByteCounter]:
     """Counts what runs inside; ``ops.adamw_ema_`` counts as the one pass that its kernel is."""
     counter, run = ByteCounter(), ops.adamw_ema_
 
-    def one_pass(param, grad, exp_avg, exp_avg_sq, step, *, weights=None, ema=None, ema_copy=None, **rest):
-        counter.total += size(grad) + 2 * size([param, exp_avg, exp_avg_sq, ema]) + size([weights, ema_copy])
+    def one_pass(
+        param, grad, exp_avg, exp_avg_sq, step, *, weights=None, ema=None, ema_copy=None, **rest
+    ):
+        counter.total += (
+            size(grad) + 2 * size([param, exp_avg, exp_avg_sq, ema]) + size([weights, ema_copy])
+        )
         with _disable_current_modes():
-            run(param, grad, exp_avg, exp_avg_sq, step, weights=weights, ema=ema, ema_copy=ema_copy, **rest)
+            run(
+                param,
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                step,
+                weights=weights,
+                ema=ema,
+                ema_copy=ema_copy,
+                **rest,
+            )
 
     with patch.object(ops, "adamw_ema_", one_pass), counter:
         yield counter
@@ -160,7 +194,9 @@ def fuse_adamw(run) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="SiT-XL/2")
     parser.add_argument("--resolution", type=int, default=256)
     args = parser.parse_args(argv)
@@ -169,18 +205,27 @@ def main(argv: list[str] | None = None) -> None:
     from sra_fast.engine.distributed import init_distributed
 
     device, plain = init_distributed(), None
-    print(f"{args.model}, {args.resolution} px: GFLOP per image and step, times plain; bytes per parameter of update and backward")
+    print(
+        f"{args.model}, {args.resolution} px: GFLOP per image and step, times plain; bytes per parameter of update and backward"
+    )
     for name in VARIANTS:
         variant = Variant.parse(name)
         full_depth = variant.switches is not None and not variant.switches.truncated
-        flops = sum(step_flops(variant.configuration(args.model, args.resolution, 1, "cuda"), full_depth).values())
+        flops = sum(
+            step_flops(
+                variant.configuration(args.model, args.resolution, 1, "cuda"), full_depth
+            ).values()
+        )
         small = variant.configuration("SiT-S/8", 64, 2, "cuda")
         run = make_step(variant, small, device, None)
         fuse_adamw(run)
         N, moved = sum(p.numel() for p in small.model.build().parameters()), bytes_by_phase(run)
         plain = plain or flops
-        print(f"{name:30} {float(flops) / 1e9:9.1f} {float(flops / plain):7.3f} {moved['optimizer'] / N:7.1f} "
-              f"{moved['backward'] / N:7.1f}", flush=True)
+        print(
+            f"{name:30} {float(flops) / 1e9:9.1f} {float(flops / plain):7.3f} {moved['optimizer'] / N:7.1f} "
+            f"{moved['backward'] / N:7.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

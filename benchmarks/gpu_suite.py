@@ -76,7 +76,16 @@ def side_by_side() -> list[str]:
         workers = max(2, min(12, 3 * (os.cpu_count() or 1) // 4))
         # one test at a time spreads the long ones, which come first.  "load" goes on after a test that has
         # ended its process; the modes that keep groups together would start it again
-        options += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "200"]
+        options += [
+            "-n",
+            str(workers),
+            "--dist",
+            "load",
+            "--maxschedchunk",
+            "1",
+            "--max-worker-restart",
+            "200",
+        ]
     if importlib.util.find_spec("pytest_timeout"):
         # from a thread, which ends the process: what waits for the device does not see a signal.
         # Shortly before, pytest itself prints where every thread is
@@ -133,7 +142,10 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
         case(32, f"plain,sra,{strong},plain,sra,sra_fp8" + (",reference" if reference else "")),
         case(256, f"plain{norm},sra{norm}"),
         case(256, "plain,sra", SMALL_MODEL),
-        case(32, f"sra{norm},sra+align.teacher_stream=true,swap_ema+graph=true,sra+train.compile=true"),
+        case(
+            32,
+            f"sra{norm},sra+align.teacher_stream=true,swap_ema+graph=true,sra+train.compile=true",
+        ),
         case(256, f"sra_fp8{norm},{strong}"),
         case(32, "sra+train.residual=fp32,strong"),
     ]
@@ -153,9 +165,26 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
 def dry_parts(which: str, out: Path) -> list[Part]:
     """The same programs at the smallest sizes, on a CPU."""
     rows = ["--device", "cpu", "--json", str(out / "rows.json")]
-    step = ["benchmarks/train_step.py", *rows, "--warmup", "1", "--steps", "1", "--profile", "0", "--shrink"]
+    step = [
+        "benchmarks/train_step.py",
+        *rows,
+        "--warmup",
+        "1",
+        "--steps",
+        "1",
+        "--profile",
+        "0",
+        "--shrink",
+    ]
     small = lambda variants: ["--case", "SiT-S/8", "64", "1", variants]
-    ops = ["benchmarks/run.py", *rows, "--ops", "gated_residual_adaln,noise_pair", "--budget", "0.002"]
+    ops = [
+        "benchmarks/run.py",
+        *rows,
+        "--ops",
+        "gated_residual_adaln,noise_pair",
+        "--budget",
+        "0.002",
+    ]
     tests = Part("tests", 60, pytest_command("tests/test_import.py"))
     if which == "first":
         fill = Part("fill", 0, ["benchmarks/train_step.py", "--device", "cpu", "--json", str(out / "fill.json"), "--untimed",
@@ -181,17 +210,30 @@ def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
     }  # fmt: skip
     if device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
-    command = ["bash", "-c", part.command] if isinstance(part.command, str) else [sys.executable, *part.command]
+    command = (
+        ["bash", "-c", part.command]
+        if isinstance(part.command, str)
+        else [sys.executable, *part.command]
+    )
     with open(log, "w") as file:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environ,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
 def run_part(part: Part, out: Path, seconds: float, device: str) -> list[dict]:
     """Run a part, and what goes beside it, for at most so long: one record of each."""
     begin, end = time.perf_counter(), time.perf_counter() + max(seconds, 0.1)
-    running = [(each, start(each, out / f"{each.name}.log", out, device)) for each in (part, part.beside) if each]
+    running = [
+        (each, start(each, out / f"{each.name}.log", out, device))
+        for each in (part, part.beside)
+        if each
+    ]
     found = []
     try:
         for each, process in running:
@@ -201,7 +243,11 @@ def run_part(part: Part, out: Path, seconds: float, device: str) -> list[dict]:
             except subprocess.TimeoutExpired:
                 late = True
                 end_group(process)
-            command = each.command if isinstance(each.command, str) else "python " + " ".join(each.command)
+            command = (
+                each.command
+                if isinstance(each.command, str)
+                else "python " + " ".join(each.command)
+            )
             found.append({
                 "part": each.name, "command": command, "returncode": process.returncode, "ran_over": late,
                 "seconds": round(time.perf_counter() - begin, 1),
@@ -241,9 +287,12 @@ def run_suite(which: str, parts: list[Part], out: Path, budget: float, device: s
             found.append(record)
             state = "ran over" if record["ran_over"] else f"exit code {record['returncode']}"
             print(
-                f"{record['tail'].rstrip()[-1500:]}\n{record['part']}: {state} after {record['seconds']} s", flush=True
+                f"{record['tail'].rstrip()[-1500:]}\n{record['part']}: {state} after {record['seconds']} s",
+                flush=True,
             )
-        (out / "summary.json").write_text(json.dumps({**where, "suite": which, "parts": found}, indent=1) + "\n")
+        (out / "summary.json").write_text(
+            json.dumps({**where, "suite": which, "parts": found}, indent=1) + "\n"
+        )
         (out / "verdict.txt").write_text(render(out, which))
     return found
 
@@ -260,7 +309,11 @@ def pack(out: Path, target: Path, names: list[str]) -> None:
 
 
 def pack_results(out: Path, folder: Path) -> None:
-    kept = [path.name for path in out.iterdir() if path.is_file() and path.suffix in (".json", ".log", ".txt", ".csv")]
+    kept = [
+        path.name
+        for path in out.iterdir()
+        if path.is_file() and path.suffix in (".json", ".log", ".txt", ".csv")
+    ]
     pack(out, folder / "found.tgz", kept)
 
 
@@ -275,7 +328,9 @@ def archived(out: Path, folder: Path | None) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(ARCHIVE_PERIOD):
-            with contextlib.suppress(OSError):  # a file that a part is replacing; the next round has it
+            with contextlib.suppress(
+                OSError
+            ):  # a file that a part is replacing; the next round has it
                 pack_results(out, folder)
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -291,18 +346,33 @@ def archived(out: Path, folder: Path | None) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("which", choices=tuple(BUDGETS), help="the first command, or the second")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_suite", help="default: runs/gpu_suite")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu_suite", help="default: runs/gpu_suite"
+    )
     parser.add_argument("--budget", type=float, help="seconds for everything (default 270 and 310)")
     parser.add_argument("--reference", help="second: a checkout of the published code")
-    parser.add_argument("--probe", help="first: a CUDA program to build and run with the arguments 32 256")
-    parser.add_argument("--caches", type=Path, help="second: the caches.tgz that first has written, for the same --out")
     parser.add_argument(
-        "--archive", type=Path, help="a folder that gets found.tgz, renewed every ten seconds, and caches.tgz"
+        "--probe", help="first: a CUDA program to build and run with the arguments 32 256"
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run at the smallest sizes"
+        "--caches",
+        type=Path,
+        help="second: the caches.tgz that first has written, for the same --out",
+    )
+    parser.add_argument(
+        "--archive",
+        type=Path,
+        help="a folder that gets found.tgz, renewed every ten seconds, and caches.tgz",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: a dry run at the smallest sizes",
     )
     args = parser.parse_args(argv)
     for name in ("reference", "probe", "caches"):

@@ -1,4 +1,5 @@
 """What operators are measured on: sizes of models, and tensors of these sizes."""
+
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,10 +47,14 @@ def num_parameters(shape: Shape) -> int:
 
 def random(seed: int, device: str) -> Callable[..., Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
-    return lambda *size, dtype=torch.float32: torch.randn(*size, generator=generator, device=device).to(dtype)
+    return lambda *size, dtype=torch.float32: torch.randn(
+        *size, generator=generator, device=device
+    ).to(dtype)
 
 
-def rows(shape: Shape, dtype: torch.dtype, randn: Callable, arrays: int, vectors: int) -> tuple[Tensor, ...]:
+def rows(
+    shape: Shape, dtype: torch.dtype, randn: Callable, arrays: int, vectors: int
+) -> tuple[Tensor, ...]:
     """Arrays [B, T, D] and vectors [B, D], the latter slices of one [B, 6 D] projection as a block has them."""
     (T, D, _), B = shape.sizes, shape.batch
     projection = randn(B, 6 * D, dtype=dtype)
@@ -67,10 +72,14 @@ def hidden(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
     return (randn(shape.batch, T, 4 * D, dtype=dtype),)
 
 
-def layer(shape: Shape, dtype: torch.dtype, randn: Callable, outputs: int, inputs: int = 1) -> tuple[Tensor, ...]:
+def layer(
+    shape: Shape, dtype: torch.dtype, randn: Callable, outputs: int, inputs: int = 1
+) -> tuple[Tensor, ...]:
     """Weight and bias of a linear layer that keeps the variance; its sizes are multiples of the width."""
     D = shape.sizes[1]
-    return randn(outputs * D, inputs * D, dtype=dtype) / (inputs * D) ** 0.5, randn(outputs * D, dtype=dtype)
+    return randn(outputs * D, inputs * D, dtype=dtype) / (inputs * D) ** 0.5, randn(
+        outputs * D, dtype=dtype
+    )
 
 
 def linear(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
@@ -81,7 +90,9 @@ def linear(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, .
 def half_block(shape: Shape, dtype: torch.dtype, randn: Callable, mlp: bool) -> tuple[Tensor, ...]:
     """Residual stream, what is added to it, three vectors of modulation, and qkv's layer or those of an MLP."""
     layers = [(4, 1), (1, 4)] if mlp else [(3, 1)]
-    return *rows(shape, dtype, randn, 2, 3), *(t for sizes in layers for t in layer(shape, dtype, randn, *sizes))
+    return *rows(shape, dtype, randn, 2, 3), *(
+        t for sizes in layers for t in layer(shape, dtype, randn, *sizes)
+    )
 
 
 def qkv(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
@@ -94,17 +105,31 @@ def lists(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[list[Tenso
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     ema = [randn(s) for s in parameter_shapes(shape.model)]
     params = [randn(s, dtype=dtype) for s in parameter_shapes(shape.model)]
-    return ema, params, [torch.zeros_like(e, dtype=half) for e in ema], [torch.empty_like(e) for e in ema]
+    return (
+        ema,
+        params,
+        [torch.zeros_like(e, dtype=half) for e in ema],
+        [torch.empty_like(e) for e in ema],
+    )
 
 
 def flat(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple:
     """Flat buffers, the clip factor, the same buffers as lists of parameters, and the rival's step counters."""
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     shapes, N = parameter_shapes(shape.model), num_parameters(shape)
-    param, grad, exp_avg, exp_avg_sq, ema = randn(N), randn(N), randn(N), randn(N).square_(), randn(N)
+    param, grad, exp_avg, exp_avg_sq, ema = (
+        randn(N),
+        randn(N),
+        randn(N),
+        randn(N).square_(),
+        randn(N),
+    )
     weights, copy = (torch.zeros_like(param, dtype=half) for _ in range(2))
     flat = [param, grad, exp_avg, exp_avg_sq, weights, ema, copy]
-    split = [[v.view(s) for v, s in zip(x.split([s.numel() for s in shapes]), shapes, strict=True)] for x in flat]
+    split = [
+        [v.view(s) for v, s in zip(x.split([s.numel() for s in shapes]), shapes, strict=True)]
+        for x in flat
+    ]
     # the fused AdamW of PyTorch does not count by itself
     steps = [torch.full((), float(rivals.STEP), device=param.device) for _ in shapes]
     return flat, torch.full((), 0.5, device=param.device), split, steps

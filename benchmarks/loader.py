@@ -1,7 +1,8 @@
 """How fast packed latents come from the page cache, and how long a training step waits for them.
 
-    python benchmarks/loader.py --images 131072 --batch 32 --workers 0 2 4 --step_ms 60
+python benchmarks/loader.py --images 131072 --batch 32 --workers 0 2 4 --step_ms 60
 """
+
 import argparse
 import statistics
 import sys
@@ -27,7 +28,9 @@ class Noise:
 
     def __init__(self, count: int, shape: tuple[int, ...]):
         self.labels = torch.arange(count) % 1000
-        self.block = torch.from_numpy(np.random.default_rng(0).random((256, *shape), dtype=np.float32))
+        self.block = torch.from_numpy(
+            np.random.default_rng(0).random((256, *shape), dtype=np.float32)
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,8 +42,17 @@ class Noise:
 def packed(folder: Path, count: int, side: int) -> PackedLatents:
     """``count`` images of ``side`` pixels in ``folder``, made if they are not there: 16 KB each at 256 px."""
     shape = (8, side // 8, side // 8)
-    job = {"version": 1, "layout": "packed", "source_sha256": "noise", "num_images": count, "num_classes": 1000,
-           "shape": [*shape], "vae": None, "shard_size": 8192, "dtype": "float16"}
+    job = {
+        "version": 1,
+        "layout": "packed",
+        "source_sha256": "noise",
+        "num_images": count,
+        "num_classes": 1000,
+        "shape": [*shape],
+        "vae": None,
+        "shard_size": 8192,
+        "dtype": "float16",
+    }
     execute(Plan(Noise(count, shape), lambda moments: moments, job, folder, batch=256, threads=1))
     return PackedLatents(str(folder))
 
@@ -88,8 +100,10 @@ def main() -> None:
         for workers in args.workers:
             rate = latents_per_second(data, args.batch, workers, args.steps)
             wait = waits(data, args.batch, workers, min(args.steps, 200), args.step_ms)
-            print(f"{workers} loader processes: {rate:8.0f} latents/s; a step of {args.step_ms:.0f} ms waits "
-                  f"{statistics.median(wait):.2f} ms (median), {wait[int(0.99 * len(wait))]:.2f} ms (99th percentile)")
+            print(
+                f"{workers} loader processes: {rate:8.0f} latents/s; a step of {args.step_ms:.0f} ms waits "
+                f"{statistics.median(wait):.2f} ms (median), {wait[int(0.99 * len(wait))]:.2f} ms (99th percentile)"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Checking a variant against the reference, and timing it with a cold L2."""
+
 import contextlib
 import math
 import statistics
@@ -22,7 +23,9 @@ def as_tuple(out) -> tuple:
 
 def as_leaves(entry: Entry, inputs: tuple) -> tuple:
     """Inputs of a variant's own: leaves that want a gradient where there is one, strides kept."""
-    return tuple(x.detach().requires_grad_() if i in entry.grads else x for i, x in enumerate(inputs))
+    return tuple(
+        x.detach().requires_grad_() if i in entry.grads else x for i, x in enumerate(inputs)
+    )
 
 
 def like_outputs(out: tuple, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -31,7 +34,9 @@ def like_outputs(out: tuple, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [randn(o.shape, dtype=dtype).to(o.dtype) for o in out]
 
 
-def results(entry: Entry, function: Callable, inputs: tuple, dtype: torch.dtype, device: str) -> list[Tensor]:
+def results(
+    entry: Entry, function: Callable, inputs: tuple, dtype: torch.dtype, device: str
+) -> list[Tensor]:
     """Everything that a call computes: outputs and gradients, or the inputs that it changed."""
     if entry.written:
         function(*inputs)
@@ -50,7 +55,11 @@ def poisoned() -> Iterator[None]:
 
     def new_empty(self, *shape, **kw):
         t = empty(self, *shape, **kw)
-        return t.fill_(float("nan")) if t.is_floating_point() and not torch.compiler.is_compiling() else t
+        return (
+            t.fill_(float("nan"))
+            if t.is_floating_point() and not torch.compiler.is_compiling()
+            else t
+        )
 
     torch.Tensor.new_empty = new_empty
     try:
@@ -62,7 +71,10 @@ def poisoned() -> Iterator[None]:
 def _errors(actual: Tensor, truth: Tensor) -> list[float]:
     """The largest error and the root of the mean square error."""
     difference = actual.float() - truth.float()
-    return [difference.abs().max().item(), (difference.norm() / math.sqrt(difference.numel())).item()]
+    return [
+        difference.abs().max().item(),
+        (difference.norm() / math.sqrt(difference.numel())).item(),
+    ]
 
 
 class Oracle:
@@ -92,7 +104,9 @@ class Oracle:
             actual = results(self.entry, function, self.inputs(), self.dtype, self.device)
         if len(actual) != len(self.truth):
             return f"{len(actual)} results instead of {len(self.truth)}"
-        for i, (a, truth, scale, plain) in enumerate(zip(actual, self.truth, self.scale, self.plain, strict=True)):
+        for i, (a, truth, scale, plain) in enumerate(
+            zip(actual, self.truth, self.scale, self.plain, strict=True)
+        ):
             if a.shape != truth.shape:
                 return f"result {i} has shape {[*a.shape]} instead of {[*truth.shape]}"
             slack = max(torch.finfo(a.dtype).eps, 5e-5 if self.entry.grads else 4e-6)
@@ -114,7 +128,9 @@ def num_sets(inputs: tuple, device: str) -> int:
     return 1 if size > 16 * l2 else min(2 + math.ceil(2 * l2 / size), 48)
 
 
-def steps_of(entry: Entry, function: Callable, which: str, dtype: torch.dtype, device: str) -> tuple:
+def steps_of(
+    entry: Entry, function: Callable, which: str, dtype: torch.dtype, device: str
+) -> tuple:
     """What runs before the clock starts, and what is timed; both take a set of inputs."""
     forward = lambda inputs: as_tuple(function(*inputs))
     if which == "forward":
@@ -133,7 +149,9 @@ def steps_of(entry: Entry, function: Callable, which: str, dtype: torch.dtype, d
     return lambda inputs: inputs, lambda inputs: gradient((inputs, forward(inputs)))
 
 
-def milliseconds(sets: list, prepare: Callable, timed: Callable, device: str, budget_s: float) -> float:
+def milliseconds(
+    sets: list, prepare: Callable, timed: Callable, device: str, budget_s: float
+) -> float:
     """Median time of ``timed(prepare(x))``, ``prepare`` not counted, over the sets in turn."""
     return (_device_ms if device == "cuda" else _host_ms)(sets, prepare, timed, budget_s)
 
@@ -192,7 +210,9 @@ def peak_bytes(x, prepare: Callable, timed: Callable, device: str) -> int | None
 def copy_bandwidth(device: str) -> tuple[float, float]:
     """Milliseconds and GB/s (read and written) of a copy much larger than the caches."""
     size = 1 << (30 if device == "cuda" else 25)
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device).random_() for _ in range(2))
+    source, target = (
+        torch.empty(size, dtype=torch.uint8, device=device).random_() for _ in range(2)
+    )
     ms = milliseconds([0], lambda x: x, lambda x: target.copy_(source), device, 0.5)
     return ms, 2 * size / ms / 1e6
 

@@ -1,4 +1,5 @@
 """Where the time of a step goes: by phase, with events around functions, and by family of kernels, with the profiler."""
+
 import functools
 import re
 import time
@@ -83,7 +84,10 @@ class Phases:
             self.spans["optimizer"][-1][1] = recorded(self.cuda)
         if self.cuda:
             torch.cuda.synchronize()
-        ms = {name: sum(begin.elapsed_time(end) for begin, end in spans) / len(steps) for name, spans in self.spans.items()}
+        ms = {
+            name: sum(begin.elapsed_time(end) for begin, end in spans) / len(steps)
+            for name, spans in self.spans.items()
+        }
         if "forward" in ms:
             ms["forward"] -= ms.get("teacher", 0.0)
         return ms
@@ -93,7 +97,9 @@ class Phases:
 def our_kernels() -> frozenset[str]:
     """Names of the Triton kernels of this repository."""
     texts = (path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    return frozenset(name for text in texts for name in re.findall(r"@triton\.jit[^\n]*\ndef (\w+)\(", text))
+    return frozenset(
+        name for text in texts for name in re.findall(r"@triton\.jit[^\n]*\ndef (\w+)\(", text)
+    )
 
 
 # the first family whose pattern is found in a kernel's (on a CPU: an operator's) name has it
@@ -108,10 +114,13 @@ FAMILIES = {
 
 
 def family(kernel: str) -> str:
-    """"ours" with the kernel's name, a key of ``FAMILIES``, or "other"."""
+    """ "ours" with the kernel's name, a key of ``FAMILIES``, or "other"."""
     if kernel in our_kernels() or "sra_fast" in kernel:
         return f"ours: {kernel}"
-    return next((name for name, pattern in FAMILIES.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
+    return next(
+        (name for name, pattern in FAMILIES.items() if re.search(pattern, kernel, re.IGNORECASE)),
+        "other",
+    )
 
 
 def kernel_times(step: Callable[[int], None], steps: range, cuda: bool) -> dict[str, float]:
@@ -129,7 +138,11 @@ def _self_times(run: profile, kind: DeviceType) -> Iterator[tuple[str, float]]:
     for event in run.key_averages():
         # an operator's row repeats the time of its kernels, which have rows of their own
         if event.device_type == kind:
-            us = event.self_device_time_total if kind == DeviceType.CUDA else event.self_cpu_time_total
+            us = (
+                event.self_device_time_total
+                if kind == DeviceType.CUDA
+                else event.self_cpu_time_total
+            )
             if us > 0:
                 yield event.key, us
 

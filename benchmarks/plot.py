@@ -1,4 +1,5 @@
 """Pictures of the rows, the operators against the copy bandwidth and the training step:  python benchmarks/plot.py"""
+
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +10,9 @@ import matplotlib.pyplot as plt
 
 def draw(rows: list[dict], path: Path) -> None:
     """A bar for every operator: percent of the copy bandwidth that each variant reaches, at the most valuable shape."""
-    rows = [row for row in rows if row["kind"] == "op" and "percent_of_ceiling" in row and "gbps" in row]
+    rows = [
+        row for row in rows if row["kind"] == "op" and "percent_of_ceiling" in row and "gbps" in row
+    ]
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
         # rows come most valuable first
@@ -19,7 +22,12 @@ def draw(rows: list[dict], path: Path) -> None:
     height = 0.8 / max(len(variants), 1)
     for i, variant in enumerate(variants):
         at = [k + i * height for k, values in enumerate(bars.values()) if variant in values]
-        axes.barh(at, [values[variant] for values in bars.values() if variant in values], height, label=variant)
+        axes.barh(
+            at,
+            [values[variant] for values in bars.values() if variant in values],
+            height,
+            label=variant,
+        )
     axes.set_yticks([k + 0.4 - height / 2 for k in range(len(bars))], list(bars))
     axes.invert_yaxis()
     axes.axvline(100, color="gray", linewidth=0.8)
@@ -38,15 +46,25 @@ def draw_steps(rows: list[dict], path: Path) -> None:
     cases: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if row["kind"] == "train_step" and row["name"] == "step":
-            cases.setdefault((row["model"], row["resolution"], row["batch"]), {})[row["variant"]] = row["ms"]
+            cases.setdefault((row["model"], row["resolution"], row["batch"]), {})[
+                row["variant"]
+            ] = row["ms"]
     title = lambda case: f"{case[0]} {case[1]} px, {case[2]} images"
     curves = {}
     for case, times in cases.items():
-        points = sorted((teacher_share(name, case[0]), ms) for name, ms in times.items() if is_depth(name))
+        points = sorted(
+            (teacher_share(name, case[0]), ms) for name, ms in times.items() if is_depth(name)
+        )
         if "plain" in times and len(points) > 1:
             curves[title(case)] = [(share, ms / times["plain"]) for share, ms in points]
-    figure, axes = plt.subplots(1, 2 if curves else 1, figsize=(11 if curves else 7, 4), squeeze=False)
-    highest = max(cases, key=lambda case: (len(set(LADDER) & set(cases[case])), len(cases[case])), default=None)
+    figure, axes = plt.subplots(
+        1, 2 if curves else 1, figsize=(11 if curves else 7, 4), squeeze=False
+    )
+    highest = max(
+        cases,
+        key=lambda case: (len(set(LADDER) & set(cases[case])), len(cases[case])),
+        default=None,
+    )
     if highest:
         _bars(axes[0, 0], cases[highest], highest)
         axes[0, 0].set_title(title(highest))
@@ -70,7 +88,9 @@ def _bars(axes, times: dict[str, float], case: tuple) -> None:
     axes.bar_label(bars, fmt="%.0f", padding=2, fontsize="x-small")
     if case[:2] == (MODEL, PIXELS):
         for (name, rate), style in zip(PUBLISHED.items(), ("--", "-.", ":"), strict=True):
-            axes.axvline(1e3 * case[2] / rate, color="gray", linestyle=style, label=f"{name}: as reported")
+            axes.axvline(
+                1e3 * case[2] / rate, color="gray", linestyle=style, label=f"{name}: as reported"
+            )
         axes.legend(fontsize="x-small", loc="lower right")
     axes.invert_yaxis()
     axes.set_xlabel("ms per step")

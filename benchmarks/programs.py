@@ -5,6 +5,7 @@ to its last layer, eager, one pair of kernels per tensor for the EMA); ``strong`
 without this repository's kernels.  Weights are fp32 under autocast; draws and losses are the engine's, so that every
 program takes the same steps.
 """
+
 import copy
 from dataclasses import dataclass
 
@@ -52,7 +53,9 @@ class Switches:
     measured_attention: bool = False
 
 
-def full_depth_features(model: SiT, x: Tensor, t: Tensor, y: Tensor, drop: Tensor, depth: int) -> Tensor:
+def full_depth_features(
+    model: SiT, x: Tensor, t: Tensor, y: Tensor, drop: Tensor, depth: int
+) -> Tensor:
     """The residual stream after block ``depth`` of a model that runs to its end, as the published teacher does."""
     (tokens, c), pending = model.embed(x, t, y, drop), None
     for i, block in enumerate(model.blocks, start=1):
@@ -84,10 +87,18 @@ class Program:
         self.bf16 = cfg.train.precision == "bf16"
         # the published code lets the fp32 teacher's products round their inputs
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.bf16
-        o, named = cfg.optim, {"fused": {"fused": True}, "foreach": {"foreach": True}}[switches.adamw]
+        o, named = (
+            cfg.optim,
+            {"fused": {"fused": True}, "foreach": {"foreach": True}}[switches.adamw],
+        )
         self.params, self.averages = list(self.student.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, **named
+            self.params,
+            lr=o.lr,
+            betas=tuple(o.betas),
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            **named,
         )
         # where the student's weights wait while it is the teacher
         self.backup = [torch.empty_like(p) for p in self.params] if switches.swap else []
@@ -95,7 +106,11 @@ class Program:
         if switches.measured_attention:
             choose_attention(cfg, cfg.train.global_batch, device)
         self._compile()
-        self.graphed = GraphedGradients(self.loss_of, self.params, device.type == "cuda") if switches.graph else None
+        self.graphed = (
+            GraphedGradients(self.loss_of, self.params, device.type == "cuda")
+            if switches.graph
+            else None
+        )
 
     def _make_teacher(self) -> torch.nn.Module:
         """The EMA itself, or a copy of the part of it that runs; ``self.copied`` pairs the copy with its source."""
@@ -106,20 +121,37 @@ class Program:
             return self.ema
         cfg, source = self.cfg, dict(self.ema.named_parameters())
         with self.device:
-            teacher = cfg.model.build_teacher(cfg.align.teacher_layer) if self.switches.truncated else cfg.model.build()
+            teacher = (
+                cfg.model.build_teacher(cfg.align.teacher_layer)
+                if self.switches.truncated
+                else cfg.model.build()
+            )
         dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
         teacher = teacher.to(dtype).eval().requires_grad_(False)
-        self.copied = [*teacher.parameters()], [source[name] for name, _ in teacher.named_parameters()]
+        self.copied = (
+            [*teacher.parameters()],
+            [source[name] for name, _ in teacher.named_parameters()],
+        )
         torch._foreach_copy_(*self.copied)
         return teacher
 
     def _compile(self) -> None:
-        settings = {"fullgraph": True, "dynamic": False, "backend": self.switches.backend, "mode": self.switches.mode}
+        settings = {
+            "fullgraph": True,
+            "dynamic": False,
+            "backend": self.switches.backend,
+            "mode": self.switches.mode,
+        }
         if self.switches.compile == "whole":
             self.forward = torch.compile(self.forward, **settings)
         elif self.switches.compile == "blocks":
             teacher = () if self.teacher is self.student else self.teacher.blocks
-            for module in (*self.student.blocks, self.student.final_layer, self.student.ap_head, *teacher):
+            for module in (
+                *self.student.blocks,
+                self.student.final_layer,
+                self.student.ap_head,
+                *teacher,
+            ):
                 module.compile(**settings)
             self.losses = torch.compile(self.losses, **settings)
 
@@ -138,18 +170,31 @@ class Program:
         torch._foreach_copy_(self.backup, self.params)
         torch._foreach_copy_(self.params, self.averages)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            features = full_depth_features(self.student.eval(), x, t, y, drop, self.cfg.align.teacher_layer)
+            features = full_depth_features(
+                self.student.eval(), x, t, y, drop, self.cfg.align.teacher_layer
+            )
         self.student.train()
         torch._foreach_copy_(self.params, self.backup)
         return features
 
     def losses(self, prediction: Tensor, projected: Tensor, features: Tensor, noised) -> Tensor:
-        align, denoise = self.cfg.align, sum(loss.mean() for loss in self.process.losses(prediction, noised).values())
-        return denoise + align.weight * ops.align_distance(projected, features, align.distance, beta=align.beta).mean()
+        align, denoise = (
+            self.cfg.align,
+            sum(loss.mean() for loss in self.process.losses(prediction, noised).values()),
+        )
+        return (
+            denoise
+            + align.weight
+            * ops.align_distance(projected, features, align.distance, beta=align.beta).mean()
+        )
 
     def forward(self, noised, y: Tensor, drop: Tensor) -> Tensor:
         # first the teacher where it borrows the student's weights: what the backward pass will read must not change
-        target = self.features(noised.x_teacher, noised.t_teacher, y, drop) if self.switches.swap else None
+        target = (
+            self.features(noised.x_teacher, noised.t_teacher, y, drop)
+            if self.switches.swap
+            else None
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             prediction, projected = self.student(
                 noised.x, noised.t, y, drop=drop, align_depth=self.cfg.align.student_layer
@@ -158,7 +203,9 @@ class Program:
             target = self.features(noised.x_teacher, noised.t_teacher, y, drop)
         return self.losses(prediction, projected, target, noised)
 
-    def loss_of(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, y: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_of(
+        self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, y: Tensor, drop: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The loss, and the same without its graph of gradients."""
         loss = self.forward(self.process.corrupt(x0, noise, t, t_teacher), y, drop)
         return loss, loss.detach()
@@ -189,8 +236,13 @@ class Program:
         """Optimizer step ``i`` on the engine's draws."""
         (batch, y), cfg = self.data.batch, self.cfg
         d = draw(
-            cfg.train.seed, i, 0, (len(y), *self.data.shape), self.device,
-            drop_prob=cfg.model.class_dropout_prob, posterior=self.data.posterior,
+            cfg.train.seed,
+            i,
+            0,
+            (len(y), *self.data.shape),
+            self.device,
+            drop_prob=cfg.model.class_dropout_prob,
+            posterior=self.data.posterior,
         )
         x0 = self.data.to_latent(batch, d.posterior)
         inputs = x0, d.noise, *self.process.times(d.uniform, d.gap), y, d.drop

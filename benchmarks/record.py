@@ -1,4 +1,5 @@
 """JSON rows of measurements: their fields, where they were taken, and the file that holds them."""
+
 import contextlib
 import datetime
 import json
@@ -25,7 +26,9 @@ KEY = ("kind", "name", "variant", "model", "resolution", "batch", "dtype", "devi
 
 def _git(*arguments: str) -> str | None:
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return None
 
@@ -40,24 +43,41 @@ def commit() -> str:
         return "unknown"
     # what a run itself leads to does not count
     results = (":!benchmarks/results", ":!README.md")
-    return found + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results) else "")
+    return found + (
+        "-dirty"
+        if _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
+        else ""
+    )
 
 
 def environment(device: str, command: str) -> dict:
     """The fields that all rows of a run share."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     with contextlib.suppress(PackageNotFoundError):
         versions["deepspeed"] = version("deepspeed")
     if device == "cuda":
         versions["cuda"] = torch.version.cuda
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
-    return {"device": name, "versions": versions, "commit": commit(), "date": date, "command": anonymous(command)}
+    return {
+        "device": name,
+        "versions": versions,
+        "commit": commit(),
+        "date": date,
+        "command": anonymous(command),
+    }
 
 
 def anonymous(command: str) -> str:
     """The command without the folders of the machine that it ran on."""
-    words = [os.path.relpath(word, ROOT) if word.startswith(f"{ROOT}{os.sep}") else word for word in command.split()]
+    words = [
+        os.path.relpath(word, ROOT) if word.startswith(f"{ROOT}{os.sep}") else word
+        for word in command.split()
+    ]
     return " ".join(os.path.basename(word) if os.path.isabs(word) else word for word in words)
 
 

@@ -4,6 +4,7 @@ Nothing of it is copied here.  Its loop, on one GPU: fp16 autocast around the st
 the teacher is the fp32 EMA, outside autocast, its products in TF32; clipping, AdamW as torch makes it, one pair of
 kernels per tensor for the EMA; the host reads both losses every step.  In fp32 there is neither autocast nor scaler.
 """
+
 import copy
 import importlib.util
 from pathlib import Path
@@ -21,18 +22,24 @@ DISTANCES = {"smooth_l1": "sml1", "l1": "l1", "l2": "l2", "cosine_token": "cos"}
 def load(checkout: str | None) -> dict[str, ModuleType]:
     """The modules of ``FILES``; ValueError if the checkout does not hold them, or needs a package that is missing."""
     if checkout is None:
-        raise ValueError("the variant reference needs --reference PATH: a checkout of the published code")
+        raise ValueError(
+            "the variant reference needs --reference PATH: a checkout of the published code"
+        )
     found = {}
     for name, file in FILES.items():
         path = Path(checkout) / file
         if not path.is_file():
-            raise ValueError(f"--reference expects a checkout that holds {file}, found none at {path}")
+            raise ValueError(
+                f"--reference expects a checkout that holds {file}, found none at {path}"
+            )
         spec = importlib.util.spec_from_file_location(f"published_{name}", path)
         found[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(found[name])
         except ModuleNotFoundError as error:
-            raise ValueError(f"the published code needs the package {error.name}: pip install it") from None
+            raise ValueError(
+                f"the published code needs the package {error.name}: pip install it"
+            ) from None
     return found
 
 
@@ -53,13 +60,23 @@ class Reference:
         self.cfg, self.data, self.device, published = cfg, data, device, load(checkout)
         models = published["model"].SiT_models
         if cfg.model.name not in models or cfg.align.distance not in DISTANCES:
-            raise ValueError(f"the published code has no {cfg.model.name} with distance {cfg.align.distance}")
+            raise ValueError(
+                f"the published code has no {cfg.model.name} with distance {cfg.align.distance}"
+            )
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.manual_seed(cfg.train.seed)
-        sizes = {"input_size": cfg.model.input_size, "num_classes": cfg.model.num_classes, "use_cfg": True}
-        if cfg.model.name.startswith("SiT-S"):  # its S models leave the prediction layer at B's width, and cannot run
+        sizes = {
+            "input_size": cfg.model.input_size,
+            "num_classes": cfg.model.num_classes,
+            "use_cfg": True,
+        }
+        if cfg.model.name.startswith(
+            "SiT-S"
+        ):  # its S models leave the prediction layer at B's width, and cannot run
             sizes["decoder_hidden_size"] = cfg.model.arguments()["hidden_size"]
-        self.model = models[cfg.model.name](**sizes, fused_attn=True, qk_norm=cfg.model.qk_norm).to(device)
+        self.model = models[cfg.model.name](**sizes, fused_attn=True, qk_norm=cfg.model.qk_norm).to(
+            device
+        )
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.model.train()
         self.criterion = published["loss"].SRALoss(
@@ -68,7 +85,11 @@ class Reference:
         )  # fmt: skip
         o, self.half = cfg.optim, cfg.train.precision != "fp32"
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay
+            self.model.parameters(),
+            lr=o.lr,
+            betas=tuple(o.betas),
+            eps=o.eps,
+            weight_decay=o.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
         self.dtype = "float16" if self.half else "float32"

@@ -4,6 +4,7 @@ Bytes are those of the docstrings in kernels/ with every input read once and eve
 and one program per image.  A percentage of the copy bandwidth is therefore one of what the operator needs, whichever
 implementation ran.
 """
+
 import functools
 import sys
 from collections.abc import Callable
@@ -39,7 +40,10 @@ RESOLUTION_BATCH = ((256, 32), (256, 256), (512, 32), (256, 64), (512, 64), (512
 
 def _adamw(function: Callable, flat: list[Tensor], clip_scale: Tensor) -> None:
     names = ("weights", "ema", "ema_copy")
-    outputs = dict(zip(names, flat[4:], strict=True)) | {"clip_scale": clip_scale, "decay": rivals.DECAY}
+    outputs = dict(zip(names, flat[4:], strict=True)) | {
+        "clip_scale": clip_scale,
+        "decay": rivals.DECAY,
+    }
     function(*flat[:4], rivals.STEP, **rivals.ADAMW, **outputs)
 
 
@@ -81,7 +85,9 @@ class Entry:
         return bool(self.written)
 
 
-def _moves(forward: int, vectors: int, backward: int, vectors_backward: int, per_token: int = 0) -> Callable:
+def _moves(
+    forward: int, vectors: int, backward: int, vectors_backward: int, per_token: int = 0
+) -> Callable:
     """Arrays [B, T, D] and vectors [B, D] read or written by each pass, and fp32 bytes per token of each."""
 
     def count(shape: Shape, s: int) -> tuple[float, float]:
@@ -103,7 +109,16 @@ def product_flops(forward: int, backward: int) -> Callable:
     return lambda shape: tuple(2 * n * shape.elements * shape.sizes[1] for n in (forward, backward))
 
 
-def _half_block(mlp: bool, backend: str | None, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *layers: Tensor):
+def _half_block(
+    mlp: bool,
+    backend: str | None,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *layers: Tensor,
+):
     options = {"eps": rivals.EPS, "residual": (y, gate), "backend": backend}
     if mlp:
         return ops.adaln_mlp(x, shift, scale, *layers, **options)
@@ -226,8 +241,12 @@ ENTRIES: dict[str, Entry] = {
 def cases(names, models, resolutions, batches) -> list[tuple[str, Shape]]:
     """Operators and shapes, most valuable first; None takes everything, numbers outside the list come last."""
     models = models or MODELS
-    grid = [(r, b) for r, b in RESOLUTION_BATCH if r in (resolutions or (r,)) and b in (batches or (b,))]
-    grid += [(r, b) for r in resolutions or () for b in batches or () if (r, b) not in RESOLUTION_BATCH]
+    grid = [
+        (r, b) for r, b in RESOLUTION_BATCH if r in (resolutions or (r,)) and b in (batches or (b,))
+    ]
+    grid += [
+        (r, b) for r in resolutions or () for b in batches or () if (r, b) not in RESOLUTION_BATCH
+    ]
     chosen = [name for name in ENTRIES if name in (names or ENTRIES)]
     # a model is worth two places in the list of sizes
     ranked = sorted((i + 2 * m, m, i) for m in range(len(models)) for i in range(len(grid)))

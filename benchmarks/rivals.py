@@ -1,4 +1,5 @@
 """The operators in plain PyTorch, in the dtype of the inputs, and the LayerNorms of packages that may be installed."""
+
 import functools
 import importlib
 from collections.abc import Callable
@@ -43,13 +44,23 @@ def adaln_linear(
 
 
 def adaln_mlp(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
 ) -> tuple[Tensor, Tensor]:
     x, h = gated_residual_adaln(x, y, gate, shift, scale)
     return x, F.linear(F.gelu(F.linear(h, w1, b1), approximate="tanh"), w2, b2)
 
 
-def noise_pair(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def noise_pair(
+    x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     t, t_teacher = (s.view(-1, 1, 1, 1) for s in (t, t_teacher))
     return (1 - t) * x0 + t * noise, (1 - t_teacher) * x0 + t_teacher * noise, noise - x0
 
@@ -70,7 +81,9 @@ def attention(qkv: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ema_update(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], scratch: list[Tensor]) -> None:
+def ema_update(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], scratch: list[Tensor]
+) -> None:
     # _foreach_lerp_ takes one dtype: the parameters are widened first
     torch._foreach_copy_(scratch, params)
     torch._foreach_lerp_(ema, scratch, 1 - DECAY)
@@ -78,7 +91,9 @@ def ema_update(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], sc
 
 
 @torch.no_grad()
-def adamw_ema(flat: list[Tensor], clip_scale: Tensor, split: list[list[Tensor]], steps: list[Tensor]) -> None:
+def adamw_ema(
+    flat: list[Tensor], clip_scale: Tensor, split: list[list[Tensor]], steps: list[Tensor]
+) -> None:
     """Clip, the fused AdamW of torch.optim, the bf16 weights, the EMA and its copy over the list of parameters."""
     params, grads, exp_avgs, exp_avg_sqs, weights, ema, copies = split
     beta1, beta2 = ADAMW["betas"]
@@ -95,7 +110,9 @@ def adamw_ema(flat: list[Tensor], clip_scale: Tensor, split: list[list[Tensor]],
 
 
 @torch.no_grad()
-def adamw_ema_flat(flat: list[Tensor], clip_scale: Tensor, split: list[list[Tensor]], steps: list[Tensor]) -> None:
+def adamw_ema_flat(
+    flat: list[Tensor], clip_scale: Tensor, split: list[list[Tensor]], steps: list[Tensor]
+) -> None:
     """The same over flat buffers, which a compiler can fuse into one pass."""
     param, grad, exp_avg, exp_avg_sq, weights, ema, copy = flat
     (beta1, beta2), lr = ADAMW["betas"], ADAMW["lr"]
@@ -103,7 +120,9 @@ def adamw_ema_flat(flat: list[Tensor], clip_scale: Tensor, split: list[list[Tens
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt() / (1 - beta2**STEP) ** 0.5 + ADAMW["eps"]
-    param.mul_(1 - lr * ADAMW["weight_decay"]).addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**STEP))
+    param.mul_(1 - lr * ADAMW["weight_decay"]).addcdiv_(
+        exp_avg, denominator, value=-lr / (1 - beta1**STEP)
+    )
     weights.copy_(param)
     ema.lerp_(param, 1 - DECAY)
     copy.copy_(ema)

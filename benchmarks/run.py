@@ -8,6 +8,7 @@ benchmarks/results/<gpu>-<commit>.json unless --json names a file.
 Variants: ours, eager, compile, and where installed apex, liger, quack (their LayerNorm, PyTorch's modulation); if asked
 for, compile_nomix, without inductor's mix-order reductions, which give wrong gradients in some versions.
 """
+
 import argparse
 import math
 import os
@@ -41,19 +42,33 @@ HEADER = f"{'op':30} {'model':9} {'px':>4} {'batch':>5} {'variant':13} {'ms':>9}
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     words = lambda text: text.split(",")
     numbers = lambda text: [int(word) for word in text.split(",")]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ops", type=words, help=f"of {', '.join(ENTRIES)}; default: all")
-    parser.add_argument("--models", type=words, help=f"of {', '.join((*MODELS, TINY))}; default: all but the last")
+    parser.add_argument(
+        "--models", type=words, help=f"of {', '.join((*MODELS, TINY))}; default: all but the last"
+    )
     parser.add_argument("--resolution", type=numbers, help="pixels, such as 256,512")
     parser.add_argument("--batch", type=numbers, help="images, such as 32,64,256")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
     parser.add_argument("--passes", type=words, default=list(PASSES), help=",".join(PASSES))
     parser.add_argument("--variants", type=words, help=f"of {', '.join(VARIANTS)}")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--budget", type=float, default=0.25, help="seconds for one median (default 0.25)")
-    parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which nothing new starts")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=0.25, help="seconds for one median (default 0.25)"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=math.inf, help="seconds after which nothing new starts"
+    )
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/<gpu>-<commit>.json")
-    parser.add_argument("--plot", type=Path, help="draw percent of the copy bandwidth of every operator")
+    parser.add_argument(
+        "--plot", type=Path, help="draw percent of the copy bandwidth of every operator"
+    )
     args = parser.parse_args(argv)
     known = {"ops": ENTRIES, "models": (*MODELS, TINY), "passes": PASSES, "variants": VARIANTS}
     for option, allowed in known.items():
@@ -61,7 +76,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if unknown:
             parser.error(f"--{option}: expected {', '.join(allowed)}, got {', '.join(unknown)}")
     if args.device == "cpu":
-        args.models, args.resolution, args.batch = args.models or [TINY], args.resolution or [64], args.batch or [4]
+        args.models, args.resolution, args.batch = (
+            args.models or [TINY],
+            args.resolution or [64],
+            args.batch or [4],
+        )
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.command = "python benchmarks/run.py " + " ".join(sys.argv[1:] if argv is None else argv)
     return args
@@ -69,7 +88,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def variants_of(entry: Entry, asked: list[str] | None, device: str) -> dict:
     """What runs, by name; compilation happens at the first call."""
-    default = ["ours", "eager", *(["compile"] if entry.compiles and device == "cuda" else []), *VARIANTS[4:]]
+    default = [
+        "ours",
+        "eager",
+        *(["compile"] if entry.compiles and device == "cuda" else []),
+        *VARIANTS[4:],
+    ]
     asked = default if asked is None else asked
     compiled = partial(torch.compile, entry.to_compile or entry.eager, dynamic=False)
     found = {"ours": entry.ours, "eager": entry.eager}
@@ -115,9 +139,13 @@ class Bench:
         self.record(name="matmul", variant="torch", dtype=self.args.dtype, ms=ms)
         if self.args.device == "cuda":
             print(f"clocks (SM, memory), power: {clocks()}")
-        print(f"copy {self.copy_gbps:.1f} GB/s, matmul {self.tflops:.2f} TFLOP/s ({self.args.dtype})")
+        print(
+            f"copy {self.copy_gbps:.1f} GB/s, matmul {self.tflops:.2f} TFLOP/s ({self.args.dtype})"
+        )
 
-    def throughput(self, entry: Entry, shape: Shape, dtype: torch.dtype, which: str, ms: float) -> dict:
+    def throughput(
+        self, entry: Entry, shape: Shape, dtype: torch.dtype, which: str, ms: float
+    ) -> dict:
         """GB/s and percent of the copy bandwidth; of the matmul rate where the operator is bound by arithmetic."""
         count = entry.flops(shape) if entry.bytes is None else entry.bytes(shape, dtype.itemsize)
         rate = {"forward": count[0], "backward": count[1], "both": sum(count)}[which] / ms / 1e6
@@ -125,7 +153,9 @@ class Bench:
             return {"percent_of_ceiling": 100 * rate / 1e3 / self.tflops}
         return {"gbps": rate, "percent_of_ceiling": 100 * rate / self.copy_gbps}
 
-    def time_variant(self, entry: Entry, shape: Shape, dtype: torch.dtype, function, passes: list[str]) -> dict:
+    def time_variant(
+        self, entry: Entry, shape: Shape, dtype: torch.dtype, function, passes: list[str]
+    ) -> dict:
         """Fields of a row for every pass."""
         make = lambda seed: entry.make(shape, dtype, random(seed, self.args.device))
         sets = [make(0)]
@@ -135,10 +165,16 @@ class Bench:
             prepare, timed = steps_of(entry, function, which, dtype, self.args.device)
             ms = milliseconds(sets, prepare, timed, self.args.device, self.args.budget)
             peak = peak_bytes(sets[0], prepare, timed, self.args.device)
-            fields[which] = {"ms": ms, "peak_bytes": peak, **self.throughput(entry, shape, dtype, which, ms)}
+            fields[which] = {
+                "ms": ms,
+                "peak_bytes": peak,
+                **self.throughput(entry, shape, dtype, which, ms),
+            }
         return fields
 
-    def run_variant(self, name: str, shape: Shape, dtype: torch.dtype, oracle: Oracle, variant: str, function) -> dict:
+    def run_variant(
+        self, name: str, shape: Shape, dtype: torch.dtype, oracle: Oracle, variant: str, function
+    ) -> dict:
         """Check, then time; a wrong variant gets rows without a time, one that cannot run gets none."""
         entry = ENTRIES[name]
         passes = [which for which in self.args.passes if entry.grads or which == "forward"]
@@ -148,7 +184,9 @@ class Bench:
             if complaint is None:
                 fields = self.time_variant(entry, shape, dtype, function, passes)
         except Exception as error:  # a rival that cannot run, or memory that does not suffice, must not end the run
-            print(f"{name} {variant}: cannot run: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+            print(
+                f"{name} {variant}: cannot run: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            )
             if variant == "ours" and not isinstance(error, torch.OutOfMemoryError):
                 self.failed.append(name)
             return {}
@@ -159,7 +197,13 @@ class Bench:
         for which, values in fields.items():
             common = {"model": shape.model, "resolution": shape.resolution, "batch": shape.batch}
             label = f"{name}.{which}" if entry.grads else name
-            self.record(name=label, variant=variant, **common, dtype=str(dtype).removeprefix("torch."), **values)
+            self.record(
+                name=label,
+                variant=variant,
+                **common,
+                dtype=str(dtype).removeprefix("torch."),
+                **values,
+            )
         return fields
 
     def run_case(self, name: str, shape: Shape) -> None:
@@ -186,7 +230,11 @@ def speedups(measured: dict, which: str) -> str:
     """The time of each rival over ours; only where both were found right."""
     ms = {variant: fields.get(which, {}).get("ms") for variant, fields in measured.items()}
     ours = ms.pop("ours", None)
-    return "  ".join(f"{rival} {t / ours:.2f}x" for rival, t in ms.items() if t is not None) if ours else ""
+    return (
+        "  ".join(f"{rival} {t / ours:.2f}x" for rival, t in ms.items() if t is not None)
+        if ours
+        else ""
+    )
 
 
 def print_case(name: str, shape: Shape, measured: dict, has_passes: bool) -> None:

@@ -7,6 +7,7 @@ number of images, so the global batch grows.
 Assumed, not measured: ring collectives at a fraction of the links' speed, the latency of a hop, gradients sent behind the
 backward pass up to the last bucket, ZeRO-3's gathers behind the forward pass, an H100's memory at 3 TB/s.
 """
+
 import argparse
 import math
 import sys
@@ -31,7 +32,13 @@ LINKS = {"nvlink3": 300e9, "nvlink4": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "p
 HOP_SECONDS = 3e-6
 MEMORY_SPEED = 3e12
 # what ``predicted`` assumes of an H100: products and attention, passes over memory, the three of four products that fp8 speeds up, gaps
-PRODUCT_SHARE, ATTENTION_RATE, PASS_SHARE, FP8_SPEED, OTHER_SECONDS = 0.70, 250e12, 0.85, 1.5, 1.5e-3
+PRODUCT_SHARE, ATTENTION_RATE, PASS_SHARE, FP8_SPEED, OTHER_SECONDS = (
+    0.70,
+    250e12,
+    0.85,
+    1.5,
+    1.5e-3,
+)
 # bytes per parameter that DeepSpeed moves around a collective of bf16 gradients, by stage: into a bucket, the mean, and out of it
 # (counted in two processes; one process moves none of them)
 GRADIENT_COPIES = (12, 16, 16, 16)
@@ -54,7 +61,10 @@ class Sizes:
         count = lambda model: sum(p.numel() for p in model.parameters())
         with torch.device("meta"):
             aligned = cfg.align.target != "none"
-            return cls(count(cfg.model.build()), count(cfg.model.build_teacher(cfg.align.teacher_layer)) if aligned else 0)
+            return cls(
+                count(cfg.model.build()),
+                count(cfg.model.build_teacher(cfg.align.teacher_layer)) if aligned else 0,
+            )
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,10 @@ class Cluster:
         # one ring per adapter: all of a node's adapters carry a part of every collective
         speed = self.intra if gpus <= self.per_node else min(self.intra, self.per_node * self.inter)
         hops = 2 * math.log2(gpus) if kind == "all_reduce" else gpus - 1
-        return wire_bytes(kind, size, gpus) / (self.efficiency * speed) + math.ceil(size / bucket) * hops * HOP_SECONDS
+        return (
+            wire_bytes(kind, size, gpus) / (self.efficiency * speed)
+            + math.ceil(size / bucket) * hops * HOP_SECONDS
+        )
 
 
 def wire_bytes(kind: str, size: float, gpus: int) -> float:
@@ -102,7 +115,11 @@ def collectives(stage: int, sizes: Sizes, element: int = 2) -> dict[str, tuple[s
     if stage == 0:  # every rank holds the whole EMA
         return {"gradients": ("all_reduce", student)}
     if stage < 3:
-        return {"gradients": ("all_reduce", student), "weights": ("all_gather", student), "teacher": ("all_gather", teacher)}
+        return {
+            "gradients": ("all_reduce", student),
+            "weights": ("all_gather", student),
+            "teacher": ("all_gather", teacher),
+        }
     again = sizes.student + sizes.teacher > MAX_LIVE
     return {"gradients": ("reduce_scatter", student), "weights": ("all_gather", (1 + again) * student),
             "teacher": ("all_gather", teacher)}  # fmt: skip
@@ -131,13 +148,22 @@ def step_seconds(stage: int, gpus: int, sizes: Sizes, times: Times, cluster: Clu
 def state_bytes(stage: int, gpus: int, sizes: Sizes) -> dict[str, float]:
     """Bytes per GPU of everything but activations: bf16 weights and gradients, fp32 masters, moments and EMA, bf16 teacher."""
     P, share = sizes.student, gpus if stage else 1
-    found = {"weights": 2 * P, "gradients": 2 * P, "optimizer": 12 * P / share, "ema": 4 * P / share}
+    found = {
+        "weights": 2 * P,
+        "gradients": 2 * P,
+        "optimizer": 12 * P / share,
+        "ema": 4 * P / share,
+    }
     found["teacher"] = 2 * sizes.teacher
     if stage >= 2:
         found["gradients"] = min(2 * P, 2 * P / gpus + 2 * REDUCE_BUCKET)
     if stage == 3:
         live = min(P + sizes.teacher, MAX_LIVE)
-        found |= {"weights": 2 * P / gpus, "teacher": 2 * sizes.teacher / gpus, "gathered": 2 * live}
+        found |= {
+            "weights": 2 * P / gpus,
+            "teacher": 2 * sizes.teacher / gpus,
+            "gathered": 2 * live,
+        }
     return found
 
 
@@ -146,21 +172,41 @@ def measured(rows: list[dict], case: dict, cfg: Config) -> tuple[Times, int | No
 
     A graph's time is split in the proportions that arithmetic gives: its parts cannot be told apart.
     """
-    mine = [row for row in rows if row["device"] != "cpu" and all(row.get(k) == v for k, v in case.items())]
+    mine = [
+        row
+        for row in rows
+        if row["device"] != "cpu" and all(row.get(k) == v for k, v in case.items())
+    ]
     step = next((row for row in reversed(mine) if row["kind"] == "train_step"), None)
     if step is None:
-        raise ValueError(f"no rows of a GPU for {case}: run train_step.py there, or give --assume-mfu")
+        raise ValueError(
+            f"no rows of a GPU for {case}: run train_step.py there, or give --assume-mfu"
+        )
     run = (step["device"], step["commit"])
-    phases = {row["name"]: row["ms"] / 1e3 for row in mine if row["kind"] == "phase" and (row["device"], row["commit"]) == run}
+    phases = {
+        row["name"]: row["ms"] / 1e3
+        for row in mine
+        if row["kind"] == "phase" and (row["device"], row["commit"]) == run
+    }
     if "graph" in phases:
         guess = predicted(cfg)
         share = phases["graph"] / (guess.forward + guess.teacher + guess.backward)
-        phases |= {name: share * getattr(guess, name) for name in ("forward", "teacher", "backward")}
+        phases |= {
+            name: share * getattr(guess, name) for name in ("forward", "teacher", "backward")
+        }
     if not {"forward", "backward", "optimizer"} <= set(phases):
-        raise ValueError(f"the rows of {case} hold no phases: run train_step.py without --profile 0")
-    times = Times(phases["forward"], phases.get("teacher", 0.0), phases["backward"], phases["optimizer"])
+        raise ValueError(
+            f"the rows of {case} hold no phases: run train_step.py without --profile 0"
+        )
+    times = Times(
+        phases["forward"], phases.get("teacher", 0.0), phases["backward"], phases["optimizer"]
+    )
     known = times.forward + times.teacher + times.backward + times.optimizer
-    return replace(times, other=max(0.0, step["ms"] / 1e3 - known)), step.get("peak_bytes"), step["device"]
+    return (
+        replace(times, other=max(0.0, step["ms"] / 1e3 - known)),
+        step.get("peak_bytes"),
+        step["device"],
+    )
 
 
 def assumed(cfg: Config, mfu: float) -> Times:
@@ -190,11 +236,15 @@ def predicted(cfg: Config) -> Times:
     teacher = 0.0
     if flops["teacher"]:
         rate = products * (FP8_SPEED if cfg.align.teacher_dtype == "fp8" else 1)
-        teacher = images * float(flops["teacher"]) / rate + cfg.align.teacher_layer * (elements * 16 / memory + slow)
+        teacher = images * float(flops["teacher"]) / rate + cfg.align.teacher_layer * (
+            elements * 16 / memory + slow
+        )
     return Times(forward, teacher, backward, 42 * Sizes.of(cfg).student / memory, OTHER_SECONDS)
 
 
-def predictions(cfg: Config, times: Times, peak: int | None, cluster: Cluster, gpus: tuple[int, ...]) -> Iterator[dict]:
+def predictions(
+    cfg: Config, times: Times, peak: int | None, cluster: Cluster, gpus: tuple[int, ...]
+) -> Iterator[dict]:
     """One prediction for every stage and number of GPUs; without a measured peak, memory is that of the states."""
     sizes = Sizes.of(cfg)
     activations = max(0.0, peak - sum(state_bytes(1, 1, sizes).values())) if peak else 0.0
@@ -211,22 +261,39 @@ def predictions(cfg: Config, times: Times, peak: int | None, cluster: Cluster, g
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="SiT-XL/2")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32, help="images per GPU")
     parser.add_argument("--variant", default="sra")
-    parser.add_argument("--assume-mfu", type=float, help="instead of rows: the fraction of an H100's peak that is reached")
+    parser.add_argument(
+        "--assume-mfu",
+        type=float,
+        help="instead of rows: the fraction of an H100's peak that is reached",
+    )
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
     parser.add_argument("--intra", choices=LINKS, default="nvlink4", help="inside a node")
     parser.add_argument("--inter", choices=LINKS, default="ib400", help="out of a node, per GPU")
     parser.add_argument("--per-node", type=int, default=8)
-    parser.add_argument("--efficiency", type=float, default=0.8, help="fraction of the links' speed that is reached")
-    parser.add_argument("--price", type=float, default=2.5, help="of a GPU for an hour, in the currency that you like")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.8, help="fraction of the links' speed that is reached"
+    )
+    parser.add_argument(
+        "--price",
+        type=float,
+        default=2.5,
+        help="of a GPU for an hour, in the currency that you like",
+    )
     parser.add_argument("--epochs", type=float, default=80, help="of ImageNet, for the cost")
     parser.add_argument("--json", type=Path, help="write the predictions as rows too")
     args = parser.parse_args(argv)
-    if min(*args.gpus, args.batch, args.per_node) < 1 or not 0 < args.efficiency <= 1 or not 0 < (args.assume_mfu or 1) <= 1:
+    if (
+        min(*args.gpus, args.batch, args.per_node) < 1
+        or not 0 < args.efficiency <= 1
+        or not 0 < (args.assume_mfu or 1) <= 1
+    ):
         parser.error("GPUs, images and GPUs per node must be at least 1, fractions in (0, 1]")
     return args
 
@@ -234,24 +301,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     cfg = Variant.parse(args.variant).configuration(args.model, args.resolution, args.batch, "cuda")
-    case = {"model": args.model, "resolution": args.resolution, "batch": args.batch, "variant": args.variant}
+    case = {
+        "model": args.model,
+        "resolution": args.resolution,
+        "batch": args.batch,
+        "variant": args.variant,
+    }
     try:
         if args.assume_mfu:
-            times, peak, device = assumed(cfg, args.assume_mfu), None, f"an H100 at {args.assume_mfu} of its peak (assumed)"
+            times, peak, device = (
+                assumed(cfg, args.assume_mfu),
+                None,
+                f"an H100 at {args.assume_mfu} of its peak (assumed)",
+            )
         else:
             times, peak, device = measured(load_results(), case, cfg)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    where = {**environment("cpu", "python benchmarks/scaling.py " + " ".join(argv or sys.argv[1:])), "device": device}
+    where = {
+        **environment("cpu", "python benchmarks/scaling.py " + " ".join(argv or sys.argv[1:])),
+        "device": device,
+    }
     file = RowFile(args.json, where) if args.json else None
     cluster = Cluster(LINKS[args.intra], LINKS[args.inter], args.per_node, args.efficiency)
-    print(f"predicted from {device}; memory {'with' if peak else 'without'} activations; {args.intra}, {args.inter}")
+    print(
+        f"predicted from {device}; memory {'with' if peak else 'without'} activations; {args.intra}, {args.inter}"
+    )
     print(HEADER)
     for found in predictions(cfg, times, peak, cluster, tuple(args.gpus)):
         hours = args.epochs * IMAGENET / found["images_per_s"] * found["gpus"] / 3600
-        print(f"{found['stage']:4} {found['gpus']:5} {found['ms']:8.1f} {found['images_per_s']:9.0f} {found['efficiency']:10.3f} "
-              f"{found['peak_bytes'] / 2**30:6.1f} {found['sent'] / 1e6:8.0f} {hours:9.0f} {args.price * hours:9.0f}")
+        print(
+            f"{found['stage']:4} {found['gpus']:5} {found['ms']:8.1f} {found['images_per_s']:9.0f} {found['efficiency']:10.3f} "
+            f"{found['peak_bytes'] / 2**30:6.1f} {found['sent'] / 1e6:8.0f} {hours:9.0f} {args.price * hours:9.0f}"
+        )
         if file:
             fields = {k: found[k] for k in ("ms", "images_per_s", "peak_bytes")}
             name = f"zero{found['stage']}, {found['gpus']} GPUs"

@@ -4,6 +4,7 @@ Two questions to the device: the products of student and teacher (different inpu
 against one batched product over [2, K, N], which has no epilogue for a bias, and against two streams; and the modulation of every
 block, which has the same input, block by block against one batched product and against one wide one.  Rows of kind "probe".
 """
+
 import argparse
 import functools
 import math
@@ -30,7 +31,9 @@ def shapes(model: str, resolution: int, batch: int) -> dict[str, tuple[int, int,
     return found | {"adaln": (preset(model)[1]["depth"], batch, D, 6 * D)}
 
 
-def make(seed: int, name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+def make(
+    seed: int, name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> tuple[Tensor, ...]:
     """Inputs [count, rows, K], for the modulation one for all, weights [count, N, K] and biases [count, N]."""
     (count, rows, K, N), randn = shape, partial(random(seed, device), dtype=dtype)
     x = randn(1, rows, K).expand(count, rows, K) if name == "adaln" else randn(count, rows, K)
@@ -79,26 +82,50 @@ def functions(name: str, device: str) -> list[Callable]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="SiT-XL/2")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json"
+    )
     args = parser.parse_args(argv)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    where = environment(args.device, "python benchmarks/stacked_products.py " + " ".join(argv or sys.argv[1:]))
+    where = environment(
+        args.device, "python benchmarks/stacked_products.py " + " ".join(argv or sys.argv[1:])
+    )
     file, (_, tflops) = RowFile(args.json, where), matmul_rate(args.device, dtype)
-    case = {"model": args.model, "resolution": args.resolution, "batch": args.batch, "dtype": str(dtype).removeprefix("torch.")}
+    case = {
+        "model": args.model,
+        "resolution": args.resolution,
+        "batch": args.batch,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     for name, shape in shapes(args.model, args.resolution, args.batch).items():
         sets = [make(0, name, shape, dtype, args.device)]
-        sets += [make(seed, name, shape, dtype, args.device) for seed in range(1, num_sets(sets[0], args.device))]
+        sets += [
+            make(seed, name, shape, dtype, args.device)
+            for seed in range(1, num_sets(sets[0], args.device))
+        ]
         for function in functions(name, args.device):
             ms = milliseconds(sets, lambda x: x, lambda x, f=function: f(*x), args.device, 0.2)
             percent = 2 * math.prod(shape) / ms / 1e7 / tflops
-            row = {"kind": "probe", "name": f"stacked.{name}", "variant": function.__name__, "ms": ms}
+            row = {
+                "kind": "probe",
+                "name": f"stacked.{name}",
+                "variant": function.__name__,
+                "ms": ms,
+            }
             file.add(make_row(**row, percent_of_ceiling=percent, **case, **where))
-            print(f"{name:6} {function.__name__:12} {ms:8.4f} ms, {percent:5.1f} % of the matmul rate", flush=True)
+            print(
+                f"{name:6} {function.__name__:12} {ms:8.4f} ms, {percent:5.1f} % of the matmul rate",
+                flush=True,
+            )
     return 0
 
 

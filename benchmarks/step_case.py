@@ -1,4 +1,5 @@
 """One variant of a training step in this process: built, timed, taken apart into phases and kernels, and given back."""
+
 import argparse
 import contextlib
 import gc
@@ -33,7 +34,11 @@ class RandomMoments:
     posterior = True
 
     def __init__(self, cfg: Config, device: torch.device, world: int = 1):
-        batch, channels, side = cfg.train.global_batch // world, cfg.model.in_channels, cfg.model.input_size
+        batch, channels, side = (
+            cfg.train.global_batch // world,
+            cfg.model.in_channels,
+            cfg.model.input_size,
+        )
         self.shape = (channels, side, side)
         generator = torch.Generator(device).manual_seed(0)
         moments = torch.rand(batch, 2 * channels, side, side, device=device, generator=generator)
@@ -50,7 +55,9 @@ class EngineStep:
     def __init__(self, cfg: Config, data: RandomMoments, device: torch.device):
         self.trainer = trainer = build(cfg, device)
         self.data, self.batches = data, itertools.repeat(data.batch)
-        self.stream = ShuffledBatches(10**9, 0, trainer.micro, 1, trainer.rank, trainer.world, 0, 10**6)
+        self.stream = ShuffledBatches(
+            10**9, 0, trainer.micro, 1, trainer.rank, trainer.world, 0, 10**6
+        )
         self.metrics = Metrics(None, cfg, device, trainer.world)
         trainer.engine.train()
 
@@ -68,11 +75,18 @@ class EngineStep:
     @property
     def phases(self) -> list[tuple[object, str, str]]:
         engine = self.trainer.engine
-        if self.trainer.graphed is not None:  # inside one graph forward, teacher and backward cannot be told apart
+        if (
+            self.trainer.graphed is not None
+        ):  # inside one graph forward, teacher and backward cannot be told apart
             return [(self.trainer, "micro_step", "graph"), (engine, "step", "optimizer")]
         aligned = engine.module.teacher is not None
         teacher = [(engine.module.teacher_pass, "run", "teacher")] if aligned else []
-        return [(engine, "forward", "forward"), *teacher, (engine, "backward", "backward"), (engine, "step", "optimizer")]
+        return [
+            (engine, "forward", "forward"),
+            *teacher,
+            (engine, "backward", "backward"),
+            (engine, "step", "optimizer"),
+        ]
 
 
 class ProgramStep(Program):
@@ -84,7 +98,12 @@ class ProgramStep(Program):
             return [(self, "graphed", "graph"), (self, "update", "optimizer")]
         # inside one graph of the compiler's the teacher cannot be told from the student
         teacher = [] if self.switches.compile == "whole" else [(self, "features", "teacher")]
-        return [(self, "forward", "forward"), *teacher, (self, "backward", "backward"), (self, "update", "optimizer")]
+        return [
+            (self, "forward", "forward"),
+            *teacher,
+            (self, "backward", "backward"),
+            (self, "update", "optimizer"),
+        ]
 
 
 def make_step(variant: Variant, cfg: Config, device: torch.device, reference: str | None):
@@ -112,10 +131,17 @@ def take_apart(run, first: int, steps: int, cuda: bool) -> dict:
     kernels, phases = kernel_times(run.step, range(first, first + steps), cuda), Phases(cuda)
     for place in run.phases:
         phases.around(*place)
-    times, families = phases.measure(run.step, range(first + steps, first + 2 * steps)), by_family(kernels)
+    times, families = (
+        phases.measure(run.step, range(first + steps, first + 2 * steps)),
+        by_family(kernels),
+    )
     # all of it, hidden behind the backward pass or not
     times["communication"] = families.get("communication", 0.0)
-    return {"kernels": families, "longest": dict(itertools.islice(kernels.items(), 40)), "phases": times}
+    return {
+        "kernels": families,
+        "longest": dict(itertools.islice(kernels.items(), 40)),
+        "phases": times,
+    }
 
 
 @contextlib.contextmanager
@@ -158,7 +184,9 @@ def release(cuda: bool) -> bool:
     return torch.cuda.memory_allocated() <= LEFT_BYTES
 
 
-def measure(args: argparse.Namespace, variant: Variant, case: tuple[str, int, int], profile: bool) -> dict:
+def measure(
+    args: argparse.Namespace, variant: Variant, case: tuple[str, int, int], profile: bool
+) -> dict:
     """Everything that is measured of one variant of a case (model, resolution, batch), in this process."""
     cfg = variant.configuration(*case, args.device)
     device, begin = init_distributed(cfg.train.tf32), recorded(cuda=False)
@@ -172,7 +200,15 @@ def measure(args: argparse.Namespace, variant: Variant, case: tuple[str, int, in
         getattr(run, "close", lambda: None)()
 
 
-def time_run(args: argparse.Namespace, run, cfg: Config, device: torch.device, begin, left: int, profile: bool) -> dict:
+def time_run(
+    args: argparse.Namespace,
+    run,
+    cfg: Config,
+    device: torch.device,
+    begin,
+    left: int,
+    profile: bool,
+) -> dict:
     """Start-up since ``begin``, the median step, the host's, memory beyond what was ``left``, and where the time goes."""
     cuda = device.type == "cuda"
     time_steps(run.step, range(min(args.warmup, 1)), cuda)
@@ -187,17 +223,25 @@ def time_run(args: argparse.Namespace, run, cfg: Config, device: torch.device, b
     when = time.time()
     ms = statistics.median(time_steps(run.step, range(args.warmup, last), cuda))
     found = {"ms": ms, "when": [when, time.time()], "host": host, **rates(cfg, device, ms)}
-    found["peak_bytes"] = torch.cuda.max_memory_allocated() + hidden_bytes() - left if cuda else None
+    found["peak_bytes"] = (
+        torch.cuda.max_memory_allocated() + hidden_bytes() - left if cuda else None
+    )
     if cuda:
         host["step"] = statistics.median(time_host(run.step, range(last, last + 5)))
-    found["dtype"] = getattr(run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision])
+    found["dtype"] = getattr(
+        run, "dtype", {"bf16": "bfloat16", "fp32": "float32"}[cfg.train.precision]
+    )
     found["loss"] = float(run.loss_sum)
     if not math.isfinite(found["loss"]):
-        raise FloatingPointError(f"the loss is {found['loss']}: no time of a wrong step is reported")
+        raise FloatingPointError(
+            f"the loss is {found['loss']}: no time of a wrong step is reported"
+        )
     if args.profile and profile:
         try:
             found |= take_apart(run, last + 5, args.profile, cuda)
-        except RuntimeError as error:  # the time is worth having on a machine that does not let itself be profiled
+        except (
+            RuntimeError
+        ) as error:  # the time is worth having on a machine that does not let itself be profiled
             found["note"] = f"neither phases nor kernels: {error}".partition("\n")[0]
     return found
 

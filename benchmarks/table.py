@@ -1,4 +1,5 @@
 """Write the generated tables of README.md from the rows in benchmarks/results:  python benchmarks/table.py"""
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,10 @@ def bytes_per_element(name: str) -> list[tuple[str, str]]:
         return [(label, "") for label in labels]
     shape = Shape("SiT-XL/2") if entry.per_model else Shape("SiT-XL/2", 256, 256)
     counts = entry.bytes(shape, (entry.dtype or torch.bfloat16).itemsize)
-    return [(label, f"{round(n / entry.elements(shape))}") for label, n in zip(labels, counts, strict=True)]
+    return [
+        (label, f"{round(n / entry.elements(shape))}")
+        for label, n in zip(labels, counts, strict=True)
+    ]
 
 
 def _case(row: dict) -> tuple:
@@ -41,8 +45,13 @@ def _case(row: dict) -> tuple:
 def _best_shape(rows: list[dict]) -> tuple | None:
     """The most valuable (model, resolution, batch) that the rows of one operator and pass have."""
     have = {_case(row) for row in rows}
-    order = {(s.model, s.resolution, s.batch): i for i, (_, s) in enumerate(cases(None, None, None, None))}
-    return min(have, key=lambda key: (order.get(key, len(order)), tuple(map(str, key))), default=None)
+    order = {
+        (s.model, s.resolution, s.batch): i
+        for i, (_, s) in enumerate(cases(None, None, None, None))
+    }
+    return min(
+        have, key=lambda key: (order.get(key, len(order)), tuple(map(str, key))), default=None
+    )
 
 
 def cells(label: str, rows: list[dict]) -> list[str]:
@@ -58,7 +67,10 @@ def cells(label: str, rows: list[dict]) -> list[str]:
     if "ms" not in ours:
         return [shape, "wrong", "", ""]
     speed = lambda rival: f"{found[rival]['ms'] / ours['ms']:.2f}x" if rival in found else ""
-    against = [speed(v) if "ms" in found.get(v, {"ms": 0}) else "rival is wrong" for v in ("compile", "eager")]
+    against = [
+        speed(v) if "ms" in found.get(v, {"ms": 0}) else "rival is wrong"
+        for v in ("compile", "eager")
+    ]
     return [shape, f"{ours['percent_of_ceiling']:.0f} %", *against]
 
 
@@ -87,7 +99,9 @@ def newest_groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     for device, commit in sorted(newest.values()):
         group = groups[device, commit]
         versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
-        copy = next((f", copy {row['gbps']:.0f} GB/s" for row in group if row["name"] == "copy"), "")
+        copy = next(
+            (f", copy {row['gbps']:.0f} GB/s" for row in group if row["name"] == "copy"), ""
+        )
         found.append((f"{device}, {versions}, commit {commit}{copy}:", group))
     return found
 
@@ -102,7 +116,9 @@ def render_ops(rows: list[dict]) -> list[str]:
     groups = newest_groups([row for row in rows if row["kind"] == "op" and row["device"] != "cpu"])
     for title, group in groups:
         # other dtypes are in the rows, not in the table
-        shown = [row for row in group if row.get("dtype") == "bfloat16" or row["name"] == "noise_pair"]
+        shown = [
+            row for row in group if row.get("dtype") == "bfloat16" or row["name"] == "noise_pair"
+        ]
         lines += ["", title, "", *_table(shown)]
     return lines if groups else [*lines, "", *_table([])]
 
@@ -111,26 +127,51 @@ def _step_cells(row: dict, plain: dict | None) -> list[str]:
     percent = lambda name: f"{100 * row[name]:.1f} %" if name in row else ""
     memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else ""
     over = f"{100 * (row['ms'] / plain['ms'] - 1):+.1f} %" if plain else ""
-    return [f"{row['batch']}", f"{row['images_per_s']:.0f}", percent("mfu"), percent("mfu_with_teacher"), memory, over]
+    return [
+        f"{row['batch']}",
+        f"{row['images_per_s']:.0f}",
+        percent("mfu"),
+        percent("mfu_with_teacher"),
+        memory,
+        over,
+    ]
 
 
 def _fastest(rows: list[dict], name: str) -> dict[int, dict]:
     """The variant's fastest row for every batch: a rival may choose all of its settings, this engine what it recomputes."""
     free = "+" if name in RIVALS else "+train.recompute="
     found: dict[int, dict] = {}
-    for row in sorted((row for row in rows if row["variant"].partition(free)[0] == name), key=lambda row: row["ms"]):
+    for row in sorted(
+        (row for row in rows if row["variant"].partition(free)[0] == name),
+        key=lambda row: row["ms"],
+    ):
         found.setdefault(row["batch"], row)
     return found
 
 
 def _step_table(rows: list[dict]) -> list[str]:
-    heads = ["", "images per GPU", "images/s", "MFU", "MFU with teacher", "memory", "time over plain"]
+    heads = [
+        "",
+        "images per GPU",
+        "images/s",
+        "MFU",
+        "MFU with teacher",
+        "memory",
+        "time over plain",
+    ]
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for name, text in LINES.items():
         found, plain = _fastest(rows, name), _fastest(rows, "plain")
         for batch in sorted(found):
             label = f"`{found[batch]['variant']}`: {text}"
-            lines.append(_line([label, *_step_cells(found[batch], plain.get(batch) if name != "plain" else None)]))
+            lines.append(
+                _line(
+                    [
+                        label,
+                        *_step_cells(found[batch], plain.get(batch) if name != "plain" else None),
+                    ]
+                )
+            )
         if not found:
             lines.append(_line([f"`{name}`: {text}", "", MISSING, "", "", "", ""]))
     return lines
@@ -143,7 +184,13 @@ def _option_table(rows: list[dict]) -> list[str]:
     if not options:
         return []
     heads = ["setting", "images per GPU", "images/s", "memory", "time over `sra`"]
-    lines = ["", "Settings of this engine, against `sra`:", "", _line(heads), "|---" * len(heads) + "|"]
+    lines = [
+        "",
+        "Settings of this engine, against `sra`:",
+        "",
+        _line(heads),
+        "|---" * len(heads) + "|",
+    ]
     for row in sorted(options, key=lambda row: (row["batch"], row["variant"])):
         batch, rate, _, _, memory, over = _step_cells(row, usual[row["batch"]])
         lines.append(_line([f"`{row['variant'].removeprefix('sra+')}`", batch, rate, memory, over]))
@@ -153,7 +200,11 @@ def _option_table(rows: list[dict]) -> list[str]:
 def _headline_rows(rows: list[dict]) -> list[dict]:
     """Steps of the headline's case, on GPUs."""
     case = ("train_step", "step", MODEL, RESOLUTION)
-    found = [row for row in rows if tuple(row.get(k) for k in ("kind", "name", "model", "resolution")) == case]
+    found = [
+        row
+        for row in rows
+        if tuple(row.get(k) for k in ("kind", "name", "model", "resolution")) == case
+    ]
     return [row for row in found if row["device"] != "cpu"]
 
 
@@ -176,19 +227,31 @@ def render_headline(rows: list[dict], batch: int = 32) -> list[str]:
     """One sentence for every GPU: milliseconds of a step with alignment, without it, and of the rivals."""
     lines = []
     for title, group in newest_groups(_headline_rows(rows)):
-        ms = {name: found[batch]["ms"] for name in LINES if batch in (found := _fastest(group, name))}
+        ms = {
+            name: found[batch]["ms"] for name in LINES if batch in (found := _fastest(group, name))
+        }
         if not {"sra", "plain"} <= set(ms):
             continue
         rivals = {"strong": "plain PyTorch at its best", "reference": "the published code"}
-        said = [f"{text} {ms[name]:.0f} ms ({ms[name] / ms['sra']:.1f} times as long)" for name, text in rivals.items() if name in ms]
+        said = [
+            f"{text} {ms[name]:.0f} ms ({ms[name] / ms['sra']:.1f} times as long)"
+            for name, text in rivals.items()
+            if name in ms
+        ]
         lines.append(
             f"A step of {MODEL} at {RESOLUTION} px with {batch} images on one {title.partition(',')[0]} takes {ms['sra']:.0f} ms with SRA, "
-            f"{ms['plain']:.0f} ms without" + "".join(f"; {each}" for each in said) + ": [measured](#measured)."
+            f"{ms['plain']:.0f} ms without"
+            + "".join(f"; {each}" for each in said)
+            + ": [measured](#measured)."
         )
     return lines
 
 
-BLOCKS: dict[str, Callable[[list[dict]], list[str]]] = {"headline": render_headline, "step": render_steps, "ops": render_ops}
+BLOCKS: dict[str, Callable[[list[dict]], list[str]]] = {
+    "headline": render_headline,
+    "step": render_steps,
+    "ops": render_ops,
+}
 
 
 def fill(text: str, rows: list[dict]) -> str:

@@ -5,6 +5,7 @@
 A small SiT on the CPU.  Every rank counts the tensors it gives to collectives, what its process has written to sockets, and what
 is moved around the collectives of the backward pass.
 """
+
 import json
 import sys
 from collections import Counter
@@ -39,7 +40,9 @@ class CollectiveCounter(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         if namespace == "c10d" and name not in ("barrier", "monitored_barrier_"):
             kind = next(kind for part, kind in KINDS.items() if part in name.strip("_") + "_")
-            sides = [sum(t.nbytes for t in tree_leaves(side) if isinstance(t, Tensor)) for side in args]
+            sides = [
+                sum(t.nbytes for t in tree_leaves(side) if isinstance(t, Tensor)) for side in args
+            ]
             self.sizes[kind] += max(sides)
         return out
 
@@ -50,7 +53,11 @@ class CopyCounter(ByteCounter):
     @staticmethod
     def moved(func, args, kwargs, out) -> int:
         names = ("copy_", "div_", "mul_", "cat")
-        return ByteCounter.moved(func, args, kwargs, out) if func._schema.name.removeprefix("aten::") in names else 0
+        return (
+            ByteCounter.moved(func, args, kwargs, out)
+            if func._schema.name.removeprefix("aten::") in names
+            else 0
+        )
 
 
 def written(run: EngineStep) -> int:
@@ -67,7 +74,12 @@ def count(name: str, device) -> dict:
     run = EngineStep(cfg, RandomMoments(cfg, device, world), device)
     for i in range(2):
         run.step(i)
-    engine, copies, before, counter = run.trainer.engine, CopyCounter(), written(run), CollectiveCounter()
+    engine, copies, before, counter = (
+        run.trainer.engine,
+        CopyCounter(),
+        written(run),
+        CollectiveCounter(),
+    )
     backward = engine.backward
 
     def counted(loss):

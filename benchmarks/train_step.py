@@ -15,6 +15,7 @@ after the other, so that start-up is paid for once; memory is given back between
 gives every case a process).  A case that fails, or does not fit, stops no other; rows are written as they come.  A name given
 twice is built and timed twice: the median counts, and the spread is written beside it.
 """
+
 import argparse
 import itertools
 import math
@@ -38,29 +39,66 @@ Case = tuple[str, int, int]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", default=["SiT-XL/2"])
     parser.add_argument("--resolution", type=int, nargs="+", default=[256])
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256], help="images per GPU, up to what fits")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[32, 256], help="images per GPU, up to what fits"
+    )
     parser.add_argument("--variants", default="plain,sra")
     parser.add_argument(
         "--case", nargs=4, action="append", metavar=("MODEL", "PIXELS", "BATCH", "VARIANTS"),
         help="instead of the four above, as often as wanted: cases in this order",
     )  # fmt: skip
-    parser.add_argument("--reference", help="a checkout of the published code, for the variant reference")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--reference", help="a checkout of the published code, for the variant reference"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of timed steps at most; at least 8 steps are timed")
-    parser.add_argument("--profile", type=int, default=3, help="steps for the phases and for the kernels; 0: neither")
-    parser.add_argument("--repeat", type=int, default=1, help="times that the variants of a case are gone through")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="of timed steps at most; at least 8 steps are timed",
+    )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=3,
+        help="steps for the phases and for the kernels; 0: neither",
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="times that the variants of a case are gone through"
+    )
     parser.add_argument("--separate", action="store_true", help="a process for every case")
     parser.add_argument("--time-limit", type=float, default=240, help="seconds for one case")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no case starts, and the last one is ended")
-    parser.add_argument("--untimed", action="store_true", help="run two steps of each variant and write no rows: fills the compilers' caches")
-    parser.add_argument("--shrink", action="store_true", help="try what does not fit with half of the images, until it does")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
-    parser.add_argument("--plot", type=Path, help="draw the ladder, and the overhead against the teacher's depth")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which no case starts, and the last one is ended",
+    )
+    parser.add_argument(
+        "--untimed",
+        action="store_true",
+        help="run two steps of each variant and write no rows: fills the compilers' caches",
+    )
+    parser.add_argument(
+        "--shrink",
+        action="store_true",
+        help="try what does not fit with half of the images, until it does",
+    )
+    parser.add_argument(
+        "--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json"
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="draw the ladder, and the overhead against the teacher's depth"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.warmup == 0 and args.device == "cuda":
@@ -79,7 +117,10 @@ def cases_of(args: argparse.Namespace) -> list[tuple[Case, list[str]]]:
     """Every (model, pixels, images) with its variants, in the order in which they run.  ValueError for unknown variants."""
     given = args.case
     if given is None:
-        given = [(*case, args.variants) for case in itertools.product(args.model, args.resolution, sorted(args.batch))]
+        given = [
+            (*case, args.variants)
+            for case in itertools.product(args.model, args.resolution, sorted(args.batch))
+        ]
     found = []
     for model, pixels, batch, names in given:
         variants = expand(names.split(","), model, args.reference is not None)
@@ -95,12 +136,18 @@ class Session:
         self.end = time.monotonic() + args.budget
         self.where = environment(args.device, "python benchmarks/train_step.py " + " ".join(argv))
         self.file = RowFile(args.json, self.where)
-        self.clocks = Clocks(self.file.path.with_suffix(".clocks.csv") if args.json else None) if args.device == "cuda" else None
+        self.clocks = (
+            Clocks(self.file.path.with_suffix(".clocks.csv") if args.json else None)
+            if args.device == "cuda"
+            else None
+        )
         # inductor's mix-order reductions give wrong gradients for chained adaLN (pytorch #193061)
         environ = {**os.environ, "TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
         if args.device == "cpu":
             environ["CUDA_VISIBLE_DEVICES"] = ""
-        self.worker = Worker([sys.executable, str(Path(__file__)), *argv, "--serve"], environ, args.separate)
+        self.worker = Worker(
+            [sys.executable, str(Path(__file__)), *argv, "--serve"], environ, args.separate
+        )
         self.too_large: dict[tuple, int] = {}
 
     def run(self, name: str, case: Case, profile: bool = True) -> dict | None:
@@ -130,14 +177,34 @@ class Session:
 
     def record(self, name: str, case: Case, found: dict, spread: float | None) -> None:
         """The rows of one variant: the step, its phases, its families of kernels, the host's time."""
-        fields = dict(zip(("model", "resolution", "batch"), case, strict=True), variant=name, dtype=found["dtype"], **self.where)
-        step = {k: found.get(k) for k in ("ms", "images_per_s", "mfu", "mfu_with_teacher", "peak_bytes")}
+        fields = dict(
+            zip(("model", "resolution", "batch"), case, strict=True),
+            variant=name,
+            dtype=found["dtype"],
+            **self.where,
+        )
+        step = {
+            k: found.get(k) for k in ("ms", "images_per_s", "mfu", "mfu_with_teacher", "peak_bytes")
+        }
         ceiling = None if math.isnan(self.tflops) else found["flops_per_s"] / self.tflops / 1e10
         clocks = found.get("clocks", {})
         self.file.add(
-            make_row(kind="train_step", name="step", percent_of_ceiling=ceiling, spread=spread, **clocks, **step, **fields)
+            make_row(
+                kind="train_step",
+                name="step",
+                percent_of_ceiling=ceiling,
+                spread=spread,
+                **clocks,
+                **step,
+                **fields,
+            )
         )
-        for kind, part in (("phase", "phases"), ("kernel_share", "kernels"), ("host", "host"), ("kernel", "longest")):
+        for kind, part in (
+            ("phase", "phases"),
+            ("kernel_share", "kernels"),
+            ("host", "host"),
+            ("kernel", "longest"),
+        ):
             for label, ms in found.get(part, {}).items():
                 self.file.add(make_row(kind=kind, name=label, ms=ms, **fields))
 
@@ -179,7 +246,9 @@ def summary(repeated: list[dict]) -> tuple[dict, float | None]:
     apart = {k: repeated[0][k] for k in ("phases", "kernels", "longest") if k in repeated[0]}
     names = ("images_per_s", "mfu", "mfu_with_teacher", "flops_per_s")
     rates = {name: closest[name] * closest["ms"] / median for name in names if name in closest}
-    return {**closest, **apart, **rates, "ms": median}, (max(times) - min(times)) / median if len(times) > 1 else None
+    return {**closest, **apart, **rates, "ms": median}, (max(times) - min(times)) / median if len(
+        times
+    ) > 1 else None
 
 
 def describe(case: Case) -> str:
@@ -188,14 +257,32 @@ def describe(case: Case) -> str:
 
 
 def print_result(name: str, case: Case, found: dict, first: float, has_plain: bool) -> None:
-    mfu = f", MFU {found['mfu']:.1%} ({found['mfu_with_teacher']:.1%} with the teacher)" if "mfu" in found else ""
+    mfu = (
+        f", MFU {found['mfu']:.1%} ({found['mfu_with_teacher']:.1%} with the teacher)"
+        if "mfu" in found
+        else ""
+    )
     memory = f", {found['peak_bytes'] / 2**30:.1f} GiB" if found["peak_bytes"] else ""
-    print(f"{name:16} {describe(case)}: {found['ms']:.1f} ms, {found['images_per_s']:.1f} images/s{mfu}{memory}, "
-          f"{found['ms'] / first:.3f} of {'plain' if has_plain else 'the first'} {found.get('note', '')}", flush=True)
-    parts = {"host": found.get("host"), "phases": found.get("phases"), "kernels": found.get("kernels"), "longest": found.get("longest")}
+    print(
+        f"{name:16} {describe(case)}: {found['ms']:.1f} ms, {found['images_per_s']:.1f} images/s{mfu}{memory}, "
+        f"{found['ms'] / first:.3f} of {'plain' if has_plain else 'the first'} {found.get('note', '')}",
+        flush=True,
+    )
+    parts = {
+        "host": found.get("host"),
+        "phases": found.get("phases"),
+        "kernels": found.get("kernels"),
+        "longest": found.get("longest"),
+    }
     for label, times in parts.items():
         if times:
-            print(f"  {label}: " + ", ".join(f"{part[:60]} {ms:.2f}" for part, ms in itertools.islice(times.items(), 20)), flush=True)
+            print(
+                f"  {label}: "
+                + ", ".join(
+                    f"{part[:60]} {ms:.2f}" for part, ms in itertools.islice(times.items(), 20)
+                ),
+                flush=True,
+            )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 A name may carry settings behind ``+``: those with a dot are the engine's own options, the others fields of
 ``programs.Switches``: ``sra+train.compile=true``, ``strong+compile=whole``, ``sra+align.teacher_layer=14``.
 """
+
 from dataclasses import dataclass, fields, replace
 
 from programs import Switches
@@ -12,7 +13,14 @@ from sra_fast.engine.config import Config
 from sra_fast.models import preset
 
 # student and teacher layer of the paper
-LAYERS = {"SiT-B": (3, 8), "SiT-L": (6, 16), "SiT-XL": (8, 20), "DiT-B": (3, 7), "DiT-L": (6, 14), "DiT-XL": (8, 16)}
+LAYERS = {
+    "SiT-B": (3, 8),
+    "SiT-L": (6, 16),
+    "SiT-XL": (8, 20),
+    "DiT-B": (3, 7),
+    "DiT-L": (6, 14),
+    "DiT-XL": (8, 16),
+}
 TEACHER_LAYER = "align.teacher_layer"
 REFERENCE = "reference"
 _ONE_PASS = {"optim.implementation": "fused"}
@@ -35,12 +43,25 @@ PROGRAMS = {
     "swap_ema": Switches(swap=True, adamw="fused", ema="foreach"),
     "truncated": _TRUNCATED,
     "fused_ops": replace(_TRUNCATED, kernels=True, measured_attention=True),
-    "strong": replace(_TRUNCATED, compile="blocks", adamw="fused", ema="foreach", measured_attention=True),
+    "strong": replace(
+        _TRUNCATED, compile="blocks", adamw="fused", ema="foreach", measured_attention=True
+    ),
 }
 NAMES = (REFERENCE, *ENGINE, *PROGRAMS)
 # every rung changes one thing, but for swap_ema, which is how other engines run an EMA teacher today; fp32_teacher is the
 # published program written with this repository's modules
-LADDER = (REFERENCE, "fp32_teacher", "swap_ema", "bf16_teacher", "truncated", "fused_ops", "one_pass", "compile", "graph", "fp8")
+LADDER = (
+    REFERENCE,
+    "fp32_teacher",
+    "swap_ema",
+    "bf16_teacher",
+    "truncated",
+    "fused_ops",
+    "one_pass",
+    "compile",
+    "graph",
+    "fp8",
+)
 
 
 def layers(model: str) -> tuple[int, int, int]:
@@ -73,7 +94,9 @@ def expand(names: list[str], model: str, has_reference: bool) -> list[str]:
     groups = {"ladder": LADDER[0 if has_reference else 1 :], "depths": teacher_depths(model)}
     found = [each for name in names for each in groups.get(name, (name,))]
     if REFERENCE in [Variant.parse(name).base for name in found] and not has_reference:
-        raise ValueError("the variant reference needs --reference PATH: a checkout of the published code")
+        raise ValueError(
+            "the variant reference needs --reference PATH: a checkout of the published code"
+        )
     return found
 
 
@@ -90,19 +113,30 @@ class Variant:
     def parse(cls, name: str) -> "Variant":
         base, *settings = name.split("+")
         if base not in NAMES:
-            raise ValueError(f"expected a variant of {', '.join((*NAMES, 'ladder', 'depths'))}, got {base!r}")
+            raise ValueError(
+                f"expected a variant of {', '.join((*NAMES, 'ladder', 'depths'))}, got {base!r}"
+            )
         if any("=" not in setting for setting in settings):
             raise ValueError(f"expected settings name=value behind +, got {name!r}")
         given = dict(setting.split("=", 1) for setting in settings)
         options = {**ENGINE.get(base, {}), **{k: v for k, v in given.items() if "." in k}}
         switches = {k: v for k, v in given.items() if "." not in k}
-        unknown = set(switches) - ({f.name for f in fields(Switches)} if base in PROGRAMS else set())
+        unknown = set(switches) - (
+            {f.name for f in fields(Switches)} if base in PROGRAMS else set()
+        )
         if unknown:
-            raise ValueError(f"variant {base} has no switch {', '.join(sorted(unknown))}; engine options have a dot")
+            raise ValueError(
+                f"variant {base} has no switch {', '.join(sorted(unknown))}; engine options have a dot"
+            )
         if base not in PROGRAMS:
             return cls(name, base, options, None)
         words = {"true": True, "false": False}
-        return cls(name, base, options, replace(PROGRAMS[base], **{k: words.get(v, v) for k, v in switches.items()}))
+        return cls(
+            name,
+            base,
+            options,
+            replace(PROGRAMS[base], **{k: words.get(v, v) for k, v in switches.items()}),
+        )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -111,7 +145,10 @@ class Variant:
             return {}
         backend = {} if self.switches.kernels else {"SRA_FAST_BACKEND": "torch"}
         # with SRA_FAST_BACKEND alone PyTorch picks attention's backend; the best rival measures it, as the engine does
-        return {**backend, "SRA_FAST_ATTENTION": "auto" if self.switches.measured_attention else "sdpa"}
+        return {
+            **backend,
+            "SRA_FAST_ATTENTION": "auto" if self.switches.measured_attention else "sdpa",
+        }
 
     def configuration(self, model: str, resolution: int, batch: int, device: str) -> Config:
         """The engine's configuration of one case; batches are per process, and there is one."""
@@ -122,4 +159,6 @@ class Variant:
             TEACHER_LAYER: teacher, "train.precision": "bf16" if device == "cuda" else "fp32",
             "train.log_every": 10**9, **self.options,
         }  # fmt: skip
-        return parse_train([word for name, value in options.items() for word in (f"--{name}", str(value))])[0]
+        return parse_train(
+            [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        )[0]

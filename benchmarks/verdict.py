@@ -44,7 +44,8 @@ class Rows:
         mine = [
             row
             for row in self.rows
-            if (row["kind"], row["name"], row.get("model"), row.get("resolution")) == ("train_step", "step", model, PIXELS)
+            if (row["kind"], row["name"], row.get("model"), row.get("resolution"))
+            == ("train_step", "step", model, PIXELS)
             and row["variant"].partition("+" if rival else "+train.recompute=")[0] == variant
             and (batch // 2 <= row["batch"] <= batch if rival else row["batch"] == batch)
         ]
@@ -54,7 +55,9 @@ class Rows:
         """A row of an operator; one without ``ms`` was wrong."""
         key = ("op", name, variant, MODEL, batch)
         found = (
-            row for row in self.rows if tuple(row.get(k) for k in ("kind", "name", "variant", "model", "batch")) == key
+            row
+            for row in self.rows
+            if tuple(row.get(k) for k in ("kind", "name", "variant", "model", "batch")) == key
         )
         return next(found, None)
 
@@ -62,7 +65,9 @@ class Rows:
         """Milliseconds of a step's parts: its families of kernels (``kernel_share``), what the host takes (``host``)."""
         key = (kind, variant, MODEL, batch)
         fields = ("kind", "variant", "model", "batch")
-        return {row["name"]: row["ms"] for row in self.rows if tuple(row.get(k) for k in fields) == key}
+        return {
+            row["name"]: row["ms"] for row in self.rows if tuple(row.get(k) for k in fields) == key
+        }
 
 
 def rate(row: dict | None) -> float | None:
@@ -81,7 +86,11 @@ def quotient(a: dict | None, b: dict | None) -> float | None:
 
 def memory_over_plain(rows: Rows) -> float | None:
     a, b = rows.step("sra", 32), rows.step("plain", 32)
-    return None if a is None or b is None or "peak_bytes" not in a else (a["peak_bytes"] - b["peak_bytes"]) / 1e9
+    return (
+        None
+        if a is None or b is None or "peak_bytes" not in a
+        else (a["peak_bytes"] - b["peak_bytes"]) / 1e9
+    )
 
 
 def of_copy(name: str, batch: int | None = 32) -> Callable[[Rows], float | None]:
@@ -161,10 +170,16 @@ def test_results(log: Path) -> dict[str, set[str]]:
         return found
     for line in log.read_text(errors="replace").splitlines():
         # "[gw1] [ 10%] PASSED tests/a.py::b", "tests/a.py::b PASSED [ 10%]", "FAILED tests/a.py::b - AssertionError"
-        match = re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (tests/\S+::.+?)(?: - .*)?$", line)
-        match = match or re.match(r"(?P<name>tests/\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR)\b", line)
+        match = re.match(
+            r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (tests/\S+::.+?)(?: - .*)?$", line
+        )
+        match = match or re.match(
+            r"(?P<name>tests/\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR)\b", line
+        )
         if match:
-            groups = match.groupdict() or dict(zip(("outcome", "name"), match.groups(), strict=True))
+            groups = match.groupdict() or dict(
+                zip(("outcome", "name"), match.groups(), strict=True)
+            )
             found[groups["outcome"]].add(groups["name"].strip())
     return found
 
@@ -175,7 +190,11 @@ def failed_tests(log: Path) -> list[str]:
 
 
 def operators(rows: list[dict]) -> list[str]:
-    mine = [row for row in rows if row["kind"] == "op" and row["variant"] == "ours" and row["name"] not in CEILINGS]
+    mine = [
+        row
+        for row in rows
+        if row["kind"] == "op" and row["variant"] == "ours" and row["name"] not in CEILINGS
+    ]
     if not mine:
         return [f"operators: {NOT_RUN}"]
     wrong = sorted({row["name"] for row in mine if "ms" not in row})
@@ -197,9 +216,14 @@ def tests(log: Path) -> list[str]:
     if not log.exists():
         return [f"tests: {NOT_RUN}"]
     # pytest's last line; without it there were more
-    ended = re.search(r"^=+ .*(passed|failed|error).* in [\d.]+s", log.read_text(errors="replace"), re.MULTILINE)
+    ended = re.search(
+        r"^=+ .*(passed|failed|error).* in [\d.]+s", log.read_text(errors="replace"), re.MULTILINE
+    )
     cut = "" if ended else ", CUT SHORT: the others were not run"
-    return [f"tests: {len(found['PASSED'] - set(red))} passed, {len(red)} failed{cut}", *(f"  RED {name}" for name in red)]
+    return [
+        f"tests: {len(found['PASSED'] - set(red))} passed, {len(red)} failed{cut}",
+        *(f"  RED {name}" for name in red),
+    ]
 
 
 def steps(rows: list[dict]) -> list[str]:
@@ -208,10 +232,16 @@ def steps(rows: list[dict]) -> list[str]:
         if row["kind"] != "train_step" or row["name"] != "step":
             continue
         mfu = (
-            f" MFU {100 * row['mfu']:.1f} %, with teacher {100 * row['mfu_with_teacher']:.1f} %" if "mfu" in row else ""
+            f" MFU {100 * row['mfu']:.1f} %, with teacher {100 * row['mfu_with_teacher']:.1f} %"
+            if "mfu" in row
+            else ""
         )
         memory = f" {row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else ""
-        clock = f" at {row['sm_mhz']:.0f} MHz, {row['watts']:.0f} W" if "sm_mhz" in row and "watts" in row else ""
+        clock = (
+            f" at {row['sm_mhz']:.0f} MHz, {row['watts']:.0f} W"
+            if "sm_mhz" in row and "watts" in row
+            else ""
+        )
         held = f" ({row['throttled']})" if "throttled" in row else ""
         spread = f" +-{50 * row['spread']:.1f} %" if "spread" in row else ""
         lines.append(
@@ -222,7 +252,11 @@ def steps(rows: list[dict]) -> list[str]:
 
 
 def host_and_kernels(rows: Rows) -> list[str]:
-    step, host, kernels = rows.step("sra", 32), rows.parts("host", "sra", 32), rows.parts("kernel_share", "sra", 32)
+    step, host, kernels = (
+        rows.step("sra", 32),
+        rows.parts("host", "sra", 32),
+        rows.parts("kernel_share", "sra", 32),
+    )
     lines = []
     if step and "step" in host:
         hidden = "hidden" if host["step"] < step["ms"] else "NOT hidden"
@@ -232,7 +266,8 @@ def host_and_kernels(rows: Rows) -> list[str]:
     if kernels:
         slowest = sorted(kernels.items(), key=lambda item: -item[1])[:5]
         lines.append(
-            "slowest kernel families of sra, 32 images: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in slowest)
+            "slowest kernel families of sra, 32 images: "
+            + ", ".join(f"{name} {ms:.1f} ms" for name, ms in slowest)
         )
     return lines
 
@@ -242,11 +277,19 @@ def render(folder: Path, which: str = "") -> str:
     path = folder / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     where = next(
-        (f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit']}" for row in rows),
+        (
+            f"{row['device']}, torch {row['versions']['torch']}, commit {row['commit']}"
+            for row in rows
+        ),
         "nothing measured",
     )
     copy = next((f", copy {row['gbps']:.0f} GB/s" for row in rows if row["name"] == "copy"), "")
-    lines = [f"VERDICT {which}: {where}{copy}", *operators(rows), *tests(folder / "tests.log"), *steps(rows)]
+    lines = [
+        f"VERDICT {which}: {where}{copy}",
+        *operators(rows),
+        *tests(folder / "tests.log"),
+        *steps(rows),
+    ]
     lines += [
         *host_and_kernels(Rows(rows)),
         "goals:",
@@ -256,7 +299,9 @@ def render(folder: Path, which: str = "") -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="that the suite has written")
     print(render(parser.parse_args(argv).folder))
     return 0

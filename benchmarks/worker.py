@@ -45,7 +45,9 @@ class Worker:
             answer = self._answer(time.monotonic() + limit, limit)
         except (Failure, BrokenPipeError) as error:
             self.stop()
-            raise error if isinstance(error, Failure) else Failure("the process has ended") from None
+            raise (
+                error if isinstance(error, Failure) else Failure("the process has ended")
+            ) from None
         if self.separate or answer["last"]:
             self.stop()
         if "error" in answer:
@@ -64,7 +66,9 @@ class Worker:
             text=True,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_forward, args=(self.process.stdout, self.lines), daemon=True).start()
+        threading.Thread(
+            target=_forward, args=(self.process.stdout, self.lines), daemon=True
+        ).start()
 
     def _answer(self, deadline: float, limit: float) -> dict:
         while True:
@@ -83,7 +87,9 @@ class Worker:
         self.errors.seek(0)
         # libraries still warn after the error
         lines = self.errors.read().strip().splitlines() or ["?"]
-        said = next((line for line in reversed(lines) if re.search(r"(Error|error)\b", line)), lines[-1])
+        said = next(
+            (line for line in reversed(lines) if re.search(r"(Error|error)\b", line)), lines[-1]
+        )
         return f"the process has ended ({self.process.returncode}): {said}"
 
     def stop(self) -> None:

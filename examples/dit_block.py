@@ -3,6 +3,7 @@
 The change is confined to the two lines of ``forward`` that norm, modulate, gate and add: parameters, their names and the
 results stay what they were.  On a CUDA tensor the operators are Triton kernels, on a CPU the same formulas in PyTorch.
 """
+
 import torch
 from torch import nn
 
@@ -19,7 +20,9 @@ class PlainBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        )
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def attend(self, h):
@@ -36,7 +39,9 @@ class FusedBlock(PlainBlock):
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
         y = self.attend(ops.adaln(x, shift1, scale1))
-        x, h = ops.gated_residual_adaln(x, y, gate1, shift2, scale2)  # one read of x and y, one write of x and h
+        x, h = ops.gated_residual_adaln(
+            x, y, gate1, shift2, scale2
+        )  # one read of x and y, one write of x and h
         return ops.gated_residual(x, self.mlp(h), gate2)
 
 
@@ -56,4 +61,6 @@ def compare(device: str = "cpu") -> float:
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"plain and fused block differ by {compare(device):.1e} (relative, outputs and gradients, {device})")
+    print(
+        f"plain and fused block differ by {compare(device):.1e} (relative, outputs and gradients, {device})"
+    )

@@ -1,4 +1,5 @@
 """Tables of addresses and sizes on the device, made once for a set of tensors."""
+
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -24,7 +25,9 @@ class Plans:
         """What ``make`` gives for ``key``; made now if the key is new."""
         if key not in self.held:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"{self.name}: call it once on these tensors before a CUDA graph captures it")
+                raise RuntimeError(
+                    f"{self.name}: call it once on these tensors before a CUDA graph captures it"
+                )
             self.held[key] = make()
         self.held.move_to_end(key)
         if len(self.held) > MAX_PLANS:

@@ -6,6 +6,7 @@ to 2048, 44 % of the lanes would hold nothing.  Rows are one-dimensional tensors
 with two-dimensional tiles, statistics of head and tail pull both into one of their two layouts, and whole tiles cross
 shared memory in every iteration.
 """
+
 import functools
 
 import torch
@@ -54,7 +55,11 @@ def num_splits(images: int, steps: int, slots: int) -> int:
 @functools.cache
 def num_sms(device: torch.device) -> int:
     # the interpreter runs one program after the other: a few are enough to test them
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )
 
 
 def mod_strides(mod: Tensor) -> tuple[int, int]:
@@ -79,7 +84,10 @@ def locate(G, P):
     pid = tl.program_id(0).to(tl.int64)
     g = pid // P % G
     # at the ends also what lies outside [0, G), so that every row is written; 64 bits cost 22 registers (fused, sm_90)
-    mine = tl.where(g == 0, -(2**31), g.to(tl.int32)), tl.where(g == G - 1, 2**31 - 1, g.to(tl.int32))
+    mine = (
+        tl.where(g == 0, -(2**31), g.to(tl.int32)),
+        tl.where(g == G - 1, 2**31 - 1, g.to(tl.int32)),
+    )
     return pid, pid // P // G, g, pid % P, mine
 
 
@@ -118,14 +126,22 @@ def load_bias(bias_ptr, cols, mask):
 
 
 @triton.jit
-def load_two(a_ptr, b_ptr, group_ptr, b, mine, t, T, cols, cols2, D: tl.constexpr, TAIL: tl.constexpr):
+def load_two(
+    a_ptr, b_ptr, group_ptr, b, mine, t, T, cols, cols2, D: tl.constexpr, TAIL: tl.constexpr
+):
     """Row t of image b of two arrays, as it is in memory, and whether it is this program's."""
     row = b * T + t
     live = is_mine(group_ptr, row, t, mine, T)
-    head = load(a_ptr, row * D + cols, live & (cols < D)), load(b_ptr, row * D + cols, live & (cols < D))
+    head = (
+        load(a_ptr, row * D + cols, live & (cols < D)),
+        load(b_ptr, row * D + cols, live & (cols < D)),
+    )
     tail = head
     if TAIL:
-        tail = load(a_ptr, row * D + cols2, live & (cols2 < D)), load(b_ptr, row * D + cols2, live & (cols2 < D))
+        tail = (
+            load(a_ptr, row * D + cols2, live & (cols2 < D)),
+            load(b_ptr, row * D + cols2, live & (cols2 < D)),
+        )
     return row, live, head, tail
 
 
@@ -139,7 +155,18 @@ def fold(head, tail, HEAD: tl.constexpr, TAIL: tl.constexpr):
 
 @triton.jit
 def norm_fwd(
-    x, x2, row, live, mean_ptr, rstd_ptr, eps, cols, cols2, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+    x,
+    x2,
+    row,
+    live,
+    mean_ptr,
+    rstd_ptr,
+    eps,
+    cols,
+    cols2,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """xhat of a row cut in two; stores its statistics.  Without mean_ptr: RMS."""
     if mean_ptr is not None:
@@ -154,7 +181,9 @@ def norm_fwd(
 
 
 @triton.jit
-def norm_bwd(xhat, xhat2, dxhat, dxhat2, mean_ptr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def norm_bwd(
+    xhat, xhat2, dxhat, dxhat2, mean_ptr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+):
     """c1, c2 of dx = (dxhat - xhat c1 - c2) rstd, both means in one reduction; c2 is 0 where no mean was subtracted."""
     c1 = fold(xhat * dxhat, xhat2 * dxhat2, HEAD, TAIL)
     if mean_ptr is None:
@@ -193,7 +222,9 @@ def _sum_rows(part_ptr, first, count, stride, cols, live, ROWS: tl.constexpr):
     for p in range(0, count, ROWS):
         row = p + tl.arange(0, ROWS)
         at = (first + row[:, None]) * stride + cols
-        total += tl.sum(tl.load(part_ptr + at, mask=(row < count)[:, None] & live, other=0.0), axis=0)
+        total += tl.sum(
+            tl.load(part_ptr + at, mask=(row < count)[:, None] & live, other=0.0), axis=0
+        )
     return total
 
 
@@ -224,7 +255,9 @@ def sum_partials_kernel(
         if pid < num_totals:
             cols = pid * TOTAL_BLOCK + tl.arange(0, TOTAL_BLOCK)
             first = tl.zeros((TOTAL_BLOCK,), dtype=tl.int64)
-            total = _sum_rows(part_ptr + (K - 1) * D, first, M * P, K * D, cols, cols < D, TOTAL_ROWS)
+            total = _sum_rows(
+                part_ptr + (K - 1) * D, first, M * P, K * D, cols, cols < D, TOTAL_ROWS
+            )
             tl.store(total_ptr + cols, total, mask=cols < D)
     if a_ptr is not None:  # noqa: SIM102, this condition is decided when compiling, the next at run time
         if pid >= num_totals:

@@ -9,6 +9,7 @@ for its copy: 40 in all; 1 for a copy in e4m3: 39.  Reference: sra_fast/ops/adam
 
 The gradient may lie in pieces, as autograd leaves it: a table says which elements each holds, and where.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +31,15 @@ _layouts, _addresses = Plans("adamw_ema_"), Plans("adamw_ema_")
 
 @triton.jit
 def _scaled_to_e4m3(
-    x, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    start,
+    stop,
+    multiplier_ptr,
+    amax_ptr,
+    ends_ptr,
+    S,
+    SEGMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Elements [start, stop) of a buffer cut into segments, each times its multiplier; amax learns what they are at most.
 
@@ -46,7 +55,9 @@ def _scaled_to_e4m3(
     for segment in range(both % 65536, tl.minimum(both // 65536, S - 1) + 1):
         end = tl.load(ends_ptr + segment)
         # lanes beyond the end hold 0, or a NaN if eps is 0, which no maximum takes
-        inside = (at >= (start - begin).to(tl.int32)) & (at < tl.minimum(end - begin, BLOCK).to(tl.int32))
+        inside = (at >= (start - begin).to(tl.int32)) & (
+            at < tl.minimum(end - begin, BLOCK).to(tl.int32)
+        )
         scaled = tl.where(inside, x * tl.load(multiplier_ptr + segment), scaled)
         peak = tl.max(tl.where(inside, tl.abs(x), 0.0))
         if peak > tl.load(amax_ptr + segment):  # rarely true after the first programs: few atomics
@@ -57,7 +68,17 @@ def _scaled_to_e4m3(
 
 
 @triton.jit
-def _gather(like_ptr, begin_ptr, count_ptr, address_ptr, first_ptr, start, stop, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _gather(
+    like_ptr,
+    begin_ptr,
+    count_ptr,
+    address_ptr,
+    first_ptr,
+    start,
+    stop,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Elements [start, stop) of a vector in pieces, in fp32, zero where there is none.  Nearly always they lie in one."""
     out = tl.zeros((BLOCK,), tl.float32)
     piece = tl.load(first_ptr + start // BLOCK)
@@ -118,7 +139,9 @@ def _adamw_ema_kernel(
     if begin_ptr is None:
         grad = tl.load(grad_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     else:
-        grad = _gather(grad_ptr, begin_ptr, count_ptr, address_ptr, first_ptr, start, stop, VECTOR, BLOCK)
+        grad = _gather(
+            grad_ptr, begin_ptr, count_ptr, address_ptr, first_ptr, start, stop, VECTOR, BLOCK
+        )
     exp_avg = tl.load(exp_avg_ptr + cols, mask=mask, other=0.0)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + cols, mask=mask, other=0.0)
     if CLIP:
@@ -136,15 +159,21 @@ def _adamw_ema_kernel(
     if EMA:
         ema = tl.load(ema_ptr + cols, mask=mask, other=0.0)
         # torch.lerp: from the nearer end, so that decay 0 returns the parameter exactly
-        ema = tl.where(ema_weight < 0.5, ema + ema_weight * (param - ema), param - decay * (param - ema))
+        ema = tl.where(
+            ema_weight < 0.5, ema + ema_weight * (param - ema), param - decay * (param - ema)
+        )
         tl.store(ema_ptr + cols, ema, mask=mask)
         if SEGMENTS:
-            ema = _scaled_to_e4m3(ema, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS, BLOCK)
+            ema = _scaled_to_e4m3(
+                ema, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS, BLOCK
+            )
         if EMA_COPY:
             tl.store(ema_copy_ptr + cols, ema, mask=mask)
 
 
-def _layout(begins: list[int], counts: list[int], N: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _layout(
+    begins: list[int], counts: list[int], N: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """begin, count and first of ``_adamw_ema_kernel``."""
     begin, count = torch.tensor([*begins, 2**62]), torch.tensor(counts)
     first = torch.searchsorted(begin[:-1] + count, torch.arange(0, N, BLOCK), right=True)
@@ -156,10 +185,14 @@ def _on_device(addresses: list[int], device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def _tables(pieces: list[Tensor], begins: list[int], N: int, device: torch.device) -> tuple[Tensor, ...]:
+def _tables(
+    pieces: list[Tensor], begins: list[int], N: int, device: torch.device
+) -> tuple[Tensor, ...]:
     """begin, count, address and first.  An allocator gives out the same addresses step after step: these too are rarely made."""
     counts, addresses = [piece.numel() for piece in pieces], [piece.data_ptr() for piece in pieces]
-    begin, count, first = _layouts.get((N, device, *begins, *counts), lambda: _layout(begins, counts, N, device))
+    begin, count, first = _layouts.get(
+        (N, device, *begins, *counts), lambda: _layout(begins, counts, N, device)
+    )
     address = _addresses.get((device, *addresses), lambda: _on_device(addresses, device))
     in_use(begin, count, address, first)
     return begin, count, address, first
@@ -192,9 +225,23 @@ def adamw_ema_(
     ``ALIGNMENT`` bytes at multiples of it; where two overlap, one is zero.
     """
     step_size, inv_sqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-    scalars = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, step_size, inv_sqrt_bias2, eps, 1 - decay, decay)
+    scalars = (
+        1 - lr * weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        step_size,
+        inv_sqrt_bias2,
+        eps,
+        1 - decay,
+        decay,
+    )
     S = 0 if ends is None else ends.numel()
-    options = {"WEIGHTS": weights is not None, "EMA": ema is not None, "EMA_COPY": ema_copy is not None}
+    options = {
+        "WEIGHTS": weights is not None,
+        "EMA": ema is not None,
+        "EMA_COPY": ema_copy is not None,
+    }
     segments = max(triton.next_power_of_2(S), MIN_SEGMENTS) if S else 0
     options |= {"CLIP": clip_scale is not None, "SEGMENTS": segments, "BLOCK": BLOCK}
     pieces = [None] * 4

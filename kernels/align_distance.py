@@ -8,6 +8,7 @@ Without the factor n the entries of g would be about 1/D, and fp16 would lose th
 Bytes moved, in elements of [B,T,D]: forward 3 (2 without gradient), backward 2; the fp32 distances add 4/D per element.
 Reference: sra_fast/ops/align_distance.py::align_distance_ref.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -49,8 +50,9 @@ def _elementwise(diff, beta, KIND: tl.constexpr):
         size = tl.abs(diff)
         quadratic = size < beta
         loss = tl.where(quadratic, 0.5 * diff * (diff / beta), size - 0.5 * beta)
-        # a NaN stays one
-        grad = tl.where(quadratic, diff / beta, tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, diff)))
+        # the sign of a NaN is a NaN
+        sign = tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, diff))
+        grad = tl.where(quadratic, diff / beta, sign)
     elif KIND == L1:
         loss = tl.abs(diff)
         grad = tl.where(diff > 0.0, 1.0, tl.where(diff < 0.0, -1.0, 0.0))
@@ -96,7 +98,9 @@ def _align_token_kernel(
         for i in tl.static_range(PIECES):
             p, q = preds[i].to(tl.float32), targets[i].to(tl.float32)
             pp, qq, pq = pp + p * p, qq + q * q, pq + p * q
-        dist, along, across = _cosine(tl.sum(pp, axis=0), tl.sum(qq, axis=0), tl.sum(pq, axis=0), D * 1.0)
+        dist, along, across = _cosine(
+            tl.sum(pp, axis=0), tl.sum(qq, axis=0), tl.sum(pq, axis=0), D * 1.0
+        )
         tl.store(dist_ptr + row, dist)
         if WRITE_GRAD:
             for i in tl.static_range(PIECES):
@@ -107,7 +111,9 @@ def _align_token_kernel(
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         for i in tl.static_range(PIECES):
             cols = i * BLOCK + tl.arange(0, BLOCK)
-            loss, grad = _elementwise(preds[i].to(tl.float32) - targets[i].to(tl.float32), beta, KIND)
+            loss, grad = _elementwise(
+                preds[i].to(tl.float32) - targets[i].to(tl.float32), beta, KIND
+            )
             total += loss
             if WRITE_GRAD:
                 tl.store(grad_ptr + cols, grad, mask=cols < D)
@@ -141,7 +147,9 @@ def _align_channel_kernel(
     p = tl.load(pred_ptr + p_tile, mask=mask, other=0.0).to(tl.float32)
     q = tl.load(target_ptr + q_tile, mask=mask, other=0.0).to(tl.float32)
 
-    dist, along, across = _cosine(tl.sum(p * p, axis=0), tl.sum(q * q, axis=0), tl.sum(p * q, axis=0), T * 1.0)
+    dist, along, across = _cosine(
+        tl.sum(p * p, axis=0), tl.sum(q * q, axis=0), tl.sum(p * q, axis=0), T * 1.0
+    )
     tl.store(dist_ptr + b * D + cols, dist, mask=cols < D)
     if WRITE_GRAD:
         grad = along[None, :] * p - across[None, :] * q
@@ -221,12 +229,24 @@ def align_distance_fwd(
         config = _tile_config(T, D)
         dist = pred.new_empty((B, D), dtype=torch.float32)
         grid = (B * triton.cdiv(D, config["BLOCK_D"]),)
-        _align_channel_kernel[grid](pred, target, dist, grad, T, D, *strides, WRITE_GRAD=need_grad, **config)
+        _align_channel_kernel[grid](
+            pred, target, dist, grad, T, D, *strides, WRITE_GRAD=need_grad, **config
+        )
     else:
         config = _row_config(D)
         dist = pred.new_empty((B, T), dtype=torch.float32)
         _align_token_kernel[(B * T,)](
-            pred, target, dist, grad, T, D, *strides, beta, KIND=_CODES[kind], WRITE_GRAD=need_grad, **config
+            pred,
+            target,
+            dist,
+            grad,
+            T,
+            D,
+            *strides,
+            beta,
+            KIND=_CODES[kind],
+            WRITE_GRAD=need_grad,
+            **config,
         )
     return dist, grad
 

@@ -10,6 +10,7 @@ Bytes, everything moved once, s per element of the parts [M, D] (2 in bf16):
     2 s M K D (K parts; out) + s K D (sums)
 P programs share the rows of a column: 8 P K D bytes more (an fp32 sum written and read).
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +27,9 @@ PROGRAMS_PER_SM = 10
 REGISTERS = {"_concat_columns_kernel": 64}
 
 
-@triton.jit(do_not_specialize=["a_row", "b_row", "c_row"])  # of three numbers one is chosen at run time
+@triton.jit(
+    do_not_specialize=["a_row", "b_row", "c_row"]
+)  # of three numbers one is chosen at run time
 def _concat_columns_kernel(
     a_ptr,  # [M, D], rows a_row elements apart
     b_ptr,
@@ -69,7 +72,10 @@ def _concat_columns_kernel(
 def concat_columns(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """out ``[M, K D]`` and sums ``[K D]`` of one to three parts ``[M, D]`` of one dtype whose columns are dense."""
     (M, D), K, like = parts[0].shape, len(parts), parts[0]
-    assert 1 <= K <= 3 and all(x.shape == like.shape and x.dtype == like.dtype and (x.stride(1) == 1 or D == 1) for x in parts)
+    assert 1 <= K <= 3 and all(
+        x.shape == like.shape and x.dtype == like.dtype and (x.stride(1) == 1 or D == 1)
+        for x in parts
+    )
     size = like.element_size()
     aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 for x in parts)
     blocks, steps = K * triton.cdiv(D, BLOCK), triton.cdiv(M, ROWS)
@@ -77,7 +83,16 @@ def concat_columns(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     out, part = like.new_empty(M, K * D), like.new_empty(1, P, 1, K * D, dtype=torch.float32)
     sources = [*parts, *[like] * (3 - K)]
     _concat_columns_kernel[(blocks, P)](
-        *(*sources, out, part, M, D, K * D, triton.cdiv(steps, P) * ROWS, *(x.stride(0) for x in sources)),
+        *(
+            *sources,
+            out,
+            part,
+            M,
+            D,
+            K * D,
+            triton.cdiv(steps, P) * ROWS,
+            *(x.stride(0) for x in sources),
+        ),
         ALIGNED=aligned,
         VECTOR=16 // size,
         ROWS=ROWS,

@@ -6,6 +6,7 @@ elements, the addresses of the three operands and the number of elements left.  
 Bytes moved per element: 8 for the fp32 EMA and the size of p, 2 more with a copy: 12 fp32, 10 bf16, 12 bf16 with copy;
 the table adds 32 bytes per chunk.  Reference: sra_fast/ops/ema_update.py::ema_update_ref_.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -62,13 +63,17 @@ def _lines(operands: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
     return torch.stack([*addresses, (stop - first).clamp(max=CHUNK)], dim=1)
 
 
-def _plan(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list[tuple[Tensor, list, bool]]:
+def _plan(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor]
+) -> list[tuple[Tensor, list, bool]]:
     """(table, empty tensors of the dtypes, vector) of every launch.
 
     What is misaligned, and the last numel % 16 elements of a tensor, go to a launch with accesses of one element.
     """
     groups: dict[tuple, list[Tensor]] = {}
-    for operands in zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True):
+    for operands in (
+        zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True)
+    ):
         numel, dtypes = operands[0].numel(), tuple(t.dtype for t in operands)
         aligned = all(t.data_ptr() % 16 == 0 for t in operands)
         split = numel // 16 * 16 if aligned else 0
@@ -83,7 +88,9 @@ def _plan(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list
     return plan
 
 
-def ema_update_(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
+def ema_update_(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float
+) -> None:
     """``copies`` is empty or as long as ``ema``; matching tensors share one dense layout."""
     key = (len(copies), *((t.data_ptr(), t.numel(), t.dtype) for t in (*ema, *params, *copies)))
     for table, like, vector in _plans.get(key, lambda: _plan(ema, params, copies)):

@@ -11,6 +11,7 @@ P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no pa
 s (P - 1) B D more, the backward (s (P - 1) + 8 P) B D (an fp32 sum written and read), with a bias 8 P B D more.
 In the names below a 2 marks the tail of a row that is cut in two.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +32,10 @@ from ._rows import (
 # the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes at D=8192
 MAX_WIDTH = 6144
 # 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision)
-REGISTERS = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 105}  # fp32 and Triton 3.6; 96 with 3.7
+REGISTERS = {
+    "_gated_residual_fwd_kernel": 72,
+    "_gated_residual_bwd_kernel": 105,
+}  # fp32 and Triton 3.6; 96 with 3.7
 REGISTERS_XL = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 72}
 
 
@@ -65,7 +69,9 @@ def _gated_residual_fwd_kernel(
             row, live, head, tail = odd if k else even
             residual(head[0], head[1], gate, bias, x_new_ptr, row * D + cols, live & (cols < D))
             if TAIL:
-                residual(tail[0], tail[1], gate2, bias2, x_new_ptr, row * D + cols2, live & (cols2 < D))
+                residual(
+                    tail[0], tail[1], gate2, bias2, x_new_ptr, row * D + cols2, live & (cols2 < D)
+                )
 
 
 @triton.jit
@@ -111,14 +117,20 @@ def _gated_residual_bwd_kernel(
     part_ptr += pid * K * D
     tl.store(part_ptr + cols, dgate + sum_dx * load_bias(bias_ptr, cols, cols < D), mask=cols < D)
     if TAIL:
-        tl.store(part_ptr + cols2, dgate2 + sum_dx2 * load_bias(bias_ptr, cols2, cols2 < D), mask=cols2 < D)
+        tl.store(
+            part_ptr + cols2,
+            dgate2 + sum_dx2 * load_bias(bias_ptr, cols2, cols2 < D),
+            mask=cols2 < D,
+        )
     if K == 2:
         tl.store(part_ptr + D + cols, sum_dx * gate, mask=cols < D)
         if TAIL:
             tl.store(part_ptr + D + cols2, sum_dx2 * gate2, mask=cols2 < D)
 
 
-def gated_residual_fwd(x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor, group: Tensor | None) -> Tensor:
+def gated_residual_fwd(
+    x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor, group: Tensor | None
+) -> Tensor:
     """x' of contiguous x, y ``[B, T, D]``, gate ``[B, D]`` or ``[B, G, D]``, bias ``[D]``, group ``[B, T]``."""
     B, T, D = x.shape
     assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())

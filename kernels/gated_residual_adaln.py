@@ -17,6 +17,7 @@ P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no pa
 The backward can write h once more, s B T D, for a weight gradient that needs it: nothing is gained by keeping it.
 In the names below a 2 marks the tail of a row that is cut in two.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -53,7 +54,12 @@ REGISTERS_XL = {"_gated_residual_adaln_fwd_kernel": 96, "_gated_residual_adaln_b
 def _load_mod(gate_ptr, shift_ptr, scale_ptr, bias_ptr, cols, D: tl.constexpr):
     mask = cols < D
     w = 1.0 + load_fp32(scale_ptr, cols, mask)
-    return load_fp32(gate_ptr, cols, mask), load_fp32(shift_ptr, cols, mask), w, load_bias(bias_ptr, cols, mask)
+    return (
+        load_fp32(gate_ptr, cols, mask),
+        load_fp32(shift_ptr, cols, mask),
+        w,
+        load_bias(bias_ptr, cols, mask),
+    )
 
 
 @triton.jit
@@ -115,8 +121,21 @@ def _load_four(x_ptr, y_ptr, dx_new_ptr, dh_ptr, at, mask):
 
 @triton.jit
 def _load_row(
-    x_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, mine, t, T, cols, cols2,
-    D: tl.constexpr, TAIL: tl.constexpr,
+    x_ptr,
+    y_ptr,
+    dx_new_ptr,
+    dh_ptr,
+    mean_ptr,
+    rstd_ptr,
+    group_ptr,
+    b,
+    mine,
+    t,
+    T,
+    cols,
+    cols2,
+    D: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Row t of image b, its statistics, and whether it is this program's."""
     row = b * T + t
@@ -138,7 +157,24 @@ def _unpack(piece, w, mean, rstd):
 
 @triton.jit
 def _finish(
-    piece, xhat, dh, dxhat, gate, w, shift_ptr, sums, c1, c2, rstd, dx_new_ptr, dx_ptr, dy_ptr, h_ptr, at, cols, mask
+    piece,
+    xhat,
+    dh,
+    dxhat,
+    gate,
+    w,
+    shift_ptr,
+    sums,
+    c1,
+    c2,
+    rstd,
+    dx_new_ptr,
+    dx_ptr,
+    dy_ptr,
+    h_ptr,
+    at,
+    cols,
+    mask,
 ):
     """Store dx and dy of a piece of a row, h again where it is wanted, and add the row to the sums over tokens."""
     if h_ptr is not None:
@@ -154,7 +190,9 @@ def _finish(
 @triton.jit
 def _store_sums(part_ptr, sums, gate, bias_ptr, cols, D: tl.constexpr, K: tl.constexpr):
     # y + bias enters dgate: the bias times the sum of dx is added once, here
-    tl.store(part_ptr + cols, sums[0] + sums[3] * load_bias(bias_ptr, cols, cols < D), mask=cols < D)
+    tl.store(
+        part_ptr + cols, sums[0] + sums[3] * load_bias(bias_ptr, cols, cols < D), mask=cols < D
+    )
     tl.store(part_ptr + D + cols, sums[1], mask=cols < D)
     tl.store(part_ptr + 2 * D + cols, sums[2], mask=cols < D)
     if K == 4:
@@ -205,10 +243,38 @@ def _gated_residual_adaln_bwd_kernel(
     sums, sums2 = (zero, zero, zero, zero), (zero2, zero2, zero2, zero2)
     for t in range(p * num_rows, (p + 1) * num_rows, 2):
         even = _load_row(
-            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL
+            x_new_ptr,
+            y_ptr,
+            dx_new_ptr,
+            dh_ptr,
+            mean_ptr,
+            rstd_ptr,
+            group_ptr,
+            b,
+            mine,
+            t,
+            T,
+            cols,
+            cols2,
+            D,
+            TAIL,
         )
         odd = _load_row(
-            x_new_ptr, y_ptr, dx_new_ptr, dh_ptr, mean_ptr, rstd_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL
+            x_new_ptr,
+            y_ptr,
+            dx_new_ptr,
+            dh_ptr,
+            mean_ptr,
+            rstd_ptr,
+            group_ptr,
+            b,
+            mine,
+            t + 1,
+            T,
+            cols,
+            cols2,
+            D,
+            TAIL,
         )
         for k in tl.static_range(2):
             row, live, mean, rstd, head, tail = odd if k else even
@@ -252,12 +318,33 @@ def gated_residual_adaln_fwd(
     assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
     G = gate.shape[1] if gate.dim() == 3 else 1
     P, rows = split_rows(x, G, 2)
-    x_new, h = x.new_empty(x.shape), x.new_empty(x.shape, dtype=(dtype or x.dtype) if h_scale is None else E4M3)
-    mean, rstd = (x.new_empty(shape, dtype=torch.float32) for shape in ((0,) if rms else (B, T), (B, T)))
+    x_new, h = (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=(dtype or x.dtype) if h_scale is None else E4M3),
+    )
+    mean = x.new_empty(0 if rms else (B, T), dtype=torch.float32)
+    rstd = x.new_empty((B, T), dtype=torch.float32)
     config = width_config(D)
     columns = (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
     _gated_residual_adaln_fwd_kernel[(B * G * P,)](
-        *(x, y, bias, gate, shift, scale, group, x_new, h, h_scale, None if rms else mean, rstd, T, G, P, rows),
+        *(
+            x,
+            y,
+            bias,
+            gate,
+            shift,
+            scale,
+            group,
+            x_new,
+            h,
+            h_scale,
+            None if rms else mean,
+            rstd,
+            T,
+            G,
+            P,
+            rows,
+        ),
         *(*mod_strides(gate), *mod_strides(shift), *mod_strides(scale), eps),
         **config,
         # left alone, ptxas 13 spills two registers for sm_100 at D=768 and 1536 (12 columns per thread) to fit 128, at
@@ -291,10 +378,36 @@ def gated_residual_adaln_bwd(
     P, rows = split_rows(y, G, 4)
     dx, dy = x_new.new_empty(y.shape), y.new_empty(y.shape)
     dgate, dshift, dscale = (t.new_empty(t.shape) for t in (gate, scale, scale))
-    part, h = y.new_empty(B * G, P, K, D, dtype=torch.float32), dh.new_empty(0 if shift is None else y.shape)
+    part, h = (
+        y.new_empty(B * G, P, K, D, dtype=torch.float32),
+        dh.new_empty(0 if shift is None else y.shape),
+    )
     _gated_residual_adaln_bwd_kernel[(B * G * P,)](
-        *(x_new, y, bias, gate, scale, shift, group, mean if mean.numel() else None, rstd, dx_new, dh, dx, dy),
-        *(None if shift is None else h, part, T, G, P, rows, *mod_strides(gate), *mod_strides(scale)),
+        *(
+            x_new,
+            y,
+            bias,
+            gate,
+            scale,
+            shift,
+            group,
+            mean if mean.numel() else None,
+            rstd,
+            dx_new,
+            dh,
+            dx,
+            dy,
+        ),
+        *(
+            None if shift is None else h,
+            part,
+            T,
+            G,
+            P,
+            rows,
+            *mod_strides(gate),
+            *mod_strides(scale),
+        ),
         *mod_strides(scale if shift is None else shift),
         K=K,
         **width_config(D),

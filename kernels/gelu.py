@@ -9,6 +9,7 @@ Bytes, everything moved once, s per element of x [M, N] (2 in bf16):
     3 s M N (dy, x; dx), s M N more where y is wanted, and s N (dbias)
 P programs share the rows of a column: 8 P N bytes more (an fp32 sum written and read).
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -64,7 +65,11 @@ def gelu_bwd(dy: Tensor, x: Tensor, want_y: bool) -> tuple[Tensor, Tensor, Tenso
     block = min(BLOCK, triton.next_power_of_2(N))
     blocks, steps = triton.cdiv(N, block), triton.cdiv(M, ROWS)
     P = num_splits(blocks, steps, num_sms(x.device) * PROGRAMS_PER_SM)
-    dx, y, part = x.new_empty(M, N), x.new_empty(x.shape if want_y else 0), x.new_empty(1, P, 1, N, dtype=torch.float32)
+    dx, y, part = (
+        x.new_empty(M, N),
+        x.new_empty(x.shape if want_y else 0),
+        x.new_empty(1, P, 1, N, dtype=torch.float32),
+    )
     _gelu_bwd_kernel[(blocks, P)](
         *(dy, x, dx, y if want_y else None, part, M, N, triton.cdiv(steps, P) * ROWS),
         ROWS=ROWS,

@@ -7,6 +7,7 @@ Every program handles BLOCK elements of one image, so the times are scalars.
 Bytes moved, in elements: 2 reads and 3 fp32 writes; from moments 4 reads (20 and 28 bytes per element in fp32).
 Reference: sra_fast/ops/noise_pair.py::noise_pair_ref.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -75,7 +76,9 @@ def _noise_pair_kernel(
     x = tl.load(x0_ptr + b * x0_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if MOMENTS:
         std = tl.load(x0_ptr + b * x0_stride + N + cols, mask=mask, other=0.0).to(tl.float32)
-        e = tl.load(latent_noise_ptr + b * latent_noise_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        e = tl.load(latent_noise_ptr + b * latent_noise_stride + cols, mask=mask, other=0.0).to(
+            tl.float32
+        )
         x += std * e
     x *= scale
     noise = tl.load(noise_ptr + b * noise_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -91,7 +94,13 @@ def _noise_pair_kernel(
 
 
 def noise_pair(
-    x0: Tensor, latent_noise: Tensor | None, noise: Tensor, t: Tensor, t_teacher: Tensor, cosine: bool, scale: float
+    x0: Tensor,
+    latent_noise: Tensor | None,
+    noise: Tensor,
+    t: Tensor,
+    t_teacher: Tensor,
+    cosine: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, N = noise.shape
     outs = tuple(noise.new_empty(noise.shape, dtype=torch.float32) for _ in range(3))

@@ -8,6 +8,7 @@ Reference: sra_fast/ops/fp8.py::quantize_rows_ref.
 Bytes moved, s per element of x (2 in bf16): (s + 1) M K (x; q) + 4 M (scales).
 Instructions count as well: with 35 per element an H100 issues for longer than it moves bytes; here they are 13.4.
 """
+
 import torch
 import triton
 import triton.language as tl

@@ -2,11 +2,14 @@
 
 Writes runs/ablations/<study>/table.md, rows.json and plot.png; interrupted, the same command goes on where it stopped.
 """
+
 import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # launched by path: import the checkout, not this folder
 
 
 def main() -> None:
@@ -14,8 +17,15 @@ def main() -> None:
     from sra_fast.engine.report import plot_study
 
     parser = argparse.ArgumentParser(description=__doc__.partition(":  ")[0])
-    parser.add_argument("study", type=Path, nargs="+", help="YAML file: base, args, seeds, variants")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder for each study is made in here")
+    parser.add_argument(
+        "study", type=Path, nargs="+", help="YAML file: base, args, seeds, variants"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/ablations"),
+        help="a folder for each study is made in here",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     args = parser.parse_args()
     try:

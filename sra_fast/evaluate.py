@@ -1,11 +1,14 @@
 """Score samples:  python sra_fast/evaluate.py --samples samples.npz --reference ref.npz --inception weights.pth"""
+
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # launched by path: import the checkout, not this folder
 
 
 @dataclass
@@ -41,7 +44,9 @@ def prepare(options: Options):
     from sra_fast.engine.scores import NEIGHBOURS
 
     if (options.inception is None) == (options.features is None):
-        raise ValueError("give either inception (a path of weights) or features (a TorchScript file or module:function)")
+        raise ValueError(
+            "give either inception (a path of weights) or features (a TorchScript file or module:function)"
+        )
     if options.batch < 1:
         raise ValueError(f"batch must be at least 1, got {options.batch}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -52,11 +57,17 @@ def prepare(options: Options):
         raise ValueError(f"out {options.out} cannot be written")
     samples = NpzImages(options.samples)
     reference = NpzImages(options.reference) if "arr_0" in members(options.reference) else None
-    used = {"samples": samples.count, "reference": reference and reference.count, "manifold_images": options.manifold_images}
+    used = {
+        "samples": samples.count,
+        "reference": reference and reference.count,
+        "manifold_images": options.manifold_images,
+    }
     for name, count in used.items():
         if count is not None and count <= NEIGHBOURS:
             raise ValueError(f"{name} must be more than {NEIGHBOURS} images, got {count}")
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    )
     if options.inception:
         return samples, reference, inception_extractor(options.inception, device)
     extractor = named_extractor(options.features, samples.shape, device)
@@ -72,15 +83,21 @@ def run(options: Options) -> dict:
 
     images, other, extractor = prepare(options)
     shape = other.shape if other else None
-    reference = summarize_reference(options.reference, extractor, options.batch, options.manifold_images, options.cache)
+    reference = summarize_reference(
+        options.reference, extractor, options.batch, options.manifold_images, options.cache
+    )
     samples = summarize(images, extractor, options.batch, options.manifold_images)
     scores = score(samples, reference, extractor.device)
     report = {
         **scores,
-        "comparable": comparability(scores, extractor, samples, reference, shape in (None, images.shape)),
+        "comparable": comparability(
+            scores, extractor, samples, reference, shape in (None, images.shape)
+        ),
         "samples": {"path": options.samples, "images": samples.count, "shape": images.shape},
         "reference": {
-            "path": options.reference, "images": reference.count, "shape": shape,
+            "path": options.reference,
+            "images": reference.count,
+            "shape": shape,
             "statistics": "of the file" if reference.precomputed else "of its images",
         },
         "extractor": {"name": extractor.name, "dimensions": len(samples.pool.mean)},
@@ -92,7 +109,10 @@ def run(options: Options) -> dict:
 def main() -> None:
     from sra_fast.engine.cli import make_parser, parse
 
-    options, _ = parse(Options, make_parser(Options, "FID, sFID, Inception score, precision and recall of samples."))
+    options, _ = parse(
+        Options,
+        make_parser(Options, "FID, sFID, Inception score, precision and recall of samples."),
+    )
     try:
         report = run(options)
     except ValueError as error:

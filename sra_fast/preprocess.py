@@ -1,14 +1,17 @@
 """Images -> packed VAE moments, or one layout of moments -> another:
 
-    deepspeed sra_fast/preprocess.py --source imagenet/train --vae sd-vae-ft-mse --resolution 256 --out data/imagenet256
+deepspeed sra_fast/preprocess.py --source imagenet/train --vae sd-vae-ft-mse --resolution 256 --out data/imagenet256
 """
+
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # launched by path: import the checkout, not this folder
 
 
 @dataclass
@@ -50,7 +53,9 @@ def open_moments(options: Options):
     data = open_latents(options.source)
     limit = options.num_classes or data.num_classes
     if not 0 <= int(data.labels.min()) <= int(data.labels.max()) < limit:
-        raise ValueError(f"labels must lie in [0, {limit}), got {int(data.labels.min())} .. {int(data.labels.max())}")
+        raise ValueError(
+            f"labels must lie in [0, {limit}), got {int(data.labels.min())} .. {int(data.labels.max())}"
+        )
     facts = {"shape": [*data.moments_shape], "num_classes": limit, "vae": data.vae}
     return data, lambda moments: moments, facts
 
@@ -89,11 +94,22 @@ def prepare(options: Options):
     if source.resolve() == out.resolve():
         raise ValueError(f"out must be another folder than source, got {out} for both")
     packed = (source / INDEX).exists() or (source / "vae-sd").is_dir()
-    if not packed and source.resolve() in out.resolve().parents:  # the next run would take it for a class
+    if (
+        not packed and source.resolve() in out.resolve().parents
+    ):  # the next run would take it for a class
         raise ValueError(f"out must not lie in the folder of the images, got {out} in {source}")
     data, encode, facts = (open_moments if packed else open_images)(options)
-    job = {"version": VERSION, "layout": options.layout, "source_sha256": data.fingerprint, "num_images": len(data), **facts}
-    job |= {"shard_size": options.shard_size, "dtype": options.dtype if options.layout == "packed" else "float32"}
+    job = {
+        "version": VERSION,
+        "layout": options.layout,
+        "source_sha256": data.fingerprint,
+        "num_images": len(data),
+        **facts,
+    }
+    job |= {
+        "shard_size": options.shard_size,
+        "dtype": options.dtype if options.layout == "packed" else "float32",
+    }
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return Plan(data, encode, job, out, options.batch, options.threads, rank, world)
 

@@ -1,10 +1,13 @@
 """Linear probes of every layer at several times:  python sra_fast/probe.py --checkpoint runs/digits/000 --out analysis"""
+
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # launched by path: import the checkout, not this folder
 
 from sra_fast.engine.config import DataConfig  # noqa: E402
 
@@ -62,8 +65,17 @@ def run(options: Options) -> dict:
     layers, out = choose_layers(options.layers, model.depth), Path(options.out)
     parts = split(options.data, model)
     rows = probe_layers(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"), path, parts, options.times, layers, how=options.pool,
-        count=options.images, draws=options.draws, seed=options.seed, batch=options.batch, progress=say,
+        model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        path,
+        parts,
+        options.times,
+        layers,
+        how=options.pool,
+        count=options.images,
+        draws=options.draws,
+        seed=options.seed,
+        batch=options.batch,
+        progress=say,
     )
     report = {"options": asdict(options), "best": best(rows), "rows": rows}
     write_json(out / "probe.json", report)
@@ -77,7 +89,9 @@ def say(rows: list[dict]) -> None:
 
     top = best(rows)
     pixels = rows[0]["accuracy"]
-    print(f"t = {top['time']:<5g} best after block {top['layer']:2}: {top['accuracy']:6.1%}   noisy input: {pixels:6.1%}")
+    print(
+        f"t = {top['time']:<5g} best after block {top['layer']:2}: {top['accuracy']:6.1%}   noisy input: {pixels:6.1%}"
+    )
 
 
 def main() -> None:
@@ -89,7 +103,9 @@ def main() -> None:
         top = run(options)["best"]
     except ValueError as error:
         parser.error(str(error))
-    print(f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}; {options.out}/probe.json, probe.png")
+    print(
+        f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}; {options.out}/probe.json, probe.png"
+    )
 
 
 if __name__ == "__main__":

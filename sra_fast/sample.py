@@ -2,6 +2,7 @@
 
 Under a launcher (`deepspeed sra_fast/sample.py ...`) every process makes its share.  Interrupted, the same command goes on.
 """
+
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # launched by path: import the checkout, not this folder
 
 from sra_fast.engine.config import SampleConfig  # noqa: E402
 
@@ -69,28 +72,47 @@ def prepare(options: Options):
     model, path = load_model(options.checkpoint, options.sample.weights, options.num_heads)
     check_sampling(options.sample, model)
     if options.vae is None and model.in_channels not in (1, 3):
-        raise ValueError(f"the model makes latents of {model.in_channels} channels: give --vae to decode them")
+        raise ValueError(
+            f"the model makes latents of {model.in_channels} channels: give --vae to decode them"
+        )
     classes = torch.tensor(options.classes if options.classes else list(range(model.num_classes)))
     if int(classes.min()) < 0 or int(classes.max()) >= model.num_classes:
         raise ValueError(f"classes must lie in [0, {model.num_classes}), got {options.classes}")
     if options.sample.guidance != 1 and model.y_embedder.dropout_prob == 0:
-        raise ValueError(f"sample.guidance {options.sample.guidance} needs a model with a null class")
+        raise ValueError(
+            f"sample.guidance {options.sample.guidance} needs a model with a null class"
+        )
     try:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out {options.out} cannot be made: {error.strerror}") from None
-    labels = classes[choose_labels(options.count, len(classes), options.sample.labels, options.seed)]
+    labels = classes[
+        choose_labels(options.count, len(classes), options.sample.labels, options.seed)
+    ]
     return model, path, labels, load_vae(options.vae, model.in_channels) if options.vae else None
 
 
 def identity(options: Options, model) -> dict:
     """What the images depend on, and whether they are also written as PNGs."""
-    free = {"checkpoint", "out", "batch", "columns", "grid", "scale", "compile", "graph", "num_heads"}
+    free = {
+        "checkpoint",
+        "out",
+        "batch",
+        "columns",
+        "grid",
+        "scale",
+        "compile",
+        "graph",
+        "num_heads",
+    }
     digest = hashlib.sha256()  # no sum: its last digit depends on the number of threads
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.contiguous().numpy())
-    return {"weights": digest.hexdigest()[:16], **{key: value for key, value in asdict(options).items() if key not in free}}
+    return {
+        "weights": digest.hexdigest()[:16],
+        **{key: value for key, value in asdict(options).items() if key not in free},
+    }
 
 
 def make_images(options: Options, model, path: str, labels, vae, device, progress):
@@ -110,12 +132,22 @@ def make_images(options: Options, model, path: str, labels, vae, device, progres
 
     def make(first: int, end: int):
         latents = generate(
-            model, labels[first:end], options.sample, path, options.seed, options.batch, device, progress,
-            first=first, call=call,
+            model,
+            labels[first:end],
+            options.sample,
+            path,
+            options.seed,
+            options.batch,
+            device,
+            progress,
+            first=first,
+            call=call,
         )
         images = decode(latents, vae, options.latent_scale, options.batch, device)
         if not images.isfinite().all():
-            raise ValueError(f"images {first} .. {end - 1} are not finite: the weights, or precision {options.precision}")
+            raise ValueError(
+                f"images {first} .. {end - 1} are not finite: the weights, or precision {options.precision}"
+            )
         return to_uint8(images, options.sample.rounding)
 
     return make
@@ -130,20 +162,31 @@ def run(options: Options) -> dict | None:
     from sra_fast.engine.sampling import join_parts, make_parts, num_parts, open_parts, open_pngs
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif options.graph:
         raise ValueError("graph needs a CUDA device")
     model, path, labels, vae = prepare(options)
-    out, parts, png = Path(options.out), Path(options.out) / "parts", Path(options.out) / "png" if options.png else None
+    out, parts, png = (
+        Path(options.out),
+        Path(options.out) / "parts",
+        Path(options.out) / "png" if options.png else None,
+    )
     if rank >= num_parts(options.count):
         return None
     open_parts(parts, identity(options, model))
     if png:
         open_pngs(png, options.count)
     start = time.perf_counter()
-    with tqdm(total=-(-options.count // world), unit="image", disable=rank > 0) as bar, torch.no_grad():
+    with (
+        tqdm(total=-(-options.count // world), unit="image", disable=rank > 0) as bar,
+        torch.no_grad(),
+    ):
         make = make_images(options, model, path, labels, vae, device, bar.update)
         made = make_parts(make, options.count, parts, rank, world, png)
     rate = made / (time.perf_counter() - start)
@@ -166,7 +209,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        sys.exit(f"error: cannot write {options.out}: {error}; finished parts are kept, the same command goes on")
+        sys.exit(
+            f"error: cannot write {options.out}: {error}; finished parts are kept, the same command goes on"
+        )
     if summary:
         print(json.dumps(summary))
 

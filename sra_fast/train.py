@@ -1,10 +1,13 @@
 """Train SiT or DiT with SRA:  deepspeed sra_fast/train.py --config configs/digits.yaml [--section.field VALUE ...]"""
+
 import json
 import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # launched by path: import the checkout, not this folder
 
 
 def main() -> None:
@@ -16,7 +19,9 @@ def main() -> None:
     try:
         plan = prepare(cfg, ds_json)
     except ValueError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine: another may lack the data
+        if (
+            int(os.environ.get("LOCAL_RANK", 0)) == 0
+        ):  # once on every machine: another may lack the data
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     summary = run(plan, init_distributed(cfg.train.tf32))

@@ -2,11 +2,14 @@
 
 PCA maps of features (--checkpoint), loss and norm curves (--runs), samples side by side (--samples).
 """
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # launched by path: import the checkout, not this folder
+sys.path[0] = str(
+    Path(__file__).resolve().parents[1]
+)  # launched by path: import the checkout, not this folder
 
 from sra_fast.engine.config import DataConfig  # noqa: E402
 
@@ -67,7 +70,9 @@ def draw_curves(options: Options, out: Path) -> Path:
 
     runs = {folder: read_rows(Path(folder) / "stats.jsonl") for folder in options.runs}
     for folder, rows in runs.items():
-        if not rows or not all(isinstance(row, dict) and {"step", "denoise"} <= row.keys() for row in rows):
+        if not rows or not all(
+            isinstance(row, dict) and {"step", "denoise"} <= row.keys() for row in rows
+        ):
             raise ValueError(f"runs must be run folders, found no losses in {folder}/stats.jsonl")
     plot_curves(out / "curves.png", runs)
     return out / "curves.png"
@@ -78,7 +83,9 @@ def draw_samples(options: Options, out: Path) -> Path:
     from sra_fast.engine.figures import read_samples, save_samples
 
     paths = [str(Path(p) / "samples.npz") if Path(p).is_dir() else p for p in options.samples]
-    save_samples(out / "samples.png", read_samples(paths, options.count), options.columns, options.scale)
+    save_samples(
+        out / "samples.png", read_samples(paths, options.count), options.columns, options.scale
+    )
     return out / "samples.png"
 
 
@@ -87,7 +94,11 @@ def run(options: Options) -> list[Path]:
     from sra_fast.engine.features import check_times
     from sra_fast.engine.files import make_folder, require
 
-    asked = [(options.checkpoint, draw_maps), (options.runs, draw_curves), (options.samples, draw_samples)]
+    asked = [
+        (options.checkpoint, draw_maps),
+        (options.runs, draw_curves),
+        (options.samples, draw_samples),
+    ]
     if not any(given for given, _ in asked):
         raise ValueError("nothing to draw: give --checkpoint, --runs or --samples")
     if min(options.images, options.count, options.columns, options.scale) < 1:
@@ -103,7 +114,9 @@ def run(options: Options) -> list[Path]:
 def main() -> None:
     from sra_fast.engine.cli import make_parser, parse
 
-    parser = make_parser(Options, "Draw PCA maps of features, curves of runs and samples side by side.")
+    parser = make_parser(
+        Options, "Draw PCA maps of features, curves of runs and samples side by side."
+    )
     options, _ = parse(Options, parser)
     try:
         print(*run(options), sep="\n")

@@ -1,4 +1,5 @@
 """Interpreted kernels touch nothing but what they were given: the interpreter itself reads and writes any address."""
+
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -7,7 +8,11 @@ import torch
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 # places of addresses and mask among the arguments of what the interpreter calls for every access
-ACCESSES = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
+ACCESSES = {
+    "create_masked_load": (0, 1),
+    "create_masked_store": (0, 2),
+    "create_atomic_rmw": (1, 3),
+}
 
 
 def ranges(named):
@@ -17,12 +22,16 @@ def ranges(named):
             last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
             yield t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
     if named.get("address_ptr") is not None:
-        for address, count in zip(named["address_ptr"].tolist(), named["count_ptr"].tolist(), strict=True):
+        for address, count in zip(
+            named["address_ptr"].tolist(), named["count_ptr"].tolist(), strict=True
+        ):
             yield address, address + count * named["grad_ptr"].element_size()
     if named.get("table_ptr") is not None:
         like = [named[f"{name}_like_ptr"] for name in ("ema", "p", "copy")]
         for *addresses, count in named["table_ptr"].tolist():
-            yield from ((a, a + count * t.element_size()) for a, t in zip(addresses, like, strict=True) if a)
+            yield from (
+                (a, a + count * t.element_size()) for a, t in zip(addresses, like, strict=True) if a
+            )
 
 
 def outside(ptrs, mask, starts, ends):

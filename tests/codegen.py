@@ -12,6 +12,7 @@
 unless the string ends in ":1" ("i32:1" is an odd integer, "*bf16:1" a misaligned pointer).  Anything else (an int, a
 bool, None) is a constexpr.  All requests are compiled in one child process without TRITON_INTERPRET.
 """
+
 import contextlib
 import inspect
 import json
@@ -83,15 +84,30 @@ def _describe(value, is_constexpr: bool, plain: bool) -> str | int | float | boo
     """An argument as `Request.args` writes it, specialised as Triton would specialise it; `plain` ones it would not."""
     if plain and type(value) is int:
         return "i32:1" if -(2**31) <= value < 2**31 else "i64:1"
-    if is_constexpr or value is None or value is True or value is False or (isinstance(value, int) and value == 1):
+    if (
+        is_constexpr
+        or value is None
+        or value is True
+        or value is False
+        or (isinstance(value, int) and value == 1)
+    ):
         return value
     if isinstance(value, float):
         return "fp32"
     if isinstance(value, int):
         return ("i32" if -(2**31) <= value < 2**31 else "i64") + ("" if value % 16 == 0 else ":1")
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "u8", "bool": "i1", "float8_e4m3fn": "fp8e4nv"}
+    names = {
+        "float32": "fp32",
+        "float16": "fp16",
+        "bfloat16": "bf16",
+        "uint8": "u8",
+        "bool": "i1",
+        "float8_e4m3fn": "fp8e4nv",
+    }
     dtype = str(value.dtype).removeprefix("torch.")
-    return f"*{names.get(dtype, dtype.replace('int', 'i'))}" + ("" if value.data_ptr() % 16 == 0 else ":1")
+    return f"*{names.get(dtype, dtype.replace('int', 'i'))}" + (
+        "" if value.data_ptr() % 16 == 0 else ":1"
+    )
 
 
 class _Recorder:
@@ -100,7 +116,11 @@ class _Recorder:
         kernel = getattr(module, name)
         self.parameters = inspect.signature(kernel.fn).parameters
         interpreted = getattr(kernel, "kwargs", None)  # which has no parameters to ask
-        self.plain = interpreted["do_not_specialize"] or () if interpreted else {p.name for p in kernel.params if p.do_not_specialize}
+        self.plain = (
+            interpreted["do_not_specialize"] or ()
+            if interpreted
+            else {p.name for p in kernel.params if p.do_not_specialize}
+        )
 
     def __getitem__(self, grid):
         return self._launch
@@ -108,11 +128,17 @@ class _Recorder:
     def _launch(self, *args, **kwargs):
         kwargs = dict(zip(self.parameters, args, strict=False)) | kwargs
         described = {
-            name: _describe(kwargs.pop(name), "constexpr" in str(parameter.annotation), name in self.plain)
+            name: _describe(
+                kwargs.pop(name), "constexpr" in str(parameter.annotation), name in self.plain
+            )
             for name, parameter in self.parameters.items()
         }
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        self.log.append(Request(self.module.__name__, self.name, 90, described, kwargs.pop("num_warps", 4), kwargs))
+        self.log.append(
+            Request(
+                self.module.__name__, self.name, 90, described, kwargs.pop("num_warps", 4), kwargs
+            )
+        )
 
 
 @contextlib.contextmanager
@@ -140,7 +166,9 @@ def _source(request: dict):
 
     kernel = getattr(import_module(request["module"]), request["kernel"])
     if list(request["args"]) != kernel.arg_names:
-        raise ValueError(f"{request['kernel']} takes {kernel.arg_names}, got {list(request['args'])}")
+        raise ValueError(
+            f"{request['kernel']} takes {kernel.arg_names}, got {list(request['args'])}"
+        )
     signature, constants, attrs = {}, {}, {}
     for i, (name, value) in enumerate(request["args"].items()):
         if not isinstance(value, str):
@@ -168,7 +196,9 @@ def _measure(cubin: bytes, ptx: str) -> dict:
         file.write(cubin)
         file.flush()
         usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    used = {
+        key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)
+    }
 
     def by_width(opcode: str) -> Counter:
         # ld.global.v4.b32, ld.global.L1::evict_last.b16
@@ -192,7 +222,9 @@ def _main() -> None:
     rows = []
     for request in json.load(sys.stdin):
         options = {"num_warps": request["num_warps"], **request["options"]}
-        compiled = triton.compile(_source(request), target=GPUTarget("cuda", request["arch"], 32), options=options)
+        compiled = triton.compile(
+            _source(request), target=GPUTarget("cuda", request["arch"], 32), options=options
+        )
         row = _measure(compiled.asm["cubin"], compiled.asm["ptx"])
         # dynamic shared memory is asked for at launch and is not in the cubin's table
         rows.append(row | {"shared": max(row["shared"], compiled.metadata.shared)})

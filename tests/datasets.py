@@ -1,4 +1,5 @@
 """Small data sets on disk, and the photographs that scikit-learn and matplotlib bring along."""
+
 import json
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def write_images(root: Path, per_class: int = 4) -> list[str]:
     return names
 
 
-def write_latents(root: Path, count: int = 10, shape=(8, 4, 4), leading=(), classes: int = 3) -> Path:
+def write_latents(
+    root: Path, count: int = 10, shape=(8, 4, 4), leading=(), classes: int = 3
+) -> Path:
     """Moments in the reference's layout; returns ``root/vae-sd``."""
     folder, rng, labels = root / "vae-sd", np.random.default_rng(0), []
     for i in range(count):
@@ -45,7 +48,9 @@ def write_vae(folder: Path, seed: int = 0, **config) -> Path:
     torch.manual_seed(seed)
     sizes = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1, **config}
     vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **sizes
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        **sizes,
     )
     vae.save_pretrained(folder)
     return folder

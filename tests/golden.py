@@ -1,4 +1,5 @@
 """Outputs of the reference implementation (fp32, CPU) on small random networks: what each key is, golden/README.md says."""
+
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ class Golden:
         return torch.from_numpy(self.arrays[key])
 
     def tree(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {k.removeprefix(prefix + "/"): self[k] for k in self.arrays.files if k.startswith(prefix + "/")}
+        return {
+            k.removeprefix(prefix + "/"): self[k]
+            for k in self.arrays.files
+            if k.startswith(prefix + "/")
+        }
 
     def model(self, weights: str = "sd"):
         family, arguments = arguments_from_state_dict(self.tree("sd"), num_heads=2)

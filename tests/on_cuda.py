@@ -3,6 +3,7 @@
 A kernel that breaks CUDA is named and takes no other test with it, long tests begin first, memory
 goes back, and what tests have measured is printed.
 """
+
 import gc
 import itertools
 import os

@@ -5,6 +5,7 @@
 One line per bug; exit status 1 if a bug goes unnoticed or tests are red without one.  Not collected by pytest: all of
 it takes about half an hour on one core.  tests/test_planted_bugs.py plants a few of them in every run of the tests.
 """
+
 import os
 import shutil
 import subprocess
@@ -22,13 +23,17 @@ TREE = ("kernels", "sra_fast", "csrc", "tests", "setup.py", "pyproject.toml", "R
 BUGS = [*planted_bugs_norm.BUGS, *planted_bugs_layers.BUGS, *planted_bugs_flat.BUGS]
 
 
-def run_tests(tests: str, path: str = "", old: str = "", new: str = "") -> subprocess.CompletedProcess:
+def run_tests(
+    tests: str, path: str = "", old: str = "", new: str = ""
+) -> subprocess.CompletedProcess:
     """The tests in a fresh copy of the tree, with the bug if there is one."""
     with tempfile.TemporaryDirectory() as folder:
         for name in TREE:
             source, target = ROOT / name, Path(folder) / name
             if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+                shutil.copytree(
+                    source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+                )
             else:
                 shutil.copy(source, target)
         if path:
@@ -36,7 +41,16 @@ def run_tests(tests: str, path: str = "", old: str = "", new: str = "") -> subpr
             if old not in text:
                 raise SystemExit(f"{path} no longer contains {old!r}")
             (Path(folder) / path).write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *tests.split(),
+        ]
         env = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
@@ -46,13 +60,21 @@ def noticed(name: str, path: str, old: str, new: str, tests: str) -> bool:
     # 1: a test failed; negative: a wild address killed the interpreter.  2 would be a file that does not even import,
     # which proves nothing
     red = run.returncode == 1 or run.returncode < 0
-    first = next((line for line in run.stdout.splitlines() if line.startswith("FAILED")), f"exit {run.returncode}")
-    print(f"{'noticed' if red else 'MISSED '}  {path}: {name}: {first.partition(' - ')[0]}", flush=True)
+    first = next(
+        (line for line in run.stdout.splitlines() if line.startswith("FAILED")),
+        f"exit {run.returncode}",
+    )
+    print(
+        f"{'noticed' if red else 'MISSED '}  {path}: {name}: {first.partition(' - ')[0]}",
+        flush=True,
+    )
     return red
 
 
 def main(words: list[str]) -> int:
-    bugs = [bug for bug in BUGS if not words or any(word in bug[0] or word in bug[1] for word in words)]
+    bugs = [
+        bug for bug in BUGS if not words or any(word in bug[0] or word in bug[1] for word in words)
+    ]
     for tests in dict.fromkeys(bug[4] for bug in bugs):
         if run_tests(tests).returncode:
             print(f"RED without a bug: {tests}")

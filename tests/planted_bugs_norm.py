@@ -1,18 +1,42 @@
 """Bugs of the row kernels and of what every operator shares, for tests/planted_bugs.py."""
+
 ROWS, ADALN, PLAIN, FUSED, QUANTIZE = (
-    f"kernels/{n}.py" for n in ("_rows", "adaln", "gated_residual", "gated_residual_adaln", "quantize_rows")
+    f"kernels/{n}.py"
+    for n in ("_rows", "adaln", "gated_residual", "gated_residual_adaln", "quantize_rows")
 )
 O_ADALN, O_GATED, MODULATION, REGISTER, BACKEND, ATTENTION = (
-    f"sra_fast/ops/{n}.py" for n in ("adaln", "gated_residual", "_modulation", "_register", "_backend", "attention")
+    f"sra_fast/ops/{n}.py"
+    for n in ("adaln", "gated_residual", "_modulation", "_register", "_backend", "attention")
 )
 T_ADALN, T_GATED, T_ROWS, T_FAR, T_CONTRACTS, T_ATTENTION, T_SUMS, T_FP8 = (
     f"tests/ops/test_{n}.py"
-    for n in ("adaln", "gated_residual", "rows", "far_rows", "contracts", "attention", "sum_partials", "fp8")
+    for n in (
+        "adaln",
+        "gated_residual",
+        "rows",
+        "far_rows",
+        "contracts",
+        "attention",
+        "sum_partials",
+        "fp8",
+    )
 )
 
 BUGS = [
-    ("unmasked variance", ROWS, "x2 = tl.where(cols2 < D, x2 - mean, 0.0)", "x2 = x2 - mean", T_GATED),
-    ("unmasked variance, one piece", ROWS, "x = tl.where(cols < D, x - mean, 0.0)", "x = x - mean", T_ADALN),
+    (
+        "unmasked variance",
+        ROWS,
+        "x2 = tl.where(cols2 < D, x2 - mean, 0.0)",
+        "x2 = x2 - mean",
+        T_GATED,
+    ),
+    (
+        "unmasked variance, one piece",
+        ROWS,
+        "x = tl.where(cols < D, x - mean, 0.0)",
+        "x = x - mean",
+        T_ADALN,
+    ),
     (
         "one-pass variance",
         ROWS,
@@ -30,24 +54,84 @@ BUGS = [
         "c1 * 0.0), axis=0) / D)",
         T_ADALN,
     ),
-    ("a mean term for RMS", ROWS, "return tl.sum(c1, axis=0) / D, 0.0", "return tl.sum(c1, axis=0) / D, 0.5", T_ADALN),
-    ("first partial sum dropped", ROWS, "row = p + tl.arange(0, ROWS)", "row = p + 1 + tl.arange(0, ROWS)", T_GATED),
+    (
+        "a mean term for RMS",
+        ROWS,
+        "return tl.sum(c1, axis=0) / D, 0.0",
+        "return tl.sum(c1, axis=0) / D, 0.5",
+        T_ADALN,
+    ),
+    (
+        "first partial sum dropped",
+        ROWS,
+        "row = p + tl.arange(0, ROWS)",
+        "row = p + 1 + tl.arange(0, ROWS)",
+        T_GATED,
+    ),
     ("partial sums of the wrong image", ROWS, "m * P, P, K * D", "m, P, K * D", T_GATED),
-    ("partial sums beyond the last image", ROWS, "live = (m < M) & (cols < D)", "live = cols < D", T_SUMS),
+    (
+        "partial sums beyond the last image",
+        ROWS,
+        "live = (m < M) & (cols < D)",
+        "live = cols < D",
+        T_SUMS,
+    ),
     ("one image of those side by side", ROWS, "* IMAGES + lane // BLOCK", "* IMAGES", T_SUMS),
     ("the second block of a total", ROWS, "cols = pid * TOTAL_BLOCK + tl", "cols = tl", T_SUMS),
     ("partial sums beyond the first rows", ROWS, "total += tl.sum(", "total = tl.sum(", T_SUMS),
-    ("e4m3: the scale for its inverse", ROWS, "v, v2 = v * inverse, v2 * inverse", "v, v2 = v * scale, v2 * scale", T_FP8),
-    ("e4m3: tail left out of the maximum", ROWS, "amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))", "pass", T_FP8),
+    (
+        "e4m3: the scale for its inverse",
+        ROWS,
+        "v, v2 = v * inverse, v2 * inverse",
+        "v, v2 = v * scale, v2 * scale",
+        T_FP8,
+    ),
+    (
+        "e4m3: tail left out of the maximum",
+        ROWS,
+        "amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))",
+        "pass",
+        T_FP8,
+    ),
     ("quantize: GELU without its cube", QUANTIZE, "0.1029432397", "0.0", T_FP8),
     ("quantize: GELU without its square", QUANTIZE, "tl.rsqrt(t * t)", "tl.rsqrt(t)", T_FP8),
-    ("quantize: largest value, not magnitude", QUANTIZE, "tl.maximum(amax, tl.abs(v))", "tl.maximum(amax, v)", T_FP8),
-    ("quantize: largest of the last piece", QUANTIZE, "tl.maximum(amax, tl.abs(v))", "tl.abs(v)", T_FP8),
-    ("quantize: maximum before GELU", QUANTIZE, "tl.abs(v))\n", "tl.abs(pieces[i].to(tl.float32)))\n", T_FP8),
+    (
+        "quantize: largest value, not magnitude",
+        QUANTIZE,
+        "tl.maximum(amax, tl.abs(v))",
+        "tl.maximum(amax, v)",
+        T_FP8,
+    ),
+    (
+        "quantize: largest of the last piece",
+        QUANTIZE,
+        "tl.maximum(amax, tl.abs(v))",
+        "tl.abs(v)",
+        T_FP8,
+    ),
+    (
+        "quantize: maximum before GELU",
+        QUANTIZE,
+        "tl.abs(v))\n",
+        "tl.abs(pieces[i].to(tl.float32)))\n",
+        T_FP8,
+    ),
     ("rows past the last token", ROWS, "live = t < T\n", "live = t <= T\n", T_GATED),
     ("group ignored", ROWS, "(index >= mine[0]) & (index <= mine[1])", "mine[0] <= 0", T_ADALN),
-    ("indices out of range skipped", ROWS, "tl.where(g == 0, -(2**31), g.to(tl.int32))", "g.to(tl.int32)", T_GATED),
-    ("bias not added", ROWS, "(y.to(tl.float32) + bias)", "(y.to(tl.float32) + 0.0 * bias)", T_GATED),
+    (
+        "indices out of range skipped",
+        ROWS,
+        "tl.where(g == 0, -(2**31), g.to(tl.int32))",
+        "g.to(tl.int32)",
+        T_GATED,
+    ),
+    (
+        "bias not added",
+        ROWS,
+        "(y.to(tl.float32) + bias)",
+        "(y.to(tl.float32) + 0.0 * bias)",
+        T_GATED,
+    ),
     (
         "rounded twice",
         ROWS,
@@ -56,7 +140,13 @@ BUGS = [
         T_GATED,
     ),
     ("residual sign", ROWS, "x.to(tl.float32) + gate", "x.to(tl.float32) - gate", T_GATED),
-    ("32-bit program ids", ROWS, "pid = tl.program_id(0).to(tl.int64)", "pid = tl.program_id(0)", T_GATED),
+    (
+        "32-bit program ids",
+        ROWS,
+        "pid = tl.program_id(0).to(tl.int64)",
+        "pid = tl.program_id(0)",
+        T_GATED,
+    ),
     (
         "group stride for the image",
         ROWS,
@@ -64,7 +154,13 @@ BUGS = [
         "(mod.stride(1), mod.stride(0)) if",
         T_ADALN,
     ),
-    ("scale without the one", ADALN, "xhat * (1.0 + mod[1].to(tl.float32))", "xhat * mod[1].to(tl.float32)", T_ADALN),
+    (
+        "scale without the one",
+        ADALN,
+        "xhat * (1.0 + mod[1].to(tl.float32))",
+        "xhat * mod[1].to(tl.float32)",
+        T_ADALN,
+    ),
     (
         "shift and scale swapped",
         ADALN,
@@ -75,8 +171,8 @@ BUGS = [
     (
         "scale of the wrong image",
         ADALN,
-        "scale_ptr += b * scale_b + g * scale_g",
-        "scale_ptr += p * scale_b + g * scale_g",
+        "scale_ptr += b * scale_b + g * scale_g\n    if y_ptr",
+        "scale_ptr += p * scale_b + g * scale_g\n    if y_ptr",
         T_ADALN,
     ),
     (
@@ -87,7 +183,13 @@ BUGS = [
         T_ADALN,
     ),
     ("dx without c1", ADALN, "(dxhat - xhat * c1 - c2) * rstd", "(dxhat - c2) * rstd", T_ADALN),
-    ("dx without rstd", ADALN, "(dxhat - xhat * c1 - c2) * rstd", "(dxhat - xhat * c1 - c2)", T_ADALN),
+    (
+        "dx without rstd",
+        ADALN,
+        "(dxhat - xhat * c1 - c2) * rstd",
+        "(dxhat - xhat * c1 - c2)",
+        T_ADALN,
+    ),
     ("dscale without xhat", ADALN, "sums[1] + dy * xhat", "sums[1] + dy", T_ADALN),
     (
         "per-token dscale of dxhat",
@@ -96,13 +198,43 @@ BUGS = [
         "tl.store(dscale_ptr + at, dxhat * xhat",
         T_ADALN,
     ),
-    ("tail of dshift lost", ADALN, "tl.store(dscale_ptr + cols2, sums2[0], mask=cols2 < D)", "pass", T_ADALN),
-    ("plain: gate of the wrong image", PLAIN, "gate_ptr += b * gate_b", "gate_ptr += (b // 2) * gate_b", T_GATED),
+    (
+        "tail of dshift lost",
+        ADALN,
+        "tl.store(dscale_ptr + cols2, sums2[0], mask=cols2 < D)",
+        "pass",
+        T_ADALN,
+    ),
+    (
+        "plain: gate of the wrong image",
+        PLAIN,
+        "gate_ptr += b * gate_b + g * gate_g\n    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)\n    gate, bias",
+        "gate_ptr += (b // 2) * gate_b + g * gate_g\n    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)\n    gate, bias",
+        T_GATED,
+    ),
     ("plain: dy without the gate", PLAIN, "dx * gate, mask=live", "dx, mask=live", T_GATED),
-    ("plain: dgate without the bias", PLAIN, "dgate + sum_dx * load_bias(bias_ptr, cols, cols < D)", "dgate", T_GATED),
-    ("plain: dgate forgets rows", PLAIN, "dgate + dx * head[1].to(tl.float32)", "dx * head[1].to(tl.float32)", T_GATED),
+    (
+        "plain: dgate without the bias",
+        PLAIN,
+        "dgate + sum_dx * load_bias(bias_ptr, cols, cols < D)",
+        "dgate",
+        T_GATED,
+    ),
+    (
+        "plain: dgate forgets rows",
+        PLAIN,
+        "dgate + dx * head[1].to(tl.float32)",
+        "dx * head[1].to(tl.float32)",
+        T_GATED,
+    ),
     ("plain: bias gradient without the gate", PLAIN, "sum_dx2 * gate2", "sum_dx2", T_GATED),
-    ("plain: the second row twice", PLAIN, "mine, t + 1, T", "mine, t, T", T_GATED),
+    (
+        "plain: the second row twice",
+        PLAIN,
+        "load_two(x_ptr, y_ptr, group_ptr, b, mine, t + 1, T",
+        "load_two(x_ptr, y_ptr, group_ptr, b, mine, t, T",
+        T_GATED,
+    ),
     (
         "fused: h from x",
         FUSED,
@@ -110,12 +242,36 @@ BUGS = [
         "h, h2 = x * w, ",
         T_GATED,
     ),
-    ("fused: scale strides of shift", FUSED, "scale_ptr += b * scale_b", "scale_ptr += b * gate_b", T_GATED),
-    ("fused: dx without the residual's gradient", FUSED, "dx += piece[2].to(tl.float32)", "dx += 0.0", T_GATED),
-    ("fused: dy without the gate", FUSED, "tl.store(dy_ptr + at, dx * gate", "tl.store(dy_ptr + at, dx", T_GATED),
+    (
+        "fused: scale strides of shift",
+        FUSED,
+        "scale_ptr += b * scale_b + g * scale_g\n    cols",
+        "scale_ptr += b * gate_b + g * scale_g\n    cols",
+        T_GATED,
+    ),
+    (
+        "fused: dx without the residual's gradient",
+        FUSED,
+        "dx += piece[2].to(tl.float32)",
+        "dx += 0.0",
+        T_GATED,
+    ),
+    (
+        "fused: dy without the gate",
+        FUSED,
+        "tl.store(dy_ptr + at, dx * gate",
+        "tl.store(dy_ptr + at, dx",
+        T_GATED,
+    ),
     ("fused: dgate from dh", FUSED, "sums[0] + dx * piece[1]", "sums[0] + dh * piece[1]", T_GATED),
     ("fused: dshift forgets rows", FUSED, "sums[1] + dh,", "dh,", T_GATED),
-    ("fused: dscale of x, not xhat", FUSED, "sums[2] + dh * xhat", "sums[2] + dh * piece[0].to(tl.float32)", T_GATED),
+    (
+        "fused: dscale of x, not xhat",
+        FUSED,
+        "sums[2] + dh * xhat",
+        "sums[2] + dh * piece[0].to(tl.float32)",
+        T_GATED,
+    ),
     (
         "fused: dgate without the bias",
         FUSED,
@@ -130,7 +286,13 @@ BUGS = [
         "part_ptr + pid * D, sums, gate",
         T_GATED,
     ),
-    ("modulation copied", "sra_fast/ops/_modulation.py", "modulation if modulation.stride(-1) == 1 else", "", T_GATED),
+    (
+        "modulation copied",
+        "sra_fast/ops/_modulation.py",
+        "modulation if modulation.stride(-1) == 1 else",
+        "",
+        T_GATED,
+    ),
     (
         "x saved as well",
         "sra_fast/ops/gated_residual.py",
@@ -154,13 +316,19 @@ BUGS = [
     ),
     ("attention: slowest wins", ATTENTION, "best = min(times", "best = max(times", T_ATTENTION),
     ("attention: measured every time", ATTENTION, "if key in _chosen:", "if False:", T_ATTENTION),
-    ("attention: measured with the global seed", ATTENTION, ", generator=generator)", ")", T_ATTENTION),
+    (
+        "attention: measured with the global seed",
+        ATTENTION,
+        ", generator=generator)",
+        ")",
+        T_ATTENTION,
+    ),
     # rows beyond 2^31 elements
     (
         "32-bit rows of two arrays",
         ROWS,
-        "row = b * T + t\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = load(a_ptr",
-        "row = (b * T + t).to(tl.int32)\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = load(a_ptr",
+        "row = b * T + t\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = (\n        load(a_ptr",
+        "row = (b * T + t).to(tl.int32)\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = (\n        load(a_ptr",
         T_FAR,
     ),
     (
@@ -179,7 +347,13 @@ BUGS = [
     ),
     ("fused: 32-bit rows", FUSED, "row = b * T + t\n", "row = (b * T + t).to(tl.int32)\n", T_FAR),
     # eps, statistics, tails
-    ("fused: eps ignored", FUSED, "rstd_ptr, eps, cols, cols2", "rstd_ptr, 1e-6, cols, cols2", T_GATED),
+    (
+        "fused: eps ignored",
+        FUSED,
+        "rstd_ptr, eps, cols, cols2",
+        "rstd_ptr, 1e-6, cols, cols2",
+        T_GATED,
+    ),
     (
         "fused: eps ignored by the operator",
         O_GATED,
@@ -190,20 +364,32 @@ BUGS = [
     (
         "statistics in the dtype of x",
         ADALN,
-        "(x.new_empty(shape, dtype=torch.float32) for",
-        "(x.new_empty(shape) for",
+        "rstd = x.new_empty((B, T), dtype=torch.float32)",
+        "rstd = x.new_empty((B, T))",
         T_CONTRACTS,
     ),
     (
         "fused: statistics in the dtype of x",
         FUSED,
-        "(x.new_empty(shape, dtype=torch.float32) for",
-        "(x.new_empty(shape) for",
+        "rstd = x.new_empty((B, T), dtype=torch.float32)",
+        "rstd = x.new_empty((B, T))",
         T_CONTRACTS,
     ),
     ("fused: tail of h lost", FUSED, "x2 * w2 + shift2 if TAIL", "x2 * w2 if TAIL", T_GATED),
-    ("plain: bias of the head in the tail", PLAIN, "tail[1], gate2, bias2,", "tail[1], gate2, 0.0,", T_GATED),
-    ("partial sums of the wrong gradient", ROWS, "mask=live & (k == 1)", "mask=live & (k == 0)", T_GATED),
+    (
+        "plain: bias of the head in the tail",
+        PLAIN,
+        "tail[1], gate2, bias2,",
+        "tail[1], gate2, 0.0,",
+        T_GATED,
+    ),
+    (
+        "partial sums of the wrong gradient",
+        ROWS,
+        "mask=live & (k == 1)",
+        "mask=live & (k == 0)",
+        T_GATED,
+    ),
     ("more partial sums than needed", ROWS, "min(range(1, most + 1), key=cost)", "most", T_ROWS),
     # what every operator promises
     (
@@ -227,9 +413,34 @@ BUGS = [
         "save_for_backward(x.data, scale",
         T_CONTRACTS,
     ),
-    ("a strided group", O_GATED, "None if group is None else group.contiguous()", "group", T_GATED),
-    ("strides left to the compiler", REGISTER, "Tag.needs_exact_strides", "Tag.flexible_layout", T_CONTRACTS),
-    ("launch on the current device", REGISTER, "with torch.cuda.device_of(first):", "if True:", T_CONTRACTS),
+    (
+        "a strided group",
+        O_GATED,
+        "None if group is None else group.contiguous()\n    bias",
+        "group\n    bias",
+        T_GATED,
+    ),
+    (
+        "fused: a strided group",
+        O_GATED,
+        "None if group is None else group.contiguous()\n    gate",
+        "group\n    gate",
+        T_GATED,
+    ),
+    (
+        "strides left to the compiler",
+        REGISTER,
+        "Tag.needs_exact_strides",
+        "Tag.flexible_layout",
+        T_CONTRACTS,
+    ),
+    (
+        "launch on the current device",
+        REGISTER,
+        "with torch.cuda.device_of(first):",
+        "if True:",
+        T_CONTRACTS,
+    ),
     (
         "forward mode dropped",
         REGISTER,
@@ -237,7 +448,13 @@ BUGS = [
         "return backward",
         T_CONTRACTS,
     ),
-    ("a Function for every call", REGISTER, "    return backward or", "    return True or", T_CONTRACTS),
+    (
+        "a Function for every call",
+        REGISTER,
+        "    return backward or",
+        "    return True or",
+        T_CONTRACTS,
+    ),
     ("one tensor twice", REGISTER, "if torch.compiler.is_compiling():", "if False:", T_CONTRACTS),
     (
         "second derivatives in silence",

@@ -1,4 +1,5 @@
 """A study runs, says what came out with its spread, and goes on where it was interrupted."""
+
 import json
 import os
 import subprocess
@@ -23,7 +24,9 @@ variants:
 """
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/ablations").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path):
     study = read_study(path)
     assert len(study.variants) > 1 and study.seeds
@@ -33,8 +36,12 @@ def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path):
 
 def run(path, out, *args):
     return subprocess.run(
-        [sys.executable, "sra_fast/ablate.py", str(path), "--out", str(out), *args], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=600,
+        [sys.executable, "sra_fast/ablate.py", str(path), "--out", str(out), *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=600,
     )
 
 
@@ -47,8 +54,15 @@ def test_study_from_start_to_table(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("weights/*/*/summary.json")}
     second = run(path, tmp_path)
     rows = json.loads((tmp_path / "weights/rows.json").read_text())
-    assert [(row["variant"], row["seed"]) for row in rows] == [("given", 0), ("heavier", 0), ("given", 1), ("heavier", 1)]
-    assert all(p.stat().st_mtime_ns == time for p, time in before.items()), "what was done is not done again"
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("given", 0),
+        ("heavier", 0),
+        ("given", 1),
+        ("heavier", 1),
+    ]
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items()), (
+        "what was done is not done again"
+    )
     assert [row["curve"] == 0 for row in rows] == [True, False, True, False]
     assert second.stdout.endswith(table(rows) + "\n") and (tmp_path / "weights/plot.png").exists()
 
@@ -72,7 +86,11 @@ def test_mean_and_deviation():
 )
 def test_bad_study_is_named(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
-    path.write_text(text.replace("{base}", str(ROOT / "configs/digits.yaml")).replace("{{", "{").replace("}}", "}"))
+    path.write_text(
+        text.replace("{base}", str(ROOT / "configs/digits.yaml"))
+        .replace("{{", "{")
+        .replace("}}", "}")
+    )
     done = run(path, tmp_path)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
@@ -89,7 +107,10 @@ def test_runs_of_an_edited_study_are_not_taken_for_its_own(tmp_path, monkeypatch
     done = run_one(read_study(path), "heavier", 0, tmp_path / "out")
     assert run_one(read_study(path), "heavier", 0, tmp_path / "out") == done
     path.write_text(STUDY.format(base=base).replace("2.0", "3.0"))
-    with pytest.raises(ValueError, match="01_seed0 was made with arguments .*2.0.*, heavier now has .*3.0.*choose another --out"):
+    with pytest.raises(
+        ValueError,
+        match="01_seed0 was made with arguments .*2.0.*, heavier now has .*3.0.*choose another --out",
+    ):
         run_one(read_study(path), "heavier", 0, tmp_path / "out")
     path.write_text(STUDY.format(base=base))
     base.write_text("train: {steps: 5}")
@@ -99,10 +120,14 @@ def test_runs_of_an_edited_study_are_not_taken_for_its_own(tmp_path, monkeypatch
 
 def test_a_run_that_fails_and_curves_of_other_lengths_are_one_line(tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_text(STUDY.format(base=ROOT / "configs/digits.yaml").replace("train.steps: 4", "train.steps: 0"))
+    path.write_text(
+        STUDY.format(base=ROOT / "configs/digits.yaml").replace("train.steps: 4", "train.steps: 0")
+    )
     done = run(path, tmp_path / "out")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: bad: given, seed 0 failed: error: train.steps must be at least 1")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: bad: given, seed 0 failed: error: train.steps must be at least 1"
+    )
     for name, rows in (("a", 2), ("b", 3)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text("{}")

@@ -1,4 +1,5 @@
 """The analysis scripts on a small model that has really learned digits."""
+
 import json
 import os
 import subprocess
@@ -37,7 +38,9 @@ def trained(tmp_path_factory):
 
 
 def probes(model, times, **settings) -> dict:
-    rows = probe_layers(model, "linear", split(DIGITS, model), times, [1, 2, 3, 4], draws=1, **settings)
+    rows = probe_layers(
+        model, "linear", split(DIGITS, model), times, [1, 2, 3, 4], draws=1, **settings
+    )
     return {(row["time"], row["layer"]): row["accuracy"] for row in rows}
 
 
@@ -47,8 +50,13 @@ def mean_pooled(trained):
 
 
 def test_cleaner_inputs_give_better_features(mean_pooled):
-    at = {time: np.mean([mean_pooled[time, layer] for layer in range(1, 5)]) for time in (0.1, 0.3, 0.5)}
-    assert at[0.1] > at[0.3] + 0.05 and at[0.3] > at[0.5] + 0.1 and at[0.5] > 0.2, at  # chance is 0.1
+    at = {
+        time: np.mean([mean_pooled[time, layer] for layer in range(1, 5)])
+        for time in (0.1, 0.3, 0.5)
+    }
+    assert at[0.1] > at[0.3] + 0.05 and at[0.3] > at[0.5] + 0.1 and at[0.5] > 0.2, (
+        at
+    )  # chance is 0.1
 
 
 def test_depth_helps_at_noisy_times(mean_pooled):
@@ -62,7 +70,9 @@ def test_what_is_learned_beats_noisy_pixels(trained):
     assert max(found[0.3, layer] for layer in (2, 3, 4)) > found[0.3, 0] + 0.015, found
     torch.manual_seed(0)
     fresh = probes(SiT(8, 2, 1, 48, 4, 2, num_classes=10).eval(), [0.3], how="all")
-    assert fresh[0.3, 4] == pytest.approx(fresh[0.3, 0], abs=0.01) and fresh[0.3, 0] == found[0.3, 0]
+    assert (
+        fresh[0.3, 4] == pytest.approx(fresh[0.3, 0], abs=0.01) and fresh[0.3, 0] == found[0.3, 0]
+    )
 
 
 def test_probes_see_no_label(trained):
@@ -89,8 +99,14 @@ def test_maps_follow_the_image(trained):
 
 def script(name, *args):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, f"sra_fast/{name}.py", *map(str, args)], cwd=ROOT, env=env,
-                          capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, f"sra_fast/{name}.py", *map(str, args)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_probe_command(trained, tmp_path):
@@ -98,21 +114,51 @@ def test_probe_command(trained, tmp_path):
     done = script("probe", "--checkpoint", trained, "--out", tmp_path, *args)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "probe.json").read_text())
-    assert [(row["time"], row["layer"]) for row in report["rows"]] == [(t, l) for t in (0.0, 0.4) for l in range(5)]
+    assert [(row["time"], row["layer"]) for row in report["rows"]] == [
+        (t, l) for t in (0.0, 0.4) for l in range(5)
+    ]
     top = report["best"]
-    assert top["layer"] and top["accuracy"] == max(row["accuracy"] for row in report["rows"] if row["layer"])
-    assert f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}" in done.stdout.splitlines()[-1]
+    assert top["layer"] and top["accuracy"] == max(
+        row["accuracy"] for row in report["rows"] if row["layer"]
+    )
+    assert (
+        f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}"
+        in done.stdout.splitlines()[-1]
+    )
     assert report["options"]["pool"] == "patch" and report["options"]["data"]["name"] == "digits"
     assert Image.open(tmp_path / "probe.png").size > (400, 300)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json", "probe.png"], "nothing temporary is left"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json", "probe.png"], (
+        "nothing temporary is left"
+    )
 
 
 def test_visualize_command(trained, tmp_path):
     rng = np.random.default_rng(0)
     for name in "ab":
-        np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8), arr_1=np.arange(4))
-    done = script("visualize", "--checkpoint", trained, "--runs", f"[{trained}]", "--images", 2, "--times", "[0.5]",
-                  "--samples", f"[{tmp_path}/a.npz, {tmp_path}/b.npz]", "--columns", 2, "--scale", 2, "--out", tmp_path / "out")
+        np.savez(
+            tmp_path / f"{name}.npz",
+            arr_0=rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8),
+            arr_1=np.arange(4),
+        )
+    done = script(
+        "visualize",
+        "--checkpoint",
+        trained,
+        "--runs",
+        f"[{trained}]",
+        "--images",
+        2,
+        "--times",
+        "[0.5]",
+        "--samples",
+        f"[{tmp_path}/a.npz, {tmp_path}/b.npz]",
+        "--columns",
+        2,
+        "--scale",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     names = ["pca.png", "curves.png", "samples.png"]
     assert done.stdout.split() == [str(tmp_path / "out" / name) for name in names]
@@ -123,15 +169,27 @@ def test_visualize_command(trained, tmp_path):
 @pytest.mark.parametrize(
     "name, args, message",
     [
-        ("probe", ("--checkpoint", "{run}", "--layers", "[5]"), "layers must lie in [1, 4], got [5]"),
+        (
+            "probe",
+            ("--checkpoint", "{run}", "--layers", "[5]"),
+            "layers must lie in [1, 4], got [5]",
+        ),
         ("visualize", ("--runs", "[nowhere]"), "found no losses in nowhere/stats.jsonl"),
         ("visualize", ("--runs", "[{other}]"), "found no losses in"),
-        ("visualize", ("--runs", "[{run}]", "--out", "README.md/out"), "out README.md/out cannot be made"),
+        (
+            "visualize",
+            ("--runs", "[{run}]", "--out", "README.md/out"),
+            "out README.md/out cannot be made",
+        ),
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, name, args, message):
     (tmp_path / "stats.jsonl").write_text('5\n{"denoise": 1}\n')
-    done = script(name, "--out", tmp_path / "out", *(a.format(run=trained, other=tmp_path) for a in args))
+    done = script(
+        name, "--out", tmp_path / "out", *(a.format(run=trained, other=tmp_path) for a in args)
+    )
     errors = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and errors[-1].startswith("error: ") and message in errors[-1], done.stderr[-2000:]
+    assert done.returncode == 2 and errors[-1].startswith("error: ") and message in errors[-1], (
+        done.stderr[-2000:]
+    )
     assert "Traceback" not in done.stderr

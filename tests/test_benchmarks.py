@@ -1,4 +1,5 @@
 """The benchmarks: what they measure is what the operators do, and a wrong operator has no speed."""
+
 import json
 import os
 import re
@@ -41,9 +42,14 @@ def test_every_operator_with_a_kernel_is_measured():
 
 def test_most_valuable_first():
     found = registry.cases(None, None, None, None)
-    assert found[0] == ("gated_residual_adaln", XL) and found[1] == ("adamw_ema_", Shape("SiT-XL/2"))
+    assert found[0] == ("gated_residual_adaln", XL) and found[1] == (
+        "adamw_ema_",
+        Shape("SiT-XL/2"),
+    )
     shapes = {shape for name, shape in found if name == "adaln"}
-    assert shapes == {Shape(m, r, b) for m in registry.MODELS for r in (256, 512) for b in (32, 64, 256)}
+    assert shapes == {
+        Shape(m, r, b) for m in registry.MODELS for r in (256, 512) for b in (32, 64, 256)
+    }
     assert len(found) == len(set(found)) == 18 * 10 + 3 * 2
     assert registry.cases(["adaln"], [TINY], [64], [3]) == [("adaln", Shape(TINY, 64, 3))]
     assert XL.sizes == (256, 1152, 16) and Shape("SiT-B/2", 512, 1).sizes == (1024, 768, 12)
@@ -66,7 +72,8 @@ def traffic(name: str) -> tuple[int, int]:
         "adaln": ((x, vector, vector, None, 1e-6, False), (y, x, vector, None, mean, rstd, None)),
         "gated_residual": ((x, y, None, vector, None), (x, y, None, vector, None)),
         "gated_residual_adaln": (
-            (x, y, None, *[vector] * 3, None, 1e-6, False), (*rows, None, vector, vector, None, mean, rstd, None),
+            (x, y, None, *[vector] * 3, None, 1e-6, False),
+            (*rows, None, vector, vector, None, mean, rstd, None),
         ),  # fmt: skip
         "align_distance": ((x, y, "smooth_l1", 0.05, True), (mean, x, True)),
     }
@@ -80,7 +87,9 @@ def test_bytes_of_row_operators():
         assert ENTRIES[name].bytes(XL, 2) == traffic(name), name
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if ENTRIES[name].bytes and name != "quantize_rows"])
+@pytest.mark.parametrize(
+    "name", [name for name in ENTRIES if ENTRIES[name].bytes and name != "quantize_rows"]
+)
 def test_bytes_agree_with_the_kernels_docstrings(name):
     """The leading term; s = 2 bytes per element."""
     text = (ROOT / "kernels" / f"{name.rstrip('_')}.py").read_text().split('"""')[1]
@@ -97,9 +106,13 @@ def test_bytes_agree_with_the_kernels_docstrings(name):
 
 def test_bytes_of_the_updates_and_the_noise():
     N = registry.num_parameters(SHAPE)
-    ema, params, copies, _ = registry.ENTRIES["ema_update_"].make(SHAPE, torch.bfloat16, registry.random(0, "cpu"))
+    ema, params, copies, _ = registry.ENTRIES["ema_update_"].make(
+        SHAPE, torch.bfloat16, registry.random(0, "cpu")
+    )
     assert size(*ema) == 4 * N
-    assert ENTRIES["ema_update_"].bytes(SHAPE, 2)[0] == 2 * size(*ema) + size(*params) + size(*copies)
+    assert ENTRIES["ema_update_"].bytes(SHAPE, 2)[0] == 2 * size(*ema) + size(*params) + size(
+        *copies
+    )
     flat, *_ = ENTRIES["adamw_ema_"].make(SHAPE, torch.bfloat16, registry.random(0, "cpu"))
     param, grad, exp_avg, exp_avg_sq, weights, ema, copy = flat
     both_ways = size(param, exp_avg, exp_avg_sq, ema)
@@ -123,7 +136,9 @@ def plain_variants():
 def test_a_rival_computes_what_the_operator_computes(name, rival, device):
     entry = ENTRIES[name]
     inputs = lambda: entry.make(SHAPE, torch.float32, registry.random(0, device))
-    ours, theirs = (measure.results(entry, f, inputs(), torch.float32, device) for f in (entry.ours, rival))
+    ours, theirs = (
+        measure.results(entry, f, inputs(), torch.float32, device) for f in (entry.ours, rival)
+    )
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype and a.float().abs().max() > 0
@@ -139,10 +154,14 @@ def rows_of(path: Path) -> list[dict]:
 def test_run_writes_rows(tmp_path, capsys):
     path, picture = tmp_path / "rows.json", tmp_path / "ops.png"
     plots = find_spec("matplotlib") is not None
-    assert run.main([*QUICK, "--json", str(path), *(["--plot", str(picture)] if plots else [])]) == 0
+    assert (
+        run.main([*QUICK, "--json", str(path), *(["--plot", str(picture)] if plots else [])]) == 0
+    )
     assert not plots or picture.read_bytes().startswith(b"\x89PNG")
     rows = rows_of(path)
-    wanted = {f"{n}.{which}" if e.grads else n for n, e in ENTRIES.items() for which in measure.PASSES}
+    wanted = {
+        f"{n}.{which}" if e.grads else n for n, e in ENTRIES.items() for which in measure.PASSES
+    }
     assert {row["name"] for row in rows if row["variant"] == "ours"} == wanted
     assert {row["name"] for row in rows if row["variant"] == "eager"} == wanted
     required = {"kind", "name", "variant", "device", "ms", "versions", "commit", "command"}
@@ -150,10 +169,19 @@ def test_run_writes_rows(tmp_path, capsys):
         assert required <= set(row) <= set(record.FIELDS)
         assert list(row) == [name for name in record.FIELDS if name in row]
         assert row["kind"] == "op" and row["device"] == "cpu" and row["ms"] > 0
-        assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith("python benchmarks/run.py")
-        assert row["name"].startswith(("matmul", "attention", "linear_gelu", "adaln_")) or row["gbps"] > 0
-        assert row["name"] in ("copy", "matmul") or (row["model"] == TINY and row["percent_of_ceiling"] > 0)
-        assert ("batch" in row) == (row["name"] not in ("copy", "matmul", "adamw_ema_", "ema_update_"))
+        assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith(
+            "python benchmarks/run.py"
+        )
+        assert (
+            row["name"].startswith(("matmul", "attention", "linear_gelu", "adaln_"))
+            or row["gbps"] > 0
+        )
+        assert row["name"] in ("copy", "matmul") or (
+            row["model"] == TINY and row["percent_of_ceiling"] > 0
+        )
+        assert ("batch" in row) == (
+            row["name"] not in ("copy", "matmul", "adamw_ema_", "ema_update_")
+        )
     row = next(row for row in rows if row["name"] == "adaln.both" and row["variant"] == "ours")
     copy = next(row for row in rows if row["name"] == "copy")
     assert (row["resolution"], row["batch"], row["dtype"]) == (64, 4, "float32")
@@ -170,10 +198,19 @@ def wrong_gradient(x, y, gate):
 
 
 WRONG = {
-    "value": ("gated_residual", lambda x, *rest: right_residual(x, *rest) + 1e-3 * (torch.arange(x.shape[2]) == 7)),
+    "value": (
+        "gated_residual",
+        lambda x, *rest: right_residual(x, *rest) + 1e-3 * (torch.arange(x.shape[2]) == 7),
+    ),
     "gradient": ("gated_residual", wrong_gradient),
-    "unwritten": ("gated_residual", lambda x, y, gate: right_residual(x, y, gate) + 0 * x.new_empty(x.shape)),
-    "no weight decay": ("adamw_ema_", lambda *args, **kw: right_adamw(*args, **{**kw, "weight_decay": 0.0})),
+    "unwritten": (
+        "gated_residual",
+        lambda x, y, gate: right_residual(x, y, gate) + 0 * x.new_empty(x.shape),
+    ),
+    "no weight decay": (
+        "adamw_ema_",
+        lambda *args, **kw: right_adamw(*args, **{**kw, "weight_decay": 0.0}),
+    ),
     "no copy": ("ema_update_", lambda ema, params, decay, copies: right_ema(ema, params, decay)),
 }
 
@@ -181,7 +218,10 @@ WRONG = {
 @pytest.mark.parametrize("name, wrong", WRONG.values(), ids=WRONG)
 def test_a_wrong_operator_is_red_and_has_no_speed(name, wrong, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ops, name, wrong)
-    assert run.main([*QUICK, "--ops", f"{name},noise_pair", "--json", str(tmp_path / "rows.json")]) == 1
+    assert (
+        run.main([*QUICK, "--ops", f"{name},noise_pair", "--json", str(tmp_path / "rows.json")])
+        == 1
+    )
     out, rows = capsys.readouterr().out, rows_of(tmp_path / "rows.json")
     lines = [line for line in out.splitlines() if re.match(rf"{name}[. ].* tiny ", line)]
     passes = 3 if ENTRIES[name].grads else 1
@@ -203,9 +243,19 @@ def test_a_wrong_rival_is_red_and_no_speed_is_claimed_against_it(tmp_path, capsy
 
 
 def test_a_rival_that_cannot_run_does_not_end_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(ENTRIES, "adaln", replace(ENTRIES["adaln"], to_compile=lambda *inputs: 1 / 0))
+    monkeypatch.setitem(
+        ENTRIES, "adaln", replace(ENTRIES["adaln"], to_compile=lambda *inputs: 1 / 0)
+    )
     monkeypatch.setattr(run.torch, "compile", lambda function, **kw: function)
-    command = [*QUICK, "--ops", "adaln", "--variants", "ours,compile", "--json", str(tmp_path / "rows.json")]
+    command = [
+        *QUICK,
+        "--ops",
+        "adaln",
+        "--variants",
+        "ours,compile",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
     assert run.main(command) == 0
     assert "adaln compile: cannot run: ZeroDivisionError" in capsys.readouterr().out
     assert {row["variant"] for row in rows_of(tmp_path / "rows.json")} == {"torch", "ours"}
@@ -214,7 +264,10 @@ def test_a_rival_that_cannot_run_does_not_end_the_run(tmp_path, capsys, monkeypa
 def test_time_limit_leaves_what_there_is(tmp_path, capsys):
     for _ in range(2):
         assert run.main([*QUICK, "--time-limit", "0", "--json", str(tmp_path / "rows.json")]) == 0
-        assert f"time limit reached: {len(ENTRIES)} of {len(ENTRIES)} cases not measured" in capsys.readouterr().out
+        assert (
+            f"time limit reached: {len(ENTRIES)} of {len(ENTRIES)} cases not measured"
+            in capsys.readouterr().out
+        )
     # the second run's replaced the first one's
     assert [row["name"] for row in rows_of(tmp_path / "rows.json")] == ["copy", "matmul"]
 
@@ -251,7 +304,11 @@ def test_device_times_count_only_what_is_timed(monkeypatch):
         FakeEvent.now += 3.0
         return object()
 
-    for name, fake in {"Event": FakeEvent, "synchronize": lambda: None, "_sleep": lambda cycles: None}.items():
+    for name, fake in {
+        "Event": FakeEvent,
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     assert measure.milliseconds([0, 1, 2], prepare, timed, "cuda", 0.0) == 3.0
     # warm-up, then the sets in turn
@@ -260,7 +317,9 @@ def test_device_times_count_only_what_is_timed(monkeypatch):
 
 def test_commands_name_no_folder_of_a_machine():
     command = f"python benchmarks/run.py --json {ROOT}/benchmarks/results/x.json --reference /home/me/SRA --budget 0.1"
-    expected = "python benchmarks/run.py --json benchmarks/results/x.json --reference SRA --budget 0.1"
+    expected = (
+        "python benchmarks/run.py --json benchmarks/results/x.json --reference SRA --budget 0.1"
+    )
     assert record.environment("cpu", command)["command"] == expected
 
 
@@ -273,13 +332,28 @@ def test_where_there_is_no_git(monkeypatch):
 def test_sets_are_larger_than_l2(monkeypatch):
     properties = type("Properties", (), {"L2_cache_size": 50 << 20})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    sets = lambda mib: measure.num_sets((torch.empty(mib << 20, dtype=torch.uint8, device="meta"),), "cuda")
+    sets = lambda mib: measure.num_sets(
+        (torch.empty(mib << 20, dtype=torch.uint8, device="meta"),), "cuda"
+    )
     assert (sets(801), sets(800), sets(50), sets(1)) == (1, 3, 4, 48)
 
 
 def test_pytest_benchmark():
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-k", "cpu", "-p", "no:cacheprovider"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # a worker of xdist may not measure
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/",
+        "--benchmark-only",
+        "-q",
+        "-k",
+        "cpu",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")
+    }  # a worker of xdist may not measure
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

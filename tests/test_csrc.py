@@ -1,4 +1,5 @@
 """The CUDA extension: built with nvcc where it exists; its CPU reference and its device code, run on host memory."""
+
 import importlib.util
 import os
 import re
@@ -20,8 +21,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build(folder: Path, **env) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(folder),
+        "--build-temp",
+        str(folder),
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +60,12 @@ def extension(library):
 @pytest.fixture(params=["reference", "emulated"])
 def installed(request, extension, monkeypatch):
     """sra_fast sees the extension; host tensors run its CPU reference, or its device code thread by thread."""
-    run = extension.ema_update_cpu if request.param == "reference" else extension.ema_update_emulated
-    seen = SimpleNamespace(DType=extension.DType, ema_update_cpu=run, ema_update=extension.ema_update)
+    run = (
+        extension.ema_update_cpu if request.param == "reference" else extension.ema_update_emulated
+    )
+    seen = SimpleNamespace(
+        DType=extension.DType, ema_update_cpu=run, ema_update=extension.ema_update
+    )
     monkeypatch.setattr(module, "_ema_cuda", seen)
     return extension
 
@@ -58,7 +74,9 @@ def make(shapes, dtypes, device, offset=0):
     torch.manual_seed(0)
     flat = [torch.randn(offset + torch.Size(s).numel(), device=device) for s in shapes]
     ema = [x[offset:].view(s) for x, s in zip(flat, shapes, strict=True)]
-    params = [torch.randn(s, device=device).to(dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)]
+    params = [
+        torch.randn(s, device=device).to(dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)
+    ]
     return ema, params
 
 
@@ -93,7 +111,10 @@ def test_misaligned_tensors(installed, device):
 
 def test_more_tensors_than_one_table_holds(installed, device):
     """Empty tensors at the seams included: three tables, tensors of zero to three chunks."""
-    numels = [(37 * i) % 5000 if i % 7 else (i % 3) * installed.CHUNK for i in range(2 * installed.MAX_TENSORS + 3)]
+    numels = [
+        (37 * i) % 5000 if i % 7 else (i % 3) * installed.CHUNK
+        for i in range(2 * installed.MAX_TENSORS + 3)
+    ]
     ema, params = make([(n,) for n in numels], [torch.bfloat16], device)
     check(ema, params, 0.9, [torch.zeros_like(e, dtype=torch.bfloat16) for e in ema])
 
@@ -110,7 +131,9 @@ def test_bad_arguments_are_refused(extension):
 
 
 def cuobjdump(*args) -> str:
-    return subprocess.run([_tool("cuobjdump"), *args], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [_tool("cuobjdump"), *args], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_machine_code(library):
@@ -118,11 +141,20 @@ def test_machine_code(library):
     usage = cuobjdump("--dump-resource-usage", library)
     parts = re.split(r"arch = sm_(\d+)", usage)[1:]
     for arch in ("80", "90", "100"):
-        part = "".join(body for name, body in zip(parts[::2], parts[1::2], strict=True) if name == arch)
-        rows = re.findall(r"Function (\S*ema_kernel\S*):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", part)
+        part = "".join(
+            body for name, body in zip(parts[::2], parts[1::2], strict=True) if name == arch
+        )
+        rows = re.findall(
+            r"Function (\S*ema_kernel\S*):\s+REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", part
+        )
         assert len(rows) == 9, usage[:2000]
         for name, registers, stack, local in rows:
-            assert (int(stack), int(local)) == (0, 0) and int(registers) <= 64, (arch, name, registers, stack)
+            assert (int(stack), int(local)) == (0, 0) and int(registers) <= 64, (
+                arch,
+                name,
+                registers,
+                stack,
+            )
     sass = cuobjdump("-sass", "-arch", "sm_90", library)
     bodies = sass.split("Function :")[1:]
     assert len(bodies) == 9
@@ -135,7 +167,9 @@ def test_machine_code(library):
 def test_missing_extension_is_said(monkeypatch, device):
     monkeypatch.setattr(module, "_ema_cuda", None)
     with pytest.raises(RuntimeError, match="SRA_FAST_BUILD_EXT=1"):
-        ema_update_([torch.ones(2, device=device)], [torch.ones(2, device=device)], 0.5, backend="cuda")
+        ema_update_(
+            [torch.ones(2, device=device)], [torch.ones(2, device=device)], 0.5, backend="cuda"
+        )
 
 
 def test_asking_for_it_without_nvcc_is_said(tmp_path):

@@ -20,7 +20,9 @@ def test_fused_block_is_the_plain_one(device, monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_the_page_shows_runs(backend, device, monkeypatch):
     monkeypatch.setenv("SRA_FAST_BACKEND", backend)
-    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/use_the_ops.md").read_text(), re.DOTALL))
+    code = "\n".join(
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs/use_the_ops.md").read_text(), re.DOTALL)
+    )
     with torch.device(device):
         names = {}
         exec(compile(code, "docs/use_the_ops.md", "exec"), names)

@@ -1,4 +1,5 @@
 """What a step consists of: FLOPs and bytes, counted while it runs on the CPU, its phases and its families of kernels."""
+
 import sys
 from pathlib import Path
 
@@ -34,7 +35,14 @@ def small(name: str, *case):
 @pytest.fixture
 def device(monkeypatch):
     """One process; the environment that says so is taken back."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
     return init_distributed()
@@ -74,7 +82,10 @@ def test_flops_of_the_papers_models():
     assert found["plain"] == pytest.approx(711.7e9, rel=1e-4)
     assert found["sra"] / found["plain"] == pytest.approx(1.250, abs=5e-4)
     assert found["fp32_teacher"] / found["plain"] == pytest.approx(1.345, abs=5e-4)
-    plain, sra = (sum(counting.step_flops(small(name, "SiT-S/2", 256, 1, "cpu")[1]).values()) for name in ("plain", "sra"))
+    plain, sra = (
+        sum(counting.step_flops(small(name, "SiT-S/2", 256, 1, "cpu")[1]).values())
+        for name in ("plain", "sra")
+    )
     assert sra / plain < 1.25
 
 
@@ -82,7 +93,9 @@ def test_bytes_of_known_operators():
     n = 1000
     a, b, half = torch.randn(n), torch.rand(n), torch.zeros(n, dtype=torch.bfloat16)
     m, v, steps = torch.zeros(n), torch.zeros(n), [torch.ones(())]
-    numbers = dict(lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)
+    numbers = dict(
+        lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False
+    )
     calls = {
         8: lambda: torch._foreach_mul_([a], 0.5),
         12: lambda: a.lerp_(b, 0.5),
@@ -100,10 +113,16 @@ def test_bytes_of_known_operators():
 
 def test_bytes_of_the_update_against_the_kernel(device):
     N, make = registry.num_parameters(registry.Shape("tiny")), registry.ENTRIES["adamw_ema_"].make
-    (*buffers, weights, ema, copy), *_ = make(registry.Shape("tiny"), torch.bfloat16, registry.random(0, "cpu"))
+    (*buffers, weights, ema, copy), *_ = make(
+        registry.Shape("tiny"), torch.bfloat16, registry.random(0, "cpu")
+    )
     with counting.count_bytes() as counter:
         ops.adamw_ema_(*buffers, 1, lr=0.1, weights=weights, ema=ema, ema_copy=copy)
-    assert counter.total == registry.ENTRIES["adamw_ema_"].bytes(registry.Shape("tiny"), 2)[0] == 40 * N
+    assert (
+        counter.total
+        == registry.ENTRIES["adamw_ema_"].bytes(registry.Shape("tiny"), 2)[0]
+        == 40 * N
+    )
 
     def per_parameter(name):
         variant, cfg = small(f"{name}+train.precision=bf16+align.teacher_layer=12")
@@ -115,14 +134,18 @@ def test_bytes_of_the_update_against_the_kernel(device):
     found = per_parameter("sra")
     assert 39.5 < found["optimizer"] < 40
     # without DeepSpeed's bucket, division and copies of gradients that one process has already
-    assert per_parameter("sra+optim.implementation=torch")["backward"] - found["backward"] == pytest.approx(16, abs=0.1)
+    assert per_parameter("sra+optim.implementation=torch")["backward"] - found[
+        "backward"
+    ] == pytest.approx(16, abs=0.1)
     # gradients lie flat already, the teacher's copy is a pass of its own: 2, 36 and 6
     assert 43.5 < per_parameter("sra+train.zero_stage=3")["optimizer"] < 44
     # norm 4, clip 8, AdamW 28, EMA 12, teacher's copy 6 of all but head and final layer
     strong = per_parameter("strong+compile=no")["optimizer"]
     assert 57 < strong < 58
     # AdamW in passes of its own, the EMA in two
-    assert per_parameter("truncated")["optimizer"] == pytest.approx(strong - 28 - 12 + 76 + 20, abs=0.1)
+    assert per_parameter("truncated")["optimizer"] == pytest.approx(
+        strong - 28 - 12 + 76 + 20, abs=0.1
+    )
 
 
 @pytest.mark.parametrize("kernel, expected", {
@@ -161,9 +184,17 @@ def test_phases_follow_the_clock(monkeypatch):
     assert phases.time_steps(step.run, range(2), cuda=False) == [15e3, 16e3]
     clock, inner = phases.Phases(cuda=False), step.forward
     step.forward = lambda seconds: (inner(seconds), step.teacher(0.5))
-    for place in ((step, "teacher", "teacher"), (step, "forward", "forward"), (step, "update", "optimizer")):
+    for place in (
+        (step, "teacher", "teacher"),
+        (step, "forward", "forward"),
+        (step, "update", "optimizer"),
+    ):
         clock.around(*place)
-    assert clock.measure(step.run, range(3)) == {"teacher": 500.0, "forward": 3e3, "optimizer": 12e3}  # means
+    assert clock.measure(step.run, range(3)) == {
+        "teacher": 500.0,
+        "forward": 3e3,
+        "optimizer": 12e3,
+    }  # means
 
 
 @pytest.mark.parametrize("sra, ratio, code", [(2.5, "1.250", 0), (3.0, "1.500", 1)])

@@ -1,4 +1,5 @@
 """A test that breaks CUDA is named and ends its process, long tests begin first; without a GPU."""
+
 import importlib.util
 import os
 import subprocess
@@ -69,8 +70,19 @@ def session(folder, *options):
     (folder / "test_it.py").write_text(TESTS)
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environ |= {"PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, "test_it.py"]
-    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        "test_it.py",
+    ]
+    done = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=120
+    )
     return done.stdout + done.stderr, done.returncode
 
 
@@ -88,9 +100,14 @@ def test_a_broken_device_ends_one_worker_and_the_others_tests_run(tmp_path):
     assert status == 1 and FAILED in said
     assert f"crashed while running '{KERNEL}'" in said and "PASSED test_it.py::test_after" in said
     # broken by what runs after the test itself: no report holds the cause, but the worker has said it
-    assert "PASSED test_it.py::test_late" in said and "crashed while running 'test_it.py::test_late'" in said
+    assert (
+        "PASSED test_it.py::test_late" in said
+        and "crashed while running 'test_it.py::test_late'" in said
+    )
     assert f"test_late leaves a process that cannot use CUDA any more: {CAUSE}" in said
-    assert said.count("replacing crashed worker") == 2 and "test_before: largest error 1.0e-03" in said
+    assert (
+        said.count("replacing crashed worker") == 2 and "test_before: largest error 1.0e-03" in said
+    )
 
 
 def test_long_ones_begin_first_each_beside_a_short_one():

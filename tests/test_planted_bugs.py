@@ -2,6 +2,7 @@
 
 Bugs that make a kernel write outside its tensors are not among them.
 """
+
 import re
 import shutil
 import sys
@@ -22,10 +23,18 @@ import test_gated_residual
 import test_noise_pair
 
 fused = lambda device: test_gated_residual.test_fused_variants(2, 3, 88, "layer", 0, True)
-plain = lambda device: test_gated_residual.test_plain_forward_and_gradients(2, 5, 64, 0, True, torch.float32)
+plain = lambda device: test_gated_residual.test_plain_forward_and_gradients(
+    2, 5, 64, 0, True, torch.float32
+)
 adaln = lambda device: test_adaln.test_variants(2, 3, 88, "image", "layer")
-layers = lambda op: lambda device: test_adaln_linear.test_forward_and_gradients(op, 1, 17, 72, 100, torch.float32, True)
-align = lambda kind: lambda device: test_align_distance.test_forward_and_gradients(kind, False, (2, 7, 72), device)
+layers = lambda op: (
+    lambda device: test_adaln_linear.test_forward_and_gradients(
+        op, 1, 17, 72, 100, torch.float32, True
+    )
+)
+align = lambda kind: (
+    lambda device: test_align_distance.test_forward_and_gradients(kind, False, (2, 7, 72), device)
+)
 # the bug, and the fastest test that must go red
 CHECKS = {
     "tail left out of the statistics": fused,
@@ -52,9 +61,15 @@ CHECKS = {
     "distances of image 0 overwritten": align("cosine_token"),
     "gradient scaled by the wrong length": align("cosine_token"),
     "channel gradient divided by D": align("cosine_token"),
-    "velocity with the wrong sign": lambda device: test_noise_pair.test_forward((3, 3, 7, 5), "linear", False, device),
-    "latent scale dropped": lambda device: test_noise_pair.test_forward((3, 3, 7, 5), "cosine", True, device),
-    "weight and decay swapped": lambda device: test_ema_update.test_update([torch.float32], 0.9999, device),
+    "velocity with the wrong sign": lambda device: test_noise_pair.test_forward(
+        (3, 3, 7, 5), "linear", False, device
+    ),
+    "latent scale dropped": lambda device: test_noise_pair.test_forward(
+        (3, 3, 7, 5), "cosine", True, device
+    ),
+    "weight and decay swapped": lambda device: test_ema_update.test_update(
+        [torch.float32], 0.9999, device
+    ),
     "copy of the parameter": lambda device: test_ema_update.test_copies(torch.float16, device),
     "no weight decay": lambda device: test_adamw_ema.test_step(5, torch.float16, device),
     "no second bias correction": lambda device: test_adamw_ema.test_step(5, torch.float16, device),
@@ -63,15 +78,19 @@ CHECKS = {
 
 def plant(name: str, monkeypatch, folder: Path) -> None:
     """Put the kernels of a copy of kernels/ with the bug in the place of those that the launchers launch."""
-    (path, old, new), = [bug[1:4] for bug in BUGS if bug[0] == name]
+    ((path, old, new),) = [bug[1:4] for bug in BUGS if bug[0] == name]
     package = "planted_" + re.sub(r"\W+", "_", name)
-    shutil.copytree(ROOT / "kernels", folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "kernels", folder / package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     file = folder / package / Path(path).name
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
     monkeypatch.syspath_prepend(folder)
     for source in (ROOT / "kernels").glob("*.py"):
-        module, broken = (import_module(f"{where}.{source.stem}") for where in ("sra_fast.kernels", package))
+        module, broken = (
+            import_module(f"{where}.{source.stem}") for where in ("sra_fast.kernels", package)
+        )
         for kernel in (name for name in vars(broken) if name.endswith("_kernel")):
             monkeypatch.setattr(module, kernel, getattr(broken, kernel))
 
@@ -81,3 +100,11 @@ def test_a_bug_is_noticed(name, monkeypatch, tmp_path, device):
     plant(name, monkeypatch, tmp_path)
     with pytest.raises(AssertionError):
         CHECKS[name](device)
+
+
+def test_every_pattern_occurs_exactly_once():
+    """A bug that is planted nowhere, or in two places, proves nothing about the test that notices it."""
+    counts = {
+        (path, name): (ROOT / path).read_text().count(pattern) for name, path, pattern, *_ in BUGS
+    }
+    assert {bug: count for bug, count in counts.items() if count != 1} == {}

@@ -1,4 +1,5 @@
 """The step benchmark: its programs take the engine's steps, its rows say what was measured, on any machine."""
+
 import json
 import os
 import subprocess
@@ -18,13 +19,28 @@ import train_step  # noqa: E402
 from variants import LADDER, NAMES, Variant, expand, teacher_share  # noqa: E402
 from worker import Worker  # noqa: E402
 
-SMALL = ["--device", "cpu", "--model", "SiT-S/8", "--resolution", "64", "--warmup", "0", "--steps", "2"]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+SMALL = [
+    "--device",
+    "cpu",
+    "--model",
+    "SiT-S/8",
+    "--resolution",
+    "64",
+    "--warmup",
+    "0",
+    "--steps",
+    "2",
+]
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+} | {"OMP_NUM_THREADS": "1"}
 
 
 def run(*args):
     command = [sys.executable, "benchmarks/train_step.py", *SMALL, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
 
 
 # four blocks that move: a large step, a fast average, so that a wrong layer, draw or update shows in the loss
@@ -57,10 +73,20 @@ def sums():
     programs = ["fp32_teacher", "swap_ema", "bf16_teacher", "truncated", "fused_ops", "strong+backend=aot_eager",
                 "strong+compile=whole+backend=aot_eager", "swap_ema+compile=blocks+backend=aot_eager"]  # fmt: skip
     # what the comparison must be able to see
-    wrong = ["truncated+align.teacher_layer=4", "truncated+train.ema_decay=0.6", "truncated+optim.clip=0"]
-    names = ["sra" + TINY, *(name + TINY for name in programs), *("truncated" + TINY + name[9:] for name in wrong)]
+    wrong = [
+        "truncated+align.teacher_layer=4",
+        "truncated+train.ema_decay=0.6",
+        "truncated+optim.clip=0",
+    ]
+    names = [
+        "sra" + TINY,
+        *(name + TINY for name in programs),
+        *("truncated" + TINY + name[9:] for name in wrong),
+    ]
     command = [sys.executable, "-c", PROGRAM.format(root=ROOT), *names]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return list(json.loads(done.stdout.splitlines()[-1]).values())
 
@@ -74,28 +100,60 @@ def test_programs_take_the_engines_steps(sums):
 
 
 def test_rows_of_every_kind(tmp_path):
-    done = run("--batch", 2, "--variants", "plain,sra,truncated", "--profile", 1, "--warmup", 1, "--json", tmp_path / "rows.json")
+    done = run(
+        "--batch",
+        2,
+        "--variants",
+        "plain,sra,truncated",
+        "--profile",
+        1,
+        "--warmup",
+        1,
+        "--json",
+        tmp_path / "rows.json",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     copy, matmul = rows[:2]
-    assert (copy["name"], matmul["name"]) == ("copy", "matmul") and copy["gbps"] > 0 and matmul["ms"] > 0
+    assert (
+        (copy["name"], matmul["name"]) == ("copy", "matmul")
+        and copy["gbps"] > 0
+        and matmul["ms"] > 0
+    )
     for variant in ("plain", "sra", "truncated"):
         mine = [row for row in rows if row["variant"] == variant]
         (step,) = (row for row in mine if row["kind"] == "train_step")
-        assert (step["name"], step["model"], step["resolution"], step["batch"]) == ("step", "SiT-S/8", 64, 2)
-        assert step["images_per_s"] * step["ms"] == pytest.approx(2000) and step["percent_of_ceiling"] > 0
+        assert (step["name"], step["model"], step["resolution"], step["batch"]) == (
+            "step",
+            "SiT-S/8",
+            64,
+            2,
+        )
+        assert (
+            step["images_per_s"] * step["ms"] == pytest.approx(2000)
+            and step["percent_of_ceiling"] > 0
+        )
         # neither is known of a CPU
         assert not {"mfu", "peak_bytes"} & set(step)
         teacher = {"teacher"} if variant != "plain" else set()
         parts = {row["name"]: row["ms"] for row in mine if row["kind"] == "phase"}
-        assert set(parts) == {"forward", "backward", "optimizer", "communication"} | teacher and min(parts.values()) >= 0
-        (start,) = (row for row in mine if row["kind"] == "host")  # a CPU's host has no device to run ahead of
+        assert (
+            set(parts) == {"forward", "backward", "optimizer", "communication"} | teacher
+            and min(parts.values()) >= 0
+        )
+        (start,) = (
+            row for row in mine if row["kind"] == "host"
+        )  # a CPU's host has no device to run ahead of
         assert start["name"] == "start-up" and start["ms"] > step["ms"]
         shares = {row["name"]: row["ms"] for row in mine if row["kind"] == "kernel_share"}
         assert {"matmul", "attention"} <= set(shares) <= {*phases.FAMILIES, "other"}
     for row in rows:
-        assert list(row) == [name for name in record.FIELDS if name in row] and row["device"] == "cpu"
-        assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith("python benchmarks/train_step.py")
+        assert (
+            list(row) == [name for name in record.FIELDS if name in row] and row["device"] == "cpu"
+        )
+        assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith(
+            "python benchmarks/train_step.py"
+        )
 
 
 def test_host_time_does_not_wait_for_the_device(monkeypatch):
@@ -114,9 +172,26 @@ def test_host_time_does_not_wait_for_the_device(monkeypatch):
 
 def test_a_case_that_fails_is_said_and_the_others_go_on(tmp_path):
     names = "plain+train.zero_stage=7,plain,reference"
-    done = run("--batch", 1, "--variants", names, "--reference", tmp_path, "--profile", 0, "--json", tmp_path / "rows.json")
-    assert done.returncode == 1 and "plain+train.zero_stage=7 SiT-S/8 64 px, 1 images: failed: " in done.stdout
-    assert f"expects a checkout that holds SiT-SRA/models/sit.py, found none at {tmp_path}" in done.stdout
+    done = run(
+        "--batch",
+        1,
+        "--variants",
+        names,
+        "--reference",
+        tmp_path,
+        "--profile",
+        0,
+        "--json",
+        tmp_path / "rows.json",
+    )
+    assert (
+        done.returncode == 1
+        and "plain+train.zero_stage=7 SiT-S/8 64 px, 1 images: failed: " in done.stdout
+    )
+    assert (
+        f"expects a checkout that holds SiT-SRA/models/sit.py, found none at {tmp_path}"
+        in done.stdout
+    )
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["variant"] for row in rows] == ["torch", "torch", "plain"]
 
@@ -134,7 +209,13 @@ def test_unknown_variants_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-STEP = {"images_per_s": 1.0, "flops_per_s": 1.0, "peak_bytes": None, "dtype": "float32", "loss": 1.0}
+STEP = {
+    "images_per_s": 1.0,
+    "flops_per_s": 1.0,
+    "peak_bytes": None,
+    "dtype": "float32",
+    "loss": 1.0,
+}
 
 
 def test_repetitions_alternate_and_the_median_counts(monkeypatch, tmp_path):
@@ -150,24 +231,43 @@ def test_repetitions_alternate_and_the_median_counts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(train_step.Worker, "ask", ask)
     path = tmp_path / "rows.json"
-    assert train_step.main(["--device", "cpu", "--batch", "1", "--repeat", "3", "--json", str(path)]) == 1
+    assert (
+        train_step.main(["--device", "cpu", "--batch", "1", "--repeat", "3", "--json", str(path)])
+        == 1
+    )
     # a step is taken apart once
-    assert tried == [("ceilings", True), ("plain", True), ("sra", True), *[("plain", False), ("sra", False)] * 2]
+    assert tried == [
+        ("ceilings", True),
+        ("plain", True),
+        ("sra", True),
+        *[("plain", False), ("sra", False)] * 2,
+    ]
     rows = json.loads(path.read_text())
     steps = {row["variant"]: row for row in rows if row["kind"] == "train_step"}
     assert {name: row["ms"] for name, row in steps.items()} == {"plain": 2.0, "sra": 6.0}
-    assert {name: row["spread"] for name, row in steps.items()} == {"plain": 1.0, "sra": pytest.approx(4 / 6)}
-    assert {row["variant"]: row["ms"] for row in rows if row["kind"] == "phase"} == {"plain": 3.0, "sra": 6.0}
+    assert {name: row["spread"] for name, row in steps.items()} == {
+        "plain": 1.0,
+        "sra": pytest.approx(4 / 6),
+    }
+    assert {row["variant"]: row["ms"] for row in rows if row["kind"] == "phase"} == {
+        "plain": 3.0,
+        "sra": 6.0,
+    }
     # nothing can be said about the ceiling
     assert not any("percent_of_ceiling" in row for row in rows)
 
 
 def test_two_repetitions_count_alike():
-    fast, slow = ({"ms": ms, "images_per_s": 32e3 / ms, "mfu": 30 / ms, "peak_bytes": 7} for ms in (60.0, 70.0))
+    fast, slow = (
+        {"ms": ms, "images_per_s": 32e3 / ms, "mfu": 30 / ms, "peak_bytes": 7}
+        for ms in (60.0, 70.0)
+    )
     for order in ((fast, slow), (slow, fast)):
         found, spread = train_step.summary([*order])
         assert found["ms"] == 65.0 and spread == pytest.approx(10 / 65) and found["peak_bytes"] == 7
-        assert found["images_per_s"] == pytest.approx(32e3 / 65) and found["mfu"] == pytest.approx(30 / 65)
+        assert found["images_per_s"] == pytest.approx(32e3 / 65) and found["mfu"] == pytest.approx(
+            30 / 65
+        )
     assert train_step.summary([fast]) == (fast, None)
 
 
@@ -176,10 +276,25 @@ def test_cases_run_in_the_order_given(monkeypatch, tmp_path):
 
     def ask(self, request, limit):
         tried.append(tuple(request[:4]))
-        return {"copy": [1.0, 1.0], "matmul": [1.0, 1.0]} if request[0] == "ceilings" else {"ms": 1.0, **STEP}
+        return (
+            {"copy": [1.0, 1.0], "matmul": [1.0, 1.0]}
+            if request[0] == "ceilings"
+            else {"ms": 1.0, **STEP}
+        )
 
     monkeypatch.setattr(train_step.Worker, "ask", ask)
-    words = ["--case", "SiT-S/8", "64", "4", "sra,plain,sra", "--case", "SiT-S/4", "32", "2", "plain"]
+    words = [
+        "--case",
+        "SiT-S/8",
+        "64",
+        "4",
+        "sra,plain,sra",
+        "--case",
+        "SiT-S/4",
+        "32",
+        "2",
+        "plain",
+    ]
     assert train_step.main(["--device", "cpu", *words, "--json", str(tmp_path / "rows.json")]) == 0
     large, small = ("SiT-S/8", 64, 4), ("SiT-S/4", 32, 2)
     assert tried[1:] == [("sra", *large), ("plain", *large), ("sra", *large), ("plain", *small)]
@@ -198,16 +313,37 @@ def test_what_does_not_fit_is_not_tried_larger(monkeypatch, tmp_path):
         return {"ms": 1.0, **STEP}
 
     monkeypatch.setattr(train_step.Worker, "ask", ask)
-    command = ["--device", "cpu", "--batch", "128", "32", "64", "--json", str(tmp_path / "rows.json")]
+    command = [
+        "--device",
+        "cpu",
+        "--batch",
+        "128",
+        "32",
+        "64",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
     assert train_step.main(command) == 0
     assert [name for name, batch in tried if batch == 128] == ["plain"] and ("sra", 64) in tried
 
 
 def test_what_no_time_is_left_for_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_step.Worker, "ask", lambda *args: pytest.fail("nothing may start"))
-    command = ["--device", "cpu", "--batch", "1", "--budget", "0", "--json", str(tmp_path / "rows.json")]
+    command = [
+        "--device",
+        "cpu",
+        "--batch",
+        "1",
+        "--budget",
+        "0",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
     assert train_step.main(command) == 1
-    assert "plain            SiT-XL/2 256 px, 1 images: not run, no time is left" in capsys.readouterr().out
+    assert (
+        "plain            SiT-XL/2 256 px, 1 images: not run, no time is left"
+        in capsys.readouterr().out
+    )
 
 
 def test_one_process_gives_what_separate_processes_give():
@@ -272,14 +408,18 @@ def test_the_published_loop_learns_and_moves_its_teacher(checkout):
         # with this eps AdamW sees the scale of the gradients
         settings = f"+train.precision={precision}+optim.lr=0.03+optim.eps=1e-5+train.ema_decay=0.5+align.student_layer=3"
         cfg = Variant.parse("reference" + settings).configuration("SiT-S/8", 64, 4, "cpu")
-        run = Reference(cfg, str(checkout), RandomMoments(cfg, torch.device("cpu")), torch.device("cpu"))
+        run = Reference(
+            cfg, str(checkout), RandomMoments(cfg, torch.device("cpu")), torch.device("cpu")
+        )
         assert run.dtype == dtype and run.scaler.is_enabled() == (precision == "bf16")
         weights, sums = [p.clone() for p in run.model.parameters()], [0.0]
         for i in range(8):
             run.step(i)
             sums.append(float(run.loss_sum))
         losses[precision] = [after - before for before, after in pairwise(sums)]
-        for start, p, average in zip(weights, run.model.parameters(), run.ema.parameters(), strict=True):
+        for start, p, average in zip(
+            weights, run.model.parameters(), run.ema.parameters(), strict=True
+        ):
             if p.requires_grad:
                 # between the start and the student, closer to the student after eight halvings
                 assert 0 < (p - average).norm() < 0.6 * (p - start).norm()
@@ -288,23 +428,44 @@ def test_the_published_loop_learns_and_moves_its_teacher(checkout):
 
 
 def test_ladder_and_depths():
-    assert expand(["ladder"], "SiT-XL/2", True)[:2] == ["reference", "fp32_teacher"] and set(LADDER) < set(NAMES)
-    assert expand(["plain", "ladder", "plain"], "SiT-XL/2", False) == ["plain", *LADDER[1:], "plain"]
+    assert expand(["ladder"], "SiT-XL/2", True)[:2] == ["reference", "fp32_teacher"] and set(
+        LADDER
+    ) < set(NAMES)
+    assert expand(["plain", "ladder", "plain"], "SiT-XL/2", False) == [
+        "plain",
+        *LADDER[1:],
+        "plain",
+    ]
     depths = expand(["depths"], "SiT-XL/2", False)
     assert [teacher_share(name, "SiT-XL/2") for name in depths] == [0.25, 0.5, 0.75, 1.0]
     assert teacher_share("sra", "SiT-XL/2") == 20 / 28
     cfg = Variant.parse(depths[0]).configuration("SiT-XL/2", 512, 8, "cuda")
     assert (cfg.align.student_layer, cfg.align.teacher_layer, cfg.model.input_size) == (7, 7, 64)
     # the engine knows every option that the variants set
-    assert Variant.parse("fp8").configuration("SiT-XL/2", 256, 8, "cuda").align.teacher_dtype == "fp8"
-    assert [Variant.parse(name).configuration("SiT-B/2", 256, 8, "cuda").train.compile for name in LADDER[6:]] == [
-        False, True, True, True
-    ]
+    assert (
+        Variant.parse("fp8").configuration("SiT-XL/2", 256, 8, "cuda").align.teacher_dtype == "fp8"
+    )
+    assert [
+        Variant.parse(name).configuration("SiT-B/2", 256, 8, "cuda").train.compile
+        for name in LADDER[6:]
+    ] == [False, True, True, True]
     # only programs without our kernels are told so
     backends = {name: Variant.parse(name).environment.get("SRA_FAST_BACKEND") for name in NAMES}
     assert {name for name, backend in backends.items() if backend == "torch"} == {
-        "fp32_teacher", "bf16_teacher", "swap_ema", "truncated", "strong"
+        "fp32_teacher",
+        "bf16_teacher",
+        "swap_ema",
+        "truncated",
+        "strong",
     }
     # the best rival and the engine take the backend of attention that is the fastest
-    attention = {name for name in NAMES if Variant.parse(name).environment.get("SRA_FAST_ATTENTION", "auto") == "auto"}
-    assert attention >= {"strong", "fused_ops", "sra", "plain"} and not attention & {"truncated", "swap_ema", "fp32_teacher"}
+    attention = {
+        name
+        for name in NAMES
+        if Variant.parse(name).environment.get("SRA_FAST_ATTENTION", "auto") == "auto"
+    }
+    assert attention >= {"strong", "fused_ops", "sra", "plain"} and not attention & {
+        "truncated",
+        "swap_ema",
+        "fp32_teacher",
+    }

@@ -11,7 +11,12 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import verdict  # noqa: E402
 
-WHERE = {"device": "NVIDIA H100 80GB HBM3", "versions": {"torch": "2.11.0"}, "commit": "abc", "resolution": 256}
+WHERE = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "versions": {"torch": "2.11.0"},
+    "commit": "abc",
+    "resolution": 256,
+}
 
 
 def step(variant, batch, ms, model="SiT-XL/2", **more):
@@ -20,7 +25,15 @@ def step(variant, batch, ms, model="SiT-XL/2", **more):
 
 
 def op(name, variant="ours", batch=32, **more):
-    return {"kind": "op", "name": name, "variant": variant, "model": "SiT-XL/2", "batch": batch, **WHERE, **more}
+    return {
+        "kind": "op",
+        "name": name,
+        "variant": variant,
+        "model": "SiT-XL/2",
+        "batch": batch,
+        **WHERE,
+        **more,
+    }
 
 
 ROWS = [
@@ -66,17 +79,38 @@ def lines(tmp_path):
 def test_goals_are_met_missed_or_not_run(lines):
     said = {line[2:49].strip(): line[49:].split() for line in lines[lines.index("goals:") + 1 :]}
     assert said["SRA over plain, 32 images (time)"][:5] == ["1.167", "goal", "<=", "1.18,", "met,"]
-    assert said["SRA with fp8 teacher over plain, 32"][:5] == ["1.133", "goal", "<=", "1.13,", "MISSED,"]
+    assert said["SRA with fp8 teacher over plain, 32"][:5] == [
+        "1.133",
+        "goal",
+        "<=",
+        "1.13,",
+        "MISSED,",
+    ]
     # each at its best among the settings that it may choose, and at the batch that fits
     assert said["SRA over plain, 256 images (time)"][:5] == ["1.150", "goal", "<=", "1.18,", "met,"]
     assert said["SRA over strong, 32 images"] == ["1.100", "goal", ">=", "1.1,", "met"]
-    assert said["SRA over strong, 256 images (or what fits it)"] == ["1.304", "goal", ">=", "1.05,", "met"]
-    assert said["images/s with SRA, 32 images"][0] == "457.1" and "MISSED," in said["images/s with SRA, 32 images"]
+    assert said["SRA over strong, 256 images (or what fits it)"] == [
+        "1.304",
+        "goal",
+        ">=",
+        "1.05,",
+        "met",
+    ]
+    assert (
+        said["images/s with SRA, 32 images"][0] == "457.1"
+        and "MISSED," in said["images/s with SRA, 32 images"]
+    )
     assert said["images/s of B/2 with SRA, 256"][:2] == ["not", "run"]
     assert said["half-block backward over torch.compile's"][0] == "1.500"
-    assert said["adamw_ema_ over its bytes"][0] == "1.250" and said["adamw_ema_ over its bytes"][-1] == "MISSED"
+    assert (
+        said["adamw_ema_ over its bytes"][0] == "1.250"
+        and said["adamw_ema_ over its bytes"][-1] == "MISSED"
+    )
     # beside what was measured, what arithmetic said: within a quarter of it here, as these rows were made up
-    (guess,) = (float(words[words.index("predicted") + 1]) for words in [said["images/s with SRA, 32 images"]])
+    (guess,) = (
+        float(words[words.index("predicted") + 1])
+        for words in [said["images/s with SRA, 32 images"]]
+    )
     assert 350 < guess < 570
     assert said["memory over plain, 32 images"][0] == "3.000GB"
     assert len(said) == len(verdict.GOALS)
@@ -84,7 +118,9 @@ def test_goals_are_met_missed_or_not_run(lines):
 
 def test_what_is_wrong_is_named(lines):
     text = "\n".join(lines)
-    assert lines[0] == "VERDICT first: NVIDIA H100 80GB HBM3, torch 2.11.0, commit abc, copy 3000 GB/s"
+    assert (
+        lines[0] == "VERDICT first: NVIDIA H100 80GB HBM3, torch 2.11.0, commit abc, copy 3000 GB/s"
+    )
     assert "operators: 2 right, 1 wrong: adaln.forward" in lines
     assert "tests: 2 passed, 2 failed, CUT SHORT: the others were not run" in text
     assert [line for line in lines if "RED" in line] == [
@@ -92,7 +128,10 @@ def test_what_is_wrong_is_named(lines):
         "  RED tests/ops/test_b.py::test_four",
     ]
     assert "host: 40.0 ms per step of 70.0 ms, hidden; start-up 9.0 s" in lines
-    assert any(line.endswith("matmul 40.0 ms, attention 5.0 ms, a 0.4 ms, b 0.3 ms, c 0.2 ms") for line in lines)
+    assert any(
+        line.endswith("matmul 40.0 ms, attention 5.0 ms, a 0.4 ms, b 0.3 ms, c 0.2 ms")
+        for line in lines
+    )
     (mine,) = (line for line in lines if " sra   " in line)
     assert (
         "70.00 ms +-0.2 %" in mine
@@ -102,7 +141,10 @@ def test_what_is_wrong_is_named(lines):
 
 
 def test_a_host_that_is_slower_than_the_device_is_not_hidden(tmp_path):
-    rows = [row | ({"ms": 75.0} if (row["kind"], row["name"]) == ("host", "step") else {}) for row in ROWS]
+    rows = [
+        row | ({"ms": 75.0} if (row["kind"], row["name"]) == ("host", "step") else {})
+        for row in ROWS
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert "75.0 ms per step of 70.0 ms, NOT hidden" in verdict.render(tmp_path)
 
@@ -111,17 +153,31 @@ def test_other_batches_are_no_answer(tmp_path):
     """Where only 32 images were measured nothing is said of 256; a rival may have fewer where 256 do not fit, but not any."""
     rows = verdict.Rows([row for row in ROWS if row.get("batch") != 256])
     goals = {goal.name: goal.value(rows) for goal in verdict.GOALS}
-    assert goals["SRA over plain, 256 images (time)"] is goals["images/s with SRA, 256 images"] is None
+    assert (
+        goals["SRA over plain, 256 images (time)"] is goals["images/s with SRA, 256 images"] is None
+    )
     assert rows.step("strong", 256)["batch"] == 128 and rows.step("strong", 512) is None
-    assert verdict.Rows([step("swap_ema+graph=true", 32, 140.0), step("sra", 32, 70.0)]).step("swap_ema", 32)["ms"] == 140.0
+    assert (
+        verdict.Rows([step("swap_ema+graph=true", 32, 140.0), step("sra", 32, 70.0)]).step(
+            "swap_ema", 32
+        )["ms"]
+        == 140.0
+    )
 
 
 def test_tests_that_were_cut_short(tmp_path):
-    for last, said in (("", "CUT SHORT"), ("=== 2 failed, 3 passed, 1 warning in 12.34s (0:00:12) ===\n", "2 passed, 2 failed\n")):
+    for last, said in (
+        ("", "CUT SHORT"),
+        ("=== 2 failed, 3 passed, 1 warning in 12.34s (0:00:12) ===\n", "2 passed, 2 failed\n"),
+    ):
         (tmp_path / "tests.log").write_text(LOG + last)
         assert said in verdict.render(tmp_path)
 
 
 def test_an_empty_folder_has_a_verdict_too(tmp_path):
     text = verdict.render(tmp_path)
-    assert "nothing measured" in text and "tests: not run" in text and text.count("not run") == len(verdict.GOALS) + 2
+    assert (
+        "nothing measured" in text
+        and "tests: not run" in text
+        and text.count("not run") == len(verdict.GOALS) + 2
+    )

@@ -59,14 +59,18 @@ def test_one_process_answers_and_survives_an_error(make, capsys):
     with pytest.raises(Failure, match="^ValueError: expected this, got that$"):
         worker.ask(["raise"], 30)
     second = worker.ask(["b"], 30)
-    assert (first["asked"], second["asked"]) == ("a", "b") and first["pid"] == second["pid"] != os.getpid()
+    assert (first["asked"], second["asked"]) == ("a", "b") and first["pid"] == second[
+        "pid"
+    ] != os.getpid()
     assert "a library says something" in capsys.readouterr().out
 
 
 def test_what_ends_the_process_costs_its_own_case_only(make):
     worker = make()
     pids = [worker.ask(["a"], 30)["pid"]]
-    with pytest.raises(Failure, match=r"the process has ended \(7\): TorchError: the device is gone"):
+    with pytest.raises(
+        Failure, match=r"the process has ended \(7\): TorchError: the device is gone"
+    ):
         worker.ask(["die"], 30)
     pids.append(worker.ask(["a"], 30)["pid"])
     with pytest.raises(Failure, match="not finished in 1 s"):
@@ -98,7 +102,11 @@ def test_clock_power_and_throttling_of_a_time(tmp_path):
     while len(clocks.readings) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     now = clocks.readings[0][0]
-    assert clocks.between(now, now + 5) == {"sm_mhz": 1695.0, "watts": 650.5, "throttled": "power cap"}
+    assert clocks.between(now, now + 5) == {
+        "sm_mhz": 1695.0,
+        "watts": 650.5,
+        "throttled": "power cap",
+    }
     assert clocks.between(now + 60, now + 70) == {}
     text = (tmp_path / "clocks.csv").read_text().splitlines()
     assert (

@@ -1,4 +1,5 @@
 """From a configuration to a DeepSpeed engine with its sharded EMA and teacher."""
+
 import logging
 from dataclasses import dataclass
 
@@ -49,7 +50,14 @@ class Trainer:
     graphed: GraphedGradients | None = None
 
     def micro_step(
-        self, x0: Tensor, y: Tensor, noise: Tensor, times: tuple[Tensor, Tensor], drop: Tensor, weight: float, first: bool
+        self,
+        x0: Tensor,
+        y: Tensor,
+        noise: Tensor,
+        times: tuple[Tensor, Tensor],
+        drop: Tensor,
+        weight: float,
+        first: bool,
     ) -> dict[str, Tensor]:
         """Forward and backward pass of a micro-batch; its gradients are added to those of the optimizer step's earlier ones.
 
@@ -71,7 +79,9 @@ class Trainer:
             self.engine.module.teacher_pass.ready()
         if not self.graphed.captured:  # every step that this run will take
             accumulate = (False, True) if self.accumulation > 1 else (False,)
-            self.graphed.prepare([(inputs[aligned], later) for aligned in phases for later in accumulate])
+            self.graphed.prepare(
+                [(inputs[aligned], later) for aligned in phases for later in accumulate]
+            )
         return self.graphed(*inputs[weight > 0], accumulate=not first)
 
     @property
@@ -175,7 +185,10 @@ def _restore_fp32(shards: MasterShards, engine, initial: dict[str, Tensor]) -> N
 def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
     """Measure attention's backends for the shapes of student and teacher: impossible once a compiler traces."""
     a = cfg.model.arguments()
-    tokens, dtype = (a["input_size"] // a["patch_size"]) ** 2, torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    tokens, dtype = (
+        (a["input_size"] // a["patch_size"]) ** 2,
+        torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32,
+    )
     for images, training in ((micro, True), (round(micro * cfg.align.fraction), False)):
         shape = (images, tokens, 3, a["num_heads"], a["hidden_size"] // a["num_heads"])
         qkv = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
@@ -242,10 +255,14 @@ def _graph_obstacle(engine, stage: int, ds_config: dict, graphed: GraphedGradien
             return f"{name} of DeepSpeed's JSON looks into forward and backward passes"
     graphed.let_go()
     held = held_accumulators(graphed.parameters)
-    return f"this version of DeepSpeed holds autograd's nodes of {held} parameters" if held else None
+    return (
+        f"this version of DeepSpeed holds autograd's nodes of {held} parameters" if held else None
+    )
 
 
-def graphed_step(objective: SRAObjective, student: SiT, accumulation: int, graphs: bool = True) -> GraphedGradients:
+def graphed_step(
+    objective: SRAObjective, student: SiT, accumulation: int, graphs: bool = True
+) -> GraphedGradients:
     """The objective's loss, as a mean over ``accumulation`` micro-batches, and its gradients.
 
     Without ``graphs`` the same is run eagerly.
@@ -260,7 +277,10 @@ def graphed_step(objective: SRAObjective, student: SiT, accumulation: int, graph
 
 
 def build(
-    cfg: Config, device: torch.device, ds_json: str | None = None, weights: dict[str, Tensor] | None = None
+    cfg: Config,
+    device: torch.device,
+    ds_json: str | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Trainer:
     """Build model, teacher, optimizer and engine.
 
@@ -288,7 +308,9 @@ def build(
             network.compile_blocks()
     initial = _initial_masters(student, stage) if bf16 else {}
     objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
-    if stage == 3:  # a block's operators read the weights of several layers: gathered and given back together
+    if (
+        stage == 3
+    ):  # a block's operators read the weights of several layers: gathered and given back together
         deepspeed.utils.set_z3_leaf_modules(objective, [Block])
     optimizer = make_optimizer(cfg, student, _teacher_kinds(cfg, teacher), device.type == "cuda")
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
@@ -305,5 +327,18 @@ def build(
         objective.teacher_pass.ready = trained.wait
     graphed = _make_graphed(cfg, engine, student, stage, accumulation, ds_config)
     return Trainer(
-        cfg, engine, student, shards, ema, trained, device, stage, micro, accumulation, rank, world, ds_config, graphed
+        cfg,
+        engine,
+        student,
+        shards,
+        ema,
+        trained,
+        device,
+        stage,
+        micro,
+        accumulation,
+        rank,
+        world,
+        ds_config,
+        graphed,
     )

@@ -4,6 +4,7 @@
 (step, seed, sampler position, processes, scales of an fp8 teacher).  All random numbers are functions of (seed, step, image), so
 that these are the whole generator state.  DeepSpeed writes ``latest`` last: an interrupted save is never picked up.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,7 +32,9 @@ def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
     tag = f"step_{step:08d}"
     path = folder / tag
     path.mkdir(parents=True, exist_ok=True)
-    pieces = {name: (start, values.clone()) for name, (start, values) in trainer.ema.pieces().items()}
+    pieces = {
+        name: (start, values.clone()) for name, (start, values) in trainer.ema.pieces().items()
+    }
     write_atomic(path / f"ema_rank_{trainer.rank:05d}.pt", lambda p: torch.save(pieces, p))
     teacher = trainer.teacher.state() if trainer.teacher is not None else None
     if trainer.rank == 0:
@@ -53,7 +56,8 @@ def identity_of(cfg: Config, world_size: int, zero_stage: int) -> dict:
         "precision": cfg.train.precision,
         "residual": cfg.train.residual,
         "teacher_layer": cfg.align.teacher_layer if cfg.align.target != "none" else None,
-        "fp8_group": cfg.align.target == "ema_teacher" and cfg.align.teacher_dtype == "fp8",  # a parameter group of its own
+        "fp8_group": cfg.align.target == "ema_teacher"
+        and cfg.align.teacher_dtype == "fp8",  # a parameter group of its own
         "model": asdict(cfg.model),
     }
 
@@ -65,12 +69,19 @@ def read_state(path: Path, identity: dict) -> dict:
         ValueError: no checkpoint there, or one of another model, seed, batch, precision, ZeRO stage or process count.
     """
     try:
-        state = {"fp8_group": False, "residual": "bf16", "teacher": None, **json.loads((path / STATE).read_text())}
+        state = {
+            "fp8_group": False,
+            "residual": "bf16",
+            "teacher": None,
+            **json.loads((path / STATE).read_text()),
+        }
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"no checkpoint of sra-fast at {path}: {error}") from None
     for key, value in identity.items():
         if state.get(key) != value:
-            raise ValueError(f"cannot resume {path}: it was made with {key} {state.get(key)}, this run has {value}")
+            raise ValueError(
+                f"cannot resume {path}: it was made with {key} {state.get(key)}, this run has {value}"
+            )
     return state
 
 
@@ -87,11 +98,15 @@ def latest(folder: Path) -> Path | None:
 def load(trainer: Trainer, path: Path) -> int:
     """Restore weights, optimizer, EMA and teacher from a checkpoint folder; returns the step.  ValueError: see ``read_state``."""
     state = read_state(path, identity_of(trainer.cfg, trainer.world, trainer.stage))
-    loaded, _ = trainer.engine.load_checkpoint(str(path.parent), tag=path.name, load_module_strict=False)
+    loaded, _ = trainer.engine.load_checkpoint(
+        str(path.parent), tag=path.name, load_module_strict=False
+    )
     if loaded is None:
         raise ValueError(f"DeepSpeed found no checkpoint at {path}")
     o = trainer.cfg.optim
-    for group in trainer.engine.optimizer.param_groups:  # the configuration's, not those of the interrupted run
+    for group in (
+        trainer.engine.optimizer.param_groups
+    ):  # the configuration's, not those of the interrupted run
         group.update(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
     if o.implementation == "fused":  # its step count is read on the host
         for moments in trainer.shards.optimizer_states():
@@ -114,7 +129,10 @@ def load_ema(path: Path) -> dict[str, Tensor]:
                 pieces.setdefault(name, []).append(piece)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{file} is missing or broken: {error}") from None
-    return {name: torch.cat([values for _, values in sorted(parts, key=lambda p: p[0])]) for name, parts in pieces.items()}
+    return {
+        name: torch.cat([values for _, values in sorted(parts, key=lambda p: p[0])])
+        for name, parts in pieces.items()
+    }
 
 
 def read_reference(path: str) -> dict:
@@ -129,11 +147,17 @@ def read_reference(path: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be read safely: {(str(error).splitlines() or ['empty'])[0]}") from None
+        raise ValueError(
+            f"{path} is no checkpoint that can be read safely: {(str(error).splitlines() or ['empty'])[0]}"
+        ) from None
     if isinstance(checkpoint, dict) and "x_embedder.proj.weight" in checkpoint:
         checkpoint = {"ema": checkpoint}
-    if not isinstance(checkpoint, dict) or "x_embedder.proj.weight" not in checkpoint.get("ema", checkpoint.get("model", {})):
-        raise ValueError(f"{path} holds neither a SiT or DiT state dict nor the reference's checkpoint")
+    if not isinstance(checkpoint, dict) or "x_embedder.proj.weight" not in checkpoint.get(
+        "ema", checkpoint.get("model", {})
+    ):
+        raise ValueError(
+            f"{path} holds neither a SiT or DiT state dict nor the reference's checkpoint"
+        )
     return checkpoint
 
 
@@ -158,9 +182,14 @@ def start_from(trainer: Trainer, checkpoint: dict) -> int:
         trainer.ema.load(checkpoint["ema"])
     if "opt" in checkpoint:
         # the reference's optimizer also lists its position embedding, first and without state
-        states = {name: checkpoint["opt"]["state"][i] for i, name in enumerate(trainer.shards.shapes, start=1)}
+        states = {
+            name: checkpoint["opt"]["state"][i]
+            for i, name in enumerate(trainer.shards.shapes, start=1)
+        }
         for key in ("exp_avg", "exp_avg_sq"):
-            trainer.shards.scatter({name: s[key] for name, s in states.items()}, trainer.shards.state(key))
+            trainer.shards.scatter(
+                {name: s[key] for name, s in states.items()}, trainer.shards.state(key)
+            )
         for state in trainer.shards.optimizer_states():
             state["step"].fill_(float(next(iter(states.values()))["step"]))
     trainer.refresh_teacher()
@@ -179,9 +208,19 @@ def export_reference(trainer: Trainer, path: Path, step: int, epoch: int) -> Non
         i: {"step": count.detach().cpu().clone(), **{key: moments[key][name] for key in moments}}
         for i, name in enumerate(shards.shapes, start=1)
     }
-    group = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay, "amsgrad": False,
-             "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
-             "params": list(range(len(shards.shapes) + 1))}
+    group = {
+        "lr": o.lr,
+        "betas": tuple(o.betas),
+        "eps": o.eps,
+        "weight_decay": o.weight_decay,
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+        "params": list(range(len(shards.shapes) + 1)),
+    }
     checkpoint = {
         "model": trainer.state_dict(weights),
         "ema": trainer.state_dict(ema),
@@ -197,8 +236,13 @@ def reference_args(cfg: Config) -> argparse.Namespace:
     """The reference's command-line arguments that describe the model, and the head count, which it has in the name."""
     m = cfg.model
     return argparse.Namespace(
-        model=m.name, resolution=8 * m.input_size, num_classes=m.num_classes, qk_norm=m.qk_norm,
-        cfg_prob=m.class_dropout_prob, path_type=cfg.diffusion.path, num_heads=m.arguments()["num_heads"],
+        model=m.name,
+        resolution=8 * m.input_size,
+        num_classes=m.num_classes,
+        qk_norm=m.qk_norm,
+        cfg_prob=m.class_dropout_prob,
+        path_type=cfg.diffusion.path,
+        num_heads=m.arguments()["num_heads"],
     )
 
 

@@ -1,4 +1,5 @@
 """YAML files and command line to dataclasses."""
+
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,9 @@ def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
         parser_mode="sra",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; may be given several times, the last one wins")
+    parser.add_argument(
+        "--config", action="config", help="YAML file; may be given several times, the last one wins"
+    )
     parser.add_class_arguments(options)
     return parser
 
@@ -44,8 +47,16 @@ def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | 
 def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     """Training configuration and the path of DeepSpeed's JSON (or None)."""
     parser = make_parser(Config, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
-    parser.add_argument("--deepspeed", action="store_true", help="accepted for launch scripts; DeepSpeed always runs")
-    parser.add_argument("--deepspeed_config", type=str | None, help="DeepSpeed JSON; wins over the defaults set here")
+    parser.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="accepted for launch scripts; DeepSpeed always runs",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=str | None,
+        help="DeepSpeed JSON; wins over the defaults set here",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     args = list(sys.argv[1:] if args is None else args)
     for i, arg in enumerate(args):  # the same short form as in a file

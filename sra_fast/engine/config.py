@@ -1,4 +1,5 @@
 """The configuration: typed dataclasses, read from YAML files and the command line, checked before anything is allocated."""
+
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -176,7 +177,9 @@ class TrainConfig:
     """steps between checkpoints; one is always written at the end"""
     log_every: int = 100
     """steps between log lines"""
-    export: list[Literal["safetensors", "reference"]] = field(default_factory=lambda: ["safetensors"])
+    export: list[Literal["safetensors", "reference"]] = field(
+        default_factory=lambda: ["safetensors"]
+    )
     """written at the end: EMA weights as safetensors; the reference's .pt with weights, EMA and optimizer state"""
 
 
@@ -222,7 +225,11 @@ class SampleConfig:
     """from [0, 255] to uint8 (the reference truncates)"""
 
     def resolved_method(self, family: str) -> str:
-        return {"SiT": "euler_maruyama", "DiT": "ddpm"}[family] if self.method == "auto" else self.method
+        return (
+            {"SiT": "euler_maruyama", "DiT": "ddpm"}[family]
+            if self.method == "auto"
+            else self.method
+        )
 
 
 @dataclass

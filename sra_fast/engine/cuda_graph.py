@@ -162,7 +162,9 @@ class GraphedGradients(_Captures):
             return
         self.let_go()
         if held := held_accumulators(self.parameters):
-            raise RuntimeError(f"a CUDA graph of the gradients: autograd's nodes of {held} parameters are held by something else")
+            raise RuntimeError(
+                f"a CUDA graph of the gradients: autograd's nodes of {held} parameters are held by something else"
+            )
         for inputs in static.values():
             warm_up(lambda inputs=inputs: self._rehearse(inputs))
         for (accumulate, signature), inputs in static.items():

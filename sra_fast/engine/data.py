@@ -3,6 +3,7 @@
 A data set has ``shape`` (C, H, W of the latent), ``posterior`` (whether images are moments to sample from), ``labels``,
 ``__getitems__`` (a list of indices -> one batch) and ``to_latent`` (a batch on the device -> clean latents).
 """
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,14 +50,18 @@ def make_dataset(cfg: Config) -> Digits | Latents | PackedLatents:
     model = cfg.model
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
-        raise ValueError(f"the model takes latents {expected} (in_channels, input_size), the data has {data.shape}")
+        raise ValueError(
+            f"the model takes latents {expected} (in_channels, input_size), the data has {data.shape}"
+        )
     if int(data.labels.min()) < 0 or data.num_classes > model.num_classes:
         raise ValueError(
             f"labels must lie in [0, {model.num_classes}) (model.num_classes), "
             f"the data has {int(data.labels.min())} .. {data.num_classes - 1}"
         )
     if len(data) < cfg.train.global_batch:
-        raise ValueError(f"train.global_batch {cfg.train.global_batch} is larger than the data set ({len(data)} images)")
+        raise ValueError(
+            f"train.global_batch {cfg.train.global_batch} is larger than the data set ({len(data)} images)"
+        )
     return data
 
 
@@ -76,9 +81,22 @@ class ShuffledBatches:
     """
 
     def __init__(
-        self, num_images: int, seed: int, micro: int, accumulation: int, rank: int, world: int, step: int, steps: int
+        self,
+        num_images: int,
+        seed: int,
+        micro: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        step: int,
+        steps: int,
     ):
-        self.num_images, self.seed, self.micro, self.accumulation = num_images, seed, micro, accumulation
+        self.num_images, self.seed, self.micro, self.accumulation = (
+            num_images,
+            seed,
+            micro,
+            accumulation,
+        )
         self.rank, self.world, self.step, self.steps = rank, world, step, steps
         self.global_batch = micro * accumulation * world
         self.steps_per_epoch = num_images // self.global_batch
@@ -109,7 +127,9 @@ def _as_is(batch):
     return batch  # __getitems__ makes whole batches
 
 
-def make_loader(data: Dataset, batches: ShuffledBatches, num_workers: int, cuda: bool) -> DataLoader:
+def make_loader(
+    data: Dataset, batches: ShuffledBatches, num_workers: int, cuda: bool
+) -> DataLoader:
     """Batches in the order of ``batches``, read ahead by ``num_workers`` processes, pinned for CUDA."""
     return DataLoader(
         data,

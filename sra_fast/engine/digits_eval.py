@@ -1,4 +1,5 @@
 """How good generated digits are: an SVM's agreement with their labels, and the Fréchet distance to held-out digits."""
+
 import torch
 from torch import Tensor
 
@@ -21,7 +22,10 @@ def evaluate_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
     from sklearn.svm import SVC
 
     train, held_out = Digits(), Digits(held_out=True)
-    flat = [x.reshape(len(x), -1).double().numpy() for x in (train.images, held_out.images, images.clamp(-1, 1).cpu())]
+    flat = [
+        x.reshape(len(x), -1).double().numpy()
+        for x in (train.images, held_out.images, images.clamp(-1, 1).cpu())
+    ]
     svm = SVC(gamma="scale", C=10).fit(flat[0], train.labels.numpy())
     pca = PCA(COMPONENTS, svd_solver="full").fit(flat[0])
     train_fit, held_out_fit, fit = (fit_gaussian(pca.transform(x)) for x in flat)

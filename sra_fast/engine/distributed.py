@@ -1,4 +1,5 @@
 """Process group and device, the same for every launcher, for CUDA with NCCL and for a CPU with gloo."""
+
 import logging
 import os
 
@@ -20,7 +21,9 @@ def init_distributed(tf32: bool = False) -> torch.device:
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_news)
     # started as `python sra_fast/train.py`, perhaps by a process that was started so
-    alone = "RANK" not in os.environ or (os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ)
+    alone = "RANK" not in os.environ or (
+        os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ
+    )
     if alone:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     local_rank, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
@@ -30,10 +33,14 @@ def init_distributed(tf32: bool = False) -> torch.device:
     else:
         _skip_shm_build()
         if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores = (
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            )
             torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     backend = "nccl" if cuda else "gloo"
-    if alone and not dist.is_initialized():  # no port: two runs that start at once could choose the same
+    if (
+        alone and not dist.is_initialized()
+    ):  # no port: two runs that start at once could choose the same
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(backend, verbose=False)

@@ -4,6 +4,7 @@ A run is therefore the same for any number of processes and any split into micro
 generator state beyond the step.  Numbers are drawn on the device in blocks of ``BLOCK`` images, each block with a
 generator of its own seed: the cost does not grow with the number of processes, and nothing comes from the host.
 """
+
 import hashlib
 from dataclasses import dataclass
 
@@ -26,7 +27,9 @@ class Draws:
 
 def block_seed(*key: int) -> int:
     """63-bit seed from integers; unlike a sum, distinct keys do not collide."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    )
 
 
 def _blocks(fill, key: tuple[int, ...], first: int, count: int, device) -> Tensor:
@@ -39,7 +42,14 @@ def _blocks(fill, key: tuple[int, ...], first: int, count: int, device) -> Tenso
 
 
 def draw(
-    seed: int, step: int, first: int, shape: tuple[int, int, int, int], device, *, drop_prob: float, posterior: bool
+    seed: int,
+    step: int,
+    first: int,
+    shape: tuple[int, int, int, int],
+    device,
+    *,
+    drop_prob: float,
+    posterior: bool,
 ) -> Draws:
     """Draws of images ``first .. first + B`` of optimizer step ``step``.
 
@@ -53,10 +63,20 @@ def draw(
         posterior: also draw the noise of the VAE posterior.
     """
     batch, *latent = shape
-    uniforms = _blocks(lambda g: torch.rand(BLOCK, 3, generator=g, device=device), (seed, step, 0), first, batch, device)
+    uniforms = _blocks(
+        lambda g: torch.rand(BLOCK, 3, generator=g, device=device),
+        (seed, step, 0),
+        first,
+        batch,
+        device,
+    )
     sets = 2 if posterior else 1
     normals = _blocks(
-        lambda g: torch.randn(BLOCK, sets, *latent, generator=g, device=device), (seed, step, 1), first, batch, device
+        lambda g: torch.randn(BLOCK, sets, *latent, generator=g, device=device),
+        (seed, step, 1),
+        first,
+        batch,
+        device,
     )
     time, gap, drop = uniforms.unbind(1)
     return Draws(normals[:, 0], normals[:, 1] if posterior else None, time, gap, drop < drop_prob)

@@ -4,6 +4,7 @@ Each rank holds the fp32 EMA of its own part of the fp32 master weights, 4 bytes
 (stage 0: all of it), in the optimizer's state as ``"ema"``.  The teacher is blocks 1..n and the embedders in the training
 precision or in part in fp8, on every rank (ZeRO-3: partitioned like the weights).
 """
+
 import torch
 from torch import Tensor, nn
 
@@ -70,11 +71,26 @@ class ReplicatedTeacher:
     """
 
     def __init__(
-        self, teacher: Backbone, ema: ShardedEMA, optimizer: torch.optim.Optimizer, dtype: torch.dtype, fp8: dict[str, nn.Linear]
+        self,
+        teacher: Backbone,
+        ema: ShardedEMA,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        fp8: dict[str, nn.Linear],
     ):
-        parameters, shards, self.ema, self.pending = dict(teacher.named_parameters()), ema.shards, ema, []
+        parameters, shards, self.ema, self.pending = (
+            dict(teacher.named_parameters()),
+            ema.shards,
+            ema,
+            [],
+        )
         groups = [group for group in shards.groups if group.offsets.keys() <= parameters.keys()]
-        self.replicas = [Fp8Replica(shards, g, fp8) if g.offsets.keys() <= fp8.keys() else Replica(shards, g, dtype) for g in groups]
+        self.replicas = [
+            Fp8Replica(shards, g, fp8)
+            if g.offsets.keys() <= fp8.keys()
+            else Replica(shards, g, dtype)
+            for g in groups
+        ]
         self.in_optimizer = ema.in_optimizer and dtype != torch.float32
         for replica in self.replicas:
             replica.bind(parameters)
@@ -86,7 +102,11 @@ class ReplicatedTeacher:
     def refresh(self, state: list[float] | None = None) -> None:
         """Teacher weights <- EMA, on every rank the same; ``state``: of the run that is gone on with."""
         for replica in self.replicas:
-            given = {"multiplier": torch.tensor(state)} if state and isinstance(replica, Fp8Replica) else {}
+            given = (
+                {"multiplier": torch.tensor(state)}
+                if state and isinstance(replica, Fp8Replica)
+                else {}
+            )
             replica.store(self.ema.flats, **given)
         self._gather()
         self.wait()

@@ -1,4 +1,5 @@
 """Samples against a reference batch, both ``.npz``: the ADM suite's five scores, and which of them may be compared."""
+
 import glob
 import hashlib
 import logging
@@ -50,11 +51,16 @@ class Summary:
     """the Gaussians come from the file, not from its images"""
 
 
-def summarize(images: NpzImages, extractor: Extractor, batch: int, keep: int | None = None) -> Summary:
+def summarize(
+    images: NpzImages, extractor: Extractor, batch: int, keep: int | None = None
+) -> Summary:
     """One pass over ``images``, ``batch`` at a time, with a progress bar; features of the first ``keep`` are kept (None: all)."""
     pool, spatial, score, kept = Moments(), Moments(), InceptionScore(), []
     keep = images.count if keep is None else keep
-    with torch.inference_mode(), tqdm(total=images.count, unit="image", desc=Path(images.path).name) as bar:
+    with (
+        torch.inference_mode(),
+        tqdm(total=images.count, unit="image", desc=Path(images.path).name) as bar,
+    ):
         for part in images.batches(batch):
             features = extractor(torch.from_numpy(part).permute(0, 3, 1, 2).contiguous())
             kept.append(features.pool[: max(0, keep - pool.count)].float().cpu())
@@ -87,7 +93,9 @@ def _load(path: Path) -> Summary | None:
     try:
         pool, spatial = read_statistics(str(path))
         with np.load(path) as held:
-            return Summary(int(held["count"]), pool, spatial, features=torch.from_numpy(held["features"]))
+            return Summary(
+                int(held["count"]), pool, spatial, features=torch.from_numpy(held["features"])
+            )
     except (ValueError, KeyError, OSError) as error:
         log.warning("%s is ignored: %s", path, error)
         return None
@@ -113,7 +121,9 @@ def _save(path: Path, summary: Summary) -> None:
         log.warning("the reference's statistics are not kept: %s", error)
 
 
-def summarize_reference(path: str, extractor: Extractor, batch: int, keep: int | None = None, cache: bool = True) -> Summary:
+def summarize_reference(
+    path: str, extractor: Extractor, batch: int, keep: int | None = None, cache: bool = True
+) -> Summary:
     """A reference batch: its own statistics where it brings any and they are Inception's, the rest from its images.
 
     What comes from images is kept beside the file, under the extractor's name, for the next time.
@@ -124,7 +134,9 @@ def summarize_reference(path: str, extractor: Extractor, batch: int, keep: int |
     pool, spatial = read_statistics(path) if extractor.inception else (None, None)
     for gaussian, size in ((pool, POOL), (spatial, SPATIAL)):
         if gaussian is not None and len(gaussian.mean) != size:
-            raise ValueError(f"{path}: statistics of {size} Inception features expected, got {len(gaussian.mean)}")
+            raise ValueError(
+                f"{path}: statistics of {size} Inception features expected, got {len(gaussian.mean)}"
+            )
     summary = Summary()
     if "arr_0" in members(path) or pool is None:
         images = NpzImages(path)
@@ -147,7 +159,9 @@ def score(samples: Summary, reference: Summary, device: torch.device) -> dict[st
     """The five scores; None for one that lacks an input."""
     precision, recall = None, None
     if reference.features is not None:
-        precision, recall = precision_recall(reference.features.to(device), samples.features.to(device))
+        precision, recall = precision_recall(
+            reference.features.to(device), samples.features.to(device)
+        )
     return {
         "fid": _distance(samples.pool, reference.pool),
         "sfid": _distance(samples.spatial, reference.spatial),
@@ -157,7 +171,9 @@ def score(samples: Summary, reference: Summary, device: torch.device) -> dict[st
     }
 
 
-def comparability(scores: dict, extractor: Extractor, samples: Summary, reference: Summary, same_size: bool) -> dict[str, str]:
+def comparability(
+    scores: dict, extractor: Extractor, samples: Summary, reference: Summary, same_size: bool
+) -> dict[str, str]:
     """For every score whether it may stand beside published ones, or why not."""
     common, against = [], []
     if not extractor.official:

@@ -1,4 +1,5 @@
 """What turns images into features for the scores: the ADM suite's Inception, or anything the user names."""
+
 import hashlib
 import importlib
 import os
@@ -56,7 +57,9 @@ class Extractor:
                 continue
             if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != count:
                 got = [*x.shape] if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"{self.name} must give [{count}, D] or ([{count}, D], logits [{count}, K]), it gave {got}")
+                raise ValueError(
+                    f"{self.name} must give [{count}, D] or ([{count}, D], logits [{count}, K]), it gave {got}"
+                )
             if not x.isfinite().all():
                 raise ValueError(f"{self.name} gave features that are not finite")
         return features
@@ -71,7 +74,9 @@ def inception_extractor(path: str, device: torch.device) -> Extractor:
     """Inception with the weights at ``path``; ValueError if there are none."""
     model = load_inception(path).to(device)
     digest = _digest(path)
-    return Extractor(f"inception-{digest}", model, device, inception=True, official=digest == OFFICIAL)
+    return Extractor(
+        f"inception-{digest}", model, device, inception=True, official=digest == OFFICIAL
+    )
 
 
 def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extractor:
@@ -87,9 +92,13 @@ def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extrac
     """
     if Path(spec).is_file():
         try:
-            extractor = Extractor(f"{Path(spec).stem}-{_digest(spec)}", torch.jit.load(spec, device).eval(), device)
+            extractor = Extractor(
+                f"{Path(spec).stem}-{_digest(spec)}", torch.jit.load(spec, device).eval(), device
+            )
         except RuntimeError as error:
-            raise ValueError(f"{spec} is no TorchScript file: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"{spec} is no TorchScript file: {str(error).splitlines()[0]}"
+            ) from None
         probe(extractor, shape)
         return extractor
     compute = _imported(spec)
@@ -115,10 +124,20 @@ def probe(extractor: Extractor, shape: list[int]) -> str:
     """Hash of the features of a fixed image of ``shape (H, W, C)``, 3 digits each: a function's weights can change when its
     file does not.  ValueError: it does not work on such images."""
     height, width, channels = shape
-    image = torch.arange(channels * height * width).mul(37).remainder(256).to(torch.uint8).view(1, channels, height, width)
+    image = (
+        torch.arange(channels * height * width)
+        .mul(37)
+        .remainder(256)
+        .to(torch.uint8)
+        .view(1, channels, height, width)
+    )
     try:
         with torch.inference_mode():
             pool = extractor(image).pool
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{extractor.name} failed on uint8 {[*image.shape]}: {str(error).strip().splitlines()[-1]}") from None
-    return hashlib.sha256(" ".join(f"{x:.3g}" for x in pool.flatten().tolist()).encode()).hexdigest()[:8]
+        raise ValueError(
+            f"{extractor.name} failed on uint8 {[*image.shape]}: {str(error).strip().splitlines()[-1]}"
+        ) from None
+    return hashlib.sha256(
+        " ".join(f"{x:.3g}" for x in pool.flatten().tolist()).encode()
+    ).hexdigest()[:8]

@@ -1,4 +1,5 @@
 """Features of a frozen model for noisy images: every layer from one pass, the same noise at every time."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,10 +42,13 @@ class Part:
         shape, posterior = (len(rows), *self.dataset.shape), self.dataset.posterior
         # 2 i + number: the two parts share no noise
         drawn = [
-            draw(seed, 2 * i + self.number, 0, shape, "cpu", drop_prob=0.0, posterior=posterior) for i in range(draws)
+            draw(seed, 2 * i + self.number, 0, shape, "cpu", drop_prob=0.0, posterior=posterior)
+            for i in range(draws)
         ]
         x0 = self.dataset.to_latent(raw, drawn[0].posterior).float()
-        return Images(x0.repeat(draws, 1, 1, 1), torch.cat([d.noise for d in drawn]), labels.repeat(draws))
+        return Images(
+            x0.repeat(draws, 1, 1, 1), torch.cat([d.noise for d in drawn]), labels.repeat(draws)
+        )
 
 
 def split(data: DataConfig, model: SiT) -> tuple[Part, Part]:
@@ -53,13 +57,19 @@ def split(data: DataConfig, model: SiT) -> tuple[Part, Part]:
     Raises:
         ValueError: the data cannot be read, does not fit the model, or is a single image.
     """
-    shape = dict(input_size=model.input_size, in_channels=model.in_channels, num_classes=model.num_classes)
-    dataset = make_dataset(Config(model=ModelConfig(**shape), data=data, train=TrainConfig(global_batch=2)))
+    shape = dict(
+        input_size=model.input_size, in_channels=model.in_channels, num_classes=model.num_classes
+    )
+    dataset = make_dataset(
+        Config(model=ModelConfig(**shape), data=data, train=TrainConfig(global_batch=2))
+    )
     rows = np.arange(len(dataset))
     if isinstance(dataset, Digits):
         held_out = Digits(held_out=True)
         return Part(dataset, rows, 0), Part(held_out, np.arange(len(held_out)), 1)
-    return Part(dataset, rows[rows % HELD_OUT != 0], 0), Part(dataset, rows[rows % HELD_OUT == 0], 1)
+    return Part(dataset, rows[rows % HELD_OUT != 0], 0), Part(
+        dataset, rows[rows % HELD_OUT == 0], 1
+    )
 
 
 @torch.no_grad()
@@ -89,11 +99,15 @@ def noisy_features(
     """
     process = FlowMatching(path) if model.family == "SiT" else GaussianDiffusion()
     device, inputs, kept = model.pos_embed.device, [], {layer: [] for layer in layers}
-    for x0, noise, y in zip(images.x0.split(batch), images.noise.split(batch), labels.split(batch), strict=True):
+    for x0, noise, y in zip(
+        images.x0.split(batch), images.noise.split(batch), labels.split(batch), strict=True
+    ):
         t, _ = process.times(torch.full((len(y),), time), torch.zeros(len(y)))
         x = process.corrupt(x0, noise, t, t).x
         inputs.append(x)
-        for layer, features in enumerate(model.all_features(x.to(device), t.to(device), y.to(device)), start=1):
+        for layer, features in enumerate(
+            model.all_features(x.to(device), t.to(device), y.to(device)), start=1
+        ):
             if layer in kept:
                 kept[layer].append(reduce(features).float().cpu())
     return torch.cat(inputs), [torch.cat(kept[layer]) for layer in layers]

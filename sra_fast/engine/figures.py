@@ -1,4 +1,5 @@
 """Pictures of an analysis: curves of runs, accuracy against depth, PCA maps, samples side by side."""
+
 import zlib
 from pathlib import Path
 from zipfile import BadZipFile
@@ -53,10 +54,18 @@ def plot_probe(path: Path, rows: list[dict], title: str) -> None:
     times = list(dict.fromkeys(row["time"] for row in rows))
     for i, time in enumerate(times):
         colour = plt.get_cmap("viridis")(i / max(len(times), 1))
-        points = [(row["layer"], row["accuracy"]) for row in rows if row["time"] == time and row["layer"]]
-        axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"t = {time:g}")
-        axis.axhline(next(row["accuracy"] for row in rows if row["time"] == time and not row["layer"]),
-                     color=colour, linestyle="--", linewidth=0.8)
+        points = [
+            (row["layer"], row["accuracy"]) for row in rows if row["time"] == time and row["layer"]
+        ]
+        axis.plot(
+            *zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"t = {time:g}"
+        )
+        axis.axhline(
+            next(row["accuracy"] for row in rows if row["time"] == time and not row["layer"]),
+            color=colour,
+            linestyle="--",
+            linewidth=0.8,
+        )
     axis.set(xlabel="block", ylabel="accuracy on held-out images", title=title, ylim=(0, 1))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(linewidth=0.4)
@@ -106,12 +115,25 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
                 NpzImages(path)  # the checks of arr_0
                 images.append(held["arr_0"][:count])
                 labels.append(held["arr_1"][:count])
-        except (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path} holds no samples (arr_0 and arr_1 of sample.py): {error}") from None
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            KeyError,
+            IndexError,
+            TypeError,
+            BadZipFile,
+            zlib.error,
+        ) as error:
+            raise ValueError(
+                f"{path} holds no samples (arr_0 and arr_1 of sample.py): {error}"
+            ) from None
     n = min(map(len, images))
     for path, x, y in zip(paths, images, labels, strict=True):
         if x.shape[1:] != images[0].shape[1:] or not np.array_equal(y[:n], labels[0][:n]):
-            raise ValueError(f"samples must have the sizes and labels of {paths[0]}, those of {path} differ")
+            raise ValueError(
+                f"samples must have the sizes and labels of {paths[0]}, those of {path} differ"
+            )
     return np.stack([x[:n] for x in images])
 
 
@@ -125,4 +147,9 @@ def save_samples(path: Path, images: np.ndarray, columns: int, scale: int) -> No
     below = ((0, height // 4 if runs > 1 else 0), (0, 0), (0, 0))
     blocks = [np.pad(mosaic(block, 1), below, constant_values=255) for block in rows]
     picture = np.concatenate(blocks).repeat(scale, 0).repeat(scale, 1)
-    write_atomic(path, lambda p: Image.fromarray(picture.squeeze(2) if channels == 1 else picture).save(p, format="png"))
+    write_atomic(
+        path,
+        lambda p: Image.fromarray(picture.squeeze(2) if channels == 1 else picture).save(
+            p, format="png"
+        ),
+    )

@@ -1,4 +1,5 @@
 """Writing files so that a killed process never leaves a half-written one under its final name."""
+
 import json
 import os
 from collections.abc import Callable

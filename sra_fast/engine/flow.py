@@ -1,4 +1,5 @@
 """SiT's process: an interpolant between data (t=0) and noise (t=1) with velocity prediction (arXiv 2401.08740)."""
+
 import math
 from dataclasses import dataclass
 
@@ -41,7 +42,11 @@ class FlowMatching:
         """``[B]`` uniforms for the time and for the gap -> student and teacher times ``[B]`` (SRA, Sec. 3.2)."""
         if self.time == "lognormal":
             log_ratio = torch.special.ndtri(uniform)
-            t = log_ratio.sigmoid() if self.path == "linear" else (2 / math.pi) * log_ratio.exp().atan()
+            t = (
+                log_ratio.sigmoid()
+                if self.path == "linear"
+                else (2 / math.pi) * log_ratio.exp().atan()
+            )
         else:
             t = uniform
         return t, (t - gap * self.t_max).clamp(0, 1)

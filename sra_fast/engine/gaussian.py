@@ -2,6 +2,7 @@
 
 DDPM (arXiv 2006.11239) and its learned-range variance with the variational term (improved DDPM, arXiv 2102.09672).
 """
+
 import math
 
 import torch
@@ -51,7 +52,9 @@ class Schedule:
     def log_variance(self, interpolation: Tensor, t: Tensor) -> Tensor:
         """Improved DDPM Eq. 15: the network's output in [-1, 1] interpolates between the two bounds."""
         fraction = (interpolation + 1) / 2
-        return fraction * self.at("log_variance_max", t) + (1 - fraction) * self.at("log_variance_min", t)
+        return fraction * self.at("log_variance_max", t) + (1 - fraction) * self.at(
+            "log_variance_min", t
+        )
 
 
 def linear_betas() -> Tensor:
@@ -65,7 +68,9 @@ def respaced(num_steps: int) -> tuple[list[int], Schedule]:
     Improved DDPM, Sec. 4: the shorter chain's betas follow from the full chain's alpha_bar.
     """
     if not 2 <= num_steps <= NUM_TIMES:
-        raise ValueError(f"steps must lie in [2, {NUM_TIMES}] for a discrete chain, got {num_steps}")
+        raise ValueError(
+            f"steps must lie in [2, {NUM_TIMES}] for a discrete chain, got {num_steps}"
+        )
     stride = (NUM_TIMES - 1) / (num_steps - 1)
     times = [round(i * stride) for i in range(num_steps)]
     alpha_bar = (1 - linear_betas()).cumprod(0)[times]
@@ -73,7 +78,13 @@ def respaced(num_steps: int) -> tuple[list[int], Schedule]:
 
 
 def _gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
-    return 0.5 * (log_var2 - log_var1 - 1 + (log_var1 - log_var2).exp() + (mean1 - mean2).square() * (-log_var2).exp())
+    return 0.5 * (
+        log_var2
+        - log_var1
+        - 1
+        + (log_var1 - log_var2).exp()
+        + (mean1 - mean2).square() * (-log_var2).exp()
+    )
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
@@ -84,7 +95,10 @@ def _normal_cdf(x: Tensor) -> Tensor:
 def _discrete_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log-probability of ``x`` in [-1, 1] rounded to 1/127.5 under a Gaussian (DDPM Eq. 13)."""
     centred, inverse = x - mean, (-log_scale).exp()
-    upper, lower = _normal_cdf(inverse * (centred + 1 / 255)), _normal_cdf(inverse * (centred - 1 / 255))
+    upper, lower = (
+        _normal_cdf(inverse * (centred + 1 / 255)),
+        _normal_cdf(inverse * (centred - 1 / 255)),
+    )
     inside = (upper - lower).clamp(min=1e-12).log()
     below, above = upper.clamp(min=1e-12).log(), (1 - lower).clamp(min=1e-12).log()
     return torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
@@ -110,14 +124,20 @@ class GaussianDiffusion:
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
         x0, noise = x0.float(), noise.float()
         s = self.schedule
-        x, x_teacher = (s.at("signal", time) * x0 + s.at("noise", time) * noise for time in (t, t_teacher))
+        x, x_teacher = (
+            s.at("signal", time) * x0 + s.at("noise", time) * noise for time in (t, t_teacher)
+        )
         return Noised(x, t, x_teacher, t_teacher, noise, x0)
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
         """``{"denoise": [B]}`` and, with ``learn_sigma``, ``{"vb": [B]}`` in bits per dimension, to be added unscaled."""
         prediction = prediction.float()
         if not self.learn_sigma:
-            return {"denoise": F.mse_loss(prediction, noised.target, reduction="none").flatten(1).mean(1)}
+            return {
+                "denoise": F.mse_loss(prediction, noised.target, reduction="none")
+                .flatten(1)
+                .mean(1)
+            }
         eps, interpolation = prediction.chunk(2, dim=1)
         return {
             "denoise": (eps - noised.target).square().flatten(1).mean(1),
@@ -128,7 +148,10 @@ class GaussianDiffusion:
     def _variational_bound(self, eps: Tensor, interpolation: Tensor, noised: Noised) -> Tensor:
         x, t, x0, s = noised.x, noised.t, noised.x0, self.schedule
         true_mean = s.posterior_mean(x0, x, t)
-        mean, log_variance = s.posterior_mean(s.predict_x0(x, t, eps), x, t), s.log_variance(interpolation, t)
+        mean, log_variance = (
+            s.posterior_mean(s.predict_x0(x, t, eps), x, t),
+            s.log_variance(interpolation, t),
+        )
         kl = _gaussian_kl(true_mean, s.at("log_variance_min", t), mean, log_variance)
         nll = -_discrete_log_likelihood(x0, mean, 0.5 * log_variance)
         kl, nll = (term.flatten(1).mean(1) / math.log(2) for term in (kl, nll))

@@ -1,4 +1,5 @@
 """Labelled images in a folder or a .zip, cropped to a square."""
+
 import hashlib
 import json
 import os
@@ -22,14 +23,19 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def _hidden(name: str) -> bool:
     """What file managers and notebooks leave: .DS_Store, ._0.jpg, .ipynb_checkpoints/0-checkpoint.jpg, __MACOSX/."""
-    return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
+    return any(
+        part.startswith(".") and part not in (".", "..") or part == "__MACOSX"
+        for part in name.split("/")
+    )
 
 
 def _unreadable(error: OSError) -> None:
@@ -56,15 +62,27 @@ class ImageFolder(Dataset):
     def __init__(self, path: str, size: int, num_classes: int | None = None, mirror: bool = False):
         self.path, self.size, self.copies = Path(path), size, 2 if mirror else 1
         self.zip = self._open_zip() if self.path.is_file() else None
-        names = sorted({name for name in self._list() if not _hidden(name)})  # a .zip may hold a file twice: the last counts
-        self.names = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES and name[-1] != "/"]
+        names = sorted(
+            {name for name in self._list() if not _hidden(name)}
+        )  # a .zip may hold a file twice: the last counts
+        self.names = [
+            name
+            for name in names
+            if PurePosixPath(name).suffix.lower() in SUFFIXES and name[-1] != "/"
+        ]
         if not self.names:
             raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-        labels = self._listed_labels() if "dataset.json" in names else self._folder_labels(names, num_classes)
+        labels = (
+            self._listed_labels()
+            if "dataset.json" in names
+            else self._folder_labels(names, num_classes)
+        )
         self.num_classes = max(labels) + 1 if num_classes is None else num_classes
         wrong = next((i for i, y in enumerate(labels) if not 0 <= y < self.num_classes), None)
         if wrong is not None:
-            raise ValueError(f"labels must lie in [0, {self.num_classes}), {self.names[wrong]} has {labels[wrong]}")
+            raise ValueError(
+                f"labels must lie in [0, {self.num_classes}), {self.names[wrong]} has {labels[wrong]}"
+            )
         self.labels = torch.tensor(labels, dtype=torch.int64).repeat_interleave(self.copies)
         self.fingerprint = hashlib.sha256(json.dumps([self.names, labels]).encode()).hexdigest()
 
@@ -72,7 +90,9 @@ class ImageFolder(Dataset):
         try:
             return ZipFile(self.path)
         except (OSError, BadZipFile) as error:
-            raise ValueError(f"{self.path} is neither a folder nor a readable .zip: {error}") from None
+            raise ValueError(
+                f"{self.path} is neither a folder nor a readable .zip: {error}"
+            ) from None
 
     def _list(self) -> Iterator[str]:
         """Names of all files, and of folders with a slash at the end."""
@@ -82,9 +102,15 @@ class ImageFolder(Dataset):
         if not self.path.is_dir():
             raise ValueError(f"no folder or .zip of images at {self.path}")
         for folder, subfolders, files in os.walk(self.path, onerror=_unreadable, followlinks=True):
-            above = [parent.resolve() for parent in Path(folder).parents if parent.is_relative_to(self.path)]
+            above = [
+                parent.resolve()
+                for parent in Path(folder).parents
+                if parent.is_relative_to(self.path)
+            ]
             if Path(folder).resolve() in above:
-                raise ValueError(f"{folder} is a link to a folder above it, {Path(folder).resolve()}")
+                raise ValueError(
+                    f"{folder} is a link to a folder above it, {Path(folder).resolve()}"
+                )
             subfolders[:] = [name for name in subfolders if not _hidden(name)]
             above = os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
             above = "" if above == "./" else above
@@ -99,32 +125,48 @@ class ImageFolder(Dataset):
             if len(labels) < len(listed):
                 raise ValueError("a file is listed twice")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}') from None
+            raise ValueError(
+                f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}'
+            ) from None
         for name in self.names:
             if type(label := labels.get(name)) is not int:
-                raise ValueError(f"{index} must hold a whole number as the label of {name}, got {label!r}")
+                raise ValueError(
+                    f"{index} must hold a whole number as the label of {name}, got {label!r}"
+                )
         absent = labels.keys() - set(self.names)
         if absent:
-            raise ValueError(f"{index} lists {len(absent)} files that are not there: {min(absent, key=str)}")
+            raise ValueError(
+                f"{index} lists {len(absent)} files that are not there: {min(absent, key=str)}"
+            )
         return [labels[name] for name in self.names]
 
     def _folder_labels(self, names: list[str], num_classes: int | None) -> list[int]:
         loose = next((name for name in self.names if "/" not in name), None)
         if loose:
-            raise ValueError(f"{self.path} needs a dataset.json, or every image in a class folder: {loose} is in none")
+            raise ValueError(
+                f"{self.path} needs a dataset.json, or every image in a class folder: {loose} is in none"
+            )
         classes = sorted({name.partition("/")[0] for name in names if "/" in name})
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name.partition("/")[0]] for name in self.names]
         empty = [classes[i] for i in sorted(set(range(len(classes))) - set(labels))]
-        if len(classes) == 1 and num_classes is None and any(name.count("/") > 1 for name in self.names):
+        if (
+            len(classes) == 1
+            and num_classes is None
+            and any(name.count("/") > 1 for name in self.names)
+        ):
             raise ValueError(
                 f"{self.path} holds one folder, {classes[0]}, with folders in it: the classes must be one level higher "
                 "(or num_classes 1)"
             )
         if empty:
-            raise ValueError(f"{self.path} has {len(empty)} class folders without images, the first is {empty[0]}")
+            raise ValueError(
+                f"{self.path} has {len(empty)} class folders without images, the first is {empty[0]}"
+            )
         if num_classes not in (None, len(classes)):
-            raise ValueError(f"num_classes {num_classes} was asked for, {self.path} has {len(classes)} class folders")
+            raise ValueError(
+                f"num_classes {num_classes} was asked for, {self.path} has {len(classes)} class folders"
+            )
         return labels
 
     def _read(self, name: str) -> bytes:
@@ -138,7 +180,9 @@ class ImageFolder(Dataset):
                     raise ValueError(f"8 bits per channel were expected, its mode is {image.mode}")
                 return np.asarray(center_crop(image.convert("RGB"), self.size))
         except UnidentifiedImageError:
-            raise ValueError(f"{self.path}/{name} is no readable image: empty, or of an unknown format") from None
+            raise ValueError(
+                f"{self.path}/{name} is no readable image: empty, or of an unknown format"
+            ) from None
         except Exception as error:  # whatever Pillow's decoders and zip files raise
             raise ValueError(f"{self.path}/{name} is no readable image: {error!r}") from None
 
@@ -147,6 +191,8 @@ class ImageFolder(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 ``[B, 3, size, size]`` (channels last in memory) and labels ``[B]``."""
-        pixels = {i: self._pixels(self.names[i]) for i in {index // self.copies for index in indices}}
+        pixels = {
+            i: self._pixels(self.names[i]) for i in {index // self.copies for index in indices}
+        }
         batch = [pixels[i // self.copies][:, :: -1 if i % self.copies else 1] for i in indices]
         return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), self.labels[indices]

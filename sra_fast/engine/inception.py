@@ -3,6 +3,7 @@
 It differs from the usual Inception-v3: average pools leave the padding out, the last block pools with a maximum, there
 are 1008 classes, and images are resized as TensorFlow 1 does.
 """
+
 import pickle
 from functools import partial
 
@@ -21,9 +22,14 @@ def resize_tf1(images: Tensor, size: int) -> Tensor:
     """Bilinear, fp32 ``[N, C, H, W]`` -> ``[N, C, size, size]``; source of pixel i is i H / size (no half-pixel centres)."""
     for dim in (3, 2):
         length = images.shape[dim]
-        at = torch.arange(size, device=images.device) * torch.tensor(length / size, dtype=torch.float32)
+        at = torch.arange(size, device=images.device) * torch.tensor(
+            length / size, dtype=torch.float32
+        )
         low = at.long()
-        first, second = images.index_select(dim, low), images.index_select(dim, (low + 1).clamp(max=length - 1))
+        first, second = (
+            images.index_select(dim, low),
+            images.index_select(dim, (low + 1).clamp(max=length - 1)),
+        )
         weight = (at - low).view(-1, 1) if dim == 2 else at - low
         images = first + (second - first) * weight
     return images
@@ -51,7 +57,9 @@ class Mixed(nn.Module):
 
     def __init__(self, in_channels: int, *branches: tuple):
         super().__init__()
-        self.branches = [[step if isinstance(step, list) else [step] for step in branch] for branch in branches]
+        self.branches = [
+            [step if isinstance(step, list) else [step] for step in branch] for branch in branches
+        ]
         for branch in self.branches:
             channels = in_channels
             for step in branch:
@@ -102,8 +110,13 @@ def block_17(c: int) -> Mixed:
         768,
         (("branch1x1", 192, 1),),
         (("branch7x7_1", c, 1), ("branch7x7_2", c, row), ("branch7x7_3", 192, column)),
-        (("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, column), ("branch7x7dbl_3", c, row),
-         ("branch7x7dbl_4", c, column), ("branch7x7dbl_5", 192, row)),
+        (
+            ("branch7x7dbl_1", c, 1),
+            ("branch7x7dbl_2", c, column),
+            ("branch7x7dbl_3", c, row),
+            ("branch7x7dbl_4", c, column),
+            ("branch7x7dbl_5", 192, row),
+        ),
         (MEAN_POOL, ("branch_pool", 192, 1)),
     )
 
@@ -112,8 +125,12 @@ def block_17_to_8() -> Mixed:
     return Mixed(
         768,
         (("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
-        (("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-         ("branch7x7x3_4", 192, 3, 2)),
+        (
+            ("branch7x7x3_1", 192, 1),
+            ("branch7x7x3_2", 192, (1, 7)),
+            ("branch7x7x3_3", 192, (7, 1)),
+            ("branch7x7x3_4", 192, 3, 2),
+        ),
         (HALVE,),
     )
 
@@ -124,8 +141,11 @@ def block_8(in_channels: int, pool) -> Mixed:
         in_channels,
         (("branch1x1", 320, 1),),
         (("branch3x3_1", 384, 1), [("branch3x3_2a", 384, row), ("branch3x3_2b", 384, column)]),
-        (("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-         [("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)]),
+        (
+            ("branch3x3dbl_1", 448, 1),
+            ("branch3x3dbl_2", 384, 3),
+            [("branch3x3dbl_3a", 384, row), ("branch3x3dbl_3b", 384, column)],
+        ),
         (pool, ("branch_pool", 192, 1)),
     )
 
@@ -177,7 +197,18 @@ def load_inception(path: str) -> Inception:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.to_empty(device="cpu").load_state_dict(state, strict=True)
-    except (OSError, RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        reason = "no file of tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:300]
+    except (
+        OSError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (
+            "no file of tensors"
+            if isinstance(error, pickle.UnpicklingError)
+            else " ".join(str(error).split())[:300]
+        )
         raise ValueError(f"{path} does not hold the weights of {WEIGHTS}: {reason}") from None
     return model.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ Packed: ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and ``shards/00000
 each, the last one shorter; mean, then standard deviation).  The index is written last and holds what the latents were
 made with, and the size and SHA-256 of every other file.  bf16 is stored as its bits in uint16, which .npy has a name for.
 """
+
 import hashlib
 import io
 import json
@@ -107,17 +108,25 @@ class Latents(Moments):
             content = json.loads(index.read_text())
             labels, self.vae = dict(content["labels"]), content.get("vae")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}') from None
+            raise ValueError(
+                f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}'
+            ) from None
         missing = [f for f in self.files if f not in labels]
         if missing:
-            raise ValueError(f"{index} has no label for {len(missing)} files, the first is {missing[0]}")
+            raise ValueError(
+                f"{index} has no label for {len(missing)} files, the first is {missing[0]}"
+            )
         absent = labels.keys() - set(self.files)
         if absent:
-            raise ValueError(f"{index} lists {len(absent)} files that are not there, the first is {min(absent, key=str)}")
+            raise ValueError(
+                f"{index} lists {len(absent)} files that are not there, the first is {min(absent, key=str)}"
+            )
         found = [labels[f] for f in self.files]
         wrong = next((i for i, label in enumerate(found) if type(label) is not int), None)
         if wrong is not None:
-            raise ValueError(f"{index}: the label of {self.files[wrong]} must be an integer, got {found[wrong]!r}")
+            raise ValueError(
+                f"{index}: the label of {self.files[wrong]} must be an integer, got {found[wrong]!r}"
+            )
         return found
 
     def _read(self, name: str, first: bool = False) -> np.ndarray:
@@ -125,11 +134,15 @@ class Latents(Moments):
             moments = load_npy(io.BytesIO((self.root / name).read_bytes()), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{self.root / name} is no readable .npy file: {error}") from None
-        if moments.ndim == 4 and moments.shape[0] == 1:  # the reference's encoder leaves a batch dimension
+        if (
+            moments.ndim == 4 and moments.shape[0] == 1
+        ):  # the reference's encoder leaves a batch dimension
             moments = moments[0]
         expected = moments.shape if first else self.moments_shape
         if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape != expected:
-            raise ValueError(f"{self.root / name} must hold moments [2C, H, W] like the others, got {moments.shape}")
+            raise ValueError(
+                f"{self.root / name} must hold moments [2C, H, W] like the others, got {moments.shape}"
+            )
         return moments
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -156,8 +169,13 @@ class PackedLatents(Moments):
         self._check_files()
         # mode c: PyTorch has no read-only tensors
         self.labels = torch.from_numpy(np.load(self.root / LABELS, mmap_mode="c"))
-        if self.labels.shape != (self.length,) or not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
-            raise ValueError(f"{self.root / LABELS} must hold {self.length} labels in [0, {self.num_classes})")
+        if (
+            self.labels.shape != (self.length,)
+            or not 0 <= self.labels.min() <= self.labels.max() < self.num_classes
+        ):
+            raise ValueError(
+                f"{self.root / LABELS} must hold {self.length} labels in [0, {self.num_classes})"
+            )
         self.unchecked = torch.full((len(self.entries),), verify).share_memory_()
         self._maps: dict[int, np.ndarray] = {}
 
@@ -170,10 +188,16 @@ class PackedLatents(Moments):
                 raise ValueError(f"version {VERSION} was expected, got {index['version']}")
             self.moments_shape, self.dtype = tuple(index["shape"]), getattr(torch, index["dtype"])
             self.storage, self.shard_size = STORAGE[index["dtype"]], int(index["shard_size"])
-            self.length, self.num_classes, self.vae = index["num_images"], index["num_classes"], index["vae"]
+            self.length, self.num_classes, self.vae = (
+                index["num_images"],
+                index["num_classes"],
+                index["vae"],
+            )
             self.entries, self.label_entry = index["shards"], index["labels"]
             if len(self.entries) != -(-self.length // self.shard_size):
-                raise ValueError(f"{len(self.entries)} shards of {self.shard_size} cannot hold {self.length} images")
+                raise ValueError(
+                    f"{len(self.entries)} shards of {self.shard_size} cannot hold {self.length} images"
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is no index of packed latents: {error!r}") from None
         self.fingerprint = hashlib.sha256(text).hexdigest()
@@ -184,13 +208,19 @@ class PackedLatents(Moments):
             path = self.root / entry["file"]
             size = path.stat().st_size if path.exists() else None
             if size != entry["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                found = (
+                    "is missing"
+                    if size is None
+                    else f"has {size} bytes instead of {entry['bytes']}"
+                )
                 wrong.append(f"{entry['file']} {found}")
         if not wrong and sha256(self.root / LABELS) != self.label_entry["sha256"]:
             wrong.append(f"{LABELS} was altered")
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"{self.root}: {'; '.join(wrong[:3])}{more}. The command that made the folder mends it")
+            raise ValueError(
+                f"{self.root}: {'; '.join(wrong[:3])}{more}. The command that made the folder mends it"
+            )
 
     def _shard(self, number: int) -> np.ndarray:
         if number not in self._maps:
@@ -202,17 +232,27 @@ class PackedLatents(Moments):
         try:
             if self.unchecked[number] and sha256(path) != entry["sha256"]:
                 raise ValueError(f"its SHA-256 is not the index's {entry['sha256']}")
-            shard = load_npy(path, mmap_mode="r").view(np.ndarray)  # a memmap's own indexing costs more than the read
+            shard = load_npy(path, mmap_mode="r").view(
+                np.ndarray
+            )  # a memmap's own indexing costs more than the read
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} was altered or cannot be read: {error}") from None
-        expected = (min(self.shard_size, self.length - number * self.shard_size), *self.moments_shape)
+        expected = (
+            min(self.shard_size, self.length - number * self.shard_size),
+            *self.moments_shape,
+        )
         if (shard.shape, shard.dtype) != (expected, self.storage):
-            raise ValueError(f"{path} must hold {expected} of {self.storage}, got {shard.shape} of {shard.dtype}")
+            raise ValueError(
+                f"{path} must hold {expected} of {self.storage}, got {shard.shape} of {shard.dtype}"
+            )
         self.unchecked[number] = False
         return shard
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}  # a loader process opens its own; a pickled map would be the shard itself
+        return {
+            **self.__dict__,
+            "_maps": {},
+        }  # a loader process opens its own; a pickled map would be the shard itself
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """``[B, 2C, H, W]`` moments in the stored dtype and ``[B]`` labels, as asked for; read in the order of the disk."""
@@ -223,13 +263,26 @@ class PackedLatents(Moments):
         return torch.from_numpy(moments).view(self.dtype), self.labels[indices]
 
 
-def open_latents(path: str, scale: float = 0.18215, verify: bool = False) -> Latents | PackedLatents:
+def open_latents(
+    path: str, scale: float = 0.18215, verify: bool = False
+) -> Latents | PackedLatents:
     """Moments in either layout; ValueError if there are none, or not all yet."""
     root = Path(path)
-    if (root / JOB).exists() and not (root / INDEX).exists() and not (root / "vae-sd/dataset.json").exists():
-        raise ValueError(f"the preprocessing of {root} is not finished: the same command goes on with it")
+    if (
+        (root / JOB).exists()
+        and not (root / INDEX).exists()
+        and not (root / "vae-sd/dataset.json").exists()
+    ):
+        raise ValueError(
+            f"the preprocessing of {root} is not finished: the same command goes on with it"
+        )
     data = PackedLatents(path, scale, verify) if (root / INDEX).exists() else Latents(path, scale)
     factor = data.vae["scaling_factor"] if data.vae else scale
     if factor != scale:
-        log.warning("data.latent_scale is %s, the scaling_factor of the VAE that made %s is %s", scale, path, factor)
+        log.warning(
+            "data.latent_scale is %s, the scaling_factor of the VAE that made %s is %s",
+            scale,
+            path,
+            factor,
+        )
     return data

@@ -1,4 +1,5 @@
 """How much of the class a linear classifier reads off a frozen model's features: per layer and time."""
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,7 +21,11 @@ def pool(tokens: Tensor, how: str) -> Tensor:
 
 def pixels(x: Tensor, patch_size: int, how: str) -> Tensor:
     """Noisy input ``[B, C, H, W]`` -> the same samples without a model: one patch ``[B T, C p p]``, else the whole image."""
-    return F.unfold(x, patch_size, stride=patch_size).transpose(1, 2).flatten(0, 1) if how == "patch" else x.flatten(1)
+    return (
+        F.unfold(x, patch_size, stride=patch_size).transpose(1, 2).flatten(0, 1)
+        if how == "patch"
+        else x.flatten(1)
+    )
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
@@ -35,8 +40,18 @@ def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
 
 
 def probe_layers(
-    model: SiT, path: str, parts: tuple[Part, Part], times: list[float], layers: list[int],
-    *, how: str = "mean", count: int = 20000, draws: int = 2, seed: int = 0, batch: int = 256, progress=None,
+    model: SiT,
+    path: str,
+    parts: tuple[Part, Part],
+    times: list[float],
+    layers: list[int],
+    *,
+    how: str = "mean",
+    count: int = 20000,
+    draws: int = 2,
+    seed: int = 0,
+    batch: int = 256,
+    progress=None,
 ) -> list[dict]:
     """Accuracies of linear probes, and of the same probe on the noisy input.
 
@@ -59,24 +74,44 @@ def probe_layers(
         ValueError: no null class, or images of a single class.
     """
     if model.y_embedder.dropout_prob == 0:
-        raise ValueError("a probe needs a model with a null class (model.class_dropout_prob > 0): a label would be the answer")
-    images = [part.read(most, seed, draws) for part, most in zip(parts, (count - count // 5, count // 5), strict=True)]
+        raise ValueError(
+            "a probe needs a model with a null class (model.class_dropout_prob > 0): a label would be the answer"
+        )
+    images = [
+        part.read(most, seed, draws)
+        for part, most in zip(parts, (count - count // 5, count // 5), strict=True)
+    ]
     if len(images[0].labels.unique()) < 2:
-        raise ValueError(f"a probe needs images of several classes, got class {images[0].labels[0]} alone")
+        raise ValueError(
+            f"a probe needs images of several classes, got class {images[0].labels[0]} alone"
+        )
     rows = []
     for time in times:
         samples = [_samples(model, path, part, time, layers, how, batch) for part in images]
-        labels = [part.labels.repeat_interleave(len(s[0]) // len(part.labels)) for part, s in zip(images, samples, strict=True)]
-        scores = [accuracy(train, labels[0], test, labels[1]) for train, test in zip(*samples, strict=True)]
-        rows += [{"time": time, "layer": layer, "accuracy": score} for layer, score in zip([0, *layers], scores, strict=True)]
+        labels = [
+            part.labels.repeat_interleave(len(s[0]) // len(part.labels))
+            for part, s in zip(images, samples, strict=True)
+        ]
+        scores = [
+            accuracy(train, labels[0], test, labels[1])
+            for train, test in zip(*samples, strict=True)
+        ]
+        rows += [
+            {"time": time, "layer": layer, "accuracy": score}
+            for layer, score in zip([0, *layers], scores, strict=True)
+        ]
         if progress:
             progress(rows[-len(scores) :])
     return rows
 
 
-def _samples(model: SiT, path: str, images, time: float, layers: list[int], how: str, batch: int) -> list[Tensor]:
+def _samples(
+    model: SiT, path: str, images, time: float, layers: list[int], how: str, batch: int
+) -> list[Tensor]:
     null = images.labels.new_full(images.labels.shape, model.null_class)
-    x, features = noisy_features(model, path, images, null, time, layers, lambda h: pool(h, how), batch)
+    x, features = noisy_features(
+        model, path, images, null, time, layers, lambda h: pool(h, how), batch
+    )
     return [pixels(x, model.patch_size, how), *features]
 
 

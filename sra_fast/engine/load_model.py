@@ -1,4 +1,5 @@
 """A model for sampling from anything that holds weights: run folder, checkpoint, export, the reference's .pt."""
+
 from pathlib import Path
 
 import torch
@@ -30,10 +31,16 @@ def load_model(path: str, weights: str = "ema", num_heads: int | None = None) ->
     if not p.exists():
         raise ValueError(f"no checkpoint at {path}")
     if weights == "model" and p.suffix != ".pt":
-        raise ValueError(f"{p} holds EMA weights only; weights 'model' are in a reference .pt (train.export: [reference])")
+        raise ValueError(
+            f"{p} holds EMA weights only; weights 'model' are in a reference .pt (train.export: [reference])"
+        )
     if p.is_dir():
         return _from_checkpoint(p)
-    return _from_safetensors(p) if p.suffix == ".safetensors" else _from_reference(p, weights, num_heads)
+    return (
+        _from_safetensors(p)
+        if p.suffix == ".safetensors"
+        else _from_reference(p, weights, num_heads)
+    )
 
 
 def _fill(model: SiT, state: dict) -> SiT:

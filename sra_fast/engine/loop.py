@@ -1,4 +1,5 @@
 """The training loop: Algorithm of SRA (arXiv 2505.02831), Sec. 3, under DeepSpeed."""
+
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,7 +24,9 @@ def set_lr(trainer: Trainer, step: int) -> float:
     return lr
 
 
-def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, step: int, metrics: Metrics) -> dict:
+def optimizer_step(
+    trainer: Trainer, batches, stream: ShuffledBatches, data, step: int, metrics: Metrics
+) -> dict:
     """All micro-steps of one optimizer step, then the EMA and the teacher.  Returns what is known on the host."""
     cfg, engine, device = trainer.cfg, trainer.engine, trainer.device
     weight, lr = align_weight(cfg.align, step, stream.epoch(step)), set_lr(trainer, step)
@@ -31,15 +34,24 @@ def optimizer_step(trainer: Trainer, batches, stream: ShuffledBatches, data, ste
         batch, y = (item.to(device, non_blocking=True) for item in next(batches))
         shape = (trainer.micro, *data.shape)
         draws = draw(
-            cfg.train.seed, step, stream.first(micro_step), shape, device,
-            drop_prob=cfg.model.class_dropout_prob, posterior=data.posterior,
+            cfg.train.seed,
+            step,
+            stream.first(micro_step),
+            shape,
+            device,
+            drop_prob=cfg.model.class_dropout_prob,
+            posterior=data.posterior,
         )
         x0 = data.to_latent(batch, draws.posterior)
         times = engine.module.process.times(draws.uniform, draws.gap)
-        metrics.add(trainer.micro_step(x0, y, draws.noise, times, draws.drop, weight, first=micro_step == 0))
+        metrics.add(
+            trainer.micro_step(x0, y, draws.noise, times, draws.drop, weight, first=micro_step == 0)
+        )
         engine.step()
     if engine.was_step_applied():
-        trainer.after_step(teacher_runs=align_weight(cfg.align, step + 1, stream.epoch(step + 1)) > 0)
+        trainer.after_step(
+            teacher_runs=align_weight(cfg.align, step + 1, stream.epoch(step + 1)) > 0
+        )
     metrics.add({"grad_norm": trainer.grad_norm})
     return {"align_weight": weight, "lr": lr, "epoch": stream.epoch(step)}
 
@@ -62,13 +74,27 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0, monitor=None) ->
     """
     cfg, main = trainer.cfg, trainer.rank == 0
     stream = ShuffledBatches(
-        len(data), cfg.train.seed, trainer.micro, trainer.accumulation, trainer.rank, trainer.world, start, cfg.train.steps
+        len(data),
+        cfg.train.seed,
+        trainer.micro,
+        trainer.accumulation,
+        trainer.rank,
+        trainer.world,
+        start,
+        cfg.train.steps,
     )
     batches = iter(make_loader(data, stream, cfg.data.num_workers, trainer.device.type == "cuda"))
     metrics = Metrics(folder if main else None, cfg, trainer.device, trainer.world, start)
     trainer.engine.train()
     extra = {}
-    bar = tqdm(total=cfg.train.steps, initial=start, disable=not main, unit="step", dynamic_ncols=True, mininterval=0.5)
+    bar = tqdm(
+        total=cfg.train.steps,
+        initial=start,
+        disable=not main,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+    )
     for step in range(start, cfg.train.steps):
         extra = optimizer_step(trainer, batches, stream, data, step, metrics)
         row = metrics.step(step + 1, extra)

@@ -1,4 +1,5 @@
 """Numbers of a run: read back from the device with a lag, written to JSONL and TensorBoard, shown on a progress bar."""
+
 import json
 import math
 import re
@@ -35,7 +36,14 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> floa
     if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rates[precision != "bf16"] for key, rates in PEAK.items() if re.search(rf"\b{key}\b", name)), None)
+    return next(
+        (
+            rates[precision != "bf16"]
+            for key, rates in PEAK.items()
+            if re.search(rf"\b{key}\b", name)
+        ),
+        None,
+    )
 
 
 # of a network and its alignment, by what they say of themselves: counting SiT-XL/2's takes a core a second
@@ -64,7 +72,10 @@ def _count_training_flops(cfg: Config) -> tuple[float, float]:
     with torch.no_grad(), FlopCounterMode(display=False) as teacher:
         student.features(x, t, y, cfg.align.teacher_layer)
     extra = 3 * (aligned.get_total_flops() - plain.get_total_flops()) + teacher.get_total_flops()
-    return 3 * plain.get_total_flops(), 3 * plain.get_total_flops() + extra * cfg.align.fraction / cfg.align.every
+    return (
+        3 * plain.get_total_flops(),
+        3 * plain.get_total_flops() + extra * cfg.align.fraction / cfg.align.every,
+    )
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -92,8 +103,15 @@ class Metrics:
         start: steps already taken; rows of an interrupted run beyond them are dropped.
     """
 
-    def __init__(self, folder: Path | None, cfg: Config, device: torch.device, world: int, start: int = 0):
-        self.every, self.device, self.world, self.images = cfg.train.log_every, device, world, cfg.train.global_batch
+    def __init__(
+        self, folder: Path | None, cfg: Config, device: torch.device, world: int, start: int = 0
+    ):
+        self.every, self.device, self.world, self.images = (
+            cfg.train.log_every,
+            device,
+            world,
+            cfg.train.global_batch,
+        )
         self.flops = training_flops(cfg)
         self.peak = peak_flops(device, cfg.train.precision, cfg.train.tf32)
         if device.type == "cuda":
@@ -106,7 +124,9 @@ class Metrics:
 
             path = folder / "stats.jsonl"
             kept = [row for row in read_rows(path) if row["step"] <= start]
-            write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+            write_atomic(
+                path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            )
             self.file = open(path, "a")  # noqa: SIM115, stays open for the whole run
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
@@ -135,9 +155,18 @@ class Metrics:
             means = torch.empty(means.shape, pin_memory=True).copy_(means, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            extra = {**extra, "peak_memory_gib": (torch.cuda.max_memory_allocated(self.device) + hidden_bytes()) / 2**30}
+            extra = {
+                **extra,
+                "peak_memory_gib": (torch.cuda.max_memory_allocated(self.device) + hidden_bytes())
+                / 2**30,
+            }
         rate = self.count * self.images / (now - self.clock)
-        extra = {"step": step, **extra, "images_per_s": rate, "ms_per_step": 1e3 * (now - self.clock) / self.count}
+        extra = {
+            "step": step,
+            **extra,
+            "images_per_s": rate,
+            "ms_per_step": 1e3 * (now - self.clock) / self.count,
+        }
         if self.peak:
             extra["mfu"] = rate * self.flops["align" in self.sums] / (self.peak * self.world)
         self.waiting.append((names, means, event, extra))
@@ -146,7 +175,9 @@ class Metrics:
     def _receive(self, wait: bool) -> dict | None:
         row = None
         # on a CPU there is no event: the row waits for the next one, the lag is the same in tests as on a GPU
-        while self.waiting and (wait or (self.waiting[0][2].query() if self.waiting[0][2] else len(self.waiting) > 1)):
+        while self.waiting and (
+            wait or (self.waiting[0][2].query() if self.waiting[0][2] else len(self.waiting) > 1)
+        ):
             names, means, event, extra = self.waiting.popleft()
             if event:
                 event.synchronize()

@@ -1,4 +1,5 @@
 """Samples of the EMA during training: a picture and, if asked for, their Fréchet distance, made by all processes together."""
+
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -59,13 +60,30 @@ class Monitor:
         model.load_state_dict(trainer.state_dict(trainer.ema.full()))
         bounds = [m.count * r // world for r in range(world + 1)]
         counts, first = [b - a for a, b in pairwise(bounds)], bounds[rank]
-        labels = choose_labels(m.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed)[first : bounds[rank + 1]]
-        latents = generate(model, labels, cfg.sample, cfg.diffusion.path, cfg.train.seed, m.batch, self.device, first=first)
-        images = report.to_uint8(decode(latents, self.vae, cfg.data.latent_scale, m.batch, self.device), cfg.sample.rounding)
+        labels = choose_labels(m.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed)[
+            first : bounds[rank + 1]
+        ]
+        latents = generate(
+            model,
+            labels,
+            cfg.sample,
+            cfg.diffusion.path,
+            cfg.train.seed,
+            m.batch,
+            self.device,
+            first=first,
+        )
+        images = report.to_uint8(
+            decode(latents, self.vae, cfg.data.latent_scale, m.batch, self.device),
+            cfg.sample.rounding,
+        )
         pixels = torch.from_numpy(images).to(self.device)
         scores = {"step": step, "images": m.count}
         if self.extractor is not None:
-            features = [self.extractor(part.permute(0, 3, 1, 2).contiguous()).pool for part in pixels.split(m.batch)]
+            features = [
+                self.extractor(part.permute(0, 3, 1, 2).contiguous()).pool
+                for part in pixels.split(m.batch)
+            ]
             moments = Moments()
             moments.update(gather_rows(torch.cat(features), counts))
             scores["fid"] = frechet_distance(moments.gaussian(), self.reference)
@@ -73,8 +91,17 @@ class Monitor:
         if rank:
             return None
         (self.folder / "samples").mkdir(exist_ok=True)
-        report.save_grid(self.folder / "samples" / f"step_{step:08d}.png", shown, 10, 4 if shown.shape[1] < 32 else 1)
+        report.save_grid(
+            self.folder / "samples" / f"step_{step:08d}.png",
+            shown,
+            10,
+            4 if shown.shape[1] < 32 else 1,
+        )
         file = self.folder / "samples.jsonl"
-        rows = [row for row in read_rows(file) if row["step"] < step]  # those of an interrupted run beyond here are made again
-        write_atomic(file, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in [*rows, scores])))
+        rows = [
+            row for row in read_rows(file) if row["step"] < step
+        ]  # those of an interrupted run beyond here are made again
+        write_atomic(
+            file, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in [*rows, scores]))
+        )
         return scores

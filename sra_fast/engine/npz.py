@@ -1,4 +1,5 @@
 """Images and statistics of the ADM suite's ``.npz`` files; images as a stream: 50 000 of 256x256 are 9.8 GB."""
+
 import math
 import zipfile
 import zlib
@@ -53,9 +54,17 @@ class NpzImages:
             shape, fortran_order, dtype = readers[npy.read_magic(f)](f)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{self.path}: arr_0 is no plain array: {error}") from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order or 0 in shape:
+        if (
+            dtype != np.uint8
+            or len(shape) != 4
+            or shape[3] not in (1, 3)
+            or fortran_order
+            or 0 in shape
+        ):
             order = " in Fortran order" if fortran_order else ""
-            raise ValueError(f"{self.path}: arr_0 must be uint8 [N, H, W, 1 or 3], it is {dtype} {list(shape)}{order}")
+            raise ValueError(
+                f"{self.path}: arr_0 must be uint8 [N, H, W, 1 or 3], it is {dtype} {list(shape)}{order}"
+            )
         return shape
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
@@ -90,5 +99,7 @@ def _gaussian(path: str, arrays, mean: str, cov: str) -> Gaussian:
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mean} and {cov} must be finite, they are not")
     if mu.ndim != 1 or sigma.shape != mu.shape * 2:
-        raise ValueError(f"{path}: {mean} and {cov} must be [D] and [D, D], they are {[*mu.shape]} and {[*sigma.shape]}")
+        raise ValueError(
+            f"{path}: {mean} and {cov} must be [D] and [D, D], they are {[*mu.shape]} and {[*sigma.shape]}"
+        )
     return Gaussian(mu, sigma)

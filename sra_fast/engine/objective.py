@@ -1,4 +1,5 @@
 """SRA's objective: denoising plus alignment of the student's shallow features to the teacher's deep ones (SRA, Eq. 6)."""
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,11 @@ def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
     ``steps``: the same in optimizer steps.  ``milestones``: piecewise constant.  Zero from ``stop_at_step`` on.  With
     ``every`` k: k times that at each k-th step, zero in between.
     """
-    if cfg.target == "none" or (cfg.stop_at_step is not None and step >= cfg.stop_at_step) or step % cfg.every:
+    if (
+        cfg.target == "none"
+        or (cfg.stop_at_step is not None and step >= cfg.stop_at_step)
+        or step % cfg.every
+    ):
         return 0.0
     return cfg.every * _scheduled(cfg, step, epoch)
 
@@ -71,7 +76,13 @@ class SRAObjective(nn.Module):
             self.teacher_pass = TeacherPass(teacher.requires_grad_(False), align)
 
     def forward(
-        self, x0: Tensor, y: Tensor, noise: Tensor, times: tuple[Tensor, Tensor], drop: Tensor, weight: float | Tensor
+        self,
+        x0: Tensor,
+        y: Tensor,
+        noise: Tensor,
+        times: tuple[Tensor, Tensor],
+        drop: Tensor,
+        weight: float | Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch and its parts.
 
@@ -95,20 +106,36 @@ class SRAObjective(nn.Module):
             t, t_teacher = timestep_features(torch.cat([noised.t, noised.t_teacher])).chunk(2)
             self.teacher_pass.start(noised.x_teacher, t_teacher, y, drop, chosen=chosen)
             prediction, features = self.student(
-                noised.x, t, y, drop=drop, align_depth=self.align.student_layer, align_images=chosen,
+                noised.x,
+                t,
+                y,
+                drop=drop,
+                align_depth=self.align.student_layer,
+                align_images=chosen,
                 project=self.align.head == "mlp",
             )
             align = self._compare(features, self.teacher_pass.result())
-        losses = {name: value.mean() for name, value in self.process.losses(prediction, noised).items()}
+        losses = {
+            name: value.mean() for name, value in self.process.losses(prediction, noised).items()
+        }
         loss = sum(losses.values())
         if align:
             loss = loss + weight * align["align"]
         if not align or self.align.head == "none":
             # every stage of ZeRO then sees a (zero) gradient for every parameter, and steps alike
-            loss = loss + 0.0 * self.student.ap_head(prediction.new_zeros(1, 1, self.student.hidden_size)).sum()
+            loss = (
+                loss
+                + 0.0
+                * self.student.ap_head(prediction.new_zeros(1, 1, self.student.hidden_size)).sum()
+            )
         return loss, {name: value.detach() for name, value in {**losses, **align}.items()}
 
     def _compare(self, features: Tensor, target: Tensor) -> dict[str, Tensor]:
-        distance = ops.align_distance(features, target, self.align.distance, beta=self.align.beta).mean()
-        norms = (torch.linalg.vector_norm(f.detach(), dim=-1, dtype=torch.float32).mean() for f in (features, target))
+        distance = ops.align_distance(
+            features, target, self.align.distance, beta=self.align.beta
+        ).mean()
+        norms = (
+            torch.linalg.vector_norm(f.detach(), dim=-1, dtype=torch.float32).mean()
+            for f in (features, target)
+        )
         return dict(zip(("align", "student_norm", "teacher_norm"), (distance, *norms), strict=True))

@@ -6,6 +6,7 @@ Parameter names, patches, position embedding and DiT's process are the same.  Wh
 - SiT's time runs backwards, u = 1 - t (u = 0 is noise), and its velocity is dx/du = -dx/dt;
 - SiT carries 2C output channels, of which it uses the first C.
 """
+
 import torch
 from torch import Tensor
 
@@ -25,7 +26,9 @@ def reverse_time(weight: Tensor) -> Tensor:
     """
     of_cos, of_sin = weight.double().chunk(2, dim=1)
     w = timestep_frequencies(of_cos.shape[1]).double()
-    return torch.cat([of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], dim=1).to(weight.dtype)
+    return torch.cat(
+        [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], dim=1
+    ).to(weight.dtype)
 
 
 def first_channels(parameter: Tensor, patch_size: int, channels: int) -> Tensor:
@@ -44,10 +47,14 @@ def model_config(state: dict[str, Tensor], name: str, num_heads: int | None = No
         ValueError: a model that the weights are not.
     """
     family, preset = models.preset(name)
-    _, found = models.arguments_from_state_dict(state, num_heads or preset["num_heads"], family=family.family)
+    _, found = models.arguments_from_state_dict(
+        state, num_heads or preset["num_heads"], family=family.family
+    )
     for key, value in preset.items():
         if num_heads is None and found[key] != value:
-            raise ValueError(f"the weights are no {name}: {key} should be {value}, it is {found[key]}")
+            raise ValueError(
+                f"the weights are no {name}: {key} should be {value}, it is {found[key]}"
+            )
     kept = ("input_size", "in_channels", "num_classes", "class_dropout_prob", "qk_norm", *preset)
     return ModelConfig(name, **{key: found[key] for key in kept})
 
@@ -64,7 +71,9 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
         ValueError: weights of another layout.
     """
     if any(name.startswith("ap_head.") for name in state):
-        raise ValueError("the weights have a projection head (ap_head), no release has: train.init_from takes them as they are")
+        raise ValueError(
+            "the weights have a projection head (ap_head), no release has: train.init_from takes them as they are"
+        )
     state = {name: value.float() for name, value in state.items()}
     if cfg.family == "SiT":
         _convert_sit(state, cfg.arguments()["patch_size"], cfg.in_channels)
@@ -72,8 +81,12 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
     model = cfg.build().eval()
     # a run makes its own, so that another one would be lost without a word
     if not torch.allclose(state["pos_embed"], model.pos_embed, atol=1e-5):
-        raise ValueError("the position embedding of the weights is not the fixed 2-d sine-cosine one")
-    head = {name: value for name, value in model.state_dict().items() if name.startswith("ap_head.")}
+        raise ValueError(
+            "the position embedding of the weights is not the fixed 2-d sine-cosine one"
+        )
+    head = {
+        name: value for name, value in model.state_dict().items() if name.startswith("ap_head.")
+    }
     try:
         model.load_state_dict({**state, **head}, strict=True)
     except RuntimeError as error:
@@ -89,7 +102,9 @@ def _convert_sit(state: dict[str, Tensor], patch_size: int, channels: int) -> No
     expected = [patch_size**2 * channels, 2 * patch_size**2 * channels]
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         if len(state[name]) not in expected:
-            raise ValueError(f"{name} should have {expected[0]} or {expected[1]} rows, it has {len(state[name])}")
+            raise ValueError(
+                f"{name} should have {expected[0]} or {expected[1]} rows, it has {len(state[name])}"
+            )
         state[name] = -first_channels(state[name], patch_size, channels)
 
 

@@ -4,6 +4,7 @@ DeepSpeed's own converts every gradient to fp32 (stages 1 and 2: twice), scales 
 another. Bytes per parameter, EMA and teacher's copy included, counted on SiT-S/8 in bf16: 39.3 here at stage 1 on one process,
 43.3 on several, 41.9 at stage 3; DeepSpeed's step with torch's AdamW 85.9.
 """
+
 from collections.abc import Iterable
 
 import deepspeed.comm as dist
@@ -62,7 +63,9 @@ class ReplicatedStep(OnePassStep):
         zero.overflow = False
         groups = [[gradient_of(p) for p in group] for group in zero.fp16_groups]
         self._set_clip_scale([gradient for group in groups for gradient in group])
-        for settings, gradients, weights, masters in zip(zero.param_groups, groups, zero.fp16_groups, zero.fp32_groups, strict=True):
+        for settings, gradients, weights, masters in zip(
+            zero.param_groups, groups, zero.fp16_groups, zero.fp32_groups, strict=True
+        ):
             for gradient, p, master in zip(gradients, weights, masters, strict=True):
                 zero.optimizer.update(master, gradient, settings, p.data)
 
@@ -88,7 +91,10 @@ class PartitionedStep(OnePassStep):
         super().__init__(engine, limit)
         zero = self.zero
         # gradients that are to accumulate in another dtype are DeepSpeed's to convert
-        self.alone = dist.get_world_size(zero.dp_process_group) == 1 and zero.gradient_accumulation_dtype == zero.dtype
+        self.alone = (
+            dist.get_world_size(zero.dp_process_group) == 1
+            and zero.gradient_accumulation_dtype == zero.dtype
+        )
         if self.alone:
             engine.enable_backward_allreduce = False
             while zero._grad_acc_hooks:
@@ -106,13 +112,18 @@ class PartitionedStep(OnePassStep):
         )
         for i, group in enumerate(zero.optimizer.param_groups):
             rank = dist.get_rank(group=zero.real_dp_process_group[i])
-            master, weights = zero.single_partition_of_fp32_groups[i], zero.parallel_partitioned_bit16_groups[i][rank]
+            master, weights = (
+                zero.single_partition_of_fp32_groups[i],
+                zero.parallel_partitioned_bit16_groups[i][rank],
+            )
             zero.optimizer.update(master, gradients[i], group, weights)
             gradients[i] = None
         zero._lazy_init_hp_params_optimizer_state()
         all_gather_dp_groups(
-            groups_flat=zero.bit16_groups_flat, partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-            dp_process_group=zero.real_dp_process_group, start_alignment_factor=zero.nccl_start_alignment_factor,
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
         )
 
@@ -128,11 +139,15 @@ class PartitionedStep(OnePassStep):
         """This rank's part of group i's gradient, 1-d; the parameters' own gradients are freed."""
         zero = self.zero
         gradients = zero.averaged_gradients[i]
-        flat = getattr(gradients, "flat_partition", None)  # there already where fp32 accumulates bf16 gradients
+        flat = getattr(
+            gradients, "flat_partition", None
+        )  # there already where fp32 accumulates bf16 gradients
         flat = zero.flatten(gradients) if flat is None else flat.view(-1)
         expected = zero.single_partition_of_fp32_groups[i].numel()
         if flat.numel() != expected:
-            raise RuntimeError(f"DeepSpeed left {flat.numel()} gradients for a partition of {expected}: unsupported version?")
+            raise RuntimeError(
+                f"DeepSpeed left {flat.numel()} gradients for a partition of {expected}: unsupported version?"
+            )
         zero._release_preflattened_grad_buffers(i)
         zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
         zero.free_grad_in_param_list(zero.bit16_groups[i])
@@ -168,7 +183,9 @@ class Stage3Step(OnePassStep):
         gradients = zero.grad_partitions_flat_buffer.split([master.numel() for master in masters])
         for i, gradient in enumerate(gradients):
             if zero.averaged_gradients[i][0].data_ptr() != gradient.data_ptr():
-                raise RuntimeError(f"DeepSpeed keeps the gradients of sub-group {i} elsewhere: unsupported version?")
+                raise RuntimeError(
+                    f"DeepSpeed keeps the gradients of sub-group {i} elsewhere: unsupported version?"
+                )
         zero.averaged_gradients = {}
         self._set_clip_scale(gradients, zero.dp_process_group)
         zero.zero_grad(set_to_none=True)

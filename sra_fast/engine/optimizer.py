@@ -1,4 +1,5 @@
 """The optimizer: torch's AdamW, or AdamW whose pass over the weights also updates the EMA and the teacher's copy of it."""
+
 import torch
 from torch import Tensor
 
@@ -23,8 +24,12 @@ class AdamWEMA(torch.optim.Optimizer):
         copies: ``{parameter: bf16 tensor or ops.fp8.Fp8Copy of its size}``, which receives the rounded EMA.
     """
 
-    def __init__(self, params, *, lr: float, betas: tuple, eps: float, weight_decay: float, ema_decay: float):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self, params, *, lr: float, betas: tuple, eps: float, weight_decay: float, ema_decay: float
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         self.ema_decay, self.clip_scale, self.copies = ema_decay, None, {}
 
     @torch.no_grad()
@@ -44,9 +49,20 @@ class AdamWEMA(torch.optim.Optimizer):
         low = weights is not None and weights.dtype != torch.float32
         grad = grad.contiguous() if isinstance(grad, Tensor) else grad
         ops.adamw_ema_(
-            p.data, grad, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), lr=group["lr"], betas=group["betas"],
-            eps=group["eps"], weight_decay=group["weight_decay"], clip_scale=self.clip_scale,
-            weights=weights if low else None, ema=state.get("ema"), ema_copy=self.copies.get(p), decay=self.ema_decay,
+            p.data,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            int(state["step"]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            clip_scale=self.clip_scale,
+            weights=weights if low else None,
+            ema=state.get("ema"),
+            ema_copy=self.copies.get(p),
+            decay=self.ema_decay,
         )
         if weights is not None and not low:
             weights.copy_(p)
@@ -61,7 +77,9 @@ def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
     }
 
 
-def make_optimizer(cfg: Config, student: SiT, kinds: list[set[str]], cuda: bool) -> torch.optim.Optimizer:
+def make_optimizer(
+    cfg: Config, student: SiT, kinds: list[set[str]], cuda: bool
+) -> torch.optim.Optimizer:
     """The configured optimizer; its first groups are the parameters named in ``kinds``, the last one holds the others.
 
     What the teacher keeps in one dtype is a group, so that its EMA is one contiguous part per rank.
@@ -86,10 +104,17 @@ def clip_before_step(engine, limit: float) -> None:
     wrapper = engine.optimizer
 
     def hook(optimizer, args, kwargs):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         if optimizer is wrapper:  # stage 0 in fp32: no DeepSpeed optimizer has computed the norm
             wrapper.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        scale = clip_factor(wrapper.grad_norm if optimizer is wrapper else wrapper._global_grad_norm, limit)
+        scale = clip_factor(
+            wrapper.grad_norm if optimizer is wrapper else wrapper._global_grad_norm, limit
+        )
         if isinstance(optimizer, AdamWEMA):
             optimizer.clip_scale = scale
         elif limit:

@@ -4,6 +4,7 @@ The images are cut into parts of ``shard_size``.  Process r of n makes parts r, 
 when the part is complete, the file that makes the folder a data set when all records are there, by whichever process
 sees that first.  Processes share nothing but the folder.
 """
+
 import json
 import os
 from collections import deque
@@ -66,7 +67,11 @@ class Packed(Layout):
             ValueError: a value is not finite in the stored dtype.
         """
         dtype, storage = getattr(torch, self.job["dtype"]), np.dtype(STORAGE[self.job["dtype"]])
-        header = {"descr": storage.str, "fortran_order": False, "shape": (count, *self.job["shape"])}
+        header = {
+            "descr": storage.str,
+            "fortran_order": False,
+            "shape": (count, *self.job["shape"]),
+        }
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb") as f:
@@ -74,7 +79,9 @@ class Packed(Layout):
                 for batch in batches:
                     batch = batch.to(dtype).contiguous()
                     if not batch.isfinite().all():
-                        raise ValueError(f"moments of images {first} .. {first + count - 1} are not finite in {dtype}")
+                        raise ValueError(
+                            f"moments of images {first} .. {first + count - 1} are not finite in {dtype}"
+                        )
                     f.write(batch.view(torch.uint8).numpy())
 
         write_atomic(self.out / shard_name(part), write)
@@ -87,7 +94,10 @@ class Packed(Layout):
     def finish(self, records: list[dict]) -> None:
         sweep(self.out / "shards", self.out / "parts")
         write_atomic(self.out / LABELS, lambda p: save_npy(p, self.labels.numpy()))
-        write_json(self.out / INDEX, {**self.job, "labels": file_entry(self.out, LABELS), "shards": records})
+        write_json(
+            self.out / INDEX,
+            {**self.job, "labels": file_entry(self.out, LABELS), "shards": records},
+        )
 
 
 class Reference(Layout):
@@ -165,10 +175,14 @@ class Plan:
         (self.out / "parts").mkdir(parents=True, exist_ok=True)
         folder, file = self.out / self.layout.folder, self.out / JOB
         folder.mkdir(exist_ok=True)
-        foreign = next(folder.iterdir(), None)  # looked for first: another process may be at it already
+        foreign = next(
+            folder.iterdir(), None
+        )  # looked for first: another process may be at it already
         if not file.exists():
             if foreign:
-                raise ValueError(f"{foreign} was not made by this command, it would be lost: choose another out")
+                raise ValueError(
+                    f"{foreign} was not made by this command, it would be lost: choose another out"
+                )
             write_first(file, self.job)
         begun = json.loads(file.read_text())
         for key, value in self.job.items():
@@ -200,14 +214,28 @@ def execute(plan: Plan) -> bool:
     """
     try:
         plan.begin()
-        parts = [part for part in range(plan.rank, plan.num_parts, plan.world) if plan.record(part) is None]
+        parts = [
+            part
+            for part in range(plan.rank, plan.num_parts, plan.world)
+            if plan.record(part) is None
+        ]
         spans = [plan.span(part) for part in parts]
-        chunks = [[*span[i : i + plan.batch]] for span in spans for i in range(0, len(span), plan.batch)]
+        chunks = [
+            [*span[i : i + plan.batch]] for span in spans for i in range(0, len(span), plan.batch)
+        ]
         batches = read_ahead(plan.source.__getitems__, chunks, plan.threads)
         title = f"process 1 of {plan.world}"  # the others have as much to do
-        with tqdm(total=sum(map(len, spans)), desc=title, unit="image", disable=plan.rank > 0, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=sum(map(len, spans)),
+            desc=title,
+            unit="image",
+            disable=plan.rank > 0,
+            dynamic_ncols=True,
+        ) as bar:
             for part, span in zip(parts, spans, strict=True):
-                record = plan.layout.write(part, span[0], len(span), _moments(plan, batches, len(span), bar))
+                record = plan.layout.write(
+                    part, span[0], len(span), _moments(plan, batches, len(span), bar)
+                )
                 write_json(plan.out / f"parts/{part:05d}.json", record)
         records = [plan.record(part) for part in range(plan.num_parts)]
         if None in records or (plan.rank and not parts):

@@ -1,4 +1,5 @@
 """The first principal components of patch features as colours (SRA, Fig. 2): what a layer tells patches apart by."""
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ def components(features: Tensor, reference: np.ndarray | None = None) -> np.ndar
 
     patches = features.flatten(0, 1).double().numpy()
     if len(patches) < 3:
-        raise ValueError(f"three components need at least 3 patches, got {len(patches)}: show more images")
+        raise ValueError(
+            f"three components need at least 3 patches, got {len(patches)}: show more images"
+        )
     scores = PCA(3, svd_solver="full").fit_transform(patches)
     if reference is not None:
         scores *= np.where((scores * reference).sum(0) < 0, -1, 1)
@@ -40,7 +43,9 @@ def as_colours(x: Tensor) -> np.ndarray:
     return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def draw_maps(model: SiT, path: str, images: Images, times: list[float], layers: list[int]) -> np.ndarray:
+def draw_maps(
+    model: SiT, path: str, images: Images, times: list[float], layers: list[int]
+) -> np.ndarray:
     """Maps of every image, time and layer, each enlarged to the input's size, behind the noisy input itself.
 
     Args:
@@ -53,7 +58,9 @@ def draw_maps(model: SiT, path: str, images: Images, times: list[float], layers:
     """
     size, p, reference, maps = model.input_size, model.patch_size, None, []
     for time in times:
-        x, features = noisy_features(model, path, images, images.labels, time, layers, lambda h: h, len(images.labels))
+        x, features = noisy_features(
+            model, path, images, images.labels, time, layers, lambda h: h, len(images.labels)
+        )
         cells = [as_colours(x)]
         for tokens in features:
             # signs follow the layer before; those of the first layer, the last one of the time before

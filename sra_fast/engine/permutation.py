@@ -1,4 +1,5 @@
 """A pseudo-random permutation that is computed where it is asked for: no memory, whatever the length."""
+
 from math import isqrt
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Parts of the EMA in the teacher's precision on every rank: each rank writes its part, one all-gather fills the rest."""
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,12 +24,18 @@ class Replica:
     def __init__(self, shards: MasterShards, group: Group, dtype: torch.dtype):
         device, self.group = shards.flats[0].device, group
         self.sharded = shards.world > 1 and not shards.replicated
-        self.buffer = torch.zeros((shards.world if self.sharded else 1) * group.size, dtype=dtype, device=device)
-        self.part = torch.zeros(group.size, dtype=dtype, device=device) if self.sharded else self.buffer
+        self.buffer = torch.zeros(
+            (shards.world if self.sharded else 1) * group.size, dtype=dtype, device=device
+        )
+        self.part = (
+            torch.zeros(group.size, dtype=dtype, device=device) if self.sharded else self.buffer
+        )
         owners = [shards.owners[i] for i in group.flats]
         sizes = [owner.numel() for owner in owners]
         views = self.part[: sum(sizes)].split(sizes)
-        self.copies = {owner: view.view(owner.shape) for owner, view in zip(owners, views, strict=True)}
+        self.copies = {
+            owner: view.view(owner.shape) for owner, view in zip(owners, views, strict=True)
+        }
 
     def bind(self, parameters: dict[str, nn.Parameter]) -> None:
         """Make the parameters of these names views of the buffer."""
@@ -38,12 +45,18 @@ class Replica:
 
     def store(self, flats: list[Tensor]) -> None:
         """This rank's part <- EMA, whose ``flats`` are laid out like those of ``MasterShards``."""
-        torch._foreach_copy_([copy.view(-1) for copy in self.copies.values()], [flats[i] for i in self.group.flats])
+        torch._foreach_copy_(
+            [copy.view(-1) for copy in self.copies.values()], [flats[i] for i in self.group.flats]
+        )
 
     def gather(self) -> list[dist.Work]:
         """Start to fill the buffer from every rank's part."""
         as_bytes = lambda t: t.view(torch.uint8)  # NCCL and Gloo agree on bytes
-        return [dist.all_gather_into_tensor(as_bytes(self.buffer), as_bytes(self.part), async_op=True)] if self.sharded else []
+        return (
+            [dist.all_gather_into_tensor(as_bytes(self.buffer), as_bytes(self.part), async_op=True)]
+            if self.sharded
+            else []
+        )
 
     def arrived(self) -> None:
         """What ``gather`` started is done."""
@@ -65,8 +78,13 @@ class Fp8Replica(Replica):
     def __init__(self, shards: MasterShards, group: Group, layers: dict[str, nn.Linear]):
         super().__init__(shards, group, E4M3)
         device, offsets = self.buffer.device, list(group.offsets.values())
-        self.multiplier, self.in_use, self.amax = (torch.ones(len(offsets), device=device) for _ in range(3))
-        ends, begin = [*offsets[1:], len(self.buffer)], shards.rank * group.size if self.sharded else 0
+        self.multiplier, self.in_use, self.amax = (
+            torch.ones(len(offsets), device=device) for _ in range(3)
+        )
+        ends, begin = (
+            [*offsets[1:], len(self.buffer)],
+            shards.rank * group.size if self.sharded else 0,
+        )
         for owner, values in self.copies.items():
             bounds = [min(max(end - begin, 0), values.numel()) for end in ends]
             self.copies[owner] = Fp8Copy.of(values, self.multiplier, self.amax, bounds)
@@ -83,12 +101,18 @@ class Fp8Replica(Replica):
         for copy, i in zip(self.copies.values(), self.group.flats, strict=True):
             copy.measure_(flats[i])
         self._reduce_amax()
-        self.multiplier.copy_(power_of_two_multiplier(self.amax) if multiplier is None else multiplier)
+        self.multiplier.copy_(
+            power_of_two_multiplier(self.amax) if multiplier is None else multiplier
+        )
         for copy, i in zip(self.copies.values(), self.group.flats, strict=True):
             copy.store_(flats[i])
 
     def _reduce_amax(self, async_op: bool = False) -> dist.Work | None:
-        return dist.all_reduce(self.amax, dist.ReduceOp.MAX, async_op=async_op) if self.sharded else None
+        return (
+            dist.all_reduce(self.amax, dist.ReduceOp.MAX, async_op=async_op)
+            if self.sharded
+            else None
+        )
 
     def gather(self) -> list[dist.Work]:
         self.in_use.copy_(self.multiplier)

@@ -1,4 +1,5 @@
 """What a run leaves for people: loss curve, picture of samples, one-line summary."""
+
 import logging
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def to_uint8(images: Tensor, rounding: str = "round") -> np.ndarray:
     return scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
-def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_after: int | None = None) -> None:
+def save_grid(
+    path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_after: int | None = None
+) -> None:
     """uint8 ``[N, H, W, C]`` as a PNG with ``columns`` images a row.
 
     Args:
@@ -34,7 +37,9 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_
     grid = np.concatenate(rows, axis=0)
     if gap_after:
         gap = np.full((grid.shape[0], width // 2, channels), 255, np.uint8)
-        grid = np.concatenate([grid[:, : gap_after * (width + 1)], gap, grid[:, gap_after * (width + 1) :]], axis=1)
+        grid = np.concatenate(
+            [grid[:, : gap_after * (width + 1)], gap, grid[:, gap_after * (width + 1) :]], axis=1
+        )
     grid = grid.repeat(scale, 0).repeat(scale, 1)
     picture = Image.fromarray(grid[..., 0] if channels == 1 else grid[..., :3])
     write_atomic(path, lambda p: picture.save(p, format="png"))
@@ -78,7 +83,9 @@ def plot_study(path: Path, rows: list[dict]) -> None:
     plt = pyplot(path)
     if plt is None:
         return
-    keys = [key for key in ("denoise", "frechet", "label_accuracy") if all(key in row for row in rows)]
+    keys = [
+        key for key in ("denoise", "frechet", "label_accuracy") if all(key in row for row in rows)
+    ]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     size = (4 * len(keys) + 1, 0.35 * len(variants) + 1.2)
     figure, axes = plt.subplots(1, len(keys), figsize=size, squeeze=False, sharey=True)

@@ -1,4 +1,5 @@
 """A whole run: check, build, restore, train, export, report."""
+
 import json
 import os
 from dataclasses import dataclass
@@ -41,8 +42,12 @@ def prepare(cfg: Config, ds_json: str | None) -> Plan:
     world = int(os.environ.get("WORLD_SIZE", 1))
     micro, accumulation = split_batch(cfg, world)
     if cfg.monitor.every and cfg.monitor.count < world:
-        raise ValueError(f"monitor.count must be at least 1 for each of the {world} processes, got {cfg.monitor.count}")
-    stage = zero_stage(deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg)
+        raise ValueError(
+            f"monitor.count must be at least 1 for each of the {world} processes, got {cfg.monitor.count}"
+        )
+    stage = zero_stage(
+        deepspeed_config(cfg, micro, accumulation, ds_json, torch.cuda.is_available()), cfg
+    )
     check_device(cfg, stage, torch.cuda.is_available(), world)
     cfg.train.zero_stage = stage
     resume = find_resume(cfg)
@@ -70,7 +75,9 @@ def _read_start(cfg: Config, resume: Path | None) -> dict:
                     f"{expected.get(name, 'absent')}, it is {found.get(name, 'absent')}"
                 )
     if start.get("steps", 0) >= cfg.train.steps:
-        raise ValueError(f"train.steps must exceed the {start['steps']} of train.init_from, got {cfg.train.steps}")
+        raise ValueError(
+            f"train.steps must exceed the {start['steps']} of train.init_from, got {cfg.train.steps}"
+        )
     return start
 
 
@@ -82,7 +89,9 @@ def _check_heads(cfg: Config, start: dict) -> None:
     else:
         theirs = getattr(start.get("args"), "num_heads", ours)
     if theirs != ours:
-        raise ValueError(f"train.init_from {cfg.train.init_from} was made with {theirs} heads, the model has {ours}")
+        raise ValueError(
+            f"train.init_from {cfg.train.init_from} was made with {theirs} heads, the model has {ours}"
+        )
 
 
 def _check_writable(out: Path) -> None:
@@ -104,7 +113,9 @@ def find_resume(cfg: Config) -> Path | None:
         return path
     found = checkpoint.latest(path / "checkpoints")
     if found is None:
-        raise ValueError(f"train.resume must name a run folder or one of its checkpoints, found neither at {path}")
+        raise ValueError(
+            f"train.resume must name a run folder or one of its checkpoints, found neither at {path}"
+        )
     return found
 
 
@@ -135,8 +146,17 @@ def run(plan: Plan, device: torch.device) -> dict:
     plan.start.clear()
     if trainer.rank == 0:
         save_config(cfg, folder / "config.yaml")
-        write_atomic(folder / "deepspeed.json", lambda p: p.write_text(json.dumps(trainer.ds_config, indent=1)))
-    train(trainer, plan.data, folder, start, Monitor(cfg, device, folder) if cfg.monitor.every else None)
+        write_atomic(
+            folder / "deepspeed.json",
+            lambda p: p.write_text(json.dumps(trainer.ds_config, indent=1)),
+        )
+    train(
+        trainer,
+        plan.data,
+        folder,
+        start,
+        Monitor(cfg, device, folder) if cfg.monitor.every else None,
+    )
     epoch = cfg.train.steps // max(1, len(plan.data) // cfg.train.global_batch)
     if "safetensors" in cfg.train.export:
         checkpoint.export_safetensors(trainer, folder / "ema.safetensors", cfg.train.steps)
@@ -178,10 +198,22 @@ def digits_report(trainer: Trainer, weights: dict, folder: Path) -> dict:
     cfg, device = trainer.cfg, trainer.device
     model = cfg.model.build().to(device).eval()
     model.load_state_dict(trainer.state_dict(weights))
-    labels = choose_labels(DIGITS_PER_CLASS * Digits.num_classes, Digits.num_classes, cfg.sample.labels, cfg.train.seed)
-    images = generate(model, labels, cfg.sample, cfg.diffusion.path, cfg.train.seed, len(labels), device)
+    labels = choose_labels(
+        DIGITS_PER_CLASS * Digits.num_classes, Digits.num_classes, cfg.sample.labels, cfg.train.seed
+    )
+    images = generate(
+        model, labels, cfg.sample, cfg.diffusion.path, cfg.train.seed, len(labels), device
+    )
     columns = 10
     fake = [images[labels == c][:columns] for c in range(10)]
-    grid = torch.cat([torch.cat([f, r]) for f, r in zip(fake, real_rows(columns), strict=True) if len(f) == columns])
-    report.save_grid(folder / "samples.png", report.to_uint8(grid, cfg.sample.rounding), 2 * columns, 6, columns)
+    grid = torch.cat(
+        [
+            torch.cat([f, r])
+            for f, r in zip(fake, real_rows(columns), strict=True)
+            if len(f) == columns
+        ]
+    )
+    report.save_grid(
+        folder / "samples.png", report.to_uint8(grid, cfg.sample.rounding), 2 * columns, 6, columns
+    )
     return evaluate_digits(images, labels)

@@ -1,4 +1,5 @@
 """Samplers for SiT (ODE, SDE) and DiT (DDIM, DDPM), with classifier-free guidance in an interval of times."""
+
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -37,7 +38,9 @@ class Guidance:
         call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ):
         if scale != 1 and model.y_embedder.dropout_prob == 0:
-            raise ValueError(f"guidance {scale} needs a null class, but the model has class_dropout_prob=0")
+            raise ValueError(
+                f"guidance {scale} needs a null class, but the model has class_dropout_prob=0"
+            )
         self.call, self.y, self.scale, self.interval = call or model, y, scale, interval
         self.channels = channels or model.in_channels
         self.y_both = torch.cat([y, torch.full_like(y, model.null_class)])
@@ -59,7 +62,9 @@ class Guidance:
 
 
 def _velocity(guided: Guidance, x: Tensor, t: float, inside: bool) -> Tensor:
-    return guided(x, torch.tensor(t, dtype=torch.float64, device=x.device), inside).to(torch.float64)
+    return guided(x, torch.tensor(t, dtype=torch.float64, device=x.device), inside).to(
+        torch.float64
+    )
 
 
 def _ode(guided: Guidance, x: Tensor, num_steps: int, heun: bool) -> Tensor:
@@ -76,7 +81,9 @@ def _ode(guided: Guidance, x: Tensor, num_steps: int, heun: bool) -> Tensor:
     return x
 
 
-def _euler_maruyama(guided: Guidance, x: Tensor, num_steps: int, path: str, noise: Callable) -> Tensor:
+def _euler_maruyama(
+    guided: Guidance, x: Tensor, num_steps: int, path: str, noise: Callable
+) -> Tensor:
     """The reverse SDE with diffusion w_t = 2t (SiT, Eq. 10); the last step, from t=0.04 to 0, is drift alone."""
     times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -94,12 +101,17 @@ def _discrete(guided: Guidance, x: Tensor, num_steps: int, method: str, noise: C
     """DDIM with eta=0 (arXiv 2010.02502, Eq. 12) or DDPM with the learned variance, on a respaced chain."""
     times, schedule = respaced(num_steps)
     for i in reversed(range(num_steps)):
-        out = guided(x, torch.tensor(times[i], device=x.device), guided.applies(times[i] / NUM_TIMES)).float()
+        out = guided(
+            x, torch.tensor(times[i], device=x.device), guided.applies(times[i] / NUM_TIMES)
+        ).float()
         eps, variance = out[:, : x.shape[1]], out[:, x.shape[1] :]
         index = torch.full(x.shape[:1], i, device=x.device)
         x0 = schedule.predict_x0(x, index, eps)
         if method == "ddim":
-            x = schedule.at("signal_previous", index) * x0 + schedule.at("noise_previous", index) * eps
+            x = (
+                schedule.at("signal_previous", index) * x0
+                + schedule.at("noise_previous", index) * eps
+            )
             continue
         mean = schedule.posterior_mean(x0, x, index)
         if variance.shape[1]:
@@ -147,7 +159,9 @@ def sample(
         ValueError: a method of the other family, fewer than one step, or guidance without a null class.
     """
     if method not in METHODS[model.family]:
-        raise ValueError(f"method for {model.family} must be one of {METHODS[model.family]}, got {method!r}")
+        raise ValueError(
+            f"method for {model.family} must be one of {METHODS[model.family]}, got {method!r}"
+        )
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     guided = Guidance(model, y, guidance, interval, guided_channels, call)

@@ -3,6 +3,7 @@
 What an image is depends on its number alone, so neither the number of processes nor an interruption shows.  Processes meet
 in the folder, not in a process group: none waits for another but the first, which joins the parts.
 """
+
 import json
 import shutil
 import time
@@ -42,9 +43,13 @@ def open_parts(folder: Path, identity: dict) -> None:
 def open_pngs(folder: Path, count: int) -> None:
     """Make ``folder``; ValueError if it holds images of an earlier, larger set, which these ``count`` would not replace."""
     folder.mkdir(exist_ok=True)
-    more = [file for file in folder.glob("*.png") if file.stem.isdigit() and int(file.stem) >= count]
+    more = [
+        file for file in folder.glob("*.png") if file.stem.isdigit() and int(file.stem) >= count
+    ]
     if more:
-        raise ValueError(f"{folder} holds {len(more)} images more than these {count}: delete it or choose another --out")
+        raise ValueError(
+            f"{folder} holds {len(more)} images more than these {count}: delete it or choose another --out"
+        )
 
 
 def num_parts(count: int) -> int:
@@ -61,7 +66,12 @@ def _save(path: Path, images: np.ndarray) -> None:
 
 
 def make_parts(
-    make: Callable[[int, int], np.ndarray], count: int, folder: Path, rank: int, world: int, png: Path | None = None
+    make: Callable[[int, int], np.ndarray],
+    count: int,
+    folder: Path,
+    rank: int,
+    world: int,
+    png: Path | None = None,
 ) -> int:
     """Make this process's share of the parts that are missing; returns the number of images made.
 
@@ -82,7 +92,9 @@ def make_parts(
         images = make(first, end)
         for number, image in enumerate(images if png else (), start=first):
             picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-            write_atomic(png / f"{number:06d}.png", lambda p, picture=picture: picture.save(p, format="PNG"))
+            write_atomic(
+                png / f"{number:06d}.png", lambda p, picture=picture: picture.save(p, format="PNG")
+            )
         write_atomic(_part(folder, i), lambda p, images=images: _save(p, images))
         made += end - first
     return made
@@ -102,7 +114,9 @@ def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: in
     def write(path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as f:
-                np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
+                np.lib.format.write_array_header_1_0(
+                    f, {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+                )
                 for part in parts:
                     f.write(np.load(part).tobytes())
             with archive.open("arr_1.npy", "w") as f:
@@ -110,7 +124,9 @@ def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: in
 
     write_atomic(out, write)
     first = np.concatenate([np.load(part) for part in parts[: num_parts(keep)]])[:keep]
-    for part in parts:  # before the identity: parts without one would be taken for those of the next samples
+    for part in (
+        parts
+    ):  # before the identity: parts without one would be taken for those of the next samples
         part.unlink()
     shutil.rmtree(folder)
     return first

@@ -1,4 +1,5 @@
 """Scores of sets of features, defined as in the ADM suite: Fréchet distance, Inception score, precision and recall."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -104,11 +105,18 @@ def _blocks(rows: Tensor, columns: int) -> tuple[Tensor, ...]:
 
 def _radii(points: Tensor, k: int) -> Tensor:
     # the smallest of a row is the point's distance to itself
-    return torch.cat([torch.cdist(part, points).kthvalue(k + 1, dim=1).values for part in _blocks(points, len(points))])
+    return torch.cat(
+        [
+            torch.cdist(part, points).kthvalue(k + 1, dim=1).values
+            for part in _blocks(points, len(points))
+        ]
+    )
 
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in _blocks(points, len(centres))]
+    inside = [
+        (torch.cdist(part, centres) <= radii).any(1) for part in _blocks(points, len(centres))
+    ]
     return torch.cat(inside).double().mean().item()
 
 
@@ -126,7 +134,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[f
         ValueError: a set has no more than k points.
     """
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images a side, got {len(real)} and {len(fake)}")
+        raise ValueError(
+            f"precision and recall need more than {k} images a side, got {len(real)} and {len(fake)}"
+        )
     centre = real.mean(0)  # distances are the same, their rounding is smaller
     real, fake = real - centre, fake - centre
     return _covered(fake, real, _radii(real, k)), _covered(real, fake, _radii(fake, k))

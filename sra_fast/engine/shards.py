@@ -2,6 +2,7 @@
 
 Tested with DeepSpeed 0.19; the layout is read from the live tensors' addresses, not recomputed, and verified at start.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +61,17 @@ class MasterShards:
         if stage == 3:
             self._from_stage3(optimizer)
         elif hasattr(optimizer, "bit16_groups_flat"):
-            self._from_flat_groups(optimizer.bit16_groups, optimizer.bit16_groups_flat,
-                                   optimizer.single_partition_of_fp32_groups)
+            self._from_flat_groups(
+                optimizer.bit16_groups,
+                optimizer.bit16_groups_flat,
+                optimizer.single_partition_of_fp32_groups,
+            )
         elif hasattr(optimizer, "bf16_groups_flat"):
-            self._from_flat_groups(optimizer.bf16_groups, optimizer.bf16_groups_flat,
-                                   optimizer.fp32_groups_flat_partition)
+            self._from_flat_groups(
+                optimizer.bf16_groups,
+                optimizer.bf16_groups_flat,
+                optimizer.fp32_groups_flat_partition,
+            )
         else:
             self._from_replicated(optimizer)
 
@@ -76,19 +83,27 @@ class MasterShards:
 
     def _from_stage3(self, optimizer) -> None:
         for params, low, master in zip(
-            optimizer.fp16_groups, optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=False
+            optimizer.fp16_groups,
+            optimizer.fp16_partitioned_groups_flat,
+            optimizer.fp32_partitioned_groups_flat,
+            strict=False,
         ):
             flat = self._add(master)
             for p in params:
                 start, size = self.rank * p.ds_tensor.ds_numel, p.ds_tensor.ds_numel
-                numel = min(size, max(0, p.ds_numel - start))  # the last ranks' parts may be padding
+                numel = min(
+                    size, max(0, p.ds_numel - start)
+                )  # the last ranks' parts may be padding
                 if numel:
                     offset = (p.ds_tensor.data_ptr() - low.data_ptr()) // low.element_size()
                     self.segments.append(Segment(self.names[id(p)], start, flat, offset, numel))
 
     def _from_flat_groups(self, groups, lows: list[Tensor], masters: list[Tensor]) -> None:
         for params, low, master in zip(groups, lows, masters, strict=True):
-            offsets = {self.names[id(p)]: (p.data_ptr() - low.data_ptr()) // low.element_size() for p in params}
+            offsets = {
+                self.names[id(p)]: (p.data_ptr() - low.data_ptr()) // low.element_size()
+                for p in params
+            }
             flat, part = self._add(master), master.numel()
             for name, offset in offsets.items():
                 self._cut(name, offset, part, flat)
@@ -97,7 +112,9 @@ class MasterShards:
     def _from_replicated(self, optimizer) -> None:
         """Stage 0 has whole masters on every rank, and so a whole EMA."""
         self.replicated = True
-        masters = getattr(optimizer, "fp32_groups", None) or [g["params"] for g in optimizer.param_groups]
+        masters = getattr(optimizer, "fp32_groups", None) or [
+            g["params"] for g in optimizer.param_groups
+        ]
         params = getattr(optimizer, "fp16_groups", None) or masters
         for group, group_masters in zip(params, masters, strict=True):
             offsets, total, first = {}, 0, len(self.flats)
@@ -111,7 +128,10 @@ class MasterShards:
     def _cut(self, name: str, offset: int, part: int, flat: int) -> None:
         """Record what this rank's ``part`` of a flattened group, ``flat``, holds of the parameter at ``offset``."""
         low, high = self.rank * part, (self.rank + 1) * part
-        first, last = max(offset, low) - offset, min(offset + self.shapes[name].numel(), high) - offset
+        first, last = (
+            max(offset, low) - offset,
+            min(offset + self.shapes[name].numel(), high) - offset,
+        )
         if last > first:
             self.segments.append(Segment(name, first, flat, offset + first - low, last - first))
 
@@ -138,7 +158,9 @@ class MasterShards:
     def gather(self, flats: list[Tensor], bucket: int = 1 << 26) -> dict[str, Tensor]:
         """Whole tensors (name -> fp32 on the CPU) from every rank's ``flats``; collective, the result is on every rank."""
         if self.replicated:
-            return {s.name: s.of(flats).view(self.shapes[s.name]).cpu().clone() for s in self.segments}
+            return {
+                s.name: s.of(flats).view(self.shapes[s.name]).cpu().clone() for s in self.segments
+            }
         full, names, mine = {}, list(self.shapes), {}
         for s in self.segments:
             mine.setdefault(s.name, []).append(s)
@@ -162,6 +184,12 @@ class MasterShards:
         """RuntimeError unless every master, rounded to the parameter's dtype, is the parameter: guards the layout."""
         for s in self.segments:
             p = parameters[s.name]
-            low = p.ds_tensor.view(-1)[: s.numel] if hasattr(p, "ds_tensor") else p.view(-1)[s.start : s.start + s.numel]
+            low = (
+                p.ds_tensor.view(-1)[: s.numel]
+                if hasattr(p, "ds_tensor")
+                else p.view(-1)[s.start : s.start + s.numel]
+            )
             if not torch.equal(s.of(self.flats).to(low.dtype), low):
-                raise RuntimeError(f"DeepSpeed's master weights of {s.name} do not belong to it: unsupported version?")
+                raise RuntimeError(
+                    f"DeepSpeed's master weights of {s.name} do not belong to it: unsupported version?"
+                )

@@ -1,4 +1,5 @@
 """How the teacher's forward runs: which images it sees, when, in which stream, and as a CUDA graph or not."""
+
 import functools
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,7 +20,9 @@ def images_per_cycle(fraction: float, batch: int) -> tuple[int, int]:
     """
     cycle = Fraction(fraction).limit_denominator(max(batch, 1))
     if cycle <= 0 or cycle > 1 or batch % cycle.denominator or abs(float(cycle) - fraction) > 1e-6:
-        raise ValueError(f"align.fraction of the {batch} images of a micro-batch must be a whole number of images, got {fraction}")
+        raise ValueError(
+            f"align.fraction of the {batch} images of a micro-batch must be a whole number of images, got {fraction}"
+        )
     return cycle.numerator, cycle.denominator
 
 
@@ -48,7 +51,9 @@ class TeacherPass:
         if align.teacher_graph:
             self.run = Graphed(self.run)
         self.stream = torch.cuda.Stream() if align.teacher_stream else None
-        self.ready: Callable[[], None] = lambda: None  # returns once the teacher's weights have arrived
+        self.ready: Callable[[], None] = lambda: (
+            None
+        )  # returns once the teacher's weights have arrived
         self.inputs, self.target = (), None
 
     def start(self, *inputs: Tensor, chosen: Tensor | None) -> None:

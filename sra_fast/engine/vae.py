@@ -1,4 +1,5 @@
 """The image autoencoder: diffusers' AutoencoderKL, loaded from a local folder."""
+
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,13 @@ def load_vae(path: str, channels: int | None = None):
         # without accelerate, which diffusers' default asks for
         vae = AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as error:  # of diffusers, huggingface_hub, safetensors and torch
-        raise ValueError(f"--vae {path} holds no AutoencoderKL: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(
+            f"--vae {path} holds no AutoencoderKL: {str(error).strip().splitlines()[0]}"
+        ) from None
     if channels not in (None, vae.config.latent_channels):
-        raise ValueError(f"--vae {path} is for latents of {vae.config.latent_channels} channels, the model has {channels}")
+        raise ValueError(
+            f"--vae {path} is for latents of {vae.config.latent_channels} channels, the model has {channels}"
+        )
     return vae.float().eval().requires_grad_(False)
 
 
@@ -51,7 +56,10 @@ def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor]
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
         images = pixels.to(device).float() / 127.5 - 1
-        with _repeatable(tf32=precision == "tf32"), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with (
+            _repeatable(tf32=precision == "tf32"),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
             posterior = vae.encode(images).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1).cpu()
 
@@ -64,7 +72,9 @@ def _repeatable(tf32: bool) -> Iterator[None]:
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
     matmul.allow_tf32 = tf32
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32
+        ):
             yield
     finally:
         matmul.allow_tf32 = before
@@ -73,7 +83,9 @@ def _repeatable(tf32: bool) -> Iterator[None]:
 def moments_shape(vae, encode: Callable[[Tensor], Tensor], size: int) -> tuple[int, int, int]:
     """[2C, h, w] of an image of ``size`` pixels; ValueError if it is none that the VAE takes."""
     if vae.config.in_channels != 3:
-        raise ValueError(f"--vae must take images of 3 channels, this one takes {vae.config.in_channels}")
+        raise ValueError(
+            f"--vae must take images of 3 channels, this one takes {vae.config.in_channels}"
+        )
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if size < factor or size % factor:
         raise ValueError(f"resolution must be a multiple of {factor} (the VAE's), got {size}")
@@ -88,4 +100,6 @@ def decode(latents: Tensor, vae, scale: float, batch: int, device: torch.device)
     """
     if vae is None:
         return latents
-    return torch.cat([vae.decode(part.to(device) / scale).sample.float().cpu() for part in latents.split(batch)])
+    return torch.cat(
+        [vae.decode(part.to(device) / scale).sample.float().cpu() for part in latents.split(batch)]
+    )

@@ -1,4 +1,5 @@
 """SiT and DiT with SRA's projection head, and the sizes of the papers."""
+
 import re
 from collections.abc import Mapping
 
@@ -12,8 +13,13 @@ __all__ = ["Backbone", "DiT", "SiT", "SIZES", "arguments_from_state_dict", "crea
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCHES = (2, 4, 8)
 FAMILIES = {"SiT": SiT, "DiT": DiT}
-SHAPES_FROM = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed",
-               "blocks.0.mlp.fc1.weight")
+SHAPES_FROM = (
+    "x_embedder.proj.weight",
+    "y_embedder.embedding_table.weight",
+    "final_layer.linear.weight",
+    "pos_embed",
+    "blocks.0.mlp.fc1.weight",
+)
 
 
 def preset(name: str) -> tuple[type[SiT], dict]:
@@ -25,7 +31,9 @@ def preset(name: str) -> tuple[type[SiT], dict]:
             f"expected a model name {{{','.join(FAMILIES)}}}-{{{','.join(SIZES)}}}/{{{','.join(map(str, PATCHES))}}}, got {name!r}"
         )
     depth, hidden_size, num_heads = SIZES[size]
-    return FAMILIES[family], dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch))
+    return FAMILIES[family], dict(
+        depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch)
+    )
 
 
 def create_model(name: str, **overrides) -> SiT:
@@ -35,7 +43,10 @@ def create_model(name: str, **overrides) -> SiT:
 
 
 def arguments_from_state_dict(
-    state: Mapping[str, Tensor], num_heads: int | None = None, num_classes: int | None = None, family: str | None = None
+    state: Mapping[str, Tensor],
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    family: str | None = None,
 ) -> tuple[type[SiT], dict]:
     """The class and constructor arguments that a state dict (the reference's names) was made with.
 
@@ -51,7 +62,9 @@ def arguments_from_state_dict(
     if num_heads is None:
         heads = {width: h for _, width, h in SIZES.values()}
         if hidden_size not in heads:
-            raise ValueError(f"num_heads cannot be read from weights of width {hidden_size}: give it")
+            raise ValueError(
+                f"num_heads cannot be read from weights of width {hidden_size}: give it"
+            )
         num_heads = heads[hidden_size]
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     rows = state["y_embedder.embedding_table.weight"].shape[0]

@@ -1,4 +1,5 @@
 """Blocks whose forward runs its three large products in fp8, for a network without gradients: the teacher."""
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,9 @@ class Fp8Block(Block):
     """
 
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](
+            c
+        ).chunk(6, dim=1)
         assert pending is None or pending[2] is None  # what the teacher's own blocks leave
         if pending is None:
             h = adaln_fp8(x, shift_msa, scale_msa)
@@ -43,7 +46,11 @@ def fp8_layers(model: Backbone) -> dict[str, nn.Linear]:
     """``{name of the weight: layer}`` of the layers that an ``Fp8Block`` runs in e4m3."""
     layers = {}
     for i, block in enumerate(model.blocks):
-        for path, layer in {"attn.qkv": block.attn.qkv, "mlp.fc1": block.mlp.fc1, "mlp.fc2": block.mlp.fc2}.items():
+        for path, layer in {
+            "attn.qkv": block.attn.qkv,
+            "mlp.fc1": block.mlp.fc1,
+            "mlp.fc2": block.mlp.fc2,
+        }.items():
             layers[f"blocks.{i}.{path}.weight"] = layer
     return layers
 
@@ -58,7 +65,9 @@ def use_fp8(model: Backbone) -> None:
         ValueError: a width that fp8 products cannot have.
     """
     if model.hidden_size % 16:
-        raise ValueError(f"fp8 needs a hidden_size that is a multiple of 16, got {model.hidden_size}")
+        raise ValueError(
+            f"fp8 needs a hidden_size that is a multiple of 16, got {model.hidden_size}"
+        )
     for block in model.blocks:
         block.__class__ = Fp8Block
     for layer in fp8_layers(model).values():

@@ -1,4 +1,5 @@
 """Layers of SiT and DiT under the reference's parameter names (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740)."""
+
 import math
 
 import torch
@@ -25,7 +26,8 @@ class PatchProjection(nn.Conv2d):
         p = self.kernel_size[0]
         patches = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
         # a patch in the order of the weight's last three dimensions
-        return F.linear(patches.reshape(B, (H // p) * (W // p), C * p * p), self.weight.flatten(1), self.bias)
+        patches = patches.reshape(B, (H // p) * (W // p), C * p * p)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -42,7 +44,9 @@ class PatchEmbed(nn.Module):
 
 def timestep_frequencies(count: int, device=None) -> Tensor:
     """Angular frequencies ``[count]`` fp32 of the sinusoid of a time, from 1 towards 1e-4."""
-    return torch.exp(torch.arange(count, device=device, dtype=torch.float32) * (-math.log(10000) / count))
+    return torch.exp(
+        torch.arange(count, device=device, dtype=torch.float32) * (-math.log(10000) / count)
+    )
 
 
 def timestep_features(t: Tensor, size: int = 256) -> Tensor:
@@ -136,21 +140,48 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> tuple[Tensor, Pending]:
+    def forward(
+        self, x: Tensor, c: Tensor, pending: Pending | None = None
+    ) -> tuple[Tensor, Pending]:
         if self.recompute != "full" or not torch.is_grad_enabled():
             return self._forward(x, c, pending)
-        return checkpoint(self._forward, x, c, pending, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            self._forward, x, c, pending, use_reentrant=False, preserve_rng_state=False
+        )
 
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](c).chunk(6, dim=1)
-        qkv, proj, fc1, fc2, again = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.recompute == "norm"
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](
+            c
+        ).chunk(6, dim=1)
+        qkv, proj, fc1, fc2, again = (
+            self.attn.qkv,
+            self.attn.proj,
+            self.mlp.fc1,
+            self.mlp.fc2,
+            self.recompute == "norm",
+        )
         x, heads = ops.adaln_linear(
-            x, shift_msa, scale_msa, qkv.weight, qkv.bias, residual=pending, recompute=again, parts=3
+            x,
+            shift_msa,
+            scale_msa,
+            qkv.weight,
+            qkv.bias,
+            residual=pending,
+            recompute=again,
+            parts=3,
         )
         attended = F.linear(self.attn(*heads), proj.weight), gate_msa, proj.bias
         now, later = (None, fc2.bias) if self.pend_bias else (fc2.bias, None)
         x, y = ops.adaln_mlp(
-            x, shift_mlp, scale_mlp, fc1.weight, fc1.bias, fc2.weight, now, residual=attended, recompute=again
+            x,
+            shift_mlp,
+            scale_mlp,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            now,
+            residual=attended,
+            recompute=again,
         )
         return x, (y, gate_mlp, later)
 
@@ -171,7 +202,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> Tensor:
         shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
-        return ops.adaln_linear(x, shift, scale, self.linear.weight, self.linear.bias, residual=pending)[1]
+        return ops.adaln_linear(
+            x, shift, scale, self.linear.weight, self.linear.bias, residual=pending
+        )[1]
 
 
 class ProjectionHead(nn.Module):

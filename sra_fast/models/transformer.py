@@ -1,4 +1,5 @@
 """SiT and DiT: one backbone (embedders and adaLN-Zero blocks), a prediction layer and SRA's projection head."""
+
 from collections.abc import Iterator
 
 import torch
@@ -66,9 +67,13 @@ class Backbone(nn.Module):
         if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
             raise ValueError("every size of the model must be at least 1")
         if input_size % patch_size:
-            raise ValueError(f"input_size must be a multiple of patch_size {patch_size}, got {input_size}")
+            raise ValueError(
+                f"input_size must be a multiple of patch_size {patch_size}, got {input_size}"
+            )
         if hidden_size % 4 or hidden_size % num_heads:
-            raise ValueError(f"hidden_size must be a multiple of 4 and of num_heads {num_heads}, got {hidden_size}")
+            raise ValueError(
+                f"hidden_size must be a multiple of 4 and of num_heads {num_heads}, got {hidden_size}"
+            )
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1], got {class_dropout_prob}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -78,7 +83,9 @@ class Backbone(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         # a buffer: the reference stores it in its state dict, but nothing trains it
         self.register_buffer("pos_embed", self.make_pos_embed())
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )
         self._init_backbone()
 
     def make_pos_embed(self) -> Tensor:
@@ -89,7 +96,11 @@ class Backbone(nn.Module):
         self.apply(_init_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+        for weight in (
+            self.y_embedder.embedding_table.weight,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
             nn.init.normal_(weight, std=0.02)
         for block in self.blocks:  # adaLN-Zero: every block starts as the identity
             nn.init.zeros_(block.adaLN_modulation[1].weight)
@@ -108,11 +119,18 @@ class Backbone(nn.Module):
         """The label of "no class" (guidance); only embedded if ``class_dropout_prob > 0``."""
         return self.num_classes
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, T, D]`` and the conditioning ``[B, D]`` behind its SiLU; see ``features`` for the arguments."""
         expected = (self.in_channels, self.input_size, self.input_size)
         times = (x.shape[:1], (*x.shape[:1], self.t_embedder.frequency_size))
-        if x.dim() != 4 or x.shape[1:] != expected or t.shape not in times or y.shape != x.shape[:1]:
+        if (
+            x.dim() != 4
+            or x.shape[1:] != expected
+            or t.shape not in times
+            or y.shape != x.shape[:1]
+        ):
             raise ValueError(
                 f"expected x [B, {', '.join(map(str, expected))}], t [B] or [B, {times[1][1]}] and y [B], "
                 f"got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
@@ -122,7 +140,9 @@ class Backbone(nn.Module):
         tokens = tokens + self.pos_embed.to(self.residual_dtype or tokens.dtype)
         return tokens, F.silu(self.t_embedder(t) + self.y_embedder(y, drop))
 
-    def features(self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None) -> Tensor:
+    def features(
+        self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None
+    ) -> Tensor:
         """The residual stream after block ``depth`` (1-based; default: the last), computing nothing beyond it.
 
         Args:
@@ -172,7 +192,9 @@ class SiT(Backbone):
         """``[B, T, p*p*C_out]`` -> ``[B, C_out, H, W]``."""
         grid, p = self.input_size // self.patch_size, self.patch_size
         x = tokens.view(-1, grid, grid, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(
+            -1, self.out_channels, self.input_size, self.input_size
+        )
 
     def forward(
         self,

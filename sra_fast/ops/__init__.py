@@ -1,4 +1,5 @@
 """Operators of adaLN diffusion transformers.  Each runs on any device; where a kernel exists, CUDA tensors use it."""
+
 from sra_fast.ops.adaln import adaln
 from sra_fast.ops.adaln_linear import adaln_linear
 from sra_fast.ops.adaln_mlp import adaln_mlp

@@ -1,4 +1,5 @@
 """Which implementation an op runs: "auto" (the default), "triton" or "torch" (the reference)."""
+
 import logging
 import os
 
@@ -24,7 +25,9 @@ def use_triton(x: Tensor, backend: str | None) -> bool:
     if x.is_meta:  # shapes and FLOPs only
         return False
     if backend == "triton" and not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise RuntimeError(f"backend='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got {x.device}")
+        raise RuntimeError(
+            f"backend='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got {x.device}"
+        )
     return backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64)
 
 

@@ -1,4 +1,5 @@
 """The per-image, per-group and per-token vectors of adaLN: what shapes they may have, and what they mean."""
+
 from types import ModuleType
 
 import torch
@@ -28,30 +29,53 @@ def check(
             f" and bias [D]; got {', '.join(f'{name} {[*t.shape]}' for name, t in got.items())}"
         )
     if not all(t.dtype in FLOAT_DTYPES for t in named.values()):
-        raise ValueError(f"expected floating-point tensors, got { {name: t.dtype for name, t in named.items()} }")
+        raise ValueError(
+            f"expected floating-point tensors, got { {name: t.dtype for name, t in named.items()} }"
+        )
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"expected a floating-point dtype of the output, got {dtype}")
-    if group is not None and (group.is_floating_point() or group.is_complex() or group.dtype == torch.bool):
+    if group is not None and (
+        group.is_floating_point() or group.is_complex() or group.dtype == torch.bool
+    ):
         raise ValueError(f"expected an integer group, got {group.dtype}")
     devices = {t.device for t in named.values()} | ({group.device} if group is not None else set())
     if len(devices) > 1:
         raise ValueError(f"expected every tensor on one device, got {sorted(map(str, devices))}")
 
 
-def _shapes_fit(x: Tensor, arrays: list, modulation: list, group: Tensor | None, bias: Tensor | None, per_token: bool):
+def _shapes_fit(
+    x: Tensor,
+    arrays: list,
+    modulation: list,
+    group: Tensor | None,
+    bias: Tensor | None,
+    per_token: bool,
+):
     if x.dim() != 3 or any(t.shape != x.shape for t in arrays):
         return False
     B, T, D = x.shape
     first = modulation[0].shape
     if group is not None:
-        fits = len(first) == 3 and first[0] == B and first[2] == D and group.shape == (B, T) and first[1] > 0
+        fits = (
+            len(first) == 3
+            and first[0] == B
+            and first[2] == D
+            and group.shape == (B, T)
+            and first[1] > 0
+        )
     else:
         fits = first == (B, D) or (per_token and first == x.shape)
-    return fits and all(t.shape == first for t in modulation) and (bias is None or bias.shape == (D,))
+    return (
+        fits and all(t.shape == first for t in modulation) and (bias is None or bias.shape == (D,))
+    )
 
 
 def runs_kernel(
-    kernels: ModuleType, backend: str | None, x: Tensor, *others: Tensor, dtype: torch.dtype | None = None
+    kernels: ModuleType,
+    backend: str | None,
+    x: Tensor,
+    *others: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> bool:
     """True if the kernel takes ``x [B, T, D]``: fp64 (of the output too), empty and very wide tensors go to the reference."""
     dtypes = {dtype, *(t.dtype for t in (x, *others))}
@@ -60,7 +84,11 @@ def runs_kernel(
     D = x.shape[2]
     if D > kernels.MAX_WIDTH:
         name = kernels.__name__.rpartition(".")[2]
-        log_once(f"{name} runs unfused in PyTorch: rows of %d elements, the kernel takes %d", D, kernels.MAX_WIDTH)
+        log_once(
+            f"{name} runs unfused in PyTorch: rows of %d elements, the kernel takes %d",
+            D,
+            kernels.MAX_WIDTH,
+        )
     return D <= kernels.MAX_WIDTH
 
 

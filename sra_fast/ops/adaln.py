@@ -1,4 +1,5 @@
 """adaLN-Zero building block: norm without affine, then shift and scale (DiT, arXiv 2212.09748, Sec. 3.2)."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +36,12 @@ def adaln_ref(
 def _fake_bwd(dy, x, scale, group, mean, rstd, shift):
     per_token = group is None and scale.dim() == 3
     dshift = x.new_empty(0) if per_token else scale.new_empty(scale.shape)
-    return x.new_empty(x.shape), dshift, scale.new_empty(scale.shape), dy.new_empty(0 if shift is None else x.shape)
+    return (
+        x.new_empty(x.shape),
+        dshift,
+        scale.new_empty(scale.shape),
+        dy.new_empty(0 if shift is None else x.shape),
+    )
 
 
 _fwd = register(
@@ -111,4 +117,6 @@ def adaln(
         return adaln_ref(x, shift, scale, eps, norm=norm, group=group, dtype=dtype)
     group = None if group is None else group.contiguous()
     args = x, in_place(shift), in_place(scale), group, eps, norm == "rms", dtype
-    return apply(_AdaLN, *args) if wants_grad(x, shift, scale) else _fwd(x.contiguous(), *args[1:])[0]
+    return (
+        apply(_AdaLN, *args) if wants_grad(x, shift, scale) else _fwd(x.contiguous(), *args[1:])[0]
+    )

@@ -1,4 +1,5 @@
 """The modulated norm and the linear layer that reads it, the residual update before them included: what a half-block begins with."""
+
 from functools import partial
 
 import torch
@@ -26,14 +27,18 @@ _concat = register(
 )  # fmt: skip
 
 
-def normed(x, y, y_bias, gate, shift, scale, group, eps, rms, dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def normed(
+    x, y, y_bias, gate, shift, scale, group, eps, rms, dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' (without y: x itself), h of ``dtype``, mean and rstd, by the kernels."""
     if y is None:
         return x, *_fwd(x, shift, scale, group, eps, rms, dtype)
     return _fused_fwd(x, y, y_bias, gate, shift, scale, group, eps, rms, dtype)
 
 
-def normed_backward(again, dx_new, dh, x_new, y, y_bias, gate, shift, scale, group, mean, rstd) -> tuple[Tensor | None, ...]:
+def normed_backward(
+    again, dx_new, dh, x_new, y, y_bias, gate, shift, scale, group, mean, rstd
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, y_bias, gate, shift and scale, and with ``again`` h, by the kernels."""
     shift = shift if again else None
     if y is None:
@@ -71,8 +76,12 @@ def _backward(wanted, parts, dx_new, *tensors):
 
 class _AdaLNLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, y_bias, gate, shift, scale, group, weight, bias, eps, rms, recompute, parts):
-        x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms, weight.dtype)
+    def forward(
+        ctx, x, y, y_bias, gate, shift, scale, group, weight, bias, eps, rms, recompute, parts
+    ):
+        x_new, h, mean, rstd = normed(
+            x, y, y_bias, gate, shift, scale, group, eps, rms, weight.dtype
+        )
         kept = None if recompute or not ctx.needs_input_grad[7] else h
         ctx.save_for_backward(weight, kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
         ctx.set_materialize_grads(False)
@@ -85,7 +94,8 @@ class _AdaLNLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         weight, *saved = ctx.saved_tensors
         upstream = upstream_gradients(grads, saved[1], weight, ctx.parts)
-        found = once(partial(_backward, ctx.needs_input_grad[7:9], ctx.parts), *upstream, weight, *saved)
+        backward = partial(_backward, ctx.needs_input_grad[7:9], ctx.parts)
+        found = once(backward, *upstream, weight, *saved)
         return *found, None, None, None, None
 
 
@@ -95,7 +105,9 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def upstream_gradients(grads: tuple[Tensor | None, ...], x_new: Tensor, weight: Tensor, parts: int = 1) -> list[Tensor | None]:
+def upstream_gradients(
+    grads: tuple[Tensor | None, ...], x_new: Tensor, weight: Tensor, parts: int = 1
+) -> list[Tensor | None]:
     """Those of x' (None without one) and of the ``parts`` of the output of the layer with ``weight [N, K]``."""
     dx_new = grads[0].contiguous() if len(grads) > parts and grads[0] is not None else None
     shape = *x_new.shape[:2], weight.shape[0] // parts
@@ -109,11 +121,15 @@ def parts_of(residual: Residual | None) -> tuple[Tensor | None, Tensor | None, T
     given = tuple(residual) if isinstance(residual, list | tuple) else (residual,)
     wanted = len(given) in (2, 3) and all(isinstance(t, Tensor) for t in given[:2])
     if not wanted or not all(t is None or isinstance(t, Tensor) for t in given[2:]):
-        raise ValueError(f"expected residual (y, gate) or (y, gate, y_bias), got {[type(t).__name__ for t in given]}")
+        raise ValueError(
+            f"expected residual (y, gate) or (y, gate, y_bias), got {[type(t).__name__ for t in given]}"
+        )
     return (*given, None)[:3]
 
 
-def compose(x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, eps: float, **options) -> tuple[Tensor, Tensor]:
+def compose(
+    x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, eps: float, **options
+) -> tuple[Tensor, Tensor]:
     """x' and h by the operators of one pass each."""
     if residual is None:
         return x, adaln(x, shift, scale, eps, **options)
@@ -127,7 +143,11 @@ def dtype_of_rows(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def check_layer(
-    x: Tensor, in_features: int | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    x: Tensor,
+    in_features: int | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """ValueError unless they are those of a linear layer for so many features (None: those of ``x``); its number of outputs.
 
@@ -137,18 +157,33 @@ def check_layer(
         raise ValueError(f"expected x [B, T, D], got {[*x.shape]}")
     in_features = x.shape[2] if in_features is None else in_features
     given = [weight] if bias is None else [weight, bias]
-    fits = weight.dim() == 2 and weight.shape[1] == in_features and (bias is None or bias.shape == weight.shape[:1])
+    fits = (
+        weight.dim() == 2
+        and weight.shape[1] == in_features
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
     if dtype is None:
         dtype = weight.dtype if x.dtype == torch.float32 and weight.is_floating_point() else x.dtype
-    if not fits or any(t.device != x.device or (t.dtype != dtype and not autocast(x)) for t in given):
+    if not fits or any(
+        t.device != x.device or (t.dtype != dtype and not autocast(x)) for t in given
+    ):
         got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
-        raise ValueError(f"expected weight [N, {in_features}] and bias [N] of dtype {dtype} on {x.device}, got {got}")
+        raise ValueError(
+            f"expected weight [N, {in_features}] and bias [N] of dtype {dtype} on {x.device}, got {got}"
+        )
     return weight.shape[0]
 
 
 def prepare(
-    x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, group: Tensor | None, norm: str, backend: str | None,
-    recompute: bool, *layers: Tensor | None,
+    x: Tensor,
+    residual: Residual | None,
+    shift: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    norm: str,
+    backend: str | None,
+    recompute: bool,
+    *layers: Tensor | None,
 ) -> tuple | None:
     """The arguments of ``normed`` but its last three, checked, if the Function runs: where a gradient is wanted, with the kernels
     and without autocast.  None: ``compose``, which checks for itself."""
@@ -158,16 +193,31 @@ def prepare(
     if not wants_grad(x, y, *vectors, *layers) and not per_token:
         return None
     gated = {} if residual is None else {"gate": gate}
-    check(x, {} if y is None else {"y": y}, {**gated, "shift": shift, "scale": scale}, group, bias=bias)
+    check(
+        x,
+        {} if y is None else {"y": y},
+        {**gated, "shift": shift, "scale": scale},
+        group,
+        bias=bias,
+    )
     check_norm(norm)
     used = [t for t in (y, *vectors, *layers) if t is not None]
     empty = any(t is not None and t.numel() == 0 for t in layers)
-    if empty or autocast(x) or not runs_kernel(kernels if y is None else fused_kernels, backend, x, *used):
+    if (
+        empty
+        or autocast(x)
+        or not runs_kernel(kernels if y is None else fused_kernels, backend, x, *used)
+    ):
         if recompute:
             log_once("recompute: without the kernels, or under autocast, every activation is kept")
         return None
     vectors = [None if t is None else in_place(t) for t in vectors]
-    return x.contiguous(), None if y is None else y.contiguous(), *vectors, None if group is None else group.contiguous()
+    return (
+        x.contiguous(),
+        None if y is None else y.contiguous(),
+        *vectors,
+        None if group is None else group.contiguous(),
+    )
 
 
 def adaln_linear(
@@ -217,10 +267,22 @@ def adaln_linear(
     """
     N = check_layer(x, None, weight, bias)
     if type(parts) is not int or parts not in (1, 2, 3) or N % parts:
-        raise ValueError(f"expected parts 1, 2 or 3 that divide the {N} outputs of weight, got {parts}")
+        raise ValueError(
+            f"expected parts 1, 2 or 3 that divide the {N} outputs of weight, got {parts}"
+        )
     given = prepare(x, residual, shift, scale, group, norm, backend, recompute, weight, bias)
     if given is None:
-        x, h = compose(x, residual, shift, scale, eps, norm=norm, group=group, dtype=dtype_of_rows(x, weight), backend=backend)
+        x, h = compose(
+            x,
+            residual,
+            shift,
+            scale,
+            eps,
+            norm=norm,
+            group=group,
+            dtype=dtype_of_rows(x, weight),
+            backend=backend,
+        )
         out = F.linear(h, weight, bias)
         out = out.chunk(parts, dim=2) if parts > 1 else (out,)
     else:

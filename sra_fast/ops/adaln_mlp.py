@@ -1,4 +1,5 @@
 """The second half of a block up to its gate: residual update, modulated norm and MLP with tanh-GELU."""
+
 from functools import partial
 
 import torch
@@ -25,7 +26,11 @@ from sra_fast.ops.linear_gelu import linear_gelu
 _gelu_bwd = register(
     "gelu_bwd(Tensor dy, Tensor x, bool again) -> (Tensor, Tensor, Tensor)",
     kernels.gelu_bwd,
-    lambda dy, x, again: (x.new_empty(x.shape), x.new_empty(x.shape[1]), x.new_empty(x.shape if again else 0)),
+    lambda dy, x, again: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[1]),
+        x.new_empty(x.shape if again else 0),
+    ),
 )
 
 
@@ -33,23 +38,54 @@ def _backward(wanted, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
     """Gradients of everything but the numbers; ``wanted`` are those of the layers' four, whose inputs are None where they come
     again."""
     dout = dout.flatten(0, 1)
-    da, dbias1, hidden_again = _gelu_bwd((dout @ weight2).contiguous(), a, hidden is None and wanted[2])
-    dweight2 = weight_gradient(dout, hidden_again if hidden is None else hidden) if wanted[2] else None
+    da, dbias1, hidden_again = _gelu_bwd(
+        (dout @ weight2).contiguous(), a, hidden is None and wanted[2]
+    )
+    dweight2 = (
+        weight_gradient(dout, hidden_again if hidden is None else hidden) if wanted[2] else None
+    )
     dh = (da @ weight1).view(saved[0].shape)
     *grads, h_again = normed_backward(h is None and wanted[0], dx_new, dh, *saved)
     dweight1 = weight_gradient(da, h_again if h is None else h) if wanted[0] else None
-    return *grads, None, dweight1, dbias1 if wanted[1] else None, dweight2, dout.sum(0) if wanted[3] else None
+    return (
+        *grads,
+        None,
+        dweight1,
+        dbias1 if wanted[1] else None,
+        dweight2,
+        dout.sum(0) if wanted[3] else None,
+    )
 
 
 class _AdaLNMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, y_bias, gate, shift, scale, group, weight1, bias1, weight2, bias2, eps, rms, recompute):
-        x_new, h, mean, rstd = normed(x, y, y_bias, gate, shift, scale, group, eps, rms, weight1.dtype)
+    def forward(
+        ctx,
+        x,
+        y,
+        y_bias,
+        gate,
+        shift,
+        scale,
+        group,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        eps,
+        rms,
+        recompute,
+    ):
+        x_new, h, mean, rstd = normed(
+            x, y, y_bias, gate, shift, scale, group, eps, rms, weight1.dtype
+        )
         a = F.linear(h.flatten(0, 1), weight1, bias1)
         hidden = F.gelu(a, approximate="tanh")
         first, _, second, _ = ctx.needs_input_grad[7:11]
         kept = (None, None) if recompute else (h if first else None, hidden if second else None)
-        ctx.save_for_backward(weight1, weight2, a, *kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
+        ctx.save_for_backward(
+            weight1, weight2, a, *kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd
+        )
         ctx.set_materialize_grads(False)
         out = unflatten(F.linear(hidden, weight2, bias2), x)
         return out if y is None else (x_new, out)
@@ -58,7 +94,9 @@ class _AdaLNMlp(torch.autograd.Function):
     def backward(ctx, *grads):
         weight1, weight2, *saved = ctx.saved_tensors
         upstream = upstream_gradients(grads, saved[3], weight2)
-        found = once(partial(_backward, ctx.needs_input_grad[7:11]), *upstream, weight1, weight2, *saved)
+        found = once(
+            partial(_backward, ctx.needs_input_grad[7:11]), *upstream, weight1, weight2, *saved
+        )
         return *found, None, None, None
 
 
@@ -102,11 +140,24 @@ def adaln_mlp(
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
     layers = weight1, bias1, weight2, bias2
-    check_layer(x, check_layer(x, None, *layers[:2]), *layers[2:], dtype=None if autocast(x) else weight1.dtype)
+    check_layer(
+        x,
+        check_layer(x, None, *layers[:2]),
+        *layers[2:],
+        dtype=None if autocast(x) else weight1.dtype,
+    )
     given = prepare(x, residual, shift, scale, group, norm, backend, recompute, *layers)
     if given is None:
         x, h = compose(
-            x, residual, shift, scale, eps, norm=norm, group=group, dtype=dtype_of_rows(x, weight1), backend=backend
+            x,
+            residual,
+            shift,
+            scale,
+            eps,
+            norm=norm,
+            group=group,
+            dtype=dtype_of_rows(x, weight1),
+            backend=backend,
         )
         zero = bias1 if bias1 is not None else weight1.new_zeros(weight1.shape[0])
         return x, F.linear(linear_gelu(h, weight1, zero, backend=backend), weight2, bias2)

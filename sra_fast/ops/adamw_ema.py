@@ -1,4 +1,5 @@
 """The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16 teacher."""
+
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -69,7 +70,9 @@ def adamw_ema_ref_(
 
 def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest) -> None:
     grad = grad[0] if rest[-1] is None else grad
-    kernels.adamw_ema_(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest)
+    kernels.adamw_ema_(
+        param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest
+    )
     # autograd must see the change: a graph that saved the old value would be wrong in silence
     written = (param, exp_avg, exp_avg_sq, weights, ema, ema_copy, amax)
     torch.autograd.graph.increment_version([x for x in written if x is not None])
@@ -103,14 +106,26 @@ def _in_place(grad: Gradient) -> tuple[list[Tensor], list[int] | None]:
 
 
 def _kinds(grad) -> str:
-    return f"{type(grad).__name__} of {[type(each).__name__ for each in grad][:3]}" if isinstance(grad, list | tuple) else str(type(grad))
+    return (
+        f"{type(grad).__name__} of {[type(each).__name__ for each in grad][:3]}"
+        if isinstance(grad, list | tuple)
+        else str(type(grad))
+    )
 
 
 def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
     """ValueError unless the pieces can be parts of one gradient of ``param``."""
-    pairs = isinstance(grad, list | tuple) and all(isinstance(each, tuple) and len(each) == 2 for each in grad)
-    if not pairs or not grad or not all(type(begin) is int and isinstance(piece, Tensor) for begin, piece in grad):
-        raise ValueError(f"expected grad as a tensor or as a list of (first element, tensor), at least one, got {_kinds(grad)}")
+    pairs = isinstance(grad, list | tuple) and all(
+        isinstance(each, tuple) and len(each) == 2 for each in grad
+    )
+    if (
+        not pairs
+        or not grad
+        or not all(type(begin) is int and isinstance(piece, Tensor) for begin, piece in grad)
+    ):
+        raise ValueError(
+            f"expected grad as a tensor or as a list of (first element, tensor), at least one, got {_kinds(grad)}"
+        )
     dtype, end = grad[0][1].dtype, 0
     for i, (begin, piece) in enumerate(grad):
         if begin < end or begin + piece.numel() > param.numel():
@@ -122,17 +137,32 @@ def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
         end = begin + piece.numel()
 
 
-def _check_buffers(full: dict[str, Tensor | None], grad: Gradient, half: dict[str, Tensor | None]) -> None:
+def _check_buffers(
+    full: dict[str, Tensor | None], grad: Gradient, half: dict[str, Tensor | None]
+) -> None:
     param, whole = full["param"], isinstance(grad, Tensor)
     if not whole:
         _check_pieces(grad, param)
     dtype = grad.dtype if whole else grad[0][1].dtype
-    given = {k: v for k, v in {**full, "grad": grad if whole else None, **half}.items() if v is not None}
-    if any(x.shape != param.shape or x.device != param.device or not x.is_contiguous() for x in given.values()):
+    given = {
+        k: v for k, v in {**full, "grad": grad if whole else None, **half}.items() if v is not None
+    }
+    if any(
+        x.shape != param.shape or x.device != param.device or not x.is_contiguous()
+        for x in given.values()
+    ):
         got = {k: (list(x.shape), str(x.device), x.is_contiguous()) for k, x in given.items()}
-        raise ValueError(f"expected contiguous buffers of one shape and device, got (shape, device, contiguous) {got}")
-    bad = param.dtype not in FULL or any(x is not None and x.dtype != param.dtype for x in full.values())
-    if bad or dtype not in FLOAT_DTYPES or any(x is not None and x.dtype not in HALF for x in half.values()):
+        raise ValueError(
+            f"expected contiguous buffers of one shape and device, got (shape, device, contiguous) {got}"
+        )
+    bad = param.dtype not in FULL or any(
+        x is not None and x.dtype != param.dtype for x in full.values()
+    )
+    if (
+        bad
+        or dtype not in FLOAT_DTYPES
+        or any(x is not None and x.dtype not in HALF for x in half.values())
+    ):
         got = {k: str(x.dtype) for k, x in given.items()} | {"grad": str(dtype)}
         raise ValueError(
             "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, grad fp32, bf16 or fp16, and "
@@ -142,8 +172,15 @@ def _check_buffers(full: dict[str, Tensor | None], grad: Gradient, half: dict[st
 
 def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
     values, *small, bounds = copy
-    if values.dtype != E4M3 or values.shape != param.shape or values.device != param.device or not values.is_contiguous():
-        raise ValueError(f"expected ema_copy.values as param, contiguous and e4m3, got {[*values.shape]} {values.dtype} {values.device}")
+    if (
+        values.dtype != E4M3
+        or values.shape != param.shape
+        or values.device != param.device
+        or not values.is_contiguous()
+    ):
+        raise ValueError(
+            f"expected ema_copy.values as param, contiguous and e4m3, got {[*values.shape]} {values.dtype} {values.device}"
+        )
     got = [([*x.shape], x.dtype, x.device, x.is_contiguous()) for x in small]
     S, dtypes = len(bounds), (torch.float32, torch.float32, torch.int64)
     if not 0 < S <= 1024 or got != [([S], dtype, param.device, True) for dtype in dtypes]:
@@ -151,7 +188,9 @@ def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
             f"expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, contiguous on {param.device}, S in [1, 1024], got {got}"
         )
     if bounds[-1] != param.numel() or any(end < begin for begin, end in pairwise((0, *bounds))):
-        raise ValueError(f"expected ema_copy.bounds that never decrease and end at {param.numel()}, got {bounds}")
+        raise ValueError(
+            f"expected ema_copy.bounds that never decrease and end at {param.numel()}, got {bounds}"
+        )
 
 
 def _check_numbers(
@@ -215,20 +254,47 @@ def adamw_ema_(
     """
     if ema_copy is not None and ema is None:
         raise ValueError("expected ema where ema_copy is given, got None")
-    full, fp8 = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}, isinstance(ema_copy, Fp8Copy)
+    full, fp8 = (
+        {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema},
+        isinstance(ema_copy, Fp8Copy),
+    )
     _check_buffers(full, grad, {"weights": weights, "ema_copy": None if fp8 else ema_copy})
     if fp8:
         _check_fp8(ema_copy, param)
     _check_numbers(step, lr, betas, eps, weight_decay, decay)
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
-    wide = torch.float64 in (param.dtype, grad.dtype if isinstance(grad, Tensor) else grad[0][1].dtype)
+    wide = torch.float64 in (
+        param.dtype,
+        grad.dtype if isinstance(grad, Tensor) else grad[0][1].dtype,
+    )
     if param.numel() and not wide and use_triton(param, backend):
         copy, *scaling = ema_copy[:4] if fp8 else (ema_copy, None, None, None)
-        first, *buffers = [x if x is None else x.view(-1) for x in (param, exp_avg, exp_avg_sq, weights, ema, copy)]
+        first, *buffers = [
+            x if x is None else x.view(-1) for x in (param, exp_avg, exp_avg_sq, weights, ema, copy)
+        ]
         grads, begins = _in_place(grad)
-        _op(first, grads, *buffers, *scaling, clip_scale, step, lr, *betas, eps, weight_decay, decay, begins)
+        _op(
+            first,
+            grads,
+            *buffers,
+            *scaling,
+            clip_scale,
+            step,
+            lr,
+            *betas,
+            eps,
+            weight_decay,
+            decay,
+            begins,
+        )
         return
     outputs = {"weights": weights, "ema": ema, "ema_copy": ema_copy, "decay": decay}
-    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_scale": clip_scale}
+    numbers = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "clip_scale": clip_scale,
+    }
     adamw_ema_ref_(param, grad, exp_avg, exp_avg_sq, step, **numbers, **outputs)

@@ -1,4 +1,5 @@
 """Distances between the student's projected features and the teacher's (SRA, arXiv 2505.02831, Sec. 3.3 and Eq. 5)."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,11 +23,15 @@ def align_distance_ref(
     elif kind == "smooth_l1":
         per_token = F.smooth_l1_loss(pred, target, beta=beta, reduction="none").mean(2)
     else:
-        per_token = (F.l1_loss if kind == "l1" else F.mse_loss)(pred, target, reduction="none").mean(2)
+        per_token = (F.l1_loss if kind == "l1" else F.mse_loss)(
+            pred, target, reduction="none"
+        ).mean(2)
     return (per_token if weight is None else per_token * weight).mean(1)
 
 
-def _fake_fwd(pred: Tensor, target: Tensor, kind: str, beta: float, need_grad: bool) -> tuple[Tensor, Tensor]:
+def _fake_fwd(
+    pred: Tensor, target: Tensor, kind: str, beta: float, need_grad: bool
+) -> tuple[Tensor, Tensor]:
     B, T, D = pred.shape
     dist = pred.new_empty((B, D if kind == "cosine_token" else T), dtype=torch.float32)
     return dist, pred.new_empty((B, T, D) if need_grad else (0,), dtype=kernels.grad_dtype(pred))
@@ -60,9 +65,13 @@ class _AlignDistance(torch.autograd.Function):
         return once(_bwd, ddist, grad, ctx.per_token, tie=dist), None, None, None
 
 
-def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor | None, reduction: str) -> None:
+def _check(
+    pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor | None, reduction: str
+) -> None:
     if pred.dim() != 3 or pred.shape != target.shape:
-        raise ValueError(f"expected pred and target of one shape [B, T, D], got {[*pred.shape]} and {[*target.shape]}")
+        raise ValueError(
+            f"expected pred and target of one shape [B, T, D], got {[*pred.shape]} and {[*target.shape]}"
+        )
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if reduction not in ("none", "mean"):
@@ -70,7 +79,9 @@ def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor 
     if beta < 0:
         raise ValueError(f"expected beta >= 0, got {beta}")
     if weight is not None and (kind == "cosine_token" or weight.shape != pred.shape[:2]):
-        raise ValueError(f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}")
+        raise ValueError(
+            f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}"
+        )
     given = [x for x in (pred, target, weight) if x is not None]
     if any(x.dtype not in FLOAT_DTYPES or x.device != pred.device for x in given):
         raise ValueError(
@@ -79,12 +90,20 @@ def _check(pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor 
 
 
 def _runs_triton(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
-    if not use_triton(pred, backend) or pred.numel() == 0 or torch.float64 in (pred.dtype, target.dtype):
+    if (
+        not use_triton(pred, backend)
+        or pred.numel() == 0
+        or torch.float64 in (pred.dtype, target.dtype)
+    ):
         return False
     _, T, D = pred.shape
     length, longest = (T, kernels.MAX_TOKENS) if kind == "cosine_token" else (D, kernels.MAX_WIDTH)
     if length > longest:
-        log_once(f"{kind} runs unfused in PyTorch: over %d elements, the kernel takes %d", length, longest)
+        log_once(
+            f"{kind} runs unfused in PyTorch: over %d elements, the kernel takes %d",
+            length,
+            longest,
+        )
     return length <= longest
 
 

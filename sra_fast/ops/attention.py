@@ -1,4 +1,5 @@
 """Scaled dot-product attention over tokens-first heads: no kernel of our own, the fastest of those installed."""
+
 import importlib
 import logging
 import os
@@ -51,7 +52,9 @@ def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -
 def _installed(package: str) -> bool:
     try:
         return hasattr(importlib.import_module(package), "flash_attn_func")
-    except Exception as error:  # a wheel for another torch fails in many ways; none of them is ours to die of
+    except (
+        Exception
+    ) as error:  # a wheel for another torch fails in many ways; none of them is ours to die of
         if not isinstance(error, ModuleNotFoundError):
             log.warning("attention: %s is installed but does not import: %s", package, error)
         return False
@@ -97,10 +100,14 @@ def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """
     if 0 in x.stride():
         return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).normal_(generator=generator)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).normal_(
+        generator=generator
+    )
 
 
-def _timed_step(name: str, inputs: list[Tensor], groups: Tensor | None, dout: Tensor, training: bool) -> list[Tensor]:
+def _timed_step(
+    name: str, inputs: list[Tensor], groups: Tensor | None, dout: Tensor, training: bool
+) -> list[Tensor]:
     """Forward, or forward and backward, to rows of tokens ``[B T, H d]``.
 
     The layers around attention read its output and its gradients as such rows: a backend that leaves them in another order
@@ -111,18 +118,34 @@ def _timed_step(name: str, inputs: list[Tensor], groups: Tensor | None, dout: Te
     return [rows(grad) for grad in torch.autograd.grad(out, inputs, dout)] if training else [out]
 
 
-def backend_times(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> dict[str, float]:
+def backend_times(
+    q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool
+) -> dict[str, float]:
     """Milliseconds of every candidate that runs, on random data laid out as the inputs."""
     # a generator of its own: the training run's random numbers must not depend on what was measured
     generator = torch.Generator(q.device).manual_seed(0)
     inputs = [_random_like(x, generator).requires_grad_(training) for x in (q, k, v)]
-    dout = torch.randn(q.shape[0] * q.shape[1], q.shape[2] * q.shape[3], dtype=q.dtype, device=q.device, generator=generator)
+    dout = torch.randn(
+        q.shape[0] * q.shape[1],
+        q.shape[2] * q.shape[3],
+        dtype=q.dtype,
+        device=q.device,
+        generator=generator,
+    )
     times = {}
     for name in _candidates(q, groups):
         try:
-            times[name] = _milliseconds(lambda name=name: _timed_step(name, inputs, groups, dout, training))
+            times[name] = _milliseconds(
+                lambda name=name: _timed_step(name, inputs, groups, dout, training)
+            )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            log.info("attention: %s cannot run %s %s: %s", name, [*q.shape], q.dtype, str(error).partition("\n")[0])
+            log.info(
+                "attention: %s cannot run %s %s: %s",
+                name,
+                [*q.shape],
+                q.dtype,
+                str(error).partition("\n")[0],
+            )
     return times
 
 
@@ -132,7 +155,14 @@ def _measure(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: b
     best = min(times, key=times.get, default="sdpa")
     listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     what = "forward and backward" if training else "forward"
-    log.info("attention: %s for %s of %s %s (%s)", best, what, [*q.shape], q.dtype, listed or "nothing could be measured")
+    log.info(
+        "attention: %s for %s of %s %s (%s)",
+        best,
+        what,
+        [*q.shape],
+        q.dtype,
+        listed or "nothing could be measured",
+    )
     return best
 
 
@@ -141,7 +171,9 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bo
     key = (q.device, q.dtype, q.shape[0].bit_length(), *q.shape[1:], groups is not None, training)
     if key in _chosen:
         # a compiler that may not break the graph stops at a package's import
-        return "sdpa" if torch.compiler.is_compiling() and _chosen[key] in _PACKAGES else _chosen[key]
+        return (
+            "sdpa" if torch.compiler.is_compiling() and _chosen[key] in _PACKAGES else _chosen[key]
+        )
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return "sdpa"
     # the thread of a running backward pass is the one that the measurement's own would wait for, for ever
@@ -194,19 +226,35 @@ def attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend in _PACKAGES and (groups is not None or not _installed(_PACKAGES[backend])):
-        raise ValueError(f"backend {backend!r} needs the package {_PACKAGES[backend]} and takes no groups")
+        raise ValueError(
+            f"backend {backend!r} needs the package {_PACKAGES[backend]} and takes no groups"
+        )
     if backend == "auto" and q.is_cuda and q.numel():
-        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        training = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+        )
         backend = _choose(q, k, v, groups, training)
     return _run("sdpa" if backend in ("auto", "torch") else backend, q, k, v, groups)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(f"expected q, k, v of one shape [B, T, H, d], got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+        raise ValueError(
+            f"expected q, k, v of one shape [B, T, H, d], got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        )
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"expected q, k, v of one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.device != q.device or v.device != q.device or (groups is not None and groups.device != q.device):
-        raise ValueError(f"expected every tensor on {q.device}, got k on {k.device}, v on {v.device}")
+        raise ValueError(
+            f"expected q, k, v of one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if (
+        k.device != q.device
+        or v.device != q.device
+        or (groups is not None and groups.device != q.device)
+    ):
+        raise ValueError(
+            f"expected every tensor on {q.device}, got k on {k.device}, v on {v.device}"
+        )
     if groups is not None and (groups.shape != q.shape[:2] or groups.is_floating_point()):
-        raise ValueError(f"expected groups [B, T] = {[*q.shape[:2]]} integers, got {[*groups.shape]} {groups.dtype}")
+        raise ValueError(
+            f"expected groups [B, T] = {[*q.shape[:2]]} integers, got {[*groups.shape]} {groups.dtype}"
+        )

@@ -1,4 +1,5 @@
 """In-place exponential moving average of many tensors: the teacher's update (SRA, arXiv 2505.02831, Sec. 3.2)."""
+
 import logging
 import math
 import os
@@ -23,7 +24,9 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
-def ema_update_ref_(ema: list[Tensor], params: list[Tensor], decay: float, copies: list[Tensor] | None = None) -> None:
+def ema_update_ref_(
+    ema: list[Tensor], params: list[Tensor], decay: float, copies: list[Tensor] | None = None
+) -> None:
     """The definition, in the dtype of ``ema``.  Tests, benchmarks and backend="torch" all use this one function."""
     for e, p in zip(ema, params, strict=True):
         e.lerp_(p.to(e.dtype), 1 - decay)
@@ -31,9 +34,16 @@ def ema_update_ref_(ema: list[Tensor], params: list[Tensor], decay: float, copie
         c.copy_(e)
 
 
-def _run_extension(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
+def _run_extension(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float
+) -> None:
     """One call per mix of dtypes; host tensors run the file's CPU reference."""
-    code = {None: "none", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    code = {
+        None: "none",
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
     groups: dict[tuple, list] = {}
     for e, p, c in zip(ema, params, copies or [None] * len(ema), strict=True):
         lists = groups.setdefault((p.dtype, c.dtype if c is not None else None), [[], [], [], []])
@@ -49,7 +59,9 @@ def _run_extension(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]
             _ema_cuda.ema_update_cpu(*args)
 
 
-def _run(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool) -> None:
+def _run(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool
+) -> None:
     (_run_extension if extension else kernels.ema_update_)(ema, params, copies, decay)
     # autograd must see the change: a graph that saved the old value would be wrong in silence
     torch.autograd.graph.increment_version([*ema, *copies])
@@ -67,7 +79,9 @@ def _choose(x: Tensor, backend: str | None) -> str:
     backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
     if backend == "cuda":
         if _ema_cuda is None:
-            raise RuntimeError("backend='cuda' needs sra_fast._ema_cuda: install with SRA_FAST_BUILD_EXT=1 and nvcc")
+            raise RuntimeError(
+                "backend='cuda' needs sra_fast._ema_cuda: install with SRA_FAST_BUILD_EXT=1 and nvcc"
+            )
         return backend
     if not use_triton(x, backend):
         return "torch"
@@ -77,7 +91,9 @@ def _choose(x: Tensor, backend: str | None) -> str:
         log_once("ema_update_ runs the CUDA extension", level=logging.INFO)
         return "cuda"
     if os.environ.get("SRA_FAST_BUILD_EXT") == "1":
-        log_once("SRA_FAST_BUILD_EXT=1, but the CUDA extension is not there: ema_update_ runs in Triton")
+        log_once(
+            "SRA_FAST_BUILD_EXT=1, but the CUDA extension is not there: ema_update_ runs in Triton"
+        )
     else:
         log_once("ema_update_ runs in Triton: the CUDA extension is not built", level=logging.INFO)
     return "triton"
@@ -85,11 +101,15 @@ def _choose(x: Tensor, backend: str | None) -> str:
 
 def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
     if len(params) != len(ema) or len(copies) not in (0, len(ema)):
-        raise ValueError(f"expected as many params and copies as ema, got {len(ema)}, {len(params)}, {len(copies)}")
+        raise ValueError(
+            f"expected as many params and copies as ema, got {len(ema)}, {len(params)}, {len(copies)}"
+        )
     if not 0 <= decay <= 1:
         raise ValueError(f"expected decay in [0, 1], got {decay}")
     device = ema[0].device
-    for i, operands in enumerate(zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True)):
+    for i, operands in enumerate(
+        zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True)
+    ):
         e, p, *c = operands
         if any(t.shape != e.shape or t.device != device for t in operands):
             got = [(list(t.shape), str(t.device)) for t in operands]
@@ -114,7 +134,9 @@ def _is_flat(operands: tuple[Tensor, ...]) -> bool:
     return gapless and all(t.stride() == first.stride() for t in operands)
 
 
-def _launch(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool) -> None:
+def _launch(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool
+) -> None:
     """Give the tensors that are plain vectors to the kernel, the few others to the reference."""
     rows = list(zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True))
     flat = [_is_flat(row) for row in rows]
@@ -123,7 +145,11 @@ def _launch(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay
             ema_update_ref_([row[0]], [row[1]], decay, list(row[2:]))
     if not all(flat):
         odd = flat.count(False)
-        log_once("ema_update_: %d of %d tensors run unfused in PyTorch: fp64 or not dense in one order", odd, len(flat))
+        log_once(
+            "ema_update_: %d of %d tensors run unfused in PyTorch: fp64 or not dense in one order",
+            odd,
+            len(flat),
+        )
         rows = [row for row, is_flat in zip(rows, flat, strict=True) if is_flat]
         ema, params, copies = ([list(column) for column in zip(*rows, strict=True)] + [[]] * 3)[:3]
     if rows:

@@ -2,6 +2,7 @@
 
 What a linear layer reads is quantised where it is made: in the pass of the modulated norm, or in that of the GELU.
 """
+
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,26 +55,38 @@ class Fp8Copy(NamedTuple):
     bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, values: Tensor, multiplier: Tensor, amax: Tensor, bounds: Sequence[int]) -> "Fp8Copy":
+    def of(
+        cls, values: Tensor, multiplier: Tensor, amax: Tensor, bounds: Sequence[int]
+    ) -> "Fp8Copy":
         """With ``ends`` made of ``bounds``."""
-        return cls(values, multiplier, amax, torch.tensor(bounds, device=values.device), tuple(bounds))
+        return cls(
+            values, multiplier, amax, torch.tensor(bounds, device=values.device), tuple(bounds)
+        )
 
     def _pieces(self, x: Tensor) -> dict[int, Tensor]:
         """``{number of the segment: its part of x}``, without the empty ones."""
         begins = (0, *self.bounds[:-1])
-        return {i: x.view(-1)[begin:end] for i, (begin, end) in enumerate(zip(begins, self.bounds, strict=True)) if begin < end}
+        return {
+            i: x.view(-1)[begin:end]
+            for i, (begin, end) in enumerate(zip(begins, self.bounds, strict=True))
+            if begin < end
+        }
 
     @torch.no_grad()
     def measure_(self, x: Tensor) -> None:
         """``amax <- max(amax, |x|)`` over each segment of ``x [N]``."""
         pieces = self._pieces(x)
-        for i, largest in zip(pieces, torch._foreach_norm(list(pieces.values()), math.inf), strict=True):
+        for i, largest in zip(
+            pieces, torch._foreach_norm(list(pieces.values()), math.inf), strict=True
+        ):
             self.amax[i].copy_(torch.maximum(self.amax[i], largest))
 
     @torch.no_grad()
     def store_(self, x: Tensor) -> None:
         """``values <- x``, with the multipliers as they are."""
-        for (i, piece), values in zip(self._pieces(x).items(), self._pieces(self.values).values(), strict=True):
+        for (i, piece), values in zip(
+            self._pieces(x).items(), self._pieces(self.values).values(), strict=True
+        ):
             values.copy_((piece.float() * self.multiplier[i]).clamp(-E4M3_MAX, E4M3_MAX))
 
 
@@ -83,7 +96,9 @@ def power_of_two_multiplier(amax: Tensor) -> Tensor:
     A change of such a multiplier changes no mantissa, so that a slowly moving buffer has a steady copy.
     """
     exponent = (7 - torch.frexp(amax).exponent).clamp(-126, 120)
-    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)  # from its bits: exact on every device
+    return (
+        ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
+    )  # from its bits: exact on every device
 
 
 def quantize_rows_ref(x: Tensor, *, gelu: bool = False) -> Rows:
@@ -102,14 +117,20 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor,
     return adaln_kernels.adaln_fwd(x, shift, scale, None, eps, False, y_scale=h_scale)[0], h_scale
 
 
-def _fused(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fused(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    x_new, h, *_ = fused_kernels.gated_residual_adaln_fwd(x, y, None, gate, shift, scale, None, eps, False, h_scale=h_scale)
+    x_new, h, *_ = fused_kernels.gated_residual_adaln_fwd(
+        x, y, None, gate, shift, scale, None, eps, False, h_scale=h_scale
+    )
     return x_new, h, h_scale
 
 
 _quantize_op = register(
-    "quantize_rows(Tensor x, bool gelu) -> (Tensor, Tensor)", kernels.quantize_rows, lambda x, gelu: _rows_like(x)
+    "quantize_rows(Tensor x, bool gelu) -> (Tensor, Tensor)",
+    kernels.quantize_rows,
+    lambda x, gelu: _rows_like(x),
 )
 _adaln_op = register(
     "adaln_fp8(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
@@ -140,7 +161,9 @@ def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str | None = None) 
         ValueError: ``x`` is no floating-point tensor with rows, or ``backend`` is unknown.
     """
     if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(f"expected x [..., K] of a floating-point dtype, got {[*x.shape]} {x.dtype}")
+        raise ValueError(
+            f"expected x [..., K] of a floating-point dtype, got {[*x.shape]} {x.dtype}"
+        )
     if not use_triton(x, backend) or x.numel() == 0 or x.dtype == torch.float64:
         return quantize_rows_ref(x, gelu=gelu)
     values, scale = _quantize_op(x.reshape(-1, x.shape[-1]).contiguous(), gelu)
@@ -148,7 +171,9 @@ def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str | None = None) 
 
 
 @torch.no_grad()
-def adaln_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Rows:
+def adaln_fp8(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None
+) -> Rows:
     """``ops.adaln`` with its output in e4m3, in the same pass; no gradient.
 
     Args:
@@ -172,7 +197,14 @@ def adaln_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, bac
 
 @torch.no_grad()
 def gated_residual_adaln_fp8(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Rows]:
     """``ops.gated_residual_adaln`` with h in e4m3, in the same pass; no gradient.
 
@@ -195,7 +227,9 @@ def gated_residual_adaln_fp8(
     if not use_triton(x, backend) or x.numel() == 0:
         x = gated_residual_ref(x, y, gate)
         return x, quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
-    x_new, *rows = _fused_op(x.contiguous(), y.contiguous(), in_place(gate), in_place(shift), in_place(scale), eps)
+    x_new, *rows = _fused_op(
+        x.contiguous(), y.contiguous(), in_place(gate), in_place(shift), in_place(scale), eps
+    )
     return x_new, Rows(*rows)
 
 
@@ -216,13 +250,20 @@ def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
     """
     (N, K), rows = weight.values.shape, x.values.reshape(-1, x.values.shape[-1])
     if rows.shape[1] != K or K % 16 or N % 16:
-        raise ValueError(f"expected x [..., K] and weight [N, K], multiples of 16, got {[*x.values.shape]} and {[N, K]}")
+        raise ValueError(
+            f"expected x [..., K] and weight [N, K], multiples of 16, got {[*x.values.shape]} and {[N, K]}"
+        )
     if not rows.is_cuda:  # the definition, in fp32
         out = x.dequantize().view(-1, K) @ weight.dequantize().t()
         out = (out if bias is None else out + bias).bfloat16()
     else:
         out = torch._scaled_mm(
-            rows, weight.values.t(), scale_a=x.scale.view(-1, 1), scale_b=weight.scale.view(1, -1), bias=bias,
-            out_dtype=torch.bfloat16, use_fast_accum=True,
+            rows,
+            weight.values.t(),
+            scale_a=x.scale.view(-1, 1),
+            scale_b=weight.scale.view(1, -1),
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
         )
     return out.view(*x.values.shape[:-1], N)

@@ -1,4 +1,5 @@
 """The residual update of an adaLN-Zero block (DiT, arXiv 2212.09748), alone and with the modulated norm after it."""
+
 import torch
 from torch import Tensor
 
@@ -48,7 +49,11 @@ _fwd = register(
 _bwd = register(
     "gated_residual_bwd(Tensor dx_new, Tensor y, Tensor? bias, Tensor gate, Tensor? group) -> (Tensor, Tensor, Tensor)",
     kernels.gated_residual_bwd,
-    lambda dx_new, y, bias, gate, group: (y.new_empty(y.shape), gate.new_empty(gate.shape), _empty_or(y, bias)),
+    lambda dx_new, y, bias, gate, group: (
+        y.new_empty(y.shape),
+        gate.new_empty(gate.shape),
+        _empty_or(y, bias),
+    ),
 )
 _fused_fwd = register(
     "gated_residual_adaln_fwd(Tensor x, Tensor y, Tensor? bias, Tensor gate, Tensor shift, Tensor scale, Tensor? group,"
@@ -93,7 +98,9 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, bias, gate, shift, scale, group, eps, rms, dtype):
         y = y.contiguous()
-        x_new, h, mean, rstd = _fused_fwd(x.contiguous(), y, bias, gate, shift, scale, group, eps, rms, dtype)
+        x_new, h, mean, rstd = _fused_fwd(
+            x.contiguous(), y, bias, gate, shift, scale, group, eps, rms, dtype
+        )
         ctx.save_for_backward(x_new, y, bias, gate, scale, group, mean, rstd)
         ctx.set_materialize_grads(False)
         return x_new, h
@@ -104,7 +111,18 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         dx_new = None if dx_new is None else dx_new.contiguous()
         dh = torch.zeros_like(x_new) if dh is None else dh.contiguous()
         dx, dy, dgate, dshift, dscale, dbias, _ = once(_fused_bwd, dx_new, dh, x_new, *saved, None)
-        return dx, dy, None if saved[1] is None else dbias, dgate, dshift, dscale, None, None, None, None
+        return (
+            dx,
+            dy,
+            None if saved[1] is None else dbias,
+            dgate,
+            dshift,
+            dscale,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def gated_residual(
@@ -185,10 +203,14 @@ def gated_residual_adaln(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
-    check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, group, bias=bias, dtype=dtype)
+    check(
+        x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, group, bias=bias, dtype=dtype
+    )
     check_norm(norm)
     if not runs_kernel(fused_kernels, backend, x, y, gate, shift, scale, dtype=dtype):
-        return gated_residual_adaln_ref(x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group, dtype=dtype)
+        return gated_residual_adaln_ref(
+            x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group, dtype=dtype
+        )
     group = None if group is None else group.contiguous()
     gate, shift, scale = in_place(gate), in_place(shift), in_place(scale)
     bias = None if bias is None else in_place(bias)

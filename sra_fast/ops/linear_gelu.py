@@ -1,4 +1,5 @@
 """The first half of an MLP: a linear layer and tanh-GELU, for inference in one product."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,13 +42,24 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    fits = x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and bias.shape == weight.shape[:1]
+    fits = (
+        x.dim() >= 1
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and bias.shape == weight.shape[:1]
+    )
     given = (x, weight, bias)
     if fits and autocast(x):  # which chooses the dtypes itself
         return linear_gelu_ref(x, weight, bias)
-    if not fits or x.dtype not in FLOAT_DTYPES or any((t.dtype, t.device) != (x.dtype, x.device) for t in given):
+    if (
+        not fits
+        or x.dtype not in FLOAT_DTYPES
+        or any((t.dtype, t.device) != (x.dtype, x.device) for t in given)
+    ):
         got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
-        raise ValueError(f"expected x [..., K], weight [N, K] and bias [N] of one floating dtype and device, got {got}")
+        raise ValueError(
+            f"expected x [..., K], weight [N, K] and bias [N] of one floating dtype and device, got {got}"
+        )
     # on a CPU the product's epilogue is another GELU
     if not use_triton(x, backend) or not x.is_cuda or x.numel() == 0 or wants_grad(*given):
         return linear_gelu_ref(x, weight, bias)

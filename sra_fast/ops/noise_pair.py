@@ -1,4 +1,5 @@
 """Student's and teacher's noisy inputs and the velocity target, from one image and one draw of noise."""
+
 import math
 
 import torch
@@ -45,7 +46,11 @@ def noise_pair_ref(
     t, t_teacher = (upcast(s).view(-1, *[1] * (x0.dim() - 1)) for s in (t, t_teacher))
     alpha, sigma, dalpha, dsigma = interpolant(t, path)
     alpha_teacher, sigma_teacher, _, _ = interpolant(t_teacher, path)
-    return alpha * x0 + sigma * noise, alpha_teacher * x0 + sigma_teacher * noise, dalpha * x0 + dsigma * noise
+    return (
+        alpha * x0 + sigma * noise,
+        alpha_teacher * x0 + sigma_teacher * noise,
+        dalpha * x0 + dsigma * noise,
+    )
 
 
 _op = register(
@@ -64,13 +69,23 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _check(x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, latent_noise: Tensor | None) -> None:
+def _check(
+    x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, latent_noise: Tensor | None
+) -> None:
     expected = list(noise.shape)
     if latent_noise is not None and noise.dim() > 1:
         expected[1] *= 2
     fits = list(x0.shape) == expected and t.shape == noise.shape[:1] and t_teacher.shape == t.shape
-    if noise.dim() < 2 or not fits or (latent_noise is not None and latent_noise.shape != noise.shape):
-        what = "x0 [B, C, H, W]" if latent_noise is None else "moments x0 [B, 2C, H, W], latent_noise [B, C, H, W]"
+    if (
+        noise.dim() < 2
+        or not fits
+        or (latent_noise is not None and latent_noise.shape != noise.shape)
+    ):
+        what = (
+            "x0 [B, C, H, W]"
+            if latent_noise is None
+            else "moments x0 [B, 2C, H, W], latent_noise [B, C, H, W]"
+        )
         got = [list(s.shape) for s in (x0, latent_noise, noise, t, t_teacher) if s is not None]
         raise ValueError(f"expected {what}, noise [B, C, H, W] and t, t_teacher [B], got {got}")
     if path not in PATHS:
@@ -88,7 +103,9 @@ def _runs_triton(tensors: list[Tensor], backend: str | None) -> bool:
     if torch.float64 in (s.dtype for s in tensors):
         return False
     if wants_grad(*tensors):
-        log_once("noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one")
+        log_once(
+            "noise_pair runs unfused in PyTorch: its kernel has no backward, and an input wants one"
+        )
         return False
     return True
 

@@ -1,4 +1,5 @@
 """A whole training step with the kernels, in Triton's interpreter, is the one with the references."""
+
 import pytest
 import torch
 from golden import assert_matches
@@ -9,7 +10,9 @@ from sra_fast.engine.data import make_dataset
 from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import train
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py compares whole curves on a GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_cuda.py compares whole curves on a GPU"
+)
 
 
 def run(folder, stage, backend, monkeypatch, *args):
@@ -19,7 +22,11 @@ def run(folder, stage, backend, monkeypatch, *args):
     trainer = build(cfg, init_distributed())
     (folder / backend).mkdir()
     rows = train(trainer, make_dataset(cfg), folder / backend)
-    return [row["loss"] for row in rows], trainer.shards.gather(trainer.shards.flats), trainer.ema.full()
+    return (
+        [row["loss"] for row in rows],
+        trainer.shards.gather(trainer.shards.flats),
+        trainer.ema.full(),
+    )
 
 
 @pytest.mark.parametrize("stage, recompute", [(1, "none"), (1, "norm"), (3, "norm"), (3, "full")])

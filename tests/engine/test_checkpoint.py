@@ -1,4 +1,5 @@
 """What must not happen to checkpoints: code from a pickle, a half-written one picked up, a diverged run saved."""
+
 import argparse
 import json
 import os
@@ -16,7 +17,36 @@ from sra_fast.engine.loop import train
 from sra_fast.engine.run import prepare
 from sra_fast.models import DiT
 
-TINY = ["--model.name", "SiT-S/2", "--model.input_size", "8", "--model.in_channels", "1", "--model.num_classes", "10", "--model.hidden_size", "32", "--model.depth", "4", "--model.num_heads", "2", "--align.student_layer", "2", "--align.teacher_layer", "3", "--data.name", "digits", "--train.global_batch", "8", "--train.steps", "6", "--train.save_every", "3", "--train.zero_stage", "1"]
+TINY = [
+    "--model.name",
+    "SiT-S/2",
+    "--model.input_size",
+    "8",
+    "--model.in_channels",
+    "1",
+    "--model.num_classes",
+    "10",
+    "--model.hidden_size",
+    "32",
+    "--model.depth",
+    "4",
+    "--model.num_heads",
+    "2",
+    "--align.student_layer",
+    "2",
+    "--align.teacher_layer",
+    "3",
+    "--data.name",
+    "digits",
+    "--train.global_batch",
+    "8",
+    "--train.steps",
+    "6",
+    "--train.save_every",
+    "3",
+    "--train.zero_stage",
+    "1",
+]
 
 
 class Evil:
@@ -44,11 +74,18 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
 
 
 def test_reference_arguments_say_what_shapes_do_not(tmp_path):
-    model = DiT(8, 2, 1, 32, 2, num_heads=2, class_dropout_prob=0.0, num_classes=10, learn_sigma=False)
+    model = DiT(
+        8, 2, 1, 32, 2, num_heads=2, class_dropout_prob=0.0, num_classes=10, learn_sigma=False
+    )
     args = argparse.Namespace(model="DiT-S/2", num_classes=10, num_heads=2)
     torch.save({"ema": model.state_dict(), "args": args}, tmp_path / "ref.pt")
     loaded, _ = load_model(str(tmp_path / "ref.pt"))
-    assert (loaded.family, loaded.num_classes, loaded.y_embedder.dropout_prob, loaded.learn_sigma) == ("DiT", 10, 0.0, False)
+    assert (
+        loaded.family,
+        loaded.num_classes,
+        loaded.y_embedder.dropout_prob,
+        loaded.learn_sigma,
+    ) == ("DiT", 10, 0.0, False)
 
 
 def test_latest_is_the_newest_complete_one(tmp_path):
@@ -99,7 +136,9 @@ def trainer_of(*args):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_diverged_weights_are_not_saved(tmp_path, precision):
-    trainer, data = trainer_of("--train.precision", precision, "--optim.lr", "1e30", "--optim.weight_decay", "0")
+    trainer, data = trainer_of(
+        "--train.precision", precision, "--optim.lr", "1e30", "--optim.weight_decay", "0"
+    )
     with pytest.raises(FloatingPointError, match="go on from the last checkpoint"):
         train(trainer, data, tmp_path)
     assert not (tmp_path / "checkpoints/latest").exists()

@@ -11,7 +11,12 @@ from sra_fast.engine.validate import check, check_device, split_batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = {  # student layer, teacher layer (SRA, Table of settings)
-    "SiT-B/2": (3, 8), "SiT-L/2": (6, 16), "SiT-XL/2": (8, 20), "DiT-B/2": (3, 7), "DiT-L/2": (6, 14), "DiT-XL/2": (8, 16),
+    "SiT-B/2": (3, 8),
+    "SiT-L/2": (6, 16),
+    "SiT-XL/2": (8, 20),
+    "DiT-B/2": (3, 7),
+    "DiT-L/2": (6, 14),
+    "DiT-XL/2": (8, 16),
 }
 
 
@@ -41,15 +46,27 @@ def test_there_is_a_config_for_every_run_of_the_paper():
         assert (cfg.align.student_layer, cfg.align.teacher_layer) == PAPER[name]
         assert cfg.align.weight == (0.2 if name.startswith("SiT") else 0.04)
         assert (cfg.align.hold, cfg.align.decay) == ((99, 800) if size == 512 else (149, 1000))
-        assert (cfg.align.schedule, cfg.align.distance, cfg.align.beta, cfg.align.t_max) == ("epochs", "smooth_l1", 0.05, 0.2)
-        assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.clip, cfg.train.global_batch) == (1e-4, 0, 1, 256)
+        assert (cfg.align.schedule, cfg.align.distance, cfg.align.beta, cfg.align.t_max) == (
+            "epochs",
+            "smooth_l1",
+            0.05,
+            0.2,
+        )
+        assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.clip, cfg.train.global_batch) == (
+            1e-4,
+            0,
+            1,
+            256,
+        )
         assert cfg.train.ema_decay == 0.9999
 
 
 def test_command_line_wins_over_files_and_later_files_over_earlier(tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text("optim:\n  lr: 0.5\nmodel:\n  depth: 3\n")
-    cfg = parse("--config", str(CONFIGS / "digits.yaml"), "--config", str(other), "--model.depth", "4")
+    cfg = parse(
+        "--config", str(CONFIGS / "digits.yaml"), "--config", str(other), "--model.depth", "4"
+    )
     assert (cfg.optim.lr, cfg.model.depth, cfg.model.input_size) == (0.5, 4, 8)
 
 
@@ -61,7 +78,14 @@ def test_align_none_has_a_short_form(tmp_path):
 
 
 def test_saved_config_reads_back(tmp_path):
-    cfg = parse("--config", str(CONFIGS / "digits.yaml"), "--align.schedule", "milestones", "--align.milestones", "{5: 0.1}")
+    cfg = parse(
+        "--config",
+        str(CONFIGS / "digits.yaml"),
+        "--align.schedule",
+        "milestones",
+        "--align.milestones",
+        "{5: 0.1}",
+    )
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
 
@@ -93,7 +117,10 @@ def test_help_explains_every_field(capsys):
     words = " ".join(capsys.readouterr().out.split())
     for section, cls in Config.__dataclass_fields__.items():
         for name in cls.default_factory().__dataclass_fields__:
-            entry = re.search(rf"--{section}\.{name}\+? (?!\[ITEM,...\], --)\S+ ([^-].{{8,}}?) \((type|default)", words)
+            entry = re.search(
+                rf"--{section}\.{name}\+? (?!\[ITEM,...\], --)\S+ ([^-].{{8,}}?) \((type|default)",
+                words,
+            )
             assert entry and "--" not in entry[1], f"--help does not explain {section}.{name}"
 
 
@@ -116,10 +143,16 @@ def test_help_explains_every_field(capsys):
         (("--train.seed", str(2**64)), "train.seed must lie in"),
         (("--optim.lr", "0"), "optim.lr and optim.eps must be positive"),
         (("--optim.betas", "[1.0, 0.9]"), "optim.betas"),
-        (("--optim.warmup_steps", "-3"), "optim.warmup_steps must not be negative nor infinite, got -3"),
+        (
+            ("--optim.warmup_steps", "-3"),
+            "optim.warmup_steps must not be negative nor infinite, got -3",
+        ),
         (("--align.weight", "-0.2"), "must not be negative, got -0.2"),
         (("--sample.steps", "0"), "sample.steps for SiT"),
-        (("--model.name", "DiT-XL/2", "--sample.steps", "2000"), r"sample.steps for DiT must lie in \[2, 1000\]"),
+        (
+            ("--model.name", "DiT-XL/2", "--sample.steps", "2000"),
+            r"sample.steps for DiT must lie in \[2, 1000\]",
+        ),
         (("--sample.guided_channels", "5"), r"sample.guided_channels must lie in \[0, 4\], got 5"),
         (("--sample.interval", "[0.9, 0.1]"), "low <= high"),
     ],
@@ -149,11 +182,20 @@ def merged(tmp_path, user, *args):
 
 
 def test_deepspeed_json_wins_over_our_defaults(tmp_path):
-    user = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}, "train_batch_size": "auto", "comms_logger": {}}
+    user = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7},
+        "train_batch_size": "auto",
+        "comms_logger": {},
+    }
     cfg, config = merged(tmp_path, user)
     assert zero_stage(config, cfg) == 2
-    assert config["zero_optimization"]["reduce_bucket_size"] == 7 and config["train_batch_size"] == 256
-    assert config["bf16"] == {"enabled": True, "check_grad_overflow": False} and "comms_logger" in config
+    assert (
+        config["zero_optimization"]["reduce_bucket_size"] == 7 and config["train_batch_size"] == 256
+    )
+    assert (
+        config["bf16"] == {"enabled": True, "check_grad_overflow": False}
+        and "comms_logger" in config
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -166,7 +208,10 @@ def test_shipped_deepspeed_files_are_accepted(stage):
 @pytest.mark.parametrize("micro, overlap", [(256, False), (64, True)])
 def test_one_process_overlaps_nothing(micro, overlap):
     """DeepSpeed then waits for the device after every backward."""
-    assert deepspeed_config(parse(), micro, 1, None, cuda=True)["zero_optimization"]["overlap_comm"] == overlap
+    assert (
+        deepspeed_config(parse(), micro, 1, None, cuda=True)["zero_optimization"]["overlap_comm"]
+        == overlap
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,8 +229,14 @@ def test_one_process_overlaps_nothing(micro, overlap):
         ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "would go stale"),
         ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "would go stale"),
         ({"bf16": True}, "bf16 must be an object"),
-        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "round_robin_gradients",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer",
+        ),
         ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 9}}, "go stale"),
         ("{", "is not JSON"),
         ("[1]", "one JSON object"),
@@ -215,7 +266,18 @@ def test_missing_deepspeed_json_is_named():
 
 def test_fp8_needs_widths_of_its_products_before_anything_is_built():
     with pytest.raises(ValueError, match="multiple of 16, got 36"):
-        check_device(parse("--align.teacher_dtype", "fp8", "--model.hidden_size", "36", "--model.num_heads", "3"), 1, cuda=False)
+        check_device(
+            parse(
+                "--align.teacher_dtype",
+                "fp8",
+                "--model.hidden_size",
+                "36",
+                "--model.num_heads",
+                "3",
+            ),
+            1,
+            cuda=False,
+        )
 
 
 @pytest.mark.parametrize("name", ["optim.lr", "optim.clip", "optim.weight_decay"])

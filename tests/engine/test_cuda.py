@@ -2,6 +2,7 @@
 
 A test shares nothing with another, so that they run side by side.
 """
+
 import gc
 
 import pytest
@@ -16,9 +17,13 @@ from sra_fast.engine.data import make_dataset
 from sra_fast.engine.distributed import init_distributed
 from sra_fast.engine.loop import train
 
-pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), pytest.mark.timeout(150)]
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(150),
+]
 needs_e4m3 = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs e4m3 products"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs e4m3 products",
 )
 NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
 # logged rows that count as early: 15 steps
@@ -76,7 +81,9 @@ def trained(folder, *args):
     folder.mkdir()
     trainer = build(cfg, init_distributed())
     rows = train(trainer, RandomLatents(), folder)
-    curves = {name: [row[name] for row in rows if name in row] for name in ("loss", "align", "grad_norm")}
+    curves = {
+        name: [row[name] for row in rows if name in row] for name in ("loss", "align", "grad_norm")
+    }
     return trainer, curves
 
 
@@ -101,7 +108,10 @@ def assert_alike(ours, theirs, limits, record, rounded=None):
         if rounded is not None:
             late = [mean(apart), limits[name][0] + 3 * mean(deviations(rounded, theirs, name))]
         found[name] = [max(apart[:EARLY]), limits[name][0], *late]
-    told = [f"{name} {early:.1e} early, {late:.1e} of {limit:.1e}" for name, (early, _, late, limit) in found.items()]
+    told = [
+        f"{name} {early:.1e} early, {late:.1e} of {limit:.1e}"
+        for name, (early, _, late, limit) in found.items()
+    ]
     record("apart", ", ".join(told))
     for name, (early, early_limit, late, limit) in found.items():
         assert early <= early_limit and late <= limit, (name, found[name])
@@ -130,14 +140,24 @@ def test_kernels_and_references_train_sit_b2_alike(
     args = f"--model.name SiT-B/2 --train.steps {steps} --train.precision {precision} --optim.warmup_steps 20".split()
     curves = {}
     # the third program is the second, with attention rounded elsewhere
-    for name, backend, attention in (("triton", "triton", "math"), ("torch", "torch", "math"), ("rounded", "torch", "efficient")):
+    for name, backend, attention in (
+        ("triton", "triton", "math"),
+        ("torch", "torch", "math"),
+        ("rounded", "torch", "efficient"),
+    ):
         monkeypatch.setenv("SRA_FAST_BACKEND", backend)
         monkeypatch.setenv("SRA_FAST_ATTENTION", attention)
         if name != "rounded" or precision == "bf16":
             curves[name] = trained(tmp_path / name, *args)[1]
     loss = curves["torch"]["loss"]
     assert len(loss) > steps // 6 and loss[-1] < loss[0]
-    assert_alike(curves["triton"], curves["torch"], ROUNDING[precision], record_property, curves.get("rounded"))
+    assert_alike(
+        curves["triton"],
+        curves["torch"],
+        ROUNDING[precision],
+        record_property,
+        curves.get("rounded"),
+    )
 
 
 def small(folder, extra=""):
@@ -180,7 +200,12 @@ def test_graphs_and_streams_change_nothing(tmp_path, nothing_saved, record_prope
     ways |= {f"{name} beside": f"{args} --align.teacher_stream true" for name, args in ways.items()}
     for name, args in ways.items():
         graphed = small(tmp_path / name, f"--align.teacher_dtype fp8 {args}")[1]
-        assert_alike(graphed, plain, ROUNDING["bf16"], lambda label, told, name=name: record_property(name, told))
+        assert_alike(
+            graphed,
+            plain,
+            ROUNDING["bf16"],
+            lambda label, told, name=name: record_property(name, told),
+        )
 
 
 @needs_e4m3
@@ -213,11 +238,14 @@ def test_stages_agree_and_learn(tmp_path, nothing_saved, record_property, precis
     for case in dict.fromkeys([*((stage, precision) for stage in range(4)), (1, "fp32")]):
         cfg, folder = tiny(*case), tmp_path / "_".join(map(str, case))
         folder.mkdir()
-        losses[case] = [row["loss"] for row in train(build(cfg, init_distributed()), make_dataset(cfg), folder)]
+        losses[case] = [
+            row["loss"] for row in train(build(cfg, init_distributed()), make_dataset(cfg), folder)
+        ]
         gc.collect()
     first, exact = losses[0, precision], losses[1, "fp32"]
     apart = {
-        case: max(abs(a - b) / b for a, b in zip(other, first, strict=True)) for case, other in losses.items()
+        case: max(abs(a - b) / b for a, b in zip(other, first, strict=True))
+        for case, other in losses.items()
     }
     told = [f"{name}_{stage} {value:.1e}" for (stage, name), value in apart.items()]
     record_property("apart from stage 0", ", ".join(told))

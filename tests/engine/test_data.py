@@ -12,7 +12,9 @@ from sra_fast.engine.data import Digits, Latents, ShuffledBatches, make_dataset,
 def config(path="", **model):
     model = {"name": "SiT-S/2", "input_size": 4, "num_classes": 3, **model}
     return Config(
-        model=ModelConfig(**model), data=DataConfig(name="latents", path=str(path)), train=TrainConfig(global_batch=4)
+        model=ModelConfig(**model),
+        data=DataConfig(name="latents", path=str(path)),
+        train=TrainConfig(global_batch=4),
     )
 
 
@@ -46,7 +48,9 @@ def test_missing_or_broken_latents_are_one_clear_error(tmp_path):
     folder = write_latents(tmp_path)
     index = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps({"labels": index["labels"][1:]}))
-    with pytest.raises(ValueError, match="no label for 1 files, the first is 00000/img-mean-std-00000000.npy"):
+    with pytest.raises(
+        ValueError, match="no label for 1 files, the first is 00000/img-mean-std-00000000.npy"
+    ):
         Latents(str(tmp_path))
     (folder / "dataset.json").write_text("{")
     with pytest.raises(ValueError, match="dataset.json must hold"):
@@ -76,10 +80,15 @@ def test_data_must_fit_the_model_and_the_batch(tmp_path):
 
 def indices(world, accumulation, micro, step=0, steps=6, seed=0):
     """Global batches put together from every process."""
-    streams = [list(ShuffledBatches(50, seed, micro, accumulation, r, world, step, steps)) for r in range(world)]
+    streams = [
+        list(ShuffledBatches(50, seed, micro, accumulation, r, world, step, steps))
+        for r in range(world)
+    ]
     batches = []
     for s in range(steps - step):
-        parts = [streams[r][s * accumulation + m] for m in range(accumulation) for r in range(world)]
+        parts = [
+            streams[r][s * accumulation + m] for m in range(accumulation) for r in range(world)
+        ]
         batches.append([i for part in parts for i in part])
     return batches
 

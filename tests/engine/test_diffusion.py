@@ -1,4 +1,5 @@
 """Flow matching (SiT) and discrete diffusion (DiT) against the reference and against closed forms."""
+
 import math
 
 import pytest
@@ -71,7 +72,9 @@ def test_lognormal_times(path):
     t, _ = FlowMatching(path, "lognormal").times(u, torch.zeros_like(u))
     ratio = t / (1 - t) if path == "linear" else torch.tan(t * math.pi / 2)
     log = ratio.double().log()
-    assert log.mean().item() == pytest.approx(0, abs=1e-3) and log.std().item() == pytest.approx(1, abs=5e-3)
+    assert log.mean().item() == pytest.approx(0, abs=1e-3) and log.std().item() == pytest.approx(
+        1, abs=5e-3
+    )
     assert FlowMatching(path, "lognormal").times(torch.zeros(1), torch.zeros(1))[0].item() == 0
 
 
@@ -82,7 +85,11 @@ def test_teacher_is_earlier_by_at_most_t_max():
     assert torch.equal(t_teacher, (u - 0.2 * gap).clamp(0, 1)) and t_teacher.min() == 0
     t, t_teacher = GaussianDiffusion(t_max=0.2).times(u, gap)
     assert (t.min() >= 0) and (t.max() <= 999) and t.dtype == torch.int64
-    assert (t_teacher >= 1).all() and ((t - t_teacher)[t >= 200] < 200).all() and ((t - t_teacher)[t >= 200] >= 0).all()
+    assert (
+        (t_teacher >= 1).all()
+        and ((t - t_teacher)[t >= 200] < 200).all()
+        and ((t - t_teacher)[t >= 200] >= 0).all()
+    )
     assert GaussianDiffusion(t_max=0.0).times(u, gap)[1].equal(t.clamp(min=1))
 
 

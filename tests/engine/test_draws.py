@@ -38,5 +38,8 @@ def test_distributions():
     for uniform in (d.uniform, d.gap):
         assert uniform.min() >= 0 and uniform.max() < 1 and (uniform.mean() - 0.5).abs() < 0.01
     assert abs(d.drop.float().mean().item() - 0.25) < 0.01
-    assert torch.corrcoef(torch.stack([d.uniform, d.gap, d.noise[:, 0, 0, 0]])).triu(1).abs().max() < 0.03
+    assert (
+        torch.corrcoef(torch.stack([d.uniform, d.gap, d.noise[:, 0, 0, 0]])).triu(1).abs().max()
+        < 0.03
+    )
     assert not draws(0, 0, 1000, drop_prob=0.0).drop.any()

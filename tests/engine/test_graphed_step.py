@@ -41,7 +41,9 @@ def run(folder, graphed, stage, precision, args):
     trainer = build(cfg, init_distributed())
     assert trainer.graphed is None
     if graphed:
-        trainer.graphed = graphed_step(trainer.engine.module, trainer.student, trainer.accumulation, graphs=CUDA)
+        trainer.graphed = graphed_step(
+            trainer.engine.module, trainer.student, trainer.accumulation, graphs=CUDA
+        )
     folder.mkdir()
     rows = train(trainer, make_dataset(cfg), folder)
     names = ("loss", "align", "denoise", "vb", "grad_norm", "student_norm", "teacher_norm")
@@ -59,13 +61,18 @@ def run(folder, graphed, stage, precision, args):
 # the way of the gradients is what differs between stages
 CASES = [(1, "bf16", args) for args in ARGUMENTS]
 CASES += [
-    (stage, precision, args) for stage, precision in ((2, "fp32"), (0, "bf16"), (0, "fp32")) for args in ARGUMENTS[:2]
+    (stage, precision, args)
+    for stage, precision in ((2, "fp32"), (0, "bf16"), (0, "fp32"))
+    for args in ARGUMENTS[:2]
 ]
 
 
 @pytest.mark.parametrize("stage, precision, args", CASES)
 def test_the_same_training(tmp_path, stage, precision, args):
-    eager, graphed = (run(tmp_path / name, name == "graphed", stage, precision, args) for name in ("eager", "graphed"))
+    eager, graphed = (
+        run(tmp_path / name, name == "graphed", stage, precision, args)
+        for name in ("eager", "graphed")
+    )
     assert eager[0] == graphed[0] and len(eager[0]) == 6
     for ours, theirs in zip(graphed[1], eager[1], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -76,7 +83,9 @@ def make(graphs=CUDA):
     device = "cuda" if CUDA else "cpu"
     layer = torch.nn.Linear(5, 3).to(device)
     loss = lambda x, y: ((layer(x) - y).square().mean(), {"sum": layer(x).sum()})
-    batches = [(torch.randn(4, 5, device=device), torch.randn(4, 3, device=device)) for _ in range(3)]
+    batches = [
+        (torch.randn(4, 5, device=device), torch.randn(4, 3, device=device)) for _ in range(3)
+    ]
     return layer, loss, batches, GraphedGradients(loss, layer.parameters(), graphs)
 
 
@@ -92,7 +101,10 @@ def test_gradients_and_their_sum():
     layer, loss, batches, graphed = make()
     for _ in range(2):  # the second time everything has been captured
         for count in (1, 3):
-            outputs = [graphed(*batch, accumulate=i > 0)["sum"].clone() for i, batch in enumerate(batches[:count])]
+            outputs = [
+                graphed(*batch, accumulate=i > 0)["sum"].clone()
+                for i, batch in enumerate(batches[:count])
+            ]
             found = [p.grad.clone() for p in layer.parameters()]
             wanted, last = expected(layer, loss, batches[:count])
             for a, b in zip(found, wanted, strict=True):
@@ -117,7 +129,9 @@ def test_shared_and_strided_gradients_become_tensors_of_their_own():
     a, b, c = (torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3))
     x = torch.randn(3, 4)
     # the gradients of a and b are one tensor, that of c is expanded
-    graphed = GraphedGradients(lambda x: (((a + b) * x).sum() + c.sum(), None), [a, b, c], graphs=False)
+    graphed = GraphedGradients(
+        lambda x: (((a + b) * x).sum() + c.sum(), None), [a, b, c], graphs=False
+    )
     graphed(x)
     graphed(x, accumulate=True)
     for p, wanted in ((a, 2 * x), (b, 2 * x), (c, torch.full_like(x, 2.0))):
@@ -133,7 +147,9 @@ def test_memory_that_pytorch_does_not_count():
         return
     layer = torch.nn.Linear(1024, 1024, device="cuda")
     x = torch.randn(2**14, 1024, device="cuda")
-    graphed = GraphedGradients(lambda x: (layer(layer(x).relu()).square().mean(), None), layer.parameters())
+    graphed = GraphedGradients(
+        lambda x: (layer(layer(x).relu()).square().mean(), None), layer.parameters()
+    )
     graphed(x)
     # two outputs of the layer, one of the activation, their gradients: at least four of 64 MiB at once
     assert hidden_bytes() - before >= 4 * x.nbytes
@@ -146,7 +162,13 @@ def test_who_may_ask_for_a_graph():
         (asked(), 1, 1, False, "train.graph needs a CUDA device"),
         (asked(), 3, 1, True, "one process and a ZeRO stage below 3, got 1 and 3"),
         (asked(), 1, 2, True, "one process and a ZeRO stage below 3, got 2 and 1"),
-        (asked("--optim.implementation", "torch"), 1, 1, True, "needs optim.implementation fused, got torch"),
+        (
+            asked("--optim.implementation", "torch"),
+            1,
+            1,
+            True,
+            "needs optim.implementation fused, got torch",
+        ),
         (asked("--align.teacher_graph", "true"), 1, 1, True, "goes without align.teacher_graph"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -154,7 +176,8 @@ def test_who_may_ask_for_a_graph():
 
 
 @pytest.mark.parametrize(
-    "stage, precision", [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")]
+    "stage, precision",
+    [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")],
 )
 def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp_path):
     """A capture would make the stream wait in which they were made: on a GPU "the legacy stream", and it fails.
@@ -166,7 +189,9 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
     SAVE(trainer, tmp_path, 0, 0)
     for start in (lambda: None, lambda: checkpoint.load(trainer, tmp_path / "step_00000000")):
         start()
-        assert (held_accumulators(graphed.parameters) > 0) == (stage > 0), "else there is nothing to let go of"
+        assert (held_accumulators(graphed.parameters) > 0) == (stage > 0), (
+            "else there is nothing to let go of"
+        )
         graphed.let_go()
         assert held_accumulators(graphed.parameters) == 0
     # the check can tell: a view that autograd tracks holds one
@@ -185,13 +210,22 @@ def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
     """Later a warm-up would need the memory of a step beside the graphs'."""
     cfg = tiny(1, "bf16", *args.split())
     trainer = build(cfg, init_distributed())
-    trainer.graphed = graphed_step(trainer.engine.module, trainer.student, trainer.accumulation, graphs=False)
+    trainer.graphed = graphed_step(
+        trainer.engine.module, trainer.student, trainer.accumulation, graphs=False
+    )
     made = []
     prepare = trainer.graphed.prepare
-    monkeypatch.setattr(trainer.graphed, "prepare", lambda calls: (prepare(calls), made.append(len(trainer.graphed.captured))))
+    monkeypatch.setattr(
+        trainer.graphed,
+        "prepare",
+        lambda calls: (prepare(calls), made.append(len(trainer.graphed.captured))),
+    )
     data = make_dataset(cfg)
     stream = ShuffledBatches(len(data), 0, trainer.micro, trainer.accumulation, 0, 1, 0, 6)
-    batches, metrics = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, trainer.device, 1)
+    batches, metrics = (
+        iter(make_loader(data, stream, 0, False)),
+        Metrics(None, cfg, trainer.device, 1),
+    )
     for step in range(6):
         optimizer_step(trainer, batches, stream, data, step, metrics)
     assert set(made) == {count}
@@ -204,7 +238,9 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
     loss = lambda x, y: ((layer(x) - y).square().mean(), None)
     graphed = GraphedGradients(loss, layer.parameters(), let_go=lambda: log.append("let go"))
     monkeypatch.setattr(cuda_graph, "warm_up", lambda fn: log.append("warm up"))
-    monkeypatch.setattr(graphed, "capture", lambda fn: log.append(("capture", fn())) or (None, None))
+    monkeypatch.setattr(
+        graphed, "capture", lambda fn: log.append(("capture", fn())) or (None, None)
+    )
     (x, y), *_ = batches
     graphed.prepare([((x, y), True), ((x, y), False), ((x[:2], y[:2]), False), ((x, y), False)])
     # the accumulating one last: what it adds to is there
@@ -221,7 +257,9 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
 def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
     trainer = build(tiny(1, "bf16"), init_distributed())
     graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
-    obstacle = lambda **json: engine_build._graph_obstacle(trainer.engine, 1, {**trainer.ds_config, **json}, graphed)
+    obstacle = lambda **json: engine_build._graph_obstacle(
+        trainer.engine, 1, {**trainer.ds_config, **json}, graphed
+    )
     assert obstacle() is None
     assert obstacle(flops_profiler={"enabled": False}) is None
     assert "flops_profiler of DeepSpeed's JSON" in obstacle(flops_profiler={"enabled": True})

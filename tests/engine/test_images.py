@@ -27,14 +27,20 @@ def bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """PyTorch's antialiased filter, rows and then columns, each rounded to 8 bits."""
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].double()
     for size in ((x.shape[2], width), (height, width)):
-        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).round().clamp(0, 255)
+        x = (
+            F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
+            .round()
+            .clamp(0, 255)
+        )
     return x[0].permute(1, 2, 0).numpy()
 
 
 def test_crop_of_the_shorter_sides_size_is_a_slice():
     photo = photographs()[0]
     assert photo.size == (640, 427)
-    assert np.array_equal(pixels(center_crop(photo, 427)), pixels(photo)[:, 106:533])  # 213 = 106 + 107 are cut off
+    assert np.array_equal(
+        pixels(center_crop(photo, 427)), pixels(photo)[:, 106:533]
+    )  # 213 = 106 + 107 are cut off
     upright = photo.transpose(Image.Transpose.TRANSPOSE)
     assert np.array_equal(pixels(center_crop(upright, 427)), pixels(upright)[106:533])
 
@@ -68,11 +74,19 @@ def test_class_folders_a_list_and_a_zip_are_the_same(tmp_path):
     names = write_images(tmp_path / "folders", per_class=3)
     (tmp_path / "folders/a/notes.txt").write_text("no image")
     data = ImageFolder(tmp_path / "folders", 64)
-    assert data.names == sorted(names) and data.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and data.num_classes == 3
+    assert (
+        data.names == sorted(names)
+        and data.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+        and data.num_classes == 3
+    )
     batch, labels = data.__getitems__([7, 0])
-    assert labels.tolist() == [2, 0] and batch.dtype == torch.uint8 and batch.shape == (2, 3, 64, 64)
+    assert (
+        labels.tolist() == [2, 0] and batch.dtype == torch.uint8 and batch.shape == (2, 3, 64, 64)
+    )
     with Image.open(tmp_path / "folders" / data.names[7]) as image:
-        assert np.array_equal(batch[0].permute(1, 2, 0).numpy(), np.asarray(center_crop(image.convert("RGB"), 64)))
+        assert np.array_equal(
+            batch[0].permute(1, 2, 0).numpy(), np.asarray(center_crop(image.convert("RGB"), 64))
+        )
 
     shutil.copytree(tmp_path / "folders", tmp_path / "listed")
     shutil.make_archive(tmp_path / "zipped", "zip", tmp_path / "folders")
@@ -87,7 +101,9 @@ def test_class_folders_a_list_and_a_zip_are_the_same(tmp_path):
 def test_mirror_images_follow_their_images(tmp_path):
     write_images(tmp_path / "i", per_class=2)
     plain, data = ImageFolder(tmp_path / "i", 32), ImageFolder(tmp_path / "i", 32, mirror=True)
-    assert len(data) == 2 * len(plain) and data.labels.tolist() == [y for y in plain.labels.tolist() for _ in range(2)]
+    assert len(data) == 2 * len(plain) and data.labels.tolist() == [
+        y for y in plain.labels.tolist() for _ in range(2)
+    ]
     batch = plain.__getitems__([3, 4])[0]
     mirrored = data.__getitems__([7, 6, 9])[0]
     assert torch.equal(mirrored, torch.stack([batch[0].flip(-1), batch[0], batch[1].flip(-1)]))
@@ -101,7 +117,10 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
     data = ImageFolder(tmp_path, 64)
     grey = data.__getitems__([data.names.index("x/L.tif")])[0][0]
     assert torch.equal(grey[0], grey[1]) and grey[0].float().std() > 10
-    assert torch.equal(data.__getitems__([data.names.index("x/RGBA.tif")])[0][0].permute(1, 2, 0), torch.from_numpy(np.array(photo)))
+    assert torch.equal(
+        data.__getitems__([data.names.index("x/RGBA.tif")])[0][0].permute(1, 2, 0),
+        torch.from_numpy(np.array(photo)),
+    )
 
 
 def broken(tmp_path, name: str) -> dict:
@@ -159,7 +178,10 @@ def broken(tmp_path, name: str) -> dict:
         ("absent", "lists 1 files that are not there: c/9.png"),
         ("no list", "dataset.json must hold"),
         ("twice", "dataset.json must hold .*a file is listed twice"),
-        ("one folder", "holds one folder, train, with folders in it: the classes must be one level higher"),
+        (
+            "one folder",
+            "holds one folder, train, with folders in it: the classes must be one level higher",
+        ),
         ("loop", "i/b/again is a link to a folder above it, .*/i$"),
     ],
 )
@@ -190,7 +212,13 @@ def test_what_file_managers_leave_is_not_there(tmp_path):
     names = write_images(tmp_path / "i", per_class=2)
     (tmp_path / "i/c").rename(tmp_path / "i/c.png")  # a folder, whatever its name says
     names = [name.replace("c/", "c.png/") for name in names]
-    for name in (".DS_Store", "a/._0.jpg", ".ipynb_checkpoints/0.jpg", "b/.cache/1.png", "__MACOSX/a/._0.jpg"):
+    for name in (
+        ".DS_Store",
+        "a/._0.jpg",
+        ".ipynb_checkpoints/0.jpg",
+        "b/.cache/1.png",
+        "__MACOSX/a/._0.jpg",
+    ):
         (tmp_path / "i" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tmp_path / "i/a/0.jpg", tmp_path / "i" / name)
     shutil.make_archive(tmp_path / "z", "zip", tmp_path / "i")
@@ -219,6 +247,11 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_more_than_8_bits_are_refused_and_not_clipped_to_white(tmp_path, dtype):
     (tmp_path / "a").mkdir()
-    Image.fromarray(np.linspace(0, 60000, 1600).reshape(40, 40).astype(dtype)).save(tmp_path / "a/0.tif")
-    with pytest.raises(ValueError, match="a/0.tif is no readable image: .*8 bits per channel were expected, its mode is [IF]"):
+    Image.fromarray(np.linspace(0, 60000, 1600).reshape(40, 40).astype(dtype)).save(
+        tmp_path / "a/0.tif"
+    )
+    with pytest.raises(
+        ValueError,
+        match="a/0.tif is no readable image: .*8 bits per channel were expected, its mode is [IF]",
+    ):
         ImageFolder(tmp_path, 32).__getitems__([0])

@@ -1,4 +1,5 @@
 """The network of FID: torch-fidelity's parameter names and outputs for random weights; TensorFlow 1's resize."""
+
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,11 @@ def weights(tmp_path_factory):
 
 def test_names_shapes_and_outputs_are_torch_fidelitys(weights):
     model = load_inception(str(weights))
-    ours = {name: [*x.shape] for name, x in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    ours = {
+        name: [*x.shape]
+        for name, x in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
     assert ours == {name: [*x.shape] for name, x in random_weights().items()} and len(ours) == 472
     with torch.inference_mode():
         outputs = dict(zip(("pool", "spatial", "logits"), model(IMAGES), strict=True))
@@ -51,17 +56,24 @@ def test_names_shapes_and_outputs_are_torch_fidelitys(weights):
     assert torch.equal(grey[0], colour[0]) and not torch.equal(grey[0], outputs["pool"])
 
 
-@pytest.mark.parametrize("shape, size", [((8, 8), 299), ((64, 48), 299), ((299, 299), 299), ((31, 512), 100), ((1, 5), 7)])
+@pytest.mark.parametrize(
+    "shape, size",
+    [((8, 8), 299), ((64, 48), 299), ((299, 299), 299), ((31, 512), 100), ((1, 5), 7)],
+)
 def test_resize_is_tensorflow_1s(shape, size):
     """Linear interpolation at i H / size, constant beyond the last pixel, by numpy in fp64."""
-    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, *shape)).astype(np.float32))
+    images = torch.from_numpy(
+        np.random.RandomState(0).randint(0, 256, (2, 3, *shape)).astype(np.float32)
+    )
 
     def line(values):
         return np.interp(np.arange(size) * len(values) / size, np.arange(len(values)), values)
 
     expected = np.apply_along_axis(line, 2, np.apply_along_axis(line, 3, images.double().numpy()))
     # positions are fp32 as in TensorFlow: up to 2e-5 pixels off, times a step of up to 255
-    torch.testing.assert_close(resize_tf1(images, size).double(), torch.from_numpy(expected), rtol=0, atol=1e-2)
+    torch.testing.assert_close(
+        resize_tf1(images, size).double(), torch.from_numpy(expected), rtol=0, atol=1e-2
+    )
     if shape == (299, 299):
         assert torch.equal(resize_tf1(images, size), images)
 
@@ -72,7 +84,10 @@ def test_other_files_are_refused(tmp_path, weights):
     with pytest.raises(ValueError, match=message + ".*No such file"):
         load_inception(str(path))
     for other, reason in (
-        ({k: v for k, v in state.items() if k != "Mixed_7c.branch1x1.conv.weight"}, "Missing key.*Mixed_7c.branch1x1"),
+        (
+            {k: v for k, v in state.items() if k != "Mixed_7c.branch1x1.conv.weight"},
+            "Missing key.*Mixed_7c.branch1x1",
+        ),
         (state | {"AuxLogits.fc.bias": torch.zeros(1)}, "Unexpected key.*AuxLogits"),
         (state | {"fc.weight": state["fc.weight"][:1000]}, "size mismatch for fc.weight"),
         ([1, 2], "got <class 'list'>"),

@@ -1,4 +1,5 @@
 """Packed latents: what is read is what was packed, whatever is wrong with a file is named."""
+
 import json
 import logging
 import pickle
@@ -21,15 +22,25 @@ def pack(root, dtype="float16", shard_size=7, count=23, vae=None) -> tuple[Laten
     """Moments in both layouts: shards of 7, 7, 7 and 2."""
     write_latents(root / "files", count)
     source = Latents(root / "files")
-    job = {"version": 1, "layout": "packed", "source_sha256": source.fingerprint, "num_images": count, "num_classes": 3,
-           "shape": [*source.moments_shape], "vae": vae, "shard_size": shard_size, "dtype": dtype}
+    job = {
+        "version": 1,
+        "layout": "packed",
+        "source_sha256": source.fingerprint,
+        "num_images": count,
+        "num_classes": 3,
+        "shape": [*source.moments_shape],
+        "vae": vae,
+        "shard_size": shard_size,
+        "dtype": dtype,
+    }
     assert execute(Plan(source, lambda moments: moments, job, root / "packed", batch=4, threads=2))
     return source, PackedLatents(root / "packed")
 
 
 def config(path, **data):
     return Config(
-        model=ModelConfig(name="SiT-S/2", input_size=4, num_classes=3), train=TrainConfig(global_batch=4),
+        model=ModelConfig(name="SiT-S/2", input_size=4, num_classes=3),
+        train=TrainConfig(global_batch=4),
         data=DataConfig(name="latents", path=str(path), **data),
     )
 
@@ -41,10 +52,15 @@ def test_what_is_read_is_what_was_packed(tmp_path, dtype):
     assert torch.equal(data.labels, source.labels) and data.labels.dtype == torch.int64
     indices = [22, 0, 6, 7, 20, 21, 13, 0]  # out of order, at the ends of shards, twice
     (moments, labels), (expected, same) = data.__getitems__(indices), source.__getitems__(indices)
-    assert moments.dtype == getattr(torch, dtype) and torch.equal(moments, expected.to(moments.dtype))
+    assert moments.dtype == getattr(torch, dtype) and torch.equal(
+        moments, expected.to(moments.dtype)
+    )
     assert torch.equal(labels, same)
     noise = torch.randn(8, 4, 4, 4)
-    assert torch.equal(data.to_latent(moments, noise), (moments[:, :4].float() + moments[:, 4:].float() * noise) * 0.18215)
+    assert torch.equal(
+        data.to_latent(moments, noise),
+        (moments[:, :4].float() + moments[:, 4:].float() * noise) * 0.18215,
+    )
 
 
 def test_files_are_what_numpy_reads(tmp_path):
@@ -71,7 +87,10 @@ def test_another_scale_than_the_vaes_is_said(tmp_path, caplog):
         open_latents(tmp_path / "packed", 0.13025)
         assert not caplog.records
         open_latents(tmp_path / "packed", 0.18215)
-    assert "latent_scale is 0.18215, the scaling_factor of the VAE" in caplog.text and "0.13025" in caplog.text
+    assert (
+        "latent_scale is 0.18215, the scaling_factor of the VAE" in caplog.text
+        and "0.13025" in caplog.text
+    )
 
 
 def test_loader_processes_read_the_same(tmp_path):
@@ -81,14 +100,21 @@ def test_loader_processes_read_the_same(tmp_path):
     for workers in (0, 2):
         loaded = list(make_loader(PackedLatents(tmp_path / "packed"), stream, workers, cuda=False))
         assert len(loaded) == 9
-        assert all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(loaded, expected, strict=True))
+        assert all(
+            torch.equal(a, b) and torch.equal(y, z)
+            for (a, y), (b, z) in zip(loaded, expected, strict=True)
+        )
 
 
 def test_a_loader_process_is_not_sent_the_shards(tmp_path):
     data = pack(tmp_path, shard_size=20)[1]
     data.__getitems__([0, 22])
     state = data.__getstate__()
-    assert len(pickle.dumps({k: v for k, v in state.items() if not torch.is_tensor(v)})) < 4000 < 20 * 8 * 16 * 2
+    assert (
+        len(pickle.dumps({k: v for k, v in state.items() if not torch.is_tensor(v)}))
+        < 4000
+        < 20 * 8 * 16 * 2
+    )
     copy = PackedLatents.__new__(PackedLatents)
     copy.__dict__.update(state)
     assert torch.equal(copy.__getitems__([22, 3])[0], data.__getitems__([22, 3])[0])
@@ -97,7 +123,10 @@ def test_a_loader_process_is_not_sent_the_shards(tmp_path):
 def test_a_file_that_is_listed_but_not_there_is_named(tmp_path):
     folder = write_latents(tmp_path, 6)
     (folder / "00001/img-mean-std-00000003.npy").unlink()
-    with pytest.raises(ValueError, match="lists 1 files that are not there, the first is 00001/img-mean-std-00000003.npy"):
+    with pytest.raises(
+        ValueError,
+        match="lists 1 files that are not there, the first is 00001/img-mean-std-00000003.npy",
+    ):
         Latents(tmp_path)
 
 
@@ -109,7 +138,9 @@ def damage(root, kind):
         shard.write_bytes(shard.read_bytes()[:-1])
     if kind in ("no labels", "labels"):
         labels = root / "labels.npy"
-        labels.unlink() if kind == "no labels" else labels.write_bytes(labels.read_bytes()[:-1] + b"\1")
+        labels.unlink() if kind == "no labels" else labels.write_bytes(
+            labels.read_bytes()[:-1] + b"\1"
+        )
     if kind == "all":
         for file in (root / "shards").iterdir():
             file.unlink()
@@ -128,7 +159,10 @@ def damage(root, kind):
     [
         ("missing", "shards/00001.npy is missing. The command that made the folder mends it"),
         ("cut", "shards/00001.npy has 1919 bytes instead of 1920"),
-        ("all", "shards/00000.npy is missing; shards/00001.npy is missing; shards/00002.npy is missing and 1 more"),
+        (
+            "all",
+            "shards/00000.npy is missing; shards/00001.npy is missing; shards/00002.npy is missing and 1 more",
+        ),
         ("no labels", "labels.npy is missing"),
         ("labels", "labels.npy was altered"),
         ("json", "index.json is no index of packed latents"),
@@ -154,17 +188,27 @@ def test_an_altered_shard_is_named_when_it_is_first_touched(tmp_path, workers):
     make_dataset(config(tmp_path / "packed")).__getitems__([20])  # unseen without the option
     data = make_dataset(config(tmp_path / "packed", verify=True))
     batches = [[0, 7], [21], [2, 15]]
-    loader = iter(torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch))
+    loader = iter(
+        torch.utils.data.DataLoader(
+            data, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch
+        )
+    )
     next(loader), next(loader)
-    with pytest.raises(ValueError, match=re.escape(f"{shard} was altered or cannot be read: its SHA-256")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{shard} was altered or cannot be read: its SHA-256")
+    ):
         next(loader)
-    assert data.unchecked.tolist() == [False, False, True, False], "checked once, also when a loader process did it"
+    assert data.unchecked.tolist() == [False, False, True, False], (
+        "checked once, also when a loader process did it"
+    )
 
 
 def test_a_shard_that_vanishes_or_changes_shape_later_is_named(tmp_path):
     data = pack(tmp_path)[1]
     np.save(tmp_path / "packed/shards/00000.npy", np.zeros((7, 8, 4, 5), np.float16))
-    with pytest.raises(ValueError, match=r"00000.npy must hold \(7, 8, 4, 4\) .* got \(7, 8, 4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"00000.npy must hold \(7, 8, 4, 4\) .* got \(7, 8, 4, 5\)"
+    ):
         data.__getitems__([0])
     (tmp_path / "packed/shards/00001.npy").unlink()
     with pytest.raises(ValueError, match="00001.npy was altered or cannot be read: .*No such file"):

@@ -1,4 +1,5 @@
 """No blocking host sync per step, rows with a lag, failure on a loss that is not finite."""
+
 import gc
 import json
 import math
@@ -13,7 +14,30 @@ from sra_fast.engine.data import make_dataset
 from sra_fast.engine.metrics import Metrics, peak_flops, read_rows, training_flops
 
 CPU = torch.device("cpu")
-TINY = ["--model.name", "SiT-S/2", "--model.input_size", "8", "--model.in_channels", "1", "--model.num_classes", "10", "--model.hidden_size", "32", "--model.depth", "4", "--model.num_heads", "2", "--align.student_layer", "2", "--align.teacher_layer", "3", "--data.name", "digits", "--train.global_batch", "8"]
+TINY = [
+    "--model.name",
+    "SiT-S/2",
+    "--model.input_size",
+    "8",
+    "--model.in_channels",
+    "1",
+    "--model.num_classes",
+    "10",
+    "--model.hidden_size",
+    "32",
+    "--model.depth",
+    "4",
+    "--model.num_heads",
+    "2",
+    "--align.student_layer",
+    "2",
+    "--align.teacher_layer",
+    "3",
+    "--data.name",
+    "digits",
+    "--train.global_batch",
+    "8",
+]
 SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 
@@ -55,11 +79,18 @@ def test_flops_do_not_depend_on_the_backend(monkeypatch):
 
 def test_peak_table(monkeypatch):
     assert peak_flops(CPU, "bf16") is None
-    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+    }
     for name, rate in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=name: name)
         assert peak_flops(torch.device("cuda"), "bf16") == rate
-        assert peak_flops(torch.device("cuda"), "fp32", tf32=True) == pytest.approx(rate / 2, rel=2e-3)
+        assert peak_flops(torch.device("cuda"), "fp32", tf32=True) == pytest.approx(
+            rate / 2, rel=2e-3
+        )
         assert peak_flops(torch.device("cuda"), "fp32") is None
     for unknown in ("Unheard-of 1", "NVIDIA L40", "NVIDIA A10G"):  # the last two begin like others
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=unknown: name)
@@ -78,12 +109,16 @@ def test_rows_are_means_and_come_one_reading_late(tmp_path):
     m.close()
     written = read_rows(tmp_path / "stats.jsonl")
     assert [(r["step"], r["loss"]) for r in written] == [(1, 1.0), (2, 2.0), (4, 3.5), (5, 5.0)]
-    assert all(r["images_per_s"] > 0 and "mfu" not in r and "peak_memory_gib" not in r for r in written)
+    assert all(
+        r["images_per_s"] > 0 and "mfu" not in r and "peak_memory_gib" not in r for r in written
+    )
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_resumed_log_drops_rows_beyond_the_checkpoint(tmp_path):
-    (tmp_path / "stats.jsonl").write_text("".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (2, 4, 6)) + '{"st')
+    (tmp_path / "stats.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (2, 4, 6)) + '{"st'
+    )
     m = metrics(tmp_path, start=4)
     m.close()
     assert [r["step"] for r in read_rows(tmp_path / "stats.jsonl")] == [2, 4]
@@ -109,7 +144,10 @@ def no_collection():
 
 
 @pytest.mark.usefixtures("no_collection")
-@pytest.mark.parametrize("stage, precision", [(0, "fp32"), (0, "bf16"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    "stage, precision",
+    [(0, "fp32"), (0, "bf16"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")],
+)
 @pytest.mark.parametrize("optimizer", ["fused", "torch"])
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, optimizer):
     """Every way of reading a tensor on the host, or of waiting for the device, is recorded, DeepSpeed's own included; steps
@@ -123,8 +161,16 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
     from sra_fast.engine.distributed import init_distributed
     from sra_fast.engine.loop import optimizer_step
 
-    cfg = config("--train.zero_stage", str(stage), "--train.precision", precision, "--train.log_every", "1000",
-                 "--optim.implementation", optimizer)
+    cfg = config(
+        "--train.zero_stage",
+        str(stage),
+        "--train.precision",
+        precision,
+        "--train.log_every",
+        "1000",
+        "--optim.implementation",
+        optimizer,
+    )
     trainer, data = build(cfg, init_distributed()), make_dataset(cfg)
     stream = ShuffledBatches(len(data), 0, 8, 1, 0, 1, 0, 6)
     batches, m = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, trainer.device, 1)
@@ -138,17 +184,32 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
 
         monkeypatch.setattr(torch.Tensor, name, spy)
     waits = []
-    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *a: waits.append(traceback.extract_stack(limit=3)))
+    monkeypatch.setattr(
+        type(get_accelerator()),
+        "synchronize",
+        lambda *a: waits.append(traceback.extract_stack(limit=3)),
+    )
     for step in range(6):
         reads.clear() if step == 2 else None  # the first steps allocate optimizer state
         extra = optimizer_step(trainer, batches, stream, data, step, m)
         m.step(step + 2, extra)
     # AdamW reads its step counter, which lives on the host (torch's on CUDA: on the device, unread)
     assert all(state["step"].device.type == "cpu" for state in trainer.shards.optimizer_states())
-    readers = [[n, *(f"{Path(f.filename).name}:{f.name}" for f in s[-5:-1])] for n, s in reads if "torch/optim" not in s[-2].filename]
+    readers = [
+        [n, *(f"{Path(f.filename).name}:{f.name}" for f in s[-5:-1])]
+        for n, s in reads
+        if "torch/optim" not in s[-2].filename
+    ]
     readers = [r for r in readers if (r[0], r[-1]) != ("__int__", "optimizer.py:update")]
-    if optimizer == "torch" and (stage == 3 or (stage, precision) == (1, "fp32")):  # DeepSpeed itself looks at the norm, once a step
-        own = [r for r in readers if r[-1] == "utils.py:is_invalid_grad_norm" and r[-2] in ("stage3.py:step", "stage_1_and_2.py:step")]
+    if optimizer == "torch" and (
+        stage == 3 or (stage, precision) == (1, "fp32")
+    ):  # DeepSpeed itself looks at the norm, once a step
+        own = [
+            r
+            for r in readers
+            if r[-1] == "utils.py:is_invalid_grad_norm"
+            and r[-2] in ("stage3.py:step", "stage_1_and_2.py:step")
+        ]
         assert len(own) == 4, readers
         readers = [r for r in readers if r not in own]
     assert not readers, readers[:4]

@@ -1,4 +1,5 @@
 """Looking at the EMA during training: pictures and scores come out, and training does not notice."""
+
 import json
 
 import numpy as np
@@ -17,8 +18,26 @@ from sra_fast.engine.run import prepare
 from sra_fast.engine.scores import fit_gaussian, frechet_distance
 from sra_fast.engine.validate import check
 
-ARGS = ("--train.steps", "4", "--train.log_every", "1", "--monitor.every", "2", "--monitor.count", "12", "--monitor.grid", "7",
-        "--monitor.batch", "5", "--sample.method", "euler", "--sample.steps", "2", "--optim.lr", "0.01")
+ARGS = (
+    "--train.steps",
+    "4",
+    "--train.log_every",
+    "1",
+    "--monitor.every",
+    "2",
+    "--monitor.count",
+    "12",
+    "--monitor.grid",
+    "7",
+    "--monitor.batch",
+    "5",
+    "--sample.method",
+    "euler",
+    "--sample.steps",
+    "2",
+    "--optim.lr",
+    "0.01",
+)
 
 
 def run(folder, *args, watched=True):
@@ -33,8 +52,12 @@ def test_pictures_and_an_undisturbed_run(tmp_path):
     assert run(tmp_path / "watched") == run(tmp_path / "alone", watched=False)
     pictures = [Image.open(path) for path in sorted((tmp_path / "watched/samples").glob("*.png"))]
     assert [p.filename[-12:] for p in pictures] == ["00000002.png", "00000004.png"]
-    assert pictures[0].size == (4 * 10 * 9, 4 * 9) and not np.array_equal(*map(np.asarray, pictures)), "the EMA has moved"
-    rows = [json.loads(line) for line in (tmp_path / "watched/samples.jsonl").read_text().splitlines()]
+    assert pictures[0].size == (4 * 10 * 9, 4 * 9) and not np.array_equal(
+        *map(np.asarray, pictures)
+    ), "the EMA has moved"
+    rows = [
+        json.loads(line) for line in (tmp_path / "watched/samples.jsonl").read_text().splitlines()
+    ]
     assert rows == [{"step": 2, "images": 12}, {"step": 4, "images": 12}]
     assert not (tmp_path / "alone/samples").exists()
 
@@ -47,29 +70,47 @@ def test_distance_to_a_reference(tmp_path, monkeypatch):
         seen.append(images.flatten(1)[:, ::4].float())
         return seen[-1]
 
-    monkeypatch.setattr(monitors, "inception_extractor", lambda path, device: Extractor("pixels", pixels, device))
+    monkeypatch.setattr(
+        monitors, "inception_extractor", lambda path, device: Extractor("pixels", pixels, device)
+    )
     digits = ((Digits().images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "digits.npz", arr_0=digits)
     (tmp_path / "weights").write_text("")
-    run(tmp_path / "run", "--monitor.reference", str(tmp_path / "digits.npz"), "--monitor.inception", str(tmp_path / "weights"))
+    run(
+        tmp_path / "run",
+        "--monitor.reference",
+        str(tmp_path / "digits.npz"),
+        "--monitor.inception",
+        str(tmp_path / "weights"),
+    )
     rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     reference = fit_gaussian(digits.reshape(len(digits), -1)[:, ::4].astype(np.float32))
     samples = torch.cat([part for part in seen if len(part) in (5, 2)][-3:])
-    assert len(samples) == 12 and rows[-1]["fid"] == pytest.approx(frechet_distance(fit_gaussian(samples.numpy()), reference), rel=1e-5)
+    assert len(samples) == 12 and rows[-1]["fid"] == pytest.approx(
+        frechet_distance(fit_gaussian(samples.numpy()), reference), rel=1e-5
+    )
 
 
 def test_scores_that_are_made_again_are_not_there_twice(tmp_path):
     """Nor does a line that a killed process cut short hide those after it."""
-    (tmp_path / "samples.jsonl").write_text('{"step": 2, "images": 12}\n{"step": 4, "images": 12}\n{"step": 6, "im')
+    (tmp_path / "samples.jsonl").write_text(
+        '{"step": 2, "images": 12}\n{"step": 4, "images": 12}\n{"step": 6, "im'
+    )
     cfg, device = config(*ARGS), init_distributed()
     monitors.Monitor(cfg, device, tmp_path).look(build(cfg, device), 4)
-    assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [2, 4]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()
+    ] == [2, 4]
 
 
 def test_every_process_needs_an_image(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    cfg = config(*ARGS, "--monitor.count", "3", "--train.global_batch", "8", "--train.out", str(tmp_path))
-    with pytest.raises(ValueError, match="monitor.count must be at least 1 for each of the 4 processes, got 3"):
+    cfg = config(
+        *ARGS, "--monitor.count", "3", "--train.global_batch", "8", "--train.out", str(tmp_path)
+    )
+    with pytest.raises(
+        ValueError, match="monitor.count must be at least 1 for each of the 4 processes, got 3"
+    ):
         prepare(cfg, None)
 
 

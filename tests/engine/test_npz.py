@@ -1,4 +1,5 @@
 """The stream of images out of .npz files, and what it refuses."""
+
 import io
 import struct
 import tracemalloc
@@ -20,7 +21,9 @@ def test_batches_are_the_array(tmp_path, save, size):
     assert (images.count, images.shape) == (23, [5, 4, 3])
     batches = list(images.batches(size))
     assert [len(b) for b in batches] == [min(size, 23 - i) for i in range(0, 23, size)]
-    assert all(b.flags.writeable for b in batches) and np.array_equal(np.concatenate(batches), IMAGES)
+    assert all(b.flags.writeable for b in batches) and np.array_equal(
+        np.concatenate(batches), IMAGES
+    )
     assert np.array_equal(np.concatenate(list(images.batches(size))), IMAGES), "a second pass"
 
 
@@ -49,7 +52,10 @@ def npz(path, array=None, data=None):
 @pytest.mark.parametrize(
     "array, message",
     [
-        (IMAGES.astype(np.float32), r"must be uint8 \[N, H, W, 1 or 3\], it is float32 \[23, 5, 4, 3\]"),
+        (
+            IMAGES.astype(np.float32),
+            r"must be uint8 \[N, H, W, 1 or 3\], it is float32 \[23, 5, 4, 3\]",
+        ),
         (IMAGES[0], r"it is uint8 \[5, 4, 3\]"),
         (IMAGES[..., :2], r"it is uint8 \[23, 5, 4, 2\]"),
         (IMAGES[:0], r"it is uint8 \[0, 5, 4, 3\]"),
@@ -102,16 +108,29 @@ def test_statistics(tmp_path):
     path = str(tmp_path / "x.npz")
     np.savez(path, IMAGES, mu=np.arange(3, dtype=np.float32), sigma=np.eye(3, dtype=np.float32))
     pool, spatial = read_statistics(path)
-    assert pool.mean.dtype == pool.cov.dtype == np.float64 and pool.mean.tolist() == [0, 1, 2] and spatial is None
+    assert (
+        pool.mean.dtype == pool.cov.dtype == np.float64
+        and pool.mean.tolist() == [0, 1, 2]
+        and spatial is None
+    )
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=2 * np.eye(2))
     assert read_statistics(path)[1].cov.tolist() == [[2, 0], [0, 2]]
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
-    with pytest.raises(ValueError, match=r"mu and sigma must be \[D\] and \[D, D\], they are \[3\] and \[4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"mu and sigma must be \[D\] and \[D, D\], they are \[3\] and \[4, 4\]"
+    ):
         read_statistics(path)
 
 
-@pytest.mark.parametrize("mu, message", [([0, np.nan], "finite"), ([0, 1j], "real numbers"), (["a", "b"], "real numbers"),
-                                         (np.array([None, 1]), "real numbers")])
+@pytest.mark.parametrize(
+    "mu, message",
+    [
+        ([0, np.nan], "finite"),
+        ([0, 1j], "real numbers"),
+        (["a", "b"], "real numbers"),
+        (np.array([None, 1]), "real numbers"),
+    ],
+)
 def test_statistics_that_are_no_finite_numbers_are_refused(tmp_path, mu, message):
     np.savez(tmp_path / "x.npz", mu=mu, sigma=np.eye(2))
     with pytest.raises(ValueError, match=f"x.npz: mu and sigma must be {message}"):

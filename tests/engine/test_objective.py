@@ -19,21 +19,34 @@ def objective(golden, process, **align):
     student, ema = golden.model(), golden.tree("ema")
     teacher = Backbone(8, 2, 4, 32, depth=3, num_heads=2, num_classes=10).eval()
     teacher.load_state_dict({k: ema[k] for k in teacher.state_dict()})
-    return SRAObjective(student, teacher, process, AlignConfig(student_layer=2, teacher_layer=3, **align)).train()
+    return SRAObjective(
+        student, teacher, process, AlignConfig(student_layer=2, teacher_layer=3, **align)
+    ).train()
 
 
 def sit_loss(model, golden, weight=0.2, drop=NO_DROP):
-    return model(golden["x0"], golden["y_drop"], golden["noise"], (golden["t"], golden["t_teacher"]), drop, weight)
+    return model(
+        golden["x0"],
+        golden["y_drop"],
+        golden["noise"],
+        (golden["t"], golden["t_teacher"]),
+        drop,
+        weight,
+    )
 
 
-@pytest.mark.parametrize("kind, key", [("smooth_l1", "align_sml1"), ("l1", "align_l1"), ("l2", "align_l2")])
+@pytest.mark.parametrize(
+    "kind, key", [("smooth_l1", "align_sml1"), ("l1", "align_l1"), ("l2", "align_l2")]
+)
 def test_distances_match_reference(kind, key):
     golden = Golden("SiT")
     distance = ops.align_distance(golden["student_feat"], golden["teacher_feat"], kind).mean()
     assert_matches(distance, golden[key])
 
 
-@pytest.mark.parametrize("kind, key", [("cosine_token", "align_cos"), ("cosine_patch", "align_cos_patch")])
+@pytest.mark.parametrize(
+    "kind, key", [("cosine_token", "align_cos"), ("cosine_patch", "align_cos_patch")]
+)
 def test_cosine_distances_match_reference(kind, key):
     golden = Golden("SiT")
     distance = ops.align_distance(golden["student_feat"], golden["teacher_feat"], kind)
@@ -48,7 +61,10 @@ def test_sit_loss_and_gradients_match_reference():
     assert_matches(parts["align"], golden["align_sml1"])
     assert_matches(parts["denoise"], golden["denoise_loss"].mean())
     loss.backward()
-    gradients, expected = {n: p.grad for n, p in model.student.named_parameters()}, golden.tree("grad")
+    gradients, expected = (
+        {n: p.grad for n, p in model.student.named_parameters()},
+        golden.tree("grad"),
+    )
     assert set(gradients) == set(expected)
     for name, gradient in gradients.items():
         assert_matches(gradient, expected[name])
@@ -86,7 +102,9 @@ def test_dit_loss_matches_reference():
     golden = Golden("DiT")
     model = objective(golden, GaussianDiffusion(), weight=0.04)
     teacher_times = (golden["t"] - golden["gap"]).clamp(1, 999)
-    loss, parts = model(golden["x0"], golden["y_drop"], golden["noise"], (golden["t"], teacher_times), NO_DROP, 0.04)
+    loss, parts = model(
+        golden["x0"], golden["y_drop"], golden["noise"], (golden["t"], teacher_times), NO_DROP, 0.04
+    )
     assert_matches(loss, golden["total_loss"])
     assert_matches(parts["align"], golden["align_sml1"])
 

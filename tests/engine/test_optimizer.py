@@ -1,4 +1,5 @@
 """AdamW with the EMA in its pass: against torch's, in DeepSpeed, and with gradients that are not numbers."""
+
 import copy
 import json
 import math
@@ -51,7 +52,10 @@ def test_steps_of_torchs_adamw_and_of_ours_can_alternate():
 def test_ema_copy_and_clipping_in_the_same_pass():
     ours, theirs = pair()
     a, b = AdamWEMA(ours, ema_decay=0.75, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
-    ema, a.copies = [p.detach().clone() for p in ours], {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in ours}
+    ema, a.copies = (
+        [p.detach().clone() for p in ours],
+        {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in ours},
+    )
     for p in ours:
         a.state[p]["ema"] = p.detach().clone()
     set_gradients(0, ours, theirs)
@@ -69,7 +73,10 @@ def run(tmp_path, *args, ds=None):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(ds or {}))
     cfg = config("--train.steps", "6", "--train.log_every", "1", *args)
-    trainer, folder = build(cfg, init_distributed(), str(path)), tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    trainer, folder = (
+        build(cfg, init_distributed(), str(path)),
+        tmp_path / f"run{len(list(tmp_path.iterdir()))}",
+    )
     folder.mkdir()
     return trainer, [row["loss"] for row in train(trainer, make_dataset(cfg), folder)]
 
@@ -79,8 +86,20 @@ def test_accumulation_of_bf16_gradients_in_fp32(tmp_path, stage):
     """DeepSpeed then keeps other gradients (stage 2) or has another optimizer (stage 1): both implementations work there."""
     ds = {"data_types": {"grad_accum_dtype": "fp32"}}
     curves = [
-        run(tmp_path, "--train.precision", "bf16", "--train.zero_stage", stage, "--train.micro_batch", "4",
-            "--optim.implementation", name, "--optim.lr", "0.003", ds=ds)[1]
+        run(
+            tmp_path,
+            "--train.precision",
+            "bf16",
+            "--train.zero_stage",
+            stage,
+            "--train.micro_batch",
+            "4",
+            "--optim.implementation",
+            name,
+            "--optim.lr",
+            "0.003",
+            ds=ds,
+        )[1]
         for name in ("fused", "torch")
     ]
     assert curves[0] == pytest.approx(curves[1], rel=1e-3) and curves[0][-1] < curves[0][0]
@@ -88,15 +107,31 @@ def test_accumulation_of_bf16_gradients_in_fp32(tmp_path, stage):
 
 def test_one_process_leaves_gradients_where_they_are_unless_they_accumulate_in_fp32(tmp_path):
     args = ["--train.precision", "bf16", "--train.micro_batch", "4"]
-    for stage, ds, alone in (("1", {}, True), ("2", {}, True), ("2", {"data_types": {"grad_accum_dtype": "fp32"}}, False)):
+    for stage, ds, alone in (
+        ("1", {}, True),
+        ("2", {}, True),
+        ("2", {"data_types": {"grad_accum_dtype": "fp32"}}, False),
+    ):
         trainer, _ = run(tmp_path, *args, "--train.zero_stage", stage, ds=ds)
         assert trainer.engine.optimizer.step.alone == alone
-        assert trainer.engine.enable_backward_allreduce != alone and bool(trainer.engine.optimizer._grad_acc_hooks) != alone
+        assert (
+            trainer.engine.enable_backward_allreduce != alone
+            and bool(trainer.engine.optimizer._grad_acc_hooks) != alone
+        )
 
 
 def test_every_stage_clips_alike(tmp_path):
     """To a tenth of the norm, with an eps that leaves AdamW sensitive to the scale of the gradients."""
-    args = ["--train.precision", "bf16", "--optim.clip", "0.05", "--optim.eps", "0.1", "--optim.lr", "0.01"]
+    args = [
+        "--train.precision",
+        "bf16",
+        "--optim.clip",
+        "0.05",
+        "--optim.eps",
+        "0.1",
+        "--optim.lr",
+        "0.01",
+    ]
     runs = [run(tmp_path, *args, "--train.zero_stage", stage) for stage in "0123"]
     free = run(tmp_path, "--optim.clip", "0", *args[:2], *args[4:])[1]
     for trainer, losses in runs:
@@ -104,7 +139,9 @@ def test_every_stage_clips_alike(tmp_path):
     assert free != pytest.approx(runs[1][1], rel=1e-2)
 
 
-@pytest.mark.parametrize("stage, precision", [("0", "fp32"), ("0", "bf16"), ("1", "bf16"), ("2", "fp32"), ("3", "bf16")])
+@pytest.mark.parametrize(
+    "stage, precision", [("0", "fp32"), ("0", "bf16"), ("1", "bf16"), ("2", "fp32"), ("3", "bf16")]
+)
 def test_gradients_that_are_not_numbers_stop_the_run(tmp_path, monkeypatch, stage, precision):
     """DeepSpeed's scan for them is off; the norm, read with a lag, still shows them, and nothing is saved."""
     from sra_fast.engine.objective import SRAObjective
@@ -126,7 +163,11 @@ def test_gradients_that_are_not_numbers_stop_the_run(tmp_path, monkeypatch, stag
 def test_stage_3_gathers_only_what_was_written(monkeypatch, stage, waits):
     """DeepSpeed's stream for the gather of parameters does not wait for the update: a plain race on a GPU."""
     calls = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"synchronize": lambda self: calls.append(1)})())
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda: type("Stream", (), {"synchronize": lambda self: calls.append(1)})(),
+    )
     trainer = build(config("--train.zero_stage", str(stage)), init_distributed())
     trainer.device = torch.device("cuda")
     trainer.after_step(teacher_runs=False)
@@ -134,7 +175,14 @@ def test_stage_3_gathers_only_what_was_written(monkeypatch, stage, waits):
     assert len(calls) == waits
 
 
-@pytest.mark.parametrize("step, missing", [(ReplicatedStep, "fp32_groups"), (PartitionedStep, "averaged_gradients"), (Stage3Step, "grad_partitions_flat_buffer")])
+@pytest.mark.parametrize(
+    "step, missing",
+    [
+        (ReplicatedStep, "fp32_groups"),
+        (PartitionedStep, "averaged_gradients"),
+        (Stage3Step, "grad_partitions_flat_buffer"),
+    ],
+)
 def test_another_deepspeed_is_named(step, missing):
     class Engine:
         optimizer = object()

@@ -1,4 +1,5 @@
 """Packing as it happens on a cluster: several processes, killed anywhere, started again; disks that fill up."""
+
 import os
 import resource
 import signal
@@ -15,8 +16,18 @@ from sra_fast.engine.pack import Plan, execute, read_ahead
 
 
 def plan(data, out, layout="packed", rank=0, world=1, **job) -> Plan:
-    job = {"version": 1, "layout": layout, "source_sha256": data.fingerprint, "num_images": len(data), "num_classes": 3,
-           "shape": [8, 4, 4], "vae": data.vae, "shard_size": 4, "dtype": "float16", **job}
+    job = {
+        "version": 1,
+        "layout": layout,
+        "source_sha256": data.fingerprint,
+        "num_images": len(data),
+        "num_classes": 3,
+        "shape": [8, 4, 4],
+        "vae": data.vae,
+        "shard_size": 4,
+        "dtype": "float16",
+        **job,
+    }
     return Plan(data, lambda moments: moments, job, out, batch=3, threads=2, rank=rank, world=world)
 
 
@@ -41,7 +52,9 @@ def in_child(run) -> int:
 @pytest.mark.parametrize("order", [(1, 0), (2, 0, 1), (0, 1, 2, 3, 4)])
 def test_any_number_of_processes_in_any_order_write_the_same(tmp_path, source, layout, order):
     assert execute(plan(source, tmp_path / "one", layout))
-    finished = [execute(plan(source, tmp_path / "many", layout, rank, len(order))) for rank in order]
+    finished = [
+        execute(plan(source, tmp_path / "many", layout, rank, len(order))) for rank in order
+    ]
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
     parts = [rank for rank in order if rank < 3]  # ten images are three parts
     assert finished == [rank == parts[-1] for rank in order]
@@ -75,22 +88,38 @@ def test_killed_anywhere_and_started_again(tmp_path, source, layout, events, mon
     expected = tree(tmp_path / "whole")
     for event in range(events):
         out = tmp_path / f"killed{event}"
+
         def pack_until_killed(event=event, out=out):
             kill_at(event, monkeypatch)
             execute(plan(source, out, layout))
 
         status = in_child(pack_until_killed)
         assert os.WTERMSIG(status) == signal.SIGKILL
-        with pytest.raises(ValueError, match="not finished" if event else "folder vae-sd|no .npy file"):
+        with pytest.raises(
+            ValueError, match="not finished" if event else "folder vae-sd|no .npy file"
+        ):
             open_latents(out)
         kept = {part for part in range(3) if (out / f"parts/{part:05d}.json").exists()}
         inodes = {f: f.stat().st_ino for f in out.glob("shards/[0-9]*.npy") if int(f.stem) in kept}
         assert execute(plan(source, out, layout))
-        assert all(f.stat().st_ino == inode for f, inode in inodes.items()), "finished shards are not made again"
+        assert all(f.stat().st_ino == inode for f, inode in inodes.items()), (
+            "finished shards are not made again"
+        )
         found = tree(out)
-        assert {name: content for name, content in found.items() if not name.endswith(".tmp")} == expected
-        assert not [name for name in found if name.endswith(".tmp") and name.startswith(("shards/", "parts/", "vae-sd/0"))]
-    assert in_child(lambda: (kill_at(events, monkeypatch), execute(plan(source, tmp_path / "last", layout)))) == 0
+        assert {
+            name: content for name, content in found.items() if not name.endswith(".tmp")
+        } == expected
+        assert not [
+            name
+            for name in found
+            if name.endswith(".tmp") and name.startswith(("shards/", "parts/", "vae-sd/0"))
+        ]
+    assert (
+        in_child(
+            lambda: (kill_at(events, monkeypatch), execute(plan(source, tmp_path / "last", layout)))
+        )
+        == 0
+    )
     assert tree(tmp_path / "last") == expected, "these were all"
 
 
@@ -108,12 +137,20 @@ def test_a_shard_that_is_lost_is_made_again_and_no_other(tmp_path, source):
 
 
 @pytest.mark.parametrize(
-    "change", [{"vae": {"sha256": "other", "scaling_factor": 1.0}}, {"dtype": "bfloat16"}, {"shard_size": 5}, {"source_sha256": "other"}]
+    "change",
+    [
+        {"vae": {"sha256": "other", "scaling_factor": 1.0}},
+        {"dtype": "bfloat16"},
+        {"shard_size": 5},
+        {"source_sha256": "other"},
+    ],
 )
 def test_a_folder_that_was_begun_with_something_else_is_refused(tmp_path, source, change):
     execute(plan(source, tmp_path / "out"))
     before, (key,) = tree(tmp_path / "out"), change
-    with pytest.raises(ValueError, match=f"was begun with {key} .*, this run has .*choose another out"):
+    with pytest.raises(
+        ValueError, match=f"was begun with {key} .*, this run has .*choose another out"
+    ):
         execute(plan(source, tmp_path / "out", **change))
     assert tree(tmp_path / "out") == before
 
@@ -138,18 +175,26 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, source):
         execute(plan(source, tmp_path / "file"))
 
 
-@pytest.mark.parametrize("value, dtype", [(7e4, "float16"), (float("nan"), "bfloat16"), (float("inf"), "float32")])
+@pytest.mark.parametrize(
+    "value, dtype", [(7e4, "float16"), (float("nan"), "bfloat16"), (float("inf"), "float32")]
+)
 def test_moments_that_do_not_fit_the_dtype_are_refused(tmp_path, source, value, dtype):
     moments = np.load(source.root / source.files[5])
     moments[3, 1, 2] = value
     np.save(source.root / source.files[5], moments)
-    with pytest.raises(ValueError, match=f"moments of images 4 .. 7 are not finite in torch.{dtype}"):
+    with pytest.raises(
+        ValueError, match=f"moments of images 4 .. 7 are not finite in torch.{dtype}"
+    ):
         execute(plan(source, tmp_path / "out", dtype=dtype))
-    assert not (tmp_path / "out/shards/00001.npy").exists() and (tmp_path / "out/shards/00000.npy").exists()
+    assert (
+        not (tmp_path / "out/shards/00001.npy").exists()
+        and (tmp_path / "out/shards/00000.npy").exists()
+    )
 
 
 def test_both_layouts_into_each_other_bit_for_bit(tmp_path, source):
     """fp32 files -> fp32 shards -> files; then fp16 shards -> files -> shards of another size -> shards."""
+
     def convert(name, data, layout="packed", **job):
         assert execute(plan(data, tmp_path / name, layout, **job))
         return open_latents(tmp_path / name)
@@ -162,7 +207,9 @@ def test_both_layouts_into_each_other_bit_for_bit(tmp_path, source):
 
     for dtype in ("float16", "bfloat16"):
         first = convert(dtype, source, dtype=dtype)
-        other = convert(f"{dtype}other", convert(f"{dtype}files", first, "reference"), dtype=dtype, shard_size=3)
+        other = convert(
+            f"{dtype}other", convert(f"{dtype}files", first, "reference"), dtype=dtype, shard_size=3
+        )
         convert(f"{dtype}again", other, dtype=dtype)
         a, b = (tree(tmp_path / name) for name in (dtype, f"{dtype}again"))
         assert sorted(a) == sorted(b)
@@ -226,7 +273,10 @@ def test_moments_that_are_not_finite_are_refused_in_the_references_layout(tmp_pa
 def test_anothers_files_are_not_overwritten(tmp_path, source):
     theirs = write_latents(tmp_path / "theirs", 4)
     before = tree(theirs)
-    with pytest.raises(ValueError, match="theirs/vae-sd/.* was not made by this command, it would be lost: choose another out"):
+    with pytest.raises(
+        ValueError,
+        match="theirs/vae-sd/.* was not made by this command, it would be lost: choose another out",
+    ):
         execute(plan(source, tmp_path / "theirs", "reference"))
     assert tree(theirs) == before
 
@@ -234,7 +284,11 @@ def test_anothers_files_are_not_overwritten(tmp_path, source):
 def test_of_two_jobs_that_start_together_one_has_the_folder(tmp_path, source, monkeypatch):
     """The other begins between our look at the folder and our first file."""
     first, other = files.write_first, plan(source, tmp_path / "out", dtype="bfloat16")
-    monkeypatch.setattr(pack, "write_first", lambda *args: (first(tmp_path / "out/preprocess.json", other.job), first(*args)))
+    monkeypatch.setattr(
+        pack,
+        "write_first",
+        lambda *args: (first(tmp_path / "out/preprocess.json", other.job), first(*args)),
+    )
     with pytest.raises(ValueError, match="was begun with dtype bfloat16, this run has float16"):
         plan(source, tmp_path / "out").begin()
     monkeypatch.undo()

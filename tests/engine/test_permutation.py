@@ -16,7 +16,9 @@ def test_bijection(length):
 def test_any_cut_gives_the_same_order():
     order = Permutation(1000, 3, 1)
     whole = order(np.arange(1000))
-    assert np.array_equal(np.concatenate([order(np.arange(i, i + 40)) for i in range(0, 1000, 40)]), whole)
+    assert np.array_equal(
+        np.concatenate([order(np.arange(i, i + 40)) for i in range(0, 1000, 40)]), whole
+    )
     assert not np.array_equal(Permutation(1000, 3, 2)(np.arange(1000)), whole), "another epoch"
     assert not np.array_equal(Permutation(1000, 4, 1)(np.arange(1000)), whole), "another seed"
 
@@ -36,7 +38,11 @@ def test_looks_random():
     """Where an image comes does not depend on where it is stored, nor on its neighbours there, nor on the last epoch."""
     n, bins = 1281167, 32
     first, second = (Permutation(n, 0, epoch)(np.arange(n)) for epoch in (0, 1))
-    pairs = {"stored": (np.arange(n), first), "neighbour": (first[:-1], first[1:]), "epoch": (first, second)}
+    pairs = {
+        "stored": (np.arange(n), first),
+        "neighbour": (first[:-1], first[1:]),
+        "epoch": (first, second),
+    }
     for name, (a, b) in pairs.items():
         counts = np.histogram2d(a, b, bins)[0]
         assert abs(deviation(counts, len(a) / bins**2)) < 5, name

@@ -1,4 +1,5 @@
 """The teacher's copies of the EMA in e4m3: scales that lag by one step, and what a resumed run needs of them."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,10 @@ NAMES, SIZES = ("a", "b"), ((32, 16), (16, 48))
 def replica(device="cpu", owners=1):
     """Two layers on one process: the masters in one flat tensor with 8 elements of padding, or in one tensor per layer."""
     torch.manual_seed(0)
-    layers = {name: nn.Linear(k, n).requires_grad_(False).to(device) for name, (n, k) in zip(NAMES, SIZES, strict=True)}
+    layers = {
+        name: nn.Linear(k, n).requires_grad_(False).to(device)
+        for name, (n, k) in zip(NAMES, SIZES, strict=True)
+    }
     flats = [layer.weight.detach().clone().view(-1) for layer in layers.values()]
     offsets = dict(zip(NAMES, (0, 512 + 8 * (owners == 1)), strict=True))
     if owners == 1:
@@ -35,14 +39,20 @@ def step(made, flats, ema):
     """An optimizer step that leaves ``ema``, and its copy, as ``AdamWEMA`` makes it."""
     for flat, new in zip(flats, ema, strict=True):
         zeros = [torch.zeros_like(flat) for _ in range(3)]
-        ops.adamw_ema_(new.clone(), *zeros, 1, lr=0.0, ema=flat, ema_copy=made.copies[flat], decay=0.0)
+        ops.adamw_ema_(
+            new.clone(), *zeros, 1, lr=0.0, ema=flat, ema_copy=made.copies[flat], decay=0.0
+        )
         assert torch.equal(flat, new)
 
 
 def error(layer, expected):
     """Relative to e4m3's own: at most 1 is rounding to the nearest."""
     value, expected = layer.weight.float() * layer.weight_scale, expected.view(layer.weight.shape)
-    return ((value - expected).abs() / (2**-4 * expected.abs() + 2**-10 * layer.weight_scale)).max().item()
+    return (
+        ((value - expected).abs() / (2**-4 * expected.abs() + 2**-10 * layer.weight_scale))
+        .max()
+        .item()
+    )
 
 
 def parts(flats):
@@ -83,7 +93,10 @@ def test_a_jump_saturates_once(device):
     for saturated in (True, False):
         step(made, flats, flats)
         gather(made)
-        errors = [error(layer, expected) for layer, expected in zip(layers.values(), parts(flats), strict=True)]
+        errors = [
+            error(layer, expected)
+            for layer, expected in zip(layers.values(), parts(flats), strict=True)
+        ]
         assert errors[0] <= 1 and (errors[1] > 2) == saturated
         assert (layers["b"].weight.float().abs() == 448).any() == saturated
 
@@ -127,4 +140,6 @@ def test_scales_follow_steps_without_a_gather(device):
 
 def assert_equal(layers, others):
     for one, other in zip(layers.values(), others.values(), strict=True):
-        assert torch.equal(one.weight.float(), other.weight.float()) and torch.equal(one.weight_scale, other.weight_scale)
+        assert torch.equal(one.weight.float(), other.weight.float()) and torch.equal(
+            one.weight_scale, other.weight_scale
+        )

@@ -1,4 +1,5 @@
 """Samples in parts: any number of processes, interrupted anywhere, the same .npz."""
+
 import json
 import os
 import subprocess
@@ -28,7 +29,12 @@ def small_parts(monkeypatch):
 
 def make(first, end):
     """Image i is filled with i."""
-    return np.arange(first, end, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(2, 2).repeat(3, 3)
+    return (
+        np.arange(first, end, dtype=np.uint8)[:, None, None, None]
+        .repeat(3, 1)
+        .repeat(2, 2)
+        .repeat(3, 3)
+    )
 
 
 def join(folder, out):
@@ -43,9 +49,13 @@ def test_any_number_of_processes_gives_the_same_file(tmp_path, world):
     assert sum(made) == COUNT and max(made) <= 4 * -(-3 // world)
     shown = join(parts, tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as held:
-        assert np.array_equal(held["arr_0"], make(0, COUNT)) and held["arr_1"].tolist() == list(range(COUNT))
+        assert np.array_equal(held["arr_0"], make(0, COUNT)) and held["arr_1"].tolist() == list(
+            range(COUNT)
+        )
     assert np.array_equal(shown, make(0, 5)) and not parts.exists()
-    assert [int(np.asarray(Image.open(tmp_path / f"{i:06d}.png"))[0, 0, 0]) for i in range(COUNT)] == list(range(COUNT))
+    assert [
+        int(np.asarray(Image.open(tmp_path / f"{i:06d}.png"))[0, 0, 0]) for i in range(COUNT)
+    ] == list(range(COUNT))
 
 
 def test_what_was_made_is_kept_and_not_made_again(tmp_path):
@@ -107,7 +117,9 @@ def test_killed_while_the_parts_are_deleted(tmp_path, event, monkeypatch):
 
 def test_of_two_runs_that_start_together_one_has_the_folder(tmp_path, monkeypatch):
     first = sampling.write_first
-    monkeypatch.setattr(sampling, "write_first", lambda path, value: (first(path, {"seed": 1}), first(path, value)))
+    monkeypatch.setattr(
+        sampling, "write_first", lambda path, value: (first(path, {"seed": 1}), first(path, value))
+    )
     with pytest.raises(ValueError, match="unfinished samples with seed 1, this run has 0"):
         sampling.open_parts(tmp_path / "parts", {"seed": 0})
 
@@ -133,11 +145,41 @@ def weights(tmp_path_factory):
 
 
 def sample(weights, out, rank, world, *args):
-    command = [sys.executable, "sra_fast/sample.py", "--checkpoint", weights, "--num_heads", 2, "--out", out, "--count", 300,
-               "--sample.method", "euler", "--sample.steps", 2, "--local_rank", rank, *args]
-    environ = {**os.environ, "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
-               "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(map(str, command), cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "sra_fast/sample.py",
+        "--checkpoint",
+        weights,
+        "--num_heads",
+        2,
+        "--out",
+        out,
+        "--count",
+        300,
+        "--sample.method",
+        "euler",
+        "--sample.steps",
+        2,
+        "--local_rank",
+        rank,
+        *args,
+    ]
+    environ = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.Popen(
+        map(str, command),
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_two_processes_of_the_script_give_the_images_of_one(weights, tmp_path):
@@ -147,7 +189,9 @@ def test_two_processes_of_the_script_give_the_images_of_one(weights, tmp_path):
     assert [child.returncode for child in children] == [0, 0, 0], results
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
     assert one["arr_0"].shape == (300, 8, 8, 1) and len(np.unique(one["arr_0"])) > 50
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and np.array_equal(one["arr_1"], two["arr_1"])
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and np.array_equal(
+        one["arr_1"], two["arr_1"]
+    )
     summary = json.loads(results[0][0].splitlines()[-1])
     assert summary["count"] == 300 and summary["images_per_s_per_process"] > 0
     assert not results[1][0].strip() and not (tmp_path / "two/parts").exists()
@@ -155,7 +199,10 @@ def test_two_processes_of_the_script_give_the_images_of_one(weights, tmp_path):
 
 def test_graph_needs_a_gpu(weights, tmp_path):
     child = sample(weights, tmp_path, 0, 1, "--graph", "true")
-    assert "graph needs a CUDA device" in child.communicate(timeout=300)[1].splitlines()[-1] and child.returncode == 2
+    assert (
+        "graph needs a CUDA device" in child.communicate(timeout=300)[1].splitlines()[-1]
+        and child.returncode == 2
+    )
 
 
 @pytest.fixture
@@ -169,14 +216,22 @@ def script():
 
 
 def options(script, weights, out, **changed):
-    given = {"checkpoint": str(weights), "num_heads": 2, "out": str(out), "count": 6, "sample": SampleConfig("euler", 2)}
+    given = {
+        "checkpoint": str(weights),
+        "num_heads": 2,
+        "out": str(out),
+        "count": 6,
+        "sample": SampleConfig("euler", 2),
+    }
     return script.Options(**{**given, **changed})
 
 
 def test_what_the_images_depend_on_is_the_same_for_any_number_of_threads(script, weights, tmp_path):
     given = options(script, weights, tmp_path)
     model = script.prepare(given)[0]
-    model.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.randn(600, 1000))  # large enough for a sum by threads
+    model.blocks[0].attn.qkv.weight = torch.nn.Parameter(
+        torch.randn(600, 1000)
+    )  # large enough for a sum by threads
     first, threads = script.identity(given, model), torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
@@ -186,7 +241,10 @@ def test_what_the_images_depend_on_is_the_same_for_any_number_of_threads(script,
     weight = model.blocks[0].attn.qkv.weight.data
     weight[[0, 1]] = weight[[1, 0]]
     assert script.identity(given, model)["weights"] != first["weights"], "the same sum"
-    assert script.identity(options(script, weights, tmp_path, batch=2, graph=True), model)["count"] == 6
+    assert (
+        script.identity(options(script, weights, tmp_path, batch=2, graph=True), model)["count"]
+        == 6
+    )
 
 
 def test_pngs_asked_for_too_late_are_an_error(script, weights, tmp_path, monkeypatch):
@@ -209,13 +267,19 @@ def test_images_that_are_not_finite_are_an_error(script, weights, tmp_path, monk
 
 
 def test_a_vae_of_other_latents_is_an_error(script, weights, tmp_path):
-    with pytest.raises(ValueError, match="--vae .*vae is for latents of 4 channels, the model has 1"):
-        script.prepare(options(script, weights, tmp_path / "out", vae=str(write_vae(tmp_path / "vae"))))
+    with pytest.raises(
+        ValueError, match="--vae .*vae is for latents of 4 channels, the model has 1"
+    ):
+        script.prepare(
+            options(script, weights, tmp_path / "out", vae=str(write_vae(tmp_path / "vae")))
+        )
 
 
 def test_an_image_depends_on_its_number_not_on_its_part(script, weights, tmp_path):
     given = options(script, weights, tmp_path, batch=2)
-    make_images = script.make_images(given, *script.prepare(given), torch.device("cpu"), lambda finished: None)
+    make_images = script.make_images(
+        given, *script.prepare(given), torch.device("cpu"), lambda finished: None
+    )
     whole = make_images(0, 6)
     assert np.array_equal(np.concatenate([make_images(0, 4), make_images(4, 6)]), whole)
     assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6, "each has noise of its own"

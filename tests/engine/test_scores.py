@@ -1,4 +1,5 @@
 """FID's distance, Inception score, precision and recall: against numpy, scipy, scikit-learn and closed forms."""
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +51,9 @@ def test_one_row_has_no_covariance():
 def test_frechet_distance_is_scipys():
     a, b = correlated(400, 12), correlated(300, 12)
     cross = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * cross)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        np.cov(a.T) + np.cov(b.T) - 2 * cross
+    )
     assert frechet_distance(fit_gaussian(a), fit_gaussian(b)) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(fit_gaussian(b), fit_gaussian(a)) == pytest.approx(expected, rel=1e-10)
 
@@ -61,7 +64,9 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(fit, fit) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(fit, fit_gaussian(a + [1.0, 2.0, 0.0])) == pytest.approx(5, rel=1e-9)
     tripled = Gaussian(fit.mean, 9 * fit.cov)
-    assert frechet_distance(fit, tripled) == pytest.approx(4 * np.trace(fit.cov), rel=1e-9)  # sum of (3s - s)^2
+    assert frechet_distance(fit, tripled) == pytest.approx(
+        4 * np.trace(fit.cov), rel=1e-9
+    )  # sum of (3s - s)^2
     p, q = (Gaussian(np.zeros(3), np.diag(d)) for d in ([1.0, 4.0, 0.0], [9.0, 1.0, 25.0]))
     assert frechet_distance(p, q) == pytest.approx(4 + 1 + 25, rel=1e-9)
 
@@ -101,16 +106,25 @@ def test_precision_and_recall_are_scikit_learns(monkeypatch, block, offset):
     monkeypatch.setattr(scores, "BLOCK", block)
     rng = np.random.RandomState(1)
     real, fake = rng.randn(90, 5) + offset, rng.randn(70, 5) * 0.7 + 0.4 + offset
-    real, fake = real.astype(np.float32).astype(np.float64), fake.astype(np.float32).astype(np.float64)
+    real, fake = (
+        real.astype(np.float32).astype(np.float64),
+        fake.astype(np.float32).astype(np.float64),
+    )
 
     def share(points, centres):
-        radii = NearestNeighbors(n_neighbors=4, algorithm="brute").fit(centres).kneighbors(centres)[0][:, 3]
+        radii = (
+            NearestNeighbors(n_neighbors=4, algorithm="brute")
+            .fit(centres)
+            .kneighbors(centres)[0][:, 3]
+        )
         distances = np.linalg.norm(points[:, None] - centres[None], axis=2)
         return (distances <= radii).any(1).mean()
 
     expected = share(fake, real), share(real, fake)
     assert expected[0] > expected[1] + 0.1, "the two are told apart"
-    assert precision_recall(torch.from_numpy(real).float(), torch.from_numpy(fake).float()) == pytest.approx(expected, abs=1e-9)
+    assert precision_recall(
+        torch.from_numpy(real).float(), torch.from_numpy(fake).float()
+    ) == pytest.approx(expected, abs=1e-9)
 
 
 def test_precision_and_recall_of_known_sets():

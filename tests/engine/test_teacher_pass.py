@@ -1,4 +1,5 @@
 """Which images the teacher sees; and on a GPU, graph and stream against the plain call."""
+
 import contextlib
 import threading
 from unittest.mock import MagicMock
@@ -39,17 +40,23 @@ def test_fraction_is_the_mean_over_its_images():
     seen, expected = [], []
     for model, record in ((half, seen), (whole, expected)):
         compare = model._compare
-        model._compare = lambda f, t, compare=compare, record=record: record.append((f, t)) or compare(f, t)
+        model._compare = lambda f, t, compare=compare, record=record: (
+            record.append((f, t)) or compare(f, t)
+        )
     (_, parts), _ = sit_loss(half, golden), sit_loss(whole, golden)
     chosen = chosen_images(0.5, 6, CPU)
     for ours, all_images in zip(seen[0], expected[0], strict=True):
         torch.testing.assert_close(ours, all_images[chosen])
-    assert parts["align"] == pytest.approx(half._compare(*(t[chosen] for t in expected[0]))["align"].item(), rel=1e-6)
+    assert parts["align"] == pytest.approx(
+        half._compare(*(t[chosen] for t in expected[0]))["align"].item(), rel=1e-6
+    )
 
 
 def test_every_kth_step_at_k_times_the_weight():
     cfg = AlignConfig(weight=0.2, every=3, stop_at_step=7)
-    assert [align_weight(cfg, s, 0) for s in range(9)] == pytest.approx([0.6, 0, 0, 0.6, 0, 0, 0.6, 0, 0])
+    assert [align_weight(cfg, s, 0) for s in range(9)] == pytest.approx(
+        [0.6, 0, 0, 0.6, 0, 0, 0.6, 0, 0]
+    )
 
 
 def test_a_capture_restricts_its_own_thread_alone(monkeypatch):
@@ -61,7 +68,14 @@ def test_a_capture_restricts_its_own_thread_alone(monkeypatch):
         modes.append(capture_error_mode)
         yield
 
-    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph_pool_handle", "reset_peak_memory_stats"):
+    for name in (
+        "Stream",
+        "CUDAGraph",
+        "current_stream",
+        "stream",
+        "graph_pool_handle",
+        "reset_peak_memory_stats",
+    ):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "graph", capture)
     Graphed(torch.neg)(torch.ones(2))
@@ -86,13 +100,22 @@ def test_memory_is_pinned_while_a_graph_is_captured():
 @pytest.mark.parametrize("graph, stream", [(True, False), (False, True), (True, True)])
 def test_graph_and_stream_give_the_features_of_the_plain_call(graph, stream):
     torch.manual_seed(0)
-    teacher = Backbone(8, 2, 4, 64, depth=3, num_heads=2, num_classes=10).cuda().bfloat16().requires_grad_(False)
+    teacher = (
+        Backbone(8, 2, 4, 64, depth=3, num_heads=2, num_classes=10)
+        .cuda()
+        .bfloat16()
+        .requires_grad_(False)
+    )
     for p in teacher.parameters():
         p.normal_(std=0.1)
     plain = TeacherPass(teacher, AlignConfig())
     other = TeacherPass(teacher, AlignConfig(teacher_graph=graph, teacher_stream=stream))
     for _ in range(4):
-        x, t, y = torch.randn(6, 4, 8, 8, device="cuda"), torch.rand(6, device="cuda"), torch.randint(10, (6,), device="cuda")
+        x, t, y = (
+            torch.randn(6, 4, 8, 8, device="cuda"),
+            torch.rand(6, device="cuda"),
+            torch.randint(10, (6,), device="cuda"),
+        )
         results = []
         for teacher_pass in (plain, other):
             teacher_pass.start(x, t, y, NO_DROP.cuda(), chosen=chosen_images(0.5, 6, x.device))

@@ -1,4 +1,5 @@
 """Sharded EMA, teacher, resume and export in every ZeRO stage and precision, on one and on two processes, on the CPU."""
+
 import argparse
 import functools
 import os
@@ -32,12 +33,23 @@ def results(tmp_path_factory):
     folders = {}
     for world in WORLDS:
         folders[world] = tmp_path_factory.mktemp(f"world{world}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={world}",
+        ]
         done = subprocess.run(
             [*command, str(HERE / "zero_worker.py"), str(folders[world])],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=900,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=900,
         )
-        last = folders[world] / f"imported_3.rank{world - 1}.pt"  # a launcher may abort after everything is done
+        last = (
+            folders[world] / f"imported_3.rank{world - 1}.pt"
+        )  # a launcher may abort after everything is done
         assert last.exists(), done.stderr[-4000:]
     return folders
 
@@ -55,14 +67,33 @@ def independent_run(*args):
     ema, teacher = cfg.model.build().eval(), cfg.model.build_teacher(cfg.align.teacher_layer).eval()
     ema.load_state_dict(student.state_dict())
     model = SRAObjective(student, teacher, process, cfg.align).train()
-    optimizer = torch.optim.AdamW(student.parameters(), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay
+    )
     batches, losses = ShuffledBatches(len(data), 0, 24, 1, 0, 1, 0, STEPS), []
     for step, indices in enumerate(batches):
-        teacher.load_state_dict({k: v for k, v in ema.state_dict().items() if k in teacher.state_dict()})
+        teacher.load_state_dict(
+            {k: v for k, v in ema.state_dict().items() if k in teacher.state_dict()}
+        )
         x0, y = data.__getitems__(indices)
-        d = draw(0, step, 0, x0.shape, torch.device("cpu"), drop_prob=cfg.model.class_dropout_prob, posterior=False)
+        d = draw(
+            0,
+            step,
+            0,
+            x0.shape,
+            torch.device("cpu"),
+            drop_prob=cfg.model.class_dropout_prob,
+            posterior=False,
+        )
         optimizer.zero_grad()
-        loss, _ = model(x0, y, d.noise, process.times(d.uniform, d.gap), d.drop, align_weight(cfg.align, step, 0))
+        loss, _ = model(
+            x0,
+            y,
+            d.noise,
+            process.times(d.uniform, d.gap),
+            d.drop,
+            align_weight(cfg.align, step, 0),
+        )
         loss.backward()
         if cfg.optim.clip:
             torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.clip)
@@ -123,7 +154,9 @@ def test_teacher_is_the_ema_on_every_rank(results, world, name):
     dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
     for rank in range(world):
         ours = read(results, world, name, rank)["whole"]
-        assert len(ours["teacher"]) == 7 + 3 * 10 and not any(k.startswith(("ap_head", "final_layer", "blocks.3")) for k in ours["teacher"])
+        assert len(ours["teacher"]) == 7 + 3 * 10 and not any(
+            k.startswith(("ap_head", "final_layer", "blocks.3")) for k in ours["teacher"]
+        )
         for key, value in ours["teacher"].items():
             assert torch.equal(value, ours["ema"][key].to(dtype).float()), key
 
@@ -133,7 +166,11 @@ def test_teacher_is_the_ema_on_every_rank(results, world, name):
 def test_fp8_teacher_is_the_ema_rounded_on_every_rank(results, world, name):
     both = [read(results, world, name, rank)["whole"] for rank in range(world)]
     teacher, ema = both[0]["teacher"], both[0]["ema"]
-    assert all(torch.equal(other["teacher"][key], value) for other in both for key, value in teacher.items())
+    assert all(
+        torch.equal(other["teacher"][key], value)
+        for other in both
+        for key, value in teacher.items()
+    )
     scaled = [key.removesuffix("_scale") for key in teacher if key.endswith("_scale")]
     assert len(scaled) == 9 and len(teacher) == 7 + 3 * 10 + 9
     for key in set(ema) & set(teacher):
@@ -143,13 +180,18 @@ def test_fp8_teacher_is_the_ema_rounded_on_every_rank(results, world, name):
             continue
         scale = teacher[key + "_scale"]
         assert 32 < value.abs().max() <= 256, "the range of e4m3 is used, with room left"
-        assert ((value * scale - ema[key]).abs() <= 2**-4 * ema[key].abs() + 2**-10 * scale).all(), key
+        assert (
+            (value * scale - ema[key]).abs() <= 2**-4 * ema[key].abs() + 2**-10 * scale
+        ).all(), key
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_fp8_teachers_agree(results, world):
     """Losses: of the stages and optimizers to rounding, and close to those of a bf16 teacher."""
-    losses = [read(results, world, name)["whole"]["loss"] for name in ("bf16_1", "fp8_0", "fp8_1", "fp8_torch_0", "fp8_torch_1")]
+    losses = [
+        read(results, world, name)["whole"]["loss"]
+        for name in ("bf16_1", "fp8_0", "fp8_1", "fp8_torch_0", "fp8_torch_1")
+    ]
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=5e-3) and other != losses[0]
         assert other == pytest.approx(losses[1], rel=2e-3)
@@ -175,7 +217,10 @@ def test_two_processes_give_the_losses_of_one(results, name):
 
 
 def test_two_processes_share_the_samples_of_one(results):
-    pictures = [np.asarray(Image.open(results[w] / "monitored/samples/step_00000006.png")).astype(int) for w in WORLDS]
+    pictures = [
+        np.asarray(Image.open(results[w] / "monitored/samples/step_00000006.png")).astype(int)
+        for w in WORLDS
+    ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and len(np.unique(pictures[0])) > 20
 
 
@@ -187,7 +232,9 @@ def test_accumulation_gives_the_losses_of_one_batch(results):
 @pytest.mark.parametrize("world", WORLDS)
 def test_all_stages_agree(results, world):
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-3)):
-        losses = [read(results, world, f"{precision}_{stage}")["whole"]["loss"] for stage in range(4)]
+        losses = [
+            read(results, world, f"{precision}_{stage}")["whole"]["loss"] for stage in range(4)
+        ]
         for other in losses[1:]:
             assert other == pytest.approx(losses[0], rel=tolerance)
 
@@ -234,7 +281,10 @@ def test_exports_hold_the_run(results, world, name):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_reference_checkpoint_imports_whole(results, world, stage):
-    source, ours = read(results, world, "fp32_1")["resumed"], read(results, world, f"imported_{stage}")
+    source, ours = (
+        read(results, world, "fp32_1")["resumed"],
+        read(results, world, f"imported_{stage}"),
+    )
     assert ours["step"] == STEPS
     for part in ("master", "ema", "exp_avg", "exp_avg_sq"):
         for key, value in source[part].items():

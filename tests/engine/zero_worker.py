@@ -2,6 +2,7 @@
 
 Usage: zero_worker.py OUT_FOLDER.  One launch covers all cases, because a launch costs more than the training.
 """
+
 import sys
 from pathlib import Path
 
@@ -23,12 +24,24 @@ STEPS, HALF = 6, 3
 # further configurations, each with the ZeRO stage it runs in; {micro} accumulates four micro-batches
 VARIANTS = {
     "accumulated": (1, "--train.micro_batch {micro}"),
-    "accumulated_decay_clip": (2, "--train.micro_batch {micro} --optim.weight_decay 0.5 --optim.clip 0.05"),
-    "accumulated_no_clip": (3, "--train.micro_batch {micro} --optim.clip 0 --optim.weight_decay 0.1"),
+    "accumulated_decay_clip": (
+        2,
+        "--train.micro_batch {micro} --optim.weight_decay 0.5 --optim.clip 0.05",
+    ),
+    "accumulated_no_clip": (
+        3,
+        "--train.micro_batch {micro} --optim.clip 0 --optim.weight_decay 0.1",
+    ),
     "plain": (2, "--align none"),
-    "late_alignment": (1, '--align.schedule milestones --align.milestones {{"0":0.0,"2":0.4,"5":0.1}}'),
+    "late_alignment": (
+        1,
+        '--align.schedule milestones --align.milestones {{"0":0.0,"2":0.4,"5":0.1}}',
+    ),
     "stopped_alignment": (3, "--align.stop_at_step 2"),
-    "cosine_warmup": (0, "--diffusion.path cosine --diffusion.time lognormal --align.distance cosine_patch --optim.warmup_steps 4"),
+    "cosine_warmup": (
+        0,
+        "--diffusion.path cosine --diffusion.time lognormal --align.distance cosine_patch --optim.warmup_steps 4",
+    ),
     "no_null_class": (2, "--model.class_dropout_prob 0 --align.teacher_layer 4 --optim.clip 0.1"),
     "torch_adamw_0": (0, "--optim.implementation torch --optim.clip 0.1"),
     "torch_adamw_1": (1, "--optim.implementation torch --optim.clip 0.1"),
@@ -48,8 +61,14 @@ FP8 = {  # in bf16
     "fp8_torch_0": (0, "--align.teacher_dtype fp8 --optim.implementation torch"),
     "fp8_torch_1": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
     # so large steps that scales change with each, resumed where those in use are not what the EMA would give
-    "fp8_moving": (1, "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 2"),
-    "fp8_moving_every": (2, "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 4 --align.every 3"),
+    "fp8_moving": (
+        1,
+        "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 2",
+    ),
+    "fp8_moving_every": (
+        2,
+        "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 4 --align.every 3",
+    ),
 }
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
@@ -75,7 +94,15 @@ def gathered_teacher(trainer) -> dict:
 
     teacher = trainer.engine.module.teacher
     parameters = dict(teacher.named_parameters()) if teacher else {}
-    scales = {f"{name}.weight_scale": m.weight_scale for name, m in teacher.named_modules() if hasattr(m, "weight_scale")} if teacher else {}
+    scales = (
+        {
+            f"{name}.weight_scale": m.weight_scale
+            for name, m in teacher.named_modules()
+            if hasattr(m, "weight_scale")
+        }
+        if teacher
+        else {}
+    )
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=trainer.stage == 3):
         return {name: p.detach().float().clone() for name, p in {**parameters, **scales}.items()}
 
@@ -86,9 +113,13 @@ def whole_masters(trainer) -> dict:
 
     named, optimizer = dict(trainer.student.named_parameters()), trainer.engine.optimizer
     if trainer.stage:
-        return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()}
+        return {
+            name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()
+        }
     masters = {id(p): p for p in named.values()}
-    for params, group in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True):
+    for params, group in zip(
+        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
+    ):
         masters.update({id(p): master for p, master in zip(params, group, strict=True)})
     return {name: masters[id(p)].detach().cpu().clone() for name, p in named.items()}
 
@@ -148,7 +179,10 @@ def start_from_reference(out: Path, device) -> None:
     for stage in (0, 1, 2, 3):
         trainer = build(tiny(stage, "fp32"), device, weights=held["model"])
         step = checkpoint.start_from(trainer, held)
-        torch.save({"step": step, **outcome(trainer, [])}, out / f"imported_{stage}.rank{dist.get_rank()}.pt")
+        torch.save(
+            {"step": step, **outcome(trainer, [])},
+            out / f"imported_{stage}.rank{dist.get_rank()}.pt",
+        )
     dist.barrier()
 
 
@@ -157,7 +191,14 @@ def main() -> None:
     for stage, precision in CASES:
         run_case(out, f"{precision}_{stage}", device, stage, precision)
     for name, (stage, args) in {**VARIANTS, **FP8}.items():
-        run_case(out, name, device, stage, "bf16" if name in FP8 else "fp32", *args.format(micro=24 // (4 * dist.get_world_size())).split())
+        run_case(
+            out,
+            name,
+            device,
+            stage,
+            "bf16" if name in FP8 else "fp32",
+            *args.format(micro=24 // (4 * dist.get_world_size())).split(),
+        )
     start_from_reference(out, device)
 
 

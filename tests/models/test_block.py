@@ -1,4 +1,5 @@
 """What a block keeps for its backward pass, and that it compiles whole."""
+
 import contextlib
 import gc
 import warnings
@@ -19,14 +20,18 @@ KEPT = {"none": 18.05, "norm": 12.05, "full": 2.05}
 def inputs(B, T, D, dtype=torch.float32):
     torch.manual_seed(1)
     shapes = (B, T, D), (B, D), (B, T, D), (B, D)
-    x, c, y, gate = (torch.randn(shape, dtype=dtype).to(DEVICE).requires_grad_() for shape in shapes)
+    x, c, y, gate = (
+        torch.randn(shape, dtype=dtype).to(DEVICE).requires_grad_() for shape in shapes
+    )
     return x, c, (y, gate, None)
 
 
 def storages(tensors):
     sizes = {}
     for t in tensors:
-        with contextlib.suppress(RuntimeError):  # what other tests leave of fake tensors has no memory
+        with contextlib.suppress(
+            RuntimeError
+        ):  # what other tests leave of fake tensors has no memory
             sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sizes
 
@@ -36,7 +41,9 @@ def live():
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [o for o in gc.get_objects() if type(o) is torch.Tensor or type(o) is torch.nn.Parameter]
+        return [
+            o for o in gc.get_objects() if type(o) is torch.Tensor or type(o) is torch.nn.Parameter
+        ]
 
 
 @pytest.mark.parametrize("recompute", KEPT)
@@ -72,12 +79,16 @@ def gradients(mode, compiled=False, pend_bias=False):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("recompute", ["none", "norm", "full"])
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.long(10), pytest.mark.timeout(150)])])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[pytest.mark.long(10), pytest.mark.timeout(150)])]
+)
 def test_recomputing_changes_nothing(monkeypatch, recompute, compiled, backend):
     """Nor do the kernels, compilation, or a bias that is left pending."""
     expected = gradients("none")
     monkeypatch.setenv("SRA_FAST_BACKEND", backend)
-    for ours, theirs in zip(gradients(recompute, compiled, pend_bias=compiled), expected, strict=True):
+    for ours, theirs in zip(
+        gradients(recompute, compiled, pend_bias=compiled), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
@@ -90,15 +101,26 @@ def test_traces_whole_with_the_kernels_on_cuda_tensors(monkeypatch):
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda:0"):
         for module in block.modules():
             for name, p in module._parameters.items():
-                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
-        x, c = torch.empty(2, 16, 64, dtype=torch.bfloat16), torch.empty(2, 64, dtype=torch.bfloat16)
+                module._parameters[name] = torch.nn.Parameter(
+                    torch.empty(p.shape, dtype=p.dtype), requires_grad=False
+                )
+        x, c = (
+            torch.empty(2, 16, 64, dtype=torch.bfloat16),
+            torch.empty(2, 64, dtype=torch.bfloat16),
+        )
         key = (x.device, x.dtype, 2, 16, 4, 16, False, False)
         # the others want to see a device even for fake tensors, where torch is built for one
         monkeypatch.setitem(attention.__globals__["_chosen"], key, "math")
-        traced = torch.compile(block, fullgraph=True, backend=lambda graph, example: graphs.append(graph) or graph.forward)
+        traced = torch.compile(
+            block,
+            fullgraph=True,
+            backend=lambda graph, example: graphs.append(graph) or graph.forward,
+        )
         x_new, (y, *_) = traced(x, c, (x.clone(), c.clone(), None))
     assert x_new.device.type == y.device.type == "cuda" and len(graphs) == 1
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("gated_residual_adaln_fwd" in name for name in called) == 2
     assert any("sdpa_kernel" in name for name in called), "the measured backend is in the graph"
-    assert any("linear_gelu" in name for name in called) and not any("gelu" in name and "linear" not in name for name in called)
+    assert any("linear_gelu" in name for name in called) and not any(
+        "gelu" in name and "linear" not in name for name in called
+    )

@@ -31,14 +31,19 @@ def results(model, inputs, dout, autocast=False):
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         prediction, features = model.eval()(*inputs, align_depth=LAYER, project=False)
     torch.autograd.backward(
-        [prediction, features], [dout.to(prediction.dtype), torch.ones_like(features) / features.numel()]
+        [prediction, features],
+        [dout.to(prediction.dtype), torch.ones_like(features) / features.numel()],
     )
-    gradients = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+    gradients = torch.cat(
+        [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+    )
     return [prediction.float(), gradients, features.float()]
 
 
 def errors(model, truth, *args, **options):
-    return [relative_error(a, b) for a, b in zip(results(model, *args, **options), truth, strict=True)]
+    return [
+        relative_error(a, b) for a, b in zip(results(model, *args, **options), truth, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -55,7 +60,10 @@ def test_as_exact_as_autocast(seed, monkeypatch, record_property):
     ours = errors(model, truth, inputs, dout)
     model.residual_dtype = None
     without = errors(model, truth, inputs, dout)
-    record_property("prediction, gradients, features", f"autocast {allowed}, fp32 stream {ours}, bf16 stream {without}")
+    record_property(
+        "prediction, gradients, features",
+        f"autocast {allowed}, fp32 stream {ours}, bf16 stream {without}",
+    )
     assert all(a <= 1.2 * b for a, b in zip(ours, allowed, strict=True)), (ours, allowed)
     # the measurement can tell: in bf16 the stream is what rounds most
     assert all(a > 1.5 * b for a, b in zip(without, allowed, strict=True)), (without, allowed)
@@ -96,6 +104,8 @@ def test_the_option_reaches_both_networks(monkeypatch):
         for network in build._networks(cfg, None, 1, torch.device("cpu")):
             assert network.residual_dtype == dtype
     assert (
-        parse_train(["--config", "configs/sit_xl2_256.yaml", "--config", "configs/parity.yaml"])[0].train.residual
+        parse_train(["--config", "configs/sit_xl2_256.yaml", "--config", "configs/parity.yaml"])[
+            0
+        ].train.residual
         == "fp32"
     )

@@ -1,4 +1,5 @@
 """The fp8 teacher against the bf16 one, both against fp32."""
+
 import copy
 
 import pytest
@@ -13,11 +14,19 @@ def error(features, exact):
     return ((features.float() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs e4m3 products")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs e4m3 products",
+)
 @pytest.mark.parametrize("depth", [1, 4])
 def test_features_in_fp8(depth, device):
     """Relative error of h_n: bf16 under 1 %, fp8 a few times that and under 6 %; what is not in e4m3 is unchanged."""
-    network = randomise(Backbone(**{**TINY, "hidden_size": 64, "depth": 4})).requires_grad_(False).eval().to(device)
+    network = (
+        randomise(Backbone(**{**TINY, "hidden_size": 64, "depth": 4}))
+        .requires_grad_(False)
+        .eval()
+        .to(device)
+    )
     x, t, y = (tensor.to(device) for tensor in batch(network))
     exact, low = network.features(x, t, y, depth), copy.deepcopy(network).bfloat16()
     in_bf16 = error(low.features(x, t, y, depth), exact)
@@ -27,7 +36,11 @@ def test_features_in_fp8(depth, device):
     assert in_bf16 < 0.01 and 2 * in_bf16 < in_fp8 < 0.06, (in_bf16, in_fp8)
     changed = {name for name, value in low.state_dict().items() if value.dtype != state[name].dtype}
     assert changed == fp8_layers(low).keys() and len(changed) == 12
-    assert all(torch.equal(value, state[name]) for name, value in low.state_dict().items() if name not in changed)
+    assert all(
+        torch.equal(value, state[name])
+        for name, value in low.state_dict().items()
+        if name not in changed
+    )
 
 
 def test_width_that_cannot_is_named():

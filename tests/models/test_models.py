@@ -5,7 +5,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sra_fast.models import SIZES, DiT, SiT, arguments_from_state_dict, create_model, preset
 
-TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5)
+TINY = dict(
+    input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5
+)
 
 
 def randomise(model, seed=0):
@@ -31,7 +33,9 @@ def flops(call):
 def test_sit_matches_reference():
     golden = Golden("SiT")
     model = golden.model()
-    prediction, features = model(golden["xt"], golden["t"], golden["y_drop"], drop=torch.zeros(6, dtype=bool), align_depth=2)
+    prediction, features = model(
+        golden["xt"], golden["t"], golden["y_drop"], drop=torch.zeros(6, dtype=bool), align_depth=2
+    )
     assert_matches(prediction, golden["v_pred"])
     assert_matches(features, golden["student_feat"])
 
@@ -39,7 +43,9 @@ def test_sit_matches_reference():
 def test_teacher_features_match_reference():
     golden = Golden("SiT")
     teacher = golden.model("ema").eval()
-    features = teacher.features(golden["xt_teacher"], golden["t_teacher"], golden["y_drop"], depth=3)
+    features = teacher.features(
+        golden["xt_teacher"], golden["t_teacher"], golden["y_drop"], depth=3
+    )
     assert_matches(features, golden["teacher_feat"])
 
 
@@ -62,13 +68,17 @@ def test_arguments_from_state_dict_round_trip():
         arguments_from_state_dict(model.state_dict())
     # what shapes do not tell can be given
     without_null = DiT(**{**TINY, "class_dropout_prob": 0.0}, learn_sigma=False)
-    found, arguments = arguments_from_state_dict(without_null.state_dict(), 2, num_classes=5, family="DiT")
+    found, arguments = arguments_from_state_dict(
+        without_null.state_dict(), 2, num_classes=5, family="DiT"
+    )
     assert found is DiT and arguments["num_classes"] == 5 and arguments["class_dropout_prob"] == 0
     found(**arguments).load_state_dict(without_null.state_dict(), strict=True)
 
 
 # parameters in millions: DiT, Table 1 (trainable, without the projection head), and one that the paper rounds
-@pytest.mark.parametrize("name, millions", [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)])
+@pytest.mark.parametrize(
+    "name, millions", [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)]
+)
 def test_paper_sizes(name, millions):
     with torch.device("meta"):
         model = create_model(name)
@@ -82,7 +92,9 @@ def test_every_preset_builds():
             for patch in (2, 4, 8):
                 cls, arguments = preset(f"{family}-{size}/{patch}")
                 assert cls.family == family
-                assert arguments == dict(depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+                assert arguments == dict(
+                    depth=depth, hidden_size=width, num_heads=heads, patch_size=patch
+                )
     with pytest.raises(ValueError, match="expected a model name"):
         create_model("SiT-XXL/2")
 
@@ -111,7 +123,9 @@ def test_qk_norm_bounds_the_logits():
     model = randomise(SiT(**TINY, qk_norm=True)).eval()
     x, t, y = batch(model)
     before = model(x, t, y)
-    model.blocks[0].attn.qkv.weight.data[:64] *= 100  # queries and keys: the norm removes their scale
+    model.blocks[0].attn.qkv.weight.data[:64] *= (
+        100  # queries and keys: the norm removes their scale
+    )
     model.blocks[0].attn.qkv.bias.data[:64] *= 100
     assert_matches(model(x, t, y), before, 1e-4)
 
@@ -126,7 +140,10 @@ def test_truncated_forward_is_exact_and_costs_nothing_more():
     embed = flops(lambda: model.embed(*args))
     per_block = (flops(lambda: model.features(*args, depth=4)) - embed) / 4
     for depth in (1, 2, 3):
-        assert flops(lambda depth=depth: model.features(*args, depth=depth)) == embed + depth * per_block
+        assert (
+            flops(lambda depth=depth: model.features(*args, depth=depth))
+            == embed + depth * per_block
+        )
     with pytest.raises(ValueError, match="depth"):
         model.features(*args, depth=5)
 
@@ -212,10 +229,14 @@ def test_kernels_on_and_off_are_the_same_program(monkeypatch, device, qk_norm):
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SRA_FAST_BACKEND", backend)
         out = model(x, t, y, drop=torch.tensor([True, False], device=device), align_depth=1)
-        gradients = torch.autograd.grad(sum(o.square().sum() for o in out), list(model.parameters()))
+        gradients = torch.autograd.grad(
+            sum(o.square().sum() for o in out), list(model.parameters())
+        )
         results.append([*out, model.features(x, t, y, depth=1, drop=y < 0), *gradients])
     largest = max(off.abs().max() for off in results[0])
-    for off, on in zip(*results, strict=True):  # the bias of the keys' norm has no gradient but rounding noise
+    for off, on in zip(
+        *results, strict=True
+    ):  # the bias of the keys' norm has no gradient but rounding noise
         assert (on - off).abs().max() <= 2e-5 * max(off.abs().max(), 1e-3 * largest)
 
 

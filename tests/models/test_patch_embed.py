@@ -1,4 +1,5 @@
 """Patches as one product: the convolution of the reference, to rounding."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ def made(patch_size, channels, width, size, device):
 
 def convolution(layer, x):
     """The definition in fp64, and what its gradients are taken of."""
-    operands = [t.detach().double().requires_grad_() for t in (x, layer.proj.weight, layer.proj.bias)]
+    operands = [
+        t.detach().double().requires_grad_() for t in (x, layer.proj.weight, layer.proj.bias)
+    ]
     out = F.conv2d(*operands, stride=layer.proj.stride)
     return out.flatten(2).transpose(1, 2), operands
 
@@ -32,7 +35,9 @@ def test_forward_and_gradients(case, device):
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     dout = torch.randn_like(out)
     found = torch.autograd.grad(out, (x, layer.proj.weight, layer.proj.bias), dout)
-    for got, want in zip(found, torch.autograd.grad(expected, operands, dout.double()), strict=True):
+    for got, want in zip(
+        found, torch.autograd.grad(expected, operands, dout.double()), strict=True
+    ):
         assert got.shape == want.shape
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
 
@@ -54,7 +59,10 @@ def test_parameters_and_randomness_of_a_convolution():
     ours, after = PatchEmbed(2, 4, 72).proj, torch.rand(1)
     torch.manual_seed(0)
     theirs, expected = nn.Conv2d(4, 72, 2, stride=2), torch.rand(1)
-    assert {name: p.shape for name, p in ours.named_parameters()} == {"weight": (72, 4, 2, 2), "bias": (72,)}
+    assert {name: p.shape for name, p in ours.named_parameters()} == {
+        "weight": (72, 4, 2, 2),
+        "bias": (72,),
+    }
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
     assert torch.equal(after, expected)
 
@@ -98,7 +106,9 @@ def test_a_hook_of_the_projection_sees_the_call(device):
     layer(x).sum().backward()
     expected.sum().backward()
     assert calls == ["gather", "release", "gather"]
-    torch.testing.assert_close(layer.proj.weight.grad.double(), operands[1].grad, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        layer.proj.weight.grad.double(), operands[1].grad, atol=1e-4, rtol=1e-5
+    )
 
 
 def test_no_images(device):

@@ -1,4 +1,5 @@
 """What the tests of the row operators share: gradients, memory traffic, odd layouts, launches without data."""
+
 import contextlib
 import tempfile
 from collections.abc import Callable
@@ -67,7 +68,9 @@ def count_bytes(monkeypatch):
     with monkeypatch.context() as patch:
         for kind in total:
             name = f"create_masked_{kind}"
-            patch.setattr(InterpreterBuilder, name, counting(kind, getattr(InterpreterBuilder, name)))
+            patch.setattr(
+                InterpreterBuilder, name, counting(kind, getattr(InterpreterBuilder, name))
+            )
         yield total
 
 
@@ -94,7 +97,19 @@ def without_memory(*shape, dtype):
 
 
 def launchers(
-    B, T, D, dtype, *, y=None, h=None, modulation=None, variant="image", bias=False, rms=False, again=False, make=without_memory
+    B,
+    T,
+    D,
+    dtype,
+    *,
+    y=None,
+    h=None,
+    modulation=None,
+    variant="image",
+    bias=False,
+    rms=False,
+    again=False,
+    make=without_memory,
 ) -> dict[str, Callable]:
     """Every launcher, with tensors from ``make(*shape, dtype=)`` to call it on; [B, 6D] modulation is used in place.
 
@@ -110,7 +125,9 @@ def launchers(
     group = make(B, T, dtype=torch.int64) if variant == "group" else None
     found = {
         "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms, h),
-        "adaln_bwd": lambda: adaln.adaln_bwd(dh, x, scale, group, mean, rstd, shift if again else None),
+        "adaln_bwd": lambda: adaln.adaln_bwd(
+            dh, x, scale, group, mean, rstd, shift if again else None
+        ),
     }
     if variant == "token":
         return found

@@ -1,4 +1,5 @@
 """The two operators that begin a half-block: modulated norm with a linear layer, and with an MLP."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,11 @@ def make(op, B=2, T=5, D=72, K=96, dtype=torch.float32, groups=0, seed=0):
     gate, shift, scale = randn(*shape).chunk(6, dim=-1)[2:5]
     layers = [randn(K, D) / D**0.5, randn(K), randn(D, K) / K**0.5, randn(D)][: LAYERS[op]]
     group = torch.randint(0, groups, (B, T), device=DEVICE) if groups else None
-    return [randn(B, T, D), randn(B, T, D), randn(D), gate, shift, scale, *layers], group, (randn(B, T, D), randn(B, T, len(layers[-1])))
+    return (
+        [randn(B, T, D), randn(B, T, D), randn(D), gate, shift, scale, *layers],
+        group,
+        (randn(B, T, D), randn(B, T, len(layers[-1]))),
+    )
 
 
 def call(op, backend="triton", residual=True, **options):
@@ -35,11 +40,19 @@ def call(op, backend="triton", residual=True, **options):
 
 def naive(op, norm="layer", group=None):
     """What a DiT codebase writes, in the dtype it is given."""
-    pick = lambda m: m[:, None] if group is None else torch.stack([rows[g] for rows, g in zip(m, group, strict=True)])
+    pick = lambda m: (
+        m[:, None]
+        if group is None
+        else torch.stack([rows[g] for rows, g in zip(m, group, strict=True)])
+    )
 
     def fn(x, y, y_bias, gate, shift, scale, w1, b1, w2=None, b2=None):
         x = x + pick(gate) * (y + y_bias)
-        xhat = F.layer_norm(x, x.shape[-1:], eps=1e-6) if norm == "layer" else F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        xhat = (
+            F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            if norm == "layer"
+            else F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        )
         out = F.linear(xhat * (1 + pick(scale)) + pick(shift), w1, b1)
         return x, out if w2 is None else F.linear(F.gelu(out, approximate="tanh"), w2, b2)
 
@@ -52,7 +65,9 @@ def naive(op, norm="layer", group=None):
 @pytest.mark.parametrize("op", OPS)
 def test_forward_and_gradients(op, B, T, D, K, dtype, recompute):
     inputs, _, douts = make(op, B, T, D, K, dtype)
-    check_against_fp64(call(op, recompute=recompute), naive(op), call(op, "torch"), inputs, douts, floor=2e-5)
+    check_against_fp64(
+        call(op, recompute=recompute), naive(op), call(op, "torch"), inputs, douts, floor=2e-5
+    )
 
 
 @pytest.mark.parametrize("recompute, residual", [(False, True), (True, True), (True, False)])
@@ -62,21 +77,30 @@ def test_parts(parts, recompute, residual, dtype):
     """Queries, keys and values: as one output, cut; used apart, one of them not at all."""
     inputs, _, _ = make("linear", 2, 5, 72, 96, dtype)
     inputs[1:4] = inputs[1:4] if residual else [None] * 3
-    douts = [torch.randn(2, 5, 96 // parts, 2, device=DEVICE, dtype=dtype)[..., 0], torch.randn(2, 5, 96 // parts, device=DEVICE, dtype=dtype)]
+    douts = [
+        torch.randn(2, 5, 96 // parts, 2, device=DEVICE, dtype=dtype)[..., 0],
+        torch.randn(2, 5, 96 // parts, device=DEVICE, dtype=dtype),
+    ]
 
     def cut(backend, **options):
         return lambda *t: call("linear", backend, residual, **options)(*t)[1][:2]
 
     whole = lambda *t: call("linear", "torch", residual)(*t)[1].chunk(parts, dim=2)[:2]
-    check_against_fp64(cut("triton", recompute=recompute, parts=parts), whole, whole, inputs, douts, floor=2e-5)
-    for a, b in zip(run(cut("torch", parts=parts), inputs, douts), run(whole, inputs, douts), strict=True):
+    check_against_fp64(
+        cut("triton", recompute=recompute, parts=parts), whole, whole, inputs, douts, floor=2e-5
+    )
+    for a, b in zip(
+        run(cut("torch", parts=parts), inputs, douts), run(whole, inputs, douts), strict=True
+    ):
         assert torch.equal(a, b)
 
 
 def test_parts_that_cannot_be():
     inputs, _, _ = make("linear", K=98)
     for parts in (0, 3, 4, 2.0, True):
-        with pytest.raises(ValueError, match=f"parts 1, 2 or 3 that divide the 98 outputs of weight, got {parts}"):
+        with pytest.raises(
+            ValueError, match=f"parts 1, 2 or 3 that divide the 98 outputs of weight, got {parts}"
+        ):
             call("linear", parts=parts)(*inputs)
 
 
@@ -86,7 +110,14 @@ def test_parts_that_cannot_be():
 def test_variants(op, norm, groups, recompute):
     inputs, group, douts = make(op, groups=groups)
     options = {"norm": norm, "group": group}
-    check_against_fp64(call(op, recompute=recompute, **options), naive(op, norm, group), call(op, "torch", **options), inputs, douts, 2e-5)
+    check_against_fp64(
+        call(op, recompute=recompute, **options),
+        naive(op, norm, group),
+        call(op, "torch", **options),
+        inputs,
+        douts,
+        2e-5,
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -97,25 +128,39 @@ def test_without_residual(op, groups, recompute):
     inputs, group, douts = make(op, groups=groups)
     inputs[1:4] = None, None, None
     other_use = lambda t: t[0][..., : len(t[-1])].sum(2, True)
-    fn = lambda backend, **options: lambda *t: call(op, backend, residual=False, group=group, **options)(*t)[1] + other_use(t)
-    ours, theirs = run(fn("triton", recompute=recompute), inputs, douts[1:]), run(fn("torch"), inputs, douts[1:], torch.float64)
+    fn = lambda backend, **options: (
+        lambda *t: call(op, backend, residual=False, group=group, **options)(*t)[1] + other_use(t)
+    )
+    ours, theirs = (
+        run(fn("triton", recompute=recompute), inputs, douts[1:]),
+        run(fn("torch"), inputs, douts[1:], torch.float64),
+    )
     for a, c in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.double(), c, atol=2e-5 * max(1.0, c.abs().max().item()), rtol=1e-5)
+        torch.testing.assert_close(
+            a.double(), c, atol=2e-5 * max(1.0, c.abs().max().item()), rtol=1e-5
+        )
     assert call(op, residual=False, group=group)(*inputs)[0] is inputs[0]
 
 
 def test_what_is_written_again_is_what_was_kept():
     """The same bits of the norm, so that every gradient has the same bits too."""
     inputs, _, douts = make("linear", 2, 5, 1152)
-    assert bitwise_equal(*(run(call("linear", recompute=again), inputs, douts) for again in (False, True)))
+    assert bitwise_equal(
+        *(run(call("linear", recompute=again), inputs, douts) for again in (False, True))
+    )
 
 
-@pytest.mark.parametrize("op, recompute, arrays", [("linear", False, 3), ("linear", True, 2), ("mlp", False, 3 + 2 * 4), ("mlp", True, 2 + 4)])
+@pytest.mark.parametrize(
+    "op, recompute, arrays",
+    [("linear", False, 3), ("linear", True, 2), ("mlp", False, 3 + 2 * 4), ("mlp", True, 2 + 4)],
+)
 def test_keeps_only_what_the_backward_needs(op, recompute, arrays):
     """In arrays [B, T, D]: x', y and h; GELU's input and output have four times the width."""
     (x, *others), _, _ = make(op, 2, 6, 72, 4 * 72)
     leaves, sizes = [t.detach().requires_grad_() for t in (x, *others)], {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
         call(op, recompute=recompute)(*leaves)
     given = {t.untyped_storage().data_ptr() for t in others}
     kept = sum(t.numel() for at, t in sizes.items() if at not in given or t.shape == x.shape)
@@ -128,7 +173,11 @@ def test_outputs_can_be_changed_in_place(op, backend):
     """As those of a linear layer can."""
     inputs, _, (_, dout) = make(op)
     in_place = lambda *t: F.relu(call(op, backend)(*t)[1], inplace=True)
-    for a, b in zip(run(in_place, inputs, [dout]), run(lambda *t: F.relu(call(op, backend)(*t)[1]), inputs, [dout]), strict=True):
+    for a, b in zip(
+        run(in_place, inputs, [dout]),
+        run(lambda *t: F.relu(call(op, backend)(*t)[1]), inputs, [dout]),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -136,7 +185,9 @@ def test_outputs_can_be_changed_in_place(op, backend):
 def test_frozen_weights_keep_no_inputs(op, arrays):
     (x, *others), _, _ = make(op, 2, 6, 72, 4 * 72)
     leaves, sizes = [t.detach().requires_grad_(i < 6) for i, t in enumerate((x, *others))], {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
         call(op)(*leaves)
     given = {t.untyped_storage().data_ptr() for t in others}
     kept = sum(t.numel() for at, t in sizes.items() if at not in given or t.shape == x.shape)
@@ -152,7 +203,9 @@ def test_frozen_weights_need_nothing_again(op):
     expected = run(call(op), inputs, (dx, dout))[2:8]
     for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert sum(name in ("aten::mm", "aten::addmm") for name in log.names) == LAYERS[op], "one forward and one backward per layer"
+    assert sum(name in ("aten::mm", "aten::addmm") for name in log.names) == LAYERS[op], (
+        "one forward and one backward per layer"
+    )
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -163,9 +216,15 @@ def test_one_output_unused(op, used):
     for backend, dtype in (("triton", torch.float32), ("torch", torch.float64)):
         leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
         out = call(op, backend, recompute=True)(*leaves)[used]
-        results.append(torch.autograd.grad(out, leaves, douts[used].to(dtype), materialize_grads=True, allow_unused=True))
+        results.append(
+            torch.autograd.grad(
+                out, leaves, douts[used].to(dtype), materialize_grads=True, allow_unused=True
+            )
+        )
     for a, c in zip(*results, strict=True):
-        torch.testing.assert_close(a.double(), c, atol=2e-5 * max(1.0, c.abs().max().item()), rtol=1e-5)
+        torch.testing.assert_close(
+            a.double(), c, atol=2e-5 * max(1.0, c.abs().max().item()), rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -174,7 +233,10 @@ def test_layouts(op):
     inputs, _, douts = make(op)
     odd = lambda t: torch.stack([t, t], dim=-1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0]
     inputs[3], inputs[2] = inputs[3][:1].expand(2, 72), inputs[2][:1].expand(72)
-    strange = [odd(inputs[0]), odd(inputs[1]), *inputs[2:]], (odd(douts[0]), douts[1][:, :1].expand_as(douts[1]))
+    strange = (
+        [odd(inputs[0]), odd(inputs[1]), *inputs[2:]],
+        (odd(douts[0]), douts[1][:, :1].expand_as(douts[1])),
+    )
     dense = [t.contiguous() for t in strange[0]], [t.contiguous() for t in strange[1]]
     assert not any(t.is_contiguous() for t in (*strange[0][:4], *strange[1]))
     for a, b in zip(run(call(op), *strange), run(call(op), *dense), strict=True):
@@ -201,7 +263,9 @@ def test_where_one_pass_each_runs(op):
         results.append(torch.autograd.grad(out.float().square().sum(), grads[:1])[0])
     torch.testing.assert_close(*results, atol=0.05 * results[1].abs().max().item(), rtol=0)
     small, _, _ = make(op, 1, 2, 8, 6, torch.float64)
-    assert torch.autograd.gradcheck(call(op, recompute=True), [t.detach().requires_grad_() for t in small])
+    assert torch.autograd.gradcheck(
+        call(op, recompute=True), [t.detach().requires_grad_() for t in small]
+    )
 
 
 def test_what_cannot_be_written_again_is_said(caplog):

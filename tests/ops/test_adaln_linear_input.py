@@ -1,4 +1,5 @@
 """What adaln_linear and adaln_mlp are given that cannot be, or is empty."""
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -35,7 +36,11 @@ def test_what_else_cannot_be_is_named(op, grad):
         ((x, per_token, per_token), {}, r"shift, scale \[B, D\]"),
         ((x[0, 0], shift, scale), {}, r"expected x \[B, T, D\], got \[72\]"),
         ((x.sum(), shift, scale), {}, r"expected x \[B, T, D\], got \[\]"),
-        ((x, shift, scale), {"residual": (y,)}, r"expected residual \(y, gate\) .* got \['Tensor'\]"),
+        (
+            (x, shift, scale),
+            {"residual": (y,)},
+            r"expected residual \(y, gate\) .* got \['Tensor'\]",
+        ),
         ((x, shift, scale), {"residual": (y, None)}, "expected residual"),
         ((x, shift, scale), {"residual": (y, gate, None, None)}, "expected residual"),
         ((x, shift, scale), {"residual": y}, "expected residual"),
@@ -48,14 +53,23 @@ def test_layers_without_outputs():
     (x, y, _, gate, shift, scale, *_), _, _ = make("linear")
     x.requires_grad_()
     empty, bias = torch.zeros(0, 72, device=DEVICE), torch.zeros(0, device=DEVICE)
-    _, parts = ops.adaln_linear(x, shift, scale, empty, bias, residual=(y, gate), parts=3, backend="triton")
+    _, parts = ops.adaln_linear(
+        x, shift, scale, empty, bias, residual=(y, gate), parts=3, backend="triton"
+    )
     assert [part.shape for part in parts] == [(2, 5, 0)] * 3
-    _, out = ops.adaln_mlp(x, shift, scale, empty, bias, empty.t(), residual=(y, gate), backend="triton")
+    _, out = ops.adaln_mlp(
+        x, shift, scale, empty, bias, empty.t(), residual=(y, gate), backend="triton"
+    )
     assert out.shape == (2, 5, 72) and not out.any()
 
 
 def test_options_are_named():
     inputs, _, _ = make("linear")
-    for options, message in ({"norm": "batch"}, "norm must be one of"), ({"backend": "cuda"}, "backend must be one of"):
+    for options, message in (
+        ({"norm": "batch"}, "norm must be one of"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ):
         with pytest.raises(ValueError, match=message):
-            call("linear", **{"backend": "triton", **options})(*[t.requires_grad_() for t in inputs])
+            call("linear", **{"backend": "triton", **options})(
+                *[t.requires_grad_() for t in inputs]
+            )

@@ -7,7 +7,12 @@ from sra_fast.kernels import adamw_ema as kernels
 from sra_fast.ops.adamw_ema import _op, adamw_ema_, adamw_ema_ref_
 from sra_fast.ops.fp8 import E4M3, Fp8Copy, power_of_two_multiplier
 
-SIZES = [2048, 1000, 5, 1152 * 3 + 7]  # whole blocks; multiple of 8 only; less than one vector; ragged
+SIZES = [
+    2048,
+    1000,
+    5,
+    1152 * 3 + 7,
+]  # whole blocks; multiple of 8 only; less than one vector; ragged
 # large enough for every term to show in five steps
 HYPER = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 HALF = [torch.bfloat16, torch.float16]
@@ -17,8 +22,16 @@ OUTPUTS = ("weights", "ema", "ema_copy")
 def make(N, device, grad_dtype=torch.float32, half=torch.bfloat16, seed=0):
     torch.manual_seed(seed)
     param, ema = torch.randn(2, N, device=device)
-    state = {"param": param, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param), "ema": ema}
-    state |= {k: torch.full((N,), float("nan"), device=device, dtype=half) for k in ("weights", "ema_copy")}
+    state = {
+        "param": param,
+        "exp_avg": torch.zeros_like(param),
+        "exp_avg_sq": torch.zeros_like(param),
+        "ema": ema,
+    }
+    state |= {
+        k: torch.full((N,), float("nan"), device=device, dtype=half)
+        for k in ("weights", "ema_copy")
+    }
     # from 1e-6 to 1: eps matters for some elements and not for others
     scale = 10 ** (-6 * torch.rand(N, device=device))
     return state, [(torch.randn(N, device=device) * scale).to(grad_dtype) for _ in range(5)]
@@ -50,19 +63,34 @@ def check(state, grads, **kw):
 @pytest.mark.parametrize("half", HALF, ids=str)
 @pytest.mark.parametrize("N", SIZES)
 def test_step(N, half, device):
-    check(*make(N, device, half=half), **HYPER, decay=0.7, clip_scale=torch.tensor(0.37, device=device))
+    check(
+        *make(N, device, half=half),
+        **HYPER,
+        decay=0.7,
+        clip_scale=torch.tensor(0.37, device=device),
+    )
 
 
 @pytest.mark.parametrize("grad_dtype", HALF, ids=str)
 def test_half_precision_gradients(grad_dtype, device):
-    check(*make(300, device, grad_dtype), **HYPER, decay=0.7, clip_scale=torch.tensor([4.0], device=device))
+    check(
+        *make(300, device, grad_dtype),
+        **HYPER,
+        decay=0.7,
+        clip_scale=torch.tensor([4.0], device=device),
+    )
 
 
 @pytest.mark.parametrize("present", [(), ("weights",), ("ema",), ("ema", "ema_copy")], ids=str)
 def test_optional_buffers(present, device):
     """What is left out is neither needed nor touched."""
     state, grads = make(70, device)
-    check({k: v for k, v in state.items() if k not in OUTPUTS or k in present}, grads, **HYPER, decay=0.2)
+    check(
+        {k: v for k, v in state.items() if k not in OUTPUTS or k in present},
+        grads,
+        **HYPER,
+        decay=0.2,
+    )
     for name in set(OUTPUTS) - set(present) - {"ema"}:
         assert state[name].isnan().all()
 
@@ -104,14 +132,26 @@ def test_copy_in_e4m3(N, ends, backend, device):
     clip, weights, ema = torch.tensor(0.5, device=device), state["weights"], state["ema"]
     buffers = (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"])
     if exact:  # without eps what the kernel computes beyond the end is NaN
-        kernels.adamw_ema_(*buffers, weights, ema, *copy[:4], clip, 1, 3e-2, 0.8, 0.95, 0.0, 0.1, 0.7)
+        kernels.adamw_ema_(
+            *buffers, weights, ema, *copy[:4], clip, 1, 3e-2, 0.8, 0.95, 0.0, 0.1, 0.7
+        )
     else:
         outputs = {"weights": weights, "ema": ema, "ema_copy": copy}
-        adamw_ema_(*buffers, 1, **HYPER | {"eps": 0.0}, clip_scale=clip, decay=0.7, backend=backend, **outputs)
+        adamw_ema_(
+            *buffers,
+            1,
+            **HYPER | {"eps": 0.0},
+            clip_scale=clip,
+            decay=0.7,
+            backend=backend,
+            **outputs,
+        )
     expected, index = rounded_to_e4m3(state["ema"], copy)
     error = (copy.values.cpu().double() - expected).abs()
     assert (error <= (1e-6 * expected.abs() if exact else 2**-4 * expected.abs() + 2**-10)).all()
-    assert (expected.abs() == 448).any() and (expected.abs() < 100).any(), "both sides of the limit are met"
+    assert (expected.abs() == 448).any() and (expected.abs() < 100).any(), (
+        "both sides of the limit are met"
+    )
     largest = torch.zeros(len(ends)).scatter_reduce_(0, index, state["ema"].abs().cpu(), "amax")
     assert torch.equal(copy.amax.cpu(), torch.maximum(largest, seen.cpu()))
 
@@ -128,7 +168,9 @@ def test_an_e4m3_copy_of_nan_is_nan(device):
 def test_power_of_two_multiplier(device):
     amax = torch.tensor([0.0, 1e-45, 1e-37, 1e-20, 0.7, 1.0, 3.99, 4.0, 1e10, 3e38], device=device)
     multiplier = power_of_two_multiplier(amax)
-    assert (torch.frexp(multiplier).mantissa == 0.5).all() and multiplier.isfinite().all(), "powers of two"
+    assert (torch.frexp(multiplier).mantissa == 0.5).all() and multiplier.isfinite().all(), (
+        "powers of two"
+    )
     assert multiplier.reciprocal().isfinite().all() and (multiplier.reciprocal() > 0).all()
     assert ((multiplier * amax)[3:] >= 64).all() and (multiplier * amax < 128).all()
 
@@ -166,13 +208,17 @@ def test_continues_torch_adamw_and_back(device):
         ours.grad = grad
         if k in (3, 4):
             entry = mixed.state[ours]
-            adamw_ema_(ours, grad, entry["exp_avg"], entry["exp_avg_sq"], k, **HYPER, backend="triton")
+            adamw_ema_(
+                ours, grad, entry["exp_avg"], entry["exp_avg_sq"], k, **HYPER, backend="triton"
+            )
             entry["step"] += 1
         else:
             mixed.step()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     for name, unit in (("exp_avg", 1e-6), ("exp_avg_sq", 1e-6), ("step", 0)):
-        torch.testing.assert_close(mixed.state[ours][name], plain.state[theirs][name], atol=unit * 0.1, rtol=unit)
+        torch.testing.assert_close(
+            mixed.state[ours][name], plain.state[theirs][name], atol=unit * 0.1, rtol=unit
+        )
 
 
 def test_slices_of_a_flat_buffer(device):
@@ -180,10 +226,19 @@ def test_slices_of_a_flat_buffer(device):
     for start, stop in ((16, 96), (3, 1100), (1, 4)):
         full, grads = make(1200, device)
         before = {k: v.clone() for k, v in full.items()}
-        check({k: v[start:stop] for k, v in full.items()}, [g[start:stop] for g in grads], **HYPER, decay=0.5)
+        check(
+            {k: v[start:stop] for k, v in full.items()},
+            [g[start:stop] for g in grads],
+            **HYPER,
+            decay=0.5,
+        )
         for name, x in full.items():
-            torch.testing.assert_close(x[:start], before[name][:start], rtol=0, atol=0, equal_nan=True)
-            torch.testing.assert_close(x[stop:], before[name][stop:], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                x[:start], before[name][:start], rtol=0, atol=0, equal_nan=True
+            )
+            torch.testing.assert_close(
+                x[stop:], before[name][stop:], rtol=0, atol=0, equal_nan=True
+            )
 
 
 def test_a_zero_gradient_only_decays(device):
@@ -208,7 +263,9 @@ def test_fp64_goes_to_the_reference(device):
     truth = {k: v.clone() for k, v in state.items()}
     step_all(adamw_ema_, state, grads, **HYPER, backend="triton")
     step_all(adamw_ema_ref_, truth, grads, **HYPER)
-    assert torch.equal(state["param"], truth["param"]) and torch.equal(state["ema_copy"], truth["ema_copy"])
+    assert torch.equal(state["param"], truth["param"]) and torch.equal(
+        state["ema_copy"], truth["ema_copy"]
+    )
 
 
 def test_any_shape_and_nothing(device):
@@ -235,13 +292,32 @@ def test_operator_registration_and_compile(device):
     clip = torch.tensor(0.5, device=device)
     args = (1, 1e-3, 0.9, 0.999, 1e-8, 0.01, 0.9)
     state["weights"].zero_(), state["ema_copy"].zero_()
-    torch.library.opcheck(_op, (state["param"], grads[:1], *(state[k] for k in names), None, None, None, clip, *args, None))
+    torch.library.opcheck(
+        _op,
+        (
+            state["param"],
+            grads[:1],
+            *(state[k] for k in names),
+            None,
+            None,
+            None,
+            clip,
+            *args,
+            None,
+        ),
+    )
     moments = state["exp_avg"], state["exp_avg_sq"]
     torch.library.opcheck(_op, (state["param"], grads[:1], *moments, *[None] * 7, *args, None))
-    torch.library.opcheck(_op, (state["param"], [grads[0][:8], grads[1][16:32]], *moments, *[None] * 7, *args, [8, 16]))
+    torch.library.opcheck(
+        _op,
+        (state["param"], [grads[0][:8], grads[1][16:32]], *moments, *[None] * 7, *args, [8, 16]),
+    )
     same = {k: v.clone() for k, v in state.items()}
-    fn = torch.compile(lambda s, g: step_all(adamw_ema_, s, [g], **HYPER, backend="triton"),
-                       fullgraph=True, backend="aot_eager")
+    fn = torch.compile(
+        lambda s, g: step_all(adamw_ema_, s, [g], **HYPER, backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     fn(state, grads[1])
     step_all(adamw_ema_ref_, same, grads[1:2], **HYPER)
     torch.testing.assert_close(state["param"], same["param"])
@@ -257,18 +333,38 @@ def test_rejects_bad_input(device):
         ({"exp_avg": torch.zeros(20, device=device)[::2]}, "contiguous"),
         ({"ema": torch.zeros(10, device="meta")}, "one shape and device"),
         ({"exp_avg": m.bfloat16()}, "of one dtype, fp32 or fp64"),
-        ({"param": p.half(), "exp_avg": m.half(), "exp_avg_sq": v.half()}, "of one dtype, fp32 or fp64"),
+        (
+            {"param": p.half(), "exp_avg": m.half(), "exp_avg_sq": v.half()},
+            "of one dtype, fp32 or fp64",
+        ),
         ({"grad": grad.long()}, "grad fp32, bf16 or fp16"),
         ({"grad": grad.to(torch.float8_e5m2)}, "grad fp32, bf16 or fp16"),
         ({"weights": p.clone()}, "bf16 or fp16"),
         ({"ema_copy": p.bfloat16()}, "expected ema where"),
         ({"ema_copy": fp8_copy(10, [10], device)}, "expected ema where"),
-        ({"ema": p.clone(), "ema_copy": fp8_copy(9, [9], device)}, r"ema_copy.values as param, .* got \[9\]"),
-        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device, torch.bfloat16)}, "e4m3, got .* torch.bfloat16"),
-        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device)._replace(bounds=(4, 10))}, "ends .S. int64"),
+        (
+            {"ema": p.clone(), "ema_copy": fp8_copy(9, [9], device)},
+            r"ema_copy.values as param, .* got \[9\]",
+        ),
+        (
+            {"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device, torch.bfloat16)},
+            "e4m3, got .* torch.bfloat16",
+        ),
+        (
+            {"ema": p.clone(), "ema_copy": fp8_copy(10, [10], device)._replace(bounds=(4, 10))},
+            "ends .S. int64",
+        ),
         ({"ema": p.clone(), "ema_copy": fp8_copy(10, [4, 9], device)}, r"end at 10, got \(4, 9\)"),
         ({"ema": p.clone(), "ema_copy": fp8_copy(10, [5, 4, 10], device)}, "never decrease"),
-        ({"ema": p.clone(), "ema_copy": fp8_copy(10, [4, 10], device)._replace(amax=torch.zeros(4, device=device)[::2])}, "contiguous"),
+        (
+            {
+                "ema": p.clone(),
+                "ema_copy": fp8_copy(10, [4, 10], device)._replace(
+                    amax=torch.zeros(4, device=device)[::2]
+                ),
+            },
+            "contiguous",
+        ),
         ({"step": 0}, "step >= 1"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),

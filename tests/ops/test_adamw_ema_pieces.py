@@ -1,4 +1,5 @@
 """The optimizer step with a gradient in pieces, as autograd leaves it."""
+
 from itertools import pairwise
 
 import pytest
@@ -35,11 +36,27 @@ def test_a_gradient_in_pieces(cuts, dtype, device):
     results = []
     for grad in (torch.where(keep, whole, 0), pieces):
         held = {k: v.clone() for k, v in state.items()}
-        step_all(adamw_ema_, held, [grad, grad], **HYPER, decay=0.7, clip_scale=torch.tensor(0.37, device=device), backend="triton")
+        step_all(
+            adamw_ema_,
+            held,
+            [grad, grad],
+            **HYPER,
+            decay=0.7,
+            clip_scale=torch.tensor(0.37, device=device),
+            backend="triton",
+        )
         results.append(held)
     assert all(torch.equal(results[0][name], results[1][name]) for name in state)
     held = {k: v.clone() for k, v in state.items()}
-    step_all(adamw_ema_, held, [pieces, pieces], **HYPER, decay=0.7, clip_scale=torch.tensor(0.37, device=device), backend="torch")
+    step_all(
+        adamw_ema_,
+        held,
+        [pieces, pieces],
+        **HYPER,
+        decay=0.7,
+        clip_scale=torch.tensor(0.37, device=device),
+        backend="torch",
+    )
     torch.testing.assert_close(held["param"], results[0]["param"], atol=1e-6, rtol=1e-6)
 
 
@@ -68,7 +85,13 @@ def test_pieces_follow_their_addresses(device):
     state, grads = make(64, device)
     for grad in grads[:3]:
         before = {k: v.clone() for k, v in state.items()}
-        step_all(adamw_ema_, state, [[(0, grad[:32].clone()), (32, grad[32:].clone())]], **HYPER, backend="triton")
+        step_all(
+            adamw_ema_,
+            state,
+            [[(0, grad[:32].clone()), (32, grad[32:].clone())]],
+            **HYPER,
+            backend="triton",
+        )
         step_all(adamw_ema_, before, [grad], **HYPER, backend="triton")
         assert torch.equal(state["param"], before["param"])
 
@@ -82,7 +105,9 @@ def test_pieces_that_share_a_vector(dtype, device):
     same = {k: v.clone() for k, v in state.items()}
     step_all(adamw_ema_, state, [pieces], **HYPER, backend="triton")
     step_all(adamw_ema_, same, [grad], **HYPER, backend="triton")
-    assert torch.equal(state["param"], same["param"]) and torch.equal(state["exp_avg_sq"], same["exp_avg_sq"])
+    assert torch.equal(state["param"], same["param"]) and torch.equal(
+        state["exp_avg_sq"], same["exp_avg_sq"]
+    )
 
 
 @pytest.mark.parametrize("pieces, message", [

@@ -43,20 +43,31 @@ def run(fn, pred, target, weight, dloss):
 def check(kind, pred, target, weight, floor, dloss=None, **kw):
     """Forward and gradients of the kernel against fp64, with plain PyTorch in the same dtype as the yardstick."""
     dloss = torch.randn(pred.shape[0], device=pred.device) if dloss is None else dloss
-    ours = run(lambda p, q, weight: align_distance(p, q, kind, weight=weight, backend="triton", **kw),
-               pred, target, weight, dloss)
-    same = run(lambda p, q, weight: naive(p, q, kind, weight=weight, **kw), pred, target, weight, dloss)
+    ours = run(
+        lambda p, q, weight: align_distance(p, q, kind, weight=weight, backend="triton", **kw),
+        pred,
+        target,
+        weight,
+        dloss,
+    )
+    same = run(
+        lambda p, q, weight: naive(p, q, kind, weight=weight, **kw), pred, target, weight, dloss
+    )
     wide = [None if t is None else t.double() for t in (pred, target, weight, dloss)]
     truth = run(lambda p, q, weight: align_distance_ref(p, q, kind, weight=weight, **kw), *wide)
     for a, b, c in zip(ours, same, truth, strict=True):
         # gradients are about 1/(T D): compared at the scale of their largest entry
         scale = c.abs().max().clamp_min(1e-30)
         assert_kernel_close(a.double() / scale, b.double() / scale, c / scale, floor=floor)
-    assert ours[0].dtype == torch.float32 and ours[1].dtype == pred.dtype and ours[1].is_contiguous()
+    assert (
+        ours[0].dtype == torch.float32 and ours[1].dtype == pred.dtype and ours[1].is_contiguous()
+    )
 
 
 # a weight is not defined for cosine_token
-CASES = [(kind, False) for kind in KINDS] + [(kind, True) for kind in KINDS if kind != "cosine_token"]
+CASES = [(kind, False) for kind in KINDS] + [
+    (kind, True) for kind in KINDS if kind != "cosine_token"
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -70,8 +81,14 @@ def test_forward_and_gradients(kind, weighted, shape, device):
 def test_half_precision(kind, dtype, device):
     # the stored gradient is rounded once more than the result; the interpreter truncates bf16
     pred, target, _ = make((2, 9, 1152), dtype, device)
-    check(kind, pred, target, None, floor={torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype],
-          dloss=torch.tensor([700.0, -300.0], device=device))
+    check(
+        kind,
+        pred,
+        target,
+        None,
+        floor={torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype],
+        dloss=torch.tensor([700.0, -300.0], device=device),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,12 +136,16 @@ def test_kinks(kind, device):
 def test_expanded_upstream_gradient_and_mean(device):
     pred, target, weight = make((3, 5, 72), torch.float32, device, weighted=True)
     pred.requires_grad_()
-    loss = align_distance(pred, target, "smooth_l1", weight=weight, reduction="mean", backend="triton")
+    loss = align_distance(
+        pred, target, "smooth_l1", weight=weight, reduction="mean", backend="triton"
+    )
     (grad,) = torch.autograd.grad(loss * 0.2, pred)
     wide = pred.detach().double().requires_grad_()
     truth = align_distance_ref(wide, target.double(), "smooth_l1", weight=weight.double()).mean()
     torch.testing.assert_close(loss.double(), truth, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(grad.double(), torch.autograd.grad(truth * 0.2, wide)[0], atol=1e-9, rtol=1e-5)
+    torch.testing.assert_close(
+        grad.double(), torch.autograd.grad(truth * 0.2, wide)[0], atol=1e-9, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("per_token", [True, False], ids=["token", "channel"])
@@ -132,7 +153,10 @@ def test_strides_of_the_upstream_gradient(per_token, device):
     torch.manual_seed(0)
     B, T, D = 2, 70, 72
     grad, n = torch.randn(B, T, D, device=device), T if per_token else D
-    for ddist in (torch.randn(n, B, device=device).t(), torch.randn(B, 1, device=device).expand(B, n)):
+    for ddist in (
+        torch.randn(n, B, device=device).t(),
+        torch.randn(B, 1, device=device).expand(B, n),
+    ):
         factor = ddist[:, :, None] / D if per_token else ddist[:, None] / T
         torch.testing.assert_close(_bwd(ddist, grad, per_token), grad * factor)
 
@@ -147,7 +171,9 @@ def test_no_gradient_is_computed_or_leaks(device):
     with torch.no_grad():
         dist, grad = _fwd(pred, target, "l2", 0.05, False)
         assert dist.shape == (2, 5) and grad.numel() == 0
-        torch.testing.assert_close(align_distance(pred, target, "l2", backend="triton"), dist.mean(1))
+        torch.testing.assert_close(
+            align_distance(pred, target, "l2", backend="triton"), dist.mean(1)
+        )
 
 
 def test_backward_twice_gives_the_same_gradient(device):
@@ -159,7 +185,9 @@ def test_backward_twice_gives_the_same_gradient(device):
 
 
 def test_fp64_goes_to_the_reference(device):
-    pred, target, weight = (t.double().requires_grad_() for t in make((2, 3, 8), torch.float64, device, weighted=True))
+    pred, target, weight = (
+        t.double().requires_grad_() for t in make((2, 3, 8), torch.float64, device, weighted=True)
+    )
     for kind in ("smooth_l1", "cosine_patch"):
         fn = lambda p, w, kind=kind: align_distance(p, target, kind, weight=w, backend="triton")
         assert fn(pred, weight).dtype == torch.float64
@@ -185,13 +213,17 @@ def test_operator_registration(device):
 def test_compiles(device):
     pred, target, weight = make((2, 5, 64), torch.float32, device, weighted=True)
     pred.requires_grad_()
-    expected = torch.autograd.grad(align_distance_ref(pred * 2, target, "smooth_l1", weight=weight).sum(), pred)[0]
+    expected = torch.autograd.grad(
+        align_distance_ref(pred * 2, target, "smooth_l1", weight=weight).sum(), pred
+    )[0]
 
     def fn(p):
         return align_distance(p * 2, target, "smooth_l1", weight=weight, backend="triton")
 
     loss = torch.compile(fn, fullgraph=True, backend="aot_eager")(pred)
-    torch.testing.assert_close(torch.autograd.grad(loss.sum(), pred)[0], expected, atol=1e-8, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.sum(), pred)[0], expected, atol=1e-8, rtol=1e-5
+    )
 
 
 def test_rejects_bad_input(device):

@@ -22,7 +22,9 @@ def make(B=2, T=9, H=3, d=72, dtype=torch.float32):
 def definition(q, k, v, groups=None):
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
     if groups is not None:
-        scores = scores.masked_fill(groups[:, None, :, None] != groups[:, None, None, :], float("-inf"))
+        scores = scores.masked_fill(
+            groups[:, None, :, None] != groups[:, None, None, :], float("-inf")
+        )
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
 
 
@@ -66,7 +68,9 @@ def test_groups_do_not_see_each_other():
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
     # a group on its own gives the same rows
     alone = [t[:1, groups[0] == 0] for t in inputs]
-    torch.testing.assert_close(attention(*inputs, groups=groups)[:1, groups[0] == 0], attention_ref(*alone))
+    torch.testing.assert_close(
+        attention(*inputs, groups=groups)[:1, groups[0] == 0], attention_ref(*alone)
+    )
 
 
 def test_fp64_gradcheck():
@@ -193,7 +197,9 @@ def test_the_device_is_timed_not_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
     assert module._milliseconds(lambda: log.append("call"), calls=3, rounds=2) == 10.0
-    assert log == ["call"] * 3 + ["wait", "busy", "event", "call", "call", "call", "event", "wait"] * 2
+    assert (
+        log == ["call"] * 3 + ["wait", "busy", "event", "call", "call", "call", "event", "wait"] * 2
+    )
 
 
 def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
@@ -202,12 +208,21 @@ def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
     q, k, v = qkv.unbind(2)
     alike = module._random_like(q, torch.Generator(DEVICE).manual_seed(0))
     assert alike.stride() == q.stride() and alike.shape == q.shape and 0.5 < alike.std() < 1.5
-    expanded = module._random_like(k[:, :, :1].expand(-1, -1, 4, -1), torch.Generator(DEVICE).manual_seed(0))
+    expanded = module._random_like(
+        k[:, :, :1].expand(-1, -1, 4, -1), torch.Generator(DEVICE).manual_seed(0)
+    )
     assert expanded.is_contiguous() and expanded.std(2).min() > 0
-    inputs, dout = [x.detach().requires_grad_() for x in (q, k, v)], torch.randn(18, 32, device=DEVICE)
-    expected = torch.autograd.grad(module._run("sdpa", *inputs, None).flatten(2).flatten(0, 1), inputs, dout)
+    inputs, dout = (
+        [x.detach().requires_grad_() for x in (q, k, v)],
+        torch.randn(18, 32, device=DEVICE),
+    )
+    expected = torch.autograd.grad(
+        module._run("sdpa", *inputs, None).flatten(2).flatten(0, 1), inputs, dout
+    )
 
-    def heads_first(name, q, k, v, groups):  # its output, and the gradients that autograd hands on, have heads before tokens
+    def heads_first(
+        name, q, k, v, groups
+    ):  # its output, and the gradients that autograd hands on, have heads before tokens
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
@@ -241,7 +256,9 @@ def test_installed_packages_take_part(monkeypatch):
     fake.flash_attn_func = lambda q, k, v: (definition(q, k, v), None)
     monkeypatch.setitem(__import__("sys").modules, "flash_attn_interface", fake)
     inputs, _ = make()
-    torch.testing.assert_close(attention(*inputs, backend="fa3"), attention_ref(*inputs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attention(*inputs, backend="fa3"), attention_ref(*inputs), atol=1e-5, rtol=1e-5
+    )
     q = inputs[0]
     assert "fa3" in module._candidates(q.half(), None)
     assert "fa3" not in module._candidates(q, None)

@@ -1,4 +1,5 @@
 """The check that every test of an interpreted kernel runs under (conftest.py) finds what it is for."""
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -11,17 +12,24 @@ B, T, D = 2, 12, 72
 
 def launch(x=(B, T, D), y=(B, T, D), gate=(B, 3, D), group=(B, T)):
     """The kernel on the front of one allocation per tensor, which holds B more images: memory that is ours to touch."""
+
     def front(shape, **kw):
         return torch.zeros(shape[0] + B, *shape[1:], **kw)[: shape[0]]
 
-    return gated_residual.gated_residual_fwd(front(x), front(y), None, front(gate), front(group, dtype=torch.int64))
+    return gated_residual.gated_residual_fwd(
+        front(x), front(y), None, front(gate), front(group, dtype=torch.int64)
+    )
 
 
 def test_what_fits_passes():
     assert launch().shape == (B, T, D)
 
 
-@pytest.mark.parametrize("short", [{"group": (1, T)}, {"y": (1, T, D)}, {"y": (B, T - 1, D)}, {"gate": (1, 3, D)}], ids=str)
+@pytest.mark.parametrize(
+    "short",
+    [{"group": (1, T)}, {"y": (1, T, D)}, {"y": (B, T - 1, D)}, {"gate": (1, 3, D)}],
+    ids=str,
+)
 def test_a_load_past_the_end_is_found(short):
     with pytest.raises(Exception, match="create_masked_load: .* lie in none"):
         launch(**short)

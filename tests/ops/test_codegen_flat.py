@@ -1,4 +1,5 @@
 """Machine code of the flat kernels: registers, spills, widths of loads and stores; and the bytes that each touches."""
+
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -54,11 +55,20 @@ def ema_launches(dtype, copy=torch.bfloat16):
 def adamw_launches(dtype, half=torch.bfloat16, fp8=False):
     # beyond 2^31 elements the length is a 64-bit integer
     for N in (4096, 2**31 + 53):
-        full, grad, copy, e4m3 = meta(N), meta(N, dtype=dtype), meta(N, dtype=half), meta(N, dtype=torch.float8_e4m3fn)
+        full, grad, copy, e4m3 = (
+            meta(N),
+            meta(N, dtype=dtype),
+            meta(N, dtype=half),
+            meta(N, dtype=torch.float8_e4m3fn),
+        )
         scaling = lambda S: (meta(S), meta(S), meta(S, dtype=torch.int64))
         plain = ((copy, full, copy, None, None, None, meta()), (None,) * 7)
-        for outputs in [(copy, full, e4m3, *scaling(S), meta()) for S in SEGMENTS] if fp8 else plain:
-            adamw_kernels.adamw_ema_(full, grad, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)
+        for outputs in (
+            [(copy, full, e4m3, *scaling(S), meta()) for S in SEGMENTS] if fp8 else plain
+        ):
+            adamw_kernels.adamw_ema_(
+                full, grad, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9
+            )
 
 
 def pieces_launches(dtype, fp8=False):
@@ -68,7 +78,9 @@ def pieces_launches(dtype, fp8=False):
     pieces = [torch.zeros(n, dtype=dtype) for n in (1024, 3072)]
     for outputs in copies:
         outputs = (copy, full, *outputs, torch.zeros(()))
-        adamw_kernels.adamw_ema_(full, pieces, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, [0, 1024])
+        adamw_kernels.adamw_ema_(
+            full, pieces, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, [0, 1024]
+        )
 
 
 def gelu_launches(dtype):
@@ -85,21 +97,42 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # on every architecture, on Hopper alone, and on those that have e4m3
 CASES = {
     align_kernels: (
-        [partial(align_launches, dtype, widths=(*WIDTHS, align_kernels.MAX_WIDTH)) for dtype in (bf16, fp32)]
+        [
+            partial(align_launches, dtype, widths=(*WIDTHS, align_kernels.MAX_WIDTH))
+            for dtype in (bf16, fp32)
+        ]
         + [partial(align_launches, dtype, T=1024, grads=(True, False)) for dtype in (bf16, fp32)],
         [partial(align_launches, fp16), partial(align_launches, fp32, bf16)],
     ),
-    concat_kernels: ([partial(concat_launches, bf16), partial(concat_launches, fp32)], [partial(concat_launches, fp16)]),
-    gelu_kernels: ([partial(gelu_launches, bf16), partial(gelu_launches, fp32)], [partial(gelu_launches, fp16)]),
-    noise_kernels: ([partial(noise_launches, bf16), partial(noise_launches, fp32)], [partial(noise_launches, fp16)]),
+    concat_kernels: (
+        [partial(concat_launches, bf16), partial(concat_launches, fp32)],
+        [partial(concat_launches, fp16)],
+    ),
+    gelu_kernels: (
+        [partial(gelu_launches, bf16), partial(gelu_launches, fp32)],
+        [partial(gelu_launches, fp16)],
+    ),
+    noise_kernels: (
+        [partial(noise_launches, bf16), partial(noise_launches, fp32)],
+        [partial(noise_launches, fp16)],
+    ),
     ema_kernels: (
         [partial(ema_launches, bf16), partial(ema_launches, fp32)],
         [partial(ema_launches, fp16), partial(ema_launches, bf16, fp16)],
     ),
     adamw_kernels: (
-        [partial(adamw_launches, bf16), partial(adamw_launches, fp32), partial(pieces_launches, bf16), partial(pieces_launches, fp32)],
+        [
+            partial(adamw_launches, bf16),
+            partial(adamw_launches, fp32),
+            partial(pieces_launches, bf16),
+            partial(pieces_launches, fp32),
+        ],
         [partial(adamw_launches, fp16), partial(adamw_launches, bf16, fp16)],
-        [partial(launch, dtype, fp8=True) for launch in (adamw_launches, pieces_launches) for dtype in (bf16, fp32)],
+        [
+            partial(launch, dtype, fp8=True)
+            for launch in (adamw_launches, pieces_launches)
+            for dtype in (bf16, fp32)
+        ],
     ),
 }
 
@@ -110,7 +143,12 @@ def requests_of(module):
         with record_launches(module, _rows) as log:
             for launch in launches:
                 launch()
-        requests += [replace(request, arch=arch) for arch in archs for request in log if request.module == module.__name__]
+        requests += [
+            replace(request, arch=arch)
+            for arch in archs
+            for request in log
+            if request.module == module.__name__
+        ]
     return list({repr(r): r for r in requests}.values())
 
 
@@ -138,7 +176,9 @@ def expected(request):
         loads += Counter({32: 32 // columns} if args["PER_TOKEN"] else {128: columns * 32 // 128})
     elif request.kernel == "_align_token_kernel":
         loads = vectors(request, ["pred", "target"], 8 * args["PIECES"])
-        stores = vectors(request, ["grad"] * args["WRITE_GRAD"], 8 * args["PIECES"]) + Counter({32: 1})
+        stores = vectors(request, ["grad"] * args["WRITE_GRAD"], 8 * args["PIECES"]) + Counter(
+            {32: 1}
+        )
     elif request.kernel == "_align_channel_kernel":
         loads = vectors(request, ["pred", "target"], 32)
         stores = vectors(request, ["grad"] * args["WRITE_GRAD"], 32) + Counter({32: 1})
@@ -148,9 +188,14 @@ def expected(request):
         stores = vectors(request, ["x_t", "x_teacher", "v"], 8)
     elif request.kernel == "_gelu_bwd_kernel":
         loads = vectors(request, ["dy", "x"], 16)
-        stores = vectors(request, ["dx", *["y"] * (args["y_ptr"] is not None)], 16) + vectors(request, ["part"], 8)
+        stores = vectors(request, ["dx", *["y"] * (args["y_ptr"] is not None)], 16) + vectors(
+            request, ["part"], 8
+        )
     elif request.kernel == "_concat_columns_kernel":
-        loads, stores = vectors(request, ["a"], 16), vectors(request, ["out"], 16) + Counter({32: 1})
+        loads, stores = (
+            vectors(request, ["a"], 16),
+            vectors(request, ["out"], 16) + Counter({32: 1}),
+        )
     elif request.kernel == "_ema_kernel":
         copy = args["WRITE_COPY"]
         loads = vectors(request, ["ema_like", "p_like"], 16) + Counter({64: 3 + copy})
@@ -158,10 +203,16 @@ def expected(request):
     else:
         state = ["param", "exp_avg", "exp_avg_sq", *["ema"] * args["EMA"]]
         loads = vectors(request, ["grad", *state], 8) + Counter({32: int(args["CLIP"])})
-        if args["begin_ptr"]:  # the block's first piece; a begin ahead of the loop, then each piece's begin, address and count
+        if args[
+            "begin_ptr"
+        ]:  # the block's first piece; a begin ahead of the loop, then each piece's begin, address and count
             loads += Counter({32: 1, 64: 4})
-        loads += Counter({32: 2, 64: 2} if args["SEGMENTS"] else {})  # all ends; then an end, a multiplier and a peak at a time
-        stores = vectors(request, state + ["weights"] * args["WEIGHTS"] + ["ema_copy"] * args["EMA_COPY"], 8)
+        loads += Counter(
+            {32: 2, 64: 2} if args["SEGMENTS"] else {}
+        )  # all ends; then an end, a multiplier and a peak at a time
+        stores = vectors(
+            request, state + ["weights"] * args["WEIGHTS"] + ["ema_copy"] * args["EMA_COPY"], 8
+        )
     return loads, stores
 
 
@@ -174,7 +225,9 @@ def test_code(module):
         assert (report.loads, report.stores) == expected(request), what
         # accesses of one element must stay usable, not fast; an e4m3 copy takes more
         narrow = 160 if request.args.get("SEGMENTS") else 128
-        assert report.registers <= (module.REGISTERS[request.kernel] if is_wide(request) else narrow), what
+        assert report.registers <= (
+            module.REGISTERS[request.kernel] if is_wide(request) else narrow
+        ), what
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")

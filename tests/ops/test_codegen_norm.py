@@ -2,6 +2,7 @@
 
 `python tests/ops/test_codegen_norm.py` prints the table.
 """
+
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -22,11 +23,22 @@ ARCHS, WIDTHS = (80, 90, 100), (384, 768, 1024, 1152, 1536)
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # what else a launch may be given, compiled for Hopper at the width of SiT-XL
 VARIANTS = [
-    *({"dtype": dtype} | variant for dtype in (bf16, fp32) for variant in (
-        {"rms": True}, {"bias": True}, {"variant": "group"}, {"variant": "group", "bias": True}, {"variant": "token"},
-        {"variant": "group", "rms": True}, {"modulation": fp32}, {"again": True}, {"again": True, "bias": True},
-        {"variant": "group", "again": True, "bias": True},
-    )),
+    *(
+        {"dtype": dtype} | variant
+        for dtype in (bf16, fp32)
+        for variant in (
+            {"rms": True},
+            {"bias": True},
+            {"variant": "group"},
+            {"variant": "group", "bias": True},
+            {"variant": "token"},
+            {"variant": "group", "rms": True},
+            {"modulation": fp32},
+            {"again": True},
+            {"again": True, "bias": True},
+            {"variant": "group", "again": True, "bias": True},
+        )
+    ),
     {"dtype": fp16},
     {"dtype": fp32, "y": bf16},
     {"dtype": fp32, "y": bf16, "modulation": bf16},
@@ -50,9 +62,17 @@ ACCESSES = {
     "_adaln_bwd_kernel": (["dy", "x"], ["scale"], ["dx"], ["dscale"] * 2),
     "_gated_residual_fwd_kernel": (["x", "y"], ["gate", "bias"], ["x_new"], []),
     "_gated_residual_bwd_kernel": (["dx_new", "y"], ["gate", "bias"], ["dy"], ["part"]),
-    "_gated_residual_adaln_fwd_kernel": (["x", "y"], ["gate", "shift", "scale", "bias"], ["x_new", "h"], []),
+    "_gated_residual_adaln_fwd_kernel": (
+        ["x", "y"],
+        ["gate", "shift", "scale", "bias"],
+        ["x_new", "h"],
+        [],
+    ),
     "_gated_residual_adaln_bwd_kernel": (
-        ["x_new", "y", "dx_new", "dh"], ["gate", "scale", "bias"], ["dx", "dy"], ["part"] * 3
+        ["x_new", "y", "dx_new", "dh"],
+        ["gate", "scale", "bias"],
+        ["dx", "dy"],
+        ["part"] * 3,
     ),
 }
 AGAIN = {"_adaln_bwd_kernel": "y", "_gated_residual_adaln_bwd_kernel": "h"}
@@ -77,11 +97,21 @@ def sums(M, P, K, D, has_total, dtype):
 
 
 def cases():
-    plain = [launches(D, dtype, again=again) for D in WIDTHS for dtype in (bf16, fp32) for again in (False, True)]
+    plain = [
+        launches(D, dtype, again=again)
+        for D in WIDTHS
+        for dtype in (bf16, fp32)
+        for again in (False, True)
+    ]
     plain += [sums(*shape, bf16) for shape in SUMS]
     requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
     requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
-    stream = [r for bias in (False, True) for again in (False, True) for r in launches(1152, bias=bias, again=again, **STREAM)]
+    stream = [
+        r
+        for bias in (False, True)
+        for again in (False, True)
+        for r in launches(1152, bias=bias, again=again, **STREAM)
+    ]
     requests += [replace(r, arch=arch) for arch in ARCHS for r in stream]
     # the same launch can occur twice (sums of partial gradients)
     return list({repr(r): r for r in requests}.values())
@@ -94,7 +124,9 @@ def compiled():
 
 
 def label(request):
-    pointer = next(value for value in request.args.values() if isinstance(value, str) and value.startswith("*"))
+    pointer = next(
+        value for value in request.args.values() if isinstance(value, str) and value.startswith("*")
+    )
     return f"{request.kernel} sm_{request.arch} D={request.args['D']} {pointer}"
 
 
@@ -118,7 +150,9 @@ def expected(request):
         once_out = once_out + once_out[:1]
     if "_bwd" in request.kernel and args.get("shift_ptr"):  # the normed rows again
         rows_in, rows_out = [*rows_in, "shift"], [*rows_out, AGAIN[request.kernel]]
-    loads = sum((pieces(request, name) for name in rows_in * 2 + once_in if request.bits(name)), Counter())
+    loads = sum(
+        (pieces(request, name) for name in rows_in * 2 + once_in if request.bits(name)), Counter()
+    )
     stores = sum((pieces(request, name) for name in rows_out * 2 + once_out), Counter())
     statistics = loads if once_out or "dscale_ptr" in args else stores
     statistics[32] += 2 * sum(args.get(name) is not None for name in ("mean_ptr", "rstd_ptr"))
@@ -143,13 +177,24 @@ def test_registers_and_spills(compiled):
     for request, report in compiled:
         module = import_module(request.module)
         assert report.spills == 0, label(request)
-        assert report.registers * 32 * request.num_warps <= 65536, f"{label(request)} cannot be launched"
-        assert report.registers <= module.REGISTERS[request.kernel], f"{label(request)}: {report.registers} registers"
+        assert report.registers * 32 * request.num_warps <= 65536, (
+            f"{label(request)} cannot be launched"
+        )
+        assert report.registers <= module.REGISTERS[request.kernel], (
+            f"{label(request)}: {report.registers} registers"
+        )
         again = "_bwd" in request.kernel and request.args.get("shift_ptr")
         # of those that write rows again only the one of every block, on the GPUs that it is made for, is held to the limit
-        fused = request.kernel == "_gated_residual_adaln_bwd_kernel" and request.args["group_ptr"] is None
+        fused = (
+            request.kernel == "_gated_residual_adaln_bwd_kernel"
+            and request.args["group_ptr"] is None
+        )
         strict = not again or (fused and request.arch == 90)
-        if request.args["D"] == 1152 and strict and all(request.bits(name) == 16 for name in ACCESSES[request.kernel][0]):
+        if (
+            request.args["D"] == 1152
+            and strict
+            and all(request.bits(name) == 16 for name in ACCESSES[request.kernel][0])
+        ):
             most = module.REGISTERS_XL[request.kernel]
             assert report.registers <= most, f"{label(request)}: {report.registers} registers"
 
@@ -157,7 +202,11 @@ def test_registers_and_spills(compiled):
 def test_every_load_and_store_is_as_wide_as_it_can_be(compiled):
     """128 bits in the head of a row; the tail has fewer columns per thread, statistics are single numbers."""
     for request, report in compiled:
-        found = expected_of_sums(request) if request.kernel == "sum_partials_kernel" else expected(request)
+        found = (
+            expected_of_sums(request)
+            if request.kernel == "sum_partials_kernel"
+            else expected(request)
+        )
         assert (report.loads, report.stores) == found, label(request)
 
 
@@ -165,15 +214,26 @@ def test_the_widest_rows_do_not_spill():
     requests = []
     for module in (adaln, gated_residual, gated_residual_adaln):
         widest = [(module.MAX_WIDTH, module is not adaln), (gated_residual_adaln.MAX_WIDTH, True)]
-        log = [r for dtype in (bf16, fp32) for D, again in widest for r in launches(D, dtype, variant="group", bias=True, again=again)]
-        requests += [replace(r, arch=arch) for arch in ARCHS for r in log if r.module == module.__name__]
+        log = [
+            r
+            for dtype in (bf16, fp32)
+            for D, again in widest
+            for r in launches(D, dtype, variant="group", bias=True, again=again)
+        ]
+        requests += [
+            replace(r, arch=arch) for arch in ARCHS for r in log if r.module == module.__name__
+        ]
     for request, report in zip(requests, compile_kernels(requests), strict=True):
-        assert report.spills == 0 and report.registers * 32 * request.num_warps <= 65536, label(request)
+        assert report.spills == 0 and report.registers * 32 * request.num_warps <= 65536, label(
+            request
+        )
 
 
 def test_widths_follow_alignment():
     """The check above can fail: a misaligned pointer costs the wide loads."""
-    request = next(r for r in launches(1152, bf16) if r.kernel == "_gated_residual_adaln_fwd_kernel")
+    request = next(
+        r for r in launches(1152, bf16) if r.kernel == "_gated_residual_adaln_fwd_kernel"
+    )
     (report,) = compile_kernels([replace(request, args=request.args | {"x_ptr": "*bf16:1"})])
     assert report.loads[128] < expected(request)[0][128]
 
@@ -181,7 +241,18 @@ def test_widths_follow_alignment():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for request, report in zip(found := cases(), compile_kernels(found), strict=True):
-        kind = "token" if request.args.get("PER_TOKEN") else "group" if request.args.get("group_ptr") else "image"
-        moves = [" ".join(f"{n}x{bits}" for bits, n in sorted(c.items())) for c in (report.loads, report.stores)]
-        usage = f"{report.registers:4} registers, {report.spills} spilled, {report.barriers} barriers"
+        kind = (
+            "token"
+            if request.args.get("PER_TOKEN")
+            else "group"
+            if request.args.get("group_ptr")
+            else "image"
+        )
+        moves = [
+            " ".join(f"{n}x{bits}" for bits, n in sorted(c.items()))
+            for c in (report.loads, report.stores)
+        ]
+        usage = (
+            f"{report.registers:4} registers, {report.spills} spilled, {report.barriers} barriers"
+        )
         print(f"{label(request):58} {kind:6} {usage}, loads {moves[0]}, stores {moves[1]}")

@@ -1,5 +1,6 @@
 """What holds for every operator, whatever a caller does: derivatives that do not exist raise, launches follow the
 tensors' device, layouts, NaN, autocast and reused addresses change no result."""
+
 import contextlib
 import shutil
 
@@ -17,14 +18,20 @@ X, Y, VECTORS = torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.randn(3, 2, 
 FULL = {
     "adaln": lambda x, y, g, s, c: ops.adaln(x, s, c, backend="triton"),
     "gated_residual": lambda x, y, g, s, c: ops.gated_residual(x, y, g, backend="triton"),
-    "gated_residual_adaln": lambda x, y, g, s, c: ops.gated_residual_adaln(x, y, g, s, c, backend="triton"),
+    "gated_residual_adaln": lambda x, y, g, s, c: ops.gated_residual_adaln(
+        x, y, g, s, c, backend="triton"
+    ),
     "align_distance": lambda x, y, g, s, c: ops.align_distance(x, y, "smooth_l1", backend="triton"),
 }
 W1, W2 = torch.randn(96, 64) / 8, torch.randn(64, 96) / 8
 # with products, whose dtypes are autocast's to choose
 LAYERS = {
-    "adaln_linear": lambda x, y, g, s, c: ops.adaln_linear(x, s, c, W1, residual=(y, g), recompute=True, backend="triton"),
-    "adaln_mlp": lambda x, y, g, s, c: ops.adaln_mlp(x, s, c, W1, None, W2, residual=(y, g), recompute=True, backend="triton"),
+    "adaln_linear": lambda x, y, g, s, c: ops.adaln_linear(
+        x, s, c, W1, residual=(y, g), recompute=True, backend="triton"
+    ),
+    "adaln_mlp": lambda x, y, g, s, c: ops.adaln_mlp(
+        x, s, c, W1, None, W2, residual=(y, g), recompute=True, backend="triton"
+    ),
 }
 CALLS = {name: lambda x, fn=fn: as_tuple(fn(x, Y, *VECTORS))[-1] for name, fn in FULL.items()} | {
     "gated_residual": lambda y: ops.gated_residual(X, y, VECTORS[0] * y.mean(1), backend="triton")
@@ -32,9 +39,13 @@ CALLS = {name: lambda x, fn=fn: as_tuple(fn(x, Y, *VECTORS))[-1] for name, fn in
 WITHOUT_BACKWARD = {
     "noise_pair": lambda t: ops.noise_pair(t[:, None], t[:, None], t, t, backend="triton"),
     "ema_update_": lambda x: ops.ema_update_([x], [x.clone()], 0.9, backend="triton"),
-    "adamw_ema_": lambda x: ops.adamw_ema_(x, x.clone(), x.clone(), x.clone(), 1, lr=0.1, backend="triton"),
+    "adamw_ema_": lambda x: ops.adamw_ema_(
+        x, x.clone(), x.clone(), x.clone(), 1, lr=0.1, backend="triton"
+    ),
 }
-needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the tensors here lie on the host")
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the tensors here lie on the host"
+)
 
 
 @needs_interpreter
@@ -149,7 +160,11 @@ def test_checkpointing(name, reentrant):
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_launch_of_a_layer_is_on_the_tensors_device(name, monkeypatch):
     entered, original = [], torch.cuda.device_of.__init__
-    monkeypatch.setattr(torch.cuda.device_of, "__init__", lambda self, tensor: entered.append(tensor) or original(self, tensor))
+    monkeypatch.setattr(
+        torch.cuda.device_of,
+        "__init__",
+        lambda self, tensor: entered.append(tensor) or original(self, tensor),
+    )
     LAYERS[name](X.clone().requires_grad_(), Y, *VECTORS)[1].sum().backward()
     assert len(entered) == {"adaln_linear": 2, "adaln_mlp": 3}[name]
 
@@ -197,10 +212,16 @@ def test_a_saved_tensor_that_changes_before_the_backward_raises(name, saved):
 def test_inductor_keeps_the_strides_of_inputs():
     """Transposed intermediates: left free, inductor drops the copy and hands the launcher permuted rows."""
     a, v = torch.randn(2, 64, 16), torch.randn(2, 64)
-    fn = lambda a: ops.gated_residual((a * 2).transpose(1, 2), a.sin().transpose(1, 2), v, backend="triton")
+    fn = lambda a: ops.gated_residual(
+        (a * 2).transpose(1, 2), a.sin().transpose(1, 2), v, backend="triton"
+    )
     # a cached graph knows nothing of the operators' tags
-    with torch._inductor.config.patch(force_disable_caches=True, cpp_cache_precompile_headers=False, **{"cpp.simdlen": 1}):
-        torch.testing.assert_close(torch.compile(fn, fullgraph=True)(a), fn(a), atol=1e-6, rtol=1e-6)
+    with torch._inductor.config.patch(
+        force_disable_caches=True, cpp_cache_precompile_headers=False, **{"cpp.simdlen": 1}
+    ):
+        torch.testing.assert_close(
+            torch.compile(fn, fullgraph=True)(a), fn(a), atol=1e-6, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -214,7 +235,9 @@ def test_statistics_are_kept_in_fp32(norm, device):
         if norm == "layer":
             torch.testing.assert_close(mean.double(), exact.mean(2), atol=1e-6, rtol=1e-6)
             exact = exact - exact.mean(2, keepdim=True)
-        torch.testing.assert_close(rstd.double(), exact.square().mean(2).rsqrt(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            rstd.double(), exact.square().mean(2).rsqrt(), atol=1e-6, rtol=1e-5
+        )
 
 
 @needs_interpreter
@@ -244,23 +267,39 @@ def test_bias_of_any_layout(device, layout):
     bias = bias[::2] if layout == "strided" else bias[:1].expand(64)
     gate, shift, scale = torch.randn(2, 192, device=device).chunk(3, dim=1)
     out = ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="triton")
-    for a, b in zip(out, ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="torch"), strict=True):
+    for a, b in zip(
+        out,
+        ops.gated_residual_adaln(x, y, gate, shift, scale, bias=bias, backend="torch"),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    out, expected = (ops.gated_residual(x, y, gate, bias=bias, backend=b) for b in ("triton", "torch"))
+    out, expected = (
+        ops.gated_residual(x, y, gate, bias=bias, backend=b) for b in ("triton", "torch")
+    )
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 # the most elements that each kernel's registers hold, and a call over so many
 LARGEST = {
-    "adaln": (5120, lambda D: ops.adaln(torch.ones(1, 2, D), *torch.ones(2, 1, D), backend="triton")),
+    "adaln": (
+        5120,
+        lambda D: ops.adaln(torch.ones(1, 2, D), *torch.ones(2, 1, D), backend="triton"),
+    ),
     "gated_residual": (
-        6144, lambda D: ops.gated_residual(*torch.ones(2, 1, 2, D), torch.ones(1, D), backend="triton")
+        6144,
+        lambda D: ops.gated_residual(*torch.ones(2, 1, 2, D), torch.ones(1, D), backend="triton"),
     ),
     "gated_residual_adaln": (
-        3072, lambda D: ops.gated_residual_adaln(*torch.ones(2, 1, 2, D), *torch.ones(3, 1, D), backend="triton")
+        3072,
+        lambda D: ops.gated_residual_adaln(
+            *torch.ones(2, 1, 2, D), *torch.ones(3, 1, D), backend="triton"
+        ),
     ),
     "l1": (16384, lambda D: ops.align_distance(*torch.ones(2, 1, 2, D), "l1", backend="triton")),
-    "cosine_token": (1024, lambda T: ops.align_distance(*torch.ones(2, 1, T, 2), "cosine_token", backend="triton")),
+    "cosine_token": (
+        1024,
+        lambda T: ops.align_distance(*torch.ones(2, 1, T, 2), "cosine_token", backend="triton"),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """The kernels under DistributedDataParallel: two processes with half of the images each, against one with all."""
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +22,9 @@ class Block(nn.Module):
     def forward(self, x, condition, target):
         shift, scale, gate, shift2, scale2, gate2 = self.mod(condition).chunk(6, dim=1)
         y = self.mix(ops.adaln(x, shift, scale, backend="triton"))
-        x, h = ops.gated_residual_adaln(x, y, gate, shift2, scale2, bias=self.bias, backend="triton")
+        x, h = ops.gated_residual_adaln(
+            x, y, gate, shift2, scale2, bias=self.bias, backend="triton"
+        )
         x = ops.gated_residual(x, self.mix(h), gate2, backend="triton")
         return ops.align_distance(x, target, "smooth_l1", reduction="mean", backend="triton")
 
@@ -35,7 +38,10 @@ def gradients(wrap, images):
 
 def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(gradients(nn.parallel.DistributedDataParallel, slice(2 * rank, 2 * rank + 2)), f"{folder}/{rank}.pt")
+    torch.save(
+        gradients(nn.parallel.DistributedDataParallel, slice(2 * rank, 2 * rank + 2)),
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 

@@ -18,7 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def make(dtypes, device, shapes=SHAPES):
     torch.manual_seed(0)
     ema = [torch.randn(s, device=device) for s in shapes]
-    params = [torch.randn(s, device=device).to(dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)]
+    params = [
+        torch.randn(s, device=device).to(dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)
+    ]
     return ema, params
 
 
@@ -79,7 +81,11 @@ def test_layouts(device, caplog):
     ema = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)]
     ema += [torch.randn(6, 4, device=device), torch.randn(4, 6, device=device).t()]
     ema += [torch.randn(9, 8, device=device)[:, ::2]]
-    params = [torch.randn_like(ema[0]), torch.randn(4, 6, device=device).t(), torch.randn(6, 4, device=device)]
+    params = [
+        torch.randn_like(ema[0]),
+        torch.randn(4, 6, device=device).t(),
+        torch.randn(6, 4, device=device),
+    ]
     params += [torch.randn(9, 4, device=device)]
     check(ema[:1], params[:1], 0.9)
     assert not caplog.records
@@ -91,7 +97,10 @@ def test_layouts(device, caplog):
 def test_another_set_of_tensors_at_the_same_address(device):
     """The plan is kept per set of tensors: views of one storage with another length or dtype are other sets."""
     # pairs of bf16 numbers are fp32 numbers, of any size but finite
-    ema, storage = torch.randn(200, device=device), torch.randn(400, device=device).bfloat16().view(torch.float32)
+    ema, storage = (
+        torch.randn(200, device=device),
+        torch.randn(400, device=device).bfloat16().view(torch.float32),
+    )
     for view in (storage[:50], storage, storage.view(torch.bfloat16)[:200]):
         check([ema[: view.numel()]], [view], 0.9)
     for i in range(MAX_PLANS + 2):
@@ -107,9 +116,17 @@ def test_promises_to_the_compiler_hold(device):
     params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in numels]
     plan = kernels._plan(ema, params, [])
     wide = torch.cat([table for table, _, vector in plan if vector])
-    assert (wide[:, :2] % 16 == 0).all() and (wide[:, 3] % 16 == 0).all() and (wide[:, 3] <= kernels.CHUNK).all()
+    assert (
+        (wide[:, :2] % 16 == 0).all()
+        and (wide[:, 3] % 16 == 0).all()
+        and (wide[:, 3] <= kernels.CHUNK).all()
+    )
     covered = sorted((line[0].item(), line[3].item()) for table, _, _ in plan for line in table)
-    flat = [a // 4 + i for a, count in ((a - buffer.data_ptr(), n) for a, n in covered) for i in range(count)]
+    flat = [
+        a // 4 + i
+        for a, count in ((a - buffer.data_ptr(), n) for a, n in covered)
+        for i in range(count)
+    ]
     assert flat == [i + k for i, n in zip(starts, numels, strict=True) for k in range(n)]
 
 
@@ -117,7 +134,10 @@ def test_addresses_beyond_32_bits(device):
     """Table lines past 2^31 elements; nothing is read, so no memory is needed."""
     tensor = torch.zeros(1, device=device)
     lines = kernels._lines((tensor, tensor.bfloat16()), 2**31 + 16, 2**31 + 16 + kernels.CHUNK + 5)
-    assert (lines[:, 0] - tensor.data_ptr()).tolist() == [4 * (2**31 + 16), 4 * (2**31 + 16 + kernels.CHUNK)]
+    assert (lines[:, 0] - tensor.data_ptr()).tolist() == [
+        4 * (2**31 + 16),
+        4 * (2**31 + 16 + kernels.CHUNK),
+    ]
     assert (lines[1, 1] - lines[0, 1]).item() == 2 * kernels.CHUNK
     assert lines[:, 2].tolist() == [0, 0] and lines[:, 3].tolist() == [kernels.CHUNK, 5]
 
@@ -132,7 +152,10 @@ def test_fp64_goes_to_the_reference(device):
 def test_parameters_that_require_grad(device):
     """The usual call: a model's parameters, outside any graph."""
     model, teacher = torch.nn.Linear(7, 5).to(device), torch.nn.Linear(7, 5).to(device)
-    expected = [e.detach() + 0.1 * (p.detach() - e.detach()) for e, p in zip(teacher.parameters(), model.parameters(), strict=True)]
+    expected = [
+        e.detach() + 0.1 * (p.detach() - e.detach())
+        for e, p in zip(teacher.parameters(), model.parameters(), strict=True)
+    ]
     version = teacher.weight._version
     ema_update_(teacher.parameters(), model.parameters(), 0.9, backend="triton")
     for e, x in zip(teacher.parameters(), expected, strict=True):
@@ -146,7 +169,9 @@ def test_operator_registration_and_compile(device):
     for given in ([], copies):
         torch.library.opcheck(_op, (ema, params, given, 0.9, False))
     same = [e.clone() for e in ema]
-    fn = torch.compile(lambda e, p: ema_update_(e, p, 0.9, backend="triton"), fullgraph=True, backend="aot_eager")
+    fn = torch.compile(
+        lambda e, p: ema_update_(e, p, 0.9, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
     fn(ema, params)
     ema_update_ref_(same, params, 0.9)
     for e, s in zip(ema, same, strict=True):
@@ -162,7 +187,10 @@ def test_rejects_bad_input(device):
         ((ema, [p.to("meta") for p in params], 0.9), "one shape on"),
         (([e.bfloat16() for e in ema], params, 0.9), "expected ema fp32"),
         ((ema, [p.long() for p in params], 0.9), "expected ema fp32.* params .*int64.* at index 0"),
-        ((ema, [p.to(torch.float8_e4m3fn) for p in params], 0.9), "expected ema fp32.* params .*float8_e4m3fn"),
+        (
+            (ema, [p.to(torch.float8_e4m3fn) for p in params], 0.9),
+            "expected ema fp32.* params .*float8_e4m3fn",
+        ),
         ((ema, params, 0.9, [e.clone() for e in ema]), "copies bf16 or fp16"),
         ((ema, params, 1.5), r"decay in \[0, 1\], got 1.5"),
     ):
@@ -173,7 +201,11 @@ def test_rejects_bad_input(device):
 
 @pytest.mark.parametrize(
     "built, asked, choice, level",
-    [(True, "1", "cuda", "INFO"), (False, "0", "triton", "INFO"), (False, "1", "triton", "WARNING")],
+    [
+        (True, "1", "cuda", "INFO"),
+        (False, "0", "triton", "INFO"),
+        (False, "1", "triton", "WARNING"),
+    ],
 )
 def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypatch, caplog):
     module = sys.modules[ema_update_.__module__]
@@ -189,6 +221,10 @@ def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypat
 
 def test_a_missing_extension_is_no_warning():
     """Only one that is there and does not load is.  Whatever PyTorch itself says while it is imported comes before."""
-    program = "import sys, torch, triton; print('ours', file=sys.stderr); import sra_fast.ops.ema_update"
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr
+    program = (
+        "import sys, torch, triton; print('ours', file=sys.stderr); import sra_fast.ops.ema_update"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stderr
     assert said.endswith("ours\n"), said

@@ -1,4 +1,5 @@
 """Rows beyond element 2^31 of the [B, T, D] arrays themselves, in memory of which next to nothing is touched."""
+
 import pytest
 import torch
 from conftest import DEVICE

@@ -37,7 +37,9 @@ def naive(x, y, gate, shift, scale):
 
 def in_double(function):
     """The reference where every input is fp64: no dtype of the output is asked for then."""
-    return lambda *inputs: function(*inputs, dtype=None if inputs[0].dtype == torch.float64 else HALF)
+    return lambda *inputs: function(
+        *inputs, dtype=None if inputs[0].dtype == torch.float64 else HALF
+    )
 
 
 @pytest.mark.parametrize("B, T, D", SIZES)
@@ -89,9 +91,15 @@ def test_bytes_per_element(monkeypatch):
     (x, y, gate, shift, scale), _, dx, dh, _ = make(B, T, D)
     elements, found = B * T * D, []
     calls = [
-        lambda: fused_kernels.gated_residual_adaln_fwd(x, y, None, gate, shift, scale, None, 1e-6, False, HALF),
-        lambda: fused_kernels.gated_residual_adaln_bwd(dx, dh, x, y, None, gate, scale, None, mean, mean, None),
-        lambda: fused_kernels.gated_residual_adaln_bwd(dx, dh, x, y, None, gate, scale, None, mean, mean, shift),
+        lambda: fused_kernels.gated_residual_adaln_fwd(
+            x, y, None, gate, shift, scale, None, 1e-6, False, HALF
+        ),
+        lambda: fused_kernels.gated_residual_adaln_bwd(
+            dx, dh, x, y, None, gate, scale, None, mean, mean, None
+        ),
+        lambda: fused_kernels.gated_residual_adaln_bwd(
+            dx, dh, x, y, None, gate, scale, None, mean, mean, shift
+        ),
         lambda: adaln_kernels.adaln_fwd(x, shift, scale, None, 1e-6, False, HALF),
         lambda: adaln_kernels.adaln_bwd(dh, x, scale, None, mean, mean, None),
     ]
@@ -101,12 +109,17 @@ def test_bytes_per_element(monkeypatch):
             call()
         found.append(sum(total.values()) / elements)
     # vectors, statistics and partial sums on top: with one program per image less than a byte per element
-    assert all(0 <= each - exact < 0.9 for each, exact in zip(found, (12, 18, 22, 6, 10), strict=True)), found
+    assert all(
+        0 <= each - exact < 0.9 for each, exact in zip(found, (12, 18, 22, 6, 10), strict=True)
+    ), found
 
 
 def test_a_compiler_and_the_operators_agree():
     inputs, layers, dx, dh, _ = make(2, 5, 72)
-    fused, single = torch.ops.sra_fast.gated_residual_adaln_fwd.default, torch.ops.sra_fast.adaln_fwd.default
+    fused, single = (
+        torch.ops.sra_fast.gated_residual_adaln_fwd.default,
+        torch.ops.sra_fast.adaln_fwd.default,
+    )
     x, y, gate, shift, scale = inputs
     torch.library.opcheck(fused, (x, y, None, gate, shift, scale, None, 1e-6, False, HALF))
     torch.library.opcheck(single, (x, shift, scale, None, 1e-6, False, HALF))
@@ -122,7 +135,9 @@ def test_bad_dtypes():
         lambda: ops.adaln(x, shift, scale, dtype=torch.int32),
         lambda: ops.gated_residual_adaln(x, y, gate, shift, scale, dtype=torch.int32),
     ):
-        with pytest.raises(ValueError, match="expected a floating-point dtype of the output, got torch.int32"):
+        with pytest.raises(
+            ValueError, match="expected a floating-point dtype of the output, got torch.int32"
+        ):
             call()
     with pytest.raises(
         ValueError, match="expected weight .* of dtype"

@@ -32,7 +32,11 @@ def make(B, T, D, dtype=torch.float32, groups=0, bias=False, seed=0):
 
 
 def pick(modulation, group):
-    return modulation[:, None] if group is None else torch.stack([m[g] for m, g in zip(modulation, group, strict=True)])
+    return (
+        modulation[:, None]
+        if group is None
+        else torch.stack([m[g] for m, g in zip(modulation, group, strict=True)])
+    )
 
 
 def naive(norm, group):
@@ -40,7 +44,11 @@ def naive(norm, group):
 
     def fn(x, y, gate, shift, scale, bias):
         x = x + pick(gate, group) * (y if bias is None else y + bias)
-        xhat = F.layer_norm(x, x.shape[-1:], eps=1e-6) if norm == "layer" else F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        xhat = (
+            F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            if norm == "layer"
+            else F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        )
         return x, xhat * (1 + pick(scale, group)) + pick(shift, group)
 
     return fn
@@ -53,7 +61,9 @@ def fused(backend="triton", norm="layer", group=None, eps=1e-6):
 
 
 def plain(backend="triton", group=None):
-    return lambda x, y, gate, bias: gated_residual(x, y, gate, bias=bias, group=group, backend=backend)
+    return lambda x, y, gate, bias: gated_residual(
+        x, y, gate, bias=bias, group=group, backend=backend
+    )
 
 
 def reference(norm, group):
@@ -71,7 +81,8 @@ def test_fused_forward_and_gradients(D, dtype):
 
 @pytest.mark.parametrize("B, T, D", [(1, 17, 72), (3, 4, 1152), (5, 1, 100), (2, 3, 88)])
 @pytest.mark.parametrize(
-    "norm, groups, bias", [("rms", 0, False), ("layer", 2, False), ("layer", 0, True), ("rms", 3, True)]
+    "norm, groups, bias",
+    [("rms", 0, False), ("layer", 2, False), ("layer", 0, True), ("rms", 3, True)],
 )
 def test_fused_variants(B, T, D, norm, groups, bias):
     inputs, group, douts = make(B, T, D, groups=groups, bias=bias)
@@ -102,7 +113,9 @@ def test_two_pass_variance(dtype):
     """
     inputs, _, douts = make(1, 3, 1152, dtype)
     inputs = (inputs[0] + 1000, *inputs[1:])
-    check_against_fp64(fused(), naive("layer", None), reference("layer", None), inputs, douts, floor=1e-4)
+    check_against_fp64(
+        fused(), naive("layer", None), reference("layer", None), inputs, douts, floor=1e-4
+    )
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -110,7 +123,9 @@ def test_eps_is_added_to_the_variance(norm):
     """Rows as small as the root of eps, where eps is half of what is under the square root."""
     (x, y, *vectors), _, douts = make(2, 3, 72)
     inputs = (x / 10, y / 100, *vectors)
-    results = [run(fused(backend, norm, eps=1e-2), inputs, douts) for backend in ("triton", "torch")]
+    results = [
+        run(fused(backend, norm, eps=1e-2), inputs, douts) for backend in ("triton", "torch")
+    ]
     for a, c in zip(*results, strict=True):
         torch.testing.assert_close(a, c, atol=2e-5, rtol=1e-5)
 
@@ -137,15 +152,22 @@ def test_layouts():
     x, y, gate, shift, scale, bias = inputs
     gate, scale = gate[:1].expand(2, 2, 72), scale[..., :1].expand(2, 2, 72)
     shift = shift.transpose(0, 2).contiguous().transpose(0, 2)
-    odd, group = (noncontiguous(x), noncontiguous(y), gate, shift, scale, bias), group.t().contiguous().t()
+    odd, group = (
+        (noncontiguous(x), noncontiguous(y), gate, shift, scale, bias),
+        group.t().contiguous().t(),
+    )
     odd_douts = noncontiguous(douts[0]), douts[1][:, :1].expand(2, 5, 72)
     assert not any(t.is_contiguous() for t in (*odd[:5], group, *odd_douts))
     dense = [t.contiguous() for t in odd], [t.contiguous() for t in odd_douts]
     same = group.contiguous()
     assert bitwise_equal(run(fused(group=group), odd, odd_douts), run(fused(group=same), *dense))
-    check_against_fp64(fused(group=group), naive("layer", group), reference("layer", group), odd, odd_douts)
+    check_against_fp64(
+        fused(group=group), naive("layer", group), reference("layer", group), odd, odd_douts
+    )
     odd, dense = (odd[0], odd[1], odd[4], bias), (dense[0][0], dense[0][1], dense[0][4], bias)
-    assert bitwise_equal(run(plain(group=group), odd, odd_douts[1:]), run(plain(group=same), dense, odd_douts[1:]))
+    assert bitwise_equal(
+        run(plain(group=group), odd, odd_douts[1:]), run(plain(group=same), dense, odd_douts[1:])
+    )
 
 
 def test_an_index_outside_takes_the_nearest_group():
@@ -153,9 +175,13 @@ def test_an_index_outside_takes_the_nearest_group():
     inputs, _, douts = make(1, 5, 64, groups=3)
     group = torch.tensor([[-1, 1, 3, -(2**31), 2**31 - 1]], device=DEVICE)
     inside = group.clamp(0, 2)
-    assert bitwise_equal(run(fused(group=group), inputs, douts), run(fused(group=inside), inputs, douts))
+    assert bitwise_equal(
+        run(fused(group=group), inputs, douts), run(fused(group=inside), inputs, douts)
+    )
     args = (*inputs[:3], None)
-    assert bitwise_equal(run(plain(group=group), args, douts[:1]), run(plain(group=inside), args, douts[:1]))
+    assert bitwise_equal(
+        run(plain(group=group), args, douts[:1]), run(plain(group=inside), args, douts[:1])
+    )
 
 
 def test_modulation_is_used_in_place():
@@ -175,7 +201,9 @@ def test_offsets_beyond_32_bits():
     assert all(t.stride(0) == 2**29 for t in inputs[2:])
     dense = [t.contiguous() for t in inputs]
     assert bitwise_equal(run(fused(), [*inputs, None], douts), run(fused(), [*dense, None], douts))
-    assert bitwise_equal(run(plain(), [*inputs[:3], None], douts[:1]), run(plain(), [*dense[:3], None], douts[:1]))
+    assert bitwise_equal(
+        run(plain(), [*inputs[:3], None], douts[:1]), run(plain(), [*dense[:3], None], douts[:1])
+    )
 
 
 @pytest.mark.parametrize("B, T", [(0, 4), (3, 0)])
@@ -194,7 +222,9 @@ def test_one_output_unused(used):
     wide = [t.detach().double().requires_grad_() for t in inputs[:5]]
     ours = torch.autograd.grad(fused()(*leaves, None)[used], leaves, douts[used])
     out = reference("layer", None)(*wide, None)[used]
-    truth = torch.autograd.grad(out, wide, douts[used].double(), materialize_grads=True, allow_unused=True)
+    truth = torch.autograd.grad(
+        out, wide, douts[used].double(), materialize_grads=True, allow_unused=True
+    )
     for a, c in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), c, atol=2e-5, rtol=1e-5)
 
@@ -203,7 +233,9 @@ def test_h_is_recomputed_by_adaln():
     """What is not saved can be had again: adaln of x' is h, the same rounding included."""
     (x, y, gate, shift, scale, _), _, _ = make(2, 5, 1152)
     x_new, h = gated_residual_adaln(x, y, gate, shift, scale, backend="triton")
-    torch.testing.assert_close(adaln(x_new, shift, scale, backend="triton"), h, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        adaln(x_new, shift, scale, backend="triton"), h, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_saves_only_what_backward_needs():
@@ -241,7 +273,10 @@ def test_fp64_runs_the_reference():
 
 def test_operator_registration():
     (x, y, gate, shift, scale, bias), group, (dx, dh) = make(2, 4, 64, groups=2, bias=True)
-    for b, g, mods in [(None, None, [t[:, 0] for t in (gate, shift, scale)]), (bias, group, [gate, shift, scale])]:
+    for b, g, mods in [
+        (None, None, [t[:, 0] for t in (gate, shift, scale)]),
+        (bias, group, [gate, shift, scale]),
+    ]:
         torch.library.opcheck(_fwd, (x, y, b, mods[0], g))
         torch.library.opcheck(_bwd, (dx, y, b, mods[0], g))
         torch.library.opcheck(_fused_fwd, (x, y, b, *mods, g, 1e-6, b is not None))

@@ -1,4 +1,5 @@
 """GELU's backward pass, with the gradient of the bias before it and its output once more."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,15 @@ def test_gelu_backward(M, N, dtype):
     exact = F.gelu(wide, approximate="tanh")
     (exact_dx,) = torch.autograd.grad(exact, wide, dy.double())
     dx, dbias, y = _gelu_bwd(dy, x.detach(), True)
-    for ours, theirs, truth in ((dx, naive_dx, exact_dx), (dbias, naive_dx.sum(0), exact_dx.sum(0)), (y, naive, exact)):
+    for ours, theirs, truth in (
+        (dx, naive_dx, exact_dx),
+        (dbias, naive_dx.sum(0), exact_dx.sum(0)),
+        (y, naive, exact),
+    ):
         assert ours.dtype == dtype
-        assert_kernel_close(ours, theirs.detach(), truth.float(), floor=4e-6 * truth.abs().max().item())
+        assert_kernel_close(
+            ours, theirs.detach(), truth.float(), floor=4e-6 * truth.abs().max().item()
+        )
     again = _gelu_bwd(dy, x.detach(), False)
     assert bitwise_equal(again[:2], (dx, dbias)) and again[2].numel() == 0
 

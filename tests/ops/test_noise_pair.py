@@ -4,7 +4,12 @@ from conftest import assert_kernel_close
 
 from sra_fast.ops.noise_pair import PATHS, _op, _rows, interpolant, noise_pair, noise_pair_ref
 
-SHAPES = [(2, 4, 16, 16), (3, 3, 7, 5), (1, 4, 32, 32), (2, 5, 23, 11)]  # one block; ragged; SiT at 256 px; two blocks
+SHAPES = [
+    (2, 4, 16, 16),
+    (3, 3, 7, 5),
+    (1, 4, 32, 32),
+    (2, 5, 23, 11),
+]  # one block; ragged; SiT at 256 px; two blocks
 
 
 def make(shape, dtype, device, moments=False):
@@ -14,7 +19,10 @@ def make(shape, dtype, device, moments=False):
     noise, latent_noise = torch.randn(2, *shape, device=device).to(dtype)
     t = torch.rand(B, device=device)
     return {
-        "x0": x0, "noise": noise, "t": t, "t_teacher": (t - 0.2 * torch.rand(B, device=device)).clamp(0, 1),
+        "x0": x0,
+        "noise": noise,
+        "t": t,
+        "t_teacher": (t - 0.2 * torch.rand(B, device=device)).clamp(0, 1),
         "latent_noise": latent_noise if moments else None,
     }
 
@@ -50,9 +58,15 @@ def test_the_whole_range_of_times(device):
     noise = 1 - x0
     x_t, x_teacher, v = noise_pair(x0, noise, t, t.flip(0), "cosine", backend="triton")
     alpha, sigma, dalpha, dsigma = interpolant(t.double(), "cosine")
-    for out, expected in ((x_t, (alpha, sigma)), (x_teacher.flip(0), (alpha, sigma)), (v, (dalpha, dsigma))):
+    for out, expected in (
+        (x_t, (alpha, sigma)),
+        (x_teacher.flip(0), (alpha, sigma)),
+        (v, (dalpha, dsigma)),
+    ):
         torch.testing.assert_close(out.double(), torch.stack(expected, 1), atol=3e-7, rtol=0)
-    assert x_t[0].tolist() == pytest.approx([1, 0], abs=1e-7) and x_t[-1].tolist() == pytest.approx([0, 1], abs=1e-7)
+    assert x_t[0].tolist() == pytest.approx([1, 0], abs=1e-7) and x_t[-1].tolist() == pytest.approx(
+        [0, 1], abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("moments", [False, True], ids=["latent", "moments"])
@@ -62,7 +76,13 @@ def test_layouts(moments, device):
     check(args | {"x0": args["x0"].to(memory_format=torch.channels_last)})
     check(args | {"noise": torch.randn(4, 3, 8, 10, device=device)[..., ::2]})
     check(args | {"noise": torch.randn(1, 3, 8, 5, device=device).expand(4, 3, 8, 5)})
-    check(args | {"t": torch.rand(1, device=device).expand(4), "t_teacher": torch.rand(8, device=device)[::2]})
+    check(
+        args
+        | {
+            "t": torch.rand(1, device=device).expand(4),
+            "t_teacher": torch.rand(8, device=device)[::2],
+        }
+    )
     halves = {k: v[::2] for k, v in args.items() if v is not None}
     assert _rows(halves["x0"]).data_ptr() == args["x0"].data_ptr()
     check(halves)
@@ -79,10 +99,21 @@ def test_offsets_beyond_32_bits(device):
 
 def test_gradients_go_through_the_reference(device, caplog):
     args = make((2, 2, 3, 2), torch.float64, device, moments=True)
-    leaves = [args[k].double().requires_grad_() for k in ("x0", "noise", "t", "t_teacher", "latent_noise")]
+    leaves = [
+        args[k].double().requires_grad_() for k in ("x0", "noise", "t", "t_teacher", "latent_noise")
+    ]
 
     def fn(x0, noise, t, t_teacher, latent_noise):
-        return noise_pair(x0, noise, t, t_teacher, "cosine", latent_noise=latent_noise, scale=0.5, backend="triton")
+        return noise_pair(
+            x0,
+            noise,
+            t,
+            t_teacher,
+            "cosine",
+            latent_noise=latent_noise,
+            scale=0.5,
+            backend="triton",
+        )
 
     assert torch.autograd.gradcheck(fn, leaves)
     x0 = torch.randn(2, 4, 3, 2, device=device, requires_grad=True)
@@ -96,7 +127,9 @@ def test_gradients_go_through_the_reference(device, caplog):
 
 def test_empty_batch(device):
     x = torch.zeros(0, 4, 2, 2, device=device)
-    assert [out.shape for out in noise_pair(x, x, x[:, 0, 0, 0], x[:, 0, 0, 0], backend="triton")] == [x.shape] * 3
+    assert [
+        out.shape for out in noise_pair(x, x, x[:, 0, 0, 0], x[:, 0, 0, 0], backend="triton")
+    ] == [x.shape] * 3
 
 
 def test_operator_registration_and_compile(device):
@@ -104,16 +137,24 @@ def test_operator_registration_and_compile(device):
     rows = [_rows(args[k]) for k in ("x0", "latent_noise", "noise")]
     torch.library.opcheck(_op, (*rows, args["t"], args["t_teacher"], True, 0.5))
     torch.library.opcheck(_op, (rows[1], None, rows[2], args["t"], args["t_teacher"], False, 1.0))
-    fn = torch.compile(lambda **kw: noise_pair(**kw, backend="triton"), fullgraph=True, backend="aot_eager")
+    fn = torch.compile(
+        lambda **kw: noise_pair(**kw, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
     for a, b in zip(fn(**args), noise_pair_ref(**args), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_rejects_bad_input(device):
     args = make((2, 4, 3, 3), torch.float32, device)
-    for change in ({"noise": args["noise"][:1]}, {"t": args["t"][:1]}, {"t_teacher": args["t"][:, None]},
-                   {"latent_noise": args["noise"]}):
-        with pytest.raises(ValueError, match=r"expected .*noise \[B, C, H, W\] and t, t_teacher \[B\], got"):
+    for change in (
+        {"noise": args["noise"][:1]},
+        {"t": args["t"][:1]},
+        {"t_teacher": args["t"][:, None]},
+        {"latent_noise": args["noise"]},
+    ):
+        with pytest.raises(
+            ValueError, match=r"expected .*noise \[B, C, H, W\] and t, t_teacher \[B\], got"
+        ):
             noise_pair(**args | change)
     with pytest.raises(ValueError, match="path must be one of"):
         noise_pair(**args, path="quadratic")

@@ -1,4 +1,5 @@
 """How the row kernels cut their work, and the bytes they move for it."""
+
 from contextlib import contextmanager
 from unittest import mock
 
@@ -12,7 +13,9 @@ import sra_fast.ops  # noqa: F401 (registers the operators)
 from sra_fast.kernels import _rows, adaln, gated_residual, gated_residual_adaln
 
 ops = torch.ops.sra_fast
-counted = pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter loads and stores")
+counted = pytest.mark.skipif(
+    DEVICE == "cuda", reason="counts what the interpreter loads and stores"
+)
 B, T, S = 2, 12, 4
 
 # [B, T, D] arrays, [B, D] vectors read or written, bytes of statistics per token: everything once, as the docstrings
@@ -62,14 +65,18 @@ def minimum(op, B, T, D, size):
 
 def moved(op, B, T, D, size, P):
     *_, per_program, partial_sums = TRAFFIC[op]
-    return minimum(op, B, T, D, size) + B * D * (size * per_program * (P - 1) + 8 * partial_sums * P)
+    return minimum(op, B, T, D, size) + B * D * (
+        size * per_program * (P - 1) + 8 * partial_sums * P
+    )
 
 
 @contextmanager
 def chosen_splits(sms=None):
     """The numbers of programs per image that launchers choose, on a device of so many processors."""
     seen, choose, count = [], _rows.num_splits, _rows.num_sms
-    spy = mock.patch.object(_rows, "num_splits", lambda *args: seen.append(choose(*args)) or seen[-1])
+    spy = mock.patch.object(
+        _rows, "num_splits", lambda *args: seen.append(choose(*args)) or seen[-1]
+    )
     with spy, mock.patch.object(_rows, "num_sms", lambda device: sms or count(device)):
         yield seen
 
@@ -110,20 +117,32 @@ def test_bytes_gated_residual_adaln(D, with_bias, monkeypatch):
     args = (x, y, bias, gate, shift, scale, None, 1e-6, False)
     total, P, (x_new, _, mean, rstd) = bytes_of(monkeypatch, "gated_residual_adaln_fwd", *args)
     assert total == moved("gated_residual_adaln_fwd", *shape, P) + n * S * P * B * D
-    for shift_again, rows in ((None, 0), (shift, 2 * B * T)):  # h written once more, and the shift read for every row, from L1
+    for shift_again, rows in (
+        (None, 0),
+        (shift, 2 * B * T),
+    ):  # h written once more, and the shift read for every row, from L1
         args = (dx, dh, x_new, y, bias, gate, scale, None, mean, rstd, shift_again)
         total, P, _ = bytes_of(monkeypatch, "gated_residual_adaln_bwd", *args)
-        assert total == moved("gated_residual_adaln_bwd", *shape, P) + n * ((8 + S) * P * B + S) * D + rows * S * D
+        assert (
+            total
+            == moved("gated_residual_adaln_bwd", *shape, P)
+            + n * ((8 + S) * P * B + S) * D
+            + rows * S * D
+        )
 
 
 @counted
 @pytest.mark.parametrize("D", [72, 1152])
 def test_bytes_adaln(D, monkeypatch):
     x, dy, shift, scale = arrays(D, *[(B, T)] * 2, *[(B,)] * 2)
-    total, P, (_, mean, rstd) = bytes_of(monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False)
+    total, P, (_, mean, rstd) = bytes_of(
+        monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False
+    )
     assert total == moved("adaln_fwd", B, T, D, S, P)
     for shift_again, rows in ((None, 0), (shift, 2 * B * T)):
-        total, P, _ = bytes_of(monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, shift_again)
+        total, P, _ = bytes_of(
+            monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, shift_again
+        )
         assert total == moved("adaln_bwd", B, T, D, S, P) + rows * S * D
 
 
@@ -132,7 +151,9 @@ def test_bytes_adaln_per_token(monkeypatch):
     """Every token's own vectors: arrays alone.  The loads ahead of the loop go unused, and a compiler drops them."""
     D = 72
     x, dy, shift, scale = arrays(D, *[(B, T)] * 4)
-    total, P, (_, mean, rstd) = bytes_of(monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False)
+    total, P, (_, mean, rstd) = bytes_of(
+        monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False
+    )
     assert total == 4 * S * B * T * D + 8 * B * T + 2 * S * P * B * D
     total, P, _ = bytes_of(monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, None)
     assert total == 5 * S * B * T * D + 8 * B * T + S * P * B * D
@@ -142,7 +163,9 @@ def test_bytes_adaln_per_token(monkeypatch):
 def test_a_row_of_a_group_is_moved_once(monkeypatch):
     """With groups every row is still read and written by one program only."""
     x, y, gate = arrays(72, (B, T), (B, T), (B, 3))
-    group = torch.tensor([[0, 1, 0, 0, 2, 1, 1, 0, 2, 0, 0, 0], [2, 2, 2, 0, 0, 0, 1, 1, 0, 1, 2, 1]], device=DEVICE)
+    group = torch.tensor(
+        [[0, 1, 0, 0, 2, 1, 1, 0, 2, 0, 0, 0], [2, 2, 2, 0, 0, 0, 1, 1, 0, 1, 2, 1]], device=DEVICE
+    )
     total, P, _ = bytes_of(monkeypatch, "gated_residual_fwd", x, y, None, gate, group)
     assert total == 3 * S * B * T * 72 + S * P * 3 * B * 72 + 8 * 3 * B * T
 
@@ -151,17 +174,31 @@ def test_a_row_of_a_group_is_moved_once(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bytes_at_the_shapes_of_training(shape, op):
     """Against everything moved once, with the programs per image that the launcher takes on an H100."""
-    with chosen_splits(sms=132) as splits, record_launches(_rows, adaln, gated_residual, gated_residual_adaln):
+    with (
+        chosen_splits(sms=132) as splits,
+        record_launches(_rows, adaln, gated_residual, gated_residual_adaln),
+    ):
         launchers(*shape, torch.bfloat16)[op]()
     assert moved(op, *shape, 2, splits[0]) <= SHAPES[shape].get(op, 1.05) * minimum(op, *shape, 2)
 
 
 def test_width_is_cut_without_waste():
-    expected = {64: (64, 0), 72: (64, 8), 384: (256, 128), 768: (512, 256), 1152: (1024, 128), 1000: (1024, 0)}
-    assert {D: (_rows.width_config(D)["HEAD"], _rows.width_config(D)["TAIL"]) for D in expected} == expected
+    expected = {
+        64: (64, 0),
+        72: (64, 8),
+        384: (256, 128),
+        768: (512, 256),
+        1152: (1024, 128),
+        1000: (1024, 0),
+    }
+    assert {
+        D: (_rows.width_config(D)["HEAD"], _rows.width_config(D)["TAIL"]) for D in expected
+    } == expected
 
 
-@pytest.mark.parametrize("images, steps", [(1, 1), (1, 512), (32, 128), (64, 128), (256, 128), (1000, 512), (3, 7)])
+@pytest.mark.parametrize(
+    "images, steps", [(1, 1), (1, 512), (32, 128), (64, 128), (256, 128), (1000, 512), (3, 7)]
+)
 def test_splits_fill_the_device(images, steps):
     slots = 3 * 132
     splits = _rows.num_splits(images, steps, slots)

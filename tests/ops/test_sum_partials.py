@@ -1,4 +1,5 @@
 """Sums of partial gradients."""
+
 import pytest
 import torch
 from sra_fast.kernels._rows import sum_partials
@@ -21,14 +22,22 @@ def partial_sums(*shape, device):
 def sums_of(part, has_total, dtype=torch.float32):
     """Every output, NaN until it is written."""
     M, _, K, D = part.shape
-    outputs = [torch.full((M, D), float("nan"), dtype=dtype, device=part.device) for _ in range(K - has_total)]
+    outputs = [
+        torch.full((M, D), float("nan"), dtype=dtype, device=part.device)
+        for _ in range(K - has_total)
+    ]
     total = torch.full((D,), float("nan"), dtype=dtype, device=part.device) if has_total else None
     sum_partials(part, *outputs, total=total)
     return outputs + [total] * has_total
 
 
 # three sums beside a total at most
-CASES = [(shape, has_total) for shape in SHAPES for has_total in (False, True) if shape[2] - has_total <= 3]
+CASES = [
+    (shape, has_total)
+    for shape in SHAPES
+    for has_total in (False, True)
+    if shape[2] - has_total <= 3
+]
 
 
 @pytest.mark.parametrize("shape, has_total", CASES, ids=str)
