@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from variants import Variant  # noqa: E402
 
 from sra_fast import ops  # noqa: E402
-from sra_fast.engine.config import Config  # noqa: E402
+from sra_fast.config.schema import Config  # noqa: E402
 
 
 def counted(function, *args, **kw) -> int:
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from step_case import make_step
 
-    from sra_fast.engine.distributed import init_distributed
+    from sra_fast.zero.process_group import init_distributed
 
     device, plain = init_distributed(), None
     print(

@@ -39,7 +39,9 @@ from verdict import failed_tests, predicted_rows, render  # noqa: E402
 BUDGETS = {"first": 270, "second": 310}
 # what tells something of a GPU; what compilers make of the kernels needs none
 TESTS = [
-    *(f"tests/engine/test_{name}.py" for name in ("cuda", "graphed_step", "teacher_pass")),
+    "tests/training/test_cuda.py",
+    "tests/training/test_graphed_step.py",
+    "tests/alignment/test_teacher_pass.py",
     "tests/ops",
     "tests/models",
 ]

@@ -15,7 +15,7 @@ sys.path[0:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from step_case import make_step  # noqa: E402
 from variants import Variant  # noqa: E402
 
-from sra_fast.engine.distributed import init_distributed  # noqa: E402
+from sra_fast.zero.process_group import init_distributed  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

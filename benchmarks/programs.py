@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from sra_fast import ops
-from sra_fast.engine.build import choose_attention
-from sra_fast.engine.config import Config
-from sra_fast.engine.cuda_graph import GraphedGradients
-from sra_fast.engine.draws import draw
-from sra_fast.engine.objective import make_process
+from sra_fast.alignment.objective import make_process
+from sra_fast.config.schema import Config
+from sra_fast.diffusion.draws import draw
 from sra_fast.models import SiT
 from sra_fast.models.layers import settle
+from sra_fast.training.trainer import choose_attention
+from sra_fast.utils.cuda_graph import GraphedGradients
 
 
 @dataclass(frozen=True)

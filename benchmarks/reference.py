@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sra_fast.engine.config import Config
+from sra_fast.config.schema import Config
 
 FILES = {"model": "SiT-SRA/models/sit.py", "loss": "SiT-SRA/loss.py"}
 DISTANCES = {"smooth_l1": "sml1", "l1": "l1", "l2": "l2", "cosine_token": "cos"}

@@ -23,8 +23,8 @@ from counting import step_flops  # noqa: E402
 from record import RowFile, environment, load_results, make_row  # noqa: E402
 from variants import Variant  # noqa: E402
 
-from sra_fast.engine.config import Config  # noqa: E402
-from sra_fast.engine.metrics import PEAK  # noqa: E402
+from sra_fast.config.schema import Config  # noqa: E402
+from sra_fast.training.logger import PEAK  # noqa: E402
 
 # bytes per second that one GPU sends (vendors' figures): half of NVLink's two-way sum; a 400 Gb/s adapter per GPU
 LINKS = {"nvlink3": 300e9, "nvlink4": 450e9, "nvlink5": 900e9, "pcie4": 32e9, "pcie5": 64e9,

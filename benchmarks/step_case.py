@@ -16,13 +16,13 @@ from phases import Phases, by_family, kernel_times, recorded, time_host, time_st
 from programs import Program
 from variants import REFERENCE, Variant
 
-from sra_fast.engine.build import build, restore_linear
-from sra_fast.engine.config import Config
-from sra_fast.engine.cuda_graph import hidden_bytes
-from sra_fast.engine.data import ShuffledBatches
-from sra_fast.engine.distributed import init_distributed
-from sra_fast.engine.loop import optimizer_step
-from sra_fast.engine.metrics import Metrics, peak_flops, training_flops
+from sra_fast.config.schema import Config
+from sra_fast.data.dataset import ShuffledBatches
+from sra_fast.training.logger import Metrics, peak_flops, training_flops
+from sra_fast.training.loop import optimizer_step
+from sra_fast.training.trainer import build, restore_linear
+from sra_fast.utils.cuda_graph import hidden_bytes
+from sra_fast.zero.process_group import init_distributed
 
 # device memory that a case may leave to the next one of a process: what libraries keep for themselves
 LEFT_BYTES = 1 << 28

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from variants import Variant  # noqa: E402
 
-from sra_fast.engine.distributed import init_distributed  # noqa: E402
+from sra_fast.zero.process_group import init_distributed  # noqa: E402
 
 KINDS = {"allreduce": "all_reduce", "allgather": "all_gather", "reduce_scatter": "reduce_scatter", "broadcast": "broadcast",
          "reduce_": "reduce"}  # fmt: skip

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 
 from programs import Switches
 
-from sra_fast.engine.cli import parse_train
-from sra_fast.engine.config import Config
+from sra_fast.config.cli import parse_train
+from sra_fast.config.schema import Config
 from sra_fast.models import preset
 
 # student and teacher layer of the paper

@@ -13,8 +13,8 @@ sys.path[0] = str(
 
 
 def main() -> None:
-    from sra_fast.engine.ablation import execute, read_study, table
-    from sra_fast.engine.report import plot_study
+    from sra_fast.analysis.study import execute, read_study, table
+    from sra_fast.plots.report import plot_study
 
     parser = argparse.ArgumentParser(description=__doc__.partition(":  ")[0])
     parser.add_argument(

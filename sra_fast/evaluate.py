@@ -39,9 +39,9 @@ def prepare(options: Options):
     """``(sample images, reference images or None, extractor)``, everything checked; ValueError says what is wrong."""
     import torch
 
-    from sra_fast.engine.extractors import inception_extractor, named_extractor, probe
-    from sra_fast.engine.npz import NpzImages, members
-    from sra_fast.engine.scores import NEIGHBOURS
+    from sra_fast.evaluation.extractors import inception_extractor, named_extractor, probe
+    from sra_fast.evaluation.npz import NpzImages, members
+    from sra_fast.evaluation.scores import NEIGHBOURS
 
     if (options.inception is None) == (options.features is None):
         raise ValueError(
@@ -78,8 +78,8 @@ def prepare(options: Options):
 
 def run(options: Options) -> dict:
     """Score and write; returns what was written."""
-    from sra_fast.engine.evaluation import comparability, score, summarize, summarize_reference
-    from sra_fast.engine.files import write_json
+    from sra_fast.evaluation.adm_suite import comparability, score, summarize, summarize_reference
+    from sra_fast.utils.files import write_json
 
     images, other, extractor = prepare(options)
     shape = other.shape if other else None
@@ -107,7 +107,7 @@ def run(options: Options) -> dict:
 
 
 def main() -> None:
-    from sra_fast.engine.cli import make_parser, parse
+    from sra_fast.config.cli import make_parser, parse
 
     options, _ = parse(
         Options,

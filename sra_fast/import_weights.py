@@ -19,9 +19,9 @@ def run(source: str, name: str, out: str, num_heads: int | None = None, seed: in
 
     from safetensors.torch import save_file
 
-    from sra_fast.engine.checkpoint import read_weights
-    from sra_fast.engine.files import make_folder, write_atomic
-    from sra_fast.engine.official import convert, interpolant, model_config
+    from sra_fast.checkpoint.official_weights import convert, interpolant, model_config
+    from sra_fast.checkpoint.reading import read_weights
+    from sra_fast.utils.files import make_folder, write_atomic
 
     held = read_weights(source)
     state = held.get("ema", held.get("model"))

@@ -46,7 +46,7 @@ class Options:
 
 def open_moments(options: Options):
     """``(data set, function from its batches to moments, what the index says of them)``; ValueError: what is wrong."""
-    from sra_fast.engine.latents import open_latents
+    from sra_fast.data.latents import open_latents
 
     if options.vae or options.mirror:
         raise ValueError(f"--vae and --mirror are for images, {options.source} holds moments")
@@ -64,8 +64,8 @@ def open_images(options: Options):
     """``(data set, function from its batches to moments, what the index says of them)``; ValueError: what is wrong."""
     import torch
 
-    from sra_fast.engine.images import ImageFolder
-    from sra_fast.engine.vae import load_vae, make_encoder, moments_shape, vae_identity
+    from sra_fast.data.images import ImageFolder
+    from sra_fast.data.vae import load_vae, make_encoder, moments_shape, vae_identity
 
     if not options.vae:
         raise ValueError("images need --vae, the folder of an AutoencoderKL")
@@ -84,8 +84,8 @@ def open_images(options: Options):
 
 def prepare(options: Options):
     """The checked ``Plan``; ValueError says what is wrong."""
-    from sra_fast.engine.latents import INDEX, VERSION
-    from sra_fast.engine.pack import Plan
+    from sra_fast.data.latents import INDEX, VERSION
+    from sra_fast.data.writer import Plan
 
     source, out = Path(options.source), Path(options.out)
     for name in ("resolution", "shard_size", "batch", "threads"):
@@ -120,8 +120,8 @@ def fail(error: Exception) -> None:
 
 
 def main() -> None:
-    from sra_fast.engine.cli import make_parser, parse
-    from sra_fast.engine.pack import execute
+    from sra_fast.config.cli import make_parser, parse
+    from sra_fast.data.writer import execute
 
     parser = make_parser(Options, __doc__.partition(":\n")[0])
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")

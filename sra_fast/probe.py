@@ -9,7 +9,7 @@ sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # launched by path: import the checkout, not this folder
 
-from sra_fast.engine.config import DataConfig  # noqa: E402
+from sra_fast.config.schema import DataConfig  # noqa: E402
 
 
 @dataclass
@@ -40,8 +40,8 @@ class Options:
 
 
 def check(options: Options) -> None:
-    from sra_fast.engine.features import check_times
-    from sra_fast.engine.files import make_folder, require
+    from sra_fast.analysis.features import check_times
+    from sra_fast.utils.files import make_folder, require
 
     require("sklearn", "scikit-learn", "eval")
     check_times(options.times)
@@ -54,11 +54,11 @@ def run(options: Options) -> dict:
     """Probe and write; returns what ``probe.json`` holds."""
     import torch
 
-    from sra_fast.engine.features import choose_layers, split
-    from sra_fast.engine.figures import plot_probe
-    from sra_fast.engine.files import write_json
-    from sra_fast.engine.linear_probe import best, probe_layers
-    from sra_fast.engine.load_model import load_model
+    from sra_fast.analysis.features import choose_layers, split
+    from sra_fast.analysis.linear_probe import best, probe_layers
+    from sra_fast.checkpoint.load_model import load_model
+    from sra_fast.plots.figures import plot_probe
+    from sra_fast.utils.files import write_json
 
     check(options)
     model, path = load_model(options.checkpoint, num_heads=options.num_heads)
@@ -85,7 +85,7 @@ def run(options: Options) -> dict:
 
 def say(rows: list[dict]) -> None:
     """One line about the rows of one time."""
-    from sra_fast.engine.linear_probe import best
+    from sra_fast.analysis.linear_probe import best
 
     top = best(rows)
     pixels = rows[0]["accuracy"]
@@ -95,7 +95,7 @@ def say(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    from sra_fast.engine.cli import make_parser, parse
+    from sra_fast.config.cli import make_parser, parse
 
     parser = make_parser(Options, "Train linear probes on the frozen features of a SiT or DiT.")
     options, _ = parse(Options, parser)

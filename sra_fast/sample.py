@@ -16,7 +16,7 @@ sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # launched by path: import the checkout, not this folder
 
-from sra_fast.engine.config import SampleConfig  # noqa: E402
+from sra_fast.config.schema import SampleConfig  # noqa: E402
 
 
 @dataclass
@@ -62,10 +62,10 @@ def prepare(options: Options):
     """``(model, interpolant, labels, VAE or None)``, everything checked and the folder made; ValueError says what is wrong."""
     import torch
 
-    from sra_fast.engine.generate import choose_labels
-    from sra_fast.engine.load_model import load_model
-    from sra_fast.engine.vae import load_vae
-    from sra_fast.engine.validate import check_sampling
+    from sra_fast.checkpoint.load_model import load_model
+    from sra_fast.data.vae import load_vae
+    from sra_fast.sampling.generate import choose_labels
+    from sra_fast.training.checks import check_sampling
 
     if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
         raise ValueError("count, batch, columns, grid and scale must be at least 1")
@@ -119,10 +119,10 @@ def make_images(options: Options, model, path: str, labels, vae, device, progres
     """``(first, end)`` image numbers -> uint8 images, on this process's device."""
     import torch
 
-    from sra_fast.engine.cuda_graph import Graphed
-    from sra_fast.engine.generate import generate
-    from sra_fast.engine.report import to_uint8
-    from sra_fast.engine.vae import decode
+    from sra_fast.data.vae import decode
+    from sra_fast.plots.report import to_uint8
+    from sra_fast.sampling.generate import generate
+    from sra_fast.utils.cuda_graph import Graphed
 
     model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     vae = vae.to(device) if vae else None
@@ -158,8 +158,8 @@ def run(options: Options) -> dict | None:
     import torch
     from tqdm import tqdm
 
-    from sra_fast.engine.report import save_grid
-    from sra_fast.engine.sampling import join_parts, make_parts, num_parts, open_parts, open_pngs
+    from sra_fast.plots.report import save_grid
+    from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = (
@@ -198,7 +198,7 @@ def run(options: Options) -> dict | None:
 
 
 def main() -> None:
-    from sra_fast.engine.cli import make_parser, parse
+    from sra_fast.config.cli import make_parser, parse
 
     parser = make_parser(Options, "Sample images from a SiT or DiT.")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")

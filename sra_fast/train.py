@@ -11,9 +11,9 @@ sys.path[0] = str(
 
 
 def main() -> None:
-    from sra_fast.engine.cli import parse_train
-    from sra_fast.engine.distributed import init_distributed
-    from sra_fast.engine.run import prepare, run
+    from sra_fast.config.cli import parse_train
+    from sra_fast.training.run import prepare, run
+    from sra_fast.zero.process_group import init_distributed
 
     cfg, ds_json = parse_train()
     try:

@@ -11,7 +11,7 @@ sys.path[0] = str(
     Path(__file__).resolve().parents[1]
 )  # launched by path: import the checkout, not this folder
 
-from sra_fast.engine.config import DataConfig  # noqa: E402
+from sra_fast.config.schema import DataConfig  # noqa: E402
 
 
 @dataclass
@@ -49,10 +49,10 @@ def draw_maps(options: Options, out: Path) -> Path:
     """``pca.png``."""
     import torch
 
-    from sra_fast.engine import pca_maps
-    from sra_fast.engine.features import choose_layers, split
-    from sra_fast.engine.figures import plot_maps
-    from sra_fast.engine.load_model import load_model
+    from sra_fast.analysis import pca_maps
+    from sra_fast.analysis.features import choose_layers, split
+    from sra_fast.checkpoint.load_model import load_model
+    from sra_fast.plots.figures import plot_maps
 
     model, path = load_model(options.checkpoint, num_heads=options.num_heads)
     layers = choose_layers(options.layers, model.depth, most=7)
@@ -65,8 +65,8 @@ def draw_maps(options: Options, out: Path) -> Path:
 
 def draw_curves(options: Options, out: Path) -> Path:
     """``curves.png``."""
-    from sra_fast.engine.figures import plot_curves
-    from sra_fast.engine.metrics import read_rows
+    from sra_fast.plots.figures import plot_curves
+    from sra_fast.training.logger import read_rows
 
     runs = {folder: read_rows(Path(folder) / "stats.jsonl") for folder in options.runs}
     for folder, rows in runs.items():
@@ -80,7 +80,7 @@ def draw_curves(options: Options, out: Path) -> Path:
 
 def draw_samples(options: Options, out: Path) -> Path:
     """``samples.png``."""
-    from sra_fast.engine.figures import read_samples, save_samples
+    from sra_fast.plots.figures import read_samples, save_samples
 
     paths = [str(Path(p) / "samples.npz") if Path(p).is_dir() else p for p in options.samples]
     save_samples(
@@ -91,8 +91,8 @@ def draw_samples(options: Options, out: Path) -> Path:
 
 def run(options: Options) -> list[Path]:
     """Draw what is asked for; returns the files."""
-    from sra_fast.engine.features import check_times
-    from sra_fast.engine.files import make_folder, require
+    from sra_fast.analysis.features import check_times
+    from sra_fast.utils.files import make_folder, require
 
     asked = [
         (options.checkpoint, draw_maps),
@@ -112,7 +112,7 @@ def run(options: Options) -> list[Path]:
 
 
 def main() -> None:
-    from sra_fast.engine.cli import make_parser, parse
+    from sra_fast.config.cli import make_parser, parse
 
     parser = make_parser(
         Options, "Draw PCA maps of features, curves of runs and samples side by side."

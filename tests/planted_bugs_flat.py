@@ -9,7 +9,7 @@ T_ALIGN, T_NOISE, T_EMA, T_ADAMW = (
     f"tests/ops/test_{n}.py" for n in ("align_distance", "noise_pair", "ema_update", "adamw_ema")
 )
 T_CUDA = "tests/test_csrc.py"
-REPLICA, T_REPLICA = "sra_fast/engine/replica.py", "tests/engine/test_replica.py"
+REPLICA, T_REPLICA = "sra_fast/zero/teacher_weights.py", "tests/zero/test_teacher_weights.py"
 T_PIECES = "tests/ops/test_adamw_ema_pieces.py"
 
 BUGS = [

@@ -29,7 +29,7 @@ def modules_after(statement: str) -> set[str]:
 
 def test_sampling_does_not_need_deepspeed():
     assert "deepspeed" not in modules_after(
-        "import sra_fast.engine.load_model, sra_fast.engine.generate, sra_fast.engine.report"
+        "import sra_fast.checkpoint.load_model, sra_fast.sampling.generate, sra_fast.plots.report"
     )
 
 

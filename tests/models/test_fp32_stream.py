@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE
 from golden import relative_error
 
-from sra_fast.engine.cli import parse_train
+from sra_fast.config.cli import parse_train
 from sra_fast.models import Backbone, SiT
 from sra_fast.models.fp8 import use_fp8
 
@@ -96,7 +96,7 @@ def test_the_fp8_teacher_has_one_too():
 
 
 def test_the_option_reaches_both_networks(monkeypatch):
-    from sra_fast.engine import build
+    from sra_fast.training import trainer as build
 
     words = "--model.name SiT-S/8 --model.input_size 16 --model.depth 2 --align.student_layer 1 --align.teacher_layer 1"
     for residual, dtype in (("bf16", None), ("fp32", torch.float32)):

@@ -1,0 +1,1 @@
+"""Analyses of trained models: features, linear probes, PCA maps, studies."""

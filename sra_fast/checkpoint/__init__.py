@@ -1,0 +1,1 @@
+"""Read checkpoints, exports and weights of other projects, without a trainer."""

@@ -1,0 +1,1 @@
+"""Data sets, their order during training, and the preprocessing that makes them."""

@@ -1,0 +1,1 @@
+"""Diffusion processes, samplers, and the random numbers of a training step."""

@@ -1,0 +1,158 @@
+"""DiT's process: discrete Gaussian diffusion with noise prediction and learned variance.
+
+DDPM (arXiv 2006.11239) and its learned-range variance with the variational term (improved DDPM, arXiv 2102.09672).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sra_fast.diffusion.flow_matching import Noised
+
+NUM_TIMES = 1000
+
+
+class Schedule:
+    """Per-time constants of a chain with noise levels ``betas [N]`` (float64), named as in the DDPM paper.
+
+    ``alpha_bar``: fraction of signal power left; ``signal``, ``noise``: its root and that of the rest, in which float64
+    matters: 1 - alpha_bar starts at 1e-4; ``mean_*``, ``log_variance_min``: q(x_{t-1} | x_t, x_0), DDPM Eq. 7.
+    """
+
+    def __init__(self, betas: Tensor):
+        alpha_bar = (1 - betas).cumprod(0)
+        previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        self.alpha_bar = alpha_bar
+        self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self.signal_previous, self.noise_previous = previous.sqrt(), (1 - previous).sqrt()
+        self.mean_x0 = betas * previous.sqrt() / (1 - alpha_bar)
+        self.mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)
+        # the posterior variance is 0 at the first time: its logarithm takes the next one's, as in improved DDPM
+        variance = betas * (1 - previous) / (1 - alpha_bar)
+        clipped = torch.cat([variance[1:2], variance[1:]])
+        self.log_variance_min, self.log_variance_max = clipped.log(), betas.log()
+        self.constants = {}
+
+    def at(self, name: str, t: Tensor, dim: int = 4) -> Tensor:
+        """Constant ``name`` at integer times ``t [B]``, fp32, shaped to broadcast over ``dim`` dimensions."""
+        key = (name, t.device)
+        if key not in self.constants:
+            self.constants[key] = getattr(self, name).float().to(t.device)
+        return self.constants[key][t].view(-1, *[1] * (dim - 1))
+
+    def predict_x0(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """DDPM Eq. 4 solved for x_0."""
+        return (x - self.at("noise", t) * eps) / self.at("signal", t)
+
+    def posterior_mean(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.at("mean_x0", t) * x0 + self.at("mean_xt", t) * x
+
+    def log_variance(self, interpolation: Tensor, t: Tensor) -> Tensor:
+        """Improved DDPM Eq. 15: the network's output in [-1, 1] interpolates between the two bounds."""
+        fraction = (interpolation + 1) / 2
+        return fraction * self.at("log_variance_max", t) + (1 - fraction) * self.at(
+            "log_variance_min", t
+        )
+
+
+def linear_betas() -> Tensor:
+    """DDPM, Sec. 4: from 1e-4 to 0.02 over 1000 times."""
+    return torch.linspace(1e-4, 0.02, NUM_TIMES, dtype=torch.float64)
+
+
+def respaced(num_steps: int) -> tuple[list[int], Schedule]:
+    """``num_steps`` evenly spaced times of the full chain (both ends kept), and the chain through them.
+
+    Improved DDPM, Sec. 4: the shorter chain's betas follow from the full chain's alpha_bar.
+    """
+    if not 2 <= num_steps <= NUM_TIMES:
+        raise ValueError(
+            f"steps must lie in [2, {NUM_TIMES}] for a discrete chain, got {num_steps}"
+        )
+    stride = (NUM_TIMES - 1) / (num_steps - 1)
+    times = [round(i * stride) for i in range(num_steps)]
+    alpha_bar = (1 - linear_betas()).cumprod(0)[times]
+    return times, Schedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))
+
+
+def _gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
+    return 0.5 * (
+        log_var2
+        - log_var1
+        - 1
+        + (log_var1 - log_var2).exp()
+        + (mean1 - mean2).square() * (-log_var2).exp()
+    )
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation that the DDPM code line uses, so that published likelihoods compare."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _discrete_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-probability of ``x`` in [-1, 1] rounded to 1/127.5 under a Gaussian (DDPM Eq. 13)."""
+    centred, inverse = x - mean, (-log_scale).exp()
+    upper, lower = (
+        _normal_cdf(inverse * (centred + 1 / 255)),
+        _normal_cdf(inverse * (centred - 1 / 255)),
+    )
+    inside = (upper - lower).clamp(min=1e-12).log()
+    below, above = upper.clamp(min=1e-12).log(), (1 - lower).clamp(min=1e-12).log()
+    return torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
+
+
+class GaussianDiffusion:
+    """Times, noisy inputs and the losses of DiT.
+
+    Args:
+        t_max: the teacher is earlier by an integer gap in ``[0, int(1000 * t_max))``.
+        learn_sigma: the prediction carries C variance channels after its C noise channels.
+    """
+
+    def __init__(self, t_max: float = 0.2, learn_sigma: bool = True):
+        self.max_gap, self.learn_sigma = int(NUM_TIMES * t_max), learn_sigma
+        self.schedule = Schedule(linear_betas())
+
+    def times(self, uniform: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B]`` uniforms for the time and for the gap -> int64 student and teacher times ``[B]``."""
+        t = (uniform * NUM_TIMES).long().clamp(max=NUM_TIMES - 1)
+        return t, (t - (gap * self.max_gap).long()).clamp(1, NUM_TIMES - 1)
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
+        x0, noise = x0.float(), noise.float()
+        s = self.schedule
+        x, x_teacher = (
+            s.at("signal", time) * x0 + s.at("noise", time) * noise for time in (t, t_teacher)
+        )
+        return Noised(x, t, x_teacher, t_teacher, noise, x0)
+
+    def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
+        """``{"denoise": [B]}`` and, with ``learn_sigma``, ``{"vb": [B]}`` in bits per dimension, to be added unscaled."""
+        prediction = prediction.float()
+        if not self.learn_sigma:
+            return {
+                "denoise": F.mse_loss(prediction, noised.target, reduction="none")
+                .flatten(1)
+                .mean(1)
+            }
+        eps, interpolation = prediction.chunk(2, dim=1)
+        return {
+            "denoise": (eps - noised.target).square().flatten(1).mean(1),
+            # improved DDPM, Sec. 3.1: the variational term trains the variance only
+            "vb": self._variational_bound(eps.detach(), interpolation, noised),
+        }
+
+    def _variational_bound(self, eps: Tensor, interpolation: Tensor, noised: Noised) -> Tensor:
+        x, t, x0, s = noised.x, noised.t, noised.x0, self.schedule
+        true_mean = s.posterior_mean(x0, x, t)
+        mean, log_variance = (
+            s.posterior_mean(s.predict_x0(x, t, eps), x, t),
+            s.log_variance(interpolation, t),
+        )
+        kl = _gaussian_kl(true_mean, s.at("log_variance_min", t), mean, log_variance)
+        nll = -_discrete_log_likelihood(x0, mean, 0.5 * log_variance)
+        kl, nll = (term.flatten(1).mean(1) / math.log(2) for term in (kl, nll))
+        return torch.where(t == 0, nll, kl)

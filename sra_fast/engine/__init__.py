@@ -1,1 +1,0 @@
-"""The training engine: configuration, objective, data, DeepSpeed, sharded EMA, checkpoints, samplers, metrics, loop."""

@@ -1,0 +1,1 @@
+"""Scores of samples: FID and the rest of the ADM suite, and scores of generated digits."""

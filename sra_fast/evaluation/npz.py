@@ -1,0 +1,105 @@
+"""Images and statistics of the ADM suite's ``.npz`` files; images as a stream: 50 000 of 256x256 are 9.8 GB."""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from sra_fast.evaluation.scores import Gaussian
+
+MEMBER = "arr_0.npy"
+
+
+@contextmanager
+def _readable(path: str):
+    try:
+        yield
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no readable .npz file: {error}") from None
+
+
+def members(path: str) -> set[str]:
+    """Names of the arrays in an ``.npz``; ValueError if it is none."""
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+
+
+class NpzImages:
+    """``arr_0`` of an ``.npz``: uint8 ``[N, H, W, C]``, C order, one or three channels.
+
+    Attributes:
+        count: N.
+        shape: ``(H, W, C)``.
+
+    Raises:
+        ValueError: unreadable, or another array than that; while reading: damaged or cut off.
+    """
+
+    def __init__(self, path: str):
+        if "arr_0" not in members(path):
+            raise ValueError(f"{path} holds no images (arr_0), only {sorted(members(path))}")
+        self.path = path
+        with _readable(path), zipfile.ZipFile(path) as archive, archive.open(MEMBER) as f:
+            self.count, *self.shape = self._header(f)
+
+    def _header(self, f: BinaryIO) -> tuple[int, ...]:
+        """Reads up to the first pixel."""
+        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        try:
+            shape, fortran_order, dtype = readers[npy.read_magic(f)](f)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self.path}: arr_0 is no plain array: {error}") from None
+        if (
+            dtype != np.uint8
+            or len(shape) != 4
+            or shape[3] not in (1, 3)
+            or fortran_order
+            or 0 in shape
+        ):
+            order = " in Fortran order" if fortran_order else ""
+            raise ValueError(
+                f"{self.path}: arr_0 must be uint8 [N, H, W, 1 or 3], it is {dtype} {list(shape)}{order}"
+            )
+        return shape
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Writable uint8 ``[<= size, H, W, C]``, in order."""
+        with _readable(self.path), zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as f:
+            self._header(f)
+            for first in range(0, self.count, size):
+                images = np.empty((min(size, self.count - first), *self.shape), np.uint8)
+                if f.readinto(memoryview(images).cast("B")) != math.prod(images.shape):
+                    raise ValueError(f"{self.path}: arr_0 ends before its {self.count} images")
+                yield images
+
+
+def read_statistics(path: str) -> tuple[Gaussian | None, Gaussian | None]:
+    """Statistics that a reference batch brings along: of pool features (``mu sigma``), of spatial ones (``mu_s sigma_s``).
+
+    None where the file has none; ValueError for anything but finite real numbers ``[D]`` and ``[D, D]``.
+    """
+    held = members(path)
+    with _readable(path), np.load(path) as arrays:
+        return tuple(
+            _gaussian(path, arrays, mean, cov) if {mean, cov} <= held else None
+            for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
+        )
+
+
+def _gaussian(path: str, arrays, mean: str, cov: str) -> Gaussian:
+    try:
+        mu, sigma = (arrays[name].astype(np.float64, casting="same_kind") for name in (mean, cov))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {mean} and {cov} must be real numbers: {error}") from None
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: {mean} and {cov} must be finite, they are not")
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+        raise ValueError(
+            f"{path}: {mean} and {cov} must be [D] and [D, D], they are {[*mu.shape]} and {[*sigma.shape]}"
+        )
+    return Gaussian(mu, sigma)

@@ -1,0 +1,1 @@
+"""Pictures: loss curves, image grids, probe curves, PCA maps."""

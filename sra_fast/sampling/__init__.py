@@ -1,0 +1,1 @@
+"""Generate images with one or many processes."""

@@ -1,0 +1,1 @@
+"""The training run: plan, trainer, loop, saving, logging, monitoring."""

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of training: registries, atomic files, CUDA graphs."""

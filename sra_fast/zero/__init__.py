@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO: process group, configuration, optimizer step, sharded EMA, the teacher's weights."""

@@ -1,0 +1,288 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sra_fast.config.cli import load_config, parse_train, save_config
+from sra_fast.config.schema import Config
+from sra_fast.training.checks import check, check_device, split_batch
+from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PAPER = {  # student layer, teacher layer (SRA, Table of settings)
+    "SiT-B/2": (3, 8),
+    "SiT-L/2": (6, 16),
+    "SiT-XL/2": (8, 20),
+    "DiT-B/2": (3, 7),
+    "DiT-L/2": (6, 14),
+    "DiT-XL/2": (8, 16),
+}
+
+
+def parse(*args):
+    return parse_train(list(args))[0]
+
+
+def rejected(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        parse(*args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_valid(path):
+    check(parse("--config", str(path)))
+
+
+def test_there_is_a_config_for_every_run_of_the_paper():
+    found = {}
+    for path in CONFIGS.glob("?it_*.yaml"):
+        cfg = parse("--config", str(path))
+        found[cfg.model.name, cfg.model.input_size * 8] = cfg
+    assert set(found) == {(name, 256) for name in PAPER} | {("SiT-XL/2", 512)}
+    for (name, size), cfg in found.items():
+        assert (cfg.align.student_layer, cfg.align.teacher_layer) == PAPER[name]
+        assert cfg.align.weight == (0.2 if name.startswith("SiT") else 0.04)
+        assert (cfg.align.hold, cfg.align.decay) == ((99, 800) if size == 512 else (149, 1000))
+        assert (cfg.align.schedule, cfg.align.distance, cfg.align.beta, cfg.align.t_max) == (
+            "epochs",
+            "smooth_l1",
+            0.05,
+            0.2,
+        )
+        assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.clip, cfg.train.global_batch) == (
+            1e-4,
+            0,
+            1,
+            256,
+        )
+        assert cfg.train.ema_decay == 0.9999
+
+
+def test_command_line_wins_over_files_and_later_files_over_earlier(tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("optim:\n  lr: 0.5\nmodel:\n  depth: 3\n")
+    cfg = parse(
+        "--config", str(CONFIGS / "digits.yaml"), "--config", str(other), "--model.depth", "4"
+    )
+    assert (cfg.optim.lr, cfg.model.depth, cfg.model.input_size) == (0.5, 4, 8)
+
+
+def test_align_none_has_a_short_form(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text("align: none\n")
+    for args in (("--config", str(path)), ("--align", "none"), ("--align=none",)):
+        assert parse(*args).align.target == "none"
+
+
+def test_saved_config_reads_back(tmp_path):
+    cfg = parse(
+        "--config",
+        str(CONFIGS / "digits.yaml"),
+        "--align.schedule",
+        "milestones",
+        "--align.milestones",
+        "{5: 0.1}",
+    )
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--model.nam", "SiT-B/2"), "model.nam"),
+        (("--optim.lr", "fast"), "optim.lr"),
+        (("--align.distance", "l3"), "align.distance"),
+        (("--train.zero_stage", "4"), "zero_stage"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml"),
+    ],
+)
+def test_typos_and_wrong_types_are_one_message(capsys, args, message):
+    error = rejected(capsys, *args)
+    assert message in error and "Traceback" not in error
+
+
+def test_typo_in_a_file_is_named(capsys, tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("align:\n  studnt_layer: 3\n")
+    assert "studnt_layer" in rejected(capsys, "--config", str(path))
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    words = " ".join(capsys.readouterr().out.split())
+    for section, cls in Config.__dataclass_fields__.items():
+        for name in cls.default_factory().__dataclass_fields__:
+            entry = re.search(
+                rf"--{section}\.{name}\+? (?!\[ITEM,...\], --)\S+ ([^-].{{8,}}?) \((type|default)",
+                words,
+            )
+            assert entry and "--" not in entry[1], f"--help does not explain {section}.{name}"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--align.teacher_layer", "29"), "<= depth .28.*teacher_layer 29"),
+        (("--align.student_layer", "21"), "student_layer 21 and teacher_layer 20"),
+        (("--model.name", "SiT-H/2"), "expected a model name"),
+        (("--model.input_size", "33"), "multiple of patch_size 2, got 33"),
+        (("--model.name", "DiT-XL/2", "--diffusion.path", "cosine"), "DiT has neither"),
+        (("--sample.method", "ddim"), "sample.method for SiT"),
+        (("--model.class_dropout_prob", "0", "--sample.guidance", "2"), "class_dropout_prob > 0"),
+        (("--align.t_max", "1.5"), "t_max"),
+        (("--align.fraction", "0"), r"align.fraction must lie in \(0, 1\], got 0"),
+        (("--align.every", "0"), "align.every must be at least 1, got 0"),
+        (("--align.schedule", "milestones"), "milestones"),
+        (("--train.steps", "0"), "train.steps"),
+        (("--train.ema_decay", "1.1"), "ema_decay"),
+        (("--train.seed", str(2**64)), "train.seed must lie in"),
+        (("--optim.lr", "0"), "optim.lr and optim.eps must be positive"),
+        (("--optim.betas", "[1.0, 0.9]"), "optim.betas"),
+        (
+            ("--optim.warmup_steps", "-3"),
+            "optim.warmup_steps must not be negative nor infinite, got -3",
+        ),
+        (("--align.weight", "-0.2"), "must not be negative, got -0.2"),
+        (("--sample.steps", "0"), "sample.steps for SiT"),
+        (
+            ("--model.name", "DiT-XL/2", "--sample.steps", "2000"),
+            r"sample.steps for DiT must lie in \[2, 1000\]",
+        ),
+        (("--sample.guided_channels", "5"), r"sample.guided_channels must lie in \[0, 4\], got 5"),
+        (("--sample.interval", "[0.9, 0.1]"), "low <= high"),
+    ],
+)
+def test_impossible_configurations_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        check(parse(*args))
+
+
+def test_batch_must_divide():
+    cfg = parse("--train.global_batch", "10")
+    assert split_batch(cfg, 2) == (5, 1)
+    cfg.train.micro_batch = 1
+    assert split_batch(cfg, 2) == (1, 5)
+    with pytest.raises(ValueError, match="multiple of the 3 processes, got 10"):
+        split_batch(parse("--train.global_batch", "10"), 3)
+    cfg.train.micro_batch = 4
+    with pytest.raises(ValueError, match="multiple of micro_batch 4 x 2 processes, got 10"):
+        split_batch(cfg, 2)
+
+
+def merged(tmp_path, user, *args):
+    path = tmp_path / "ds.json"
+    path.write_text(user if isinstance(user, str) else json.dumps(user))
+    cfg = parse(*args)
+    return cfg, deepspeed_config(cfg, 256, 1, str(path), cuda=False)
+
+
+def test_deepspeed_json_wins_over_our_defaults(tmp_path):
+    user = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7},
+        "train_batch_size": "auto",
+        "comms_logger": {},
+    }
+    cfg, config = merged(tmp_path, user)
+    assert zero_stage(config, cfg) == 2
+    assert (
+        config["zero_optimization"]["reduce_bucket_size"] == 7 and config["train_batch_size"] == 256
+    )
+    assert (
+        config["bf16"] == {"enabled": True, "check_grad_overflow": False}
+        and "comms_logger" in config
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shipped_deepspeed_files_are_accepted(stage):
+    cfg = parse()
+    config = deepspeed_config(cfg, 256, 1, str(CONFIGS / f"deepspeed/zero{stage}.json"), cuda=False)
+    assert zero_stage(config, cfg) == stage
+
+
+@pytest.mark.parametrize("micro, overlap", [(256, False), (64, True)])
+def test_one_process_overlaps_nothing(micro, overlap):
+    """DeepSpeed then waits for the device after every backward."""
+    assert (
+        deepspeed_config(parse(), micro, 1, None, cuda=True)["zero_optimization"]["overlap_comm"]
+        == overlap
+    )
+
+
+@pytest.mark.parametrize(
+    "user, message",
+    [
+        ({"train_batch_size": 64}, "train_batch_size 64, the configuration gives 256"),
+        ({"gradient_clipping": 5.0}, "gradient_clipping"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is set by optim"),
+        ({"fp16": {"enabled": True}}, "set train.precision"),
+        ({"zero_optimization": {"stage": 4}}, "stage must be"),
+        ({"zero_optimization": 2}, "zero_optimization must be an object"),
+        ({"zero_optimization": {"stagee": 2}}, "unknown key zero_optimization.stagee"),
+        ({"zero_optimisation": {"stage": 2}}, "unknown keys .'zero_optimisation'"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm must be true"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "would go stale"),
+        ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "would go stale"),
+        ({"bf16": True}, "bf16 must be an object"),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "round_robin_gradients",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer",
+        ),
+        ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 9}}, "go stale"),
+        ("{", "is not JSON"),
+        ("[1]", "one JSON object"),
+    ],
+)
+def test_contradicting_deepspeed_json_is_named(tmp_path, user, message):
+    with pytest.raises(ValueError, match=message):
+        cfg, config = merged(tmp_path, user)
+        zero_stage(config, cfg)
+
+
+@pytest.mark.parametrize("name", ["align.teacher_graph", "align.teacher_stream", "train.compile"])
+def test_what_the_machine_or_the_stage_cannot_do_is_named(name):
+    cfg = parse(f"--{name}", "true")
+    check_device(cfg, 2, cuda=True)
+    with pytest.raises(ValueError, match=f"{name} needs a ZeRO stage below 3, got 3"):
+        check_device(cfg, 3, cuda=True)
+    if name != "train.compile":
+        with pytest.raises(ValueError, match=f"{name} needs a CUDA device"):
+            check_device(cfg, 2, cuda=False)
+
+
+def test_missing_deepspeed_json_is_named():
+    with pytest.raises(ValueError, match="cannot be read"):
+        deepspeed_config(parse(), 256, 1, "nowhere.json", cuda=False)
+
+
+def test_fp8_needs_widths_of_its_products_before_anything_is_built():
+    with pytest.raises(ValueError, match="multiple of 16, got 36"):
+        check_device(
+            parse(
+                "--align.teacher_dtype",
+                "fp8",
+                "--model.hidden_size",
+                "36",
+                "--model.num_heads",
+                "3",
+            ),
+            1,
+            cuda=False,
+        )
+
+
+@pytest.mark.parametrize("name", ["optim.lr", "optim.clip", "optim.weight_decay"])
+def test_infinite_numbers_of_a_file_are_named(tmp_path, name):
+    section, field = name.split(".")
+    (tmp_path / "inf.yaml").write_text(f"{section}:\n  {field}: .inf\n")
+    with pytest.raises(ValueError, match="infinite|finite"):
+        check(parse("--config", str(tmp_path / "inf.yaml")))

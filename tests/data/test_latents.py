@@ -1,0 +1,235 @@
+"""Packed latents: what is read is what was packed, whatever is wrong with a file is named."""
+
+import json
+import logging
+import pickle
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from toy_data import write_latents
+
+from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from sra_fast.data.dataset import ShuffledBatches, make_dataset, make_loader
+from sra_fast.data.latents import Latents, PackedLatents, open_latents
+from sra_fast.data.writer import Plan, execute
+
+
+def pack(root, dtype="float16", shard_size=7, count=23, vae=None) -> tuple[Latents, PackedLatents]:
+    """Moments in both layouts: shards of 7, 7, 7 and 2."""
+    write_latents(root / "files", count)
+    source = Latents(root / "files")
+    job = {
+        "version": 1,
+        "layout": "packed",
+        "source_sha256": source.fingerprint,
+        "num_images": count,
+        "num_classes": 3,
+        "shape": [*source.moments_shape],
+        "vae": vae,
+        "shard_size": shard_size,
+        "dtype": dtype,
+    }
+    assert execute(Plan(source, lambda moments: moments, job, root / "packed", batch=4, threads=2))
+    return source, PackedLatents(root / "packed")
+
+
+def config(path, **data):
+    return Config(
+        model=ModelConfig(name="SiT-S/2", input_size=4, num_classes=3),
+        train=TrainConfig(global_batch=4),
+        data=DataConfig(name="latents", path=str(path), **data),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_read_is_what_was_packed(tmp_path, dtype):
+    source, data = pack(tmp_path, dtype)
+    assert len(data) == 23 and data.shape == (4, 4, 4) and data.num_classes == 3
+    assert torch.equal(data.labels, source.labels) and data.labels.dtype == torch.int64
+    indices = [22, 0, 6, 7, 20, 21, 13, 0]  # out of order, at the ends of shards, twice
+    (moments, labels), (expected, same) = data.__getitems__(indices), source.__getitems__(indices)
+    assert moments.dtype == getattr(torch, dtype) and torch.equal(
+        moments, expected.to(moments.dtype)
+    )
+    assert torch.equal(labels, same)
+    noise = torch.randn(8, 4, 4, 4)
+    assert torch.equal(
+        data.to_latent(moments, noise),
+        (moments[:, :4].float() + moments[:, 4:].float() * noise) * 0.18215,
+    )
+
+
+def test_files_are_what_numpy_reads(tmp_path):
+    """No format of our own: shards are C-order .npy files, bf16 as its bits."""
+    source, _ = pack(tmp_path, "bfloat16")
+    shard = np.load(tmp_path / "packed/shards/00003.npy", mmap_mode="r")
+    assert shard.shape == (2, 8, 4, 4) and shard.dtype == np.uint16 and shard.flags.c_contiguous
+    bits = torch.from_numpy(shard.copy()).view(torch.bfloat16)
+    assert torch.equal(bits, source.__getitems__([21, 22])[0].bfloat16())
+
+
+def test_every_layout_is_found_by_itself(tmp_path):
+    pack(tmp_path)
+    assert isinstance(make_dataset(config(tmp_path / "files")), Latents)
+    assert isinstance(make_dataset(config(tmp_path / "packed")), PackedLatents)
+    (tmp_path / "packed/index.json").unlink()
+    with pytest.raises(ValueError, match="the preprocessing of .*packed is not finished"):
+        make_dataset(config(tmp_path / "packed"))
+
+
+def test_another_scale_than_the_vaes_is_said(tmp_path, caplog):
+    pack(tmp_path, vae={"sha256": "", "scaling_factor": 0.13025})
+    with caplog.at_level(logging.WARNING):
+        open_latents(tmp_path / "packed", 0.13025)
+        assert not caplog.records
+        open_latents(tmp_path / "packed", 0.18215)
+    assert (
+        "latent_scale is 0.18215, the scaling_factor of the VAE" in caplog.text
+        and "0.13025" in caplog.text
+    )
+
+
+def test_loader_processes_read_the_same(tmp_path):
+    data = pack(tmp_path)[1]
+    stream = ShuffledBatches(len(data), 0, 5, 1, 0, 1, 0, 9)
+    expected = [data.__getitems__(i) for i in stream]
+    for workers in (0, 2):
+        loaded = list(make_loader(PackedLatents(tmp_path / "packed"), stream, workers, cuda=False))
+        assert len(loaded) == 9
+        assert all(
+            torch.equal(a, b) and torch.equal(y, z)
+            for (a, y), (b, z) in zip(loaded, expected, strict=True)
+        )
+
+
+def test_a_loader_process_is_not_sent_the_shards(tmp_path):
+    data = pack(tmp_path, shard_size=20)[1]
+    data.__getitems__([0, 22])
+    state = data.__getstate__()
+    assert (
+        len(pickle.dumps({k: v for k, v in state.items() if not torch.is_tensor(v)}))
+        < 4000
+        < 20 * 8 * 16 * 2
+    )
+    copy = PackedLatents.__new__(PackedLatents)
+    copy.__dict__.update(state)
+    assert torch.equal(copy.__getitems__([22, 3])[0], data.__getitems__([22, 3])[0])
+
+
+def test_a_file_that_is_listed_but_not_there_is_named(tmp_path):
+    folder = write_latents(tmp_path, 6)
+    (folder / "00001/img-mean-std-00000003.npy").unlink()
+    with pytest.raises(
+        ValueError,
+        match="lists 1 files that are not there, the first is 00001/img-mean-std-00000003.npy",
+    ):
+        Latents(tmp_path)
+
+
+def damage(root, kind):
+    shard = root / "shards/00001.npy"
+    if kind == "missing":
+        shard.unlink()
+    if kind == "cut":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    if kind in ("no labels", "labels"):
+        labels = root / "labels.npy"
+        labels.unlink() if kind == "no labels" else labels.write_bytes(
+            labels.read_bytes()[:-1] + b"\1"
+        )
+    if kind == "all":
+        for file in (root / "shards").iterdir():
+            file.unlink()
+    index = json.loads((root / "index.json").read_text())
+    if kind == "version":
+        index["version"] = 2
+    if kind == "count":
+        index["num_images"] = 30
+    if kind == "classes":
+        index["num_classes"] = 2
+    (root / "index.json").write_text("{" if kind == "json" else json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("missing", "shards/00001.npy is missing. The command that made the folder mends it"),
+        ("cut", "shards/00001.npy has 1919 bytes instead of 1920"),
+        (
+            "all",
+            "shards/00000.npy is missing; shards/00001.npy is missing; shards/00002.npy is missing and 1 more",
+        ),
+        ("no labels", "labels.npy is missing"),
+        ("labels", "labels.npy was altered"),
+        ("json", "index.json is no index of packed latents"),
+        ("version", "version 1 was expected, got 2"),
+        ("count", "4 shards of 7 cannot hold 30 images"),
+        ("classes", "labels.npy must hold 23 labels in [0, 2)"),
+    ],
+)
+def test_damage_is_one_error_at_the_start(tmp_path, kind, message):
+    pack(tmp_path)
+    damage(tmp_path / "packed", kind)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_dataset(config(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_altered_shard_is_named_when_it_is_first_touched(tmp_path, workers):
+    pack(tmp_path)
+    shard = tmp_path / "packed/shards/00002.npy"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1  # one bit of one image
+    shard.write_bytes(content)
+    make_dataset(config(tmp_path / "packed")).__getitems__([20])  # unseen without the option
+    data = make_dataset(config(tmp_path / "packed", verify=True))
+    batches = [[0, 7], [21], [2, 15]]
+    loader = iter(
+        torch.utils.data.DataLoader(
+            data, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch
+        )
+    )
+    next(loader), next(loader)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{shard} was altered or cannot be read: its SHA-256")
+    ):
+        next(loader)
+    assert data.unchecked.tolist() == [False, False, True, False], (
+        "checked once, also when a loader process did it"
+    )
+
+
+def test_a_shard_that_vanishes_or_changes_shape_later_is_named(tmp_path):
+    data = pack(tmp_path)[1]
+    np.save(tmp_path / "packed/shards/00000.npy", np.zeros((7, 8, 4, 5), np.float16))
+    with pytest.raises(
+        ValueError, match=r"00000.npy must hold \(7, 8, 4, 4\) .* got \(7, 8, 4, 5\)"
+    ):
+        data.__getitems__([0])
+    (tmp_path / "packed/shards/00001.npy").unlink()
+    with pytest.raises(ValueError, match="00001.npy was altered or cannot be read: .*No such file"):
+        data.__getitems__([8])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch, packed):
+    """Two at once are a rare SystemError of CPython 3.11.7."""
+    data, load, inside, most = pack(tmp_path)[packed], np.load, [], []
+
+    def watched(*args, **kw):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return load(*args, **kw)
+
+    monkeypatch.setattr(np, "load", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: data.__getitems__([i]), range(len(data))))
+    assert max(most) == 1
+    # two threads may open one shard
+    assert len(most) >= len(data.entries) if packed else len(most) == len(data)

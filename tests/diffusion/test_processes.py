@@ -1,0 +1,107 @@
+"""Flow matching (SiT) and discrete diffusion (DiT) against the reference and against closed forms."""
+
+import math
+
+import pytest
+import torch
+from golden import Golden, assert_matches
+
+from sra_fast.diffusion.flow_matching import FlowMatching
+from sra_fast.diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    Schedule,
+    linear_betas,
+    respaced,
+)
+
+
+def test_sit_inputs_and_loss_match_reference():
+    golden = Golden("SiT")
+    process = FlowMatching()
+    noised = process.corrupt(golden["x0"], golden["noise"], golden["t"], golden["t_teacher"])
+    assert_matches(noised.x, golden["xt"])
+    assert_matches(noised.x_teacher, golden["xt_teacher"])
+    assert_matches(noised.target, golden["v_target"])
+    assert_matches(process.losses(golden["v_pred"], noised)["denoise"], golden["denoise_loss"])
+
+
+def test_dit_losses_match_reference():
+    golden = Golden("DiT")
+    process = GaussianDiffusion()
+    teacher = (golden["t"] - golden["gap"]).clamp(1, 999)
+    noised = process.corrupt(golden["x0"], golden["noise"], golden["t"], teacher)
+    losses = process.losses(golden["eps_and_var"], noised)
+    assert_matches(losses["denoise"], golden["mse"])
+    assert_matches(losses["vb"], golden["vb"])
+    assert_matches(losses["denoise"] + losses["vb"], golden["loss"])
+
+
+def test_variational_term_at_the_first_time_is_a_likelihood():
+    """t=0 is the decoder term: over all 256 pixel values of one dimension its probabilities add up to one."""
+    process = GaussianDiffusion()
+    x0 = torch.linspace(-1, 1, 256).view(256, 1, 1, 1)
+    t = torch.zeros(256, dtype=torch.int64)
+    noised = process.corrupt(x0, torch.zeros_like(x0), t, t)
+    noised.x = torch.full_like(x0, 0.3)  # one noisy value, every possible clean one
+    out = torch.zeros(256, 2, 1, 1)
+    bits = process.losses(out, noised)["vb"]
+    assert (2.0**-bits).sum().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_variational_term_trains_the_variance_only():
+    process = GaussianDiffusion()
+    x0, t = torch.randn(4, 2, 4, 4), torch.tensor([0, 10, 500, 999])
+    out = torch.randn(4, 4, 4, 4, requires_grad=True)
+    process.losses(out, process.corrupt(x0, torch.randn_like(x0), t, t))["vb"].sum().backward()
+    assert out.grad[:, :2].abs().max() == 0 and (out.grad[:, 2:].abs().amax((1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_velocity_is_the_time_derivative(path):
+    process = FlowMatching(path)
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 8, 1, 2, 2, dtype=torch.float64)
+    t = torch.rand(8, dtype=torch.float64) * 0.9 + 0.05
+    h = 1e-6
+    up, down = (process.corrupt(x0, noise, t + s, t).x for s in (h, -h))
+    assert_matches(process.corrupt(x0, noise, t, t).target, (up - down) / (2 * h), 1e-7)
+    ends = process.corrupt(x0, noise, torch.ones_like(t), torch.zeros_like(t))
+    assert_matches(ends.x, noise, 1e-12)
+    assert_matches(ends.x_teacher, x0, 1e-12)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_lognormal_times(path):
+    """The noise-to-data ratio is the exponential of a standard normal."""
+    u = (torch.arange(20000) + 0.5) / 20000
+    t, _ = FlowMatching(path, "lognormal").times(u, torch.zeros_like(u))
+    ratio = t / (1 - t) if path == "linear" else torch.tan(t * math.pi / 2)
+    log = ratio.double().log()
+    assert log.mean().item() == pytest.approx(0, abs=1e-3) and log.std().item() == pytest.approx(
+        1, abs=5e-3
+    )
+    assert FlowMatching(path, "lognormal").times(torch.zeros(1), torch.zeros(1))[0].item() == 0
+
+
+def test_teacher_is_earlier_by_at_most_t_max():
+    u, gap = torch.rand(1000), torch.rand(1000)
+    t, t_teacher = FlowMatching(t_max=0.2).times(u, gap)
+    assert torch.equal(t, u)
+    assert torch.equal(t_teacher, (u - 0.2 * gap).clamp(0, 1)) and t_teacher.min() == 0
+    t, t_teacher = GaussianDiffusion(t_max=0.2).times(u, gap)
+    assert (t.min() >= 0) and (t.max() <= 999) and t.dtype == torch.int64
+    assert (
+        (t_teacher >= 1).all()
+        and ((t - t_teacher)[t >= 200] < 200).all()
+        and ((t - t_teacher)[t >= 200] >= 0).all()
+    )
+    assert GaussianDiffusion(t_max=0.0).times(u, gap)[1].equal(t.clamp(min=1))
+
+
+def test_respaced_chain_keeps_the_noise_levels():
+    times, schedule = respaced(20)
+    assert times[0] == 0 and times[-1] == 999 and len(set(times)) == 20
+    assert_matches(schedule.alpha_bar, Schedule(linear_betas()).alpha_bar[times], 1e-12)
+    for bad in (0, 1001):
+        with pytest.raises(ValueError, match="steps must lie"):
+            respaced(bad)

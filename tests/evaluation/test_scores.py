@@ -1,0 +1,139 @@
+"""FID's distance, Inception score, precision and recall: against numpy, scipy, scikit-learn and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from sklearn.neighbors import NearestNeighbors
+
+from sra_fast.evaluation import scores
+from sra_fast.evaluation.scores import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    fit_gaussian,
+    frechet_distance,
+    precision_recall,
+)
+
+RNG = np.random.RandomState(0)
+
+
+def correlated(count: int, dim: int) -> np.ndarray:
+    return RNG.randn(count, dim) @ RNG.randn(dim, dim) + RNG.randn(dim)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_moments_in_parts_are_numpys(offset):
+    """Also far from the origin, where sums of squares lose every digit of the variance."""
+    rows = correlated(101, 7) + offset
+    moments = Moments()
+    for part in torch.from_numpy(rows).split([1, 40, 3, 57]):
+        moments.update(part)
+    assert moments.count == 101
+    np.testing.assert_allclose(moments.gaussian().mean, rows.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(moments.gaussian().cov, np.cov(rows.T), rtol=1e-8, atol=1e-8)
+
+
+def test_moments_are_double_whatever_comes():
+    rows = torch.tensor([[1.0, 0.0], [1.0 + 2**-7, 0.0]], dtype=torch.bfloat16)
+    moments = Moments()
+    moments.update(rows.repeat(500, 1))
+    assert moments.gaussian().mean[0] == 1 + 2**-8  # no bfloat16
+    assert moments.gaussian().cov[0, 0] == pytest.approx(2**-16 * 1000 / 999, rel=1e-12)
+
+
+def test_one_row_has_no_covariance():
+    with pytest.raises(ValueError, match="at least 2 rows, got 1"):
+        fit_gaussian(np.zeros((1, 3)))
+
+
+def test_frechet_distance_is_scipys():
+    a, b = correlated(400, 12), correlated(300, 12)
+    cross = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        np.cov(a.T) + np.cov(b.T) - 2 * cross
+    )
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(b)) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(fit_gaussian(b), fit_gaussian(a)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_known_gaussians():
+    a = correlated(5000, 3)
+    fit = fit_gaussian(a)
+    assert frechet_distance(fit, fit) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(fit, fit_gaussian(a + [1.0, 2.0, 0.0])) == pytest.approx(5, rel=1e-9)
+    tripled = Gaussian(fit.mean, 9 * fit.cov)
+    assert frechet_distance(fit, tripled) == pytest.approx(
+        4 * np.trace(fit.cov), rel=1e-9
+    )  # sum of (3s - s)^2
+    p, q = (Gaussian(np.zeros(3), np.diag(d)) for d in ([1.0, 4.0, 0.0], [9.0, 1.0, 25.0]))
+    assert frechet_distance(p, q) == pytest.approx(4 + 1 + 25, rel=1e-9)
+
+
+def test_frechet_distance_of_singular_covariances():
+    """Fewer images than features: scipy's root of the product can be complex or fail there."""
+    a = correlated(6, 40)
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(a)) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(a + 2)) == pytest.approx(4 * 40, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 12])
+def test_inception_score_per_split(batch):
+    logits = RNG.randn(12, 6) * 3
+    expected = []
+    for part in (logits[:5], logits[5:10], logits[10:]):
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        expected.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
+    score = InceptionScore(split=5)
+    for part in torch.from_numpy(logits).float().split(batch):
+        score.update(part)
+    assert score.compute() == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_inception_score_of_known_predictions():
+    certain, score = 1e4 * torch.eye(7).repeat(3, 1), InceptionScore()
+    score.update(certain)  # probabilities that are exactly 0 included
+    assert score.compute() == pytest.approx(7, rel=1e-9)
+    score = InceptionScore()
+    score.update(certain[:1].repeat(20, 1))
+    assert score.compute() == pytest.approx(1, rel=1e-9)
+
+
+@pytest.mark.parametrize("block, offset", [(scores.BLOCK, 0), (150, 0), (150, 1000)])
+def test_precision_and_recall_are_scikit_learns(monkeypatch, block, offset):
+    """In one piece, a few rows at a time, and far from the origin, where |a|^2 - 2ab + |b|^2 in fp32 says nothing."""
+    monkeypatch.setattr(scores, "BLOCK", block)
+    rng = np.random.RandomState(1)
+    real, fake = rng.randn(90, 5) + offset, rng.randn(70, 5) * 0.7 + 0.4 + offset
+    real, fake = (
+        real.astype(np.float32).astype(np.float64),
+        fake.astype(np.float32).astype(np.float64),
+    )
+
+    def share(points, centres):
+        radii = (
+            NearestNeighbors(n_neighbors=4, algorithm="brute")
+            .fit(centres)
+            .kneighbors(centres)[0][:, 3]
+        )
+        distances = np.linalg.norm(points[:, None] - centres[None], axis=2)
+        return (distances <= radii).any(1).mean()
+
+    expected = share(fake, real), share(real, fake)
+    assert expected[0] > expected[1] + 0.1, "the two are told apart"
+    assert precision_recall(
+        torch.from_numpy(real).float(), torch.from_numpy(fake).float()
+    ) == pytest.approx(expected, abs=1e-9)
+
+
+def test_precision_and_recall_of_known_sets():
+    torch.manual_seed(0)
+    cluster = torch.randn(200, 4)
+    both = torch.cat([cluster, cluster + 100])
+    assert precision_recall(cluster, cluster) == (1, 1)
+    assert precision_recall(cluster, cluster + 100) == (0, 0)
+    assert precision_recall(both, cluster) == (1, 0.5), "a dropped mode costs recall"
+    assert precision_recall(cluster, both) == (0.5, 1), "a made-up one costs precision"
+    with pytest.raises(ValueError, match="more than 3 images a side, got 200 and 3"):
+        precision_recall(cluster, cluster[:3])

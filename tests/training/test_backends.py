@@ -1,0 +1,40 @@
+"""A whole training step with the kernels, in Triton's interpreter, is the one with the references."""
+
+import pytest
+import torch
+from golden import assert_matches
+from zero_worker import tiny
+
+from sra_fast.data.dataset import make_dataset
+from sra_fast.training.loop import train
+from sra_fast.training.trainer import build
+from sra_fast.zero.process_group import init_distributed
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_cuda.py compares whole curves on a GPU"
+)
+
+
+def run(folder, stage, backend, monkeypatch, *args):
+    monkeypatch.setenv("SRA_FAST_BACKEND", backend)
+    small = "--model.patch_size 4 --train.global_batch 4 --train.steps 2 --train.save_every 100 --model.depth 3 --align.teacher_layer 2"
+    cfg = tiny(stage, "fp32", *small.split(), *args)
+    trainer = build(cfg, init_distributed())
+    (folder / backend).mkdir()
+    rows = train(trainer, make_dataset(cfg), folder / backend)
+    return (
+        [row["loss"] for row in rows],
+        trainer.shards.gather(trainer.shards.flats),
+        trainer.ema.full(),
+    )
+
+
+@pytest.mark.parametrize("stage, recompute", [(1, "none"), (1, "norm"), (3, "norm"), (3, "full")])
+def test_kernels_and_references_take_the_same_steps(tmp_path, monkeypatch, stage, recompute):
+    """Through ZeRO's gathered weights at stage 3, where a block's operators read those of several layers."""
+    ours = run(tmp_path, stage, "triton", monkeypatch, "--train.recompute", recompute)
+    theirs = run(tmp_path, stage, "torch", monkeypatch)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and len(set(ours[0])) == 2
+    for state, expected in zip(ours[1:], theirs[1:], strict=True):
+        for name, value in expected.items():
+            assert_matches(state[name], value, 1e-5)

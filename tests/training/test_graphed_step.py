@@ -1,0 +1,287 @@
+"""Forward and backward pass as one function of tensors, which a GPU replays as a graph: the training is the same to the bit."""
+
+import pytest
+import torch
+from zero_worker import tiny
+
+from sra_fast.data.dataset import ShuffledBatches, make_dataset, make_loader
+from sra_fast.training import saving
+from sra_fast.training import trainer as engine_build
+from sra_fast.training.checks import check_device
+from sra_fast.training.logger import Metrics
+from sra_fast.training.loop import optimizer_step, train
+from sra_fast.training.trainer import build, graphed_step
+from sra_fast.utils import cuda_graph
+from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
+from sra_fast.zero.process_group import init_distributed
+
+CUDA = torch.cuda.is_available()
+SAVE = saving.save
+ARGUMENTS = [
+    "",
+    "--train.micro_batch 8",
+    "--align none",
+    "--align.every 2 --align.fraction 0.5",
+    '--align.schedule milestones --align.milestones {"0":0.0,"2":0.4,"5":0.1} --train.micro_batch 12',
+    "--train.recompute full",
+    "--train.recompute norm --train.residual fp32",
+    "--model.name DiT-S/2 --align.weight 0.04",
+]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Nothing is saved, and attention's backward pass adds in one order."""
+    monkeypatch.setattr(saving, "save", lambda *args: None)
+    monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
+
+
+def run(folder, graphed, stage, precision, args):
+    """Logged rows and the masters, EMA and moments after six steps."""
+    cfg = tiny(stage, precision, "--train.graph", "false", *args.split())
+    trainer = build(cfg, init_distributed())
+    assert trainer.graphed is None
+    if graphed:
+        trainer.graphed = graphed_step(
+            trainer.engine.module, trainer.student, trainer.accumulation, graphs=CUDA
+        )
+    folder.mkdir()
+    rows = train(trainer, make_dataset(cfg), folder)
+    names = ("loss", "align", "denoise", "vb", "grad_norm", "student_norm", "teacher_norm")
+    logged = [{name: row[name] for name in names if name in row} for row in rows]
+    state = [
+        trainer.shards.flats,
+        trainer.ema.flats,
+        *(trainer.shards.state(name) for name in ("exp_avg", "exp_avg_sq")),
+    ]
+    state = [[t.clone() for t in tensors] for tensors in state]
+    trainer.engine.destroy()
+    return logged, state
+
+
+# the way of the gradients is what differs between stages
+CASES = [(1, "bf16", args) for args in ARGUMENTS]
+CASES += [
+    (stage, precision, args)
+    for stage, precision in ((2, "fp32"), (0, "bf16"), (0, "fp32"))
+    for args in ARGUMENTS[:2]
+]
+
+
+@pytest.mark.parametrize("stage, precision, args", CASES)
+def test_the_same_training(tmp_path, stage, precision, args):
+    eager, graphed = (
+        run(tmp_path / name, name == "graphed", stage, precision, args)
+        for name in ("eager", "graphed")
+    )
+    assert eager[0] == graphed[0] and len(eager[0]) == 6
+    for ours, theirs in zip(graphed[1], eager[1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def make(graphs=CUDA):
+    torch.manual_seed(0)
+    device = "cuda" if CUDA else "cpu"
+    layer = torch.nn.Linear(5, 3).to(device)
+    loss = lambda x, y: ((layer(x) - y).square().mean(), {"sum": layer(x).sum()})
+    batches = [
+        (torch.randn(4, 5, device=device), torch.randn(4, 3, device=device)) for _ in range(3)
+    ]
+    return layer, loss, batches, GraphedGradients(loss, layer.parameters(), graphs)
+
+
+def expected(layer, loss, batches):
+    layer.zero_grad()
+    for batch in batches:
+        value, output = loss(*batch)
+        value.backward()
+    return [p.grad.clone() for p in layer.parameters()], output["sum"].detach()
+
+
+def test_gradients_and_their_sum():
+    layer, loss, batches, graphed = make()
+    for _ in range(2):  # the second time everything has been captured
+        for count in (1, 3):
+            outputs = [
+                graphed(*batch, accumulate=i > 0)["sum"].clone()
+                for i, batch in enumerate(batches[:count])
+            ]
+            found = [p.grad.clone() for p in layer.parameters()]
+            wanted, last = expected(layer, loss, batches[:count])
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(outputs[-1], last)
+
+
+def test_gradients_keep_their_place_though_they_were_taken_away():
+    """The optimizer's table of addresses is made once."""
+    layer, _, batches, graphed = make()
+    places = []
+    x, y = batches[0]
+    for rows in (4, 2, 4):
+        graphed(x[:rows], y[:rows])
+        places.append([p.grad.data_ptr() for p in layer.parameters()])
+        layer.zero_grad(set_to_none=True)
+    assert places[0] == places[1] == places[2]
+    assert len(graphed.captured) == 2
+
+
+def test_shared_and_strided_gradients_become_tensors_of_their_own():
+    a, b, c = (torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3))
+    x = torch.randn(3, 4)
+    # the gradients of a and b are one tensor, that of c is expanded
+    graphed = GraphedGradients(
+        lambda x: (((a + b) * x).sum() + c.sum(), None), [a, b, c], graphs=False
+    )
+    graphed(x)
+    graphed(x, accumulate=True)
+    for p, wanted in ((a, 2 * x), (b, 2 * x), (c, torch.full_like(x, 2.0))):
+        assert p.grad.is_contiguous()
+        torch.testing.assert_close(p.grad, wanted)
+
+
+def test_memory_that_pytorch_does_not_count():
+    before = hidden_bytes()
+    if not CUDA:
+        make()[-1](*make()[2][0])
+        assert hidden_bytes() == before == 0
+        return
+    layer = torch.nn.Linear(1024, 1024, device="cuda")
+    x = torch.randn(2**14, 1024, device="cuda")
+    graphed = GraphedGradients(
+        lambda x: (layer(layer(x).relu()).square().mean(), None), layer.parameters()
+    )
+    graphed(x)
+    # two outputs of the layer, one of the activation, their gradients: at least four of 64 MiB at once
+    assert hidden_bytes() - before >= 4 * x.nbytes
+
+
+def test_who_may_ask_for_a_graph():
+    asked = lambda *args: tiny(1, "bf16", "--train.graph", "true", *args)
+    check_device(asked(), 2, cuda=True)
+    for found, stage, world, cuda, message in (
+        (asked(), 1, 1, False, "train.graph needs a CUDA device"),
+        (asked(), 3, 1, True, "one process and a ZeRO stage below 3, got 1 and 3"),
+        (asked(), 1, 2, True, "one process and a ZeRO stage below 3, got 2 and 1"),
+        (
+            asked("--optim.implementation", "torch"),
+            1,
+            1,
+            True,
+            "needs optim.implementation fused, got torch",
+        ),
+        (asked("--align.teacher_graph", "true"), 1, 1, True, "goes without align.teacher_graph"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_device(found, stage, cuda, world)
+
+
+@pytest.mark.parametrize(
+    "stage, precision",
+    [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")],
+)
+def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp_path):
+    """A capture would make the stream wait in which they were made: on a GPU "the legacy stream", and it fails.
+
+    DeepSpeed makes them when it is built, and again when it loads a checkpoint.
+    """
+    trainer = build(tiny(stage, precision, "--train.graph", "false"), init_distributed())
+    graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
+    SAVE(trainer, tmp_path, 0, 0)
+    for start in (lambda: None, lambda: saving.load(trainer, tmp_path / "step_00000000")):
+        start()
+        assert (held_accumulators(graphed.parameters) > 0) == (stage > 0), (
+            "else there is nothing to let go of"
+        )
+        graphed.let_go()
+        assert held_accumulators(graphed.parameters) == 0
+    # the check can tell: a view that autograd tracks holds one
+    view = graphed.parameters[0].view(-1)
+    assert held_accumulators(graphed.parameters) == 1 and view.grad_fn is not None
+    trainer.engine.destroy()
+
+
+@pytest.mark.parametrize("args, count", [
+    ("", 1), ("--align none", 1), ("--train.micro_batch 8", 2), ("--align.every 2", 2), ("--align.stop_at_step 3", 2),
+    ('--align.schedule milestones --align.milestones {"2":0.0} --train.micro_batch 12', 4),
+    ('--align.schedule milestones --align.milestones {"0":0.0,"3":0.4}', 2),
+    ('--align.schedule milestones --align.milestones {"0":0.1,"3":0.4}', 1),
+])  # fmt: skip
+def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
+    """Later a warm-up would need the memory of a step beside the graphs'."""
+    cfg = tiny(1, "bf16", *args.split())
+    trainer = build(cfg, init_distributed())
+    trainer.graphed = graphed_step(
+        trainer.engine.module, trainer.student, trainer.accumulation, graphs=False
+    )
+    made = []
+    prepare = trainer.graphed.prepare
+    monkeypatch.setattr(
+        trainer.graphed,
+        "prepare",
+        lambda calls: (prepare(calls), made.append(len(trainer.graphed.captured))),
+    )
+    data = make_dataset(cfg)
+    stream = ShuffledBatches(len(data), 0, trainer.micro, trainer.accumulation, 0, 1, 0, 6)
+    batches, metrics = (
+        iter(make_loader(data, stream, 0, False)),
+        Metrics(None, cfg, trainer.device, 1),
+    )
+    for step in range(6):
+        optimizer_step(trainer, batches, stream, data, step, metrics)
+    assert set(made) == {count}
+    trainer.engine.destroy()
+
+
+def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
+    layer, _, batches, _ = make(graphs=False)
+    log = []
+    loss = lambda x, y: ((layer(x) - y).square().mean(), None)
+    graphed = GraphedGradients(loss, layer.parameters(), let_go=lambda: log.append("let go"))
+    monkeypatch.setattr(cuda_graph, "warm_up", lambda fn: log.append("warm up"))
+    monkeypatch.setattr(
+        graphed, "capture", lambda fn: log.append(("capture", fn())) or (None, None)
+    )
+    (x, y), *_ = batches
+    graphed.prepare([((x, y), True), ((x, y), False), ((x[:2], y[:2]), False), ((x, y), False)])
+    # the accumulating one last: what it adds to is there
+    assert log == ["let go", *["warm up"] * 3, *[("capture", None)] * 3]
+    assert [accumulate for accumulate, _ in graphed.captured] == [False, False, True]
+    graphed.prepare([((x, y), True)])
+    assert len(log) == 7
+    view = layer.weight.view(-1)
+    with pytest.raises(RuntimeError, match="nodes of 1 parameters are held by something else"):
+        graphed.prepare([((x[:1], y[:1]), False)])
+    assert view.grad_fn is not None
+
+
+def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
+    trainer = build(tiny(1, "bf16"), init_distributed())
+    graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
+    obstacle = lambda **json: engine_build._graph_obstacle(
+        trainer.engine, 1, {**trainer.ds_config, **json}, graphed
+    )
+    assert obstacle() is None
+    assert obstacle(flops_profiler={"enabled": False}) is None
+    assert "flops_profiler of DeepSpeed's JSON" in obstacle(flops_profiler={"enabled": True})
+    assert "wall_clock_breakdown" in obstacle(wall_clock_breakdown=True)
+    assert "timers.throughput" in obstacle(timers={"throughput": {"enabled": True}})
+    view = graphed.parameters[0].view(-1)
+    assert "holds autograd's nodes of 1 parameters" in obstacle() and view.grad_fn is not None
+    monkeypatch.setattr(trainer.engine.optimizer.step, "alone", False)
+    assert "convert the gradients" in obstacle()
+    trainer.engine.destroy()
+
+
+def test_a_cpu_has_none():
+    assert CUDA or build(tiny(1, "bf16"), init_distributed()).graphed is None
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_one_gpu_has_a_graph_unless_it_cannot():
+    device = init_distributed()
+    for args, graph in (("", True), ("--train.graph false", False), ("--align.teacher_graph true", False),
+                        ("--optim.implementation torch", False)):  # fmt: skip
+        trainer = build(tiny(1, "bf16", *args.split()), device)
+        assert (trainer.graphed is not None) == graph, args
+        trainer.engine.destroy()

@@ -1,0 +1,189 @@
+"""No blocking host sync per step, rows with a lag, failure on a loss that is not finite."""
+
+import gc
+import json
+import math
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_config import config
+
+from sra_fast.data.dataset import make_dataset
+from sra_fast.training.logger import Metrics, peak_flops, read_rows, training_flops
+
+CPU = torch.device("cpu")
+SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
+
+
+def metrics(tmp_path, every=2, start=0):
+    return Metrics(tmp_path, config("--train.log_every", str(every)), CPU, 1, start)
+
+
+def test_flops_are_counted_by_layer():
+    plain, aligned = training_flops(config())
+    none, same = training_flops(config("--align", "none"))
+    assert plain == none == same
+    d, t = 32, 16
+    block = 2 * t * (12 * d * d) + 2 * 6 * d * d + 2 * 2 * t * t * d
+    head = 2 * t * 4 * d * d
+    deeper = training_flops(config("--align.teacher_layer", "4"))[1]
+    assert deeper - aligned == block
+    embed = plain / 3 - 4 * block - (2 * t * d * 4 + 2 * 2 * d * d)  # less the final layer
+    assert aligned == plain + 3 * head + embed + 3 * block
+
+
+def test_paper_flops():
+    """SiT-XL/2 at 256 px: 237.2 GFLOP forward, truncated teacher 169.4, head 2.7 (per image)."""
+    cfg = parse_train([])[0]
+    plain, aligned = training_flops(cfg)
+    assert plain / 3e9 == pytest.approx(237.2, rel=2e-3)
+    assert (aligned - plain) / 1e9 == pytest.approx(169.4 + 3 * 2.7, rel=5e-3)
+
+
+def test_flops_do_not_depend_on_the_backend(monkeypatch):
+    expected = training_flops(config())
+    monkeypatch.setenv("SRA_FAST_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert training_flops(config()) == expected
+
+
+def test_peak_table(monkeypatch):
+    assert peak_flops(CPU, "bf16") is None
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+    }
+    for name, rate in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=name: name)
+        assert peak_flops(torch.device("cuda"), "bf16") == rate
+        assert peak_flops(torch.device("cuda"), "fp32", tf32=True) == pytest.approx(
+            rate / 2, rel=2e-3
+        )
+        assert peak_flops(torch.device("cuda"), "fp32") is None
+    for unknown in ("Unheard-of 1", "NVIDIA L40", "NVIDIA A10G"):  # the last two begin like others
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=unknown: name)
+        assert peak_flops(torch.device("cuda"), "bf16") is None
+
+
+def test_rows_are_means_and_come_one_reading_late(tmp_path):
+    m = metrics(tmp_path)
+    rows = []
+    for step in range(1, 6):
+        m.add({"loss": torch.tensor(float(step))})
+        rows.append(m.step(step, {"lr": 0.1}))
+    # sent after steps 1, 2 and 4; each is read when the next one is on its way
+    assert [r and r["step"] for r in rows] == [None, 1, None, 2, None]
+    m.flush(5, {"lr": 0.1})
+    m.close()
+    written = read_rows(tmp_path / "stats.jsonl")
+    assert [(r["step"], r["loss"]) for r in written] == [(1, 1.0), (2, 2.0), (4, 3.5), (5, 5.0)]
+    assert all(
+        r["images_per_s"] > 0 and "mfu" not in r and "peak_memory_gib" not in r for r in written
+    )
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_resumed_log_drops_rows_beyond_the_checkpoint(tmp_path):
+    (tmp_path / "stats.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 1.0}) + "\n" for s in (2, 4, 6)) + '{"st'
+    )
+    m = metrics(tmp_path, start=4)
+    m.close()
+    assert [r["step"] for r in read_rows(tmp_path / "stats.jsonl")] == [2, 4]
+
+
+@pytest.mark.parametrize("name, value", [("loss", math.nan), ("grad_norm", math.inf)])
+def test_values_that_are_not_finite_stop_the_run(tmp_path, name, value):
+    m = metrics(tmp_path)
+    m.add({name: torch.tensor(value)})
+    m.step(1, {})
+    with pytest.raises(FloatingPointError, match=name):
+        m.flush(1, {})
+    assert read_rows(tmp_path / "stats.jsonl"), "the row that shows it is kept"
+
+
+@pytest.fixture
+def no_collection():
+    """Engines of earlier tests synchronise when they are collected."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize(
+    "stage, precision",
+    [(0, "fp32"), (0, "bf16"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")],
+)
+@pytest.mark.parametrize("optimizer", ["fused", "torch"])
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, optimizer):
+    """Every way of reading a tensor on the host, or of waiting for the device, is recorded, DeepSpeed's own included; steps
+    that log nothing have none."""
+    from deepspeed.accelerator import get_accelerator
+
+    if (stage, precision, optimizer) == (0, "bf16", "torch"):
+        pytest.skip("DeepSpeed's own step, which looks for overflow on the host")
+    from sra_fast.data.dataset import ShuffledBatches, make_loader
+    from sra_fast.training.loop import optimizer_step
+    from sra_fast.training.trainer import build
+    from sra_fast.zero.process_group import init_distributed
+
+    cfg = config(
+        "--train.zero_stage",
+        str(stage),
+        "--train.precision",
+        precision,
+        "--train.log_every",
+        "1000",
+        "--optim.implementation",
+        optimizer,
+    )
+    trainer, data = build(cfg, init_distributed()), make_dataset(cfg)
+    stream = ShuffledBatches(len(data), 0, 8, 1, 0, 1, 0, 6)
+    batches, m = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, trainer.device, 1)
+    reads = []
+    for name in SYNCS:
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, name=name, original=original, **kwargs):
+            reads.append((name, traceback.extract_stack(limit=12)))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    waits = []
+    monkeypatch.setattr(
+        type(get_accelerator()),
+        "synchronize",
+        lambda *a: waits.append(traceback.extract_stack(limit=3)),
+    )
+    for step in range(6):
+        reads.clear() if step == 2 else None  # the first steps allocate optimizer state
+        extra = optimizer_step(trainer, batches, stream, data, step, m)
+        m.step(step + 2, extra)
+    # AdamW reads its step counter, which lives on the host (torch's on CUDA: on the device, unread)
+    assert all(state["step"].device.type == "cpu" for state in trainer.shards.optimizer_states())
+    readers = [
+        [n, *(f"{Path(f.filename).name}:{f.name}" for f in s[-5:-1])]
+        for n, s in reads
+        if "torch/optim" not in s[-2].filename
+    ]
+    readers = [r for r in readers if (r[0], r[-1]) != ("__int__", "optimizer.py:update")]
+    if optimizer == "torch" and (
+        stage == 3 or (stage, precision) == (1, "fp32")
+    ):  # DeepSpeed itself looks at the norm, once a step
+        own = [
+            r
+            for r in readers
+            if r[-1] == "utils.py:is_invalid_grad_norm"
+            and r[-2] in ("stage3.py:step", "stage_1_and_2.py:step")
+        ]
+        assert len(own) == 4, readers
+        readers = [r for r in readers if r not in own]
+    assert not readers, readers[:4]
+    assert not waits, waits[0]
+    assert torch.tensor(1.0).item() == 1.0 and reads[-1][0] == "item", "the recorder works"

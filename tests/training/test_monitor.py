@@ -1,0 +1,129 @@
+"""Looking at the EMA during training: pictures and scores come out, and training does not notice."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_config import config
+
+from sra_fast.data.dataset import Digits, make_dataset
+from sra_fast.evaluation.extractors import Extractor
+from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
+from sra_fast.training import monitor as monitors
+from sra_fast.training.checks import check
+from sra_fast.training.loop import train
+from sra_fast.training.run import prepare
+from sra_fast.training.trainer import build
+from sra_fast.zero.process_group import init_distributed
+
+ARGS = (
+    "--train.steps",
+    "4",
+    "--train.log_every",
+    "1",
+    "--monitor.every",
+    "2",
+    "--monitor.count",
+    "12",
+    "--monitor.grid",
+    "7",
+    "--monitor.batch",
+    "5",
+    "--sample.method",
+    "euler",
+    "--sample.steps",
+    "2",
+    "--optim.lr",
+    "0.01",
+)
+
+
+def run(folder, *args, watched=True):
+    folder.mkdir()
+    cfg, device = config(*ARGS, *args), init_distributed()
+    trainer = build(cfg, device)
+    monitor = monitors.Monitor(cfg, device, folder) if watched else None
+    return [row["loss"] for row in train(trainer, make_dataset(cfg), folder, monitor=monitor)]
+
+
+def test_pictures_and_an_undisturbed_run(tmp_path):
+    assert run(tmp_path / "watched") == run(tmp_path / "alone", watched=False)
+    pictures = [Image.open(path) for path in sorted((tmp_path / "watched/samples").glob("*.png"))]
+    assert [p.filename[-12:] for p in pictures] == ["00000002.png", "00000004.png"]
+    assert pictures[0].size == (4 * 10 * 9, 4 * 9) and not np.array_equal(
+        *map(np.asarray, pictures)
+    ), "the EMA has moved"
+    rows = [
+        json.loads(line) for line in (tmp_path / "watched/samples.jsonl").read_text().splitlines()
+    ]
+    assert rows == [{"step": 2, "images": 12}, {"step": 4, "images": 12}]
+    assert not (tmp_path / "alone/samples").exists()
+
+
+def test_distance_to_a_reference(tmp_path, monkeypatch):
+    """The logged FID is that of the pictures' own features; here their pixels, against those of the digits."""
+    seen = []
+
+    def pixels(images):
+        seen.append(images.flatten(1)[:, ::4].float())
+        return seen[-1]
+
+    monkeypatch.setattr(
+        monitors, "inception_extractor", lambda path, device: Extractor("pixels", pixels, device)
+    )
+    digits = ((Digits().images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "digits.npz", arr_0=digits)
+    (tmp_path / "weights").write_text("")
+    run(
+        tmp_path / "run",
+        "--monitor.reference",
+        str(tmp_path / "digits.npz"),
+        "--monitor.inception",
+        str(tmp_path / "weights"),
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    reference = fit_gaussian(digits.reshape(len(digits), -1)[:, ::4].astype(np.float32))
+    samples = torch.cat([part for part in seen if len(part) in (5, 2)][-3:])
+    assert len(samples) == 12 and rows[-1]["fid"] == pytest.approx(
+        frechet_distance(fit_gaussian(samples.numpy()), reference), rel=1e-5
+    )
+
+
+def test_scores_that_are_made_again_are_not_there_twice(tmp_path):
+    """Nor does a line that a killed process cut short hide those after it."""
+    (tmp_path / "samples.jsonl").write_text(
+        '{"step": 2, "images": 12}\n{"step": 4, "images": 12}\n{"step": 6, "im'
+    )
+    cfg, device = config(*ARGS), init_distributed()
+    monitors.Monitor(cfg, device, tmp_path).look(build(cfg, device), 4)
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()
+    ] == [2, 4]
+
+
+def test_every_process_needs_an_image(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    cfg = config(
+        *ARGS, "--monitor.count", "3", "--train.global_batch", "8", "--train.out", str(tmp_path)
+    )
+    with pytest.raises(
+        ValueError, match="monitor.count must be at least 1 for each of the 4 processes, got 3"
+    ):
+        prepare(cfg, None)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--monitor.every", "-1"), "monitor.every must not be negative"),
+        (("--monitor.count", "1"), "monitor.count must be at least 2, got 1"),
+        (("--model.in_channels", "4"), "needs monitor.vae to decode latents of 4 channels"),
+        (("--monitor.reference", "x"), "reference and monitor.inception go together"),
+        (("--monitor.reference", "x", "--monitor.inception", "y"), "there is no x"),
+    ],
+)
+def test_what_a_monitor_lacks_is_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        check(config(*ARGS, *args))

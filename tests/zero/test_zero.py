@@ -1,0 +1,293 @@
+"""Sharded EMA, teacher, resume and export in every ZeRO stage and precision, on one and on two processes, on the CPU."""
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden import assert_matches, relative_error
+from PIL import Image
+from zero_worker import CASES, FP8, STEPS, VARIANTS, tiny
+
+from sra_fast.alignment.objective import SRAObjective, align_weight, make_process
+from sra_fast.checkpoint import reading
+from sra_fast.checkpoint.load_model import load_model
+from sra_fast.data.dataset import ShuffledBatches, make_dataset
+from sra_fast.diffusion.draws import draw
+from sra_fast.training.loop import warm_up
+
+HERE = Path(__file__).parents[1]
+NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
+STEADY = [name for name in FP8 if "moving" not in name]
+WORLDS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """``results[world]``: folder with the outcomes of ``zero_worker.py`` on that many processes."""
+    folders = {}
+    for world in WORLDS:
+        folders[world] = tmp_path_factory.mktemp(f"world{world}")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={world}",
+        ]
+        done = subprocess.run(
+            [*command, str(HERE / "zero_worker.py"), str(folders[world])],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        last = (
+            folders[world] / f"imported_3.rank{world - 1}.pt"
+        )  # a launcher may abort after everything is done
+        assert last.exists(), done.stderr[-4000:]
+    return folders
+
+
+def read(results, world, name, rank=0):
+    return torch.load(results[world] / f"{name}.rank{rank}.pt", weights_only=True)
+
+
+def independent_run(*args):
+    """The same training in plain PyTorch: one process, one batch, no DeepSpeed, a whole fp32 EMA model beside it."""
+    cfg = tiny(1, "fp32", *args)
+    data, process = make_dataset(cfg), make_process(cfg)
+    torch.manual_seed(cfg.train.seed)
+    student = cfg.model.build()
+    ema, teacher = cfg.model.build().eval(), cfg.model.build_teacher(cfg.align.teacher_layer).eval()
+    ema.load_state_dict(student.state_dict())
+    model = SRAObjective(student, teacher, process, cfg.align).train()
+    optimizer = torch.optim.AdamW(
+        student.parameters(), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay
+    )
+    batches, losses = ShuffledBatches(len(data), 0, 24, 1, 0, 1, 0, STEPS), []
+    for step, indices in enumerate(batches):
+        teacher.load_state_dict(
+            {k: v for k, v in ema.state_dict().items() if k in teacher.state_dict()}
+        )
+        x0, y = data.__getitems__(indices)
+        d = draw(
+            0,
+            step,
+            0,
+            x0.shape,
+            torch.device("cpu"),
+            drop_prob=cfg.model.class_dropout_prob,
+            posterior=False,
+        )
+        optimizer.zero_grad()
+        loss, _ = model(
+            x0,
+            y,
+            d.noise,
+            process.times(d.uniform, d.gap),
+            d.drop,
+            align_weight(cfg.align, step, 0),
+        )
+        loss.backward()
+        if cfg.optim.clip:
+            torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.clip)
+        optimizer.param_groups[0]["lr"] = 0.003 * warm_up(step, cfg.optim.warmup_steps)
+        optimizer.step()
+        for old, new in zip(ema.parameters(), student.parameters(), strict=True):
+            old.data.mul_(0.9).add_(new.data, alpha=0.1)
+        losses.append(loss.item())
+    return dict(student.named_parameters()), dict(ema.named_parameters()), losses
+
+
+@pytest.fixture(scope="module")
+def independent():
+    return functools.cache(independent_run)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [*(n for n in NAMES if n.startswith("fp32")), *VARIANTS])
+def test_fp32_is_the_independent_run(results, independent, world, name):
+    """Weights, EMA and losses of every stage, process count and variant against PyTorch alone."""
+    # with accumulation, too: the independent run sees one batch
+    weights, ema, losses = independent(*VARIANTS.get(name, (0, ""))[1].format(micro=24).split())
+    ours = read(results, world, name)["whole"]
+    for key in weights:
+        assert_matches(ours["master"][key], weights[key].data, 1e-5)
+        assert_matches(ours["ema"][key], ema[key].data, 1e-5)
+    assert ours["loss"] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_masters_start_in_full_precision(results, world, name):
+    """The fp32 initialisation, bit for bit: DeepSpeed alone would start bf16 runs from rounded weights."""
+    torch.manual_seed(0)
+    initial = dict(tiny(1, "fp32").model.build().named_parameters())
+    ours = read(results, world, name)["whole"]["initial"]
+    assert all(torch.equal(ours[key], value.data) for key, value in initial.items())
+
+
+@pytest.mark.parametrize("steps, expected", [(0, [1.0, 1.0]), (4, [0.25, 0.5, 0.75, 1.0, 1.0])])
+def test_warm_up_is_linear(steps, expected):
+    assert [warm_up(step, steps) for step in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ema_is_the_average_of_the_masters(results, world, name):
+    """Recomputed from whole masters each step: catches an EMA that mixes up parameters or averages rounded weights."""
+    ours = read(results, world, name)["whole"]
+    assert ours["ema"].keys() == ours["watched_ema"].keys()
+    for key, expected in ours["watched_ema"].items():
+        assert relative_error(ours["ema"][key], expected) <= 1e-6, key
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_teacher_is_the_ema_on_every_rank(results, world, name):
+    dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+    for rank in range(world):
+        ours = read(results, world, name, rank)["whole"]
+        assert len(ours["teacher"]) == 7 + 3 * 10 and not any(
+            k.startswith(("ap_head", "final_layer", "blocks.3")) for k in ours["teacher"]
+        )
+        for key, value in ours["teacher"].items():
+            assert torch.equal(value, ours["ema"][key].to(dtype).float()), key
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", STEADY)
+def test_fp8_teacher_is_the_ema_rounded_on_every_rank(results, world, name):
+    both = [read(results, world, name, rank)["whole"] for rank in range(world)]
+    teacher, ema = both[0]["teacher"], both[0]["ema"]
+    assert all(
+        torch.equal(other["teacher"][key], value)
+        for other in both
+        for key, value in teacher.items()
+    )
+    scaled = [key.removesuffix("_scale") for key in teacher if key.endswith("_scale")]
+    assert len(scaled) == 9 and len(teacher) == 7 + 3 * 10 + 9
+    for key in set(ema) & set(teacher):
+        value = teacher[key]
+        if key not in scaled:
+            assert torch.equal(value, ema[key].bfloat16().float()), key
+            continue
+        scale = teacher[key + "_scale"]
+        assert 32 < value.abs().max() <= 256, "the range of e4m3 is used, with room left"
+        assert (
+            (value * scale - ema[key]).abs() <= 2**-4 * ema[key].abs() + 2**-10 * scale
+        ).all(), key
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_fp8_teachers_agree(results, world):
+    """Losses: of the stages and optimizers to rounding, and close to those of a bf16 teacher."""
+    losses = [
+        read(results, world, name)["whole"]["loss"]
+        for name in ("bf16_1", "fp8_0", "fp8_1", "fp8_torch_0", "fp8_torch_1")
+    ]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=5e-3) and other != losses[0]
+        assert other == pytest.approx(losses[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ema_is_sharded(results, name):
+    """Each of two ranks holds half of the EMA (plus padding), none of it twice; stage 0 shards nothing."""
+    total = 4 * sum(v.numel() for v in read(results, 1, name)["whole"]["ema"].values())
+    if name.endswith("0"):
+        total *= 2
+    held = [read(results, 2, name, rank)["whole"]["ema_bytes"] for rank in range(2)]
+    assert total <= sum(held) <= 1.05 * total and max(held) <= 0.55 * total
+
+
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *STEADY])
+def test_two_processes_give_the_losses_of_one(results, name):
+    one, two = (read(results, world, name)["whole"] for world in WORLDS)
+    tolerance = 2e-3 if name.startswith("bf16") or name in FP8 else 1e-5
+    assert len(one["loss"]) == STEPS
+    assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
+
+
+def test_two_processes_share_the_samples_of_one(results):
+    pictures = [
+        np.asarray(Image.open(results[w] / "monitored/samples/step_00000006.png")).astype(int)
+        for w in WORLDS
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1 and len(np.unique(pictures[0])) > 20
+
+
+def test_accumulation_gives_the_losses_of_one_batch(results):
+    one, four = (read(results, 1, name)["whole"] for name in ("fp32_1", "accumulated"))
+    assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_stages_agree(results, world):
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-3)):
+        losses = [
+            read(results, world, f"{precision}_{stage}")["whole"]["loss"] for stage in range(4)
+        ]
+        for other in losses[1:]:
+            assert other == pytest.approx(losses[0], rel=tolerance)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *FP8])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
+    for rank in range(world):
+        both = read(results, world, name, rank)
+        whole, resumed = both["whole"], both["resumed"]
+        parts = {"master", "ema", "teacher", "exp_avg", "exp_avg_sq"}
+        # after the stop nothing reads the teacher, and only loading still refreshes it
+        for part in parts - ({"teacher"} if name == "stopped_alignment" else set()):
+            for key, value in whole[part].items():
+                assert torch.equal(resumed[part][key], value), (part, key)
+        first = {"fp8_moving": 2, "fp8_moving_every": 4}.get(name, STEPS // 2)
+        assert resumed["loss"] == whole["loss"][first:]
+        assert resumed["grad_norm"] == whole["grad_norm"][first:]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_hold_the_run(results, world, name):
+    ours = read(results, world, name)["resumed"]
+    held = reading.read_reference(str(results[world] / f"{name}.reference.pt"))
+    assert set(held) == {"model", "ema", "opt", "args", "epoch", "steps"}
+    assert isinstance(held["args"], argparse.Namespace) and held["steps"] == STEPS
+    model, path = load_model(str(results[world] / f"{name}.safetensors"))
+    assert path == "linear"
+    for key, value in ours["ema"].items():
+        assert torch.equal(held["ema"][key], value) and torch.equal(model.state_dict()[key], value)
+        assert torch.equal(held["model"][key], ours["master"][key])
+    student = tiny(1, "fp32").model.build()
+    student.load_state_dict(held["model"], strict=True)
+    # the reference's parameter list begins with its position embedding
+    parameters = [torch.nn.Parameter(student.pos_embed, requires_grad=False), *student.parameters()]
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.load_state_dict(held["opt"])
+    for key, p in student.named_parameters():
+        assert torch.equal(optimizer.state[p]["exp_avg"], ours["exp_avg"][key])
+        assert optimizer.state[p]["step"] == STEPS
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_reference_checkpoint_imports_whole(results, world, stage):
+    source, ours = (
+        read(results, world, "fp32_1")["resumed"],
+        read(results, world, f"imported_{stage}"),
+    )
+    assert ours["step"] == STEPS
+    for part in ("master", "ema", "exp_avg", "exp_avg_sq"):
+        for key, value in source[part].items():
+            assert torch.equal(ours[part][key], value), (part, key)
+    for key, value in ours["teacher"].items():
+        assert torch.equal(value, source["ema"][key])

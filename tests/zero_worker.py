@@ -1,0 +1,207 @@
+"""Runs under torchrun: trains a tiny SiT in every ZeRO stage and precision, interrupts and resumes, and saves what came out.
+
+Usage: zero_worker.py OUT_FOLDER.  One launch covers all cases, because a launch costs more than the training.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from sra_fast.checkpoint import reading  # noqa: E402
+from sra_fast.config.cli import parse_train  # noqa: E402
+from sra_fast.data.dataset import make_dataset  # noqa: E402
+from sra_fast.training import saving  # noqa: E402
+from sra_fast.training.loop import train  # noqa: E402
+from sra_fast.training.monitor import Monitor  # noqa: E402
+from sra_fast.training.trainer import build  # noqa: E402
+from sra_fast.zero.process_group import init_distributed  # noqa: E402
+
+STEPS, HALF = 6, 3
+# further configurations, each with the ZeRO stage it runs in; {micro} accumulates four micro-batches
+VARIANTS = {
+    "accumulated": (1, "--train.micro_batch {micro}"),
+    "accumulated_decay_clip": (
+        2,
+        "--train.micro_batch {micro} --optim.weight_decay 0.5 --optim.clip 0.05",
+    ),
+    "accumulated_no_clip": (
+        3,
+        "--train.micro_batch {micro} --optim.clip 0 --optim.weight_decay 0.1",
+    ),
+    "plain": (2, "--align none"),
+    "late_alignment": (
+        1,
+        '--align.schedule milestones --align.milestones {{"0":0.0,"2":0.4,"5":0.1}}',
+    ),
+    "stopped_alignment": (3, "--align.stop_at_step 2"),
+    "cosine_warmup": (
+        0,
+        "--diffusion.path cosine --diffusion.time lognormal --align.distance cosine_patch --optim.warmup_steps 4",
+    ),
+    "no_null_class": (2, "--model.class_dropout_prob 0 --align.teacher_layer 4 --optim.clip 0.1"),
+    "torch_adamw_0": (0, "--optim.implementation torch --optim.clip 0.1"),
+    "torch_adamw_1": (1, "--optim.implementation torch --optim.clip 0.1"),
+    "torch_adamw_2": (2, "--optim.implementation torch --train.micro_batch {micro}"),
+    "torch_adamw_3": (3, "--optim.implementation torch"),
+    "fraction_every": (2, "--align.fraction 0.3333333 --align.every 2 --train.micro_batch {micro}"),
+    "compiled": (1, "--train.compile true --train.recompute norm"),
+    "recompute_norm": (2, "--train.recompute norm"),  # after stage 3 has run in this process
+    "recompute_full": (3, "--train.recompute full"),
+    "monitored": (2, "--monitor.every 3 --monitor.count 5 --sample.steps 2"),
+    "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
+}
+FP8 = {  # in bf16
+    "fp8_0": (0, "--align.teacher_dtype fp8"),
+    "fp8_1": (1, "--align.teacher_dtype fp8"),
+    "fp8_2": (2, "--align.teacher_dtype fp8 --align.every 2 --train.micro_batch {micro}"),
+    "fp8_torch_0": (0, "--align.teacher_dtype fp8 --optim.implementation torch"),
+    "fp8_torch_1": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
+    # so large steps that scales change with each, resumed where those in use are not what the EMA would give
+    "fp8_moving": (
+        1,
+        "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 2",
+    ),
+    "fp8_moving_every": (
+        2,
+        "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 4 --align.every 3",
+    ),
+}
+CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+
+
+def tiny(stage: int, precision: str, *args: str):
+    """Four blocks of width 32 on digits.
+
+    AdamW's eps is 1e-5: at 1e-8 it blows up the rounding noise of gradients that are zero (the bias of the keys), and two
+    correct programs differ by 1e-4 after six steps.
+    """
+    base = (
+        "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 32 "
+        "--model.depth 4 --model.num_heads 2 --align.student_layer 2 --align.teacher_layer 3 --align.weight 0.2 "
+        f"--data.name digits --optim.lr 0.003 --optim.eps 1e-5 --train.steps {STEPS} --train.save_every {HALF} --train.global_batch 24 "
+        f"--train.log_every 1 --train.ema_decay 0.9 --train.zero_stage {stage} --train.precision {precision}"
+    )
+    return parse_train([*base.split(), *args])[0]
+
+
+def gathered_teacher(trainer) -> dict:
+    """The teacher's weights as this rank's forward sees them."""
+    import deepspeed
+
+    teacher = trainer.engine.module.teacher
+    parameters = dict(teacher.named_parameters()) if teacher else {}
+    scales = (
+        {
+            f"{name}.weight_scale": m.weight_scale
+            for name, m in teacher.named_modules()
+            if hasattr(m, "weight_scale")
+        }
+        if teacher
+        else {}
+    )
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=trainer.stage == 3):
+        return {name: p.detach().float().clone() for name, p in {**parameters, **scales}.items()}
+
+
+def whole_masters(trainer) -> dict:
+    """Every fp32 master in whole, by DeepSpeed's public accessor where there is one (ZeRO 1-3)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    named, optimizer = dict(trainer.student.named_parameters()), trainer.engine.optimizer
+    if trainer.stage:
+        return {
+            name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()
+        }
+    masters = {id(p): p for p in named.values()}
+    for params, group in zip(
+        getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True
+    ):
+        masters.update({id(p): master for p, master in zip(params, group, strict=True)})
+    return {name: masters[id(p)].detach().cpu().clone() for name, p in named.items()}
+
+
+def watch_ema(trainer) -> dict:
+    """Recompute the EMA of every whole parameter from whole masters, beside the sharded one."""
+    ema = whole_masters(trainer)
+    update, decay = trainer.ema.update, trainer.cfg.train.ema_decay
+
+    def update_both():
+        update()
+        for name, master in whole_masters(trainer).items():
+            ema[name] = decay * ema[name] + (1 - decay) * master
+
+    trainer.ema.update = update_both
+    return ema
+
+
+def outcome(trainer, rows) -> dict:
+    shards = trainer.shards
+    moments = {key: shards.gather(shards.state(key)) for key in ("exp_avg", "exp_avg_sq")}
+    return {
+        "master": shards.gather(shards.flats),
+        "ema": trainer.ema.full(),
+        "teacher": gathered_teacher(trainer),
+        "ema_bytes": sum(flat.numel() * flat.element_size() for flat in trainer.ema.flats),
+        "loss": [row["loss"] for row in rows],
+        "grad_norm": [row["grad_norm"] for row in rows],
+        **moments,
+    }
+
+
+def run_case(out: Path, name: str, device, stage: int, precision: str, *args: str) -> None:
+    """Uninterrupted run; then one that is resumed from its middle; their outcomes go to ``out``."""
+    cfg = tiny(stage, precision, *args)
+    data, folder = make_dataset(cfg), out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = build(cfg, device)
+    initial, watched = whole_masters(trainer), watch_ema(trainer)
+    monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
+    whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
+    whole["watched_ema"], whole["initial"] = watched, initial
+    resumed = build(cfg, device)
+    first = cfg.train.save_every
+    start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
+    assert start == first
+    second = outcome(resumed, train(resumed, data, folder, start))
+    saving.export_reference(resumed, out / f"{name}.reference.pt", STEPS, 0)
+    saving.export_safetensors(resumed, out / f"{name}.safetensors", STEPS)
+    torch.save({"whole": whole, "resumed": second}, out / f"{name}.rank{dist.get_rank()}.pt")
+    dist.barrier()
+
+
+def start_from_reference(out: Path, device) -> None:
+    """Import the .pt that stage 1 wrote: weights, EMA and optimizer state must be what was exported."""
+    held = reading.read_weights(str(out / "fp32_1.reference.pt"))
+    for stage in (0, 1, 2, 3):
+        trainer = build(tiny(stage, "fp32"), device, weights=held["model"])
+        step = saving.start_from(trainer, held)
+        torch.save(
+            {"step": step, **outcome(trainer, [])},
+            out / f"imported_{stage}.rank{dist.get_rank()}.pt",
+        )
+    dist.barrier()
+
+
+def main() -> None:
+    out, device = Path(sys.argv[1]), init_distributed()
+    for stage, precision in CASES:
+        run_case(out, f"{precision}_{stage}", device, stage, precision)
+    for name, (stage, args) in {**VARIANTS, **FP8}.items():
+        run_case(
+            out,
+            name,
+            device,
+            stage,
+            "bf16" if name in FP8 else "fp32",
+            *args.format(micro=24 // (4 * dist.get_world_size())).split(),
+        )
+    start_from_reference(out, device)
+
+
+if __name__ == "__main__":
+    main()
