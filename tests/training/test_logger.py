@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_config import config
 
+from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training.logger import Metrics, peak_flops, read_rows, training_flops
 
