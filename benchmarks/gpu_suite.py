@@ -41,7 +41,7 @@ BUDGETS = {"first": 270, "second": 310}
 TESTS = [
     "tests/training/test_cuda.py",
     "tests/training/test_graphed_step.py",
-    "tests/alignment/test_teacher_pass.py",
+    "tests/alignment/test_ema_teacher.py",
     "tests/ops",
     "tests/models",
 ]

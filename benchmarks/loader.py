@@ -16,8 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sra_fast.data.dataset import ShuffledBatches, make_loader  # noqa: E402
 from sra_fast.data.latents import PackedLatents  # noqa: E402
+from sra_fast.data.order import ShuffledBatches, make_loader  # noqa: E402
 from sra_fast.data.writer import Plan, execute  # noqa: E402
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sra_fast import ops
-from sra_fast.alignment.objective import make_process
 from sra_fast.config.schema import Config
 from sra_fast.diffusion.draws import draw
+from sra_fast.diffusion.process import make_process
 from sra_fast.models import SiT
 from sra_fast.models.layers import settle
 from sra_fast.training.trainer import choose_attention

@@ -17,9 +17,10 @@ from programs import Program
 from variants import REFERENCE, Variant
 
 from sra_fast.config.schema import Config
-from sra_fast.data.dataset import ShuffledBatches
-from sra_fast.training.logger import Metrics, peak_flops, training_flops
+from sra_fast.data.order import ShuffledBatches
+from sra_fast.training.logger import TrainLogger, peak_flops, training_flops
 from sra_fast.training.loop import optimizer_step
+from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build, restore_linear
 from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.zero.process_group import init_distributed
@@ -53,12 +54,12 @@ class EngineStep:
     """The engine's own step on one batch, from the draws to the teacher's refresh."""
 
     def __init__(self, cfg: Config, data: RandomMoments, device: torch.device):
-        self.trainer = trainer = build(cfg, device)
+        self.trainer = trainer = build(make_plan(cfg), device)
         self.data, self.batches = data, itertools.repeat(data.batch)
         self.stream = ShuffledBatches(
-            10**9, 0, trainer.micro, 1, trainer.rank, trainer.world, 0, 10**6
+            10**9, 0, trainer.plan.micro, 1, trainer.rank, trainer.plan.world, 0, 10**6
         )
-        self.metrics = Metrics(None, cfg, device, trainer.world)
+        self.metrics = TrainLogger(None, cfg, device, trainer.plan.world)
         trainer.engine.train()
 
     def step(self, i: int) -> None:

@@ -1,27 +1,30 @@
-"""Train SiT or DiT with SRA:  deepspeed sra_fast/train.py --config configs/digits.yaml [--section.field VALUE ...]"""
+"""Train SiT or DiT with SRA.
+
+deepspeed sra_fast/train.py --config configs/digits.yaml [--section.field VALUE ...]
+"""
 
 import json
 import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # launched by path: import the checkout, not this folder
+# launched by path: import the checkout, not this folder
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def main() -> None:
+    # these rooms register the choices of the command line, so they come before the parser
     from sra_fast.config.cli import parse_train
-    from sra_fast.training.run import prepare, run
+    from sra_fast.training.plan import make_run_plan
+    from sra_fast.training.run import run
     from sra_fast.zero.process_group import init_distributed
 
     cfg, ds_json = parse_train()
     try:
-        plan = prepare(cfg, ds_json)
+        plan = make_run_plan(cfg, ds_json)
     except ValueError as error:
-        if (
-            int(os.environ.get("LOCAL_RANK", 0)) == 0
-        ):  # once on every machine: another may lack the data
+        # once on every machine: another one may lack the data
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     summary = run(plan, init_distributed(cfg.train.tf32))

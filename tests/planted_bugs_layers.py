@@ -51,10 +51,10 @@ BUGS = [
      "found = backward(*up", T_LAYERS),
     ("inputs of frozen layers kept", MLP, "(h if first else None, hidden if second else None)", "(h, hidden)", T_LAYERS),
     ("outputs are views", LINEAR, "return torch.ops.aten._unsafe_view(out, [*x.shape[:2], out.shape[1]])", "return out.view(*x.shape[:2], -1)", T_LAYERS),
-    ("the block's MLP keeps everything", LAYERS, "residual=attended,\n            recompute=again,", "residual=attended,", T_BLOCK),
+    ("the block's MLP keeps everything", LAYERS, "residual=(attended, gate_msa, proj.bias),\n            recompute=recompute,", "residual=(attended, gate_msa, proj.bias),", T_BLOCK),
     ("a patch's columns before its rows", LAYERS, "permute(0, 2, 4, 1, 3, 5)", "permute(0, 2, 4, 1, 5, 3)", T_PATCH),
     ("patches column by column", LAYERS, "permute(0, 2, 4, 1, 3, 5)", "permute(0, 4, 2, 1, 3, 5)", T_PATCH),
     ("patches without their bias", LAYERS, "self.weight.flatten(1), self.bias)", "self.weight.flatten(1))", T_PATCH),
-    ("the pending bias is lost", LAYERS, "return x, (y, gate_mlp, later)", "return x, (y, gate_mlp, None)", T_BLOCK),
-    ("the pending bias is added twice", LAYERS, "(None, fc2.bias) if self.pend_bias", "(fc2.bias, fc2.bias) if self.pend_bias", T_BLOCK),
+    ("the deferred bias is lost", LAYERS, "return x, (y, gate_mlp, fc2.bias if self.defer_bias else None)", "return x, (y, gate_mlp, None)", T_BLOCK),
+    ("the deferred bias is added twice", LAYERS, "None if self.defer_bias else fc2.bias,", "fc2.bias,", T_BLOCK),
 ]  # fmt: skip

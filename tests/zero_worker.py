@@ -18,6 +18,7 @@ from sra_fast.data.dataset import make_dataset  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
 from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.monitor import Monitor  # noqa: E402
+from sra_fast.training.plan import make_plan  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402
 from sra_fast.zero.process_group import init_distributed  # noqa: E402
 
@@ -104,7 +105,9 @@ def gathered_teacher(trainer) -> dict:
         if teacher
         else {}
     )
-    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=trainer.stage == 3):
+    with deepspeed.zero.GatheredParameters(
+        list(parameters.values()), enabled=trainer.plan.stage == 3
+    ):
         return {name: p.detach().float().clone() for name, p in {**parameters, **scales}.items()}
 
 
@@ -113,7 +116,7 @@ def whole_masters(trainer) -> dict:
     from deepspeed.utils import safe_get_full_fp32_param
 
     named, optimizer = dict(trainer.student.named_parameters()), trainer.engine.optimizer
-    if trainer.stage:
+    if trainer.plan.stage:
         return {
             name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()
         }
@@ -140,10 +143,10 @@ def watch_ema(trainer) -> dict:
 
 
 def outcome(trainer, rows) -> dict:
-    shards = trainer.shards
-    moments = {key: shards.gather(shards.state(key)) for key in ("exp_avg", "exp_avg_sq")}
+    masters = trainer.masters
+    moments = {key: masters.gather(masters.state(key)) for key in ("exp_avg", "exp_avg_sq")}
     return {
-        "master": shards.gather(shards.flats),
+        "master": masters.gather(masters.flats),
         "ema": trainer.ema.full(),
         "teacher": gathered_teacher(trainer),
         "ema_bytes": sum(flat.numel() * flat.element_size() for flat in trainer.ema.flats),
@@ -158,17 +161,17 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     cfg = tiny(stage, precision, *args)
     data, folder = make_dataset(cfg), out / name
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = build(cfg, device)
+    trainer = build(make_plan(cfg), device)
     initial, watched = whole_masters(trainer), watch_ema(trainer)
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
     whole["watched_ema"], whole["initial"] = watched, initial
-    resumed = build(cfg, device)
+    resumed = build(make_plan(cfg), device)
     first = cfg.train.save_every
     start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
     assert start == first
     second = outcome(resumed, train(resumed, data, folder, start))
-    saving.export_reference(resumed, out / f"{name}.reference.pt", STEPS, 0)
+    saving.export_published(resumed, out / f"{name}.published.pt", STEPS, 0)
     saving.export_safetensors(resumed, out / f"{name}.safetensors", STEPS)
     torch.save({"whole": whole, "resumed": second}, out / f"{name}.rank{dist.get_rank()}.pt")
     dist.barrier()
@@ -176,9 +179,9 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
 
 def start_from_reference(out: Path, device) -> None:
     """Import the .pt that stage 1 wrote: weights, EMA and optimizer state must be what was exported."""
-    held = reading.read_weights(str(out / "fp32_1.reference.pt"))
+    held = reading.read_weights(str(out / "fp32_1.published.pt"))
     for stage in (0, 1, 2, 3):
-        trainer = build(tiny(stage, "fp32"), device, weights=held["model"])
+        trainer = build(make_plan(tiny(stage, "fp32")), device, weights=held["model"])
         step = saving.start_from(trainer, held)
         torch.save(
             {"step": step, **outcome(trainer, [])},

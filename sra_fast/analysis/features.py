@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from sra_fast.data.dataset import Digits, make_dataset
+from sra_fast.data.dataset import make_dataset
+from sra_fast.data.digits import Digits
 from sra_fast.diffusion.draws import block_seed, draw
 from sra_fast.diffusion.flow_matching import FlowMatching
 from sra_fast.diffusion.gaussian_diffusion import GaussianDiffusion

@@ -9,6 +9,7 @@ from sra_fast.checkpoint import reading
 from sra_fast.config.cli import load_config
 from sra_fast.config.schema import ModelConfig
 from sra_fast.models import SiT
+from sra_fast.utils.registry import MODEL_FAMILIES
 
 
 def load_model(path: str, weights: str = "ema", num_heads: int | None = None) -> tuple[SiT, str]:
@@ -77,7 +78,7 @@ def _from_reference(path: Path, weights: str, num_heads: int | None) -> tuple[Si
         held[weights],
         num_heads or getattr(args, "num_heads", None),
         getattr(args, "num_classes", None),
-        family if family in models.FAMILIES else None,
+        family if family in MODEL_FAMILIES else None,
     )
     return _fill(*made), getattr(args, "path_type", "linear")
 

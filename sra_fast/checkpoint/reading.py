@@ -15,6 +15,11 @@ from torch import Tensor
 STATE = "sra_fast.json"
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder lies in."""
+    return checkpoint.parents[1]
+
+
 def read_state(path: Path, identity: dict) -> dict:
     """``sra_fast.json`` of a checkpoint that a run of this identity can go on from.
 
@@ -22,12 +27,7 @@ def read_state(path: Path, identity: dict) -> dict:
         ValueError: no checkpoint there, or one of another model, seed, batch, precision, ZeRO stage or process count.
     """
     try:
-        state = {
-            "fp8_group": False,
-            "residual": "bf16",
-            "teacher": None,
-            **json.loads((path / STATE).read_text()),
-        }
+        state = json.loads((path / STATE).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"no checkpoint of sra-fast at {path}: {error}") from None
     for key, value in identity.items():

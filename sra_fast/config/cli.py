@@ -1,13 +1,19 @@
-"""YAML files and command line to dataclasses."""
+"""YAML files and command line to dataclasses.
+
+The choices of a field come from a registry, so the rooms that register them must be imported before
+a parser is built. The scripts do that.
+"""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
+from typing import Literal, get_type_hints
 
 import jsonargparse
 import yaml
 
-from sra_fast.config.schema import Config
+from sra_fast.config.schema import AlignConfig, Config
+from sra_fast.utils.registry import TARGETS, Registry
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -23,8 +29,27 @@ def _load(text: str):
 jsonargparse.set_loader("sra", _load, exceptions=(yaml.YAMLError,))
 
 
+def _offer_choices(options: type) -> None:
+    """Give each field made by ``choice`` the type ``Literal`` of what is registered now, in nested dataclasses too."""
+    hints = get_type_hints(options)
+    for item in fields(options):
+        registry: Registry | None = item.metadata.get("registry")
+        if is_dataclass(hints[item.name]):
+            _offer_choices(hints[item.name])
+        elif registry is not None:
+            names = [*item.metadata["more"], *registry]
+            if len(names) == len(item.metadata["more"]):
+                raise RuntimeError(
+                    f"no {registry.kind} is registered: import the package that holds them "
+                    "before the parser is built"
+                )
+            item.type = Literal[tuple(names)]
+            options.__init__.__annotations__[item.name] = item.type
+
+
 def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
     """A parser with ``--config`` (repeatable, later files win), the fields of ``options`` and ``--print_config``."""
+    _offer_choices(options)
     parser = jsonargparse.ArgumentParser(
         description=description,
         usage="%(prog)s --config FILE.yaml [--section.field VALUE ...]",
@@ -32,21 +57,29 @@ def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="config", help="YAML file; may be given several times, the last one wins"
+        "--config",
+        action="config",
+        help="YAML file; may be given several times, the last one wins",
     )
     parser.add_class_arguments(options)
     return parser
 
 
 def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | None = None):
-    """``(options instance, everything parsed)``; a typo or a wrong type ends the process with one message, exit code 2."""
+    """``(options instance, everything parsed)``.
+
+    A typo or a wrong type ends the process with one message and exit code 2.
+    """
     parsed = parser.instantiate(parser.parse_args(args))
-    return options(**{name: getattr(parsed, name) for name in options.__dataclass_fields__}), parsed
+    values = {name: getattr(parsed, name) for name in options.__dataclass_fields__}
+    return options(**values), parsed
 
 
 def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     """Training configuration and the path of DeepSpeed's JSON (or None)."""
-    parser = make_parser(Config, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
+    args = _in_full(list(sys.argv[1:] if args is None else args))
+    options = _with_target(_target_of(args))
+    parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
     parser.add_argument(
         "--deepspeed",
         action="store_true",
@@ -58,18 +91,62 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
         help="DeepSpeed JSON; wins over the defaults set here",
     )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    args = list(sys.argv[1:] if args is None else args)
-    for i, arg in enumerate(args):  # the same short form as in a file
+    cfg, parsed = parse(options, parser, args)
+    # `options` was made for this parser only
+    cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
+    return cfg, parsed.deepspeed_config
+
+
+def _in_full(args: list[str]) -> list[str]:
+    """The arguments with the short form ``--align none`` written out."""
+    for i, arg in enumerate(args):
         if arg == "--align=none" or args[i : i + 2] == ["--align", "none"]:
             args[i] = arg.replace("--align", "--align.target")
-    cfg, parsed = parse(Config, parser, args)
-    return cfg, parsed.deepspeed_config
+    return args
+
+
+def _target_of(args: list[str]) -> str:
+    """The alignment target whose options the arguments may set: the last one that they name.
+
+    ``none`` only turns the alignment off. Options of the target stay valid beside it.
+    """
+    named = [AlignConfig.target]
+    for i, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if not equals:
+            value = args[i + 1] if i + 1 < len(args) else ""
+        if option == "--align.target":
+            named.append(value)
+        elif option == "--config" and Path(value).is_file():
+            named.append(_target_of_file(Path(value)))
+    return [name for name in named if name != "none" and name in TARGETS][-1]
+
+
+def _target_of_file(path: Path) -> str:
+    """``align.target`` of a YAML file, ``none`` where it has none; errors are left to the parser."""
+    try:
+        align = yaml.safe_load(path.read_text())["align"]
+        return str(align.get("target", "none"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return "none"
+
+
+def _with_target(name: str) -> type[Config]:
+    """``Config`` with the options of an alignment target below ``align``."""
+    align = TARGETS[name].config
+    options = make_dataclass(
+        "Config", [("align", align, field(default_factory=align))], bases=(Config,)
+    )
+    options.__doc__ = Config.__doc__
+    return options
 
 
 def _plain(value):
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def save_config(cfg: Config, path: Path) -> None:

@@ -1,9 +1,19 @@
-"""The configuration: typed dataclasses, read from YAML files and the command line, checked before anything is allocated."""
+"""The configuration: typed dataclasses, read from YAML files and the command line.
+
+A field made by ``choice`` takes a name from a registry. ``config/cli.py`` offers what is registered
+when the parser is built.
+"""
 
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from sra_fast import models
+from sra_fast.utils.registry import DATASETS, SAMPLERS, TARGETS, Registry
+
+
+def choice(registry: Registry, default: str, *more: str):
+    """A dataclass field with a name of ``registry``, or one of ``more``."""
+    return field(default=default, metadata={"registry": registry, "more": more})
 
 
 @dataclass
@@ -33,30 +43,39 @@ class ModelConfig:
 
     @property
     def family(self) -> str:
+        """Name of the model family."""
         return models.preset(self.name)[0].family
+
+    @property
+    def process(self) -> str:
+        """Name of the diffusion process that the family is trained with."""
+        return models.preset(self.name)[0].process
 
     def arguments(self) -> dict:
         """Constructor arguments of the student."""
         overrides = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         return {**models.preset(self.name)[1], **overrides}
 
-    def build(self) -> models.SiT:
-        return models.preset(self.name)[0](**self.arguments())
+    def build(self, **execution) -> models.SiT:
+        """The student. ``execution``: how it runs, e.g. ``recompute``; see ``Backbone``."""
+        return models.preset(self.name)[0](**self.arguments(), **execution)
 
-    def build_teacher(self, depth: int) -> models.Backbone:
-        return models.Backbone(**{**self.arguments(), "depth": depth})
+    def build_teacher(self, depth: int, **execution) -> models.Backbone:
+        """The student's first ``depth`` blocks, without an output."""
+        return models.Backbone(**{**self.arguments(), "depth": depth}, **execution)
 
 
 @dataclass
 class AlignConfig:
-    """Alignment to the EMA teacher; `align: none` trains the plain model."""
+    """What every alignment target has; `align: none` trains the plain model.
 
-    target: Literal["ema_teacher", "none"] = "ema_teacher"
+    A target has further options: a dataclass that inherits from this one (``alignment/target.py``).
+    """
+
+    target: str = choice(TARGETS, "ema_teacher")
     """where the target features come from"""
     student_layer: int = 8
     """m: the student's features after this block are projected and aligned (1-based)"""
-    teacher_layer: int = 20
-    """n: the teacher stops after this block (1-based, at least m)"""
     head: Literal["mlp", "none"] = "mlp"
     """what the student's features pass before they are compared: the projection head, or nothing"""
     distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
@@ -74,20 +93,18 @@ class AlignConfig:
     milestones: dict[int, float] = field(default_factory=dict)
     """step -> lambda from that step on (schedule: milestones)"""
     stop_at_step: int | None = None
-    """from this step on no alignment, and no teacher pass"""
+    """no alignment from this step on: the target is not computed"""
     t_max: float = 0.2
     """the teacher's time is earlier by U(0, t_max)"""
     fraction: float = 1.0
-    """share of the images that the teacher sees each step; the loss is the mean over these"""
+    """share of the images that are aligned each step; the loss is the mean over these"""
     every: int = 1
-    """the teacher runs each `every`-th step, with lambda times `every`"""
-    teacher_dtype: Literal["auto", "fp32", "fp8"] = "auto"
-    """precision of the teacher: the training precision; fp32 as the reference has it; fp8: bf16 with the three large products
-    of a block in e4m3, their weights rounded in the optimizer's pass (Hopper or newer, ZeRO 0-2, train.precision bf16)"""
-    teacher_graph: bool = False
-    """replay the teacher's forward as a CUDA graph (ZeRO 0-2)"""
-    teacher_stream: bool = False
-    """run the teacher beside the student's forward, in a CUDA stream of its own (ZeRO 0-2)"""
+    """alignment in each `every`-th step only, with lambda times `every`"""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is an alignment loss."""
+        return self.target != "none"
 
 
 @dataclass
@@ -95,7 +112,7 @@ class DiffusionConfig:
     """SiT's process (DiT's has no choices)."""
 
     path: Literal["linear", "cosine"] = "linear"
-    """interpolant between data and noise"""
+    """interpolant of data and noise"""
     time: Literal["uniform", "lognormal"] = "uniform"
     """distribution of the student's times"""
 
@@ -104,7 +121,7 @@ class DiffusionConfig:
 class DataConfig:
     """Training data."""
 
-    name: Literal["digits", "latents"] = "latents"
+    name: str = choice(DATASETS, "latents")
     """scikit-learn's digits, or VAE moments on disk"""
     path: str = "data/imagenet256"
     """folder that holds index.json (packed by preprocess.py) or vae-sd/ (the reference's layout)"""
@@ -177,10 +194,11 @@ class TrainConfig:
     """steps between checkpoints; one is always written at the end"""
     log_every: int = 100
     """steps between log lines"""
-    export: list[Literal["safetensors", "reference"]] = field(
+    export: list[Literal["safetensors", "published"]] = field(
         default_factory=lambda: ["safetensors"]
     )
-    """written at the end: EMA weights as safetensors; the reference's .pt with weights, EMA and optimizer state"""
+    """written at the end: EMA weights as safetensors; the published code's .pt with weights, EMA and
+    optimizer state"""
 
 
 @dataclass
@@ -207,7 +225,7 @@ class MonitorConfig:
 class SampleConfig:
     """Samplers."""
 
-    method: Literal["auto", "euler", "heun", "euler_maruyama", "ddim", "ddpm"] = "auto"
+    method: str = choice(SAMPLERS, "auto", "auto")
     """auto: euler_maruyama for SiT, ddpm for DiT"""
     steps: int = 250
     """sampling steps"""
@@ -224,20 +242,13 @@ class SampleConfig:
     rounding: Literal["round", "truncate"] = "round"
     """from [0, 255] to uint8 (the reference truncates)"""
 
-    def resolved_method(self, family: str) -> str:
-        return (
-            {"SiT": "euler_maruyama", "DiT": "ddpm"}[family]
-            if self.method == "auto"
-            else self.method
-        )
-
 
 @dataclass
 class Config:
     """sra-fast"""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    align: AlignConfig = field(default_factory=AlignConfig)
+    align: AlignConfig = field(default_factory=lambda: TARGETS["ema_teacher"].config())
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

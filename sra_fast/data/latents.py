@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from sra_fast.data.training_data import TrainingData
 
 log = logging.getLogger(__name__)
 INDEX, LABELS, JOB, VERSION = "index.json", "labels.npy", "preprocess.json", 1
@@ -46,7 +47,7 @@ def file_entry(root: Path, name: str) -> dict:
     return {"file": name, "bytes": (root / name).stat().st_size, "sha256": sha256(root / name)}
 
 
-class Moments(Dataset):
+class Moments(TrainingData):
     """Means and standard deviations of latents.
 
     Attributes:

@@ -1,55 +1,51 @@
-"""SiT's process: an interpolant between data (t=0) and noise (t=1) with velocity prediction (arXiv 2401.08740)."""
+"""SiT's process: data (t=0) and noise (t=1) interpolated, velocity predicted (arXiv 2401.08740)."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sra_fast import ops
+from sra_fast.config.schema import DiffusionConfig
+from sra_fast.diffusion.process import Noised
+from sra_fast.utils.registry import PROCESSES
 
 
-@dataclass
-class Noised:
-    """What both branches see of one micro-batch, and what the loss needs.
-
-    ``x``, ``x_teacher``: ``[B, C, H, W]`` noisy inputs; ``t``, ``t_teacher``: ``[B]``; ``target``: ``[B, C, H, W]``;
-    ``x0``: the clean latents.
-    """
-
-    x: Tensor
-    t: Tensor
-    x_teacher: Tensor
-    t_teacher: Tensor
-    target: Tensor
-    x0: Tensor
-
-
+@PROCESSES.register("flow_matching")
 class FlowMatching:
     """Times, noisy inputs and the velocity loss of SiT.
 
     Args:
         path: ``"linear"`` or ``"cosine"`` interpolant.
-        time: distribution of the student's time: ``"uniform"`` on [0, 1], or ``"lognormal"``: the noise-to-data ratio
-            sigma/alpha is the exponential of a standard normal.
+        time: distribution of the student's time: ``"uniform"`` on [0, 1], or ``"lognormal"``: the
+            noise-to-data ratio sigma/alpha is the exponential of a standard normal.
         t_max: the teacher is earlier by ``k ~ U(0, t_max)``.
     """
 
+    default_sampler = "euler_maruyama"
+
     def __init__(self, path: str = "linear", time: str = "uniform", t_max: float = 0.2):
-        self.path, self.time, self.t_max = path, time, t_max
+        self.path = path
+        self.time = time
+        self.t_max = t_max
+
+    @classmethod
+    def from_config(cls, diffusion: DiffusionConfig, t_max: float) -> "FlowMatching":
+        return cls(diffusion.path, diffusion.time, t_max)
 
     def times(self, uniform: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B]`` uniforms for the time and for the gap -> student and teacher times ``[B]`` (SRA, Sec. 3.2)."""
-        if self.time == "lognormal":
-            log_ratio = torch.special.ndtri(uniform)
-            t = (
-                log_ratio.sigmoid()
-                if self.path == "linear"
-                else (2 / math.pi) * log_ratio.exp().atan()
-            )
-        else:
-            t = uniform
+        """Two uniforms ``[B]`` -> student's and teacher's times ``[B]`` (SRA, Sec. 3.2)."""
+        t = self._lognormal(uniform) if self.time == "lognormal" else uniform
         return t, (t - gap * self.t_max).clamp(0, 1)
+
+    def _lognormal(self, uniform: Tensor) -> Tensor:
+        """The time at which sigma/alpha is the exponential of a standard normal."""
+        log_ratio = torch.special.ndtri(uniform)
+        if self.path == "linear":
+            # sigma/alpha = t / (1 - t)
+            return log_ratio.sigmoid()
+        # sigma/alpha = tan(pi t / 2)
+        return (2 / math.pi) * log_ratio.exp().atan()
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
         x, x_teacher, velocity = ops.noise_pair(x0, noise, t, t_teacher, self.path)
@@ -57,4 +53,5 @@ class FlowMatching:
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
         """``{"denoise": [B]}``, the mean squared error of the velocity in fp32."""
-        return {"denoise": (prediction.float() - noised.target).square().flatten(1).mean(1)}
+        error = prediction.float() - noised.target
+        return {"denoise": error.square().flatten(1).mean(1)}

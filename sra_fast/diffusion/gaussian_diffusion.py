@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.diffusion.flow_matching import Noised
+from sra_fast.config.schema import DiffusionConfig
+from sra_fast.diffusion.process import Noised
+from sra_fast.utils.registry import PROCESSES
 
 NUM_TIMES = 1000
 
@@ -25,14 +27,17 @@ class Schedule:
         alpha_bar = (1 - betas).cumprod(0)
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         self.alpha_bar = alpha_bar
-        self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        self.signal_previous, self.noise_previous = previous.sqrt(), (1 - previous).sqrt()
+        self.signal = alpha_bar.sqrt()
+        self.noise = (1 - alpha_bar).sqrt()
+        self.signal_previous = previous.sqrt()
+        self.noise_previous = (1 - previous).sqrt()
         self.mean_x0 = betas * previous.sqrt() / (1 - alpha_bar)
         self.mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)
         # the posterior variance is 0 at the first time: its logarithm takes the next one's, as in improved DDPM
         variance = betas * (1 - previous) / (1 - alpha_bar)
         clipped = torch.cat([variance[1:2], variance[1:]])
-        self.log_variance_min, self.log_variance_max = clipped.log(), betas.log()
+        self.log_variance_min = clipped.log()
+        self.log_variance_max = betas.log()
         self.constants = {}
 
     def at(self, name: str, t: Tensor, dim: int = 4) -> Tensor:
@@ -41,6 +46,10 @@ class Schedule:
         if key not in self.constants:
             self.constants[key] = getattr(self, name).float().to(t.device)
         return self.constants[key][t].view(-1, *[1] * (dim - 1))
+
+    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """A sample of q(x_t | x_0), DDPM Eq. 4; ``[B, C, H, W]``."""
+        return self.at("signal", t) * x0 + self.at("noise", t) * noise
 
     def predict_x0(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """DDPM Eq. 4 solved for x_0."""
@@ -52,9 +61,9 @@ class Schedule:
     def log_variance(self, interpolation: Tensor, t: Tensor) -> Tensor:
         """Improved DDPM Eq. 15: the network's output in [-1, 1] interpolates between the two bounds."""
         fraction = (interpolation + 1) / 2
-        return fraction * self.at("log_variance_max", t) + (1 - fraction) * self.at(
-            "log_variance_min", t
-        )
+        high = self.at("log_variance_max", t)
+        low = self.at("log_variance_min", t)
+        return fraction * high + (1 - fraction) * low
 
 
 def linear_betas() -> Tensor:
@@ -94,16 +103,18 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 def _discrete_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log-probability of ``x`` in [-1, 1] rounded to 1/127.5 under a Gaussian (DDPM Eq. 13)."""
-    centred, inverse = x - mean, (-log_scale).exp()
-    upper, lower = (
-        _normal_cdf(inverse * (centred + 1 / 255)),
-        _normal_cdf(inverse * (centred - 1 / 255)),
-    )
+    centred = x - mean
+    inverse = (-log_scale).exp()
+    upper = _normal_cdf(inverse * (centred + 1 / 255))
+    lower = _normal_cdf(inverse * (centred - 1 / 255))
+    # the first and the last of the 256 values reach to infinity
     inside = (upper - lower).clamp(min=1e-12).log()
-    below, above = upper.clamp(min=1e-12).log(), (1 - lower).clamp(min=1e-12).log()
+    below = upper.clamp(min=1e-12).log()
+    above = (1 - lower).clamp(min=1e-12).log()
     return torch.where(x < -0.999, below, torch.where(x > 0.999, above, inside))
 
 
+@PROCESSES.register("gaussian_diffusion")
 class GaussianDiffusion:
     """Times, noisy inputs and the losses of DiT.
 
@@ -112,9 +123,21 @@ class GaussianDiffusion:
         learn_sigma: the prediction carries C variance channels after its C noise channels.
     """
 
+    default_sampler = "ddpm"
+
     def __init__(self, t_max: float = 0.2, learn_sigma: bool = True):
-        self.max_gap, self.learn_sigma = int(NUM_TIMES * t_max), learn_sigma
+        self.max_gap = int(NUM_TIMES * t_max)
+        self.learn_sigma = learn_sigma
         self.schedule = Schedule(linear_betas())
+
+    @classmethod
+    def from_config(cls, diffusion: DiffusionConfig, t_max: float) -> "GaussianDiffusion":
+        if (diffusion.path, diffusion.time) != ("linear", "uniform"):
+            raise ValueError(
+                "diffusion.path and diffusion.time are SiT's; DiT has neither, "
+                f"got {diffusion.path}, {diffusion.time}"
+            )
+        return cls(t_max)
 
     def times(self, uniform: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
         """``[B]`` uniforms for the time and for the gap -> int64 student and teacher times ``[B]``."""
@@ -122,22 +145,18 @@ class GaussianDiffusion:
         return t, (t - (gap * self.max_gap).long()).clamp(1, NUM_TIMES - 1)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
-        x0, noise = x0.float(), noise.float()
-        s = self.schedule
-        x, x_teacher = (
-            s.at("signal", time) * x0 + s.at("noise", time) * noise for time in (t, t_teacher)
-        )
+        x0 = x0.float()
+        noise = noise.float()
+        x = self.schedule.noisy(x0, noise, t)
+        x_teacher = self.schedule.noisy(x0, noise, t_teacher)
         return Noised(x, t, x_teacher, t_teacher, noise, x0)
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
         """``{"denoise": [B]}`` and, with ``learn_sigma``, ``{"vb": [B]}`` in bits per dimension, to be added unscaled."""
         prediction = prediction.float()
         if not self.learn_sigma:
-            return {
-                "denoise": F.mse_loss(prediction, noised.target, reduction="none")
-                .flatten(1)
-                .mean(1)
-            }
+            error = F.mse_loss(prediction, noised.target, reduction="none")
+            return {"denoise": error.flatten(1).mean(1)}
         eps, interpolation = prediction.chunk(2, dim=1)
         return {
             "denoise": (eps - noised.target).square().flatten(1).mean(1),
@@ -146,13 +165,13 @@ class GaussianDiffusion:
         }
 
     def _variational_bound(self, eps: Tensor, interpolation: Tensor, noised: Noised) -> Tensor:
-        x, t, x0, s = noised.x, noised.t, noised.x0, self.schedule
-        true_mean = s.posterior_mean(x0, x, t)
-        mean, log_variance = (
-            s.posterior_mean(s.predict_x0(x, t, eps), x, t),
-            s.log_variance(interpolation, t),
-        )
-        kl = _gaussian_kl(true_mean, s.at("log_variance_min", t), mean, log_variance)
+        """KL of the predicted step from the true one, the likelihood at t=0; ``[B]`` in bits."""
+        schedule = self.schedule
+        x, t, x0 = noised.x, noised.t, noised.x0
+        true_mean = schedule.posterior_mean(x0, x, t)
+        mean = schedule.posterior_mean(schedule.predict_x0(x, t, eps), x, t)
+        log_variance = schedule.log_variance(interpolation, t)
+        kl = _gaussian_kl(true_mean, schedule.at("log_variance_min", t), mean, log_variance)
         nll = -_discrete_log_likelihood(x0, mean, 0.5 * log_variance)
-        kl, nll = (term.flatten(1).mean(1) / math.log(2) for term in (kl, nll))
-        return torch.where(t == 0, nll, kl)
+        in_bits = lambda term: term.flatten(1).mean(1) / math.log(2)
+        return torch.where(t == 0, in_bits(nll), in_bits(kl))

@@ -1,28 +1,35 @@
-"""Samplers for SiT (ODE, SDE) and DiT (DDIM, DDPM), with classifier-free guidance in an interval of times."""
+"""Samplers of both processes, with classifier-free guidance in an interval of times."""
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sra_fast.config.schema import ModelConfig, SampleConfig
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES, respaced
-from sra_fast.models import SiT
+from sra_fast.models import Conditioning, SiT
+from sra_fast.models.conditioning import concatenate
 from sra_fast.ops.noise_pair import interpolant
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.registry import PROCESSES, SAMPLERS
 
-METHODS = {"SiT": ("euler", "heun", "euler_maruyama"), "DiT": ("ddim", "ddpm")}
+# runs the model: noisy input [B, C, H, W], times [B], conditioning -> output
+Call = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 class Guidance:
-    """Model output with guidance ``u + scale (c - u)`` for times in ``interval``, plain conditional output elsewhere.
+    """Model output with guidance ``u + scale (c - u)`` for times in ``interval``, plain conditional
+    output outside.
 
     Args:
-        model: SiT or DiT in eval mode.
-        y: ``[B]`` labels.
+        model: in eval mode.
+        condition: B conditionings, or labels ``[B]``.
         scale: 1 is no guidance.
         interval: (low, high), in units of t in [0, 1].
-        channels: how many of the C are guided, the rest conditional; 0: all.
-        call: what runs the model, ``(x, t, y)`` -> output; default: the model.
+        channels: how many of the C are guided, the rest stay conditional; 0: all.
+        call: what runs the model; default: the model.
 
     Raises:
         ValueError: guidance with a model that was built without a null class.
@@ -31,102 +38,226 @@ class Guidance:
     def __init__(
         self,
         model: SiT,
-        y: Tensor,
+        condition: Conditioning | Tensor,
         scale: float = 1.0,
         interval: tuple[float, float] = (0.0, 1.0),
         channels: int = 0,
-        call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        call: Call | None = None,
     ):
-        if scale != 1 and model.y_embedder.dropout_prob == 0:
+        if scale != 1 and not model.has_null:
             raise ValueError(
                 f"guidance {scale} needs a null class, but the model has class_dropout_prob=0"
             )
-        self.call, self.y, self.scale, self.interval = call or model, y, scale, interval
+        self.call = call or model
+        self.condition = model.as_condition(condition)
+        self.both = concatenate(self.condition, self.condition.null())
+        self.scale = scale
+        self.interval = interval
         self.channels = channels or model.in_channels
-        self.y_both = torch.cat([y, torch.full_like(y, model.null_class)])
 
     def __call__(self, x: Tensor, t: Tensor, inside: bool) -> Tensor:
-        """``x [B, C, H, W]`` and one time ``t []`` -> model output; ``inside``: whether ``t`` is in the interval."""
+        """``x [B, C, H, W]`` and one time ``t []`` -> model output.
+
+        ``inside``: whether ``t`` lies in the interval.
+        """
         if not inside:
-            return self.call(x, t.expand(x.shape[0]), self.y)
-        both = self.call(torch.cat([x, x]), t.expand(2 * x.shape[0]), self.y_both)
+            return self.call(x, t.expand(x.shape[0]), self.condition)
+        both = self.call(torch.cat([x, x]), t.expand(2 * x.shape[0]), self.both)
         conditional, unconditional = both.chunk(2)
-        # DiT's variance channels, behind the first C, stay conditional
+        # DiT's variance channels, after the first C, stay conditional
         c, rest = conditional.tensor_split([self.channels], dim=1)
         u = unconditional[:, : self.channels]
         return torch.cat([u + self.scale * (c - u), rest], dim=1)
 
     def applies(self, t: float) -> bool:
+        """Whether there is guidance at a time in [0, 1]."""
         low, high = self.interval
         return self.scale != 1 and low <= t <= high
 
-
-def _velocity(guided: Guidance, x: Tensor, t: float, inside: bool) -> Tensor:
-    return guided(x, torch.tensor(t, dtype=torch.float64, device=x.device), inside).to(
-        torch.float64
-    )
-
-
-def _ode(guided: Guidance, x: Tensor, num_steps: int, heun: bool) -> Tensor:
-    """Euler or Heun on dx/dt = v from t=1 to t=0; Heun's last step is an Euler step."""
-    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
-    for i, (t, t_next) in enumerate(pairwise(times)):
-        inside = guided.applies(t)
-        slope = _velocity(guided, x, t, inside)
-        euler = x + (t_next - t) * slope
-        if heun and i < num_steps - 1:
-            slope = 0.5 * (slope + _velocity(guided, euler, t_next, inside))
-            euler = x + (t_next - t) * slope
-        x = euler
-    return x
+    def velocity(self, x: Tensor, t: float, inside: bool) -> Tensor:
+        """SiT's output at one time, in float64."""
+        time = torch.tensor(t, dtype=torch.float64, device=x.device)
+        return self(x, time, inside).to(torch.float64)
 
 
-def _euler_maruyama(
-    guided: Guidance, x: Tensor, num_steps: int, path: str, noise: Callable
-) -> Tensor:
-    """The reverse SDE with diffusion w_t = 2t (SiT, Eq. 10); the last step, from t=0.04 to 0, is drift alone."""
-    times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
-    for i, (t, t_next) in enumerate(pairwise(times)):
-        v = _velocity(guided, x, t, guided.applies(t))
-        alpha, sigma, dalpha, dsigma = interpolant(torch.tensor(t, dtype=torch.float64), path)
-        eps = (alpha * v - dalpha * x) / (alpha * dsigma - dalpha * sigma)
-        drift = v + t * eps / sigma  # v - (w_t / 2) score, score = -eps / sigma
-        x = x + (t_next - t) * drift
-        if i < num_steps - 1:
-            x = x + (2 * t * (t - t_next)) ** 0.5 * noise(x)
-    return x
+class Sampler(Protocol):
+    """From noise to latents. Registered in ``SAMPLERS``.
+
+    Attributes:
+        process: name in ``PROCESSES`` of the process that it integrates.
+        steps: smallest and largest number of steps.
+        state_dtype: of the state between steps (the published samplers': float64 for SiT).
+    """
+
+    process: str
+    steps: tuple[int, int]
+    state_dtype: torch.dtype
+
+    def __call__(
+        self,
+        guided: Guidance,
+        x: Tensor,
+        num_steps: int,
+        path: str,
+        noise: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """``x [B, C, H, W]`` at the noisy end -> at the clean end.
+
+        ``path``: interpolant of flow matching; ``noise``: draws standard normals like its argument.
+        """
+        ...
 
 
-def _discrete(guided: Guidance, x: Tensor, num_steps: int, method: str, noise: Callable) -> Tensor:
-    """DDIM with eta=0 (arXiv 2010.02502, Eq. 12) or DDPM with the learned variance, on a respaced chain."""
-    times, schedule = respaced(num_steps)
-    for i in reversed(range(num_steps)):
-        out = guided(
-            x, torch.tensor(times[i], device=x.device), guided.applies(times[i] / NUM_TIMES)
-        ).float()
-        eps, variance = out[:, : x.shape[1]], out[:, x.shape[1] :]
-        index = torch.full(x.shape[:1], i, device=x.device)
+class _ODE:
+    """dx/dt = v from t=1 to t=0 (SiT, Eq. 4)."""
+
+    process = "flow_matching"
+    steps = (1, 10**6)
+    state_dtype = torch.float64
+    # Heun's method: the slope is the mean of that here and that at the end of an Euler step
+    heun = False
+
+    def __call__(self, guided, x, num_steps, path, noise):
+        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+        for i, (t, t_next) in enumerate(pairwise(times)):
+            # whether there is guidance is decided where a step begins, for both of its ends
+            inside = guided.applies(t)
+            slope = guided.velocity(x, t, inside)
+            # the last step stays an Euler step
+            if self.heun and i < num_steps - 1:
+                euler = x + (t_next - t) * slope
+                slope = 0.5 * (slope + guided.velocity(euler, t_next, inside))
+            x = x + (t_next - t) * slope
+        return x
+
+
+@SAMPLERS.register("euler")
+class Euler(_ODE):
+    """Euler's method: one model call a step."""
+
+
+@SAMPLERS.register("heun")
+class Heun(_ODE):
+    """Heun's method: two model calls a step, one in the last."""
+
+    heun = True
+
+
+@SAMPLERS.register("euler_maruyama")
+class EulerMaruyama:
+    """The reverse SDE with diffusion w_t = 2t (SiT, Eq. 10).
+
+    The last step, from t=0.04 to 0, has no noise.
+    """
+
+    process = "flow_matching"
+    steps = (1, 10**6)
+    state_dtype = torch.float64
+
+    def __call__(self, guided, x, num_steps, path, noise):
+        times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+        for i, (t, t_next) in enumerate(pairwise(times)):
+            v = guided.velocity(x, t, guided.applies(t))
+            time = torch.tensor(t, dtype=torch.float64)
+            alpha, sigma, dalpha, dsigma = interpolant(time, path)
+            eps = (alpha * v - dalpha * x) / (alpha * dsigma - dalpha * sigma)
+            # v - (w_t / 2) score, with score = -eps / sigma
+            drift = v + t * eps / sigma
+            x = x + (t_next - t) * drift
+            if i < num_steps - 1:
+                x = x + (2 * t * (t - t_next)) ** 0.5 * noise(x)
+        return x
+
+
+class _Discrete:
+    """A chain through ``num_steps`` of the 1000 times of Gaussian diffusion."""
+
+    process = "gaussian_diffusion"
+    steps = (2, NUM_TIMES)
+    state_dtype = torch.float32
+
+    def __call__(self, guided, x, num_steps, path, noise):
+        times, schedule = respaced(num_steps)
+        for i in reversed(range(num_steps)):
+            time = torch.tensor(times[i], device=x.device)
+            output = guided(x, time, guided.applies(times[i] / NUM_TIMES)).float()
+            eps, variance = output.tensor_split([x.shape[1]], dim=1)
+            index = torch.full(x.shape[:1], i, device=x.device)
+            x = self.step(schedule, x, index, eps, variance, noise if i > 0 else None)
+        return x
+
+
+@SAMPLERS.register("ddim")
+class DDIM(_Discrete):
+    """DDIM with eta=0 (arXiv 2010.02502, Eq. 12)."""
+
+    def step(self, schedule, x, index, eps, variance, noise):
         x0 = schedule.predict_x0(x, index, eps)
-        if method == "ddim":
-            x = (
-                schedule.at("signal_previous", index) * x0
-                + schedule.at("noise_previous", index) * eps
-            )
-            continue
+        signal = schedule.at("signal_previous", index)
+        return signal * x0 + schedule.at("noise_previous", index) * eps
+
+
+@SAMPLERS.register("ddpm")
+class DDPM(_Discrete):
+    """DDPM with the learned variance, where the model has one (arXiv 2102.09672)."""
+
+    def step(self, schedule, x, index, eps, variance, noise):
+        x0 = schedule.predict_x0(x, index, eps)
         mean = schedule.posterior_mean(x0, x, index)
+        # the last step has no noise
+        if noise is None:
+            return mean
         if variance.shape[1]:
             log_variance = schedule.log_variance(variance, index)
         else:
             log_variance = schedule.at("log_variance_min", index)
-        x = mean + (0.5 * log_variance).exp() * noise(x) if i > 0 else mean
-    return x
+        return mean + (0.5 * log_variance).exp() * noise(x)
+
+
+def samplers_of(process: str) -> list[str]:
+    """Names of the samplers of a diffusion process."""
+    return [name for name, sampler in SAMPLERS.items() if sampler.process == process]
+
+
+def resolve_sampler(method: str, process: str) -> str:
+    """The name of the sampler; ``auto`` is the process's default.
+
+    Raises:
+        ValueError: a sampler of another process.
+    """
+    if method == "auto":
+        return PROCESSES[process].default_sampler
+    names = samplers_of(process)
+    if method not in names:
+        raise ValueError(f"sample.method for {process} must be one of {names}, got {method!r}")
+    return method
+
+
+def check_sampling(settings: SampleConfig, model: ModelConfig | SiT) -> None:
+    """ValueError for sampler settings that do not fit the model's process and channels."""
+    method = resolve_sampler(settings.method, model.process)
+    least, most = SAMPLERS[method].steps
+    require_that(
+        least <= settings.steps <= most,
+        f"sample.steps for {method} must lie in [{least}, {most}], got {settings.steps}",
+    )
+    low, high = settings.interval
+    require_that(
+        0 <= low <= high <= 1,
+        f"sample.interval must be 0 <= low <= high <= 1, got {[low, high]}",
+    )
+    channels = settings.guided_channels
+    require_that(
+        0 <= channels <= model.in_channels,
+        f"sample.guided_channels must lie in [0, {model.in_channels}], got {channels}",
+    )
 
 
 @torch.no_grad()
 def sample(
     model: SiT,
     z: Tensor,
-    y: Tensor,
+    condition: Conditioning | Tensor,
     method: str,
     num_steps: int,
     *,
@@ -135,38 +266,34 @@ def sample(
     guided_channels: int = 0,
     path: str = "linear",
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
-    call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    call: Call | None = None,
 ) -> Tensor:
     """Latents from noise.
 
     Args:
-        model: SiT or DiT in eval mode.
+        model: in eval mode.
         z: ``[B, C, H, W]`` standard normal.
-        y: ``[B]`` int64 labels.
-        method: SiT: ``euler``, ``heun``, ``euler_maruyama``; DiT: ``ddim``, ``ddpm``.
+        condition: B conditionings, or labels ``[B]``.
+        method: name of a sampler of the model's process, or ``auto``.
         num_steps: steps; Heun calls the model twice in each but the last.
         guidance: scale; 1 is none.
-        interval: times in [0, 1] in which guidance applies; outside it the model runs once per step.
+        interval: times in [0, 1] in which guidance applies; outside it the model runs once a step.
         guided_channels: how many of the C channels guidance applies to; 0: all.
-        path: the interpolant SiT was trained with.
+        path: the interpolant that a flow-matching model was trained with.
         noise: draws the standard normals of the stochastic samplers, given the state.
         call: what runs the model (a CUDA graph of it); default: the model.
 
     Returns:
-        ``[B, C, H, W]``: float64 for SiT (the state of the reference's samplers), fp32 for DiT.
+        ``[B, C, H, W]`` in the sampler's ``state_dtype``.
 
     Raises:
-        ValueError: a method of the other family, fewer than one step, or guidance without a null class.
+        ValueError: a method of another process, a number of steps that it does not have, or
+            guidance without a null class.
     """
-    if method not in METHODS[model.family]:
-        raise ValueError(
-            f"method for {model.family} must be one of {METHODS[model.family]}, got {method!r}"
-        )
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    guided = Guidance(model, y, guidance, interval, guided_channels, call)
-    if model.family == "DiT":
-        return _discrete(guided, z.float(), num_steps, method, noise)
-    if method == "euler_maruyama":
-        return _euler_maruyama(guided, z.to(torch.float64), num_steps, path, noise)
-    return _ode(guided, z.to(torch.float64), num_steps, heun=method == "heun")
+    method = resolve_sampler(method, model.process)
+    sampler = SAMPLERS[method]()
+    low, high = sampler.steps
+    if not low <= num_steps <= high:
+        raise ValueError(f"steps of {method} must lie in [{low}, {high}], got {num_steps}")
+    guided = Guidance(model, condition, guidance, interval, guided_channels, call)
+    return sampler(guided, z.to(sampler.state_dtype), num_steps, path, noise)

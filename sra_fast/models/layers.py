@@ -1,4 +1,6 @@
-"""Layers of SiT and DiT under the reference's parameter names (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740)."""
+"""Layers of SiT and DiT under the published parameter names (DiT, arXiv 2212.09748; SiT, arXiv
+2401.08740).
+"""
 
 import math
 
@@ -8,14 +10,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sra_fast import ops
+from sra_fast.models.conditioning import ClassLabels
 from sra_fast.ops._backend import autocast
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution of patches that do not overlap, as one product: ``[B, C, H, W]`` -> ``[B, T, D]``, contiguous.
+    """A convolution of patches that do not overlap, as one product: ``[B, C, H, W]`` -> ``[B, T,
+    D]``, contiguous.
 
-    Parameters and their initial values are the convolution's.  On CUDA its forward pass and its weight's gradient
-    would be cuDNN's, channels first: passes over [B, D, T] that only change the order.
+    Parameters and their initial values are the convolution's.  On CUDA its forward pass and its
+    weight's gradient would be cuDNN's, channels first: passes over [B, D, T] that only change the
+    order.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
@@ -50,19 +55,27 @@ def timestep_frequencies(count: int, device=None) -> Tensor:
 
 
 def timestep_features(t: Tensor, size: int = 256) -> Tensor:
-    """Cosines and sines of raw times, ``[B]`` -> ``[B, size]`` fp32: what the MLP of a ``TimestepEmbedder`` sees."""
+    """Cosines and sines of raw times, ``[B]`` -> ``[B, size]`` fp32: what the MLP of a
+    ``TimestepEmbedder`` sees.
+    """
     phase = t.float()[:, None] * timestep_frequencies(size // 2, t.device)
     return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
 class TimestepEmbedder(nn.Module):
-    """``timestep_features`` of the raw time, unless it is they that are given, then a two-layer MLP: ``[B]`` -> ``[B, D]``."""
+    """An MLP of two layers on the sinusoid of the time: ``[B]`` -> ``[B, D]``.
+
+    Its input may also be the sinusoid itself, ``timestep_features`` ``[B, frequency_size]``:
+    student and teacher share one computation of it.
+    """
 
     def __init__(self, hidden_size: int, frequency_size: int = 256):
         super().__init__()
         self.frequency_size = frequency_size
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            nn.Linear(frequency_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
         )
 
     def forward(self, t: Tensor) -> Tensor:
@@ -71,7 +84,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class embedding; row ``num_classes`` is the null class of classifier-free guidance (only if labels drop)."""
+    """The embedding of ``ClassLabels``: ``[B]`` -> ``[B, D]``.
+
+    Row ``num_classes`` is the null class of classifier-free guidance. It exists only if
+    ``dropout_prob`` is positive.
+    """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
         super().__init__()
@@ -79,16 +96,23 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
-    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
-        if drop is None and self.training and self.dropout_prob > 0:
-            drop = torch.rand(y.shape, device=y.device) < self.dropout_prob
-        if drop is not None and self.dropout_prob > 0:
-            y = torch.where(drop, self.num_classes, y)
-        return self.embedding_table(y)
+    def forward(self, condition: ClassLabels) -> Tensor:
+        labels = condition.labels
+        drop = condition.drop
+        if self.dropout_prob > 0:
+            if drop is None and self.training:
+                drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+            if drop is not None:
+                labels = torch.where(drop, self.num_classes, labels)
+        return self.embedding_table(labels)
 
 
 class Attention(nn.Module):
-    """Between its two projections: the products themselves are fused with what surrounds them (``Block``)."""
+    """Multi-head self-attention between its two projections.
+
+    The projections are only held here: ``Block`` fuses them with the norm before and the gate
+    after.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
         super().__init__()
@@ -100,9 +124,11 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries, keys and values ``[B, T, D]`` -> ``[B, T, D]``."""
-        shape = *q.shape[:2], self.num_heads, q.shape[2] // self.num_heads
-        q, k, v = q.view(shape), k.view(shape), v.view(shape)
-        return ops.attention(self.q_norm(q), self.k_norm(k), v).flatten(2)
+        B, T, D = q.shape
+        heads = (B, T, self.num_heads, D // self.num_heads)
+        q = self.q_norm(q.view(heads))
+        k = self.k_norm(k.view(heads))
+        return ops.attention(q, k, v.view(heads)).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -114,28 +140,45 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
 
-# what a half-block adds to the residual stream, not added yet: its output [B, T, D], its gate [B, D] and the bias [D] that
-# its last product left out, or None
+# what a half-block has yet to add to the residual stream: its output [B, T, D], its gate [B, D],
+# and the bias [D] of its last product, or None if the output already contains it
 Pending = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Block(nn.Module):
     """adaLN-Zero transformer block.
 
-    Takes the residual stream ``x [B, T, D]``, of the weights' dtype or in fp32, the conditioning ``c [B, D]`` behind its SiLU,
-    which every block's modulation shares, and what the block before left pending, and returns the stream and what it leaves
-    pending itself: so that the gate of one half-block, the addition and the norm of the next are one pass, across blocks too.
+    A block does not add its last half-block to the residual stream. It returns that output as
+    pending, and the next block adds it. The gate of one half-block, the addition and the norm of
+    the next one are therefore a single pass over memory, across blocks too.
 
-    Attributes:
-        recompute: what the backward pass has again instead of keeping it: ``"none"``, ``"norm"`` (with the kernels the outputs of
-            norms and GELU, which passes that run anyway write once more) or ``"full"`` (everything: the block runs again).
-        pend_bias: leave the MLP's last bias to whoever adds what is pending: its gradient is then free.  The parameter must be
-            whole there, as under ZeRO 0 to 2; not so where blocks are gathered one by one (ZeRO 3, FSDP).
+    Args:
+        hidden_size: width D.
+        num_heads: attention heads.
+        mlp_ratio: MLP width over D.
+        qk_norm: LayerNorm on the queries and keys of each head.
+        recompute: what the backward pass recomputes: ``"none"``; ``"norm"``, the outputs of the
+            norms and of GELU, which the kernels write again in passes that run anyway; ``"full"``,
+            everything inside the block.
+        defer_bias: leave the MLP's last bias to the pass that adds the pending output, where its
+            gradient costs nothing.
+            The parameter must be whole at that point: true under ZeRO 0 to 2, false where blocks
+                are gathered one by one
+            (ZeRO 3, FSDP).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        recompute: str = "none",
+        defer_bias: bool = False,
+    ):
         super().__init__()
-        self.recompute, self.pend_bias = "none", False
+        self.recompute = recompute
+        self.defer_bias = defer_bias
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -143,6 +186,16 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, pending: Pending | None = None
     ) -> tuple[Tensor, Pending]:
+        """Run the block.
+
+        Args:
+            x: ``[B, T, D]`` residual stream, in the weights' dtype or in fp32.
+            c: ``[B, D]`` conditioning, after the SiLU that all blocks share.
+            pending: what the block before has yet to add to ``x``.
+
+        Returns:
+            The residual stream ``[B, T, D]`` and what is pending now.
+        """
         if self.recompute != "full" or not torch.is_grad_enabled():
             return self._forward(x, c, pending)
         return checkpoint(
@@ -150,16 +203,13 @@ class Block(nn.Module):
         )
 
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation[1](
-            c
-        ).chunk(6, dim=1)
-        qkv, proj, fc1, fc2, again = (
-            self.attn.qkv,
-            self.attn.proj,
-            self.mlp.fc1,
-            self.mlp.fc2,
-            self.recompute == "norm",
-        )
+        modulation = self.adaLN_modulation[1](c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        qkv, proj = self.attn.qkv, self.attn.proj
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        recompute = self.recompute == "norm"
+
+        # attention: add what is pending, norm, modulate, project to queries, keys and values
         x, heads = ops.adaln_linear(
             x,
             shift_msa,
@@ -167,11 +217,13 @@ class Block(nn.Module):
             qkv.weight,
             qkv.bias,
             residual=pending,
-            recompute=again,
+            recompute=recompute,
             parts=3,
         )
-        attended = F.linear(self.attn(*heads), proj.weight), gate_msa, proj.bias
-        now, later = (None, fc2.bias) if self.pend_bias else (fc2.bias, None)
+        # its bias is added together with its gate, by the next pass over the residual stream
+        attended = F.linear(self.attn(*heads), proj.weight)
+
+        # MLP: add the gated attention, norm, modulate, two products with GELU between them
         x, y = ops.adaln_mlp(
             x,
             shift_mlp,
@@ -179,21 +231,21 @@ class Block(nn.Module):
             fc1.weight,
             fc1.bias,
             fc2.weight,
-            now,
-            residual=attended,
-            recompute=again,
+            None if self.defer_bias else fc2.bias,
+            residual=(attended, gate_msa, proj.bias),
+            recompute=recompute,
         )
-        return x, (y, gate_mlp, later)
+        return x, (y, gate_mlp, fc2.bias if self.defer_bias else None)
 
 
-def settle(x: Tensor, pending: Pending) -> Tensor:
-    """The residual stream with what is pending added."""
+def add_pending(x: Tensor, pending: Pending) -> Tensor:
+    """The residual stream ``[B, T, D]`` with the pending output of the last half-block added."""
     y, gate, bias = pending
     return ops.gated_residual(x, y, gate, bias=bias)
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and prediction of every patch; arguments as ``Block``'s."""
+    """Modulated norm and a linear layer: the prediction of every patch. Inputs as ``Block``'s."""
 
     def __init__(self, hidden_size: int, out_size: int):
         super().__init__()
@@ -202,13 +254,15 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> Tensor:
         shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
-        return ops.adaln_linear(
-            x, shift, scale, self.linear.weight, self.linear.bias, residual=pending
-        )[1]
+        weight, bias = self.linear.weight, self.linear.bias
+        _, prediction = ops.adaln_linear(x, shift, scale, weight, bias, residual=pending)
+        return prediction
 
 
 class ProjectionHead(nn.Module):
-    """Linear(D, 2D) - SiLU - Linear(2D, D): maps student features before alignment (SRA, Sec. 3.3)."""
+    """Linear(D, 2D) - SiLU - Linear(2D, D): maps student features before alignment (SRA, Sec.
+    3.3).
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -217,7 +271,8 @@ class ProjectionHead(nn.Module):
         self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not autocast(x):  # which rounds features of a residual stream in fp32 itself
+        # autocast rounds an fp32 residual stream itself
+        if not autocast(x):
             x = x.to(self.linear1.weight.dtype)
         return self.linear2(self.act(self.linear1(x)))
 
@@ -225,11 +280,13 @@ class ProjectionHead(nn.Module):
 def sincos_pos_embed(grid_size: int, hidden_size: int) -> Tensor:
     """Fixed 2-d sine-cosine position embedding ``[1, grid_size^2, D]`` fp32.
 
-    The first half of the channels encodes the column, the second the row; in each, sines then cosines.
+    The first half of the channels encodes the column, the second the row; in each, sines then
+    cosines.
     """
     quarter = hidden_size // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     phase = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
     line = torch.cat([phase.sin(), phase.cos()], dim=1)  # [grid, D/2]
-    column, row = line.repeat(grid_size, 1), line.repeat_interleave(grid_size, dim=0)
+    column = line.repeat(grid_size, 1)
+    row = line.repeat_interleave(grid_size, dim=0)
     return torch.cat([column, row], dim=1).float()[None]

@@ -1,4 +1,6 @@
-"""SiT and DiT: one backbone (embedders and adaLN-Zero blocks), a prediction layer and SRA's projection head."""
+"""SiT and DiT: one backbone (embedders and adaLN-Zero blocks), a prediction layer and SRA's
+projection head.
+"""
 
 from collections.abc import Iterator
 
@@ -6,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sra_fast.models.conditioning import ClassLabels, Conditioning
 from sra_fast.models.layers import (
     Block,
     FinalLayer,
@@ -13,9 +16,10 @@ from sra_fast.models.layers import (
     PatchEmbed,
     ProjectionHead,
     TimestepEmbedder,
-    settle,
+    add_pending,
     sincos_pos_embed,
 )
+from sra_fast.utils.registry import CONDITIONINGS, MODEL_FAMILIES
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -25,7 +29,8 @@ def _init_linear(module: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """Embedders and ``depth`` blocks, without an output.  SRA's teacher is a ``Backbone`` of depth n.
+    """Embedders and ``depth`` blocks, without an output. SRA's teacher is a ``Backbone`` of depth
+    n.
 
     Args:
         input_size: side of the square input, in pixels of the latent.
@@ -35,20 +40,27 @@ class Backbone(nn.Module):
         depth: number of blocks L.
         num_heads: attention heads.
         mlp_ratio: MLP width over D.
-        class_dropout_prob: probability that a label is replaced by the null class in training mode; 0 removes the
-            null class and its embedding row.
-        num_classes: number of classes; labels lie in ``[0, num_classes)``, the null class is ``num_classes``.
+        class_dropout_prob: probability that a label is replaced by the null class in training mode;
+            0 removes the null class and its embedding row.
+        num_classes: number of classes; labels lie in ``[0, num_classes)``, the null class is
+            ``num_classes``.
         qk_norm: LayerNorm on the queries and keys of each head.
+        residual_dtype: dtype of the residual stream; None: that of the weights. In fp32 the
+            additions of 28 blocks are not each rounded to bf16 (the published code's stream is
+            fp32, under its autocast). Every pass over the stream then moves half as many bytes
+            again.
+        recompute, defer_bias: see ``Block``.
 
     Attributes:
-        residual_dtype: of the residual stream; None: the weights'.  In fp32, additions of 28 blocks are not rounded to bf16 one by
-            one (the published code's stream is fp32 under its autocast), and every pass over the stream moves half as much more.
+        conditioning: name in ``CONDITIONINGS`` of what the network is conditioned on.
+        process: name in ``PROCESSES`` of the diffusion process that the network is trained with.
 
     Raises:
         ValueError: sizes that do not divide, or a probability outside [0, 1].
     """
 
-    residual_dtype: torch.dtype | None = None
+    conditioning = "labels"
+    process = "flow_matching"
 
     def __init__(
         self,
@@ -62,6 +74,9 @@ class Backbone(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         qk_norm: bool = False,
+        residual_dtype: torch.dtype | None = None,
+        recompute: str = "none",
+        defer_bias: bool = False,
     ):
         super().__init__()
         if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
@@ -76,16 +91,22 @@ class Backbone(nn.Module):
             )
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1], got {class_dropout_prob}")
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.hidden_size, self.depth, self.num_classes = hidden_size, depth, num_classes
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.hidden_size = hidden_size
+        self.depth = depth
+        self.num_classes = num_classes
+        self.residual_dtype = residual_dtype
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        # a buffer: the reference stores it in its state dict, but nothing trains it
+        # a buffer: the published state dict holds it, but nothing trains it
         self.register_buffer("pos_embed", self.make_pos_embed())
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        make_block = lambda: Block(
+            hidden_size, num_heads, mlp_ratio, qk_norm, recompute, defer_bias
         )
+        self.blocks = nn.ModuleList(make_block() for _ in range(depth))
         self._init_backbone()
 
     def make_pos_embed(self) -> Tensor:
@@ -96,61 +117,74 @@ class Backbone(nn.Module):
         self.apply(_init_linear)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
-        for block in self.blocks:  # adaLN-Zero: every block starts as the identity
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity
+        for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
 
     def compile_blocks(self) -> None:
-        """torch.compile of each block by itself: one compilation serves all blocks, and start-up does not grow with depth."""
+        """Compile each block with torch.compile. One compilation serves all of them, so start-up
+        does not grow with depth.
+        """
         import torch._inductor.config as inductor
 
-        # torch 2.10 to 2.14 give wrong gradients of shared or broadcast modulations with it (pytorch issue 193061)
+        # torch 2.10 to 2.14 give wrong gradients of shared or broadcast modulations with it
+        # (pytorch issue 193061)
         inductor.triton.mix_order_reduction = False
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
     @property
-    def null_class(self) -> int:
-        """The label of "no class" (guidance); only embedded if ``class_dropout_prob > 0``."""
-        return self.num_classes
+    def has_null(self) -> bool:
+        """Whether the network knows the null class, which guidance needs."""
+        return self.y_embedder.dropout_prob > 0
+
+    def as_condition(self, condition: Conditioning | Tensor) -> Conditioning:
+        """The conditioning; a tensor is what the network's kind of conditioning is made from
+        (labels ``[B]``).
+        """
+        if isinstance(condition, Tensor):
+            return CONDITIONINGS[self.conditioning].from_tensors(condition)
+        return condition
 
     def embed(
-        self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None
+        self, x: Tensor, t: Tensor, condition: Conditioning | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, T, D]`` and the conditioning ``[B, D]`` behind its SiLU; see ``features`` for the arguments."""
-        expected = (self.in_channels, self.input_size, self.input_size)
-        times = (x.shape[:1], (*x.shape[:1], self.t_embedder.frequency_size))
-        if (
-            x.dim() != 4
-            or x.shape[1:] != expected
-            or t.shape not in times
-            or y.shape != x.shape[:1]
-        ):
-            raise ValueError(
-                f"expected x [B, {', '.join(map(str, expected))}], t [B] or [B, {times[1][1]}] and y [B], "
-                f"got {[*x.shape]}, {[*t.shape]}, {[*y.shape]}"
-            )
+        """Tokens ``[B, T, D]`` and the conditioning ``[B, D]`` after its SiLU. Arguments: see
+        ``features``.
+        """
+        condition = self.as_condition(condition)
+        self._check_inputs(x, t, condition)
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
-        # a buffer: mixed-precision wrappers may leave it in fp32.  The sum has the wider dtype of the two
+        # mixed-precision wrappers may leave the buffer in fp32: the sum has the wider dtype of the
+        # two
         tokens = tokens + self.pos_embed.to(self.residual_dtype or tokens.dtype)
-        return tokens, F.silu(self.t_embedder(t) + self.y_embedder(y, drop))
+        return tokens, F.silu(self.t_embedder(t) + self.y_embedder(condition))
+
+    def _check_inputs(self, x: Tensor, t: Tensor, condition: ClassLabels) -> None:
+        image = (self.in_channels, self.input_size, self.input_size)
+        frequencies = self.t_embedder.frequency_size
+        batch = x.shape[:1]
+        fits = x.dim() == 4 and x.shape[1:] == image and condition.labels.shape == batch
+        if not fits or t.shape not in (batch, (*batch, frequencies)):
+            raise ValueError(
+                f"expected x [B, {', '.join(map(str, image))}], t [B] or [B, {frequencies}] and "
+                f"labels [B], got {[*x.shape]}, {[*t.shape]}, {[*condition.labels.shape]}"
+            )
 
     def features(
-        self, x: Tensor, t: Tensor, y: Tensor, depth: int | None = None, drop: Tensor | None = None
+        self, x: Tensor, t: Tensor, condition: Conditioning | Tensor, depth: int | None = None
     ) -> Tensor:
-        """The residual stream after block ``depth`` (1-based; default: the last), computing nothing beyond it.
+        """The residual stream after block ``depth``; later blocks are not computed.
 
         Args:
             x: ``[B, C, H, W]`` noisy input, any float dtype (cast to the weights').
-            t: ``[B]`` times: SiT in [0, 1] (0 is data), DiT integers in [0, 1000); or their ``timestep_features`` ``[B, 256]``.
-            y: ``[B]`` int64 labels; ``num_classes`` is the null class.
-            depth: number of blocks to run.
-            drop: ``[B]`` bool, labels to replace by the null class; None: drawn in training mode, none in eval mode.
+            t: ``[B]`` times: SiT in [0, 1] (0 is data), DiT integers in [0, 1000). Or their
+                sinusoid, ``timestep_features`` ``[B, 256]``.
+            condition: B of them; or ``[B]`` int64 labels.
+            depth: 1-based; default: all blocks.
 
         Returns:
             ``[B, T, D]``.
@@ -158,21 +192,30 @@ class Backbone(nn.Module):
         depth = self.depth if depth is None else depth
         if not 1 <= depth <= self.depth:
             raise ValueError(f"depth must lie in [1, {self.depth}], got {depth}")
-        (tokens, c), pending = self.embed(x, t, y, drop), None
+        tokens, c = self.embed(x, t, condition)
+        pending = None
         for block in self.blocks[:depth]:
             tokens, pending = block(tokens, c, pending)
-        return settle(tokens, pending)
+        return add_pending(tokens, pending)
 
-    def all_features(self, x: Tensor, t: Tensor, y: Tensor) -> Iterator[Tensor]:
-        """``features`` of depth 1, 2, .. L in one pass, one after the other ``[B, T, D]``.  Arguments: see ``features``."""
-        (tokens, c), pending = self.embed(x, t, y), None
+    def all_features(
+        self, x: Tensor, t: Tensor, condition: Conditioning | Tensor
+    ) -> Iterator[Tensor]:
+        """``features`` of depth 1, 2, .. L from one pass, each ``[B, T, D]``. Arguments: see
+        ``features``.
+        """
+        tokens, c = self.embed(x, t, condition)
+        pending = None
         for block in self.blocks:
             tokens, pending = block(tokens, c, pending)
-            yield settle(tokens, pending)
+            yield add_pending(tokens, pending)
 
 
+@MODEL_FAMILIES.register("SiT")
 class SiT(Backbone):
-    """Velocity prediction ``[B, C, H, W]`` -> ``[B, C, H, W]`` (arXiv 2401.08740).  Arguments: see ``Backbone``."""
+    """Velocity prediction ``[B, C, H, W]`` -> ``[B, C, H, W]`` (arXiv 2401.08740). Arguments: see
+    ``Backbone``.
+    """
 
     family = "SiT"
 
@@ -190,45 +233,65 @@ class SiT(Backbone):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """``[B, T, p*p*C_out]`` -> ``[B, C_out, H, W]``."""
-        grid, p = self.input_size // self.patch_size, self.patch_size
-        x = tokens.view(-1, grid, grid, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(
-            -1, self.out_channels, self.input_size, self.input_size
-        )
+        p = self.patch_size
+        grid = self.input_size // p
+        size = (-1, self.out_channels, self.input_size, self.input_size)
+        patches = tokens.view(-1, grid, grid, p, p, self.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(size)
 
     def forward(
         self,
         x: Tensor,
         t: Tensor,
-        y: Tensor,
+        condition: Conditioning | Tensor,
         *,
-        drop: Tensor | None = None,
         align_depth: int | None = None,
         align_images: Tensor | None = None,
         project: bool = True,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction; with ``align_depth=m`` also ``ap_head(h_m)`` (``project=False``: ``h_m``) ``[B, T, D]``, or that of
-        the images ``align_images [b]`` alone ``[b, T, D]``.  Other arguments: see ``features``."""
+        """The prediction, and with ``align_depth`` the features that are aligned.
+
+        Args:
+            x, t, condition: see ``features``.
+            align_depth: m, 1-based: also return ``ap_head(h_m)``, h_m being the residual stream
+                after block m.
+            align_images: ``[b]`` int64, the images whose features are returned; default: all.
+            project: False returns h_m itself.
+
+        Returns:
+            ``[B, C_out, H, W]``, or ``([B, C_out, H, W], [b, T, D])``.
+
+        Raises:
+            ValueError: ``align_depth`` outside [1, L], or inputs of other shapes.
+        """
         if align_depth is not None and not 1 <= align_depth <= self.depth:
             raise ValueError(f"align_depth must lie in [1, {self.depth}], got {align_depth}")
-        (tokens, c), pending, projected = self.embed(x, t, y, drop), None, None
+        tokens, c = self.embed(x, t, condition)
+        pending = None
+        aligned = None
         for i, block in enumerate(self.blocks, start=1):
             tokens, pending = block(tokens, c, pending)
             if i == align_depth:
-                tokens, pending = settle(tokens, pending), None
-                projected = tokens if align_images is None else tokens[align_images]
-                projected = self.ap_head(projected) if project else projected
+                # the features contain what is pending, so it is added here and not by the next
+                # block
+                tokens = add_pending(tokens, pending)
+                pending = None
+                aligned = tokens if align_images is None else tokens[align_images]
+                aligned = self.ap_head(aligned) if project else aligned
         prediction = self.unpatchify(self.final_layer(tokens, c, pending))
-        return prediction if projected is None else (prediction, projected)
+        return prediction if aligned is None else (prediction, aligned)
 
 
+@MODEL_FAMILIES.register("DiT")
 class DiT(SiT):
-    """Noise prediction and, with ``learn_sigma``, the variance interpolation in C further channels (arXiv 2212.09748).
+    """Noise prediction and, with ``learn_sigma``, C channels of variance interpolation (arXiv
+    2212.09748).
 
     Arguments: see ``Backbone``, and ``learn_sigma``.
     """
 
     family = "DiT"
+    process = "gaussian_diffusion"
 
     def __init__(self, *args, learn_sigma: bool = True, **kwargs):
         self.learn_sigma = learn_sigma

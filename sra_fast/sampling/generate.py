@@ -72,7 +72,7 @@ def generate(
             model,
             z,
             y,
-            cfg.resolved_method(model.family),
+            cfg.method,
             cfg.steps,
             guidance=cfg.guidance,
             interval=tuple(cfg.interval),

@@ -5,6 +5,8 @@ import math
 import re
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sra_fast.config.schema import Config
 from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.utils.files import write_atomic
+from sra_fast.utils.registry import TARGETS
 
 # dense matrix rate in FLOP/s by whole words of the GPU's name: bf16 and TF32 (NVIDIA data sheets); the first match counts
 PEAK = {
@@ -36,22 +39,22 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> floa
     if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)
-    return next(
-        (
-            rates[precision != "bf16"]
-            for key, rates in PEAK.items()
-            if re.search(rf"\b{key}\b", name)
-        ),
-        None,
-    )
+    for key, (bf16, tf32_rate) in PEAK.items():
+        if re.search(rf"\b{key}\b", name):
+            return bf16 if precision == "bf16" else tf32_rate
+    return None
 
 
-# of a network and its alignment, by what they say of themselves: counting SiT-XL/2's takes a core a second
+# FLOPs by configuration: counting those of SiT-XL/2 takes a core a second
 _training_flops: dict[str, tuple[float, float]] = {}
 
 
 def training_flops(cfg: Config) -> tuple[float, float]:
-    """FLOPs per image of ``(plain step, aligned step)``: 3 forwards of the student, then head and teacher too, as often as they run."""
+    """FLOPs per image of ``(plain step, step with alignment)``.
+
+    A plain step is three forwards of the student. Alignment adds three of the projection head and
+    one of the target's network, as often as they run.
+    """
     key = repr((cfg.model, cfg.align))
     if key not in _training_flops:
         _training_flops[key] = _count_training_flops(cfg)
@@ -59,23 +62,27 @@ def training_flops(cfg: Config) -> tuple[float, float]:
 
 
 def _count_training_flops(cfg: Config) -> tuple[float, float]:
+    model = cfg.model
     with torch.device("meta"):
-        student, batch = cfg.model.build(), 1
-        x = torch.zeros(batch, cfg.model.in_channels, cfg.model.input_size, cfg.model.input_size)
-        t, y = torch.zeros(batch), torch.zeros(batch, dtype=torch.int64)
-    with torch.no_grad(), FlopCounterMode(display=False) as plain:
-        student.eval()(x, t, y)
-    if cfg.align.target == "none":
-        return 3 * plain.get_total_flops(), 3 * plain.get_total_flops()
-    with torch.no_grad(), FlopCounterMode(display=False) as aligned:
-        student(x, t, y, align_depth=cfg.align.student_layer)
-    with torch.no_grad(), FlopCounterMode(display=False) as teacher:
-        student.features(x, t, y, cfg.align.teacher_layer)
-    extra = 3 * (aligned.get_total_flops() - plain.get_total_flops()) + teacher.get_total_flops()
-    return (
-        3 * plain.get_total_flops(),
-        3 * plain.get_total_flops() + extra * cfg.align.fraction / cfg.align.every,
-    )
+        student = model.build().eval()
+        x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
+        t = torch.zeros(1)
+        labels = torch.zeros(1, dtype=torch.int64)
+    plain = _flops(lambda: student(x, t, labels))
+    if not cfg.align.active:
+        return 3 * plain, 3 * plain
+    aligned = _flops(lambda: student(x, t, labels, align_depth=cfg.align.student_layer))
+    depth = TARGETS[cfg.align.target].network_depth(cfg.align)
+    network = _flops(lambda: student.features(x, t, labels, depth)) if depth else 0
+    extra = 3 * (aligned - plain) + network
+    return 3 * plain, 3 * plain + extra * cfg.align.fraction / cfg.align.every
+
+
+@torch.no_grad()
+def _flops(forward: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -89,101 +96,121 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-class Metrics:
-    """Means over ``every`` steps, averaged over the processes, written one reading behind the step that made them.
+class TrainLogger:
+    """Means over ``train.log_every`` steps and over the processes, written with a lag of one row.
 
-    Nothing here waits for the device: sums stay on it, a row is copied to pinned memory and read once its event has
-    passed.
+    Nothing here waits for the device. Sums stay on it; a row is copied to pinned memory and read
+    once its event has passed.
 
     Args:
         folder: run folder, or None on ranks that do not write.
         cfg: configuration.
         device: of this process.
         world: number of processes.
-        start: steps already taken; rows of an interrupted run beyond them are dropped.
+        start: steps already taken. Rows of an interrupted run beyond them are dropped.
     """
 
     def __init__(
         self, folder: Path | None, cfg: Config, device: torch.device, world: int, start: int = 0
     ):
-        self.every, self.device, self.world, self.images = (
-            cfg.train.log_every,
-            device,
-            world,
-            cfg.train.global_batch,
-        )
+        self.every = cfg.train.log_every
+        self.device = device
+        self.world = world
+        self.images = cfg.train.global_batch
         self.flops = training_flops(cfg)
         self.peak = peak_flops(device, cfg.train.precision, cfg.train.tf32)
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # of training, not of what was built before
-        self.sums, self.count, self.waiting, self.rows = {}, 0, deque(), []
+            # the peak of training, not of what was built before
+            torch.cuda.reset_peak_memory_stats(device)
+        # name -> (sum on the device, number of summands), since the last row
+        self.sums: dict[str, tuple] = {}
+        self.count = 0
+        self.waiting: deque[_Row] = deque()
+        self.rows: list[dict] = []
         self.clock = time.perf_counter()
-        self.file = self.board = None
+        self.file = None
+        self.board = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            self._open(folder, start)
 
-            path = folder / "stats.jsonl"
-            kept = [row for row in read_rows(path) if row["step"] <= start]
-            write_atomic(
-                path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            )
-            self.file = open(path, "a")  # noqa: SIM115, stays open for the whole run
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    def _open(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "stats.jsonl"
+        kept = [row for row in read_rows(path) if row["step"] <= start]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomic(path, lambda p: p.write_text(text))
+        # open for the whole run
+        self.file = open(path, "a")  # noqa: SIM115
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """One micro-step's 0-d tensors; they are summed on the device."""
+        """Add scalars ``[]`` of one micro-step."""
         for name, value in values.items():
             value = value.float() if torch.is_tensor(value) else torch.tensor(float(value))
-            total, n = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, n + 1)
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
 
-    def step(self, step: int, extra: dict[str, float]) -> dict | None:
-        """End of optimizer step ``step`` (1-based).  Returns the newest row that has arrived, if one did."""
+    def step(self, step: int, known: dict[str, float]) -> dict | None:
+        """End of optimizer step ``step`` (1-based).
+
+        ``known``: values that are on the host already.
+
+        Returns:
+            The newest row that has arrived, if one did.
+        """
         self.count += 1
         if step % self.every == 0 or step == 1:
-            self._send(step, extra)
+            self._send(step, known)
         return self._receive(wait=False)
 
-    def _send(self, step: int, extra: dict[str, float]) -> None:
+    def _send(self, step: int, known: dict[str, float]) -> None:
+        """Start to copy the means of the steps since the last row to the host."""
         names = sorted(self.sums)
-        means = torch.stack([(self.sums[n][0] / self.sums[n][1]).to(self.device) for n in names])
+        means = torch.stack(
+            [(total / count).to(self.device) for total, count in (self.sums[n] for n in names)]
+        )
         if self.world > 1:
             dist.all_reduce(means)
             means /= self.world
-        now, event = time.perf_counter(), None
+        now = time.perf_counter()
+        seconds = now - self.clock
+        rate = self.count * self.images / seconds
+        known = {"step": step, **known}
+        event = None
         if self.device.type == "cuda":
             means = torch.empty(means.shape, pin_memory=True).copy_(means, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            extra = {
-                **extra,
-                "peak_memory_gib": (torch.cuda.max_memory_allocated(self.device) + hidden_bytes())
-                / 2**30,
-            }
-        rate = self.count * self.images / (now - self.clock)
-        extra = {
-            "step": step,
-            **extra,
-            "images_per_s": rate,
-            "ms_per_step": 1e3 * (now - self.clock) / self.count,
-        }
+            peak = torch.cuda.max_memory_allocated(self.device) + hidden_bytes()
+            known["peak_memory_gib"] = peak / 2**30
+        known["images_per_s"] = rate
+        known["ms_per_step"] = 1e3 * seconds / self.count
         if self.peak:
-            extra["mfu"] = rate * self.flops["align" in self.sums] / (self.peak * self.world)
-        self.waiting.append((names, means, event, extra))
-        self.sums, self.count, self.clock = {}, 0, now
+            flops = self.flops["align" in self.sums]
+            known["mfu"] = rate * flops / (self.peak * self.world)
+        self.waiting.append(_Row(names, means, event, known))
+        self.sums = {}
+        self.count = 0
+        self.clock = now
 
     def _receive(self, wait: bool) -> dict | None:
+        """Write the rows that have arrived (``wait``: all of them), and return the newest."""
         row = None
-        # on a CPU there is no event: the row waits for the next one, the lag is the same in tests as on a GPU
-        while self.waiting and (
-            wait or (self.waiting[0][2].query() if self.waiting[0][2] else len(self.waiting) > 1)
-        ):
-            names, means, event, extra = self.waiting.popleft()
-            if event:
-                event.synchronize()
-            row = {**extra, **dict(zip(names, means.tolist(), strict=True))}
+        while self.waiting and (wait or self._has_arrived()):
+            sent = self.waiting.popleft()
+            if sent.event:
+                sent.event.synchronize()
+            row = {**sent.known, **dict(zip(sent.names, sent.means.tolist(), strict=True))}
             self._write(row)
         return row
+
+    def _has_arrived(self) -> bool:
+        event = self.waiting[0].event
+        if event:
+            return event.query()
+        # on a CPU there is no event. The row waits for the next one, so that tests see the same lag
+        return len(self.waiting) > 1
 
     def _write(self, row: dict) -> None:
         self.rows.append(row)
@@ -197,13 +224,13 @@ class Metrics:
         if bad:
             raise FloatingPointError(
                 f"{' and '.join(bad)} not finite in the {self.every} steps up to {row['step']}; "
-                "go on from the last checkpoint with a smaller optim.lr or align.weight"
+                "resume from the last checkpoint with a smaller optim.lr or align.weight"
             )
 
-    def flush(self, step: int, extra: dict[str, float]) -> None:
-        """Write everything up to ``step``, waiting for the device: before a checkpoint, not in between."""
+    def flush(self, step: int, known: dict[str, float]) -> None:
+        """Write everything up to ``step``, waiting for the device: before a checkpoint."""
         if self.count:
-            self._send(step, extra)
+            self._send(step, known)
         self._receive(wait=True)
 
     def restart_clock(self) -> None:
@@ -216,3 +243,13 @@ class Metrics:
             self.file.close()
             self.board.close()
         return self.rows
+
+
+@dataclass
+class _Row:
+    """A row on its way to the host: ``means``, named by ``names``, are there after ``event``."""
+
+    names: list[str]
+    means: Tensor
+    event: torch.cuda.Event | None
+    known: dict

@@ -1,15 +1,20 @@
-"""The training loop: Algorithm of SRA (arXiv 2505.02831), Sec. 3, under DeepSpeed."""
+"""The training loop: SRA's algorithm (arXiv 2505.02831, Sec. 3) under DeepSpeed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
-from sra_fast.alignment.objective import align_weight
-from sra_fast.data.dataset import ShuffledBatches, make_loader
+from sra_fast.alignment.schedule import align_weight
+from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
 from sra_fast.training import saving
-from sra_fast.training.logger import Metrics
+from sra_fast.training.logger import TrainLogger
+from sra_fast.training.monitor import Monitor
 from sra_fast.training.trainer import Trainer
+from sra_fast.utils.registry import CONDITIONINGS
 
 
 def warm_up(step: int, warmup_steps: int) -> float:
@@ -18,6 +23,7 @@ def warm_up(step: int, warmup_steps: int) -> float:
 
 
 def set_lr(trainer: Trainer, step: int) -> float:
+    """Set the learning rate of a 0-based optimizer step, and return it."""
     lr = trainer.cfg.optim.lr * warm_up(step, trainer.cfg.optim.warmup_steps)
     for group in trainer.engine.optimizer.param_groups:
         group["lr"] = lr
@@ -25,38 +31,56 @@ def set_lr(trainer: Trainer, step: int) -> float:
 
 
 def optimizer_step(
-    trainer: Trainer, batches, stream: ShuffledBatches, data, step: int, metrics: Metrics
+    trainer: Trainer,
+    batches: Iterator[tuple[Tensor, ...]],
+    stream: ShuffledBatches,
+    data: TrainingData,
+    step: int,
+    logger: TrainLogger,
 ) -> dict:
-    """All micro-steps of one optimizer step, then the EMA and the teacher.  Returns what is known on the host."""
-    cfg, engine, device = trainer.cfg, trainer.engine, trainer.device
-    weight, lr = align_weight(cfg.align, step, stream.epoch(step)), set_lr(trainer, step)
-    for micro_step in range(trainer.accumulation):
-        batch, y = (item.to(device, non_blocking=True) for item in next(batches))
-        shape = (trainer.micro, *data.shape)
+    """All micro-steps of one optimizer step, then the EMA and the teacher.
+
+    Returns:
+        What the host knows of the step: ``align_weight``, ``lr``, ``epoch``.
+    """
+    cfg = trainer.cfg
+    engine = trainer.engine
+    conditioning = CONDITIONINGS[trainer.student.conditioning]
+    epoch = stream.epoch(step)
+    weight = align_weight(cfg.align, step, epoch)
+    lr = set_lr(trainer, step)
+    for micro_step in range(trainer.plan.accumulation):
+        batch = next(batches)
+        images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
         draws = draw(
             cfg.train.seed,
             step,
             stream.first(micro_step),
-            shape,
-            device,
+            (trainer.plan.micro, *data.shape),
+            trainer.device,
             drop_prob=cfg.model.class_dropout_prob,
             posterior=data.posterior,
         )
-        x0 = data.to_latent(batch, draws.posterior)
+        x0 = data.to_latent(images, draws.posterior)
+        condition = conditioning.from_tensors(*labels).dropped(draws.drop)
         times = engine.module.process.times(draws.uniform, draws.gap)
-        metrics.add(
-            trainer.micro_step(x0, y, draws.noise, times, draws.drop, weight, first=micro_step == 0)
-        )
+        first = micro_step == 0
+        logger.add(trainer.micro_step(x0, condition, draws.noise, times, weight, first))
         engine.step()
     if engine.was_step_applied():
-        trainer.after_step(
-            teacher_runs=align_weight(cfg.align, step + 1, stream.epoch(step + 1)) > 0
-        )
-    metrics.add({"grad_norm": trainer.grad_norm})
-    return {"align_weight": weight, "lr": lr, "epoch": stream.epoch(step)}
+        next_weight = align_weight(cfg.align, step + 1, stream.epoch(step + 1))
+        trainer.after_step(teacher_runs=next_weight > 0)
+    logger.add({"grad_norm": trainer.grad_norm})
+    return {"align_weight": weight, "lr": lr, "epoch": epoch}
 
 
-def train(trainer: Trainer, data, folder: Path, start: int = 0, monitor=None) -> list[dict]:
+def train(
+    trainer: Trainer,
+    data: TrainingData,
+    folder: Path,
+    start: int = 0,
+    monitor: Monitor | None = None,
+) -> list[dict]:
     """Train from optimizer step ``start`` to ``train.steps``.
 
     Args:
@@ -64,7 +88,7 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0, monitor=None) ->
         data: from ``make_dataset``.
         folder: run folder.
         start: number of optimizer steps already taken.
-        monitor: looks at the EMA every ``monitor.every`` steps; None: nobody does.
+        monitor: looks at the EMA every ``monitor.every`` steps; None: no one does.
 
     Returns:
         The logged rows.
@@ -72,21 +96,23 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0, monitor=None) ->
     Raises:
         FloatingPointError: loss or gradient norm not finite (noticed one log interval late).
     """
-    cfg, main = trainer.cfg, trainer.rank == 0
+    cfg = trainer.cfg
+    plan = trainer.plan
+    main = trainer.rank == 0
     stream = ShuffledBatches(
-        len(data),
-        cfg.train.seed,
-        trainer.micro,
-        trainer.accumulation,
-        trainer.rank,
-        trainer.world,
-        start,
-        cfg.train.steps,
+        num_images=len(data),
+        seed=cfg.train.seed,
+        micro=plan.micro,
+        accumulation=plan.accumulation,
+        rank=trainer.rank,
+        world=plan.world,
+        step=start,
+        steps=cfg.train.steps,
     )
-    batches = iter(make_loader(data, stream, cfg.data.num_workers, trainer.device.type == "cuda"))
-    metrics = Metrics(folder if main else None, cfg, trainer.device, trainer.world, start)
+    cuda = trainer.device.type == "cuda"
+    batches = iter(make_loader(data, stream, cfg.data.num_workers, cuda))
+    logger = TrainLogger(folder if main else None, cfg, trainer.device, plan.world, start)
     trainer.engine.train()
-    extra = {}
     bar = tqdm(
         total=cfg.train.steps,
         initial=start,
@@ -96,20 +122,22 @@ def train(trainer: Trainer, data, folder: Path, start: int = 0, monitor=None) ->
         mininterval=0.5,
     )
     for step in range(start, cfg.train.steps):
-        extra = optimizer_step(trainer, batches, stream, data, step, metrics)
-        row = metrics.step(step + 1, extra)
+        known = optimizer_step(trainer, batches, stream, data, step, logger)
+        row = logger.step(step + 1, known)
         bar.update()
         if row:
             bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
+
         if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
-            metrics.flush(step + 1, extra)  # raises if the weights are not worth saving
+            # raises if the weights are not worth saving
+            logger.flush(step + 1, known)
             saving.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
-            metrics.restart_clock()
+            logger.restart_clock()
         if monitor is not None and (step + 1) % cfg.monitor.every == 0:
-            metrics.flush(step + 1, extra)
+            logger.flush(step + 1, known)
             monitor.look(trainer, step + 1)
-            metrics.restart_clock()
+            logger.restart_clock()
     bar.close()
     if trainer.teacher is not None:
         trainer.teacher.wait()
-    return metrics.close()
+    return logger.close()

@@ -1,4 +1,4 @@
-"""Samples of the EMA during training: a picture and, if asked for, their Fréchet distance, made by all processes together."""
+"""Samples of the EMA during training, made by all processes: a picture and, on request, their FID."""
 
 import json
 from itertools import pairwise
@@ -21,7 +21,7 @@ from sra_fast.utils.files import write_atomic
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """``[counts[rank], ...]`` of every rank -> all of them on each, in the order of the ranks; collective."""
+    """Rows ``[counts[rank], ...]`` of every rank, in the order of the ranks, on each; collective."""
     if len(counts) == 1:
         return rows
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
@@ -40,68 +40,86 @@ class Monitor:
         folder: run folder: ``samples/step_XXXXXXXX.png`` and ``samples.jsonl`` go there.
 
     Raises:
-        ValueError: no VAE, weights or reference at the given paths.
+        ValueError: no VAE, Inception weights or FID reference at the given paths.
     """
 
     def __init__(self, cfg: Config, device: torch.device, folder: Path):
-        m = cfg.monitor
-        self.cfg, self.device, self.folder = cfg, device, folder
-        self.vae = load_vae(m.vae, cfg.model.in_channels).to(device) if m.vae else None
+        monitor = cfg.monitor
+        self.cfg = cfg
+        self.device = device
+        self.folder = folder
+        self.vae = None
+        if monitor.vae:
+            self.vae = load_vae(monitor.vae, cfg.model.in_channels).to(device)
         self.extractor: Extractor | None = None
-        if m.reference:
-            self.extractor = inception_extractor(m.inception, device)
-            self.reference = summarize_reference(m.reference, self.extractor, m.batch).pool
+        if monitor.reference:
+            self.extractor = inception_extractor(monitor.inception, device)
+            reference = summarize_reference(monitor.reference, self.extractor, monitor.batch)
+            self.fid_reference = reference.pool
 
     @torch.no_grad()
     def look(self, trainer: Trainer, step: int) -> dict | None:
-        """Sample after ``step``; collective.  The scores on rank 0, None elsewhere."""
-        cfg, m, world, rank = self.cfg, self.cfg.monitor, trainer.world, trainer.rank
+        """Sample after ``step`` optimizer steps; collective.
+
+        Returns:
+            The scores on rank 0, None elsewhere.
+        """
+        monitor = self.cfg.monitor
+        world = trainer.plan.world
+        # this rank's share of the images, and everyone's
+        bounds = [monitor.count * rank // world for rank in range(world + 1)]
+        counts = [end - begin for begin, end in pairwise(bounds)]
+        pixels = self._sample(trainer, bounds[trainer.rank], bounds[trainer.rank + 1])
+
+        scores = {"step": step, "images": monitor.count}
+        if self.extractor is not None:
+            scores["fid"] = self._fid(pixels, counts)
+        shown = gather_rows(pixels, counts)[: monitor.grid].cpu().numpy()
+        if trainer.rank:
+            return None
+        (self.folder / "samples").mkdir(exist_ok=True)
+        file = self.folder / "samples" / f"step_{step:08d}.png"
+        scale = 4 if shown.shape[1] < 32 else 1
+        report.save_grid(file, shown, columns=10, scale=scale)
+        self._log(scores)
+        return scores
+
+    def _sample(self, trainer: Trainer, first: int, end: int) -> Tensor:
+        """Images ``first`` to ``end`` of the EMA, uint8 ``[n, H, W, C]`` on the device; collective."""
+        cfg = self.cfg
         model = cfg.model.build().to(self.device).eval()
         model.load_state_dict(trainer.state_dict(trainer.ema.full()))
-        bounds = [m.count * r // world for r in range(world + 1)]
-        counts, first = [b - a for a, b in pairwise(bounds)], bounds[rank]
-        labels = choose_labels(m.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed)[
-            first : bounds[rank + 1]
-        ]
+        labels = choose_labels(
+            cfg.monitor.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed
+        )
+        batch = cfg.monitor.batch
         latents = generate(
             model,
-            labels,
+            labels[first:end],
             cfg.sample,
             cfg.diffusion.path,
             cfg.train.seed,
-            m.batch,
+            batch,
             self.device,
             first=first,
         )
-        images = report.to_uint8(
-            decode(latents, self.vae, cfg.data.latent_scale, m.batch, self.device),
-            cfg.sample.rounding,
-        )
-        pixels = torch.from_numpy(images).to(self.device)
-        scores = {"step": step, "images": m.count}
-        if self.extractor is not None:
-            features = [
-                self.extractor(part.permute(0, 3, 1, 2).contiguous()).pool
-                for part in pixels.split(m.batch)
-            ]
-            moments = Moments()
-            moments.update(gather_rows(torch.cat(features), counts))
-            scores["fid"] = frechet_distance(moments.gaussian(), self.reference)
-        shown = gather_rows(pixels, counts)[: m.grid].cpu().numpy()
-        if rank:
-            return None
-        (self.folder / "samples").mkdir(exist_ok=True)
-        report.save_grid(
-            self.folder / "samples" / f"step_{step:08d}.png",
-            shown,
-            10,
-            4 if shown.shape[1] < 32 else 1,
-        )
+        images = decode(latents, self.vae, cfg.data.latent_scale, batch, self.device)
+        return torch.from_numpy(report.to_uint8(images, cfg.sample.rounding)).to(self.device)
+
+    def _fid(self, pixels: Tensor, counts: list[int]) -> float:
+        """Fréchet distance of all ranks' images to the FID reference; collective."""
+        features = [
+            self.extractor(part.permute(0, 3, 1, 2).contiguous()).pool
+            for part in pixels.split(self.cfg.monitor.batch)
+        ]
+        moments = Moments()
+        moments.update(gather_rows(torch.cat(features), counts))
+        return frechet_distance(moments.gaussian(), self.fid_reference)
+
+    def _log(self, scores: dict) -> None:
+        """Append a row to ``samples.jsonl``."""
         file = self.folder / "samples.jsonl"
-        rows = [
-            row for row in read_rows(file) if row["step"] < step
-        ]  # those of an interrupted run beyond here are made again
-        write_atomic(
-            file, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in [*rows, scores]))
-        )
-        return scores
+        # an interrupted run may have been further: its later rows are made again
+        rows = [row for row in read_rows(file) if row["step"] < scores["step"]]
+        text = "".join(json.dumps(row) + "\n" for row in [*rows, scores])
+        write_atomic(file, lambda p: p.write_text(text))

@@ -1,8 +1,9 @@
 """Write and resume checkpoints, start from other weights, export.
 
-A checkpoint is DeepSpeed's, for the exact resume of a run, with the sharded EMA and a small JSON file beside it (see
-``checkpoint/reading.py``).  All random numbers are functions of (seed, step, image), so no generator state is stored.
-DeepSpeed writes ``latest`` last: an interrupted save is never picked up.
+A checkpoint is DeepSpeed's, for the exact resume of a run, with the sharded EMA and a small JSON
+file next to it (see ``checkpoint/reading.py``). All random numbers are functions of (seed, step,
+image), so no generator state is stored. DeepSpeed writes ``latest`` last: an interrupted save is
+never picked up.
 """
 
 import argparse
@@ -13,10 +14,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sra_fast.checkpoint.identity import identity_of
 from sra_fast.checkpoint.reading import STATE, read_state
 from sra_fast.config.schema import Config
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.files import write_atomic, write_json
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _identity(trainer: Trainer) -> dict:
+    return identity_of(trainer.cfg, trainer.plan.world, trainer.plan.stage)
 
 
 def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
@@ -24,128 +32,135 @@ def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
     tag = f"step_{step:08d}"
     path = folder / tag
     path.mkdir(parents=True, exist_ok=True)
+    # clones: torch.save would write the whole storage that a view belongs to
     pieces = {
         name: (start, values.clone()) for name, (start, values) in trainer.ema.pieces().items()
     }
     write_atomic(path / f"ema_rank_{trainer.rank:05d}.pt", lambda p: torch.save(pieces, p))
     teacher = trainer.teacher.state() if trainer.teacher is not None else None
     if trainer.rank == 0:
-        identity = identity_of(trainer.cfg, trainer.world, trainer.stage)
-        write_json(path / STATE, {"step": step, "epoch": epoch, **identity, "teacher": teacher})
+        state = {"step": step, "epoch": epoch, **_identity(trainer), "teacher": teacher}
+        write_json(path / STATE, state)
     dist.barrier()
-    # the frozen teacher is not stored: it is the EMA's
+    # the frozen teacher is not stored: it is rebuilt from the EMA
     trainer.engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
     return path
 
 
-def identity_of(cfg: Config, world_size: int, zero_stage: int) -> dict:
-    """What must be the same for a resumed run to be the uninterrupted one."""
-    return {
-        "seed": cfg.train.seed,
-        "global_batch": cfg.train.global_batch,
-        "world_size": world_size,
-        "zero_stage": zero_stage,
-        "precision": cfg.train.precision,
-        "residual": cfg.train.residual,
-        "teacher_layer": cfg.align.teacher_layer if cfg.align.target != "none" else None,
-        "fp8_group": cfg.align.target == "ema_teacher"
-        and cfg.align.teacher_dtype == "fp8",  # a parameter group of its own
-        "model": asdict(cfg.model),
-    }
-
-
 def load(trainer: Trainer, path: Path) -> int:
-    """Restore weights, optimizer, EMA and teacher from a checkpoint folder; returns the step.  ValueError: see ``read_state``."""
-    state = read_state(path, identity_of(trainer.cfg, trainer.world, trainer.stage))
-    loaded, _ = trainer.engine.load_checkpoint(
-        str(path.parent), tag=path.name, load_module_strict=False
-    )
+    """Restore weights, optimizer, EMA and teacher from a checkpoint folder.
+
+    Returns:
+        The number of optimizer steps taken.
+
+    Raises:
+        ValueError: see ``read_state``.
+    """
+    state = read_state(path, _identity(trainer))
+    folder, tag = str(path.parent), path.name
+    loaded, _ = trainer.engine.load_checkpoint(folder, tag=tag, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no checkpoint at {path}")
-    o = trainer.cfg.optim
-    for group in (
-        trainer.engine.optimizer.param_groups
-    ):  # the configuration's, not those of the interrupted run
-        group.update(betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay)
-    if o.implementation == "fused":  # its step count is read on the host
-        for moments in trainer.shards.optimizer_states():
+    optim = trainer.cfg.optim
+    # the settings are the configuration's, not those of the interrupted run
+    for group in trainer.engine.optimizer.param_groups:
+        group.update(betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
+    # the fused step reads its step count on the host
+    if optim.implementation == "fused":
+        for moments in trainer.masters.optimizer_states():
             moments["step"] = moments["step"].cpu()
     trainer.refresh_teacher(state["teacher"])
     return state["step"]
 
 
-def start_from(trainer: Trainer, checkpoint: dict) -> int:
-    """EMA and optimizer state of a reference checkpoint into a trainer built with its weights; returns its step."""
-    if "ema" in checkpoint:
-        trainer.ema.load(checkpoint["ema"])
-    if "opt" in checkpoint:
-        # the reference's optimizer also lists its position embedding, first and without state
+def start_from(trainer: Trainer, initial: dict) -> int:
+    """Take over EMA and optimizer state of a published checkpoint, as far as it has them.
+
+    Args:
+        trainer: built with the checkpoint's weights.
+        initial: from ``read_weights``, or an empty dict.
+
+    Returns:
+        The number of optimizer steps that the checkpoint has taken.
+    """
+    if "ema" in initial:
+        trainer.ema.load(initial["ema"])
+    if "opt" in initial:
+        masters = trainer.masters
+        # the published optimizer also lists its position embedding, first and without state
         states = {
-            name: checkpoint["opt"]["state"][i]
-            for i, name in enumerate(trainer.shards.shapes, start=1)
+            name: initial["opt"]["state"][i] for i, name in enumerate(masters.shapes, start=1)
         }
-        for key in ("exp_avg", "exp_avg_sq"):
-            trainer.shards.scatter(
-                {name: s[key] for name, s in states.items()}, trainer.shards.state(key)
-            )
-        for state in trainer.shards.optimizer_states():
-            state["step"].fill_(float(next(iter(states.values()))["step"]))
+        for key in MOMENTS:
+            moments = {name: state[key] for name, state in states.items()}
+            masters.scatter(moments, masters.state(key))
+        count = float(next(iter(states.values()))["step"])
+        for state in masters.optimizer_states():
+            state["step"].fill_(count)
     trainer.refresh_teacher()
-    return int(checkpoint.get("steps", 0))
+    return int(initial.get("steps", 0))
 
 
-def export_reference(trainer: Trainer, path: Path, step: int, epoch: int) -> None:
-    """The reference's ``.pt`` with fp32 weights, EMA and AdamW state; collective, rank 0 writes."""
-    shards = trainer.shards
-    weights, ema = shards.gather(shards.flats), trainer.ema.full()
-    moments = {key: shards.gather(shards.state(key)) for key in ("exp_avg", "exp_avg_sq")}
+def export_published(trainer: Trainer, path: Path, step: int, epoch: int) -> None:
+    """The published code's ``.pt`` with fp32 weights, EMA and AdamW state; collective, rank 0 writes."""
+    masters = trainer.masters
+    weights = masters.gather(masters.flats)
+    ema = trainer.ema.full()
+    moments = {key: masters.gather(masters.state(key)) for key in MOMENTS}
     if trainer.rank:
         return
-    o, count = trainer.cfg.optim, shards.optimizer_states()[0]["step"]
-    state = {
-        i: {"step": count.detach().cpu().clone(), **{key: moments[key][name] for key in moments}}
-        for i, name in enumerate(shards.shapes, start=1)
-    }
+    count = masters.optimizer_states()[0]["step"]
+    state = {}
+    for i, name in enumerate(masters.shapes, start=1):
+        state[i] = {key: moments[key][name] for key in MOMENTS}
+        state[i]["step"] = count.detach().cpu().clone()
+    optim = trainer.cfg.optim
     group = {
-        "lr": o.lr,
-        "betas": tuple(o.betas),
-        "eps": o.eps,
-        "weight_decay": o.weight_decay,
+        "lr": optim.lr,
+        "betas": tuple(optim.betas),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
         "amsgrad": False,
         "maximize": False,
         "foreach": None,
         "capturable": False,
         "differentiable": False,
         "fused": None,
-        "params": list(range(len(shards.shapes) + 1)),
+        "params": list(range(len(masters.shapes) + 1)),
     }
     checkpoint = {
         "model": trainer.state_dict(weights),
         "ema": trainer.state_dict(ema),
         "opt": {"state": state, "param_groups": [group]},
-        "args": reference_args(trainer.cfg),
+        "args": published_args(trainer.cfg),
         "epoch": epoch,
         "steps": step,
     }
     write_atomic(path, lambda p: torch.save(checkpoint, p))
 
 
-def reference_args(cfg: Config) -> argparse.Namespace:
-    """The reference's command-line arguments that describe the model, and the head count, which it has in the name."""
-    m = cfg.model
+def published_args(cfg: Config) -> argparse.Namespace:
+    """The published code's arguments that describe the model.
+
+    ``num_heads`` is ours: the published code has it in the model's name.
+    """
+    model = cfg.model
     return argparse.Namespace(
-        model=m.name,
-        resolution=8 * m.input_size,
-        num_classes=m.num_classes,
-        qk_norm=m.qk_norm,
-        cfg_prob=m.class_dropout_prob,
+        model=model.name,
+        resolution=8 * model.input_size,
+        num_classes=model.num_classes,
+        qk_norm=model.qk_norm,
+        cfg_prob=model.class_dropout_prob,
         path_type=cfg.diffusion.path,
-        num_heads=m.arguments()["num_heads"],
+        num_heads=model.arguments()["num_heads"],
     )
 
 
 def export_safetensors(trainer: Trainer, path: Path, step: int) -> None:
-    """EMA weights in fp32 under the reference's names, with the model's configuration as metadata; collective."""
+    """EMA weights in fp32 under the published names; collective, rank 0 writes.
+
+    The metadata hold the step and the configuration.
+    """
     from safetensors.torch import save_file
 
     ema = trainer.ema.full()

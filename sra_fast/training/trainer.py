@@ -1,4 +1,4 @@
-"""From a configuration to a DeepSpeed engine with its sharded EMA and teacher."""
+"""From a plan to a DeepSpeed engine with its sharded EMA and the network that follows it."""
 
 import logging
 from dataclasses import dataclass
@@ -9,22 +9,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sra_fast import ops
-from sra_fast.alignment.objective import SRAObjective, alignment_phases, make_process
+from sra_fast.alignment.objective import SRAObjective
+from sra_fast.alignment.schedule import alignment_phases
 from sra_fast.config.schema import Config
-from sra_fast.models import Backbone, SiT
+from sra_fast.diffusion.process import make_process
+from sra_fast.models import Backbone, Conditioning, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import Block
-from sra_fast.training.checks import check_device, split_batch
+from sra_fast.training.checks import has_own_graph
+from sra_fast.training.plan import Plan
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators
-from sra_fast.zero.deepspeed_config import clips_itself, deepspeed_config, zero_stage
+from sra_fast.utils.registry import CONDITIONINGS, TARGETS
+from sra_fast.zero.deepspeed_config import clips_itself
+from sra_fast.zero.deepspeed_names import restore_linear
 from sra_fast.zero.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
 from sra_fast.zero.fused_step import (
     PartitionedStep,
     ReplicatedStep,
     Stage3Step,
-    let_go_of_accumulators,
+    release_accumulators,
 )
-from sra_fast.zero.master_weights import MasterShards
+from sra_fast.zero.master_weights import MasterWeights
 from sra_fast.zero.optimizer import AdamWEMA, clip_before_step, make_optimizer
 
 log = logging.getLogger("sra_fast")
@@ -32,207 +37,284 @@ log = logging.getLogger("sra_fast")
 
 @dataclass
 class Trainer:
-    """What a training loop and a checkpoint need; ``teacher`` refreshes the teacher inside ``engine.module`` or is None."""
+    """What the training loop and a checkpoint need.
 
-    cfg: Config
+    Attributes:
+        plan: what it was built from.
+        engine: DeepSpeed's; its module is the ``SRAObjective``.
+        student: the network that is trained.
+        masters: where ZeRO keeps the fp32 weights.
+        ema: their sharded average.
+        teacher: keeps the weights of the target's network up to date; None without such a network.
+        device: of this process.
+        rank: of this process.
+        graphed: replays forward and backward pass as a CUDA graph; None: DeepSpeed runs them.
+    """
+
+    plan: Plan
     engine: deepspeed.DeepSpeedEngine
     student: SiT
-    shards: MasterShards
+    masters: MasterWeights
     ema: ShardedEMA
-    teacher: object | None
+    teacher: ReplicatedTeacher | PartitionedTeacher | None
     device: torch.device
-    stage: int
-    micro: int
-    accumulation: int
     rank: int
-    world: int
-    ds_config: dict
     graphed: GraphedGradients | None = None
+
+    @property
+    def cfg(self) -> Config:
+        return self.plan.cfg
 
     def micro_step(
         self,
         x0: Tensor,
-        y: Tensor,
+        condition: Conditioning,
         noise: Tensor,
         times: tuple[Tensor, Tensor],
-        drop: Tensor,
         weight: float,
         first: bool,
     ) -> dict[str, Tensor]:
-        """Forward and backward pass of a micro-batch; its gradients are added to those of the optimizer step's earlier ones.
+        """Forward and backward pass of a micro-batch.
+
+        Its gradients are added to those of the optimizer step's earlier micro-batches.
 
         Args:
-            x0, y, noise, times, drop, weight: see ``SRAObjective.forward``.
-            first: of the optimizer step's micro-batches.
+            x0, condition, noise, times, weight: see ``SRAObjective.forward``.
+            first: whether it is the first of the optimizer step's micro-batches.
 
         Returns:
             The ``loss`` and its parts, scalars on the device.
         """
         if self.graphed is None:
-            loss, parts = self.engine(x0, y, noise, times, drop, weight)
+            loss, parts = self.engine(x0, condition, noise, times, weight)
             self.engine.backward(loss)
             return {"loss": loss.detach(), **parts}
-        plain = x0, y, noise, *times, drop
-        inputs = {False: plain, True: (*plain, torch.full((), weight, device=self.device))}
+
+        # steps with and without alignment are two graphs, told apart by their inputs
+        plain = (x0, noise, *times, *condition.tensors())
+        aligned = (torch.full((), weight, device=self.device), *plain)
+        inputs = {False: plain, True: aligned}
         phases = alignment_phases(self.cfg.align)
-        if True in phases:
-            self.engine.module.teacher_pass.ready()
-        if not self.graphed.captured:  # every step that this run will take
-            accumulate = (False, True) if self.accumulation > 1 else (False,)
-            self.graphed.prepare(
-                [(inputs[aligned], later) for aligned in phases for later in accumulate]
+        if self.teacher is not None and True in phases:
+            self.teacher.wait()
+        if not self.graphed.captured:
+            # capture every kind of step that this run will take
+            accumulate = (False, True) if self.plan.accumulation > 1 else (False,)
+            self.graphed.capture_all(
+                [(inputs[phase], later) for phase in phases for later in accumulate]
             )
         return self.graphed(*inputs[weight > 0], accumulate=not first)
 
     @property
     def grad_norm(self) -> Tensor | float:
-        """Global gradient norm of the last step, before clipping; on the device where DeepSpeed leaves it there."""
+        """Global gradient norm of the last step before clipping; on the device if DeepSpeed leaves it there."""
         norm = self.engine.get_global_grad_norm()
         return self.engine.optimizer.grad_norm if norm is None else norm
 
     def refresh_teacher(self, state: list[float] | None = None) -> None:
-        """Teacher weights <- EMA, however that changed; ``state`` is that of the teacher of a run that is gone on with."""
+        """Copy the EMA into the teacher. ``state`` restores the fp8 scales when resuming."""
         if self.teacher is not None:
             self.teacher.refresh(state)
-        self._settle()
+        self._wait_for_partitions()
 
     def after_step(self, teacher_runs: bool) -> None:
-        """EMA and, if the next step runs the teacher, its weights follow the optimizer step just taken."""
+        """Update the EMA after an optimizer step, and the teacher if the next step runs it."""
         self.ema.update()
         if self.teacher is not None:
             self.teacher.after_step(teacher_runs)
-        self._settle()
+        self._wait_for_partitions()
 
-    def _settle(self) -> None:
-        """Stage 3 gathers parameters in a stream of its own, which does not wait for what was written to the partitions."""
-        if self.stage == 3 and self.device.type == "cuda":
+    def _wait_for_partitions(self) -> None:
+        """Stage 3 gathers parameters in a second stream, which does not wait for writes to the partitions."""
+        if self.plan.stage == 3 and self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict in the reference's order and names from gathered parameters; adds the position embedding."""
+        """Gathered parameters as a state dict in the published order, with the position embedding."""
         full = {**parameters, "pos_embed": self.student.make_pos_embed()}
         return {name: full[name] for name in self.student.state_dict()}
 
 
-def _networks(
-    cfg: Config, weights: dict[str, Tensor] | None, stage: int, device: torch.device
-) -> tuple[SiT, Backbone | None]:
-    """Student (the same on every process: one seed) and the teacher with its weights, in fp32.
+def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = None) -> Trainer:
+    """Build networks, optimizer, engine, EMA and teacher.
 
-    They are initialised on the device: on one CPU core the initialisation of SiT-XL/2 and its teacher takes 13 s.
+    Args:
+        plan: from ``make_plan``.
+        device: of this process.
+        weights: state dict to start from instead of a fresh initialisation.
+
+    Raises:
+        ValueError: DeepSpeed stands in the way of a CUDA graph that was asked for.
+        RuntimeError: DeepSpeed's memory layout is not the one this engine knows.
     """
+    cfg = plan.cfg
+    if plan.stage < 3:
+        restore_linear()
+    student, network = make_networks(plan, weights, device)
+    initial = _initial_masters(student, plan.stage) if cfg.train.precision == "bf16" else {}
+    target = TARGETS[cfg.align.target](cfg.align, network)
+    objective = SRAObjective(student, target, make_process(cfg), cfg.align).to(device)
+    if plan.stage == 3:
+        # a block's operators read the weights of several layers: gather and free them together
+        deepspeed.utils.set_z3_leaf_modules(objective, [Block])
+    kinds = _parameter_kinds(cfg, network)
+    optimizer = make_optimizer(cfg, student, kinds, device.type == "cuda")
+    engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=plan.ds_config)[0]
+
+    parameters = dict(student.named_parameters())
+    masters = MasterWeights(engine, parameters)
+    if initial:
+        _restore_fp32(masters, engine, initial)
+    masters.verify(parameters)
+    _replace_step(plan, engine, optimizer)
+    ema = ShardedEMA(masters, cfg.train.ema_decay, optimizer)
+    teacher = _make_teacher(cfg, network, ema, optimizer)
+    if teacher is not None:
+        target.follow(teacher.wait)
+    if cfg.train.compile:
+        choose_attention(cfg, plan.micro, device)
+        student.compile_blocks()
+        if network is not None:
+            network.compile_blocks()
+    graphed = _make_graphed(plan, engine, student)
+    return Trainer(plan, engine, student, masters, ema, teacher, device, dist.get_rank(), graphed)
+
+
+def make_networks(
+    plan: Plan, weights: dict[str, Tensor] | None, device: torch.device
+) -> tuple[SiT, Backbone | None]:
+    """The student, and the network that follows its EMA if the alignment target needs one; fp32.
+
+    Both have the same weights, on every process. They are initialised on the device: on one CPU
+    core the initialisation of SiT-XL/2 and its teacher takes 13 s.
+    """
+    cfg = plan.cfg
+    execution = {
+        "residual_dtype": torch.float32 if cfg.train.residual == "fp32" else None,
+        # stage 3 gathers blocks one by one: the next block must not read this one's bias
+        "defer_bias": plan.stage < 3,
+    }
     torch.manual_seed(cfg.train.seed)
-    teacher = None
+    network = None
     with device:
-        student = cfg.model.build()
-        if cfg.align.target == "ema_teacher":
-            teacher = cfg.model.build_teacher(cfg.align.teacher_layer).eval()
+        student = cfg.model.build(recompute=cfg.train.recompute, **execution)
+        depth = TARGETS[cfg.align.target].network_depth(cfg.align)
+        if depth is not None:
+            network = cfg.model.build_teacher(depth, **execution).eval()
     if weights is not None:
         student.load_state_dict(weights, strict=True)
-    if dist.get_world_size() > 1:  # GPUs of two kinds draw other numbers from one seed
+    if dist.get_world_size() > 1:
+        # GPUs of two kinds draw different numbers from one seed
         for p in student.parameters():
             dist.broadcast(p.data, 0)
-    for network in filter(None, (student, teacher)):
-        network.residual_dtype = torch.float32 if cfg.train.residual == "fp32" else None
-        for block in network.blocks:
-            block.pend_bias = stage < 3
-    for block in student.blocks:
-        block.recompute = cfg.train.recompute
-    if teacher is not None:
+    if network is not None:
         state = student.state_dict()
-        teacher.load_state_dict({name: state[name] for name in teacher.state_dict()})
-    return student, teacher
+        network.load_state_dict({name: state[name] for name in network.state_dict()})
+    return student, network
 
 
 def _initial_masters(student: SiT, stage: int) -> dict[str, Tensor]:
-    """A copy of the fp32 weights, of which DeepSpeed keeps bf16; in host memory where a GPU need not hold all of them (stage 3)."""
+    """A copy of the fp32 weights, which DeepSpeed replaces by bf16.
+
+    In stage 3 it is in host memory: a GPU need not hold all of them.
+    """
     place = torch.device("cpu") if stage == 3 else None
     return {name: p.detach().to(place, copy=True) for name, p in student.named_parameters()}
 
 
-def _teacher_kinds(cfg: Config, teacher: Backbone | None) -> list[set[str]]:
-    """Names of the teacher's parameters, those of each dtype in a set."""
-    if teacher is None:
+def _restore_fp32(masters: MasterWeights, engine, initial: dict[str, Tensor]) -> None:
+    """Make the master weights the fp32 ones.
+
+    DeepSpeed clones them from weights that are rounded to bf16, and stage 0 takes an AdamW step
+    while it is built: undo both.
+    """
+    getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
+    masters.scatter(initial, masters.flats)
+
+
+def _is_fp8(cfg: Config) -> bool:
+    return getattr(cfg.align, "teacher_dtype", "auto") == "fp8"
+
+
+def _parameter_kinds(cfg: Config, network: Backbone | None) -> list[set[str]]:
+    """Names of the parameters that the EMA's network has too, one set for each dtype it keeps them in."""
+    if network is None:
         return []
-    names = {name for name, _ in teacher.named_parameters()}
-    fp8 = set(fp8_layers(teacher)) if cfg.align.teacher_dtype == "fp8" else set()
-    return [fp8, names - fp8] if fp8 else [names]
+    names = {name for name, _ in network.named_parameters()}
+    if not _is_fp8(cfg):
+        return [names]
+    fp8 = set(fp8_layers(network))
+    return [fp8, names - fp8]
 
 
 def _make_teacher(
-    cfg: Config, teacher: Backbone | None, ema: ShardedEMA, optimizer: torch.optim.Optimizer
+    cfg: Config, network: Backbone | None, ema: ShardedEMA, optimizer: torch.optim.Optimizer
 ) -> ReplicatedTeacher | PartitionedTeacher | None:
-    """What refreshes the teacher in this ZeRO stage, or None without a teacher."""
-    if teacher is None:
+    """What copies the EMA into the network in this ZeRO stage, or None without a network."""
+    if network is None:
         return None
-    if not ema.shards.groups:
-        return PartitionedTeacher(teacher, ema)
-    fp8, dtype = {}, torch.float32
+    if not ema.masters.groups:
+        return PartitionedTeacher(network, ema)
+    dtype = torch.float32
     if cfg.train.precision == "bf16" and cfg.align.teacher_dtype != "fp32":
         dtype = torch.bfloat16
-    if cfg.align.teacher_dtype == "fp8":
-        use_fp8(teacher)  # only now: DeepSpeed casts what it is given to bf16
-        fp8 = fp8_layers(teacher)
-    return ReplicatedTeacher(teacher, ema, optimizer, dtype, fp8)
-
-
-def _restore_fp32(shards: MasterShards, engine, initial: dict[str, Tensor]) -> None:
-    """DeepSpeed clones bf16 masters from rounded weights, and stage 0 takes an AdamW step while it is built: undo both."""
-    getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
-    shards.scatter(initial, shards.flats)
+    fp8 = {}
+    if _is_fp8(cfg):
+        # not earlier: DeepSpeed casts every parameter that it is given to bf16
+        use_fp8(network)
+        fp8 = fp8_layers(network)
+    return ReplicatedTeacher(network, ema, optimizer, dtype, fp8)
 
 
 def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
-    """Measure attention's backends for the shapes of student and teacher: impossible once a compiler traces."""
-    a = cfg.model.arguments()
-    tokens, dtype = (
-        (a["input_size"] // a["patch_size"]) ** 2,
-        torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32,
-    )
+    """Measure attention's backends for the shapes of student and teacher, before a compiler traces them.
+
+    ``micro``: images per forward pass.
+    """
+    model = cfg.model.arguments()
+    tokens = (model["input_size"] // model["patch_size"]) ** 2
+    heads = model["num_heads"]
+    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     for images, training in ((micro, True), (round(micro * cfg.align.fraction), False)):
-        shape = (images, tokens, 3, a["num_heads"], a["hidden_size"] // a["num_heads"])
+        shape = (images, tokens, 3, heads, model["hidden_size"] // heads)
         qkv = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
         with torch.set_grad_enabled(training):
             ops.attention(*qkv.unbind(2))
 
 
-def restore_linear() -> None:
-    """Undo what an earlier stage 3 of this process has left: DeepSpeed's ``linear`` in the place of PyTorch's.
-
-    Compiled it gives wrong gradients (torch 2.11), under selective checkpointing as well: in silence, both.
-    """
-    if torch.nn.functional.linear.__module__ == "deepspeed.runtime.zero.linear":
-        torch.nn.functional.linear = torch._C._nn.linear
-
-
-def _set_step(cfg: Config, engine, optimizer: torch.optim.Optimizer, stage: int) -> None:
-    """One pass in the place of DeepSpeed's step where there is one, else clipping before DeepSpeed's where it is ours."""
-    ours = isinstance(optimizer, AdamWEMA)
-    # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which keeps its own step
-    if ours and stage in (1, 2) and hasattr(engine.optimizer, "bit16_groups_flat"):
+def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer) -> None:
+    """Put the fused step in place of DeepSpeed's where there is one; else clip before DeepSpeed's step."""
+    cfg = plan.cfg
+    fused = isinstance(optimizer, AdamWEMA)
+    # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which
+    # keeps its own step
+    flat_groups = hasattr(engine.optimizer, "bit16_groups_flat")
+    if fused and plan.stage in (1, 2) and flat_groups:
         PartitionedStep(engine, cfg.optim.clip)
-    elif ours and stage == 3:
+    elif fused and plan.stage == 3:
         Stage3Step(engine, cfg.optim.clip)
-    elif ours and stage == 0 and cfg.train.precision == "bf16":
+    elif fused and plan.stage == 0 and cfg.train.precision == "bf16":
         ReplicatedStep(engine, cfg.optim.clip)
-    elif clips_itself(stage, cfg):
+    elif clips_itself(plan.stage, cfg):
         clip_before_step(engine, cfg.optim.clip)
 
 
-def _make_graphed(
-    cfg: Config, engine, student: SiT, stage: int, accumulation: int, ds_config: dict
-) -> GraphedGradients | None:
+def _make_graphed(plan: Plan, engine, student: SiT) -> GraphedGradients | None:
     """What replays forward and backward pass as a graph, or None where DeepSpeed runs them.
 
-    ValueError if a graph is asked for and DeepSpeed stands in its way; where it is only the default, that is logged.
+    Raises:
+        ValueError: a graph is asked for and DeepSpeed stands in its way. If it is only the default,
+            that is logged.
     """
-    if cfg.train.graph is False or (cfg.train.graph is None and cfg.align.teacher_graph):
+    cfg = plan.cfg
+    if cfg.train.graph is False or (cfg.train.graph is None and has_own_graph(cfg)):
         return None
-    one_gpu = next(student.parameters()).is_cuda and dist.get_world_size() == 1
-    if not one_gpu or stage == 3 or cfg.optim.implementation != "fused":
-        return None  # check_device has refused what was asked for and cannot be
-    graphed = graphed_step(engine.module, student, accumulation)
-    obstacle = _graph_obstacle(engine, stage, ds_config, graphed)
+    # check_device has refused a graph that was asked for and is impossible here
+    one_gpu = next(student.parameters()).is_cuda and plan.world == 1
+    if not one_gpu or plan.stage == 3 or cfg.optim.implementation != "fused":
+        return None
+    graphed = graphed_step(engine.module, student, plan.accumulation)
+    obstacle = _graph_obstacle(engine, plan, graphed)
     if obstacle is None:
         return graphed
     if cfg.train.graph:
@@ -241,10 +323,11 @@ def _make_graphed(
     return None
 
 
-def _graph_obstacle(engine, stage: int, ds_config: dict, graphed: GraphedGradients) -> str | None:
-    """What of DeepSpeed's stands in the way of a graph on one GPU, or None."""
-    if stage > 0 and not getattr(engine.optimizer.step, "alone", False):
+def _graph_obstacle(engine, plan: Plan, graphed: GraphedGradients) -> str | None:
+    """What in DeepSpeed prevents a graph on one GPU, or None."""
+    if plan.stage > 0 and not getattr(engine.optimizer.step, "reduces_nothing", False):
         return "DeepSpeed's JSON lets it convert the gradients"
+    ds_config = plan.ds_config
     watched = {
         "flops_profiler": ds_config.get("flops_profiler", {}).get("enabled"),
         "wall_clock_breakdown": ds_config.get("wall_clock_breakdown"),
@@ -253,11 +336,11 @@ def _graph_obstacle(engine, stage: int, ds_config: dict, graphed: GraphedGradien
     for name, value in watched.items():
         if value:
             return f"{name} of DeepSpeed's JSON looks into forward and backward passes"
-    graphed.let_go()
+    graphed.release()
     held = held_accumulators(graphed.parameters)
-    return (
-        f"this version of DeepSpeed holds autograd's nodes of {held} parameters" if held else None
-    )
+    if held:
+        return f"this version of DeepSpeed holds autograd's nodes of {held} parameters"
+    return None
 
 
 def graphed_step(
@@ -265,80 +348,19 @@ def graphed_step(
 ) -> GraphedGradients:
     """The objective's loss, as a mean over ``accumulation`` micro-batches, and its gradients.
 
-    Without ``graphs`` the same is run eagerly.
+    Without ``graphs`` the same runs eagerly.
     """
+    conditioning = CONDITIONINGS[student.conditioning]
 
-    def fn(x0, y, noise, t, t_teacher, drop, weight=0.0):
-        loss, parts = objective(x0, y, noise, (t, t_teacher), drop, weight)
+    def fn(*inputs):
+        weight = 0.0
+        # lambda, which is a scalar, comes first in a step with alignment
+        if inputs[0].dim() == 0:
+            weight, *inputs = inputs
+        x0, noise, t, t_teacher, *tensors = inputs
+        condition = conditioning.from_tensors(*tensors)
+        loss, parts = objective(x0, condition, noise, (t, t_teacher), weight)
         return loss / accumulation, {"loss": loss.detach(), **parts}
 
     parameters = list(student.parameters())
-    return GraphedGradients(fn, parameters, graphs, lambda: let_go_of_accumulators(parameters))
-
-
-def build(
-    cfg: Config,
-    device: torch.device,
-    ds_json: str | None = None,
-    weights: dict[str, Tensor] | None = None,
-) -> Trainer:
-    """Build model, teacher, optimizer and engine.
-
-    Args:
-        cfg: a checked configuration.
-        device: of this process.
-        ds_json: path of DeepSpeed's JSON, or None.
-        weights: state dict to start from instead of a fresh initialisation.
-
-    Raises:
-        ValueError: the batch does not divide, or the JSON contradicts the configuration.
-        RuntimeError: DeepSpeed's memory layout is not the one this engine knows.
-    """
-    rank, world, bf16 = dist.get_rank(), dist.get_world_size(), cfg.train.precision == "bf16"
-    micro, accumulation = split_batch(cfg, world)
-    ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, device.type == "cuda")
-    stage = zero_stage(ds_config, cfg)
-    check_device(cfg, stage, device.type == "cuda", world)
-    if stage < 3:
-        restore_linear()
-    student, teacher = _networks(cfg, weights, stage, device)
-    if cfg.train.compile:
-        choose_attention(cfg, micro, device)
-        for network in filter(None, (student, teacher)):
-            network.compile_blocks()
-    initial = _initial_masters(student, stage) if bf16 else {}
-    objective = SRAObjective(student, teacher, make_process(cfg), cfg.align).to(device)
-    if (
-        stage == 3
-    ):  # a block's operators read the weights of several layers: gathered and given back together
-        deepspeed.utils.set_z3_leaf_modules(objective, [Block])
-    optimizer = make_optimizer(cfg, student, _teacher_kinds(cfg, teacher), device.type == "cuda")
-    engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)[0]
-
-    parameters = dict(student.named_parameters())
-    shards = MasterShards(engine, parameters)
-    if bf16:
-        _restore_fp32(shards, engine, initial)
-    shards.verify(parameters)
-    _set_step(cfg, engine, optimizer, stage)
-    ema = ShardedEMA(shards, cfg.train.ema_decay, optimizer)
-    trained = _make_teacher(cfg, teacher, ema, optimizer)
-    if trained is not None:
-        objective.teacher_pass.ready = trained.wait
-    graphed = _make_graphed(cfg, engine, student, stage, accumulation, ds_config)
-    return Trainer(
-        cfg,
-        engine,
-        student,
-        shards,
-        ema,
-        trained,
-        device,
-        stage,
-        micro,
-        accumulation,
-        rank,
-        world,
-        ds_config,
-        graphed,
-    )
+    return GraphedGradients(fn, parameters, graphs, lambda: release_accumulators(parameters))

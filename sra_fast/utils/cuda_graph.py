@@ -110,7 +110,7 @@ class GraphedGradients(_Captures):
         fn: tensors to ``(loss [], anything)``.
         parameters: that get a gradient; all of them take part in every loss.
         graphs: False runs the same without a graph, as on a CPU.
-        let_go: called before a capture; makes others let go of what ``held_accumulators`` counts.
+        release: called before a capture; makes others let go of what ``held_accumulators`` counts.
     """
 
     def __init__(
@@ -118,10 +118,13 @@ class GraphedGradients(_Captures):
         fn: Callable[..., tuple[Tensor, Any]],
         parameters: Iterable[Tensor],
         graphs: bool = True,
-        let_go: Callable[[], None] = lambda: None,
+        release: Callable[[], None] = lambda: None,
     ):
         super().__init__()
-        self.fn, self.parameters, self.graphs, self.let_go = fn, list(parameters), graphs, let_go
+        self.fn = fn
+        self.parameters = list(parameters)
+        self.graphs = graphs
+        self.release = release
         self.gradients: list[Tensor] = []
 
     def __call__(self, *inputs: Tensor, accumulate: bool = False) -> Any:
@@ -131,7 +134,7 @@ class GraphedGradients(_Captures):
             inputs: of ``fn``; for each combination of their number, shapes and dtypes there is a graph.
             accumulate: add to the gradients of the call before.
         """
-        self.prepare([(inputs, accumulate)])
+        self.capture_all([(inputs, accumulate)])
         static, graph, output = self.captured[accumulate, _signature(inputs)]
         for held, item in zip(static, inputs, strict=True):
             held.copy_(item)
@@ -143,7 +146,7 @@ class GraphedGradients(_Captures):
             p.grad = gradient
         return output
 
-    def prepare(self, calls: list[tuple[Iterable[Tensor], bool]]) -> None:
+    def capture_all(self, calls: list[tuple[Iterable[Tensor], bool]]) -> None:
         """Capture what ``(inputs, accumulate)`` have no graph yet, the accumulating ones last.
 
         Calls that are known beforehand belong together: all are warmed up before any is captured.  Later a warm-up would need the
@@ -160,7 +163,7 @@ class GraphedGradients(_Captures):
         if not self.graphs:
             self.captured |= {key: (inputs, None, None) for key, inputs in static.items()}
             return
-        self.let_go()
+        self.release()
         if held := held_accumulators(self.parameters):
             raise RuntimeError(
                 f"a CUDA graph of the gradients: autograd's nodes of {held} parameters are held by something else"

@@ -6,6 +6,7 @@ from pathlib import Path
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from sra_fast.config.schema import Config
+from sra_fast.utils.registry import TARGETS
 
 # what else a JSON may set; anything outside is a typo or contradicts how this engine trains
 OTHER_KEYS = (
@@ -170,16 +171,13 @@ def zero_stage(ds_config: dict, cfg: Config) -> int:
         raise ValueError(
             "zero_optimization.stage3_param_persistence_threshold must be 0: the teacher would go stale"
         )
-    if cfg.align.target != "none" and (
+    has_network = TARGETS[cfg.align.target].network_depth(cfg.align) is not None
+    if has_network and (
         zero.get("zero_hpz_partition_size", 1) > 1
         or zero.get("zero_quantized_nontrainable_weights")
     ):
         raise ValueError(
             "zero_optimization.zero_hpz_partition_size above 1 and zero_quantized_nontrainable_weights are not supported with a "
             "teacher: DeepSpeed copies frozen weights once, so that it would go stale"
-        )
-    if stage == 3 and cfg.align.teacher_dtype == "fp32" and cfg.train.precision != "fp32":
-        raise ValueError(
-            "align.teacher_dtype fp32 with train.precision bf16 needs a ZeRO stage below 3"
         )
     return stage

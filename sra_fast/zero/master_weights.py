@@ -30,7 +30,7 @@ class Segment:
 class Group:
     """A parameter group, flattened: parameter ``name`` starts at element ``offsets[name]``; every rank holds ``size`` elements.
 
-    ``flats`` says which of ``MasterShards.flats`` are this rank's elements, in order.
+    ``flats`` says which of ``MasterWeights.flats`` are this rank's elements, in order.
     """
 
     offsets: dict[str, int]
@@ -38,7 +38,7 @@ class Group:
     flats: range
 
 
-class MasterShards:
+class MasterWeights:
     """This rank's part of the fp32 master weights.
 
     Attributes:

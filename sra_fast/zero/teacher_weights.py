@@ -1,36 +1,40 @@
-"""Parts of the EMA in the teacher's precision on every rank: each rank writes its part, one all-gather fills the rest."""
+"""Parameter groups of the teacher, whole on every rank, in the teacher's precision.
+
+Each rank writes its part of the EMA; one all-gather fills in the rest.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sra_fast.ops.fp8 import E4M3, Fp8Copy, power_of_two_multiplier
-from sra_fast.zero.master_weights import Group, MasterShards
+from sra_fast.zero.master_weights import Group, MasterWeights
 
 
-class Replica:
-    """A parameter group of the EMA in ``dtype``, whole on every rank.
+class TeacherGroup:
+    """One parameter group of the teacher in ``dtype``.
 
     Args:
-        shards: of the masters.
-        group: one of ``shards.groups``.
-        dtype: of the copy.
+        masters: this rank's part of the master weights.
+        group: one of ``masters.groups``.
+        dtype: of the weights.
 
     Attributes:
         buffer: the whole group, 1-d.
-        copies: ``{owner of the masters: this rank's part of the copy}``, in the form in which ``ops.adamw_ema_`` writes it.
+        copies: ``{owner of the masters: this rank's part of the buffer}``, in the form in which
+            ``ops.adamw_ema_`` writes it.
     """
 
-    def __init__(self, shards: MasterShards, group: Group, dtype: torch.dtype):
-        device, self.group = shards.flats[0].device, group
-        self.sharded = shards.world > 1 and not shards.replicated
-        self.buffer = torch.zeros(
-            (shards.world if self.sharded else 1) * group.size, dtype=dtype, device=device
-        )
-        self.part = (
-            torch.zeros(group.size, dtype=dtype, device=device) if self.sharded else self.buffer
-        )
-        owners = [shards.owners[i] for i in group.flats]
+    def __init__(self, masters: MasterWeights, group: Group, dtype: torch.dtype):
+        device = masters.flats[0].device
+        self.group = group
+        self.sharded = masters.world > 1 and not masters.replicated
+        ranks = masters.world if self.sharded else 1
+        self.buffer = torch.zeros(ranks * group.size, dtype=dtype, device=device)
+        self.part = self.buffer
+        if self.sharded:
+            self.part = torch.zeros(group.size, dtype=dtype, device=device)
+        owners = [masters.owners[i] for i in group.flats]
         sizes = [owner.numel() for owner in owners]
         views = self.part[: sum(sizes)].split(sizes)
         self.copies = {
@@ -44,86 +48,103 @@ class Replica:
             p.data = self.buffer.narrow(0, offset, p.numel()).view(p.shape)
 
     def store(self, flats: list[Tensor]) -> None:
-        """This rank's part <- EMA, whose ``flats`` are laid out like those of ``MasterShards``."""
-        torch._foreach_copy_(
-            [copy.view(-1) for copy in self.copies.values()], [flats[i] for i in self.group.flats]
-        )
+        """Copy the EMA into this rank's part. Its ``flats`` are laid out like the masters'."""
+        parts = [copy.view(-1) for copy in self.copies.values()]
+        torch._foreach_copy_(parts, [flats[i] for i in self.group.flats])
 
     def gather(self) -> list[dist.Work]:
         """Start to fill the buffer from every rank's part."""
-        as_bytes = lambda t: t.view(torch.uint8)  # NCCL and Gloo agree on bytes
-        return (
-            [dist.all_gather_into_tensor(as_bytes(self.buffer), as_bytes(self.part), async_op=True)]
-            if self.sharded
-            else []
-        )
+        if not self.sharded:
+            return []
+        # NCCL and Gloo agree on bytes
+        buffer = self.buffer.view(torch.uint8)
+        part = self.part.view(torch.uint8)
+        return [dist.all_gather_into_tensor(buffer, part, async_op=True)]
 
-    def arrived(self) -> None:
-        """What ``gather`` started is done."""
+    def gathered(self) -> None:
+        """Called when what ``gather`` started has finished."""
 
 
-class Fp8Replica(Replica):
-    """Weights of linear layers in e4m3: each times a power of two, chosen from the largest magnitude one step ago.
+class Fp8TeacherGroup(TeacherGroup):
+    """Weights of linear layers in e4m3: each is multiplied by a power of two and rounded.
 
-    The pass that writes the copy cannot know the largest magnitude of what it writes, so it measures for the next one.  The EMA
-    moves slowly, and there is room for 3.5 times the old magnitude; beyond it values saturate for one step.  Values and scales
-    belong together from ``arrived`` to the next optimizer step, which may write the buffer itself.
+    The power of two is chosen from the largest magnitude one step earlier, because the pass that
+    writes the weights cannot know the largest magnitude of what it writes. It measures it for the
+    next step. The EMA moves slowly, and there is room for 3.5 times the earlier magnitude; beyond
+    that, values saturate for one step.
+
+    Values and scales belong together from ``gathered`` to the next optimizer step, which may write
+    the buffer itself.
 
     Args:
-        shards: of the masters.
-        group: one of ``shards.groups``: the layers' weights and nothing else.
-        layers: ``{name of the weight: layer}``; gets ``weight_scale``, a view that follows the copy.
+        masters: this rank's part of the master weights.
+        group: one of ``masters.groups``: the layers' weights and nothing else.
+        layers: ``{name of the weight: layer}``. Their ``weight_scale`` becomes a view that follows
+            the weights.
+
+    Attributes:
+        multiplier: ``[S]`` fp32, of the S weights: what the next pass multiplies by.
+        in_use: ``[S]``, what the gathered weights were multiplied by.
+        amax: ``[S]``, the largest magnitudes that the last pass has met.
     """
 
-    def __init__(self, shards: MasterShards, group: Group, layers: dict[str, nn.Linear]):
-        super().__init__(shards, group, E4M3)
-        device, offsets = self.buffer.device, list(group.offsets.values())
-        self.multiplier, self.in_use, self.amax = (
-            torch.ones(len(offsets), device=device) for _ in range(3)
-        )
-        ends, begin = (
-            [*offsets[1:], len(self.buffer)],
-            shards.rank * group.size if self.sharded else 0,
-        )
+    def __init__(self, masters: MasterWeights, group: Group, layers: dict[str, nn.Module]):
+        super().__init__(masters, group, E4M3)
+        device = self.buffer.device
+        offsets = list(group.offsets.values())
+        self.multiplier = torch.ones(len(offsets), device=device)
+        self.in_use = torch.ones_like(self.multiplier)
+        self.amax = torch.ones_like(self.multiplier)
+
+        # where each weight ends in this rank's part of the buffer, seen from each owner
+        ends = [*offsets[1:], len(self.buffer)]
+        begin = masters.rank * group.size if self.sharded else 0
         for owner, values in self.copies.items():
             bounds = [min(max(end - begin, 0), values.numel()) for end in ends]
             self.copies[owner] = Fp8Copy.of(values, self.multiplier, self.amax, bounds)
             begin += values.numel()
+
+        # the scale of each row of each layer
         rows = torch.tensor([layers[name].out_features for name in group.offsets])
-        self.row_segment = torch.arange(len(rows)).repeat_interleave(rows).to(device)
-        self.scales = torch.ones(len(self.row_segment), 1, device=device)
+        self.weight_of_row = torch.arange(len(rows)).repeat_interleave(rows).to(device)
+        self.scales = torch.ones(len(self.weight_of_row), 1, device=device)
         for name, scale in zip(group.offsets, self.scales.split(rows.tolist()), strict=True):
             layers[name].weight_scale = scale
 
     def store(self, flats: list[Tensor], multiplier: Tensor | None = None) -> None:
-        """As ``Replica.store``, with the ``multiplier [S]`` given or, by default, those that fit best; measures for the next step."""
+        """Copy the EMA, rounded to e4m3, and measure for the next step.
+
+        ``multiplier [S]``: default: those that fit the EMA best.
+        """
         self.amax.zero_()
-        for copy, i in zip(self.copies.values(), self.group.flats, strict=True):
-            copy.measure_(flats[i])
+        sources = [flats[i] for i in self.group.flats]
+        for copy, source in zip(self.copies.values(), sources, strict=True):
+            copy.measure_(source)
         self._reduce_amax()
-        self.multiplier.copy_(
-            power_of_two_multiplier(self.amax) if multiplier is None else multiplier
-        )
-        for copy, i in zip(self.copies.values(), self.group.flats, strict=True):
-            copy.store_(flats[i])
+        if multiplier is None:
+            multiplier = power_of_two_multiplier(self.amax)
+        self.multiplier.copy_(multiplier)
+        for copy, source in zip(self.copies.values(), sources, strict=True):
+            copy.store_(source)
 
     def _reduce_amax(self, async_op: bool = False) -> dist.Work | None:
-        return (
-            dist.all_reduce(self.amax, dist.ReduceOp.MAX, async_op=async_op)
-            if self.sharded
-            else None
-        )
+        """Maximum over the ranks."""
+        if not self.sharded:
+            return None
+        return dist.all_reduce(self.amax, dist.ReduceOp.MAX, async_op=async_op)
 
     def gather(self) -> list[dist.Work]:
         self.in_use.copy_(self.multiplier)
-        self.scales.copy_(self.in_use.reciprocal()[self.row_segment, None])
-        return [*super().gather(), *filter(None, [self._reduce_amax(async_op=True)])]
+        self.scales.copy_(self.in_use.reciprocal()[self.weight_of_row, None])
+        handles = super().gather()
+        amax = self._reduce_amax(async_op=True)
+        return handles if amax is None else [*handles, amax]
 
-    def arrived(self) -> None:
+    def gathered(self) -> None:
         self.multiplier.copy_(power_of_two_multiplier(self.amax))
         self.amax.zero_()
 
     def skip(self) -> None:
-        """After an optimizer step that no gather follows: the next one's scales are chosen all the same."""
+        """Called after an optimizer step that no gather follows: choose the next scales all the same."""
         self._reduce_amax()
-        self.arrived()
+        self.gathered()

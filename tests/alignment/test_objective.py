@@ -4,11 +4,13 @@ from golden import Golden, assert_matches, relative_error
 from torch import nn
 
 from sra_fast import ops
-from sra_fast.alignment.objective import SRAObjective, align_weight
+from sra_fast.alignment.ema_teacher import EMATeacher, EMATeacherConfig
+from sra_fast.alignment.objective import SRAObjective
+from sra_fast.alignment.schedule import align_weight
 from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
 from sra_fast.diffusion.gaussian_diffusion import GaussianDiffusion
-from sra_fast.models import Backbone
+from sra_fast.models import Backbone, ClassLabels
 from sra_fast.models.layers import timestep_features
 
 NO_DROP = torch.zeros(6, dtype=bool)
@@ -19,18 +21,16 @@ def objective(golden, process, **align):
     student, ema = golden.model(), golden.tree("ema")
     teacher = Backbone(8, 2, 4, 32, depth=3, num_heads=2, num_classes=10).eval()
     teacher.load_state_dict({k: ema[k] for k in teacher.state_dict()})
-    return SRAObjective(
-        student, teacher, process, AlignConfig(student_layer=2, teacher_layer=3, **align)
-    ).train()
+    cfg = EMATeacherConfig(student_layer=2, teacher_layer=3, **align)
+    return SRAObjective(student, EMATeacher(cfg, teacher), process, cfg).train()
 
 
 def sit_loss(model, golden, weight=0.2, drop=NO_DROP):
     return model(
         golden["x0"],
-        golden["y_drop"],
+        ClassLabels(golden["y_drop"], drop),
         golden["noise"],
         (golden["t"], golden["t_teacher"]),
-        drop,
         weight,
     )
 
@@ -102,9 +102,9 @@ def test_dit_loss_matches_reference():
     golden = Golden("DiT")
     model = objective(golden, GaussianDiffusion(), weight=0.04)
     teacher_times = (golden["t"] - golden["gap"]).clamp(1, 999)
-    loss, parts = model(
-        golden["x0"], golden["y_drop"], golden["noise"], (golden["t"], teacher_times), NO_DROP, 0.04
-    )
+    condition = ClassLabels(golden["y_drop"], NO_DROP)
+    times = (golden["t"], teacher_times)
+    loss, parts = model(golden["x0"], condition, golden["noise"], times, 0.04)
     assert_matches(loss, golden["total_loss"])
     assert_matches(parts["align"], golden["align_sml1"])
 

@@ -18,7 +18,8 @@ from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import DataConfig
 from sra_fast.models import SiT
-from sra_fast.training.run import prepare, run
+from sra_fast.training.plan import make_run_plan
+from sra_fast.training.run import run
 from sra_fast.zero.process_group import init_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,10 @@ TRAINING = (
 def trained(tmp_path_factory):
     """Run folder of a few hundred steps."""
     out = tmp_path_factory.mktemp("trained")
-    run(prepare(parse_train([*TRAINING, "--train.out", str(out)])[0], None), init_distributed())
+    run(
+        make_run_plan(parse_train([*TRAINING, "--train.out", str(out)])[0], None),
+        init_distributed(),
+    )
     return out / "000"
 
 

@@ -11,7 +11,7 @@ from sra_fast.analysis.features import check_times, choose_layers, noisy_feature
 from sra_fast.analysis.linear_probe import accuracy, best, pixels, pool, probe_layers
 from sra_fast.analysis.pca_maps import colours, components, draw_maps
 from sra_fast.config.schema import DataConfig
-from sra_fast.data.dataset import Digits
+from sra_fast.data.digits import Digits
 from sra_fast.models import DiT, SiT
 from sra_fast.plots.figures import read_samples, save_samples
 

@@ -159,7 +159,7 @@ def test_the_parts_for_a_gpu_fit_their_budgets_and_parse():
     ).stdout
     assert (
         "test_cuda.py" in found
-        and "test_teacher_pass.py" in found
+        and "test_ema_teacher.py" in found
         and "compiles_without_spills" not in found
     )
     assert "test_adaln.py" in found and "codegen" not in found, found

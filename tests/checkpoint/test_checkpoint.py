@@ -13,7 +13,7 @@ from sra_fast.config.cli import parse_train
 from sra_fast.models import DiT
 from sra_fast.training import saving
 from sra_fast.training.loop import train
-from sra_fast.training.run import prepare
+from sra_fast.training.plan import make_run_plan
 from sra_fast.training.trainer import build
 from sra_fast.utils.files import write_atomic
 from sra_fast.zero.process_group import init_distributed
@@ -131,8 +131,8 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 
 def trainer_of(*args):
-    plan = prepare(parse_train([*TINY, *args])[0], None)
-    return build(plan.cfg, init_distributed()), plan.data
+    plan = make_run_plan(parse_train([*TINY, *args])[0], None)
+    return build(plan.plan, init_distributed()), plan.data
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

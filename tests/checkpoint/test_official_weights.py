@@ -22,7 +22,7 @@ from sra_fast.checkpoint.official_weights import (
 from sra_fast.config.cli import parse_train
 from sra_fast.diffusion.samplers import sample
 from sra_fast.models import DiT
-from sra_fast.training.run import prepare
+from sra_fast.training.plan import make_run_plan
 
 ROOT = Path(__file__).parents[2]
 C, P, SIZE, HEADS = 3, 2, 8, 2
@@ -185,10 +185,12 @@ def test_file_to_file_samples_and_starts_a_run(tmp_path, layout):
         *sizes,
         *["--align.student_layer", "1", "--align.teacher_layer", "2", "--data.name", "digits"],
     ]
-    start = prepare(parse_train([*run, "--train.init_from", str(out)])[0], None).start["ema"]
+    start = make_run_plan(parse_train([*run, "--train.init_from", str(out)])[0], None).initial[
+        "ema"
+    ]
     assert all(torch.equal(start[name], value) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="made with 2 heads, the model has 4"):
-        prepare(
+        make_run_plan(
             parse_train([*run, "--model.num_heads", "4", "--train.init_from", str(out)])[0], None
         )
 

@@ -6,7 +6,7 @@ import pytest
 
 from sra_fast.config.cli import load_config, parse_train, save_config
 from sra_fast.config.schema import Config
-from sra_fast.training.checks import check, check_device, split_batch
+from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -33,7 +33,7 @@ def rejected(capsys, *args):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_is_valid(path):
-    check(parse("--config", str(path)))
+    check_config(parse("--config", str(path)))
 
 
 def test_there_is_a_config_for_every_run_of_the_paper():
@@ -159,7 +159,7 @@ def test_help_explains_every_field(capsys):
 )
 def test_impossible_configurations_are_named(args, message):
     with pytest.raises(ValueError, match=message):
-        check(parse(*args))
+        check_config(parse(*args))
 
 
 def test_batch_must_divide():
@@ -285,4 +285,4 @@ def test_infinite_numbers_of_a_file_are_named(tmp_path, name):
     section, field = name.split(".")
     (tmp_path / "inf.yaml").write_text(f"{section}:\n  {field}: .inf\n")
     with pytest.raises(ValueError, match="infinite|finite"):
-        check(parse("--config", str(tmp_path / "inf.yaml")))
+        check_config(parse("--config", str(tmp_path / "inf.yaml")))

@@ -6,7 +6,10 @@ import torch
 from toy_data import write_latents
 
 from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from sra_fast.data.dataset import Digits, Latents, ShuffledBatches, make_dataset, make_loader
+from sra_fast.data.dataset import make_dataset
+from sra_fast.data.digits import Digits
+from sra_fast.data.latents import Latents
+from sra_fast.data.order import ShuffledBatches, make_loader
 
 
 def config(path="", **model):

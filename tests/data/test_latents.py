@@ -13,8 +13,9 @@ import torch
 from toy_data import write_latents
 
 from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from sra_fast.data.dataset import ShuffledBatches, make_dataset, make_loader
+from sra_fast.data.dataset import make_dataset
 from sra_fast.data.latents import Latents, PackedLatents, open_latents
+from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.data.writer import Plan, execute
 
 

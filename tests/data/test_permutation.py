@@ -3,7 +3,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from sra_fast.data.dataset import ShuffledBatches
+from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.permutation import Permutation
 
 

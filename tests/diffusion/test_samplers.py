@@ -4,8 +4,10 @@ from golden import Golden, assert_matches
 
 from sra_fast.config.schema import SampleConfig
 from sra_fast.diffusion.gaussian_diffusion import Schedule, linear_betas
-from sra_fast.diffusion.samplers import METHODS, Guidance, sample
+from sra_fast.diffusion.samplers import Guidance, sample
+from sra_fast.models import ClassLabels
 from sra_fast.sampling.generate import generate
+from sra_fast.utils.registry import SAMPLERS
 
 SIT_CASES = {
     "ode20": dict(method="euler", num_steps=20),
@@ -42,9 +44,9 @@ def test_some_channels_are_guided(family, channels):
     model, x, y = golden.model().eval(), golden["z"], golden["ys"]
     t = torch.tensor(0.5 if family == "SiT" else 500)
     out = Guidance(model, y, 3.0, channels=channels)(x, t, inside=True)
-    c, u = (
-        model(x, t.expand(len(x)), labels) for labels in (y, torch.full_like(y, model.null_class))
-    )
+    times = t.expand(len(x))
+    c = model(x, times, y)
+    u = model(x, times, torch.full_like(y, model.num_classes))
     n = channels or x.shape[1]
     assert_matches(out[:, :n], u[:, :n] + 3 * (c - u)[:, :n])
     assert_matches(out[:, n:], c[:, n:]) if out.shape[1] > n else None
@@ -74,25 +76,27 @@ def test_guided_channels_reach_the_samplers():
         for n in (3, 4)
     )
     assert not torch.equal(some, everything)
-    with pytest.raises(ValueError, match=r"steps must lie in \[2, 1000\]"):
+    with pytest.raises(ValueError, match=r"steps of ddim must lie in \[2, 1000\]"):
         sample(model, z, golden["ys"], "ddim", 1)
 
 
 class GaussianData(torch.nn.Module):
     """The exact network for data N(0, s^2), which every sampler must give back, of one class."""
 
-    in_channels, input_size, null_class = 4, 2, 1
+    in_channels = 4
+    input_size = 2
+    has_null = True
+    as_condition = staticmethod(ClassLabels)
 
-    def __init__(self, family: str, s: float):
+    def __init__(self, process: str, s: float):
         super().__init__()
-        self.family, self.s = family, s
-        self.y_embedder = torch.nn.Module()
-        self.y_embedder.dropout_prob = 0.1
+        self.process = process
+        self.s = s
         self.schedule = Schedule(linear_betas())
 
     def forward(self, x, t, y):
         t = t.view(-1, 1, 1, 1)
-        if self.family == "SiT":
+        if self.process == "flow_matching":
             return (
                 x * (t - (1 - t) * self.s**2) / ((1 - t) ** 2 * self.s**2 + t**2)
             )  # E[eps - x0 | x_t]
@@ -102,10 +106,8 @@ class GaussianData(torch.nn.Module):
         return torch.cat([eps, torch.zeros_like(eps)], dim=1)
 
 
-@pytest.mark.parametrize(
-    "family, method", [(family, method) for family in METHODS for method in METHODS[family]]
-)
-def test_gaussian_data_comes_back(family, method):
+@pytest.mark.parametrize("method", list(SAMPLERS))
+def test_gaussian_data_comes_back(method):
     """Deterministic or not: with the noise of the stochastic samplers wrong by a root of two, the spread is off by a tenth."""
     generator = torch.Generator().manual_seed(0)
     draws = []
@@ -115,7 +117,8 @@ def test_gaussian_data_comes_back(family, method):
         return draws[-1]
 
     z, y = torch.randn(4000, 4, 2, 2, generator=generator), torch.zeros(4000, dtype=torch.int64)
-    out = sample(GaussianData(family, 0.5), z, y, method, 100, noise=noise)
+    model = GaussianData(SAMPLERS[method].process, 0.5)
+    out = sample(model, z, y, method, 100, noise=noise)
     assert out.std() == pytest.approx(0.5, abs=0.015) and out.mean().abs() < 0.01
     assert len(draws) == (99 if method in ("euler_maruyama", "ddpm") else 0), (
         "the last step adds none"

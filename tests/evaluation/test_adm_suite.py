@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sra_fast.data.dataset import Digits
+from sra_fast.data.digits import Digits
 from sra_fast.evaluation import adm_suite as evaluation
 from sra_fast.evaluation.adm_suite import (
     COMPARABLE,

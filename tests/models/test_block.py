@@ -9,7 +9,7 @@ import torch
 from conftest import DEVICE
 from torch._subclasses import FakeTensorMode
 
-from sra_fast.models.layers import Block, settle
+from sra_fast.models.layers import Block, add_pending
 from sra_fast.ops import attention
 
 # arrays [B, T, D] that one block keeps: what was pending, two residual streams, qkv 3, attention 1, proj 1, fc1 4; and two norms
@@ -63,10 +63,10 @@ def test_activations_kept_for_the_backward(monkeypatch, recompute):
     assert KEPT[recompute] - 0.05 <= arrays - 6 / T <= KEPT[recompute], arrays
 
 
-def gradients(mode, compiled=False, pend_bias=False):
+def gradients(mode, compiled=False, defer_bias=False):
     torch.manual_seed(0)
     block = Block(32, 2, 4.0, False)
-    block.recompute, block.pend_bias = mode, pend_bias
+    block.recompute, block.defer_bias = mode, defer_bias
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
     block.to(DEVICE)
@@ -74,7 +74,7 @@ def gradients(mode, compiled=False, pend_bias=False):
         block.compile(fullgraph=True, dynamic=False)
     x, c, pending = inputs(2, 8, 32)
     leaves = (x, c, *pending[:2], *block.parameters())
-    return torch.autograd.grad(settle(*block(x * 2, c, pending)).square().sum(), leaves)
+    return torch.autograd.grad(add_pending(*block(x * 2, c, pending)).square().sum(), leaves)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -87,7 +87,7 @@ def test_recomputing_changes_nothing(monkeypatch, recompute, compiled, backend):
     expected = gradients("none")
     monkeypatch.setenv("SRA_FAST_BACKEND", backend)
     for ours, theirs in zip(
-        gradients(recompute, compiled, pend_bias=compiled), expected, strict=True
+        gradients(recompute, compiled, defer_bias=compiled), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 

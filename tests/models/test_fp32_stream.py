@@ -96,12 +96,13 @@ def test_the_fp8_teacher_has_one_too():
 
 
 def test_the_option_reaches_both_networks(monkeypatch):
-    from sra_fast.training import trainer as build
+    from sra_fast.training.plan import make_plan
+    from sra_fast.training.trainer import make_networks
 
     words = "--model.name SiT-S/8 --model.input_size 16 --model.depth 2 --align.student_layer 1 --align.teacher_layer 1"
     for residual, dtype in (("bf16", None), ("fp32", torch.float32)):
         cfg = parse_train([*words.split(), "--train.residual", residual])[0]
-        for network in build._networks(cfg, None, 1, torch.device("cpu")):
+        for network in make_networks(make_plan(cfg), None, torch.device("cpu")):
             assert network.residual_dtype == dtype
     assert (
         parse_train(["--config", "configs/sit_xl2_256.yaml", "--config", "configs/parity.yaml"])[

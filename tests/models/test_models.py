@@ -3,7 +3,15 @@ import torch
 from golden import Golden, assert_matches
 from torch.utils.flop_counter import FlopCounterMode
 
-from sra_fast.models import SIZES, DiT, SiT, arguments_from_state_dict, create_model, preset
+from sra_fast.models import (
+    SIZES,
+    ClassLabels,
+    DiT,
+    SiT,
+    arguments_from_state_dict,
+    create_model,
+    preset,
+)
 
 TINY = dict(
     input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5
@@ -34,7 +42,10 @@ def test_sit_matches_reference():
     golden = Golden("SiT")
     model = golden.model()
     prediction, features = model(
-        golden["xt"], golden["t"], golden["y_drop"], drop=torch.zeros(6, dtype=bool), align_depth=2
+        golden["xt"],
+        golden["t"],
+        ClassLabels(golden["y_drop"], torch.zeros(6, dtype=bool)),
+        align_depth=2,
     )
     assert_matches(prediction, golden["v_pred"])
     assert_matches(features, golden["student_feat"])
@@ -174,10 +185,10 @@ def test_label_dropout_follows_its_setting(prob, share):
     assert table.num_embeddings == 5 + (prob > 0)
     torch.manual_seed(0)
     y = torch.arange(4000) % 5
-    dropped = (model.y_embedder(y) != table(y)).any(1).float().mean().item()
+    dropped = (model.y_embedder(ClassLabels(y)) != table(y)).any(1).float().mean().item()
     assert abs(dropped - share) < 0.03 and (prob not in (0, 1) or dropped == share)
     model.eval()
-    assert torch.equal(model.y_embedder(y), table(y))
+    assert torch.equal(model.y_embedder(ClassLabels(y)), table(y))
 
 
 def test_drop_mask_means_the_null_class():
@@ -185,8 +196,8 @@ def test_drop_mask_means_the_null_class():
     x, t, y = batch(model)
     drop = torch.tensor([True, False, True, False])
     expected = model.eval()(x, t, torch.where(drop, model.null_class, y))
-    assert torch.equal(model.train()(x, t, y, drop=drop), expected)
-    assert torch.equal(model.eval()(x, t, y, drop=drop), expected)
+    assert torch.equal(model.train()(x, t, ClassLabels(y, drop)), expected)
+    assert torch.equal(model.eval()(x, t, ClassLabels(y, drop)), expected)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +239,11 @@ def test_kernels_on_and_off_are_the_same_program(monkeypatch, device, qk_norm):
     results = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SRA_FAST_BACKEND", backend)
-        out = model(x, t, y, drop=torch.tensor([True, False], device=device), align_depth=1)
+        out = model(x, t, ClassLabels(y, torch.tensor([True, False], device=device)), align_depth=1)
         gradients = torch.autograd.grad(
             sum(o.square().sum() for o in out), list(model.parameters())
         )
-        results.append([*out, model.features(x, t, y, depth=1, drop=y < 0), *gradients])
+        results.append([*out, model.features(x, t, ClassLabels(y, y < 0), depth=1), *gradients])
     largest = max(off.abs().max() for off in results[0])
     for off, on in zip(
         *results, strict=True

@@ -11,7 +11,7 @@ import pytest
 from sra_fast.analysis import study as ablation
 from sra_fast.analysis.study import outcome, read_study, run_one, spread, table
 from sra_fast.config.cli import parse_train
-from sra_fast.training.run import prepare
+from sra_fast.training.plan import make_run_plan
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
@@ -31,7 +31,7 @@ def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path):
     study = read_study(path)
     assert len(study.variants) > 1 and study.seeds
     for arguments in study.variants.values():
-        prepare(parse_train(["--config", str(study.base), *arguments])[0], None)
+        make_run_plan(parse_train(["--config", str(study.base), *arguments])[0], None)
 
 
 def run(path, out, *args):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sra_fast.data.dataset import Digits
+from sra_fast.data.digits import Digits
 from sra_fast.plots.report import to_uint8
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ from zero_worker import tiny
 
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training.loop import train
+from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -19,12 +20,12 @@ def run(folder, stage, backend, monkeypatch, *args):
     monkeypatch.setenv("SRA_FAST_BACKEND", backend)
     small = "--model.patch_size 4 --train.global_batch 4 --train.steps 2 --train.save_every 100 --model.depth 3 --align.teacher_layer 2"
     cfg = tiny(stage, "fp32", *small.split(), *args)
-    trainer = build(cfg, init_distributed())
+    trainer = build(make_plan(cfg), init_distributed())
     (folder / backend).mkdir()
     rows = train(trainer, make_dataset(cfg), folder / backend)
     return (
         [row["loss"] for row in rows],
-        trainer.shards.gather(trainer.shards.flats),
+        trainer.masters.gather(trainer.masters.flats),
         trainer.ema.full(),
     )
 

@@ -14,6 +14,7 @@ from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training import saving
 from sra_fast.training.loop import train
+from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -79,7 +80,7 @@ def trained(folder, *args):
     )
     cfg = parse_train([*common.split(), *args])[0]
     folder.mkdir()
-    trainer = build(cfg, init_distributed())
+    trainer = build(make_plan(cfg), init_distributed())
     rows = train(trainer, RandomLatents(), folder)
     curves = {
         name: [row[name] for row in rows if name in row] for name in ("loss", "align", "grad_norm")
@@ -239,7 +240,8 @@ def test_stages_agree_and_learn(tmp_path, nothing_saved, record_property, precis
         cfg, folder = tiny(*case), tmp_path / "_".join(map(str, case))
         folder.mkdir()
         losses[case] = [
-            row["loss"] for row in train(build(cfg, init_distributed()), make_dataset(cfg), folder)
+            row["loss"]
+            for row in train(build(make_plan(cfg), init_distributed()), make_dataset(cfg), folder)
         ]
         gc.collect()
     first, exact = losses[0, precision], losses[1, "fp32"]

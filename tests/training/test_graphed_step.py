@@ -4,12 +4,14 @@ import pytest
 import torch
 from zero_worker import tiny
 
-from sra_fast.data.dataset import ShuffledBatches, make_dataset, make_loader
+from sra_fast.data.dataset import make_dataset
+from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.training import saving
 from sra_fast.training import trainer as engine_build
 from sra_fast.training.checks import check_device
-from sra_fast.training.logger import Metrics
+from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import optimizer_step, train
+from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build, graphed_step
 from sra_fast.utils import cuda_graph
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
@@ -39,20 +41,20 @@ def alone(monkeypatch):
 def run(folder, graphed, stage, precision, args):
     """Logged rows and the masters, EMA and moments after six steps."""
     cfg = tiny(stage, precision, "--train.graph", "false", *args.split())
-    trainer = build(cfg, init_distributed())
+    trainer = build(make_plan(cfg), init_distributed())
     assert trainer.graphed is None
     if graphed:
         trainer.graphed = graphed_step(
-            trainer.engine.module, trainer.student, trainer.accumulation, graphs=CUDA
+            trainer.engine.module, trainer.student, trainer.plan.accumulation, graphs=CUDA
         )
     folder.mkdir()
     rows = train(trainer, make_dataset(cfg), folder)
     names = ("loss", "align", "denoise", "vb", "grad_norm", "student_norm", "teacher_norm")
     logged = [{name: row[name] for name in names if name in row} for row in rows]
     state = [
-        trainer.shards.flats,
+        trainer.masters.flats,
         trainer.ema.flats,
-        *(trainer.shards.state(name) for name in ("exp_avg", "exp_avg_sq")),
+        *(trainer.masters.state(name) for name in ("exp_avg", "exp_avg_sq")),
     ]
     state = [[t.clone() for t in tensors] for tensors in state]
     trainer.engine.destroy()
@@ -185,7 +187,7 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
 
     DeepSpeed makes them when it is built, and again when it loads a checkpoint.
     """
-    trainer = build(tiny(stage, precision, "--train.graph", "false"), init_distributed())
+    trainer = build(make_plan(tiny(stage, precision, "--train.graph", "false")), init_distributed())
     graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
     SAVE(trainer, tmp_path, 0, 0)
     for start in (lambda: None, lambda: saving.load(trainer, tmp_path / "step_00000000")):
@@ -210,22 +212,25 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
 def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
     """Later a warm-up would need the memory of a step beside the graphs'."""
     cfg = tiny(1, "bf16", *args.split())
-    trainer = build(cfg, init_distributed())
+    trainer = build(make_plan(cfg), init_distributed())
     trainer.graphed = graphed_step(
-        trainer.engine.module, trainer.student, trainer.accumulation, graphs=False
+        trainer.engine.module, trainer.student, trainer.plan.accumulation, graphs=False
     )
     made = []
-    prepare = trainer.graphed.prepare
-    monkeypatch.setattr(
-        trainer.graphed,
-        "prepare",
-        lambda calls: (prepare(calls), made.append(len(trainer.graphed.captured))),
-    )
+    capture_all = trainer.graphed.capture_all
+
+    def counted(calls):
+        capture_all(calls)
+        made.append(len(trainer.graphed.captured))
+
+    monkeypatch.setattr(trainer.graphed, "capture_all", counted)
     data = make_dataset(cfg)
-    stream = ShuffledBatches(len(data), 0, trainer.micro, trainer.accumulation, 0, 1, 0, 6)
+    stream = ShuffledBatches(
+        len(data), 0, trainer.plan.micro, trainer.plan.accumulation, 0, 1, 0, 6
+    )
     batches, metrics = (
         iter(make_loader(data, stream, 0, False)),
-        Metrics(None, cfg, trainer.device, 1),
+        TrainLogger(None, cfg, trainer.device, 1),
     )
     for step in range(6):
         optimizer_step(trainer, batches, stream, data, step, metrics)
@@ -243,23 +248,23 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
         graphed, "capture", lambda fn: log.append(("capture", fn())) or (None, None)
     )
     (x, y), *_ = batches
-    graphed.prepare([((x, y), True), ((x, y), False), ((x[:2], y[:2]), False), ((x, y), False)])
+    graphed.capture_all([((x, y), True), ((x, y), False), ((x[:2], y[:2]), False), ((x, y), False)])
     # the accumulating one last: what it adds to is there
     assert log == ["let go", *["warm up"] * 3, *[("capture", None)] * 3]
     assert [accumulate for accumulate, _ in graphed.captured] == [False, False, True]
-    graphed.prepare([((x, y), True)])
+    graphed.capture_all([((x, y), True)])
     assert len(log) == 7
     view = layer.weight.view(-1)
     with pytest.raises(RuntimeError, match="nodes of 1 parameters are held by something else"):
-        graphed.prepare([((x[:1], y[:1]), False)])
+        graphed.capture_all([((x[:1], y[:1]), False)])
     assert view.grad_fn is not None
 
 
 def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
-    trainer = build(tiny(1, "bf16"), init_distributed())
+    trainer = build(make_plan(tiny(1, "bf16")), init_distributed())
     graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
     obstacle = lambda **json: engine_build._graph_obstacle(
-        trainer.engine, 1, {**trainer.ds_config, **json}, graphed
+        trainer.engine, 1, {**trainer.plan.ds_config, **json}, graphed
     )
     assert obstacle() is None
     assert obstacle(flops_profiler={"enabled": False}) is None
@@ -274,7 +279,7 @@ def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
 
 
 def test_a_cpu_has_none():
-    assert CUDA or build(tiny(1, "bf16"), init_distributed()).graphed is None
+    assert CUDA or build(make_plan(tiny(1, "bf16")), init_distributed()).graphed is None
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -282,6 +287,6 @@ def test_one_gpu_has_a_graph_unless_it_cannot():
     device = init_distributed()
     for args, graph in (("", True), ("--train.graph false", False), ("--align.teacher_graph true", False),
                         ("--optim.implementation torch", False)):  # fmt: skip
-        trainer = build(tiny(1, "bf16", *args.split()), device)
+        trainer = build(make_plan(tiny(1, "bf16", *args.split())), device)
         assert (trainer.graphed is not None) == graph, args
         trainer.engine.destroy()

@@ -12,14 +12,14 @@ from tiny_config import config
 
 from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
-from sra_fast.training.logger import Metrics, peak_flops, read_rows, training_flops
+from sra_fast.training.logger import TrainLogger, peak_flops, read_rows, training_flops
 
 CPU = torch.device("cpu")
 SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 
 def metrics(tmp_path, every=2, start=0):
-    return Metrics(tmp_path, config("--train.log_every", str(every)), CPU, 1, start)
+    return TrainLogger(tmp_path, config("--train.log_every", str(every)), CPU, 1, start)
 
 
 def test_flops_are_counted_by_layer():
@@ -129,8 +129,9 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
 
     if (stage, precision, optimizer) == (0, "bf16", "torch"):
         pytest.skip("DeepSpeed's own step, which looks for overflow on the host")
-    from sra_fast.data.dataset import ShuffledBatches, make_loader
+    from sra_fast.data.order import ShuffledBatches, make_loader
     from sra_fast.training.loop import optimizer_step
+    from sra_fast.training.plan import make_plan
     from sra_fast.training.trainer import build
     from sra_fast.zero.process_group import init_distributed
 
@@ -144,9 +145,12 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
         "--optim.implementation",
         optimizer,
     )
-    trainer, data = build(cfg, init_distributed()), make_dataset(cfg)
+    trainer, data = build(make_plan(cfg), init_distributed()), make_dataset(cfg)
     stream = ShuffledBatches(len(data), 0, 8, 1, 0, 1, 0, 6)
-    batches, m = iter(make_loader(data, stream, 0, False)), Metrics(None, cfg, trainer.device, 1)
+    batches, m = (
+        iter(make_loader(data, stream, 0, False)),
+        TrainLogger(None, cfg, trainer.device, 1),
+    )
     reads = []
     for name in SYNCS:
         original = getattr(torch.Tensor, name)
@@ -167,7 +171,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
         extra = optimizer_step(trainer, batches, stream, data, step, m)
         m.step(step + 2, extra)
     # AdamW reads its step counter, which lives on the host (torch's on CUDA: on the device, unread)
-    assert all(state["step"].device.type == "cpu" for state in trainer.shards.optimizer_states())
+    assert all(state["step"].device.type == "cpu" for state in trainer.masters.optimizer_states())
     readers = [
         [n, *(f"{Path(f.filename).name}:{f.name}" for f in s[-5:-1])]
         for n, s in reads

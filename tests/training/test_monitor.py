@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from tiny_config import config
 
-from sra_fast.data.dataset import Digits, make_dataset
+from sra_fast.data.dataset import make_dataset
+from sra_fast.data.digits import Digits
 from sra_fast.evaluation.extractors import Extractor
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
 from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check
 from sra_fast.training.loop import train
-from sra_fast.training.run import prepare
+from sra_fast.training.plan import make_plan, make_run_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -43,7 +44,7 @@ ARGS = (
 def run(folder, *args, watched=True):
     folder.mkdir()
     cfg, device = config(*ARGS, *args), init_distributed()
-    trainer = build(cfg, device)
+    trainer = build(make_plan(cfg), device)
     monitor = monitors.Monitor(cfg, device, folder) if watched else None
     return [row["loss"] for row in train(trainer, make_dataset(cfg), folder, monitor=monitor)]
 
@@ -97,7 +98,7 @@ def test_scores_that_are_made_again_are_not_there_twice(tmp_path):
         '{"step": 2, "images": 12}\n{"step": 4, "images": 12}\n{"step": 6, "im'
     )
     cfg, device = config(*ARGS), init_distributed()
-    monitors.Monitor(cfg, device, tmp_path).look(build(cfg, device), 4)
+    monitors.Monitor(cfg, device, tmp_path).look(build(make_plan(cfg), device), 4)
     assert [
         json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()
     ] == [2, 4]
@@ -111,7 +112,7 @@ def test_every_process_needs_an_image(monkeypatch, tmp_path):
     with pytest.raises(
         ValueError, match="monitor.count must be at least 1 for each of the 4 processes, got 3"
     ):
-        prepare(cfg, None)
+        make_run_plan(cfg, None)
 
 
 @pytest.mark.parametrize(

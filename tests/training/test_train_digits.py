@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from sra_fast.config.cli import parse_train
-from sra_fast.data.dataset import Digits
+from sra_fast.data.digits import Digits
 from sra_fast.evaluation.digits import evaluate_digits
 from sra_fast.training.loop import train
-from sra_fast.training.run import prepare
+from sra_fast.training.plan import make_run_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -54,8 +54,8 @@ CONFIG = [
 @pytest.mark.parametrize("align", ["ema_teacher", "none"])
 def test_training_learns(tmp_path, monkeypatch, align):
     monkeypatch.setenv("SRA_FAST_BACKEND", "torch")
-    plan = prepare(parse_train([*CONFIG, "--align.target", align])[0], None)
-    trainer = build(plan.cfg, init_distributed())
+    plan = make_run_plan(parse_train([*CONFIG, "--align.target", align])[0], None)
+    trainer = build(plan.plan, init_distributed())
     rows = train(trainer, plan.data, tmp_path)
     first, last = rows[0], rows[-1]
     # the velocity's variance, 1.7, is the loss of a network that predicts nothing
@@ -82,11 +82,11 @@ def test_teacher_in_any_precision_trains_alike(tmp_path):
             "--train.log_every",
             "5",
         ]
-        plan = prepare(parse_train([*CONFIG, *args])[0], None)
+        plan = make_run_plan(parse_train([*CONFIG, *args])[0], None)
         (tmp_path / dtype).mkdir()
         curves[dtype] = [
             row["loss"]
-            for row in train(build(plan.cfg, init_distributed()), plan.data, tmp_path / dtype)
+            for row in train(build(plan.plan, init_distributed()), plan.data, tmp_path / dtype)
         ]
     for dtype in ("fp32", "fp8"):
         assert (
@@ -103,12 +103,14 @@ def test_kernels_on_and_off_learn_alike(tmp_path, monkeypatch):
     curves = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SRA_FAST_BACKEND", backend)
-        plan = prepare(parse_train([*CONFIG, "--train.log_every", "10"])[0], None)
+        plan = make_run_plan(parse_train([*CONFIG, "--train.log_every", "10"])[0], None)
         (tmp_path / backend).mkdir()
         curves.append(
             [
                 row["loss"]
-                for row in train(build(plan.cfg, init_distributed()), plan.data, tmp_path / backend)
+                for row in train(
+                    build(plan.plan, init_distributed()), plan.data, tmp_path / backend
+                )
             ]
         )
     off, on = curves

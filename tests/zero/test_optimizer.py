@@ -10,6 +10,7 @@ from tiny_config import config
 
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training.loop import train
+from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.fused_step import PartitionedStep, ReplicatedStep, Stage3Step
 from sra_fast.zero.optimizer import AdamWEMA
@@ -74,7 +75,7 @@ def run(tmp_path, *args, ds=None):
     path.write_text(json.dumps(ds or {}))
     cfg = config("--train.steps", "6", "--train.log_every", "1", *args)
     trainer, folder = (
-        build(cfg, init_distributed(), str(path)),
+        build(make_plan(cfg), init_distributed(), str(path)),
         tmp_path / f"run{len(list(tmp_path.iterdir()))}",
     )
     folder.mkdir()
@@ -113,7 +114,7 @@ def test_one_process_leaves_gradients_where_they_are_unless_they_accumulate_in_f
         ("2", {"data_types": {"grad_accum_dtype": "fp32"}}, False),
     ):
         trainer, _ = run(tmp_path, *args, "--train.zero_stage", stage, ds=ds)
-        assert trainer.engine.optimizer.step.alone == alone
+        assert trainer.engine.optimizer.step.reduces_nothing == alone
         assert (
             trainer.engine.enable_backward_allreduce != alone
             and bool(trainer.engine.optimizer._grad_acc_hooks) != alone
@@ -168,7 +169,7 @@ def test_stage_3_gathers_only_what_was_written(monkeypatch, stage, waits):
         "current_stream",
         lambda: type("Stream", (), {"synchronize": lambda self: calls.append(1)})(),
     )
-    trainer = build(config("--train.zero_stage", str(stage)), init_distributed())
+    trainer = build(make_plan(config("--train.zero_stage", str(stage))), init_distributed())
     trainer.device = torch.device("cuda")
     trainer.after_step(teacher_runs=False)
     trainer.refresh_teacher()
@@ -193,6 +194,6 @@ def test_another_deepspeed_is_named(step, missing):
 
 @pytest.mark.parametrize("policy", ["none", "norm", "full"])
 def test_recomputation_reaches_the_students_blocks(policy):
-    trainer = build(config("--train.recompute", policy), init_distributed())
+    trainer = build(make_plan(config("--train.recompute", policy)), init_distributed())
     assert {block.recompute for block in trainer.student.blocks} == {policy}
     assert {block.recompute for block in trainer.engine.module.teacher.blocks} == {"none"}

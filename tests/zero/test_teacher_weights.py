@@ -8,7 +8,7 @@ from torch import nn
 
 from sra_fast import ops
 from sra_fast.zero.master_weights import Group
-from sra_fast.zero.teacher_weights import Fp8Replica
+from sra_fast.zero.teacher_weights import Fp8TeacherGroup
 
 NAMES, SIZES = ("a", "b"), ((32, 16), (16, 48))
 
@@ -24,15 +24,15 @@ def replica(device="cpu", owners=1):
     offsets = dict(zip(NAMES, (0, 512 + 8 * (owners == 1)), strict=True))
     if owners == 1:
         flats = [torch.cat([flats[0], torch.zeros(8, device=device), flats[1]])]
-    shards = SimpleNamespace(flats=flats, owners=flats, rank=0, world=1, replicated=owners == 2)
-    made = Fp8Replica(shards, Group(offsets, sum(map(len, flats)), range(owners)), layers)
+    masters = SimpleNamespace(flats=flats, owners=flats, rank=0, world=1, replicated=owners == 2)
+    made = Fp8TeacherGroup(masters, Group(offsets, sum(map(len, flats)), range(owners)), layers)
     made.bind({name: layer.weight for name, layer in layers.items()})
     return made, layers, flats
 
 
 def gather(made):
     assert made.gather() == []
-    made.arrived()
+    made.gathered()
 
 
 def step(made, flats, ema):
@@ -79,8 +79,8 @@ def test_segments_of_every_rank():
     found = []
     for rank in range(3):
         flat = torch.zeros(440)
-        shards = SimpleNamespace(flats=[flat], owners=[flat], rank=rank, world=3, replicated=False)
-        made = Fp8Replica(shards, Group({"a": 0, "b": 520}, 440, range(1)), layers)
+        masters = SimpleNamespace(flats=[flat], owners=[flat], rank=rank, world=3, replicated=False)
+        made = Fp8TeacherGroup(masters, Group({"a": 0, "b": 520}, 440, range(1)), layers)
         found.append(made.copies[flat].ends.tolist())
     assert found == [[440, 440], [80, 440], [0, 440]] and len(made.buffer) == 1320
 

@@ -14,11 +14,14 @@ from golden import assert_matches, relative_error
 from PIL import Image
 from zero_worker import CASES, FP8, STEPS, VARIANTS, tiny
 
-from sra_fast.alignment.objective import SRAObjective, align_weight, make_process
+from sra_fast.alignment.objective import SRAObjective
+from sra_fast.alignment.schedule import align_weight
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.load_model import load_model
-from sra_fast.data.dataset import ShuffledBatches, make_dataset
+from sra_fast.data.dataset import make_dataset
+from sra_fast.data.order import ShuffledBatches
 from sra_fast.diffusion.draws import draw
+from sra_fast.diffusion.process import make_process
 from sra_fast.training.loop import warm_up
 
 HERE = Path(__file__).parents[1]
@@ -199,7 +202,7 @@ def test_fp8_teachers_agree(results, world):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ema_is_sharded(results, name):
-    """Each of two ranks holds half of the EMA (plus padding), none of it twice; stage 0 shards nothing."""
+    """Each of two ranks holds half of the EMA (plus padding), none of it twice; stage 0 partitions nothing."""
     total = 4 * sum(v.numel() for v in read(results, 1, name)["whole"]["ema"].values())
     if name.endswith("0"):
         total *= 2
@@ -259,7 +262,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_exports_hold_the_run(results, world, name):
     ours = read(results, world, name)["resumed"]
-    held = reading.read_reference(str(results[world] / f"{name}.reference.pt"))
+    held = reading.read_reference(str(results[world] / f"{name}.published.pt"))
     assert set(held) == {"model", "ema", "opt", "args", "epoch", "steps"}
     assert isinstance(held["args"], argparse.Namespace) and held["steps"] == STEPS
     model, path = load_model(str(results[world] / f"{name}.safetensors"))

@@ -9,11 +9,14 @@ import torch
 from golden import Golden
 from test_objective import NO_DROP, objective, sit_loss
 
-from sra_fast.alignment.objective import align_weight
-from sra_fast.alignment.teacher_pass import TeacherPass, chosen_images
+from sra_fast import ops
+from sra_fast.alignment.ema_teacher import EMATeacher, EMATeacherConfig
+from sra_fast.alignment.schedule import align_weight, aligned_images
 from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
-from sra_fast.models import Backbone
+from sra_fast.diffusion.process import Noised
+from sra_fast.models import Backbone, ClassLabels
+from sra_fast.models.layers import timestep_features
 from sra_fast.utils.cuda_graph import Graphed
 
 CPU = torch.device("cpu")
@@ -22,34 +25,39 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.mark.parametrize("fraction, batch", [(0.5, 6), (1 / 3, 6), (0.25, 32), (5 / 6, 6)])
 def test_fraction_of_every_micro_batch(fraction, batch):
-    chosen = chosen_images(fraction, batch, CPU)
+    chosen = aligned_images(fraction, batch, CPU)
     assert len(chosen) == round(fraction * batch) and len(set(chosen.tolist())) == len(chosen)
     # two micro-batches choose what one batch of twice the size does
-    assert torch.equal(torch.cat([chosen, chosen + batch]), chosen_images(fraction, 2 * batch, CPU))
+    assert torch.equal(
+        torch.cat([chosen, chosen + batch]), aligned_images(fraction, 2 * batch, CPU)
+    )
 
 
 @pytest.mark.parametrize("fraction, batch", [(0.3, 64), (0.5, 1), (1 / 3, 64)])
 def test_fraction_that_does_not_divide_is_named(fraction, batch):
     with pytest.raises(ValueError, match=f"align.fraction .* {batch} images"):
-        chosen_images(fraction, batch, CPU)
+        aligned_images(fraction, batch, CPU)
 
 
-def test_fraction_is_the_mean_over_its_images():
+def test_fraction_is_the_mean_over_its_images(monkeypatch):
     golden = Golden("SiT")
-    whole, half = (objective(golden, FlowMatching(), fraction=f) for f in (1.0, 0.5))
-    seen, expected = [], []
-    for model, record in ((half, seen), (whole, expected)):
-        compare = model._compare
-        model._compare = lambda f, t, compare=compare, record=record: (
-            record.append((f, t)) or compare(f, t)
-        )
-    (_, parts), _ = sit_loss(half, golden), sit_loss(whole, golden)
-    chosen = chosen_images(0.5, 6, CPU)
-    for ours, all_images in zip(seen[0], expected[0], strict=True):
+    distance = ops.align_distance
+    compared = []
+
+    def recorded(features, target, *args, **kwargs):
+        compared.append((features, target))
+        return distance(features, target, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "align_distance", recorded)
+    _, parts = sit_loss(objective(golden, FlowMatching(), fraction=0.5), golden)
+    sit_loss(objective(golden, FlowMatching(), fraction=1.0), golden)
+    half, whole = compared
+    chosen = aligned_images(0.5, 6, CPU)
+    for ours, all_images in zip(half, whole, strict=True):
         torch.testing.assert_close(ours, all_images[chosen])
-    assert parts["align"] == pytest.approx(
-        half._compare(*(t[chosen] for t in expected[0]))["align"].item(), rel=1e-6
-    )
+    features, target = whole
+    expected = distance(features[chosen], target[chosen], "smooth_l1", beta=0.05).mean()
+    assert parts["align"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_every_kth_step_at_k_times_the_weight():
@@ -59,7 +67,7 @@ def test_every_kth_step_at_k_times_the_weight():
     )
 
 
-def test_a_capture_restricts_its_own_thread_alone(monkeypatch):
+def test_a_capture_restricts_only_its_own_thread(monkeypatch):
     """PyTorch's default forbids the loader's thread to pin memory during it, which ends both."""
     modes = []
 
@@ -108,17 +116,16 @@ def test_graph_and_stream_give_the_features_of_the_plain_call(graph, stream):
     )
     for p in teacher.parameters():
         p.normal_(std=0.1)
-    plain = TeacherPass(teacher, AlignConfig())
-    other = TeacherPass(teacher, AlignConfig(teacher_graph=graph, teacher_stream=stream))
+    plain = EMATeacher(EMATeacherConfig(), teacher)
+    other = EMATeacher(EMATeacherConfig(teacher_graph=graph, teacher_stream=stream), teacher)
     for _ in range(4):
-        x, t, y = (
-            torch.randn(6, 4, 8, 8, device="cuda"),
-            torch.rand(6, device="cuda"),
-            torch.randint(10, (6,), device="cuda"),
-        )
+        x = torch.randn(6, 4, 8, 8, device="cuda")
+        t = torch.rand(6, device="cuda")
+        labels = ClassLabels(torch.randint(10, (6,), device="cuda"), NO_DROP.cuda())
+        images = aligned_images(0.5, 6, x.device)
         results = []
-        for teacher_pass in (plain, other):
-            teacher_pass.start(x, t, y, NO_DROP.cuda(), chosen=chosen_images(0.5, 6, x.device))
-            results.append(teacher_pass.result().clone())
+        for target in (plain, other):
+            target.start(Noised(x, t, x, t, x, x), timestep_features(t), labels, images)
+            results.append(target.result().clone())
         torch.testing.assert_close(*results, rtol=0, atol=0)
         teacher.blocks[0].mlp.fc1.weight.mul_(1.1)  # a replay reads the weights as they are now

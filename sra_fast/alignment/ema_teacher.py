@@ -1,0 +1,146 @@
+"""SRA's target: features of a cleaner input, from a deeper block of the student's own EMA.
+
+Only the blocks up to the teacher layer n exist and run.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sra_fast.alignment.target import Target
+from sra_fast.config.schema import AlignConfig, Config
+from sra_fast.diffusion.process import Noised
+from sra_fast.models import Backbone, Conditioning
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.cuda_graph import Graphed
+from sra_fast.utils.registry import CONDITIONINGS, TARGETS
+
+
+@dataclass
+class EMATeacherConfig(AlignConfig):
+    """Alignment to the EMA teacher (SRA)."""
+
+    teacher_layer: int = 20
+    """n: the teacher stops after this block (1-based, at least m)"""
+    teacher_dtype: Literal["auto", "fp32", "fp8"] = "auto"
+    """precision of the teacher. auto: the training precision; fp32: as in the published code; fp8:
+    bf16 with the three large products of a block in e4m3, their weights rounded in the optimizer's
+    pass (Hopper or newer, ZeRO 0-2, train.precision bf16)"""
+    teacher_graph: bool = False
+    """replay the teacher's forward as a CUDA graph (ZeRO 0-2)"""
+    teacher_stream: bool = False
+    """run the teacher during the student's forward, in a second CUDA stream (ZeRO 0-2)"""
+
+
+@TARGETS.register("ema_teacher")
+class EMATeacher(Target):
+    """Features after block n of the EMA teacher.
+
+    By default ``result`` computes them, after the student's forward: the all-gather of the
+    teacher's weights has that long to finish. With ``teacher_stream`` they are computed during the
+    student's forward.
+    """
+
+    config = EMATeacherConfig
+    align: EMATeacherConfig
+
+    def __init__(self, align: EMATeacherConfig, network: Backbone):
+        super().__init__(align, network.requires_grad_(False))
+        self.run = functools.partial(_features, network)
+        if align.teacher_graph:
+            self.run = Graphed(self.run)
+        self.stream = torch.cuda.Stream() if align.teacher_stream else None
+        self.wait: Callable[[], None] = lambda: None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.target: Tensor | None = None
+
+    @classmethod
+    def network_depth(cls, align: EMATeacherConfig) -> int:
+        return align.teacher_layer
+
+    @classmethod
+    def identity(cls, align: EMATeacherConfig) -> dict:
+        # weights in e4m3 are a parameter group, and so a part of the optimizer's layout
+        return {
+            "teacher_layer": align.teacher_layer,
+            "fp8_group": align.teacher_dtype == "fp8",
+        }
+
+    @classmethod
+    def check(cls, cfg: Config) -> None:
+        align = cfg.align
+        depth = cfg.model.arguments()["depth"]
+        require_that(
+            1 <= align.student_layer <= align.teacher_layer <= depth,
+            f"align needs 1 <= student_layer <= teacher_layer <= depth ({depth}), got "
+            f"student_layer {align.student_layer} and teacher_layer {align.teacher_layer}",
+        )
+
+    @classmethod
+    def check_device(cls, cfg: Config, stage: int, cuda: bool) -> None:
+        align = cfg.align
+        for name in ("teacher_graph", "teacher_stream"):
+            if getattr(align, name):
+                require_that(stage < 3, f"align.{name} needs a ZeRO stage below 3, got {stage}")
+                require_that(cuda, f"align.{name} needs a CUDA device")
+        if align.teacher_dtype == "fp32" and cfg.train.precision != "fp32":
+            require_that(
+                stage < 3,
+                "align.teacher_dtype fp32 with train.precision bf16 needs a ZeRO stage below 3",
+            )
+        if align.teacher_dtype == "fp8":
+            width = cfg.model.arguments()["hidden_size"]
+            require_that(
+                stage < 3 and cfg.train.precision == "bf16",
+                "align.teacher_dtype fp8 needs train.precision bf16 and a ZeRO stage below 3",
+            )
+            require_that(
+                width % 16 == 0,
+                "align.teacher_dtype fp8 needs a model.hidden_size that is a multiple of 16, "
+                f"got {width}",
+            )
+            require_that(
+                not cuda or torch.cuda.get_device_capability() >= (9, 0),
+                "align.teacher_dtype fp8 needs compute capability 9.0",
+            )
+
+    def follow(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+
+    def start(
+        self, noised: Noised, sinusoid: Tensor, condition: Conditioning, images: Tensor | None
+    ) -> None:
+        self.inputs = (noised.x_teacher, sinusoid, *condition.tensors())
+        if images is not None:
+            self.inputs = tuple(item[images] for item in self.inputs)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.target = self._compute()
+
+    def result(self) -> Tensor:
+        if self.stream is None:
+            target = self._compute()
+        else:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            target = self.target
+            self.target = None
+            target.record_stream(torch.cuda.current_stream())
+        # freed only now, when both streams have met
+        self.inputs = ()
+        return target
+
+    def _compute(self) -> Tensor:
+        self.wait()
+        return self.run(*self.inputs)
+
+
+@torch.no_grad()
+def _features(network: Backbone, x: Tensor, sinusoid: Tensor, *condition: Tensor) -> Tensor:
+    """The network's last features; a function of tensors only, as a CUDA graph needs it."""
+    kind = CONDITIONINGS[network.conditioning]
+    return network.features(x, sinusoid, kind.from_tensors(*condition))

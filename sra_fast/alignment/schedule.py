@@ -1,0 +1,75 @@
+"""When, how strongly and for which images the alignment loss counts."""
+
+import functools
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from sra_fast.config.schema import AlignConfig
+
+
+def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
+    """lambda at an optimizer step (0-based) of a data epoch.
+
+    ``schedule`` says how it changes. ``epochs``: as published, ``weight`` up to epoch ``hold``,
+    then a factor of ten less every ``decay`` epochs. ``steps``: the same in optimizer steps.
+    ``milestones``: piecewise constant. From ``stop_at_step`` on it is zero. With ``every`` k it is
+    k times as large at each k-th step and zero at the others.
+    """
+    stopped = cfg.stop_at_step is not None and step >= cfg.stop_at_step
+    if not cfg.active or stopped or step % cfg.every:
+        return 0.0
+    return cfg.every * _scheduled(cfg, step, epoch)
+
+
+def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:
+    if cfg.schedule == "milestones":
+        reached = [milestone for milestone in cfg.milestones if milestone <= step]
+        return cfg.milestones[max(reached)] if reached else cfg.weight
+    if cfg.schedule == "constant":
+        return cfg.weight
+    now = epoch if cfg.schedule == "epochs" else step
+    return cfg.weight * 0.1 ** (max(0, now - cfg.hold) / cfg.decay)
+
+
+def alignment_phases(cfg: AlignConfig) -> set[bool]:
+    """Whether a run has steps with alignment (True), steps without (False), or both."""
+    if not cfg.active:
+        return {False}
+    weights = set(cfg.milestones.values())
+    if not cfg.milestones or min(cfg.milestones) > 0:
+        weights.add(cfg.weight)
+    phases = set()
+    if max(weights) > 0:
+        phases.add(True)
+    if cfg.every > 1 or cfg.stop_at_step is not None or 0 in weights:
+        phases.add(False)
+    return phases
+
+
+def images_per_cycle(fraction: float, batch: int) -> tuple[int, int]:
+    """``(p, q)``: the first p of every q images are aligned.
+
+    They are the same images for every split of the batch into micro-batches.
+
+    Raises:
+        ValueError: a micro-batch of ``batch`` images cannot be divided like that.
+    """
+    cycle = Fraction(fraction).limit_denominator(max(batch, 1))
+    exact = abs(float(cycle) - fraction) <= 1e-6
+    if not 0 < cycle <= 1 or batch % cycle.denominator or not exact:
+        raise ValueError(
+            f"align.fraction of the {batch} images of a micro-batch must be a whole number of "
+            f"images, got {fraction}"
+        )
+    return cycle.numerator, cycle.denominator
+
+
+@functools.cache
+def aligned_images(fraction: float, batch: int, device: torch.device) -> Tensor | None:
+    """Indices ``[batch * fraction]`` int64 of the images that are aligned; None: all of them."""
+    if fraction == 1:
+        return None
+    p, q = images_per_cycle(fraction, batch)
+    return torch.tensor([i for i in range(batch) if i % q < p]).to(device)

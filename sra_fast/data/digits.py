@@ -1,0 +1,42 @@
+"""scikit-learn's digits: the data set that needs no download and no GPU."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sra_fast.config.schema import DataConfig
+from sra_fast.data.training_data import TrainingData
+from sra_fast.utils.registry import DATASETS
+
+
+class Digits(TrainingData):
+    """1797 real 8x8 digits, pixels in [-1, 1]. Every fifth image is held out for evaluation.
+
+    Args:
+        held_out: the held-out images instead of the training ones.
+    """
+
+    shape = (1, 8, 8)
+    num_classes = 10
+    in_memory = True
+    evaluation = "digits"
+
+    def __init__(self, held_out: bool = False):
+        # only this data set needs scikit-learn
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        keep = (np.arange(len(digits.target)) % 5 == 0) == held_out
+        self.images = torch.from_numpy(digits.images[keep]).float()[:, None] / 8 - 1
+        self.labels = torch.from_numpy(digits.target[keep]).long()
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+    def held_out(self) -> "Digits":
+        return Digits(held_out=True)
+
+
+@DATASETS.register("digits")
+def make_digits(data: DataConfig) -> Digits:
+    return Digits()

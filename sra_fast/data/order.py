@@ -1,0 +1,93 @@
+"""The order of the images during training, and the loader that follows it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from sra_fast.data.permutation import Permutation
+from sra_fast.data.training_data import TrainingData
+
+
+class ShuffledBatches:
+    """Indices of this process's micro-batches from optimizer step ``step`` on.
+
+    Every epoch is one permutation, a function of (seed, epoch), cut into global batches; images
+    that do not fill the last one are left out. The order therefore does not depend on the number of
+    processes. It is computed batch by batch: neither memory nor the time to resume grow with the
+    data set.
+
+    Args:
+        num_images: size of the data set.
+        seed: of the run.
+        micro: images per process and micro-step.
+        accumulation: micro-steps per optimizer step.
+        rank, world: this process and their number.
+        step: first optimizer step.
+        steps: one past the last optimizer step.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        seed: int,
+        micro: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        step: int,
+        steps: int,
+    ):
+        self.num_images = num_images
+        self.seed = seed
+        self.micro = micro
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world = world
+        self.step = step
+        self.steps = steps
+        self.global_batch = micro * accumulation * world
+        self.steps_per_epoch = num_images // self.global_batch
+
+    def epoch(self, step: int) -> int:
+        """The epoch that an optimizer step lies in."""
+        return step // self.steps_per_epoch
+
+    def first(self, micro_step: int) -> int:
+        """Index, within its global batch, of the first image of this process's ``micro_step``."""
+        return (micro_step * self.world + self.rank) * self.micro
+
+    def __len__(self) -> int:
+        return (self.steps - self.step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = None
+        order = None
+        for step in range(self.step, self.steps):
+            if self.epoch(step) != epoch:
+                epoch = self.epoch(step)
+                order = Permutation(self.num_images, self.seed, epoch, -1)
+            start = step % self.steps_per_epoch * self.global_batch
+            for micro_step in range(self.accumulation):
+                first = start + self.first(micro_step)
+                yield order(np.arange(first, first + self.micro)).tolist()
+
+
+def _as_is(batch):
+    # a data set's __getitems__ makes whole batches
+    return batch
+
+
+def make_loader(
+    data: TrainingData, batches: ShuffledBatches, num_workers: int, cuda: bool
+) -> DataLoader:
+    """Batches in the order of ``batches``, read ahead by ``num_workers`` processes, pinned for CUDA."""
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=0 if data.in_memory else num_workers,
+        collate_fn=_as_is,
+        pin_memory=cuda,
+        generator=torch.Generator(),
+    )
