@@ -51,7 +51,9 @@ class Target(nn.Module):
         return {}
 
     def follow(self, wait: Callable[[], None]) -> None:
-        """``wait`` returns once the weights of ``network`` are complete. Call it before a forward."""
+        """``wait`` returns once the weights of ``network`` are complete. Call it before a
+        forward.
+        """
 
     def start(
         self, noised: Noised, sinusoid: Tensor, condition: Conditioning, images: Tensor | None

@@ -17,5 +17,6 @@ def identity_of(cfg: Config, world_size: int, zero_stage: int) -> dict:
         "precision": cfg.train.precision,
         "residual": cfg.train.residual,
         "model": asdict(cfg.model),
-        "target": {"name": cfg.align.target, **target.identity(cfg.align)},
+        "target": cfg.align.target,
+        **target.identity(cfg.align),
     }

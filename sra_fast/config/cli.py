@@ -30,7 +30,9 @@ jsonargparse.set_loader("sra", _load, exceptions=(yaml.YAMLError,))
 
 
 def _offer_choices(options: type) -> None:
-    """Give each field made by ``choice`` the type ``Literal`` of what is registered now, in nested dataclasses too."""
+    """Give each field made by ``choice`` the type ``Literal`` of what is registered now, in nested
+    dataclasses too.
+    """
     hints = get_type_hints(options)
     for item in fields(options):
         registry: Registry | None = item.metadata.get("registry")
@@ -48,7 +50,9 @@ def _offer_choices(options: type) -> None:
 
 
 def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
-    """A parser with ``--config`` (repeatable, later files win), the fields of ``options`` and ``--print_config``."""
+    """A parser with ``--config`` (repeatable, later files win), the fields of ``options`` and
+    ``--print_config``.
+    """
     _offer_choices(options)
     parser = jsonargparse.ArgumentParser(
         description=description,
@@ -123,7 +127,9 @@ def _target_of(args: list[str]) -> str:
 
 
 def _target_of_file(path: Path) -> str:
-    """``align.target`` of a YAML file, ``none`` where it has none; errors are left to the parser."""
+    """``align.target`` of a YAML file, ``none`` where it has none; errors are left to the
+    parser.
+    """
     try:
         align = yaml.safe_load(path.read_text())["align"]
         return str(align.get("target", "none"))

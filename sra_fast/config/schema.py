@@ -85,7 +85,9 @@ class AlignConfig:
     weight: float = 0.2
     """lambda: weight of the alignment loss"""
     schedule: Literal["constant", "epochs", "steps", "milestones"] = "constant"
-    """lambda over time: constant; held for `hold` epochs (or steps), then divided by ten every `decay`; or `milestones`"""
+    """lambda over time: constant; held for `hold` epochs (or steps), then divided by ten every
+    `decay`; or `milestones`
+    """
     hold: int = 149
     """last epoch (or step) at full lambda"""
     decay: int = 1000
@@ -124,9 +126,11 @@ class DataConfig:
     name: str = choice(DATASETS, "latents")
     """scikit-learn's digits, or VAE moments on disk"""
     path: str = "data/imagenet256"
-    """folder that holds index.json (packed by preprocess.py) or vae-sd/ (the reference's layout)"""
+    """folder that holds index.json (packed by preprocess.py) or vae-sd/ (the published code's
+    layout)
+    """
     verify: bool = False
-    """compare the SHA-256 of each packed shard with the index when it is first read"""
+    """compare the SHA-256 of each packed shard with the index at its first read"""
     latent_scale: float = 0.18215
     """multiplies the sampled latents (SD-VAE: 0.18215)"""
     num_workers: int = 4
@@ -138,7 +142,9 @@ class OptimConfig:
     """AdamW."""
 
     implementation: Literal["fused", "torch"] = "fused"
-    """fused: AdamW, rounded weights, EMA and teacher in one pass (ops.adamw_ema_); torch: torch.optim.AdamW, then the EMA"""
+    """fused: AdamW, rounded weights, EMA and teacher in one pass (ops.adamw_ema_); torch:
+    torch.optim.AdamW, then the EMA
+    """
     lr: float = 1e-4
     """learning rate after warm-up, constant"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -162,20 +168,24 @@ class TrainConfig:
     global_batch: int = 256
     """images per optimizer step, over all processes"""
     micro_batch: int | None = None
-    """images per process and forward pass; the rest is accumulated (default: all of the process's share)"""
+    """images per process and forward pass; the rest is accumulated (default: all of the process's
+    share)
+    """
     precision: Literal["bf16", "fp32"] = "bf16"
     """of weights and activations; master weights and EMA are always fp32"""
     residual: Literal["bf16", "fp32"] = "bf16"
-    """dtype of the residual stream in bf16 training, of student and teacher; fp32 is what the published code has (its position
-    embedding is fp32, and autocast rounds inside the half-blocks only)"""
+    """dtype of the residual stream in bf16 training, of student and teacher; fp32 is what the
+    published code has (its position embedding is fp32, and autocast rounds inside the half-blocks
+    only)"""
     graph: bool | None = None
-    """replay forward and backward pass as one CUDA graph, so that the host launches it in one call; its activations keep their
-    memory between steps; default: on one GPU, where it can (ZeRO 0-2, optim.implementation fused, no align.teacher_graph)"""
+    """replay forward and backward pass as one CUDA graph, so that the host launches it in one call;
+    its activations keep their memory between steps; default: on one GPU, where it can (ZeRO 0-2,
+    optim.implementation fused, no align.teacher_graph)"""
     compile: bool = False
     """torch.compile each block (ZeRO 0-2)"""
     recompute: Literal["none", "norm", "full"] = "none"
-    """what is not kept for the backward pass: nothing; the outputs of norms and GELU, which (with the kernels) passes that run
-    anyway write again; everything inside a block, which then runs again"""
+    """what the backward pass recomputes: nothing; the outputs of norms and GELU, which the kernels
+    write again in passes that run anyway; everything inside a block"""
     tf32: bool = False
     """let fp32 matrix products run in TF32 on a GPU"""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -187,9 +197,9 @@ class TrainConfig:
     out: str = "runs/default"
     """a numbered run folder is made in here"""
     resume: str | None = None
-    """run folder to go on with: a path, or 'auto' for the newest one in `out` that has a checkpoint"""
+    """run folder to resume: a path, or 'auto' for the newest one in `out` that has a checkpoint"""
     init_from: str | None = None
-    """a reference checkpoint (.pt) or an export (.safetensors) to start from"""
+    """a published checkpoint (.pt) or an export (.safetensors) to start from"""
     save_every: int = 50000
     """steps between checkpoints; one is always written at the end"""
     log_every: int = 100
@@ -197,8 +207,8 @@ class TrainConfig:
     export: list[Literal["safetensors", "published"]] = field(
         default_factory=lambda: ["safetensors"]
     )
-    """written at the end: EMA weights as safetensors; the published code's .pt with weights, EMA and
-    optimizer state"""
+    """written at the end: EMA weights as safetensors; the published code's .pt with weights, EMA
+    and optimizer state"""
 
 
 @dataclass
@@ -206,7 +216,7 @@ class MonitorConfig:
     """Samples of the EMA during training, made by all processes together."""
 
     every: int = 0
-    """steps between two looks; 0: never"""
+    """steps between two looks at the EMA; 0: never"""
     count: int = 100
     """images each time"""
     grid: int = 100
@@ -216,7 +226,9 @@ class MonitorConfig:
     vae: str | None = None
     """folder of a diffusers AutoencoderKL, for latents of 4 channels"""
     reference: str | None = None
-    """.npz of images or statistics: the FID of the `count` images is logged (published ones are of 50 000)"""
+    """.npz of images or statistics: the FID of the `count` images is logged (published ones are of
+    50 000)
+    """
     inception: str | None = None
     """path of weights-inception-2015-12-05-6726825d.pth, for the FID"""
 
@@ -236,11 +248,11 @@ class SampleConfig:
     guided_channels: int = 0
     """how many channels guidance applies to; 0: all (the official DiT and SiT samplers: 3)"""
     weights: Literal["ema", "model"] = "ema"
-    """which weights sample (the reference samples from the student during training)"""
+    """which weights sample (the published code samples from the student during training)"""
     labels: Literal["balanced", "random"] = "balanced"
     """every class equally often, or drawn at random"""
     rounding: Literal["round", "truncate"] = "round"
-    """from [0, 255] to uint8 (the reference truncates)"""
+    """from [0, 255] to uint8 (the published code truncates)"""
 
 
 @dataclass

@@ -82,7 +82,9 @@ def _as_is(batch):
 def make_loader(
     data: TrainingData, batches: ShuffledBatches, num_workers: int, cuda: bool
 ) -> DataLoader:
-    """Batches in the order of ``batches``, read ahead by ``num_workers`` processes, pinned for CUDA."""
+    """Batches in the order of ``batches``, read ahead by ``num_workers`` processes, pinned for
+    CUDA.
+    """
     return DataLoader(
         data,
         batch_sampler=batches,

@@ -1,8 +1,9 @@
 """The random numbers of a step, as a function of (seed, step, image) alone.
 
-A run is therefore the same for any number of processes and any split into micro-batches, and a resumed run needs no
-generator state beyond the step.  Numbers are drawn on the device in blocks of ``BLOCK`` images, each block with a
-generator of its own seed: the cost does not grow with the number of processes, and nothing comes from the host.
+A run is therefore the same for any number of processes and any split into micro-batches, and a
+resumed run needs no generator state beyond the step.  Numbers are drawn on the device in blocks of
+``BLOCK`` images, each block with a generator of its own seed: the cost does not grow with the
+number of processes, and nothing comes from the host.
 """
 
 import hashlib
@@ -16,7 +17,9 @@ BLOCK = 32
 
 @dataclass
 class Draws:
-    """For one micro-batch: ``noise [B, C, H, W]``, ``posterior`` alike or None; ``uniform``, ``gap`` ``[B]``; ``drop [B]`` bool."""
+    """For one micro-batch: ``noise [B, C, H, W]``, ``posterior`` alike or None; ``uniform``,
+    ``gap`` ``[B]``; ``drop [B]`` bool.
+    """
 
     noise: Tensor
     posterior: Tensor | None
@@ -33,7 +36,9 @@ def block_seed(*key: int) -> int:
 
 
 def _blocks(fill, key: tuple[int, ...], first: int, count: int, device) -> Tensor:
-    """Rows ``first .. first + count`` of an endless table whose block ``i`` is ``fill(generator seeded by key, i)``."""
+    """Rows ``first .. first + count`` of an endless table whose block ``i`` is ``fill(generator
+    seeded by key, i)``.
+    """
     generator = torch.Generator(device)
     blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
     rows = [fill(generator.manual_seed(block_seed(*key, i))) for i in blocks]

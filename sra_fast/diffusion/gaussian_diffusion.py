@@ -1,6 +1,7 @@
 """DiT's process: discrete Gaussian diffusion with noise prediction and learned variance.
 
-DDPM (arXiv 2006.11239) and its learned-range variance with the variational term (improved DDPM, arXiv 2102.09672).
+DDPM (arXiv 2006.11239) and its learned-range variance with the variational term (improved DDPM,
+arXiv 2102.09672).
 """
 
 import math
@@ -17,10 +18,12 @@ NUM_TIMES = 1000
 
 
 class Schedule:
-    """Per-time constants of a chain with noise levels ``betas [N]`` (float64), named as in the DDPM paper.
+    """Per-time constants of a chain with noise levels ``betas [N]`` (float64), named as in the DDPM
+    paper.
 
-    ``alpha_bar``: fraction of signal power left; ``signal``, ``noise``: its root and that of the rest, in which float64
-    matters: 1 - alpha_bar starts at 1e-4; ``mean_*``, ``log_variance_min``: q(x_{t-1} | x_t, x_0), DDPM Eq. 7.
+    ``alpha_bar``: fraction of signal power left; ``signal``, ``noise``: its root and that of the
+    rest, in which float64 matters: 1 - alpha_bar starts at 1e-4; ``mean_*``, ``log_variance_min``:
+    q(x_{t-1} | x_t, x_0), DDPM Eq. 7.
     """
 
     def __init__(self, betas: Tensor):
@@ -33,7 +36,8 @@ class Schedule:
         self.noise_previous = (1 - previous).sqrt()
         self.mean_x0 = betas * previous.sqrt() / (1 - alpha_bar)
         self.mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)
-        # the posterior variance is 0 at the first time: its logarithm takes the next one's, as in improved DDPM
+        # the posterior variance is 0 at the first time: its logarithm takes the next one's, as in
+        # improved DDPM
         variance = betas * (1 - previous) / (1 - alpha_bar)
         clipped = torch.cat([variance[1:2], variance[1:]])
         self.log_variance_min = clipped.log()
@@ -41,7 +45,9 @@ class Schedule:
         self.constants = {}
 
     def at(self, name: str, t: Tensor, dim: int = 4) -> Tensor:
-        """Constant ``name`` at integer times ``t [B]``, fp32, shaped to broadcast over ``dim`` dimensions."""
+        """Constant ``name`` at integer times ``t [B]``, fp32, shaped to broadcast over ``dim``
+        dimensions.
+        """
         key = (name, t.device)
         if key not in self.constants:
             self.constants[key] = getattr(self, name).float().to(t.device)
@@ -59,7 +65,9 @@ class Schedule:
         return self.at("mean_x0", t) * x0 + self.at("mean_xt", t) * x
 
     def log_variance(self, interpolation: Tensor, t: Tensor) -> Tensor:
-        """Improved DDPM Eq. 15: the network's output in [-1, 1] interpolates between the two bounds."""
+        """Improved DDPM Eq. 15: the network's output in [-1, 1] interpolates between the two
+        bounds.
+        """
         fraction = (interpolation + 1) / 2
         high = self.at("log_variance_max", t)
         low = self.at("log_variance_min", t)
@@ -72,7 +80,8 @@ def linear_betas() -> Tensor:
 
 
 def respaced(num_steps: int) -> tuple[list[int], Schedule]:
-    """``num_steps`` evenly spaced times of the full chain (both ends kept), and the chain through them.
+    """``num_steps`` evenly spaced times of the full chain (both ends kept), and the chain through
+    them.
 
     Improved DDPM, Sec. 4: the shorter chain's betas follow from the full chain's alpha_bar.
     """
@@ -97,7 +106,9 @@ def _gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tenso
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation that the DDPM code line uses, so that published likelihoods compare."""
+    """The tanh approximation that the DDPM code line uses, so that published likelihoods
+    compare.
+    """
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -140,7 +151,9 @@ class GaussianDiffusion:
         return cls(t_max)
 
     def times(self, uniform: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B]`` uniforms for the time and for the gap -> int64 student and teacher times ``[B]``."""
+        """``[B]`` uniforms for the time and for the gap -> int64 student and teacher times
+        ``[B]``.
+        """
         t = (uniform * NUM_TIMES).long().clamp(max=NUM_TIMES - 1)
         return t, (t - (gap * self.max_gap).long()).clamp(1, NUM_TIMES - 1)
 
@@ -152,7 +165,9 @@ class GaussianDiffusion:
         return Noised(x, t, x_teacher, t_teacher, noise, x0)
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
-        """``{"denoise": [B]}`` and, with ``learn_sigma``, ``{"vb": [B]}`` in bits per dimension, to be added unscaled."""
+        """``{"denoise": [B]}`` and, with ``learn_sigma``, ``{"vb": [B]}`` in bits per dimension, to
+        be added unscaled.
+        """
         prediction = prediction.float()
         if not self.learn_sigma:
             error = F.mse_loss(prediction, noised.target, reduction="none")

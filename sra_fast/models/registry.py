@@ -27,7 +27,9 @@ SHAPES_FROM = (
 
 
 def preset(name: str) -> tuple[type[Backbone], dict]:
-    """The class and size arguments of a name such as ``"SiT-XL/2"``; ValueError lists what exists."""
+    """The class and size arguments of a name such as ``"SiT-XL/2"``; ValueError lists what
+    exists.
+    """
     match = re.fullmatch(r"(\w+)-(\w+)/(\d+)", name)
     family, size, patch = match.groups() if match else ("", "", "0")
     if family not in MODEL_FAMILIES or size not in SIZES or int(patch) not in PATCHES:
@@ -44,7 +46,9 @@ def preset(name: str) -> tuple[type[Backbone], dict]:
 
 
 def create_model(name: str, **overrides) -> Backbone:
-    """``create_model("SiT-XL/2", num_classes=10)``: a preset, any constructor argument overridden."""
+    """``create_model("SiT-XL/2", num_classes=10)``: a preset, any constructor argument
+    overridden.
+    """
     family, arguments = preset(name)
     return family(**{**arguments, **overrides})
 

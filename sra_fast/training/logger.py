@@ -1,4 +1,6 @@
-"""Numbers of a run: read back from the device with a lag, written to JSONL and TensorBoard, shown on a progress bar."""
+"""Numbers of a run: read back from the device with a lag, written to JSONL and TensorBoard, shown
+on a progress bar.
+"""
 
 import json
 import math
@@ -19,7 +21,8 @@ from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.utils.files import write_atomic
 from sra_fast.utils.registry import TARGETS
 
-# dense matrix rate in FLOP/s by whole words of the GPU's name: bf16 and TF32 (NVIDIA data sheets); the first match counts
+# dense matrix rate in FLOP/s by whole words of the GPU's name: bf16 and TF32 (NVIDIA data sheets);
+# the first match counts
 PEAK = {
     "H100 PCIe": (756e12, 378e12),
     "H100": (989e12, 495e12),
@@ -35,7 +38,9 @@ PEAK = {
 
 
 def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> float | None:
-    """Peak rate of the GPU's matrix units, or None: a CPU, a GPU that is not in the table, or plain fp32."""
+    """Peak rate of the GPU's matrix units, or None: a CPU, a GPU that is not in the table, or plain
+    fp32.
+    """
     if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)

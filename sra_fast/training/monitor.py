@@ -1,4 +1,6 @@
-"""Samples of the EMA during training, made by all processes: a picture and, on request, their FID."""
+"""Samples of the EMA during training, made by all processes: a picture and, on request, their
+FID.
+"""
 
 import json
 from itertools import pairwise
@@ -21,7 +23,9 @@ from sra_fast.utils.files import write_atomic
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """Rows ``[counts[rank], ...]`` of every rank, in the order of the ranks, on each; collective."""
+    """Rows ``[counts[rank], ...]`` of every rank, in the order of the ranks, on each;
+    collective.
+    """
     if len(counts) == 1:
         return rows
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
@@ -85,7 +89,9 @@ class Monitor:
         return scores
 
     def _sample(self, trainer: Trainer, first: int, end: int) -> Tensor:
-        """Images ``first`` to ``end`` of the EMA, uint8 ``[n, H, W, C]`` on the device; collective."""
+        """Images ``first`` to ``end`` of the EMA, uint8 ``[n, H, W, C]`` on the device;
+        collective.
+        """
         cfg = self.cfg
         model = cfg.model.build().to(self.device).eval()
         model.load_state_dict(trainer.state_dict(trainer.ema.full()))

@@ -78,7 +78,9 @@ def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None)
 
 
 def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
-    """``make_plan``, then output folder, checkpoint, data and initial weights; ValueError likewise."""
+    """``make_plan``, then output folder, checkpoint, data and initial weights; ValueError
+    likewise.
+    """
     _check_writable(Path(cfg.train.out))
     plan = make_plan(cfg, ds_json)
     require_that(
@@ -119,7 +121,9 @@ def _read_initial(cfg: Config) -> dict:
 
 
 def _check_heads(cfg: Config, initial: dict) -> None:
-    """The number of heads is the one property of a model that the shapes of its weights do not show."""
+    """The number of heads is the one property of a model that the shapes of its weights do not
+    show.
+    """
     ours = cfg.model.arguments()["num_heads"]
     if "config" in initial:
         theirs = ModelConfig(**initial["config"]["model"]).arguments()["num_heads"]

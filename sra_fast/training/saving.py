@@ -102,7 +102,9 @@ def start_from(trainer: Trainer, initial: dict) -> int:
 
 
 def export_published(trainer: Trainer, path: Path, step: int, epoch: int) -> None:
-    """The published code's ``.pt`` with fp32 weights, EMA and AdamW state; collective, rank 0 writes."""
+    """The published code's ``.pt`` with fp32 weights, EMA and AdamW state; collective, rank 0
+    writes.
+    """
     masters = trainer.masters
     weights = masters.gather(masters.flats)
     ema = trainer.ema.full()

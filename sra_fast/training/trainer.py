@@ -107,7 +107,9 @@ class Trainer:
 
     @property
     def grad_norm(self) -> Tensor | float:
-        """Global gradient norm of the last step before clipping; on the device if DeepSpeed leaves it there."""
+        """Global gradient norm of the last step before clipping; on the device if DeepSpeed leaves
+        it there.
+        """
         norm = self.engine.get_global_grad_norm()
         return self.engine.optimizer.grad_norm if norm is None else norm
 
@@ -125,12 +127,16 @@ class Trainer:
         self._wait_for_partitions()
 
     def _wait_for_partitions(self) -> None:
-        """Stage 3 gathers parameters in a second stream, which does not wait for writes to the partitions."""
+        """Stage 3 gathers parameters in a second stream, which does not wait for writes to the
+        partitions.
+        """
         if self.plan.stage == 3 and self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gathered parameters as a state dict in the published order, with the position embedding."""
+        """Gathered parameters as a state dict in the published order, with the position
+        embedding.
+        """
         full = {**parameters, "pos_embed": self.student.make_pos_embed()}
         return {name: full[name] for name in self.student.state_dict()}
 
@@ -237,7 +243,9 @@ def _is_fp8(cfg: Config) -> bool:
 
 
 def _parameter_kinds(cfg: Config, network: Backbone | None) -> list[set[str]]:
-    """Names of the parameters that the EMA's network has too, one set for each dtype it keeps them in."""
+    """Names of the parameters that the EMA's network has too, one set for each dtype it keeps them
+    in.
+    """
     if network is None:
         return []
     names = {name for name, _ in network.named_parameters()}
@@ -267,7 +275,8 @@ def _make_teacher(
 
 
 def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
-    """Measure attention's backends for the shapes of student and teacher, before a compiler traces them.
+    """Measure attention's backends for the shapes of student and teacher, before a compiler traces
+    them.
 
     ``micro``: images per forward pass.
     """
@@ -283,7 +292,9 @@ def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
 
 
 def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer) -> None:
-    """Put the fused step in place of DeepSpeed's where there is one; else clip before DeepSpeed's step."""
+    """Put the fused step in place of DeepSpeed's where there is one; else clip before DeepSpeed's
+    step.
+    """
     cfg = plan.cfg
     fused = isinstance(optimizer, AdamWEMA)
     # with fp32 accumulation of bf16 gradients stage 1 has another optimizer of DeepSpeed's, which

@@ -1,4 +1,7 @@
-"""Functions of tensors, replayed as CUDA graphs: the host launches one graph instead of hundreds of kernels."""
+"""Functions of tensors, replayed as CUDA graphs.
+
+The host launches one graph instead of hundreds of kernels.
+"""
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -13,59 +16,71 @@ _live: weakref.WeakSet = weakref.WeakSet()
 
 
 def hidden_bytes() -> int:
-    """Device memory of all graphs beyond the tensors that PyTorch counts as allocated: their intermediate results live there."""
+    """Device memory of all graphs that PyTorch does not count as allocated, in bytes.
+
+    The intermediate results of the graphs live there.
+    """
     return sum(owner.hidden_bytes for owner in _live)
 
 
 class _Captures:
-    """Graphs that share one pool of memory: they are replayed one after the other."""
+    """Graphs that share one pool of memory, because they are replayed one after the other."""
 
     def __init__(self):
         self.captured: dict[Hashable, tuple] = {}
-        self.hidden_bytes, self.pool = 0, None
+        self.hidden_bytes = 0
+        self.pool = None
         _live.add(self)
 
     def capture(self, fn: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph of ``fn()``, which has run before, and what it returns, which every replay writes again."""
+        """Capture ``fn()``, which has run before.
+
+        Returns:
+            The graph, and what ``fn`` returned: every replay writes it again.
+        """
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        count = lambda: torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        before, graph = count(), torch.cuda.CUDAGraph()
+        unallocated = lambda: torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        before = unallocated()
+        graph = torch.cuda.CUDAGraph()
         try:
-            # by default a loader's thread that pins a batch meanwhile would break the capture and die of it itself
+            # in the default mode, a loader's thread that pins a batch during the capture breaks it,
+            # and fails itself
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 output = fn()
         except RuntimeError as error:
-            # the end of a capture that has failed fails too, and would hide why
+            # ending a failed capture fails too, which would hide the cause
             raise error.__context__ or error from None
-        self.hidden_bytes += count() - before
-        # what the capture has allocated lives in the pool, which is counted apart
+        self.hidden_bytes += unallocated() - before
+        # what the capture allocated lives in the pool, which hidden_bytes counts
         torch.cuda.reset_peak_memory_stats()
         return graph, output
 
 
 def warm_up(fn: Callable[[], Any]) -> None:
-    """Compile kernels and measure attention, neither of which a capture may do."""
+    """Run ``fn`` a few times: kernels compile and attention is measured, which a capture
+    forbids.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP_CALLS):
             fn()
     torch.cuda.current_stream().wait_stream(side)
-    # graphs have a pool of their own: what these calls have left would stay beside it
+    # the graphs have another pool: memory cached by these calls would only occupy the device
     torch.cuda.empty_cache()
 
 
 def held_accumulators(parameters: Iterable[Tensor]) -> int:
-    """How many parameters have a gradient-accumulating node of autograd's that something keeps alive.
+    """How many parameters have an autograd node for their gradient that something keeps alive.
 
-    It is bound to the stream in which it was made.  A backward pass that is captured makes that stream wait for the capture,
-    which CUDA forbids to the default one.
+    Such a node accumulates the gradient in the stream in which it was made. A captured backward
+    pass makes that stream wait for the capture, which CUDA forbids for the default stream.
     """
     node = lambda p: torch.autograd.graph.get_gradient_edge(p).node
     parameters = list(parameters)
     for p in parameters:
         node(p).metadata["seen"] = True
-    # of a node that was let go nothing is left: this one is new
+    # a node that nothing keeps alive is gone by now, and this call makes a new one
     return sum("seen" in node(p).metadata for p in parameters)
 
 
@@ -74,9 +89,9 @@ def _signature(inputs: Iterable[Tensor]) -> tuple:
 
 
 class Graphed(_Captures):
-    """``fn(*inputs)`` as a CUDA graph for each combination of shapes, captured when it is first met.
+    """``fn(*inputs)`` as a CUDA graph, captured at the first call with each combination of shapes.
 
-    What ``fn`` reads besides its inputs must keep its address; the output is overwritten by the next call.
+    What ``fn`` reads besides its inputs must keep its address. The next call overwrites the output.
 
     Args:
         fn: tensors to one tensor, without gradient.
@@ -101,16 +116,17 @@ class Graphed(_Captures):
 
 
 class GraphedGradients(_Captures):
-    """A loss and its gradients as one CUDA graph: forward and backward pass with the host's part of a single launch.
+    """A loss and its gradients as one CUDA graph: a single launch for forward and backward pass.
 
-    Gradients come from ``torch.autograd.grad`` and are put into ``.grad`` after each replay, always the same tensors: hooks of
-    parameters do not run.  What ``fn`` reads besides its inputs, the parameters among it, must keep its address.
+    Gradients come from ``torch.autograd.grad`` and are put into ``.grad`` after each replay, always
+    the same tensors. Hooks of parameters do not run. What ``fn`` reads besides its inputs, among it
+    the parameters, must keep its address.
 
     Args:
         fn: tensors to ``(loss [], anything)``.
         parameters: that get a gradient; all of them take part in every loss.
         graphs: False runs the same without a graph, as on a CPU.
-        release: called before a capture; makes others let go of what ``held_accumulators`` counts.
+        release: called before a capture; frees the nodes that ``held_accumulators`` counts.
     """
 
     def __init__(
@@ -128,11 +144,14 @@ class GraphedGradients(_Captures):
         self.gradients: list[Tensor] = []
 
     def __call__(self, *inputs: Tensor, accumulate: bool = False) -> Any:
-        """What ``fn`` gives besides the loss, overwritten by the next call; gradients are in ``.grad``.
+        """One replay. The gradients are in ``.grad`` afterwards.
 
         Args:
-            inputs: of ``fn``; for each combination of their number, shapes and dtypes there is a graph.
+            inputs: of ``fn``. There is a graph for each combination of number, shapes and dtypes.
             accumulate: add to the gradients of the call before.
+
+        Returns:
+            What ``fn`` returns besides the loss. The next call overwrites it.
         """
         self.capture_all([(inputs, accumulate)])
         static, graph, output = self.captured[accumulate, _signature(inputs)]
@@ -147,15 +166,16 @@ class GraphedGradients(_Captures):
         return output
 
     def capture_all(self, calls: list[tuple[Iterable[Tensor], bool]]) -> None:
-        """Capture what ``(inputs, accumulate)`` have no graph yet, the accumulating ones last.
+        """Capture those of the calls ``(inputs, accumulate)`` that have no graph yet.
 
-        Calls that are known beforehand belong together: all are warmed up before any is captured.  Later a warm-up would need the
-        memory of a whole step beside that of the graphs, which keep theirs.
+        Calls that are known beforehand belong together: all are warmed up before any is captured.
+        A later warm-up would need the memory of a whole step in addition to that of the graphs.
 
         Raises:
-            RuntimeError: something holds autograd's nodes of the parameters.
+            RuntimeError: something keeps autograd nodes of the parameters alive.
         """
         missing = {(accumulate, _signature(inputs)): inputs for inputs, accumulate in calls}
+        # accumulating calls last: they add to the gradients that the others have made
         new = sorted((key for key in missing if key not in self.captured), key=lambda key: key[0])
         static = {key: [item.clone() for item in missing[key]] for key in new}
         if not static:
@@ -164,18 +184,23 @@ class GraphedGradients(_Captures):
             self.captured |= {key: (inputs, None, None) for key, inputs in static.items()}
             return
         self.release()
-        if held := held_accumulators(self.parameters):
+        held = held_accumulators(self.parameters)
+        if held:
             raise RuntimeError(
-                f"a CUDA graph of the gradients: autograd's nodes of {held} parameters are held by something else"
+                f"a CUDA graph of the gradients: autograd's nodes of {held} parameters are held by "
+                "something else"
             )
         for inputs in static.values():
             warm_up(lambda inputs=inputs: self._rehearse(inputs))
         for (accumulate, signature), inputs in static.items():
             step = lambda inputs=inputs, accumulate=accumulate: self._step(inputs, accumulate)
-            self.captured[accumulate, signature] = inputs, *self.capture(step)
+            graph, output = self.capture(step)
+            self.captured[accumulate, signature] = inputs, graph, output
 
     def _rehearse(self, inputs: list[Tensor]) -> None:
-        """Run every kernel of a step, but leave the gradients alone: accumulation has still to add to them."""
+        """Run every kernel of a step without changing the gradients: later calls may add to
+        them.
+        """
         gradients = _own(self._gradients(inputs)[1])
         torch._foreach_add_(gradients, gradients)
         torch._foreach_copy_(gradients, gradients)
@@ -196,11 +221,13 @@ class GraphedGradients(_Captures):
 
 
 def _own(gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients as dense tensors of which none shares memory with another."""
+    """The gradients as dense tensors, no two of which share memory."""
     seen: set[int] = set()
-    found = []
+    owned = []
     for gradient in gradients:
-        shared = gradient._is_view() or gradient.data_ptr() in seen or not gradient.is_contiguous()
-        found.append(gradient.clone(memory_format=torch.contiguous_format) if shared else gradient)
-        seen.add(found[-1].data_ptr())
-    return found
+        shared = gradient._is_view() or gradient.data_ptr() in seen
+        if shared or not gradient.is_contiguous():
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        owned.append(gradient)
+        seen.add(gradient.data_ptr())
+    return owned

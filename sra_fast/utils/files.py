@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, flush to disk, then rename; OSError names the file."""
+    """Call ``write`` with a temporary name beside ``path``, flush to disk, then rename; OSError
+    names the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -24,7 +26,9 @@ def write_json(path: Path, value) -> None:
 
 
 def write_first(path: Path, value) -> None:
-    """``write_json`` unless the file is there: of processes that start together one writes, the others read it."""
+    """``write_json`` unless the file is there: of processes that start together one writes, the
+    others read it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_json(temporary, value)

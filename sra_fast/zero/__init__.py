@@ -1,1 +1,3 @@
-"""DeepSpeed ZeRO: process group, configuration, optimizer step, sharded EMA, the teacher's weights."""
+"""DeepSpeed ZeRO: process group, configuration, optimizer step, sharded EMA, the teacher's
+weights.
+"""

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: every default that changed between its versions, or that this engine relies on, set explicitly."""
+"""DeepSpeed's configuration: this engine's settings with the user's JSON over them."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from sra_fast.config.schema import Config
 from sra_fast.utils.registry import TARGETS
 
-# what else a JSON may set; anything outside is a typo or contradicts how this engine trains
+# what a JSON may set besides; anything else is a typo or contradicts how this engine trains
 OTHER_KEYS = (
     "zero_optimization",
     "bf16",
@@ -45,12 +45,21 @@ OWN_KEYS = (
 def deepspeed_config(
     cfg: Config, micro: int, accumulation: int, path: str | None, cuda: bool
 ) -> dict:
-    """DeepSpeed's configuration: ours, with the user's JSON over it.
+    """DeepSpeed's configuration.
 
-    Every default that changed between DeepSpeed versions, or that this engine relies on, is set explicitly.
+    Every default that changed between DeepSpeed versions, or that this engine relies on, is set
+    explicitly.
+
+    Args:
+        cfg: the run's configuration.
+        micro: images per process and forward pass.
+        accumulation: micro-batches per optimizer step.
+        path: of the user's JSON, or None.
+        cuda: whether the run is on GPUs.
 
     Raises:
-        ValueError: the JSON is missing or malformed, or contradicts the batch, clipping, precision or optimizer of ``cfg``.
+        ValueError: the JSON is missing or malformed, or contradicts the batch, clipping, precision
+            or optimizer of ``cfg``.
     """
     ours = {
         "train_batch_size": cfg.train.global_batch,
@@ -61,22 +70,24 @@ def deepspeed_config(
         "fp16": {"enabled": False},
         "zero_optimization": {
             "stage": cfg.train.zero_stage,
-            # with it DeepSpeed waits for the device after every backward; one process has nothing to overlap
+            # one process has nothing to overlap, and DeepSpeed would still wait for the device
+            # after every backward pass
             "overlap_comm": cuda and cfg.train.global_batch > micro * accumulation,
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 200_000_000,
             # true hands out other parameters' masters through DeepSpeed's own accessors
             "round_robin_gradients": False,
-            # a persistent parameter of the frozen teacher would go stale: only gathered ones see the new EMA
+            # only gathered parameters see the new EMA: persistent ones of the frozen teacher would
+            # go stale
             "stage3_param_persistence_threshold": 0,
         },
-        "zero_allow_untested_optimizer": True,  # ours; it works on each flat partition like AdamW
+        # the fused optimizer works on each flat partition as AdamW does
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # on by default, and waits for the device twice per micro-step
+        # on by default, and waits for the device twice per micro-step
+        "timers": {"throughput": {"enabled": False}},
     }
     merged = _merge(ours, _read_json(path)) if path else ours
     if clips_itself(merged["zero_optimization"]["stage"], cfg):
@@ -85,8 +96,11 @@ def deepspeed_config(
 
 
 def clips_itself(stage: int, cfg: Config) -> bool:
-    """Whether this engine clips the gradients: without a host sync, where DeepSpeed 0.19 reads the norm on the host for
-    every parameter group (stages 1 and 2) or drops it (stage 0 in fp32)."""
+    """Whether this engine clips the gradients instead of DeepSpeed.
+
+    DeepSpeed 0.19 reads the norm on the host for every parameter group (stages 1 and 2), or drops
+    it (stage 0 in fp32).
+    """
     return stage in (1, 2) or (stage == 0 and cfg.train.precision == "fp32")
 
 
@@ -106,45 +120,40 @@ def _read_json(path: str) -> dict:
             raise ValueError(
                 f"--deepspeed_config sets '{key}': the optimizer is set by optim.* here"
             )
-    unknown = set(config) - set(OWN_KEYS) - set(OTHER_KEYS)
+    known = sorted((*OWN_KEYS, *OTHER_KEYS))
+    unknown = sorted(set(config) - set(known))
     if unknown:
-        raise ValueError(
-            f"--deepspeed_config has unknown keys {sorted(unknown)}; known are {sorted((*OWN_KEYS, *OTHER_KEYS))}"
-        )
-    known = DeepSpeedZeroConfig.model_fields
-    aliases = {field.alias for field in known.values() if field.alias}
+        raise ValueError(f"--deepspeed_config has unknown keys {unknown}; known are {known}")
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {field.alias for field in fields.values() if field.alias}
     zero = config.get("zero_optimization", {})
     for key in zero if isinstance(zero, dict) else ():
-        if key not in known and key not in aliases:
+        if key not in known:
             raise ValueError(f"--deepspeed_config has an unknown key zero_optimization.{key}")
     return config
 
 
 def _merge(ours: dict, theirs: dict) -> dict:
+    """``ours`` with the user's values over it; ``auto`` keeps ours."""
     merged = dict(ours)
     for key, value in theirs.items():
         if value == "auto":
             continue
-        if isinstance(ours.get(key), dict) != isinstance(value, dict) and key in ours:
-            raise ValueError(
-                f"--deepspeed_config: {key} must be {'an object' if isinstance(ours[key], dict) else 'a value'}, got {value}"
-            )
+        nested = isinstance(value, dict)
+        if key in ours and nested != isinstance(ours[key], dict):
+            expected = "a value" if nested else "an object"
+            raise ValueError(f"--deepspeed_config: {key} must be {expected}, got {value}")
         if key in OWN_KEYS and value != ours[key]:
             raise ValueError(
                 f"--deepspeed_config sets {key} {value}, the configuration gives {ours[key]}"
             )
-        if key in ("bf16", "fp16") and value.get("enabled", False) not in (
-            "auto",
-            ours[key]["enabled"],
-        ):
-            raise ValueError(
-                f"--deepspeed_config sets {key}.enabled {value['enabled']}: set train.precision instead"
-            )
-        merged[key] = (
-            _merge(ours[key], value)
-            if isinstance(value, dict) and isinstance(ours.get(key), dict)
-            else value
-        )
+        if key in ("bf16", "fp16"):
+            enabled = value.get("enabled", False)
+            if enabled not in ("auto", ours[key]["enabled"]):
+                raise ValueError(
+                    f"--deepspeed_config sets {key}.enabled {enabled}: set train.precision instead"
+                )
+        merged[key] = _merge(ours[key], value) if nested and key in ours else value
     return merged
 
 

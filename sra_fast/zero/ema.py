@@ -156,7 +156,9 @@ class ReplicatedTeacher:
         self.pending = []
 
     def state(self) -> list[float] | None:
-        """What ``refresh`` needs besides the EMA to restore the same weights: one number per e4m3 weight."""
+        """What ``refresh`` needs besides the EMA to restore the same weights: one number per e4m3
+        weight.
+        """
         self.wait()
         for group in self._fp8_groups:
             return group.in_use.tolist()
@@ -164,7 +166,8 @@ class ReplicatedTeacher:
 
 
 class PartitionedTeacher:
-    """Stage 3: ZeRO partitions the teacher; each rank writes its part of the EMA into its partition.
+    """Stage 3: ZeRO partitions the teacher; each rank writes its part of the EMA into its
+    partition.
 
     ZeRO's hooks gather the partitions when the teacher runs.
 

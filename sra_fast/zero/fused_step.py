@@ -134,7 +134,9 @@ class PartitionedStep(FusedStep):
         )
 
     def _pieces(self, i: int) -> Gradient:
-        """Group i's gradients as the parameters have them, and where each begins in the flat weights."""
+        """Group i's gradients as the parameters have them, and where each begins in the flat
+        weights.
+        """
         flat = self.zero.bit16_groups_flat[i]
         parameters = self.zero.bit16_groups[i]
         pieces = []

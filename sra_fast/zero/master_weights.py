@@ -1,20 +1,27 @@
-"""Where ZeRO keeps this rank's fp32 master weights: what the sharded EMA, checkpoints and exports are built on.
+"""Where ZeRO keeps this rank's fp32 master weights.
 
-Tested with DeepSpeed 0.19; the layout is read from the live tensors' addresses, not recomputed, and verified at start.
+The sharded EMA, checkpoints and exports are built on this. The layout is read from the addresses of
+the live tensors, not recomputed, and verified at start. Tested with DeepSpeed 0.19.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sra_fast.zero.deepspeed_names import check_names
 from sra_fast.zero.optimizer import new_state
 
 
 @dataclass(frozen=True)
 class Segment:
-    """``numel`` elements of parameter ``name`` from element ``start`` lie in flat ``flat`` from element ``offset``."""
+    """A part of a parameter in one of this rank's flat tensors.
+
+    ``numel`` elements of parameter ``name``, from element ``start`` on, lie in flat number ``flat``
+    from element ``offset`` on.
+    """
 
     name: str
     start: int
@@ -23,14 +30,16 @@ class Segment:
     numel: int
 
     def of(self, flats: list[Tensor]) -> Tensor:
+        """The segment's elements, a view."""
         return flats[self.flat].narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)
 class Group:
-    """A parameter group, flattened: parameter ``name`` starts at element ``offsets[name]``; every rank holds ``size`` elements.
+    """The layout of one flattened parameter group.
 
-    ``flats`` says which of ``MasterWeights.flats`` are this rank's elements, in order.
+    Parameter ``name`` starts at element ``offsets[name]``. Every rank holds ``size`` elements:
+    those of ``MasterWeights.flats`` that ``flats`` names, in order.
     """
 
     offsets: dict[str, int]
@@ -44,20 +53,29 @@ class MasterWeights:
     Attributes:
         flats: live 1-d fp32 tensors, updated in place by ``engine.step()``.
         segments: which part of which parameter lies where in ``flats``.
-        owners: the tensor behind each of ``flats``, a key of the optimizer's state.
+        owners: for each of ``flats`` the tensor it is a view of, a key of the optimizer's state.
         replicated: stage 0: every rank holds everything.
         shapes: shape of every trained parameter, in the model's order.
-        groups: stages 0-2: the layout of every parameter group; empty at stage 3.
+        groups: stages 0 to 2: the layout of every parameter group; empty at stage 3.
+
+    Raises:
+        RuntimeError: this version of DeepSpeed has other names.
     """
 
     def __init__(self, engine, parameters: dict[str, torch.nn.Parameter]):
         self.engine = engine
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
         self.names = {id(p): name for name, p in parameters.items()}
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-        self.flats, self.segments, self.owners, self.replicated = [], [], [], False
+        self.flats: list[Tensor] = []
+        self.segments: list[Segment] = []
+        self.owners: list[Tensor] = []
         self.groups: list[Group] = []
-        stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+        self.replicated = False
+        optimizer = engine.optimizer
+        stage = engine.zero_optimization_stage()
+        check_names(optimizer, stage)
         if stage == 3:
             self._from_stage3(optimizer)
         elif hasattr(optimizer, "bit16_groups_flat"):
@@ -76,71 +94,80 @@ class MasterWeights:
             self._from_replicated(optimizer)
 
     def _add(self, owner: Tensor) -> int:
-        """A new flat: all of ``owner``, a key of the optimizer's state."""
+        """Add a flat, all of ``owner``, and return its number."""
         self.owners.append(owner)
         self.flats.append(owner.detach().view(-1))
         return len(self.flats) - 1
 
     def _from_stage3(self, optimizer) -> None:
-        for params, low, master in zip(
+        for params, weights, master in zip(
             optimizer.fp16_groups,
             optimizer.fp16_partitioned_groups_flat,
             optimizer.fp32_partitioned_groups_flat,
-            strict=False,
+            strict=True,
         ):
             flat = self._add(master)
             for p in params:
-                start, size = self.rank * p.ds_tensor.ds_numel, p.ds_tensor.ds_numel
-                numel = min(
-                    size, max(0, p.ds_numel - start)
-                )  # the last ranks' parts may be padding
+                partition = p.ds_tensor
+                start = self.rank * partition.ds_numel
+                # the last ranks' parts may be padding
+                numel = min(partition.ds_numel, max(0, p.ds_numel - start))
                 if numel:
-                    offset = (p.ds_tensor.data_ptr() - low.data_ptr()) // low.element_size()
+                    offset = _elements_between(weights, partition)
                     self.segments.append(Segment(self.names[id(p)], start, flat, offset, numel))
 
-    def _from_flat_groups(self, groups, lows: list[Tensor], masters: list[Tensor]) -> None:
-        for params, low, master in zip(groups, lows, masters, strict=True):
-            offsets = {
-                self.names[id(p)]: (p.data_ptr() - low.data_ptr()) // low.element_size()
-                for p in params
-            }
-            flat, part = self._add(master), master.numel()
+    def _from_flat_groups(self, groups, flat_weights: list[Tensor], masters: list[Tensor]) -> None:
+        """Stages 1 and 2: each rank holds an equal part of every flattened group."""
+        for params, weights, master in zip(groups, flat_weights, masters, strict=True):
+            offsets = {self.names[id(p)]: _elements_between(weights, p) for p in params}
+            flat = self._add(master)
+            size = master.numel()
             for name, offset in offsets.items():
-                self._cut(name, offset, part, flat)
-            self.groups.append(Group(offsets, part, range(flat, flat + 1)))
+                self._add_segment(name, offset, size, flat)
+            self.groups.append(Group(offsets, size, range(flat, flat + 1)))
 
     def _from_replicated(self, optimizer) -> None:
-        """Stage 0 has whole masters on every rank, and so a whole EMA."""
+        """Stage 0: whole masters on every rank, and so a whole EMA."""
         self.replicated = True
-        masters = getattr(optimizer, "fp32_groups", None) or [
-            g["params"] for g in optimizer.param_groups
-        ]
+        masters = getattr(optimizer, "fp32_groups", None)
+        if masters is None:
+            # fp32 training: the parameters are their own masters
+            masters = [group["params"] for group in optimizer.param_groups]
         params = getattr(optimizer, "fp16_groups", None) or masters
         for group, group_masters in zip(params, masters, strict=True):
-            offsets, total, first = {}, 0, len(self.flats)
+            offsets = {}
+            size = 0
+            first = len(self.flats)
             for p, master in zip(group, group_masters, strict=True):
                 name = self.names[id(p)]
-                offsets[name] = total
-                total += p.numel()
+                offsets[name] = size
+                size += p.numel()
                 self.segments.append(Segment(name, 0, self._add(master), 0, p.numel()))
-            self.groups.append(Group(offsets, total, range(first, len(self.flats))))
+            self.groups.append(Group(offsets, size, range(first, len(self.flats))))
 
-    def _cut(self, name: str, offset: int, part: int, flat: int) -> None:
-        """Record what this rank's ``part`` of a flattened group, ``flat``, holds of the parameter at ``offset``."""
-        low, high = self.rank * part, (self.rank + 1) * part
-        first, last = (
-            max(offset, low) - offset,
-            min(offset + self.shapes[name].numel(), high) - offset,
-        )
+    def _add_segment(self, name: str, offset: int, size: int, flat: int) -> None:
+        """Record what this rank holds of the parameter that begins at element ``offset`` of a
+        group.
+
+        This rank's part of the group is ``size`` elements, in flat number ``flat``.
+        """
+        begin = self.rank * size
+        end = begin + size
+        first = max(offset, begin) - offset
+        last = min(offset + self.shapes[name].numel(), end) - offset
         if last > first:
-            self.segments.append(Segment(name, first, flat, offset + first - low, last - first))
+            self.segments.append(Segment(name, first, flat, offset + first - begin, last - first))
 
     def state(self, key: str) -> list[Tensor]:
-        """``exp_avg``, ``exp_avg_sq`` or ``ema`` of the optimizer's state, laid out like ``flats``."""
+        """``exp_avg``, ``exp_avg_sq`` or ``ema`` of the optimizer's state, laid out like
+        ``flats``.
+        """
         return [state[key].view(-1) for state in self.optimizer_states()]
 
     def optimizer_states(self) -> list[dict]:
-        """The optimizer's state of the tensor behind each of ``flats``, made as AdamW makes it if there is none yet."""
+        """The optimizer's state of each of ``owners``; made as AdamW makes it if there is none
+        yet.
+        """
         optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         fused = any(group.get("fused") for group in optimizer.param_groups)
         for owner in self.owners:
@@ -151,45 +178,71 @@ class MasterWeights:
     @torch.no_grad()
     def scatter(self, full: dict[str, Tensor], flats: list[Tensor]) -> None:
         """Copy this rank's part of ``full`` (name -> whole tensor) into ``flats``."""
-        for s in self.segments:
-            s.of(flats).copy_(full[s.name].reshape(-1).narrow(0, s.start, s.numel))
+        for segment in self.segments:
+            whole = full[segment.name].reshape(-1)
+            segment.of(flats).copy_(whole.narrow(0, segment.start, segment.numel))
 
     @torch.no_grad()
     def gather(self, flats: list[Tensor], bucket: int = 1 << 26) -> dict[str, Tensor]:
-        """Whole tensors (name -> fp32 on the CPU) from every rank's ``flats``; collective, the result is on every rank."""
+        """Whole tensors (name -> fp32 on the CPU) from every rank's ``flats``.
+
+        Collective; the result is on every rank. ``bucket``: elements that are gathered at once.
+        """
         if self.replicated:
             return {
                 s.name: s.of(flats).view(self.shapes[s.name]).cpu().clone() for s in self.segments
             }
-        full, names, mine = {}, list(self.shapes), {}
-        for s in self.segments:
-            mine.setdefault(s.name, []).append(s)
-        while names:
-            batch, size = [], 0
-            while names and (not batch or size + self.shapes[names[0]].numel() <= bucket):
-                batch.append((names[0], size))
-                size += self.shapes[names.pop(0)].numel()
-            buffer = torch.zeros(size, dtype=torch.float32, device=flats[0].device)
-            for name, at in batch:
-                for s in mine.get(name, ()):
-                    buffer.narrow(0, at + s.start, s.numel).copy_(s.of(flats))
-            dist.all_reduce(buffer)  # every element is non-zero on one rank only: exact
-            for name, at in batch:
-                shape = self.shapes[name]
-                full[name] = buffer.narrow(0, at, shape.numel()).view(shape).cpu().clone()
+        full = {}
+        for names in self._buckets(bucket):
+            full |= self._gather_bucket(names, flats)
         return full
+
+    def _buckets(self, bucket: int) -> Iterator[list[str]]:
+        """The parameters in groups of at most ``bucket`` elements, at least one in each."""
+        names = []
+        size = 0
+        for name, shape in self.shapes.items():
+            if names and size + shape.numel() > bucket:
+                yield names
+                names = []
+                size = 0
+            names.append(name)
+            size += shape.numel()
+        if names:
+            yield names
+
+    def _gather_bucket(self, names: list[str], flats: list[Tensor]) -> dict[str, Tensor]:
+        sizes = [self.shapes[name].numel() for name in names]
+        buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=flats[0].device)
+        wholes = dict(zip(names, buffer.split(sizes), strict=True))
+        for segment in self.segments:
+            if segment.name in wholes:
+                part = wholes[segment.name].narrow(0, segment.start, segment.numel)
+                part.copy_(segment.of(flats))
+        # every element is non-zero on one rank only, so the sum is exact
+        dist.all_reduce(buffer)
+        return {name: whole.view(self.shapes[name]).cpu().clone() for name, whole in wholes.items()}
 
     @torch.no_grad()
     def verify(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """RuntimeError unless every master, rounded to the parameter's dtype, is the parameter: guards the layout."""
-        for s in self.segments:
-            p = parameters[s.name]
-            low = (
-                p.ds_tensor.view(-1)[: s.numel]
-                if hasattr(p, "ds_tensor")
-                else p.view(-1)[s.start : s.start + s.numel]
-            )
-            if not torch.equal(s.of(self.flats).to(low.dtype), low):
+        """Check that every master, rounded to the parameter's dtype, is the parameter.
+
+        Raises:
+            RuntimeError: the layout is not the one this class has read.
+        """
+        for segment in self.segments:
+            p = parameters[segment.name]
+            if hasattr(p, "ds_tensor"):
+                weights = p.ds_tensor.view(-1)[: segment.numel]
+            else:
+                weights = p.view(-1)[segment.start : segment.start + segment.numel]
+            if not torch.equal(segment.of(self.flats).to(weights.dtype), weights):
                 raise RuntimeError(
-                    f"DeepSpeed's master weights of {s.name} do not belong to it: unsupported version?"
+                    f"expected DeepSpeed's master weights of {segment.name}, they are those of "
+                    "another parameter: unsupported version?"
                 )
+
+
+def _elements_between(flat: Tensor, part: Tensor) -> int:
+    """How many elements ``part`` begins after the begin of ``flat``, which it is a view into."""
+    return (part.data_ptr() - flat.data_ptr()) // flat.element_size()

@@ -1,4 +1,4 @@
-"""The optimizer: torch's AdamW, or AdamW whose pass over the weights also updates the EMA and the teacher's copy of it."""
+"""The optimizer: torch's AdamW, or AdamW whose pass also updates the EMA and the teacher's copy."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from sra_fast.ops.adamw_ema import Gradient
 
 
 class AdamWEMA(torch.optim.Optimizer):
-    """AdamW, the EMA of the weights and its low-precision copy in one pass over the memory (``ops.adamw_ema_``).
+    """AdamW, the EMA of the weights and its low-precision copy in one pass (``ops.adamw_ema_``).
 
-    The state is that of ``torch.optim.AdamW``, either can continue the other's run, and ``"ema"``, where one was put there.
+    The state is that of ``torch.optim.AdamW``: either can continue the other's run. Where the state
+    of a parameter has an ``"ema"``, that is updated too.
 
     Args:
         params: fp32 parameters or groups of them.
@@ -20,17 +21,20 @@ class AdamWEMA(torch.optim.Optimizer):
         ema_decay: of the EMA.
 
     Attributes:
-        clip_scale: one number on the device that multiplies the gradients of the next step, or None.
-        copies: ``{parameter: bf16 tensor or ops.fp8.Fp8Copy of its size}``, which receives the rounded EMA.
+        clip_scale: one number on the device that multiplies the gradients of the next step, or
+            None.
+        copies: ``{parameter: bf16 tensor or ops.fp8.Fp8Copy of its size}``, which receives the
+            rounded EMA.
     """
 
     def __init__(
         self, params, *, lr: float, betas: tuple, eps: float, weight_decay: float, ema_decay: float
     ):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
-        self.ema_decay, self.clip_scale, self.copies = ema_decay, None, {}
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings)
+        self.ema_decay = ema_decay
+        self.clip_scale: Tensor | None = None
+        self.copies: dict = {}
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -41,13 +45,22 @@ class AdamWEMA(torch.optim.Optimizer):
                     self.update(p, p.grad, group)
 
     def update(self, p: Tensor, grad: Gradient, group: dict, weights: Tensor | None = None) -> None:
-        """One step of ``p`` with ``grad`` (any float dtype); ``weights`` receives the result in its own dtype."""
+        """One step of one parameter.
+
+        Args:
+            p: fp32 master weights.
+            grad: its gradient, any float dtype.
+            group: the settings.
+            weights: receives the new value, rounded to its dtype; None: nothing does.
+        """
         state = self.state[p]
         if "exp_avg" not in state:
             state.update(new_state(p, on_device=False))
         state["step"] += 1
-        low = weights is not None and weights.dtype != torch.float32
-        grad = grad.contiguous() if isinstance(grad, Tensor) else grad
+        # the kernel rounds to half precision; fp32 weights are copied afterwards
+        half = weights is not None and weights.dtype != torch.float32
+        if isinstance(grad, Tensor):
+            grad = grad.contiguous()
         ops.adamw_ema_(
             p.data,
             grad,
@@ -59,17 +72,20 @@ class AdamWEMA(torch.optim.Optimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             clip_scale=self.clip_scale,
-            weights=weights if low else None,
+            weights=weights if half else None,
             ema=state.get("ema"),
             ema_copy=self.copies.get(p),
             decay=self.ema_decay,
         )
-        if weights is not None and not low:
+        if weights is not None and not half:
             weights.copy_(p)
 
 
 def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
-    """AdamW's state before the first step, with the step count where AdamW's variants keep it."""
+    """AdamW's state before the first step.
+
+    ``on_device``: torch's fused AdamW keeps the step count on the device, the others on the CPU.
+    """
     return {
         "step": torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu"),
         "exp_avg": torch.zeros_like(p.data),
@@ -80,41 +96,56 @@ def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
 def make_optimizer(
     cfg: Config, student: SiT, kinds: list[set[str]], cuda: bool
 ) -> torch.optim.Optimizer:
-    """The configured optimizer; its first groups are the parameters named in ``kinds``, the last one holds the others.
+    """The configured optimizer.
 
-    What the teacher keeps in one dtype is a group, so that its EMA is one contiguous part per rank.
+    Args:
+        cfg: configuration.
+        student: whose parameters are trained.
+        kinds: sets of parameter names. Each becomes a parameter group, the other parameters the
+            last one. What the teacher keeps in one dtype is a set: its EMA is then one contiguous
+            part per rank.
+        cuda: whether the parameters are on a GPU.
     """
-    groups = [[] for _ in (*kinds, "others")]
-    for name, p in student.named_parameters():
-        groups[next((i for i, names in enumerate(kinds) if name in names), len(kinds))].append(p)
-    groups, o = [{"params": group} for group in groups if group], cfg.optim
-    settings = {"lr": o.lr, "betas": tuple(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
-    if o.implementation == "torch":
+    named = dict(student.named_parameters())
+    others = set(named).difference(*kinds)
+    groups = [[p for name, p in named.items() if name in names] for names in (*kinds, others)]
+    groups = [{"params": group} for group in groups if group]
+    optim = cfg.optim
+    settings = {
+        "lr": optim.lr,
+        "betas": tuple(optim.betas),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if optim.implementation == "torch":
         return torch.optim.AdamW(groups, fused=cuda, **settings)
     return AdamWEMA(groups, ema_decay=cfg.train.ema_decay, **settings)
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor | None:
     """``min(1, limit / norm)`` on the device, None without a limit."""
-    return (limit / (norm + 1e-6)).clamp(max=1.0).float() if limit else None
+    if not limit:
+        return None
+    return (limit / (norm + 1e-6)).clamp(max=1.0).float()
 
 
 def clip_before_step(engine, limit: float) -> None:
-    """Scale the gradients by min(1, limit / norm) on the device, as a hook of the optimizer that DeepSpeed steps."""
+    """Clip the gradients before the optimizer that DeepSpeed steps.
+
+    They are scaled by min(1, limit / norm), on the device, in a hook of that optimizer.
+    """
     wrapper = engine.optimizer
 
     def hook(optimizer, args, kwargs):
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        if optimizer is wrapper:  # stage 0 in fp32: no DeepSpeed optimizer has computed the norm
-            wrapper.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        scale = clip_factor(
-            wrapper.grad_norm if optimizer is wrapper else wrapper._global_grad_norm, limit
-        )
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if optimizer is wrapper:
+            # stage 0 in fp32: no optimizer of DeepSpeed has computed the norm
+            norm = torch.nn.utils.get_total_norm(gradients)
+            wrapper.grad_norm = norm
+        else:
+            norm = wrapper._global_grad_norm
+        scale = clip_factor(norm, limit)
         if isinstance(optimizer, AdamWEMA):
             optimizer.clip_scale = scale
         elif limit:

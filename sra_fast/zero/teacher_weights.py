@@ -145,6 +145,8 @@ class Fp8TeacherGroup(TeacherGroup):
         self.amax.zero_()
 
     def skip(self) -> None:
-        """Called after an optimizer step that no gather follows: choose the next scales all the same."""
+        """Called after an optimizer step that no gather follows: choose the next scales all the
+        same.
+        """
         self._reduce_amax()
         self.gathered()

@@ -140,7 +140,7 @@ def test_diverged_weights_are_not_saved(tmp_path, precision):
     trainer, data = trainer_of(
         "--train.precision", precision, "--optim.lr", "1e30", "--optim.weight_decay", "0"
     )
-    with pytest.raises(FloatingPointError, match="go on from the last checkpoint"):
+    with pytest.raises(FloatingPointError, match="resume from the last checkpoint"):
         train(trainer, data, tmp_path)
     assert not (tmp_path / "checkpoints/latest").exists()
 
@@ -157,16 +157,13 @@ def test_resume_takes_the_configured_optimizer_settings(tmp_path):
 
 
 def test_an_fp8_teacher_groups_parameters_otherwise(tmp_path):
-    """Said before DeepSpeed fails; a checkpoint from before there was such a group goes on without one."""
+    """This is said before DeepSpeed fails on it."""
     fp8 = ("--train.precision", "bf16", "--align.teacher_dtype", "fp8")
     trainer, data = trainer_of(*fp8[:2])
     train(trainer, data, tmp_path)
     path = tmp_path / "checkpoints/step_00000003"
     with pytest.raises(ValueError, match="made with fp8_group False, this run has True"):
         saving.load(trainer_of(*fp8)[0], path)
-    state = json.loads((path / reading.STATE).read_text())
-    assert state.pop("fp8_group") is False and state.pop("teacher") is None
-    (path / reading.STATE).write_text(json.dumps(state))
     assert saving.load(trainer_of(*fp8[:2])[0], path) == 3
     trainer, data = trainer_of(*fp8)
     (tmp_path / "fp8").mkdir()

@@ -1,5 +1,7 @@
 """Forward and backward pass as one function of tensors, which a GPU replays as a graph: the training is the same to the bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from zero_worker import tiny
@@ -7,12 +9,11 @@ from zero_worker import tiny
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.training import saving
-from sra_fast.training import trainer as engine_build
 from sra_fast.training.checks import check_device
 from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import optimizer_step, train
 from sra_fast.training.plan import make_plan
-from sra_fast.training.trainer import build, graphed_step
+from sra_fast.training.trainer import _graph_obstacle, build, graphed_step
 from sra_fast.utils import cuda_graph
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
 from sra_fast.zero.process_group import init_distributed
@@ -172,7 +173,7 @@ def test_who_may_ask_for_a_graph():
             True,
             "needs optim.implementation fused, got torch",
         ),
-        (asked("--align.teacher_graph", "true"), 1, 1, True, "goes without align.teacher_graph"),
+        (asked("--align.teacher_graph", "true"), 1, 1, True, "it excludes align.teacher_graph"),
     ):
         with pytest.raises(ValueError, match=message):
             check_device(found, stage, cuda, world)
@@ -193,9 +194,9 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
     for start in (lambda: None, lambda: saving.load(trainer, tmp_path / "step_00000000")):
         start()
         assert (held_accumulators(graphed.parameters) > 0) == (stage > 0), (
-            "else there is nothing to let go of"
+            "else there is nothing to release"
         )
-        graphed.let_go()
+        graphed.release()
         assert held_accumulators(graphed.parameters) == 0
     # the check can tell: a view that autograd tracks holds one
     view = graphed.parameters[0].view(-1)
@@ -242,7 +243,7 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
     layer, _, batches, _ = make(graphs=False)
     log = []
     loss = lambda x, y: ((layer(x) - y).square().mean(), None)
-    graphed = GraphedGradients(loss, layer.parameters(), let_go=lambda: log.append("let go"))
+    graphed = GraphedGradients(loss, layer.parameters(), release=lambda: log.append("release"))
     monkeypatch.setattr(cuda_graph, "warm_up", lambda fn: log.append("warm up"))
     monkeypatch.setattr(
         graphed, "capture", lambda fn: log.append(("capture", fn())) or (None, None)
@@ -250,7 +251,7 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
     (x, y), *_ = batches
     graphed.capture_all([((x, y), True), ((x, y), False), ((x[:2], y[:2]), False), ((x, y), False)])
     # the accumulating one last: what it adds to is there
-    assert log == ["let go", *["warm up"] * 3, *[("capture", None)] * 3]
+    assert log == ["release", *["warm up"] * 3, *[("capture", None)] * 3]
     assert [accumulate for accumulate, _ in graphed.captured] == [False, False, True]
     graphed.capture_all([((x, y), True)])
     assert len(log) == 7
@@ -263,9 +264,11 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
 def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
     trainer = build(make_plan(tiny(1, "bf16")), init_distributed())
     graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
-    obstacle = lambda **json: engine_build._graph_obstacle(
-        trainer.engine, 1, {**trainer.plan.ds_config, **json}, graphed
-    )
+
+    def obstacle(**json):
+        plan = replace(trainer.plan, ds_config={**trainer.plan.ds_config, **json})
+        return _graph_obstacle(trainer.engine, plan, graphed)
+
     assert obstacle() is None
     assert obstacle(flops_profiler={"enabled": False}) is None
     assert "flops_profiler of DeepSpeed's JSON" in obstacle(flops_profiler={"enabled": True})
@@ -273,7 +276,7 @@ def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
     assert "timers.throughput" in obstacle(timers={"throughput": {"enabled": True}})
     view = graphed.parameters[0].view(-1)
     assert "holds autograd's nodes of 1 parameters" in obstacle() and view.grad_fn is not None
-    monkeypatch.setattr(trainer.engine.optimizer.step, "alone", False)
+    monkeypatch.setattr(trainer.engine.optimizer.step, "reduces_nothing", False)
     assert "convert the gradients" in obstacle()
     trainer.engine.destroy()
 
