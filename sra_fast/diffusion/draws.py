@@ -1,9 +1,9 @@
-"""The random numbers of a step, as a function of (seed, step, image) alone.
+"""The random numbers of a step: a function of (seed, step, image) only.
 
 A run is therefore the same for any number of processes and any split into micro-batches, and a
-resumed run needs no generator state beyond the step.  Numbers are drawn on the device in blocks of
-``BLOCK`` images, each block with a generator of its own seed: the cost does not grow with the
-number of processes, and nothing comes from the host.
+resumed run needs no generator state but the step. Numbers are drawn on the device in blocks of
+``BLOCK`` images, each with a generator of a seed of its own. The cost does not grow with the number
+of processes, and nothing comes from the host.
 """
 
 import hashlib
@@ -17,8 +17,14 @@ BLOCK = 32
 
 @dataclass
 class Draws:
-    """For one micro-batch: ``noise [B, C, H, W]``, ``posterior`` alike or None; ``uniform``,
-    ``gap`` ``[B]``; ``drop [B]`` bool.
+    """The random numbers of one micro-batch of B images.
+
+    Attributes:
+        noise: ``[B, C, H, W]`` standard normals, for both noisy inputs.
+        posterior: ``[B, C, H, W]`` standard normals for the VAE posterior, or None.
+        uniform: ``[B]`` in [0, 1): the student's time.
+        gap: ``[B]`` in [0, 1): how much earlier the teacher's time is.
+        drop: ``[B]`` bool: conditioning replaced by nothing.
     """
 
     noise: Tensor
@@ -29,15 +35,15 @@ class Draws:
 
 
 def block_seed(*key: int) -> int:
-    """63-bit seed from integers; unlike a sum, distinct keys do not collide."""
-    return (
-        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-    )
+    """A 63-bit seed from integers. Distinct keys do not collide, as their sums would."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _blocks(fill, key: tuple[int, ...], first: int, count: int, device) -> Tensor:
-    """Rows ``first .. first + count`` of an endless table whose block ``i`` is ``fill(generator
-    seeded by key, i)``.
+    """Rows ``first`` to ``first + count`` of an endless table.
+
+    Its block ``i`` is what ``fill`` makes with a generator that is seeded by ``key`` and i.
     """
     generator = torch.Generator(device)
     blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
@@ -56,7 +62,7 @@ def draw(
     drop_prob: float,
     posterior: bool,
 ) -> Draws:
-    """Draws of images ``first .. first + B`` of optimizer step ``step``.
+    """Draws of images ``first`` to ``first + B`` of an optimizer step.
 
     Args:
         seed: of the run.
@@ -68,20 +74,16 @@ def draw(
         posterior: also draw the noise of the VAE posterior.
     """
     batch, *latent = shape
-    uniforms = _blocks(
-        lambda g: torch.rand(BLOCK, 3, generator=g, device=device),
-        (seed, step, 0),
-        first,
-        batch,
-        device,
-    )
+    draw_uniforms = lambda g: torch.rand(BLOCK, 3, generator=g, device=device)
+    uniforms = _blocks(draw_uniforms, (seed, step, 0), first, batch, device)
     sets = 2 if posterior else 1
-    normals = _blocks(
-        lambda g: torch.randn(BLOCK, sets, *latent, generator=g, device=device),
-        (seed, step, 1),
-        first,
-        batch,
-        device,
-    )
+    draw_normals = lambda g: torch.randn(BLOCK, sets, *latent, generator=g, device=device)
+    normals = _blocks(draw_normals, (seed, step, 1), first, batch, device)
     time, gap, drop = uniforms.unbind(1)
-    return Draws(normals[:, 0], normals[:, 1] if posterior else None, time, gap, drop < drop_prob)
+    return Draws(
+        noise=normals[:, 0],
+        posterior=normals[:, 1] if posterior else None,
+        uniform=time,
+        gap=gap,
+        drop=drop < drop_prob,
+    )

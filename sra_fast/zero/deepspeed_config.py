@@ -186,7 +186,8 @@ def zero_stage(ds_config: dict, cfg: Config) -> int:
         or zero.get("zero_quantized_nontrainable_weights")
     ):
         raise ValueError(
-            "zero_optimization.zero_hpz_partition_size above 1 and zero_quantized_nontrainable_weights are not supported with a "
-            "teacher: DeepSpeed copies frozen weights once, so that it would go stale"
+            "zero_optimization.zero_hpz_partition_size above 1 and "
+            "zero_quantized_nontrainable_weights are not supported with a teacher: DeepSpeed "
+            "copies frozen weights once, so that it would go stale"
         )
     return stage
