@@ -48,18 +48,20 @@ def find_nvcc() -> str | None:
 
 
 class BuildCuda(build_ext):
-    """Compiles each .cu file with one call of nvcc; no torch headers, so any torch version loads the result."""
+    """Compile each .cu file with one call of nvcc. It includes no torch headers, so any torch version loads the result."""
 
     def build_extension(self, ext):
         import pybind11
 
-        nvcc, output = find_nvcc(), Path(self.get_ext_fullpath(ext.name))
+        nvcc = find_nvcc()
+        output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        known = subprocess.run(
+        listed = subprocess.run(
             [nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True
-        ).stdout.split()
+        )
+        known = listed.stdout.split()
         archs = [a for a in ARCHITECTURES if f"compute_{a}" in known]
-        # machine code for each, and portable code of the newest for what comes after it
+        # machine code for each architecture, and PTX of the newest for GPUs that are newer
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -71,7 +73,7 @@ class BuildCuda(build_ext):
 
 
 def cuda_extension() -> dict:
-    """What setup() needs for csrc/: nothing unless it is asked for and nvcc is there."""
+    """Arguments of setup() that build csrc/, if SRA_FAST_BUILD_EXT=1 asks for it and nvcc exists."""
     if os.environ.get("SRA_FAST_BUILD_EXT") != "1":
         return {}
     if find_nvcc() is None:
@@ -83,7 +85,7 @@ def cuda_extension() -> dict:
     return {
         "ext_modules": [Extension("sra_fast._ema_cuda", ["csrc/ema_update.cu"])],
         "cmdclass": {"build_ext": BuildCuda},
-        # an isolated build of pip's asks for this and installs it
+        # pip reads this and installs pybind11 into its isolated build environment
         "setup_requires": [] if find_spec("pybind11") else ["pybind11>=2.12"],
     }
 
