@@ -48,7 +48,10 @@ def find_nvcc() -> str | None:
 
 
 class BuildCuda(build_ext):
-    """Compile each .cu file with one call of nvcc. It includes no torch headers, so any torch version loads the result."""
+    """Compile each .cu file with one call of nvcc.
+
+    They include no headers of torch, so any version of torch loads the result.
+    """
 
     def build_extension(self, ext):
         import pybind11
