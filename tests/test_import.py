@@ -59,8 +59,8 @@ SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "sra_fast", "ke
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel of a copy of the tree: the build leaves files beside its sources."""
-    # not importorskip: in one process pip and setuptools each want a distutils of their own
+    """A wheel of a copy of the tree: the build writes files into its source folder."""
+    # not importorskip: pip and setuptools cannot both be imported, each needs another distutils
     if find_spec("pip") is None or find_spec("setuptools") is None:
         pytest.skip("needs pip and setuptools")
     folder = tmp_path_factory.mktemp("wheel")
