@@ -1,13 +1,13 @@
 """What importing costs: the operators need torch and triton, nothing else.  What a wheel holds."""
 
 import email
+import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -60,8 +60,9 @@ SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "sra_fast", "ke
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     """A wheel of a copy of the tree: the build writes files into its source folder."""
-    # not importorskip: pip and setuptools cannot both be imported, each needs another distutils
-    if find_spec("pip") is None or find_spec("setuptools") is None:
+    # asked without importing: pip and setuptools each bring another distutils into the process
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    if not {"pip", "setuptools"} <= installed:
         pytest.skip("needs pip and setuptools")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
