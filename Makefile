@@ -1,15 +1,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test bugs
+.PHONY: demo lint test-fast test bugs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed sra_fast/train.py --config configs/digits.yaml
 	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)"
 
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
+	@$(BIN)/codespell
+
+# without the tests that tests/conftest.py lists as slow: two minutes on two cores
+test-fast: $(INSTALLED)
+	@$(PYTEST) -m "not slow"
+
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+	@$(PYTEST)
 
 # plants bugs in the operators one at a time; every one must turn a test red (half an hour)
 bugs: $(INSTALLED)
@@ -18,5 +29,5 @@ bugs: $(INSTALLED)
 # runs again only when the requirements change
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae,dev]"
 	touch $@

@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+# what each extra adds; README.md says what it is for
 EXTRAS = {
     "train": [
         "deepspeed>=0.19",
@@ -25,9 +27,19 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "pybind11>=2.12"],
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"],
+    "dev": ["ruff>=0.17", "basedpyright>=1.40", "codespell>=2.4", "pre-commit>=4"],
 }
+EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# not part of "all": it is compiled on the machine, which takes about an hour
+EXTRAS["flash"] = ["flash-attn>=2"]
 
 ARCHITECTURES = (80, 90, 100)
+
+
+def version() -> str:
+    """``sra_fast.__version__``, the one place where the version stands; read as text, because a build has no torch."""
+    text = Path("sra_fast/__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
 
 
 def find_nvcc() -> str | None:
@@ -36,18 +48,23 @@ def find_nvcc() -> str | None:
 
 
 class BuildCuda(build_ext):
-    """Compiles each .cu file with one call of nvcc; no torch headers, so any torch version loads the result."""
+    """Compile each .cu file with one call of nvcc.
+
+    They include no headers of torch, so any version of torch loads the result.
+    """
 
     def build_extension(self, ext):
         import pybind11
 
-        nvcc, output = find_nvcc(), Path(self.get_ext_fullpath(ext.name))
+        nvcc = find_nvcc()
+        output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        known = subprocess.run(
+        listed = subprocess.run(
             [nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True
-        ).stdout.split()
+        )
+        known = listed.stdout.split()
         archs = [a for a in ARCHITECTURES if f"compute_{a}" in known]
-        # machine code for each, and portable code of the newest for what comes after it
+        # machine code for each architecture, and PTX of the newest for GPUs that are newer
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -59,7 +76,7 @@ class BuildCuda(build_ext):
 
 
 def cuda_extension() -> dict:
-    """What setup() needs for csrc/: nothing unless it is asked for and nvcc is there."""
+    """Arguments of setup() that build csrc/, if SRA_FAST_BUILD_EXT=1 asks for it and nvcc exists."""
     if os.environ.get("SRA_FAST_BUILD_EXT") != "1":
         return {}
     if find_nvcc() is None:
@@ -71,24 +88,51 @@ def cuda_extension() -> dict:
     return {
         "ext_modules": [Extension("sra_fast._ema_cuda", ["csrc/ema_update.cu"])],
         "cmdclass": {"build_ext": BuildCuda},
-        # an isolated build of pip's asks for this and installs it
+        # pip reads this and installs pybind11 into its isolated build environment
         "setup_requires": [] if find_spec("pybind11") else ["pybind11>=2.12"],
     }
 
 
 setup(
     name="sra-fast",
-    version="0.1.0",
+    version=version(),
     description="Self-Representation Alignment for diffusion transformers, at the speed of the plain step",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="sra-fast contributors",
+    license_expression="Apache-2.0",
+    keywords=[
+        "diffusion transformers",
+        "self-representation alignment",
+        "SRA",
+        "SiT",
+        "DiT",
+        "Triton",
+        "DeepSpeed",
+        "ZeRO",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     # the oldest versions on which the tests of the operators have run
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
     packages=find_packages(include=["sra_fast", "sra_fast.*"], exclude=["sra_fast.kernels"])
-    + ["sra_fast.kernels"],
-    # in a checkout the device code lives in /kernels; in a wheel it becomes sra_fast/kernels
-    package_dir={"sra_fast.kernels": "kernels"},
+    + ["sra_fast.kernels", "sra_fast.configs"],
+    # in a checkout kernels and configurations are folders of the root; in a wheel they are inside the package
+    package_dir={"sra_fast.kernels": "kernels", "sra_fast.configs": "configs"},
+    package_data={
+        "sra_fast": ["py.typed"],
+        "sra_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json"],
+    },
     **cuda_extension(),
 )

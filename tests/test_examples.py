@@ -10,7 +10,7 @@ EXAMPLE = ROOT / "examples/dit_block.py"
 
 
 def test_fused_block_is_the_plain_one(device, monkeypatch):
-    """With the kernels, not only with the references that a CPU takes by itself."""
+    """With the references and with the kernels, which a CPU would not choose by default."""
     compare = runpy.run_path(str(EXAMPLE))["compare"]
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SRA_FAST_BACKEND", backend)

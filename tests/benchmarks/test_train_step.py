@@ -399,9 +399,8 @@ def checkout(tmp_path):
 
 
 def test_the_published_loop_learns_and_moves_its_teacher(checkout):
-    from step_case import RandomMoments
-
     from reference import Reference
+    from step_case import RandomMoments
 
     losses = {}
     for precision, dtype in {"fp32": "float32", "bf16": "float16"}.items():
