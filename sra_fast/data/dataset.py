@@ -42,6 +42,10 @@ class Digits(Dataset):
     def to_latent(self, images: Tensor, noise: Tensor | None) -> Tensor:
         return images
 
+    def held_out_split(self) -> list[tuple[Dataset, np.ndarray]]:
+        """Training and held-out images, each as a data set and its rows."""
+        return [(part, np.arange(len(part))) for part in (self, Digits(held_out=True))]
+
 
 def make_dataset(cfg: Config) -> Digits | Latents | PackedLatents:
     """The configured training set; ValueError if it does not fit the model or the batch."""
