@@ -90,5 +90,6 @@ setup(
     + ["sra_fast.kernels"],
     # in a checkout the device code lives in /kernels; in a wheel it becomes sra_fast/kernels
     package_dir={"sra_fast.kernels": "kernels"},
+    entry_points={"console_scripts": ["sra-fast=sra_fast.__main__:main"]},
     **cuda_extension(),
 )

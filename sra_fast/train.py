@@ -5,10 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # launched by path: import the checkout, not this folder
-
 
 def main() -> None:
     from sra_fast.config.cli import parse_train
@@ -30,4 +26,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # launched by path, Python looks for modules in this folder: let it look in the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     main()

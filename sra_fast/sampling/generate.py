@@ -1,4 +1,6 @@
-"""Labels, noise and images of a batch of samples: a function of (seed, image index), not of the batch size."""
+"""Labels, noise and latents of a batch of samples: functions of (seed, image number), whatever the batch size."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,12 +12,11 @@ from sra_fast.models import SiT
 
 
 def choose_labels(count: int, num_classes: int, mode: str, seed: int) -> Tensor:
-    """``[count]`` labels: ``balanced`` repeats 0 .. num_classes - 1, ``random`` draws them."""
+    """Labels ``[count]``: ``balanced`` repeats 0 .. num_classes - 1, ``random`` draws them."""
     if mode == "balanced":
         return torch.arange(count) % num_classes
-    return torch.randint(
-        num_classes, (count,), generator=torch.Generator().manual_seed(block_seed(seed, 0, -2))
-    )
+    generator = torch.Generator().manual_seed(block_seed(seed, 0, -2))
+    return torch.randint(num_classes, (count,), generator=generator)
 
 
 class ImageNoise:
@@ -34,11 +35,13 @@ class ImageNoise:
         self.device = device
 
     def draw(self, *shape: int) -> Tensor:
+        """``[B, *shape]`` fp32, the next numbers of every image."""
         return torch.stack(
             [torch.randn(shape, generator=g, device=self.device) for g in self.generators]
         )
 
     def like(self, x: Tensor) -> Tensor:
+        """The next numbers, with the shape and dtype of ``x [B, ...]``."""
         return self.draw(*x.shape[1:]).to(x.dtype)
 
 
@@ -50,23 +53,32 @@ def generate(
     seed: int,
     batch: int,
     device,
-    progress=None,
+    progress: Callable[[int], object] | None = None,
     *,
     first: int = 0,
-    call=None,
+    call: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Latents ``[N, C, H, W]`` fp32 on the CPU for ``labels [N]``, ``batch`` at a time.
+    """Sample latents.
 
     Args:
+        model: in eval mode, on ``device``.
+        labels: ``[N]`` int64.
+        cfg: sampler and guidance.
         path: the interpolant the model was trained with.
-        progress: called with the number of finished images of every batch.
-        first: number of the first image, which its noise depends on.
-        call: what runs the model; default: the model.
+        seed: of the noise.
+        batch: images per call of the sampler.
+        device: where the model runs.
+        progress: called after every batch with its number of images.
+        first: number of the first image. The noise of an image depends on its number.
+        call: runs the model, ``(x, t, y)`` -> output; default: the model itself.
+
+    Returns:
+        ``[N, C, H, W]`` fp32 on the CPU.
     """
     latents = []
-    for at in range(0, len(labels), batch):
-        y = labels[at : at + batch].to(device)
-        noise = ImageNoise(seed, range(first + at, first + at + len(y)), device)
+    for start in range(0, len(labels), batch):
+        y = labels[start : start + batch].to(device)
+        noise = ImageNoise(seed, range(first + start, first + start + len(y)), device)
         z = noise.draw(model.in_channels, model.input_size, model.input_size)
         x = sample(
             model,
