@@ -1,6 +1,7 @@
 """The console command:  sra-fast COMMAND ARGS, or python -m sra_fast COMMAND ARGS
 
-A command is the script of the same name: `sra-fast sample ARGS` is `python sra_fast/sample.py ARGS`.
+A command runs the script of the same name. `sra-fast sample ARGS` is the same as
+`python sra_fast/sample.py ARGS`.
 """
 
 import sys

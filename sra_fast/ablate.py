@@ -1,6 +1,7 @@
 """Run a study, variants of a configuration with several seeds:  python sra_fast/ablate.py configs/ablations/layers.yaml
 
-Writes runs/ablations/<study>/table.md, rows.json and plot.png. The same command resumes after an interruption.
+Writes runs/ablations/<study>/table.md, rows.json and plot.png. The same command resumes after an
+interruption.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Official DiT or SiT weights to start or sample from:
 
-python sra_fast/import_weights.py --from DiT-XL-2-256x256.pt --model DiT-XL/2 --out dit_xl2.safetensors
+python sra_fast/import_weights.py --from DiT-XL-2-256x256.pt --model DiT-XL/2 --out
+dit_xl2.safetensors
 """
 
 import argparse

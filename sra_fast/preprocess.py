@@ -1,6 +1,7 @@
 """Images -> packed VAE moments, or one layout of moments -> another:
 
-deepspeed sra_fast/preprocess.py --source imagenet/train --vae sd-vae-ft-mse --resolution 256 --out data/imagenet256
+deepspeed sra_fast/preprocess.py --source imagenet/train --vae sd-vae-ft-mse --resolution 256 --out
+data/imagenet256
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Linear probes of every layer at several times:  python sra_fast/probe.py --checkpoint runs/digits/000 --out analysis"""
+"""Linear probes of every layer at several times:
+
+python sra_fast/probe.py --checkpoint runs/digits/000 --out analysis
+"""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Sample images:  python sra_fast/sample.py --checkpoint runs/digits/000 --count 100 --out samples
 
-Under a launcher (`deepspeed sra_fast/sample.py ...`) every process makes its share. The same command resumes after an
-interruption.
+Under a launcher (`deepspeed sra_fast/sample.py ...`) every process makes its share. The same
+command resumes after an interruption.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Pictures of models and runs:  python sra_fast/visualize.py --checkpoint runs/digits/000 --out analysis
 
-PCA maps of features (--checkpoint), loss and norm curves (--runs), samples side by side (--samples).
+PCA maps of features (--checkpoint), loss and norm curves (--runs), samples side by side
+(--samples).
 """
 
 import sys

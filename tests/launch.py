@@ -75,10 +75,10 @@ def _call(module: str, argv: list[str], cwd: Path) -> Result:
     out = io.StringIO()
     err = io.StringIO()
     code = 0
-    alone = {name: value for name, value in os.environ.items() if name not in GROUP}
+    no_group = {name: value for name, value in os.environ.items() if name not in GROUP}
     with (
         patch.object(sys, "argv", argv),
-        patch.dict(os.environ, alone, clear=True),
+        patch.dict(os.environ, no_group, clear=True),
         chdir(cwd),
         redirect_stdout(out),
         redirect_stderr(err),

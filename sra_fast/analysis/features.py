@@ -48,6 +48,7 @@ class Part:
         """
         generator = np.random.default_rng(block_seed(seed, self.number))
         rows = generator.permutation(self.rows)[:count]
+        # what the data set stores: pixels, or the VAE's moments
         raw, labels = self.dataset.__getitems__(rows.tolist())
         shape = (len(rows), *self.dataset.shape)
         posterior = self.dataset.posterior
@@ -101,8 +102,10 @@ def noisy_features(
         batch: images per model call.
 
     Returns:
-        The noisy inputs ``[N, C, H, W]``, and for each layer the results of ``reduce`` over all images; fp32, on the CPU.
+        The noisy inputs ``[N, C, H, W]``, and for each layer the results of ``reduce`` over all
+        images; fp32, on the CPU.
     """
+    # noise is added as in training
     process = FlowMatching(path) if model.family == "SiT" else GaussianDiffusion()
     device = model.pos_embed.device
     inputs = []
@@ -111,6 +114,7 @@ def noisy_features(
         images.x0.split(batch), images.noise.split(batch), labels.split(batch), strict=True
     )
     for x0, noise, y in batches:
+        # the student's time; the teacher's, with a gap of zero, is not used
         t, _ = process.times(torch.full((len(y),), time), torch.zeros(len(y)))
         x = process.corrupt(x0, noise, t, t).x
         inputs.append(x)

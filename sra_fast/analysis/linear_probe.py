@@ -18,8 +18,8 @@ def pool(tokens: Tensor, how: str) -> Tensor:
 
     Args:
         tokens: of one layer.
-        how: ``mean`` averages the patches: ``[B, D]``. ``patch`` takes each by itself: ``[B T, D]``. ``all`` puts them side
-            by side: ``[B, T D]``.
+        how: ``mean`` averages the patches: ``[B, D]``. ``patch`` takes each by itself:
+            ``[B T, D]``. ``all`` puts them side by side: ``[B, T D]``.
     """
     if how == "mean":
         return tokens.mean(1)
@@ -30,10 +30,12 @@ def pixels(x: Tensor, patch_size: int, how: str) -> Tensor:
     """Noisy inputs ``[B, C, H, W]`` -> the same samples without a model.
 
     Returns:
-        With ``how`` ``patch`` the pixels of each patch, ``[B T, C p p]``; else those of the image, ``[B, C H W]``.
+        With ``how`` ``patch`` the pixels of each patch, ``[B T, C p p]``; else those of the image,
+        ``[B, C H W]``.
     """
     if how != "patch":
         return x.flatten(1)
+    # [B, C p p, T]: unfold puts the pixels of a patch before the patches
     patches = F.unfold(x, patch_size, stride=patch_size)
     return patches.transpose(1, 2).flatten(0, 1)
 
@@ -50,6 +52,7 @@ def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     from sklearn.preprocessing import StandardScaler
 
     regression = LogisticRegression(C=LOGIT_VARIANCE / train.shape[1], max_iter=1000)
+    # the held-out features are standardised with the mean and deviation of the training features
     probe = make_pipeline(StandardScaler(), regression).fit(train.numpy(), train_labels.numpy())
     return float(probe.score(test.numpy(), test_labels.numpy()))
 
@@ -85,7 +88,8 @@ def probe_layers(
         progress: called after each time with its rows.
 
     Returns:
-        Rows ``{"time", "layer", "accuracy"}`` in the order of times and layers. Layer 0 is the noisy input.
+        Rows ``{"time", "layer", "accuracy"}`` in the order of times and layers. Layer 0 is the
+        noisy input.
 
     Raises:
         ValueError: the model has no null class, or the images are all of one class.
@@ -94,6 +98,7 @@ def probe_layers(
         raise ValueError(
             "a probe needs a model with a null class (model.class_dropout_prob > 0): a label would be the answer"
         )
+    # a fifth of the images is held out
     held_out_count = count // 5
     train = parts[0].read(count - held_out_count, seed, draws)
     test = parts[1].read(held_out_count, seed, draws)
@@ -103,6 +108,7 @@ def probe_layers(
         )
     rows = []
     for time in times:
+        # the noisy input and every layer, for the images that are learned and those that are scored
         train_samples, train_labels = _samples(model, path, train, time, layers, how, batch)
         test_samples, test_labels = _samples(model, path, test, time, layers, how, batch)
         at_this_time = []
@@ -119,6 +125,7 @@ def _samples(
     model: SiT, path: str, images: Images, time: float, layers: list[int], how: str, batch: int
 ) -> tuple[list[Tensor], Tensor]:
     """Samples of the noisy input and of every layer, each ``[N, ...]``, and their labels ``[N]``."""
+    # the null class: a label would give the answer away
     null = images.labels.new_full(images.labels.shape, model.null_class)
     pooled = lambda tokens: pool(tokens, how)
     x, features = noisy_features(model, path, images, null, time, layers, pooled, batch)

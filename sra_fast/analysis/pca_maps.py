@@ -1,4 +1,4 @@
-"""The first principal components of patch features as colours (SRA, Fig. 2): what a layer tells patches apart by."""
+"""The first principal components of patch features as colours (SRA, Fig. 2): how a layer tells patches apart."""
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ def components(features: Tensor, signs_of: np.ndarray | None = None) -> np.ndarr
 
     Args:
         features: ``[N, T, D]``.
-        signs_of: ``[N T, 3]`` components of another layer. The sign of a component is arbitrary; each of ours gets the
-            sign that correlates with its counterpart.
+        signs_of: ``[N T, 3]`` components of another layer. The sign of a component is arbitrary;
+            each of ours gets the sign that correlates with its counterpart.
 
     Returns:
         ``[N T, 3]`` float64.
@@ -40,6 +40,7 @@ def colours(scores: np.ndarray, grid: int) -> np.ndarray:
 
     The 1st to the 99th percentile of each component over all images becomes 0 to 255.
     """
+    # outliers do not set the range
     low, high = np.percentile(scores, [1, 99], axis=0)
     unit = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
     return np.round(255 * unit).astype(np.uint8).reshape(-1, grid, grid, 3)
@@ -63,7 +64,8 @@ def draw_maps(
         times: in [0, 1].
 
     Returns:
-        uint8 ``[N, len(times), 1 + len(layers), H, W, 3]``; the noisy input comes before the layers.
+        uint8 ``[N, len(times), 1 + len(layers), H, W, 3]``; the noisy input comes before the
+        layers.
     """
     patch_size = model.patch_size
     grid = model.input_size // patch_size
@@ -76,8 +78,9 @@ def draw_maps(
         )
         cells = [as_colours(x)]
         for tokens in features:
-            # signs follow the layer before; those of the first layer follow the last layer of the time before
+            # signs follow the layer before; those of the first layer, the last layer of the time before
             previous = components(tokens, previous)
+            # every patch becomes a square of one colour
             cells.append(colours(previous, grid).repeat(patch_size, 1).repeat(patch_size, 2))
         maps.append(np.stack(cells, axis=1))
     return np.stack(maps, axis=1)

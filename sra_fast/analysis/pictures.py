@@ -49,6 +49,7 @@ def draw_maps(options: Options, out: Path) -> Path:
     """``pca.png``: the features of a few held-out images."""
     model, path = load_model(options.checkpoint, num_heads=options.num_heads)
     layers = choose_layers(options.layers, model.depth, most=7)
+    # no run has trained on the held-out images of the digits
     _, held_out = split(options.data, model)
     images = held_out.read(options.images, options.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,6 +60,7 @@ def draw_maps(options: Options, out: Path) -> Path:
 
 def draw_curves(options: Options, out: Path) -> Path:
     """``curves.png``: losses and norms of runs."""
+    # a line per run, under the name that was given
     runs = {}
     for folder in options.runs:
         rows = read_rows(Path(folder) / "stats.jsonl")
@@ -72,6 +74,7 @@ def draw_curves(options: Options, out: Path) -> Path:
 
 def draw_samples(options: Options, out: Path) -> Path:
     """``samples.png``: the same samples of several runs."""
+    # a folder stands for the samples.npz in it
     paths = [str(Path(p) / "samples.npz") if Path(p).is_dir() else p for p in options.samples]
     images = read_samples(paths, options.count)
     save_samples(out / "samples.png", images, options.columns, options.scale)
@@ -98,6 +101,7 @@ def run(options: Options) -> list[Path]:
     if min(options.images, options.count, options.columns, options.scale) < 1:
         raise ValueError("images, count, columns and scale must be at least 1")
     check_times(options.times)
+    # a missing package is named before a model is loaded
     require("matplotlib", "matplotlib", "plots")
     # the principal components are scikit-learn's
     if options.checkpoint:

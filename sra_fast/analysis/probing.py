@@ -41,6 +41,7 @@ class Options:
 
 
 def _check(options: Options) -> None:
+    # the classifier is scikit-learn's
     require("sklearn", "scikit-learn", "eval")
     check_times(options.times)
     if min(options.draws, options.batch) < 1 or options.images < 10:
@@ -59,6 +60,7 @@ def run(options: Options) -> dict:
     _check(options)
     out = make_folder(options.out)
     model, path = load_model(options.checkpoint, num_heads=options.num_heads)
+    # errors in layers and data before the first pass of the model
     layers = choose_layers(options.layers, model.depth)
     parts = split(options.data, model)
     rows = probe_layers(

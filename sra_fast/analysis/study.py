@@ -51,7 +51,8 @@ def read_study(path: Path) -> Study:
     """Read a study from YAML: ``base`` (a configuration, relative to the file), ``args``, ``seeds``, ``variants``.
 
     Raises:
-        ValueError: the file cannot be read, a key is missing, unknown or of another type, or seeds or variants are empty.
+        ValueError: the file cannot be read, a key is missing, unknown or of another type, or seeds
+            or variants are empty.
     """
     try:
         held = yaml.safe_load(path.read_text())
@@ -103,6 +104,7 @@ def run_one(study: Study, variant: str, seed: int, folder: Path) -> Path:
         ValueError: it was trained before, with other arguments or another base.
         RuntimeError: training failed.
     """
+    # by number: a variant's name may have characters that a folder's must not
     number = list(study.variants).index(variant)
     runs = folder / f"{number:02d}_seed{seed}"
     made_with = {
@@ -125,6 +127,7 @@ def run_one(study: Study, variant: str, seed: int, folder: Path) -> Path:
 
     runs.mkdir(parents=True, exist_ok=True)
     write_json(file, made_with)
+    # in a separate process, as a user would start it
     command = [sys.executable, str(TRAIN), "--config", str(study.base)]
     command += study.variants[variant]
     command += ["--train.seed", str(seed), "--train.out", str(runs)]
@@ -158,6 +161,7 @@ def outcome(run: Path, first: Path) -> dict[str, float]:
         raise ValueError(
             f"variants must log the same steps: {run} logged {len(losses)}, {first} {len(first_losses)}"
         )
+    # one loss is noisy: the mean of the last tenth, at least of the last one
     last = max(1, len(losses) // 10)
     differences = [abs(a - b) / abs(b) for a, b in zip(losses, first_losses, strict=True)]
     scores = {"denoise": mean(losses[-last:]), "curve": max(differences)}
@@ -170,7 +174,8 @@ def outcome(run: Path, first: Path) -> dict[str, float]:
 def run_study(study: Study, folder: Path, report: Callable[[dict], object] = print) -> list[dict]:
     """Run every variant with every seed, one after the other.
 
-    ``rows.json`` and ``table.md`` in ``folder`` are written anew after each run. Runs that are finished are not repeated.
+    ``rows.json`` and ``table.md`` in ``folder`` are written anew after each run. Runs that are
+    finished are not repeated.
 
     Args:
         study: what to run.
@@ -186,7 +191,7 @@ def run_study(study: Study, folder: Path, report: Callable[[dict], object] = pri
     for seed in study.seeds:
         for variant in study.variants:
             run = run_one(study, variant, seed, folder)
-            # for every variant but the first this has been done, and only looks it up
+            # a look-up: the first variant has been trained when its turn came
             first = run_one(study, first_variant, seed, folder)
             row = {"variant": variant, "seed": seed, **outcome(run, first)}
             rows.append(row)
@@ -207,6 +212,7 @@ def table(rows: list[dict]) -> str:
     """The rows as a Markdown table: mean and standard deviation over the seeds."""
     # only scores that every run has
     keys = [key for key in COLUMNS if all(key in row for row in rows)]
+    # a line per variant, in the order of the study
     titles = ["variant", "seeds", *(COLUMNS[key] for key in keys)]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for variant in dict.fromkeys(row["variant"] for row in rows):

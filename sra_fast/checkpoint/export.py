@@ -20,7 +20,8 @@ def write_export(path: Path, state: dict[str, Tensor], config: dict, step: int |
     Args:
         path: the file to write.
         state: name -> fp32 tensor.
-        config: at least ``model`` and ``diffusion`` of a run's configuration; what reads the export needs both.
+        config: at least ``model`` and ``diffusion`` of a run's configuration; what reads the export
+            needs both.
         step: how many optimizer steps made the weights; None: not known.
 
     Raises:
@@ -29,6 +30,7 @@ def write_export(path: Path, state: dict[str, Tensor], config: dict, step: int |
     metadata = {"config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
+    # safetensors refuses views that are not contiguous
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     file = make_folder(path.parent) / path.name
     write_atomic(file, lambda p: save_file(tensors, p, metadata=metadata))
@@ -41,6 +43,7 @@ def find_checkpoint(path: str) -> Path:
         ValueError: there is none.
     """
     folder = Path(path)
+    # only a complete checkpoint has this file
     if (folder / reading.STATE).exists():
         return folder
     newest = reading.latest(folder / "checkpoints")
@@ -67,6 +70,7 @@ def export_checkpoint(source: str, out: str) -> Path:
     if not out.endswith(SUFFIX):
         raise ValueError(f"expected out to end with {SUFFIX}, got {out}")
     path = find_checkpoint(source)
+    # on the CPU and without DeepSpeed: the EMA of every rank is put together
     model, cfg, step = load_checkpoint(path)
     try:
         write_export(Path(out), model.state_dict(), asdict(cfg), step)

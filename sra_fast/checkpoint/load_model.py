@@ -1,4 +1,4 @@
-"""A model for sampling from anything that holds weights: run folder, checkpoint, export, or the published code's .pt."""
+"""A model for sampling from anything that holds weights: run folder, checkpoint, export, published .pt."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,10 @@ def load_model(path: str, weights: str = "ema", num_heads: int | None = None) ->
     """The model, and the interpolant it was trained with.
 
     Args:
-        path: a run folder (its export, else its newest checkpoint), a checkpoint folder, ``.safetensors`` or ``.pt``.
-        weights: ``"ema"``, or ``"model"`` (the student; only the published code's ``.pt`` has all of it).
+        path: a run folder (its export, else its newest checkpoint), a checkpoint folder,
+            ``.safetensors`` or ``.pt``.
+        weights: ``"ema"``, or ``"model"`` (the student; only the published code's ``.pt`` has all
+            of it).
         num_heads: for a ``.pt`` whose width is not one of the paper's sizes.
 
     Returns:
@@ -27,6 +29,7 @@ def load_model(path: str, weights: str = "ema", num_heads: int | None = None) ->
         ValueError: nothing is there, it cannot be read, or it does not have these weights.
     """
     found = Path(path)
+    # a run folder: its export if training has finished, else its newest checkpoint
     if found.is_dir() and not (found / reading.STATE).exists():
         export = found / "ema.safetensors"
         newest = reading.latest(found / "checkpoints")
@@ -37,8 +40,8 @@ def load_model(path: str, weights: str = "ema", num_heads: int | None = None) ->
         raise ValueError(f"no checkpoint at {path}")
     if weights == "model" and found.suffix != ".pt":
         raise ValueError(
-            f"{found} holds EMA weights only; weights 'model' are in a .pt as the published code writes it "
-            "(train.export: [reference])"
+            f"{found} holds EMA weights only; weights 'model' are in a .pt as the published code "
+            "writes it (train.export: [reference])"
         )
     if found.is_dir():
         model, cfg, _ = load_checkpoint(found)
@@ -55,16 +58,18 @@ def load_checkpoint(path: Path) -> tuple[SiT, Config, int]:
         path: a checkpoint folder, ``<run>/checkpoints/step_XXXXXXXX``.
 
     Returns:
-        The model in eval mode, fp32, on the CPU; the run's configuration; the step of the checkpoint.
+        The model in eval mode, fp32, on the CPU; the run's configuration; the step of the
+        checkpoint.
 
     Raises:
-        ValueError: the run's configuration is missing, a rank's file is missing or broken, or the weights do not fit the
-            configured model.
+        ValueError: the run's configuration is missing, a rank's file is missing or broken, or the
+            weights do not fit the configured model.
     """
     file = path.absolute().parents[1] / "config.yaml"
     if not file.exists():
         raise ValueError(f"expected {path} in a run folder, but there is no configuration {file}")
     cfg = load_config(file)
+    # the EMA's files hold flat tensors: the model knows the shapes
     model = cfg.model.build()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     ema = {name: flat.view(shapes[name]) for name, flat in reading.load_ema(path).items()}
@@ -84,7 +89,8 @@ def _fill(model: SiT, state: dict) -> SiT:
 
 def _from_safetensors(path: Path) -> tuple[SiT, str]:
     held = reading.read_weights(str(path))
-    state, config = held["ema"], held.get("config")
+    state = held["ema"]
+    config = held.get("config")
     # a file without our metadata: shapes say what the model is
     if config is None:
         return _fill(*_made(state)), "linear"

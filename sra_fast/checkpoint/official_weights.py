@@ -27,12 +27,17 @@ PATHS = {"Linear": "linear", "GVP": "cosine"}
 def reverse_time(weight: Tensor) -> Tensor:
     """The first weight of the time's MLP for u -> the weight that gives the same for t = 1 - u.
 
-    For a frequency w, cos((1-t)w) = cos(w) cos(tw) + sin(w) sin(tw) and sin((1-t)w) = sin(w) cos(tw) - cos(w) sin(tw).
+    For a frequency w,
+
+        cos((1-t)w) = cos(w) cos(tw) + sin(w) sin(tw)
+        sin((1-t)w) = sin(w) cos(tw) - cos(w) sin(tw).
+
     That is a reflection of each pair of features, so the weight absorbs it exactly.
 
     Args:
         weight: ``[D, 2F]``, the columns of the cosines first.
     """
+    # in float64, rounded once at the end
     of_cos, of_sin = weight.double().chunk(2, dim=1)
     w = timestep_frequencies(of_cos.shape[1]).double()
     reflected_cos = of_cos * w.cos() + of_sin * w.sin()
@@ -52,12 +57,14 @@ def model_config(state: dict[str, Tensor], name: str, num_heads: int | None = No
     Args:
         state: official state dict.
         name: {SiT,DiT}-{S,B,L,XL}/{2,4,8}.
-        num_heads: for weights whose size is not one of the paper's; ``name`` then only gives the family.
+        num_heads: for weights whose size is not one of the paper's; ``name`` then only gives the
+            family.
 
     Raises:
         ValueError: the weights are not those of such a model.
     """
     family, preset = models.preset(name)
+    # shapes show everything but the number of heads
     _, found = models.arguments_from_state_dict(
         state, num_heads or preset["num_heads"], family=family.family
     )
@@ -97,6 +104,7 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
             "the position embedding of the weights is not the fixed 2-d sine-cosine one"
         )
     fresh = model.state_dict()
+    # strict loading wants every name: the head keeps its fresh weights
     head = {name: value for name, value in fresh.items() if name.startswith("ap_head.")}
     try:
         model.load_state_dict({**state, **head}, strict=True)
@@ -118,6 +126,7 @@ def _convert_sit(state: dict[str, Tensor], patch_size: int, channels: int) -> No
             raise ValueError(
                 f"{name} should have {rows} or {2 * rows} rows, it has {len(state[name])}"
             )
+        # negative: the velocity is dx/du = -dx/dt
         state[name] = -first_channels(state[name], patch_size, channels)
 
 
@@ -134,7 +143,8 @@ def interpolant_name(args) -> str:
     prediction = getattr(args, "prediction", "velocity")
     if path not in PATHS or prediction != "velocity":
         raise ValueError(
-            f"expected --path-type {' or '.join(PATHS)} and --prediction velocity, the weights have {path} and {prediction}"
+            f"expected --path-type {' or '.join(PATHS)} and --prediction velocity, "
+            f"the weights have {path} and {prediction}"
         )
     return PATHS[path]
 
@@ -154,6 +164,7 @@ def import_file(
         ValueError: the file cannot be read, or holds other weights.
     """
     held = read_weights(source)
+    # a training checkpoint holds the student and its EMA; samples come from the EMA
     state = held.get("ema", held.get("model"))
     cfg = model_config(state, name, num_heads)
     config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}

@@ -20,12 +20,14 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The square crop of the ADM evaluation, ``size x size``.
 
-    Halve the image with a box filter while the shorter side is at least ``2 * size``. Resize the shorter side to ``size``
-    (bicubic). Cut out the middle; if a margin is odd, its extra pixel is on the right or below.
+    Halve the image with a box filter while the shorter side is at least ``2 * size``. Resize the
+    shorter side to ``size`` (bicubic). Cut out the middle; if a margin is odd, its extra pixel is
+    on the right or below.
     """
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, Image.Resampling.BOX)
+    # the shorter side becomes exactly size
     scale = size / min(image.size)
     resized = (round(image.width * scale), round(image.height * scale))
     image = image.resize(resized, Image.Resampling.BICUBIC)
@@ -45,10 +47,11 @@ def _unreadable(error: OSError) -> None:
 
 
 class ImageFolder(Dataset):
-    """Images in class folders, or with a ``dataset.json`` (``{"labels": [["a/b.png", 3], ...]}``) that has their labels.
+    """Images in class folders, or with their labels in a ``dataset.json``.
 
-    Class folders are numbered in the order of their names. Files and folders whose name begins with a dot are ignored, as
-    is __MACOSX in a .zip. Reading is thread-safe.
+    A ``dataset.json`` is ``{"labels": [["a/b.png", 3], ...]}``, at the top of the folder or the .zip.
+    Class folders are numbered in the order of their names. Files and folders whose name begins with
+    a dot are ignored, as is __MACOSX in a .zip. Reading is thread-safe.
 
     Args:
         path: folder or .zip.
@@ -57,9 +60,10 @@ class ImageFolder(Dataset):
         mirror: every image is followed by its mirror image.
 
     Raises:
-        ValueError: there are no images, a class is empty, the number of classes is another, a label is missing or outside
-            [0, num_classes), or a folder cannot be read or links to one above it. ``__getitems__`` raises it for a file
-            that is no readable image of 8 bits per channel.
+        ValueError: there are no images, a class is empty, the number of classes is another, a label
+            is missing or outside [0, num_classes), or a folder cannot be read or links to one above
+            it. ``__getitems__`` raises it for a file that is no readable image of 8 bits per
+            channel.
     """
 
     def __init__(self, path: str, size: int, num_classes: int | None = None, mirror: bool = False):
@@ -77,6 +81,7 @@ class ImageFolder(Dataset):
 
         listed = "dataset.json" in names
         labels = self._listed_labels() if listed else self._folder_labels(names, num_classes)
+        # labels of a dataset.json may have gaps: the highest one decides
         self.num_classes = max(labels) + 1 if num_classes is None else num_classes
         for name, label in zip(self.names, labels, strict=True):
             if not 0 <= label < self.num_classes:
@@ -131,6 +136,7 @@ class ImageFolder(Dataset):
                 raise ValueError(
                     f"{index} must hold a whole number as the label of {name}, got {label!r}"
                 )
+        # a list with more files than the folder is a sign of an incomplete copy
         absent = labels.keys() - set(self.names)
         if absent:
             raise ValueError(
@@ -140,6 +146,7 @@ class ImageFolder(Dataset):
 
     def _folder_labels(self, names: list[str], num_classes: int | None) -> list[int]:
         """The labels of ``self.names`` by class folder; ``names``: all files and folders."""
+        # an image at the top has no class
         loose = next((name for name in self.names if "/" not in name), None)
         if loose:
             raise ValueError(

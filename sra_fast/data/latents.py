@@ -1,9 +1,10 @@
 """VAE moments on disk: one file per image as the published code has them, or packed in shards.
 
-The packed layout is ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and ``shards/00000.npy``, ``shards/00001.npy``,
-... Each shard is ``[shard_size, 2C, H, W]``, the mean and then the standard deviation; the last shard may be shorter. The
-index is written last. It records how the latents were made, and the size and SHA-256 of every other file. The .npy format
-has no bf16, so bf16 is stored as its bits in uint16.
+The packed layout is ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and ``shards/00000.npy``,
+``shards/00001.npy``, ... Each shard is ``[shard_size, 2C, H, W]``, the mean and then the standard
+deviation; the last shard may be shorter. The index is written last. It records how the latents were
+made, and the size and SHA-256 of every other file. The .npy format has no bf16, so bf16 is stored
+as its bits in uint16.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ _parsing = threading.Lock()
 def load_npy(file: Path | io.BytesIO, **options) -> np.ndarray:
     """``numpy.load``, for one thread at a time.
 
-    NumPy parses the header as Python source. Two threads that do so at once may get a SystemError (CPython 3.11.7,
-    gh-106905).
+    NumPy parses the header as Python source. Two threads that do so at once may get a SystemError
+    (CPython 3.11.7, gh-106905).
     """
     with _parsing:
         return np.load(file, **options)
@@ -97,6 +98,7 @@ class MomentDataset(Dataset):
         Returns:
             Latents ``[B, C, H, W]``, fp32.
         """
+        # the stored dtype may be fp16; the sum is computed in fp32
         mean, std = moments.float().chunk(2, dim=1)
         return (mean + std * noise) * self.scale
 
@@ -115,7 +117,8 @@ class Latents(MomentDataset):
         scale: multiplies the sampled latents.
 
     Raises:
-        ValueError: the folder, its ``dataset.json``, images or labels are missing, or the moments are not [2C, H, W].
+        ValueError: the folder, its ``dataset.json``, images or labels are missing, or the moments
+            are not [2C, H, W].
     """
 
     def __init__(self, path: str, scale: float = 0.18215):
@@ -126,6 +129,7 @@ class Latents(MomentDataset):
                 f"data.path must hold a folder vae-sd with VAE moments, or {INDEX} of packed ones; "
                 f"found none at {path}"
             )
+        # sorted, so that an image has the same number on every machine
         self.files = sorted(f.relative_to(self.root).as_posix() for f in self.root.rglob("*.npy"))
         if not self.files:
             raise ValueError(f"no .npy file under {self.root}")
@@ -197,17 +201,18 @@ class PackedLatents(MomentDataset):
     Args:
         path: folder that holds ``index.json``.
         scale: multiplies the sampled latents.
-        verify: compare a shard's SHA-256 with the index when a batch first uses it. This happens once, however many
-            loader processes there are.
+        verify: compare a shard's SHA-256 with the index when a batch first uses it. This happens
+            once, however many loader processes there are.
 
     Raises:
-        ValueError: the index is unreadable, or the labels or a shard are missing, cut short or (labels only) altered.
-            ``__getitems__`` raises it for a shard that was altered.
+        ValueError: the index is unreadable, or the labels or a shard are missing, cut short or
+            (labels only) altered. ``__getitems__`` raises it for a shard that was altered.
     """
 
     def __init__(self, path: str, scale: float = 0.18215, verify: bool = False):
         self.root = Path(path)
         self.scale = scale
+        # sizes are compared now, contents only with verify: hashing 21 GB would delay every start
         self._read_index()
         self._check_files()
         # mode c (copy on write): PyTorch has no read-only tensors
@@ -281,6 +286,7 @@ class PackedLatents(MomentDataset):
             shard = load_npy(path, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} was altered or cannot be read: {error}") from None
+        # the last shard may be shorter
         rows = min(self.shard_size, self.length - number * self.shard_size)
         expected = (rows, *self.moments_shape)
         if (shard.shape, shard.dtype) != (expected, self.storage):
@@ -318,6 +324,7 @@ def open_latents(
         ValueError: there are no moments, or preprocessing has not finished.
     """
     root = Path(path)
+    # either of these two files is written last
     packed = (root / INDEX).exists()
     finished = packed or (root / "vae-sd/dataset.json").exists()
     if (root / RECIPE).exists() and not finished:

@@ -19,9 +19,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Permutation:
     """A bijection of ``range(length)``: a Feistel network on pairs with cycle walking.
 
-    A position is a pair (left, right) of Z_a x Z_b, where a and b are about the square root of ``length``. Each round adds
-    a keyed hash of one half to the other. A result in [length, a b) is sent through the rounds again; at most one position
-    in sqrt(length) is. Black and Rogaway, "Ciphers with arbitrary finite domains" (2002).
+    A position is a pair (left, right) of Z_a x Z_b, where a and b are about the square root of
+    ``length``. Each round adds a keyed hash of one half to the other. A result in [length, a b) is
+    sent through the rounds again; at most one position in sqrt(length) is. Black and Rogaway,
+    "Ciphers with arbitrary finite domains" (2002).
 
     Args:
         length: at least 1.

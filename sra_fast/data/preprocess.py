@@ -54,6 +54,7 @@ def open_moments(options: Options) -> Source:
     if options.vae or options.mirror:
         raise ValueError(f"--vae and --mirror are for images, {options.source} holds moments")
     data = open_latents(options.source)
+    # a subset may lack the last classes
     num_classes = options.num_classes or data.num_classes
     lowest = int(data.labels.min())
     highest = int(data.labels.max())
@@ -74,6 +75,7 @@ def open_images(options: Options) -> Source:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
 
+    # the folder first: a mistake in it shows before the VAE is loaded
     data = ImageFolder(options.source, options.resolution, options.num_classes, options.mirror)
     vae = load_vae(options.vae)
     encode = make_encoder(vae, options.precision, device)
@@ -107,6 +109,7 @@ def make_job(options: Options) -> PackingJob:
         raise ValueError(f"out must not lie in the folder of the images, got {out} in {source}")
 
     data, encode, facts = (open_moments if holds_moments else open_images)(options)
+    # what a restart must have in common with this run
     recipe = {
         "version": VERSION,
         "layout": options.layout,

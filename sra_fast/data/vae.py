@@ -16,7 +16,8 @@ def load_vae(path: str, channels: int | None = None):
         channels: how many channels its latents must have; None: any.
 
     Raises:
-        ValueError: diffusers is not installed, ``path`` is no AutoencoderKL, or its latents have other channels.
+        ValueError: diffusers is not installed, ``path`` is no AutoencoderKL, or its latents have
+            other channels.
     """
     try:
         from diffusers import AutoencoderKL
@@ -42,6 +43,7 @@ def vae_identity(vae) -> dict:
 
     The decoder is left out: decoders are fine-tuned and swapped without a change of the latents.
     """
+    # names and shapes as well: the same numbers under other names are another encoder
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
@@ -55,15 +57,18 @@ def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor]
 
     Args:
         vae: is moved to ``device``.
-        precision: ``fp32``; ``tf32``: fp32 tensors, products rounded to TF32 on a GPU; ``bf16``: autocast.
+        precision: ``fp32``; ``tf32``: fp32 tensors, products rounded to TF32 on a GPU; ``bf16``:
+            autocast.
 
     Returns:
-        uint8 images ``[B, 3, R, R]`` -> fp32 moments ``[B, 2C, h, w]`` (mean, standard deviation) on the CPU.
+        uint8 images ``[B, 3, R, R]`` -> fp32 moments ``[B, 2C, h, w]`` (mean, standard deviation)
+        on the CPU.
     """
     vae.to(device)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
+        # uint8 to [-1, 1]
         images = pixels.to(device).float() / 127.5 - 1
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         with _repeatable(tf32=precision == "tf32"), autocast:
@@ -102,6 +107,7 @@ def moments_shape(vae, encode: Callable[[Tensor], Tensor], size: int) -> tuple[i
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if size < factor or size % factor:
         raise ValueError(f"resolution must be a multiple of {factor} (the VAE's), got {size}")
+    # one image through the encoder is the surest way to know the shape
     black = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     return tuple(encode(black).shape[1:])
 
@@ -112,7 +118,8 @@ def decode(latents: Tensor, vae, scale: float, batch: int, device: torch.device)
 
     Args:
         latents: ``[N, C, h, w]``.
-        vae: on ``device``; None: latents of 1 or 3 channels are the images and are returned as they are.
+        vae: on ``device``; None: latents of 1 or 3 channels are the images and are returned as they
+            are.
         scale: what the latents were multiplied with for training.
         batch: latents per call of the decoder.
 

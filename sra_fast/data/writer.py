@@ -1,8 +1,8 @@
 """Writing VAE moments, packed or in the published layout, by any number of processes that may be killed and restarted.
 
-The images are cut into parts of ``shard_size``. Process r of n makes the parts r, r + n, ... When a part is complete, its
-record is written. When all records are there, the first process to see that writes the file that makes the folder a data
-set. Processes share nothing but the folder.
+The images are cut into parts of ``shard_size``. Process r of n makes the parts r, r + n, ... When a
+part is complete, its record is written. When all records are there, the first process to see that
+writes the file that makes the folder a data set. Processes share nothing but the folder.
 """
 
 import json
@@ -113,7 +113,10 @@ class PackedLayout(Layout):
 
 
 class PublishedLayout(Layout):
-    """The published code's: ``vae-sd/00000/img-mean-std-00000000.npy`` (fp32 ``[2C, H, W]``), ``vae-sd/dataset.json``."""
+    """The published code's layout.
+
+    ``vae-sd/00000/img-mean-std-00000000.npy``, ... are fp32 ``[2C, H, W]``; ``vae-sd/dataset.json`` has the labels.
+    """
 
     folder = "vae-sd"
 
@@ -131,7 +134,7 @@ class PublishedLayout(Layout):
             path = self.out / self.folder / self.name(image)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_npy(path, moments)
-        # one sync for all files: they count only once the part's record says so, and dataset.json comes last
+        # one sync for all files: they count once the part's record says so, and dataset.json is last
         os.sync()
         return {"first": first, "count": count}
 
@@ -153,8 +156,8 @@ class PackingJob:
     Attributes:
         source: a data set with ``__len__``, ``labels`` and ``__getitems__`` (thread-safe).
         encode: turns one of its batches into moments ``[B, 2C, H, W]``.
-        recipe: what the moments are made from and how. It is written to ``preprocess.json`` at the start, and a restart
-            must have the same.
+        recipe: what the moments are made from and how. It is written to ``preprocess.json`` at the
+            start, and a restart must have the same.
         out: folder of the data set.
         batch: images per call of ``encode``.
         threads: how many threads read ahead.
@@ -192,7 +195,8 @@ class PackingJob:
         """Make the folder, or resume in it.
 
         Raises:
-            ValueError: the folder was begun with another recipe, or holds files that this command did not make.
+            ValueError: the folder was begun with another recipe, or holds files that this command
+                did not make.
         """
         (self.out / "parts").mkdir(parents=True, exist_ok=True)
         folder = self.out / self.layout.folder
@@ -206,16 +210,19 @@ class PackingJob:
                     f"{foreign} was not made by this command, it would be lost: choose another out"
                 )
             write_first(file, self.recipe)
+        # another process or an earlier run may have written it: all must agree
         begun = json.loads(file.read_text())
         for key, value in self.recipe.items():
             if begun.get(key) != value:
                 raise ValueError(
-                    f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: choose another out"
+                    f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: "
+                    "choose another out"
                 )
 
 
 def read_ahead(read: Callable, items: Iterable, threads: int) -> Iterator:
     """``read(item)`` of every item in order. ``threads`` threads stay ``AHEAD`` items ahead."""
+    # threads and no processes: decoding and reading release the interpreter lock
     pool = ThreadPoolExecutor(threads)
     waiting = deque()
     try:
@@ -246,6 +253,7 @@ def run_job(job: PackingJob) -> bool:
 
 def _run_job(job: PackingJob) -> bool:
     job.open_folder()
+    # a restart makes only what is missing
     mine = range(job.rank, job.num_parts, job.world)
     parts = [part for part in mine if job.record(part) is None]
 

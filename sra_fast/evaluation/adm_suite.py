@@ -75,6 +75,7 @@ def summarize(
     bar = tqdm(total=images.count, unit="image", desc=Path(images.path).name)
     with torch.inference_mode(), bar:
         for part in images.batches(batch):
+            # [N, H, W, C] -> [N, C, H, W]
             features = extractor(torch.from_numpy(part).permute(0, 3, 1, 2).contiguous())
             still_wanted = max(0, keep - pool.count)
             kept.append(features.pool[:still_wanted].float().cpu())
@@ -95,6 +96,7 @@ def summarize(
 
 def _cache_path(reference: str, extractor: Extractor, keep: int | None) -> Path:
     """Where a reference's summary is cached. The name changes when the file does."""
+    # size, date and how many features: a hash of the file itself would take seconds
     path = Path(reference)
     stat = path.stat()
     state = f"{stat.st_size} {stat.st_mtime_ns} {keep}"
@@ -103,7 +105,7 @@ def _cache_path(reference: str, extractor: Extractor, keep: int | None) -> Path:
 
 
 def _load_cached(path: Path) -> Summary | None:
-    """A summary that ``_save_cached`` wrote. None if there is none, or, with a warning, if it cannot be read."""
+    """A summary that ``_save_cached`` wrote; None if there is none, or if it cannot be read (a warning)."""
     if not path.exists():
         return None
     try:
@@ -145,8 +147,9 @@ def summarize_reference(
 ) -> Summary:
     """The summary of an FID reference.
 
-    The file's own statistics are used if it has any and the extractor is an Inception. The rest comes from its images.
-    What was computed from images is cached in a file next to the reference, under the extractor's name.
+    The file's own statistics are used if it has any and the extractor is an Inception. The rest
+    comes from its images. What was computed from images is cached in a file next to the reference,
+    under the extractor's name.
 
     Args:
         path: ``.npz`` with images, statistics, or both.
@@ -171,6 +174,7 @@ def summarize_reference(
             summary = summarize(images, extractor, batch, keep)
             if cache:
                 _save_cached(cached, summary)
+    # the file's own statistics are of the whole data set, its images often of a part
     if pool is not None:
         summary = replace(summary, pool=pool, spatial=spatial, precomputed=True)
     return summary
@@ -182,6 +186,7 @@ def _distance(a: Gaussian | None, b: Gaussian | None) -> float | None:
 
 def score(samples: Summary, reference: Summary, device: torch.device) -> dict[str, float | None]:
     """The five scores, None for one whose input is missing; ``device`` computes the distances between features."""
+    # a file that only has statistics gives no manifold
     precision = None
     recall = None
     if reference.features is not None:
@@ -221,6 +226,7 @@ def comparability(
     if not same_size:
         against_reference.append("samples and reference images differ in size")
 
+    # precision and recall may use fewer images than the file has
     partial = reference.features is not None and (
         len(reference.features) < reference.count or len(samples.features) < samples.count
     )

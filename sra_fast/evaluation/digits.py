@@ -17,10 +17,11 @@ def evaluate_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
         labels: ``[N]``, what they were generated for.
 
     Returns:
-        ``label_accuracy``: share of the images to which an SVM, trained on the real training digits, assigns their label.
+        ``label_accuracy``: share of the images to which an SVM, trained on the real training
+        digits, assigns their label.
         ``svm_accuracy``: the SVM's accuracy on held-out digits, a ceiling.
-        ``frechet``: Fréchet distance to the held-out digits in the first 16 principal components of the training pixels,
-        in units of pixels in [-1, 1].
+        ``frechet``: Fréchet distance to the held-out digits in the first 16 principal components of
+        the training pixels, in units of pixels in [-1, 1].
         ``frechet_train``: the distance of the training digits, a floor.
     """
     from sklearn.decomposition import PCA

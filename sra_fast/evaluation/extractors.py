@@ -46,7 +46,8 @@ class Extractor:
         """Features of a batch.
 
         Raises:
-            ValueError: ``compute`` returns neither ``[N, D]`` nor ``([N, D], logits [N, K])``, or values that are not finite.
+            ValueError: ``compute`` returns neither ``[N, D]`` nor ``([N, D], logits [N, K])``, or
+                values that are not finite.
         """
         # PyTorch convolves in TF32 by default on a GPU, which changes the third digit of a feature
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -61,6 +62,7 @@ class Extractor:
         for x in features:
             if x is None:
                 continue
+            # named now: later the sums would fail with an obscure error
             if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != count:
                 got = [*x.shape] if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
@@ -88,11 +90,12 @@ def inception_extractor(path: str, device: torch.device) -> Extractor:
 def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extractor:
     """An extractor that the user names.
 
-    It is called with uint8 ``[N, C, H, W]`` on ``device`` and returns ``[N, D]``, or that and logits ``[N, K]``.
+    It is called with uint8 ``[N, C, H, W]`` on ``device`` and returns ``[N, D]``, or that and
+    logits ``[N, K]``.
 
     Args:
-        spec: a TorchScript file, or ``module:function`` of a module that can be imported. Modules in the working directory
-            can.
+        spec: a TorchScript file, or ``module:function`` of a module that can be imported. Modules
+            in the working directory can.
         shape: [H, W, C] of the images. The extractor is tried on one such image.
         device: where it runs.
 
@@ -106,14 +109,14 @@ def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extrac
             reason = str(error).splitlines()[0]
             raise ValueError(f"{spec} is no TorchScript file: {reason}") from None
         extractor = Extractor(f"{Path(spec).stem}-{_digest(spec)}", network, device)
-        probe(extractor, shape)
+        try_on_image(extractor, shape)
         return extractor
     compute = _imported(spec)
     if isinstance(compute, nn.Module):
         compute = compute.to(device).eval()
     # its weights are not in a file that we know, so its name gets a hash of its output
     extractor = Extractor(spec.replace(":", "."), compute, device)
-    return replace(extractor, name=f"{extractor.name}-{probe(extractor, shape)}")
+    return replace(extractor, name=f"{extractor.name}-{try_on_image(extractor, shape)}")
 
 
 def _imported(spec: str) -> Callable:
@@ -121,6 +124,7 @@ def _imported(spec: str) -> Callable:
     module, _, function = spec.partition(":")
     if not (module and function):
         raise ValueError(f"features must be a TorchScript file or module:function, got {spec}")
+    # a script that is launched by path does not look there by itself
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -129,7 +133,7 @@ def _imported(spec: str) -> Callable:
         raise ValueError(f"features {spec} cannot be imported: {error}") from None
 
 
-def probe(extractor: Extractor, shape: list[int]) -> str:
+def try_on_image(extractor: Extractor, shape: list[int]) -> str:
     """Try an extractor on a fixed image.
 
     Args:
@@ -137,7 +141,8 @@ def probe(extractor: Extractor, shape: list[int]) -> str:
         shape: [H, W, C] of the image.
 
     Returns:
-        Hash of the image's features, rounded to three digits. It tells two sets of weights of one function apart.
+        Hash of the image's features, rounded to three digits. It tells two sets of weights of one
+        function apart.
 
     Raises:
         ValueError: the extractor does not work on such images.

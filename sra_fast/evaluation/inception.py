@@ -1,7 +1,7 @@
 """Inception-v3 as FID uses it: TensorFlow's graph of 2015-12-05, under the parameter names of torch-fidelity's file.
 
-It differs from the usual Inception-v3 in four points. Average pools do not count the padding. The last block pools with a
-maximum. There are 1008 classes. Images are resized as TensorFlow 1 does it.
+It differs from the usual Inception-v3 in four points. Average pools do not count the padding. The
+last block pools with a maximum. There are 1008 classes. Images are resized as TensorFlow 1 does it.
 """
 
 import pickle
@@ -66,9 +66,9 @@ class Mixed(nn.Module):
 
     Args:
         in_channels: of the input.
-        branches: each is a chain of steps. A step is a pool (a callable), a convolution ``(name, channels, kernel[,
-            stride])``, or a fork: a list of convolutions of one input whose outputs are concatenated. Convolutions are
-            padded to keep the size, except at stride 2.
+        branches: each is a chain of steps. A step is a pool (a callable), a convolution ``(name,
+            channels, kernel[, stride])``, or a fork: a list of convolutions of one input whose
+            outputs are concatenated. Convolutions are padded to keep the size, except at stride 2.
     """
 
     def __init__(self, in_channels: int, *branches: tuple):
@@ -87,6 +87,7 @@ class Mixed(nn.Module):
         # a pool keeps the channels and has no weights
         if callable(part):
             return in_channels
+        # the stride may be left out
         name, channels, kernel, stride = (*part, 1)[:4]
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = tuple(k // 2 for k in kernel) if stride == 1 else 0
@@ -202,23 +203,26 @@ class Inception(nn.Module):
             images: uint8 ``[N, 3, H, W]``, or ``[N, 1, H, W]``, whose channel is repeated.
 
         Returns:
-            In fp32: ``pool_3`` ``[N, 2048]``; the first 7 channels of ``mixed_6/conv`` in NHWC order, ``[N, 2023]``; the
-            logits without their bias, ``[N, 1008]``.
+            In fp32: ``pool_3`` ``[N, 2048]``; the first 7 channels of ``mixed_6/conv`` in NHWC
+            order, ``[N, 2023]``; the logits without their bias, ``[N, 1008]``.
         """
+        # [0, 255] to [-1, 1], as the graph scales it
         x = (resize_tf1(images.float(), SIZE) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
         x = HALVE(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
         x = HALVE(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        # 35 x 35, then 17 x 17
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
         # mixed_6/conv is branch1x1, which comes first
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        # 8 x 8, averaged
         pool = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean((2, 3))
         return pool, spatial, F.linear(pool, self.fc.weight)
 
 
 def load_inception(path: str) -> Inception:
-    """The network with the weights at ``path``, in eval mode on the CPU; ValueError if the file does not hold them."""
+    """The network in eval mode on the CPU, with the weights at ``path``; ValueError if they are not there."""
     # without memory until the weights are there: random initialisation would take seconds
     with torch.device("meta"):
         model = Inception()

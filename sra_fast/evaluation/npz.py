@@ -38,11 +38,12 @@ class NpzImages:
         shape: [H, W, C].
 
     Raises:
-        ValueError: the file cannot be read, or ``arr_0`` is another array. ``batches`` raises it if the file is damaged
-            or cut off.
+        ValueError: the file cannot be read, or ``arr_0`` is another array. ``batches`` raises it if
+            the file is damaged or cut off.
     """
 
     def __init__(self, path: str):
+        # the name that np.savez gives to its first array
         if "arr_0" not in members(path):
             raise ValueError(f"{path} holds no images (arr_0), only {sorted(members(path))}")
         self.path = path
@@ -51,6 +52,7 @@ class NpzImages:
 
     def _header(self, f: BinaryIO) -> tuple[int, ...]:
         """Read up to the first pixel; the shape ``(N, H, W, C)``."""
+        # numpy's two formats; pickled objects are refused by the dtype
         readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         try:
             shape, fortran_order, dtype = readers[npy.read_magic(f)](f)
@@ -67,9 +69,11 @@ class NpzImages:
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """The images in order, writable uint8 ``[<= size, H, W, C]``."""
         with _readable(self.path), zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as f:
+            # skip the header
             self._header(f)
             for first in range(0, self.count, size):
                 images = np.empty((min(size, self.count - first), *self.shape), np.uint8)
+                # straight into the array: no second copy of the batch
                 if f.readinto(memoryview(images).cast("B")) != math.prod(images.shape):
                     raise ValueError(f"{self.path}: arr_0 ends before its {self.count} images")
                 yield images
@@ -79,8 +83,8 @@ def read_statistics(path: str) -> tuple[Gaussian | None, Gaussian | None]:
     """The statistics in an FID reference.
 
     Returns:
-        Gaussians of the pool features (``mu``, ``sigma``) and of the spatial features (``mu_s``, ``sigma_s``), each None
-        if the file does not have it.
+        Gaussians of the pool features (``mu``, ``sigma``) and of the spatial features (``mu_s``,
+        ``sigma_s``), each None if the file does not have it.
 
     Raises:
         ValueError: the arrays are not finite real numbers ``[D]`` and ``[D, D]``.

@@ -12,7 +12,7 @@ from sra_fast.evaluation.extractors import (
     Extractor,
     inception_extractor,
     named_extractor,
-    probe,
+    try_on_image,
 )
 from sra_fast.evaluation.npz import NpzImages, members
 from sra_fast.evaluation.scores import NEIGHBOURS
@@ -52,6 +52,7 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"batch must be at least 1, got {options.batch}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: there is no GPU")
+    # scoring takes minutes: an unusable file name is said before
     out = Path(options.out)
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {options.out}")
@@ -63,7 +64,8 @@ def open_inputs(options: Options) -> tuple[NpzImages, NpzImages | None, Extracto
     """Check everything before the first feature is computed.
 
     Returns:
-        The samples; the images of the FID reference, or None if it only has statistics; the extractor.
+        The samples; the images of the FID reference, or None if it only has statistics; the
+        extractor.
 
     Raises:
         ValueError: an option, a file or the extractor cannot be used.
@@ -72,6 +74,7 @@ def open_inputs(options: Options) -> tuple[NpzImages, NpzImages | None, Extracto
     samples = NpzImages(options.samples)
     has_images = "arr_0" in members(options.reference)
     reference = NpzImages(options.reference) if has_images else None
+    # the balls of precision and recall need this many neighbours
     counts = {
         "samples": samples.count,
         "reference": reference.count if reference else None,
@@ -88,7 +91,7 @@ def open_inputs(options: Options) -> tuple[NpzImages, NpzImages | None, Extracto
     extractor = named_extractor(options.features, samples.shape, device)
     # it was tried on an image of the samples' size
     if reference and reference.shape != samples.shape:
-        probe(extractor, reference.shape)
+        try_on_image(extractor, reference.shape)
     return samples, reference, extractor
 
 

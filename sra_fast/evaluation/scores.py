@@ -27,6 +27,7 @@ class RunningGaussian:
 
     def update(self, rows: Tensor) -> None:
         """Add rows ``[N, D]`` of any dtype. The sums stay on their device."""
+        # in float64, also on a GPU: covariances are differences of large numbers
         rows = rows.double()
         mean = rows.mean(0)
         if self.count == 0:
@@ -75,7 +76,8 @@ class InceptionScore:
     """exp(E KL(p(y|x) || p(y))) per split of consecutive images, averaged over the splits (arXiv 1606.03498).
 
     Args:
-        split: images per split (ADM suite: 5000). The last split may be smaller and counts the same.
+        split: images per split (ADM suite: 5000). The last split may be smaller and counts the
+            same.
     """
 
     def __init__(self, split: int = 5000):
@@ -93,6 +95,7 @@ class InceptionScore:
         while len(logits):
             # up to the end of the current split
             part, logits = logits.tensor_split([self.split - self.count])
+            # sums for KL(p || q) = sum p log p - sum p log q; q, the mean of p, is not known yet
             log_p = part.double().log_softmax(1)
             p = log_p.exp()
             self.marginal = self.marginal + p.sum(0)
@@ -103,6 +106,7 @@ class InceptionScore:
 
     def _finish(self) -> None:
         """Append the score of the current split: KL = sum p log p - sum q log q, with q the mean of p."""
+        # xlogy: a class that no image has counts as zero
         marginal = self.marginal / self.count
         kl = self.negentropy / self.count - torch.special.xlogy(marginal, marginal).sum()
         self.scores.append(kl.exp().item())
@@ -131,6 +135,7 @@ def _radii(points: Tensor, k: int) -> Tensor:
 
 def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """Share of ``points`` that lie in at least one of the balls."""
+    # block by block: the whole matrix of 50 000 x 50 000 distances is 10 GB
     inside = [
         (torch.cdist(part, centres) <= radii).any(1) for part in _blocks(points, len(centres))
     ]
@@ -140,8 +145,8 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
 def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Share of ``fake`` in the manifold of ``real``, and of ``real`` in the manifold of ``fake`` (arXiv 1904.06991).
 
-    A set's manifold is the union of balls around its points. A ball's radius is the distance to the k-th nearest other
-    point. Distances are computed in blocks of at most 256 MB.
+    A set's manifold is the union of balls around its points. A ball's radius is the distance to the
+    k-th nearest other point. Distances are computed in blocks of at most 256 MB.
 
     Args:
         real: features ``[N, D]``, float32 or float64.

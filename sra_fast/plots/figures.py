@@ -37,6 +37,7 @@ def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axis.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
+        # the legend is only in the first panel
         axis.set(title=name, xlabel="step")
         axis.grid(linewidth=0.4)
     axes[0, 0].legend()
@@ -56,6 +57,7 @@ def plot_probe(path: Path, rows: list[dict], title: str) -> None:
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    # one colour per time, in the order of the rows
     times = list(dict.fromkeys(row["time"] for row in rows))
     for i, time in enumerate(times):
         colour = plt.get_cmap("viridis")(i / max(len(times), 1))
@@ -123,7 +125,8 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
         uint8 ``[len(paths), n, H, W, C]``; n is ``count`` or the length of the shortest file.
 
     Raises:
-        ValueError: a file cannot be read, or its images have other sizes or labels than the first file's.
+        ValueError: a file cannot be read, or its images have other sizes or labels than the first
+            file's.
     """
     images = []
     labels = []
@@ -147,6 +150,7 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
             raise ValueError(
                 f"{path} holds no samples (arr_0 and arr_1 of sample.py): {error}"
             ) from None
+    # the samples are compared one by one: as many as all files have, and of the same labels
     n = min(map(len, images))
     for path, x, y in zip(paths, images, labels, strict=True):
         if x.shape[1:] != images[0].shape[1:] or not np.array_equal(y[:n], labels[0][:n]):

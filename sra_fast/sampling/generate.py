@@ -15,6 +15,7 @@ def choose_labels(count: int, num_classes: int, mode: str, seed: int) -> Tensor:
     """Labels ``[count]``: ``balanced`` repeats 0 .. num_classes - 1, ``random`` draws them."""
     if mode == "balanced":
         return torch.arange(count) % num_classes
+    # -2 keeps these draws apart from those of training and of the noise
     generator = torch.Generator().manual_seed(block_seed(seed, 0, -2))
     return torch.randint(num_classes, (count,), generator=generator)
 
@@ -29,6 +30,7 @@ class ImageNoise:
     """
 
     def __init__(self, seed: int, indices: range, device):
+        # -3: see choose_labels
         self.generators = [
             torch.Generator(device).manual_seed(block_seed(seed, i, -3)) for i in indices
         ]
@@ -79,6 +81,7 @@ def generate(
     for start in range(0, len(labels), batch):
         y = labels[start : start + batch].to(device)
         noise = ImageNoise(seed, range(first + start, first + start + len(y)), device)
+        # the start of the trajectory; the sampler takes its later noise from the same generators
         z = noise.draw(model.in_channels, model.input_size, model.input_size)
         x = sample(
             model,
@@ -93,6 +96,7 @@ def generate(
             noise=noise.like,
             call=call,
         )
+        # the ODE's and SDE's state is float64
         latents.append(x.float().cpu())
         if progress:
             progress(len(y))

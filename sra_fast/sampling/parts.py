@@ -1,7 +1,8 @@
 """Many samples from many processes: parts of a fixed size, each made and kept by one process, joined into one .npz.
 
-An image depends only on its number, so the result is the same for any number of processes and after an interruption. The
-processes share only the folder and form no process group. Only the first one waits for the others, to join the parts.
+An image depends only on its number, so the result is the same for any number of processes and after
+an interruption. The processes share only the folder and form no process group. Only the first one
+waits for the others, to join the parts.
 """
 
 import json
@@ -33,6 +34,7 @@ def open_parts(folder: Path, identity: dict) -> None:
     file = folder / "identity.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # of several processes that start together, one writes the file and all read it
         if not file.exists():
             write_first(file, identity)
         held = json.loads(file.read_text())
@@ -112,6 +114,7 @@ def make_parts(
         file = _part_file(folder, number)
         if file.exists():
             continue
+        # the last part may be smaller
         first = number * PART
         end = min(first + PART, count)
         images = make(first, end)
@@ -137,6 +140,7 @@ def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: in
     Returns:
         The first ``keep`` images, uint8.
     """
+    # the processes share nothing but the folder, so the first one looks until the parts are there
     parts = [_part_file(folder, number) for number in range(num_parts(count))]
     while not all(part.exists() for part in parts):
         time.sleep(0.2)
@@ -154,6 +158,7 @@ def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: in
                 np.lib.format.write_array(f, labels)
 
     write_atomic(out, write)
+    # the images that the caller shows
     first = np.concatenate([np.load(part) for part in parts[: num_parts(keep)]])[:keep]
     # the identity is deleted last: parts without one would be taken for parts of the next samples
     for part in parts:

@@ -112,11 +112,13 @@ def load_job(options: Options) -> SamplingJob:
     """Check the options and load the model and the VAE; nothing is written yet.
 
     Raises:
-        ValueError: an option is out of range or does not fit the model, or the weights cannot be read.
+        ValueError: an option is out of range or does not fit the model, or the weights cannot be
+            read.
     """
     device = _choose_device(options.graph)
     if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
         raise ValueError("count, batch, columns, grid and scale must be at least 1")
+    # the model's sizes decide what else must be given
     model, path = load_model(options.checkpoint, options.sample.weights, options.num_heads)
     if options.vae is None and model.in_channels not in (1, 3):
         raise ValueError(
@@ -129,13 +131,17 @@ def load_job(options: Options) -> SamplingJob:
         raise ValueError(
             f"sample.guidance {options.sample.guidance} needs a model with a null class"
         )
+    # balanced: the classes take turns
     turns = choose_labels(options.count, len(classes), options.sample.labels, options.seed)
     vae = load_vae(options.vae, model.in_channels) if options.vae else None
     return SamplingJob(options, model, path, classes[turns], vae, device)
 
 
 def identity(options: Options, model: SiT) -> dict:
-    """What the images depend on, and whether they are also written as PNGs. Parts with another identity are not reused."""
+    """What the images depend on, and whether they are also written as PNGs.
+
+    Parts of samples with another identity are not reused.
+    """
     # a hash and no sum: the last digit of a sum depends on the number of threads
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -160,6 +166,7 @@ def image_maker(
     vae = job.vae.to(device) if job.vae else None
     if options.compile:
         model.compile_blocks()
+    # a graph per batch size: the last batch may be smaller
     call = Graphed(model) if options.graph else None
 
     def make(first: int, end: int) -> np.ndarray:
@@ -175,6 +182,7 @@ def image_maker(
             first=first,
             call=call,
         )
+        # without a VAE the latents are the images
         images = decode(latents, vae, options.latent_scale, options.batch, device)
         if not images.isfinite().all():
             raise ValueError(
@@ -216,10 +224,12 @@ def run(job: SamplingJob) -> dict | None:
     with bar, torch.no_grad():
         make = image_maker(job, bar.update)
         made = make_parts(make, count, parts, rank, world, png)
+    # parts of an earlier, interrupted run are not counted
     rate = made / (time.perf_counter() - start)
     if rank:
         return None
 
+    # the first process joins the parts of all
     npz = out / "samples.npz"
     shown = join_parts(parts, count, job.labels.numpy(), npz, options.grid)
     save_grid(out / "samples.png", shown, min(options.columns, len(shown)), options.scale)

@@ -20,8 +20,9 @@ from sra_fast.zero.process_group import init_distributed
 
 DIGITS = DataConfig(name="digits")
 TRAINING = (
-    f"--config {ROOT}/configs/digits.yaml --model.hidden_size 48 --model.depth 4 --model.num_heads 2 --align.student_layer 1 "
-    "--align.teacher_layer 3 --train.global_batch 32 --train.steps 200 --train.log_every 25 --sample.steps 1"
+    f"--config {ROOT}/configs/digits.yaml --model.hidden_size 48 --model.depth 4 --model.num_heads 2 "
+    "--align.student_layer 1 --align.teacher_layer 3 --train.global_batch 32 --train.steps 200 "
+    "--train.log_every 25 --sample.steps 1"
 ).split()
 
 

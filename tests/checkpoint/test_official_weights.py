@@ -37,7 +37,7 @@ TINY = dict(
 
 
 def release(seed=0, **sizes) -> DiT:
-    """A network with random parameters and 2C output channels. Without its ap_head its state dict is that of a release."""
+    """Random parameters and 2C output channels. Without the ap_head the state dict is that of a release."""
     model = DiT(**{**TINY, **sizes}).eval()
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -58,7 +58,7 @@ def norm(x, shift, scale):
 
 
 def official(net: DiT, x, time, y):
-    """The official forward pass for the time as it is given: ``[B, 2C, H, W]``. Only the inside of the blocks is ours."""
+    """The official forward pass, ``[B, 2C, H, W]``, at the given time. Only the inside of the blocks is ours."""
     sd = net.state_dict()
     patches = F.conv2d(x, sd["x_embedder.proj.weight"], sd["x_embedder.proj.bias"], stride=P)
     tokens = patches.flatten(2).mT + sd["pos_embed"]
@@ -92,7 +92,8 @@ def test_converted_sit_is_the_official_one_in_reversed_time():
     x, t, y = batch()
     state = weights(net)
     model = convert(state, model_config(state, "SiT-S/2", HEADS))
-    assert model.family == "SiT" and model(x, t, y).shape == x.shape
+    assert model.family == "SiT"
+    assert model(x, t, y).shape == x.shape
     expected = -official_velocity(net, x, 1 - t, y)
     assert_matches(model(x, t, y), expected, 1e-5)
     # the times matter in this network: a conversion without the reversal is far off
@@ -121,7 +122,8 @@ def test_converted_dit_is_the_official_one():
     t = torch.tensor([0, 999, 500, 1, 250, 731])
     state = weights(net)
     model = convert(state, model_config(state, "DiT-S/2", HEADS))
-    assert model.family == "DiT" and model.learn_sigma
+    assert model.family == "DiT"
+    assert model.learn_sigma
     assert_matches(model(x, t, y), official(net, x, t, y), 1e-5)
 
 
@@ -141,9 +143,8 @@ def test_projection_head_is_fresh_and_seeded():
     cfg = model_config(state, "SiT-S/2", HEADS)
     a, b, other = (convert(state, cfg, seed).ap_head.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert a["linear1.weight"].std() > 0 and not torch.equal(
-        a["linear1.weight"], other["linear1.weight"]
-    )
+    assert a["linear1.weight"].std() > 0
+    assert not torch.equal(a["linear1.weight"], other["linear1.weight"])
 
 
 @torch.no_grad()

@@ -137,7 +137,8 @@ def test_only_lost_shards_are_made_again(tmp_path, source):
     with pytest.raises(ValueError, match="00000.npy is missing; shards/00002.npy has 5 bytes"):
         PackedLatents(out)
     assert run_job(make_job(source, out))
-    assert tree(out) == expected and (out / "shards/00001.npy").stat().st_ino == kept.st_ino
+    assert tree(out) == expected
+    assert (out / "shards/00001.npy").stat().st_ino == kept.st_ino
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,8 @@ def test_full_disk_is_one_error_and_the_next_run_resumes(tmp_path, source):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert set(tree(out)) == {"preprocess.json"}, "no half-written file is left"
     run_job(make_job(source, tmp_path / "whole"))
-    assert run_job(make_job(source, out)) and tree(out) == tree(tmp_path / "whole")
+    assert run_job(make_job(source, out))
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, source):
@@ -222,7 +224,8 @@ def test_both_layouts_into_each_other_bit_for_bit(tmp_path, source):
 def test_the_published_layout_keeps_the_vaes_identity(tmp_path, source):
     vae = {"sha256": "abc", "scaling_factor": 0.18215}
     run_job(make_job(source, tmp_path / "files", "published", vae=vae))
-    assert open_latents(tmp_path / "files").vae == vae and source.vae is None
+    assert open_latents(tmp_path / "files").vae == vae
+    assert source.vae is None
 
 
 class Counting(Dataset):
@@ -265,8 +268,10 @@ def test_reading_ahead_keeps_the_order_and_is_bounded():
         return i
 
     batches = read_ahead(read, iter(range(100)), threads=3)
-    assert next(batches) == 0 and len(started) <= 6
-    assert list(batches) == list(range(1, 100)) and sorted(started) == list(range(100))
+    assert next(batches) == 0
+    assert len(started) <= 6
+    assert list(batches) == list(range(1, 100))
+    assert sorted(started) == list(range(100))
 
 
 def test_moments_that_are_not_finite_are_refused_in_the_published_layout(tmp_path, source):

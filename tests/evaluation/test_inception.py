@@ -1,4 +1,4 @@
-"""The network of FID against torch-fidelity's (names, and outputs for random weights), the resize against TensorFlow 1's."""
+"""FID's network against torch-fidelity's, with random weights, and its resize against TensorFlow 1's."""
 
 from pathlib import Path
 
@@ -48,7 +48,8 @@ def test_names_shapes_and_outputs_are_torch_fidelitys(weights):
         for name, x in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    assert ours == {name: [*x.shape] for name, x in random_weights().items()} and len(ours) == 472
+    assert ours == {name: [*x.shape] for name, x in random_weights().items()}
+    assert len(ours) == 472
     with torch.inference_mode():
         outputs = dict(zip(("pool", "spatial", "logits"), model(IMAGES), strict=True))
         grey = model(IMAGES[:, :1])

@@ -108,7 +108,7 @@ def test_inception_score_of_known_predictions():
 
 @pytest.mark.parametrize("block, offset", [(scores.BLOCK, 0), (150, 0), (150, 1000)])
 def test_precision_and_recall_are_scikit_learns(monkeypatch, block, offset):
-    """In one piece, a few rows at a time, and far from the origin, where |a|^2 - 2ab + |b|^2 has no correct digit in fp32."""
+    """At once, in blocks, and far from the origin, where |a|^2 - 2ab + |b|^2 in fp32 has no correct digit."""
     monkeypatch.setattr(scores, "BLOCK", block)
     rng = np.random.RandomState(1)
     real = (rng.randn(90, 5) + offset).astype(np.float32)
