@@ -79,6 +79,8 @@ def _call(module: str, argv: list[str], cwd: Path) -> Result:
     with (
         patch.object(sys, "argv", argv),
         patch.dict(os.environ, no_group, clear=True),
+        # on the CPU, like a launched process
+        patch("torch.cuda.is_available", lambda: False),
         chdir(cwd),
         redirect_stdout(out),
         redirect_stderr(err),

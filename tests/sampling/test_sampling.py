@@ -192,8 +192,7 @@ def test_two_processes_of_the_script_give_the_images_of_one(weights, tmp_path):
     assert not (tmp_path / "two/parts").exists()
 
 
-def test_graph_needs_a_gpu(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_graph_needs_a_gpu(weights, tmp_path):
     done = call("sample", *arguments(weights, tmp_path), "--graph", "true")
     assert done.returncode == 2
     assert error_of(done) == "error: graph needs a CUDA device"
