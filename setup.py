@@ -134,5 +134,6 @@ setup(
         "sra_fast": ["py.typed"],
         "sra_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json"],
     },
+    entry_points={"console_scripts": ["sra-fast=sra_fast.__main__:main"]},
     **cuda_extension(),
 )

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from sra_fast.data.latents import PackedLatents  # noqa: E402
 from sra_fast.data.order import ShuffledBatches, make_loader  # noqa: E402
-from sra_fast.data.writer import Plan, execute  # noqa: E402
+from sra_fast.data.writer import PackingJob, run_job  # noqa: E402
 
 
 class Noise:
@@ -53,7 +53,8 @@ def packed(folder: Path, count: int, side: int) -> PackedLatents:
         "shard_size": 8192,
         "dtype": "float16",
     }
-    execute(Plan(Noise(count, shape), lambda moments: moments, job, folder, batch=256, threads=1))
+    encode = lambda moments: moments
+    run_job(PackingJob(Noise(count, shape), encode, job, folder, batch=256, threads=1))
     return PackedLatents(str(folder))
 
 

@@ -1,19 +1,16 @@
 """Run a study, variants of a configuration with several seeds:  python sra_fast/ablate.py configs/ablations/layers.yaml
 
-Writes runs/ablations/<study>/table.md, rows.json and plot.png; interrupted, the same command goes on where it stopped.
+Writes runs/ablations/<study>/table.md, rows.json and plot.png. The same command resumes after an
+interruption.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # launched by path: import the checkout, not this folder
-
 
 def main() -> None:
-    from sra_fast.analysis.study import execute, read_study, table
+    from sra_fast.analysis.study import read_study, run_study, table
     from sra_fast.plots.report import plot_study
 
     parser = argparse.ArgumentParser(description=__doc__.partition(":  ")[0])
@@ -35,13 +32,16 @@ def main() -> None:
     for study in studies:
         if args.seeds:
             study.seeds[:] = args.seeds
+        folder = args.out / study.name
         try:
-            rows = execute(study, args.out / study.name)
+            rows = run_study(study, folder)
         except (ValueError, RuntimeError, OSError) as error:
             sys.exit(f"error: {error}")
-        plot_study(args.out / study.name / "plot.png", rows)
+        plot_study(folder / "plot.png", rows)
         print(f"\n{study.name}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
+    # launched by path, Python looks for modules in this folder: let it look in the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     main()

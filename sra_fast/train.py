@@ -8,9 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-# launched by path: import the checkout, not this folder
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 
 def main() -> None:
     # these rooms register the choices of the command line, so they come before the parser
@@ -33,4 +30,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # launched by path, Python looks for modules in this folder: let it look in the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     main()

@@ -1,122 +1,19 @@
 """Pictures of models and runs:  python sra_fast/visualize.py --checkpoint runs/digits/000 --out analysis
 
-PCA maps of features (--checkpoint), loss and norm curves (--runs), samples side by side (--samples).
+PCA maps of features (--checkpoint), loss and norm curves (--runs), samples side by side
+(--samples).
 """
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-
-sys.path[0] = str(
-    Path(__file__).resolve().parents[1]
-)  # launched by path: import the checkout, not this folder
-
-from sra_fast.config.schema import DataConfig  # noqa: E402
-
-
-@dataclass
-class Options:
-    """What to draw: at least one of checkpoint, runs and samples."""
-
-    checkpoint: str | None = None
-    """pca.png: of this run folder, checkpoint folder, .safetensors export or reference .pt"""
-    runs: list[str] = field(default_factory=list)
-    """curves.png: of these run folders"""
-    samples: list[str] = field(default_factory=list)
-    """samples.png: of these samples.npz, or folders that hold one; made with one seed they start from the same noise"""
-    out: str = "analysis"
-    """folder of the pictures"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(name="digits"))
-    times: list[float] = field(default_factory=lambda: [0.7, 0.5, 0.3, 0.1])
-    """times of the maps, in [0, 1]; 0 is data"""
-    layers: list[int] | None = None
-    """blocks of the maps, from 1; default: seven from the first to the last"""
-    images: int = 3
-    """held-out images of the maps"""
-    seed: int = 0
-    """of the choice of these images and of their noise, which is the same at all times"""
-    num_heads: int | None = None
-    """for a reference .pt whose width is no paper size"""
-    count: int = 40
-    """samples of each file"""
-    columns: int = 10
-    """samples in a row"""
-    scale: int = 1
-    """enlargement of a sample's pixel"""
-
-
-def draw_maps(options: Options, out: Path) -> Path:
-    """``pca.png``."""
-    import torch
-
-    from sra_fast.analysis import pca_maps
-    from sra_fast.analysis.features import choose_layers, split
-    from sra_fast.checkpoint.load_model import load_model
-    from sra_fast.plots.figures import plot_maps
-
-    model, path = load_model(options.checkpoint, num_heads=options.num_heads)
-    layers = choose_layers(options.layers, model.depth, most=7)
-    images = split(options.data, model)[1].read(options.images, options.seed)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    maps = pca_maps.draw_maps(model, path, images, options.times, layers)
-    plot_maps(out / "pca.png", maps, options.times, layers)
-    return out / "pca.png"
-
-
-def draw_curves(options: Options, out: Path) -> Path:
-    """``curves.png``."""
-    from sra_fast.plots.figures import plot_curves
-    from sra_fast.training.logger import read_rows
-
-    runs = {folder: read_rows(Path(folder) / "stats.jsonl") for folder in options.runs}
-    for folder, rows in runs.items():
-        if not rows or not all(
-            isinstance(row, dict) and {"step", "denoise"} <= row.keys() for row in rows
-        ):
-            raise ValueError(f"runs must be run folders, found no losses in {folder}/stats.jsonl")
-    plot_curves(out / "curves.png", runs)
-    return out / "curves.png"
-
-
-def draw_samples(options: Options, out: Path) -> Path:
-    """``samples.png``."""
-    from sra_fast.plots.figures import read_samples, save_samples
-
-    paths = [str(Path(p) / "samples.npz") if Path(p).is_dir() else p for p in options.samples]
-    save_samples(
-        out / "samples.png", read_samples(paths, options.count), options.columns, options.scale
-    )
-    return out / "samples.png"
-
-
-def run(options: Options) -> list[Path]:
-    """Draw what is asked for; returns the files."""
-    from sra_fast.analysis.features import check_times
-    from sra_fast.utils.files import make_folder, require
-
-    asked = [
-        (options.checkpoint, draw_maps),
-        (options.runs, draw_curves),
-        (options.samples, draw_samples),
-    ]
-    if not any(given for given, _ in asked):
-        raise ValueError("nothing to draw: give --checkpoint, --runs or --samples")
-    if min(options.images, options.count, options.columns, options.scale) < 1:
-        raise ValueError("images, count, columns and scale must be at least 1")
-    check_times(options.times)
-    require("matplotlib", "matplotlib", "plots")
-    if options.checkpoint:
-        require("sklearn", "scikit-learn", "eval")
-    out = make_folder(options.out)
-    return [draw(options, out) for given, draw in asked if given]
 
 
 def main() -> None:
+    from sra_fast.analysis.pictures import Options, run
     from sra_fast.config.cli import make_parser, parse
 
-    parser = make_parser(
-        Options, "Draw PCA maps of features, curves of runs and samples side by side."
-    )
+    description = "Draw PCA maps of features, curves of runs and samples side by side."
+    parser = make_parser(Options, description)
     options, _ = parse(Options, parser)
     try:
         print(*run(options), sep="\n")
@@ -125,4 +22,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # launched by path, Python looks for modules in this folder: let it look in the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     main()

@@ -1,4 +1,4 @@
-"""Small data sets on disk, and the photographs that scikit-learn and matplotlib bring along."""
+"""Small data sets on disk, and the photographs that come with scikit-learn and matplotlib."""
 
 import json
 from pathlib import Path
@@ -18,21 +18,34 @@ def photographs() -> list[Image.Image]:
 
 
 def write_images(root: Path, per_class: int = 4) -> list[str]:
-    """A class folder for each photograph with cuts of it, as .jpg and .png; returns the names, sorted."""
+    """A class folder for each photograph with crops of it, as .jpg and .png; returns the names, sorted."""
     names = []
     for photo, label in zip(photographs(), ("a", "b", "c"), strict=True):
         (root / label).mkdir(parents=True)
         for i in range(per_class):
             names.append(f"{label}/{i}.{('jpg', 'png')[i % 2]}")
-            photo.crop((40 * i, 20 * i, 40 * i + 200, 20 * i + 150 + i)).save(root / names[-1])
+            left = 40 * i
+            top = 20 * i
+            # heights differ, so that some images have an odd margin
+            photo.crop((left, top, left + 200, top + 150 + i)).save(root / names[-1])
     return names
 
 
 def write_latents(
     root: Path, count: int = 10, shape=(8, 4, 4), leading=(), classes: int = 3
 ) -> Path:
-    """Moments in the reference's layout; returns ``root/vae-sd``."""
-    folder, rng, labels = root / "vae-sd", np.random.default_rng(0), []
+    """Moments in the published layout; returns ``root/vae-sd``.
+
+    Args:
+        root: folder to make.
+        count: images.
+        shape: (2C, H, W).
+        leading: dimensions before these in the files.
+        classes: how many classes the images take turns in.
+    """
+    folder = root / "vae-sd"
+    rng = np.random.default_rng(0)
+    labels = []
     for i in range(count):
         name = f"{i % 2:05d}/img-mean-std-{i:08d}.npy"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +56,7 @@ def write_latents(
 
 
 def write_vae(folder: Path, seed: int = 0, **config) -> Path:
-    """A small AutoencoderKL of random weights that makes latents of 4 channels and an eighth of the side."""
+    """A small AutoencoderKL with random weights. Its latents have 4 channels and an eighth of the side."""
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
     torch.manual_seed(seed)
     sizes = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1, **config}
@@ -57,5 +70,5 @@ def write_vae(folder: Path, seed: int = 0, **config) -> Path:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file below ``root`` with its content."""
+    """Name -> content of every file below ``root``."""
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()}

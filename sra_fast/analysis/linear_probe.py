@@ -1,40 +1,58 @@
-"""How much of the class a linear classifier reads off a frozen model's features: per layer and time."""
+"""How much of the class a linear classifier reads off the features of a frozen model, for every layer and time."""
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.analysis.features import Part, noisy_features
+from sra_fast.analysis.features import Images, Part, noisy_features
 from sra_fast.models import SiT
 
 POOLS = ("mean", "patch", "all")
-# prior variance of a logit.  the penalty is scaled by the number of features: no representation is favoured for its width
+# prior variance of a logit. the penalty is scaled by the number of features, so that width is no advantage
 LOGIT_VARIANCE = 30.0
 
 
 def pool(tokens: Tensor, how: str) -> Tensor:
-    """``[B, T, D]`` -> samples for a classifier: ``mean`` of the patches ``[B, D]``, each ``patch`` by itself
-    ``[B T, D]``, ``all`` patches side by side ``[B, T D]``."""
+    """Features ``[B, T, D]`` -> samples for a classifier.
+
+    Args:
+        tokens: of one layer.
+        how: ``mean`` averages the patches: ``[B, D]``. ``patch`` takes each by itself:
+            ``[B T, D]``. ``all`` puts them side by side: ``[B, T D]``.
+    """
     if how == "mean":
         return tokens.mean(1)
     return tokens.flatten(0, 1) if how == "patch" else tokens.flatten(1)
 
 
 def pixels(x: Tensor, patch_size: int, how: str) -> Tensor:
-    """Noisy input ``[B, C, H, W]`` -> the same samples without a model: one patch ``[B T, C p p]``, else the whole image."""
-    return (
-        F.unfold(x, patch_size, stride=patch_size).transpose(1, 2).flatten(0, 1)
-        if how == "patch"
-        else x.flatten(1)
-    )
+    """Noisy inputs ``[B, C, H, W]`` -> the same samples without a model.
+
+    Returns:
+        With ``how`` ``patch`` the pixels of each patch, ``[B T, C p p]``; else those of the image,
+        ``[B, C H W]``.
+    """
+    if how != "patch":
+        return x.flatten(1)
+    # [B, C p p, T]: unfold puts the pixels of a patch before the patches
+    patches = F.unfold(x, patch_size, stride=patch_size)
+    return patches.transpose(1, 2).flatten(0, 1)
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Share of ``test [M, D]`` that a multinomial logistic regression on ``train [N, D]``, standardised, labels right."""
+    """Accuracy of a multinomial logistic regression on standardised features.
+
+    Args:
+        train: ``[N, D]`` features it is fitted to, with labels ``[N]``.
+        test: ``[M, D]`` features it is scored on, with labels ``[M]``.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     regression = LogisticRegression(C=LOGIT_VARIANCE / train.shape[1], max_iter=1000)
+    # the held-out features are standardised with the mean and deviation of the training features
     probe = make_pipeline(StandardScaler(), regression).fit(train.numpy(), train_labels.numpy())
     return float(probe.score(test.numpy(), test_labels.numpy()))
 
@@ -51,70 +69,72 @@ def probe_layers(
     draws: int = 2,
     seed: int = 0,
     batch: int = 256,
-    progress=None,
+    progress: Callable[[list[dict]], object] | None = None,
 ) -> list[dict]:
     """Accuracies of linear probes, and of the same probe on the noisy input.
 
-    The model gets no class: the null class, without which its features would hold the answer.
+    The model gets the null class: with a label, its features would contain the answer.
 
     Args:
         model, path: see ``noisy_features``.
         parts: training and held-out images.
-        times: in [0, 1]; layers: 1-based.
+        times: in [0, 1].
+        layers: 1-based.
         how: see ``pool``.
-        count: most images, held-out ones included; a fifth of them is held out.
+        count: the most images, held-out ones included; a fifth of them is held out.
         draws: noises per image.
-        seed: of the choice of images and of the noise, the same at all times.
+        seed: of the choice of images and of the noise, which is the same at all times.
+        batch: images per model call.
         progress: called after each time with its rows.
 
     Returns:
-        Rows ``{"time", "layer", "accuracy"}`` in the order of times and layers; layer 0 is the noisy input.
+        Rows ``{"time", "layer", "accuracy"}`` in the order of times and layers. Layer 0 is the
+        noisy input.
 
     Raises:
-        ValueError: no null class, or images of a single class.
+        ValueError: the model has no null class, or the images are all of one class.
     """
-    if model.y_embedder.dropout_prob == 0:
+    if not model.has_null:
         raise ValueError(
             "a probe needs a model with a null class (model.class_dropout_prob > 0): a label would be the answer"
         )
-    images = [
-        part.read(most, seed, draws)
-        for part, most in zip(parts, (count - count // 5, count // 5), strict=True)
-    ]
-    if len(images[0].labels.unique()) < 2:
+    # a fifth of the images is held out
+    held_out_count = count // 5
+    train = parts[0].read(count - held_out_count, seed, draws)
+    test = parts[1].read(held_out_count, seed, draws)
+    if len(train.labels.unique()) < 2:
         raise ValueError(
-            f"a probe needs images of several classes, got class {images[0].labels[0]} alone"
+            f"a probe needs images of several classes, got only class {train.labels[0]}"
         )
     rows = []
     for time in times:
-        samples = [_samples(model, path, part, time, layers, how, batch) for part in images]
-        labels = [
-            part.labels.repeat_interleave(len(s[0]) // len(part.labels))
-            for part, s in zip(images, samples, strict=True)
-        ]
-        scores = [
-            accuracy(train, labels[0], test, labels[1])
-            for train, test in zip(*samples, strict=True)
-        ]
-        rows += [
-            {"time": time, "layer": layer, "accuracy": score}
-            for layer, score in zip([0, *layers], scores, strict=True)
-        ]
+        # the noisy input and every layer, for the images that are learned and those that are scored
+        train_samples, train_labels = _samples(model, path, train, time, layers, how, batch)
+        test_samples, test_labels = _samples(model, path, test, time, layers, how, batch)
+        at_this_time = []
+        for layer, x, x_test in zip([0, *layers], train_samples, test_samples, strict=True):
+            score = accuracy(x, train_labels, x_test, test_labels)
+            at_this_time.append({"time": time, "layer": layer, "accuracy": score})
+        rows += at_this_time
         if progress:
-            progress(rows[-len(scores) :])
+            progress(at_this_time)
     return rows
 
 
 def _samples(
-    model: SiT, path: str, images, time: float, layers: list[int], how: str, batch: int
-) -> list[Tensor]:
-    null = images.labels.new_full(images.labels.shape, model.null_class)
-    x, features = noisy_features(
-        model, path, images, null, time, layers, lambda h: pool(h, how), batch
-    )
-    return [pixels(x, model.patch_size, how), *features]
+    model: SiT, path: str, images: Images, time: float, layers: list[int], how: str, batch: int
+) -> tuple[list[Tensor], Tensor]:
+    """Samples of the noisy input and of every layer, each ``[N, ...]``, and their labels ``[N]``."""
+    # the null class: a label would give the answer away
+    null = model.as_condition(images.labels).null()
+    pooled = lambda tokens: pool(tokens, how)
+    x, features = noisy_features(model, path, images, null, time, layers, pooled, batch)
+    samples = [pixels(x, model.patch_size, how), *features]
+    # with one sample per patch, every patch has the label of its image
+    repeats = len(samples[0]) // len(images.labels)
+    return samples, images.labels.repeat_interleave(repeats)
 
 
 def best(rows: list[dict]) -> dict:
-    """The row of the most accurate layer; of the shallowest, where several are."""
+    """The row of the most accurate layer, and of the shallowest if several are equal."""
     return max((row for row in rows if row["layer"]), key=lambda row: row["accuracy"])

@@ -1,5 +1,6 @@
-"""A model for sampling from anything that holds weights: run folder, checkpoint, export, the reference's .pt."""
+"""A model for sampling from anything that holds weights: run folder, checkpoint, export, published .pt."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,41 +8,76 @@ import torch
 from sra_fast import models
 from sra_fast.checkpoint import reading
 from sra_fast.config.cli import load_config
-from sra_fast.config.schema import ModelConfig
+from sra_fast.config.schema import Config, ModelConfig
 from sra_fast.models import SiT
 from sra_fast.utils.registry import MODEL_FAMILIES
 
 
 def load_model(path: str, weights: str = "ema", num_heads: int | None = None) -> tuple[SiT, str]:
-    """``(model in eval mode, fp32, on the CPU; interpolant it was trained with)``.
+    """The model, and the interpolant it was trained with.
 
     Args:
-        path: a run folder (its export, else its newest checkpoint), a checkpoint folder, ``.safetensors`` or ``.pt``.
-        weights: ``"ema"``, or ``"model"`` (the student; only a reference ``.pt`` holds it whole).
-        num_heads: for a ``.pt`` of a width that is no paper size.
+        path: a run folder (its export, else its newest checkpoint), a checkpoint folder,
+            ``.safetensors`` or ``.pt``.
+        weights: ``"ema"``, or ``"model"`` (the student; only the published code's ``.pt`` has all
+            of it).
+        num_heads: for a ``.pt`` whose width is not one of the paper's sizes.
+
+    Returns:
+        The model in eval mode, fp32, on the CPU; the name of the interpolant.
 
     Raises:
-        ValueError: nothing there, unreadable, or without the asked weights.
+        ValueError: nothing is there, it cannot be read, or it does not have these weights.
     """
-    p = Path(path)
-    if p.is_dir() and not (p / reading.STATE).exists():
-        export, newest = p / "ema.safetensors", reading.latest(p / "checkpoints")
+    found = Path(path)
+    # a run folder: its export if training has finished, else its newest checkpoint
+    if found.is_dir() and not (found / reading.STATE).exists():
+        export = found / "ema.safetensors"
+        newest = reading.latest(found / "checkpoints")
         if not export.exists() and newest is None:
             raise ValueError(f"{path} holds neither an export nor a checkpoint")
-        p = export if export.exists() else newest
-    if not p.exists():
+        found = export if export.exists() else newest
+    if not found.exists():
         raise ValueError(f"no checkpoint at {path}")
-    if weights == "model" and p.suffix != ".pt":
+    if weights == "model" and found.suffix != ".pt":
         raise ValueError(
-            f"{p} holds EMA weights only; weights 'model' are in a reference .pt (train.export: [reference])"
+            f"{found} holds EMA weights only; weights 'model' are in a .pt as the published code "
+            "writes it (train.export: [reference])"
         )
-    if p.is_dir():
-        return _from_checkpoint(p)
-    return (
-        _from_safetensors(p)
-        if p.suffix == ".safetensors"
-        else _from_reference(p, weights, num_heads)
-    )
+    if found.is_dir():
+        model, cfg, _ = load_checkpoint(found)
+        return model, cfg.diffusion.path
+    if found.suffix == ".safetensors":
+        return _from_safetensors(found)
+    return _from_published(found, weights, num_heads)
+
+
+def load_checkpoint(path: Path) -> tuple[SiT, Config, int]:
+    """A training checkpoint's EMA.
+
+    Args:
+        path: a checkpoint folder, ``<run>/checkpoints/step_XXXXXXXX``.
+
+    Returns:
+        The model in eval mode, fp32, on the CPU; the run's configuration; the step of the
+        checkpoint.
+
+    Raises:
+        ValueError: the run's configuration is missing, a rank's file is missing or broken, or the
+            weights do not fit the configured model.
+    """
+    file = path.absolute().parents[1] / "config.yaml"
+    if not file.exists():
+        raise ValueError(f"expected {path} in a run folder, but there is no configuration {file}")
+    cfg = load_config(file)
+    # the EMA's files hold flat tensors: the model knows the shapes
+    model = cfg.model.build()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    ema = {name: flat.view(shapes[name]) for name, flat in reading.load_ema(path).items()}
+    # the EMA has no buffers: those of a new model are the same
+    _fill(model, {**model.state_dict(), **ema})
+    step = json.loads((path / reading.STATE).read_text())["step"]
+    return model, cfg, step
 
 
 def _fill(model: SiT, state: dict) -> SiT:
@@ -52,26 +88,21 @@ def _fill(model: SiT, state: dict) -> SiT:
     return model.eval()
 
 
-def _from_checkpoint(path: Path) -> tuple[SiT, str]:
-    cfg = load_config(path.parents[1] / "config.yaml")
-    model = cfg.model.build()
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    ema = {name: flat.view(shapes[name]) for name, flat in reading.load_ema(path).items()}
-    return _fill(model, {**model.state_dict(), **ema}), cfg.diffusion.path
-
-
 def _from_safetensors(path: Path) -> tuple[SiT, str]:
     held = reading.read_weights(str(path))
-    state, config = held["ema"], held.get("config")
+    state = held["ema"]
+    config = held.get("config")
+    # a file without our metadata: shapes say what the model is
     if config is None:
         return _fill(*_made(state)), "linear"
     return _fill(ModelConfig(**config["model"]).build(), state), config["diffusion"]["path"]
 
 
-def _from_reference(path: Path, weights: str, num_heads: int | None) -> tuple[SiT, str]:
+def _from_published(path: Path, weights: str, num_heads: int | None) -> tuple[SiT, str]:
     held = reading.read_reference(str(path))
     if weights not in held:
         raise ValueError(f"{path} holds no '{weights}' weights, only {sorted(held)}")
+    # the arguments say what shapes do not: heads, classes apart from the null class, SiT or DiT
     args = held.get("args")
     family = str(getattr(args, "model", "")).partition("-")[0]
     made = _made(
@@ -84,5 +115,6 @@ def _from_reference(path: Path, weights: str, num_heads: int | None) -> tuple[Si
 
 
 def _made(state: dict[str, torch.Tensor], *given) -> tuple[SiT, dict[str, torch.Tensor]]:
+    """A model of the size that the weights' shapes show; ``given``: what is known besides."""
     cls, arguments = models.arguments_from_state_dict(state, *given)
     return cls(**arguments), state

@@ -1,34 +1,48 @@
 """Weights of the official DiT and SiT releases (facebookresearch/DiT, willisma/SiT) as weights of our models.
 
-Parameter names, patches, position embedding and DiT's process are the same.  What differs:
+Parameter names, patches, position embedding and DiT's process are the same. Three things differ:
 
-- neither has SRA's projection head: it is initialised anew;
-- SiT's time runs backwards, u = 1 - t (u = 0 is noise), and its velocity is dx/du = -dx/dt;
-- SiT carries 2C output channels, of which it uses the first C.
+- Neither release has SRA's projection head. It is initialised anew.
+- SiT's time runs backwards, u = 1 - t (u = 0 is noise), and its velocity is dx/du = -dx/dt.
+- SiT carries 2C output channels and uses the first C.
 """
+
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sra_fast import models
+from sra_fast.checkpoint.export import write_export
+from sra_fast.checkpoint.reading import read_weights
 from sra_fast.config.schema import ModelConfig
 from sra_fast.models import SiT
 from sra_fast.models.layers import timestep_frequencies
 
-PATHS = {"Linear": "linear", "GVP": "cosine"}  # --path-type of the official SiT
+# --path-type of the official SiT -> our name
+PATHS = {"Linear": "linear", "GVP": "cosine"}
 
 
 def reverse_time(weight: Tensor) -> Tensor:
-    """The first weight of the time's MLP ``[D, 2F]`` for u -> the one that gives the same for t = 1 - u.
+    """The first weight of the time's MLP for u -> the weight that gives the same for t = 1 - u.
 
-    With w a frequency, cos((1-t)w) = cos(w) cos(tw) + sin(w) sin(tw) and sin((1-t)w) = sin(w) cos(tw) - cos(w) sin(tw):
-    a reflection of each pair of features, absorbed exactly.
+    For a frequency w,
+
+        cos((1-t)w) = cos(w) cos(tw) + sin(w) sin(tw)
+        sin((1-t)w) = sin(w) cos(tw) - cos(w) sin(tw).
+
+    That is a reflection of each pair of features, so the weight absorbs it exactly.
+
+    Args:
+        weight: ``[D, 2F]``, the columns of the cosines first.
     """
+    # in float64, rounded once at the end
     of_cos, of_sin = weight.double().chunk(2, dim=1)
     w = timestep_frequencies(of_cos.shape[1]).double()
-    return torch.cat(
-        [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()], dim=1
-    ).to(weight.dtype)
+    reflected_cos = of_cos * w.cos() + of_sin * w.sin()
+    reflected_sin = of_cos * w.sin() - of_sin * w.cos()
+    return torch.cat([reflected_cos, reflected_sin], dim=1).to(weight.dtype)
 
 
 def first_channels(parameter: Tensor, patch_size: int, channels: int) -> Tensor:
@@ -38,37 +52,42 @@ def first_channels(parameter: Tensor, patch_size: int, channels: int) -> Tensor:
 
 
 def model_config(state: dict[str, Tensor], name: str, num_heads: int | None = None) -> ModelConfig:
-    """The configuration of the model ``name`` with everything that the shapes of ``state`` say.
+    """The configuration of the model ``name``, with everything that the shapes of ``state`` show.
 
     Args:
-        num_heads: for weights that are no size of the paper's; ``name`` then only says the family.
+        state: official state dict.
+        name: {SiT,DiT}-{S,B,L,XL}/{2,4,8}.
+        num_heads: for weights whose size is not one of the paper's; ``name`` then only gives the
+            family.
 
     Raises:
-        ValueError: a model that the weights are not.
+        ValueError: the weights are not those of such a model.
     """
     family, preset = models.preset(name)
+    # shapes show everything but the number of heads
     _, found = models.arguments_from_state_dict(
         state, num_heads or preset["num_heads"], family=family.family
     )
-    for key, value in preset.items():
-        if num_heads is None and found[key] != value:
-            raise ValueError(
-                f"the weights are no {name}: {key} should be {value}, it is {found[key]}"
-            )
+    if num_heads is None:
+        for key, value in preset.items():
+            if found[key] != value:
+                raise ValueError(
+                    f"the weights are no {name}: {key} should be {value}, it is {found[key]}"
+                )
     kept = ("input_size", "in_channels", "num_classes", "class_dropout_prob", "qk_norm", *preset)
     return ModelConfig(name, **{key: found[key] for key in kept})
 
 
 def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
-    """A model of ``cfg`` with the official weights, in fp32 on the CPU.
+    """A model of ``cfg`` with the official weights, in eval mode, fp32, on the CPU.
 
     Args:
-        state: official state dict.
+        state: official state dict; it is not changed.
         cfg: see ``model_config``.
         seed: of the projection head.
 
     Raises:
-        ValueError: weights of another layout.
+        ValueError: the weights have another layout.
     """
     if any(name.startswith("ap_head.") for name in state):
         raise ValueError(
@@ -79,14 +98,14 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
         _convert_sit(state, cfg.arguments()["patch_size"], cfg.in_channels)
     torch.manual_seed(seed)
     model = cfg.build().eval()
-    # a run makes its own, so that another one would be lost without a word
+    # a run computes its position embedding itself: another one would be lost silently
     if not torch.allclose(state["pos_embed"], model.pos_embed, atol=1e-5):
         raise ValueError(
             "the position embedding of the weights is not the fixed 2-d sine-cosine one"
         )
-    head = {
-        name: value for name, value in model.state_dict().items() if name.startswith("ap_head.")
-    }
+    fresh = model.state_dict()
+    # strict loading wants every name: the head keeps its fresh weights
+    head = {name: value for name, value in fresh.items() if name.startswith("ap_head.")}
     try:
         model.load_state_dict({**state, **head}, strict=True)
     except RuntimeError as error:
@@ -95,28 +114,58 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
 
 
 def _convert_sit(state: dict[str, Tensor], patch_size: int, channels: int) -> None:
+    """Reverse the time and the velocity, and drop the unused channels, in place."""
     for name in ("t_embedder.mlp.0.weight", "final_layer.linear.bias"):
         if name not in state:
             raise ValueError(f"the weights do not fit the model: they have no {name}")
     state["t_embedder.mlp.0.weight"] = reverse_time(state["t_embedder.mlp.0.weight"])
-    expected = [patch_size**2 * channels, 2 * patch_size**2 * channels]
+    # a SiT that was trained without the unused half has half the rows
+    rows = patch_size**2 * channels
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if len(state[name]) not in expected:
+        if len(state[name]) not in (rows, 2 * rows):
             raise ValueError(
-                f"{name} should have {expected[0]} or {expected[1]} rows, it has {len(state[name])}"
+                f"{name} should have {rows} or {2 * rows} rows, it has {len(state[name])}"
             )
+        # negative: the velocity is dx/du = -dx/dt
         state[name] = -first_channels(state[name], patch_size, channels)
 
 
-def interpolant(args) -> str:
-    """Our name of the path that an official SiT checkpoint's ``args`` (None: a release) was trained with.
+def interpolant_name(args) -> str:
+    """Our name of the interpolant that an official SiT checkpoint was trained with.
+
+    Args:
+        args: the checkpoint's ``args``; None for a release, which has none.
 
     Raises:
-        ValueError: a path or a prediction that our models do not have.
+        ValueError: an interpolant or a prediction that our models do not have.
     """
-    path, prediction = getattr(args, "path_type", "Linear"), getattr(args, "prediction", "velocity")
+    path = getattr(args, "path_type", "Linear")
+    prediction = getattr(args, "prediction", "velocity")
     if path not in PATHS or prediction != "velocity":
         raise ValueError(
-            f"expected --path-type {' or '.join(PATHS)} and --prediction velocity, the weights have {path} and {prediction}"
+            f"expected --path-type {' or '.join(PATHS)} and --prediction velocity, "
+            f"the weights have {path} and {prediction}"
         )
     return PATHS[path]
+
+
+def import_file(
+    source: str, name: str, out: str, num_heads: int | None = None, seed: int = 0
+) -> None:
+    """Convert an official ``.pt`` to an export.
+
+    Args:
+        source: a release's state dict, or a training checkpoint, of which the EMA is taken.
+        name, num_heads: see ``model_config``.
+        out: the ``.safetensors`` file to write.
+        seed: of the projection head.
+
+    Raises:
+        ValueError: the file cannot be read, or holds other weights.
+    """
+    held = read_weights(source)
+    # a training checkpoint holds the student and its EMA; samples come from the EMA
+    state = held.get("ema", held.get("model"))
+    cfg = model_config(state, name, num_heads)
+    config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}
+    write_export(Path(out), convert(state, cfg, seed).state_dict(), config, step=None)

@@ -33,8 +33,8 @@ class Digits(TrainingData):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
 
-    def held_out(self) -> "Digits":
-        return Digits(held_out=True)
+    def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
+        return [(part, np.arange(len(part))) for part in (self, Digits(held_out=True))]
 
 
 @DATASETS.register("digits")

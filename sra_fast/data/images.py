@@ -18,24 +18,28 @@ SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The square crop of the ADM evaluation: halve (box filter) while the shorter side is at least ``2 * size``, resize
-    it to ``size`` (bicubic), cut ``size x size`` out of the middle; an odd margin's extra pixel is right or below."""
+    """The square crop of the ADM evaluation, ``size x size``.
+
+    Halve the image with a box filter while the shorter side is at least ``2 * size``. Resize the
+    shorter side to ``size`` (bicubic). Cut out the middle; if a margin is odd, its extra pixel is
+    on the right or below.
+    """
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, Image.Resampling.BOX)
+    # the shorter side becomes exactly size
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    resized = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def _hidden(name: str) -> bool:
     """What file managers and notebooks leave: .DS_Store, ._0.jpg, .ipynb_checkpoints/0-checkpoint.jpg, __MACOSX/."""
-    return any(
-        part.startswith(".") and part not in (".", "..") or part == "__MACOSX"
-        for part in name.split("/")
-    )
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _unreadable(error: OSError) -> None:
@@ -43,10 +47,11 @@ def _unreadable(error: OSError) -> None:
 
 
 class ImageFolder(Dataset):
-    """Images of class folders, or of a ``dataset.json`` (``{"labels": [["a/b.png", 3], ...]}``) beside them.
+    """Images in class folders, or with their labels in a ``dataset.json``.
 
-    Class folders are numbered in the order of their names.  Files and folders whose name begins with a dot are not there,
-    nor is a .zip's __MACOSX.  Reading is thread-safe.
+    A ``dataset.json`` is ``{"labels": [["a/b.png", 3], ...]}``, at the top of the folder or the .zip.
+    Class folders are numbered in the order of their names. Files and folders whose name begins with
+    a dot are ignored, as is __MACOSX in a .zip. Reading is thread-safe.
 
     Args:
         path: folder or .zip.
@@ -55,34 +60,32 @@ class ImageFolder(Dataset):
         mirror: every image is followed by its mirror image.
 
     Raises:
-        ValueError: no images, an empty class, another number of classes, a label missing or outside [0, num_classes), a
-            folder that cannot be read or links to one above it; ``__getitems__``: a file that is no readable image of 8 bits.
+        ValueError: there are no images, a class is empty, the number of classes is another, a label
+            is missing or outside [0, num_classes), or a folder cannot be read or links to one above
+            it. ``__getitems__`` raises it for a file that is no readable image of 8 bits per
+            channel.
     """
 
     def __init__(self, path: str, size: int, num_classes: int | None = None, mirror: bool = False):
-        self.path, self.size, self.copies = Path(path), size, 2 if mirror else 1
+        self.path = Path(path)
+        self.size = size
+        self.copies = 2 if mirror else 1
         self.zip = self._open_zip() if self.path.is_file() else None
-        names = sorted(
-            {name for name in self._list() if not _hidden(name)}
-        )  # a .zip may hold a file twice: the last counts
-        self.names = [
-            name
-            for name in names
-            if PurePosixPath(name).suffix.lower() in SUFFIXES and name[-1] != "/"
-        ]
+
+        # a set: a .zip may hold a file twice, and its last version counts
+        names = sorted({name for name in self._list() if not _hidden(name)})
+        files = [name for name in names if not name.endswith("/")]
+        self.names = [name for name in files if PurePosixPath(name).suffix.lower() in SUFFIXES]
         if not self.names:
             raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-        labels = (
-            self._listed_labels()
-            if "dataset.json" in names
-            else self._folder_labels(names, num_classes)
-        )
+
+        listed = "dataset.json" in names
+        labels = self._listed_labels() if listed else self._folder_labels(names, num_classes)
+        # labels of a dataset.json may have gaps: the highest one decides
         self.num_classes = max(labels) + 1 if num_classes is None else num_classes
-        wrong = next((i for i, y in enumerate(labels) if not 0 <= y < self.num_classes), None)
-        if wrong is not None:
-            raise ValueError(
-                f"labels must lie in [0, {self.num_classes}), {self.names[wrong]} has {labels[wrong]}"
-            )
+        for name, label in zip(self.names, labels, strict=True):
+            if not 0 <= label < self.num_classes:
+                raise ValueError(f"labels must lie in [0, {self.num_classes}), {name} has {label}")
         self.labels = torch.tensor(labels, dtype=torch.int64).repeat_interleave(self.copies)
         self.fingerprint = hashlib.sha256(json.dumps([self.names, labels]).encode()).hexdigest()
 
@@ -95,29 +98,27 @@ class ImageFolder(Dataset):
             ) from None
 
     def _list(self) -> Iterator[str]:
-        """Names of all files, and of folders with a slash at the end."""
+        """Names of all files and folders, relative to the root. A folder's name ends with a slash."""
         if self.zip:
             yield from self.zip.namelist()
             return
         if not self.path.is_dir():
             raise ValueError(f"no folder or .zip of images at {self.path}")
         for folder, subfolders, files in os.walk(self.path, onerror=_unreadable, followlinks=True):
-            above = [
-                parent.resolve()
-                for parent in Path(folder).parents
-                if parent.is_relative_to(self.path)
-            ]
-            if Path(folder).resolve() in above:
-                raise ValueError(
-                    f"{folder} is a link to a folder above it, {Path(folder).resolve()}"
-                )
+            # links are followed, so a link to a folder above would never end
+            here = Path(folder)
+            parents = [p.resolve() for p in here.parents if p.is_relative_to(self.path)]
+            if here.resolve() in parents:
+                raise ValueError(f"{folder} is a link to a folder above it, {here.resolve()}")
+            # os.walk descends into what is left in this list
             subfolders[:] = [name for name in subfolders if not _hidden(name)]
-            above = os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
-            above = "" if above == "./" else above
-            yield from (above + name + "/" for name in subfolders)
-            yield from (above + name for name in files)
+            relative = os.path.relpath(folder, self.path).replace(os.sep, "/")
+            prefix = "" if relative == "." else relative + "/"
+            yield from (prefix + name + "/" for name in subfolders)
+            yield from (prefix + name for name in files)
 
     def _listed_labels(self) -> list[int]:
+        """The labels of ``names`` in ``dataset.json``."""
         index = f"{self.path}/dataset.json"
         try:
             listed = json.loads(self._read("dataset.json"))["labels"]
@@ -129,10 +130,13 @@ class ImageFolder(Dataset):
                 f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}'
             ) from None
         for name in self.names:
-            if type(label := labels.get(name)) is not int:
+            label = labels.get(name)
+            # bool is a subclass of int, but true is no label
+            if type(label) is not int:
                 raise ValueError(
                     f"{index} must hold a whole number as the label of {name}, got {label!r}"
                 )
+        # a list with more files than the folder is a sign of an incomplete copy
         absent = labels.keys() - set(self.names)
         if absent:
             raise ValueError(
@@ -141,6 +145,8 @@ class ImageFolder(Dataset):
         return [labels[name] for name in self.names]
 
     def _folder_labels(self, names: list[str], num_classes: int | None) -> list[int]:
+        """The labels of ``self.names`` by class folder; ``names``: all files and folders."""
+        # an image at the top has no class
         loose = next((name for name in self.names if "/" not in name), None)
         if loose:
             raise ValueError(
@@ -149,16 +155,16 @@ class ImageFolder(Dataset):
         classes = sorted({name.partition("/")[0] for name in names if "/" in name})
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[name.partition("/")[0]] for name in self.names]
-        empty = [classes[i] for i in sorted(set(range(len(classes))) - set(labels))]
-        if (
-            len(classes) == 1
-            and num_classes is None
-            and any(name.count("/") > 1 for name in self.names)
-        ):
+
+        # imagenet/train/n01440764/...: the user gave the folder above the right one
+        nested = any(name.count("/") > 1 for name in self.names)
+        if len(classes) == 1 and num_classes is None and nested:
             raise ValueError(
                 f"{self.path} holds one folder, {classes[0]}, with folders in it: the classes must be one level higher "
                 "(or num_classes 1)"
             )
+        occupied = set(labels)
+        empty = [name for name in classes if number[name] not in occupied]
         if empty:
             raise ValueError(
                 f"{self.path} has {len(empty)} class folders without images, the first is {empty[0]}"
@@ -173,17 +179,19 @@ class ImageFolder(Dataset):
         return self.zip.read(name) if self.zip else (self.path / name).read_bytes()
 
     def _pixels(self, name: str) -> np.ndarray:
-        """uint8 ``[size, size, 3]``."""
+        """The crop of one image, uint8 ``[size, size, 3]``."""
         try:
             with Image.open(BytesIO(self._read(name))) as image:
-                if image.mode[0] in "IF":  # Pillow clips them to 255: white
+                # 16- and 32-bit modes: Pillow would clip them to 255, which is white
+                if image.mode[0] in "IF":
                     raise ValueError(f"8 bits per channel were expected, its mode is {image.mode}")
                 return np.asarray(center_crop(image.convert("RGB"), self.size))
         except UnidentifiedImageError:
             raise ValueError(
                 f"{self.path}/{name} is no readable image: empty, or of an unknown format"
             ) from None
-        except Exception as error:  # whatever Pillow's decoders and zip files raise
+        except Exception as error:
+            # Pillow's decoders and zip files raise many types
             raise ValueError(f"{self.path}/{name} is no readable image: {error!r}") from None
 
     def __len__(self) -> int:
@@ -191,8 +199,12 @@ class ImageFolder(Dataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 ``[B, 3, size, size]`` (channels last in memory) and labels ``[B]``."""
-        pixels = {
-            i: self._pixels(self.names[i]) for i in {index // self.copies for index in indices}
-        }
-        batch = [pixels[i // self.copies][:, :: -1 if i % self.copies else 1] for i in indices]
+        # an image and its mirror image are decoded once
+        numbers = {index // self.copies for index in indices}
+        pixels = {number: self._pixels(self.names[number]) for number in numbers}
+        batch = []
+        for index in indices:
+            number, mirrored = divmod(index, self.copies)
+            image = pixels[number]
+            batch.append(image[:, ::-1] if mirrored else image)
         return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), self.labels[indices]

@@ -1,4 +1,4 @@
-"""A pseudo-random permutation that is computed where it is asked for: no memory, whatever the length."""
+"""A pseudo-random permutation that is computed element by element, so it takes no memory whatever its length."""
 
 from math import isqrt
 
@@ -19,13 +19,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Permutation:
     """A bijection of ``range(length)``: a Feistel network on pairs with cycle walking.
 
-    A position is a pair (left, right) of Z_a x Z_b with a, b about the root of ``length``; a round adds a keyed hash of
-    one half to the other. What lands in [length, a b), one position in sqrt(length) at most, is sent through again. Black and
-    Rogaway, "Ciphers with arbitrary finite domains" (2002).
+    A position is a pair (left, right) of Z_a x Z_b, where a and b are about the square root of
+    ``length``. Each round adds a keyed hash of one half to the other. A result in [length, a b) is
+    sent through the rounds again; at most one position in sqrt(length) is. Black and Rogaway,
+    "Ciphers with arbitrary finite domains" (2002).
 
     Args:
         length: at least 1.
-        key: integers; each key is another permutation.
+        key: integers. Each key gives another permutation.
     """
 
     def __init__(self, length: int, *key: int):
@@ -35,15 +36,18 @@ class Permutation:
         self.keys = [np.uint64(block_seed(*key, i)) for i in range(ROUNDS)]
 
     def __call__(self, positions) -> np.ndarray:
-        """int64 images ``[N]`` of ``positions [N]``, each in [0, length)."""
+        """Where ``positions [N]`` are mapped to: int64 ``[N]``, each in [0, length)."""
         x = self._rounds(np.asarray(positions, np.uint64))
+        # cycle walking: a b may exceed the length
         while (outside := x >= self.length).any():
             x[outside] = self._rounds(x[outside])
         return x.astype(np.int64)
 
     def _rounds(self, x: np.ndarray) -> np.ndarray:
-        a, b = np.uint64(self.a), np.uint64(self.b)
+        a = np.uint64(self.a)
+        b = np.uint64(self.b)
         left, right = np.divmod(x, b)
+        # the halves take turns, so every round can be undone
         for i, key in enumerate(self.keys):
             if i % 2:
                 right = (right + _mix(left ^ key) % b) % b

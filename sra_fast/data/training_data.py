@@ -1,11 +1,11 @@
 """What a data set has to be for a run to train on it."""
 
-from collections.abc import Callable
-
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sra_fast.config.schema import DataConfig
+# one image in five is held out of an analysis
+HELD_OUT = 5
 
 
 class TrainingData(Dataset):
@@ -43,9 +43,11 @@ class TrainingData(Dataset):
         """
         return images
 
-    def held_out(self) -> "TrainingData | None":
-        """The images that no run trains on, as a set of their own; None if there are none."""
-        return None
+    def held_out_split(self) -> "list[tuple[TrainingData, np.ndarray]]":
+        """Training and held-out images of an analysis, each as a data set and its rows.
 
-
-DataFactory = Callable[[DataConfig], TrainingData]
+        Every fifth row is held out, unless the set has images that no run trains on.
+        """
+        rows = np.arange(len(self))
+        held_out = rows % HELD_OUT == 0
+        return [(self, rows[~held_out]), (self, rows[held_out])]

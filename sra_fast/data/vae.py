@@ -9,34 +9,41 @@ from torch import Tensor
 
 
 def load_vae(path: str, channels: int | None = None):
-    """diffusers' AutoencoderKL in fp32, from a folder or from the hub's cache; nothing is downloaded.
+    """diffusers' AutoencoderKL in fp32 and eval mode, from a folder or the hub's cache. Nothing is downloaded.
 
     Args:
-        channels: that its latents must have.
+        path: folder, or id of a model in the hub's cache.
+        channels: how many channels its latents must have; None: any.
 
     Raises:
-        ValueError: no diffusers, no AutoencoderKL there, or one of other latents.
+        ValueError: diffusers is not installed, ``path`` is no AutoencoderKL, or its latents have
+            other channels.
     """
     try:
         from diffusers import AutoencoderKL
     except ImportError:
         raise ValueError("--vae needs diffusers: pip install 'sra-fast[vae]'") from None
     try:
-        # without accelerate, which diffusers' default asks for
+        # the default low_cpu_mem_usage=True would need accelerate
         vae = AutoencoderKL.from_pretrained(path, local_files_only=True, low_cpu_mem_usage=False)
-    except Exception as error:  # of diffusers, huggingface_hub, safetensors and torch
+    except Exception as error:
+        # diffusers, huggingface_hub, safetensors and torch each raise their own types
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--vae {path} holds no AutoencoderKL: {reason}") from None
+    found = vae.config.latent_channels
+    if channels not in (None, found):
         raise ValueError(
-            f"--vae {path} holds no AutoencoderKL: {str(error).strip().splitlines()[0]}"
-        ) from None
-    if channels not in (None, vae.config.latent_channels):
-        raise ValueError(
-            f"--vae {path} is for latents of {vae.config.latent_channels} channels, the model has {channels}"
+            f"--vae {path} is for latents of {found} channels, the model has {channels}"
         )
     return vae.float().eval().requires_grad_(False)
 
 
 def vae_identity(vae) -> dict:
-    """``sha256`` of what makes the latents, the encoder (decoders are fine-tuned and swapped), and the ``scaling_factor``."""
+    """What decides the latents: ``sha256`` of the encoder's weights, and the ``scaling_factor``.
+
+    The decoder is left out: decoders are fine-tuned and swapped without a change of the latents.
+    """
+    # names and shapes as well: the same numbers under other names are another encoder
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
@@ -46,20 +53,25 @@ def vae_identity(vae) -> dict:
 
 
 def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 images ``[B, 3, R, R]`` to fp32 moments ``[B, 2C, h, w]`` (mean, standard deviation) on the CPU.
+    """A function from images to moments. The same batch always gives the same bits.
 
-    ``precision``: fp32; tf32: products of fp32 numbers rounded to TF32 on a GPU; bf16: autocast.  The same batch gives the
-    same bits again.
+    Args:
+        vae: is moved to ``device``.
+        precision: ``fp32``; ``tf32``: fp32 tensors, products rounded to TF32 on a GPU; ``bf16``:
+            autocast.
+
+    Returns:
+        uint8 images ``[B, 3, R, R]`` -> fp32 moments ``[B, 2C, h, w]`` (mean, standard deviation)
+        on the CPU.
     """
     vae.to(device)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
+        # uint8 to [-1, 1]
         images = pixels.to(device).float() / 127.5 - 1
-        with (
-            _repeatable(tf32=precision == "tf32"),
-            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-        ):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        with _repeatable(tf32=precision == "tf32"), autocast:
             posterior = vae.encode(images).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1).cpu()
 
@@ -68,8 +80,9 @@ def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor]
 
 @contextmanager
 def _repeatable(tf32: bool) -> Iterator[None]:
-    """The same bits from the same batch, and TF32 as said; the process's own choices come back afterwards."""
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    """Deterministic convolutions, and TF32 as asked for. The process's own settings are restored afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
     matmul.allow_tf32 = tf32
     try:
         with torch.backends.cudnn.flags(
@@ -81,25 +94,39 @@ def _repeatable(tf32: bool) -> Iterator[None]:
 
 
 def moments_shape(vae, encode: Callable[[Tensor], Tensor], size: int) -> tuple[int, int, int]:
-    """[2C, h, w] of an image of ``size`` pixels; ValueError if it is none that the VAE takes."""
+    """(2C, h, w) of the moments of an image of ``size`` pixels.
+
+    Raises:
+        ValueError: the VAE does not take RGB images, or none of this size.
+    """
     if vae.config.in_channels != 3:
         raise ValueError(
             f"--vae must take images of 3 channels, this one takes {vae.config.in_channels}"
         )
+    # every block but the last halves the side
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if size < factor or size % factor:
         raise ValueError(f"resolution must be a multiple of {factor} (the VAE's), got {size}")
-    return tuple(encode(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
+    # one image through the encoder is the surest way to know the shape
+    black = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    return tuple(encode(black).shape[1:])
 
 
 @torch.no_grad()
 def decode(latents: Tensor, vae, scale: float, batch: int, device: torch.device) -> Tensor:
-    """``[N, C, h, w]`` latents -> images in [-1, 1] on the CPU; without a VAE latents of 1 or 3 channels are the images.
+    """Latents -> images in [-1, 1].
 
-    ``scale``: what the latents were multiplied with for training.
+    Args:
+        latents: ``[N, C, h, w]``.
+        vae: on ``device``; None: latents of 1 or 3 channels are the images and are returned as they
+            are.
+        scale: what the latents were multiplied with for training.
+        batch: latents per call of the decoder.
+
+    Returns:
+        ``[N, 3, H, W]`` fp32 on the CPU.
     """
     if vae is None:
         return latents
-    return torch.cat(
-        [vae.decode(part.to(device) / scale).sample.float().cpu() for part in latents.split(batch)]
-    )
+    parts = latents.split(batch)
+    return torch.cat([vae.decode(part.to(device) / scale).sample.float().cpu() for part in parts])

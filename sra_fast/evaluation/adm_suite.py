@@ -1,4 +1,4 @@
-"""Samples against a reference batch, both ``.npz``: the ADM suite's five scores, and which of them may be compared."""
+"""Samples against an FID reference, both ``.npz``: the ADM suite's five scores, and which of them may be compared."""
 
 import glob
 import hashlib
@@ -17,7 +17,7 @@ from sra_fast.evaluation.npz import NpzImages, members, read_statistics
 from sra_fast.evaluation.scores import (
     Gaussian,
     InceptionScore,
-    Moments,
+    RunningGaussian,
     frechet_distance,
     precision_recall,
 )
@@ -25,9 +25,11 @@ from sra_fast.utils.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 50_000  # of published numbers
+# how many samples published numbers are computed from
+SAMPLES = 50_000
 CACHED = ".stats.npz"
 COMPARABLE = "comparable with published ADM-suite numbers for the same reference file"
+# why a score could not be computed
 LACKING = {
     "sfid": "the extractor or the reference file has no spatial features",
     "inception_score": "the extractor gives no logits",
@@ -38,7 +40,7 @@ LACKING = {
 
 @dataclass
 class Summary:
-    """What the scores need of one side; None where it has none."""
+    """What the scores need of one side. A field is None if the side does not have it."""
 
     count: int = 0
     """images"""
@@ -54,16 +56,29 @@ class Summary:
 def summarize(
     images: NpzImages, extractor: Extractor, batch: int, keep: int | None = None
 ) -> Summary:
-    """One pass over ``images``, ``batch`` at a time, with a progress bar; features of the first ``keep`` are kept (None: all)."""
-    pool, spatial, score, kept = Moments(), Moments(), InceptionScore(), []
+    """One pass over the images, with a progress bar.
+
+    Args:
+        images: all of them are used for the Gaussians and the Inception score.
+        extractor: what computes the features.
+        batch: images per call of the extractor.
+        keep: features of this many first images are kept for precision and recall; None: of all.
+
+    Raises:
+        ValueError: the file is damaged, or the extractor's output is not usable.
+    """
+    pool = RunningGaussian()
+    spatial = RunningGaussian()
+    score = InceptionScore()
+    kept = []
     keep = images.count if keep is None else keep
-    with (
-        torch.inference_mode(),
-        tqdm(total=images.count, unit="image", desc=Path(images.path).name) as bar,
-    ):
+    bar = tqdm(total=images.count, unit="image", desc=Path(images.path).name)
+    with torch.inference_mode(), bar:
         for part in images.batches(batch):
+            # [N, H, W, C] -> [N, C, H, W]
             features = extractor(torch.from_numpy(part).permute(0, 3, 1, 2).contiguous())
-            kept.append(features.pool[: max(0, keep - pool.count)].float().cpu())
+            still_wanted = max(0, keep - pool.count)
+            kept.append(features.pool[:still_wanted].float().cpu())
             pool.update(features.pool)
             if features.spatial is not None:
                 spatial.update(features.spatial)
@@ -71,52 +86,58 @@ def summarize(
                 score.update(features.logits)
             bar.update(len(part))
     return Summary(
-        images.count,
-        pool.gaussian(),
-        spatial.gaussian() if spatial.count else None,
-        score.compute() if features.logits is not None else None,
-        torch.cat(kept),
+        count=images.count,
+        pool=pool.gaussian(),
+        spatial=spatial.gaussian() if spatial.count else None,
+        inception_score=score.compute() if features.logits is not None else None,
+        features=torch.cat(kept),
     )
 
 
 def _cache_path(reference: str, extractor: Extractor, keep: int | None) -> Path:
-    """Where the reference's summary is kept; another name once the file has changed."""
-    path, stat = Path(reference), Path(reference).stat()
-    stamp = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} {keep}".encode()).hexdigest()[:8]
+    """Where a reference's summary is cached. The name changes when the file does."""
+    # size, date and how many features: a hash of the file itself would take seconds
+    path = Path(reference)
+    stat = path.stat()
+    state = f"{stat.st_size} {stat.st_mtime_ns} {keep}"
+    stamp = hashlib.sha256(state.encode()).hexdigest()[:8]
     return path.with_name(f"{path.name}.{extractor.name}.{stamp}{CACHED}")
 
 
-def _load(path: Path) -> Summary | None:
-    """A summary written by ``_save``; None, and one warning, if it cannot be read."""
+def _load_cached(path: Path) -> Summary | None:
+    """A summary that ``_save_cached`` wrote; None if there is none, or if it cannot be read (a warning)."""
     if not path.exists():
         return None
     try:
         pool, spatial = read_statistics(str(path))
         with np.load(path) as held:
-            return Summary(
-                int(held["count"]), pool, spatial, features=torch.from_numpy(held["features"])
-            )
+            features = torch.from_numpy(held["features"])
+            return Summary(int(held["count"]), pool, spatial, features=features)
     except (ValueError, KeyError, OSError) as error:
         log.warning("%s is ignored: %s", path, error)
         return None
 
 
-def _save(path: Path, summary: Summary) -> None:
-    """Write, and remove what was kept for an earlier state of the file; a warning where the folder cannot be written."""
+def _save_cached(path: Path, summary: Summary) -> None:
+    """Cache a summary and remove those of earlier states of the file. A folder that is read-only gives a warning."""
     arrays = {"count": summary.count, "features": summary.features.numpy()}
     for suffix, gaussian in (("", summary.pool), ("_s", summary.spatial)):
         if gaussian is not None:
-            arrays |= {"mu" + suffix: gaussian.mean, "sigma" + suffix: gaussian.cov}
+            arrays["mu" + suffix] = gaussian.mean
+            arrays["sigma" + suffix] = gaussian.cov
 
     def write(temporary: Path) -> None:
-        with open(temporary, "wb") as f:  # an open file: savez would add a suffix to the name
+        # through an open file: given a path, numpy would add a suffix
+        with open(temporary, "wb") as f:
             np.savez(f, **arrays)
 
     try:
         write_atomic(path, write)
-        others = glob.escape(path.name.removesuffix(CACHED)[:-8]) + "*" + CACHED
-        for old in set(path.parent.glob(others)) - {path}:
-            old.unlink()
+        # the same name up to the eight digits of the stamp
+        stem = path.name.removesuffix(CACHED)[:-8]
+        for old in path.parent.glob(glob.escape(stem) + "*" + CACHED):
+            if old != path:
+                old.unlink()
     except OSError as error:
         log.warning("the reference's statistics are not kept: %s", error)
 
@@ -124,12 +145,19 @@ def _save(path: Path, summary: Summary) -> None:
 def summarize_reference(
     path: str, extractor: Extractor, batch: int, keep: int | None = None, cache: bool = True
 ) -> Summary:
-    """A reference batch: its own statistics where it brings any and they are Inception's, the rest from its images.
+    """The summary of an FID reference.
 
-    What comes from images is kept beside the file, under the extractor's name, for the next time.
+    The file's own statistics are used if it has any and the extractor is an Inception. The rest
+    comes from its images. What was computed from images is cached in a file next to the reference,
+    under the extractor's name.
+
+    Args:
+        path: ``.npz`` with images, statistics, or both.
+        extractor, batch, keep: see ``summarize``.
+        cache: read and write the cache.
 
     Raises:
-        ValueError: neither images nor statistics that fit the extractor.
+        ValueError: the file has neither images nor statistics that fit the extractor.
     """
     pool, spatial = read_statistics(path) if extractor.inception else (None, None)
     for gaussian, size in ((pool, POOL), (spatial, SPATIAL)):
@@ -140,12 +168,13 @@ def summarize_reference(
     summary = Summary()
     if "arr_0" in members(path) or pool is None:
         images = NpzImages(path)
-        kept = _cache_path(path, extractor, keep)
-        summary = _load(kept) if cache else None
+        cached = _cache_path(path, extractor, keep)
+        summary = _load_cached(cached) if cache else None
         if summary is None:
             summary = summarize(images, extractor, batch, keep)
             if cache:
-                _save(kept, summary)
+                _save_cached(cached, summary)
+    # the file's own statistics are of the whole data set, its images often of a part
     if pool is not None:
         summary = replace(summary, pool=pool, spatial=spatial, precomputed=True)
     return summary
@@ -156,8 +185,10 @@ def _distance(a: Gaussian | None, b: Gaussian | None) -> float | None:
 
 
 def score(samples: Summary, reference: Summary, device: torch.device) -> dict[str, float | None]:
-    """The five scores; None for one that lacks an input."""
-    precision, recall = None, None
+    """The five scores, None for one whose input is missing; ``device`` computes the distances between features."""
+    # a file that only has statistics gives no manifold
+    precision = None
+    recall = None
     if reference.features is not None:
         precision, recall = precision_recall(
             reference.features.to(device), samples.features.to(device)
@@ -174,26 +205,40 @@ def score(samples: Summary, reference: Summary, device: torch.device) -> dict[st
 def comparability(
     scores: dict, extractor: Extractor, samples: Summary, reference: Summary, same_size: bool
 ) -> dict[str, str]:
-    """For every score whether it may stand beside published ones, or why not."""
-    common, against = [], []
+    """Whether each score may be compared with published ones, or why not.
+
+    Args:
+        scores: of ``score``.
+        extractor, samples, reference: what they were computed from.
+        same_size: samples and reference images have the same height, width and channels.
+    """
+    # reasons that hold for every score
+    common = []
     if not extractor.official:
         common.append("other Inception weights" if extractor.inception else "other extractor")
     if samples.count != SAMPLES:
         common.append(f"{samples.count} samples instead of {SAMPLES}")
+
+    # reasons that hold for scores against the reference: all but the Inception score
+    against_reference = []
     if not reference.precomputed:
-        against.append("the reference file brings no statistics of its whole data set")
+        against_reference.append("the reference file brings no statistics of its whole data set")
     if not same_size:
-        against.append("samples and reference images differ in size")
+        against_reference.append("samples and reference images differ in size")
+
+    # precision and recall may use fewer images than the file has
     partial = reference.features is not None and (
         len(reference.features) < reference.count or len(samples.features) < samples.count
     )
     verdicts = {}
     for name, value in scores.items():
-        reasons = common + (against if name != "inception_score" else [])
-        if partial and name in ("precision", "recall"):
-            reasons.append("not all images")
         if value is None:
             verdicts[name] = f"not computed: {LACKING[name]}"
-        else:
-            verdicts[name] = f"not comparable: {'; '.join(reasons)}" if reasons else COMPARABLE
+            continue
+        reasons = [*common]
+        if name != "inception_score":
+            reasons += against_reference
+        if partial and name in ("precision", "recall"):
+            reasons.append("not all images")
+        verdicts[name] = f"not comparable: {'; '.join(reasons)}" if reasons else COMPARABLE
     return verdicts

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from sra_fast.evaluation.inception import load_inception
 
-OFFICIAL = "6726825d"  # of the SHA-256 of torch-fidelity's (and pytorch-fid's) weights
+# the first eight digits of the SHA-256 of torch-fidelity's weights; pytorch-fid has the same file
+OFFICIAL = "6726825d"
 
 
 class Features(NamedTuple):
-    """Of a batch of N images."""
+    """Features of a batch of N images."""
 
     pool: Tensor
     """``[N, D]``"""
@@ -30,31 +31,38 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of uint8 images ``[N, C, H, W]`` on ``device``, with exact convolutions whatever the process has chosen."""
+    """Computes features of uint8 images ``[N, C, H, W]`` on ``device``. Its convolutions never use TF32."""
 
     name: str
-    """what it is, with a hash of its weights: the identity in reports and in the names of cached statistics"""
+    """what it is and a hash of its weights; appears in reports and in the names of cached statistics"""
     compute: Callable[[Tensor], tuple]
     device: torch.device
     inception: bool = False
-    """one that statistics of the ADM suite belong to"""
+    """an Inception, so that statistics of the ADM suite belong to it"""
     official: bool = False
     """the weights that published numbers are made with"""
 
     def __call__(self, images: Tensor) -> Features:
-        """ValueError if what comes out is no ``[N, D]`` or ``([N, D], logits [N, K])``, or not finite."""
-        # TF32 convolutions are PyTorch's default on a GPU; they move features in the third digit
+        """Features of a batch.
+
+        Raises:
+            ValueError: ``compute`` returns neither ``[N, D]`` nor ``([N, D], logits [N, K])``, or
+                values that are not finite.
+        """
+        # PyTorch convolves in TF32 by default on a GPU, which changes the third digit of a feature
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             out = self.compute(images.to(self.device))
         if self.inception:
             return self._checked(Features(*out), len(images))
-        pool, logits = out if isinstance(out, (tuple, list)) and len(out) == 2 else (out, None)
+        with_logits = isinstance(out, (tuple, list)) and len(out) == 2
+        pool, logits = out if with_logits else (out, None)
         return self._checked(Features(pool, None, logits), len(images))
 
     def _checked(self, features: Features, count: int) -> Features:
         for x in features:
             if x is None:
                 continue
+            # named now: later the sums would fail with an obscure error
             if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != count:
                 got = [*x.shape] if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
@@ -66,52 +74,57 @@ class Extractor:
 
 
 def _digest(path: str) -> str:
+    """The first eight digits of a file's SHA-256."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:8]
 
 
 def inception_extractor(path: str, device: torch.device) -> Extractor:
-    """Inception with the weights at ``path``; ValueError if there are none."""
+    """Inception with the weights at ``path``; ValueError if the file does not hold them."""
     model = load_inception(path).to(device)
     digest = _digest(path)
-    return Extractor(
-        f"inception-{digest}", model, device, inception=True, official=digest == OFFICIAL
-    )
+    official = digest == OFFICIAL
+    return Extractor(f"inception-{digest}", model, device, inception=True, official=official)
 
 
 def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extractor:
-    """A TorchScript file, or ``module:function`` of a module that can be imported or lies in the working directory.
+    """An extractor that the user names.
 
-    It is called with uint8 ``[N, C, H, W]`` on ``device`` and gives ``[N, D]``, or that and logits ``[N, K]``.
+    It is called with uint8 ``[N, C, H, W]`` on ``device`` and returns ``[N, D]``, or that and
+    logits ``[N, K]``.
 
     Args:
-        shape: ``(H, W, C)`` of the images; it is tried on one.
+        spec: a TorchScript file, or ``module:function`` of a module that can be imported. Modules
+            in the working directory can.
+        shape: [H, W, C] of the images. The extractor is tried on one such image.
+        device: where it runs.
 
     Raises:
-        ValueError: no such file, module or function, or it does not work on such images.
+        ValueError: there is no such file, module or function, or it does not work on such images.
     """
     if Path(spec).is_file():
         try:
-            extractor = Extractor(
-                f"{Path(spec).stem}-{_digest(spec)}", torch.jit.load(spec, device).eval(), device
-            )
+            network = torch.jit.load(spec, device).eval()
         except RuntimeError as error:
-            raise ValueError(
-                f"{spec} is no TorchScript file: {str(error).splitlines()[0]}"
-            ) from None
-        probe(extractor, shape)
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{spec} is no TorchScript file: {reason}") from None
+        extractor = Extractor(f"{Path(spec).stem}-{_digest(spec)}", network, device)
+        try_on_image(extractor, shape)
         return extractor
     compute = _imported(spec)
     if isinstance(compute, nn.Module):
         compute = compute.to(device).eval()
+    # its weights are not in a file that we know, so its name gets a hash of its output
     extractor = Extractor(spec.replace(":", "."), compute, device)
-    return replace(extractor, name=f"{extractor.name}-{probe(extractor, shape)}")
+    return replace(extractor, name=f"{extractor.name}-{try_on_image(extractor, shape)}")
 
 
 def _imported(spec: str) -> Callable:
+    """The function or module that ``module:function`` names."""
     module, _, function = spec.partition(":")
     if not (module and function):
         raise ValueError(f"features must be a TorchScript file or module:function, got {spec}")
+    # a script that is launched by path does not look there by itself
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -120,24 +133,29 @@ def _imported(spec: str) -> Callable:
         raise ValueError(f"features {spec} cannot be imported: {error}") from None
 
 
-def probe(extractor: Extractor, shape: list[int]) -> str:
-    """Hash of the features of a fixed image of ``shape (H, W, C)``, 3 digits each: a function's weights can change when its
-    file does not.  ValueError: it does not work on such images."""
+def try_on_image(extractor: Extractor, shape: list[int]) -> str:
+    """Try an extractor on a fixed image.
+
+    Args:
+        extractor: what to try.
+        shape: [H, W, C] of the image.
+
+    Returns:
+        Hash of the image's features, rounded to three digits. It tells two sets of weights of one
+        function apart.
+
+    Raises:
+        ValueError: the extractor does not work on such images.
+    """
     height, width, channels = shape
-    image = (
-        torch.arange(channels * height * width)
-        .mul(37)
-        .remainder(256)
-        .to(torch.uint8)
-        .view(1, channels, height, width)
-    )
+    # 37 has no factor in common with 256: every value appears
+    values = torch.arange(channels * height * width) * 37 % 256
+    image = values.to(torch.uint8).view(1, channels, height, width)
     try:
         with torch.inference_mode():
             pool = extractor(image).pool
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{extractor.name} failed on uint8 {[*image.shape]}: {str(error).strip().splitlines()[-1]}"
-        ) from None
-    return hashlib.sha256(
-        " ".join(f"{x:.3g}" for x in pool.flatten().tolist()).encode()
-    ).hexdigest()[:8]
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{extractor.name} failed on uint8 {[*image.shape]}: {reason}") from None
+    digits = " ".join(f"{x:.3g}" for x in pool.flatten().tolist())
+    return hashlib.sha256(digits.encode()).hexdigest()[:8]

@@ -1,7 +1,7 @@
 """Inception-v3 as FID uses it: TensorFlow's graph of 2015-12-05, under the parameter names of torch-fidelity's file.
 
-It differs from the usual Inception-v3: average pools leave the padding out, the last block pools with a maximum, there
-are 1008 classes, and images are resized as TensorFlow 1 does.
+It differs from the usual Inception-v3 in four points. Average pools do not count the padding. The
+last block pools with a maximum. There are 1008 classes. Images are resized as TensorFlow 1 does it.
 """
 
 import pickle
@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIZE, POOL, SPATIAL = 299, 2048, 17 * 17 * 7
+# side of the images that the network sees
+SIZE = 299
+# numbers of features: pool_3, and seven channels of a 17 x 17 map
+POOL = 2048
+SPATIAL = 17 * 17 * 7
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 MEAN_POOL = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
@@ -19,24 +23,34 @@ HALVE = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def resize_tf1(images: Tensor, size: int) -> Tensor:
-    """Bilinear, fp32 ``[N, C, H, W]`` -> ``[N, C, size, size]``; source of pixel i is i H / size (no half-pixel centres)."""
+    """Bilinear, as TensorFlow 1: pixel i is read at i H / size, without half-pixel centres.
+
+    Args:
+        images: ``[N, C, H, W]`` fp32.
+        size: side of the result.
+
+    Returns:
+        ``[N, C, size, size]`` fp32.
+    """
+    # columns, then rows
     for dim in (3, 2):
         length = images.shape[dim]
-        at = torch.arange(size, device=images.device) * torch.tensor(
-            length / size, dtype=torch.float32
-        )
-        low = at.long()
-        first, second = (
-            images.index_select(dim, low),
-            images.index_select(dim, (low + 1).clamp(max=length - 1)),
-        )
-        weight = (at - low).view(-1, 1) if dim == 2 else at - low
+        # positions in fp32, as in TensorFlow
+        scale = torch.tensor(length / size, dtype=torch.float32)
+        position = torch.arange(size, device=images.device) * scale
+        low = position.long()
+        high = (low + 1).clamp(max=length - 1)
+        first = images.index_select(dim, low)
+        second = images.index_select(dim, high)
+        weight = position - low
+        if dim == 2:
+            weight = weight.view(-1, 1)
         images = first + (second - first) * weight
     return images
 
 
 class Convolution(nn.Module):
-    """Convolution without bias, batch norm, ReLU."""
+    """Convolution without bias, then batch norm and ReLU."""
 
     def __init__(self, in_channels: int, channels: int, kernel, stride: int = 1, padding=0):
         super().__init__()
@@ -48,15 +62,18 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, concatenated over channels.
+    """Several branches on one input, concatenated over channels.
 
     Args:
-        branches: each a chain of pools (callables), convolutions ``(name, channels, kernel[, stride])`` (padded to keep
-            the size, but not at stride 2) and forks (a list of convolutions of one input, concatenated).
+        in_channels: of the input.
+        branches: each is a chain of steps. A step is a pool (a callable), a convolution ``(name,
+            channels, kernel[, stride])``, or a fork: a list of convolutions of one input whose
+            outputs are concatenated. Convolutions are padded to keep the size, except at stride 2.
     """
 
     def __init__(self, in_channels: int, *branches: tuple):
         super().__init__()
+        # every step as a fork, of one part if it is none
         self.branches = [
             [step if isinstance(step, list) else [step] for step in branch] for branch in branches
         ]
@@ -66,8 +83,11 @@ class Mixed(nn.Module):
                 channels = sum(self._add(channels, part) for part in step)
 
     def _add(self, in_channels: int, part) -> int:
+        """Register a convolution under its name; the number of its output channels."""
+        # a pool keeps the channels and has no weights
         if callable(part):
             return in_channels
+        # the stride may be left out
         name, channels, kernel, stride = (*part, 1)[:4]
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = tuple(k // 2 for k in kernel) if stride == 1 else 0
@@ -85,6 +105,7 @@ class Mixed(nn.Module):
         return torch.cat(outputs, 1)
 
 
+# the blocks are named after the side of their feature map; branch names are those of the file
 def block_35(in_channels: int, pooled: int) -> Mixed:
     return Mixed(
         in_channels,
@@ -105,7 +126,8 @@ def block_35_to_17(in_channels: int) -> Mixed:
 
 
 def block_17(c: int) -> Mixed:
-    row, column = (1, 7), (7, 1)
+    row = (1, 7)
+    column = (7, 1)
     return Mixed(
         768,
         (("branch1x1", 192, 1),),
@@ -136,7 +158,8 @@ def block_17_to_8() -> Mixed:
 
 
 def block_8(in_channels: int, pool) -> Mixed:
-    row, column = (1, 3), (3, 1)
+    row = (1, 3)
+    column = (3, 1)
     return Mixed(
         in_channels,
         (("branch1x1", 320, 1),),
@@ -151,12 +174,7 @@ def block_8(in_channels: int, pool) -> Mixed:
 
 
 class Inception(nn.Module):
-    """Features of the ADM suite.
-
-    ``forward`` takes uint8 ``[N, 3, H, W]`` (one channel is repeated) and returns ``(pool [N, 2048], spatial [N, 2023],
-    logits [N, 1008])`` in fp32: ``pool_3``, the first 7 channels of ``mixed_6/conv`` in NHWC order, and the logits
-    without their bias.
-    """
+    """The network whose features the ADM suite uses."""
 
     def __init__(self):
         super().__init__()
@@ -179,19 +197,33 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of a batch.
+
+        Args:
+            images: uint8 ``[N, 3, H, W]``, or ``[N, 1, H, W]``, whose channel is repeated.
+
+        Returns:
+            In fp32: ``pool_3`` ``[N, 2048]``; the first 7 channels of ``mixed_6/conv`` in NHWC
+            order, ``[N, 2023]``; the logits without their bias, ``[N, 1008]``.
+        """
+        # [0, 255] to [-1, 1], as the graph scales it
         x = (resize_tf1(images.float(), SIZE) - 128) / 128
         x = x.expand(-1, 3, -1, -1)
         x = HALVE(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
         x = HALVE(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        # 35 x 35, then 17 x 17
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # branch1x1 comes first
+        # mixed_6/conv is branch1x1, which comes first
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        # 8 x 8, averaged
         pool = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x)))).mean((2, 3))
         return pool, spatial, F.linear(pool, self.fc.weight)
 
 
 def load_inception(path: str) -> Inception:
-    """The network with the weights at ``path``, in eval mode on the CPU; ValueError if they are not its own."""
+    """The network in eval mode on the CPU, with the weights at ``path``; ValueError if they are not there."""
+    # without memory until the weights are there: random initialisation would take seconds
     with torch.device("meta"):
         model = Inception()
     try:
@@ -205,10 +237,8 @@ def load_inception(path: str) -> Inception:
         EOFError,
         pickle.UnpicklingError,
     ) as error:
-        reason = (
-            "no file of tensors"
-            if isinstance(error, pickle.UnpicklingError)
-            else " ".join(str(error).split())[:300]
-        )
+        # torch's text on pickles advises to load unsafely
+        pickled_code = isinstance(error, pickle.UnpicklingError)
+        reason = "no file of tensors" if pickled_code else " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not hold the weights of {WEIGHTS}: {reason}") from None
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Images and statistics of the ADM suite's ``.npz`` files; images as a stream: 50 000 of 256x256 are 9.8 GB."""
+"""Images and statistics of the ADM suite's ``.npz`` files. Images are a stream: 50 000 of 256x256 are 9.8 GB."""
 
 import math
 import zipfile
@@ -17,6 +17,7 @@ MEMBER = "arr_0.npy"
 
 @contextmanager
 def _readable(path: str):
+    """Turn what zip files and decompressors raise into one ValueError."""
     try:
         yield
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -34,13 +35,15 @@ class NpzImages:
 
     Attributes:
         count: N.
-        shape: ``(H, W, C)``.
+        shape: [H, W, C].
 
     Raises:
-        ValueError: unreadable, or another array than that; while reading: damaged or cut off.
+        ValueError: the file cannot be read, or ``arr_0`` is another array. ``batches`` raises it if
+            the file is damaged or cut off.
     """
 
     def __init__(self, path: str):
+        # the name that np.savez gives to its first array
         if "arr_0" not in members(path):
             raise ValueError(f"{path} holds no images (arr_0), only {sorted(members(path))}")
         self.path = path
@@ -48,19 +51,15 @@ class NpzImages:
             self.count, *self.shape = self._header(f)
 
     def _header(self, f: BinaryIO) -> tuple[int, ...]:
-        """Reads up to the first pixel."""
+        """Read up to the first pixel; the shape ``(N, H, W, C)``."""
+        # numpy's two formats; pickled objects are refused by the dtype
         readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         try:
             shape, fortran_order, dtype = readers[npy.read_magic(f)](f)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{self.path}: arr_0 is no plain array: {error}") from None
-        if (
-            dtype != np.uint8
-            or len(shape) != 4
-            or shape[3] not in (1, 3)
-            or fortran_order
-            or 0 in shape
-        ):
+        right_shape = len(shape) == 4 and shape[3] in (1, 3) and 0 not in shape
+        if dtype != np.uint8 or not right_shape or fortran_order:
             order = " in Fortran order" if fortran_order else ""
             raise ValueError(
                 f"{self.path}: arr_0 must be uint8 [N, H, W, 1 or 3], it is {dtype} {list(shape)}{order}"
@@ -68,31 +67,41 @@ class NpzImages:
         return shape
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Writable uint8 ``[<= size, H, W, C]``, in order."""
+        """The images in order, writable uint8 ``[<= size, H, W, C]``."""
         with _readable(self.path), zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as f:
+            # skip the header
             self._header(f)
             for first in range(0, self.count, size):
                 images = np.empty((min(size, self.count - first), *self.shape), np.uint8)
+                # straight into the array: no second copy of the batch
                 if f.readinto(memoryview(images).cast("B")) != math.prod(images.shape):
                     raise ValueError(f"{self.path}: arr_0 ends before its {self.count} images")
                 yield images
 
 
 def read_statistics(path: str) -> tuple[Gaussian | None, Gaussian | None]:
-    """Statistics that a reference batch brings along: of pool features (``mu sigma``), of spatial ones (``mu_s sigma_s``).
+    """The statistics in an FID reference.
 
-    None where the file has none; ValueError for anything but finite real numbers ``[D]`` and ``[D, D]``.
+    Returns:
+        Gaussians of the pool features (``mu``, ``sigma``) and of the spatial features (``mu_s``,
+        ``sigma_s``), each None if the file does not have it.
+
+    Raises:
+        ValueError: the arrays are not finite real numbers ``[D]`` and ``[D, D]``.
     """
     held = members(path)
+    gaussians = []
     with _readable(path), np.load(path) as arrays:
-        return tuple(
-            _gaussian(path, arrays, mean, cov) if {mean, cov} <= held else None
-            for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        )
+        for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            present = {mean, cov} <= held
+            gaussians.append(_gaussian(path, arrays, mean, cov) if present else None)
+    return tuple(gaussians)
 
 
 def _gaussian(path: str, arrays, mean: str, cov: str) -> Gaussian:
+    """The Gaussian of two arrays, checked; float64."""
     try:
+        # same_kind: complex numbers and strings are refused, fp32 is not
         mu, sigma = (arrays[name].astype(np.float64, casting="same_kind") for name in (mean, cov))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {mean} and {cov} must be real numbers: {error}") from None

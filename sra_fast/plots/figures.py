@@ -10,10 +10,12 @@ from sra_fast.evaluation.npz import NpzImages
 from sra_fast.plots.report import pyplot
 from sra_fast.utils.files import write_atomic
 
+# the columns of stats.jsonl that are drawn
 CURVES = ("denoise", "vb", "align", "student_norm", "teacher_norm", "grad_norm")
 
 
 def _save(plt, figure, path: Path) -> None:
+    # atomic, so that an interruption leaves no half picture
     write_atomic(path, lambda p: figure.savefig(p, dpi=120, bbox_inches="tight", format="png"))
     plt.close(figure)
 
@@ -22,6 +24,7 @@ def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     """A panel per loss or norm, a line per run.
 
     Args:
+        path: the PNG to write.
         runs: name -> rows of ``stats.jsonl``.
     """
     plt = pyplot(path)
@@ -34,6 +37,7 @@ def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 axis.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
+        # the legend is only in the first panel
         axis.set(title=name, xlabel="step")
         axis.grid(linewidth=0.4)
     axes[0, 0].legend()
@@ -42,30 +46,28 @@ def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
 
 
 def plot_probe(path: Path, rows: list[dict], title: str) -> None:
-    """Accuracy against depth: a line per time; dashed in its colour, the probe of the noisy input.
+    """Accuracy against depth: a line per time, and dashed in the same colour the probe of the noisy input.
 
     Args:
+        path: the PNG to write.
         rows: see ``linear_probe.probe_layers``.
+        title: above the axes.
     """
     plt = pyplot(path)
     if plt is None:
         return
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    # one colour per time, in the order of the rows
     times = list(dict.fromkeys(row["time"] for row in rows))
     for i, time in enumerate(times):
         colour = plt.get_cmap("viridis")(i / max(len(times), 1))
-        points = [
-            (row["layer"], row["accuracy"]) for row in rows if row["time"] == time and row["layer"]
-        ]
-        axis.plot(
-            *zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"t = {time:g}"
-        )
-        axis.axhline(
-            next(row["accuracy"] for row in rows if row["time"] == time and not row["layer"]),
-            color=colour,
-            linestyle="--",
-            linewidth=0.8,
-        )
+        accuracy = {row["layer"]: row["accuracy"] for row in rows if row["time"] == time}
+        # layer 0 is the noisy input
+        noisy_input = accuracy.pop(0)
+        blocks = list(accuracy)
+        heights = list(accuracy.values())
+        axis.plot(blocks, heights, "o-", color=colour, markersize=4, label=f"t = {time:g}")
+        axis.axhline(noisy_input, color=colour, linestyle="--", linewidth=0.8)
     axis.set(xlabel="block", ylabel="accuracy on held-out images", title=title, ylim=(0, 1))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(linewidth=0.4)
@@ -76,21 +78,31 @@ def plot_probe(path: Path, rows: list[dict], title: str) -> None:
 def mosaic(cells: np.ndarray, gap: int) -> np.ndarray:
     """uint8 ``[rows, columns, H, W, C]`` -> one picture with white gaps ``[rows (H + gap), columns (W + gap), C]``."""
     cells = np.pad(cells, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in cells], axis=0)
+    rows = [np.concatenate(list(row), axis=1) for row in cells]
+    return np.concatenate(rows, axis=0)
 
 
 def plot_maps(path: Path, maps: np.ndarray, times: list[float], layers: list[int]) -> None:
-    """``maps`` of ``pca_maps.draw_maps``: a row per image and time, a column per layer behind the noisy input."""
+    """PCA maps: a row per image and time; the first column is the noisy input, then a column per layer.
+
+    Args:
+        path: the PNG to write.
+        maps: of ``pca_maps.draw_maps``.
+        times, layers: what they were drawn for.
+    """
     plt = pyplot(path)
     if plt is None:
         return
     count, _, columns, size = maps.shape[:4]
+    # small images are enlarged to at least 64 pixels
     scale = max(1, 64 // size)
     rows = maps.reshape(count * len(times), *maps.shape[2:]).repeat(scale, 2).repeat(scale, 3)
-    gap, cell = 4, scale * size + 4
+    gap = 4
+    cell = scale * size + gap
     picture = mosaic(rows, gap)
     figure, axis = plt.subplots(figsize=(0.75 * columns, 0.75 * len(rows)))
     axis.imshow(picture, interpolation="nearest")
+    # a tick at the centre of every cell
     centres = [(cell - gap) / 2 + i * cell for i in range(max(columns, len(rows)))]
     axis.set_xticks(centres[:columns], ["input", *map(str, layers)])
     axis.set_yticks(centres[: len(rows)], [f"t = {time:g}" for time in times] * count)
@@ -103,16 +115,26 @@ def plot_maps(path: Path, maps: np.ndarray, times: list[float], layers: list[int
 
 
 def read_samples(paths: list[str], count: int) -> np.ndarray:
-    """The first ``count`` images of several ``samples.npz``: uint8 ``[len(paths), n, H, W, C]``, n that of the shortest.
+    """The first images of several ``samples.npz``.
+
+    Args:
+        paths: of the files.
+        count: how many of each.
+
+    Returns:
+        uint8 ``[len(paths), n, H, W, C]``; n is ``count`` or the length of the shortest file.
 
     Raises:
-        ValueError: no such file, or images of other sizes or labels.
+        ValueError: a file cannot be read, or its images have other sizes or labels than the first
+            file's.
     """
-    images, labels = [], []
+    images = []
+    labels = []
     for path in paths:
         try:
             with np.load(path, allow_pickle=False) as held:
-                NpzImages(path)  # the checks of arr_0
+                # raises unless arr_0 is an array of images
+                NpzImages(path)
                 images.append(held["arr_0"][:count])
                 labels.append(held["arr_1"][:count])
         except (
@@ -128,6 +150,7 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
             raise ValueError(
                 f"{path} holds no samples (arr_0 and arr_1 of sample.py): {error}"
             ) from None
+    # the samples are compared one by one: as many as all files have, and of the same labels
     n = min(map(len, images))
     for path, x, y in zip(paths, images, labels, strict=True):
         if x.shape[1:] != images[0].shape[1:] or not np.array_equal(y[:n], labels[0][:n]):
@@ -138,18 +161,23 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
 
 
 def save_samples(path: Path, images: np.ndarray, columns: int, scale: int) -> None:
-    """``[runs, n, H, W, C]`` as a PNG: under each image of the first run the same one of the others, then the next row."""
+    """Samples of several runs as one PNG. The same sample of the other runs is below that of the first run.
+
+    Args:
+        path: the PNG to write.
+        images: uint8 ``[runs, n, H, W, C]``.
+        columns: samples in a row.
+        scale: enlargement of every pixel.
+    """
     from PIL import Image
 
     runs, n, height, width, channels = images.shape
+    # white images fill the last row
     images = np.pad(images, ((0, 0), (0, -n % columns), *[(0, 0)] * 3), constant_values=255)
+    # [block, run, column, H, W, C]: a block shows the same samples of every run
     rows = images.reshape(runs, -1, columns, height, width, channels).swapaxes(0, 1)
     below = ((0, height // 4 if runs > 1 else 0), (0, 0), (0, 0))
     blocks = [np.pad(mosaic(block, 1), below, constant_values=255) for block in rows]
     picture = np.concatenate(blocks).repeat(scale, 0).repeat(scale, 1)
-    write_atomic(
-        path,
-        lambda p: Image.fromarray(picture.squeeze(2) if channels == 1 else picture).save(
-            p, format="png"
-        ),
-    )
+    image = Image.fromarray(picture.squeeze(2) if channels == 1 else picture)
+    write_atomic(path, lambda p: image.save(p, format="png"))

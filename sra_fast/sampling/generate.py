@@ -1,21 +1,23 @@
-"""Labels, noise and images of a batch of samples: a function of (seed, image index), not of the batch size."""
+"""Labels, noise and latents of a batch of samples: functions of (seed, image number), whatever the batch size."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sra_fast.config.schema import SampleConfig
 from sra_fast.diffusion.draws import block_seed
-from sra_fast.diffusion.samplers import sample
-from sra_fast.models import SiT
+from sra_fast.diffusion.samplers import Call, sample
+from sra_fast.models import Conditioning, SiT
 
 
 def choose_labels(count: int, num_classes: int, mode: str, seed: int) -> Tensor:
-    """``[count]`` labels: ``balanced`` repeats 0 .. num_classes - 1, ``random`` draws them."""
+    """Labels ``[count]``: ``balanced`` repeats 0 .. num_classes - 1, ``random`` draws them."""
     if mode == "balanced":
         return torch.arange(count) % num_classes
-    return torch.randint(
-        num_classes, (count,), generator=torch.Generator().manual_seed(block_seed(seed, 0, -2))
-    )
+    # -2 keeps these draws apart from those of training and of the noise
+    generator = torch.Generator().manual_seed(block_seed(seed, 0, -2))
+    return torch.randint(num_classes, (count,), generator=generator)
 
 
 class ImageNoise:
@@ -28,50 +30,65 @@ class ImageNoise:
     """
 
     def __init__(self, seed: int, indices: range, device):
+        # -3: see choose_labels
         self.generators = [
             torch.Generator(device).manual_seed(block_seed(seed, i, -3)) for i in indices
         ]
         self.device = device
 
     def draw(self, *shape: int) -> Tensor:
+        """``[B, *shape]`` fp32, the next numbers of every image."""
         return torch.stack(
             [torch.randn(shape, generator=g, device=self.device) for g in self.generators]
         )
 
     def like(self, x: Tensor) -> Tensor:
+        """The next numbers, with the shape and dtype of ``x [B, ...]``."""
         return self.draw(*x.shape[1:]).to(x.dtype)
 
 
 def generate(
     model: SiT,
-    labels: Tensor,
+    condition: Conditioning | Tensor,
     cfg: SampleConfig,
     path: str,
     seed: int,
     batch: int,
     device,
-    progress=None,
+    progress: Callable[[int], object] | None = None,
     *,
     first: int = 0,
-    call=None,
+    call: Call | None = None,
 ) -> Tensor:
-    """Latents ``[N, C, H, W]`` fp32 on the CPU for ``labels [N]``, ``batch`` at a time.
+    """Sample latents.
 
     Args:
+        model: in eval mode, on ``device``.
+        condition: N of them, or labels ``[N]`` int64.
+        cfg: sampler and guidance.
         path: the interpolant the model was trained with.
-        progress: called with the number of finished images of every batch.
-        first: number of the first image, which its noise depends on.
-        call: what runs the model; default: the model.
+        seed: of the noise.
+        batch: images per call of the sampler.
+        device: where the model runs.
+        progress: called after every batch with its number of images.
+        first: number of the first image. The noise of an image depends on its number.
+        call: runs the model; default: the model itself.
+
+    Returns:
+        ``[N, C, H, W]`` fp32 on the CPU.
     """
     latents = []
-    for at in range(0, len(labels), batch):
-        y = labels[at : at + batch].to(device)
-        noise = ImageNoise(seed, range(first + at, first + at + len(y)), device)
+    condition = model.as_condition(condition)
+    for start in range(0, len(condition), batch):
+        part = condition.select(slice(start, start + batch)).to(device)
+        numbers = range(first + start, first + start + len(part))
+        noise = ImageNoise(seed, numbers, device)
+        # the start of the trajectory; the sampler takes its later noise from the same generators
         z = noise.draw(model.in_channels, model.input_size, model.input_size)
         x = sample(
             model,
             z,
-            y,
+            part,
             cfg.method,
             cfg.steps,
             guidance=cfg.guidance,
@@ -81,7 +98,8 @@ def generate(
             noise=noise.like,
             call=call,
         )
+        # the ODE's and SDE's state is float64
         latents.append(x.float().cpu())
         if progress:
-            progress(len(y))
+            progress(len(part))
     return torch.cat(latents)

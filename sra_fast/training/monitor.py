@@ -14,7 +14,7 @@ from sra_fast.config.schema import Config
 from sra_fast.data.vae import decode, load_vae
 from sra_fast.evaluation.adm_suite import summarize_reference
 from sra_fast.evaluation.extractors import Extractor, inception_extractor
-from sra_fast.evaluation.scores import Moments, frechet_distance
+from sra_fast.evaluation.scores import RunningGaussian, frechet_distance
 from sra_fast.plots import report
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.training.logger import read_rows
@@ -118,7 +118,7 @@ class Monitor:
             self.extractor(part.permute(0, 3, 1, 2).contiguous()).pool
             for part in pixels.split(self.cfg.monitor.batch)
         ]
-        moments = Moments()
+        moments = RunningGaussian()
         moments.update(gather_rows(torch.cat(features), counts))
         return frechet_distance(moments.gaussian(), self.fid_reference)
 

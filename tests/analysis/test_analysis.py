@@ -1,14 +1,11 @@
-"""The analysis scripts on a small model that has really learned digits."""
+"""The analysis scripts on a small model that has learned digits."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, call, error_of, launch
 from PIL import Image
 
 from sra_fast.analysis.features import split
@@ -22,17 +19,17 @@ from sra_fast.training.plan import make_run_plan
 from sra_fast.training.run import run
 from sra_fast.zero.process_group import init_distributed
 
-ROOT = Path(__file__).parents[2]
 DIGITS = DataConfig(name="digits")
 TRAINING = (
-    f"--config {ROOT}/configs/digits.yaml --model.hidden_size 48 --model.depth 4 --model.num_heads 2 --align.student_layer 1 "
-    "--align.teacher_layer 3 --train.global_batch 32 --train.steps 200 --train.log_every 25 --sample.steps 1"
+    f"--config {ROOT}/configs/digits.yaml --model.hidden_size 48 --model.depth 4 --model.num_heads 2 "
+    "--align.student_layer 1 --align.teacher_layer 3 --train.global_batch 32 --train.steps 200 "
+    "--train.log_every 25 --sample.steps 1"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Run folder of a few hundred steps."""
+    """A run folder after 200 steps."""
     out = tmp_path_factory.mktemp("trained")
     run(
         make_run_plan(parse_train([*TRAINING, "--train.out", str(out)])[0], None),
@@ -58,9 +55,10 @@ def test_cleaner_inputs_give_better_features(mean_pooled):
         time: np.mean([mean_pooled[time, layer] for layer in range(1, 5)])
         for time in (0.1, 0.3, 0.5)
     }
-    assert at[0.1] > at[0.3] + 0.05 and at[0.3] > at[0.5] + 0.1 and at[0.5] > 0.2, (
-        at
-    )  # chance is 0.1
+    assert at[0.1] > at[0.3] + 0.05
+    assert at[0.3] > at[0.5] + 0.1
+    # chance is 0.1
+    assert at[0.5] > 0.2
 
 
 def test_depth_helps_at_noisy_times(mean_pooled):
@@ -68,19 +66,18 @@ def test_depth_helps_at_noisy_times(mean_pooled):
         assert max(mean_pooled[time, layer] for layer in (2, 3, 4)) > mean_pooled[time, 1] + 0.02
 
 
-def test_what_is_learned_beats_noisy_pixels(trained):
-    """All patches side by side against the whole noisy image; a network that learned nothing adds nothing to it."""
+def test_learned_features_beat_noisy_pixels(trained):
+    """All patches side by side against the whole noisy image. An untrained network adds nothing to the pixels."""
     found = probes(load_model(str(trained))[0], [0.3], how="all")
     assert max(found[0.3, layer] for layer in (2, 3, 4)) > found[0.3, 0] + 0.015, found
     torch.manual_seed(0)
-    fresh = probes(SiT(8, 2, 1, 48, 4, 2, num_classes=10).eval(), [0.3], how="all")
-    assert (
-        fresh[0.3, 4] == pytest.approx(fresh[0.3, 0], abs=0.01) and fresh[0.3, 0] == found[0.3, 0]
-    )
+    untrained = probes(SiT(8, 2, 1, 48, 4, 2, num_classes=10).eval(), [0.3], how="all")
+    assert untrained[0.3, 4] == pytest.approx(untrained[0.3, 0], abs=0.01)
+    assert untrained[0.3, 0] == found[0.3, 0]
 
 
 def test_probes_see_no_label(trained):
-    """Class embeddings that would give the answer away change nothing: the model gets the null class."""
+    """The model gets the null class: embeddings that would give the answer away change nothing."""
     model, _ = load_model(str(trained))
     expected = probes(model, [0.5], count=500)
     model.y_embedder.embedding_table.weight.data[:10] *= 100
@@ -88,12 +85,16 @@ def test_probes_see_no_label(trained):
 
 
 def test_maps_follow_the_image(trained):
-    """After training some component tells bright patches of a clean digit from dark ones, whatever their position."""
+    """After training, a component tells bright patches from dark ones, whatever their position."""
     model, path = load_model(str(trained))
     images = split(DIGITS, model)[1].read(16, seed=0)
     maps = draw_maps(model, path, images, [0.9, 0.0], [2, 4])
-    brightness = maps[:, 1, 0].astype(float).mean(-1).reshape(16, 4, 2, 4, 2).mean((2, 4))
-    components = maps[:, 1, 1:, ::2, ::2].astype(float)  # [image, layer, 4, 4, 3]
+    # mean brightness of each 2 x 2 patch of the clean input: [image, 4, 4]
+    pixels = maps[:, 1, 0].astype(float).mean(-1)
+    brightness = pixels.reshape(16, 4, 2, 4, 2).mean((2, 4))
+    # one pixel of each patch is enough: [image, layer, 4, 4, 3]
+    components = maps[:, 1, 1:, ::2, ::2].astype(float)
+    # without the mean over the images, which depends on the position
     brightness -= brightness.mean(0)
     components -= components.mean(0)
     patches = components.transpose(1, 4, 0, 2, 3).reshape(6, -1)
@@ -101,67 +102,39 @@ def test_maps_follow_the_image(trained):
     assert np.abs(correlation).max() > 0.5, correlation
 
 
-def script(name, *args):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, f"sra_fast/{name}.py", *map(str, args)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_probe_command(trained, tmp_path):
     args = ("--times", "[0.0, 0.4]", "--images", 200, "--pool", "patch")
-    done = script("probe", "--checkpoint", trained, "--out", tmp_path, *args)
+    done = launch("probe", "--checkpoint", trained, "--out", tmp_path, *args)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "probe.json").read_text())
     assert [(row["time"], row["layer"]) for row in report["rows"]] == [
         (t, l) for t in (0.0, 0.4) for l in range(5)
     ]
     top = report["best"]
-    assert top["layer"] and top["accuracy"] == max(
-        row["accuracy"] for row in report["rows"] if row["layer"]
-    )
-    assert (
-        f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}"
-        in done.stdout.splitlines()[-1]
-    )
-    assert report["options"]["pool"] == "patch" and report["options"]["data"]["name"] == "digits"
+    assert top["layer"] > 0
+    assert top["accuracy"] == max(row["accuracy"] for row in report["rows"] if row["layer"])
+    # a line per time, then the best
+    *lines, last = done.stdout.splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("t = ")] == ["0", "0.4"]
+    assert f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}" in last
+    assert report["options"]["pool"] == "patch"
+    assert report["options"]["data"]["name"] == "digits"
     assert Image.open(tmp_path / "probe.png").size > (400, 300)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json", "probe.png"], (
-        "nothing temporary is left"
-    )
+    # nothing temporary is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["probe.json", "probe.png"]
 
 
 def test_visualize_command(trained, tmp_path):
     rng = np.random.default_rng(0)
     for name in "ab":
-        np.savez(
-            tmp_path / f"{name}.npz",
-            arr_0=rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8),
-            arr_1=np.arange(4),
-        )
-    done = script(
+        images = rng.integers(256, size=(4, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images, arr_1=np.arange(4))
+    done = launch(
         "visualize",
-        "--checkpoint",
-        trained,
-        "--runs",
-        f"[{trained}]",
-        "--images",
-        2,
-        "--times",
-        "[0.5]",
-        "--samples",
-        f"[{tmp_path}/a.npz, {tmp_path}/b.npz]",
-        "--columns",
-        2,
-        "--scale",
-        2,
-        "--out",
-        tmp_path / "out",
+        *("--checkpoint", trained, "--images", 2, "--times", "[0.5]"),
+        *("--runs", f"[{trained}]"),
+        *("--samples", f"[{tmp_path}/a.npz, {tmp_path}/b.npz]", "--columns", 2, "--scale", 2),
+        *("--out", tmp_path / "out"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     names = ["pca.png", "curves.png", "samples.png"]
@@ -189,11 +162,9 @@ def test_visualize_command(trained, tmp_path):
 )
 def test_bad_input_is_one_line(trained, tmp_path, name, args, message):
     (tmp_path / "stats.jsonl").write_text('5\n{"denoise": 1}\n')
-    done = script(
-        name, "--out", tmp_path / "out", *(a.format(run=trained, other=tmp_path) for a in args)
-    )
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and errors[-1].startswith("error: ") and message in errors[-1], (
-        done.stderr[-2000:]
-    )
-    assert "Traceback" not in done.stderr
+    args = [arg.format(run=trained, other=tmp_path) for arg in args]
+    done = call(name, "--out", tmp_path / "out", *args)
+    assert done.returncode == 2
+    line = error_of(done)
+    assert line.startswith("error: ")
+    assert message in line

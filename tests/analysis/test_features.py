@@ -1,4 +1,4 @@
-"""Which images are probed and shown, with which noise; the classifier; components and grids."""
+"""Which images are probed and shown, and with which noise; the classifier; components and grids."""
 
 import json
 
@@ -27,13 +27,15 @@ def digits_model(family=SiT):
 
 
 def write_latents(root, count=60):
-    """Moments whose mean says the class, one of three."""
-    folder, rng, labels = root / "vae-sd", np.random.default_rng(0), []
+    """Moments whose mean shows the class, one of three."""
+    folder = root / "vae-sd"
+    rng = np.random.default_rng(0)
+    labels = []
     folder.mkdir()
     for i in range(count):
-        moments = np.concatenate(
-            [rng.normal(size=(2, 4, 4)) + 2 * (i % 3), np.full((2, 4, 4), 0.1)]
-        )
+        mean = rng.normal(size=(2, 4, 4)) + 2 * (i % 3)
+        std = np.full((2, 4, 4), 0.1)
+        moments = np.concatenate([mean, std])
         np.save(folder / f"{i:03d}.npy", moments.astype(np.float32))
         labels.append([f"{i:03d}.npy", i % 3])
     (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
@@ -45,23 +47,26 @@ def rows_of(images) -> set:
 
 
 def test_held_out_digits_are_those_no_run_trains_on():
-    train, held_out = (
-        part.read(10**6, seed=0) for part in split(DataConfig(name="digits"), digits_model())
-    )
+    parts = split(DataConfig(name="digits"), digits_model())
+    train, held_out = (part.read(10**6, seed=0) for part in parts)
     assert rows_of(train) == {x.numpy().tobytes() for x in Digits().images}
     assert rows_of(held_out) == {x.numpy().tobytes() for x in Digits(held_out=True).images}
-    assert len(train.labels) == 1437 and not torch.equal(train.noise[:360], held_out.noise)
+    assert len(train.labels) == 1437
+    assert not torch.equal(train.noise[:360], held_out.noise)
 
 
 def test_images_are_chosen_and_noised_by_the_seed():
     part = split(DataConfig(name="digits"), digits_model())[0]
-    a, b, other = part.read(20, 0, draws=2), part.read(20, 0, draws=2), part.read(20, 1, draws=2)
-    assert torch.equal(a.x0, b.x0) and torch.equal(a.noise, b.noise)
-    assert rows_of(a) != rows_of(other) and not torch.equal(a.noise, other.noise)
-    assert torch.equal(a.x0[:20], a.x0[20:]) and torch.equal(a.labels[:20], a.labels[20:])
-    assert len(rows_of(a)) == 20 and len({n.numpy().tobytes() for n in a.noise}) == 40, (
-        "no image and no noise twice"
-    )
+    a, b, other = (part.read(20, seed, draws=2) for seed in (0, 0, 1))
+    assert torch.equal(a.x0, b.x0)
+    assert torch.equal(a.noise, b.noise)
+    assert rows_of(a) != rows_of(other)
+    assert not torch.equal(a.noise, other.noise)
+    # the same images twice, each time with other noise
+    assert torch.equal(a.x0[:20], a.x0[20:])
+    assert torch.equal(a.labels[:20], a.labels[20:])
+    assert len(rows_of(a)) == 20
+    assert len({noise.numpy().tobytes() for noise in a.noise}) == 40
     data = Digits()
     found = {x.numpy().tobytes(): int(y) for x, y in zip(data.images, data.labels, strict=True)}
     assert [found[x.numpy().tobytes()] for x in a.x0] == a.labels.tolist()
@@ -70,9 +75,8 @@ def test_images_are_chosen_and_noised_by_the_seed():
 def test_latents_are_split_and_scaled(tmp_path):
     model = SiT(input_size=4, in_channels=2, num_classes=3, **SIZES).eval()
     train, held_out = (part.read(10**6, 0) for part in split(write_latents(tmp_path), model))
-    assert (len(train.labels), len(held_out.labels)) == (48, 12) and not rows_of(train) & rows_of(
-        held_out
-    )
+    assert (len(train.labels), len(held_out.labels)) == (48, 12)
+    assert not rows_of(train) & rows_of(held_out)
     for c in range(3):
         assert train.x0[train.labels == c].mean() == pytest.approx(0.5 * 2 * c, abs=0.1)
 
@@ -86,25 +90,23 @@ def test_features_are_those_of_the_noisy_input_at_that_time(family):
         model, "linear", images, images.labels, 0.3, [1, 3], lambda h: h.mean(1), batch=4
     )
     if family is SiT:
-        expected, t = 0.7 * images.x0 + 0.3 * images.noise, torch.full((10,), 0.3)
+        expected = 0.7 * images.x0 + 0.3 * images.noise
+        t = torch.full((10,), 0.3)
     else:
         alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)[300]
-        expected, t = (
-            alpha_bar.sqrt() * images.x0 + (1 - alpha_bar).sqrt() * images.noise,
-            torch.full((10,), 300),
-        )
+        expected = alpha_bar.sqrt() * images.x0 + (1 - alpha_bar).sqrt() * images.noise
+        t = torch.full((10,), 300)
     torch.testing.assert_close(x, expected.float(), rtol=1e-5, atol=1e-6)
     for depth, found in zip((1, 3), features, strict=True):
-        torch.testing.assert_close(
-            found, model.features(x, t, images.labels, depth=depth).mean(1), rtol=1e-4, atol=1e-5
-        )
+        layer = model.features(x, t, images.labels, depth=depth)
+        torch.testing.assert_close(found, layer.mean(1), rtol=1e-4, atol=1e-5)
 
 
 def test_default_layers_and_what_is_refused():
-    assert choose_layers(None, 6) == [1, 2, 3, 4, 5, 6] and choose_layers([5, 2, 2], 6) == [2, 5]
-    assert choose_layers(None, 28, most=7) == [1, 6, 10, 14, 19, 24, 28] and choose_layers(
-        None, 1, most=7
-    ) == [1]
+    assert choose_layers(None, 6) == [1, 2, 3, 4, 5, 6]
+    assert choose_layers([5, 2, 2], 6) == [2, 5]
+    assert choose_layers(None, 28, most=7) == [1, 6, 10, 14, 19, 24, 28]
+    assert choose_layers(None, 1, most=7) == [1]
     for wrong in ([], [0], [7]):
         with pytest.raises(ValueError, match=r"layers must lie in \[1, 6\]"):
             choose_layers(wrong, 6)
@@ -115,52 +117,51 @@ def test_default_layers_and_what_is_refused():
 
 def test_pools():
     x = torch.arange(2 * 1 * 4 * 4.0).reshape(2, 1, 4, 4)
-    tokens = torch.stack(
-        [x[:, 0, i : i + 2, j : j + 2].flatten(1) for i in (0, 2) for j in (0, 2)], dim=1
-    )  # patches
-    assert torch.equal(pool(tokens, "mean"), tokens.mean(1)) and torch.equal(
-        pool(tokens, "all"), tokens.flatten(1)
-    )
-    assert torch.equal(pool(tokens, "patch"), tokens.reshape(8, 4)) and torch.equal(
-        pixels(x, 2, "patch"), tokens.reshape(8, 4)
-    )
-    assert torch.equal(pixels(x, 2, "mean"), x.flatten(1)) and torch.equal(
-        pixels(x, 2, "all"), x.flatten(1)
-    )
+    # the pixels of every patch, as if they were features
+    corners = [(i, j) for i in (0, 2) for j in (0, 2)]
+    patches = [x[:, 0, i : i + 2, j : j + 2].flatten(1) for i, j in corners]
+    tokens = torch.stack(patches, dim=1)
+    assert torch.equal(pool(tokens, "mean"), tokens.mean(1))
+    assert torch.equal(pool(tokens, "all"), tokens.flatten(1))
+    assert torch.equal(pool(tokens, "patch"), tokens.reshape(8, 4))
+    assert torch.equal(pixels(x, 2, "patch"), tokens.reshape(8, 4))
+    assert torch.equal(pixels(x, 2, "mean"), x.flatten(1))
+    assert torch.equal(pixels(x, 2, "all"), x.flatten(1))
 
 
 def test_classifier():
     torch.manual_seed(0)
     labels = torch.arange(600) % 3
     x = torch.randn(600, 5) + torch.nn.functional.one_hot(labels, 5)
-    score = accuracy(x[:400], labels[:400], x[400:], labels[400:])
+
+    def score_of(features, test_labels=labels[400:]):
+        return accuracy(features[:400], labels[:400], features[400:], test_labels)
+
+    score = score_of(x)
     assert 0.5 < score < 0.8
-    shuffled = accuracy(x[:400], labels[:400], x[400:], labels[400:][torch.randperm(200)])
-    assert shuffled < 0.45, "chance is a third"
+    # chance is a third
+    assert score_of(x, labels[400:][torch.randperm(200)]) < 0.45
     # units and redundant features do not matter
     scaled = x * torch.tensor([1e3, 1, 1e-3, 5, 1]) + 7
-    assert accuracy(scaled[:400], labels[:400], scaled[400:], labels[400:]) == pytest.approx(
-        score, abs=0.01
-    )
-    twice = torch.cat([x, x], dim=1)
-    assert accuracy(twice[:400], labels[:400], twice[400:], labels[400:]) == pytest.approx(
-        score, abs=0.01
-    )
+    assert score_of(scaled) == pytest.approx(score, abs=0.01)
+    assert score_of(torch.cat([x, x], dim=1)) == pytest.approx(score, abs=0.01)
 
 
 def test_probe_of_latents(tmp_path):
     torch.manual_seed(0)
     model = DiT(input_size=4, in_channels=2, num_classes=3, **SIZES).eval()
-    parts, seen = split(write_latents(tmp_path), model), []
+    parts = split(write_latents(tmp_path), model)
+    seen = []
     rows = probe_layers(model, "linear", parts, [0.0, 0.999], [1, 3], batch=7, progress=seen.append)
     assert [(row["time"], row["layer"]) for row in rows] == [
         (t, layer) for t in (0.0, 0.999) for layer in (0, 1, 3)
     ]
-    clean, noise = rows[:3], rows[3:]
-    assert (
-        min(row["accuracy"] for row in clean) > 0.9 and max(row["accuracy"] for row in noise) < 0.75
-    )
-    assert seen == [clean, noise] and best(rows) == max(clean[1:], key=lambda row: row["accuracy"])
+    clean = rows[:3]
+    noise = rows[3:]
+    assert min(row["accuracy"] for row in clean) > 0.9
+    assert max(row["accuracy"] for row in noise) < 0.75
+    assert seen == [clean, noise]
+    assert best(rows) == max(clean[1:], key=lambda row: row["accuracy"])
 
 
 def test_what_cannot_be_probed(tmp_path):
@@ -173,16 +174,15 @@ def test_what_cannot_be_probed(tmp_path):
 
 def test_components_are_ordered_and_keep_their_signs():
     torch.manual_seed(0)
-    truth = torch.linalg.qr(torch.randn(60, 3, dtype=torch.float64)).Q.view(
-        2, 30, 3
-    ) * torch.tensor([80.0, 40.0, 20.0])
+    directions = torch.linalg.qr(torch.randn(60, 3, dtype=torch.float64)).Q
+    truth = directions.view(2, 30, 3) * torch.tensor([80.0, 40.0, 20.0])
     basis = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q[:3]
     features = truth @ basis + 0.01 * torch.randn(2, 30, 16, dtype=torch.float64)
     found = components(features)
     correlation = np.corrcoef(found.T, truth.flatten(0, 1).T)[:3, 3:]
     assert np.abs(np.diag(correlation)).min() > 0.95, correlation
     flipped = found * [1, -1, -1]
-    np.testing.assert_allclose(components(features, reference=flipped), flipped)
+    np.testing.assert_allclose(components(features, signs_of=flipped), flipped)
     with pytest.raises(ValueError, match="at least 3 patches, got 2"):
         components(features[:1, :2])
 
@@ -190,14 +190,13 @@ def test_components_are_ordered_and_keep_their_signs():
 def test_colours_span_the_range():
     scores = np.stack([np.arange(64.0), -np.arange(64.0), np.zeros(64)], axis=1)
     rgb = colours(scores, 4)
-    assert rgb.shape == (4, 4, 4, 3) and rgb.dtype == np.uint8
+    assert rgb.shape == (4, 4, 4, 3)
+    assert rgb.dtype == np.uint8
     flat = rgb.reshape(64, 3).astype(int)
-    assert (
-        flat[0, 0] == 0
-        and flat[-1, 0] == 255
-        and (np.diff(flat[:, 0]) >= 0).all()
-        and not flat[:, 2].any()
-    )
+    assert flat[0, 0] == 0
+    assert flat[-1, 0] == 255
+    assert (np.diff(flat[:, 0]) >= 0).all()
+    assert not flat[:, 2].any()
     assert (flat[:, 0] + flat[:, 1] == 255).all()
 
 
@@ -225,7 +224,9 @@ def test_samples_of_runs_lie_under_each_other(tmp_path):
     grid = np.asarray(Image.open(tmp_path / "grid.png"))[::2, ::2]
     for run in range(2):
         for i in range(4):
-            top, left = i // 3 * (2 * 5 + 1) + 5 * run, i % 3 * 5
+            # a block of two rows of 4 + 1 pixels, and a gap of 1
+            top = i // 3 * (2 * 5 + 1) + 5 * run
+            left = i % 3 * 5
             assert np.array_equal(grid[top : top + 4, left : left + 4], images[run, i, ..., 0])
     assert (grid[11:, 5:] == 255).all(), "nothing after the last"
 

@@ -1,7 +1,6 @@
 """What must not happen to checkpoints: code from a pickle, a half-written one picked up, a diverged run saved."""
 
 import argparse
-import json
 import os
 
 import pytest

@@ -1,4 +1,4 @@
-"""Packed latents: what is read is what was packed, whatever is wrong with a file is named."""
+"""Packed latents: reading gives what was packed, and a damaged file is named."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.latents import Latents, PackedLatents, open_latents
 from sra_fast.data.order import ShuffledBatches, make_loader
-from sra_fast.data.writer import Plan, execute
+from sra_fast.data.writer import PackingJob, run_job
 
 
 def pack(root, dtype="float16", shard_size=7, count=23, vae=None) -> tuple[Latents, PackedLatents]:
-    """Moments in both layouts: shards of 7, 7, 7 and 2."""
+    """The same moments in both layouts; by default in shards of 7, 7, 7 and 2 images."""
     write_latents(root / "files", count)
     source = Latents(root / "files")
-    job = {
+    recipe = {
         "version": 1,
         "layout": "packed",
         "source_sha256": source.fingerprint,
@@ -34,7 +34,8 @@ def pack(root, dtype="float16", shard_size=7, count=23, vae=None) -> tuple[Laten
         "shard_size": shard_size,
         "dtype": dtype,
     }
-    assert execute(Plan(source, lambda moments: moments, job, root / "packed", batch=4, threads=2))
+    encode = lambda moments: moments
+    assert run_job(PackingJob(source, encode, recipe, root / "packed", batch=4, threads=2))
     return source, PackedLatents(root / "packed")
 
 
@@ -47,33 +48,45 @@ def config(path, **data):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_what_is_read_is_what_was_packed(tmp_path, dtype):
+def test_reading_gives_what_was_packed(tmp_path, dtype):
     source, data = pack(tmp_path, dtype)
-    assert len(data) == 23 and data.shape == (4, 4, 4) and data.num_classes == 3
-    assert torch.equal(data.labels, source.labels) and data.labels.dtype == torch.int64
-    indices = [22, 0, 6, 7, 20, 21, 13, 0]  # out of order, at the ends of shards, twice
-    (moments, labels), (expected, same) = data.__getitems__(indices), source.__getitems__(indices)
-    assert moments.dtype == getattr(torch, dtype) and torch.equal(
-        moments, expected.to(moments.dtype)
-    )
-    assert torch.equal(labels, same)
+    assert len(data) == 23
+    assert data.shape == (4, 4, 4)
+    assert data.num_classes == 3
+    assert data.labels.dtype == torch.int64
+    assert torch.equal(data.labels, source.labels)
+    # out of order, at the ends of shards, one image twice
+    indices = [22, 0, 6, 7, 20, 21, 13, 0]
+    moments, labels = data.__getitems__(indices)
+    expected, expected_labels = source.__getitems__(indices)
+    assert moments.dtype == getattr(torch, dtype)
+    assert torch.equal(moments, expected.to(moments.dtype))
+    assert torch.equal(labels, expected_labels)
     noise = torch.randn(8, 4, 4, 4)
-    assert torch.equal(
-        data.to_latent(moments, noise),
-        (moments[:, :4].float() + moments[:, 4:].float() * noise) * 0.18215,
-    )
+    mean, std = moments.float().chunk(2, dim=1)
+    assert torch.equal(data.to_latent(moments, noise), (mean + std * noise) * 0.18215)
+
+
+def test_every_fifth_image_is_held_out(tmp_path):
+    for data in pack(tmp_path):
+        (train, train_rows), (held_out, held_out_rows) = data.held_out_split()
+        assert train is held_out is data
+        assert held_out_rows.tolist() == [0, 5, 10, 15, 20]
+        assert sorted([*train_rows, *held_out_rows]) == list(range(23))
 
 
 def test_files_are_what_numpy_reads(tmp_path):
-    """No format of our own: shards are C-order .npy files, bf16 as its bits."""
+    """Shards are plain C-order .npy files; bf16 is stored as its bits."""
     source, _ = pack(tmp_path, "bfloat16")
     shard = np.load(tmp_path / "packed/shards/00003.npy", mmap_mode="r")
-    assert shard.shape == (2, 8, 4, 4) and shard.dtype == np.uint16 and shard.flags.c_contiguous
+    assert shard.shape == (2, 8, 4, 4)
+    assert shard.dtype == np.uint16
+    assert shard.flags.c_contiguous
     bits = torch.from_numpy(shard.copy()).view(torch.bfloat16)
     assert torch.equal(bits, source.__getitems__([21, 22])[0].bfloat16())
 
 
-def test_every_layout_is_found_by_itself(tmp_path):
+def test_the_layout_is_detected(tmp_path):
     pack(tmp_path)
     assert isinstance(make_dataset(config(tmp_path / "files")), Latents)
     assert isinstance(make_dataset(config(tmp_path / "packed")), PackedLatents)
@@ -82,16 +95,14 @@ def test_every_layout_is_found_by_itself(tmp_path):
         make_dataset(config(tmp_path / "packed"))
 
 
-def test_another_scale_than_the_vaes_is_said(tmp_path, caplog):
+def test_a_scale_other_than_the_vaes_is_a_warning(tmp_path, caplog):
     pack(tmp_path, vae={"sha256": "", "scaling_factor": 0.13025})
     with caplog.at_level(logging.WARNING):
         open_latents(tmp_path / "packed", 0.13025)
         assert not caplog.records
         open_latents(tmp_path / "packed", 0.18215)
-    assert (
-        "latent_scale is 0.18215, the scaling_factor of the VAE" in caplog.text
-        and "0.13025" in caplog.text
-    )
+    assert "latent_scale is 0.18215, the scaling_factor of the VAE" in caplog.text
+    assert "0.13025" in caplog.text
 
 
 def test_loader_processes_read_the_same(tmp_path):
@@ -101,27 +112,23 @@ def test_loader_processes_read_the_same(tmp_path):
     for workers in (0, 2):
         loaded = list(make_loader(PackedLatents(tmp_path / "packed"), stream, workers, cuda=False))
         assert len(loaded) == 9
-        assert all(
-            torch.equal(a, b) and torch.equal(y, z)
-            for (a, y), (b, z) in zip(loaded, expected, strict=True)
-        )
+        for batch, expected_batch in zip(loaded, expected, strict=True):
+            assert all(map(torch.equal, batch, expected_batch))
 
 
 def test_a_loader_process_is_not_sent_the_shards(tmp_path):
     data = pack(tmp_path, shard_size=20)[1]
     data.__getitems__([0, 22])
     state = data.__getstate__()
-    assert (
-        len(pickle.dumps({k: v for k, v in state.items() if not torch.is_tensor(v)}))
-        < 4000
-        < 20 * 8 * 16 * 2
-    )
+    sent = pickle.dumps({key: value for key, value in state.items() if not torch.is_tensor(value)})
+    shard_bytes = 20 * 8 * 16 * 2
+    assert len(sent) < 4000 < shard_bytes
     copy = PackedLatents.__new__(PackedLatents)
     copy.__dict__.update(state)
     assert torch.equal(copy.__getitems__([22, 3])[0], data.__getitems__([22, 3])[0])
 
 
-def test_a_file_that_is_listed_but_not_there_is_named(tmp_path):
+def test_a_listed_file_that_is_missing_is_named(tmp_path):
     folder = write_latents(tmp_path, 6)
     (folder / "00001/img-mean-std-00000003.npy").unlink()
     with pytest.raises(
@@ -132,6 +139,7 @@ def test_a_file_that_is_listed_but_not_there_is_named(tmp_path):
 
 
 def damage(root, kind):
+    """Break one thing in a folder of packed latents."""
     shard = root / "shards/00001.npy"
     if kind == "missing":
         shard.unlink()
@@ -139,9 +147,10 @@ def damage(root, kind):
         shard.write_bytes(shard.read_bytes()[:-1])
     if kind in ("no labels", "labels"):
         labels = root / "labels.npy"
-        labels.unlink() if kind == "no labels" else labels.write_bytes(
-            labels.read_bytes()[:-1] + b"\1"
-        )
+        content = labels.read_bytes()
+        labels.unlink()
+        if kind == "labels":
+            labels.write_bytes(content[:-1] + b"\1")
     if kind == "all":
         for file in (root / "shards").iterdir():
             file.unlink()
@@ -158,7 +167,10 @@ def damage(root, kind):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("missing", "shards/00001.npy is missing. The command that made the folder mends it"),
+        (
+            "missing",
+            "00001.npy is missing. Run the command that made the folder again to repair it",
+        ),
         ("cut", "shards/00001.npy has 1919 bytes instead of 1920"),
         (
             "all",
@@ -180,13 +192,15 @@ def test_damage_is_one_error_at_the_start(tmp_path, kind, message):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_altered_shard_is_named_when_it_is_first_touched(tmp_path, workers):
+def test_an_altered_shard_is_named_when_it_is_first_read(tmp_path, workers):
     pack(tmp_path)
     shard = tmp_path / "packed/shards/00002.npy"
     content = bytearray(shard.read_bytes())
-    content[-5] ^= 1  # one bit of one image
+    # one bit of one image
+    content[-5] ^= 1
     shard.write_bytes(content)
-    make_dataset(config(tmp_path / "packed")).__getitems__([20])  # unseen without the option
+    # without data.verify nobody notices
+    make_dataset(config(tmp_path / "packed")).__getitems__([20])
     data = make_dataset(config(tmp_path / "packed", verify=True))
     batches = [[0, 7], [21], [2, 15]]
     loader = iter(
@@ -194,17 +208,18 @@ def test_an_altered_shard_is_named_when_it_is_first_touched(tmp_path, workers):
             data, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch
         )
     )
-    next(loader), next(loader)
+    next(loader)
+    next(loader)
     with pytest.raises(
         ValueError, match=re.escape(f"{shard} was altered or cannot be read: its SHA-256")
     ):
         next(loader)
     assert data.unchecked.tolist() == [False, False, True, False], (
-        "checked once, also when a loader process did it"
+        "a shard is checked once, also by a loader process"
     )
 
 
-def test_a_shard_that_vanishes_or_changes_shape_later_is_named(tmp_path):
+def test_a_shard_that_is_lost_or_replaced_later_is_named(tmp_path):
     data = pack(tmp_path)[1]
     np.save(tmp_path / "packed/shards/00000.npy", np.zeros((7, 8, 4, 5), np.float16))
     with pytest.raises(
@@ -218,12 +233,15 @@ def test_a_shard_that_vanishes_or_changes_shape_later_is_named(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch, packed):
-    """Two at once are a rare SystemError of CPython 3.11.7."""
-    data, load, inside, most = pack(tmp_path)[packed], np.load, [], []
+    """Two at once may raise a SystemError in CPython 3.11.7, though rarely."""
+    data = pack(tmp_path)[packed]
+    load = np.load
+    inside = []
+    threads_at_once = []
 
     def watched(*args, **kw):
         inside.append(1)
-        most.append(len(inside))
+        threads_at_once.append(len(inside))
         time.sleep(0.002)
         inside.pop()
         return load(*args, **kw)
@@ -231,6 +249,9 @@ def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch, packe
     monkeypatch.setattr(np, "load", watched)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: data.__getitems__([i]), range(len(data))))
-    assert max(most) == 1
-    # two threads may open one shard
-    assert len(most) >= len(data.entries) if packed else len(most) == len(data)
+    assert max(threads_at_once) == 1
+    if packed:
+        # two threads may open the same shard
+        assert len(threads_at_once) >= len(data.entries)
+    else:
+        assert len(threads_at_once) == len(data)

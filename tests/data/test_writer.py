@@ -1,4 +1,4 @@
-"""Packing as it happens on a cluster: several processes, killed anywhere, started again; disks that fill up."""
+"""Packing on a cluster: several processes, killed at any moment, restarted; disks that fill up."""
 
 import os
 import resource
@@ -10,14 +10,14 @@ import torch
 from torch.utils.data import Dataset
 from toy_data import tree, write_latents
 
-from sra_fast.data import writer as pack
+from sra_fast.data import writer
 from sra_fast.data.latents import Latents, PackedLatents, open_latents
-from sra_fast.data.writer import Plan, execute, read_ahead
+from sra_fast.data.writer import PackingJob, read_ahead, run_job
 from sra_fast.utils import files
 
 
-def plan(data, out, layout="packed", rank=0, world=1, **job) -> Plan:
-    job = {
+def make_job(data, out, layout="packed", rank=0, world=1, **changes) -> PackingJob:
+    recipe = {
         "version": 1,
         "layout": layout,
         "source_sha256": data.fingerprint,
@@ -27,9 +27,10 @@ def plan(data, out, layout="packed", rank=0, world=1, **job) -> Plan:
         "vae": data.vae,
         "shard_size": 4,
         "dtype": "float16",
-        **job,
+        **changes,
     }
-    return Plan(data, lambda moments: moments, job, out, batch=3, threads=2, rank=rank, world=world)
+    encode = lambda moments: moments
+    return PackingJob(data, encode, recipe, out, batch=3, threads=2, rank=rank, world=world)
 
 
 @pytest.fixture
@@ -49,12 +50,12 @@ def in_child(run) -> int:
     return os.waitpid(child, 0)[1]
 
 
-@pytest.mark.parametrize("layout", ["packed", "reference"])
+@pytest.mark.parametrize("layout", ["packed", "published"])
 @pytest.mark.parametrize("order", [(1, 0), (2, 0, 1), (0, 1, 2, 3, 4)])
 def test_any_number_of_processes_in_any_order_write_the_same(tmp_path, source, layout, order):
-    assert execute(plan(source, tmp_path / "one", layout))
+    assert run_job(make_job(source, tmp_path / "one", layout))
     finished = [
-        execute(plan(source, tmp_path / "many", layout, rank, len(order))) for rank in order
+        run_job(make_job(source, tmp_path / "many", layout, rank, len(order))) for rank in order
     ]
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
     parts = [rank for rank in order if rank < 3]  # ten images are three parts
@@ -63,36 +64,41 @@ def test_any_number_of_processes_in_any_order_write_the_same(tmp_path, source, l
 
 def kill_at(event: int, monkeypatch) -> None:
     """SIGKILL to this process just before its ``event``-th rename, or in the middle of writing an .npy file."""
-    replace, save, left = os.replace, pack.save_npy, [event]
+    replace = os.replace
+    save = writer.save_npy
+    left = event
 
-    def count() -> bool:
-        left[0] -= 1
-        return left[0] < 0
+    def reached() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
 
     def killing_replace(temporary, path):
-        os.kill(os.getpid(), signal.SIGKILL) if count() else replace(temporary, path)
+        if reached():
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(temporary, path)
 
     def killing_save(path, array):
         save(path, array)
-        if count():
+        if reached():
             path.write_bytes(path.read_bytes()[:-8])
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(files.os, "replace", killing_replace)
-    monkeypatch.setattr(pack, "save_npy", killing_save)
+    monkeypatch.setattr(writer, "save_npy", killing_save)
 
 
-@pytest.mark.parametrize("layout, events", [("packed", 10), ("reference", 15)])
+@pytest.mark.parametrize("layout, events", [("packed", 10), ("published", 15)])
 def test_killed_anywhere_and_started_again(tmp_path, source, layout, events, monkeypatch):
-    """The next run keeps what is finished and ends with the same files; between the two there is no data set."""
-    execute(plan(source, tmp_path / "whole", layout))
+    """The next run keeps the finished parts and ends with the same files. Until then the folder is no data set."""
+    run_job(make_job(source, tmp_path / "whole", layout))
     expected = tree(tmp_path / "whole")
     for event in range(events):
         out = tmp_path / f"killed{event}"
 
         def pack_until_killed(event=event, out=out):
             kill_at(event, monkeypatch)
-            execute(plan(source, out, layout))
+            run_job(make_job(source, out, layout))
 
         status = in_child(pack_until_killed)
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -100,41 +106,39 @@ def test_killed_anywhere_and_started_again(tmp_path, source, layout, events, mon
             ValueError, match="not finished" if event else "folder vae-sd|no .npy file"
         ):
             open_latents(out)
+        # the second run must not write the finished shards again: their inodes stay
         kept = {part for part in range(3) if (out / f"parts/{part:05d}.json").exists()}
         inodes = {f: f.stat().st_ino for f in out.glob("shards/[0-9]*.npy") if int(f.stem) in kept}
-        assert execute(plan(source, out, layout))
+        assert run_job(make_job(source, out, layout))
         assert all(f.stat().st_ino == inode for f, inode in inodes.items()), (
             "finished shards are not made again"
         )
-        found = tree(out)
-        assert {
-            name: content for name, content in found.items() if not name.endswith(".tmp")
-        } == expected
-        assert not [
-            name
-            for name in found
-            if name.endswith(".tmp") and name.startswith(("shards/", "parts/", "vae-sd/0"))
-        ]
-    assert (
-        in_child(
-            lambda: (kill_at(events, monkeypatch), execute(plan(source, tmp_path / "last", layout)))
-        )
-        == 0
-    )
-    assert tree(tmp_path / "last") == expected, "these were all"
+        temporary = {name for name in tree(out) if name.endswith(".tmp")}
+        finished = {name: data for name, data in tree(out).items() if name not in temporary}
+        assert finished == expected
+        assert not any(name.startswith(("shards/", "parts/", "vae-sd/0")) for name in temporary)
+
+    # one event later nothing is left to interrupt: the loop has covered all of them
+    def pack_uninterrupted():
+        kill_at(events, monkeypatch)
+        run_job(make_job(source, tmp_path / "last", layout))
+
+    assert in_child(pack_uninterrupted) == 0
+    assert tree(tmp_path / "last") == expected
 
 
-def test_a_shard_that_is_lost_is_made_again_and_no_other(tmp_path, source):
+def test_only_lost_shards_are_made_again(tmp_path, source):
     out = tmp_path / "out"
-    execute(plan(source, out))
+    run_job(make_job(source, out))
     expected = tree(out)
     (out / "shards/00000.npy").unlink()
     (out / "shards/00002.npy").write_bytes(b"short")
     kept = (out / "shards/00001.npy").stat()
     with pytest.raises(ValueError, match="00000.npy is missing; shards/00002.npy has 5 bytes"):
         PackedLatents(out)
-    assert execute(plan(source, out))
-    assert tree(out) == expected and (out / "shards/00001.npy").stat().st_ino == kept.st_ino
+    assert run_job(make_job(source, out))
+    assert tree(out) == expected
+    assert (out / "shards/00001.npy").stat().st_ino == kept.st_ino
 
 
 @pytest.mark.parametrize(
@@ -146,34 +150,37 @@ def test_a_shard_that_is_lost_is_made_again_and_no_other(tmp_path, source):
         {"source_sha256": "other"},
     ],
 )
-def test_a_folder_that_was_begun_with_something_else_is_refused(tmp_path, source, change):
-    execute(plan(source, tmp_path / "out"))
-    before, (key,) = tree(tmp_path / "out"), change
+def test_a_folder_begun_with_another_recipe_is_refused(tmp_path, source, change):
+    run_job(make_job(source, tmp_path / "out"))
+    before = tree(tmp_path / "out")
+    (key,) = change
     with pytest.raises(
         ValueError, match=f"was begun with {key} .*, this run has .*choose another out"
     ):
-        execute(plan(source, tmp_path / "out", **change))
+        run_job(make_job(source, tmp_path / "out", **change))
     assert tree(tmp_path / "out") == before
 
 
-def test_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, source):
-    """A real failure of write(2): the largest size of a file is limited so that a shard exceeds it, an index does not."""
-    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_full_disk_is_one_error_and_the_next_run_resumes(tmp_path, source):
+    """A real failure of write(2): the limit on a file's size lets an index pass, but no shard."""
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
         with pytest.raises(ValueError, match=f"cannot write {out}: File too large"):
-            execute(plan(source, out))
+            run_job(make_job(source, out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {name for name in tree(out)} == {"preprocess.json"}, "no half-written file stays"
-    execute(plan(source, tmp_path / "whole"))
-    assert execute(plan(source, out)) and tree(out) == tree(tmp_path / "whole")
+    assert set(tree(out)) == {"preprocess.json"}, "no half-written file is left"
+    run_job(make_job(source, tmp_path / "whole"))
+    assert run_job(make_job(source, out))
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write .*file"):
-        execute(plan(source, tmp_path / "file"))
+        run_job(make_job(source, tmp_path / "file"))
 
 
 @pytest.mark.parametrize(
@@ -186,47 +193,47 @@ def test_moments_that_do_not_fit_the_dtype_are_refused(tmp_path, source, value, 
     with pytest.raises(
         ValueError, match=f"moments of images 4 .. 7 are not finite in torch.{dtype}"
     ):
-        execute(plan(source, tmp_path / "out", dtype=dtype))
-    assert (
-        not (tmp_path / "out/shards/00001.npy").exists()
-        and (tmp_path / "out/shards/00000.npy").exists()
-    )
+        run_job(make_job(source, tmp_path / "out", dtype=dtype))
+    assert (tmp_path / "out/shards/00000.npy").exists()
+    assert not (tmp_path / "out/shards/00001.npy").exists()
 
 
 def test_both_layouts_into_each_other_bit_for_bit(tmp_path, source):
     """fp32 files -> fp32 shards -> files; then fp16 shards -> files -> shards of another size -> shards."""
 
-    def convert(name, data, layout="packed", **job):
-        assert execute(plan(data, tmp_path / name, layout, **job))
+    def convert(name, data, layout="packed", **changes):
+        assert run_job(make_job(data, tmp_path / name, layout, **changes))
         return open_latents(tmp_path / name)
 
     everything = list(range(10))
-    back = convert("back", convert("fp32", source, dtype="float32"), "reference")
+    back = convert("back", convert("fp32", source, dtype="float32"), "published")
     assert back.files[0] == "00000/img-mean-std-00000000.npy"
     assert torch.equal(back.__getitems__(everything)[0], source.__getitems__(everything)[0])
     assert torch.equal(back.labels, source.labels)
 
     for dtype in ("float16", "bfloat16"):
         first = convert(dtype, source, dtype=dtype)
-        other = convert(
-            f"{dtype}other", convert(f"{dtype}files", first, "reference"), dtype=dtype, shard_size=3
-        )
+        unpacked = convert(f"{dtype}files", first, "published")
+        other = convert(f"{dtype}other", unpacked, dtype=dtype, shard_size=3)
         convert(f"{dtype}again", other, dtype=dtype)
         a, b = (tree(tmp_path / name) for name in (dtype, f"{dtype}again"))
         assert sorted(a) == sorted(b)
         assert all(a[name] == b[name] for name in a if name.endswith(".npy")), "shards and labels"
 
 
-def test_what_made_the_latents_is_kept_in_the_references_layout(tmp_path, source):
+def test_the_published_layout_keeps_the_vaes_identity(tmp_path, source):
     vae = {"sha256": "abc", "scaling_factor": 0.18215}
-    execute(plan(source, tmp_path / "files", "reference", vae=vae))
-    assert open_latents(tmp_path / "files").vae == vae and source.vae is None
+    run_job(make_job(source, tmp_path / "files", "published", vae=vae))
+    assert open_latents(tmp_path / "files").vae == vae
+    assert source.vae is None
 
 
 class Counting(Dataset):
-    """Says which batches were read; ``labels`` of 12 images."""
+    """Twelve images, of which image 7 cannot be read. ``seen`` lists the batches that were asked for."""
 
-    fingerprint, vae, labels = "x", None, torch.zeros(12, dtype=torch.int64)
+    fingerprint = "x"
+    vae = None
+    labels = torch.zeros(12, dtype=torch.int64)
 
     def __init__(self):
         self.seen = []
@@ -241,18 +248,19 @@ class Counting(Dataset):
         return torch.ones(len(indices), 8, 4, 4), self.labels[indices]
 
 
-def test_a_bad_image_ends_the_run_with_its_name_and_costs_one_part(tmp_path):
+def test_a_bad_image_is_named_and_costs_one_part(tmp_path):
     data = Counting()
     with pytest.raises(ValueError, match="^image 7 is bad$"):
-        execute(plan(data, tmp_path / "out"))
-    assert sorted(data.seen)[0] == [0, 1, 2] and (tmp_path / "out/parts/00000.json").exists()
+        run_job(make_job(data, tmp_path / "out"))
+    assert sorted(data.seen)[0] == [0, 1, 2]
+    assert (tmp_path / "out/parts/00000.json").exists()
     again = Counting()
     with pytest.raises(ValueError, match="image 7 is bad"):
-        execute(plan(again, tmp_path / "out"))
+        run_job(make_job(again, tmp_path / "out"))
     assert min(map(min, again.seen)) == 4, "the first shard is not read again"
 
 
-def test_reading_ahead_keeps_the_order_and_the_bound():
+def test_reading_ahead_keeps_the_order_and_is_bounded():
     started = []
 
     def read(i):
@@ -260,40 +268,48 @@ def test_reading_ahead_keeps_the_order_and_the_bound():
         return i
 
     batches = read_ahead(read, iter(range(100)), threads=3)
-    assert next(batches) == 0 and len(started) <= 6
-    assert list(batches) == list(range(1, 100)) and sorted(started) == list(range(100))
+    assert next(batches) == 0
+    assert len(started) <= 6
+    assert list(batches) == list(range(1, 100))
+    assert sorted(started) == list(range(100))
 
 
-def test_moments_that_are_not_finite_are_refused_in_the_references_layout(tmp_path, source):
+def test_moments_that_are_not_finite_are_refused_in_the_published_layout(tmp_path, source):
     np.save(source.root / source.files[5], np.full((8, 4, 4), np.nan, np.float32))
     with pytest.raises(ValueError, match="moments of image 5 are not finite"):
-        execute(plan(source, tmp_path / "out", "reference"))
+        run_job(make_job(source, tmp_path / "out", "published"))
     assert not (tmp_path / "out/vae-sd/dataset.json").exists()
 
 
-def test_anothers_files_are_not_overwritten(tmp_path, source):
+def test_files_of_others_are_not_overwritten(tmp_path, source):
     theirs = write_latents(tmp_path / "theirs", 4)
     before = tree(theirs)
     with pytest.raises(
         ValueError,
         match="theirs/vae-sd/.* was not made by this command, it would be lost: choose another out",
     ):
-        execute(plan(source, tmp_path / "theirs", "reference"))
+        run_job(make_job(source, tmp_path / "theirs", "published"))
     assert tree(theirs) == before
 
 
-def test_of_two_jobs_that_start_together_one_has_the_folder(tmp_path, source, monkeypatch):
-    """The other begins between our look at the folder and our first file."""
-    first, other = files.write_first, plan(source, tmp_path / "out", dtype="bfloat16")
-    monkeypatch.setattr(
-        pack,
-        "write_first",
-        lambda *args: (first(tmp_path / "out/preprocess.json", other.job), first(*args)),
-    )
+def test_of_two_jobs_that_start_together_one_gets_the_folder(tmp_path, source, monkeypatch):
+    """The other job begins after we have looked at the folder and before we write our first file."""
+    write_first = files.write_first
+    other = make_job(source, tmp_path / "out", dtype="bfloat16")
+
+    def write_second(path, value):
+        write_first(tmp_path / "out/preprocess.json", other.recipe)
+        write_first(path, value)
+
+    monkeypatch.setattr(writer, "write_first", write_second)
     with pytest.raises(ValueError, match="was begun with dtype bfloat16, this run has float16"):
-        plan(source, tmp_path / "out").begin()
-    monkeypatch.undo()
-    link = lambda *args: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted"))
+        make_job(source, tmp_path / "out").open_folder()
+
+
+def test_a_file_system_without_hard_links(tmp_path, source, monkeypatch):
+    def link(*args):
+        raise PermissionError(1, "Operation not permitted")
+
     monkeypatch.setattr(os, "link", link)
-    plan(source, tmp_path / "no_links").begin()
-    assert [*tree(tmp_path / "no_links")] == ["preprocess.json"]
+    make_job(source, tmp_path / "out").open_folder()
+    assert [*tree(tmp_path / "out")] == ["preprocess.json"]

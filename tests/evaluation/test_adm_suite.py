@@ -1,7 +1,8 @@
-"""Samples against a reference, end to end in one process: passes, cached statistics, extractors, what may be compared."""
+"""Samples against an FID reference: passes over the images, cached statistics, extractors, what may be compared."""
 
 import logging
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,9 @@ from sra_fast.evaluation.scores import fit_gaussian, frechet_distance, precision
 from sra_fast.plots.report import to_uint8
 
 CPU = torch.device("cpu")
-POOL, SPATIAL = 48, 40  # instead of 2048 and 2023, whose eigenvalues take seconds
+# instead of 2048 and 2023, whose eigenvalues take seconds
+POOL = 48
+SPATIAL = 40
 NAMES = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
@@ -34,7 +37,8 @@ class Classifier(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.hidden, self.out = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.hidden = nn.Linear(64, 32)
+        self.out = nn.Linear(32, 10)
 
     def forward(self, images: torch.Tensor):
         x = torch.relu(self.hidden(images.flatten(1).float() / 127.5 - 1))
@@ -44,7 +48,8 @@ class Classifier(nn.Module):
 @pytest.fixture(scope="module")
 def classifier():
     torch.manual_seed(0)
-    model, data = Classifier(), Digits()
+    model = Classifier()
+    data = Digits()
     images = torch.from_numpy(to_uint8(data.images)).permute(0, 3, 1, 2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(100):
@@ -57,7 +62,10 @@ def classifier():
 
 @pytest.fixture
 def digits(tmp_path):
-    """Paths of real training digits and, as samples, held-out ones: clean, noisy, and without the classes 5 to 9."""
+    """Files of digits: the reference are training digits, the samples are held-out ones.
+
+    The samples are clean, noisy, or lack the classes 5 to 9.
+    """
     held_out = Digits(held_out=True)
     noise = torch.randn(held_out.images.shape, generator=torch.Generator().manual_seed(0))
     sets = {
@@ -71,25 +79,29 @@ def digits(tmp_path):
     return {name: str(tmp_path / f"{name}.npz") for name in sets}
 
 
-def test_scores_of_digits_say_what_is_wrong_with_them(digits, classifier):
+def test_scores_show_what_is_wrong_with_samples(digits, classifier):
     reference = summarize_reference(digits["reference"], classifier, 64)
     good, noisy, dropped = (
         score(summarize(NpzImages(digits[name]), classifier, 64), reference, CPU)
         for name in ("clean", "noisy", "dropped")
     )
-    assert list(good) == list(NAMES) and good["sfid"] is None
-    assert 5 * good["fid"] < noisy["fid"] and 5 * good["fid"] < dropped["fid"]
-    assert good["inception_score"] > 8 and good["inception_score"] > noisy["inception_score"] + 1
-    assert dropped["inception_score"] == pytest.approx(5, abs=1), "five classes are left"
-    assert good["precision"] > 0.8 and noisy["precision"] < 0.5 * good["precision"]
-    assert (
-        good["recall"] > 0.8
-        and dropped["recall"] < 0.7 * good["recall"]
-        and dropped["precision"] > 0.8
-    )
+    assert list(good) == list(NAMES)
+    assert good["sfid"] is None
+    assert 5 * good["fid"] < noisy["fid"]
+    assert 5 * good["fid"] < dropped["fid"]
+    assert good["inception_score"] > 8
+    assert good["inception_score"] > noisy["inception_score"] + 1
+    # five classes are left
+    assert dropped["inception_score"] == pytest.approx(5, abs=1)
+    # noise costs precision, missing classes cost recall
+    assert good["precision"] > 0.8
+    assert noisy["precision"] < 0.5 * good["precision"]
+    assert dropped["precision"] > 0.8
+    assert good["recall"] > 0.8
+    assert dropped["recall"] < 0.7 * good["recall"]
 
 
-def test_a_summary_is_the_whole_set_at_once(digits, classifier):
+def test_a_summary_does_not_depend_on_the_batch_size(digits, classifier):
     images = torch.from_numpy(np.load(digits["clean"])["arr_0"]).permute(0, 3, 1, 2)
     with torch.no_grad():
         features, logits = classifier.compute(images)
@@ -97,24 +109,26 @@ def test_a_summary_is_the_whole_set_at_once(digits, classifier):
         summarize(NpzImages(digits["clean"]), classifier, *args)
         for args in ((360,), (7,), (7, 100))
     )
+    expected = fit_gaussian(features.numpy())
+    p = logits.double().softmax(1)
+    inception_score = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
     for summary in (one, some, limited):
-        assert summary.count == 360 and summary.spatial is None and not summary.precomputed
-        assert frechet_distance(summary.pool, fit_gaussian(features.numpy())) == pytest.approx(
-            0, abs=1e-6
-        )
-        p = logits.double().softmax(1)
-        assert summary.inception_score == pytest.approx(
-            (p * (p / p.mean(0)).log()).sum(1).mean().exp().item(), rel=1e-4
-        )
+        assert summary.count == 360
+        assert summary.spatial is None
+        assert not summary.precomputed
+        assert frechet_distance(summary.pool, expected) == pytest.approx(0, abs=1e-6)
+        assert summary.inception_score == pytest.approx(inception_score, rel=1e-4)
     torch.testing.assert_close(some.features, features)
     torch.testing.assert_close(limited.features, features[:100])
 
 
 class Counting:
-    """Counts the images it is given."""
+    """Counts the images it is given, and notes whether convolutions may use TF32."""
 
     def __init__(self, extractor):
-        self.inner, self.images, self.tf32 = extractor.compute, 0, set()
+        self.inner = extractor.compute
+        self.images = 0
+        self.tf32 = set()
 
     def __call__(self, images):
         self.images += len(images)
@@ -124,34 +138,38 @@ class Counting:
 
 def test_reference_is_read_once_until_it_changes(digits, classifier, tmp_path):
     counting = Counting(classifier)
-    extractor, tf32 = replace(classifier, compute=counting), torch.backends.cudnn.allow_tf32
+    extractor = replace(classifier, compute=counting)
+    tf32 = torch.backends.cudnn.allow_tf32
 
-    def reference(**kwargs):
+    def reference(extractor=extractor, **kwargs):
+        """The summary, and how many images it took."""
         before = counting.images
-        summary = summarize_reference(
-            digits["reference"], kwargs.pop("extractor", extractor), 64, **kwargs
-        )
+        summary = summarize_reference(digits["reference"], extractor, 64, **kwargs)
         return summary, counting.images - before
 
     first, seen = reference(cache=False)
-    assert seen == 1437 and not list(tmp_path.glob("*.stats.npz"))
+    assert seen == 1437
+    assert not list(tmp_path.glob("*.stats.npz"))
+    # the first call with a cache writes it, the second reads it
     assert reference()[1] == 1437
     again, seen = reference()
-    assert seen == 0 and again.count == 1437 and torch.equal(again.features, first.features)
-    assert np.array_equal(again.pool.mean, first.pool.mean) and np.array_equal(
-        again.pool.cov, first.pool.cov
-    )
+    assert seen == 0
+    assert again.count == 1437
+    assert torch.equal(again.features, first.features)
+    assert np.array_equal(again.pool.mean, first.pool.mean)
+    assert np.array_equal(again.pool.cov, first.pool.cov)
+    # another extractor has its own cache; another `keep` replaces the earlier one
     assert reference(extractor=replace(extractor, name="another"))[1] == 1437
     assert reference(keep=10)[0].features.shape == (10, 32)
-    assert len(list(tmp_path.glob("reference.npz.digits.*.stats.npz"))) == 1, (
-        "and not one for every earlier state"
-    )
+    assert len(list(tmp_path.glob("reference.npz.digits.*.stats.npz"))) == 1
     assert len(list(tmp_path.glob("reference.npz.another.*.stats.npz"))) == 1
+    # a file with a new date is read again
     reference()
     stat = os.stat(digits["reference"])
     os.utime(digits["reference"], ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-    assert reference()[1] == 1437, "touched"
-    assert counting.tf32 == {False} and torch.backends.cudnn.allow_tf32 == tf32
+    assert reference()[1] == 1437
+    assert counting.tf32 == {False}
+    assert torch.backends.cudnn.allow_tf32 == tf32
 
 
 def test_cache_that_cannot_be_used_is_a_warning(digits, classifier, tmp_path, monkeypatch, caplog):
@@ -159,9 +177,8 @@ def test_cache_that_cannot_be_used_is_a_warning(digits, classifier, tmp_path, mo
     (kept,) = tmp_path.glob("*.stats.npz")
     kept.write_bytes(kept.read_bytes()[:1000])
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(
-            summarize_reference(digits["reference"], classifier, 64).pool.cov, expected.pool.cov
-        )
+        found = summarize_reference(digits["reference"], classifier, 64)
+    assert np.array_equal(found.pool.cov, expected.pool.cov)
     assert "is ignored" in caplog.text
     kept.unlink()
 
@@ -170,10 +187,10 @@ def test_cache_that_cannot_be_used_is_a_warning(digits, classifier, tmp_path, mo
 
     monkeypatch.setattr(evaluation, "write_atomic", full)
     with caplog.at_level(logging.WARNING):
-        assert np.array_equal(
-            summarize_reference(digits["reference"], classifier, 64).pool.cov, expected.pool.cov
-        )
-    assert "not kept: no space left" in caplog.text and not kept.exists()
+        found = summarize_reference(digits["reference"], classifier, 64)
+    assert np.array_equal(found.pool.cov, expected.pool.cov)
+    assert "not kept: no space left" in caplog.text
+    assert not kept.exists()
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +200,7 @@ def small_inception(monkeypatch):
 
 
 def fake_inception(official=True) -> Extractor:
-    """Quick features of Inception's sizes."""
+    """An extractor of random features that takes no time; its sizes are those of ``small_inception``."""
     project = torch.randn(64, POOL + SPATIAL + 10, generator=torch.Generator().manual_seed(0))
 
     def compute(images):
@@ -192,7 +209,7 @@ def fake_inception(official=True) -> Extractor:
     return Extractor("inception-fake", compute, CPU, inception=True, official=official)
 
 
-def test_statistics_of_a_reference_batch_are_used(digits, classifier, tmp_path):
+def test_statistics_of_an_fid_reference_are_used(digits, classifier, tmp_path):
     path = str(tmp_path / "adm.npz")
     statistics = {
         "mu": np.ones(POOL),
@@ -202,21 +219,22 @@ def test_statistics_of_a_reference_batch_are_used(digits, classifier, tmp_path):
     }
     np.savez(path, arr_0=np.load(digits["clean"])["arr_0"], **statistics)
     reference = summarize_reference(path, fake_inception(), 64)
-    assert (
-        reference.precomputed and reference.count == 360 and reference.features.shape == (360, POOL)
-    )
-    assert np.array_equal(reference.pool.cov, statistics["sigma"]) and np.array_equal(
-        reference.spatial.cov, statistics["sigma_s"]
-    )
+    assert reference.precomputed
+    assert reference.count == 360
+    assert reference.features.shape == (360, POOL)
+    assert np.array_equal(reference.pool.cov, statistics["sigma"])
+    assert np.array_equal(reference.spatial.cov, statistics["sigma_s"])
+    # the statistics are Inception's: another extractor needs the images
     other = summarize_reference(path, classifier, 64)
-    assert not other.precomputed and len(other.pool.mean) == 32, (
-        "they are Inception's, not this extractor's"
-    )
+    assert not other.precomputed
+    assert len(other.pool.mean) == 32
 
-    np.savez(path, **statistics)  # without images
+    # a file without images
+    np.savez(path, **statistics)
     bare = summarize_reference(path, fake_inception(), 64)
     samples = Summary(50, bare.pool, bare.spatial, 7.0, torch.zeros(50, POOL))
-    assert bare.count == 0 and score(samples, bare, CPU) == {
+    assert bare.count == 0
+    assert score(samples, bare, CPU) == {
         "fid": pytest.approx(0, abs=1e-6),
         "sfid": pytest.approx(0, abs=1e-6),
         "inception_score": 7.0,
@@ -232,44 +250,42 @@ def test_statistics_of_a_reference_batch_are_used(digits, classifier, tmp_path):
 
 def test_spatial_features_make_sfid(digits):
     extractor = fake_inception()
-    samples, reference = (
-        summarize(NpzImages(digits[name]), extractor, 64) for name in ("noisy", "clean")
-    )
-    images = [
-        torch.from_numpy(np.load(digits[name])["arr_0"]).permute(0, 3, 1, 2)
-        for name in ("noisy", "clean")
-    ]
-    pools, spatials, _ = zip(*(extractor.compute(x) for x in images), strict=True)
+
+    def features(name):
+        images = torch.from_numpy(np.load(digits[name])["arr_0"]).permute(0, 3, 1, 2)
+        pool, spatial, _ = extractor.compute(images)
+        return pool, spatial
+
+    samples = summarize(NpzImages(digits["noisy"]), extractor, 64)
+    reference = summarize(NpzImages(digits["clean"]), extractor, 64)
     scores = score(samples, reference, CPU)
-    assert scores["fid"] == pytest.approx(
-        frechet_distance(*(fit_gaussian(x.numpy()) for x in pools)), rel=1e-4
-    )
-    assert scores["sfid"] == pytest.approx(
-        frechet_distance(*(fit_gaussian(x.numpy()) for x in spatials)), rel=1e-4
-    )
-    assert (scores["precision"], scores["recall"]) == precision_recall(pools[1], pools[0])
+    pool, spatial = features("noisy")
+    reference_pool, reference_spatial = features("clean")
+    for name, a, b in (
+        ("fid", pool, reference_pool),
+        ("sfid", spatial, reference_spatial),
+    ):
+        expected = frechet_distance(fit_gaussian(a.numpy()), fit_gaussian(b.numpy()))
+        assert scores[name] == pytest.approx(expected, rel=1e-4)
+    expected = precision_recall(reference_pool, pool)
+    assert (scores["precision"], scores["recall"]) == expected
 
 
 def test_what_may_be_compared():
     features = torch.zeros(50_000, 1)
-    samples, reference = (
-        Summary(50_000, features=features),
-        Summary(10_000, features=features[:10_000], precomputed=True),
-    )
-
+    samples = Summary(50_000, features=features)
+    reference = Summary(10_000, features=features[:10_000], precomputed=True)
     official = fake_inception()
 
     def verdicts(
         extractor=official, samples=samples, reference=reference, same_size=True, **scores
     ):
-        return comparability(
-            dict.fromkeys(NAMES, 1.0) | scores, extractor, samples, reference, same_size
-        )
+        scores = dict.fromkeys(NAMES, 1.0) | scores
+        return comparability(scores, extractor, samples, reference, same_size)
 
     assert verdicts() == dict.fromkeys(NAMES, COMPARABLE)
-    assert set(verdicts(fake_inception(official=False)).values()) == {
-        "not comparable: other Inception weights"
-    }
+    other_weights = verdicts(fake_inception(official=False))
+    assert set(other_weights.values()) == {"not comparable: other Inception weights"}
     few = Summary(5000, features=features[:5000])
     both = verdicts(Extractor("mine", None, CPU), few)
     assert set(both.values()) == {"not comparable: other extractor; 5000 samples instead of 50000"}
@@ -280,21 +296,19 @@ def test_what_may_be_compared():
         ),
         ({"same_size": False}, "samples and reference images differ in size"),
     ):
-        assert verdicts(**change) == dict.fromkeys(NAMES, f"not comparable: {reason}") | {
-            "inception_score": COMPARABLE
-        }
+        # the Inception score does not use the reference
+        expected = dict.fromkeys(NAMES, f"not comparable: {reason}")
+        expected["inception_score"] = COMPARABLE
+        assert verdicts(**change) == expected
     limited = verdicts(samples=replace(samples, features=features[:10_000]))
     assert [name for name in NAMES if limited[name] != COMPARABLE] == ["precision", "recall"]
     assert limited["recall"] == "not comparable: not all images"
     lacking = verdicts(sfid=None, inception_score=None, precision=None, recall=None)
-    assert (
-        lacking["fid"] == COMPARABLE
-        and lacking["inception_score"] == "not computed: the extractor gives no logits"
-    )
-    assert (
-        "no spatial features" in lacking["sfid"]
-        and "holds no images" in lacking["precision"] + lacking["recall"]
-    )
+    assert lacking["fid"] == COMPARABLE
+    assert "no spatial features" in lacking["sfid"]
+    assert lacking["inception_score"] == "not computed: the extractor gives no logits"
+    assert "holds no images" in lacking["precision"]
+    assert "holds no images" in lacking["recall"]
 
 
 def test_extractors_by_name(classifier, tmp_path, monkeypatch):
@@ -302,10 +316,12 @@ def test_extractors_by_name(classifier, tmp_path, monkeypatch):
     torch.jit.trace(classifier.compute, images).save(str(tmp_path / "net.pt"))
     from_file = named_extractor(str(tmp_path / "net.pt"), [8, 8, 1], CPU)
     torch.testing.assert_close(from_file(images).logits, classifier(images).logits)
-    assert from_file.name.startswith("net-") and not from_file.official and not from_file.inception
+    assert from_file.name.startswith("net-")
+    assert not from_file.official
+    assert not from_file.inception
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_pixels.py").write_text(
         "import torch\nWEIGHT = 1.0\n"
         "def features(x):\n    return WEIGHT * x.flatten(1).float()\n"
@@ -314,22 +330,20 @@ def test_extractors_by_name(classifier, tmp_path, monkeypatch):
         "network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.9))\n"
     )
     mine = named_extractor("my_pixels:features", [8, 8, 1], CPU)
-    assert mine(images).pool.tolist() == images.flatten(1).tolist() and mine(images)[1:] == (
-        None,
-        None,
-    )
-    assert (
-        mine.name.startswith("my_pixels.features-")
-        and named_extractor("my_pixels:features", [8, 8, 1], CPU).name == mine.name
-    )
+    features = mine(images)
+    assert features.pool.tolist() == images.flatten(1).tolist()
+    assert features.spatial is None
+    assert features.logits is None
+    assert mine.name.startswith("my_pixels.features-")
+    assert named_extractor("my_pixels:features", [8, 8, 1], CPU).name == mine.name
+    # other weights in the same code get another name
     import my_pixels
 
     my_pixels.WEIGHT = 1.1
-    assert named_extractor("my_pixels:features", [8, 8, 1], CPU).name != mine.name, (
-        "other weights in the same code"
-    )
+    assert named_extractor("my_pixels:features", [8, 8, 1], CPU).name != mine.name
+    # a network is put in eval mode: its dropout does nothing
     module = named_extractor("my_pixels:network", [8, 8, 1], CPU)
-    assert torch.equal(module.compute(images), images.flatten(1)), "in eval mode"
+    assert torch.equal(module.compute(images), images.flatten(1))
 
     (tmp_path / "text.pt").write_text("no TorchScript")
     for spec, shape, message in (
@@ -357,19 +371,21 @@ def test_official_weights_are_known_by_their_hash(tmp_path, monkeypatch):
             return x.flatten(1).float(), x.flatten(1).float(), x.flatten(1).float()
 
     monkeypatch.setattr(extractors, "load_inception", lambda path: Tiny())
-    (tmp_path / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"others under that name")
-    extractor = inception_extractor(
-        str(tmp_path / "weights-inception-2015-12-05-6726825d.pth"), CPU
-    )
-    assert extractor.inception and not extractor.official and extractor.name != "inception-6726825d"
+    # other weights under the official name
+    path = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    path.write_bytes(b"others under that name")
+    extractor = inception_extractor(str(path), CPU)
+    assert extractor.inception
+    assert not extractor.official
+    assert extractor.name != "inception-6726825d"
     assert isinstance(extractor(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), Features)
-    choices = []
-    seen = replace(
-        extractor, compute=lambda x: choices.append(torch.backends.cudnn.allow_tf32) or Tiny()(x)
-    )
+
+    # the same features while a run trains in TF32
+    counting = Counting(replace(extractor, compute=Tiny()))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        seen(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    assert choices == [False], "the same features while a run trains in TF32"
+        replace(extractor, compute=counting)(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert counting.tf32 == {False}
     monkeypatch.setattr(extractors, "_digest", lambda path: "6726825d")
     extractor = inception_extractor("any path", CPU)
-    assert extractor.official and extractor.name == "inception-6726825d"
+    assert extractor.official
+    assert extractor.name == "inception-6726825d"

@@ -1,4 +1,4 @@
-"""The network of FID: torch-fidelity's parameter names and outputs for random weights; TensorFlow 1's resize."""
+"""FID's network against torch-fidelity's, with random weights, and its resize against TensorFlow 1's."""
 
 from pathlib import Path
 
@@ -14,8 +14,9 @@ IMAGES = torch.from_numpy(GOLDEN["images"])
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    """The weights that the golden outputs belong to, under torch-fidelity's names and shapes."""
-    rng, state = np.random.RandomState(0), {}
+    """The weights that the golden outputs were computed with, under torch-fidelity's names and shapes."""
+    rng = np.random.RandomState(0)
+    state = {}
     for name, padded in zip(GOLDEN["names"].tolist(), GOLDEN["shapes"].tolist(), strict=True):
         shape = tuple(size for size in padded if size)
         x = rng.standard_normal(shape).astype(np.float32)
@@ -47,13 +48,16 @@ def test_names_shapes_and_outputs_are_torch_fidelitys(weights):
         for name, x in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    assert ours == {name: [*x.shape] for name, x in random_weights().items()} and len(ours) == 472
+    assert ours == {name: [*x.shape] for name, x in random_weights().items()}
+    assert len(ours) == 472
     with torch.inference_mode():
         outputs = dict(zip(("pool", "spatial", "logits"), model(IMAGES), strict=True))
-        grey, colour = model(IMAGES[:, :1]), model(IMAGES[:, :1].repeat(1, 3, 1, 1))
+        grey = model(IMAGES[:, :1])
+        colour = model(IMAGES[:, :1].repeat(1, 3, 1, 1))
     for name, output in outputs.items():
         assert_matches(output, torch.from_numpy(GOLDEN[name]), 1e-4)
-    assert torch.equal(grey[0], colour[0]) and not torch.equal(grey[0], outputs["pool"])
+    assert torch.equal(grey[0], colour[0])
+    assert not torch.equal(grey[0], outputs["pool"])
 
 
 @pytest.mark.parametrize(
@@ -61,15 +65,15 @@ def test_names_shapes_and_outputs_are_torch_fidelitys(weights):
     [((8, 8), 299), ((64, 48), 299), ((299, 299), 299), ((31, 512), 100), ((1, 5), 7)],
 )
 def test_resize_is_tensorflow_1s(shape, size):
-    """Linear interpolation at i H / size, constant beyond the last pixel, by numpy in fp64."""
-    images = torch.from_numpy(
-        np.random.RandomState(0).randint(0, 256, (2, 3, *shape)).astype(np.float32)
-    )
+    """numpy's linear interpolation at i H / size in fp64, constant beyond the last pixel."""
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 3, *shape))
+    images = torch.from_numpy(pixels.astype(np.float32))
 
     def line(values):
         return np.interp(np.arange(size) * len(values) / size, np.arange(len(values)), values)
 
-    expected = np.apply_along_axis(line, 2, np.apply_along_axis(line, 3, images.double().numpy()))
+    rows = np.apply_along_axis(line, 3, images.double().numpy())
+    expected = np.apply_along_axis(line, 2, rows)
     # positions are fp32 as in TensorFlow: up to 2e-5 pixels off, times a step of up to 255
     torch.testing.assert_close(
         resize_tf1(images, size).double(), torch.from_numpy(expected), rtol=0, atol=1e-2
@@ -79,15 +83,15 @@ def test_resize_is_tensorflow_1s(shape, size):
 
 
 def test_other_files_are_refused(tmp_path, weights):
-    state, path = torch.load(weights), tmp_path / "other.pth"
+    state = torch.load(weights)
+    path = tmp_path / "other.pth"
     message = "other.pth does not hold the weights of weights-inception-2015-12-05-6726825d.pth: "
     with pytest.raises(ValueError, match=message + ".*No such file"):
         load_inception(str(path))
+    without_a_key = dict(state)
+    del without_a_key["Mixed_7c.branch1x1.conv.weight"]
     for other, reason in (
-        (
-            {k: v for k, v in state.items() if k != "Mixed_7c.branch1x1.conv.weight"},
-            "Missing key.*Mixed_7c.branch1x1",
-        ),
+        (without_a_key, "Missing key.*Mixed_7c.branch1x1"),
         (state | {"AuxLogits.fc.bias": torch.zeros(1)}, "Unexpected key.*AuxLogits"),
         (state | {"fc.weight": state["fc.weight"][:1000]}, "size mismatch for fc.weight"),
         ([1, 2], "got <class 'list'>"),

@@ -1,4 +1,4 @@
-"""The stream of images out of .npz files, and what it refuses."""
+"""Streams of images from .npz files, statistics, and what is refused."""
 
 import io
 import struct
@@ -21,25 +21,27 @@ def test_batches_are_the_array(tmp_path, save, size):
     assert (images.count, images.shape) == (23, [5, 4, 3])
     batches = list(images.batches(size))
     assert [len(b) for b in batches] == [min(size, 23 - i) for i in range(0, 23, size)]
-    assert all(b.flags.writeable for b in batches) and np.array_equal(
-        np.concatenate(batches), IMAGES
-    )
-    assert np.array_equal(np.concatenate(list(images.batches(size))), IMAGES), "a second pass"
+    assert all(batch.flags.writeable for batch in batches)
+    assert np.array_equal(np.concatenate(batches), IMAGES)
+    # a second pass
+    assert np.array_equal(np.concatenate(list(images.batches(size))), IMAGES)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_memory_does_not_grow_with_the_file(tmp_path, save):
-    save(tmp_path / "x.npz", np.repeat(IMAGES[:1], 200_000, axis=0))  # 12 MB
+    # 12 MB
+    save(tmp_path / "x.npz", np.repeat(IMAGES[:1], 200_000, axis=0))
     images = NpzImages(str(tmp_path / "x.npz"))
     tracemalloc.start()
     total = sum(len(batch) for batch in images.batches(100))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert total == 200_000 and peak < 1e6, f"{peak / 1e6:.1f} MB"
+    assert total == 200_000
+    assert peak < 1e6, f"{peak / 1e6:.1f} MB"
 
 
 def npz(path, array=None, data=None):
-    """An .npz of ``array``, or of these bytes."""
+    """Write an .npz whose arr_0 is ``array``, or these bytes; returns the bytes."""
     if data is None:
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, array)
@@ -108,11 +110,9 @@ def test_statistics(tmp_path):
     path = str(tmp_path / "x.npz")
     np.savez(path, IMAGES, mu=np.arange(3, dtype=np.float32), sigma=np.eye(3, dtype=np.float32))
     pool, spatial = read_statistics(path)
-    assert (
-        pool.mean.dtype == pool.cov.dtype == np.float64
-        and pool.mean.tolist() == [0, 1, 2]
-        and spatial is None
-    )
+    assert pool.mean.dtype == pool.cov.dtype == np.float64
+    assert pool.mean.tolist() == [0, 1, 2]
+    assert spatial is None
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=2 * np.eye(2))
     assert read_statistics(path)[1].cov.tolist() == [[2, 0], [0, 2]]
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
@@ -131,7 +131,7 @@ def test_statistics(tmp_path):
         (np.array([None, 1]), "real numbers"),
     ],
 )
-def test_statistics_that_are_no_finite_numbers_are_refused(tmp_path, mu, message):
+def test_statistics_must_be_finite_numbers(tmp_path, mu, message):
     np.savez(tmp_path / "x.npz", mu=mu, sigma=np.eye(2))
     with pytest.raises(ValueError, match=f"x.npz: mu and sigma must be {message}"):
         read_statistics(str(tmp_path / "x.npz"))

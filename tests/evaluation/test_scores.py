@@ -10,7 +10,7 @@ from sra_fast.evaluation import scores
 from sra_fast.evaluation.scores import (
     Gaussian,
     InceptionScore,
-    Moments,
+    RunningGaussian,
     fit_gaussian,
     frechet_distance,
     precision_recall,
@@ -24,23 +24,26 @@ def correlated(count: int, dim: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_moments_in_parts_are_numpys(offset):
+def test_a_gaussian_from_parts_is_numpys(offset):
     """Also far from the origin, where sums of squares lose every digit of the variance."""
     rows = correlated(101, 7) + offset
-    moments = Moments()
+    running = RunningGaussian()
     for part in torch.from_numpy(rows).split([1, 40, 3, 57]):
-        moments.update(part)
-    assert moments.count == 101
-    np.testing.assert_allclose(moments.gaussian().mean, rows.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(moments.gaussian().cov, np.cov(rows.T), rtol=1e-8, atol=1e-8)
+        running.update(part)
+    assert running.count == 101
+    mean, cov = running.gaussian()
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(cov, np.cov(rows.T), rtol=1e-8, atol=1e-8)
 
 
-def test_moments_are_double_whatever_comes():
+def test_statistics_are_double_for_any_dtype():
     rows = torch.tensor([[1.0, 0.0], [1.0 + 2**-7, 0.0]], dtype=torch.bfloat16)
-    moments = Moments()
-    moments.update(rows.repeat(500, 1))
-    assert moments.gaussian().mean[0] == 1 + 2**-8  # no bfloat16
-    assert moments.gaussian().cov[0, 0] == pytest.approx(2**-16 * 1000 / 999, rel=1e-12)
+    running = RunningGaussian()
+    running.update(rows.repeat(500, 1))
+    mean, cov = running.gaussian()
+    # a mean that bfloat16 cannot hold
+    assert mean[0] == 1 + 2**-8
+    assert cov[0, 0] == pytest.approx(2**-16 * 1000 / 999, rel=1e-12)
 
 
 def test_one_row_has_no_covariance():
@@ -49,11 +52,12 @@ def test_one_row_has_no_covariance():
 
 
 def test_frechet_distance_is_scipys():
-    a, b = correlated(400, 12), correlated(300, 12)
-    cross = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
-        np.cov(a.T) + np.cov(b.T) - 2 * cross
-    )
+    a = correlated(400, 12)
+    b = correlated(300, 12)
+    cov_a = np.cov(a.T)
+    cov_b = np.cov(b.T)
+    cross = sqrtm(cov_a @ cov_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * cross)
     assert frechet_distance(fit_gaussian(a), fit_gaussian(b)) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(fit_gaussian(b), fit_gaussian(a)) == pytest.approx(expected, rel=1e-10)
 
@@ -64,9 +68,9 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(fit, fit) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(fit, fit_gaussian(a + [1.0, 2.0, 0.0])) == pytest.approx(5, rel=1e-9)
     tripled = Gaussian(fit.mean, 9 * fit.cov)
-    assert frechet_distance(fit, tripled) == pytest.approx(
-        4 * np.trace(fit.cov), rel=1e-9
-    )  # sum of (3s - s)^2
+    # the sum of (3s - s)^2 over the standard deviations s
+    expected = 4 * np.trace(fit.cov)
+    assert frechet_distance(fit, tripled) == pytest.approx(expected, rel=1e-9)
     p, q = (Gaussian(np.zeros(3), np.diag(d)) for d in ([1.0, 4.0, 0.0], [9.0, 1.0, 25.0]))
     assert frechet_distance(p, q) == pytest.approx(4 + 1 + 25, rel=1e-9)
 
@@ -92,8 +96,10 @@ def test_inception_score_per_split(batch):
 
 
 def test_inception_score_of_known_predictions():
-    certain, score = 1e4 * torch.eye(7).repeat(3, 1), InceptionScore()
-    score.update(certain)  # probabilities that are exactly 0 included
+    # every class three times, with probabilities of exactly 0 and 1
+    certain = 1e4 * torch.eye(7).repeat(3, 1)
+    score = InceptionScore()
+    score.update(certain)
     assert score.compute() == pytest.approx(7, rel=1e-9)
     score = InceptionScore()
     score.update(certain[:1].repeat(20, 1))
@@ -102,29 +108,26 @@ def test_inception_score_of_known_predictions():
 
 @pytest.mark.parametrize("block, offset", [(scores.BLOCK, 0), (150, 0), (150, 1000)])
 def test_precision_and_recall_are_scikit_learns(monkeypatch, block, offset):
-    """In one piece, a few rows at a time, and far from the origin, where |a|^2 - 2ab + |b|^2 in fp32 says nothing."""
+    """At once, in blocks, and far from the origin, where |a|^2 - 2ab + |b|^2 in fp32 has no correct digit."""
     monkeypatch.setattr(scores, "BLOCK", block)
     rng = np.random.RandomState(1)
-    real, fake = rng.randn(90, 5) + offset, rng.randn(70, 5) * 0.7 + 0.4 + offset
-    real, fake = (
-        real.astype(np.float32).astype(np.float64),
-        fake.astype(np.float32).astype(np.float64),
-    )
+    real = (rng.randn(90, 5) + offset).astype(np.float32)
+    fake = (rng.randn(70, 5) * 0.7 + 0.4 + offset).astype(np.float32)
 
     def share(points, centres):
-        radii = (
-            NearestNeighbors(n_neighbors=4, algorithm="brute")
-            .fit(centres)
-            .kneighbors(centres)[0][:, 3]
-        )
+        points = points.astype(np.float64)
+        centres = centres.astype(np.float64)
+        neighbours = NearestNeighbors(n_neighbors=4, algorithm="brute").fit(centres)
+        # the nearest neighbour of a point is the point itself
+        radii = neighbours.kneighbors(centres)[0][:, 3]
         distances = np.linalg.norm(points[:, None] - centres[None], axis=2)
         return (distances <= radii).any(1).mean()
 
-    expected = share(fake, real), share(real, fake)
-    assert expected[0] > expected[1] + 0.1, "the two are told apart"
-    assert precision_recall(
-        torch.from_numpy(real).float(), torch.from_numpy(fake).float()
-    ) == pytest.approx(expected, abs=1e-9)
+    precision = share(fake, real)
+    recall = share(real, fake)
+    assert precision > recall + 0.1, "a test that confuses the two would not notice"
+    found = precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
+    assert found == pytest.approx((precision, recall), abs=1e-9)
 
 
 def test_precision_and_recall_of_known_sets():

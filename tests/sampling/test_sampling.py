@@ -1,14 +1,14 @@
-"""Samples in parts: any number of processes, interrupted anywhere, the same .npz."""
+"""Samples in parts: any number of processes and any interruption give the same .npz."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, call, environment, error_of
 from PIL import Image
 from toy_data import write_vae
 
@@ -16,9 +16,9 @@ from sra_fast.config.schema import SampleConfig
 from sra_fast.models import SiT
 from sra_fast.plots.report import to_uint8
 from sra_fast.sampling import parts as sampling
+from sra_fast.sampling import run as script
 from sra_fast.utils.files import write_atomic
 
-ROOT = Path(__file__).parents[2]
 COUNT = 11
 
 
@@ -29,12 +29,8 @@ def small_parts(monkeypatch):
 
 def make(first, end):
     """Image i is filled with i."""
-    return (
-        np.arange(first, end, dtype=np.uint8)[:, None, None, None]
-        .repeat(3, 1)
-        .repeat(2, 2)
-        .repeat(3, 3)
-    )
+    numbers = np.arange(first, end, dtype=np.uint8)
+    return np.tile(numbers[:, None, None, None], (1, 3, 2, 3))
 
 
 def join(folder, out):
@@ -46,20 +42,22 @@ def test_any_number_of_processes_gives_the_same_file(tmp_path, world):
     parts = tmp_path / "parts"
     sampling.open_parts(parts, {"seed": 0})
     made = [sampling.make_parts(make, COUNT, parts, rank, world, tmp_path) for rank in range(world)]
-    assert sum(made) == COUNT and max(made) <= 4 * -(-3 // world)
+    assert sum(made) == COUNT
+    # three parts of at most four images
+    assert max(made) <= 4 * -(-3 // world)
     shown = join(parts, tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz") as held:
-        assert np.array_equal(held["arr_0"], make(0, COUNT)) and held["arr_1"].tolist() == list(
-            range(COUNT)
-        )
-    assert np.array_equal(shown, make(0, 5)) and not parts.exists()
-    assert [
-        int(np.asarray(Image.open(tmp_path / f"{i:06d}.png"))[0, 0, 0]) for i in range(COUNT)
-    ] == list(range(COUNT))
+        assert np.array_equal(held["arr_0"], make(0, COUNT))
+        assert held["arr_1"].tolist() == list(range(COUNT))
+    assert np.array_equal(shown, make(0, 5))
+    assert not parts.exists()
+    for i in range(COUNT):
+        assert (np.asarray(Image.open(tmp_path / f"{i:06d}.png")) == i).all()
 
 
-def test_what_was_made_is_kept_and_not_made_again(tmp_path):
-    parts, calls = tmp_path / "parts", []
+def test_finished_parts_are_kept(tmp_path):
+    parts = tmp_path / "parts"
+    calls = []
 
     def dies(first, end):
         calls.append(first)
@@ -70,9 +68,11 @@ def test_what_was_made_is_kept_and_not_made_again(tmp_path):
     sampling.open_parts(parts, {"seed": 0})
     with pytest.raises(OSError, match="No space left"):
         sampling.make_parts(dies, COUNT, parts, 0, 1)
-    (parts / ".000001.npy.77.tmp").write_bytes(b"half")  # what a killed process leaves
+    # what a killed process leaves
+    (parts / ".000001.npy.77.tmp").write_bytes(b"half")
     sampling.open_parts(parts, {"seed": 0})
-    assert sampling.make_parts(make, COUNT, parts, 0, 1) == COUNT - 4 and calls == [0, 4]
+    assert sampling.make_parts(make, COUNT, parts, 0, 1) == COUNT - 4
+    assert calls == [0, 4]
     join(parts, tmp_path / "samples.npz")
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], make(0, COUNT))
 
@@ -89,13 +89,16 @@ def test_parts_of_other_samples_are_refused(tmp_path):
 
 @pytest.mark.parametrize("event", range(4))
 def test_killed_while_the_parts_are_deleted(tmp_path, event, monkeypatch):
-    """What is left belongs to these samples: others do not take it for theirs, the same command ends with the same file."""
-    parts, remove, left = tmp_path / "parts", os.unlink, [event]
+    """What is left still says which samples it belongs to, and the same command ends with the same file."""
+    parts = tmp_path / "parts"
+    remove = os.unlink
+    left = event
 
     def dies(path, *args, **kwargs):
+        nonlocal left
         if str(path).endswith((".npy", ".json")):
-            left[0] -= 1
-            if left[0] < 0:
+            left -= 1
+            if left < 0:
                 raise KeyboardInterrupt
         remove(path, *args, **kwargs)
 
@@ -115,16 +118,19 @@ def test_killed_while_the_parts_are_deleted(tmp_path, event, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "again.npz")["arr_0"], make(0, COUNT))
 
 
-def test_of_two_runs_that_start_together_one_has_the_folder(tmp_path, monkeypatch):
-    first = sampling.write_first
-    monkeypatch.setattr(
-        sampling, "write_first", lambda path, value: (first(path, {"seed": 1}), first(path, value))
-    )
+def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path, monkeypatch):
+    write_first = sampling.write_first
+
+    def write_second(path, value):
+        write_first(path, {"seed": 1})
+        write_first(path, value)
+
+    monkeypatch.setattr(sampling, "write_first", write_second)
     with pytest.raises(ValueError, match="unfinished samples with seed 1, this run has 0"):
         sampling.open_parts(tmp_path / "parts", {"seed": 0})
 
 
-def test_pngs_of_a_larger_set_are_not_left_among_these(tmp_path):
+def test_pngs_of_a_larger_set_are_an_error(tmp_path):
     sampling.open_pngs(tmp_path / "png", 5)
     for name in ("000004.png", "000005.png", "grid.png"):
         (tmp_path / "png" / name).write_bytes(b"")
@@ -144,38 +150,19 @@ def weights(tmp_path_factory):
     return path
 
 
-def sample(weights, out, rank, world, *args):
-    command = [
-        sys.executable,
-        "sra_fast/sample.py",
-        "--checkpoint",
-        weights,
-        "--num_heads",
-        2,
-        "--out",
-        out,
-        "--count",
-        300,
-        "--sample.method",
-        "euler",
-        "--sample.steps",
-        2,
-        "--local_rank",
-        rank,
-        *args,
-    ]
-    environ = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+def arguments(weights, out) -> list:
+    """Arguments of sample.py: 300 images, which are two parts."""
+    model = ["--checkpoint", weights, "--num_heads", 2, "--out", out, "--count", 300]
+    return [*model, "--sample.method", "euler", "--sample.steps", 2]
+
+
+def start(weights, out, rank, world, batch) -> subprocess.Popen:
+    """sample.py as one process of several."""
+    args = [*arguments(weights, out), "--local_rank", rank, "--batch", batch]
     return subprocess.Popen(
-        map(str, command),
+        [sys.executable, "sra_fast/sample.py", *map(str, args)],
         cwd=ROOT,
-        env=environ,
+        env=environment(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -183,39 +170,35 @@ def sample(weights, out, rank, world, *args):
 
 
 def test_two_processes_of_the_script_give_the_images_of_one(weights, tmp_path):
-    children = [sample(weights, tmp_path / "two", rank, 2, "--batch", 64) for rank in (0, 1)]
-    children.append(sample(weights, tmp_path / "one", 0, 1, "--batch", 100))
+    children = [
+        start(weights, tmp_path / "two", rank=0, world=2, batch=64),
+        start(weights, tmp_path / "two", rank=1, world=2, batch=64),
+        start(weights, tmp_path / "one", rank=0, world=1, batch=100),
+    ]
     results = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0, 0, 0], results
-    one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
-    assert one["arr_0"].shape == (300, 8, 8, 1) and len(np.unique(one["arr_0"])) > 50
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and np.array_equal(
-        one["arr_1"], two["arr_1"]
-    )
+    one = np.load(tmp_path / "one/samples.npz")
+    two = np.load(tmp_path / "two/samples.npz")
+    assert one["arr_0"].shape == (300, 8, 8, 1)
+    assert len(np.unique(one["arr_0"])) > 50
+    # another batch size changes at most the rounding
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert np.array_equal(one["arr_1"], two["arr_1"])
+    # the first process prints the summary, the other nothing
     summary = json.loads(results[0][0].splitlines()[-1])
-    assert summary["count"] == 300 and summary["images_per_s_per_process"] > 0
-    assert not results[1][0].strip() and not (tmp_path / "two/parts").exists()
+    assert summary["count"] == 300
+    assert summary["images_per_s_per_process"] > 0
+    assert not results[1][0].strip()
+    assert not (tmp_path / "two/parts").exists()
 
 
 def test_graph_needs_a_gpu(weights, tmp_path):
-    child = sample(weights, tmp_path, 0, 1, "--graph", "true")
-    assert (
-        "graph needs a CUDA device" in child.communicate(timeout=300)[1].splitlines()[-1]
-        and child.returncode == 2
-    )
+    done = call("sample", *arguments(weights, tmp_path), "--graph", "true")
+    assert done.returncode == 2
+    assert error_of(done) == "error: graph needs a CUDA device"
 
 
-@pytest.fixture
-def script():
-    """sample.py as a module; imported, it must not touch the path as it does when it is launched."""
-    path = list(sys.path)
-    import sra_fast.sample as module
-
-    sys.path[:] = path
-    return module
-
-
-def options(script, weights, out, **changed):
+def options(weights, out, **changed) -> script.Options:
     given = {
         "checkpoint": str(weights),
         "num_heads": 2,
@@ -226,66 +209,77 @@ def options(script, weights, out, **changed):
     return script.Options(**{**given, **changed})
 
 
-def test_what_the_images_depend_on_is_the_same_for_any_number_of_threads(script, weights, tmp_path):
-    given = options(script, weights, tmp_path)
-    model = script.prepare(given)[0]
-    model.blocks[0].attn.qkv.weight = torch.nn.Parameter(
-        torch.randn(600, 1000)
-    )  # large enough for a sum by threads
-    first, threads = script.identity(given, model), torch.get_num_threads()
+def test_the_identity_does_not_depend_on_the_number_of_threads(weights, tmp_path):
+    given = options(weights, tmp_path)
+    model = script.load_job(given).model
+    # large enough that PyTorch would add it up with several threads
+    model.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.randn(600, 1000))
+    first = script.identity(given, model)
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
         assert script.identity(given, model) == first
     finally:
         torch.set_num_threads(threads)
+    # two rows swapped have the same sum, but are other weights
     weight = model.blocks[0].attn.qkv.weight.data
     weight[[0, 1]] = weight[[1, 0]]
-    assert script.identity(given, model)["weights"] != first["weights"], "the same sum"
-    assert (
-        script.identity(options(script, weights, tmp_path, batch=2, graph=True), model)["count"]
-        == 6
-    )
+    assert script.identity(given, model)["weights"] != first["weights"]
 
 
-def test_pngs_asked_for_too_late_are_an_error(script, weights, tmp_path, monkeypatch):
+def test_the_identity_leaves_out_how_images_are_made(weights, tmp_path):
+    given = options(weights, tmp_path)
+    model = script.load_job(given).model
+    faster = options(weights, tmp_path / "elsewhere", batch=2, graph=True)
+    assert script.identity(faster, model) == script.identity(given, model)
+    fewer = options(weights, tmp_path, count=5)
+    assert script.identity(fewer, model) != script.identity(given, model)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """No process group, whatever other tests have set."""
     monkeypatch.setattr(script.os, "environ", {})
-    monkeypatch.setattr(sampling, "join_parts", lambda *args: exit("killed"))
+
+
+def test_pngs_asked_for_too_late_are_an_error(one_process, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "join_parts", lambda *args: exit("killed"))
     with pytest.raises(SystemExit):
-        script.run(options(script, weights, tmp_path))
+        script.run(script.load_job(options(weights, tmp_path)))
+    late = script.load_job(options(weights, tmp_path, png=True))
     with pytest.raises(ValueError, match="unfinished samples with png False, this run has True"):
-        script.run(options(script, weights, tmp_path, png=True))
+        script.run(late)
 
 
-def test_images_that_are_not_finite_are_an_error(script, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.os, "environ", {})
+def test_images_that_are_not_finite_are_an_error(one_process, weights, tmp_path):
     held = torch.load(weights)
     held["ema"]["final_layer.linear.bias"][0] = float("nan")
     torch.save(held, tmp_path / "nan.pt")
+    job = script.load_job(options(tmp_path / "nan.pt", tmp_path / "out"))
     with pytest.raises(ValueError, match="images 0 .. 3 are not finite"):
-        script.run(options(script, tmp_path / "nan.pt", tmp_path / "out"))
+        script.run(job)
     assert not [*tmp_path.glob("out/parts/*.npy")]
 
 
-def test_a_vae_of_other_latents_is_an_error(script, weights, tmp_path):
-    with pytest.raises(
-        ValueError, match="--vae .*vae is for latents of 4 channels, the model has 1"
-    ):
-        script.prepare(
-            options(script, weights, tmp_path / "out", vae=str(write_vae(tmp_path / "vae")))
-        )
+def test_a_vae_of_other_latents_is_an_error(weights, tmp_path):
+    given = options(weights, tmp_path / "out", vae=str(write_vae(tmp_path / "vae")))
+    message = "--vae .*vae is for latents of 4 channels, the model has 1"
+    with pytest.raises(ValueError, match=message):
+        script.load_job(given)
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_image_depends_on_its_number_not_on_its_part(script, weights, tmp_path):
-    given = options(script, weights, tmp_path, batch=2)
-    make_images = script.make_images(
-        given, *script.prepare(given), torch.device("cpu"), lambda finished: None
-    )
-    whole = make_images(0, 6)
-    assert np.array_equal(np.concatenate([make_images(0, 4), make_images(4, 6)]), whole)
-    assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6, "each has noise of its own"
+def test_an_image_depends_on_its_number_not_on_its_part(weights, tmp_path):
+    job = script.load_job(options(weights, tmp_path, batch=2))
+    make_images = script.image_maker(job, progress=lambda finished: None)
+    with torch.no_grad():
+        whole = make_images(0, 6)
+        pieces = [make_images(0, 4), make_images(4, 6)]
+    assert np.array_equal(np.concatenate(pieces), whole)
+    assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6, "every image has other noise"
 
 
-def test_rounding_and_the_references_truncation():
+def test_rounding_and_the_published_truncation():
     images = torch.tensor([-2.0, -1.0, 0.9 / 127.5 - 1, 0.4 / 127.5 - 1, 1.0, 3.0]).view(1, 6, 1, 1)
     assert to_uint8(images).flatten().tolist() == [0, 0, 1, 0, 255, 255]
     assert to_uint8(images, "truncate").flatten().tolist() == [0, 0, 0, 0, 255, 255]

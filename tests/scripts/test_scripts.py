@@ -1,111 +1,48 @@
-"""The commands of the README, run as a user types them: through the DeepSpeed launcher, killed, resumed, sampled."""
+"""The commands of the README: a run through the DeepSpeed launcher, killed, resumed, sampled and exported.
+
+Argument errors are tested in this process; every script is also launched at least once as a user does it.
+"""
 
 import json
-import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, call, call_console, deepspeed, environment, error_of, launch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-TINY = [
-    "--config",
-    "configs/digits.yaml",
-    "--model.hidden_size",
-    "32",
-    "--model.depth",
-    "4",
-    "--model.num_heads",
-    "2",
-    "--align.student_layer",
-    "2",
-    "--align.teacher_layer",
-    "3",
-    "--train.global_batch",
-    "16",
-    "--train.log_every",
-    "2",
-    "--sample.steps",
-    "2",
-]
+from sra_fast.checkpoint.load_model import load_model
 
-
-def environment() -> dict:
-    """On the CPU, without the variables of a process group that another test has made in this process."""
-    launcher = {
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    }
-    return {
-        **{k: v for k, v in os.environ.items() if k not in launcher},
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def script(name, *args, **kwargs):
-    return subprocess.run(
-        [sys.executable, f"sra_fast/{name}.py", *map(str, args)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **kwargs,
-    )
+TINY = (
+    "--config configs/digits.yaml --model.hidden_size 32 --model.depth 4 --model.num_heads 2 "
+    "--align.student_layer 2 --align.teacher_layer 3 --train.global_batch 16 --train.log_every 2 --sample.steps 2"
+).split()
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A finished 24-step run, launched by `deepspeed` on two processes with a DeepSpeed JSON."""
+    """A finished run of 24 steps, launched by `deepspeed` on two processes with a DeepSpeed JSON."""
     out = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "deepspeed.launcher.runner",
-            "--num_accelerators",
-            "2",
-            "--master_port",
-            free_port(),
-            "sra_fast/train.py",
-            *TINY,
-            "--train.steps",
-            "24",
-            "--train.save_every",
-            "8",
-            "--train.out",
-            str(out),
-            "--deepspeed",
-            "--deepspeed_config",
-            "configs/deepspeed/zero2.json",
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = deepspeed(
+        "train",
+        *TINY,
+        *("--train.steps", 24, "--train.save_every", 8, "--train.out", out),
+        *("--deepspeed", "--deepspeed_config", "configs/deepspeed/zero2.json"),
     )
     assert (out / "000/summary.json").exists(), done.stderr[-3000:]
     return out / "000", done
+
+
+def rows_of(run) -> list[dict]:
+    """What a run has logged."""
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
 
 
 def test_run_folder_is_complete(whole_run):
@@ -123,50 +60,38 @@ def test_run_folder_is_complete(whole_run):
     }
     summary = json.loads((folder / "summary.json").read_text())
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert printed == [summary] and summary["run_dir"] == str(folder)
-    assert "zero_stage: 2" in (folder / "config.yaml").read_text(), (
-        "the stage that ran, not the default"
-    )
-    assert json.loads((folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
+    assert printed == [summary]
+    assert summary["run_dir"] == str(folder)
     for key in ("images_per_s", "label_accuracy", "frechet", "loss_first", "loss_last"):
         assert np.isfinite(summary[key])
-    rows = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    # the stage of DeepSpeed's JSON, not the default
+    assert "zero_stage: 2" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
+
+    rows = rows_of(folder)
     assert [row["step"] for row in rows] == [1, *range(2, 25, 2)]
-    assert (
-        rows[0]["loss"] == summary["loss_first"]
-        and rows[-1]["loss"] == summary["loss_last"] < rows[0]["loss"]
-    )
-    assert {
-        "denoise",
-        "align",
-        "align_weight",
-        "grad_norm",
-        "student_norm",
-        "teacher_norm",
-        "lr",
-        "epoch",
-        "images_per_s",
-    } <= set(rows[0])
-    assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == [
-        f"step_{s:08d}" for s in (8, 16, 24)
-    ]
+    assert rows[0]["loss"] == summary["loss_first"]
+    assert rows[-1]["loss"] == summary["loss_last"] < rows[0]["loss"]
+    logged = "denoise align align_weight grad_norm student_norm teacher_norm lr epoch images_per_s"
+    assert set(logged.split()) <= set(rows[0])
+    steps = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+    assert steps == ["step_00000008", "step_00000016", "step_00000024"]
     # ten rows of ten samples, a gap, ten real digits
     assert Image.open(folder / "samples.png").size == (6 * (20 * 9 + 4), 6 * 10 * 9)
 
 
 def test_checkpoint_does_not_store_the_teacher(whole_run):
-    state = torch.load(
-        whole_run[0] / "checkpoints/step_00000024/mp_rank_00_model_states.pt", weights_only=False
-    )
-    assert state["module"] and not [
-        name for name in state["module"] if name.startswith("teacher.") and "pos_embed" not in name
-    ]
+    file = whole_run[0] / "checkpoints/step_00000024/mp_rank_00_model_states.pt"
+    module = torch.load(file, weights_only=False)["module"]
+    assert module
+    of_teacher = [name for name in module if name.startswith("teacher.")]
+    assert all("pos_embed" in name for name in of_teacher)
 
 
-def test_killed_run_goes_on_where_it_was(tmp_path):
-    """SIGKILL in the middle; the resumed run ends with the same weights, bit for bit, and one log without gaps."""
+def test_a_killed_run_resumes(tmp_path):
+    """SIGKILL in the middle: the resumed run ends with the same weights, bit for bit, and one log without gaps."""
     args = [*TINY, "--train.steps", "60", "--train.save_every", "4"]
-    assert script("train", *args, "--train.out", tmp_path / "a").returncode == 0
+    assert launch("train", *args, "--train.out", tmp_path / "a").returncode == 0
     killed = subprocess.Popen(
         [sys.executable, "sra_fast/train.py", *args, "--train.out", str(tmp_path / "b")],
         cwd=ROOT,
@@ -174,27 +99,28 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    # kill it once it has a checkpoint
     latest = tmp_path / "b/000/checkpoints/latest"
     deadline = time.monotonic() + 120
     while not latest.exists() and time.monotonic() < deadline and killed.poll() is None:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert latest.exists() and not (tmp_path / "b/000/summary.json").exists(), "killed in time"
-    done = script("train", *args, "--train.out", tmp_path / "b", "--train.resume", "auto")
+    assert latest.exists()
+    assert not (tmp_path / "b/000/summary.json").exists(), "it was killed too late"
+
+    done = launch("train", *args, "--train.out", tmp_path / "b", "--train.resume", "auto")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["000"]
-    a, b = (load_file(tmp_path / x / "000/ema.safetensors") for x in "ab")
+    a = load_file(tmp_path / "a/000/ema.safetensors")
+    b = load_file(tmp_path / "b/000/ema.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    steps = [
-        [
-            (r["step"], r["loss"])
-            for r in map(json.loads, (tmp_path / x / "000/stats.jsonl").read_text().splitlines())
-        ]
-        for x in "ab"
-    ]
-    assert [s for s, _ in steps[1]] == sorted({s for s, _ in steps[1]})
-    assert dict(steps[0])[60] == dict(steps[1])[60]
+    steps = [row["step"] for row in rows_of(tmp_path / "b/000")]
+    assert steps == sorted(set(steps))
+    losses_a, losses_b = (
+        {row["step"]: row["loss"] for row in rows_of(tmp_path / f"{x}/000")} for x in "ab"
+    )
+    assert losses_a[60] == losses_b[60]
 
 
 @pytest.mark.parametrize(
@@ -213,53 +139,50 @@ def test_killed_run_goes_on_where_it_was(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(tmp_path, args, message):
-    done = script("train", *TINY, "--train.out", tmp_path / "never", *args)
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode == 2 and errors[-1].startswith("error: ") and message in errors[-1]
-    assert "Traceback" not in done.stderr and not (tmp_path / "never").exists()
+    done = call("train", *TINY, "--train.out", tmp_path / "never", *args)
+    assert done.returncode == 2
+    line = error_of(done)
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "never").exists()
 
 
 def test_resume_refuses_another_run(whole_run):
-    done = script("train", *TINY, "--train.zero_stage", "2", "--train.resume", whole_run[0])
-    assert (
-        done.returncode == 2
-        and "made with world_size 2, this run has 1" in done.stderr.splitlines()[-1]
-    )
+    done = call("train", *TINY, "--train.zero_stage", "2", "--train.resume", whole_run[0])
+    assert done.returncode == 2
+    assert "made with world_size 2, this run has 1" in error_of(done)
+
+
+def images_of(folder) -> np.ndarray:
+    with np.load(folder / "samples.npz") as held:
+        return held["arr_0"]
 
 
 def test_sampling_from_a_run_and_from_its_checkpoint(whole_run, tmp_path):
-    common = (
-        "--count",
-        12,
-        "--batch",
-        5,
-        "--columns",
-        4,
-        "--sample.steps",
-        3,
-        "--sample.guidance",
-        2.0,
-    )
-    for source, name in (
-        (whole_run[0], "run"),
-        (whole_run[0] / "checkpoints/step_00000024", "checkpoint"),
-    ):
-        done = script("sample", "--checkpoint", source, "--out", tmp_path / name, *common)
-        assert done.returncode == 0, done.stderr[-2000:]
-    run, again = (np.load(tmp_path / name / "samples.npz") for name in ("run", "checkpoint"))
-    assert run["arr_0"].shape == (12, 8, 8, 1) and run["arr_0"].dtype == np.uint8
-    assert run["arr_1"].tolist() == [i % 10 for i in range(12)], (
-        "the class count comes from the checkpoint"
-    )
-    assert np.array_equal(run["arr_0"], again["arr_0"])
+    run = whole_run[0]
+    checkpoint = run / "checkpoints/step_00000024"
+    settings = "--count 12 --columns 4 --sample.steps 3 --sample.guidance 2.0 --batch".split()
+    done = launch("sample", "--checkpoint", run, "--out", tmp_path / "run", *settings, 5)
+    assert done.returncode == 0, done.stderr[-2000:]
+    images = images_of(tmp_path / "run")
+    assert images.shape == (12, 8, 8, 1)
+    assert images.dtype == np.uint8
+    # the class count comes from the checkpoint
+    labels = np.load(tmp_path / "run/samples.npz")["arr_1"]
+    assert labels.tolist() == [i % 10 for i in range(12)]
     assert Image.open(tmp_path / "run/samples.png").size == (4 * 9, 3 * 9)
-    done = script(
-        "sample", "--checkpoint", whole_run[0], "--out", tmp_path / "other", *common, "--batch", 12
-    )
-    assert (
-        np.abs(np.load(tmp_path / "other/samples.npz")["arr_0"].astype(int) - run["arr_0"]).max()
-        <= 1
-    ), "any batch size"
+
+    # the same weights, read from the export and from the EMA's shards
+    out = tmp_path / "checkpoint"
+    done = call("sample", "--checkpoint", checkpoint, "--out", out, *settings, 5)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.array_equal(images_of(out), images)
+
+    # another batch size changes at most the rounding
+    out = tmp_path / "batch"
+    done = call("sample", "--checkpoint", run, "--out", out, *settings, 12)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.abs(images_of(out).astype(int) - images).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -272,110 +195,119 @@ def test_sampling_from_a_run_and_from_its_checkpoint(whole_run, tmp_path):
     ],
 )
 def test_sampling_names_what_is_wrong(whole_run, tmp_path, args, message):
-    done = script("sample", "--out", tmp_path, *(a.format(run=whole_run[0]) for a in args))
-    assert (
-        done.returncode != 0
-        and message in done.stderr.splitlines()[-1]
-        and "Traceback" not in done.stderr
-    )
+    args = [arg.format(run=whole_run[0]) for arg in args]
+    done = call("sample", "--out", tmp_path, *args)
+    assert done.returncode == 2
+    assert message in error_of(done)
+
+
+def metadata_of(file) -> dict:
+    with safe_open(file, "pt") as f:
+        return f.metadata()
+
+
+def test_an_exported_checkpoint_is_what_training_exports(whole_run, tmp_path):
+    run = whole_run[0]
+    out = tmp_path / "new/ema.safetensors"
+    done = launch("export", "--checkpoint", run, "--out", out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == str(out)
+
+    expected = load_file(run / "ema.safetensors")
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert metadata_of(out) == metadata_of(run / "ema.safetensors")
+
+    # sample.py reads it
+    model, path = load_model(str(out))
+    assert path == "linear"
+    assert model.num_classes == 10
+
+
+def test_an_earlier_checkpoint_is_exported_with_its_step(whole_run, tmp_path):
+    run = whole_run[0]
+    out = tmp_path / "early.safetensors"
+    checkpoint = run / "checkpoints/step_00000008"
+    done = call_console("export", "--checkpoint", checkpoint, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert metadata_of(out)["step"] == "8"
+    last = load_file(run / "ema.safetensors")
+    early = load_file(out)
+    assert not all(torch.equal(early[name], last[name]) for name in last)
+    checkpoint_model, _ = load_model(str(checkpoint))
+    for name, value in checkpoint_model.state_dict().items():
+        assert torch.equal(early[name], value)
+
+
+@pytest.mark.parametrize(
+    "checkpoint, out, message",
+    [
+        ("nowhere", "a.safetensors", "found neither at nowhere"),
+        ("README.md", "a.safetensors", "found neither at README.md"),
+        ("{run}/ema.safetensors", "a.safetensors", "expected a run folder or one of its"),
+        ("{run}", "a.pt", "expected out to end with .safetensors, got {tmp}/a.pt"),
+        ("{run}", "file/a.safetensors", "out {tmp}/file cannot be made: "),
+        ("{run}", "folder.safetensors", "out {tmp}/folder.safetensors cannot be written: Is a dir"),
+        ("{tmp}/moved", "a.safetensors", "expected {tmp}/moved in a run folder"),
+        ("{tmp}/run/checkpoints/step", "a.safetensors", "ema_rank_00001.pt is missing or broken"),
+    ],
+)
+def test_a_bad_export_is_one_line(whole_run, tmp_path, checkpoint, out, message):
+    run = whole_run[0]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    # a checkpoint without its run, and one without the EMA of a rank
+    shutil.copytree(run / "checkpoints/step_00000024", tmp_path / "moved")
+    shutil.copytree(run / "checkpoints/step_00000024", tmp_path / "run/checkpoints/step")
+    shutil.copy(run / "config.yaml", tmp_path / "run/config.yaml")
+    (tmp_path / "run/checkpoints/step/ema_rank_00001.pt").unlink()
+    checkpoint = checkpoint.format(run=run, tmp=tmp_path)
+    done = call("export", "--checkpoint", checkpoint, "--out", tmp_path / out)
+    assert done.returncode == 2
+    assert message.format(tmp=tmp_path) in error_of(done)
+    assert not (tmp_path / out).is_file()
 
 
 def test_dit_on_latents_from_disk(tmp_path):
-    """Moments in the reference's layout through preprocessing-free training, import of its .pt and DDIM sampling."""
-    folder, rng = tmp_path / "data/vae-sd/00000", np.random.default_rng(0)
+    """Moments in the published layout: train, start from the written .pt, sample with DDIM."""
+    folder = tmp_path / "data/vae-sd/00000"
     folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
     labels = [[f"00000/img-{i:03d}.npy", i % 3] for i in range(32)]
     for name, _ in labels:
         np.save(folder.parent / name, rng.random((2, 8, 8), dtype=np.float32))
     (folder.parent / "dataset.json").write_text(json.dumps({"labels": labels}))
     args = [
         *TINY,
-        "--model.name",
-        "DiT-S/2",
-        "--model.num_classes",
-        3,
-        "--data.name",
-        "latents",
-        "--data.path",
-        tmp_path / "data",
-        "--data.num_workers",
-        1,
-        "--sample.method",
-        "auto",
-        "--train.steps",
-        4,
-        "--train.precision",
-        "bf16",
+        *("--model.name", "DiT-S/2", "--model.num_classes", 3),
+        *("--data.name", "latents", "--data.path", tmp_path / "data", "--data.num_workers", 1),
+        *("--sample.method", "auto", "--train.steps", 4, "--train.precision", "bf16"),
     ]
-    done = script(
-        "train",
-        *args,
-        "--train.out",
-        tmp_path / "runs",
-        "--train.export",
-        '["reference","safetensors"]',
-    )
+    export = ("--train.export", '["reference","safetensors"]')
+    done = launch("train", *args, "--train.out", tmp_path / "runs", *export)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs/000"
-    row = json.loads((run / "stats.jsonl").read_text().splitlines()[-1])
-    assert row["vb"] > 0 and row["denoise"] > 0
-    more = script(
-        "train",
-        *args,
-        "--train.steps",
-        6,
-        "--train.out",
-        tmp_path / "more",
-        "--train.init_from",
-        run / "reference.pt",
-    )
-    assert more.returncode == 0, more.stderr[-2000:]
-    assert [
-        json.loads(l)["step"] for l in (tmp_path / "more/000/stats.jsonl").read_text().splitlines()
-    ] == [6]
-    other = script(
-        "train",
-        *args,
-        "--train.out",
-        tmp_path / "no",
-        "--train.init_from",
-        run / "reference.pt",
-        "--model.num_heads",
-        4,
-    )
-    assert (
-        other.returncode == 2
-        and "made with 2 heads, the model has 4" in other.stderr.splitlines()[-1]
-    )
-    other = script(
-        "train",
-        *args,
-        "--train.out",
-        tmp_path / "no",
-        "--train.init_from",
-        run / "ema.safetensors",
-        "--model.depth",
-        5,
-    )
-    assert (
-        other.returncode == 2
-        and "blocks.4.adaLN_modulation.1.bias should be [192], it is absent" in other.stderr
-    )
+    last = rows_of(run)[-1]
+    assert last["vb"] > 0
+    assert last["denoise"] > 0
+
+    # two more steps from the weights, the EMA and the optimizer's state
+    start = ("--train.init_from", run / "reference.pt")
+    done = launch("train", *args, "--train.steps", 6, "--train.out", tmp_path / "more", *start)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["step"] for row in rows_of(tmp_path / "more/000")] == [6]
+
+    done = call("train", *args, "--train.out", tmp_path / "no", *start, "--model.num_heads", 4)
+    assert done.returncode == 2
+    assert "made with 2 heads, the model has 4" in error_of(done)
+    start = ("--train.init_from", run / "ema.safetensors")
+    done = call("train", *args, "--train.out", tmp_path / "no", *start, "--model.depth", 5)
+    assert done.returncode == 2
+    assert "blocks.4.adaLN_modulation.1.bias should be [192], it is absent" in error_of(done)
+
+    settings = "--count 3 --num_heads 2 --sample.method ddim --sample.steps 3".split()
     for checkpoint in (run / "reference.pt", run):
-        sampled = script(
-            "sample",
-            "--checkpoint",
-            checkpoint,
-            "--out",
-            tmp_path / "s",
-            "--count",
-            3,
-            "--num_heads",
-            2,
-            "--sample.method",
-            "ddim",
-            "--sample.steps",
-            3,
-        )
-        assert sampled.returncode == 0, sampled.stderr[-2000:]
-        assert np.load(tmp_path / "s/samples.npz")["arr_0"].shape == (3, 8, 8, 1)
+        done = call("sample", "--checkpoint", checkpoint, "--out", tmp_path / "s", *settings)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert images_of(tmp_path / "s").shape == (3, 8, 8, 1)

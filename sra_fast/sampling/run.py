@@ -1,0 +1,250 @@
+"""The body of sample.py: check, load, sample this process's parts, join them."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sra_fast.checkpoint.load_model import load_model
+from sra_fast.config.schema import SampleConfig
+from sra_fast.data.vae import decode, load_vae
+from sra_fast.diffusion.samplers import Call, check_sampling
+from sra_fast.models import Conditioning, SiT
+from sra_fast.plots.report import save_grid, to_uint8
+from sra_fast.sampling.generate import choose_labels, generate
+from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
+from sra_fast.utils.cuda_graph import Graphed
+from sra_fast.utils.files import make_folder
+from sra_fast.utils.registry import CONDITIONINGS
+
+
+@dataclass
+class Options:
+    """What to sample."""
+
+    checkpoint: str
+    """run folder, checkpoint folder, .safetensors export or the published code's .pt"""
+    out: str = "samples"
+    """folder for samples.png and samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels)"""
+    count: int = 100
+    """number of images"""
+    classes: list[int] | None = None
+    """labels to sample, in turn; default: all of the model's classes"""
+    batch: int = 64
+    """images per model call (twice that with guidance)"""
+    columns: int = 10
+    """images per row of the grid"""
+    grid: int = 100
+    """images in the grid, the first ones"""
+    scale: int = 1
+    """enlargement of a pixel in the grid"""
+    seed: int = 0
+    """image i has the same noise for any batch size"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 (weights and activations; the sampler's state stays float64)"""
+    compile: bool = False
+    """torch.compile each block"""
+    graph: bool = False
+    """replay the model as a CUDA graph"""
+    png: bool = False
+    """also write every image to out/png/000000.png, ..."""
+    vae: str | None = None
+    """path or hub id of a diffusers AutoencoderKL, for models of 4-channel latents"""
+    latent_scale: float = 0.18215
+    """what the latents were multiplied with for training"""
+    num_heads: int | None = None
+    """for a published .pt whose width is no paper size"""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+# options that change how images are made or shown, but not which images they are
+FREE_OPTIONS = {
+    "checkpoint",
+    "out",
+    "batch",
+    "columns",
+    "grid",
+    "scale",
+    "compile",
+    "graph",
+    "num_heads",
+}
+
+
+@dataclass
+class SamplingJob:
+    """A checked job.
+
+    Attributes:
+        options: as given.
+        model: in eval mode, fp32, on the CPU.
+        path: the interpolant it was trained with.
+        labels: ``[count]`` int64.
+        vae: what decodes the latents; None: they are the images.
+        device: where this process samples.
+    """
+
+    options: Options
+    model: SiT
+    path: str
+    labels: Tensor
+    vae: object | None
+    device: torch.device
+
+
+def _choose_device(graph: bool) -> torch.device:
+    """This process's GPU, or the CPU; ValueError: a CUDA graph was asked for without a GPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    if graph:
+        raise ValueError("graph needs a CUDA device")
+    return torch.device("cpu")
+
+
+def load_job(options: Options) -> SamplingJob:
+    """Check the options and load the model and the VAE; nothing is written yet.
+
+    Raises:
+        ValueError: an option is out of range or does not fit the model, or the weights cannot be
+            read.
+    """
+    device = _choose_device(options.graph)
+    if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
+        raise ValueError("count, batch, columns, grid and scale must be at least 1")
+    # the model's sizes decide what else must be given
+    model, path = load_model(options.checkpoint, options.sample.weights, options.num_heads)
+    if options.vae is None and model.in_channels not in (1, 3):
+        raise ValueError(
+            f"the model makes latents of {model.in_channels} channels: give --vae to decode them"
+        )
+    classes = torch.tensor(options.classes or list(range(model.num_classes)))
+    if int(classes.min()) < 0 or int(classes.max()) >= model.num_classes:
+        raise ValueError(f"classes must lie in [0, {model.num_classes}), got {options.classes}")
+    check_sampling(options.sample, model)
+    if options.sample.guidance != 1 and not model.has_null:
+        raise ValueError(
+            f"sample.guidance {options.sample.guidance} needs a model with a null class"
+        )
+    # balanced: the classes take turns
+    turns = choose_labels(options.count, len(classes), options.sample.labels, options.seed)
+    vae = load_vae(options.vae, model.in_channels) if options.vae else None
+    return SamplingJob(options, model, path, classes[turns], vae, device)
+
+
+def identity(options: Options, model: SiT) -> dict:
+    """What the images depend on, and whether they are also written as PNGs.
+
+    Parts of samples with another identity are not reused.
+    """
+    # a hash and no sum: the last digit of a sum depends on the number of threads
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy())
+    decisive = {key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS}
+    return {"weights": digest.hexdigest()[:16], **decisive}
+
+
+def graphed_call(model: SiT) -> Call:
+    """The model as a CUDA graph, whose inputs are tensors only."""
+    kind = CONDITIONINGS[model.conditioning]
+    graphed = Graphed(lambda x, t, *tensors: model(x, t, kind.from_tensors(*tensors)))
+
+    def call(x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
+        return graphed(x, t, *condition.tensors())
+
+    return call
+
+
+def image_maker(
+    job: SamplingJob, progress: Callable[[int], object]
+) -> Callable[[int, int], np.ndarray]:
+    """A function from image numbers ``(first, end)`` to images, uint8 ``[end - first, H, W, C]``.
+
+    Args:
+        job: its model and VAE are moved to its device.
+        progress: called with the number of images of every finished batch.
+    """
+    options = job.options
+    device = job.device
+    model = job.model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    vae = job.vae.to(device) if job.vae else None
+    if options.compile:
+        model.compile_blocks()
+    # a graph per batch size: the last batch may be smaller
+    call = graphed_call(model) if options.graph else None
+
+    def make(first: int, end: int) -> np.ndarray:
+        latents = generate(
+            model,
+            job.labels[first:end],
+            options.sample,
+            job.path,
+            options.seed,
+            options.batch,
+            device,
+            progress,
+            first=first,
+            call=call,
+        )
+        # without a VAE the latents are the images
+        images = decode(latents, vae, options.latent_scale, options.batch, device)
+        if not images.isfinite().all():
+            raise ValueError(
+                f"images {first} .. {end - 1} are not finite: the weights, or precision {options.precision}"
+            )
+        return to_uint8(images, options.sample.rounding)
+
+    return make
+
+
+def run(job: SamplingJob) -> dict | None:
+    """Sample and write.
+
+    Returns:
+        The first process's summary; None on the others.
+
+    Raises:
+        ValueError: the folder cannot be made or holds other samples, or an image is not finite.
+        OSError: the disk is full. Finished parts are kept.
+    """
+    options = job.options
+    count = options.count
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    # more processes than parts
+    if rank >= num_parts(count):
+        return None
+
+    out = make_folder(options.out)
+    parts = out / "parts"
+    open_parts(parts, identity(options, job.model))
+    png = out / "png" if options.png else None
+    if png:
+        open_pngs(png, count)
+
+    start = time.perf_counter()
+    # the bar shows process 0's share
+    bar = tqdm(total=-(-count // world), unit="image", disable=rank > 0)
+    with bar, torch.no_grad():
+        make = image_maker(job, bar.update)
+        made = make_parts(make, count, parts, rank, world, png)
+    # parts of an earlier, interrupted run are not counted
+    rate = made / (time.perf_counter() - start)
+    if rank:
+        return None
+
+    # the first process joins the parts of all
+    npz = out / "samples.npz"
+    shown = join_parts(parts, count, job.labels.numpy(), npz, options.grid)
+    save_grid(out / "samples.png", shown, min(options.columns, len(shown)), options.scale)
+    return {"out": str(out), "count": count, "images_per_s_per_process": round(rate, 2)}
