@@ -177,7 +177,7 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     dist.barrier()
 
 
-def start_from_reference(out: Path, device) -> None:
+def start_from_published(out: Path, device) -> None:
     """Import the .pt that stage 1 wrote: weights, EMA and optimizer state must be what was exported."""
     held = reading.read_weights(str(out / "fp32_1.published.pt"))
     for stage in (0, 1, 2, 3):
@@ -203,7 +203,7 @@ def main() -> None:
             "bf16" if name in FP8 else "fp32",
             *args.format(micro=24 // (4 * dist.get_world_size())).split(),
         )
-    start_from_reference(out, device)
+    start_from_published(out, device)
 
 
 if __name__ == "__main__":

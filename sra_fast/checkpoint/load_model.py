@@ -42,7 +42,7 @@ def load_model(path: str, weights: str = "ema", num_heads: int | None = None) ->
     if weights == "model" and found.suffix != ".pt":
         raise ValueError(
             f"{found} holds EMA weights only; weights 'model' are in a .pt as the published code "
-            "writes it (train.export: [reference])"
+            "writes it (train.export: [published])"
         )
     if found.is_dir():
         model, cfg, _ = load_checkpoint(found)
@@ -99,7 +99,7 @@ def _from_safetensors(path: Path) -> tuple[SiT, str]:
 
 
 def _from_published(path: Path, weights: str, num_heads: int | None) -> tuple[SiT, str]:
-    held = reading.read_reference(str(path))
+    held = reading.read_published(str(path))
     if weights not in held:
         raise ValueError(f"{path} holds no '{weights}' weights, only {sorted(held)}")
     # the arguments say what shapes do not: heads, classes apart from the null class, SiT or DiT

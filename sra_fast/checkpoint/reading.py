@@ -1,7 +1,8 @@
 """Read checkpoints and exports without a trainer and without DeepSpeed.
 
-``<run>/checkpoints/step_00001000/`` holds DeepSpeed's files, ``ema_rank_00000.pt`` of every rank and ``sra_fast.json``
-(step, seed, epoch, processes, scales of an fp8 teacher).  ``training/saving.py`` writes them.
+``<run>/checkpoints/step_00001000/`` holds DeepSpeed's files, ``ema_rank_00000.pt`` of every rank and
+``sra_fast.json`` (step, epoch, what identifies the run, scales of an fp8 teacher).
+``training/saving.py`` writes them.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 STATE = "sra_fast.json"
+# a parameter that every SiT and DiT has
+KNOWN_PARAMETER = "x_embedder.proj.weight"
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -21,10 +24,14 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def read_state(path: Path, identity: dict) -> dict:
-    """``sra_fast.json`` of a checkpoint that a run of this identity can go on from.
+    """``sra_fast.json`` of a checkpoint that a run of this identity can resume.
+
+    Args:
+        path: checkpoint folder.
+        identity: see ``checkpoint/identity.py``.
 
     Raises:
-        ValueError: no checkpoint there, or one of another model, seed, batch, precision, ZeRO stage or process count.
+        ValueError: no checkpoint there, or one of a run with another identity.
     """
     try:
         state = json.loads((path / STATE).read_text())
@@ -33,28 +40,38 @@ def read_state(path: Path, identity: dict) -> dict:
     for key, value in identity.items():
         if state.get(key) != value:
             raise ValueError(
-                f"cannot resume {path}: it was made with {key} {state.get(key)}, this run has {value}"
+                f"cannot resume {path}: it was made with {key} {state.get(key)}, "
+                f"this run has {value}"
             )
     return state
 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a ``checkpoints`` folder, or None."""
-    if not (folder / "latest").exists():
+    file = folder / "latest"
+    if not file.exists():
         return None
-    named = folder / ((folder / "latest").read_text().strip() or "?")
-    # DeepSpeed writes `latest` last, but in place: a crash in that moment leaves it empty, with the newest step complete
-    steps = [named, *sorted(folder.glob("step_*"), reverse=True)]
-    return next((path for path in steps if (path / STATE).exists()), None)
+    named = folder / (file.read_text().strip() or "?")
+    # DeepSpeed writes `latest` last, but not atomically: a crash at that moment leaves it empty,
+    # and the newest step complete
+    for path in [named, *sorted(folder.glob("step_*"), reverse=True)]:
+        if (path / STATE).exists():
+            return path
+    return None
 
 
 def load_ema(path: Path) -> dict[str, Tensor]:
-    """``{name: flat fp32 tensor}`` of the whole EMA, put together from the files of every rank; not collective.
+    """The whole EMA of a checkpoint folder, from the files of every rank; not collective.
+
+    Returns:
+        ``{name: flat fp32 tensor}``.
 
     Raises:
         ValueError: a rank's file is missing or broken.
     """
-    world, pieces = json.loads((path / STATE).read_text())["world_size"], {}
+    world = json.loads((path / STATE).read_text())["world_size"]
+    # name -> [(first element, values), ...]
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for rank in range(world):
         file = path / f"ema_rank_{rank:05d}.pt"
         try:
@@ -62,48 +79,62 @@ def load_ema(path: Path) -> dict[str, Tensor]:
                 pieces.setdefault(name, []).append(piece)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{file} is missing or broken: {error}") from None
-    return {
-        name: torch.cat([values for _, values in sorted(parts, key=lambda p: p[0])])
-        for name, parts in pieces.items()
-    }
+    whole = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda part: part[0])
+        whole[name] = torch.cat([values for _, values in parts])
+    return whole
 
 
-def read_reference(path: str) -> dict:
-    """The reference's ``.pt`` (``model, ema, opt, args, epoch, steps``) or a bare state dict as ``{"ema": ...}``.
+def read_published(path: str) -> dict:
+    """A checkpoint of the published code, or a bare state dict.
 
     Nothing but tensors, containers and ``argparse.Namespace`` is unpickled.
+
+    Returns:
+        ``model, ema, opt, args, epoch, steps`` as far as the file has them; a bare state dict is
+        ``{"ema": ...}``.
 
     Raises:
         ValueError: unreadable, not a checkpoint, or pickled code.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from None
+    if isinstance(held, dict) and KNOWN_PARAMETER in held:
+        held = {"ema": held}
+    weights = held.get("ema", held.get("model", {})) if isinstance(held, dict) else {}
+    if KNOWN_PARAMETER not in weights:
         raise ValueError(
-            f"{path} is no checkpoint that can be read safely: {(str(error).splitlines() or ['empty'])[0]}"
-        ) from None
-    if isinstance(checkpoint, dict) and "x_embedder.proj.weight" in checkpoint:
-        checkpoint = {"ema": checkpoint}
-    if not isinstance(checkpoint, dict) or "x_embedder.proj.weight" not in checkpoint.get(
-        "ema", checkpoint.get("model", {})
-    ):
-        raise ValueError(
-            f"{path} holds neither a SiT or DiT state dict nor the reference's checkpoint"
+            f"{path} holds neither a SiT or DiT state dict nor a checkpoint of the published code"
         )
-    return checkpoint
+    return held
 
 
 def read_weights(path: str) -> dict:
-    """``{"ema": state dict, ...}`` from an export (``.safetensors``, with its ``config``) or a reference checkpoint (``.pt``)."""
+    """Weights from an export (``.safetensors``) or a published checkpoint (``.pt``).
+
+    Returns:
+        ``{"ema": state dict, ...}``: an export also has its ``config``, a checkpoint what
+        ``read_published`` returns.
+
+    Raises:
+        ValueError: unreadable, or something else.
+    """
     if not path.endswith(".safetensors"):
-        return read_reference(path)
+        return read_published(path)
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
         with safe_open(path, "pt") as f:
             config = json.loads((f.metadata() or {}).get("config", "null"))
-        return {"ema": load_file(path), **({"config": config} if config else {})}
+        held = {"ema": load_file(path)}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    if config:
+        held["config"] = config
+    return held

@@ -7,13 +7,13 @@ never picked up.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.identity import identity_of
 from sra_fast.checkpoint.reading import STATE, read_state
 from sra_fast.config.schema import Config
@@ -159,14 +159,7 @@ def published_args(cfg: Config) -> argparse.Namespace:
 
 
 def export_safetensors(trainer: Trainer, path: Path, step: int) -> None:
-    """EMA weights in fp32 under the published names; collective, rank 0 writes.
-
-    The metadata hold the step and the configuration.
-    """
-    from safetensors.torch import save_file
-
+    """EMA weights in fp32 as an export; collective, rank 0 writes."""
     ema = trainer.ema.full()
     if trainer.rank == 0:
-        metadata = {"step": str(step), "config": json.dumps(asdict(trainer.cfg))}
-        tensors = {name: tensor.contiguous() for name, tensor in trainer.state_dict(ema).items()}
-        write_atomic(path, lambda p: save_file(tensors, p, metadata=metadata))
+        write_export(path, trainer.state_dict(ema), asdict(trainer.cfg), step)

@@ -293,7 +293,7 @@ def test_dit_on_latents_from_disk(tmp_path):
     assert last["denoise"] > 0
 
     # two more steps from the weights, the EMA and the optimizer's state
-    start = ("--train.init_from", run / "reference.pt")
+    start = ("--train.init_from", run / "published.pt")
     done = launch("train", *args, "--train.steps", 6, "--train.out", tmp_path / "more", *start)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["step"] for row in rows_of(tmp_path / "more/000")] == [6]
@@ -307,7 +307,7 @@ def test_dit_on_latents_from_disk(tmp_path):
     assert "blocks.4.adaLN_modulation.1.bias should be [192], it is absent" in error_of(done)
 
     settings = "--count 3 --num_heads 2 --sample.method ddim --sample.steps 3".split()
-    for checkpoint in (run / "reference.pt", run):
+    for checkpoint in (run / "published.pt", run):
         done = call("sample", "--checkpoint", checkpoint, "--out", tmp_path / "s", *settings)
         assert done.returncode == 0, done.stderr[-2000:]
         assert images_of(tmp_path / "s").shape == (3, 8, 8, 1)

@@ -262,7 +262,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_exports_hold_the_run(results, world, name):
     ours = read(results, world, name)["resumed"]
-    held = reading.read_reference(str(results[world] / f"{name}.published.pt"))
+    held = reading.read_published(str(results[world] / f"{name}.published.pt"))
     assert set(held) == {"model", "ema", "opt", "args", "epoch", "steps"}
     assert isinstance(held["args"], argparse.Namespace) and held["steps"] == STEPS
     model, path = load_model(str(results[world] / f"{name}.safetensors"))
