@@ -28,10 +28,11 @@ from sra_fast.ops.adamw_ema import adamw_ema_ref_  # noqa: E402
 from sra_fast.ops.align_distance import align_distance_ref  # noqa: E402
 from sra_fast.ops.attention import attention_ref  # noqa: E402
 from sra_fast.ops.ema_update import ema_update_ref_  # noqa: E402
-from sra_fast.ops.fp8 import quantize_rows, quantize_rows_ref  # noqa: E402
-from sra_fast.ops.gated_residual import gated_residual_adaln_ref, gated_residual_ref  # noqa: E402
+from sra_fast.ops.gated_residual import gated_residual_ref  # noqa: E402
+from sra_fast.ops.gated_residual_adaln import gated_residual_adaln_ref  # noqa: E402
 from sra_fast.ops.linear_gelu import linear_gelu_ref  # noqa: E402
 from sra_fast.ops.noise_pair import noise_pair_ref  # noqa: E402
+from sra_fast.ops.quantize_rows import quantize_rows, quantize_rows_ref  # noqa: E402
 
 MODELS = ("SiT-XL/2", "SiT-B/2", "SiT-L/2")
 # most valuable first; a run that stops early has these

@@ -1,4 +1,4 @@
-"""Tables of addresses and sizes on the device, made once for a set of tensors."""
+"""Tables of addresses and sizes on the device, built once per set of tensors and cached."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -7,22 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# sets of tensors that an operator remembers
+# sets of tensors that one operator remembers
 MAX_PLANS = 8
 
 
 class Plans:
-    """What an operator has made for the sets of tensors that it saw last.
+    """A cache of what an operator built for the sets of tensors it saw last.
 
     Args:
-        name: of the operator.
+        name: the operator's name, for error messages.
     """
 
     def __init__(self, name: str):
-        self.name, self.held = name, OrderedDict()
+        self.name = name
+        self.held: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives for ``key``; made now if the key is new."""
+        """Return the plan for ``key``; call ``make`` if the key is new.
+
+        Raises:
+            RuntimeError: the key is new and a CUDA graph is being captured.
+        """
         if key not in self.held:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -30,13 +35,17 @@ class Plans:
                 )
             self.held[key] = make()
         self.held.move_to_end(key)
+        # evict the least recently used plan
         if len(self.held) > MAX_PLANS:
             self.held.popitem(last=False)
         return self.held[key]
 
 
-def in_use(*tables: Tensor) -> None:
-    """Another stream than the one that made a table may still read it when it is dropped."""
+def mark_in_use(*tables: Tensor) -> None:
+    """Tell the allocator that the current stream reads the tables.
+
+    A table may be dropped from the cache while a stream other than its own still reads it.
+    """
     for table in tables:
         if table.is_cuda:
             table.record_stream(torch.cuda.current_stream())

@@ -1,13 +1,16 @@
-"""Gradient clipping, AdamW, half-precision weights, EMA and half-precision teacher in one pass over flat buffers.
+"""The whole optimizer step in one pass over flat buffers: clipping, AdamW, weights, EMA, teacher.
 
-g <- clip g;  p <- (1 - lr wd) p;  m <- m + (1 - b1)(g - m);  v <- b2 v + (1 - b2) g^2;
-p <- p - lr / (1 - b1^k) m / (sqrt(v / (1 - b2^k)) + eps);  weights <- p;
-ema <- ema + (1 - decay)(p - ema);  ema_copy <- ema
+    g <- clip g
+    p <- (1 - lr wd) p;   m <- m + (1 - b1)(g - m);   v <- b2 v + (1 - b2) g^2
+    p <- p - lr / (1 - b1^k) m / (sqrt(v / (1 - b2^k)) + eps);   weights <- p
+    ema <- ema + (1 - decay)(p - ema);   ema_copy <- ema
 
-Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 for the weights, 8 for the EMA and 2
-for its copy: 40 in all; 1 for a copy in e4m3: 39.  Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
+The gradient may lie in pieces, as autograd leaves it: a table says which elements each piece
+holds, and where. A copy of the EMA in e4m3 is cut into segments with one multiplier each.
 
-The gradient may lie in pieces, as autograd leaves it: a table says which elements each holds, and where.
+Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 for the weights, 8
+for the EMA and 2 for its copy: 40 in all; 1 for a copy in e4m3: 39.
+Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
 """
 
 import torch
@@ -15,22 +18,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._plans import Plans, in_use
+from ._plans import Plans, mark_in_use
 
-# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each half-precision buffer
+# 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each
+# half-precision one
 BLOCK = 1024
-# 32-bit registers per thread, at most, of wide launches
+# upper limit of 32-bit registers per thread, for launches with wide accesses
 REGISTERS = {"_adamw_ema_kernel": 56}
-# a program loads the ends of at least so many segments, one per thread: models with fewer share one kernel
+# a program loads the ends of at least this many segments, one per thread: models with fewer
+# segments share one compiled kernel
 MIN_SEGMENTS = 128
-# a device address that aligns every access: so many bytes
+# bytes; addresses of gradient pieces are multiples of this, so that every access can be wide
 ALIGNMENT = 16
+# after the last piece: a begin that no block reaches
+NO_MORE_PIECES = 2**62
 
-_layouts, _addresses = Plans("adamw_ema_"), Plans("adamw_ema_")
+_layouts = Plans("adamw_ema_")
+_addresses = Plans("adamw_ema_")
 
 
 @triton.jit
-def _scaled_to_e4m3(
+def _scale_to_e4m3(
     x,
     start,
     stop,
@@ -41,29 +49,35 @@ def _scaled_to_e4m3(
     SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements [start, stop) of a buffer cut into segments, each times its multiplier; amax learns what they are at most.
+    """Scale elements [start, stop) by their segments' multipliers, and raise the segments' amax.
 
     Nearly always they lie in one segment.
     """
-    ends = tl.load(ends_ptr + tl.arange(0, SEGMENTS), mask=tl.arange(0, SEGMENTS) < S, other=stop)
-    # the segments of the first and of the last element, in one reduction
+    lanes = tl.arange(0, SEGMENTS)
+    ends = tl.load(ends_ptr + lanes, mask=lanes < S, other=stop)
+    # the segments of the first and of the last element: two counts in one reduction, 16 bits each
     both = tl.sum((ends <= start).to(tl.int32) + (ends < stop).to(tl.int32) * 65536)
+    first_segment = both % 65536
+    last_segment = tl.minimum(both // 65536, S - 1)
+
     scaled = x
-    # counted from the block's first element, in 32 bits: with 64 it took up to 16 registers more, and launches spilled
+    # positions count from the block's first element, in 32 bits: 64 bits took up to 16 registers
+    # more, and launches spilled
     begin = start
-    at = tl.arange(0, BLOCK)
-    for segment in range(both % 65536, tl.minimum(both // 65536, S - 1) + 1):
+    position = tl.arange(0, BLOCK)
+    for segment in range(first_segment, last_segment + 1):
         end = tl.load(ends_ptr + segment)
-        # lanes beyond the end hold 0, or a NaN if eps is 0, which no maximum takes
-        inside = (at >= (start - begin).to(tl.int32)) & (
-            at < tl.minimum(end - begin, BLOCK).to(tl.int32)
-        )
+        after_start = position >= (start - begin).to(tl.int32)
+        before_end = position < tl.minimum(end - begin, BLOCK).to(tl.int32)
+        inside = after_start & before_end
         scaled = tl.where(inside, x * tl.load(multiplier_ptr + segment), scaled)
+        # lanes beyond the end hold 0, or a NaN if eps is 0, which no maximum takes
         peak = tl.max(tl.where(inside, tl.abs(x), 0.0))
-        if peak > tl.load(amax_ptr + segment):  # rarely true after the first programs: few atomics
+        # rarely true after the first programs: few atomics
+        if peak > tl.load(amax_ptr + segment):
             tl.atomic_max(amax_ptr + segment, peak, sem="relaxed")
         start = tl.maximum(start, end)
-    # as comparisons, which leave a NaN what it is
+    # clamp by comparisons, which keep a NaN
     return tl.where(scaled > 448.0, 448.0, tl.where(scaled < -448.0, -448.0, scaled))
 
 
@@ -79,16 +93,22 @@ def _gather(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements [start, stop) of a vector in pieces, in fp32, zero where there is none.  Nearly always they lie in one."""
+    """Elements [start, stop) of a vector in pieces, in fp32; zero where no piece holds them.
+
+    Nearly always they lie in one piece.
+    """
     out = tl.zeros((BLOCK,), tl.float32)
     piece = tl.load(first_ptr + start // BLOCK)
     begin = tl.load(begin_ptr + piece)
-    while begin < stop:  # behind the last piece stands a very large begin
-        # the compiler cannot see into the tables; without these facts every access is one element wide
+    # ends at the latest after the last piece, where the table has a very large begin
+    while begin < stop:
+        # the compiler cannot see into the tables; without these hints every access is one element
+        # wide
         source = tl.multiple_of(tl.load(address_ptr + piece).to(like_ptr.dtype), 16)
         count = tl.multiple_of(tl.load(count_ptr + piece), VECTOR)
-        at = tl.multiple_of(start - begin, VECTOR) + tl.arange(0, BLOCK)
-        out += tl.load(source + at, mask=(at >= 0) & (at < count), other=0.0).to(tl.float32)
+        offsets = tl.multiple_of(start - begin, VECTOR) + tl.arange(0, BLOCK)
+        mask = (offsets >= 0) & (offsets < count)
+        out += tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
         piece += 1
         begin = tl.load(begin_ptr + piece)
     return out
@@ -97,11 +117,11 @@ def _gather(
 @triton.jit
 def _adamw_ema_kernel(
     param_ptr,  # [N] fp32
-    grad_ptr,  # [N]; in pieces, a pointer of their dtype
-    begin_ptr,  # [pieces + 1] int64: the first element of each, counted from FIRST elements before these N; None: in one piece
+    grad_ptr,  # [N]; for a gradient in pieces only a pointer of their dtype
+    begin_ptr,  # [pieces + 1] int64: first element of each piece, these N being FIRST and up; or None
     count_ptr,  # [pieces] int64
     address_ptr,  # [pieces] int64
-    first_ptr,  # [blocks] int32: the first piece that ends behind the begin of the block
+    first_ptr,  # [blocks] int32: the first piece that ends after the block begins
     exp_avg_ptr,  # [N] fp32
     exp_avg_sq_ptr,  # [N] fp32
     weights_ptr,  # [N] half precision, or unused
@@ -109,7 +129,7 @@ def _adamw_ema_kernel(
     ema_copy_ptr,  # [N] half precision or e4m3, or unused
     multiplier_ptr,  # [S] fp32: of the segments of an e4m3 copy, or unused
     amax_ptr,  # [S] fp32, or unused
-    ends_ptr,  # [S] int64, counted from FIRST elements before these N, or unused
+    ends_ptr,  # [S] int64, counted as begin_ptr is, or unused
     clip_scale_ptr,  # one fp32 number, or unused
     N,
     S,
@@ -132,6 +152,7 @@ def _adamw_ema_kernel(
     BLOCK: tl.constexpr,
 ):
     cols = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # the same elements counted in the whole buffer, for the tables
     start = FIRST + tl.program_id(0).to(tl.int64) * BLOCK
     stop = tl.minimum(start + BLOCK, FIRST + N)
     mask = cols < N
@@ -147,6 +168,7 @@ def _adamw_ema_kernel(
     if CLIP:
         grad *= tl.load(clip_scale_ptr).to(tl.float32)
 
+    # AdamW (arXiv 1711.05101, Alg. 2)
     exp_avg += weight1 * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + weight2 * grad * grad
     denominator = tl.sqrt(exp_avg_sq) * inv_sqrt_bias2 + eps
@@ -158,13 +180,14 @@ def _adamw_ema_kernel(
         tl.store(weights_ptr + cols, param, mask=mask)
     if EMA:
         ema = tl.load(ema_ptr + cols, mask=mask, other=0.0)
-        # torch.lerp: from the nearer end, so that decay 0 returns the parameter exactly
-        ema = tl.where(
-            ema_weight < 0.5, ema + ema_weight * (param - ema), param - decay * (param - ema)
-        )
+        # as torch.lerp: from the nearer end, so that decay 0 returns the parameter exactly
+        ema_is_nearer = ema_weight < 0.5
+        from_ema = ema + ema_weight * (param - ema)
+        from_param = param - decay * (param - ema)
+        ema = tl.where(ema_is_nearer, from_ema, from_param)
         tl.store(ema_ptr + cols, ema, mask=mask)
         if SEGMENTS:
-            ema = _scaled_to_e4m3(
+            ema = _scale_to_e4m3(
                 ema, start, stop, multiplier_ptr, amax_ptr, ends_ptr, S, SEGMENTS, BLOCK
             )
         if EMA_COPY:
@@ -174,13 +197,16 @@ def _adamw_ema_kernel(
 def _layout(
     begins: list[int], counts: list[int], N: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """begin, count and first of ``_adamw_ema_kernel``."""
-    begin, count = torch.tensor([*begins, 2**62]), torch.tensor(counts)
-    first = torch.searchsorted(begin[:-1] + count, torch.arange(0, N, BLOCK), right=True)
+    """The tables begin, count and first of ``_adamw_ema_kernel``."""
+    begin = torch.tensor([*begins, NO_MORE_PIECES])
+    count = torch.tensor(counts)
+    ends = begin[:-1] + count
+    first = torch.searchsorted(ends, torch.arange(0, N, BLOCK), right=True)
     return begin.to(device), count.to(device), first.to(device, torch.int32)
 
 
 def _on_device(addresses: list[int], device: torch.device) -> Tensor:
+    """The table of addresses; on a GPU copied without a wait."""
     table = torch.tensor(addresses)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
@@ -188,13 +214,17 @@ def _on_device(addresses: list[int], device: torch.device) -> Tensor:
 def _tables(
     pieces: list[Tensor], begins: list[int], N: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """begin, count, address and first.  An allocator gives out the same addresses step after step: these too are rarely made."""
-    counts, addresses = [piece.numel() for piece in pieces], [piece.data_ptr() for piece in pieces]
-    begin, count, first = _layouts.get(
-        (N, device, *begins, *counts), lambda: _layout(begins, counts, N, device)
-    )
+    """The tables begin, count, address and first.
+
+    All are cached. An allocator hands out the same addresses step after step, so the table of
+    addresses is rarely rebuilt either.
+    """
+    counts = [piece.numel() for piece in pieces]
+    addresses = [piece.data_ptr() for piece in pieces]
+    layout_key = (N, device, *begins, *counts)
+    begin, count, first = _layouts.get(layout_key, lambda: _layout(begins, counts, N, device))
     address = _addresses.get((device, *addresses), lambda: _on_device(addresses, device))
-    in_use(begin, count, address, first)
+    mark_in_use(begin, count, address, first)
     return begin, count, address, first
 
 
@@ -219,49 +249,64 @@ def adamw_ema_(
     decay: float,
     begins: list[int] | None = None,
 ) -> None:
-    """One-dimensional contiguous buffers of one length; optional ones are None.
+    """One step on one-dimensional contiguous buffers of one length; optional buffers are None.
 
-    With ``begins`` the gradient is a list of pieces that begin there, in ascending order, and hold whole multiples of
-    ``ALIGNMENT`` bytes at multiples of it; where two overlap, one is zero.
+    With ``begins`` the gradient is a list of pieces that begin at these elements, in ascending
+    order. Their addresses, begins and lengths are multiples of ``ALIGNMENT`` bytes. Where two
+    pieces overlap, one is zero.
     """
-    step_size, inv_sqrt_bias2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    # scalars that do not depend on the element
     scalars = (
         1 - lr * weight_decay,
         1 - beta1,
         beta2,
         1 - beta2,
-        step_size,
-        inv_sqrt_bias2,
+        lr / (1 - beta1**step),
+        (1 - beta2**step) ** -0.5,
         eps,
         1 - decay,
         decay,
     )
+    # tables of a gradient in pieces
+    N = param.numel()
+    tables: tuple[Tensor | None, ...] = (None, None, None, None)
+    if begins is not None:
+        tables = _tables(grad, begins, N, param.device)
+        # only its dtype is read
+        grad = grad[0].new_empty(0)
+
     S = 0 if ends is None else ends.numel()
     options = {
+        "CLIP": clip_scale is not None,
         "WEIGHTS": weights is not None,
         "EMA": ema is not None,
         "EMA_COPY": ema_copy is not None,
+        "SEGMENTS": max(triton.next_power_of_2(S), MIN_SEGMENTS) if S else 0,
+        "VECTOR": ALIGNMENT // grad.element_size(),
+        "BLOCK": BLOCK,
     }
-    segments = max(triton.next_power_of_2(S), MIN_SEGMENTS) if S else 0
-    options |= {"CLIP": clip_scale is not None, "SEGMENTS": segments, "BLOCK": BLOCK}
-    pieces = [None] * 4
-    if begins is not None:
-        pieces = _tables(grad, begins, param.numel(), param.device)
-        grad = grad[0].new_empty(0)
-    options["VECTOR"] = ALIGNMENT // grad.element_size()
+    # the kernel needs a pointer for every operand; it does not read the unused ones
     unused = lambda x: param if x is None else x
-    buffers = [param, grad, exp_avg, exp_avg_sq, *map(unused, (weights, ema, ema_copy))]
-    small = [*map(unused, (multiplier, amax, ends, clip_scale))]
-    # a length that is no multiple of 16 would narrow every access of the launch, so the rest goes alone
-    N, even = param.numel(), param.numel() // 16 * 16
+    state = [param, grad]
+    outputs = [exp_avg, exp_avg_sq, unused(weights), unused(ema), unused(ema_copy)]
+    scaling = [unused(multiplier), unused(amax), unused(ends), unused(clip_scale)]
+    # a length that is no multiple of 16 would narrow every access of the launch: the remainder
+    # gets a launch of its own
+    even = N // 16 * 16
     for start, stop in ((0, even), (even, N)):
         if start < stop:
-            views, sizes = [x[start:stop] for x in buffers], (stop - start, S, start)
-            grid = (triton.cdiv(stop - start, BLOCK),)
-            # left alone, ptxas may aim at 48 registers for a copy in segments and spill two; single elements need more
+            # without a limit ptxas may aim at 48 registers for a copy in segments and spill two;
+            # accesses of one element need more
             limit = REGISTERS["_adamw_ema_kernel"] if S and stop == even else None
-            _adamw_ema_kernel[grid](
-                *(*views[:2], *pieces, *views[2:], *small, *sizes, *scalars),
+            _adamw_ema_kernel[(triton.cdiv(stop - start, BLOCK),)](
+                *[x[start:stop] for x in state],
+                *tables,
+                *[x[start:stop] for x in outputs],
+                *scaling,
+                stop - start,
+                S,
+                start,
+                *scalars,
                 **options,
                 num_warps=4,
                 maxnreg=limit,

@@ -1,10 +1,14 @@
-"""Multi-tensor exponential moving average:  ema <- ema + (1 - decay) (p - ema), and copy <- ema in half precision.
+"""Multi-tensor exponential moving average, optionally with a copy in half precision.
 
-One launch per combination of dtypes updates every tensor: a table on the device holds, for each chunk of CHUNK
-elements, the addresses of the three operands and the number of elements left.  It is built once per set of tensors.
+    ema <- ema + (1 - decay) (p - ema);   copy <- ema
 
-Bytes moved per element: 8 for the fp32 EMA and the size of p, 2 more with a copy: 12 fp32, 10 bf16, 12 bf16 with copy;
-the table adds 32 bytes per chunk.  Reference: sra_fast/ops/ema_update.py::ema_update_ref_.
+One launch per combination of dtypes updates every tensor. A table on the device holds, for each
+chunk of CHUNK elements, the addresses of the three operands and the number of elements left. It is
+built once per set of tensors.
+
+Bytes moved per element: 8 for the fp32 EMA and the size of p, 2 more with a copy: 12 fp32, 10
+bf16, 12 bf16 with copy; the table adds 32 bytes per chunk.
+Reference: sra_fast/ops/ema_update.py::ema_update_ref_.
 """
 
 import torch
@@ -12,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._plans import Plans, in_use
+from ._plans import Plans, mark_in_use
 
 # 16 elements per thread at 8 warps; the table is 0.07 % of the traffic
 CHUNK = 4096
-# 32-bit registers per thread, at most, of wide launches
+# upper limit of 32-bit registers per thread, for launches with wide accesses
 REGISTERS = {"_ema_kernel": 48}
 
 _plans = Plans("ema_update_")
@@ -34,21 +38,24 @@ def _ema_kernel(
     VECTOR: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    # this program's line of the table
     entry = table_ptr + tl.program_id(0).to(tl.int64) * 4
     ema_ptr = tl.load(entry).to(ema_like_ptr.dtype)
     p_ptr = tl.load(entry + 1).to(p_like_ptr.dtype)
     copy_ptr = tl.load(entry + 2).to(copy_like_ptr.dtype)
     count = tl.load(entry + 3)
-    # the compiler cannot see into the table; without these facts every access is one element wide
+    # the compiler cannot see into the table; without these hints every access is one element wide
     if VECTOR:
-        ema_ptr, p_ptr = tl.multiple_of(ema_ptr, 16), tl.multiple_of(p_ptr, 16)
-        copy_ptr, count = tl.multiple_of(copy_ptr, 16), tl.multiple_of(count, 16)
+        ema_ptr = tl.multiple_of(ema_ptr, 16)
+        p_ptr = tl.multiple_of(p_ptr, 16)
+        copy_ptr = tl.multiple_of(copy_ptr, 16)
+        count = tl.multiple_of(count, 16)
 
     cols = tl.arange(0, CHUNK)
     mask = cols < count
     ema = tl.load(ema_ptr + cols, mask=mask, other=0.0)
     p = tl.load(p_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    # torch.lerp: from the nearer end, so that decay 0 returns p exactly
+    # as torch.lerp: from the nearer end, so that decay 0 returns p exactly
     new = tl.where(weight < 0.5, ema + weight * (p - ema), p - decay * (p - ema))
     tl.store(ema_ptr + cols, new, mask=mask)
     if WRITE_COPY:
@@ -56,33 +63,38 @@ def _ema_kernel(
 
 
 def _lines(operands: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
-    """Table lines of the elements from start to stop of one tensor; an absent copy has address 0."""
+    """Table lines for elements [start, stop) of one tensor; an absent copy has address 0."""
     first = torch.arange(start, stop, CHUNK, dtype=torch.int64)
     addresses = [t.data_ptr() + first * t.element_size() for t in operands]
     addresses += [torch.zeros_like(first)] * (3 - len(operands))
-    return torch.stack([*addresses, (stop - first).clamp(max=CHUNK)], dim=1)
+    count = (stop - first).clamp(max=CHUNK)
+    return torch.stack([*addresses, count], dim=1)
 
 
 def _plan(
     ema: list[Tensor], params: list[Tensor], copies: list[Tensor]
-) -> list[tuple[Tensor, list, bool]]:
+) -> list[tuple[Tensor, list[Tensor], bool]]:
     """(table, empty tensors of the dtypes, vector) of every launch.
 
-    What is misaligned, and the last numel % 16 elements of a tensor, go to a launch with accesses of one element.
+    Misaligned tensors, and the last numel % 16 elements of every tensor, go to a launch whose
+    accesses are one element wide.
     """
-    groups: dict[tuple, list[Tensor]] = {}
-    for operands in (
-        zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True)
-    ):
-        numel, dtypes = operands[0].numel(), tuple(t.dtype for t in operands)
+    groups: dict[tuple[tuple[torch.dtype, ...], bool], list[Tensor]] = {}
+    lists = (ema, params, copies) if copies else (ema, params)
+    for operands in zip(*lists, strict=True):
+        numel = operands[0].numel()
+        dtypes = tuple(t.dtype for t in operands)
         aligned = all(t.data_ptr() % 16 == 0 for t in operands)
         split = numel // 16 * 16 if aligned else 0
         for vector, start, stop in ((True, 0, split), (False, split, numel)):
             if start < stop:
                 groups.setdefault((dtypes, vector), []).append(_lines(operands, start, stop))
+
+    # one table per launch
     plan = []
     for (dtypes, vector), lines in groups.items():
         table = torch.cat(lines).to(ema[0].device)
+        # the kernel always takes three dtypes; without copies the last one is not used
         like = [table.new_empty(0, dtype=dtype) for dtype in (*dtypes, dtypes[-1])[:3]]
         plan.append((table, like, vector))
     return plan
@@ -92,9 +104,10 @@ def ema_update_(
     ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float
 ) -> None:
     """``copies`` is empty or as long as ``ema``; matching tensors share one dense layout."""
-    key = (len(copies), *((t.data_ptr(), t.numel(), t.dtype) for t in (*ema, *params, *copies)))
+    operands = (*ema, *params, *copies)
+    key = (len(copies), *((t.data_ptr(), t.numel(), t.dtype) for t in operands))
     for table, like, vector in _plans.get(key, lambda: _plan(ema, params, copies)):
-        in_use(table)
+        mark_in_use(table)
         _ema_kernel[(table.shape[0],)](
             table,
             *like,

@@ -1,15 +1,17 @@
 """The residual update of adaLN-Zero:  x' = x + gate (y + bias).
 
-A program walks rows of one image, so that the gate is read once and the sum over tokens stays in registers; each
-leaves one fp32 partial sum of dgate, added in a fixed order (no atomics: bitwise repeatable).  dx is dx' itself.
+A program walks rows of one image, so that the gate is read once and the sum over tokens stays in
+registers. It leaves one fp32 partial sum of dgate. The partial sums are added in a fixed order,
+without atomics, so the result is bitwise repeatable. dx is dx' itself.
 Reference: sra_fast/ops/gated_residual.py::gated_residual_ref.
 
 Bytes, everything moved once, s per element of the [B, T, D] arrays (2 in bf16):
     forward   3 s B T D (x, y; x') + s B D (gate)
     backward  3 s B T D (dx', y; dy) + 2 s B D (gate; dgate)
-P programs share an image (kernels/_rows.py) and the minimum has P = 1 and no partial sums: the forward moves
-s (P - 1) B D more, the backward (s (P - 1) + 8 P) B D (an fp32 sum written and read), with a bias 8 P B D more.
-In the names below a 2 marks the tail of a row that is cut in two.
+
+The minimum has one program per image (P = 1, kernels/_rows.py) and no partial sums. With P
+programs the forward moves s (P - 1) B D more, the backward (s (P - 1) + 8 P) B D (an fp32 sum
+written and read), and 8 P B D more with a bias.
 """
 
 import torch
@@ -20,22 +22,22 @@ from torch import Tensor
 from ._rows import (
     load_bias,
     load_fp32,
-    load_two,
+    load_two_arrays,
     locate,
     mod_strides,
     residual,
+    row_columns,
     split_rows,
     sum_partials,
     width_config,
 )
 
-# the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes at D=8192
+# the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes
+# at D=8192
 MAX_WIDTH = 6144
-# 32-bit registers per thread, at most: every launch up to D=1536, and SiT-XL's (D=1152, half precision)
-REGISTERS = {
-    "_gated_residual_fwd_kernel": 72,
-    "_gated_residual_bwd_kernel": 105,
-}  # fp32 and Triton 3.6; 96 with 3.7
+# upper limits of 32-bit registers per thread: every launch up to D=1536, and SiT-XL's (D=1152, half
+# precision); the backward's 105 are fp32's with Triton 3.6, with 3.7 it takes 96
+REGISTERS = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 105}
 REGISTERS_XL = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 72}
 
 
@@ -57,21 +59,30 @@ def _gated_residual_fwd_kernel(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    pid, b, g, p, mine = locate(G, P)
+    pid, b, g, split, owned = locate(G, P)
+    # gate of this image and group, and the bias, loaded once for all rows
     gate_ptr += b * gate_b + g * gate_g
-    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
-    gate, bias = load_fp32(gate_ptr, cols, cols < D), load_bias(bias_ptr, cols, cols < D)
-    gate2, bias2 = load_fp32(gate_ptr, cols2, cols2 < D), load_bias(bias_ptr, cols2, cols2 < D)
-    for t in range(p * num_rows, (p + 1) * num_rows, 2):
-        even = load_two(x_ptr, y_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL)
-        odd = load_two(x_ptr, y_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL)
+    columns = row_columns(HEAD, TAIL)
+    head_cols, tail_cols = columns
+    gate_head = load_fp32(gate_ptr, head_cols, head_cols < D)
+    bias_head = load_bias(bias_ptr, head_cols, head_cols < D)
+    gate_tail = load_fp32(gate_ptr, tail_cols, tail_cols < D)
+    bias_tail = load_bias(bias_ptr, tail_cols, tail_cols < D)
+
+    for t in range(split * num_rows, (split + 1) * num_rows, 2):
+        # load two rows before either is used
+        even = load_two_arrays(x_ptr, y_ptr, group_ptr, b, owned, t, T, columns, D, TAIL)
+        odd = load_two_arrays(x_ptr, y_ptr, group_ptr, b, owned, t + 1, T, columns, D, TAIL)
         for k in tl.static_range(2):
             row, live, head, tail = odd if k else even
-            residual(head[0], head[1], gate, bias, x_new_ptr, row * D + cols, live & (cols < D))
+            # x + gate (y + bias), rounded once
+            offsets = row * D + head_cols
+            mask = live & (head_cols < D)
+            residual(head[0], head[1], gate_head, bias_head, x_new_ptr, offsets, mask)
             if TAIL:
-                residual(
-                    tail[0], tail[1], gate2, bias2, x_new_ptr, row * D + cols2, live & (cols2 < D)
-                )
+                offsets_tail = row * D + tail_cols
+                mask_tail = live & (tail_cols < D)
+                residual(tail[0], tail[1], gate_tail, bias_tail, x_new_ptr, offsets_tail, mask_tail)
 
 
 @triton.jit
@@ -94,53 +105,80 @@ def _gated_residual_bwd_kernel(
     TAIL: tl.constexpr,
     K: tl.constexpr,
 ):
-    pid, b, g, p, mine = locate(G, P)
+    pid, b, g, split, owned = locate(G, P)
+    # gate of this image and group, loaded once for all rows
     gate_ptr += b * gate_b + g * gate_g
-    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
-    gate, gate2 = load_fp32(gate_ptr, cols, cols < D), load_fp32(gate_ptr, cols2, cols2 < D)
-    zero, zero2 = tl.zeros((HEAD,), tl.float32), tl.zeros((TAIL if TAIL else 1,), tl.float32)
-    dgate, sum_dx, dgate2, sum_dx2 = zero, zero, zero2, zero2
-    for t in range(p * num_rows, (p + 1) * num_rows, 2):
-        even = load_two(dx_new_ptr, y_ptr, group_ptr, b, mine, t, T, cols, cols2, D, TAIL)
-        odd = load_two(dx_new_ptr, y_ptr, group_ptr, b, mine, t + 1, T, cols, cols2, D, TAIL)
+    columns = row_columns(HEAD, TAIL)
+    head_cols, tail_cols = columns
+    gate_head = load_fp32(gate_ptr, head_cols, head_cols < D)
+    gate_tail = load_fp32(gate_ptr, tail_cols, tail_cols < D)
+    # sums of dx y and of dx over this program's tokens
+    zero_head = tl.zeros((HEAD,), tl.float32)
+    zero_tail = tl.zeros((TAIL if TAIL else 1,), tl.float32)
+    dgate_head = zero_head
+    sum_dx_head = zero_head
+    dgate_tail = zero_tail
+    sum_dx_tail = zero_tail
+
+    for t in range(split * num_rows, (split + 1) * num_rows, 2):
+        # load two rows before either is used
+        even = load_two_arrays(dx_new_ptr, y_ptr, group_ptr, b, owned, t, T, columns, D, TAIL)
+        odd = load_two_arrays(dx_new_ptr, y_ptr, group_ptr, b, owned, t + 1, T, columns, D, TAIL)
         for k in tl.static_range(2):
             row, live, head, tail = odd if k else even
-            dx = head[0].to(tl.float32)
-            tl.store(dy_ptr + row * D + cols, dx * gate, mask=live & (cols < D))
-            dgate, sum_dx = dgate + dx * head[1].to(tl.float32), sum_dx + dx
+            # dy = gate dx, and this row's share of the sums
+            dx_head = head[0].to(tl.float32)
+            tl.store(dy_ptr + row * D + head_cols, dx_head * gate_head, mask=live & (head_cols < D))
+            dgate_head += dx_head * head[1].to(tl.float32)
+            sum_dx_head += dx_head
             if TAIL:
-                dx2 = tail[0].to(tl.float32)
-                tl.store(dy_ptr + row * D + cols2, dx2 * gate2, mask=live & (cols2 < D))
-                dgate2, sum_dx2 = dgate2 + dx2 * tail[1].to(tl.float32), sum_dx2 + dx2
+                dx_tail = tail[0].to(tl.float32)
+                mask_tail = live & (tail_cols < D)
+                tl.store(dy_ptr + row * D + tail_cols, dx_tail * gate_tail, mask=mask_tail)
+                dgate_tail += dx_tail * tail[1].to(tl.float32)
+                sum_dx_tail += dx_tail
 
     # y + bias enters dgate: the bias times the sum of dx is added once, here
     part_ptr += pid * K * D
-    tl.store(part_ptr + cols, dgate + sum_dx * load_bias(bias_ptr, cols, cols < D), mask=cols < D)
+    dgate_ptr = part_ptr + head_cols
+    bias_head = load_bias(bias_ptr, head_cols, head_cols < D)
+    tl.store(dgate_ptr, dgate_head + sum_dx_head * bias_head, mask=head_cols < D)
     if TAIL:
-        tl.store(
-            part_ptr + cols2,
-            dgate2 + sum_dx2 * load_bias(bias_ptr, cols2, cols2 < D),
-            mask=cols2 < D,
-        )
+        dgate_tail_ptr = part_ptr + tail_cols
+        bias_tail = load_bias(bias_ptr, tail_cols, tail_cols < D)
+        tl.store(dgate_tail_ptr, dgate_tail + sum_dx_tail * bias_tail, mask=tail_cols < D)
+    # the bias gradient is the sum of dy
     if K == 2:
-        tl.store(part_ptr + D + cols, sum_dx * gate, mask=cols < D)
+        tl.store(part_ptr + D + head_cols, sum_dx_head * gate_head, mask=head_cols < D)
         if TAIL:
-            tl.store(part_ptr + D + cols2, sum_dx2 * gate2, mask=cols2 < D)
+            tl.store(part_ptr + D + tail_cols, sum_dx_tail * gate_tail, mask=tail_cols < D)
 
 
 def gated_residual_fwd(
     x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor, group: Tensor | None
 ) -> Tensor:
-    """x' of contiguous x, y ``[B, T, D]``, gate ``[B, D]`` or ``[B, G, D]``, bias ``[D]``, group ``[B, T]``."""
+    """x' of contiguous x, y ``[B, T, D]``, gate ``[B, D]`` or ``[B, G, D]``, bias ``[D]``, group
+    ``[B, T]``.
+    """
     B, T, D = x.shape
     assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
     G = gate.shape[1] if gate.dim() == 3 else 1
     P, rows = split_rows(x, G, 2)
     x_new = x.new_empty(x.shape)
     _gated_residual_fwd_kernel[(B * G * P,)](
-        *(x, y, bias, gate, group, x_new, T, G, P, rows, *mod_strides(gate)),
+        x,
+        y,
+        bias,
+        gate,
+        group,
+        x_new,
+        T,
+        G,
+        P,
+        rows,
+        *mod_strides(gate),
         **width_config(D),
-        # left alone, ptxas 13 spills four registers for sm_100 to fit 64 (D=3072)
+        # without a limit ptxas 13 spills four registers for sm_100 to fit 64 (D=3072)
         maxnreg=96 if D > 2048 else None,
         enable_fp_fusion=True,
     )
@@ -153,12 +191,26 @@ def gated_residual_bwd(
     """dy, dgate and dbias (empty without a bias); dx is dx_new."""
     B, T, D = y.shape
     assert dx_new.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
-    G, K = gate.shape[1] if gate.dim() == 3 else 1, 1 if bias is None else 2
+    G = gate.shape[1] if gate.dim() == 3 else 1
+    # a bias adds a second partial sum
+    K = 1 if bias is None else 2
     P, rows = split_rows(y, G, 2)
-    dy, dgate = y.new_empty(y.shape), gate.new_empty(gate.shape)
+    dy = y.new_empty(y.shape)
+    dgate = gate.new_empty(gate.shape)
     part = y.new_empty(B * G, P, K, D, dtype=torch.float32)
     _gated_residual_bwd_kernel[(B * G * P,)](
-        *(dx_new, y, bias, gate, group, dy, part, T, G, P, rows, *mod_strides(gate)),
+        dx_new,
+        y,
+        bias,
+        gate,
+        group,
+        dy,
+        part,
+        T,
+        G,
+        P,
+        rows,
+        *mod_strides(gate),
         K=K,
         **width_config(D),
         enable_fp_fusion=True,

@@ -1,9 +1,12 @@
-"""Break the operators on purpose, one bug at a time in a copy of the tree, and see the tests go red.
+"""Break the operators on purpose, one bug at a time in a copy of the tree, and see the tests go
+red.
 
-    python tests/planted_bugs.py [word ...]     the bugs whose name or file contains one of the words
+    python tests/planted_bugs.py [word ...]     the bugs whose name or file contains one of the
+    words
 
-One line per bug; exit status 1 if a bug goes unnoticed or tests are red without one.  Not collected by pytest: all of
-it takes about half an hour on one core.  tests/test_planted_bugs.py plants a few of them in every run of the tests.
+One line per bug; exit status 1 if a bug goes unnoticed or tests are red without one. Not collected
+by pytest: all of it takes about half an hour on one core. tests/test_planted_bugs.py plants a few
+of them in every run of the tests.
 """
 
 import os
@@ -26,7 +29,7 @@ BUGS = [*planted_bugs_norm.BUGS, *planted_bugs_layers.BUGS, *planted_bugs_flat.B
 def run_tests(
     tests: str, path: str = "", old: str = "", new: str = ""
 ) -> subprocess.CompletedProcess:
-    """The tests in a fresh copy of the tree, with the bug if there is one."""
+    """Run the tests in a fresh copy of the tree, with the bug if one is given."""
     with tempfile.TemporaryDirectory() as folder:
         for name in TREE:
             source, target = ROOT / name, Path(folder) / name
@@ -57,8 +60,8 @@ def run_tests(
 
 def noticed(name: str, path: str, old: str, new: str, tests: str) -> bool:
     run = run_tests(tests, path, old, new)
-    # 1: a test failed; negative: a wild address killed the interpreter.  2 would be a file that does not even import,
-    # which proves nothing
+    # 1: a test failed; negative: a wild address killed the interpreter. 2 would mean that a file
+    # does not import, which proves nothing
     red = run.returncode == 1 or run.returncode < 0
     first = next(
         (line for line in run.stdout.splitlines() if line.startswith("FAILED")),

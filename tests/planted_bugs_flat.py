@@ -1,16 +1,21 @@
 """Bugs of the alignment distance, the noise, the EMA and the optimizer, for tests/planted_bugs.py."""
 
-ALIGN, NOISE, EMA, ADAMW = (
-    f"kernels/{n}.py" for n in ("align_distance", "noise_pair", "ema_update", "adamw_ema")
-)
+ALIGN = "kernels/align_distance.py"
+NOISE = "kernels/noise_pair.py"
+EMA = "kernels/ema_update.py"
+ADAMW = "kernels/adamw_ema.py"
 CUDA = "csrc/ema_update.cu"
-O_EMA, O_ADAMW = "sra_fast/ops/ema_update.py", "sra_fast/ops/adamw_ema.py"
-T_ALIGN, T_NOISE, T_EMA, T_ADAMW = (
-    f"tests/ops/test_{n}.py" for n in ("align_distance", "noise_pair", "ema_update", "adamw_ema")
-)
-T_CUDA = "tests/test_csrc.py"
-REPLICA, T_REPLICA = "sra_fast/zero/teacher_weights.py", "tests/zero/test_teacher_weights.py"
+O_EMA = "sra_fast/ops/ema_update.py"
+O_ADAMW = "sra_fast/ops/adamw_ema.py"
+TEACHER = "sra_fast/zero/teacher_weights.py"
+
+T_ALIGN = "tests/ops/test_align_distance.py"
+T_NOISE = "tests/ops/test_noise_pair.py"
+T_EMA = "tests/ops/test_ema_update.py"
+T_ADAMW = "tests/ops/test_adamw_ema.py"
 T_PIECES = "tests/ops/test_adamw_ema_pieces.py"
+T_CUDA = "tests/test_csrc.py"
+T_TEACHER = "tests/zero/test_teacher_weights.py"
 
 BUGS = [
     (
@@ -24,7 +29,7 @@ BUGS = [
         "mean over the padded width",
         ALIGN,
         "tl.sum(total, axis=0) / D)",
-        "tl.sum(total, axis=0) / (PIECES * BLOCK))",
+        "tl.sum(total, axis=0) / (NUM_BLOCKS * BLOCK))",
         T_ALIGN,
     ),
     ("smooth-L1 without its offset", ALIGN, "size - 0.5 * beta", "size", T_ALIGN),
@@ -58,7 +63,7 @@ BUGS = [
         T_ALIGN,
     ),
     (
-        "distances of a token from its last piece alone",
+        "distances of a token from its last block only",
         ALIGN,
         "total += loss",
         "total = loss",
@@ -82,8 +87,8 @@ BUGS = [
     (
         "padded tokens enter the sums",
         ALIGN,
-        "mask = (t < T) & (cols < D)[None, :]\n\n    p_tile",
-        "mask = (t >= 0) & (cols < D)[None, :]\n\n    p_tile",
+        "mask = (t < T) & (cols < D)[None, :]\n\n    # one tile",
+        "mask = (t >= 0) & (cols < D)[None, :]\n\n    # one tile",
         T_ALIGN,
     ),
     (
@@ -271,15 +276,15 @@ BUGS = [
     (
         "segment of the program's end for all",
         ADAMW,
-        "range(both % 65536,",
-        "range(both // 65536,",
+        "first_segment = both % 65536",
+        "first_segment = both // 65536",
         T_ADAMW,
     ),
     (
         "only the first segment of a program",
         ADAMW,
-        "tl.minimum(both // 65536, S - 1) + 1",
-        "both % 65536 + 1",
+        "last_segment = tl.minimum(both // 65536, S - 1)",
+        "last_segment = both % 65536",
         T_ADAMW,
     ),
     ("a border belongs to both sides", ADAMW, "start = tl.maximum(start, end)", "pass", T_ADAMW),
@@ -301,48 +306,54 @@ BUGS = [
     ("e4m3 of what is too large", ADAMW, "scaled > 448.0, 448.0,", "scaled > 1e9, 448.0,", T_ADAMW),
     (
         "the largest magnitude forgotten",
-        REPLICA,
+        TEACHER,
         "power_of_two_multiplier(self.amax))\n        self.amax.zero_()",
         "self.multiplier)",
-        T_REPLICA,
+        T_TEACHER,
     ),
     (
         "the scale of the next copy",
-        REPLICA,
+        TEACHER,
         "self.in_use.reciprocal()",
         "power_of_two_multiplier(self.amax).reciprocal()",
-        T_REPLICA,
+        T_TEACHER,
     ),
     (
         "a resumed run chooses its scales anew",
-        REPLICA,
-        "if multiplier is None else multiplier",
-        "if True else multiplier",
-        T_REPLICA,
+        TEACHER,
+        "        if multiplier is None:\n",
+        "        if True:\n",
+        T_TEACHER,
     ),
     (
         "no scales without a gather",
-        REPLICA,
-        "self._reduce_amax()\n        self.arrived()",
+        TEACHER,
+        "self._reduce_amax()\n        self.gathered()",
         "self._reduce_amax()",
-        T_REPLICA,
+        T_TEACHER,
     ),
     (
         "every rank's segments are the first's",
-        REPLICA,
-        "shards.rank * group.size if self.sharded else 0",
+        TEACHER,
+        "masters.rank * group.size if self.sharded else 0",
         "0",
-        T_REPLICA,
+        T_TEACHER,
     ),
     # gradients in pieces
     (
-        "the first piece of a block alone",
+        "only the first piece of a block",
         ADAMW,
         "        begin = tl.load(begin_ptr + piece)\n    return",
         "        begin = stop\n    return",
         T_PIECES,
     ),
-    ("pieces without an end", ADAMW, "mask=(at >= 0) & (at < count)", "mask=at >= 0", T_PIECES),
+    (
+        "pieces without an end",
+        ADAMW,
+        "mask = (offsets >= 0) & (offsets < count)",
+        "mask = offsets >= 0",
+        T_PIECES,
+    ),
     (
         "the block before a piece's end",
         ADAMW,
@@ -398,8 +409,8 @@ BUGS = [
     (
         "the compiler not told of alignment",
         EMA,
-        "tl.multiple_of(copy_ptr, 16), tl.multiple_of(count, 16)",
-        "copy_ptr, count",
+        "count = tl.multiple_of(count, 16)",
+        "count = count",
         "tests/ops/test_codegen_flat.py::test_code[ema_update]",
     ),
     (

@@ -1,57 +1,62 @@
 """Bugs of the row kernels and of what every operator shares, for tests/planted_bugs.py."""
 
-ROWS, ADALN, PLAIN, FUSED, QUANTIZE = (
-    f"kernels/{n}.py"
-    for n in ("_rows", "adaln", "gated_residual", "gated_residual_adaln", "quantize_rows")
-)
-O_ADALN, O_GATED, MODULATION, REGISTER, BACKEND, ATTENTION = (
-    f"sra_fast/ops/{n}.py"
-    for n in ("adaln", "gated_residual", "_modulation", "_register", "_backend", "attention")
-)
-T_ADALN, T_GATED, T_ROWS, T_FAR, T_CONTRACTS, T_ATTENTION, T_SUMS, T_FP8 = (
-    f"tests/ops/test_{n}.py"
-    for n in (
-        "adaln",
-        "gated_residual",
-        "rows",
-        "far_rows",
-        "contracts",
-        "attention",
-        "sum_partials",
-        "fp8",
-    )
-)
+ROWS = "kernels/_rows.py"
+ADALN = "kernels/adaln.py"
+PLAIN = "kernels/gated_residual.py"
+FUSED = "kernels/gated_residual_adaln.py"
+QUANTIZE = "kernels/quantize_rows.py"
+O_ADALN = "sra_fast/ops/adaln.py"
+O_GATED = "sra_fast/ops/gated_residual.py"
+O_FUSED = "sra_fast/ops/gated_residual_adaln.py"
+MODULATION = "sra_fast/ops/_modulation.py"
+REGISTER = "sra_fast/ops/_register.py"
+BACKEND = "sra_fast/ops/_backend.py"
+ATTENTION = "sra_fast/ops/attention.py"
+
+T_ADALN = "tests/ops/test_adaln.py"
+T_GATED = "tests/ops/test_gated_residual.py"
+T_FUSED = "tests/ops/test_gated_residual_adaln.py"
+T_ROWS = "tests/ops/test_rows.py"
+T_FAR = "tests/ops/test_far_rows.py"
+T_CONTRACTS = "tests/ops/test_contracts.py"
+T_ATTENTION = "tests/ops/test_attention.py"
+T_SUMS = "tests/ops/test_sum_partials.py"
+T_FP8 = "tests/ops/test_fp8.py"
+T_QUANTIZE = "tests/ops/test_quantize_rows.py"
 
 BUGS = [
     (
         "unmasked variance",
         ROWS,
-        "x2 = tl.where(cols2 < D, x2 - mean, 0.0)",
-        "x2 = x2 - mean",
-        T_GATED,
+        "x_tail = tl.where(tail_cols < D, x_tail - mean, 0.0)",
+        "x_tail = x_tail - mean",
+        T_FUSED,
     ),
     (
         "unmasked variance, one piece",
         ROWS,
-        "x = tl.where(cols < D, x - mean, 0.0)",
-        "x = x - mean",
+        "x_head = tl.where(head_cols < D, x_head - mean, 0.0)",
+        "x_head = x_head - mean",
         T_ADALN,
     ),
     (
         "one-pass variance",
         ROWS,
-        "rstd = 1.0 / tl.sqrt(tl.sum(fold(x * x, x2 * x2, HEAD, TAIL), axis=0) / D + eps)",
-        "y, y2 = x + mean, x2 + mean\n"
-        "    rstd = 1.0 / tl.sqrt(tl.sum(fold(y * y, y2 * y2, HEAD, TAIL), axis=0) / D - mean * mean + eps)",
+        "squares = fold(x_head * x_head, x_tail * x_tail, HEAD, TAIL)\n"
+        "    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps)",
+        "y_head = x_head + mean\n"
+        "    y_tail = x_tail + mean\n"
+        "    squares = fold(y_head * y_head, y_tail * y_tail, HEAD, TAIL)\n"
+        "    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D - mean * mean + eps)",
         T_ADALN,
     ),
     ("eps outside the root", ROWS, "/ D + eps)", "/ D) + eps", T_ADALN),
-    ("tail left out of the statistics", ROWS, "axis=1) + tail", "axis=1)", T_GATED),
+    ("tail left out of the statistics", ROWS, "axis=1) + tail", "axis=1)", T_FUSED),
     (
         "norm backward without the mean term",
         ROWS,
-        "fold(dxhat, dxhat2, HEAD, TAIL)), axis=0) / D)",
-        "c1 * 0.0), axis=0) / D)",
+        "c2 = fold(dxhat_head, dxhat_tail, HEAD, TAIL)",
+        "c2 = c1 * 0.0",
         T_ADALN,
     ),
     (
@@ -82,42 +87,42 @@ BUGS = [
     (
         "e4m3: the scale for its inverse",
         ROWS,
-        "v, v2 = v * inverse, v2 * inverse",
-        "v, v2 = v * scale, v2 * scale",
+        "head = head * inverse\n        tail = tail * inverse",
+        "head = head * scale\n        tail = tail * scale",
         T_FP8,
     ),
     (
         "e4m3: tail left out of the maximum",
         ROWS,
-        "amax = tl.maximum(amax, tl.max(tl.abs(v2), axis=0))",
+        "amax = tl.maximum(amax, tl.max(tl.abs(tail), axis=0))",
         "pass",
         T_FP8,
     ),
-    ("quantize: GELU without its cube", QUANTIZE, "0.1029432397", "0.0", T_FP8),
-    ("quantize: GELU without its square", QUANTIZE, "tl.rsqrt(t * t)", "tl.rsqrt(t)", T_FP8),
+    ("quantize: GELU without its cube", QUANTIZE, "0.1029432397", "0.0", T_QUANTIZE),
+    ("quantize: GELU without its square", QUANTIZE, "tl.rsqrt(t * t)", "tl.rsqrt(t)", T_QUANTIZE),
     (
         "quantize: largest value, not magnitude",
         QUANTIZE,
         "tl.maximum(amax, tl.abs(v))",
         "tl.maximum(amax, v)",
-        T_FP8,
+        T_QUANTIZE,
     ),
     (
-        "quantize: largest of the last piece",
+        "quantize: largest of the last block",
         QUANTIZE,
         "tl.maximum(amax, tl.abs(v))",
         "tl.abs(v)",
-        T_FP8,
+        T_QUANTIZE,
     ),
     (
         "quantize: maximum before GELU",
         QUANTIZE,
         "tl.abs(v))\n",
-        "tl.abs(pieces[i].to(tl.float32)))\n",
-        T_FP8,
+        "tl.abs(blocks[i].to(tl.float32)))\n",
+        T_QUANTIZE,
     ),
     ("rows past the last token", ROWS, "live = t < T\n", "live = t <= T\n", T_GATED),
-    ("group ignored", ROWS, "(index >= mine[0]) & (index <= mine[1])", "mine[0] <= 0", T_ADALN),
+    ("group ignored", ROWS, "(index >= owned[0]) & (index <= owned[1])", "owned[0] <= 0", T_ADALN),
     (
         "indices out of range skipped",
         ROWS,
@@ -157,28 +162,28 @@ BUGS = [
     (
         "scale without the one",
         ADALN,
-        "xhat * (1.0 + mod[1].to(tl.float32))",
-        "xhat * mod[1].to(tl.float32)",
+        "xhat * (1.0 + scale.to(tl.float32))",
+        "xhat * scale.to(tl.float32)",
         T_ADALN,
     ),
     (
         "shift and scale swapped",
         ADALN,
-        "mod[1].to(tl.float32)) + mod[0].to(tl.float32)",
-        "mod[0].to(tl.float32)) + mod[1].to(tl.float32)",
+        "scale.to(tl.float32)) + shift.to(tl.float32)",
+        "shift.to(tl.float32)) + scale.to(tl.float32)",
         T_ADALN,
     ),
     (
         "scale of the wrong image",
         ADALN,
         "scale_ptr += b * scale_b + g * scale_g\n    if y_ptr",
-        "scale_ptr += p * scale_b + g * scale_g\n    if y_ptr",
+        "scale_ptr += split * scale_b + g * scale_g\n    if y_ptr",
         T_ADALN,
     ),
     (
         "one token's shift for all",
         ADALN,
-        "load(shift_ptr, shift_t + cols, mask)",
+        "load(shift_ptr, token_offsets[0] + cols, mask)",
         "load(shift_ptr, cols, mask)",
         T_ADALN,
     ),
@@ -194,97 +199,116 @@ BUGS = [
     (
         "per-token dscale of dxhat",
         ADALN,
-        "tl.store(dscale_ptr + at, dy * xhat",
-        "tl.store(dscale_ptr + at, dxhat * xhat",
+        "tl.store(dscale_ptr + offsets, dy * xhat",
+        "tl.store(dscale_ptr + offsets, dxhat * xhat",
         T_ADALN,
     ),
     (
         "tail of dshift lost",
         ADALN,
-        "tl.store(dscale_ptr + cols2, sums2[0], mask=cols2 < D)",
+        "tl.store(dscale_ptr + tail_cols, tail_sums[0], mask=tail_cols < D)",
         "pass",
         T_ADALN,
     ),
     (
         "plain: gate of the wrong image",
         PLAIN,
-        "gate_ptr += b * gate_b + g * gate_g\n    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)\n    gate, bias",
-        "gate_ptr += (b // 2) * gate_b + g * gate_g\n    cols, cols2 = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)\n    gate, bias",
+        "# gate of this image and group, and the bias, loaded once for all rows\n"
+        "    gate_ptr += b * gate_b",
+        "gate_ptr += (b // 2) * gate_b",
         T_GATED,
     ),
-    ("plain: dy without the gate", PLAIN, "dx * gate, mask=live", "dx, mask=live", T_GATED),
+    (
+        "plain: dy without the gate",
+        PLAIN,
+        "dx_head * gate_head, mask=live",
+        "dx_head, mask=live",
+        T_GATED,
+    ),
     (
         "plain: dgate without the bias",
         PLAIN,
-        "dgate + sum_dx * load_bias(bias_ptr, cols, cols < D)",
-        "dgate",
+        "dgate_head + sum_dx_head * bias_head",
+        "dgate_head",
         T_GATED,
     ),
     (
         "plain: dgate forgets rows",
         PLAIN,
-        "dgate + dx * head[1].to(tl.float32)",
-        "dx * head[1].to(tl.float32)",
+        "dgate_head += dx_head * head[1].to(tl.float32)",
+        "dgate_head = dx_head * head[1].to(tl.float32)",
         T_GATED,
     ),
-    ("plain: bias gradient without the gate", PLAIN, "sum_dx2 * gate2", "sum_dx2", T_GATED),
+    (
+        "plain: bias gradient without the gate",
+        PLAIN,
+        "sum_dx_tail * gate_tail",
+        "sum_dx_tail",
+        T_GATED,
+    ),
     (
         "plain: the second row twice",
         PLAIN,
-        "load_two(x_ptr, y_ptr, group_ptr, b, mine, t + 1, T",
-        "load_two(x_ptr, y_ptr, group_ptr, b, mine, t, T",
+        "load_two_arrays(x_ptr, y_ptr, group_ptr, b, owned, t + 1, T",
+        "load_two_arrays(x_ptr, y_ptr, group_ptr, b, owned, t, T",
         T_GATED,
     ),
     (
         "fused: h from x",
         FUSED,
-        "h, h2 = x * w + shift, ",
-        "h, h2 = x * w, ",
-        T_GATED,
+        "h_head = xhat_head * w_head + shift_head",
+        "h_head = xhat_head * w_head",
+        T_FUSED,
     ),
     (
         "fused: scale strides of shift",
         FUSED,
-        "scale_ptr += b * scale_b + g * scale_g\n    cols",
-        "scale_ptr += b * gate_b + g * scale_g\n    cols",
-        T_GATED,
+        "scale_ptr += b * scale_b + g * scale_g\n    columns",
+        "scale_ptr += b * gate_b + g * scale_g\n    columns",
+        T_FUSED,
     ),
     (
         "fused: dx without the residual's gradient",
         FUSED,
-        "dx += piece[2].to(tl.float32)",
+        "dx += loaded[2].to(tl.float32)",
         "dx += 0.0",
-        T_GATED,
+        T_FUSED,
     ),
     (
         "fused: dy without the gate",
         FUSED,
-        "tl.store(dy_ptr + at, dx * gate",
-        "tl.store(dy_ptr + at, dx",
-        T_GATED,
+        "tl.store(dy_ptr + offsets, dx * gate",
+        "tl.store(dy_ptr + offsets, dx",
+        T_FUSED,
     ),
-    ("fused: dgate from dh", FUSED, "sums[0] + dx * piece[1]", "sums[0] + dh * piece[1]", T_GATED),
-    ("fused: dshift forgets rows", FUSED, "sums[1] + dh,", "dh,", T_GATED),
+    (
+        "fused: dgate from dh",
+        FUSED,
+        "sums[0] + dx * loaded[1]",
+        "sums[0] + dh * loaded[1]",
+        T_FUSED,
+    ),
+    ("fused: dshift forgets rows", FUSED, "sums[1] + dh,", "dh,", T_FUSED),
     (
         "fused: dscale of x, not xhat",
         FUSED,
         "sums[2] + dh * xhat",
-        "sums[2] + dh * piece[0].to(tl.float32)",
-        T_GATED,
+        "sums[2] + dh * loaded[0].to(tl.float32)",
+        T_FUSED,
     ),
     (
         "fused: dgate without the bias",
         FUSED,
-        "sums[0] + sums[3] * load_bias(bias_ptr, cols, cols < D)",
-        "sums[0]",
-        T_GATED,
+        "dgate + sum_dx * bias, mask",
+        "dgate, mask",
+        T_FUSED,
     ),
     (
         "fused: partial sums overlap",
         FUSED,
-        "part_ptr + pid * K * D, sums, gate",
-        "part_ptr + pid * D, sums, gate",
-        T_GATED,
+        "part_ptr + pid * K * D, sums_head, gate_head",
+        "part_ptr + pid * D, sums_head, gate_head",
+        T_FUSED,
     ),
     (
         "modulation copied",
@@ -295,16 +319,16 @@ BUGS = [
     ),
     (
         "x saved as well",
-        "sra_fast/ops/gated_residual.py",
+        O_FUSED,
         "save_for_backward(x_new, y,",
         "save_for_backward(x_new, y + 0,",
-        T_GATED,
+        T_FUSED,
     ),
     (
         "more bytes than stated",
         ADALN,
-        "load(x_ptr, row * D + cols, mask), mod",
-        "load(x_ptr, row * D + cols, mask) + 0 * load(x_ptr, row * D + cols, mask), mod",
+        "load(x_ptr, row * D + cols, mask), shift",
+        "load(x_ptr, row * D + cols, mask) + 0 * load(x_ptr, row * D + cols, mask), shift",
         T_ROWS,
     ),
     (
@@ -319,30 +343,30 @@ BUGS = [
     (
         "attention: measured with the global seed",
         ATTENTION,
-        ", generator=generator)",
-        ")",
+        "H * d, dtype=q.dtype, device=q.device, generator=generator)",
+        "H * d, dtype=q.dtype, device=q.device)",
         T_ATTENTION,
     ),
     # rows beyond 2^31 elements
     (
         "32-bit rows of two arrays",
         ROWS,
-        "row = b * T + t\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = (\n        load(a_ptr",
-        "row = (b * T + t).to(tl.int32)\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = (\n        load(a_ptr",
+        "row = b * T + t\n",
+        "row = (b * T + t).to(tl.int32)\n",
         T_FAR,
     ),
     (
         "32-bit rows in adaln's forward",
         ADALN,
-        "row = b * T + t\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = _load_fwd(",
-        "row = (b * T + t).to(tl.int32)\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = _load_fwd(",
+        "row = b * T + t\n    live = is_owned(group_ptr, row, t, owned, T)\n    offsets =",
+        "row = (b * T + t).to(tl.int32)\n    live = is_owned(group_ptr, row, t, owned, T)\n    offsets =",
         T_FAR,
     ),
     (
         "32-bit rows in adaln's backward",
         ADALN,
-        "row = b * T + t\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = _load_bwd(",
-        "row = (b * T + t).to(tl.int32)\n    live = is_mine(group_ptr, row, t, mine, T)\n    head = _load_bwd(",
+        "row = b * T + t\n    live = is_owned(group_ptr, row, t, owned, T)\n    offset =",
+        "row = (b * T + t).to(tl.int32)\n    live = is_owned(group_ptr, row, t, owned, T)\n    offset =",
         T_FAR,
     ),
     ("fused: 32-bit rows", FUSED, "row = b * T + t\n", "row = (b * T + t).to(tl.int32)\n", T_FAR),
@@ -350,16 +374,16 @@ BUGS = [
     (
         "fused: eps ignored",
         FUSED,
-        "rstd_ptr, eps, cols, cols2",
-        "rstd_ptr, 1e-6, cols, cols2",
-        T_GATED,
+        "rstd_ptr, eps, columns",
+        "rstd_ptr, 1e-6, columns",
+        T_FUSED,
     ),
     (
         "fused: eps ignored by the operator",
-        O_GATED,
+        O_FUSED,
         "scale, group, eps, norm ==",
         "scale, group, 1e-6, norm ==",
-        T_GATED,
+        T_FUSED,
     ),
     (
         "statistics in the dtype of x",
@@ -375,12 +399,12 @@ BUGS = [
         "rstd = x.new_empty((B, T))",
         T_CONTRACTS,
     ),
-    ("fused: tail of h lost", FUSED, "x2 * w2 + shift2 if TAIL", "x2 * w2 if TAIL", T_GATED),
+    ("fused: tail of h lost", FUSED, "w_tail + shift_tail if TAIL", "w_tail if TAIL", T_FUSED),
     (
         "plain: bias of the head in the tail",
         PLAIN,
-        "tail[1], gate2, bias2,",
-        "tail[1], gate2, 0.0,",
+        "tail[1], gate_tail, bias_tail,",
+        "tail[1], gate_tail, 0.0,",
         T_GATED,
     ),
     (
@@ -388,7 +412,7 @@ BUGS = [
         ROWS,
         "mask=live & (k == 1)",
         "mask=live & (k == 0)",
-        T_GATED,
+        T_FUSED,
     ),
     ("more partial sums than needed", ROWS, "min(range(1, most + 1), key=cost)", "most", T_ROWS),
     # what every operator promises
@@ -401,7 +425,7 @@ BUGS = [
     ),
     (
         "fused: y saved behind autograd's back",
-        O_GATED,
+        O_FUSED,
         "save_for_backward(x_new, y,",
         "save_for_backward(x_new, y.data,",
         T_CONTRACTS,
@@ -416,16 +440,16 @@ BUGS = [
     (
         "a strided group",
         O_GATED,
-        "None if group is None else group.contiguous()\n    bias",
-        "group\n    bias",
+        "None if group is None else group.contiguous()\n",
+        "group\n",
         T_GATED,
     ),
     (
         "fused: a strided group",
-        O_GATED,
-        "None if group is None else group.contiguous()\n    gate",
-        "group\n    gate",
-        T_GATED,
+        O_FUSED,
+        "None if group is None else group.contiguous()\n",
+        "group\n",
+        T_FUSED,
     ),
     (
         "strides left to the compiler",
@@ -437,7 +461,7 @@ BUGS = [
     (
         "launch on the current device",
         REGISTER,
-        "with torch.cuda.device_of(first):",
+        "with torch.cuda.device_of(_first_tensor(args)):",
         "if True:",
         T_CONTRACTS,
     ),
@@ -455,12 +479,18 @@ BUGS = [
         "    return True or",
         T_CONTRACTS,
     ),
-    ("one tensor twice", REGISTER, "if torch.compiler.is_compiling():", "if False:", T_CONTRACTS),
+    (
+        "one tensor twice",
+        REGISTER,
+        "if not torch.compiler.is_compiling():",
+        "if True:",
+        T_CONTRACTS,
+    ),
     (
         "second derivatives in silence",
         REGISTER,
-        "if torch.is_grad_enabled() else op(*args)",
-        "if False else op(*args)",
+        "if torch.is_grad_enabled():",
+        "if False:",
         T_CONTRACTS,
     ),
     ("rows of any width", MODULATION, "return D <= kernels.MAX_WIDTH", "return True", T_CONTRACTS),

@@ -1,4 +1,5 @@
-"""Planted bugs turn tests red: one or two of tests/planted_bugs.py for every kernel, without a copy of the tree.
+"""Planted bugs turn tests red: one or two of tests/planted_bugs.py for every kernel, without a
+copy of the tree.
 
 Bugs that make a kernel write outside its tensors are not among them.
 """
@@ -20,10 +21,11 @@ import test_adamw_ema
 import test_align_distance
 import test_ema_update
 import test_gated_residual
+import test_gated_residual_adaln
 import test_noise_pair
 
-fused = lambda device: test_gated_residual.test_fused_variants(2, 3, 88, "layer", 0, True)
-plain = lambda device: test_gated_residual.test_plain_forward_and_gradients(
+fused = lambda device: test_gated_residual_adaln.test_variants(2, 3, 88, "layer", 0, True)
+plain = lambda device: test_gated_residual.test_forward_and_gradients(
     2, 5, 64, 0, True, torch.float32
 )
 adaln = lambda device: test_adaln.test_variants(2, 3, 88, "image", "layer")
@@ -52,8 +54,8 @@ CHECKS = {
     "fused: tail of h lost": fused,
     "fused: dgate from dh": fused,
     "fused: dshift forgets rows": fused,
-    "h again without the scale": layers("linear"),
-    "h again, its tail lost": layers("linear"),
+    "recomputed h without the scale": layers("linear"),
+    "recomputed h, its tail lost": layers("linear"),
     "slope of GELU without its cube": layers("mlp"),
     "GELU's own value from dx": layers("mlp"),
     "l2 gradient without its 2": align("l2"),
@@ -77,7 +79,7 @@ CHECKS = {
 
 
 def plant(name: str, monkeypatch, folder: Path) -> None:
-    """Put the kernels of a copy of kernels/ with the bug in the place of those that the launchers launch."""
+    """Make the launchers launch the kernels of a copy of kernels/ with the bug."""
     ((path, old, new),) = [bug[1:4] for bug in BUGS if bug[0] == name]
     package = "planted_" + re.sub(r"\W+", "_", name)
     shutil.copytree(
@@ -103,7 +105,9 @@ def test_a_bug_is_noticed(name, monkeypatch, tmp_path, device):
 
 
 def test_every_pattern_occurs_exactly_once():
-    """A bug that is planted nowhere, or in two places, proves nothing about the test that notices it."""
+    """A bug that is planted nowhere, or in two places, proves nothing about the test that notices
+    it.
+    """
     counts = {
         (path, name): (ROOT / path).read_text().count(pattern) for name, path, pattern, *_ in BUGS
     }

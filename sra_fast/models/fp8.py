@@ -6,14 +6,12 @@ from torch import Tensor, nn
 from sra_fast.models.layers import Block, Pending
 from sra_fast.models.transformer import Backbone
 from sra_fast.ops.fp8 import (
-    E4M3,
-    Rows,
     adaln_fp8,
     gated_residual_adaln_fp8,
     linear_fp8,
     power_of_two_multiplier,
-    quantize_rows,
 )
+from sra_fast.ops.quantize_rows import E4M3, Rows, quantize_rows
 
 # the layers of a block that run in e4m3
 LAYERS = ("attn.qkv", "mlp.fc1", "mlp.fc2")

@@ -1,4 +1,7 @@
-"""Operators of adaLN diffusion transformers.  Each runs on any device; where a kernel exists, CUDA tensors use it."""
+"""Operators of adaLN diffusion transformers.
+
+Each runs on any device. Where a kernel exists, CUDA tensors use it.
+"""
 
 from sra_fast.ops.adaln import adaln
 from sra_fast.ops.adaln_linear import adaln_linear
@@ -7,7 +10,8 @@ from sra_fast.ops.adamw_ema import adamw_ema_
 from sra_fast.ops.align_distance import align_distance
 from sra_fast.ops.attention import attention
 from sra_fast.ops.ema_update import ema_update_
-from sra_fast.ops.gated_residual import gated_residual, gated_residual_adaln
+from sra_fast.ops.gated_residual import gated_residual
+from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sra_fast.ops.linear_gelu import linear_gelu
 from sra_fast.ops.noise_pair import noise_pair
 

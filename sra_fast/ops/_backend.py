@@ -10,21 +10,28 @@ BACKENDS = ("auto", "triton", "torch")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _logger = logging.getLogger("sra_fast.ops")
+# messages that this process has logged
 _said: set[str] = set()
 
 
 def use_triton(x: Tensor, backend: str | None) -> bool:
-    """True if the Triton kernel runs: asked for by name, or "auto" on a CUDA tensor.
+    """Whether the Triton kernel runs: it was asked for by name, or "auto" meets a CUDA tensor.
 
-    The interpreter (``TRITON_INTERPRET=1``) runs kernels on CPU tensors for tests; "auto" never picks it, it is
-    thousands of times slower than the reference.
+    The interpreter (``TRITON_INTERPRET=1``) runs kernels on CPU tensors for tests. "auto" never
+    picks it, because it is thousands of times slower than the reference.
+
+    Raises:
+        ValueError: ``backend`` is unknown.
+        RuntimeError: "triton" was asked for and cannot run on the tensor's device.
     """
     backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if x.is_meta:  # shapes and FLOPs only
+    # a meta tensor has no data: the reference gives its shapes and FLOPs
+    if x.is_meta:
         return False
-    if backend == "triton" and not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and not (x.is_cuda or interpreted):
         raise RuntimeError(
             f"backend='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got {x.device}"
         )
@@ -32,17 +39,20 @@ def use_triton(x: Tensor, backend: str | None) -> bool:
 
 
 def autocast(x: Tensor) -> bool:
-    """Whether dtypes are autocast's to choose."""
+    """Whether autocast is on for the tensor's device and so chooses the dtypes."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """fp32, or fp64 where the input is fp64: what every reference computes in."""
+    """fp32, or fp64 for an fp64 input: what every reference computes in."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def log_once(message: str, *args, level: int = logging.WARNING) -> None:
-    """Log a choice or a fallback that costs speed, once per process and message; not while a compiler traces."""
+def log_once(message: str, *args: object, level: int = logging.WARNING) -> None:
+    """Log a choice, or a fallback that costs speed, once per process and message.
+
+    Nothing is logged while a compiler traces.
+    """
     if not torch.compiler.is_compiling() and message not in _said:
         _said.add(message)
         _logger.log(level, message, *args)

@@ -1,4 +1,7 @@
-"""adaLN-Zero building block: norm without affine, then shift and scale (DiT, arXiv 2212.09748, Sec. 3.2)."""
+"""adaLN-Zero building block: norm without affine, then shift and scale (DiT, arXiv 2212.09748, Sec.
+
+3.2).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +9,13 @@ from torch import Tensor
 
 from sra_fast.kernels import adaln as kernels
 from sra_fast.ops._backend import upcast
-from sra_fast.ops._modulation import check, in_place, runs_kernel, spread
-from sra_fast.ops._register import apply, once, register, wants_grad
+from sra_fast.ops._modulation import (
+    broadcast_to_tokens,
+    check_inputs,
+    runs_kernel,
+    with_dense_rows,
+)
+from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
 
@@ -28,35 +36,38 @@ def adaln_ref(
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The definition, in fp32.  Tests, benchmarks and backend="torch" all use this one function."""
+    """The definition, in fp32. Tests, benchmarks and backend="torch" all use this one function."""
     xhat = NORMS[norm](upcast(x), x.shape[-1:], eps=eps)
-    return (xhat * (1 + spread(scale, group)) + spread(shift, group)).to(dtype or x.dtype)
+    scale = broadcast_to_tokens(scale, group)
+    shift = broadcast_to_tokens(shift, group)
+    return (xhat * (1 + scale) + shift).to(dtype or x.dtype)
+
+
+def _fake_fwd(x, shift, scale, group, eps, rms, dtype=None):
+    y = x.new_empty(x.shape, dtype=dtype or x.dtype)
+    mean = x.new_empty((0,) if rms else x.shape[:2], dtype=torch.float32)
+    rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return y, mean, rstd
 
 
 def _fake_bwd(dy, x, scale, group, mean, rstd, shift):
     per_token = group is None and scale.dim() == 3
+    dx = x.new_empty(x.shape)
     dshift = x.new_empty(0) if per_token else scale.new_empty(scale.shape)
-    return (
-        x.new_empty(x.shape),
-        dshift,
-        scale.new_empty(scale.shape),
-        dy.new_empty(0 if shift is None else x.shape),
-    )
+    dscale = scale.new_empty(scale.shape)
+    y = dy.new_empty(0 if shift is None else x.shape)
+    return dx, dshift, dscale, y
 
 
 _fwd = register(
-    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? group, float eps, bool rms, ScalarType? dtype=None)"
-    " -> (Tensor, Tensor, Tensor)",
+    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? group, float eps, bool rms,"
+    " ScalarType? dtype=None) -> (Tensor, Tensor, Tensor)",
     kernels.adaln_fwd,
-    lambda x, shift, scale, group, eps, rms, dtype=None: (
-        x.new_empty(x.shape, dtype=dtype or x.dtype),
-        x.new_empty((0,) if rms else x.shape[:2], dtype=torch.float32),
-        x.new_empty(x.shape[:2], dtype=torch.float32),
-    ),
+    _fake_fwd,
 )
 _bwd = register(
-    "adaln_bwd(Tensor dy, Tensor x, Tensor scale, Tensor? group, Tensor mean, Tensor rstd, Tensor? shift)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "adaln_bwd(Tensor dy, Tensor x, Tensor scale, Tensor? group, Tensor mean, Tensor rstd,"
+    " Tensor? shift) -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.adaln_bwd,
     _fake_bwd,
 )
@@ -74,8 +85,10 @@ class _AdaLN(torch.autograd.Function):
     def backward(ctx, dy):
         x, scale, group, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
-        dx, dshift, dscale, _ = once(_bwd, dy, x, scale, group, mean, rstd, None)
-        dshift = dy.to(scale.dtype) if group is None and scale.dim() == 3 else dshift
+        dx, dshift, dscale, _ = guard_double_backward(_bwd, dy, x, scale, group, mean, rstd, None)
+        # with one shift per token its gradient is dy itself, which the kernel does not copy
+        if group is None and scale.dim() == 3:
+            dshift = dy.to(scale.dtype)
         return dx, dshift, dscale, None, None, None, None
 
 
@@ -93,16 +106,18 @@ def adaln(
     """``norm(x) * (1 + scale) + shift`` with one read and one write of ``x``; statistics in fp32.
 
     Args:
-        x: ``[B, T, D]`` tokens, bf16/fp16/fp32; copied first unless contiguous.  The kernel takes D <= 5120: fp64 and
-            wider rows run the reference, the latter logged once.
-        shift: ``[B, D]``, or ``[B, T, D]`` for one per token, or ``[B, G, D]`` with ``group``; a column slice of the
-            6*D adaLN projection is used in place.
-        scale: shaped as ``shift``, with strides of its own.
-        eps: added to the variance (of RMS: to the mean square).
+        x: ``[B, T, D]`` tokens, bf16/fp16/fp32; copied first unless contiguous. The kernel takes D
+            <= 5120. fp64 and wider rows run the reference; wider rows are logged once.
+        shift: ``[B, D]``; or ``[B, T, D]``, one per token; or ``[B, G, D]`` with ``group``. A
+            column slice of the 6*D adaLN projection is used in place.
+        scale: shaped as ``shift``; its strides may differ.
+        eps: added to the variance, or to the mean square of RMS.
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
-        group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes (two noise levels per image:
-            G = 2).  The reference raises on others, the kernel takes the nearest.  None: one vector per image or token.
-        dtype: of the output, which a product in half precision reads where x is a residual stream in fp32; default: x's.
+        group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes (two
+            noise levels per image: G = 2). Out of range the reference raises and the kernel takes
+            the nearest vector. None: one vector per image or token.
+        dtype: of the output; default: x's. Half precision is for a product that reads the output
+            of an fp32 residual stream.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
@@ -111,12 +126,16 @@ def adaln(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
-    check(x, {}, {"shift": shift, "scale": scale}, group, per_token=True, dtype=dtype)
+    modulation = {"shift": shift, "scale": scale}
+    check_inputs(x, {}, modulation, group, per_token=True, dtype=dtype)
     check_norm(norm)
     if not runs_kernel(kernels, backend, x, shift, scale, dtype=dtype):
         return adaln_ref(x, shift, scale, eps, norm=norm, group=group, dtype=dtype)
+    # the kernel takes any strides of the modulation but the last
+    shift = with_dense_rows(shift)
+    scale = with_dense_rows(scale)
     group = None if group is None else group.contiguous()
-    args = x, in_place(shift), in_place(scale), group, eps, norm == "rms", dtype
-    return (
-        apply(_AdaLN, *args) if wants_grad(x, shift, scale) else _fwd(x.contiguous(), *args[1:])[0]
-    )
+    if wants_grad(x, shift, scale):
+        return apply(_AdaLN, x, shift, scale, group, eps, norm == "rms", dtype)
+    y, _, _ = _fwd(x.contiguous(), shift, scale, group, eps, norm == "rms", dtype)
+    return y

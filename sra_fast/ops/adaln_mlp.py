@@ -1,4 +1,6 @@
-"""The second half of a block up to its gate: residual update, modulated norm and MLP with tanh-GELU."""
+"""The second half of a block up to its gate: residual update, modulated norm and MLP with
+tanh-GELU.
+"""
 
 from functools import partial
 
@@ -6,55 +8,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.kernels import gelu as kernels
 from sra_fast.ops._backend import autocast
-from sra_fast.ops._register import apply, once, register
-from sra_fast.ops.adaln_linear import (
+from sra_fast.ops._half_block import (
     Residual,
+    as_tokens,
     check_layer,
-    compose,
-    dtype_of_rows,
-    normed,
-    normed_backward,
+    h_dtype,
+    norm_backward,
+    norm_forward,
     prepare,
-    unflatten,
+    unfused,
     upstream_gradients,
     weight_gradient,
 )
+from sra_fast.ops._register import apply, guard_double_backward
+from sra_fast.ops.gelu import gelu_bwd
 from sra_fast.ops.linear_gelu import linear_gelu
 
-_gelu_bwd = register(
-    "gelu_bwd(Tensor dy, Tensor x, bool again) -> (Tensor, Tensor, Tensor)",
-    kernels.gelu_bwd,
-    lambda dy, x, again: (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape[1]),
-        x.new_empty(x.shape if again else 0),
-    ),
-)
 
+def _backward(needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
+    """Gradients of every tensor input of ``_AdaLNMlp``, None for the group.
 
-def _backward(wanted, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
-    """Gradients of everything but the numbers; ``wanted`` are those of the layers' four, whose inputs are None where they come
-    again."""
+    ``needs_grad`` says which of weight1, bias1, weight2 and bias2 want one. ``a`` is GELU's input.
+    ``h`` and ``hidden``, the inputs of the two layers, are None if the forward did not keep them.
+    """
+    needs_weight1, needs_bias1, needs_weight2, needs_bias2 = needs_grad
+    x_new = saved[0]
     dout = dout.flatten(0, 1)
-    da, dbias1, hidden_again = _gelu_bwd(
-        (dout @ weight2).contiguous(), a, hidden is None and wanted[2]
-    )
-    dweight2 = (
-        weight_gradient(dout, hidden_again if hidden is None else hidden) if wanted[2] else None
-    )
-    dh = (da @ weight1).view(saved[0].shape)
-    *grads, h_again = normed_backward(h is None and wanted[0], dx_new, dh, *saved)
-    dweight1 = weight_gradient(da, h_again if h is None else h) if wanted[0] else None
-    return (
-        *grads,
-        None,
-        dweight1,
-        dbias1 if wanted[1] else None,
-        dweight2,
-        dout.sum(0) if wanted[3] else None,
-    )
+    # second layer and GELU, which recomputes its output if it was not kept
+    dhidden = (dout @ weight2).contiguous()
+    recompute_hidden = hidden is None and needs_weight2
+    da, dbias1, recomputed_hidden = gelu_bwd(dhidden, a, recompute_hidden)
+    dweight2 = None
+    if needs_weight2:
+        dweight2 = weight_gradient(dout, recomputed_hidden if hidden is None else hidden)
+
+    # first layer and norm, which recomputes h if it was not kept
+    dh = (da @ weight1).view(x_new.shape)
+    recompute_h = h is None and needs_weight1
+    grads, recomputed_h = norm_backward(recompute_h, dx_new, dh, *saved)
+    dweight1 = None
+    if needs_weight1:
+        dweight1 = weight_gradient(da, recomputed_h if h is None else h)
+    dbias1 = dbias1 if needs_bias1 else None
+    dbias2 = dout.sum(0) if needs_bias2 else None
+    return *grads, None, dweight1, dbias1, dweight2, dbias2
 
 
 class _AdaLNMlp(torch.autograd.Function):
@@ -76,28 +74,32 @@ class _AdaLNMlp(torch.autograd.Function):
         rms,
         recompute,
     ):
-        x_new, h, mean, rstd = normed(
+        x_new, h, mean, rstd = norm_forward(
             x, y, y_bias, gate, shift, scale, group, eps, rms, weight1.dtype
         )
         a = F.linear(h.flatten(0, 1), weight1, bias1)
         hidden = F.gelu(a, approximate="tanh")
-        first, _, second, _ = ctx.needs_input_grad[7:11]
-        kept = (None, None) if recompute else (h if first else None, hidden if second else None)
-        ctx.save_for_backward(
-            weight1, weight2, a, *kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd
-        )
+        # only the gradients of the weights read h and hidden
+        ctx.layers_need_grad = ctx.needs_input_grad[7:11]
+        needs_weight1, _, needs_weight2, _ = ctx.layers_need_grad
+        kept_h = h if needs_weight1 and not recompute else None
+        kept_hidden = hidden if needs_weight2 and not recompute else None
+        norm_inputs = (x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
+        ctx.save_for_backward(weight1, weight2, a, kept_h, kept_hidden, *norm_inputs)
         ctx.set_materialize_grads(False)
-        out = unflatten(F.linear(hidden, weight2, bias2), x)
+        out = as_tokens(F.linear(hidden, weight2, bias2), x)
         return out if y is None else (x_new, out)
 
     @staticmethod
     def backward(ctx, *grads):
-        weight1, weight2, *saved = ctx.saved_tensors
-        upstream = upstream_gradients(grads, saved[3], weight2)
-        found = once(
-            partial(_backward, ctx.needs_input_grad[7:11]), *upstream, weight1, weight2, *saved
+        weight1, weight2, a, kept_h, kept_hidden, x_new, *rest = ctx.saved_tensors
+        upstream = upstream_gradients(grads, x_new, weight2)
+        backward = partial(_backward, ctx.layers_need_grad)
+        gradients = guard_double_backward(
+            backward, *upstream, weight1, weight2, a, kept_h, kept_hidden, x_new, *rest
         )
-        return *found, None, None, None
+        # eps, rms and recompute have none
+        return *gradients, None, None, None
 
 
 def adaln_mlp(
@@ -116,50 +118,52 @@ def adaln_mlp(
     recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x' = x + gate (y + y_bias)`` and ``gelu_tanh(h @ weight1^T + bias1) @ weight2^T + bias2``, h the modulated norm of x'.
+    """``x' = x + gate (y + y_bias)`` and ``gelu_tanh(h @ weight1^T + bias1) @ weight2^T + bias2``.
 
-    The gradient of ``bias1`` comes out of GELU's backward pass.  With ``recompute`` neither h nor GELU's output is kept: the
-    backward passes over the norm and over GELU write them again, 2 bytes per element more in half precision, and of nine arrays
-    ``[B, T, D]`` that an MLP of four times the width keeps (h, GELU's input and output) four are left.  Without a gradient GELU is the
-    first product's epilogue (``linear_gelu``).
+    h is the modulated norm of x'. The gradient of ``bias1`` comes out of GELU's backward pass.
+    With ``recompute`` neither h nor GELU's output is kept: the backward passes over the norm and
+    over GELU recompute them, which moves 2 bytes per element more in half precision. An MLP of
+    four times the width keeps nine arrays ``[B, T, D]`` (h, GELU's input and output); recompute
+    leaves four. Without a gradient GELU is the epilogue of the first product (``linear_gelu``).
 
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32.
-        shift: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice of the 6*D adaLN projection is used in place.
+        shift: ``[B, D]``, or ``[B, G, D]`` with ``group``. A column slice of the 6*D adaLN
+            projection is used in place.
         scale: shaped as ``shift``.
-        weight1: ``[K, D]`` of x's dtype, or of any if x is fp32: everything inside is then of the weight's.
+        weight1: ``[K, D]`` of x's dtype, or of any dtype if x is fp32: everything inside then has
+        the weight's.
         bias1: ``[K]`` or None.
         weight2: ``[N, K]``.
-        bias2: ``[N]``, or None: what adds the output to the residual stream can add it, and have its gradient for free.
-        eps, residual, norm, group, recompute, backend: see ``adaln_linear``.
+        bias2: ``[N]``. Or None: whoever adds the output to the residual stream can add the bias
+            too, and gets its gradient in the same pass.
+        eps: see ``adaln_linear``, also for the remaining arguments.
+        residual: see ``adaln_linear``.
+        norm: see ``adaln_linear``.
+        group: see ``adaln_linear``.
+        recompute: recompute h and GELU's output in the backward pass instead of keeping them.
+        backend: see ``adaln_linear``.
 
     Returns:
-        ``(x' [B, T, D], out [B, T, N])``, x' in x's dtype, out in the weights' (under autocast in autocast's).
+        ``(x' [B, T, D], out [B, T, N])``, x' in x's dtype, out in the weights' (under autocast in
+        autocast's).
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
     """
-    layers = weight1, bias1, weight2, bias2
-    check_layer(
-        x,
-        check_layer(x, None, *layers[:2]),
-        *layers[2:],
-        dtype=None if autocast(x) else weight1.dtype,
-    )
-    given = prepare(x, residual, shift, scale, group, norm, backend, recompute, *layers)
-    if given is None:
-        x, h = compose(
-            x,
-            residual,
-            shift,
-            scale,
-            eps,
-            norm=norm,
-            group=group,
-            dtype=dtype_of_rows(x, weight1),
-            backend=backend,
+    K = check_layer(x, None, weight1, bias1)
+    # the second layer has the dtype of the first
+    check_layer(x, K, weight2, bias2, dtype=None if autocast(x) else weight1.dtype)
+    layers = (weight1, bias1, weight2, bias2)
+    prepared = prepare(x, residual, shift, scale, group, norm, backend, recompute, *layers)
+    if prepared is None:
+        dtype = h_dtype(x, weight1)
+        x, h = unfused(
+            x, residual, shift, scale, eps, norm=norm, group=group, dtype=dtype, backend=backend
         )
-        zero = bias1 if bias1 is not None else weight1.new_zeros(weight1.shape[0])
-        return x, F.linear(linear_gelu(h, weight1, zero, backend=backend), weight2, bias2)
-    out = apply(_AdaLNMlp, *given, *layers, eps, norm == "rms", recompute)
+        # the epilogue always adds a bias
+        bias1 = bias1 if bias1 is not None else weight1.new_zeros(K)
+        return x, F.linear(linear_gelu(h, weight1, bias1, backend=backend), weight2, bias2)
+    out = apply(_AdaLNMlp, *prepared, *layers, eps, norm == "rms", recompute)
+    # with a residual the Function returns x' first
     return (x, out) if residual is None else out

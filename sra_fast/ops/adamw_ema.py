@@ -1,4 +1,6 @@
-"""The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16 teacher."""
+"""The whole optimizer step of SRA training over flat buffers: clip, AdamW, bf16 weights, EMA, bf16
+teacher.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +13,23 @@ from torch import Tensor
 from sra_fast.kernels import adamw_ema as kernels
 from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
 from sra_fast.ops._register import register
-from sra_fast.ops.fp8 import E4M3, Fp8Copy
+from sra_fast.ops.fp8 import Fp8Copy
+from sra_fast.ops.quantize_rows import E4M3
 
 # a gradient in one piece, or (first element, tensor of any shape) of each of its pieces
 Gradient = Tensor | Sequence[tuple[int, Tensor]]
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
+# segments whose ends one program loads at once
+MAX_SEGMENTS = 1024
 
 
-def _whole(grad: Gradient, param: Tensor) -> Tensor:
-    """The gradient in one piece."""
+def _dtype_of(grad: Gradient) -> torch.dtype:
+    return grad.dtype if isinstance(grad, Tensor) else grad[0][1].dtype
+
+
+def _assemble(grad: Gradient, param: Tensor) -> Tensor:
+    """The gradient in one piece, zero where no piece holds it."""
     if isinstance(grad, Tensor):
         return grad
     whole = grad[0][1].new_zeros(param.shape)
@@ -47,55 +56,77 @@ def adamw_ema_ref_(
     ema_copy: Tensor | Fp8Copy | None = None,
     decay: float = 0.9999,
 ) -> None:
-    """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Alg. 2) in torch's order, then the EMA."""
+    """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Alg.
+
+    2) in torch's order, then the EMA.
+    """
     beta1, beta2 = betas
-    grad = _whole(grad, param).to(param.dtype)
+    grad = _assemble(grad, param).to(param.dtype)
     if clip_scale is not None:
         grad = grad * clip_scale.to(param.dtype)
     param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    # the second moment's root first, then the bias correction, as torch orders them
     denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
     if weights is not None:
         weights.copy_(param)
     if ema is not None:
         ema.lerp_(param, 1 - decay)
-    if isinstance(ema_copy, Fp8Copy):
-        ema_copy.measure_(ema)
-        ema_copy.store_(ema)
-    elif ema_copy is not None:
-        ema_copy.copy_(ema)
+    if ema_copy is not None:
+        assert ema is not None
+        if isinstance(ema_copy, Fp8Copy):
+            ema_copy.measure_(ema)
+            ema_copy.store_(ema)
+        else:
+            ema_copy.copy_(ema)
 
 
 def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest) -> None:
-    grad = grad[0] if rest[-1] is None else grad
+    begins = rest[-1]
     kernels.adamw_ema_(
-        param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest
+        param,
+        grad[0] if begins is None else grad,
+        exp_avg,
+        exp_avg_sq,
+        weights,
+        ema,
+        ema_copy,
+        multiplier,
+        amax,
+        *rest,
     )
-    # autograd must see the change: a graph that saved the old value would be wrong in silence
+    # autograd must see the change: a graph that saved the old value would otherwise be wrong
+    # silently
     written = (param, exp_avg, exp_avg_sq, weights, ema, ema_copy, amax)
     torch.autograd.graph.increment_version([x for x in written if x is not None])
 
 
 _op = register(
-    "adamw_ema_(Tensor(a!) param, Tensor[] grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weights,"
-    " Tensor(e!)? ema, Tensor(f!)? ema_copy, Tensor? multiplier, Tensor(g!)? amax, Tensor? ends, Tensor? clip_scale,"
-    " int step, float lr, float beta1, float beta2, float eps, float weight_decay, float decay,"
-    " int[]? begins) -> ()",
+    "adamw_ema_(Tensor(a!) param, Tensor[] grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!)? weights, Tensor(e!)? ema, Tensor(f!)? ema_copy, Tensor? multiplier, Tensor(g!)? amax,"
+    " Tensor? ends, Tensor? clip_scale, int step, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, float decay, int[]? begins) -> ()",
     _run,
     lambda *args: None,
 )
 
 
-def _in_place(grad: Gradient) -> tuple[list[Tensor], list[int] | None]:
-    """What the kernel reads: one vector and None, or pieces and their begins, all at multiples of 16 bytes: the others as copies
-    with zeros around them."""
+def _align(grad: Gradient) -> tuple[list[Tensor], list[int] | None]:
+    """What the kernel reads: one vector and None, or pieces and their first elements.
+
+    Pieces must begin and end at multiples of 16 bytes. The others are copied, with zeros around
+    them.
+    """
     if isinstance(grad, Tensor):
         return [grad.view(-1)], None
-    vector, pieces, begins = kernels.ALIGNMENT // grad[0][1].element_size(), [], []
+    vector = kernels.ALIGNMENT // grad[0][1].element_size()
+    pieces = []
+    begins = []
     for begin, piece in grad:
-        before, after = begin % vector, -(begin + piece.numel()) % vector
+        before = begin % vector
+        after = -(begin + piece.numel()) % vector
         if before or after:
             piece = F.pad(piece.reshape(-1), (before, after))
         elif piece.data_ptr() % kernels.ALIGNMENT:
@@ -105,73 +136,86 @@ def _in_place(grad: Gradient) -> tuple[list[Tensor], list[int] | None]:
     return pieces, begins
 
 
-def _kinds(grad) -> str:
-    return (
-        f"{type(grad).__name__} of {[type(each).__name__ for each in grad][:3]}"
-        if isinstance(grad, list | tuple)
-        else str(type(grad))
-    )
+def _describe(grad: object) -> str:
+    """What was given instead of a gradient, for an error message."""
+    if not isinstance(grad, list | tuple):
+        return str(type(grad))
+    kinds = [type(item).__name__ for item in grad[:3]]
+    return f"{type(grad).__name__} of {kinds}"
 
 
 def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
-    """ValueError unless the pieces can be parts of one gradient of ``param``."""
-    pairs = isinstance(grad, list | tuple) and all(
-        isinstance(each, tuple) and len(each) == 2 for each in grad
-    )
-    if (
-        not pairs
-        or not grad
-        or not all(type(begin) is int and isinstance(piece, Tensor) for begin, piece in grad)
-    ):
+    """Raise ValueError unless the pieces can be parts of one gradient of ``param``."""
+    pieces = list(grad) if isinstance(grad, list | tuple) else []
+    if not pieces or not all(_is_piece(item) for item in pieces):
         raise ValueError(
-            f"expected grad as a tensor or as a list of (first element, tensor), at least one, got {_kinds(grad)}"
+            "expected grad as a tensor or as a list of (first element, tensor), at least one, "
+            f"got {_describe(grad)}"
         )
-    dtype, end = grad[0][1].dtype, 0
-    for i, (begin, piece) in enumerate(grad):
-        if begin < end or begin + piece.numel() > param.numel():
-            raise ValueError(f"expected pieces in ascending order that do not overlap, within {param.numel()} elements: "
-                             f"piece {i} is [{begin}, {begin + piece.numel()}), the one before ends at {end}")  # fmt: skip
+    N = param.numel()
+    dtype = pieces[0][1].dtype
+    # one past the last element of the piece before
+    end = 0
+    for i, (begin, piece) in enumerate(pieces):
+        stop = begin + piece.numel()
+        if begin < end or stop > N:
+            raise ValueError(
+                f"expected pieces in ascending order that do not overlap, within {N} elements: "
+                f"piece {i} is [{begin}, {stop}), the one before ends at {end}"
+            )
         if piece.dtype != dtype or piece.device != param.device or not piece.is_contiguous():
-            raise ValueError(f"expected contiguous pieces of {dtype} on {param.device}, got piece {i}: {piece.dtype}, "
-                             f"{piece.device}, contiguous {piece.is_contiguous()}")  # fmt: skip
-        end = begin + piece.numel()
+            raise ValueError(
+                f"expected contiguous pieces of {dtype} on {param.device}, got piece {i}: "
+                f"{piece.dtype}, {piece.device}, contiguous {piece.is_contiguous()}"
+            )
+        end = stop
+
+
+def _is_piece(item: object) -> bool:
+    if not isinstance(item, tuple) or len(item) != 2:
+        return False
+    begin, piece = item
+    return type(begin) is int and isinstance(piece, Tensor)
 
 
 def _check_buffers(
-    full: dict[str, Tensor | None], grad: Gradient, half: dict[str, Tensor | None]
+    param: Tensor, full: dict[str, Tensor | None], grad: Gradient, half: dict[str, Tensor | None]
 ) -> None:
-    param, whole = full["param"], isinstance(grad, Tensor)
-    if not whole:
+    """Raise ValueError unless the buffers have one layout and the dtypes of their kind."""
+    if not isinstance(grad, Tensor):
         _check_pieces(grad, param)
-    dtype = grad.dtype if whole else grad[0][1].dtype
-    given = {
-        k: v for k, v in {**full, "grad": grad if whole else None, **half}.items() if v is not None
-    }
+    grad_dtype = _dtype_of(grad)
+    candidates = {"param": param, **full, **half}
+    if isinstance(grad, Tensor):
+        candidates["grad"] = grad
+    given = {name: x for name, x in candidates.items() if x is not None}
+
+    # one shape, one device, contiguous
     if any(
         x.shape != param.shape or x.device != param.device or not x.is_contiguous()
         for x in given.values()
     ):
         got = {k: (list(x.shape), str(x.device), x.is_contiguous()) for k, x in given.items()}
         raise ValueError(
-            f"expected contiguous buffers of one shape and device, got (shape, device, contiguous) {got}"
+            "expected contiguous buffers of one shape and device, "
+            f"got (shape, device, contiguous) {got}"
         )
-    bad = param.dtype not in FULL or any(
-        x is not None and x.dtype != param.dtype for x in full.values()
+    # full precision for the state, half precision for the copies
+    full_fits = param.dtype in FULL and all(
+        x is None or x.dtype == param.dtype for x in full.values()
     )
-    if (
-        bad
-        or dtype not in FLOAT_DTYPES
-        or any(x is not None and x.dtype not in HALF for x in half.values())
-    ):
-        got = {k: str(x.dtype) for k, x in given.items()} | {"grad": str(dtype)}
+    half_fits = all(x is None or x.dtype in HALF for x in half.values())
+    if not full_fits or not half_fits or grad_dtype not in FLOAT_DTYPES:
+        got = {k: str(x.dtype) for k, x in given.items()} | {"grad": str(grad_dtype)}
         raise ValueError(
-            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, grad fp32, bf16 or fp16, and "
-            f"weights, ema_copy bf16 or fp16, got {got}"
+            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, "
+            f"grad fp32, bf16 or fp16, and weights, ema_copy bf16 or fp16, got {got}"
         )
 
 
 def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
-    values, *small, bounds = copy
+    """Raise ValueError unless the e4m3 copy fits the buffer."""
+    values = copy.values
     if (
         values.dtype != E4M3
         or values.shape != param.shape
@@ -179,23 +223,31 @@ def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
         or not values.is_contiguous()
     ):
         raise ValueError(
-            f"expected ema_copy.values as param, contiguous and e4m3, got {[*values.shape]} {values.dtype} {values.device}"
+            "expected ema_copy.values as param, contiguous and e4m3, "
+            f"got {[*values.shape]} {values.dtype} {values.device}"
         )
+    # one entry per segment in each of the small tensors
+    S = len(copy.bounds)
+    small = (copy.multiplier, copy.amax, copy.ends)
     got = [([*x.shape], x.dtype, x.device, x.is_contiguous()) for x in small]
-    S, dtypes = len(bounds), (torch.float32, torch.float32, torch.int64)
-    if not 0 < S <= 1024 or got != [([S], dtype, param.device, True) for dtype in dtypes]:
+    dtypes = (torch.float32, torch.float32, torch.int64)
+    if not 0 < S <= MAX_SEGMENTS or got != [([S], dtype, param.device, True) for dtype in dtypes]:
         raise ValueError(
-            f"expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, contiguous on {param.device}, S in [1, 1024], got {got}"
+            "expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, contiguous on "
+            f"{param.device}, S in [1, {MAX_SEGMENTS}], got {got}"
         )
-    if bounds[-1] != param.numel() or any(end < begin for begin, end in pairwise((0, *bounds))):
+    ascending = all(begin <= end for begin, end in pairwise((0, *copy.bounds)))
+    if copy.bounds[-1] != param.numel() or not ascending:
         raise ValueError(
-            f"expected ema_copy.bounds that never decrease and end at {param.numel()}, got {bounds}"
+            f"expected ema_copy.bounds that never decrease and end at {param.numel()}, "
+            f"got {copy.bounds}"
         )
 
 
 def _check_numbers(
     step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
 ) -> None:
+    """Raise ValueError unless every number is in its range; a NaN is in none."""
     if step < 1:
         raise ValueError(f"expected step >= 1 (the first update is step 1), got {step}")
     finite = all(0 <= number < math.inf for number in (lr, eps)) and math.isfinite(weight_decay)
@@ -225,15 +277,19 @@ def adamw_ema_(
     decay: float = 0.9999,
     backend: str | None = None,
 ) -> None:
-    """One optimizer step in place: the update of ``torch.optim.AdamW``, then of the EMA, in one pass.
+    """One optimizer step in place: the update of ``torch.optim.AdamW``, then of the EMA, in one
+    pass.
 
-    ``param``, ``exp_avg``, ``exp_avg_sq`` and ``step`` are the state of ``torch.optim.AdamW``; either can continue the
-    other's run.  40 bytes per element with an fp32 gradient, weights, EMA and copy; the host reads nothing back.
+    ``param``, ``exp_avg``, ``exp_avg_sq`` and ``step`` are the state of ``torch.optim.AdamW``:
+    either can continue the other's run. With an fp32 gradient, weights, EMA and copy it moves 40
+    bytes per element. The host reads nothing back.
 
     Args:
-        param: ``[N]`` fp32 master weights, contiguous (fp64 goes to the reference); a slice of a flat buffer will do.
-        grad: ``[N]`` gradient, fp32/bf16/fp16; or ``[(first element, tensor of any shape), ...]``, contiguous pieces of it in
-            ascending order, zero between them: read where they are if they begin and end at multiples of 16 bytes, as copies else.
+        param: ``[N]`` fp32 master weights, contiguous; also a slice of a flat buffer. fp64 goes to
+            the reference.
+        grad: ``[N]`` gradient, fp32/bf16/fp16. Or ``[(first element, tensor of any shape), ...]``:
+            contiguous pieces in ascending order, with zeros between them. Pieces that begin and
+            end at multiples of 16 bytes are read in place, the others are copied.
         exp_avg: ``[N]`` first moment, fp32.
         exp_avg_sq: ``[N]`` second moment, fp32.
         step: number of this update, from 1.
@@ -241,60 +297,75 @@ def adamw_ema_(
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay; the parameter shrinks by ``lr * weight_decay``.
-        clip_scale: one number on the device that multiplies the gradient: ``min(1, max_norm / norm)``, and
-            ``1 / loss_scale`` where there is one; or None.
+        clip_scale: one number on the device that multiplies the gradient: ``min(1, max_norm /
+            norm)``, and ``1 / loss_scale`` where there is one; or None.
         weights: ``[N]`` bf16 or fp16, receives the rounded parameters; or None.
         ema: ``[N]`` fp32, moves towards the new parameters; or None.
-        ema_copy: ``[N]`` bf16 or fp16, or an ``Fp8Copy``, receives the rounded EMA; needs ``ema``; or None.
+        ema_copy: ``[N]`` bf16 or fp16, or an ``Fp8Copy``, receives the rounded EMA; needs ``ema``;
+        or None.
         decay: fraction of the old EMA that is kept, in [0, 1].
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts that do not fit, or a number outside its range.
+        ValueError: shapes, dtypes, devices or layouts that do not fit, or a number outside its
+        range.
     """
     if ema_copy is not None and ema is None:
         raise ValueError("expected ema where ema_copy is given, got None")
-    full, fp8 = (
-        {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema},
-        isinstance(ema_copy, Fp8Copy),
-    )
-    _check_buffers(full, grad, {"weights": weights, "ema_copy": None if fp8 else ema_copy})
-    if fp8:
+    half: dict[str, Tensor | None] = {"weights": weights}
+    if isinstance(ema_copy, Fp8Copy):
         _check_fp8(ema_copy, param)
+    else:
+        half["ema_copy"] = ema_copy
+    full = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
+    _check_buffers(param, full, grad, half)
     _check_numbers(step, lr, betas, eps, weight_decay, decay)
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
-    wide = torch.float64 in (
-        param.dtype,
-        grad.dtype if isinstance(grad, Tensor) else grad[0][1].dtype,
-    )
-    if param.numel() and not wide and use_triton(param, backend):
-        copy, *scaling = ema_copy[:4] if fp8 else (ema_copy, None, None, None)
-        first, *buffers = [
-            x if x is None else x.view(-1) for x in (param, exp_avg, exp_avg_sq, weights, ema, copy)
-        ]
-        grads, begins = _in_place(grad)
-        _op(
-            first,
-            grads,
-            *buffers,
-            *scaling,
-            clip_scale,
+
+    wide = torch.float64 in (param.dtype, _dtype_of(grad))
+    if param.numel() == 0 or wide or not use_triton(param, backend):
+        adamw_ema_ref_(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
             step,
-            lr,
-            *betas,
-            eps,
-            weight_decay,
-            decay,
-            begins,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            clip_scale=clip_scale,
+            weights=weights,
+            ema=ema,
+            ema_copy=ema_copy,
+            decay=decay,
         )
         return
-    outputs = {"weights": weights, "ema": ema, "ema_copy": ema_copy, "decay": decay}
-    numbers = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "clip_scale": clip_scale,
-    }
-    adamw_ema_ref_(param, grad, exp_avg, exp_avg_sq, step, **numbers, **outputs)
+
+    # the kernel takes flat buffers; an e4m3 copy brings the tables of its segments
+    values, multiplier, amax, ends = ema_copy, None, None, None
+    if isinstance(ema_copy, Fp8Copy):
+        values, multiplier, amax, ends, _ = ema_copy
+    pieces, begins = _align(grad)
+    flatten = lambda x: None if x is None else x.view(-1)
+    _op(
+        flatten(param),
+        pieces,
+        flatten(exp_avg),
+        flatten(exp_avg_sq),
+        flatten(weights),
+        flatten(ema),
+        flatten(values),
+        multiplier,
+        amax,
+        ends,
+        clip_scale,
+        step,
+        lr,
+        *betas,
+        eps,
+        weight_decay,
+        decay,
+        begins,
+    )

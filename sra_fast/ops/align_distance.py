@@ -1,4 +1,7 @@
-"""Distances between the student's projected features and the teacher's (SRA, arXiv 2505.02831, Sec. 3.3 and Eq. 5)."""
+"""Distances between the student's projected features and the teacher's (SRA, arXiv 2505.02831, Sec.
+
+3.3 and Eq. 5).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +9,7 @@ from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
 from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
-from sra_fast.ops._register import once, register, wants_grad
+from sra_fast.ops._register import guard_double_backward, register, wants_grad
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
 
@@ -14,8 +17,12 @@ KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
 def align_distance_ref(
     pred: Tensor, target: Tensor, kind: str, *, beta: float = 0.05, weight: Tensor | None = None
 ) -> Tensor:
-    """The definition, in fp32 (fp64 for fp64).  Tests, benchmarks and backend="torch" all use this one function."""
-    pred, target = upcast(pred), upcast(target.detach())
+    """The definition, in fp32 (fp64 for fp64).
+
+    Tests, benchmarks and backend="torch" all use this one function.
+    """
+    pred = upcast(pred)
+    target = upcast(target.detach())
     if kind == "cosine_token":
         return (1 - F.cosine_similarity(pred, target, dim=1)).mean(1)
     if kind == "cosine_patch":
@@ -23,9 +30,8 @@ def align_distance_ref(
     elif kind == "smooth_l1":
         per_token = F.smooth_l1_loss(pred, target, beta=beta, reduction="none").mean(2)
     else:
-        per_token = (F.l1_loss if kind == "l1" else F.mse_loss)(
-            pred, target, reduction="none"
-        ).mean(2)
+        loss = F.l1_loss if kind == "l1" else F.mse_loss
+        per_token = loss(pred, target, reduction="none").mean(2)
     return (per_token if weight is None else per_token * weight).mean(1)
 
 
@@ -34,11 +40,13 @@ def _fake_fwd(
 ) -> tuple[Tensor, Tensor]:
     B, T, D = pred.shape
     dist = pred.new_empty((B, D if kind == "cosine_token" else T), dtype=torch.float32)
-    return dist, pred.new_empty((B, T, D) if need_grad else (0,), dtype=kernels.grad_dtype(pred))
+    grad = pred.new_empty((B, T, D) if need_grad else (0,), dtype=kernels.grad_dtype(pred))
+    return dist, grad
 
 
 _fwd = register(
-    "align_distance_fwd(Tensor pred, Tensor target, str kind, float beta, bool need_grad) -> (Tensor, Tensor)",
+    "align_distance_fwd(Tensor pred, Tensor target, str kind, float beta, bool need_grad)"
+    " -> (Tensor, Tensor)",
     kernels.align_distance_fwd,
     _fake_fwd,
 )
@@ -50,7 +58,9 @@ _bwd = register(
 
 
 class _AlignDistance(torch.autograd.Function):
-    """The distance of every token, ``[B, T]``, or of every channel, ``[B, D]``; differentiable in ``pred`` alone."""
+    """The distance of every token, ``[B, T]``, or of every channel, ``[B, D]``; differentiable
+    only in ``pred``.
+    """
 
     @staticmethod
     def forward(ctx, pred, target, kind, beta):
@@ -62,15 +72,19 @@ class _AlignDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddist):
         grad, dist = ctx.saved_tensors
-        return once(_bwd, ddist, grad, ctx.per_token, tie=dist), None, None, None
+        # the stored gradient does not depend on pred for autograd; dist does
+        dpred = guard_double_backward(_bwd, ddist, grad, ctx.per_token, tie=dist)
+        return dpred, None, None, None
 
 
 def _check(
     pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor | None, reduction: str
 ) -> None:
+    """Raise ValueError unless the arguments fit."""
     if pred.dim() != 3 or pred.shape != target.shape:
         raise ValueError(
-            f"expected pred and target of one shape [B, T, D], got {[*pred.shape]} and {[*target.shape]}"
+            "expected pred and target of one shape [B, T, D], "
+            f"got {[*pred.shape]} and {[*target.shape]}"
         )
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -80,22 +94,22 @@ def _check(
         raise ValueError(f"expected beta >= 0, got {beta}")
     if weight is not None and (kind == "cosine_token" or weight.shape != pred.shape[:2]):
         raise ValueError(
-            f"expected weight [B, T] and a kind other than cosine_token, got {[*weight.shape]} and {kind}"
+            "expected weight [B, T] and a kind other than cosine_token, "
+            f"got {[*weight.shape]} and {kind}"
         )
     given = [x for x in (pred, target, weight) if x is not None]
     if any(x.dtype not in FLOAT_DTYPES or x.device != pred.device for x in given):
-        raise ValueError(
-            f"expected floating-point tensors on one device, got {[(str(x.dtype), str(x.device)) for x in given]}"
-        )
+        got = [(str(x.dtype), str(x.device)) for x in given]
+        raise ValueError(f"expected floating-point tensors on one device, got {got}")
 
 
-def _runs_triton(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
-    if (
-        not use_triton(pred, backend)
-        or pred.numel() == 0
-        or torch.float64 in (pred.dtype, target.dtype)
-    ):
+def _runs_kernel(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
+    """Whether the kernel takes the features; a size beyond its limit is logged once."""
+    if not use_triton(pred, backend) or pred.numel() == 0:
         return False
+    if torch.float64 in (pred.dtype, target.dtype):
+        return False
+    # what one program holds in registers: all tokens of some channels, or all channels of a token
     _, T, D = pred.shape
     length, longest = (T, kernels.MAX_TOKENS) if kind == "cosine_token" else (D, kernels.MAX_WIDTH)
     if length > longest:
@@ -119,19 +133,22 @@ def align_distance(
 ) -> Tensor:
     """Alignment distance of every image.
 
-    ``smooth_l1`` (the paper's choice), ``l1`` and ``l2`` are means over tokens and channels; ``cosine_patch`` is
-    ``1 - cos`` over the channels of each token (Eq. 5); ``cosine_token`` is ``1 - cos`` over the tokens of each
-    channel, what the published code computes.  The kernel reads both inputs once, computes the gradient in the same
-    pass and never materialises fp32 ``[B, T, D]``.
+    ``smooth_l1`` (the paper's choice), ``l1`` and ``l2`` are means over tokens and channels.
+    ``cosine_patch`` is ``1 - cos`` over the channels of each token (Eq. 5). ``cosine_token`` is
+    ``1 - cos`` over the tokens of each channel, which the published code computes. The kernel
+    reads both inputs once, computes the gradient in the same pass and never materializes fp32
+    ``[B, T, D]``.
 
     Args:
-        pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32; any strides.  The kernel takes D <= 16384, and
-            T <= 1024 for ``cosine_token``: fp64 and larger tensors run the reference, the latter logged once.
-        target: ``[B, T, D]`` teacher features, any floating dtype and strides; no gradient flows into them.
+        pred: ``[B, T, D]`` projected student features, bf16/fp16/fp32; any strides. The kernel
+            takes D <= 16384, and T <= 1024 for ``cosine_token``. fp64 and larger tensors run the
+            reference; larger ones are logged once.
+        target: ``[B, T, D]`` teacher features, any floating dtype and strides; no gradient flows
+        into them.
         kind: one of ``smooth_l1, l1, l2, cosine_patch, cosine_token``.
-        beta: where smooth-L1 turns from quadratic to linear; feature units.
-        weight: ``[B, T]`` weight of each token, or None; the mean over tokens becomes ``sum(w d) / T``.  Not defined
-            for ``cosine_token``, which mixes the tokens.  Gradients flow into it.
+        beta: where smooth-L1 turns from quadratic to linear, in the units of the features.
+        weight: ``[B, T]`` weight of each token, or None; the mean over tokens becomes ``sum(w d) /
+            T``. Not defined for ``cosine_token``, which mixes the tokens. Gradients flow into it.
         reduction: ``"none"`` for one distance per image, ``"mean"`` for their mean.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
@@ -139,14 +156,16 @@ def align_distance(
         ``[B]``, or a scalar for ``reduction="mean"``; fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes that differ, an unknown ``kind`` or ``reduction``, a negative ``beta``, integer tensors,
-            tensors on different devices, or a ``weight`` where none is defined.
+        ValueError: shapes that differ, an unknown ``kind`` or ``reduction``, a negative ``beta``,
+            integer tensors, tensors on different devices, or a ``weight`` where none is defined.
     """
     _check(pred, target, kind, beta, weight, reduction)
-    if _runs_triton(pred, target, kind, backend):
+    if _runs_kernel(pred, target, kind, backend):
+        # smooth-L1 divides by beta; without a quadratic part it is L1
         kind = "l1" if kind == "smooth_l1" and beta == 0 else kind
         target = target.detach()
-        pred, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (pred, target))
+        pred = pred if pred.stride(-1) == 1 else pred.contiguous()
+        target = target if target.stride(-1) == 1 else target.contiguous()
         if wants_grad(pred):
             dist = _AlignDistance.apply(pred, target, kind, beta)
         else:

@@ -1,4 +1,6 @@
-"""In-place exponential moving average of many tensors: the teacher's update (SRA, arXiv 2505.02831, Sec. 3.2)."""
+"""In-place exponential moving average of many tensors: the teacher's update (SRA, arXiv
+2505.02831, Sec. 3.2).
+"""
 
 import logging
 import math
@@ -13,10 +15,12 @@ from sra_fast.ops._backend import FLOAT_DTYPES, log_once, use_triton
 from sra_fast.ops._register import register
 
 try:
-    import sra_fast._ema_cuda as _ema_cuda
+    # compiled on demand, see setup.py
+    import sra_fast._ema_cuda as _ema_cuda  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError:
     _ema_cuda = None
-except ImportError as error:  # built, but for another machine: say why it is not used
+except ImportError as error:
+    # built, but for another machine: say why it is not used
     log_once("the CUDA extension does not load: %s", error)
     _ema_cuda = None
 
@@ -27,32 +31,43 @@ HALF = (torch.bfloat16, torch.float16)
 def ema_update_ref_(
     ema: list[Tensor], params: list[Tensor], decay: float, copies: list[Tensor] | None = None
 ) -> None:
-    """The definition, in the dtype of ``ema``.  Tests, benchmarks and backend="torch" all use this one function."""
+    """The definition, in the dtype of ``ema``.
+
+    Tests, benchmarks and backend="torch" all use this one function.
+    """
     for e, p in zip(ema, params, strict=True):
         e.lerp_(p.to(e.dtype), 1 - decay)
-    for c, e in zip(copies or [], ema if copies else [], strict=True):
-        c.copy_(e)
+    if copies:
+        for c, e in zip(copies, ema, strict=True):
+            c.copy_(e)
+
+
+def _zip(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """(ema, param), or (ema, param, copy) with copies, of every tensor."""
+    lists = (ema, params, copies) if copies else (ema, params)
+    return list(zip(*lists, strict=True))
 
 
 def _run_extension(
     ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float
 ) -> None:
-    """One call per mix of dtypes; host tensors run the file's CPU reference."""
-    code = {
-        None: "none",
-        torch.float32: "float32",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
-    groups: dict[tuple, list] = {}
-    for e, p, c in zip(ema, params, copies or [None] * len(ema), strict=True):
-        lists = groups.setdefault((p.dtype, c.dtype if c is not None else None), [[], [], [], []])
-        addresses = (e.data_ptr(), p.data_ptr(), c.data_ptr() if c is not None else None, e.numel())
-        for column, value in zip(lists, addresses, strict=True):
-            if value is not None:
-                column.append(value)
-    for dtypes, lists in groups.items():
-        args = (*lists, *(getattr(_ema_cuda.DType, code[dtype]) for dtype in dtypes), decay)
+    """One call of the CUDA extension per mix of dtypes; host tensors run its CPU reference."""
+    assert _ema_cuda is not None
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    mixes: dict[tuple[str, str], list[tuple[Tensor, ...]]] = {}
+    for operands in _zip(ema, params, copies):
+        copy_name = names[operands[2].dtype] if copies else "none"
+        mixes.setdefault((names[operands[1].dtype], copy_name), []).append(operands)
+    for (param_name, copy_name), tensors in mixes.items():
+        args = (
+            [operands[0].data_ptr() for operands in tensors],
+            [operands[1].data_ptr() for operands in tensors],
+            [operands[2].data_ptr() for operands in tensors] if copies else [],
+            [operands[0].numel() for operands in tensors],
+            getattr(_ema_cuda.DType, param_name),
+            getattr(_ema_cuda.DType, copy_name),
+            decay,
+        )
         if ema[0].is_cuda:
             _ema_cuda.ema_update(*args, torch.cuda.current_stream().cuda_stream)
         else:
@@ -62,20 +77,23 @@ def _run_extension(
 def _run(
     ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool
 ) -> None:
-    (_run_extension if extension else kernels.ema_update_)(ema, params, copies, decay)
-    # autograd must see the change: a graph that saved the old value would be wrong in silence
+    update = _run_extension if extension else kernels.ema_update_
+    update(ema, params, copies, decay)
+    # autograd must see the change: a graph that saved the old value would otherwise be wrong
+    # silently
     torch.autograd.graph.increment_version([*ema, *copies])
 
 
 _op = register(
-    "ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] copies, float decay, bool extension) -> ()",
+    "ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] copies, float decay, bool extension)"
+    " -> ()",
     _run,
     lambda ema, params, copies, decay, extension: None,
 )
 
 
 def _choose(x: Tensor, backend: str | None) -> str:
-    """ "cuda", "triton" or "torch"."""
+    """Which implementation runs: "cuda" (the extension), "triton" or "torch"."""
     backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
     if backend == "cuda":
         if _ema_cuda is None:
@@ -87,6 +105,7 @@ def _choose(x: Tensor, backend: str | None) -> str:
         return "torch"
     if backend == "triton":
         return backend
+    # "auto" on a GPU: the extension if it is built
     if _ema_cuda is not None:
         log_once("ema_update_ runs the CUDA extension", level=logging.INFO)
         return "cuda"
@@ -100,35 +119,40 @@ def _choose(x: Tensor, backend: str | None) -> str:
 
 
 def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
+    """Raise ValueError unless the lists match and every tensor has a dtype of its kind."""
     if len(params) != len(ema) or len(copies) not in (0, len(ema)):
         raise ValueError(
-            f"expected as many params and copies as ema, got {len(ema)}, {len(params)}, {len(copies)}"
+            "expected as many params and copies as ema, "
+            f"got {len(ema)}, {len(params)}, {len(copies)}"
         )
     if not 0 <= decay <= 1:
         raise ValueError(f"expected decay in [0, 1], got {decay}")
     device = ema[0].device
-    for i, operands in enumerate(
-        zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True)
-    ):
+    for i, operands in enumerate(_zip(ema, params, copies)):
         e, p, *c = operands
         if any(t.shape != e.shape or t.device != device for t in operands):
             got = [(list(t.shape), str(t.device)) for t in operands]
             raise ValueError(f"expected tensors of one shape on {device} at index {i}, got {got}")
         fits = e.dtype in (torch.float32, torch.float64) and p.dtype in FLOAT_DTYPES
         if not fits or (c and c[0].dtype not in HALF):
+            got = [str(t.dtype) for t in operands]
             raise ValueError(
-                "expected ema fp32 (a bf16 EMA does not move), params bf16, fp16 or fp32, copies bf16 or fp16, got"
-                f" {[str(t.dtype) for t in operands]} at index {i}"
+                "expected ema fp32 (a bf16 EMA does not move), params bf16, fp16 or fp32, "
+                f"copies bf16 or fp16, got {got} at index {i}"
             )
 
 
 def _is_flat(operands: tuple[Tensor, ...]) -> bool:
-    """True if the tensors lie in memory in one common order without gaps, so that the kernels see them as vectors."""
-    if torch.float64 in (t.dtype for t in operands):
+    """Whether the kernels can treat the tensors as vectors: no fp64, one common dense order in
+    memory.
+    """
+    if any(t.dtype == torch.float64 for t in operands):
         return False
-    first = operands[0]
     if all(t.is_contiguous() for t in operands):
         return True
+    # dense in another order: from the innermost dimension out, each stride is the product of the
+    # sizes
+    first = operands[0]
     dims = sorted((s, n) for n, s in zip(first.shape, first.stride(), strict=True) if n != 1)
     gapless = all(s == math.prod(n for _, n in dims[:i]) for i, (s, _) in enumerate(dims))
     return gapless and all(t.stride() == first.stride() for t in operands)
@@ -138,22 +162,21 @@ def _launch(
     ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool
 ) -> None:
     """Give the tensors that are plain vectors to the kernel, the few others to the reference."""
-    rows = list(zip(ema, params, copies, strict=True) if copies else zip(ema, params, strict=True))
-    flat = [_is_flat(row) for row in rows]
-    for row, is_flat in zip(rows, flat, strict=True):
-        if not is_flat:
-            ema_update_ref_([row[0]], [row[1]], decay, list(row[2:]))
-    if not all(flat):
-        odd = flat.count(False)
+    flat = []
+    others = []
+    for operands in _zip(ema, params, copies):
+        (flat if _is_flat(operands) else others).append(operands)
+    for e, p, *c in others:
+        ema_update_ref_([e], [p], decay, c)
+    if others:
         log_once(
             "ema_update_: %d of %d tensors run unfused in PyTorch: fp64 or not dense in one order",
-            odd,
-            len(flat),
+            len(others),
+            len(ema),
         )
-        rows = [row for row, is_flat in zip(rows, flat, strict=True) if is_flat]
-        ema, params, copies = ([list(column) for column in zip(*rows, strict=True)] + [[]] * 3)[:3]
-    if rows:
-        _op(ema, params, copies, decay, extension)
+    if flat:
+        columns = [list(column) for column in zip(*flat, strict=True)]
+        _op(columns[0], columns[1], columns[2] if copies else [], decay, extension)
 
 
 @torch.no_grad()
@@ -165,23 +188,29 @@ def ema_update_(
     *,
     backend: str | None = None,
 ) -> None:
-    """``ema = decay * ema + (1 - decay) * params`` for every tensor, in place, with one launch per mix of dtypes.
+    """``ema = decay * ema + (1 - decay) * params`` for every tensor, in place, with one launch per
+    mix of dtypes.
 
     Args:
-        ema: fp32 tensors of any shapes; no tensor twice.  What is fp64, or not dense in one order with its parameter,
-            goes to the reference, which is logged once.
+        ema: fp32 tensors of any shapes; no tensor twice. The reference takes a tensor that is
+            fp64, or not dense in one order with its parameter; this is logged once.
         params: tensors of the same shapes, bf16/fp16/fp32.
         decay: fraction of the old average that is kept, in [0, 1]; the paper uses 0.9999.
-        copies: bf16 or fp16 tensors that receive the new average, rounded, in the same pass; or None.
-        backend: ``"cuda"`` (the compiled extension), ``"triton"``, ``"torch"`` or ``"auto"``: on a GPU the extension
-            where it is built, else Triton, said once in the log (as a warning if ``SRA_FAST_BUILD_EXT=1`` asked for the
-            extension); default: ``$SRA_FAST_BACKEND``, else auto.
+        copies: bf16 or fp16 tensors that receive the new average, rounded, in the same pass; or
+        None.
+        backend: ``"cuda"`` (the compiled extension), ``"triton"``, ``"torch"`` or ``"auto"``. On a
+            GPU auto is the extension if it is built, else Triton; the choice is logged once (as a
+            warning if ``SRA_FAST_BUILD_EXT=1`` asked for the extension). Default:
+            ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
-        ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, or ``decay`` is outside [0, 1].
+        ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, or
+        ``decay`` is outside [0, 1].
         RuntimeError: ``backend="cuda"`` and the extension is not built.
     """
-    ema, params, copies = list(ema), list(params), list(copies or [])
+    ema = list(ema)
+    params = list(params)
+    copies = list(copies or [])
     if not ema and not params and not copies:
         return
     _check(ema, params, copies, decay)

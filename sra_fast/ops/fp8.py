@@ -1,6 +1,7 @@
-"""The operators of an fp8 forward pass without gradients: e4m3 rows with one scale each, and linear layers on them.
+"""The operators of an fp8 forward pass without gradients, and an fp8 copy of a flat buffer.
 
-What a linear layer reads is quantised where it is made: in the pass of the modulated norm, or in that of the GELU.
+The input of a linear layer is quantized by the pass that makes it: the modulated norm here, or the
+GELU in ``quantize_rows``.
 """
 
 import math
@@ -8,43 +9,29 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adaln as adaln_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
-from sra_fast.kernels import quantize_rows as kernels
 from sra_fast.ops._backend import use_triton
-from sra_fast.ops._modulation import check, in_place
+from sra_fast.ops._modulation import check_inputs, with_dense_rows
 from sra_fast.ops._register import register
 from sra_fast.ops.adaln import adaln_ref
 from sra_fast.ops.gated_residual import gated_residual_ref
-
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-
-
-class Rows(NamedTuple):
-    """``values * scale``: ``values [..., K]`` e4m3, ``scale [..., 1]`` fp32."""
-
-    values: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """``[..., K]`` fp32."""
-        return self.values.float() * self.scale
+from sra_fast.ops.quantize_rows import E4M3_MAX, Rows, empty_rows, quantize_rows_ref
 
 
 class Fp8Copy(NamedTuple):
-    """An e4m3 copy of a flat buffer ``[N]`` that is cut into S segments, one multiplier each: what ``adamw_ema_`` can write.
+    """An e4m3 copy of a flat buffer ``[N]`` cut into S segments with one multiplier each.
 
-    Its kernel needs compute capability 8.9.  ``Fp8Copy.of`` makes one.
+    ``adamw_ema_`` can write it; its kernel needs compute capability 8.9. ``Fp8Copy.of`` makes one.
 
-    values: ``[N]`` e4m3; buffer times multiplier, rounded, at most 448 in magnitude (NaN stays NaN).
+    values: ``[N]`` e4m3; buffer times multiplier, rounded, at most 448 in magnitude (NaN stays
+    NaN).
     multiplier: ``[S]`` fp32, read.
-    amax: ``[S]`` fp32, raised to the largest magnitude in each segment: what the next multiplier is chosen from.  Whether a NaN
-        counts is not defined.
-    ends: ``[S]`` int64, the element after each segment's last; never decreasing, the last one N.
+    amax: ``[S]`` fp32, raised to the largest magnitude in each segment: the next multiplier is
+        chosen from it. Whether a NaN counts is undefined.
+    ends: ``[S]`` int64, one past each segment's last element; never decreasing, the last one is N.
     bounds: the same numbers on the host.
     """
 
@@ -58,13 +45,12 @@ class Fp8Copy(NamedTuple):
     def of(
         cls, values: Tensor, multiplier: Tensor, amax: Tensor, bounds: Sequence[int]
     ) -> "Fp8Copy":
-        """With ``ends`` made of ``bounds``."""
-        return cls(
-            values, multiplier, amax, torch.tensor(bounds, device=values.device), tuple(bounds)
-        )
+        """Make ``ends`` from ``bounds``."""
+        ends = torch.tensor(bounds, device=values.device)
+        return cls(values, multiplier, amax, ends, tuple(bounds))
 
-    def _pieces(self, x: Tensor) -> dict[int, Tensor]:
-        """``{number of the segment: its part of x}``, without the empty ones."""
+    def _segments(self, x: Tensor) -> dict[int, Tensor]:
+        """``{index of the segment: its part of x}``, without the empty segments."""
         begins = (0, *self.bounds[:-1])
         return {
             i: x.view(-1)[begin:end]
@@ -75,99 +61,61 @@ class Fp8Copy(NamedTuple):
     @torch.no_grad()
     def measure_(self, x: Tensor) -> None:
         """``amax <- max(amax, |x|)`` over each segment of ``x [N]``."""
-        pieces = self._pieces(x)
-        for i, largest in zip(
-            pieces, torch._foreach_norm(list(pieces.values()), math.inf), strict=True
-        ):
+        segments = self._segments(x)
+        # torch's type hints leave out private functions
+        norms = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
+            list(segments.values()), math.inf
+        )
+        for i, largest in zip(segments, norms, strict=True):
             self.amax[i].copy_(torch.maximum(self.amax[i], largest))
 
     @torch.no_grad()
     def store_(self, x: Tensor) -> None:
-        """``values <- x``, with the multipliers as they are."""
-        for (i, piece), values in zip(
-            self._pieces(x).items(), self._pieces(self.values).values(), strict=True
-        ):
-            values.copy_((piece.float() * self.multiplier[i]).clamp(-E4M3_MAX, E4M3_MAX))
+        """``values <- x`` times the current multipliers."""
+        targets = self._segments(self.values)
+        for i, segment in self._segments(x).items():
+            scaled = segment.float() * self.multiplier[i]
+            targets[i].copy_(scaled.clamp(-E4M3_MAX, E4M3_MAX))
 
 
 def power_of_two_multiplier(amax: Tensor) -> Tensor:
-    """For each ``amax`` (fp32) the power of two that brings it into [64, 128): e4m3's 448 leaves room for 3.5 times as much.
+    """For each ``amax`` (fp32) the power of two that brings it into [64, 128).
 
-    A change of such a multiplier changes no mantissa, so that a slowly moving buffer has a steady copy.
+    e4m3 ends at 448, which leaves room for values 3.5 times as large. A change of such a
+    multiplier changes no mantissa, so the copy of a slowly moving buffer is steady.
     """
     exponent = (7 - torch.frexp(amax).exponent).clamp(-126, 120)
-    return (
-        ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
-    )  # from its bits: exact on every device
+    # assembled from its bits: exact on every device
+    return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
 
 
-def quantize_rows_ref(x: Tensor, *, gelu: bool = False) -> Rows:
-    """The definition, in fp32."""
-    v = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
-    scale = v.abs().amax(-1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
-    return Rows((v / scale).to(E4M3), scale)
-
-
-def _rows_like(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-
-def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _launch_adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return adaln_kernels.adaln_fwd(x, shift, scale, None, eps, False, y_scale=h_scale)[0], h_scale
+    h, _, _ = adaln_kernels.adaln_fwd(x, shift, scale, None, eps, False, y_scale=h_scale)
+    return h, h_scale
 
 
-def _fused(
+def _launch_fused(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    x_new, h, *_ = fused_kernels.gated_residual_adaln_fwd(
+    x_new, h, _, _ = fused_kernels.gated_residual_adaln_fwd(
         x, y, None, gate, shift, scale, None, eps, False, h_scale=h_scale
     )
     return x_new, h, h_scale
 
 
-_quantize_op = register(
-    "quantize_rows(Tensor x, bool gelu) -> (Tensor, Tensor)",
-    kernels.quantize_rows,
-    lambda x, gelu: _rows_like(x),
-)
 _adaln_op = register(
     "adaln_fp8(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
-    _adaln,
-    lambda x, shift, scale, eps: _rows_like(x),
+    _launch_adaln,
+    lambda x, shift, scale, eps: empty_rows(x),
 )
 _fused_op = register(
     "gated_residual_adaln_fp8(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    _fused,
-    lambda x, y, gate, shift, scale, eps: (x.new_empty(x.shape), *_rows_like(x)),
+    _launch_fused,
+    lambda x, y, gate, shift, scale, eps: (x.new_empty(x.shape), *empty_rows(x)),
 )
-
-
-@torch.no_grad()
-def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str | None = None) -> Rows:
-    """Each row of ``x`` in e4m3, with the scale that puts its largest element at 448.
-
-    Args:
-        x: ``[..., K]`` bf16/fp16/fp32; copied first unless contiguous.
-        gelu: take tanh-GELU of x first.
-        backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
-
-    Returns:
-        ``Rows`` of the shape of ``x``.
-
-    Raises:
-        ValueError: ``x`` is no floating-point tensor with rows, or ``backend`` is unknown.
-    """
-    if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(
-            f"expected x [..., K] of a floating-point dtype, got {[*x.shape]} {x.dtype}"
-        )
-    if not use_triton(x, backend) or x.numel() == 0 or x.dtype == torch.float64:
-        return quantize_rows_ref(x, gelu=gelu)
-    values, scale = _quantize_op(x.reshape(-1, x.shape[-1]).contiguous(), gelu)
-    return Rows(values.view(x.shape), scale.view(*x.shape[:-1], 1))
 
 
 @torch.no_grad()
@@ -181,7 +129,7 @@ def adaln_fp8(
         shift: ``[B, D]``; a column slice is used in place.
         scale: as ``shift``.
         eps: added to the variance.
-        backend: see ``quantize_rows``.
+        backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
         ``Rows``, ``[B, T, D]``.
@@ -189,10 +137,11 @@ def adaln_fp8(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    check(x, {}, {"shift": shift, "scale": scale}, None)
+    check_inputs(x, {}, {"shift": shift, "scale": scale}, None)
     if not use_triton(x, backend) or x.numel() == 0:
         return quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
-    return Rows(*_adaln_op(x.contiguous(), in_place(shift), in_place(scale), eps))
+    values, h_scale = _adaln_op(x.contiguous(), with_dense_rows(shift), with_dense_rows(scale), eps)
+    return Rows(values, h_scale)
 
 
 @torch.no_grad()
@@ -215,7 +164,7 @@ def gated_residual_adaln_fp8(
         shift: ``[B, D]``.
         scale: ``[B, D]``.
         eps: added to the variance.
-        backend: see ``quantize_rows``.
+        backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
         ``(x' [B, T, D] in x.dtype, h: Rows [B, T, D])``.
@@ -223,19 +172,26 @@ def gated_residual_adaln_fp8(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    check(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, None)
+    check_inputs(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, None)
     if not use_triton(x, backend) or x.numel() == 0:
         x = gated_residual_ref(x, y, gate)
         return x, quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
-    x_new, *rows = _fused_op(
-        x.contiguous(), y.contiguous(), in_place(gate), in_place(shift), in_place(scale), eps
+    x_new, values, h_scale = _fused_op(
+        x.contiguous(),
+        y.contiguous(),
+        with_dense_rows(gate),
+        with_dense_rows(shift),
+        with_dense_rows(scale),
+        eps,
     )
-    return x_new, Rows(*rows)
+    return x_new, Rows(values, h_scale)
 
 
 @torch.no_grad()
 def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight^T + bias`` on the fp8 matrix units (``torch._scaled_mm``; on a CPU in fp32), accumulated in fp32; no gradient.
+    """``x @ weight^T + bias`` on the fp8 matrix units, accumulated in fp32; no gradient.
+
+    It is ``torch._scaled_mm``; on a CPU the product is computed in fp32.
 
     Args:
         x: ``[..., K]``, K a multiple of 16.
@@ -248,16 +204,16 @@ def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: K or N does not fit.
     """
-    (N, K), rows = weight.values.shape, x.values.reshape(-1, x.values.shape[-1])
+    N, K = weight.values.shape
+    rows = x.values.reshape(-1, x.values.shape[-1])
     if rows.shape[1] != K or K % 16 or N % 16:
         raise ValueError(
-            f"expected x [..., K] and weight [N, K], multiples of 16, got {[*x.values.shape]} and {[N, K]}"
+            "expected x [..., K] and weight [N, K], multiples of 16, "
+            f"got {[*x.values.shape]} and {[N, K]}"
         )
-    if not rows.is_cuda:  # the definition, in fp32
-        out = x.dequantize().view(-1, K) @ weight.dequantize().t()
-        out = (out if bias is None else out + bias).bfloat16()
-    else:
-        out = torch._scaled_mm(
+    if rows.is_cuda:
+        # torch's type hints leave out private functions
+        out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             rows,
             weight.values.t(),
             scale_a=x.scale.view(-1, 1),
@@ -266,4 +222,8 @@ def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
+    else:
+        # the definition, in fp32
+        out = x.dequantize().view(-1, K) @ weight.dequantize().t()
+        out = (out if bias is None else out + bias).bfloat16()
     return out.view(*x.values.shape[:-1], N)

@@ -9,13 +9,16 @@ from sra_fast.ops._register import register, wants_grad
 
 
 def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The definition: two operators, the product rounded between them."""
+    """The definition: two operators, with the product rounded between them."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # cuBLASLt's epilogue adds the bias and takes tanh-GELU of the fp32 sums: no pass of its own over [M, N]
-    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    # cuBLASLt's epilogue adds the bias and takes tanh-GELU of the fp32 sums: GELU needs no pass
+    # over [M, N]
+    # torch's type hints leave out private functions
+    addmm_gelu = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
+    return addmm_gelu(bias, x, weight.t(), use_gelu=True)
 
 
 _op = register(
@@ -26,15 +29,18 @@ _op = register(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
-    """``gelu_tanh(x @ weight^T + bias)``; without a gradient, on CUDA, GELU is the product's epilogue.
+    """``gelu_tanh(x @ weight^T + bias)``; without a gradient, on CUDA, GELU is the product's
+    epilogue.
 
-    That is the teacher's forward and a sampler's.  Where a gradient is wanted, GELU's needs what lies between: two operators.
+    That is how the teacher and a sampler run it. Where a gradient is wanted, GELU's backward needs
+    the product before GELU, so two operators run.
 
     Args:
         x: ``[..., K]`` fp32/bf16/fp16/fp64.
         weight: ``[N, K]`` of x's dtype.
         bias: ``[N]`` of x's dtype.
-        backend: ``"triton"`` (here: the epilogue), ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
+        backend: ``"triton"`` (here: the epilogue), ``"torch"`` or ``"auto"``; default:
+        ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -48,17 +54,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
         and x.shape[-1] == weight.shape[1]
         and bias.shape == weight.shape[:1]
     )
-    given = (x, weight, bias)
-    if fits and autocast(x):  # which chooses the dtypes itself
+    # autocast chooses the dtypes itself
+    if fits and autocast(x):
         return linear_gelu_ref(x, weight, bias)
-    if (
-        not fits
-        or x.dtype not in FLOAT_DTYPES
-        or any((t.dtype, t.device) != (x.dtype, x.device) for t in given)
-    ):
+    given = (x, weight, bias)
+    alike = all(t.dtype == x.dtype and t.device == x.device for t in given)
+    if not fits or not alike or x.dtype not in FLOAT_DTYPES:
         got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
         raise ValueError(
-            f"expected x [..., K], weight [N, K] and bias [N] of one floating dtype and device, got {got}"
+            "expected x [..., K], weight [N, K] and bias [N] of one floating dtype and device, "
+            f"got {got}"
         )
     # on a CPU the product's epilogue is another GELU
     if not use_triton(x, backend) or not x.is_cuda or x.numel() == 0 or wants_grad(*given):

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sra_fast.ops.fp8 import E4M3, Fp8Copy, power_of_two_multiplier
+from sra_fast.ops.fp8 import Fp8Copy, power_of_two_multiplier
+from sra_fast.ops.quantize_rows import E4M3
 from sra_fast.zero.master_weights import Group, MasterWeights
 
 

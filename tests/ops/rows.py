@@ -1,4 +1,6 @@
-"""What the tests of the row operators share: gradients, memory traffic, odd layouts, launches without data."""
+"""What the tests of the row operators share: gradients, memory traffic, odd layouts, launches
+without data.
+"""
 
 import contextlib
 import tempfile
@@ -20,7 +22,9 @@ def as_tuple(out):
 
 
 def run(fn, inputs, douts, dtype=None):
-    """Outputs and gradients of ``fn(*inputs)``; None inputs stay None; ``dtype`` casts the inputs first."""
+    """Outputs and gradients of ``fn(*inputs)``; None inputs stay None; ``dtype`` casts the inputs
+    first.
+    """
     inputs = [t if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     out = as_tuple(fn(*inputs))
     wanted = [t for t in inputs if t is not None and t.requires_grad]
@@ -29,7 +33,9 @@ def run(fn, inputs, douts, dtype=None):
 
 
 def check_against_fp64(kernel, naive, reference, inputs, douts, floor=4e-6):
-    """Outputs and gradients of the kernel: at most twice as far from the fp64 truth as plain PyTorch is."""
+    """Outputs and gradients of the kernel: at most twice as far from the fp64 truth as plain
+    PyTorch is.
+    """
     ours, theirs = run(kernel, inputs, douts), run(naive, inputs, douts)
     truth = run(reference, inputs, douts, torch.float64)
     for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
@@ -52,7 +58,9 @@ class OpLog(TorchDispatchMode):
 
 @contextlib.contextmanager
 def count_bytes(monkeypatch):
-    """Bytes that interpreted kernels load and store, masked lanes not counted: ``{"load": n, "store": n}``."""
+    """Bytes that interpreted kernels load and store, masked lanes not counted: ``{"load": n,
+    "store": n}``.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     total = {"load": 0, "store": 0}
@@ -77,7 +85,8 @@ def count_bytes(monkeypatch):
 def far_apart(stride, *values):
     """Views equal to ``values [B, D]``, rows ``stride`` elements apart, side by side in one buffer.
 
-    On the host that is a sparse file, which takes little memory; on a GPU it takes all of it, once for all values.
+    On the host that is a sparse file, which takes little memory; on a GPU it takes all of it, once
+    for all values.
     """
     (B, D), dtype, device = values[0].shape, values[0].dtype, values[0].device
     size = (B - 1) * stride + len(values) * D
@@ -108,13 +117,21 @@ def launchers(
     variant="image",
     bias=False,
     rms=False,
-    again=False,
+    recompute=False,
     make=without_memory,
 ) -> dict[str, Callable]:
-    """Every launcher, with tensors from ``make(*shape, dtype=)`` to call it on; [B, 6D] modulation is used in place.
+    """Every launcher by name, ready to be called.
 
-    `y`, `h` (of what the norm gives) and `modulation` are their dtypes where they differ; `variant`: image, group or token; `again`: the backward
-    pass gives the normed rows too.
+    Args:
+        dtype: of x, and of the rest unless it is given.
+        y: dtype of y.
+        h: dtype of the norm's output.
+        modulation: dtype of gate, shift and scale, which are column slices of one array.
+        variant: one vector per "image", "group" or "token".
+        bias: with a bias.
+        rms: RMS norm.
+        recompute: the backward also recomputes the norm's output.
+        make: called as ``make(*shape, dtype=dtype)`` for every tensor.
     """
     x, y = make(B, T, D, dtype=dtype), make(B, T, D, dtype=y or dtype)
     dh = make(B, T, D, dtype=h or dtype)
@@ -126,7 +143,7 @@ def launchers(
     found = {
         "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms, h),
         "adaln_bwd": lambda: adaln.adaln_bwd(
-            dh, x, scale, group, mean, rstd, shift if again else None
+            dh, x, scale, group, mean, rstd, shift if recompute else None
         ),
     }
     if variant == "token":
@@ -139,9 +156,14 @@ def launchers(
             x, y, bias, gate, shift, scale, group, 1e-6, rms, h
         ),
         "gated_residual_adaln_bwd": lambda: fused.gated_residual_adaln_bwd(
-            x, dh, x, y, bias, gate, scale, group, mean, rstd, shift if again else None
+            x, dh, x, y, bias, gate, scale, group, mean, rstd, shift if recompute else None
         ),
     }
+
+
+def noncontiguous(t):
+    """The same values ``[B, T, D]`` in a permuted and sliced view."""
+    return torch.stack([t, t], dim=-1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0]
 
 
 def bitwise_equal(first, second):

@@ -9,13 +9,21 @@ from sra_fast import ops
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("change, message", [
-    ({0: lambda t: t[0]}, "expected x"), ({1: lambda t: t[:, 1:]}, "expected x, y"), ({3: lambda t: t[:1]}, "gate"),
-    ({6: lambda t: t[:, 1:]}, r"expected weight \[N, 72\] and bias \[N\] .* got"), ({7: lambda t: t[1:]}, "expected weight"),
-    ({6: lambda t: t.bfloat16()}, "expected weight .* of dtype torch.bfloat16"), ({7: lambda t: t.to("meta")}, "expected weight"),
-    ({8: lambda t: t.t()}, r"expected weight \[N, 96\]"), ({9: lambda t: t[1:]}, r"expected weight \[N, 96\]"),
-    ({2: lambda t: t[1:]}, "bias"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: lambda t: t[0]}, "expected x"),
+        ({1: lambda t: t[:, 1:]}, "expected x, y"),
+        ({3: lambda t: t[:1]}, "gate"),
+        ({6: lambda t: t[:, 1:]}, r"expected weight \[N, 72\] and bias \[N\] .* got"),
+        ({7: lambda t: t[1:]}, "expected weight"),
+        ({6: lambda t: t.bfloat16()}, "expected weight .* of dtype torch.bfloat16"),
+        ({7: lambda t: t.to("meta")}, "expected weight"),
+        ({8: lambda t: t.t()}, r"expected weight \[N, 96\]"),
+        ({9: lambda t: t[1:]}, r"expected weight \[N, 96\]"),
+        ({2: lambda t: t[1:]}, "bias"),
+    ],
+)
 @pytest.mark.parametrize("op", OPS)
 def test_bad_input_is_named(op, change, message, grad):
     inputs, _, _ = make(op)

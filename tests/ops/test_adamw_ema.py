@@ -1,3 +1,5 @@
+"""The whole optimizer step: against fp64, torch.optim.AdamW, slices, e4m3 copies, bad input."""
+
 import pytest
 import torch
 from conftest import assert_kernel_close
@@ -5,7 +7,8 @@ from triton import knobs
 
 from sra_fast.kernels import adamw_ema as kernels
 from sra_fast.ops.adamw_ema import _op, adamw_ema_, adamw_ema_ref_
-from sra_fast.ops.fp8 import E4M3, Fp8Copy, power_of_two_multiplier
+from sra_fast.ops.fp8 import Fp8Copy, power_of_two_multiplier
+from sra_fast.ops.quantize_rows import E4M3
 
 SIZES = [
     2048,
@@ -44,7 +47,9 @@ def step_all(fn, state, grads, first=1, **kw):
 
 
 def check(state, grads, **kw):
-    """Five steps of the kernel against fp64, with the reference in fp32 as the yardstick; copies are rounded."""
+    """Five steps of the kernel against fp64, with the reference in fp32 as the yardstick; copies
+    are rounded.
+    """
     truth = {k: v.double() if v.dtype == torch.float32 else v.clone() for k, v in state.items()}
     same = {k: v.clone() for k, v in state.items()}
     step_all(adamw_ema_ref_, truth, [g.double() for g in grads], **kw)
@@ -110,7 +115,9 @@ def rounded_to_e4m3(x, copy):
     return (x.cpu().double() * copy.multiplier.cpu()[index].double()).clamp(-448, 448), index
 
 
-CUTS = [  # one segment; borders in a block, at its end, an empty one; many small ones; only the ragged end lies elsewhere
+# one segment; borders in a block, at its end, an empty one; many small ones; only the ragged end is
+# in another segment
+CUTS = [
     (2048, [2048]),
     (3000, [10, 1024, 1024, 2500, 3000]),
     (1100, [*range(7, 1100, 31), 1100]),
@@ -160,8 +167,23 @@ def test_an_e4m3_copy_of_nan_is_nan(device):
     state, grads = make(40, device)
     state["ema"][7] = float("nan")
     copy = fp8_copy(40, [40], device, torch.float32 if knobs.runtime.interpret else E4M3)
-    kernels.adamw_ema_(state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"], None, state["ema"], *copy[:4], None,
-                       1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)  # fmt: skip
+    kernels.adamw_ema_(
+        state["param"],
+        grads[0],
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        None,
+        state["ema"],
+        *copy[:4],
+        None,
+        1,
+        1e-3,
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        0.9,
+    )
     assert copy.values.float().isnan().nonzero().tolist() == [[7]]
 
 
@@ -197,7 +219,9 @@ def test_defaults_are_the_papers(device):
 
 
 def test_continues_torch_adamw_and_back(device):
-    """Two steps of torch.optim.AdamW, two of ours on its state, one of torch's on ours: as five of torch's."""
+    """Two steps of torch.optim.AdamW, two of ours on its state, one of torch's on ours: as five of
+    torch's.
+    """
     state, grads = make(777, device)
     ours, theirs = (torch.nn.Parameter(state["param"].clone()) for _ in range(2))
     mixed, plain = (torch.optim.AdamW([p], **HYPER, foreach=False) for p in (ours, theirs))

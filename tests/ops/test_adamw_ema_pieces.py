@@ -9,7 +9,8 @@ from test_adamw_ema import HYPER, fp8_copy, make, step_all
 from sra_fast.kernels import adamw_ema as kernels
 from sra_fast.ops.adamw_ema import adamw_ema_
 
-# pieces [begin, end) of 3000 elements: across blocks of 1024, at their borders, several in one, gaps, ragged ends
+# pieces [begin, end) of 3000 elements: across blocks of 1024, at their borders, several in one,
+# gaps, ragged ends
 PIECES = {
     "one": [(0, 3000)],
     "borders": [(0, 1024), (1024, 2048), (2048, 3000)],
@@ -61,7 +62,9 @@ def test_a_gradient_in_pieces(cuts, dtype, device):
 
 
 def test_pieces_and_a_copy_in_segments(device):
-    """Neither table disturbs the other: the same bits as from a gradient in one piece, in the ragged end too."""
+    """Neither table disturbs the other: the same bits as from a gradient in one piece, in the
+    ragged end too.
+    """
     N, cuts = 3001, [0, 8, 1032, 2040, 3001]
     results = []
     for in_pieces in (False, True):
@@ -72,9 +75,23 @@ def test_pieces_and_a_copy_in_segments(device):
         # each at an address of its own, that aligns every access
         pieces = [grad[begin:end].clone() for begin, end in pairwise(cuts)]
         kernels.adamw_ema_(
-            state["param"], pieces if in_pieces else grad, state["exp_avg"], state["exp_avg_sq"], state["weights"],
-            state["ema"], *copy[:4], None, 1, 3e-2, 0.8, 0.95, 1e-3, 0.1, 0.7, begins,
-        )  # fmt: skip
+            state["param"],
+            pieces if in_pieces else grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["weights"],
+            state["ema"],
+            *copy[:4],
+            None,
+            1,
+            3e-2,
+            0.8,
+            0.95,
+            1e-3,
+            0.1,
+            0.7,
+            begins,
+        )
         assert copy.values.abs().max() == 448 and (copy.amax > 0).sum() == 4
         results.append([state["param"], state["ema"], copy.values, copy.amax])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -110,18 +127,23 @@ def test_pieces_that_share_a_vector(dtype, device):
     )
 
 
-@pytest.mark.parametrize("pieces, message", [
-    (lambda g: [], "at least one, got list of"), (lambda g: [g], r"got list of \['Tensor'\]"), (lambda g: [(0.0, g)], "first element, tensor"),
-    (lambda g: ((i, g) for i in [0]), "got <class 'generator'>"),
-    (lambda g: [(0, g[:8]), (4, g[8:])], r"piece 1 is \[4, 36\), the one before ends at 8"),
-    (lambda g: [(8, g[:8]), (0, g[:8])], "ascending order"),
-    (lambda g: [(0, g[:8]), (40, g[8:])], r"within 40 elements: piece 1 is \[40, 72\)"),
-    (lambda g: [(-8, g)], "ascending order"),
-    (lambda g: [(0, g[:8]), (8, g[8:].bfloat16())], "piece 1: torch.bfloat16"),
-    (lambda g: [(0, g[:8]), (8, g[8:].to("meta"))], "piece 1: .*meta"),
-    (lambda g: [(0, g[::2])], "piece 0: .*contiguous False"),
-    (lambda g: [(0, g.long())], "grad fp32, bf16 or fp16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pieces, message",
+    [
+        (lambda g: [], "at least one, got list of"),
+        (lambda g: [g], r"got list of \['Tensor'\]"),
+        (lambda g: [(0.0, g)], "first element, tensor"),
+        (lambda g: ((i, g) for i in [0]), "got <class 'generator'>"),
+        (lambda g: [(0, g[:8]), (4, g[8:])], r"piece 1 is \[4, 36\), the one before ends at 8"),
+        (lambda g: [(8, g[:8]), (0, g[:8])], "ascending order"),
+        (lambda g: [(0, g[:8]), (40, g[8:])], r"within 40 elements: piece 1 is \[40, 72\)"),
+        (lambda g: [(-8, g)], "ascending order"),
+        (lambda g: [(0, g[:8]), (8, g[8:].bfloat16())], "piece 1: torch.bfloat16"),
+        (lambda g: [(0, g[:8]), (8, g[8:].to("meta"))], "piece 1: .*meta"),
+        (lambda g: [(0, g[::2])], "piece 0: .*contiguous False"),
+        (lambda g: [(0, g.long())], "grad fp32, bf16 or fp16"),
+    ],
+)
 def test_pieces_that_do_not_fit_are_named(pieces, message, device):
     state, (grad, *_) = make(40, device)
     with pytest.raises(ValueError, match=message):

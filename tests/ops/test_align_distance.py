@@ -1,3 +1,5 @@
+"""Alignment distances: forward and gradients against fp64, kinks, zeros, layouts, bad input."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,9 @@ def run(fn, pred, target, weight, dloss):
 
 
 def check(kind, pred, target, weight, floor, dloss=None, **kw):
-    """Forward and gradients of the kernel against fp64, with plain PyTorch in the same dtype as the yardstick."""
+    """Forward and gradients of the kernel against fp64, with plain PyTorch in the same dtype as
+    the yardstick.
+    """
     dloss = torch.randn(pred.shape[0], device=pred.device) if dloss is None else dloss
     ours = run(
         lambda p, q, weight: align_distance(p, q, kind, weight=weight, backend="triton", **kw),

@@ -1,3 +1,5 @@
+"""Attention: against its definition, groups, and how the fastest backend is chosen."""
+
 import threading
 import types
 
@@ -124,8 +126,8 @@ def test_the_fastest_is_chosen_once_per_shape(fake_clock):
     count = len(fake_clock.measured)
     fake_clock.times["flash"] = 9.0
     assert choose(q, None, True) == "flash" and len(fake_clock.measured) == count
-    # a batch size of the same power of two is the same shape; a larger one, inference, groups, another head dimension and
-    # another dtype are not
+    # a batch size of the same power of two is the same shape; a larger one, inference, groups,
+    # another head dimension and another dtype are not
     assert choose(q[[0, 1, 0]], None, True) == "flash"
     assert choose(q[[0, 1] * 4], None, True) == "cudnn"
     assert choose(q.double(), None, True) == "cudnn"
@@ -155,7 +157,9 @@ def test_measuring_leaves_no_trace(fake_clock):
 
 
 def test_a_backward_pass_is_no_time_to_measure(fake_clock):
-    """Its thread is the one that the measurement's backward pass would need: a reentrant checkpoint would hang."""
+    """Its thread is the one that the measurement's backward pass would need: a reentrant
+    checkpoint would hang.
+    """
     (q, _, _), _ = make()
     chosen = []
     x = torch.ones((), requires_grad=True)
@@ -166,7 +170,9 @@ def test_a_backward_pass_is_no_time_to_measure(fake_clock):
 
 
 def test_the_choice_is_read_while_compiling(fake_clock):
-    """Known shapes keep their backend under torch.compile; unknown ones are left to PyTorch, not measured."""
+    """Known shapes keep their backend under torch.compile; unknown ones are left to PyTorch, not
+    measured.
+    """
     (q, _, _), _ = make()
     fn = torch.compile(lambda q: (q, choose(q, None, False)), fullgraph=True, backend="aot_eager")
     assert fn(q)[1] == "sdpa" and not fake_clock.measured
@@ -180,7 +186,9 @@ def test_the_choice_is_read_while_compiling(fake_clock):
 
 
 def test_the_device_is_timed_not_the_host(monkeypatch):
-    """It is kept busy before the first event, and nothing waits for it until the last call of a round is queued."""
+    """It is kept busy before the first event, and nothing waits for it until the last call of a
+    round is queued.
+    """
     log = []
 
     class Event:
@@ -203,7 +211,9 @@ def test_the_device_is_timed_not_the_host(monkeypatch):
 
 
 def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
-    """Views of one projection go in; dense rows of tokens come out, copied where a backend leaves another order."""
+    """Views of one projection go in; dense rows of tokens come out, copied where a backend leaves
+    another order.
+    """
     qkv = torch.randn(2, 9, 3, 4, 8, device=DEVICE)
     q, k, v = qkv.unbind(2)
     alike = module._random_like(q, torch.Generator(DEVICE).manual_seed(0))
@@ -251,7 +261,9 @@ def test_backend_can_be_named(monkeypatch):
 
 
 def test_installed_packages_take_part(monkeypatch):
-    """FlashAttention, found by import; only without groups and in 16 bits, and its tuple is unpacked."""
+    """FlashAttention, found by import; only without groups and in 16 bits, and its tuple is
+    unpacked.
+    """
     fake = types.ModuleType("flash_attn_interface")
     fake.flash_attn_func = lambda q, k, v: (definition(q, k, v), None)
     monkeypatch.setitem(__import__("sys").modules, "flash_attn_interface", fake)

@@ -1,4 +1,6 @@
-"""The check that every test of an interpreted kernel runs under (conftest.py) finds what it is for."""
+"""The check that every test of an interpreted kernel runs under (conftest.py) finds what it is
+for.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ B, T, D = 2, 12, 72
 
 
 def launch(x=(B, T, D), y=(B, T, D), gate=(B, 3, D), group=(B, T)):
-    """The kernel on the front of one allocation per tensor, which holds B more images: memory that is ours to touch."""
+    """The kernel on the front of one allocation per tensor, which holds B more images: memory that
+    is ours to touch.
+    """
 
     def front(shape, **kw):
         return torch.zeros(shape[0] + B, *shape[1:], **kw)[: shape[0]]

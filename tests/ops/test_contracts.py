@@ -1,5 +1,6 @@
-"""What holds for every operator, whatever a caller does: derivatives that do not exist raise, launches follow the
-tensors' device, layouts, NaN, autocast and reused addresses change no result."""
+"""What holds for every operator, whatever a caller does: derivatives that do not exist raise,
+launches follow the tensors' device, layouts, NaN, autocast and reused addresses change no result.
+"""
 
 import contextlib
 import shutil
@@ -14,7 +15,8 @@ from sra_fast import ops
 
 torch.manual_seed(0)
 X, Y, VECTORS = torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.randn(3, 2, 64)
-# of all the tensors that may want a gradient, then of the one through which every gradient passes a kernel
+# of all the tensors that may want a gradient, then of the one through which every gradient passes
+# a kernel
 FULL = {
     "adaln": lambda x, y, g, s, c: ops.adaln(x, s, c, backend="triton"),
     "gated_residual": lambda x, y, g, s, c: ops.gated_residual(x, y, g, backend="triton"),
@@ -210,7 +212,9 @@ def test_a_saved_tensor_that_changes_before_the_backward_raises(name, saved):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.filterwarnings("ignore:dynamo_pgo", "ignore:.torch.jit")
 def test_inductor_keeps_the_strides_of_inputs():
-    """Transposed intermediates: left free, inductor drops the copy and hands the launcher permuted rows."""
+    """Transposed intermediates: left free, inductor drops the copy and hands the launcher permuted
+    rows.
+    """
     a, v = torch.randn(2, 64, 16), torch.randn(2, 64)
     fn = lambda a: ops.gated_residual(
         (a * 2).transpose(1, 2), a.sin().transpose(1, 2), v, backend="triton"

@@ -1,4 +1,6 @@
-"""The kernels under DistributedDataParallel: two processes with half of the images each, against one with all."""
+"""The kernels under DistributedDataParallel: two processes with half of the images each, against
+one with all.
+"""
 
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""The moving average of many tensors: kernel, copies, layouts, plans, the choice of a backend."""
+
 import logging
 import subprocess
 import sys
@@ -25,7 +27,9 @@ def make(dtypes, device, shapes=SHAPES):
 
 
 def check(ema, params, decay, copies=None):
-    """Two updates of the kernel against fp64, with torch.lerp in fp32 as the yardstick; copies are the rounded EMA."""
+    """Two updates of the kernel against fp64, with torch.lerp in fp32 as the yardstick; copies are
+    the rounded EMA.
+    """
     truth, same = [e.double() for e in ema], [e.clone() for e in ema]
     for _ in range(2):
         ema_update_ref_(truth, [p.double() for p in params], decay)
@@ -76,7 +80,9 @@ def test_the_ends_are_exact(device):
 
 
 def test_layouts(device, caplog):
-    """One common dense order is used as it is; different orders and gaps go through the reference, said once."""
+    """One common dense order is used as it is; different orders and gaps go through the reference,
+    said once.
+    """
     torch.manual_seed(0)
     ema = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)]
     ema += [torch.randn(6, 4, device=device), torch.randn(4, 6, device=device).t()]
@@ -95,7 +101,9 @@ def test_layouts(device, caplog):
 
 
 def test_another_set_of_tensors_at_the_same_address(device):
-    """The plan is kept per set of tensors: views of one storage with another length or dtype are other sets."""
+    """The plan is kept per set of tensors: views of one storage with another length or dtype are
+    other sets.
+    """
     # pairs of bf16 numbers are fp32 numbers, of any size but finite
     ema, storage = (
         torch.randn(200, device=device),
@@ -109,7 +117,9 @@ def test_another_set_of_tensors_at_the_same_address(device):
 
 
 def test_promises_to_the_compiler_hold(device):
-    """What a wide launch promises (addresses and counts are multiples of 16) is true; the rest goes elsewhere, once."""
+    """What a wide launch promises (addresses and counts are multiples of 16) is true; the rest
+    goes elsewhere, once.
+    """
     buffer, numels = torch.zeros(20000, device=device), [16, 4096, 4103, 5, 9000]
     starts = [0, 32, 4200, 8401, 10000]
     ema = [buffer[i : i + n] for i, n in zip(starts, numels, strict=True)]
@@ -220,7 +230,10 @@ def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypat
 
 
 def test_a_missing_extension_is_no_warning():
-    """Only one that is there and does not load is.  Whatever PyTorch itself says while it is imported comes before."""
+    """Only one that is there and does not load is.
+
+    Whatever PyTorch itself says while it is imported comes before.
+    """
     program = (
         "import sys, torch, triton; print('ours', file=sys.stderr); import sra_fast.ops.ema_update"
     )

@@ -1,4 +1,6 @@
-"""Rows beyond element 2^31 of the [B, T, D] arrays themselves, in memory of which next to nothing is touched."""
+"""Rows beyond element 2^31 of the [B, T, D] arrays themselves, in memory of which next to nothing
+is touched.
+"""
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ def far(*shape, dtype):
 
 @pytest.mark.parametrize("name", launchers(1, 1, 8, torch.float32))
 def test_every_kernel(name, monkeypatch):
-    # one program per image, which walks two rows; outputs are not poisoned, which would touch all of them
+    # one program per image, which walks two rows; outputs are not poisoned, which would touch all
+    # of them
     for module in (adaln, gated_residual, gated_residual_adaln):
         monkeypatch.setattr(module, "split_rows", lambda x, groups, num_loads: (1, 2))
     monkeypatch.setattr(torch.Tensor, "new_empty", torch._C.TensorBase.new_empty)

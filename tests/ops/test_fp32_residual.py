@@ -1,4 +1,6 @@
-"""A residual stream in fp32 with everything inside the half-blocks in half precision: each array once, in its own dtype."""
+"""A residual stream in fp32 with everything inside the half-blocks in half precision: each array
+once, in its own dtype.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sra_fast.kernels import _rows
 from sra_fast.kernels import adaln as adaln_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops.adaln import adaln_ref
-from sra_fast.ops.gated_residual import gated_residual_adaln_ref
+from sra_fast.ops.gated_residual_adaln import gated_residual_adaln_ref
 
 # the interpreter truncates to bf16 where the device rounds
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -19,7 +21,9 @@ SIZES = [(2, 5, 64), (1, 17, 72), (3, 4, 1152)]
 
 
 def make(B, T, D, K=96):
-    """x in fp32; y, gate, shift, scale and the layers' parameters in half precision; gradients of x' and of what follows."""
+    """x in fp32; y, gate, shift, scale and the layers' parameters in half precision; gradients of
+    x' and of what follows.
+    """
     torch.manual_seed(0)
     half = lambda *shape: torch.randn(*shape, device=DEVICE).to(HALF)
     gate, shift, scale = half(B, 6 * D).chunk(6, dim=-1)[2:5]
@@ -84,8 +88,10 @@ def test_half_blocks(op, B, T, D, recompute):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts the interpreter's accesses")
 def test_bytes_per_element(monkeypatch):
-    """12 forward and 18 backward: x, x' and their gradients 4 each, y, h and theirs 2.  Where h is written again, 2 more, and 2 of the
-    shift, which every row loads, from the cache."""
+    """12 forward and 18 backward: x, x' and their gradients 4 each, y, h and theirs 2.
+
+    Recomputing h adds 2, and 2 for the shift, which every row loads, from the cache.
+    """
     monkeypatch.setattr(_rows, "num_splits", lambda *args: 1)
     B, T, D = 1, 64, 128
     (x, y, gate, shift, scale), _, dx, dh, _ = make(B, T, D)
@@ -108,7 +114,8 @@ def test_bytes_per_element(monkeypatch):
         with count_bytes(monkeypatch) as total:
             call()
         found.append(sum(total.values()) / elements)
-    # vectors, statistics and partial sums on top: with one program per image less than a byte per element
+    # vectors, statistics and partial sums on top: with one program per image less than a byte per
+    # element
     assert all(
         0 <= each - exact < 0.9 for each, exact in zip(found, (12, 18, 22, 6, 10), strict=True)
     ), found

@@ -1,4 +1,6 @@
-"""A linear layer with GELU in its epilogue, on CUDA without a gradient; two operators everywhere else."""
+"""A linear layer with GELU in its epilogue, on CUDA without a gradient; two operators everywhere
+else.
+"""
 
 import sys
 
@@ -28,7 +30,9 @@ def inputs(*lead, K=48, N=80, dtype=torch.float32, device="cpu"):
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
 def test_forward(dtype, lead, device):
-    """Against fp64; on a GPU this is the epilogue, which rounds once where two operators round twice."""
+    """Against fp64; on a GPU this is the epilogue, which rounds once where two operators round
+    twice.
+    """
     given = inputs(*lead, dtype=dtype, device=device)
     out = ops.linear_gelu(*given)
     assert out.dtype == dtype and out.shape == (*lead, 80)
@@ -82,11 +86,18 @@ def test_autocast_chooses_the_dtypes(device):
         assert ops.linear_gelu(x.bfloat16(), weight, bias).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("change", [
-    lambda x, w, b: (x[:, :47], w, b), lambda x, w, b: (x, w.t(), b), lambda x, w, b: (x, w, b[:79]),
-    lambda x, w, b: (x.bfloat16(), w, b), lambda x, w, b: (x.long(), w.long(), b.long()), lambda x, w, b: (x, w.to("meta"), b),
-    lambda x, w, b: (x, w[0], b),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w, b: (x[:, :47], w, b),
+        lambda x, w, b: (x, w.t(), b),
+        lambda x, w, b: (x, w, b[:79]),
+        lambda x, w, b: (x.bfloat16(), w, b),
+        lambda x, w, b: (x.long(), w.long(), b.long()),
+        lambda x, w, b: (x, w.to("meta"), b),
+        lambda x, w, b: (x, w[0], b),
+    ],
+)
 def test_bad_input_is_named(change):
     with pytest.raises(
         ValueError, match=r"expected x \[\.\.\., K\], weight \[N, K\] and bias \[N\]"

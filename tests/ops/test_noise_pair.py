@@ -1,3 +1,5 @@
+"""Two noisy inputs and the velocity: against fp64, times, layouts, gradients, bad input."""
+
 import pytest
 import torch
 from conftest import assert_kernel_close
@@ -71,7 +73,9 @@ def test_the_whole_range_of_times(device):
 
 @pytest.mark.parametrize("moments", [False, True], ids=["latent", "moments"])
 def test_layouts(moments, device):
-    """Batch slices are used in place; channels-last, strided and expanded inputs give the same numbers."""
+    """Batch slices are used in place; channels-last, strided and expanded inputs give the same
+    numbers.
+    """
     args = make((4, 3, 8, 5), torch.float32, device, moments)
     check(args | {"x0": args["x0"].to(memory_format=torch.channels_last)})
     check(args | {"noise": torch.randn(4, 3, 8, 10, device=device)[..., ::2]})

@@ -18,8 +18,9 @@ counted = pytest.mark.skipif(
 )
 B, T, S = 2, 12, 4
 
-# [B, T, D] arrays, [B, D] vectors read or written, bytes of statistics per token: everything once, as the docstrings
-# say; then what sharing an image costs: vectors that each of its P programs reads, and fp32 partial sums that it leaves
+# [B, T, D] arrays, [B, D] vectors read or written, bytes of statistics per token: everything once,
+# as the docstrings say; then what sharing an image costs: vectors that each of its P programs
+# reads, and fp32 partial sums that it leaves
 TRAFFIC = {
     "adaln_fwd": (2, 2, 8, 2, 0),
     "adaln_bwd": (3, 3, 8, 1, 2),
@@ -28,8 +29,8 @@ TRAFFIC = {
     "gated_residual_adaln_fwd": (4, 3, 8, 3, 0),
     "gated_residual_adaln_bwd": (6, 5, 8, 2, 3),
 }
-# bytes over the minimum on 132 processors in bf16: 1.05 but for these.  The excess is modulation and partial sums,
-# which the second-level cache may serve
+# bytes over the minimum on 132 processors in bf16: 1.05 but for these.  The excess is modulation
+# and partial sums, which the second-level cache may serve
 SHAPES = {
     (256, 256, 1152): {"adaln_bwd": 1.06},
     (64, 256, 1152): {
@@ -97,7 +98,9 @@ def bytes_of(monkeypatch, op, *args):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("D", [72, 1152])
 def test_bytes_gated_residual(D, with_bias, monkeypatch):
-    """Exactly what the docstrings state; each program reads a bias, and its gradient is one partial sum more."""
+    """Exactly what the docstrings state; each program reads a bias, and its gradient is one
+    partial sum more.
+    """
     x, y, dx, gate, bias = arrays(D, (B, T), (B, T), (B, T), (B,), ())
     bias = bias if with_bias else None
     n, shape = int(with_bias), (B, T, D, S)
@@ -117,11 +120,11 @@ def test_bytes_gated_residual_adaln(D, with_bias, monkeypatch):
     args = (x, y, bias, gate, shift, scale, None, 1e-6, False)
     total, P, (x_new, _, mean, rstd) = bytes_of(monkeypatch, "gated_residual_adaln_fwd", *args)
     assert total == moved("gated_residual_adaln_fwd", *shape, P) + n * S * P * B * D
-    for shift_again, rows in (
+    for recompute_shift, rows in (
         (None, 0),
         (shift, 2 * B * T),
     ):  # h written once more, and the shift read for every row, from L1
-        args = (dx, dh, x_new, y, bias, gate, scale, None, mean, rstd, shift_again)
+        args = (dx, dh, x_new, y, bias, gate, scale, None, mean, rstd, recompute_shift)
         total, P, _ = bytes_of(monkeypatch, "gated_residual_adaln_bwd", *args)
         assert (
             total
@@ -139,16 +142,19 @@ def test_bytes_adaln(D, monkeypatch):
         monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False
     )
     assert total == moved("adaln_fwd", B, T, D, S, P)
-    for shift_again, rows in ((None, 0), (shift, 2 * B * T)):
+    for recompute_shift, rows in ((None, 0), (shift, 2 * B * T)):
         total, P, _ = bytes_of(
-            monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, shift_again
+            monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, recompute_shift
         )
         assert total == moved("adaln_bwd", B, T, D, S, P) + rows * S * D
 
 
 @counted
 def test_bytes_adaln_per_token(monkeypatch):
-    """Every token's own vectors: arrays alone.  The loads ahead of the loop go unused, and a compiler drops them."""
+    """Every token's own vectors: arrays alone.
+
+    The loads ahead of the loop go unused, and a compiler drops them.
+    """
     D = 72
     x, dy, shift, scale = arrays(D, *[(B, T)] * 4)
     total, P, (_, mean, rstd) = bytes_of(
@@ -173,7 +179,9 @@ def test_a_row_of_a_group_is_moved_once(monkeypatch):
 @pytest.mark.parametrize("op", TRAFFIC)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bytes_at_the_shapes_of_training(shape, op):
-    """Against everything moved once, with the programs per image that the launcher takes on an H100."""
+    """Against everything moved once, with the programs per image that the launcher takes on an
+    H100.
+    """
     with (
         chosen_splits(sms=132) as splits,
         record_launches(_rows, adaln, gated_residual, gated_residual_adaln),
@@ -203,7 +211,8 @@ def test_splits_fill_the_device(images, steps):
     slots = 3 * 132
     splits = _rows.num_splits(images, steps, slots)
     assert 1 <= splits <= steps
-    # idle slots of the last wave and the uneven last split cost at most a third, where there is work for every slot
+    # idle slots of the last wave and the uneven last split cost at most a third, where there is
+    # work for every slot
     waves, length = -(-images * splits // slots), -(-steps // splits)
     if images * steps >= 4 * slots:
         assert waves * slots * length <= 1.34 * images * steps

@@ -284,7 +284,7 @@ def test_dit_on_latents_from_disk(tmp_path):
         *("--data.name", "latents", "--data.path", tmp_path / "data", "--data.num_workers", 1),
         *("--sample.method", "auto", "--train.steps", 4, "--train.precision", "bf16"),
     ]
-    export = ("--train.export", '["reference","safetensors"]')
+    export = ("--train.export", '["published","safetensors"]')
     done = launch("train", *args, "--train.out", tmp_path / "runs", *export)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs/000"

@@ -1,0 +1,209 @@
+"""What ``adaln_linear`` and ``adaln_mlp`` share: the residual update, the norm, the rules of the
+layers.
+
+Each of the two has two implementations. ``unfused`` composes ``gated_residual_adaln`` (or
+``adaln``) and PyTorch's linear layers. The autograd Function calls the kernels and decides itself
+what the backward pass keeps; it runs where a gradient is wanted, with the kernels and without
+autocast.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sra_fast.kernels import adaln as adaln_kernels
+from sra_fast.kernels import gated_residual_adaln as fused_kernels
+from sra_fast.ops._backend import autocast, log_once
+from sra_fast.ops._modulation import check_inputs, runs_kernel, with_dense_rows
+from sra_fast.ops._register import wants_grad
+from sra_fast.ops.adaln import _bwd as _adaln_bwd
+from sra_fast.ops.adaln import _fwd as _adaln_fwd
+from sra_fast.ops.adaln import adaln, check_norm
+from sra_fast.ops.gated_residual_adaln import _bwd as _fused_bwd
+from sra_fast.ops.gated_residual_adaln import _fwd as _fused_fwd
+from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
+
+# what a half-block adds to the residual stream: its output [B, T, D], its gate, and the bias [D]
+# that its output lacks, or None
+Residual = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+
+
+def norm_forward(
+    x, y, y_bias, gate, shift, scale, group, eps, rms, dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x' (without y: x itself), h of ``dtype``, mean and rstd, with the kernels."""
+    if y is None:
+        h, mean, rstd = _adaln_fwd(x, shift, scale, group, eps, rms, dtype)
+        return x, h, mean, rstd
+    return _fused_fwd(x, y, y_bias, gate, shift, scale, group, eps, rms, dtype)
+
+
+def norm_backward(
+    recompute_h, dx_new, dh, x_new, y, y_bias, gate, shift, scale, group, mean, rstd
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Gradients of x, y, y_bias, gate, shift and scale; and h (empty unless ``recompute_h``)."""
+    shift = shift if recompute_h else None
+    if y is None:
+        dx, dshift, dscale, h = _adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
+        return (dx, None, None, None, dshift, dscale), h
+    dx, dy, dgate, dshift, dscale, dbias, h = _fused_bwd(
+        dx_new, dh, x_new, y, y_bias, gate, scale, group, mean, rstd, shift
+    )
+    dbias = None if y_bias is None else dbias
+    return (dx, dy, dbias, dgate, dshift, dscale), h
+
+
+def as_tokens(out: Tensor, x: Tensor) -> Tensor:
+    """Reshape ``out [B T, N]`` to ``[B, T, N]`` for ``x [B, T, D]``.
+
+    To autograd the result is no view: it forbids in-place changes of a Function's views.
+    """
+    return torch.ops.aten._unsafe_view(out, [*x.shape[:2], out.shape[1]])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Reshape ``[B, T, D]`` to ``[B T, D]`` with dense columns; copies only if it must."""
+    x = x.flatten(0, 1)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
+    """Weight gradient of a linear layer with input ``x [..., K]`` and output gradient ``dout [M,
+    N]``.
+    """
+    return dout.t() @ x.view(-1, x.shape[-1])
+
+
+def upstream_gradients(
+    grads: tuple[Tensor | None, ...], x_new: Tensor, weight: Tensor, parts: int = 1
+) -> list[Tensor | None]:
+    """The gradients of x' (or None) and of the ``parts`` of the output of the layer with ``weight
+    [N, K]``.
+
+    An output that nobody used has gradient None; of the layer's parts it becomes zeros.
+    """
+    has_x_new = len(grads) > parts
+    dx_new = None
+    if has_x_new and grads[0] is not None:
+        dx_new = grads[0].contiguous()
+    shape = (*x_new.shape[:2], weight.shape[0] // parts)
+    douts = [weight.new_zeros(shape) if grad is None else grad for grad in grads[-parts:]]
+    return [dx_new, *douts]
+
+
+def unpack_residual(
+    residual: Residual | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """y, gate and bias of a residual, all None without one.
+
+    Raises:
+        ValueError: it is neither (y, gate) nor (y, gate, y_bias).
+    """
+    if residual is None:
+        return None, None, None
+    given = tuple(residual) if isinstance(residual, list | tuple) else (residual,)
+    y, gate, bias = (*given, None, None, None)[:3]
+    tensors = isinstance(y, Tensor) and isinstance(gate, Tensor)
+    if len(given) not in (2, 3) or not tensors or not (bias is None or isinstance(bias, Tensor)):
+        got = [type(t).__name__ for t in given]
+        raise ValueError(f"expected residual (y, gate) or (y, gate, y_bias), got {got}")
+    return y, gate, bias
+
+
+def unfused(
+    x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, eps: float, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """x' and h by the operators of one pass each."""
+    y, gate, bias = unpack_residual(residual)
+    if y is None or gate is None:
+        return x, adaln(x, shift, scale, eps, **options)
+    return gated_residual_adaln(x, y, gate, shift, scale, eps, bias=bias, **options)
+
+
+def h_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype of the norm's output: what the product reads. Autocast rounds it itself."""
+    return x.dtype if autocast(x) else weight.dtype
+
+
+def check_layer(
+    x: Tensor,
+    in_features: int | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """Check a linear layer, and return its number of outputs.
+
+    Args:
+        x: ``[B, T, D]`` residual stream.
+        in_features: what the layer reads; None: D.
+        weight: ``[N, in_features]``.
+        bias: ``[N]`` or None.
+        dtype: of weight and bias. None: that of x, or any if x is fp32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"expected x [B, T, D], got {[*x.shape]}")
+    in_features = x.shape[2] if in_features is None else in_features
+    given = [weight] if bias is None else [weight, bias]
+    fits = (
+        weight.dim() == 2
+        and weight.shape[1] == in_features
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+    # below an fp32 residual stream the layer's own dtype decides
+    if dtype is None:
+        dtype = weight.dtype if x.dtype == torch.float32 and weight.is_floating_point() else x.dtype
+    one_device = all(t.device == x.device for t in given)
+    one_dtype = autocast(x) or all(t.dtype == dtype for t in given)
+    if not (fits and one_device and one_dtype):
+        got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
+        raise ValueError(
+            f"expected weight [N, {in_features}] and bias [N] of dtype {dtype} on {x.device}, "
+            f"got {got}"
+        )
+    return weight.shape[0]
+
+
+def prepare(
+    x: Tensor,
+    residual: Residual | None,
+    shift: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    norm: str,
+    backend: str | None,
+    recompute: bool,
+    *layers: Tensor | None,
+) -> tuple[Tensor | None, ...] | None:
+    """The first arguments of ``norm_forward``, checked, if the Function runs; else None.
+
+    The caller then runs ``unfused``, which checks its inputs itself.
+    """
+    y, gate, bias = unpack_residual(residual)
+    # adaln takes one vector per token where there is no residual; the Function takes none
+    per_token = group is None and shift.dim() == 3
+    if not wants_grad(x, y, bias, gate, shift, scale, *layers) and not per_token:
+        return None
+    arrays = {} if y is None else {"y": y}
+    modulation = {"shift": shift, "scale": scale}
+    if gate is not None:
+        modulation = {"gate": gate, **modulation}
+    check_inputs(x, arrays, modulation, group, bias=bias)
+    check_norm(norm)
+
+    # whether the kernels take these tensors
+    used = [t for t in (y, bias, gate, shift, scale, *layers) if t is not None]
+    empty = any(t is not None and t.numel() == 0 for t in layers)
+    kernels = adaln_kernels if y is None else fused_kernels
+    if empty or autocast(x) or not runs_kernel(kernels, backend, x, *used):
+        if recompute:
+            log_once("recompute: without the kernels, or under autocast, every activation is kept")
+        return None
+    vectors = [None if t is None else with_dense_rows(t) for t in (bias, gate, shift, scale)]
+    y = None if y is None else y.contiguous()
+    group = None if group is None else group.contiguous()
+    return (x.contiguous(), y, *vectors, group)
