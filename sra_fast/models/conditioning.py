@@ -62,6 +62,10 @@ class ClassLabels:
     labels: Tensor
     drop: Tensor | None = None
 
+    def __post_init__(self):
+        if self.labels.dim() != 1:
+            raise ValueError(f"expected labels [B], got {[*self.labels.shape]}")
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -63,7 +63,9 @@ class Fp8Block(Block):
         new.mlp = block.mlp
         new.adaLN_modulation = block.adaLN_modulation
         for path in LAYERS:
-            new.set_submodule(path, Fp8Linear(new.get_submodule(path)))
+            layer = new.get_submodule(path)
+            assert isinstance(layer, nn.Linear), "the block is in fp8 already"
+            new.set_submodule(path, Fp8Linear(layer))
         return new.train(block.training)
 
     def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
@@ -109,4 +111,5 @@ def use_fp8(model: Backbone) -> None:
             f"fp8 needs a hidden_size that is a multiple of 16, got {model.hidden_size}"
         )
     for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         model.blocks[i] = Fp8Block.from_block(block)

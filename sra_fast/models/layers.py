@@ -3,6 +3,7 @@
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ class PatchProjection(nn.Conv2d):
     weight's gradient would be cuDNN's, channels first: passes over [B, D, T] that only change the
     order.
     """
+
+    bias: nn.Parameter
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
         super().__init__(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -80,7 +83,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         features = timestep_features(t, self.frequency_size) if t.dim() == 1 else t
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(features.to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -256,7 +260,7 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
         weight, bias = self.linear.weight, self.linear.bias
         _, prediction = ops.adaln_linear(x, shift, scale, weight, bias, residual=pending)
-        return prediction
+        return cast(Tensor, prediction)
 
 
 class ProjectionHead(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sra_fast.models.conditioning import ClassLabels, Conditioning
+from sra_fast.models.conditioning import Conditioning
 from sra_fast.models.layers import (
     Block,
     FinalLayer,
@@ -118,11 +118,14 @@ class Backbone(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for parameter in self.t_embedder.mlp.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
         # adaLN-Zero: every block starts as the identity
         for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
+            assert isinstance(block, Block)
+            for parameter in block.adaLN_modulation.parameters():
+                nn.init.zeros_(parameter)
 
     def compile_blocks(self) -> None:
         """Compile each block with torch.compile. One compilation serves all of them, so start-up
@@ -163,15 +166,15 @@ class Backbone(nn.Module):
         tokens = tokens + self.pos_embed.to(self.residual_dtype or tokens.dtype)
         return tokens, F.silu(self.t_embedder(t) + self.y_embedder(condition))
 
-    def _check_inputs(self, x: Tensor, t: Tensor, condition: ClassLabels) -> None:
+    def _check_inputs(self, x: Tensor, t: Tensor, condition: Conditioning) -> None:
         image = (self.in_channels, self.input_size, self.input_size)
         frequencies = self.t_embedder.frequency_size
         batch = x.shape[:1]
-        fits = x.dim() == 4 and x.shape[1:] == image and condition.labels.shape == batch
+        fits = x.dim() == 4 and x.shape[1:] == image and len(condition) == len(x)
         if not fits or t.shape not in (batch, (*batch, frequencies)):
             raise ValueError(
                 f"expected x [B, {', '.join(map(str, image))}], t [B] or [B, {frequencies}] and "
-                f"labels [B], got {[*x.shape]}, {[*t.shape]}, {[*condition.labels.shape]}"
+                f"B conditionings, got {[*x.shape]}, {[*t.shape]} and {len(condition)}"
             )
 
     def features(
@@ -196,6 +199,7 @@ class Backbone(nn.Module):
         pending = None
         for block in self.blocks[:depth]:
             tokens, pending = block(tokens, c, pending)
+        assert pending is not None, "depth is at least 1"
         return add_pending(tokens, pending)
 
     def all_features(

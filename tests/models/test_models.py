@@ -195,7 +195,7 @@ def test_drop_mask_means_the_null_class():
     model = randomise(SiT(**TINY)).train()
     x, t, y = batch(model)
     drop = torch.tensor([True, False, True, False])
-    expected = model.eval()(x, t, torch.where(drop, model.null_class, y))
+    expected = model.eval()(x, t, torch.where(drop, model.num_classes, y))
     assert torch.equal(model.train()(x, t, ClassLabels(y, drop)), expected)
     assert torch.equal(model.eval()(x, t, ClassLabels(y, drop)), expected)
 
@@ -221,6 +221,8 @@ def test_rejects_inputs_that_do_not_fit():
     for args in ((x[:, :2], t, y), (x, t[:2], y), (x, t, y[:2]), (x[..., :4], t, y)):
         with pytest.raises(ValueError, match="expected x"):
             model(*args)
+    with pytest.raises(ValueError, match=r"expected labels \[B\], got \[4, 1\]"):
+        model(x, t, y[:, None])
     with pytest.raises(ValueError, match="align_depth"):
         model(x, t, y, align_depth=9)
 
