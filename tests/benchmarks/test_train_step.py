@@ -1,17 +1,14 @@
 """The step benchmark: its programs take the engine's steps, and its rows say what was measured, on any machine."""
 
-import contextlib
-import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.record import FIELDS, ROOT
+from benchmarks.record import FIELDS
 from benchmarks.step import train_step
 from benchmarks.step.kernel_families import FAMILIES
 from benchmarks.step.worker import Failure, Worker
@@ -41,141 +38,97 @@ TINY = (
     "+align.student_layer=2+align.teacher_layer=3+align.weight=1.0"
     "+optim.lr=0.01+optim.eps=1e-5+optim.clip=0.5+optim.weight_decay=0.1+train.ema_decay=0.5"
 )
+COMPILED = "strong+backend=aot_eager"
 PROGRAMS = [
     "fp32_teacher",
     "swap_ema",
     "bf16_teacher",
     "truncated",
     "fused_ops",
-    "strong+backend=aot_eager",
+    COMPILED,
     "strong+compile=whole+backend=aot_eager",
     "swap_ema+compile=blocks+backend=aot_eager",
 ]
 # what the comparison must be able to see
 WRONG = ["+align.teacher_layer=4", "+train.ema_decay=0.6", "+optim.clip=0"]
 
-# runs every variant for six steps and prints its running sums of losses
-SUMS = """
-import sys, json, torch
+# a worker that measures sums of losses instead of times: {"sums": [after step 0, ...]}
+PROGRAM = """
+from benchmarks.step.measure_case import environment_of, release
 from benchmarks.step.steps import make_step
 from benchmarks.step.variants import Variant
+from benchmarks.step.worker import serve
 from sra_fast.zero.process_group import init_distributed
 
-found = []
-device = init_distributed()
-for name in sys.argv[1:]:
+def handle(request):
+    name, steps = request
     variant = Variant.parse(name)
-    torch._dynamo.reset()
-    run = make_step(variant, variant.configuration("SiT-S/8", 64, 3, "cpu"), device)
-    sums = []
-    for i in range(6):
-        run.step(i)
-        sums.append(float(run.loss_sum))
-    found.append(sums)
-print(json.dumps(found))
+    with environment_of(variant):
+        run = make_step(variant, variant.configuration("SiT-S/8", 64, 3, "cpu"), init_distributed())
+        sums = []
+        for i in range(steps):
+            run.step(i)
+            sums.append(float(run.loss_sum))
+    if hasattr(run, "close"):
+        run.close()
+    return {"sums": sums}
+
+serve(handle, lambda: release(cuda=False))
 """
+STEPS = 6
 
 
-def test_programs_take_the_engines_steps():
-    wrong = ["truncated" + TINY + setting for setting in WRONG]
-    names = ["sra" + TINY, *(name + TINY for name in PROGRAMS), *wrong]
-    done = subprocess.run(
-        [sys.executable, "-c", SUMS, *names],
-        cwd=ROOT,
-        env=one_process_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    engine, *others = json.loads(done.stdout.splitlines()[-1])
-    for name, sums in zip(PROGRAMS, others, strict=False):
-        assert sums == pytest.approx(engine, rel=1e-5), name
-    for setting, sums in zip(WRONG, others[len(PROGRAMS) :], strict=True):
-        assert sums != pytest.approx(engine, rel=1e-3), setting
-
-
-def test_one_process_gives_what_fresh_processes_give():
-    """Losses to the bit: nothing of an earlier case, its backend, compiled code or seeds, reaches the next."""
-    command = [sys.executable, "-m", MODULE, *SMALL, "--warmup", "0", "--profile", "0", "--serve"]
+@pytest.fixture
+def start_worker():
+    """A function that starts a process and returns ``sums(name)``, which runs a variant in it."""
     made = []
 
-    def losses(*bases: str) -> list[float]:
-        worker = Worker(command, one_process_environment())
+    def start():
+        worker = Worker([sys.executable, "-c", PROGRAM], one_process_environment())
         made.append(worker)
-        requests = [[base + TINY, "SiT-S/8", 64, 2, False] for base in bases]
-        return [worker.ask(request, 200)["loss"] for request in requests]
 
-    strong = "strong+backend=aot_eager"
-    try:
-        # every case is the first of a process once
-        plain, sra, compiled, sra_again, plain_again = losses(
-            "plain", "sra", strong, "sra", "plain"
-        )
-        assert losses("sra") == [sra]
-        assert losses(strong) == [compiled]
-    finally:
-        for worker in made:
-            worker.stop()
-    assert sra_again == sra
-    assert plain_again == plain
-    assert plain != sra, "with and without alignment"
+        def sums(base: str, setting: str = "") -> list[float]:
+            # a setting replaces an earlier one of the same name
+            return worker.ask([base + TINY + setting, STEPS], 300)["sums"]
+
+        return sums
+
+    yield start
+    for worker in made:
+        worker.stop()
+
+
+def test_programs_take_the_engines_steps_and_leave_nothing_behind(start_worker):
+    sums = start_worker()
+    engine = sums("sra")
+    found = {name: sums(name) for name in PROGRAMS}
+    for name, theirs in found.items():
+        assert theirs == pytest.approx(engine, rel=1e-5), name
+    for setting in WRONG:
+        assert sums("truncated", setting) != pytest.approx(engine, rel=1e-3), setting
+
+    # to the bit: nothing of an earlier case, its backend, compiled code or seeds, reaches a later one
+    assert sums("sra") == engine
+    assert sums("plain") != pytest.approx(engine, rel=1e-3)
+    fresh = start_worker()
+    assert fresh(COMPILED) == found[COMPILED] == sums(COMPILED)
+    assert fresh("sra") == engine
 
 
 # a run
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """Exit code, output and rows of a run in which two of five cases fail."""
-    folder = tmp_path_factory.mktemp("run")
-    path = folder / "rows.json"
-    (folder / "empty").mkdir()
-    words = [
-        *SMALL,
-        *("--batch", "2", "--warmup", "1", "--profile", "1"),
-        *("--variants", "plain+train.zero_stage=7,reference,plain,sra,truncated"),
-        *("--published", os.path.relpath(folder / "empty"), "--json", str(path)),
-    ]
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        for name in LAUNCHER_VARIABLES:
-            patch.delenv(name, raising=False)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        code = train_step.main(words)
-    return code, output.getvalue(), rows_of(path), folder
+def assert_fields(row: dict) -> None:
+    """What every row has."""
+    assert list(row) == [name for name in FIELDS if name in row]
+    assert row["device"] == "cpu"
+    assert row["versions"]["torch"] == torch.__version__
+    assert row["command"].startswith(f"python -m {MODULE} ")
 
 
-def test_a_case_that_fails_is_said_and_the_others_are_measured(finished_run):
-    code, output, rows, folder = finished_run
-    assert code == 1
-    assert "plain+train.zero_stage=7 SiT-S/8 64 px, 2 images: failed: " in output
-    # the path was given relative to another folder than the process starts in
-    missing = folder / "empty" / "SiT-SRA/models/sit.py"
-    expected = f"expected a checkout that holds SiT-SRA/models/sit.py, found none at {missing}"
-    assert expected in output
-    steps = [row["variant"] for row in rows if row["kind"] == "train_step"]
-    assert steps == ["torch", "torch", "plain", "sra", "truncated"]
-
-
-def test_ceilings_come_first(finished_run):
-    copy, matmul = finished_run[2][:2]
-    assert (copy["name"], matmul["name"]) == ("copy", "matmul")
-    assert copy["gbps"] > 0
-    assert matmul["ms"] > 0
-
-
-def test_fields_of_all_rows(finished_run):
-    for row in finished_run[2]:
-        assert list(row) == [name for name in FIELDS if name in row]
-        assert row["device"] == "cpu"
-        assert row["versions"]["torch"] == torch.__version__
-        assert row["command"].startswith(f"python -m {MODULE} ")
-
-
-@pytest.mark.parametrize("variant", ["plain", "sra", "truncated"])
-def test_rows_of_every_kind(finished_run, variant):
-    rows = [row for row in finished_run[2] if row["variant"] == variant]
+def assert_all_kinds(variant: str, rows: list[dict]) -> None:
+    """The step, its phases, its kernels and the host's time of a variant."""
+    rows = [row for row in rows if row["variant"] == variant]
 
     def parts(kind: str) -> dict[str, float]:
         return {row["name"]: row["ms"] for row in rows if row["kind"] == kind}
@@ -197,6 +150,37 @@ def test_rows_of_every_kind(finished_run, variant):
     assert set(parts("host")) == {"start-up"}
     assert parts("host")["start-up"] > step["ms"]
     assert {"matmul", "attention"} <= set(parts("kernel_share")) <= {*FAMILIES, "other"}
+
+
+def test_a_run_in_which_two_of_five_cases_fail(tmp_path, monkeypatch, capsys):
+    """A failure is printed, the others have rows of every kind, and the exit code says that something failed."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # relative to a folder that is not the one in which the process starts
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    words = "--batch 2 --warmup 1 --profile 1 --published empty --json rows.json --variants"
+    variants = "plain+train.zero_stage=7,reference,plain,sra,truncated"
+    assert train_step.main([*SMALL, *words.split(), variants]) == 1
+
+    output = capsys.readouterr().out
+    assert "plain+train.zero_stage=7 SiT-S/8 64 px, 2 images: failed: " in output
+    missing = tmp_path / "empty" / "SiT-SRA/models/sit.py"
+    expected = f"expected a checkout that holds SiT-SRA/models/sit.py, found none at {missing}"
+    assert expected in output
+
+    rows = rows_of(tmp_path / "rows.json")
+    steps = [row["variant"] for row in rows if row["kind"] == "train_step"]
+    assert steps == ["torch", "torch", "plain", "sra", "truncated"]
+    copy, matmul = rows[:2]
+    assert (copy["name"], matmul["name"]) == ("copy", "matmul")
+    assert copy["gbps"] > 0
+    assert matmul["ms"] > 0
+    for row in rows:
+        assert_fields(row)
+    for variant in ("plain", "sra", "truncated"):
+        assert_all_kinds(variant, rows)
 
 
 # the order of cases and repetitions, with answers that are made up
