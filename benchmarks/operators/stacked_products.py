@@ -50,6 +50,16 @@ def make_inputs(
     return x, randn(count, N, K), randn(count, N)
 
 
+def make_sets(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Enough different inputs to keep each set out of L2 until its turn comes."""
+    first = make_inputs(0, name, shape, dtype, device)
+    # the size of the first set says how many more are needed
+    seeds = range(1, num_sets(first, device))
+    return [first, *(make_inputs(seed, name, shape, dtype, device) for seed in seeds)]
+
+
 def separate(x: Tensor, weights: Tensor, biases: Tensor) -> list[Tensor]:
     return [F.linear(*each) for each in zip(x, weights, biases, strict=True)]
 
@@ -114,12 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     file = RowFile(args.json, where)
     _, tflops = matmul_rate(args.device, dtype)
     for name, shape in product_shapes(args.model, args.resolution, args.batch).items():
-        make = lambda seed, name=name, shape=shape: make_inputs(
-            seed, name, shape, dtype, args.device
-        )
-        # the size of the first set says how many more are needed
-        first = make(0)
-        sets = [first, *(make(seed) for seed in range(1, num_sets(first, args.device)))]
+        sets = make_sets(name, shape, dtype, args.device)
         for function in functions_of(name, args.device):
             call = lambda x, function=function: function(*x)
             ms = milliseconds(sets, lambda x: x, call, args.device, 0.2)

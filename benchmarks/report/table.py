@@ -75,7 +75,8 @@ def newest_groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     for device, commit in sorted(newest.items()):
         group = groups[device, commit]
         versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
-        copies = [row["gbps"] for row in group if row["name"] == "copy"]
+        # a family of kernels is called "copy" too, and has no bandwidth
+        copies = [row["gbps"] for row in group if row["name"] == "copy" and "gbps" in row]
         copy = f", copy {copies[0]:.0f} GB/s" if copies else ""
         found.append((f"{device}, {versions}, commit {commit}{copy}:", group))
     return found

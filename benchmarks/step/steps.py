@@ -7,6 +7,7 @@ import itertools
 
 import torch
 
+from benchmarks.step.published_step import PublishedStep
 from benchmarks.step.torch_program import Program
 from benchmarks.step.variants import PUBLISHED, Variant
 from sra_fast.config.schema import Config
@@ -96,8 +97,5 @@ def make_step(variant: Variant, cfg: Config, device: torch.device, published: st
     if variant.switches is not None:
         return Program(cfg, variant.switches, data, device)
     if variant.base == PUBLISHED:
-        # imported here: only this variant needs it
-        from benchmarks.step.published_step import PublishedStep
-
         return PublishedStep(cfg, published, data, device)
     return EngineStep(cfg, data, device)

@@ -51,6 +51,14 @@ def test_table_of_operators_follows_the_rows(line):
     assert line in table.render_operators(OPERATOR_ROWS)
 
 
+def test_the_title_takes_the_copy_bandwidth_from_the_row_that_has_one():
+    """A step's family of kernels is called "copy" as well."""
+    kernels = {"kind": "kernel_share", **WHERE, "name": "copy", "variant": "sra", "ms": 0.5}
+    ((title, group),) = table.newest_groups([kernels, *OPERATOR_ROWS, kernels])
+    assert title == "NVIDIA X, torch 2, commit abc, copy 3000 GB/s:"
+    assert len(group) == len(OPERATOR_ROWS) + 2
+
+
 def test_rows_of_a_cpu_are_in_no_table():
     assert table.render_operators(on_cpu(OPERATOR_ROWS)) == table.render_operators([])
     assert table.render_steps(on_cpu(STEP_ROWS)) == table.render_steps([])
