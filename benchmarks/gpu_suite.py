@@ -1,17 +1,18 @@
-"""Everything worth knowing of a fresh GPU machine, in two commands of about five minutes:
+"""Measure everything worth knowing on a fresh GPU machine, in two commands of about five minutes:
 
-    python benchmarks/gpu_suite.py first  --out DIR
-    python benchmarks/gpu_suite.py second --out DIR --reference PATH --caches FILE
+    python -m benchmarks.gpu_suite first  --out DIR
+    python -m benchmarks.gpu_suite second --out DIR --published PATH --caches FILE
 
-first: every operator right or wrong and its share of the copy bandwidth, attention's backends, training steps of 32
-images with the teacher run in every way, the CUDA tests, and what fills the compilers' caches.
-second: steps against the rivals at 32 and 256 images and with the engine's options, the tests that were red, and the
-operators against torch.compile.
+first: every operator right or wrong and its percentage of the copy bandwidth, attention's backends,
+training steps of 32 images with the teacher run in every way, the CUDA tests, and a run that fills the
+compilers' caches.
+second: steps against the rivals at 32 and 256 images and with the engine's options, the tests that were
+red, and the operators against torch.compile.
 
-Each ends with a VERDICT.  Parts are processes of their own with a limit in time; what they have written stays, and time
-that a part leaves goes to the next.  DIR gets rows.json (what the tables are made from), a log of every part, summary.json
-and verdict.txt, renewed after every part; from first also caches.tgz.  --archive FOLDER renews an archive of all that every
-ten seconds, for a machine that may be taken away.
+Both end with a VERDICT. Every part is a process with a time limit. What it has written stays, and time that
+it leaves goes to the parts after it. DIR gets rows.json (the source of the tables), a log of every part, and
+after every part a new summary.json and verdict.txt; from first also caches.tgz. --archive FOLDER packs
+all of that every ten seconds, for a machine that may be taken away.
 """
 
 import argparse
@@ -29,15 +30,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
 
-import torch  # noqa: E402
-from record import environment  # noqa: E402
-from verdict import failed_tests, predicted_rows, render  # noqa: E402
+from benchmarks.record import ROOT, command_line, environment
+from benchmarks.report.verdict import failed_tests, predicted_rows, render
+from benchmarks.step.variants import PUBLISHED
 
+# seconds
 BUDGETS = {"first": 270, "second": 310}
-# what tells something of a GPU; what compilers make of the kernels needs none
+# programs that the parts run
+STEPS = ["-m", "benchmarks.step.train_step"]
+OPERATORS = ["-m", "benchmarks.operators.run"]
+ATTENTION = ["-m", "benchmarks.operators.attention_backends"]
+
+# tests that depend on the GPU; what compilers generate from the kernels does not
 TESTS = [
     "tests/training/test_cuda.py",
     "tests/training/test_graphed_step.py",
@@ -45,9 +51,15 @@ TESTS = [
     "tests/ops",
     "tests/models",
 ]
-COMPILED = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_without_spills"]
-MODEL, PIXELS, SMALL_MODEL = "SiT-XL/2", "256", "SiT-B/2"
+WITHOUT_CODEGEN = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_without_spills"]
+
+MODEL = "SiT-XL/2"
+PIXELS = "256"
+SMALL_MODEL = "SiT-B/2"
+# characters of a log in summary.json, and on the screen
 TAIL = 4000
+SHOWN_TAIL = 1500
+# seconds between signals to a part that ran over, and between archives
 PATIENCE = 5.0
 ARCHIVE_PERIOD = 10.0
 
@@ -57,11 +69,11 @@ class Part:
     """One program of the suite.
 
     Attributes:
-        name: of its log.
-        share: of the budget, in seconds of the whole.
-        command: what Python runs, or a shell's line.
-        beside: a program that runs at the same time, its result not waited for beyond the part's own limit.
-        environment: variables of its own.
+        name: of the part and of its log.
+        share: of the budget, in seconds.
+        command: arguments of Python, or a line for the shell.
+        beside: a program that runs at the same time, under the same time limit.
+        environment: variables to set.
     """
 
     name: str
@@ -70,39 +82,44 @@ class Part:
     beside: "Part | None" = None
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def arguments(self) -> list[str]:
+        """What starts the program."""
+        if isinstance(self.command, str):
+            return ["bash", "-c", self.command]
+        return [sys.executable, *self.command]
 
-def side_by_side() -> list[str]:
+    @property
+    def shown(self) -> str:
+        """The command, as one would type it."""
+        return self.command if isinstance(self.command, str) else "python " + " ".join(self.command)
+
+
+def parallel_options() -> list[str]:
     """Options of pytest for many processes on one GPU, as far as its plugins are installed."""
     options = []
     if importlib.util.find_spec("xdist"):
         workers = max(2, min(12, 3 * (os.cpu_count() or 1) // 4))
-        # one test at a time spreads the long ones, which come first.  "load" goes on after a test that has
-        # ended its process; the modes that keep groups together would start it again
-        options += [
-            "-n",
-            str(workers),
-            "--dist",
-            "load",
-            "--maxschedchunk",
-            "1",
-            "--max-worker-restart",
-            "200",
-        ]
+        options += ["-n", str(workers)]
+        # "load" continues after a test that has killed its worker; the modes that keep files together would
+        # start that test again. One test at a time spreads the long ones, which come first.
+        options += ["--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "200"]
     if importlib.util.find_spec("pytest_timeout"):
-        # from a thread, which ends the process: what waits for the device does not see a signal.
-        # Shortly before, pytest itself prints where every thread is
+        # the thread method ends the process: a test that waits for the device does not see a signal
         options += ["--timeout", "60", "--timeout-method", "thread"]
+        # just before that, pytest prints where every thread is
         options += ["--override-ini", "faulthandler_timeout=55"]
     return options
 
 
 def pytest_command(*chosen: str) -> list[str]:
+    """Run the chosen files or tests, but none of generated code."""
     common = ["-m", "pytest", "-v", "--tb=short", "--durations", "20", "-p", "no:cacheprovider"]
-    return [*common, *side_by_side(), *COMPILED, *chosen]
+    return [*common, *parallel_options(), *WITHOUT_CODEGEN, *chosen]
 
 
 def build_probe(source: str, out: Path) -> str:
-    """A shell's line that builds a probe of cuBLASLt, whose header and library come with torch's CUDA packages."""
+    """A shell line that builds a probe of cuBLASLt; header and library come with torch's CUDA packages."""
     home = f'$({sys.executable} -c "import nvidia.cu13 as m; print(list(m.__path__)[0])")'
     return (
         f"export PATH=$PATH:/usr/local/cuda/bin; C={home} && "
@@ -112,36 +129,73 @@ def build_probe(source: str, out: Path) -> str:
 
 
 def case(batch: int, variants: str, model: str = MODEL) -> list[str]:
+    """Options of ``train_step`` for one case."""
     return ["--case", model, PIXELS, str(batch), variants]
 
 
+def operators_command(out: Path, variants: str) -> list[str]:
+    """Measure all operators at the headline's shape."""
+    return [
+        *OPERATORS,
+        *("--json", str(out / "rows.json")),
+        *("--models", MODEL, "--resolution", PIXELS, "--batch", "32"),
+        *("--variants", variants, "--passes", "forward,backward", "--budget", "0.05"),
+    ]
+
+
 def first_parts(out: Path, probe: str | None) -> list[Part]:
-    """Is it right, and what does a step cost?"""
+    """Parts that answer: is it right, and what does a step cost?
+
+    Args:
+        out: folder of the run.
+        probe: source of a CUDA program to build and run, or None.
+    """
     rows = ["--json", str(out / "rows.json")]
-    ways = "plain,sra,sra_fp8,sra+align.teacher_stream=true,sra+train.residual=fp32,sra+train.graph=false,plain,sra"
-    step = ["benchmarks/train_step.py", *rows, "--warmup", "5", "--steps", "30"]
-    fill = Part("fill", 0, ["benchmarks/train_step.py", "--json", str(out / "fill.json"), "--untimed", *case(32, "strong")],
-                environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"})  # fmt: skip
+    # the teacher in every way; plain and sra twice, for their spread
+    variants = (
+        "plain,sra,sra_fp8,sra+align.teacher_stream=true,sra+train.residual=fp32,"
+        "sra+train.graph=false,plain,sra"
+    )
+    # compiles the best rival for second while the tests run
+    fill = Part(
+        "fill",
+        0,
+        [*STEPS, "--json", str(out / "fill.json"), "--untimed", *case(32, "strong")],
+        environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"},
+    )
     build = Part("build", 0, build_probe(probe, out)) if probe else None
     found = [
-        Part("ops", 45, ["benchmarks/run.py", *rows, "--models", MODEL, "--resolution", PIXELS, "--batch", "32", "--variants",
-                         "ours,eager", "--passes", "forward,backward", "--budget", "0.05"], beside=build),
-        Part("attention", 12, ["benchmarks/attention_backends.py", *rows]),
-        Part("steps", 105, [*step, *case(32, ways)]),
-        Part("tests", 95, pytest_command(*TESTS), beside=fill, environment={"TRITON_CACHE_DIR": str(out / "test_caches")}),
-    ]  # fmt: skip
+        # building takes no device, so it runs beside the operators
+        Part("ops", 45, operators_command(out, "ours,eager"), beside=build),
+        Part("attention", 12, [*ATTENTION, *rows]),
+        Part("steps", 105, [*STEPS, *rows, "--warmup", "5", "--steps", "30", *case(32, variants)]),
+        Part(
+            "tests",
+            95,
+            pytest_command(*TESTS),
+            beside=fill,
+            environment={"TRITON_CACHE_DIR": str(out / "test_caches")},
+        ),
+    ]
     if probe:
         found.insert(2, Part("probe", 6, f"{out / 'probe'} 32 256"))
     return found
 
 
-def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]:
-    """How does it compare, and what should the defaults be?"""
-    rows = ["--json", str(out / "rows.json")]
-    published = ["--reference", reference] if reference else []
-    norm, strong = "+train.recompute=norm", "strong+graph=true"
+def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]:
+    """Parts that answer: how does it compare, and what should the defaults be?
+
+    Args:
+        out: folder of the run.
+        published: a checkout of the published code, or None.
+        red: tests that failed in first.
+    """
+    norm = "+train.recompute=norm"
+    strong = "strong+graph=true"
+    published_too = f",{PUBLISHED}" if published else ""
+    # most valuable first
     cases = [
-        case(32, f"plain,sra,{strong},plain,sra,sra_fp8" + (",reference" if reference else "")),
+        case(32, f"plain,sra,{strong},plain,sra,sra_fp8{published_too}"),
         case(256, f"plain{norm},sra{norm}"),
         case(256, "plain,sra", SMALL_MODEL),
         case(
@@ -151,13 +205,14 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
         case(256, f"sra_fp8{norm},{strong}"),
         case(32, "sra+train.residual=fp32,strong"),
     ]
-    limits = ["--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60", "--shrink"]
-    step = ["benchmarks/train_step.py", *rows, *published, *limits]
+    steps = [*STEPS, "--json", str(out / "rows.json")]
+    if published:
+        steps += ["--published", published]
+    steps += ["--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60", "--shrink"]
     found = [
-        Part("steps", 205, [*step, *(word for words in cases for word in words)]),
-        Part("ops", 40, ["benchmarks/run.py", *rows, "--models", MODEL, "--resolution", PIXELS, "--batch", "32", "--variants",
-                         "ours,compile", "--passes", "forward,backward", "--budget", "0.05"]),
-    ]  # fmt: skip
+        Part("steps", 205, [*steps, *(word for words in cases for word in words)]),
+        Part("ops", 40, operators_command(out, "ours,compile")),
+    ]
     if red:
         caches = {"TRITON_CACHE_DIR": str(out / "test_caches")}
         found.insert(1, Part("tests", 60, pytest_command(*red), environment=caches))
@@ -167,59 +222,41 @@ def second_parts(out: Path, reference: str | None, red: list[str]) -> list[Part]
 def dry_parts(which: str, out: Path) -> list[Part]:
     """The same programs at the smallest sizes, on a CPU."""
     rows = ["--device", "cpu", "--json", str(out / "rows.json")]
-    step = [
-        "benchmarks/train_step.py",
-        *rows,
-        "--warmup",
-        "1",
-        "--steps",
-        "1",
-        "--profile",
-        "0",
-        "--shrink",
-    ]
     small = lambda variants: ["--case", "SiT-S/8", "64", "1", variants]
-    ops = [
-        "benchmarks/run.py",
-        *rows,
-        "--ops",
-        "gated_residual_adaln,noise_pair",
-        "--budget",
-        "0.002",
-    ]
-    tests = Part("tests", 60, pytest_command("tests/test_import.py"))
-    if which == "first":
-        fill = Part("fill", 0, ["benchmarks/train_step.py", "--device", "cpu", "--json", str(out / "fill.json"), "--untimed",
-                                "--warmup", "1", *small("plain")])  # fmt: skip
-        beside = Part(tests.name, tests.share, tests.command, beside=fill)
+    quick = ["--warmup", "1", "--steps", "1", "--profile", "0", "--shrink"]
+    steps = [*STEPS, *rows, *quick]
+    ops = [*OPERATORS, *rows, "--ops", "gated_residual_adaln,noise_pair", "--budget", "0.002"]
+    if which == "second":
         return [
-            Part("ops", 45, [*ops, "--variants", "ours,eager"]),
-            Part("steps", 90, [*step, *small("plain,sra,plain,sra")]),
-            beside,
+            Part("steps", 230, [*steps, *small("plain,sra,swap_ema")]),
+            # only one operator: inductor's C++ compiles slowly
+            Part("ops", 50, [*ops, "--ops", "noise_pair", "--variants", "ours,compile"]),
         ]
+    fill_rows = ["--device", "cpu", "--json", str(out / "fill.json")]
+    fill = Part("fill", 0, [*STEPS, *fill_rows, "--untimed", "--warmup", "1", *small("plain")])
     return [
-        Part("steps", 230, [*step, *small("plain,sra,swap_ema")]),
-        Part("ops", 50, [*ops, "--variants", "ours,compile"]),
+        Part("ops", 45, [*ops, "--variants", "ours,eager"]),
+        Part("steps", 90, [*steps, *small("plain,sra,plain,sra")]),
+        Part("tests", 60, pytest_command("tests/test_import.py"), beside=fill),
     ]
 
 
 def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
-    """The part's process, in a group of its own; its output goes to ``log`` as it comes."""
+    """Start a part in a process group, with its output in ``log``."""
     environ = {
-        # the width is pytest's: a cause is cut off at the end of its line
-        "COLUMNS": "160", **os.environ, "PYTHONUNBUFFERED": "1", "TRITON_CACHE_DIR": str(out / "caches" / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(out / "caches" / "inductor"), **part.environment,
-    }  # fmt: skip
+        # pytest's width: the reason of a failure is cut off at the end of its line
+        "COLUMNS": "160",
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(out / "caches" / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(out / "caches" / "inductor"),
+        **part.environment,
+    }
     if device == "cpu":
         environ["CUDA_VISIBLE_DEVICES"] = ""
-    command = (
-        ["bash", "-c", part.command]
-        if isinstance(part.command, str)
-        else [sys.executable, *part.command]
-    )
     with open(log, "w") as file:
         return subprocess.Popen(
-            command,
+            part.arguments,
             cwd=ROOT,
             env=environ,
             stdout=file,
@@ -229,58 +266,82 @@ def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
 
 
 def run_part(part: Part, out: Path, seconds: float, device: str) -> list[dict]:
-    """Run a part, and what goes beside it, for at most so long: one record of each."""
-    begin, end = time.perf_counter(), time.perf_counter() + max(seconds, 0.1)
-    running = [
-        (each, start(each, out / f"{each.name}.log", out, device))
-        for each in (part, part.beside)
-        if each
-    ]
+    """Run a part and the program beside it.
+
+    Args:
+        part: to run.
+        out: folder of the run.
+        seconds: after which both are ended.
+        device: "cpu" hides the GPUs.
+
+    Returns:
+        A record of each: command, exit code, seconds, whether it ran over, and the end of its log.
+    """
+    begin = time.perf_counter()
+    end = begin + max(seconds, 0.1)
+    log_of = lambda each: out / f"{each.name}.log"
+    parts = [each for each in (part, part.beside) if each is not None]
+    running = [(each, start(each, log_of(each), out, device)) for each in parts]
     found = []
     try:
         for each, process in running:
-            late = False
+            ran_over = False
             try:
                 process.wait(timeout=max(end - time.perf_counter(), 0.1))
             except subprocess.TimeoutExpired:
-                late = True
+                ran_over = True
                 end_group(process)
-            command = (
-                each.command
-                if isinstance(each.command, str)
-                else "python " + " ".join(each.command)
-            )
-            found.append({
-                "part": each.name, "command": command, "returncode": process.returncode, "ran_over": late,
+            record = {
+                "part": each.name,
+                "command": each.shown,
+                "returncode": process.returncode,
+                "ran_over": ran_over,
                 "seconds": round(time.perf_counter() - begin, 1),
-                "tail": (out / f"{each.name}.log").read_text(errors="replace")[-TAIL:],
-            })  # fmt: skip
+                "tail": log_of(each).read_text(errors="replace")[-TAIL:],
+            }
+            found.append(record)
     finally:
+        # also after Ctrl-C
         for _, process in running:
             end_group(process)
     return found
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process and whatever it has started.  First it is interrupted: pytest then says what has failed so far, and
-    launchers end their workers; some shells make their children deaf to that."""
+    """End a process and everything that it has started.
+
+    It is interrupted first: pytest then prints what has failed so far, and launchers end their workers.
+    Some shells make their children ignore that, so stronger signals follow.
+    """
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + PATIENCE
         try:
             os.killpg(process.pid, signal_number)
             while time.monotonic() < deadline:
                 process.poll()
+                # signal 0 only asks whether any of the group is left
                 os.killpg(process.pid, 0)
                 time.sleep(0.05)
-        except ProcessLookupError:  # nothing is left of it
+        except ProcessLookupError:
             break
     process.wait()
 
 
 def run_suite(which: str, parts: list[Part], out: Path, budget: float, device: str) -> list[dict]:
-    """All parts within ``budget`` seconds; every part may take its share of what is left.  A verdict after each."""
-    where = environment(device, "python benchmarks/gpu_suite.py " + " ".join(sys.argv[1:]))
-    found, begin = [], time.perf_counter()
+    """Run all parts and write summary.json and verdict.txt after each.
+
+    A part may take its share of the time that is left.
+
+    Args:
+        which: "first" or "second".
+        parts: in order.
+        out: folder of the run.
+        budget: seconds for all parts.
+        device: "cpu" hides the GPUs.
+    """
+    where = environment(device, command_line("benchmarks.gpu_suite", sys.argv[1:]))
+    found = []
+    begin = time.perf_counter()
     for i, part in enumerate(parts):
         left = budget - (time.perf_counter() - begin)
         seconds = left * part.share / sum(later.share for later in parts[i:])
@@ -288,21 +349,18 @@ def run_suite(which: str, parts: list[Part], out: Path, budget: float, device: s
         for record in run_part(part, out, seconds, device):
             found.append(record)
             state = "ran over" if record["ran_over"] else f"exit code {record['returncode']}"
-            print(
-                f"{record['tail'].rstrip()[-1500:]}\n{record['part']}: {state} after {record['seconds']} s",
-                flush=True,
-            )
-        (out / "summary.json").write_text(
-            json.dumps({**where, "suite": which, "parts": found}, indent=1) + "\n"
-        )
+            tail = record["tail"].rstrip()[-SHOWN_TAIL:]
+            print(f"{tail}\n{record['part']}: {state} after {record['seconds']} s", flush=True)
+        summary = {**where, "suite": which, "parts": found}
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         (out / "verdict.txt").write_text(render(out, which))
     return found
 
 
 def pack(out: Path, target: Path, names: list[str]) -> None:
-    """An archive of these files and folders of ``out``; it is whole at any time."""
+    """Pack files and folders of ``out``. The archive is replaced in one go, so it is whole at any time."""
     partial = target.with_name(target.name + ".partial")
-    # fast: the machine waits for it
+    # weak compression: the machine waits for it
     with tarfile.open(partial, "w:gz", compresslevel=1) as archive:
         for name in names:
             if (out / name).exists():
@@ -311,12 +369,10 @@ def pack(out: Path, target: Path, names: list[str]) -> None:
 
 
 def pack_results(out: Path, folder: Path) -> None:
-    kept = [
-        path.name
-        for path in out.iterdir()
-        if path.is_file() and path.suffix in (".json", ".log", ".txt", ".csv")
-    ]
-    pack(out, folder / "found.tgz", kept)
+    """Pack rows, logs, texts and clock readings into found.tgz."""
+    suffixes = (".json", ".log", ".txt", ".csv")
+    names = [path.name for path in out.iterdir() if path.is_file() and path.suffix in suffixes]
+    pack(out, folder / "found.tgz", names)
 
 
 @contextlib.contextmanager
@@ -330,9 +386,8 @@ def archived(out: Path, folder: Path | None) -> Iterator[None]:
 
     def renew() -> None:
         while not done.wait(ARCHIVE_PERIOD):
-            with contextlib.suppress(
-                OSError
-            ):  # a file that a part is replacing; the next round has it
+            # a part may be replacing a file; the next round has it
+            with contextlib.suppress(OSError):
                 pack_results(out, folder)
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -347,65 +402,69 @@ def archived(out: Path, folder: Path | None) -> Iterator[None]:
             os.replace(out / "caches.tgz", folder / "caches.tgz")
 
 
-def main(argv: list[str] | None = None) -> int:
+def unpack_caches(caches: Path, out: Path) -> list[str]:
+    """Unpack what first has packed, and return the tests that were red there."""
+    with tarfile.open(caches) as archive:
+        archive.extractall(out, filter="data")
+    red = out / "red.txt"
+    if not red.exists():
+        return []
+    return [name for name in red.read_text().split("\n") if name]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with absolute paths. Paths that do not exist end the program with a message."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("which", choices=tuple(BUDGETS), help="the first command, or the second")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "gpu_suite", help="default: runs/gpu_suite"
-    )
-    parser.add_argument("--budget", type=float, help="seconds for everything (default 270 and 310)")
-    parser.add_argument("--reference", help="second: a checkout of the published code")
-    parser.add_argument(
-        "--probe", help="first: a CUDA program to build and run with the arguments 32 256"
-    )
-    parser.add_argument(
-        "--caches",
-        type=Path,
-        help="second: the caches.tgz that first has written, for the same --out",
-    )
-    parser.add_argument(
-        "--archive",
-        type=Path,
-        help="a folder that gets found.tgz, renewed every ten seconds, and caches.tgz",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="cpu: a dry run at the smallest sizes",
-    )
+    default_out = ROOT / "runs" / "gpu_suite"
+    add = parser.add_argument
+    add("which", choices=tuple(BUDGETS), help="the first command, or the second")
+    add("--out", type=Path, default=default_out, help="default: runs/gpu_suite")
+    add("--budget", type=float, help="seconds for everything (default 270 and 310)")
+    add("--published", type=Path, help="second: a checkout of the published code")
+    add("--probe", type=Path, help="first: CUDA source to build and run with arguments 32 256")
+    add("--caches", type=Path, help="second: the caches.tgz that first has written, for this --out")
+    add("--archive", type=Path, help="folder for found.tgz, renewed every 10 s, and caches.tgz")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, smallest sizes")
     args = parser.parse_args(argv)
-    for name in ("reference", "probe", "caches"):
+    for name in ("published", "probe", "caches"):
         given = getattr(args, name)
-        if given is not None and not Path(given).exists():
-            parser.error(f"--{name}: there is no {given}")
+        if given is not None and not given.exists():
+            parser.error(f"--{name}: expected a path that exists, got {given}")
+    # parts run in the root of the checkout
+    for name in ("out", "published", "probe", "caches", "archive"):
+        given = getattr(args, name)
+        if given is not None:
+            setattr(args, name, given.resolve())
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 1 if a part failed, or 2 without a GPU."""
+    args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: --device cpu is a dry run", file=sys.stderr)
         return 2
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    red = []
-    if args.caches:
-        with tarfile.open(args.caches) as archive:
-            archive.extractall(out, filter="data")
-        red = (out / "red.txt").read_text().split("\n") if (out / "red.txt").exists() else []
-    absolute = lambda path: str(Path(path).resolve()) if path else None
+    args.out.mkdir(parents=True, exist_ok=True)
+    red = unpack_caches(args.caches, args.out) if args.caches else []
     if args.device == "cpu":
-        parts = dry_parts(args.which, out)
+        parts = dry_parts(args.which, args.out)
     elif args.which == "first":
-        parts = first_parts(out, absolute(args.probe))
+        parts = first_parts(args.out, str(args.probe) if args.probe else None)
     else:
-        parts = second_parts(out, absolute(args.reference), [name for name in red if name])
-    # what the verdict compares with takes a few seconds of a core, which a part can hide
+        parts = second_parts(args.out, str(args.published) if args.published else None, red)
+
+    # the verdict's predictions take a few seconds of a core; the first part hides them
     threading.Thread(target=predicted_rows, daemon=True).start()
-    with archived(out, args.archive.resolve() if args.archive else None):
-        found = run_suite(args.which, parts, out, args.budget or BUDGETS[args.which], args.device)
-        if args.which == "first":  # for the second
-            (out / "red.txt").write_text("\n".join(failed_tests(out / "tests.log")))
-            pack(out, out / "caches.tgz", ["caches", "red.txt"])
-    print((out / "verdict.txt").read_text())
+    with archived(args.out, args.archive):
+        budget = args.budget or BUDGETS[args.which]
+        found = run_suite(args.which, parts, args.out, budget, args.device)
+        if args.which == "first":
+            # for second
+            (args.out / "red.txt").write_text("\n".join(failed_tests(args.out / "tests.log")))
+            pack(args.out, args.out / "caches.tgz", ["caches", "red.txt"])
+    print((args.out / "verdict.txt").read_text())
     return 1 if any(part["returncode"] for part in found) else 0
 
 

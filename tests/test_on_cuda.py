@@ -1,4 +1,4 @@
-"""A test that breaks CUDA is named and ends its process, long tests begin first; without a GPU."""
+"""A test that breaks CUDA is named and ends its process, and long tests start first. Needs no GPU."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from on_cuda import long_ones_first
 
-# a device on which no call succeeds once a kernel has read past its tensors
+# stands for a device on which every call fails after a kernel has read past its tensors
 CONFTEST = """
 import sys
 from types import ModuleType
@@ -65,21 +65,13 @@ FAILED = f"FAILED {KERNEL} - RuntimeError: {CAUSE} (what the device reports afte
 
 
 def session(folder, *options):
-    """What pytest says of the tests above, and its exit status."""
+    """What pytest prints about the tests above, and its exit status."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(TESTS)
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environ |= {"PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "200"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        *options,
-        "test_it.py",
-    ]
+    words = "-m pytest -v -p no:cacheprovider".split()
+    command = [sys.executable, *words, *options, "test_it.py"]
     done = subprocess.run(
         command, cwd=folder, env=environ, capture_output=True, text=True, timeout=120
     )
@@ -88,29 +80,30 @@ def session(folder, *options):
 
 def test_a_broken_device_ends_the_session_and_is_named(tmp_path):
     said, status = session(tmp_path)
-    assert status == 1 and FAILED in said
+    assert status == 1
+    assert FAILED in said
     assert "by its own numbers" in said, "what the test itself found stays in its report"
     assert f"{KERNEL} leaves a process that cannot use CUDA any more: {CAUSE}" in said
-    assert "test_after" not in said and "test_before: largest error 1.0e-03" in said
+    assert "test_after" not in said
+    assert "test_before: largest error 1.0e-03" in said
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="needs pytest-xdist")
 def test_a_broken_device_ends_one_worker_and_the_others_tests_run(tmp_path):
     said, status = session(tmp_path, "-n", "1", "--dist", "load", "--maxschedchunk", "1")
-    assert status == 1 and FAILED in said
-    assert f"crashed while running '{KERNEL}'" in said and "PASSED test_it.py::test_after" in said
-    # broken by what runs after the test itself: no report holds the cause, but the worker has said it
-    assert (
-        "PASSED test_it.py::test_late" in said
-        and "crashed while running 'test_it.py::test_late'" in said
-    )
+    assert status == 1
+    assert FAILED in said
+    assert f"crashed while running '{KERNEL}'" in said
+    assert "PASSED test_it.py::test_after" in said
+    # a fixture breaks the device after this test has passed: no report holds the cause, but the worker prints it
+    assert "PASSED test_it.py::test_late" in said
+    assert "crashed while running 'test_it.py::test_late'" in said
     assert f"test_late leaves a process that cannot use CUDA any more: {CAUSE}" in said
-    assert (
-        said.count("replacing crashed worker") == 2 and "test_before: largest error 1.0e-03" in said
-    )
+    assert said.count("replacing crashed worker") == 2
+    assert "test_before: largest error 1.0e-03" in said
 
 
-def test_long_ones_begin_first_each_beside_a_short_one():
+def test_long_ones_start_first_each_with_a_short_one():
     def item(name, *seconds):
         mark = SimpleNamespace(args=seconds) if seconds else None
         return SimpleNamespace(name=name, get_closest_marker=lambda kind: mark)

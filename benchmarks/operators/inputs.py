@@ -1,0 +1,125 @@
+"""Input tensors of the operators.
+
+Every function takes a shape, the working dtype and ``randn(*size, dtype=...)`` (``timing.make_randn``).
+It returns a tuple: the arguments of all functions of an entry in ``registry.py``.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.operators.shapes import Shape, num_parameters, parameter_shapes
+
+# optimizer steps before the one that is timed
+STEP = 10
+
+
+def rows(
+    shape: Shape, dtype: torch.dtype, randn: Callable, arrays: int, vectors: int
+) -> tuple[Tensor, ...]:
+    """``arrays`` tensors [B, T, D], then ``vectors`` tensors [B, D].
+
+    The vectors are slices of one projection [B, 6 D], as in a block, so their rows are not contiguous.
+    """
+    T, D, _ = shape.sizes
+    projection = randn(shape.batch, 6 * D, dtype=dtype)
+    tokens = [randn(shape.batch, T, D, dtype=dtype) for _ in range(arrays)]
+    return *tokens, *projection.chunk(6, 1)[:vectors]
+
+
+def noise(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    """Latents and noise [B, 4, side, side], times of student and teacher [B], all in fp32."""
+    side = shape.resolution // 8
+    t = randn(shape.batch).sigmoid()
+    x0 = randn(shape.batch, 4, side, side)
+    noise = randn(shape.batch, 4, side, side)
+    return x0, noise, t, 0.8 * t
+
+
+def hidden(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
+    """Hidden activations of an MLP [B, T, 4 D]."""
+    T, D, _ = shape.sizes
+    return (randn(shape.batch, T, 4 * D, dtype=dtype),)
+
+
+def layer(
+    shape: Shape, dtype: torch.dtype, randn: Callable, outputs: int, inputs: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Weight [outputs D, inputs D], scaled to keep the variance, and bias [outputs D] of a linear layer."""
+    D = shape.sizes[1]
+    weight = randn(outputs * D, inputs * D, dtype=dtype) / (inputs * D) ** 0.5
+    return weight, randn(outputs * D, dtype=dtype)
+
+
+def linear(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    """Tokens [B, T, D] and the first layer of an MLP."""
+    return *rows(shape, dtype, randn, 1, 0), *layer(shape, dtype, randn, 4)
+
+
+def half_block(shape: Shape, dtype: torch.dtype, randn: Callable, mlp: bool) -> tuple[Tensor, ...]:
+    """Residual stream and branch output [B, T, D], gate, shift and scale [B, D], then weights and biases.
+
+    The layers are both of an MLP, or the projection to queries, keys and values.
+    """
+    sizes = [(4, 1), (1, 4)] if mlp else [(3, 1)]
+    tokens_and_vectors = rows(shape, dtype, randn, 2, 3)
+    layers = [t for outputs, inputs in sizes for t in layer(shape, dtype, randn, outputs, inputs)]
+    return *tokens_and_vectors, *layers
+
+
+def qkv(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
+    """Queries, keys and values as the projection writes them: [B, T, 3, heads, head dimension]."""
+    T, D, heads = shape.sizes
+    return (randn(shape.batch, T, 3, heads, D // heads, dtype=dtype),)
+
+
+def parameter_lists(
+    shape: Shape, dtype: torch.dtype, randn: Callable
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """A model's EMA (fp32), parameters (working dtype), copies of the EMA (half precision) and scratch (fp32).
+
+    Only the plain PyTorch form needs the scratch.
+    """
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    sizes = parameter_shapes(shape.model)
+    ema = [randn(s) for s in sizes]
+    params = [randn(s, dtype=dtype) for s in sizes]
+    copies = [torch.zeros_like(e, dtype=half) for e in ema]
+    scratch = [torch.empty_like(e) for e in ema]
+    return ema, params, copies, scratch
+
+
+def flat_buffers(
+    shape: Shape, dtype: torch.dtype, randn: Callable
+) -> tuple[list[Tensor], Tensor, list[list[Tensor]], list[Tensor]]:
+    """What an optimizer step reads and writes.
+
+    Returns:
+        flat: seven buffers of one element per parameter: parameter, gradient, both moments (fp32), rounded
+            weights (half), EMA (fp32) and its copy (half).
+        clip_scale: the factor that clips the gradient, a number.
+        split: the same memory as lists of parameters, for torch.optim's kernels.
+        steps: the step counter of every parameter, for torch.optim's kernels.
+    """
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    N = num_parameters(shape)
+    param = randn(N)
+    grad = randn(N)
+    exp_avg = randn(N)
+    # a second moment is not negative
+    exp_avg_sq = randn(N).square_()
+    ema = randn(N)
+    weights = torch.zeros_like(param, dtype=half)
+    ema_copy = torch.zeros_like(param, dtype=half)
+    flat = [param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy]
+
+    sizes = parameter_shapes(shape.model)
+    split = []
+    for buffer in flat:
+        pieces = buffer.split([s.numel() for s in sizes])
+        split.append([piece.view(s) for piece, s in zip(pieces, sizes, strict=True)])
+    clip_scale = torch.full((), 0.5, device=param.device)
+    # torch._fused_adamw_ does not advance the counters itself
+    steps = [torch.full((), float(STEP), device=param.device) for _ in sizes]
+    return flat, clip_scale, split, steps

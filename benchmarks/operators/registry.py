@@ -1,0 +1,371 @@
+"""Every operator that is measured. Adding one takes one entry here, and nothing in any other file.
+
+An entry has (``entry.Operator`` describes every field):
+    1. a plain PyTorch form of the operator, written above the entry: the rival, eager and compiled;
+    2. ``make``, its inputs, from ``inputs.py`` or a function here;
+    3. ``ours``, the public call, and ``reference``, the operator's ``_ref``;
+    4. ``bytes`` (or ``flops`` if arithmetic is the limit), the least that it needs;
+    5. ``grads``, or ``written`` if it works in place: without them only a forward pass is measured.
+
+Bytes count every input read once and every output written once, without partial sums, as the
+docstrings in kernels/ do. So a percentage of the copy bandwidth refers to what the operator needs,
+whichever implementation ran.
+
+The order is that of a run and of the table in README.md: most valuable first.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.operators import inputs
+from benchmarks.operators.entry import EPS, Operator, attention_flops, product_flops, row_bytes
+from benchmarks.operators.shapes import Shape, num_parameters, shapes_in_order
+from sra_fast import ops
+from sra_fast.ops.adaln import adaln_ref
+from sra_fast.ops.adamw_ema import adamw_ema_ref_
+from sra_fast.ops.align_distance import align_distance_ref
+from sra_fast.ops.attention import attention_ref
+from sra_fast.ops.ema_update import ema_update_ref_
+from sra_fast.ops.gated_residual import gated_residual_ref
+from sra_fast.ops.gated_residual_adaln import gated_residual_adaln_ref
+from sra_fast.ops.linear_gelu import linear_gelu_ref
+from sra_fast.ops.noise_pair import noise_pair_ref
+from sra_fast.ops.quantize_rows import quantize_rows, quantize_rows_ref
+
+# larger than in training: a term that is missing then shows in fp32; the time does not depend on them
+DECAY = 0.99
+ADAMW = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+
+OPERATORS: dict[str, Operator] = {}
+
+
+# the gated residual and the adaptive norm after it, in one pass
+
+
+def plain_adaln(x: Tensor, shift: Tensor, scale: Tensor, norm: Callable | None = None) -> Tensor:
+    xhat = F.layer_norm(x, x.shape[-1:], eps=EPS) if norm is None else norm(x)
+    return xhat * (1 + scale[:, None]) + shift[:, None]
+
+
+def plain_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + gate[:, None] * y
+
+
+def plain_gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: Callable | None = None
+) -> tuple[Tensor, Tensor]:
+    x = plain_gated_residual(x, y, gate)
+    return x, plain_adaln(x, shift, scale, norm)
+
+
+OPERATORS["gated_residual_adaln"] = Operator(
+    make=functools.partial(inputs.rows, arrays=2, vectors=3),
+    ours=lambda *inputs: ops.gated_residual_adaln(*inputs, EPS),
+    reference=lambda *inputs: gated_residual_adaln_ref(*inputs, EPS),
+    eager=plain_gated_residual_adaln,
+    # forward: x, y, the new stream, the normed rows; gate, shift, scale; mean and rstd
+    bytes=row_bytes(forward=(4, 3), backward=(6, 5), per_token=8),
+    grads=(0, 1, 2, 3, 4),
+    with_norm=True,
+)
+
+
+# the optimizer's pass over flat buffers: clip, AdamW, rounded weights, EMA, the teacher's copy
+
+
+@torch.no_grad()
+def plain_adamw_ema(
+    flat: list[Tensor], clip_scale: Tensor, split: list[list[Tensor]], steps: list[Tensor]
+) -> None:
+    """torch.optim's fused AdamW and foreach kernels, on lists of parameters."""
+    params, grads, exp_avgs, exp_avg_sqs, weights, ema, copies = split
+    beta1, beta2 = ADAMW["betas"]
+    numbers = {name: ADAMW[name] for name in ("lr", "weight_decay", "eps")}
+    # not in place: the gradients must be the same in the next repetition
+    clipped = torch._foreach_mul(grads, clip_scale)
+    torch._fused_adamw_(
+        params,
+        clipped,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        **numbers,
+        beta1=beta1,
+        beta2=beta2,
+        amsgrad=False,
+        maximize=False,
+    )
+    torch._foreach_copy_(weights, params)
+    torch._foreach_lerp_(ema, params, 1 - DECAY)
+    torch._foreach_copy_(copies, ema)
+
+
+@torch.no_grad()
+def plain_adamw_ema_flat(
+    flat: list[Tensor], clip_scale: Tensor, split: list[list[Tensor]], steps: list[Tensor]
+) -> None:
+    """The same on flat buffers, which a compiler can fuse into one pass."""
+    param, grad, exp_avg, exp_avg_sq, weights, ema, copy = flat
+    beta1, beta2 = ADAMW["betas"]
+    lr = ADAMW["lr"]
+    grad = grad * clip_scale
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt() / (1 - beta2**inputs.STEP) ** 0.5 + ADAMW["eps"]
+    step_size = lr / (1 - beta1**inputs.STEP)
+    param.mul_(1 - lr * ADAMW["weight_decay"]).addcdiv_(exp_avg, denominator, value=-step_size)
+    weights.copy_(param)
+    ema.lerp_(param, 1 - DECAY)
+    copy.copy_(ema)
+
+
+def _adamw_ema(function: Callable, flat: list[Tensor], clip_scale: Tensor) -> None:
+    """Call the operator, or its definition, on the inputs."""
+    param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy = flat
+    function(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        inputs.STEP,
+        **ADAMW,
+        weights=weights,
+        ema=ema,
+        ema_copy=ema_copy,
+        clip_scale=clip_scale,
+        decay=DECAY,
+    )
+
+
+OPERATORS["adamw_ema_"] = Operator(
+    make=inputs.flat_buffers,
+    ours=lambda flat, clip_scale, *_: _adamw_ema(ops.adamw_ema_, flat, clip_scale),
+    reference=lambda flat, clip_scale, *_: _adamw_ema(adamw_ema_ref_, flat, clip_scale),
+    eager=plain_adamw_ema,
+    to_compile=plain_adamw_ema_flat,
+    # four fp32 buffers read and written, the gradient read, two half-precision buffers written
+    bytes=lambda shape, element_size: (40 * num_parameters(shape), 0),
+    elements=num_parameters,
+    written=(0,),
+)
+
+
+# half a block: the pass above and the products after it
+
+
+def plain_adaln_mlp(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+) -> tuple[Tensor, Tensor]:
+    x, h = plain_gated_residual_adaln(x, y, gate, shift, scale)
+    return x, F.linear(F.gelu(F.linear(h, w1, b1), approximate="tanh"), w2, b2)
+
+
+def plain_adaln_linear(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """The new stream, queries, keys and values."""
+    x, h = plain_gated_residual_adaln(x, y, gate, shift, scale)
+    return x, *F.linear(h, weight, bias).chunk(3, dim=2)
+
+
+def _adaln_mlp(
+    backend: str | None, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *layers
+) -> tuple[Tensor, Tensor]:
+    return ops.adaln_mlp(x, shift, scale, *layers, eps=EPS, residual=(y, gate), backend=backend)
+
+
+def _adaln_linear(
+    backend: str | None, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *layer
+) -> tuple[Tensor, ...]:
+    x, heads = ops.adaln_linear(
+        x, shift, scale, *layer, parts=3, eps=EPS, residual=(y, gate), backend=backend
+    )
+    return x, *heads
+
+
+OPERATORS["adaln_mlp"] = Operator(
+    make=functools.partial(inputs.half_block, mlp=True),
+    ours=functools.partial(_adaln_mlp, None),
+    reference=functools.partial(_adaln_mlp, "torch"),
+    eager=plain_adaln_mlp,
+    flops=product_flops(forward=8, backward=16),
+    grads=tuple(range(9)),
+)
+
+OPERATORS["adaln_linear"] = Operator(
+    make=functools.partial(inputs.half_block, mlp=False),
+    ours=functools.partial(_adaln_linear, None),
+    reference=functools.partial(_adaln_linear, "torch"),
+    eager=plain_adaln_linear,
+    flops=product_flops(forward=3, backward=6),
+    grads=tuple(range(7)),
+)
+
+
+# the EMA over a list of parameters
+
+
+@torch.no_grad()
+def plain_ema_update(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], scratch: list[Tensor]
+) -> None:
+    # _foreach_lerp_ takes one dtype, so the parameters are widened first
+    torch._foreach_copy_(scratch, params)
+    torch._foreach_lerp_(ema, scratch, 1 - DECAY)
+    torch._foreach_copy_(copies, ema)
+
+
+OPERATORS["ema_update_"] = Operator(
+    make=inputs.parameter_lists,
+    ours=lambda ema, params, copies, _: ops.ema_update_(ema, params, DECAY, copies),
+    reference=lambda ema, params, copies, _: ema_update_ref_(ema, params, DECAY, copies),
+    eager=plain_ema_update,
+    # the EMA read and written in fp32, its copy written in half precision, the parameter read
+    bytes=lambda shape, element_size: ((8 + 2 + element_size) * num_parameters(shape), 0),
+    elements=num_parameters,
+    written=(0, 2),
+    compiles=False,
+)
+
+
+# parts of the half-block
+
+OPERATORS["adaln"] = Operator(
+    make=functools.partial(inputs.rows, arrays=1, vectors=2),
+    ours=lambda *inputs: ops.adaln(*inputs, EPS),
+    reference=lambda *inputs: adaln_ref(*inputs, EPS),
+    eager=plain_adaln,
+    bytes=row_bytes(forward=(2, 2), backward=(3, 3), per_token=8),
+    grads=(0, 1, 2),
+    with_norm=True,
+)
+
+
+def plain_align_distance(pred: Tensor, target: Tensor) -> Tensor:
+    # autocast computes losses in fp32, so a training loop does as well
+    distance = F.smooth_l1_loss(pred.float(), target.float(), beta=0.05, reduction="none")
+    return distance.mean((1, 2))
+
+
+OPERATORS["align_distance"] = Operator(
+    make=functools.partial(inputs.rows, arrays=2, vectors=0),
+    ours=lambda pred, target: ops.align_distance(pred, target, "smooth_l1"),
+    reference=lambda pred, target: align_distance_ref(pred, target, "smooth_l1"),
+    eager=plain_align_distance,
+    # forward writes the gradient too
+    bytes=row_bytes(forward=(3, 0), backward=(2, 0), per_token=4),
+    grads=(0,),
+)
+
+OPERATORS["gated_residual"] = Operator(
+    make=functools.partial(inputs.rows, arrays=2, vectors=1),
+    # looked up at every call, so that a test can replace it
+    ours=lambda *inputs: ops.gated_residual(*inputs),
+    reference=gated_residual_ref,
+    eager=plain_gated_residual,
+    bytes=row_bytes(forward=(3, 1), backward=(3, 2)),
+    grads=(0, 1, 2),
+)
+
+
+# operators of the teacher, which has no backward pass
+
+
+def plain_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    v = F.gelu(x, approximate="tanh")
+    scale = v.abs().amax(-1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
+    return (v / scale).to(torch.float8_e4m3fn), scale
+
+
+def _quantize_bytes(shape: Shape, element_size: int) -> tuple[int, int]:
+    """Hidden activations read, e4m3 values and one fp32 scale per token written."""
+    T = shape.sizes[0]
+    return (element_size + 1) * 4 * shape.elements + 4 * shape.batch * T, 0
+
+
+OPERATORS["quantize_rows"] = Operator(
+    make=inputs.hidden,
+    ours=lambda x: quantize_rows(x, gelu=True),
+    reference=lambda x: quantize_rows_ref(x, gelu=True),
+    eager=plain_quantize_rows,
+    bytes=_quantize_bytes,
+    elements=lambda shape: 4 * shape.elements,
+)
+
+OPERATORS["linear_gelu"] = Operator(
+    make=inputs.linear,
+    ours=lambda *inputs: ops.linear_gelu(*inputs),
+    reference=linear_gelu_ref,
+    eager=linear_gelu_ref,
+    flops=product_flops(forward=4, backward=0),
+    elements=lambda shape: 4 * shape.elements,
+)
+
+
+# the noisy inputs of student and teacher, and the velocity
+
+
+def plain_noise_pair(
+    x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    t = t.view(-1, 1, 1, 1)
+    t_teacher = t_teacher.view(-1, 1, 1, 1)
+    return (1 - t) * x0 + t * noise, (1 - t_teacher) * x0 + t_teacher * noise, noise - x0
+
+
+OPERATORS["noise_pair"] = Operator(
+    make=inputs.noise,
+    ours=lambda *inputs: ops.noise_pair(*inputs),
+    reference=noise_pair_ref,
+    eager=plain_noise_pair,
+    # two fp32 inputs, three fp32 outputs, two times per image
+    bytes=lambda shape, element_size: (20 * shape.latent_elements + 8 * shape.batch, 0),
+    elements=lambda shape: shape.latent_elements,
+    dtype=torch.float32,
+)
+
+
+# attention
+
+
+def plain_attention(qkv: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+
+
+OPERATORS["attention"] = Operator(
+    make=inputs.qkv,
+    ours=lambda qkv: ops.attention(*qkv.unbind(2)),
+    reference=lambda qkv: attention_ref(*qkv.unbind(2)),
+    eager=plain_attention,
+    flops=attention_flops,
+    grads=(0,),
+)
+
+
+def cases(
+    names: list[str] | None = None,
+    models: list[str] | None = None,
+    resolutions: list[int] | None = None,
+    batches: list[int] | None = None,
+) -> list[tuple[str, Shape]]:
+    """Operators and shapes to measure, most valuable first. None stands for all."""
+    chosen = [name for name in OPERATORS if names is None or name in names]
+    found = []
+    for shape in shapes_in_order(models, resolutions, batches):
+        for name in chosen:
+            found.append((name, Shape(shape.model) if OPERATORS[name].per_model else shape))
+    # an operator on a model's parameters comes once per model
+    return list(dict.fromkeys(found))

@@ -1,0 +1,120 @@
+"""Draw the pictures of README.md from the newest rows of a GPU: python -m benchmarks.report.plot"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from benchmarks.record import ROOT, load_results
+from benchmarks.report.table import newest_groups
+from benchmarks.report.verdict import MODEL, PIXELS, REPORTED_ELSEWHERE
+from benchmarks.step.variants import LADDER, is_depth, teacher_share
+
+# files only, no window
+plt.switch_backend("Agg")
+
+IMAGES = ROOT / "docs" / "images"
+
+
+def draw_operators(rows: list[dict], path: Path) -> None:
+    """A group of bars per operator: every variant's percentage of the copy bandwidth.
+
+    The shape is the most valuable one that was measured.
+    """
+    rows = [
+        row for row in rows if row["kind"] == "op" and "percent_of_ceiling" in row and "gbps" in row
+    ]
+    bars: dict[str, dict[str, float]] = {}
+    for row in rows:
+        # rows come most valuable first, so the first one counts
+        bars.setdefault(row["name"], {}).setdefault(row["variant"], row["percent_of_ceiling"])
+    variants = list(dict.fromkeys(v for values in bars.values() for v in values))
+    num_variants = max(len(variants), 1)
+
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.18 * max(len(bars), 4) * num_variants))
+    height = 0.8 / num_variants
+    for i, variant in enumerate(variants):
+        groups = [(k, values) for k, values in enumerate(bars.values()) if variant in values]
+        positions = [k + i * height for k, _ in groups]
+        widths = [values[variant] for _, values in groups]
+        axes.barh(positions, widths, height, label=variant)
+    axes.set_yticks([k + 0.4 - height / 2 for k in range(len(bars))], list(bars))
+    axes.invert_yaxis()
+    # the copy bandwidth itself
+    axes.axvline(100, color="gray", linewidth=0.8)
+    device = f", {rows[0]['device']}" if rows else ""
+    axes.set_xlabel("percent of the copy bandwidth" + device)
+    if variants:
+        axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_steps(rows: list[dict], path: Path) -> None:
+    """Milliseconds of a step, and what the teacher's depth costs.
+
+    Left: every variant of the case with the most rungs of the ladder, with the rates that others report.
+    Right, where the teacher's depth was varied: the time over plain against the teacher's share n/L.
+    """
+    cases: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] == "train_step" and row["name"] == "step":
+            case = (row["model"], row["resolution"], row["batch"])
+            cases.setdefault(case, {})[row["variant"]] = row["ms"]
+    title = lambda case: f"{case[0]} {case[1]} px, {case[2]} images"
+
+    curves = {}
+    for case, times in cases.items():
+        depths = [name for name in times if is_depth(name)]
+        # (n/L, ms), from the shallowest teacher to the deepest
+        points = sorted((teacher_share(name, case[0]), times[name]) for name in depths)
+        if "plain" in times and len(points) > 1:
+            curves[title(case)] = [(share, ms / times["plain"]) for share, ms in points]
+
+    columns = 2 if curves else 1
+    width = 11 if curves else 7
+    figure, axes = plt.subplots(1, columns, figsize=(width, 4), squeeze=False)
+    if cases:
+        case = _highest_case(cases)
+        _draw_bars(axes[0, 0], cases[case], case)
+        axes[0, 0].set_title(title(case))
+    for label, points in curves.items():
+        axes[0, 1].plot(*zip(*points, strict=True), marker="o", label=label)
+        axes[0, 1].legend()
+        axes[0, 1].set_xlabel("teacher's blocks over all blocks, n/L")
+        axes[0, 1].set_ylabel("time over plain")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _highest_case(cases: dict[tuple, dict[str, float]]) -> tuple:
+    """The case with the most rungs of the ladder, then with the most variants."""
+    return max(cases, key=lambda case: (len(set(LADDER) & set(cases[case])), len(cases[case])))
+
+
+def _draw_bars(axes, times: dict[str, float], case: tuple) -> None:
+    """The rungs of the ladder in its order, then the other variants, the slowest first."""
+    rungs = [name for name in LADDER if name in times]
+    others = sorted((name for name in times if name not in LADDER), key=lambda name: -times[name])
+    names = rungs + others
+    bars = axes.barh(names, [times[name] for name in names])
+    axes.bar_label(bars, fmt="%.0f", padding=2, fontsize="x-small")
+    model, pixels, batch = case
+    if (model, pixels) == (MODEL, PIXELS):
+        for (name, rate), style in zip(REPORTED_ELSEWHERE.items(), ("--", "-.", ":"), strict=True):
+            # images/s as the time of this batch
+            ms = 1e3 * batch / rate
+            axes.axvline(ms, color="gray", linestyle=style, label=f"{name}: as reported")
+        axes.legend(fontsize="x-small", loc="lower right")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per step")
+
+
+def main() -> None:
+    on_gpu = [row for row in load_results() if row["device"] != "cpu"]
+    for _, rows in newest_groups(on_gpu):
+        draw_operators(rows, IMAGES / "operators.png")
+        draw_steps(rows, IMAGES / "steps.png")
+
+
+if __name__ == "__main__":
+    main()

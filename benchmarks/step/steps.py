@@ -1,0 +1,110 @@
+"""What runs a variant of a training step: the engine, a plain PyTorch program, or the published code.
+
+Each has ``step(i)``, ``loss_sum`` and ``phases``: (owner, attribute, phase) of the functions to time.
+"""
+
+import itertools
+
+import torch
+
+from benchmarks.step.published_step import PublishedStep
+from benchmarks.step.torch_program import Program
+from benchmarks.step.variants import PUBLISHED, Variant
+from sra_fast.config.schema import Config
+from sra_fast.data.order import ShuffledBatches
+from sra_fast.training.logger import TrainLogger
+from sra_fast.training.loop import optimizer_step
+from sra_fast.training.plan import make_plan
+from sra_fast.training.trainer import build
+
+
+class OneBatch:
+    """A data set of random VAE moments that gives the same batch forever.
+
+    Args:
+        cfg: batch size and shape of the latents are read.
+        device: of the batch.
+        world: processes that share the configured batch.
+    """
+
+    posterior = True
+
+    def __init__(self, cfg: Config, device: torch.device, world: int = 1):
+        size = cfg.train.global_batch // world
+        channels = cfg.model.in_channels
+        side = cfg.model.input_size
+        self.shape = (channels, side, side)
+        generator = torch.Generator(device).manual_seed(0)
+        # mean and standard deviation of every channel
+        moments = torch.rand(size, 2 * channels, side, side, device=device, generator=generator)
+        labels = torch.arange(size, device=device) % cfg.model.num_classes
+        self.batch = (moments, labels)
+
+    def to_latent(self, moments, noise):
+        """A sample of the posterior, scaled as Stable Diffusion's latents are."""
+        mean, std = moments.chunk(2, dim=1)
+        return (mean + std * noise) * 0.18215
+
+
+class EngineStep:
+    """The engine's step on one batch, from the draws to the refresh of the teacher."""
+
+    def __init__(self, cfg: Config, data: OneBatch, device: torch.device):
+        self.trainer = build(make_plan(cfg), device)
+        self.data = data
+        self.batches = itertools.repeat(data.batch)
+        trainer = self.trainer
+        # tells the step which images these would be; the number of images is endless
+        plan = trainer.plan
+        self.stream = ShuffledBatches(
+            num_images=10**9,
+            seed=0,
+            micro=plan.micro,
+            accumulation=1,
+            rank=trainer.rank,
+            world=plan.world,
+            step=0,
+            steps=10**6,
+        )
+        self.logger = TrainLogger(None, cfg, device, plan.world)
+        trainer.engine.train()
+
+    def step(self, i: int) -> None:
+        optimizer_step(self.trainer, self.batches, self.stream, self.data, i, self.logger)
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks on the parameters, which would keep the engine in memory."""
+        self.trainer.engine.destroy()
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        return self.logger.sums["loss"][0]
+
+    @property
+    def phases(self) -> list[tuple[object, str, str]]:
+        engine = self.trainer.engine
+        optimizer = (engine, "step", "optimizer")
+        # parts of a CUDA graph cannot be timed
+        if self.trainer.graphed is not None:
+            return [(self.trainer, "micro_step", "graph"), optimizer]
+        found = [(engine, "forward", "forward")]
+        if engine.module.teacher is not None:
+            found.append((engine.module.target, "run", "teacher"))
+        return [*found, (engine, "backward", "backward"), optimizer]
+
+
+def make_step(variant: Variant, cfg: Config, device: torch.device, published: str | None = None):
+    """What runs the variant.
+
+    Args:
+        variant: its name and switches.
+        cfg: ``variant.configuration(...)``.
+        device: to run on.
+        published: a checkout of the published code, for the variant that runs it.
+    """
+    data = OneBatch(cfg, device)
+    if variant.switches is not None:
+        return Program(cfg, variant.switches, data, device)
+    if variant.base == PUBLISHED:
+        return PublishedStep(cfg, published, data, device)
+    return EngineStep(cfg, data, device)

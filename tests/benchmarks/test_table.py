@@ -1,0 +1,165 @@
+"""Tables and pictures follow the rows. Without rows of a GPU they say so."""
+
+import pytest
+
+from benchmarks.record import ROOT, load_results
+from benchmarks.report import table
+
+WHERE = {"device": "NVIDIA X", "versions": {"torch": "2"}, "commit": "abc"}
+
+
+def on_cpu(rows: list[dict]) -> list[dict]:
+    return [{**row, "device": "cpu"} for row in rows]
+
+
+# operators
+
+
+def operator_row(name: str, variant: str = "ours", batch: int = 32, **more) -> dict:
+    case = {"model": "SiT-XL/2", "resolution": 256, "batch": batch, "dtype": "bfloat16"}
+    return {"kind": "op", **WHERE, **case, "name": name, "variant": variant, **more}
+
+
+OPERATOR_ROWS = [
+    {"kind": "op", **WHERE, "name": "copy", "variant": "torch", "ms": 1.0, "gbps": 3000.4},
+    operator_row("adaln.forward", batch=256, ms=1.0, percent_of_ceiling=11.0),
+    operator_row("adaln.forward", ms=2.0, percent_of_ceiling=91.4),
+    operator_row("adaln.forward", "compile", ms=3.0, percent_of_ceiling=60.0),
+    operator_row("adaln.backward", ms=2.0, percent_of_ceiling=80.0),
+    # rows without a time were wrong
+    operator_row("adaln.backward", "compile"),
+    operator_row("gated_residual.forward"),
+    # the only dtype of its operator is in the table; other dtypes are not
+    operator_row("noise_pair", dtype="float32", ms=1.0, percent_of_ceiling=24.0),
+    operator_row("attention.forward", dtype="float32", ms=1.0, percent_of_ceiling=99.0),
+]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVIDIA X, torch 2, commit abc, copy 3000 GB/s:",
+        "| `adaln.forward` | 4 | SiT-XL/2, 256 px, 32 | 91 % | 1.50x |  |",
+        "| `adaln.backward` | 6 | SiT-XL/2, 256 px, 32 | 80 % | rival is wrong |  |",
+        "| `gated_residual.forward` | 6 | SiT-XL/2, 256 px, 32 | wrong |  |  |",
+        "| `adamw_ema_` | 40 |  | not measured yet |  |  |",
+        "| `noise_pair` | 20 | SiT-XL/2, 256 px, 32 | 24 % |  |  |",
+        "| `attention.forward` |  |  | not measured yet |  |  |",
+    ],
+)
+def test_table_of_operators_follows_the_rows(line):
+    assert line in table.render_operators(OPERATOR_ROWS)
+
+
+def test_the_title_takes_the_copy_bandwidth_from_the_row_that_has_one():
+    """A step's family of kernels is called "copy" as well."""
+    kernels = {"kind": "kernel_share", **WHERE, "name": "copy", "variant": "sra", "ms": 0.5}
+    ((title, group),) = table.newest_groups([kernels, *OPERATOR_ROWS, kernels])
+    assert title == "NVIDIA X, torch 2, commit abc, copy 3000 GB/s:"
+    assert len(group) == len(OPERATOR_ROWS) + 2
+
+
+def test_rows_of_a_cpu_are_in_no_table():
+    assert table.render_operators(on_cpu(OPERATOR_ROWS)) == table.render_operators([])
+    assert table.render_steps(on_cpu(STEP_ROWS)) == table.render_steps([])
+    assert table.render_headline(on_cpu(STEP_ROWS)) == []
+
+
+def test_readme_is_up_to_date():
+    text = (ROOT / "README.md").read_text()
+    assert table.fill(text, load_results()) == text, "run python -m benchmarks.report.table"
+    with pytest.raises(ValueError, match="ops table begin"):
+        table.fill(text.replace("<!-- ops table begin -->", ""), [])
+
+
+# steps
+
+
+def step_row(variant: str, ms: float, batch: int = 32, model: str = "SiT-XL/2", **more) -> dict:
+    case = {"model": model, "resolution": 256, "batch": batch, "images_per_s": 320.0}
+    row = {"kind": "train_step", "name": "step", **WHERE, **case, "variant": variant, "ms": ms}
+    return {**row, **more}
+
+
+STEP_ROWS = [
+    step_row("plain", 100.0, mfu=0.4, mfu_with_teacher=0.4, peak_bytes=10 * 2**30),
+    step_row("sra", 125.0, mfu=0.3, mfu_with_teacher=0.375, peak_bytes=12 * 2**30),
+    step_row("plain+train.recompute=norm", 800.0, batch=256),
+    step_row("sra+train.recompute=norm", 1000.0, batch=256),
+    step_row("sra+train.recompute=norm", 126.0),
+    step_row("strong", 150.0),
+    step_row("strong+compile=whole", 140.0),
+    step_row("sra+align.teacher_layer=14", 110.0),
+    step_row("sra", 1.0, model="SiT-B/2"),
+    step_row("truncated", 160.0),
+    step_row("sra+align.every=2", 105.0),
+]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVIDIA X, torch 2, commit abc:",
+        "| `plain`: this engine without alignment | 32 | 320 | 40.0 % | 40.0 % | 10.0 GiB |  |",
+        "| `sra`: this engine | 32 | 320 | 30.0 % | 37.5 % | 12.0 GiB | +25.0 % |",
+        # this engine may choose what it recomputes, a rival all of its settings
+        "| `sra+train.recompute=norm`: this engine | 256 | 320 |  |  |  | +25.0 % |",
+        "| `strong+compile=whole`: plain PyTorch at its best | 32 | 320 |  |  |  | +40.0 % |",
+        "| `reference`: published code |  | not measured yet |  |  |  |  |",
+        # settings against the default at the same batch
+        "| `align.teacher_layer=14` | 32 | 320 |  | -12.0 % |",
+        "| `train.recompute=norm` | 32 | 320 |  | +0.8 % |",
+    ],
+)
+def test_tables_of_steps_follow_the_rows(line):
+    assert line in table.render_steps(STEP_ROWS)
+
+
+def test_what_is_in_no_table_of_steps():
+    lines = table.render_steps(STEP_ROWS)
+    assert sum("this engine |" in line for line in lines) == 2, "other models and settings"
+    # there is no default at 256 images to compare with
+    assert not any(line.startswith("| `train.recompute=norm` | 256") for line in lines)
+
+
+def test_the_newest_commit_of_a_gpu_counts():
+    """Whatever its name and the order of the rows."""
+    older = [{**row, "commit": "zzz", "date": "2026-01-01", "ms": 1.0} for row in STEP_ROWS]
+    newer = [{**row, "date": "2026-01-02"} for row in STEP_ROWS]
+    assert table.render_steps(newer + older) == table.render_steps(newer)
+
+
+def test_headline_sentence():
+    # the rival at its fastest settings; the published code was not measured here
+    assert table.render_headline(STEP_ROWS) == [
+        "A step of SiT-XL/2 at 256 px with 32 images on one NVIDIA X takes 125 ms with SRA, "
+        "100 ms without; plain PyTorch at its best 140 ms (1.1 times as long): "
+        "[measured](#measured)."
+    ]
+    without_plain = [row for row in STEP_ROWS if row["variant"] != "plain"]
+    assert table.render_headline(without_plain) == []
+
+
+def test_plot_of_ladder_and_depths(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from benchmarks.report.plot import draw_steps
+
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    draw_steps(STEP_ROWS, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    left, right = drawn[0].axes
+    # the ladder's rungs first, then the slowest first
+    widths = [patch.get_width() for patch in left.patches]
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert widths == [160.0, 150.0, 140.0, 126.0, 125.0, 110.0, 105.0, 100.0]
+    assert (names[0], names[1], names[4], names[-1]) == ("truncated", "strong", "sra", "plain")
+    # what others report, as the time of 32 images
+    reported = [line.get_xdata()[0] for line in left.lines]
+    assert reported == pytest.approx([32e3 / 285, 32e3 / 230, 32e3 / 173])
+    assert right.lines[0].get_xydata().tolist() == [[0.5, 1.1], [20 / 28, 1.25]]
+
+    # without depths there is nothing to draw on the right
+    one_depth = [row for row in STEP_ROWS if "teacher_layer" not in row["variant"]]
+    draw_steps(one_depth, tmp_path / "steps.png")
+    assert len(drawn[1].axes) == 1

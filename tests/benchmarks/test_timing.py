@@ -1,0 +1,88 @@
+"""Timing counts what it should, and the fields of a row say where it was measured."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import record, timing
+
+
+class FakeEvent:
+    """An event on a device that runs everything at once; ``now`` is its clock in milliseconds."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_device_times_count_only_what_is_timed(monkeypatch):
+    log = []
+
+    def set_up(x):
+        FakeEvent.now += 100.0
+        return [x]
+
+    def timed(state):
+        # fails if a state is used twice, as a graph that has been freed would
+        log.append(state.pop())
+        FakeEvent.now += 3.0
+        return object()
+
+    monkeypatch.setattr(FakeEvent, "now", 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    assert timing.milliseconds([0, 1, 2], set_up, timed, "cuda", 0.0) == 3.0
+    # nine warm-up calls, a round for the host's time, then at least three rounds over the sets in turn
+    rounds = log[9:]
+    assert len(rounds) >= 3 + 3 * 3
+    assert rounds == [0, 1, 2] * (len(rounds) // 3)
+
+
+def test_sets_are_larger_than_l2(monkeypatch):
+    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def sets(mib: int) -> int:
+        tensor = torch.empty(mib << 20, dtype=torch.uint8, device="meta")
+        return timing.num_sets((tensor,), "cuda")
+
+    assert sets(801) == 1
+    assert sets(800) == 3
+    assert sets(50) == 4
+    assert sets(1) == 48
+
+
+def test_commands_name_no_folder_of_a_machine():
+    command = (
+        f"python -m benchmarks.gpu_suite second --out {record.ROOT}/benchmarks/results "
+        "--published /home/me/SRA --budget 0.1"
+    )
+    expected = "python -m benchmarks.gpu_suite second --out benchmarks/results --published SRA --budget 0.1"
+    assert record.environment("cpu", command)["command"] == expected
+
+
+def test_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("SRA_FAST_COMMIT", raising=False)
+    assert record.commit() == "unknown"
+    monkeypatch.setenv("SRA_FAST_COMMIT", "0123abc")
+    assert record.commit() == "0123abc"
+
+
+@pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])
+def test_results_come_in_the_order_of_their_dates(first, second, tmp_path):
+    """Whatever their files are called."""
+    old = {"date": "2026-01-01", "commit": "old"}
+    new = {"date": "2026-02-01", "commit": "new"}
+    (tmp_path / f"{first}.json").write_text(json.dumps([new]))
+    (tmp_path / f"{second}.json").write_text(json.dumps([old]))
+    assert [row["commit"] for row in record.load_results(tmp_path)] == ["old", "new"]

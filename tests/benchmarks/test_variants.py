@@ -1,0 +1,74 @@
+"""Names of variants: what they stand for, and which are refused."""
+
+import pytest
+
+from benchmarks.step import train_step
+from benchmarks.step.variants import Variant, expand, is_depth, layers, teacher_share
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("fastest", "expected a variant of reference, plain"),
+        ("reference", "needs --published PATH"),
+        ("strong+speed=9", "variant strong has no switch speed"),
+        ("sra+compile=whole", "variant sra has no switch compile"),
+        ("sra+train.compile", "expected settings name=value"),
+    ],
+)
+def test_unknown_variants_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        train_step.parse(["--variants", words])
+    assert message in capsys.readouterr().err
+
+
+def test_layers_are_the_papers():
+    """Student layer, teacher layer, depth."""
+    assert layers("SiT-XL/2") == (8, 20, 28)
+    assert layers("DiT-B/4") == (3, 7, 12)
+
+
+def test_the_ladder_starts_with_the_published_code_where_there_is_a_checkout():
+    assert expand(["ladder"], "SiT-XL/2", True)[0] == "reference"
+    without = expand(["plain", "ladder", "plain"], "SiT-XL/2", False)
+    assert without[:2] == ["plain", "fp32_teacher"]
+    assert without[-2:] == ["fp8", "plain"]
+    assert "reference" not in without
+
+
+def test_depths_of_the_teacher():
+    names = expand(["depths"], "SiT-XL/2", False)
+    assert names[0] == "sra+align.teacher_layer=7"
+    assert [teacher_share(name, "SiT-XL/2") for name in names] == [0.25, 0.5, 0.75, 1.0]
+    assert all(map(is_depth, names))
+    assert not is_depth("sra+align.teacher_layer=7+align.every=2")
+    # the student's layer may not lie above the teacher's
+    cfg = Variant.parse(names[0]).configuration("SiT-XL/2", 512, 8, "cuda")
+    assert (cfg.align.student_layer, cfg.align.teacher_layer) == (7, 7)
+    assert cfg.model.input_size == 64
+
+
+def test_options_reach_the_engine():
+    cfg = Variant.parse("fp8+train.compile=false").configuration("SiT-XL/2", 256, 8, "cuda")
+    assert cfg.align.teacher_dtype == "fp8"
+    assert cfg.train.graph
+    assert not cfg.train.compile
+    assert cfg.train.precision == "bf16"
+    assert Variant.parse("plain").configuration("SiT-B/2", 256, 8, "cpu").align.target == "none"
+
+
+@pytest.mark.parametrize(
+    "name, backend, attention",
+    [
+        # rivals without our kernels; only the best one measures attention's backends, as the engine does
+        ("swap_ema", "torch", "sdpa"),
+        ("strong", "torch", "auto"),
+        ("fused_ops", None, "auto"),
+        ("sra", None, None),
+        ("reference", None, None),
+    ],
+)
+def test_which_kernels_may_run(name, backend, attention):
+    environment = Variant.parse(name).environment
+    assert environment.get("SRA_FAST_BACKEND") == backend
+    assert environment.get("SRA_FAST_ATTENTION") == attention
