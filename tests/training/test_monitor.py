@@ -13,7 +13,7 @@ from sra_fast.data.digits import Digits
 from sra_fast.evaluation.extractors import Extractor
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
 from sra_fast.training import monitor as monitors
-from sra_fast.training.checks import check
+from sra_fast.training.checks import check_config
 from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan, make_run_plan
 from sra_fast.training.trainer import build
@@ -127,4 +127,4 @@ def test_every_process_needs_an_image(monkeypatch, tmp_path):
 )
 def test_what_a_monitor_lacks_is_named(args, message):
     with pytest.raises(ValueError, match=message):
-        check(config(*ARGS, *args))
+        check_config(config(*ARGS, *args))
