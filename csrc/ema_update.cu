@@ -1,7 +1,7 @@
 // Multi-tensor exponential moving average:  ema <- ema + (1 - decay) (p - ema), and copy <- ema in half precision.
 //
-// The kernel argument itself carries the table of pointers, so a launch needs no device memory and no copy; tensors
-// beyond kMaxTensors go to further launches.  A block finds its tensor by bisection over the tensors' first chunks.
+// The kernel argument itself carries the table of pointers, so a launch needs no device memory and no copy. Tensors
+// beyond kMaxTensors go to further launches. A block finds its tensor by bisection over the tensors' first chunks.
 // Bytes moved per element: 8 for the fp32 EMA and the size of p, 2 more with a copy: 12 fp32, 10 bf16, 12 bf16+copy.
 // Definition: sra_fast/ops/ema_update.py::ema_update_ref_.
 
@@ -113,7 +113,7 @@ __host__ __device__ inline bool is_aligned(const void* x) {
   return reinterpret_cast<uintptr_t>(x) % sizeof(uint4) == 0;
 }
 
-// what one thread of one block does; no thread needs another, so the host can run them one by one
+// What one thread of one block does. No thread needs another, so the host can run them one by one in tests.
 template <typename P, typename C>
 __host__ __device__ inline void update_chunk(const Table& table, int chunk, int thread, float weight, float decay) {
   int index = 0;
@@ -161,7 +161,7 @@ struct RunCpu {
   }
 };
 
-// fills tables until the tensors are used up and hands each to launch(table, number of chunks)
+// Fills one table after the other with the tensors and hands each to launch(table, number of chunks).
 template <typename Launch>
 void for_each_table(const Operands& x, const Launch& launch) {
   Table table{};

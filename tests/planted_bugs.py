@@ -32,7 +32,8 @@ def run_tests(
     """Run the tests in a fresh copy of the tree, with the bug if one is given."""
     with tempfile.TemporaryDirectory() as folder:
         for name in TREE:
-            source, target = ROOT / name, Path(folder) / name
+            source = ROOT / name
+            target = Path(folder) / name
             if source.is_dir():
                 shutil.copytree(
                     source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so")

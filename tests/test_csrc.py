@@ -120,7 +120,8 @@ def test_more_tensors_than_one_table_holds(installed, device):
 
 
 def test_bad_arguments_are_refused(extension):
-    none, bf16 = extension.DType.none, extension.DType.bfloat16
+    none = extension.DType.none
+    bf16 = extension.DType.bfloat16
     for run in (extension.ema_update_cpu, extension.ema_update_emulated):
         with pytest.raises(ValueError, match="as many params"):
             run([0, 0], [0], [], [0, 0], bf16, none, 0.9)

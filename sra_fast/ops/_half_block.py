@@ -43,6 +43,7 @@ def norm_backward(
     recompute_h, dx_new, dh, x_new, y, y_bias, gate, shift, scale, group, mean, rstd
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
     """Gradients of x, y, y_bias, gate, shift and scale; and h (empty unless ``recompute_h``)."""
+    # the kernels recompute h if they get the shift
     shift = shift if recompute_h else None
     if y is None:
         dx, dshift, dscale, h = _adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
@@ -83,6 +84,7 @@ def upstream_gradients(
 
     An output that nobody used has gradient None; of the layer's parts it becomes zeros.
     """
+    # without a residual x' is no output of the Function
     has_x_new = len(grads) > parts
     dx_new = None
     if has_x_new and grads[0] is not None:
@@ -102,6 +104,7 @@ def unpack_residual(
     """
     if residual is None:
         return None, None, None
+    # a single tensor is a likely mistake: treat it as a tuple of one, which the check below refuses
     given = tuple(residual) if isinstance(residual, list | tuple) else (residual,)
     y, gate, bias = (*given, None, None, None)[:3]
     tensors = isinstance(y, Tensor) and isinstance(gate, Tensor)
@@ -192,6 +195,7 @@ def prepare(
     modulation = {"shift": shift, "scale": scale}
     if gate is not None:
         modulation = {"gate": gate, **modulation}
+    # shapes and dtypes, before anything is copied
     check_inputs(x, arrays, modulation, group, bias=bias)
     check_norm(norm)
 

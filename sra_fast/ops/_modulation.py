@@ -35,6 +35,7 @@ def check_inputs(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
+    # by name, so that a message can say which tensor is wrong
     named = {"x": x, **arrays, **modulation}
     if bias is not None:
         named["bias"] = bias
@@ -53,6 +54,7 @@ def check_inputs(
         raise ValueError(f"expected a floating-point dtype of the output, got {dtype}")
     if group is not None and not _is_integer(group):
         raise ValueError(f"expected an integer group, got {group.dtype}")
+    # Triton would read another device's address without an error
     devices = {t.device for t in named.values()}
     if group is not None:
         devices.add(group.device)
@@ -98,6 +100,7 @@ def runs_kernel(
     The reference takes fp64 (of any input or of the output), empty tensors, and rows wider than the
     kernel's MAX_WIDTH; the last is logged once.
     """
+    # None in the set stands for the default dtype of the output
     dtypes = {dtype, *(t.dtype for t in (x, *others))}
     if not use_triton(x, backend) or x.numel() == 0 or torch.float64 in dtypes:
         return False
@@ -118,6 +121,7 @@ def broadcast_to_tokens(modulation: Tensor, group: Tensor | None) -> Tensor:
     """
     modulation = upcast(modulation)
     if group is not None:
+        # each token's vector by its group index; an index out of range raises
         index = group.long()[:, :, None].expand(-1, -1, modulation.shape[2])
         return modulation.gather(1, index)
     return modulation[:, None] if modulation.dim() == 2 else modulation

@@ -78,6 +78,7 @@ class _AdaLN(torch.autograd.Function):
     def forward(ctx, x, shift, scale, group, eps, rms, dtype):
         x = x.contiguous()
         y, mean, rstd = _fwd(x, shift, scale, group, eps, rms, dtype)
+        # neither y nor shift: no gradient depends on them
         ctx.save_for_backward(x, scale, group, mean, rstd)
         return y
 
@@ -129,6 +130,7 @@ def adaln(
     modulation = {"shift": shift, "scale": scale}
     check_inputs(x, {}, modulation, group, per_token=True, dtype=dtype)
     check_norm(norm)
+    # fp64, empty tensors and very wide rows
     if not runs_kernel(kernels, backend, x, shift, scale, dtype=dtype):
         return adaln_ref(x, shift, scale, eps, norm=norm, group=group, dtype=dtype)
     # the kernel takes any strides of the modulation but the last

@@ -59,6 +59,7 @@ class _AdaLNLinear(torch.autograd.Function):
         ctx.needs_weight, ctx.needs_bias = ctx.needs_input_grad[7:9]
         kept = None if recompute or not ctx.needs_weight else h
         ctx.save_for_backward(weight, kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
+        # an unused output then has gradient None instead of zeros
         ctx.set_materialize_grads(False)
         ctx.parts = parts
         out = as_tokens(F.linear(h.flatten(0, 1), weight, bias), x)

@@ -77,6 +77,7 @@ class _AdaLNMlp(torch.autograd.Function):
         x_new, h, mean, rstd = norm_forward(
             x, y, y_bias, gate, shift, scale, group, eps, rms, weight1.dtype
         )
+        # as rows: the products then need no reshape of their gradients
         a = F.linear(h.flatten(0, 1), weight1, bias1)
         hidden = F.gelu(a, approximate="tanh")
         # only the gradients of the weights read h and hidden
@@ -86,6 +87,7 @@ class _AdaLNMlp(torch.autograd.Function):
         kept_hidden = hidden if needs_weight2 and not recompute else None
         norm_inputs = (x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
         ctx.save_for_backward(weight1, weight2, a, kept_h, kept_hidden, *norm_inputs)
+        # an unused output then has gradient None instead of zeros
         ctx.set_materialize_grads(False)
         out = as_tokens(F.linear(hidden, weight2, bias2), x)
         return out if y is None else (x_new, out)

@@ -64,6 +64,7 @@ def adamw_ema_ref_(
     grad = _assemble(grad, param).to(param.dtype)
     if clip_scale is not None:
         grad = grad * clip_scale.to(param.dtype)
+    # decoupled weight decay, then the two moments
     param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -125,6 +126,7 @@ def _align(grad: Gradient) -> tuple[list[Tensor], list[int] | None]:
     pieces = []
     begins = []
     for begin, piece in grad:
+        # elements to add on each side to reach multiples of 16 bytes
         before = begin % vector
         after = -(begin + piece.numel()) % vector
         if before or after:
@@ -310,6 +312,7 @@ def adamw_ema_(
         ValueError: shapes, dtypes, devices or layouts that do not fit, or a number outside its
         range.
     """
+    # check everything first: the update is in place and cannot be undone
     if ema_copy is not None and ema is None:
         raise ValueError("expected ema where ema_copy is given, got None")
     half: dict[str, Tensor | None] = {"weights": weights}
@@ -344,7 +347,10 @@ def adamw_ema_(
         return
 
     # the kernel takes flat buffers; an e4m3 copy brings the tables of its segments
-    values, multiplier, amax, ends = ema_copy, None, None, None
+    values = ema_copy
+    multiplier = None
+    amax = None
+    ends = None
     if isinstance(ema_copy, Fp8Copy):
         values, multiplier, amax, ends, _ = ema_copy
     pieces, begins = _align(grad)

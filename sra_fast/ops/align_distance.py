@@ -23,6 +23,7 @@ def align_distance_ref(
     """
     pred = upcast(pred)
     target = upcast(target.detach())
+    # over the tokens of each channel; the others give one distance per token first
     if kind == "cosine_token":
         return (1 - F.cosine_similarity(pred, target, dim=1)).mean(1)
     if kind == "cosine_patch":
@@ -64,6 +65,7 @@ class _AlignDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pred, target, kind, beta):
+        # one read of the features makes both distance and gradient
         dist, grad = _fwd(pred, target, kind, beta, True)
         ctx.save_for_backward(grad, dist)
         ctx.per_token = kind != "cosine_token"
@@ -170,6 +172,7 @@ def align_distance(
             dist = _AlignDistance.apply(pred, target, kind, beta)
         else:
             dist, _ = _fwd(pred, target, kind, beta, False)
+        # the means over tokens or channels are small: PyTorch takes them
         loss = (dist if weight is None else dist * weight).mean(1)
     else:
         loss = align_distance_ref(pred, target, kind, beta=beta, weight=weight)

@@ -89,6 +89,7 @@ def _milliseconds(run: Callable[[], object], calls: int = 10, rounds: int = 3) -
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        # the device spins while the host queues the calls
         torch.cuda._sleep(_BUSY_CYCLES)
         begin.record()
         for _ in range(calls):
@@ -134,6 +135,7 @@ def backend_times(
     inputs = [_random_like(x, generator).requires_grad_(training) for x in (q, k, v)]
     B, T, H, d = q.shape
     dout = torch.randn(B * T, H * d, dtype=q.dtype, device=q.device, generator=generator)
+    # a candidate that cannot run these inputs raises and is left out
     times = {}
     for name in _candidates(q, groups):
         try:
@@ -176,6 +178,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bo
 
     # a new thread has none of the caller's saved-tensor hooks, autocast or no_grad: activation
     # checkpointing counts the saved tensors and must not see those of the measurement
+    # the caller waits: the choice is needed now
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()

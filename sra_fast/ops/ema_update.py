@@ -53,6 +53,7 @@ def _run_extension(
 ) -> None:
     """One call of the CUDA extension per mix of dtypes; host tensors run its CPU reference."""
     assert _ema_cuda is not None
+    # the extension takes addresses and dtypes, no tensors
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     mixes: dict[tuple[str, str], list[tuple[Tensor, ...]]] = {}
     for operands in _zip(ema, params, copies):
@@ -130,6 +131,7 @@ def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay:
     device = ema[0].device
     for i, operands in enumerate(_zip(ema, params, copies)):
         e, p, *c = operands
+        # every tensor matches its average
         if any(t.shape != e.shape or t.device != device for t in operands):
             got = [(list(t.shape), str(t.device)) for t in operands]
             raise ValueError(f"expected tensors of one shape on {device} at index {i}, got {got}")
@@ -174,6 +176,7 @@ def _launch(
             len(others),
             len(ema),
         )
+    # transpose to one list per kind of operand
     if flat:
         columns = [list(column) for column in zip(*flat, strict=True)]
         _op(columns[0], columns[1], columns[2] if copies else [], decay, extension)

@@ -51,6 +51,7 @@ class Fp8Copy(NamedTuple):
 
     def _segments(self, x: Tensor) -> dict[int, Tensor]:
         """``{index of the segment: its part of x}``, without the empty segments."""
+        # a segment begins where the one before ends
         begins = (0, *self.bounds[:-1])
         return {
             i: x.view(-1)[begin:end]
@@ -84,6 +85,7 @@ def power_of_two_multiplier(amax: Tensor) -> Tensor:
     e4m3 ends at 448, which leaves room for values 3.5 times as large. A change of such a
     multiplier changes no mantissa, so the copy of a slowly moving buffer is steady.
     """
+    # frexp's mantissa is in [0.5, 1): 2^(7 - exponent) brings amax into [64, 128)
     exponent = (7 - torch.frexp(amax).exponent).clamp(-126, 120)
     # assembled from its bits: exact on every device
     return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)

@@ -46,6 +46,7 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, bias, gate, group):
         y = y.contiguous()
+        # not x: no gradient depends on it
         ctx.save_for_backward(y, bias, gate, group)
         return _fwd(x.contiguous(), y, bias, gate, group)
 
@@ -91,6 +92,7 @@ def gated_residual(
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
     check_inputs(x, {"y": y}, {"gate": gate}, group, bias=bias)
+    # fp64, empty tensors and very wide rows
     if not runs_kernel(kernels, backend, x, y, gate):
         return gated_residual_ref(x, y, gate, bias=bias, group=group)
     # the kernel takes any strides of the gate but the last

@@ -69,6 +69,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         x_new, h, mean, rstd = _fwd(x, y, bias, gate, shift, scale, group, eps, rms, dtype)
         # neither x nor h: the backward works from x'
         ctx.save_for_backward(x_new, y, bias, gate, scale, group, mean, rstd)
+        # an unused output then has gradient None instead of zeros
         ctx.set_materialize_grads(False)
         return x_new, h
 
@@ -132,6 +133,7 @@ def gated_residual_adaln(
     modulation = {"gate": gate, "shift": shift, "scale": scale}
     check_inputs(x, {"y": y}, modulation, group, bias=bias, dtype=dtype)
     check_norm(norm)
+    # fp64, empty tensors and very wide rows
     if not runs_kernel(kernels, backend, x, y, gate, shift, scale, dtype=dtype):
         return gated_residual_adaln_ref(
             x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group, dtype=dtype

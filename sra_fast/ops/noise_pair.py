@@ -56,6 +56,7 @@ def noise_pair_ref(
     per_image = (-1, *[1] * (x0.dim() - 1))
     t = upcast(t).view(per_image)
     t_teacher = upcast(t_teacher).view(per_image)
+    # coefficients at the student's and at the teacher's time
     alpha, sigma, dalpha, dsigma = interpolant(t, path)
     alpha_teacher, sigma_teacher, _, _ = interpolant(t_teacher, path)
     x_t = alpha * x0 + sigma * noise

@@ -69,5 +69,6 @@ def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str | None = None) 
         )
     if not use_triton(x, backend) or x.numel() == 0 or x.dtype == torch.float64:
         return quantize_rows_ref(x, gelu=gelu)
+    # the kernel sees a matrix; leading dimensions come back as views
     values, scale = _op(x.reshape(-1, x.shape[-1]).contiguous(), gelu)
     return Rows(values.view(x.shape), scale.view(*x.shape[:-1], 1))

@@ -1,4 +1,4 @@
-"""What the tests of the row operators share: gradients, memory traffic, odd layouts, launches
+"""What the tests of the row operators share: gradients, memory traffic, unusual layouts, launches
 without data.
 """
 
@@ -36,7 +36,8 @@ def check_against_fp64(kernel, naive, reference, inputs, douts, floor=4e-6):
     """Outputs and gradients of the kernel: at most twice as far from the fp64 truth as plain
     PyTorch is.
     """
-    ours, theirs = run(kernel, inputs, douts), run(naive, inputs, douts)
+    ours = run(kernel, inputs, douts)
+    theirs = run(naive, inputs, douts)
     truth = run(reference, inputs, douts, torch.float64)
     for i, (a, b, c) in enumerate(zip(ours, theirs, truth, strict=True)):
         assert a.shape == c.shape and a.dtype == b.dtype, f"result {i}"
@@ -45,7 +46,7 @@ def check_against_fp64(kernel, naive, reference, inputs, douts, floor=4e-6):
 
 
 class OpLog(TorchDispatchMode):
-    """Names of the operators that ran."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +59,7 @@ class OpLog(TorchDispatchMode):
 
 @contextlib.contextmanager
 def count_bytes(monkeypatch):
-    """Bytes that interpreted kernels load and store, masked lanes not counted: ``{"load": n,
+    """Count the bytes that interpreted kernels load and store, without masked lanes: ``{"load": n,
     "store": n}``.
     """
     from triton.runtime.interpreter import InterpreterBuilder
@@ -88,7 +89,9 @@ def far_apart(stride, *values):
     On the host that is a sparse file, which takes little memory; on a GPU it takes all of it, once
     for all values.
     """
-    (B, D), dtype, device = values[0].shape, values[0].dtype, values[0].device
+    B, D = values[0].shape
+    dtype = values[0].dtype
+    device = values[0].device
     size = (B - 1) * stride + len(values) * D
     if device.type == "cuda":
         flat = torch.empty(size, dtype=dtype, device=device)
@@ -133,9 +136,11 @@ def launchers(
         recompute: the backward also recomputes the norm's output.
         make: called as ``make(*shape, dtype=dtype)`` for every tensor.
     """
-    x, y = make(B, T, D, dtype=dtype), make(B, T, D, dtype=y or dtype)
+    x = make(B, T, D, dtype=dtype)
+    y = make(B, T, D, dtype=y or dtype)
     dh = make(B, T, D, dtype=h or dtype)
-    rstd, bias = make(B, T, dtype=torch.float32), make(D, dtype=y.dtype) if bias else None
+    rstd = make(B, T, dtype=torch.float32)
+    bias = make(D, dtype=y.dtype) if bias else None
     mean = rstd[:0] if rms else rstd
     shape = {"image": (B, 6 * D), "group": (B, 2, 6 * D), "token": (B, T, 6 * D)}[variant]
     gate, shift, scale = make(*shape, dtype=modulation or dtype).chunk(6, dim=-1)[2:5]
@@ -148,7 +153,8 @@ def launchers(
     }
     if variant == "token":
         return found
-    plain, fused = gated_residual, gated_residual_adaln
+    plain = gated_residual
+    fused = gated_residual_adaln
     return found | {
         "gated_residual_fwd": lambda: plain.gated_residual_fwd(x, y, bias, gate, group),
         "gated_residual_bwd": lambda: plain.gated_residual_bwd(x, y, bias, gate, group),

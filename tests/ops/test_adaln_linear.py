@@ -14,8 +14,8 @@ LAYERS = {"linear": 2, "mlp": 4}
 
 
 def make(op, B=2, T=5, D=72, K=96, dtype=torch.float32, groups=0, seed=0):
-    """x, y, y_bias, gate, shift, scale (column slices), weights and biases; group; gradients of x'
-    and of the output.
+    """The tensors of a half-block: x, y, y_bias, gate, shift, scale (column slices), weights and
+    biases. Also the group, and gradients of x' and of the output.
     """
     torch.manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, device=DEVICE, dtype=dtype)
@@ -76,7 +76,7 @@ def test_forward_and_gradients(op, B, T, D, K, dtype, recompute):
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parts(parts, recompute, residual, dtype):
-    """Queries, keys and values: as one output, cut; used apart, one of them not at all."""
+    """Queries, keys and values equal one output that is cut; one of the three is not used."""
     inputs, _, _ = make("linear", 2, 5, 72, 96, dtype)
     inputs[1:4] = inputs[1:4] if residual else [None] * 3
     douts = [
@@ -126,17 +126,15 @@ def test_variants(op, norm, groups, recompute):
 @pytest.mark.parametrize("groups", [0, 2])
 @pytest.mark.parametrize("op", OPS)
 def test_without_residual(op, groups, recompute):
-    """x' is x itself, and what else uses it adds its gradient."""
+    """x' is x itself; another use of x adds its gradient."""
     inputs, group, douts = make(op, groups=groups)
     inputs[1:4] = None, None, None
     other_use = lambda t: t[0][..., : len(t[-1])].sum(2, True)
     fn = lambda backend, **options: (
         lambda *t: call(op, backend, residual=False, group=group, **options)(*t)[1] + other_use(t)
     )
-    ours, theirs = (
-        run(fn("triton", recompute=recompute), inputs, douts[1:]),
-        run(fn("torch"), inputs, douts[1:], torch.float64),
-    )
+    ours = run(fn("triton", recompute=recompute), inputs, douts[1:])
+    theirs = run(fn("torch"), inputs, douts[1:], torch.float64)
     for a, c in zip(ours, theirs, strict=True):
         torch.testing.assert_close(
             a.double(), c, atol=2e-5 * max(1.0, c.abs().max().item()), rtol=1e-5
@@ -158,7 +156,8 @@ def test_the_recomputed_norm_has_the_same_bits():
 def test_keeps_only_what_the_backward_needs(op, recompute, arrays):
     """In arrays [B, T, D]: x', y and h; GELU's input and output are four times as wide."""
     (x, *others), _, _ = make(op, 2, 6, 72, 4 * 72)
-    leaves, sizes = [t.detach().requires_grad_() for t in (x, *others)], {}
+    leaves = [t.detach().requires_grad_() for t in (x, *others)]
+    sizes = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
     ):
@@ -171,7 +170,7 @@ def test_keeps_only_what_the_backward_needs(op, recompute, arrays):
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("op", OPS)
 def test_outputs_can_be_changed_in_place(op, backend):
-    """As those of a linear layer can."""
+    """As the output of a linear layer can."""
     inputs, _, (_, dout) = make(op)
     in_place = lambda *t: F.relu(call(op, backend)(*t)[1], inplace=True)
     for a, b in zip(
@@ -185,7 +184,8 @@ def test_outputs_can_be_changed_in_place(op, backend):
 @pytest.mark.parametrize("op, arrays", [("linear", 2), ("mlp", 2 + 4)])
 def test_frozen_weights_keep_no_inputs(op, arrays):
     (x, *others), _, _ = make(op, 2, 6, 72, 4 * 72)
-    leaves, sizes = [t.detach().requires_grad_(i < 6) for i, t in enumerate((x, *others))], {}
+    leaves = [t.detach().requires_grad_(i < 6) for i, t in enumerate((x, *others))]
+    sizes = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: sizes.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
     ):
@@ -233,7 +233,8 @@ def test_layouts(op):
     """Permuted, sliced and expanded inputs and output gradients."""
     inputs, _, douts = make(op)
     odd = lambda t: torch.stack([t, t], dim=-1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0]
-    inputs[3], inputs[2] = inputs[3][:1].expand(2, 72), inputs[2][:1].expand(72)
+    inputs[3] = inputs[3][:1].expand(2, 72)
+    inputs[2] = inputs[2][:1].expand(72)
     strange = (
         [odd(inputs[0]), odd(inputs[1]), *inputs[2:]],
         (odd(douts[0]), douts[1][:, :1].expand_as(douts[1])),
@@ -246,8 +247,8 @@ def test_layouts(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_where_the_unfused_operators_run(op):
-    """Without a gradient, in the references, in fp64 and under autocast, whose dtypes the products
-    then have.
+    """Without a gradient, with backend torch, in fp64, and under autocast, which then chooses the
+    products' dtypes.
     """
     inputs, _, _ = make(op)
     grads = [t.detach().requires_grad_() for t in inputs]

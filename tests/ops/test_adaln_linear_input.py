@@ -1,4 +1,4 @@
-"""What adaln_linear and adaln_mlp are given that cannot be, or is empty."""
+"""Bad and empty inputs of adaln_linear and adaln_mlp."""
 
 import pytest
 import torch
@@ -60,7 +60,8 @@ def test_what_else_cannot_be_is_named(op, grad):
 def test_layers_without_outputs():
     (x, y, _, gate, shift, scale, *_), _, _ = make("linear")
     x.requires_grad_()
-    empty, bias = torch.zeros(0, 72, device=DEVICE), torch.zeros(0, device=DEVICE)
+    empty = torch.zeros(0, 72, device=DEVICE)
+    bias = torch.zeros(0, device=DEVICE)
     _, parts = ops.adaln_linear(
         x, shift, scale, empty, bias, residual=(y, gate), parts=3, backend="triton"
     )

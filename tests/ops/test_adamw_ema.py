@@ -47,8 +47,9 @@ def step_all(fn, state, grads, first=1, **kw):
 
 
 def check(state, grads, **kw):
-    """Five steps of the kernel against fp64, with the reference in fp32 as the yardstick; copies
-    are rounded.
+    """Five steps of the kernel against fp64, with the reference in fp32 as the yardstick.
+
+    Copies are rounded.
     """
     truth = {k: v.double() if v.dtype == torch.float32 else v.clone() for k, v in state.items()}
     same = {k: v.clone() for k, v in state.items()}
@@ -88,7 +89,7 @@ def test_half_precision_gradients(grad_dtype, device):
 
 @pytest.mark.parametrize("present", [(), ("weights",), ("ema",), ("ema", "ema_copy")], ids=str)
 def test_optional_buffers(present, device):
-    """What is left out is neither needed nor touched."""
+    """A buffer that is left out is neither needed nor touched."""
     state, grads = make(70, device)
     check(
         {k: v for k, v in state.items() if k not in OUTPUTS or k in present},
@@ -101,7 +102,7 @@ def test_optional_buffers(present, device):
 
 
 def fp8_copy(N, ends, device, dtype=E4M3):
-    """Multipliers from 2^6 to 2^16; segments that have seen 0 or 100."""
+    """An e4m3 copy with multipliers from 2^6 to 2^16, and segments whose amax is 0 or 100."""
     S = len(ends)
     multiplier = 2.0 ** (torch.arange(S) * 7 % 11 + 6).float()
     amax = 100.0 * (torch.arange(S) % 3 == 1).float()
@@ -110,7 +111,9 @@ def fp8_copy(N, ends, device, dtype=E4M3):
 
 
 def rounded_to_e4m3(x, copy):
-    """What must be stored, in fp64: x times its segment's multiplier, at most 448."""
+    """What must be stored, in fp64: x times its segment's multiplier, at most 448; and each
+    element's segment.
+    """
     index = torch.bucketize(torch.arange(len(x)), copy.ends.cpu(), right=True)
     return (x.cpu().double() * copy.multiplier.cpu()[index].double()).clamp(-448, 448), index
 
@@ -136,7 +139,9 @@ def test_copy_in_e4m3(N, ends, backend, device):
     exact = backend == "triton" and knobs.runtime.interpret
     copy = fp8_copy(N, ends, device, torch.float32 if exact else E4M3)
     seen = copy.amax.clone()
-    clip, weights, ema = torch.tensor(0.5, device=device), state["weights"], state["ema"]
+    clip = torch.tensor(0.5, device=device)
+    weights = state["weights"]
+    ema = state["ema"]
     buffers = (state["param"], grads[0], state["exp_avg"], state["exp_avg_sq"])
     if exact:  # without eps what the kernel computes beyond the end is NaN
         kernels.adamw_ema_(
@@ -198,29 +203,31 @@ def test_power_of_two_multiplier(device):
 
 
 def test_e4m3_copy_without_memory():
-    """Shapes alone, as of every other form of the operator."""
-    N, full = 100, [torch.empty(100, device="meta") for _ in range(5)]
+    """Meta tensors work for this form of the operator, too."""
+    N = 100
+    full = [torch.empty(100, device="meta") for _ in range(5)]
     copy = Fp8Copy.of(torch.empty(N, dtype=E4M3, device="meta"), full[0][:2], full[1][:2], [40, N])
     adamw_ema_(*full[:4], 1, lr=0.1, ema=full[4], ema_copy=copy)
 
 
 def test_defaults_are_the_papers(device):
-    """AdamW 1e-4, no decay, EMA 0.9999: small moves, so compared as differences."""
+    """AdamW 1e-4, no decay, EMA 0.9999: the moves are small, so differences are compared."""
     state, grads = make(200, device)
     before = {k: v.double() for k, v in state.items()}
     truth = {k: v.clone() for k, v in before.items()}
     step_all(adamw_ema_, state, grads, lr=1e-4, backend="triton")
     step_all(adamw_ema_ref_, truth, [g.double() for g in grads], lr=1e-4)
     for name, unit in (("param", 3e-7), ("ema", 3e-7)):
-        moved, expected = state[name].double() - before[name], truth[name] - before[name]
+        moved = state[name].double() - before[name]
+        expected = truth[name] - before[name]
         assert expected.abs().max() > 1e-4
         # the storage rounds at 1.2e-7 of values up to 4, five times
         torch.testing.assert_close(moved, expected, atol=5 * unit, rtol=1e-5)
 
 
 def test_continues_torch_adamw_and_back(device):
-    """Two steps of torch.optim.AdamW, two of ours on its state, one of torch's on ours: as five of
-    torch's.
+    """Two steps of torch.optim.AdamW, two of ours on its state and one of torch's on ours equal
+    five of torch's.
     """
     state, grads = make(777, device)
     ours, theirs = (torch.nn.Parameter(state["param"].clone()) for _ in range(2))
@@ -246,7 +253,7 @@ def test_continues_torch_adamw_and_back(device):
 
 
 def test_slices_of_a_flat_buffer(device):
-    """A rank's shard: any offset, and its neighbours stay untouched."""
+    """A rank's shard at any offset; its neighbors stay untouched."""
     for start, stop in ((16, 96), (3, 1100), (1, 4)):
         full, grads = make(1200, device)
         before = {k: v.clone() for k, v in full.items()}
@@ -350,7 +357,9 @@ def test_operator_registration_and_compile(device):
 
 def test_rejects_bad_input(device):
     state, (grad, *_) = make(10, device)
-    p, m, v = state["param"], state["exp_avg"], state["exp_avg_sq"]
+    p = state["param"]
+    m = state["exp_avg"]
+    v = state["exp_avg_sq"]
     good = {"param": p, "grad": grad, "exp_avg": m, "exp_avg_sq": v, "step": 1, "lr": 1e-3}
     for change, match in (
         ({"grad": grad[:9]}, "one shape"),

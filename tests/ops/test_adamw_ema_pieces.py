@@ -24,9 +24,12 @@ PIECES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cuts", PIECES.values(), ids=PIECES)
 def test_a_gradient_in_pieces(cuts, dtype, device):
-    """The same bits as in one piece, zero in the gaps; nothing is read beyond a piece's end."""
+    """The same bits as from one piece with zeros in the gaps; nothing is read past the end of a
+    piece.
+    """
     state, (whole, *_) = make(3000, device, dtype)
-    keep, pieces = torch.zeros(3000, dtype=torch.bool, device=device), []
+    keep = torch.zeros(3000, dtype=torch.bool, device=device)
+    pieces = []
     for begin, end in cuts:
         keep[begin:end] = True
         # among NaNs, as a matrix where it can be
@@ -62,10 +65,11 @@ def test_a_gradient_in_pieces(cuts, dtype, device):
 
 
 def test_pieces_and_a_copy_in_segments(device):
-    """Neither table disturbs the other: the same bits as from a gradient in one piece, in the
-    ragged end too.
+    """The two tables do not disturb each other: the same bits as from a gradient in one piece, in
+    the ragged end too.
     """
-    N, cuts = 3001, [0, 8, 1032, 2040, 3001]
+    N = 3001
+    cuts = [0, 8, 1032, 2040, 3001]
     results = []
     for in_pieces in (False, True):
         state, (grad, *_) = make(N, device)
@@ -98,7 +102,7 @@ def test_pieces_and_a_copy_in_segments(device):
 
 
 def test_pieces_follow_their_addresses(device):
-    """Tables are kept for a layout, and for addresses: other tensors, other numbers."""
+    """Tables are cached by layout and by address: other tensors give other numbers."""
     state, grads = make(64, device)
     for grad in grads[:3]:
         before = {k: v.clone() for k, v in state.items()}
@@ -115,7 +119,7 @@ def test_pieces_follow_their_addresses(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_pieces_that_share_a_vector(dtype, device):
-    """They begin and end anywhere: copies of them, widened with zeros, overlap."""
+    """Pieces that begin and end anywhere are copied and padded with zeros; the copies overlap."""
     state, (grad, *_) = make(3000, device, dtype)
     cuts = [0, 3, 4, 9, 10, 11, 1021, 1027, 2051, 3000]
     pieces = [(begin, grad[begin:end]) for begin, end in pairwise(cuts)]

@@ -110,7 +110,9 @@ def test_mixed_dtypes_and_layouts(kind, device):
 
 @pytest.mark.parametrize("kind", ["l2", "cosine_token"])
 def test_offsets_beyond_32_bits(kind, device):
-    """A 32-bit image stride whose double is not: virtual memory on a CPU, 4 GiB on a GPU."""
+    """An image stride that fits 32 bits while its double does not: virtual memory on a CPU, 4 GiB
+    on a GPU.
+    """
     T, D, stride = 4, 16, 2**30 + 16
     base = torch.empty(2 * stride + T * D, dtype=torch.bfloat16, device=device)
     pred = base.as_strided((3, T, D), (stride, D, 1))
@@ -120,9 +122,14 @@ def test_offsets_beyond_32_bits(kind, device):
 
 @pytest.mark.parametrize("kind", ["cosine_patch", "cosine_token"])
 def test_zero_vectors(kind, device):
-    """Zero features have a finite distance and gradient: torch's 1e-8 clamp, followed exactly."""
+    """Zero features have a finite distance and gradient: torch's clamp at 1e-8 is followed
+    exactly.
+    """
     pred, target, _ = make((2, 6, 64), torch.float32, device)
-    pred[0, 2], target[1, 3], pred[:, :, 5], target[:, :, 7] = 0, 0, 0, 0
+    pred[0, 2] = 0
+    target[1, 3] = 0
+    pred[:, :, 5] = 0
+    target[:, :, 7] = 0
     check(kind, pred, target, None, floor=1e-6)
 
 
@@ -156,7 +163,8 @@ def test_expanded_upstream_gradient_and_mean(device):
 def test_strides_of_the_upstream_gradient(per_token, device):
     torch.manual_seed(0)
     B, T, D = 2, 70, 72
-    grad, n = torch.randn(B, T, D, device=device), T if per_token else D
+    grad = torch.randn(B, T, D, device=device)
+    n = T if per_token else D
     for ddist in (
         torch.randn(n, B, device=device).t(),
         torch.randn(B, 1, device=device).expand(B, n),

@@ -50,7 +50,7 @@ def test_forward_and_gradients(d, backend):
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "cudnn", "flash", "efficient", "math"])
 @pytest.mark.parametrize("d", [64, 72])
 def test_backends_in_bf16(d, backend):
-    """Every one that a training may choose: rounded inputs give results of one rounding, or few."""
+    """Every backend that a training may choose is as exact as a few roundings allow."""
     inputs, dout = make(T=256, d=d, dtype=torch.bfloat16)
     truth = run(definition, [t.double() for t in inputs], dout.double())
     try:
@@ -92,13 +92,13 @@ def test_compiles_without_graph_breaks():
 
 
 def choose(q, groups, training):
-    """The backend for queries, keys and values that are laid out alike."""
+    """The chosen backend if queries, keys and values have the same layout."""
     return module._choose(q, q, q, groups, training)
 
 
 @pytest.fixture
 def fake_clock(monkeypatch):
-    """Measuring without a device: times by name, and a log of what was measured, in which thread."""
+    """Measuring without a device: times by name, and a log of what was measured in which thread."""
     times = {"sdpa": 3.0, "cudnn": 2.0, "flash": 1.0, "efficient": 4.0}
     measured = []
 
@@ -147,9 +147,12 @@ def test_what_cannot_run_is_passed_over(fake_clock, caplog):
 
 
 def test_measuring_leaves_no_trace(fake_clock):
-    """Neither random state nor saved tensors: checkpointing and exact resumption depend on both."""
+    """Checkpointing and exact resumption depend on the random state and on the saved tensors:
+    measuring changes neither.
+    """
     (q, _, _), _ = make()
-    state, packed = torch.get_rng_state(), []
+    state = torch.get_rng_state()
+    packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         choose(q.requires_grad_(), None, True)
     assert torch.equal(state, torch.get_rng_state()) and not packed
@@ -157,8 +160,8 @@ def test_measuring_leaves_no_trace(fake_clock):
 
 
 def test_a_backward_pass_is_no_time_to_measure(fake_clock):
-    """Its thread is the one that the measurement's backward pass would need: a reentrant
-    checkpoint would hang.
+    """The measurement's backward would need the thread of the running one: a reentrant checkpoint
+    would hang.
     """
     (q, _, _), _ = make()
     chosen = []
@@ -170,8 +173,8 @@ def test_a_backward_pass_is_no_time_to_measure(fake_clock):
 
 
 def test_the_choice_is_read_while_compiling(fake_clock):
-    """Known shapes keep their backend under torch.compile; unknown ones are left to PyTorch, not
-    measured.
+    """Known shapes keep their backend under torch.compile; PyTorch picks for unknown ones, and
+    nothing is measured.
     """
     (q, _, _), _ = make()
     fn = torch.compile(lambda q: (q, choose(q, None, False)), fullgraph=True, backend="aot_eager")
@@ -186,7 +189,7 @@ def test_the_choice_is_read_while_compiling(fake_clock):
 
 
 def test_the_device_is_timed_not_the_host(monkeypatch):
-    """It is kept busy before the first event, and nothing waits for it until the last call of a
+    """The device is busy before the first event, and nothing waits for it until the last call of a
     round is queued.
     """
     log = []
@@ -211,8 +214,9 @@ def test_the_device_is_timed_not_the_host(monkeypatch):
 
 
 def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
-    """Views of one projection go in; dense rows of tokens come out, copied where a backend leaves
-    another order.
+    """The inputs are views of one projection.
+
+    The results are dense rows of tokens, copied if a backend returns another order.
     """
     qkv = torch.randn(2, 9, 3, 4, 8, device=DEVICE)
     q, k, v = qkv.unbind(2)
@@ -222,10 +226,8 @@ def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
         k[:, :, :1].expand(-1, -1, 4, -1), torch.Generator(DEVICE).manual_seed(0)
     )
     assert expanded.is_contiguous() and expanded.std(2).min() > 0
-    inputs, dout = (
-        [x.detach().requires_grad_() for x in (q, k, v)],
-        torch.randn(18, 32, device=DEVICE),
-    )
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn(18, 32, device=DEVICE)
     expected = torch.autograd.grad(
         module._run("sdpa", *inputs, None).flatten(2).flatten(0, 1), inputs, dout
     )
@@ -261,7 +263,7 @@ def test_backend_can_be_named(monkeypatch):
 
 
 def test_installed_packages_take_part(monkeypatch):
-    """FlashAttention, found by import; only without groups and in 16 bits, and its tuple is
+    """FlashAttention is found by import, only without groups and in 16 bits; its tuple is
     unpacked.
     """
     fake = types.ModuleType("flash_attn_interface")

@@ -1,5 +1,5 @@
-"""The check that every test of an interpreted kernel runs under (conftest.py) finds what it is
-for.
+"""The bounds check that every test of an interpreted kernel runs under (conftest.py) finds bad
+accesses.
 """
 
 import pytest
@@ -13,8 +13,8 @@ B, T, D = 2, 12, 72
 
 
 def launch(x=(B, T, D), y=(B, T, D), gate=(B, 3, D), group=(B, T)):
-    """The kernel on the front of one allocation per tensor, which holds B more images: memory that
-    is ours to touch.
+    """Launch on the front of one allocation per tensor that holds B more images: memory that a bad
+    access may touch.
     """
 
     def front(shape, **kw):
@@ -40,6 +40,8 @@ def test_a_load_past_the_end_is_found(short):
 
 
 def test_a_store_past_the_end_is_found():
-    x, mod, scale = torch.zeros(B, T, D), torch.zeros(B, D), torch.zeros(B, T)
+    x = torch.zeros(B, T, D)
+    mod = torch.zeros(B, D)
+    scale = torch.zeros(B, T)
     with pytest.raises(Exception, match="create_masked_store: 1 elements lie in none"):
         adaln.adaln_fwd(x, mod, mod, None, 1e-6, False, y_scale=scale[:, :-1])

@@ -99,7 +99,9 @@ def concat_launches(dtype):
         concat_kernels.concat_columns([*meta(3, 8192, D, dtype=dtype)])
 
 
-bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+bf16 = torch.bfloat16
+fp16 = torch.float16
+fp32 = torch.float32
 # launches compiled for every architecture, only for Hopper, and for those that have e4m3
 CASES = {
     align_kernels: (
@@ -198,10 +200,8 @@ def expected(request):
             request, ["part"], 8
         )
     elif request.kernel == "_concat_columns_kernel":
-        loads, stores = (
-            vectors(request, ["a"], 16),
-            vectors(request, ["out"], 16) + Counter({32: 1}),
-        )
+        loads = vectors(request, ["a"], 16)
+        stores = vectors(request, ["out"], 16) + Counter({32: 1})
     elif request.kernel == "_ema_kernel":
         copy = args["WRITE_COPY"]
         loads = vectors(request, ["ema_like", "p_like"], 16) + Counter({64: 3 + copy})

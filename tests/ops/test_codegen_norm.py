@@ -22,7 +22,9 @@ from sra_fast.kernels import _rows, adaln, gated_residual, gated_residual_adaln 
 
 ARCHS = (80, 90, 100)
 WIDTHS = (384, 768, 1024, 1152, 1536)
-bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+bf16 = torch.bfloat16
+fp16 = torch.float16
+fp32 = torch.float32
 # other options of a launch, compiled for Hopper at the width of SiT-XL
 VARIANTS = [
     *(

@@ -1,5 +1,5 @@
-"""What holds for every operator, whatever a caller does: derivatives that do not exist raise,
-launches follow the tensors' device, layouts, NaN, autocast and reused addresses change no result.
+"""Promises of every operator: missing derivatives raise, launches follow the tensors' device, and
+layouts, NaN, autocast and reused addresses change no result.
 """
 
 import contextlib
@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from sra_fast import ops
 
 torch.manual_seed(0)
-X, Y, VECTORS = torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.randn(3, 2, 64)
+X = torch.randn(2, 3, 64)
+Y = torch.randn(2, 3, 64)
+VECTORS = torch.randn(3, 2, 64)
 # of all the tensors that may want a gradient, then of the one through which every gradient passes
 # a kernel
 FULL = {
@@ -81,7 +83,8 @@ def test_first_derivative_under_create_graph_is_right():
     ids=["adaln", "gated_residual", "gated_residual_adaln"],
 )
 def test_one_tensor_as_several_inputs_compiles(fn):
-    x, v = X.clone().requires_grad_(), VECTORS[0].clone().requires_grad_()
+    x = X.clone().requires_grad_()
+    v = VECTORS[0].clone().requires_grad_()
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     results = [torch.autograd.grad(f(x, v).square().sum(), [x, v]) for f in (fn, compiled)]
     for eager, traced in zip(*results, strict=True):
@@ -99,7 +102,7 @@ def test_forward_mode_raises(name):
 @needs_interpreter
 @pytest.mark.parametrize("name", CALLS)
 def test_without_gradients_the_operator_is_called_directly(name, monkeypatch):
-    """The same numbers, and no autograd.Function on the way."""
+    """The same numbers without an autograd.Function."""
     x = X.clone().requires_grad_()
     expected = CALLS[name](x)
     monkeypatch.setattr(torch.autograd.Function, "apply", None)
@@ -111,7 +114,7 @@ def test_without_gradients_the_operator_is_called_directly(name, monkeypatch):
 @needs_interpreter
 @pytest.mark.parametrize("name", [*CALLS, *WITHOUT_BACKWARD])
 def test_every_launch_is_on_the_tensors_device(name, monkeypatch):
-    """Once per launch; launchers themselves know nothing of devices."""
+    """The device is set once per launch; the launchers do not know about devices."""
     entered = []
     original = torch.cuda.device_of.__init__
 
@@ -128,7 +131,9 @@ def test_every_launch_is_on_the_tensors_device(name, monkeypatch):
 
 
 def test_attention_follows_autocast():
-    """CUDA's autocast leaves normalised queries and keys in fp32 beside half-precision values."""
+    """Under CUDA's autocast normalized queries and keys stay fp32 while values are in half
+    precision.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = torch.randn(3, 2, 5, 2, 8, device=device)
     with torch.autocast(device, torch.bfloat16):
@@ -136,7 +141,7 @@ def test_attention_follows_autocast():
 
 
 def gradients(fn, dtype=torch.float32, context=contextlib.nullcontext):
-    """Outputs and gradients of a call over X, Y and VECTORS in a dtype."""
+    """Outputs and gradients of a call on X, Y and VECTORS in a dtype."""
     leaves = [t.to(dtype).requires_grad_() for t in (X.clone(), Y.clone(), *VECTORS.clone())]
     with context():
         out = as_tuple(fn(*leaves))
@@ -161,7 +166,8 @@ def test_checkpointing(name, reentrant):
 @needs_interpreter
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_launch_of_a_layer_is_on_the_tensors_device(name, monkeypatch):
-    entered, original = [], torch.cuda.device_of.__init__
+    entered = []
+    original = torch.cuda.device_of.__init__
     monkeypatch.setattr(
         torch.cuda.device_of,
         "__init__",
@@ -212,10 +218,11 @@ def test_a_saved_tensor_that_changes_before_the_backward_raises(name, saved):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 @pytest.mark.filterwarnings("ignore:dynamo_pgo", "ignore:.torch.jit")
 def test_inductor_keeps_the_strides_of_inputs():
-    """Transposed intermediates: left free, inductor drops the copy and hands the launcher permuted
-    rows.
+    """Transposed intermediates: without the tag inductor drops the copy and hands the launcher
+    permuted rows.
     """
-    a, v = torch.randn(2, 64, 16), torch.randn(2, 64)
+    a = torch.randn(2, 64, 16)
+    v = torch.randn(2, 64)
     fn = lambda a: ops.gated_residual(
         (a * 2).transpose(1, 2), a.sin().transpose(1, 2), v, backend="triton"
     )
@@ -230,7 +237,7 @@ def test_inductor_keeps_the_strides_of_inputs():
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_statistics_are_kept_in_fp32(norm, device):
-    """Of half-precision rows too, and of the residual as it was rounded."""
+    """Also for half-precision rows, and of the rounded residual."""
     x, y, (gate, shift, scale) = (t.to(device, torch.float16) for t in (X, Y, VECTORS))
     args = shift, scale, None, 1e-6, norm == "rms"
     x_new, _, *fused = torch.ops.sra_fast.gated_residual_adaln_fwd(x, y, None, gate, *args)

@@ -1,5 +1,5 @@
-"""The kernels under DistributedDataParallel: two processes with half of the images each, against
-one with all.
+"""The kernels under DistributedDataParallel: two processes with half of the images each equal one
+with all.
 """
 
 import pytest
@@ -18,7 +18,8 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.mod, self.mix = nn.Linear(4, 6 * D), nn.Linear(D, D, bias=False)
+        self.mod = nn.Linear(4, 6 * D)
+        self.mix = nn.Linear(D, D, bias=False)
         self.bias = nn.Parameter(torch.randn(D))
 
     def forward(self, x, condition, target):
@@ -33,7 +34,8 @@ class Block(nn.Module):
 
 def gradients(wrap, images):
     torch.manual_seed(0)
-    model, tensors = wrap(Block()), (torch.randn(4, 3, D), torch.randn(4, 4), torch.randn(4, 3, D))
+    model = wrap(Block())
+    tensors = (torch.randn(4, 3, D), torch.randn(4, 4), torch.randn(4, 3, D))
     model(*(t[images] for t in tensors)).backward()
     return [p.grad for p in model.parameters()]
 

@@ -27,10 +27,12 @@ def make(dtypes, device, shapes=SHAPES):
 
 
 def check(ema, params, decay, copies=None):
-    """Two updates of the kernel against fp64, with torch.lerp in fp32 as the yardstick; copies are
-    the rounded EMA.
+    """Two updates of the kernel against fp64, with torch.lerp in fp32 as the yardstick.
+
+    Copies are the rounded EMA.
     """
-    truth, same = [e.double() for e in ema], [e.clone() for e in ema]
+    truth = [e.double() for e in ema]
+    same = [e.clone() for e in ema]
     for _ in range(2):
         ema_update_ref_(truth, [p.double() for p in params], decay)
         ema_update_ref_(same, params, decay)
@@ -58,7 +60,7 @@ def test_copies(copy_dtype, device):
 
 
 def test_neighbours_stay_untouched(device):
-    """Slices of one buffer, aligned and not: nothing outside them is read into them or written."""
+    """Slices of one buffer, aligned and not: nothing outside them is read or written."""
     for offset, numel in ((16, 100), (1, 4096), (3, 17), (16, 4112)):
         buffers = [torch.full((offset + numel + 8,), 7.0, device=device) for _ in range(3)]
         buffers[2] = buffers[2].bfloat16()
@@ -80,8 +82,9 @@ def test_the_ends_are_exact(device):
 
 
 def test_layouts(device, caplog):
-    """One common dense order is used as it is; different orders and gaps go through the reference,
-    said once.
+    """One common dense order is used in place.
+
+    Different orders and gaps go through the reference, which is logged once.
     """
     torch.manual_seed(0)
     ema = [torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)]
@@ -101,14 +104,12 @@ def test_layouts(device, caplog):
 
 
 def test_another_set_of_tensors_at_the_same_address(device):
-    """The plan is kept per set of tensors: views of one storage with another length or dtype are
-    other sets.
+    """A plan belongs to a set of tensors: views of one storage with another length or dtype are
+    another set.
     """
     # pairs of bf16 numbers are fp32 numbers, of any size but finite
-    ema, storage = (
-        torch.randn(200, device=device),
-        torch.randn(400, device=device).bfloat16().view(torch.float32),
-    )
+    ema = torch.randn(200, device=device)
+    storage = torch.randn(400, device=device).bfloat16().view(torch.float32)
     for view in (storage[:50], storage, storage.view(torch.bfloat16)[:200]):
         check([ema[: view.numel()]], [view], 0.9)
     for i in range(MAX_PLANS + 2):
@@ -117,10 +118,11 @@ def test_another_set_of_tensors_at_the_same_address(device):
 
 
 def test_promises_to_the_compiler_hold(device):
-    """What a wide launch promises (addresses and counts are multiples of 16) is true; the rest
-    goes elsewhere, once.
+    """Addresses and counts of a wide launch are multiples of 16, as it promises; every other
+    element is covered once elsewhere.
     """
-    buffer, numels = torch.zeros(20000, device=device), [16, 4096, 4103, 5, 9000]
+    buffer = torch.zeros(20000, device=device)
+    numels = [16, 4096, 4103, 5, 9000]
     starts = [0, 32, 4200, 8401, 10000]
     ema = [buffer[i : i + n] for i, n in zip(starts, numels, strict=True)]
     params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in numels]
@@ -153,7 +155,8 @@ def test_addresses_beyond_32_bits(device):
 
 
 def test_fp64_goes_to_the_reference(device):
-    ema, p = torch.randn(9, device=device).double(), torch.randn(9, device=device).double()
+    ema = torch.randn(9, device=device).double()
+    p = torch.randn(9, device=device).double()
     expected = 0.9 * ema + 0.1 * p
     ema_update_([ema], [p], 0.9, backend="triton")
     torch.testing.assert_close(ema, expected, rtol=1e-14, atol=1e-14)
@@ -161,7 +164,8 @@ def test_fp64_goes_to_the_reference(device):
 
 def test_parameters_that_require_grad(device):
     """The usual call: a model's parameters, outside any graph."""
-    model, teacher = torch.nn.Linear(7, 5).to(device), torch.nn.Linear(7, 5).to(device)
+    model = torch.nn.Linear(7, 5).to(device)
+    teacher = torch.nn.Linear(7, 5).to(device)
     expected = [
         e.detach() + 0.1 * (p.detach() - e.detach())
         for e, p in zip(teacher.parameters(), model.parameters(), strict=True)
@@ -230,9 +234,9 @@ def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypat
 
 
 def test_a_missing_extension_is_no_warning():
-    """Only one that is there and does not load is.
+    """Only an extension that exists and does not load is one.
 
-    Whatever PyTorch itself says while it is imported comes before.
+    PyTorch's own messages come before ours.
     """
     program = (
         "import sys, torch, triton; print('ours', file=sys.stderr); import sra_fast.ops.ema_update"

@@ -1,6 +1,4 @@
-"""Rows beyond element 2^31 of the [B, T, D] arrays themselves, in memory of which next to nothing
-is touched.
-"""
+"""Rows beyond element 2^31 of the [B, T, D] arrays, in memory that is reserved but hardly touched."""
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ def near(*shape, dtype):
 
 
 def far(*shape, dtype):
-    """The numbers of ``near`` at the first two tokens of every image."""
+    """Rows whose first two tokens of every image are those of ``near``."""
     rows = near(*shape, dtype=dtype)
     if T not in shape:
         return rows

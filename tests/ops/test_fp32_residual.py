@@ -1,5 +1,5 @@
-"""A residual stream in fp32 with everything inside the half-blocks in half precision: each array
-once, in its own dtype.
+"""An fp32 residual stream with half-blocks in half precision: each array is moved once, in its own
+dtype.
 """
 
 import pytest
@@ -22,7 +22,7 @@ SIZES = [(2, 5, 64), (1, 17, 72), (3, 4, 1152)]
 
 def make(B, T, D, K=96):
     """x in fp32; y, gate, shift, scale and the layers' parameters in half precision; gradients of
-    x' and of what follows.
+    x' and of the outputs.
     """
     torch.manual_seed(0)
     half = lambda *shape: torch.randn(*shape, device=DEVICE).to(HALF)
@@ -33,14 +33,14 @@ def make(B, T, D, K=96):
 
 
 def naive(x, y, gate, shift, scale):
-    """As autocast has it: the stream and the norm in fp32, what a product reads in half precision."""
+    """What autocast does: stream and norm in fp32, the input of a product in half precision."""
     x = x + gate[:, None].float() * y.float()
     xhat = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x, (xhat * (1 + scale[:, None].float()) + shift[:, None].float()).to(HALF)
 
 
 def in_double(function):
-    """The reference where every input is fp64: no dtype of the output is asked for then."""
+    """The reference; for fp64 inputs no output dtype is requested."""
     return lambda *inputs: function(
         *inputs, dtype=None if inputs[0].dtype == torch.float64 else HALF
     )
@@ -67,7 +67,7 @@ def test_gated_residual_adaln(B, T, D):
 @pytest.mark.parametrize("op", ["linear", "mlp"])
 @pytest.mark.parametrize("B, T, D", SIZES)
 def test_half_blocks(op, B, T, D, recompute):
-    """The layer's dtype decides that of the rows it reads; x' stays fp32."""
+    """The layer's dtype decides the dtype of the norm's output; x' stays fp32."""
     inputs, layers, dx, dh, dout = make(B, T, D)
     operator, layers = (ops.adaln_linear, layers[:2]) if op == "linear" else (ops.adaln_mlp, layers)
 
@@ -95,7 +95,8 @@ def test_bytes_per_element(monkeypatch):
     monkeypatch.setattr(_rows, "num_splits", lambda *args: 1)
     B, T, D = 1, 64, 128
     (x, y, gate, shift, scale), _, dx, dh, _ = make(B, T, D)
-    elements, found = B * T * D, []
+    elements = B * T * D
+    found = []
     calls = [
         lambda: fused_kernels.gated_residual_adaln_fwd(
             x, y, None, gate, shift, scale, None, 1e-6, False, HALF
@@ -123,10 +124,8 @@ def test_bytes_per_element(monkeypatch):
 
 def test_a_compiler_and_the_operators_agree():
     inputs, layers, dx, dh, _ = make(2, 5, 72)
-    fused, single = (
-        torch.ops.sra_fast.gated_residual_adaln_fwd.default,
-        torch.ops.sra_fast.adaln_fwd.default,
-    )
+    fused = torch.ops.sra_fast.gated_residual_adaln_fwd.default
+    single = torch.ops.sra_fast.adaln_fwd.default
     x, y, gate, shift, scale = inputs
     torch.library.opcheck(fused, (x, y, None, gate, shift, scale, None, 1e-6, False, HALF))
     torch.library.opcheck(single, (x, shift, scale, None, 1e-6, False, HALF))

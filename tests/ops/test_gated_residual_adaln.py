@@ -231,8 +231,12 @@ def test_operator_registration(grouped):
     (x, y, gate, shift, scale, bias), group, (dx, dh) = make(2, 4, 64, groups=2, bias=True)
     rms = grouped
     if not grouped:
-        gate, shift, scale = gate[:, 0], shift[:, 0], scale[:, 0]
-        bias, group, dx = None, None, None
+        gate = gate[:, 0]
+        shift = shift[:, 0]
+        scale = scale[:, 0]
+        bias = None
+        group = None
+        dx = None
     forward = (x, y, bias, gate, shift, scale, group, 1e-6, rms)
     torch.library.opcheck(_fwd, forward)
     x_new, _, mean, rstd = _fwd(*forward)

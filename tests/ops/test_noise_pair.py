@@ -32,7 +32,8 @@ def make(shape, dtype, device, moments=False):
 def check(args, floor=1e-6, **kw):
     """The kernel against fp64, with the reference in the same dtype as the yardstick."""
     wide = {k: v.double() if torch.is_tensor(v) else v for k, v in args.items()}
-    ours, same = noise_pair(**args, **kw, backend="triton"), noise_pair_ref(**args, **kw)
+    ours = noise_pair(**args, **kw, backend="triton")
+    same = noise_pair_ref(**args, **kw)
     truth = noise_pair_ref(**wide, **kw)
     for a, b, c in zip(ours, same, truth, strict=True):
         assert a.dtype == torch.float32 and a.shape == args["noise"].shape and a.is_contiguous()
@@ -93,7 +94,9 @@ def test_layouts(moments, device):
 
 
 def test_offsets_beyond_32_bits(device):
-    """A 32-bit image stride whose double is not: virtual memory on a CPU, 4 GiB on a GPU."""
+    """An image stride that fits 32 bits while its double does not: virtual memory on a CPU, 4 GiB
+    on a GPU.
+    """
     stride = 2**30 + 16
     base = torch.empty(2 * stride + 32, dtype=torch.bfloat16, device=device)
     x0 = base.as_strided((3, 1, 4, 8), (stride, 32, 8, 1))

@@ -1,4 +1,4 @@
-"""How the row kernels cut their work, and the bytes they move for it."""
+"""How the row kernels split their work, and the bytes they move."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -73,8 +73,10 @@ def moved(op, B, T, D, size, P):
 
 @contextmanager
 def chosen_splits(sms=None):
-    """The numbers of programs per image that launchers choose, on a device of so many processors."""
-    seen, choose, count = [], _rows.num_splits, _rows.num_sms
+    """The numbers of programs per image that launchers choose on a device with ``sms`` processors."""
+    seen = []
+    choose = _rows.num_splits
+    count = _rows.num_sms
     spy = mock.patch.object(
         _rows, "num_splits", lambda *args: seen.append(choose(*args)) or seen[-1]
     )
@@ -88,7 +90,7 @@ def arrays(D, *shapes):
 
 
 def bytes_of(monkeypatch, op, *args):
-    """Bytes counted, programs per image, and what the operator returned."""
+    """Bytes counted, programs per image, and the operator's result."""
     with count_bytes(monkeypatch) as total, chosen_splits() as splits:
         out = getattr(ops, op)(*args)
     return sum(total.values()), splits[0], out
@@ -98,12 +100,14 @@ def bytes_of(monkeypatch, op, *args):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("D", [72, 1152])
 def test_bytes_gated_residual(D, with_bias, monkeypatch):
-    """Exactly what the docstrings state; each program reads a bias, and its gradient is one
-    partial sum more.
+    """Exactly what the docstrings of the kernels state.
+
+    Every program reads the bias; its gradient is one partial sum more.
     """
     x, y, dx, gate, bias = arrays(D, (B, T), (B, T), (B, T), (B,), ())
     bias = bias if with_bias else None
-    n, shape = int(with_bias), (B, T, D, S)
+    n = int(with_bias)
+    shape = (B, T, D, S)
     total, P, _ = bytes_of(monkeypatch, "gated_residual_fwd", x, y, bias, gate, None)
     assert total == moved("gated_residual_fwd", *shape, P) + n * S * P * B * D
     total, P, _ = bytes_of(monkeypatch, "gated_residual_bwd", dx, y, bias, gate, None)
@@ -116,7 +120,8 @@ def test_bytes_gated_residual(D, with_bias, monkeypatch):
 def test_bytes_gated_residual_adaln(D, with_bias, monkeypatch):
     x, y, dx, dh, gate, shift, scale, bias = arrays(D, *[(B, T)] * 4, *[(B,)] * 3, ())
     bias = bias if with_bias else None
-    n, shape = int(with_bias), (B, T, D, S)
+    n = int(with_bias)
+    shape = (B, T, D, S)
     args = (x, y, bias, gate, shift, scale, None, 1e-6, False)
     total, P, (x_new, _, mean, rstd) = bytes_of(monkeypatch, "gated_residual_adaln_fwd", *args)
     assert total == moved("gated_residual_adaln_fwd", *shape, P) + n * S * P * B * D
@@ -151,9 +156,9 @@ def test_bytes_adaln(D, monkeypatch):
 
 @counted
 def test_bytes_adaln_per_token(monkeypatch):
-    """Every token's own vectors: arrays alone.
+    """One vector per token: only arrays move.
 
-    The loads ahead of the loop go unused, and a compiler drops them.
+    The loads before the loop are unused, and a compiler drops them.
     """
     D = 72
     x, dy, shift, scale = arrays(D, *[(B, T)] * 4)
@@ -167,7 +172,7 @@ def test_bytes_adaln_per_token(monkeypatch):
 
 @counted
 def test_a_row_of_a_group_is_moved_once(monkeypatch):
-    """With groups every row is still read and written by one program only."""
+    """With groups, too, only one program reads and writes a row."""
     x, y, gate = arrays(72, (B, T), (B, T), (B, 3))
     group = torch.tensor(
         [[0, 1, 0, 0, 2, 1, 1, 0, 2, 0, 0, 0], [2, 2, 2, 0, 0, 0, 1, 1, 0, 1, 2, 1]], device=DEVICE
@@ -179,9 +184,7 @@ def test_a_row_of_a_group_is_moved_once(monkeypatch):
 @pytest.mark.parametrize("op", TRAFFIC)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bytes_at_the_shapes_of_training(shape, op):
-    """Against everything moved once, with the programs per image that the launcher takes on an
-    H100.
-    """
+    """Compared with the minimum, with the number of programs per image that an H100 gets."""
     with (
         chosen_splits(sms=132) as splits,
         record_launches(_rows, adaln, gated_residual, gated_residual_adaln),
@@ -213,6 +216,7 @@ def test_splits_fill_the_device(images, steps):
     assert 1 <= splits <= steps
     # idle slots of the last wave and the uneven last split cost at most a third, where there is
     # work for every slot
-    waves, length = -(-images * splits // slots), -(-steps // splits)
+    waves = -(-images * splits // slots)
+    length = -(-steps // splits)
     if images * steps >= 4 * slots:
         assert waves * slots * length <= 1.34 * images * steps

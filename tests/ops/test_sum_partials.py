@@ -20,7 +20,7 @@ def partial_sums(*shape, device):
 
 
 def sums_of(part, has_total, dtype=torch.float32):
-    """Every output, NaN until it is written."""
+    """Every output; NaN until it is written."""
     M, _, K, D = part.shape
     outputs = [
         torch.full((M, D), float("nan"), dtype=dtype, device=part.device)
@@ -59,7 +59,7 @@ def test_sums_are_rounded_once(device):
 
 @pytest.mark.parametrize("P", [3, 12, 43])
 def test_an_image_has_the_same_bits_among_any_others(P, device):
-    """The order of an addition follows from P alone."""
+    """The order of additions depends only on P."""
     part = partial_sums(9, P, 2, 200, device=device)
     together = sums_of(part, False)
     for m in (0, 4, 8):
