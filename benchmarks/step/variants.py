@@ -7,6 +7,8 @@ Settings may follow a name after ``+``. Those with a dot are the engine's option
 
 from dataclasses import dataclass, fields, replace
 
+# these rooms register what a configuration may name
+from sra_fast import alignment, data, diffusion  # noqa: F401
 from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import Config
 from sra_fast.models import preset

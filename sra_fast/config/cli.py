@@ -81,6 +81,8 @@ def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | 
 
 def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     """Training configuration and the path of DeepSpeed's JSON (or None)."""
+    if not list(TARGETS):
+        raise RuntimeError("no alignment target is registered: import sra_fast.alignment first")
     args = _in_full(list(sys.argv[1:] if args is None else args))
     options = _with_target(_target_of(args))
     parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")

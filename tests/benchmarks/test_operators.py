@@ -115,7 +115,7 @@ def test_bytes_of_row_operators(name):
 # in a kernel's docstring: what states its bytes per element
 ROW_PATTERNS = (r"forward +(\d) s B T D", r"backward +(\d) s B T D")
 PATTERNS = {
-    "align_distance": (r"elements of \[B,T,D\]: forward (\d) ", r"backward (\d); "),
+    "align_distance": (r"elements of \[B, T, D\]: forward (\d) ", r"backward (\d); "),
     "noise_pair": (r"\((\d+) and 28 bytes per element in fp32\)",),
     "ema_update_": (r"(\d+) bf16 with copy",),
     "adamw_ema_": (r"copy: (\d+) in all",),
@@ -129,6 +129,8 @@ IN_BYTES = ("noise_pair", "ema_update_", "adamw_ema_")
 def test_bytes_agree_with_the_kernels_docstrings(name):
     """Only the leading term; the others state it in elements of s = 2 bytes."""
     text = (ROOT / "kernels" / f"{name.rstrip('_')}.py").read_text().split('"""')[1]
+    # a sentence may continue in the next line
+    text = " ".join(text.split())
     unit = 1 if name in IN_BYTES else 2
     patterns = PATTERNS.get(name, ROW_PATTERNS)
     stated = [unit * int(re.search(pattern, text)[1]) for pattern in patterns]

@@ -189,7 +189,10 @@ def test_sampling_from_a_run_and_from_its_checkpoint(whole_run, tmp_path):
     "args, message",
     [
         (("--checkpoint", "nowhere"), "no checkpoint at nowhere"),
-        (("--checkpoint", "{run}", "--sample.method", "ddim"), "sample.method for flow_matching must be one of"),
+        (
+            ("--checkpoint", "{run}", "--sample.method", "ddim"),
+            "sample.method for flow_matching must be one of",
+        ),
         (("--checkpoint", "{run}", "--classes", "[10]"), "classes must lie in [0, 10)"),
         (("--checkpoint", "{run}", "--sample.weights", "model"), "EMA weights only"),
     ],
