@@ -43,6 +43,22 @@ def hidden(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
     return (randn(shape.batch, T, 4 * D, dtype=dtype),)
 
 
+def hidden_pair(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, Tensor]:
+    """A gradient and hidden activations of an MLP, both [B T, 4 D]."""
+    T, D, _ = shape.sizes
+    size = (shape.batch * T, 4 * D)
+    return randn(*size, dtype=dtype), randn(*size, dtype=dtype)
+
+
+def three_matrices(
+    shape: Shape, dtype: torch.dtype, randn: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, each [B T, D]."""
+    T, D, _ = shape.sizes
+    size = (shape.batch * T, D)
+    return randn(*size, dtype=dtype), randn(*size, dtype=dtype), randn(*size, dtype=dtype)
+
+
 def layer(
     shape: Shape, dtype: torch.dtype, randn: Callable, outputs: int, inputs: int = 1
 ) -> tuple[Tensor, Tensor]:

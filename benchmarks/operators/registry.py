@@ -25,13 +25,16 @@ from benchmarks.operators import inputs
 from benchmarks.operators.entry import EPS, Operator, attention_flops, product_flops, row_bytes
 from benchmarks.operators.shapes import Shape, num_parameters, shapes_in_order
 from sra_fast import ops
+from sra_fast.ops._backend import use_triton
 from sra_fast.ops.adaln import adaln_ref
 from sra_fast.ops.adamw_ema import adamw_ema_ref_
 from sra_fast.ops.align_distance import align_distance_ref
 from sra_fast.ops.attention import attention_ref
+from sra_fast.ops.concat_columns import concat_columns, concat_columns_ref
 from sra_fast.ops.ema_update import ema_update_ref_
 from sra_fast.ops.gated_residual import gated_residual_ref
 from sra_fast.ops.gated_residual_adaln import gated_residual_adaln_ref
+from sra_fast.ops.gelu import gelu_bwd, gelu_bwd_ref
 from sra_fast.ops.linear_gelu import linear_gelu_ref
 from sra_fast.ops.noise_pair import noise_pair_ref
 from sra_fast.ops.quantize_rows import quantize_rows, quantize_rows_ref
@@ -278,6 +281,62 @@ OPERATORS["gated_residual"] = Operator(
     eager=plain_gated_residual,
     bytes=row_bytes(forward=(3, 1), backward=(3, 2)),
     grads=(0, 1, 2),
+)
+
+
+# passes inside the backward of a half-block
+
+
+def plain_gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    dx = torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    return dx, dx.sum(0)
+
+
+def _gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    backward = gelu_bwd if use_triton(x, None) else gelu_bwd_ref
+    dx, dbias, _ = backward(dy, x, False)
+    return dx, dbias
+
+
+def _gelu_bytes(shape: Shape, element_size: int) -> tuple[int, int]:
+    """Both inputs read, the gradient and that of the bias written."""
+    D = shape.sizes[1]
+    return element_size * (3 * 4 * shape.elements + 4 * D), 0
+
+
+OPERATORS["gelu"] = Operator(
+    make=inputs.hidden_pair,
+    ours=_gelu_backward,
+    reference=lambda dy, x: gelu_bwd_ref(dy, x, False)[:2],
+    eager=plain_gelu_backward,
+    bytes=_gelu_bytes,
+    elements=lambda shape: 4 * shape.elements,
+)
+
+
+def plain_concat_columns(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.cat([q, k, v], dim=1)
+    return out, out.sum(0)
+
+
+def _concat_columns(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    concatenate = concat_columns if use_triton(parts[0], None) else concat_columns_ref
+    return concatenate(list(parts))
+
+
+def _concat_bytes(shape: Shape, element_size: int) -> tuple[int, int]:
+    """Every element read and written once, and the sums of the columns written."""
+    D = shape.sizes[1]
+    return element_size * 3 * (2 * shape.elements + D), 0
+
+
+OPERATORS["concat_columns"] = Operator(
+    make=inputs.three_matrices,
+    ours=_concat_columns,
+    reference=lambda *parts: concat_columns_ref(list(parts)),
+    eager=plain_concat_columns,
+    bytes=_concat_bytes,
+    elements=lambda shape: 3 * shape.elements,
 )
 
 

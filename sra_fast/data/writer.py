@@ -254,8 +254,8 @@ def run_job(job: PackingJob) -> bool:
 def _run_job(job: PackingJob) -> bool:
     job.open_folder()
     # a restart makes only what is missing
-    mine = range(job.rank, job.num_parts, job.world)
-    parts = [part for part in mine if job.record(part) is None]
+    own_parts = range(job.rank, job.num_parts, job.world)
+    parts = [part for part in own_parts if job.record(part) is None]
 
     # one stream of batches for all parts: reading ahead does not stop where a part ends
     spans = [job.span(part) for part in parts]
