@@ -5,13 +5,9 @@ gloo.
 import logging
 import os
 
+import deepspeed
 import torch
 import torch.distributed as dist
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import: silences a warning
-
-import deepspeed
 
 
 def init_distributed(tf32: bool = False) -> torch.device:
