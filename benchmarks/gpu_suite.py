@@ -237,7 +237,7 @@ def dry_parts(which: str, out: Path) -> list[Part]:
     return [
         Part("ops", 45, [*ops, "--variants", "ours,eager"]),
         Part("steps", 90, [*steps, *small("plain,sra,plain,sra")]),
-        Part("tests", 60, pytest_command("tests/test_import.py"), beside=fill),
+        Part("tests", 60, pytest_command("tests/test_layout.py"), beside=fill),
     ]
 
 

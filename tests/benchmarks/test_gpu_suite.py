@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -45,7 +46,7 @@ def test_dry_run_of_both_commands(tmp_path, monkeypatch, capsys):
 
     verdict = done.stdout[done.stdout.index("VERDICT first: cpu") :]
     assert verdict.strip() == (out / "verdict.txt").read_text().strip()
-    assert "tests: 2 passed, 0 failed" in verdict
+    assert re.search(r"^tests: [1-9]\d* passed, 0 failed", verdict, re.MULTILINE), verdict
     assert "operators: 4 right, 0 wrong" in verdict
     with tarfile.open(tmp_path / "kept" / "found.tgz") as archive:
         packed = set(archive.getnames())

@@ -22,7 +22,9 @@ from sra_fast.data.dataset import make_dataset
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.process import make_process
+from sra_fast.models import ClassLabels
 from sra_fast.training.loop import warm_up
+from sra_fast.utils.registry import TARGETS
 
 HERE = Path(__file__).parents[1]
 NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
@@ -69,7 +71,8 @@ def independent_run(*args):
     student = cfg.model.build()
     ema, teacher = cfg.model.build().eval(), cfg.model.build_teacher(cfg.align.teacher_layer).eval()
     ema.load_state_dict(student.state_dict())
-    model = SRAObjective(student, teacher, process, cfg.align).train()
+    target = TARGETS[cfg.align.target](cfg.align, teacher)
+    model = SRAObjective(student, target, process, cfg.align).train()
     optimizer = torch.optim.AdamW(
         student.parameters(), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay
     )
@@ -89,14 +92,9 @@ def independent_run(*args):
             posterior=False,
         )
         optimizer.zero_grad()
-        loss, _ = model(
-            x0,
-            y,
-            d.noise,
-            process.times(d.uniform, d.gap),
-            d.drop,
-            align_weight(cfg.align, step, 0),
-        )
+        condition = ClassLabels(y, d.drop)
+        times = process.times(d.uniform, d.gap)
+        loss, _ = model(x0, condition, d.noise, times, align_weight(cfg.align, step, 0))
         loss.backward()
         if cfg.optim.clip:
             torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.clip)
