@@ -74,7 +74,13 @@ def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | 
 
     A typo or a wrong type ends the process with one message and exit code 2.
     """
-    parsed = parser.instantiate(parser.parse_args(args))
+    parsed = parser.parse_args(args)
+    # the parser lets a file give a section one value, and would fail with a TypeError below
+    for name, hint in get_type_hints(options).items():
+        section = getattr(parsed, name)
+        if is_dataclass(hint) and not isinstance(section, jsonargparse.Namespace):
+            parser.error(f"expected options below {name}, got {section!r}")
+    parsed = parser.instantiate(parsed)
     values = {name: getattr(parsed, name) for name in options.__dataclass_fields__}
     return options(**values), parsed
 
@@ -127,14 +133,27 @@ def _target_of(args: list[str]) -> str:
 
 
 def _target_of_file(path: Path) -> str:
-    """``align.target`` of a YAML file, ``none`` where it has none; errors are left to the
-    parser.
+    """The alignment target whose options a YAML file has; ``none`` where it names none.
+
+    A file that turns the alignment off may still hold the options of a target, as the saved
+    configuration of ``--align none`` does. Errors are left to the parser.
     """
     try:
         align = yaml.safe_load(path.read_text())["align"]
-        return str(align.get("target", "none"))
+        name = str(align.get("target", "none"))
+        options = set(align)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return "none"
+    if name == "none" and not options <= _option_names(AlignConfig):
+        fitting = [
+            other for other, part in TARGETS.items() if options <= _option_names(part.config)
+        ]
+        name = fitting[0] if fitting else "none"
+    return name
+
+
+def _option_names(config: type[AlignConfig]) -> set[str]:
+    return {item.name for item in fields(config)}
 
 
 def _with_target(name: str) -> type[Config]:
