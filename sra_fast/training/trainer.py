@@ -150,10 +150,16 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
         weights: state dict to start from instead of a fresh initialisation.
 
     Raises:
-        ValueError: DeepSpeed stands in the way of a CUDA graph that was asked for.
+        ValueError: the plan is for another number of processes, or DeepSpeed stands in the way of a
+            CUDA graph that was asked for.
         RuntimeError: DeepSpeed's memory layout is not the one this engine knows.
     """
     cfg = plan.cfg
+    if plan.world != dist.get_world_size():
+        # the batches of the processes would overlap, or leave images out
+        raise ValueError(
+            f"expected a plan for {dist.get_world_size()} processes, got one for {plan.world}"
+        )
     if plan.stage < 3:
         restore_linear()
     student, network = make_networks(plan, weights, device)
@@ -238,8 +244,9 @@ def _restore_fp32(masters: MasterWeights, engine, initial: dict[str, Tensor]) ->
     masters.scatter(initial, masters.flats)
 
 
-def _is_fp8(cfg: Config) -> bool:
-    return getattr(cfg.align, "teacher_dtype", "auto") == "fp8"
+def _network_dtype(cfg: Config) -> str:
+    """``auto``, ``fp32`` or ``fp8``: ``align.teacher_dtype``, which not every target has."""
+    return getattr(cfg.align, "teacher_dtype", "auto")
 
 
 def _parameter_kinds(cfg: Config, network: Backbone | None) -> list[set[str]]:
@@ -249,7 +256,7 @@ def _parameter_kinds(cfg: Config, network: Backbone | None) -> list[set[str]]:
     if network is None:
         return []
     names = {name for name, _ in network.named_parameters()}
-    if not _is_fp8(cfg):
+    if _network_dtype(cfg) != "fp8":
         return [names]
     fp8 = set(fp8_layers(network))
     return [fp8, names - fp8]
@@ -264,10 +271,10 @@ def _make_teacher(
     if not ema.masters.groups:
         return PartitionedTeacher(network, ema)
     dtype = torch.float32
-    if cfg.train.precision == "bf16" and cfg.align.teacher_dtype != "fp32":
+    if cfg.train.precision == "bf16" and _network_dtype(cfg) != "fp32":
         dtype = torch.bfloat16
     fp8 = {}
-    if _is_fp8(cfg):
+    if _network_dtype(cfg) == "fp8":
         # not earlier: DeepSpeed casts every parameter that it is given to bf16
         use_fp8(network)
         fp8 = fp8_layers(network)
