@@ -26,6 +26,7 @@ def _load(text: str):
     return value
 
 
+# one loader for files and for values of the command line
 jsonargparse.set_loader("sra", _load, exceptions=(yaml.YAMLError,))
 
 
@@ -33,6 +34,7 @@ def _offer_choices(options: type) -> None:
     """Give each field made by ``choice`` the type ``Literal`` of what is registered now, in nested
     dataclasses too.
     """
+    # the annotations as types, also those that are written as strings
     hints = get_type_hints(options)
     for item in fields(options):
         registry: Registry | None = item.metadata.get("registry")
@@ -40,11 +42,13 @@ def _offer_choices(options: type) -> None:
             _offer_choices(hints[item.name])
         elif registry is not None:
             names = [*item.metadata["more"], *registry]
+            # an empty choice would refuse every value, and its message would not name the cause
             if len(names) == len(item.metadata["more"]):
                 raise RuntimeError(
                     f"no {registry.kind} is registered: import the package that holds them "
                     "before the parser is built"
                 )
+            # jsonargparse may read the type from the field or from the constructor: change both
             item.type = Literal[tuple(names)]
             options.__init__.__annotations__[item.name] = item.type
 
@@ -58,6 +62,7 @@ def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
         description=description,
         usage="%(prog)s --config FILE.yaml [--section.field VALUE ...]",
         parser_mode="sra",
+        # an abbreviation would turn some typos into other options
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -87,9 +92,11 @@ def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | 
 
 def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     """Training configuration and the path of DeepSpeed's JSON (or None)."""
+    # the target has to be known first: the parser offers its options
     args = _in_full(list(sys.argv[1:] if args is None else args))
     options = _with_target(_target_of(args))
     parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
+    # DeepSpeed's launchers append these
     parser.add_argument(
         "--deepspeed",
         action="store_true",
@@ -121,14 +128,17 @@ def _target_of(args: list[str]) -> str:
     ``none`` only turns the alignment off. Options of the target stay valid beside it.
     """
     named = [AlignConfig.target]
+    # in order: a later argument wins over an earlier one, as in the parser
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
         if not equals:
             value = args[i + 1] if i + 1 < len(args) else ""
         if option == "--align.target":
             named.append(value)
+        # a missing file is left to the parser, which has a message for it
         elif option == "--config" and Path(value).is_file():
             named.append(_target_of_file(Path(value)))
+    # so is a name that nothing is registered under
     return [name for name in named if name != "none" and name in TARGETS][-1]
 
 
@@ -159,9 +169,11 @@ def _option_names(config: type[AlignConfig]) -> set[str]:
 def _with_target(name: str) -> type[Config]:
     """``Config`` with the options of an alignment target below ``align``."""
     align = TARGETS[name].config
+    # a subclass: the other sections keep their defaults and descriptions
     options = make_dataclass(
         "Config", [("align", align, field(default_factory=align))], bases=(Config,)
     )
+    # the help shows it
     options.__doc__ = Config.__doc__
     return options
 
