@@ -20,6 +20,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def _load(text: str):
     """jsonargparse's YAML, with ``align: none`` as a short form of ``align: {target: none}``."""
+    # jsonargparse's own YAML: it reads 1e-4 as a number, which YAML 1.1 does not
     value = jsonargparse.get_loader("yaml")(text)
     if isinstance(value, dict) and value.get("align") == "none":
         value["align"] = {"target": "none"}
@@ -109,7 +110,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     cfg, parsed = parse(options, parser, args)
-    # `options` was made for this parser only
+    # `options` was made for this parser only: two of them never compare as equal
     cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
     return cfg, parsed.deepspeed_config
 
