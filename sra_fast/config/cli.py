@@ -183,6 +183,7 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        # tuples become lists: the file has only one kind of sequence
         return [_plain(item) for item in value]
     return value
 
