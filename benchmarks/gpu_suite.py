@@ -266,7 +266,7 @@ def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
 
 
 def run_part(part: Part, out: Path, seconds: float, device: str) -> list[dict]:
-    """Run a part and the program beside it.
+    """Run a part, and at the same time the program that needs no device.
 
     Args:
         part: to run.

@@ -50,11 +50,15 @@ class EMATeacher(Target):
 
     def __init__(self, align: EMATeacherConfig, network: Backbone):
         super().__init__(align, network.requires_grad_(False))
+        # one callable for both ways to run: eager, or replayed as a CUDA graph
         self.run = functools.partial(_features, network)
         if align.teacher_graph:
             self.run = Graphed(self.run)
+        # None: the teacher runs in the student's stream
         self.stream = torch.cuda.Stream() if align.teacher_stream else None
+        # the trainer replaces it (``follow``); without a trainer the weights are always complete
         self.wait: Callable[[], None] = lambda: None
+        # the inputs of a micro-batch, from ``start`` to ``result``
         self.inputs: tuple[Tensor, ...] = ()
         self.target: Tensor | None = None
 
@@ -83,16 +87,20 @@ class EMATeacher(Target):
     @classmethod
     def check_device(cls, cfg: Config, stage: int, cuda: bool) -> None:
         align = cfg.align
+        # both need weights that keep their address: ZeRO 3 gathers them anew for every forward
         for name in ("teacher_graph", "teacher_stream"):
             if getattr(align, name):
                 require_that(stage < 3, f"align.{name} needs a ZeRO stage below 3, got {stage}")
                 require_that(cuda, f"align.{name} needs a CUDA device")
+        # ZeRO 3 partitions all parameters in one dtype, the training precision
         if align.teacher_dtype == "fp32" and cfg.train.precision != "fp32":
             require_that(
                 stage < 3,
                 "align.teacher_dtype fp32 with train.precision bf16 needs a ZeRO stage below 3",
             )
         if align.teacher_dtype == "fp8":
+            # stage 3 copies the EMA into ZeRO's bf16 partitions, which have no room for e4m3 and
+            # its scales
             width = cfg.model.arguments()["hidden_size"]
             require_that(
                 stage < 3 and cfg.train.precision == "bf16",
@@ -115,9 +123,11 @@ class EMATeacher(Target):
         self, noised: Noised, sinusoid: Tensor, condition: Conditioning, images: Tensor | None
     ) -> None:
         self.inputs = (noised.x_teacher, sinusoid, *condition.tensors())
+        # the teacher computes only the images that the loss compares
         if images is not None:
             self.inputs = tuple(item[images] for item in self.inputs)
         if self.stream is not None:
+            # the inputs are made in the current stream: the second one must not read them earlier
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.target = self._compute()
@@ -126,15 +136,19 @@ class EMATeacher(Target):
         if self.stream is None:
             target = self._compute()
         else:
+            # the loss reads the features in the current stream
             torch.cuda.current_stream().wait_stream(self.stream)
             target = self.target
             self.target = None
+            # they were allocated in the second stream: without this, the allocator could hand their
+            # memory to that stream while the loss still reads them
             target.record_stream(torch.cuda.current_stream())
         # freed only now, when both streams have met
         self.inputs = ()
         return target
 
     def _compute(self) -> Tensor:
+        # in the stream that runs the forward: the gathered weights must be visible there
         self.wait()
         return self.run(*self.inputs)
 

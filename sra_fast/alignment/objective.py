@@ -56,12 +56,15 @@ class SRAObjective(nn.Module):
             ``(loss [], parts)``: fp32 scalars ``denoise``, ``vb`` (DiT), ``align``, and the mean
             token norms ``student_norm`` (projected features) and ``teacher_norm``.
         """
+        # one noise for both inputs: they differ in their times only (SRA, Sec. 3.2)
         noised = self.process.corrupt(x0, noise, *times)
+        # a tensor is not compared: that would wait for the device, and a CUDA graph cannot branch
         if not isinstance(weight, Tensor) and weight == 0:
             return self._plain(noised, condition)
 
         images = aligned_images(self.align.fraction, len(x0), x0.device)
         t, t_teacher = _sinusoids(noised)
+        # before the student's forward, so that the target may be computed at the same time
         self.target.start(noised, t_teacher, condition, images)
         prediction, features = self.student(
             noised.x,
@@ -76,9 +79,11 @@ class SRAObjective(nn.Module):
         parts = self._denoising(prediction, noised)
         distance = ops.align_distance(features, target, self.align.distance, beta=self.align.beta)
         align = distance.mean()
+        # Eq. 6: denoising + lambda * alignment
         loss = sum(parts.values()) + weight * align
         if self.align.head == "none":
             loss = loss + self._no_gradient_for_the_head(prediction)
+        # logged without lambda, which the log has as align_weight
         parts["align"] = align
         parts["student_norm"] = _mean_norm(features)
         parts["teacher_norm"] = _mean_norm(target)
@@ -100,6 +105,7 @@ class SRAObjective(nn.Module):
 
         Every parameter then has a gradient in every step, which all ZeRO stages handle alike.
         """
+        # one token of zeros is enough to give every weight of the head a gradient
         features = prediction.new_zeros(1, 1, self.student.hidden_size)
         return 0.0 * self.student.ap_head(features).sum()
 

@@ -20,6 +20,7 @@ def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
     stopped = cfg.stop_at_step is not None and step >= cfg.stop_at_step
     if not cfg.active or stopped or step % cfg.every:
         return 0.0
+    # times ``every``: the mean over all steps is that of alignment in each step
     return cfg.every * _scheduled(cfg, step, epoch)
 
 
@@ -29,6 +30,7 @@ def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:
         return cfg.milestones[max(reached)] if reached else cfg.weight
     if cfg.schedule == "constant":
         return cfg.weight
+    # the exponent is 0 up to ``hold``, then grows by 1 every ``decay`` epochs or steps
     now = epoch if cfg.schedule == "epochs" else step
     return cfg.weight * 0.1 ** (max(0, now - cfg.hold) / cfg.decay)
 
@@ -38,11 +40,13 @@ def alignment_phases(cfg: AlignConfig) -> set[bool]:
     if not cfg.active:
         return {False}
     weights = set(cfg.milestones.values())
+    # until the first milestone lambda is ``weight``
     if not cfg.milestones or min(cfg.milestones) > 0:
         weights.add(cfg.weight)
     phases = set()
     if max(weights) > 0:
         phases.add(True)
+    # the other schedules decay, but never reach zero
     if cfg.every > 1 or cfg.stop_at_step is not None or 0 in weights:
         phases.add(False)
     return phases
@@ -56,6 +60,7 @@ def images_per_cycle(fraction: float, batch: int) -> tuple[int, int]:
     Raises:
         ValueError: a micro-batch of ``batch`` images cannot be divided like that.
     """
+    # 0.3 is no binary fraction: take the nearest p/q that a micro-batch of this size can have
     cycle = Fraction(fraction).limit_denominator(max(batch, 1))
     exact = abs(float(cycle) - fraction) <= 1e-6
     if not 0 < cycle <= 1 or batch % cycle.denominator or not exact:
@@ -72,4 +77,5 @@ def aligned_images(fraction: float, batch: int, device: torch.device) -> Tensor 
     if fraction == 1:
         return None
     p, q = images_per_cycle(fraction, batch)
+    # cached: a copy from the host in every step would wait, and a CUDA graph forbids it
     return torch.tensor([i for i in range(batch) if i % q < p]).to(device)

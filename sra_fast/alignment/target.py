@@ -30,6 +30,7 @@ class Target(nn.Module):
     def __init__(self, align: AlignConfig, network: Backbone | None):
         super().__init__()
         self.align = align
+        # a submodule: DeepSpeed moves it to the device, casts it and (stage 3) partitions it
         self.network = network
 
     @classmethod

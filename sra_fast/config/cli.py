@@ -20,12 +20,14 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def _load(text: str):
     """jsonargparse's YAML, with ``align: none`` as a short form of ``align: {target: none}``."""
+    # jsonargparse's own YAML: it reads 1e-4 as a number, which YAML 1.1 does not
     value = jsonargparse.get_loader("yaml")(text)
     if isinstance(value, dict) and value.get("align") == "none":
         value["align"] = {"target": "none"}
     return value
 
 
+# one loader for files and for values of the command line
 jsonargparse.set_loader("sra", _load, exceptions=(yaml.YAMLError,))
 
 
@@ -33,6 +35,7 @@ def _offer_choices(options: type) -> None:
     """Give each field made by ``choice`` the type ``Literal`` of what is registered now, in nested
     dataclasses too.
     """
+    # the annotations as types, also those that are written as strings
     hints = get_type_hints(options)
     for item in fields(options):
         registry: Registry | None = item.metadata.get("registry")
@@ -40,11 +43,13 @@ def _offer_choices(options: type) -> None:
             _offer_choices(hints[item.name])
         elif registry is not None:
             names = [*item.metadata["more"], *registry]
+            # an empty choice would refuse every value, and its message would not name the cause
             if len(names) == len(item.metadata["more"]):
                 raise RuntimeError(
                     f"no {registry.kind} is registered: import the package that holds them "
                     "before the parser is built"
                 )
+            # jsonargparse may read the type from the field or from the constructor: change both
             item.type = Literal[tuple(names)]
             options.__init__.__annotations__[item.name] = item.type
 
@@ -58,6 +63,7 @@ def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
         description=description,
         usage="%(prog)s --config FILE.yaml [--section.field VALUE ...]",
         parser_mode="sra",
+        # an abbreviation would turn some typos into other options
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -74,7 +80,13 @@ def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | 
 
     A typo or a wrong type ends the process with one message and exit code 2.
     """
-    parsed = parser.instantiate(parser.parse_args(args))
+    parsed = parser.parse_args(args)
+    # the parser lets a file give a section one value, and would fail with a TypeError below
+    for name, hint in get_type_hints(options).items():
+        section = getattr(parsed, name)
+        if is_dataclass(hint) and not isinstance(section, jsonargparse.Namespace):
+            parser.error(f"expected options below {name}, got {section!r}")
+    parsed = parser.instantiate(parsed)
     values = {name: getattr(parsed, name) for name in options.__dataclass_fields__}
     return options(**values), parsed
 
@@ -83,9 +95,11 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     """Training configuration and the path of DeepSpeed's JSON (or None)."""
     if not list(TARGETS):
         raise RuntimeError("no alignment target is registered: import sra_fast.alignment first")
+    # the target has to be known first: the parser offers its options
     args = _in_full(list(sys.argv[1:] if args is None else args))
     options = _with_target(_target_of(args))
     parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
+    # DeepSpeed's launchers append these
     parser.add_argument(
         "--deepspeed",
         action="store_true",
@@ -98,7 +112,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     )
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     cfg, parsed = parse(options, parser, args)
-    # `options` was made for this parser only
+    # `options` was made for this parser only: two of them never compare as equal
     cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
     return cfg, parsed.deepspeed_config
 
@@ -114,37 +128,55 @@ def _in_full(args: list[str]) -> list[str]:
 def _target_of(args: list[str]) -> str:
     """The alignment target whose options the arguments may set: the last one that they name.
 
-    ``none`` only turns the alignment off. Options of the target stay valid beside it.
+    ``none`` only turns the alignment off. Options of the target stay valid.
     """
     named = [AlignConfig.target]
+    # in order: a later argument wins over an earlier one, as in the parser
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
         if not equals:
             value = args[i + 1] if i + 1 < len(args) else ""
         if option == "--align.target":
             named.append(value)
+        # a missing file is left to the parser, which has a message for it
         elif option == "--config" and Path(value).is_file():
             named.append(_target_of_file(Path(value)))
+    # so is a name that nothing is registered under
     return [name for name in named if name != "none" and name in TARGETS][-1]
 
 
 def _target_of_file(path: Path) -> str:
-    """``align.target`` of a YAML file, ``none`` where it has none; errors are left to the
-    parser.
+    """The alignment target whose options a YAML file has; ``none`` where it names none.
+
+    A file that turns the alignment off may still hold the options of a target, as the saved
+    configuration of ``--align none`` does. Errors are left to the parser.
     """
     try:
         align = yaml.safe_load(path.read_text())["align"]
-        return str(align.get("target", "none"))
+        name = str(align.get("target", "none"))
+        options = set(align)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return "none"
+    if name == "none" and not options <= _option_names(AlignConfig):
+        fitting = [
+            other for other, part in TARGETS.items() if options <= _option_names(part.config)
+        ]
+        name = fitting[0] if fitting else "none"
+    return name
+
+
+def _option_names(config: type[AlignConfig]) -> set[str]:
+    return {item.name for item in fields(config)}
 
 
 def _with_target(name: str) -> type[Config]:
     """``Config`` with the options of an alignment target below ``align``."""
     align = TARGETS[name].config
+    # a subclass: the other sections keep their defaults and descriptions
     options = make_dataclass(
         "Config", [("align", align, field(default_factory=align))], bases=(Config,)
     )
+    # the help shows it
     options.__doc__ = Config.__doc__
     return options
 
@@ -153,6 +185,7 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        # tuples become lists: the file has only one kind of sequence
         return [_plain(item) for item in value]
     return value
 

@@ -13,6 +13,7 @@ from sra_fast.utils.registry import DATASETS, SAMPLERS, TARGETS, Registry
 
 def choice(registry: Registry, default: str, *more: str):
     """A dataclass field with a name of ``registry``, or one of ``more``."""
+    # the registry itself, not its names: it may be empty when this module is imported
     return field(default=default, metadata={"registry": registry, "more": more})
 
 
@@ -53,6 +54,7 @@ class ModelConfig:
 
     def arguments(self) -> dict:
         """Constructor arguments of the student."""
+        # None keeps what the name stands for
         overrides = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         return {**models.preset(self.name)[1], **overrides}
 
@@ -260,6 +262,7 @@ class Config:
     """sra-fast"""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    # looked up when a Config is made: the target registers itself when its room is imported
     align: AlignConfig = field(default_factory=lambda: TARGETS["ema_teacher"].config())
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

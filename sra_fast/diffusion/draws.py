@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# with one generator per image, seeding and launching would take longer than drawing. Another value
+# gives every run other numbers
 BLOCK = 32
 
 
@@ -36,7 +38,9 @@ class Draws:
 
 def block_seed(*key: int) -> int:
     """A 63-bit seed from integers. Distinct keys do not collide, as their sums would."""
+    # repr keeps (1, 23) and (12, 3) apart
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    # 63 bits are a valid seed for the generators of every device
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -46,6 +50,7 @@ def _blocks(fill, key: tuple[int, ...], first: int, count: int, device) -> Tenso
     Its block ``i`` is what ``fill`` makes with a generator that is seeded by ``key`` and i.
     """
     generator = torch.Generator(device)
+    # all blocks that the rows lie in; rows of theirs that other processes need are dropped
     blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
     rows = [fill(generator.manual_seed(block_seed(*key, i))) for i in blocks]
     rows = rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -74,8 +79,10 @@ def draw(
         posterior: also draw the noise of the VAE posterior.
     """
     batch, *latent = shape
+    # key 0: time, gap and label dropping of each image
     draw_uniforms = lambda g: torch.rand(BLOCK, 3, generator=g, device=device)
     uniforms = _blocks(draw_uniforms, (seed, step, 0), first, batch, device)
+    # key 1: noise of the latents, then of the VAE posterior
     sets = 2 if posterior else 1
     draw_normals = lambda g: torch.randn(BLOCK, sets, *latent, generator=g, device=device)
     normals = _blocks(draw_normals, (seed, step, 1), first, batch, device)
@@ -85,5 +92,6 @@ def draw(
         posterior=normals[:, 1] if posterior else None,
         uniform=time,
         gap=gap,
+        # drawn at probability 0 too: the time and the gap do not depend on it
         drop=drop < drop_prob,
     )

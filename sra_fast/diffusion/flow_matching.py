@@ -36,6 +36,7 @@ class FlowMatching:
     def times(self, uniform: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
         """Two uniforms ``[B]`` -> student's and teacher's times ``[B]`` (SRA, Sec. 3.2)."""
         t = self._lognormal(uniform) if self.time == "lognormal" else uniform
+        # t = 0 is data, so an earlier time is a cleaner input
         return t, (t - gap * self.t_max).clamp(0, 1)
 
     def _lognormal(self, uniform: Tensor) -> Tensor:
@@ -48,10 +49,12 @@ class FlowMatching:
         return (2 / math.pi) * log_ratio.exp().atan()
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
+        # latents and noise are read once for both inputs and the target, dx/dt
         x, x_teacher, velocity = ops.noise_pair(x0, noise, t, t_teacher, self.path)
         return Noised(x, t, x_teacher, t_teacher, velocity, x0)
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
         """``{"denoise": [B]}``, the mean squared error of the velocity in fp32."""
+        # bf16 has 8 bits of precision: its difference would lose small errors
         error = prediction.float() - noised.target
         return {"denoise": error.square().flatten(1).mean(1)}

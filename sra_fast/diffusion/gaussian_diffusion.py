@@ -27,21 +27,27 @@ class Schedule:
     """
 
     def __init__(self, betas: Tensor):
+        # alpha_bar_t = prod(1 - beta_s) (DDPM, Sec. 2); it is 1 before the first time
         alpha_bar = (1 - betas).cumprod(0)
         previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         self.alpha_bar = alpha_bar
+        # q(x_t | x_0): x_t = signal x_0 + noise eps (DDPM Eq. 4)
         self.signal = alpha_bar.sqrt()
         self.noise = (1 - alpha_bar).sqrt()
+        # the same one step closer to the data, for DDIM
         self.signal_previous = previous.sqrt()
         self.noise_previous = (1 - previous).sqrt()
+        # q(x_{t-1} | x_t, x_0) has the mean mean_x0 x_0 + mean_xt x_t (DDPM Eq. 7)
         self.mean_x0 = betas * previous.sqrt() / (1 - alpha_bar)
         self.mean_xt = (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)
         # the posterior variance is 0 at the first time: its logarithm takes the next one's, as in
         # improved DDPM
         variance = betas * (1 - previous) / (1 - alpha_bar)
         clipped = torch.cat([variance[1:2], variance[1:]])
+        # the learned variance lies between the posterior's and the forward step's
         self.log_variance_min = clipped.log()
         self.log_variance_max = betas.log()
+        # (name, device) -> the constant in fp32 on that device
         self.constants = {}
 
     def at(self, name: str, t: Tensor, dim: int = 4) -> Tensor:
@@ -50,6 +56,8 @@ class Schedule:
         """
         key = (name, t.device)
         if key not in self.constants:
+            # copied once: a copy from the host in every step would wait, and a CUDA graph forbids
+            # it
             self.constants[key] = getattr(self, name).float().to(t.device)
         return self.constants[key][t].view(-1, *[1] * (dim - 1))
 
@@ -89,13 +97,16 @@ def respaced(num_steps: int) -> tuple[list[int], Schedule]:
         raise ValueError(
             f"steps must lie in [2, {NUM_TIMES}] for a discrete chain, got {num_steps}"
         )
+    # both ends are kept, so num_steps - 1 gaps
     stride = (NUM_TIMES - 1) / (num_steps - 1)
     times = [round(i * stride) for i in range(num_steps)]
+    # the short chain has the same alpha_bar at its times: 1 - beta is the ratio of neighbours
     alpha_bar = (1 - linear_betas()).cumprod(0)[times]
     return times, Schedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))
 
 
 def _gaussian_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor, log_var2: Tensor) -> Tensor:
+    # KL(N_1 || N_2) of each element
     return 0.5 * (
         log_var2
         - log_var1
@@ -114,6 +125,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 def _discrete_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log-probability of ``x`` in [-1, 1] rounded to 1/127.5 under a Gaussian (DDPM Eq. 13)."""
+    # one of 256 grey values has the Gaussian's mass up to the midpoints with its neighbours
     centred = x - mean
     inverse = (-log_scale).exp()
     upper = _normal_cdf(inverse * (centred + 1 / 255))
@@ -154,10 +166,12 @@ class GaussianDiffusion:
         """``[B]`` uniforms for the time and for the gap -> int64 student and teacher times
         ``[B]``.
         """
+        # the product of a uniform just below 1 may round to 1000
         t = (uniform * NUM_TIMES).long().clamp(max=NUM_TIMES - 1)
         return t, (t - (gap * self.max_gap).long()).clamp(1, NUM_TIMES - 1)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
+        # fp32: at the first times the noise is 1e-2 of the signal
         x0 = x0.float()
         noise = noise.float()
         x = self.schedule.noisy(x0, noise, t)
@@ -183,10 +197,14 @@ class GaussianDiffusion:
         """KL of the predicted step from the true one, the likelihood at t=0; ``[B]`` in bits."""
         schedule = self.schedule
         x, t, x0 = noised.x, noised.t, noised.x0
+        # the true step, q(x_{t-1} | x_t, x_0)
         true_mean = schedule.posterior_mean(x0, x, t)
+        # the predicted step: mean from eps, which is detached, and variance from the network
         mean = schedule.posterior_mean(schedule.predict_x0(x, t, eps), x, t)
         log_variance = schedule.log_variance(interpolation, t)
+        # DDPM Eq. 5: L_{t-1} at t > 0, L_0 at t = 0; both are computed and one is chosen
         kl = _gaussian_kl(true_mean, schedule.at("log_variance_min", t), mean, log_variance)
         nll = -_discrete_log_likelihood(x0, mean, 0.5 * log_variance)
+        # mean over the dimensions; from nats to bits
         in_bits = lambda term: term.flatten(1).mean(1) / math.log(2)
         return torch.where(t == 0, in_bits(nll), in_bits(kl))

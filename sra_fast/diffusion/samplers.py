@@ -50,6 +50,7 @@ class Guidance:
             )
         self.call = call or model
         self.condition = model.as_condition(condition)
+        # one model call for both: conditional first, unconditional second
         self.both = concatenate(self.condition, self.condition.null())
         self.scale = scale
         self.interval = interval
@@ -76,6 +77,7 @@ class Guidance:
 
     def velocity(self, x: Tensor, t: float, inside: bool) -> Tensor:
         """SiT's output at one time, in float64."""
+        # the network rounds the time to fp32; the solver computes in float64
         time = torch.tensor(t, dtype=torch.float64, device=x.device)
         return self(x, time, inside).to(torch.float64)
 
@@ -118,6 +120,7 @@ class _ODE:
     heun = False
 
     def __call__(self, guided, x, num_steps, path, noise):
+        # Python floats: reading them from the device would wait in every step
         times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
         for i, (t, t_next) in enumerate(pairwise(times)):
             # whether there is guidance is decided where a step begins, for both of its ends
@@ -159,12 +162,14 @@ class EulerMaruyama:
         for i, (t, t_next) in enumerate(pairwise(times)):
             v = guided.velocity(x, t, guided.applies(t))
             time = torch.tensor(t, dtype=torch.float64)
+            # x = alpha x0 + sigma eps and v = alpha' x0 + sigma' eps, solved for eps
             alpha, sigma, dalpha, dsigma = interpolant(time, path)
             eps = (alpha * v - dalpha * x) / (alpha * dsigma - dalpha * sigma)
             # v - (w_t / 2) score, with score = -eps / sigma
             drift = v + t * eps / sigma
             x = x + (t_next - t) * drift
             if i < num_steps - 1:
+                # variance w_t dt, with w_t = 2t
                 x = x + (2 * t * (t - t_next)) ** 0.5 * noise(x)
         return x
 
@@ -177,6 +182,7 @@ class _Discrete:
     state_dtype = torch.float32
 
     def __call__(self, guided, x, num_steps, path, noise):
+        # i counts the steps of the short chain; the network knows the times of the full chain
         times, schedule = respaced(num_steps)
         for i in reversed(range(num_steps)):
             time = torch.tensor(times[i], device=x.device)
@@ -193,6 +199,7 @@ class DDIM(_Discrete):
 
     def step(self, schedule, x, index, eps, variance, noise):
         x0 = schedule.predict_x0(x, index, eps)
+        # eta = 0: the predicted noise comes back, no new noise is drawn
         signal = schedule.at("signal_previous", index)
         return signal * x0 + schedule.at("noise_previous", index) * eps
 
@@ -292,6 +299,7 @@ def sample(
     """
     method = resolve_sampler(method, model.process)
     sampler = SAMPLERS[method]()
+    # check_sampling has checked a configuration; other callers pass any number
     low, high = sampler.steps
     if not low <= num_steps <= high:
         raise ValueError(f"steps of {method} must lie in [{low}, {high}], got {num_steps}")

@@ -1,9 +1,8 @@
 """What a network is told besides the noisy image and the time, as one object.
 
 A conditioning travels from the data set through the loop, the objective and the sampler to the
-network's embedder without
-anybody in between knowing what it is: class labels today. It can be replaced by "nothing", for
-classifier-free guidance (arXiv 2207.12598).
+network's embedder. Nothing in between knows what it is; today it is class labels. It can be
+replaced by "nothing", for classifier-free guidance (arXiv 2207.12598).
 """
 
 from dataclasses import dataclass, replace
@@ -63,6 +62,7 @@ class ClassLabels:
     drop: Tensor | None = None
 
     def __post_init__(self):
+        # the embedding accepts any shape, and its sum with the time would broadcast
         if self.labels.dim() != 1:
             raise ValueError(f"expected labels [B], got {[*self.labels.shape]}")
 
@@ -70,6 +70,7 @@ class ClassLabels:
         return len(self.labels)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
+        # a CUDA graph needs the same inputs in every call, so None becomes "drop none"
         drop = torch.zeros_like(self.labels, dtype=torch.bool) if self.drop is None else self.drop
         return self.labels, drop
 

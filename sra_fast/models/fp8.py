@@ -31,6 +31,7 @@ class Fp8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.out_features = layer.out_features
+        # the parameters themselves: their names, and with them the EMA's layout, stay the same
         self.weight = layer.weight
         self.bias = layer.bias
         multiplier = power_of_two_multiplier(layer.weight.abs().amax().float())
@@ -55,6 +56,7 @@ class Fp8Block(Block):
     @classmethod
     def from_block(cls, block: Block) -> "Fp8Block":
         """The same block in fp8. It takes over the block's layers, which must be bf16 already."""
+        # without __init__, which would allocate and draw the weights of a whole block
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.recompute = "none"

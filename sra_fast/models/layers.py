@@ -32,6 +32,7 @@ class PatchProjection(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         p = self.kernel_size[0]
+        # [B, C, rows, p, columns, p] -> [B, rows, columns, C, p, p]
         patches = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
         # a patch in the order of the weight's last three dimensions
         patches = patches.reshape(B, (H // p) * (W // p), C * p * p)
@@ -107,6 +108,8 @@ class LabelEmbedder(nn.Module):
             if drop is None and self.training:
                 drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             if drop is not None:
+                # no index of the dropped labels: its length would depend on the data, which a graph
+                # cannot have
                 labels = torch.where(drop, self.num_classes, labels)
         return self.embedding_table(labels)
 
@@ -165,10 +168,8 @@ class Block(nn.Module):
             norms and of GELU, which the kernels write again in passes that run anyway; ``"full"``,
             everything inside the block.
         defer_bias: leave the MLP's last bias to the pass that adds the pending output, where its
-            gradient costs nothing.
-            The parameter must be whole at that point: true under ZeRO 0 to 2, false where blocks
-                are gathered one by one
-            (ZeRO 3, FSDP).
+            gradient costs nothing. The parameter must be whole at that point: true under ZeRO 0 to
+            2, false where blocks are gathered one by one (ZeRO 3, FSDP).
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class Block(nn.Module):
         """
         if self.recompute != "full" or not torch.is_grad_enabled():
             return self._forward(x, c, pending)
+        # nothing in a block draws random numbers, so there is no generator state to restore
         return checkpoint(
             self._forward, x, c, pending, use_reentrant=False, preserve_rng_state=False
         )
@@ -291,6 +293,7 @@ def sincos_pos_embed(grid_size: int, hidden_size: int) -> Tensor:
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     phase = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
     line = torch.cat([phase.sin(), phase.cos()], dim=1)  # [grid, D/2]
+    # tokens run along the rows of the image: the column changes fastest
     column = line.repeat(grid_size, 1)
     row = line.repeat_interleave(grid_size, dim=0)
     return torch.cat([column, row], dim=1).float()[None]

@@ -98,6 +98,7 @@ class Backbone(nn.Module):
         self.depth = depth
         self.num_classes = num_classes
         self.residual_dtype = residual_dtype
+        # the order is that of the published state dict, and that in which a seed's numbers are used
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
@@ -114,7 +115,9 @@ class Backbone(nn.Module):
         return sincos_pos_embed(self.input_size // self.patch_size, self.hidden_size)
 
     def _init_backbone(self) -> None:
+        # DiT's initialisation: what follows overwrites a part of it
         self.apply(_init_linear)
+        # as a linear layer of a patch, not as a convolution
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -164,6 +167,7 @@ class Backbone(nn.Module):
         # mixed-precision wrappers may leave the buffer in fp32: the sum has the wider dtype of the
         # two
         tokens = tokens + self.pos_embed.to(self.residual_dtype or tokens.dtype)
+        # the modulations of all blocks begin with this SiLU: computed once
         return tokens, F.silu(self.t_embedder(t) + self.y_embedder(condition))
 
     def _check_inputs(self, x: Tensor, t: Tensor, condition: Conditioning) -> None:
@@ -229,6 +233,7 @@ class SiT(Backbone):
         self.ap_head = ProjectionHead(self.hidden_size)
         self.final_layer = FinalLayer(self.hidden_size, self.patch_size**2 * self.out_channels)
         self.ap_head.apply(_init_linear)
+        # the first prediction is zero
         for parameter in self.final_layer.parameters():
             nn.init.zeros_(parameter)
 
@@ -240,6 +245,7 @@ class SiT(Backbone):
         p = self.patch_size
         grid = self.input_size // p
         size = (-1, self.out_channels, self.input_size, self.input_size)
+        # [B, rows, columns, p, p, C] -> [B, C, rows, p, columns, p]
         patches = tokens.view(-1, grid, grid, p, p, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(size)
 
@@ -280,6 +286,7 @@ class SiT(Backbone):
                 # block
                 tokens = add_pending(tokens, pending)
                 pending = None
+                # the head runs only on the images that are compared
                 aligned = tokens if align_images is None else tokens[align_images]
                 aligned = self.ap_head(aligned) if project else aligned
         prediction = self.unpatchify(self.final_layer(tokens, c, pending))

@@ -18,9 +18,11 @@ from sra_fast.utils.registry import TARGETS
 
 def check_config(cfg: Config) -> None:
     """Everything that does not depend on the machine."""
+    # the constructor checks its sizes; on meta it allocates nothing
     with torch.device("meta"):
         cfg.model.build()
     _check_align(cfg)
+    # raises for settings that the process does not have
     make_process(cfg)
     require_that(
         cfg.sample.guidance == 1 or cfg.model.class_dropout_prob > 0,
@@ -177,5 +179,6 @@ def split_batch(cfg: Config, world_size: int) -> tuple[int, int]:
         f"train.global_batch must be a multiple of micro_batch {micro} x {world_size} processes, "
         f"got {total}",
     )
+    # raises unless every micro-batch has the same whole number of aligned images
     images_per_cycle(cfg.align.fraction, micro)
     return micro, total // (micro * world_size)

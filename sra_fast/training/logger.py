@@ -74,6 +74,7 @@ def _count_training_flops(cfg: Config) -> tuple[float, float]:
         t = torch.zeros(1)
         labels = torch.zeros(1, dtype=torch.int64)
     plain = _flops(lambda: student(x, t, labels))
+    # a backward pass costs two forwards
     if not cfg.align.active:
         return 3 * plain, 3 * plain
     aligned = _flops(lambda: student(x, t, labels, align_depth=cfg.align.student_layer))
@@ -142,6 +143,7 @@ class TrainLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "stats.jsonl"
+        # a run may have been further than its last checkpoint: it takes these steps again
         kept = [row for row in read_rows(path) if row["step"] <= start]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomic(path, lambda p: p.write_text(text))
@@ -154,6 +156,7 @@ class TrainLogger:
         for name, value in values.items():
             value = value.float() if torch.is_tensor(value) else torch.tensor(float(value))
             total, count = self.sums.get(name, (0.0, 0))
+            # stays on the device
             self.sums[name] = (total + value, count + 1)
 
     def step(self, step: int, known: dict[str, float]) -> dict | None:
@@ -171,6 +174,7 @@ class TrainLogger:
 
     def _send(self, step: int, known: dict[str, float]) -> None:
         """Start to copy the means of the steps since the last row to the host."""
+        # sorted, so that every rank reduces the same value in the same place
         names = sorted(self.sums)
         means = torch.stack(
             [(total / count).to(self.device) for total, count in (self.sums[n] for n in names)]
@@ -178,12 +182,14 @@ class TrainLogger:
         if self.world > 1:
             dist.all_reduce(means)
             means /= self.world
+        # the host may be some launches ahead of the device: over log_every steps that evens out
         now = time.perf_counter()
         seconds = now - self.clock
         rate = self.count * self.images / seconds
         known = {"step": step, **known}
         event = None
         if self.device.type == "cuda":
+            # a copy to pinned memory does not wait; the event says when it has arrived
             means = torch.empty(means.shape, pin_memory=True).copy_(means, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -191,6 +197,7 @@ class TrainLogger:
             known["peak_memory_gib"] = peak / 2**30
         known["images_per_s"] = rate
         known["ms_per_step"] = 1e3 * seconds / self.count
+        # model FLOPs utilisation: FLOPs of the model over what all GPUs could have computed
         if self.peak:
             flops = self.flops["align" in self.sums]
             known["mfu"] = rate * flops / (self.peak * self.world)
@@ -234,6 +241,7 @@ class TrainLogger:
 
     def flush(self, step: int, known: dict[str, float]) -> None:
         """Write everything up to ``step``, waiting for the device: before a checkpoint."""
+        # the steps since the last row, fewer than log_every
         if self.count:
             self._send(step, known)
         self._receive(wait=True)

@@ -19,12 +19,14 @@ from sra_fast.utils.registry import CONDITIONINGS
 
 def warm_up(step: int, warmup_steps: int) -> float:
     """Factor of the learning rate at a 0-based step: linear, then 1."""
+    # step + 1: the first step already has a rate above zero
     return min(1.0, (step + 1) / max(warmup_steps, 1))
 
 
 def set_lr(trainer: Trainer, step: int) -> float:
     """Set the learning rate of a 0-based optimizer step, and return it."""
     lr = trainer.cfg.optim.lr * warm_up(step, trainer.cfg.optim.warmup_steps)
+    # a function of the step: a resumed run needs no scheduler state
     for group in trainer.engine.optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -51,7 +53,9 @@ def optimizer_step(
     lr = set_lr(trainer, step)
     for micro_step in range(trainer.plan.accumulation):
         batch = next(batches)
+        # copied while the device still computes: the loader pins its batches
         images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
+        # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
         draws = draw(
             cfg.train.seed,
             step,
@@ -62,14 +66,18 @@ def optimizer_step(
             posterior=data.posterior,
         )
         x0 = data.to_latent(images, draws.posterior)
+        # the same labels are dropped for student and teacher
         condition = conditioning.from_tensors(*labels).dropped(draws.drop)
         times = engine.module.process.times(draws.uniform, draws.gap)
         first = micro_step == 0
         logger.add(trainer.micro_step(x0, condition, draws.noise, times, weight, first))
+        # DeepSpeed counts the micro-steps and takes the optimizer step at the last one
         engine.step()
     if engine.was_step_applied():
+        # the teacher's all-gather starts here and overlaps with the next student forward
         next_weight = align_weight(cfg.align, step + 1, stream.epoch(step + 1))
         trainer.after_step(teacher_runs=next_weight > 0)
+    # a tensor on the device: it is not read here
     logger.add({"grad_norm": trainer.grad_norm})
     return {"align_weight": weight, "lr": lr, "epoch": epoch}
 
@@ -138,6 +146,7 @@ def train(
             monitor.look(trainer, step + 1)
             logger.restart_clock()
     bar.close()
+    # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
         trainer.teacher.wait()
     return logger.close()

@@ -28,6 +28,7 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """
     if len(counts) == 1:
         return rows
+    # all_gather takes equal shapes only
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     everyone = [torch.empty_like(padded) for _ in counts]
@@ -93,8 +94,10 @@ class Monitor:
         collective.
         """
         cfg = self.cfg
+        # another network: the student's weights must not change, and stage 3 partitions them
         model = cfg.model.build().to(self.device).eval()
         model.load_state_dict(trainer.state_dict(trainer.ema.full()))
+        # the labels of all images: an image does not depend on the rank that makes it
         labels = choose_labels(
             cfg.monitor.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed
         )

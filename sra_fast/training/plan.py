@@ -70,9 +70,11 @@ def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None)
     cuda = torch.cuda.is_available()
     check_config(cfg)
     micro, accumulation = split_batch(cfg, world)
+    # the user's JSON may set another stage, so the machine is checked after it
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, cuda)
     stage = zero_stage(ds_config, cfg)
     check_device(cfg, stage, cuda, world)
+    # saved with the run: config.yaml then tells the stage without the JSON
     cfg.train.zero_stage = stage
     return Plan(cfg, ds_config, stage, micro, accumulation, world)
 
@@ -81,6 +83,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     """``make_plan``, then output folder, checkpoint, data and initial weights; ValueError
     likewise.
     """
+    # the cheap checks first: opening the data set may take a while
     _check_writable(Path(cfg.train.out))
     plan = make_plan(cfg, ds_json)
     require_that(
@@ -90,6 +93,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     )
     resume = find_resume(cfg)
     if resume:
+        # raises for a checkpoint of another run, before the data is opened
         reading.read_state(resume, identity_of(cfg, plan.world, plan.stage))
     data = make_dataset(cfg)
     # a job that is restarted with the same command resumes, whatever it was started from
@@ -102,8 +106,10 @@ def _read_initial(cfg: Config) -> dict:
     source = cfg.train.init_from
     initial = reading.read_weights(source)
     _check_heads(cfg, initial)
+    # shapes only: no memory is used
     with torch.device("meta"):
         expected = {name: [*value.shape] for name, value in cfg.model.build().state_dict().items()}
+    # the student starts from "model" and the EMA from "ema": both have to fit
     for key in {"model", "ema"} & set(initial):
         found = {name: [*value.shape] for name, value in initial[key].items()}
         for name in sorted(set(expected) | set(found)):
@@ -112,6 +118,7 @@ def _read_initial(cfg: Config) -> dict:
                     f"train.init_from {source} does not fit the model: {name} should be "
                     f"{expected.get(name, 'absent')}, it is {found.get(name, 'absent')}"
                 )
+    # a published checkpoint with its optimizer continues at its step count
     steps = initial.get("steps", 0)
     require_that(
         steps < cfg.train.steps,
@@ -152,6 +159,7 @@ def find_resume(cfg: Config) -> Path | None:
     if cfg.train.resume is None:
         return None
     if cfg.train.resume == "auto":
+        # newest first; a run that stopped before its first checkpoint is passed over
         numbered = [path for path in Path(cfg.train.out).glob("*") if path.name.isdigit()]
         for folder in sorted(numbered, key=lambda path: int(path.name), reverse=True):
             if found := reading.latest(folder / "checkpoints"):

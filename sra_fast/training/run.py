@@ -51,6 +51,7 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
     initial = run_plan.initial
     trainer = build(run_plan.plan, device, initial.get("model", initial.get("ema")))
     if run_plan.resume:
+        # logs and later checkpoints continue in the same folder
         folder = reading.run_folder(run_plan.resume)
         start = saving.load(trainer, run_plan.resume)
     else:
@@ -62,10 +63,12 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
         save_config(cfg, folder / "config.yaml")
         ds_config = json.dumps(run_plan.plan.ds_config, indent=1)
         write_atomic(folder / "deepspeed.json", lambda p: p.write_text(ds_config))
+    # before the first step: a missing file of the monitor stops the run at once
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     train(trainer, run_plan.data, folder, start, monitor)
     export(trainer, run_plan.data, folder)
     summary = summarise(trainer, run_plan.data, folder)
+    # rank 0 may still be scoring: the others keep the process group alive
     dist.barrier()
     return summary
 

@@ -41,6 +41,7 @@ def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
     if trainer.rank == 0:
         state = {"step": step, "epoch": epoch, **_identity(trainer), "teacher": teacher}
         write_json(path / STATE, state)
+    # all EMA files are complete before DeepSpeed writes `latest`
     dist.barrier()
     # the frozen teacher is not stored: it is rebuilt from the EMA
     trainer.engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
@@ -58,6 +59,7 @@ def load(trainer: Trainer, path: Path) -> int:
     """
     state = read_state(path, _identity(trainer))
     folder, tag = str(path.parent), path.name
+    # not strict: the file lacks the frozen teacher
     loaded, _ = trainer.engine.load_checkpoint(folder, tag=tag, load_module_strict=False)
     if loaded is None:
         raise ValueError(f"DeepSpeed found no checkpoint at {path}")
@@ -69,6 +71,7 @@ def load(trainer: Trainer, path: Path) -> int:
     if optim.implementation == "fused":
         for moments in trainer.masters.optimizer_states():
             moments["step"] = moments["step"].cpu()
+    # the scales as they were: new ones would round the fp8 teacher differently
     trainer.refresh_teacher(state["teacher"])
     return state["step"]
 
@@ -94,6 +97,7 @@ def start_from(trainer: Trainer, initial: dict) -> int:
         for key in MOMENTS:
             moments = {name: state[key] for name, state in states.items()}
             masters.scatter(moments, masters.state(key))
+        # one count for all parameters: each has taken every step
         count = float(next(iter(states.values()))["step"])
         for state in masters.optimizer_states():
             state["step"].fill_(count)

@@ -86,6 +86,7 @@ class Trainer:
             The ``loss`` and its parts, scalars on the device.
         """
         if self.graphed is None:
+            # engine.backward divides the loss by the number of micro-batches
             loss, parts = self.engine(x0, condition, noise, times, weight)
             self.engine.backward(loss)
             return {"loss": loss.detach(), **parts}
@@ -96,6 +97,7 @@ class Trainer:
         inputs = {False: plain, True: aligned}
         phases = alignment_phases(self.cfg.align)
         if self.teacher is not None and True in phases:
+            # outside of the graph: a replay would not wait for the all-gather
             self.teacher.wait()
         if not self.graphed.captured:
             # capture every kind of step that this run will take
@@ -110,6 +112,7 @@ class Trainer:
         """Global gradient norm of the last step before clipping; on the device if DeepSpeed leaves
         it there.
         """
+        # None in stage 0 with fp32: clip_before_step leaves the norm on the optimizer
         norm = self.engine.get_global_grad_norm()
         return self.engine.optimizer.grad_norm if norm is None else norm
 
@@ -150,38 +153,54 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
         weights: state dict to start from instead of a fresh initialisation.
 
     Raises:
-        ValueError: DeepSpeed stands in the way of a CUDA graph that was asked for.
+        ValueError: the plan is for another number of processes, or DeepSpeed stands in the way of a
+            CUDA graph that was asked for.
         RuntimeError: DeepSpeed's memory layout is not the one this engine knows.
     """
     cfg = plan.cfg
+    if plan.world != dist.get_world_size():
+        # the batches of the processes would overlap, or leave images out
+        raise ValueError(
+            f"expected a plan for {dist.get_world_size()} processes, got one for {plan.world}"
+        )
     if plan.stage < 3:
         restore_linear()
+    # networks in fp32; DeepSpeed casts them to bf16 in place, so the fp32 values are copied
     student, network = make_networks(plan, weights, device)
     initial = _initial_masters(student, plan.stage) if cfg.train.precision == "bf16" else {}
+    # the module that DeepSpeed wraps: student, alignment target, loss
     target = TARGETS[cfg.align.target](cfg.align, network)
     objective = SRAObjective(student, target, make_process(cfg), cfg.align).to(device)
     if plan.stage == 3:
         # a block's operators read the weights of several layers: gather and free them together
         deepspeed.utils.set_z3_leaf_modules(objective, [Block])
+    # what the teacher keeps in one dtype is one parameter group, and one all-gather
     kinds = _parameter_kinds(cfg, network)
     optimizer = make_optimizer(cfg, student, kinds, device.type == "cuda")
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=plan.ds_config)[0]
 
+    # find the masters in ZeRO's flat tensors, make them fp32 again, and verify that each is in the
+    # place where it was found
     parameters = dict(student.named_parameters())
     masters = MasterWeights(engine, parameters)
     if initial:
         _restore_fp32(masters, engine, initial)
     masters.verify(parameters)
+    # from here on engine.step() is the fused step, in the stages that have one
     _replace_step(plan, engine, optimizer)
+    # both start from the unrounded masters
     ema = ShardedEMA(masters, cfg.train.ema_decay, optimizer)
     teacher = _make_teacher(cfg, network, ema, optimizer)
     if teacher is not None:
         target.follow(teacher.wait)
     if cfg.train.compile:
+        # after the fp8 blocks are made, which replace blocks. Compilation itself comes with the
+        # first forward
         choose_attention(cfg, plan.micro, device)
         student.compile_blocks()
         if network is not None:
             network.compile_blocks()
+    # last: a graph keeps the addresses of all that it reads
     graphed = _make_graphed(plan, engine, student)
     return Trainer(plan, engine, student, masters, ema, teacher, device, dist.get_rank(), graphed)
 
@@ -200,6 +219,7 @@ def make_networks(
         # stage 3 gathers blocks one by one: the next block must not read this one's bias
         "defer_bias": plan.stage < 3,
     }
+    # the student is drawn first: its weights are the same with and without alignment
     torch.manual_seed(cfg.train.seed)
     network = None
     with device:
@@ -214,6 +234,7 @@ def make_networks(
         for p in student.parameters():
             dist.broadcast(p.data, 0)
     if network is not None:
+        # overwrites the network's own initialisation
         state = student.state_dict()
         network.load_state_dict({name: state[name] for name in network.state_dict()})
     return student, network
@@ -238,8 +259,9 @@ def _restore_fp32(masters: MasterWeights, engine, initial: dict[str, Tensor]) ->
     masters.scatter(initial, masters.flats)
 
 
-def _is_fp8(cfg: Config) -> bool:
-    return getattr(cfg.align, "teacher_dtype", "auto") == "fp8"
+def _network_dtype(cfg: Config) -> str:
+    """``auto``, ``fp32`` or ``fp8``: ``align.teacher_dtype``, which not every target has."""
+    return getattr(cfg.align, "teacher_dtype", "auto")
 
 
 def _parameter_kinds(cfg: Config, network: Backbone | None) -> list[set[str]]:
@@ -249,7 +271,7 @@ def _parameter_kinds(cfg: Config, network: Backbone | None) -> list[set[str]]:
     if network is None:
         return []
     names = {name for name, _ in network.named_parameters()}
-    if not _is_fp8(cfg):
+    if _network_dtype(cfg) != "fp8":
         return [names]
     fp8 = set(fp8_layers(network))
     return [fp8, names - fp8]
@@ -264,10 +286,10 @@ def _make_teacher(
     if not ema.masters.groups:
         return PartitionedTeacher(network, ema)
     dtype = torch.float32
-    if cfg.train.precision == "bf16" and cfg.align.teacher_dtype != "fp32":
+    if cfg.train.precision == "bf16" and _network_dtype(cfg) != "fp32":
         dtype = torch.bfloat16
     fp8 = {}
-    if _is_fp8(cfg):
+    if _network_dtype(cfg) == "fp8":
         # not earlier: DeepSpeed casts every parameter that it is given to bf16
         use_fp8(network)
         fp8 = fp8_layers(network)
@@ -284,6 +306,7 @@ def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
     tokens = (model["input_size"] // model["patch_size"]) ** 2
     heads = model["num_heads"]
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+    # the teacher sees the aligned images only, and has no backward pass
     for images, training in ((micro, True), (round(micro * cfg.align.fraction), False)):
         shape = (images, tokens, 3, heads, model["hidden_size"] // heads)
         qkv = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
@@ -339,6 +362,7 @@ def _graph_obstacle(engine, plan: Plan, graphed: GraphedGradients) -> str | None
     if plan.stage > 0 and not getattr(engine.optimizer.step, "reduces_nothing", False):
         return "DeepSpeed's JSON lets it convert the gradients"
     ds_config = plan.ds_config
+    # these hook into engine.forward and engine.backward, which a replay does not call
     watched = {
         "flops_profiler": ds_config.get("flops_profiler", {}).get("enabled"),
         "wall_clock_breakdown": ds_config.get("wall_clock_breakdown"),
@@ -347,6 +371,7 @@ def _graph_obstacle(engine, plan: Plan, graphed: GraphedGradients) -> str | None
     for name, value in watched.items():
         if value:
             return f"{name} of DeepSpeed's JSON looks into forward and backward passes"
+    # a capture does the same first: count what would still be held then
     graphed.release()
     held = held_accumulators(graphed.parameters)
     if held:

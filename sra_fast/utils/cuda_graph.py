@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# as many as PyTorch's documentation warms up with
 WARM_UP_CALLS = 3
 # what has captured graphs and is still in use
 _live: weakref.WeakSet = weakref.WeakSet()
@@ -38,6 +39,7 @@ class _Captures:
         Returns:
             The graph, and what ``fn`` returned: every replay writes it again.
         """
+        # made at the first capture: a process without a GPU never gets here
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         unallocated = lambda: torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         before = unallocated()
@@ -104,6 +106,7 @@ class Graphed(_Captures):
     def __call__(self, *inputs: Tensor) -> Tensor:
         key = _signature(inputs)
         if key not in self.captured:
+            # a graph reads fixed addresses: every call copies its inputs to these
             static = [item.clone() for item in inputs]
             run = lambda: self.fn(*static)
             warm_up(run)
@@ -161,6 +164,7 @@ class GraphedGradients(_Captures):
             output = self._step(static, accumulate)
         else:
             graph.replay()
+        # the optimizer has taken the gradients, or zero_grad has set them to None
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
         return output
@@ -174,6 +178,7 @@ class GraphedGradients(_Captures):
         Raises:
             RuntimeError: something keeps autograd nodes of the parameters alive.
         """
+        # calls with the same signature share a graph
         missing = {(accumulate, _signature(inputs)): inputs for inputs, accumulate in calls}
         # accumulating calls last: they add to the gradients that the others have made
         new = sorted((key for key in missing if key not in self.captured), key=lambda key: key[0])
@@ -190,9 +195,11 @@ class GraphedGradients(_Captures):
                 f"a CUDA graph of the gradients: autograd's nodes of {held} parameters are held by "
                 "something else"
             )
+        # all warm-ups before the first capture, which takes the pool's memory for good
         for inputs in static.values():
             warm_up(lambda inputs=inputs: self._rehearse(inputs))
         for (accumulate, signature), inputs in static.items():
+            # defaults bind the values of this round of the loop
             step = lambda inputs=inputs, accumulate=accumulate: self._step(inputs, accumulate)
             graph, output = self.capture(step)
             self.captured[accumulate, signature] = inputs, graph, output
@@ -213,6 +220,7 @@ class GraphedGradients(_Captures):
         output, gradients = self._gradients(inputs)
         if accumulate:
             torch._foreach_add_(self.gradients, gradients)
+        # later graphs write to the tensors of the first: these are always the ones in ``.grad``
         elif self.gradients:
             torch._foreach_copy_(self.gradients, gradients)
         else:

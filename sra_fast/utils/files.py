@@ -14,6 +14,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        # without it a crash of the machine may leave the new name with no data
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -33,6 +34,7 @@ def write_first(path: Path, value) -> None:
     try:
         write_json(temporary, value)
         try:
+            # a link fails if the name is taken: the first process wins
             os.link(temporary, path)
         except FileExistsError:
             pass

@@ -38,6 +38,7 @@ class Registry(Generic[Part]):
         """A decorator that adds a part; ValueError if another part has the name."""
 
         def add(part: Part) -> Part:
+            # the same part twice is harmless
             if self._parts.get(name, part) is not part:
                 raise ValueError(f"the {self.kind} {name!r} is registered twice")
             self._parts[name] = part

@@ -91,6 +91,7 @@ def deepspeed_config(
     }
     merged = _merge(ours, _read_json(path)) if path else ours
     if clips_itself(merged["zero_optimization"]["stage"], cfg):
+        # DeepSpeed would clip a second time, with its own norm
         merged["gradient_clipping"] = 0.0
     return merged
 

@@ -137,6 +137,7 @@ class ReplicatedTeacher:
             if teacher_runs:
                 self.refresh()
         elif teacher_runs:
+            # the optimizer's pass has already written this rank's part
             self._start_gather()
         else:
             for group in self._fp8_groups:
@@ -151,6 +152,7 @@ class ReplicatedTeacher:
         """The teacher's weights are complete after this, on the current stream."""
         for group, handles in self.pending:
             for handle in handles:
+                # the current stream waits, the host does not
                 handle.wait()
             group.gathered()
         self.pending = []
@@ -180,6 +182,7 @@ class PartitionedTeacher:
         parameters = dict(teacher.named_parameters())
         self.ema = ema
         self.segments = [s for s in ema.masters.segments if s.name in parameters]
+        # views of ZeRO's partitions
         self.target = [parameters[s.name].ds_tensor.view(-1)[: s.numel] for s in self.segments]
         self.refresh()
 

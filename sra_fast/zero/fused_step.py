@@ -40,6 +40,8 @@ class FusedStep:
         check_names(engine.optimizer, engine.zero_optimization_stage())
         self.zero = engine.optimizer
         self.limit = limit
+        # an attribute of the instance hides the method of the class: engine.step() calls this
+        # object
         self.zero.step = self
 
     def _set_clip_scale(self, gradients: list[Tensor], group=None) -> None:
@@ -48,10 +50,12 @@ class FusedStep:
         Each process of ``group`` holds a part of the gradient; None: all of it. Everything stays on
         the device in fp32, and NaN stays NaN.
         """
+        # one launch computes the norms of all tensors
         squared = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()
         if group is not None:
             dist.all_reduce(squared, group=group)
         norm = squared.sqrt()
+        # the engine returns it as get_global_grad_norm()
         self.zero._global_grad_norm = norm
         self.zero.optimizer.clip_scale = clip_factor(norm, self.limit)
 
@@ -73,6 +77,7 @@ class ReplicatedStep(FusedStep):
     @torch.no_grad()
     def __call__(self, closure=None) -> None:
         zero = self.zero
+        # engine.was_step_applied() reads it; bf16 has no loss scale, so no step is skipped
         zero.overflow = False
         groups = [[gradient_of(p) for p in group] for group in zero.fp16_groups]
         self._set_clip_scale([gradient for group in groups for gradient in group])
@@ -116,6 +121,7 @@ class PartitionedStep(FusedStep):
             gradients = [self._flat_gradient(i) for i in groups]
             self._set_clip_scale(gradients, zero.dp_process_group)
 
+        # clip, AdamW, EMA, and the rounded weights into this rank's part of the flat group
         for i, group in enumerate(zero.optimizer.param_groups):
             rank = dist.get_rank(group=zero.real_dp_process_group[i])
             master = zero.single_partition_of_fp32_groups[i]
@@ -124,7 +130,9 @@ class PartitionedStep(FusedStep):
             # frees the group's gradient before the next group is worked on
             gradients[i] = None
 
+        # DeepSpeed's step does this after its first update; its checkpoints read the links
         zero._lazy_init_hp_params_optimizer_state()
+        # each rank has updated its part of the weights: get the others'
         all_gather_dp_groups(
             groups_flat=zero.bit16_groups_flat,
             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
@@ -143,6 +151,7 @@ class PartitionedStep(FusedStep):
         for p in parameters:
             begin = (p.data_ptr() - flat.data_ptr()) // flat.element_size()
             pieces.append((begin, gradient_of(p)))
+        # the pieces keep the gradients until the pass has read them
         self.zero.free_grad_in_param_list(parameters)
         return pieces
 
@@ -159,6 +168,7 @@ class PartitionedStep(FusedStep):
                 f"expected {expected} gradients for a partition of the masters, DeepSpeed left "
                 f"{flat.numel()}: unsupported version?"
             )
+        # DeepSpeed must hold no gradient of this group: ``flat`` is freed after its pass
         zero._release_preflattened_grad_buffers(i)
         zero.averaged_gradients[i] = None
         zero.all_grad_tensors[i] = None
@@ -176,22 +186,26 @@ class Stage3Step(FusedStep):
     def __call__(self, closure=None) -> None:
         zero = self.zero
         zero._pre_step()
+        # weights that the backward pass left gathered would keep their old values
         zero._partition_all_parameters()
         zero.overflow = False
         masters = zero.fp32_partitioned_groups_flat
         gradients = zero.grad_partitions_flat_buffer.split([master.numel() for master in masters])
+        # the order is an assumption about DeepSpeed: a wrong one would mix up parameters in silence
         for i, gradient in enumerate(gradients):
             if zero.averaged_gradients[i][0].data_ptr() != gradient.data_ptr():
                 raise RuntimeError(
                     f"expected the gradients of sub-group {i} in DeepSpeed's flat buffer, they are "
                     "elsewhere: unsupported version?"
                 )
+        # the next backward pass fills it anew
         zero.averaged_gradients = {}
         self._set_clip_scale(gradients, zero.dp_process_group)
         zero.zero_grad(set_to_none=True)
         for i, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
             group = zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]
             zero.optimizer.update(master, gradient, group, zero.fp16_partitioned_groups_flat[i])
+        # no timers to stop; no persistent parameters to gather, because their threshold is 0
         zero._post_step(set())
 
 

@@ -66,7 +66,9 @@ class MasterWeights:
         self.engine = engine
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
+        # DeepSpeed's lists hold the parameters without names: find them by identity
         self.names = {id(p): name for name, p in parameters.items()}
+        # in stage 3 a parameter is empty while it is partitioned, and ds_shape keeps its shape
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
         self.flats: list[Tensor] = []
         self.segments: list[Segment] = []
@@ -100,6 +102,8 @@ class MasterWeights:
         return len(self.flats) - 1
 
     def _from_stage3(self, optimizer) -> None:
+        # a sub-group is one flat tensor: this rank's part of each of its parameters, one after
+        # another
         for params, weights, master in zip(
             optimizer.fp16_groups,
             optimizer.fp16_partitioned_groups_flat,
@@ -109,6 +113,7 @@ class MasterWeights:
             flat = self._add(master)
             for p in params:
                 partition = p.ds_tensor
+                # all ranks hold equally many elements of every parameter
                 start = self.rank * partition.ds_numel
                 # the last ranks' parts may be padding
                 numel = min(partition.ds_numel, max(0, p.ds_numel - start))
@@ -153,6 +158,7 @@ class MasterWeights:
         """
         begin = self.rank * size
         end = begin + size
+        # what the parameter and this rank's part have in common, in elements of the parameter
         first = max(offset, begin) - offset
         last = min(offset + self.shapes[name].numel(), end) - offset
         if last > first:
@@ -169,6 +175,7 @@ class MasterWeights:
         yet.
         """
         optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        # torch's fused AdamW keeps its step count on the device
         fused = any(group.get("fused") for group in optimizer.param_groups)
         for owner in self.owners:
             if "exp_avg" not in optimizer.state[owner]:
@@ -193,6 +200,7 @@ class MasterWeights:
                 s.name: s.of(flats).view(self.shapes[s.name]).cpu().clone() for s in self.segments
             }
         full = {}
+        # in buckets: the device need not hold a second copy of the model in fp32
         for names in self._buckets(bucket):
             full |= self._gather_bucket(names, flats)
         return full
@@ -233,6 +241,7 @@ class MasterWeights:
         for segment in self.segments:
             p = parameters[segment.name]
             if hasattr(p, "ds_tensor"):
+                # the partition of stage 3, without its padding
                 weights = p.ds_tensor.view(-1)[: segment.numel]
             else:
                 weights = p.view(-1)[segment.start : segment.start + segment.numel]

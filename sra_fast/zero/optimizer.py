@@ -34,6 +34,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, settings)
         self.ema_decay = ema_decay
         self.clip_scale: Tensor | None = None
+        # the teacher's groups enter themselves here
         self.copies: dict = {}
 
     @torch.no_grad()
@@ -54,11 +55,13 @@ class AdamWEMA(torch.optim.Optimizer):
             weights: receives the new value, rounded to its dtype; None: nothing does.
         """
         state = self.state[p]
+        # at the first step, as torch.optim.AdamW does
         if "exp_avg" not in state:
             state.update(new_state(p, on_device=False))
         state["step"] += 1
         # the kernel rounds to half precision; fp32 weights are copied afterwards
         half = weights is not None and weights.dtype != torch.float32
+        # the kernel reads flat memory
         if isinstance(grad, Tensor):
             grad = grad.contiguous()
         ops.adamw_ema_(
@@ -108,6 +111,7 @@ def make_optimizer(
     """
     named = dict(student.named_parameters())
     others = set(named).difference(*kinds)
+    # within a group the order is the model's: ZeRO flattens in it, and checkpoints depend on it
     groups = [[p for name, p in named.items() if name in names] for names in (*kinds, others)]
     groups = [{"params": group} for group in groups if group]
     optim = cfg.optim
@@ -126,6 +130,7 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor | None:
     """``min(1, limit / norm)`` on the device, None without a limit."""
     if not limit:
         return None
+    # 1e-6 as in torch.nn.utils.clip_grad_norm_; a NaN stays a NaN, which the logger reports
     return (limit / (norm + 1e-6)).clamp(max=1.0).float()
 
 
@@ -147,8 +152,10 @@ def clip_before_step(engine, limit: float) -> None:
             norm = wrapper._global_grad_norm
         scale = clip_factor(norm, limit)
         if isinstance(optimizer, AdamWEMA):
+            # its pass multiplies while it reads: no second pass over the gradients
             optimizer.clip_scale = scale
         elif limit:
             torch._foreach_mul_(gradients, scale)
 
+    # ZeRO wraps the optimizer and calls its step; stage 0 in fp32 has no wrapper
     getattr(wrapper, "optimizer", wrapper).register_step_pre_hook(hook)

@@ -30,11 +30,13 @@ class TeacherGroup:
         device = masters.flats[0].device
         self.group = group
         self.sharded = masters.world > 1 and not masters.replicated
+        # laid out like ZeRO's flat group: the parts of all ranks, one after another
         ranks = masters.world if self.sharded else 1
         self.buffer = torch.zeros(ranks * group.size, dtype=dtype, device=device)
         self.part = self.buffer
         if self.sharded:
             self.part = torch.zeros(group.size, dtype=dtype, device=device)
+        # one owner for each parameter in stage 0, one for the whole part in the other stages
         owners = [masters.owners[i] for i in group.flats]
         sizes = [owner.numel() for owner in owners]
         views = self.part[: sum(sizes)].split(sizes)
@@ -46,6 +48,7 @@ class TeacherGroup:
         """Make the parameters of these names views of the buffer."""
         for name, offset in self.group.offsets.items():
             p = parameters[name]
+            # the teacher reads the buffer itself, so an all-gather needs no copy afterwards
             p.data = self.buffer.narrow(0, offset, p.numel()).view(p.shape)
 
     def store(self, flats: list[Tensor]) -> None:
@@ -117,6 +120,7 @@ class Fp8TeacherGroup(TeacherGroup):
 
         ``multiplier [S]``: default: those that fit the EMA best.
         """
+        # two passes over the EMA: measure, then round with the multipliers that follow
         self.amax.zero_()
         sources = [flats[i] for i in self.group.flats]
         for copy, source in zip(self.copies.values(), sources, strict=True):
@@ -135,6 +139,7 @@ class Fp8TeacherGroup(TeacherGroup):
         return dist.all_reduce(self.amax, dist.ReduceOp.MAX, async_op=async_op)
 
     def gather(self) -> list[dist.Work]:
+        # the pass before has written with these multipliers; the scales of the products undo them
         self.in_use.copy_(self.multiplier)
         self.scales.copy_(self.in_use.reciprocal()[self.weight_of_row, None])
         handles = super().gather()
@@ -142,6 +147,7 @@ class Fp8TeacherGroup(TeacherGroup):
         return handles if amax is None else [*handles, amax]
 
     def gathered(self) -> None:
+        # from what the last pass has measured, for the next one
         self.multiplier.copy_(power_of_two_multiplier(self.amax))
         self.amax.zero_()
 

@@ -1,0 +1,74 @@
+"""The options below ``align`` are those of the target that the arguments name."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from sra_fast.alignment.target import Target
+from sra_fast.config.cli import load_config, parse_train, save_config
+from sra_fast.config.schema import AlignConfig
+from sra_fast.utils.registry import TARGETS
+
+
+@dataclass
+class ToyConfig(AlignConfig):
+    """Options of a toy target."""
+
+    toy_scale: float = 1.0
+    """size of the target features"""
+
+
+@pytest.fixture
+def toy():
+    TARGETS.register("toy")(type("Toy", (Target,), {"config": ToyConfig}))
+    yield
+    TARGETS.remove("toy")
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--align.target toy --align.toy_scale 2",
+        "--align.target ema_teacher --align.target toy --align.toy_scale 2",
+        "--align.target=none --align.target=toy --align.toy_scale 2",
+        "--config FILE --align.toy_scale 2",
+        "--config=FILE --align.toy_scale 2",
+        "--config OTHER --config FILE --align.toy_scale 2",
+        "--config OTHER --align.target toy --align.toy_scale 2",
+    ],
+)
+def test_last_named_target_gives_the_options(toy, tmp_path, args):
+    file = write(tmp_path / "toy.yaml", "align: {target: toy}")
+    other = write(tmp_path / "other.yaml", "align: {target: ema_teacher}")
+    cfg, _ = parse_train(args.replace("FILE", file).replace("OTHER", other).split())
+    assert cfg.align == ToyConfig(target="toy", toy_scale=2)
+
+
+def test_saved_config_of_another_target_turned_off_reads_back(toy, tmp_path):
+    file = write(tmp_path / "toy.yaml", "align: {target: toy, toy_scale: 3}")
+    cfg, _ = parse_train(["--config", file, "--align", "none"])
+    assert cfg.align == ToyConfig(target="none", toy_scale=3)
+    save_config(cfg, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == cfg
+
+
+def test_file_that_only_turns_alignment_off_keeps_the_options(toy, tmp_path):
+    file = write(tmp_path / "off.yaml", "align: {target: none, weight: 0.5}")
+    cfg, _ = parse_train(["--align.target", "toy", "--align.toy_scale", "2", "--config", file])
+    assert cfg.align == ToyConfig(target="none", toy_scale=2, weight=0.5)
+
+
+@pytest.mark.parametrize("text", ["align: [1\n", "- 1\n", "", "align: 3\n", "train: 3\n", None])
+def test_broken_or_missing_file_is_one_message(capsys, tmp_path, text):
+    file = tmp_path / "broken.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parse_train(["--config", str(file)])
+    assert stopped.value.code == 2
+    assert "error" in capsys.readouterr().err
