@@ -1,4 +1,6 @@
-"""The CUDA extension: built with nvcc where it exists; its CPU reference and its device code, run on host memory."""
+"""The CUDA extension: built with nvcc where it exists; its CPU reference and its device code, run
+on host memory.
+"""
 
 import importlib.util
 import os
@@ -59,7 +61,9 @@ def extension(library):
 
 @pytest.fixture(params=["reference", "emulated"])
 def installed(request, extension, monkeypatch):
-    """sra_fast sees the extension; host tensors run its CPU reference, or its device code thread by thread."""
+    """sra_fast sees the extension; host tensors run its CPU reference, or its device code thread by
+    thread.
+    """
     run = (
         extension.ema_update_cpu if request.param == "reference" else extension.ema_update_emulated
     )
@@ -120,7 +124,8 @@ def test_more_tensors_than_one_table_holds(installed, device):
 
 
 def test_bad_arguments_are_refused(extension):
-    none, bf16 = extension.DType.none, extension.DType.bfloat16
+    none = extension.DType.none
+    bf16 = extension.DType.bfloat16
     for run in (extension.ema_update_cpu, extension.ema_update_emulated):
         with pytest.raises(ValueError, match="as many params"):
             run([0, 0], [0], [], [0, 0], bf16, none, 0.9)
@@ -137,7 +142,9 @@ def cuobjdump(*args) -> str:
 
 
 def test_machine_code(library):
-    """9 kernels (3 dtypes of p, 3 of the copy) for each architecture: no stack, few registers, 128-bit accesses."""
+    """9 kernels (3 dtypes of p, 3 of the copy) for each architecture: no stack, few registers,
+    128-bit accesses.
+    """
     usage = cuobjdump("--dump-resource-usage", library)
     parts = re.split(r"arch = sm_(\d+)", usage)[1:]
     for arch in ("80", "90", "100"):
@@ -160,7 +167,8 @@ def test_machine_code(library):
     assert len(bodies) == 9
     for body in bodies:
         wide = Counter(re.findall(r"\b(LDG|STG)\.E\.128", body))
-        # two vectors of 8: 4 loads of fp32 and 2 or 4 of p; at least 4 stores (once per branch of the lerp)
+        # two vectors of 8: 4 loads of fp32 and 2 or 4 of p; at least 4 stores (once per branch of
+        # the lerp)
         assert wide["LDG"] in (6, 8) and wide["STG"] >= 4, (body[:200], wide)
 
 
