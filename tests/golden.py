@@ -1,4 +1,7 @@
-"""Outputs of the reference implementation (fp32, CPU) on small random networks: what each key is, golden/README.md says."""
+"""Outputs of the published code (fp32, CPU) on small random networks.
+
+golden/README.md says what each key is.
+"""
 
 from pathlib import Path
 

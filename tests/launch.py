@@ -1,4 +1,6 @@
-"""Running the scripts: launched by path as a user does it, or their ``main()`` in this process, which is quicker."""
+"""Running the scripts: launched by path as a user does it, or their ``main()`` in this process,
+which is quicker.
+"""
 
 import io
 import os

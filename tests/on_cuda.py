@@ -1,7 +1,7 @@
 """Hooks of pytest for a run of tests on a GPU.
 
-The test whose kernel breaks CUDA is named and takes no other test with it. Long tests start first, memory
-is released after every test, and what tests have measured is printed.
+The test whose kernel breaks CUDA is named and takes no other test with it. Long tests start first,
+memory is released after every test, and what tests have measured is printed.
 """
 
 import gc
@@ -29,7 +29,8 @@ def synchronize() -> None:
 def cuda_error() -> str | None:
     """What the device reports when everything that was launched has ended; None without an error.
 
-    CUDA reports an error in a kernel at some later call, and from then on at every call of this process.
+    CUDA reports an error in a kernel at some later call, and from then on at every call of this
+    process.
     """
     try:
         synchronize()
@@ -40,7 +41,9 @@ def cuda_error() -> str | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Wait for the device within the test, so that a kernel's error fails the test that launched it."""
+    """Wait for the device within the test, so that a kernel's error fails the test that launched
+    it.
+    """
     try:
         return (yield)
     finally:
@@ -62,7 +65,9 @@ def pytest_runtest_protocol(item):
 
 
 def end_process(item, reason: str) -> None:
-    """End a worker of xdist at once, and xdist names its test and starts another. Otherwise end the session."""
+    """End a worker of xdist at once, and xdist names its test and starts another. Otherwise end the
+    session.
+    """
     if not hasattr(item.config, "workerinput"):
         pytest.exit(reason, returncode=1)
     print(f"\n{reason}", file=sys.__stderr__, flush=True)
@@ -76,7 +81,9 @@ def seconds(item) -> float:
 
 
 def long_ones_first(items: list) -> list:
-    """The longest first, each followed by a short one: xdist gives every worker two neighbours to start with."""
+    """The longest first, each followed by a short one: xdist gives every worker two neighbours to
+    start with.
+    """
     longest = sorted(filter(seconds, items), key=seconds, reverse=True)
     others = [item for item in items if not seconds(item)]
     pairs = itertools.zip_longest(longest, others[: len(longest)])

@@ -1,4 +1,6 @@
-"""The CUDA extension: built with nvcc where it exists; its CPU reference and its device code, run on host memory."""
+"""The CUDA extension: built with nvcc where it exists; its CPU reference and its device code, run
+on host memory.
+"""
 
 import importlib.util
 import os
@@ -59,7 +61,9 @@ def extension(library):
 
 @pytest.fixture(params=["reference", "emulated"])
 def installed(request, extension, monkeypatch):
-    """sra_fast sees the extension; host tensors run its CPU reference, or its device code thread by thread."""
+    """sra_fast sees the extension; host tensors run its CPU reference, or its device code thread by
+    thread.
+    """
     run = (
         extension.ema_update_cpu if request.param == "reference" else extension.ema_update_emulated
     )
@@ -138,7 +142,9 @@ def cuobjdump(*args) -> str:
 
 
 def test_machine_code(library):
-    """9 kernels (3 dtypes of p, 3 of the copy) for each architecture: no stack, few registers, 128-bit accesses."""
+    """9 kernels (3 dtypes of p, 3 of the copy) for each architecture: no stack, few registers,
+    128-bit accesses.
+    """
     usage = cuobjdump("--dump-resource-usage", library)
     parts = re.split(r"arch = sm_(\d+)", usage)[1:]
     for arch in ("80", "90", "100"):
@@ -161,7 +167,8 @@ def test_machine_code(library):
     assert len(bodies) == 9
     for body in bodies:
         wide = Counter(re.findall(r"\b(LDG|STG)\.E\.128", body))
-        # two vectors of 8: 4 loads of fp32 and 2 or 4 of p; at least 4 stores (once per branch of the lerp)
+        # two vectors of 8: 4 loads of fp32 and 2 or 4 of p; at least 4 stores (once per branch of
+        # the lerp)
         assert wide["LDG"] in (6, 8) and wide["STG"] >= 4, (body[:200], wide)
 
 

@@ -26,6 +26,7 @@ def test_what_the_page_shows_runs(backend, device, monkeypatch):
     with torch.device(device):
         names = {}
         exec(compile(code, "docs/use_the_ops.md", "exec"), names)
-    teacher, student = names["teacher"][0].weight, names["student"][0].weight
+    teacher = names["teacher"][0].weight
+    student = names["student"][0].weight
     assert names["h"].isfinite().all() and names["loss"].isfinite()
     assert 0 < (teacher - student).abs().max() < 0.01 and not teacher.requires_grad

@@ -83,7 +83,9 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_a_wheel_holds_all_of_the_package(wheel):
-    """Every file of the package, the kernels and the configurations; nothing at the top but the package."""
+    """Every file of the package, the kernels and the configurations; nothing at the top but the
+    package.
+    """
     expected = {"sra_fast/py.typed"}
     for folder in ("sra_fast", "kernels", "configs"):
         inside = "" if folder == "sra_fast" else "sra_fast/"

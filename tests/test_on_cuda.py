@@ -1,4 +1,6 @@
-"""A test that breaks CUDA is named and ends its process, and long tests start first. Needs no GPU."""
+"""A test that breaks CUDA is named and ends its process, and long tests start first. Needs no
+GPU.
+"""
 
 import importlib.util
 import os
@@ -95,7 +97,8 @@ def test_a_broken_device_ends_one_worker_and_the_others_tests_run(tmp_path):
     assert FAILED in said
     assert f"crashed while running '{KERNEL}'" in said
     assert "PASSED test_it.py::test_after" in said
-    # a fixture breaks the device after this test has passed: no report holds the cause, but the worker prints it
+    # a fixture breaks the device after this test has passed: no report holds the cause, but the
+    # worker prints it
     assert "PASSED test_it.py::test_late" in said
     assert "crashed while running 'test_it.py::test_late'" in said
     assert f"test_late leaves a process that cannot use CUDA any more: {CAUSE}" in said

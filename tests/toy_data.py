@@ -18,7 +18,9 @@ def photographs() -> list[Image.Image]:
 
 
 def write_images(root: Path, per_class: int = 4) -> list[str]:
-    """A class folder for each photograph with crops of it, as .jpg and .png; returns the names, sorted."""
+    """A class folder for each photograph with crops of it, as .jpg and .png; returns the names,
+    sorted.
+    """
     names = []
     for photo, label in zip(photographs(), ("a", "b", "c"), strict=True):
         (root / label).mkdir(parents=True)
@@ -56,7 +58,9 @@ def write_latents(
 
 
 def write_vae(folder: Path, seed: int = 0, **config) -> Path:
-    """A small AutoencoderKL with random weights. Its latents have 4 channels and an eighth of the side."""
+    """A small AutoencoderKL with random weights. Its latents have 4 channels and an eighth of the
+    side.
+    """
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
     torch.manual_seed(seed)
     sizes = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "layers_per_block": 1, **config}

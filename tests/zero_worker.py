@@ -1,6 +1,7 @@
-"""Runs under torchrun: trains a tiny SiT in every ZeRO stage and precision, interrupts and resumes, and saves what came out.
+"""Train a tiny SiT in every ZeRO stage and precision, interrupt, resume, and save the outcomes.
 
-Usage: zero_worker.py OUT_FOLDER.  One launch covers all cases, because a launch costs more than the training.
+Usage under torchrun: zero_worker.py OUT_FOLDER. One launch covers all cases, because a launch costs
+more than the training.
 """
 
 import sys
@@ -22,8 +23,9 @@ from sra_fast.training.plan import make_plan  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402
 from sra_fast.zero.process_group import init_distributed  # noqa: E402
 
-STEPS, HALF = 6, 3
-# further configurations, each with the ZeRO stage it runs in; {micro} accumulates four micro-batches
+STEPS = 6
+HALF = 3
+# further configurations, each with its ZeRO stage; {micro} accumulates four micro-batches
 VARIANTS = {
     "accumulated": (1, "--train.micro_batch {micro}"),
     "accumulated_decay_clip": (
@@ -42,7 +44,8 @@ VARIANTS = {
     "stopped_alignment": (3, "--align.stop_at_step 2"),
     "cosine_warmup": (
         0,
-        "--diffusion.path cosine --diffusion.time lognormal --align.distance cosine_patch --optim.warmup_steps 4",
+        "--diffusion.path cosine --diffusion.time lognormal --align.distance cosine_patch "
+        "--optim.warmup_steps 4",
     ),
     "no_null_class": (2, "--model.class_dropout_prob 0 --align.teacher_layer 4 --optim.clip 0.1"),
     "torch_adamw_0": (0, "--optim.implementation torch --optim.clip 0.1"),
@@ -62,14 +65,16 @@ FP8 = {  # in bf16
     "fp8_2": (2, "--align.teacher_dtype fp8 --align.every 2 --train.micro_batch {micro}"),
     "fp8_torch_0": (0, "--align.teacher_dtype fp8 --optim.implementation torch"),
     "fp8_torch_1": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
-    # so large steps that scales change with each, resumed where those in use are not what the EMA would give
+    # steps so large that each changes the scales, resumed where the scales in use are not those of
+    # the EMA
     "fp8_moving": (
         1,
         "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 2",
     ),
     "fp8_moving_every": (
         2,
-        "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 4 --align.every 3",
+        "--align.teacher_dtype fp8 --optim.lr 0.1 --train.ema_decay 0.2 --train.save_every 4 "
+        "--align.every 3",
     ),
 }
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
@@ -78,14 +83,17 @@ CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1
 def tiny(stage: int, precision: str, *args: str):
     """Four blocks of width 32 on digits.
 
-    AdamW's eps is 1e-5: at 1e-8 it blows up the rounding noise of gradients that are zero (the bias of the keys), and two
-    correct programs differ by 1e-4 after six steps.
+    AdamW's eps is 1e-5. At 1e-8 it amplifies the rounding of gradients that are zero (the bias of
+    the keys), and two correct programs differ by 1e-4 after six steps.
     """
     base = (
-        "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 --model.hidden_size 32 "
-        "--model.depth 4 --model.num_heads 2 --align.student_layer 2 --align.teacher_layer 3 --align.weight 0.2 "
-        f"--data.name digits --optim.lr 0.003 --optim.eps 1e-5 --train.steps {STEPS} --train.save_every {HALF} --train.global_batch 24 "
-        f"--train.log_every 1 --train.ema_decay 0.9 --train.zero_stage {stage} --train.precision {precision}"
+        "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 "
+        "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 "
+        "--align.student_layer 2 --align.teacher_layer 3 --align.weight 0.2 "
+        "--data.name digits --optim.lr 0.003 --optim.eps 1e-5 "
+        f"--train.steps {STEPS} --train.save_every {HALF} --train.log_every 1 "
+        "--train.global_batch 24 --train.ema_decay 0.9 "
+        f"--train.zero_stage {stage} --train.precision {precision}"
     )
     return parse_train([*base.split(), *args])[0]
 
@@ -96,18 +104,14 @@ def gathered_teacher(trainer) -> dict:
 
     teacher = trainer.engine.module.teacher
     parameters = dict(teacher.named_parameters()) if teacher else {}
-    scales = (
-        {
-            f"{name}.weight_scale": m.weight_scale
-            for name, m in teacher.named_modules()
-            if hasattr(m, "weight_scale")
-        }
-        if teacher
-        else {}
-    )
-    with deepspeed.zero.GatheredParameters(
-        list(parameters.values()), enabled=trainer.plan.stage == 3
-    ):
+    modules = teacher.named_modules() if teacher else ()
+    scales = {
+        f"{name}.weight_scale": module.weight_scale
+        for name, module in modules
+        if hasattr(module, "weight_scale")
+    }
+    partitioned = trainer.plan.stage == 3
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=partitioned):
         return {name: p.detach().float().clone() for name, p in {**parameters, **scales}.items()}
 
 
@@ -115,7 +119,8 @@ def whole_masters(trainer) -> dict:
     """Every fp32 master in whole, by DeepSpeed's public accessor where there is one (ZeRO 1-3)."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    named, optimizer = dict(trainer.student.named_parameters()), trainer.engine.optimizer
+    named = dict(trainer.student.named_parameters())
+    optimizer = trainer.engine.optimizer
     if trainer.plan.stage:
         return {
             name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in named.items()
@@ -129,9 +134,10 @@ def whole_masters(trainer) -> dict:
 
 
 def watch_ema(trainer) -> dict:
-    """Recompute the EMA of every whole parameter from whole masters, beside the sharded one."""
+    """Recompute the EMA of every whole parameter from whole masters in each step."""
     ema = whole_masters(trainer)
-    update, decay = trainer.ema.update, trainer.cfg.train.ema_decay
+    update = trainer.ema.update
+    decay = trainer.cfg.train.ema_decay
 
     def update_both():
         update()
@@ -159,13 +165,16 @@ def outcome(trainer, rows) -> dict:
 def run_case(out: Path, name: str, device, stage: int, precision: str, *args: str) -> None:
     """Uninterrupted run; then one that is resumed from its middle; their outcomes go to ``out``."""
     cfg = tiny(stage, precision, *args)
-    data, folder = make_dataset(cfg), out / name
+    data = make_dataset(cfg)
+    folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build(make_plan(cfg), device)
-    initial, watched = whole_masters(trainer), watch_ema(trainer)
+    initial = whole_masters(trainer)
+    watched = watch_ema(trainer)
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
-    whole["watched_ema"], whole["initial"] = watched, initial
+    whole["watched_ema"] = watched
+    whole["initial"] = initial
     resumed = build(make_plan(cfg), device)
     first = cfg.train.save_every
     start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
@@ -178,7 +187,7 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
 
 
 def start_from_published(out: Path, device) -> None:
-    """Import the .pt that stage 1 wrote: weights, EMA and optimizer state must be what was exported."""
+    """Import the .pt that stage 1 wrote, in every stage."""
     held = reading.read_weights(str(out / "fp32_1.published.pt"))
     for stage in (0, 1, 2, 3):
         trainer = build(make_plan(tiny(stage, "fp32")), device, weights=held["model"])
@@ -191,18 +200,14 @@ def start_from_published(out: Path, device) -> None:
 
 
 def main() -> None:
-    out, device = Path(sys.argv[1]), init_distributed()
+    out = Path(sys.argv[1])
+    device = init_distributed()
     for stage, precision in CASES:
         run_case(out, f"{precision}_{stage}", device, stage, precision)
+    micro = 24 // (4 * dist.get_world_size())
     for name, (stage, args) in {**VARIANTS, **FP8}.items():
-        run_case(
-            out,
-            name,
-            device,
-            stage,
-            "bf16" if name in FP8 else "fp32",
-            *args.format(micro=24 // (4 * dist.get_world_size())).split(),
-        )
+        precision = "bf16" if name in FP8 else "fp32"
+        run_case(out, name, device, stage, precision, *args.format(micro=micro).split())
     start_from_published(out, device)
 
 

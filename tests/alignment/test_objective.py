@@ -17,8 +17,9 @@ NO_DROP = torch.zeros(6, dtype=bool)
 
 
 def objective(golden, process, **align):
-    """Student with the weights `sd`, teacher with `ema`, truncated at block 3; y_drop already has the null class."""
-    student, ema = golden.model(), golden.tree("ema")
+    """Student with the weights ``sd``, teacher with ``ema``, truncated at block 3."""
+    student = golden.model()
+    ema = golden.tree("ema")
     teacher = Backbone(8, 2, 4, 32, depth=3, num_heads=2, num_classes=10).eval()
     teacher.load_state_dict({k: ema[k] for k in teacher.state_dict()})
     cfg = EMATeacherConfig(student_layer=2, teacher_layer=3, **align)
@@ -26,19 +27,16 @@ def objective(golden, process, **align):
 
 
 def sit_loss(model, golden, weight=0.2, drop=NO_DROP):
-    return model(
-        golden["x0"],
-        ClassLabels(golden["y_drop"], drop),
-        golden["noise"],
-        (golden["t"], golden["t_teacher"]),
-        weight,
-    )
+    # y_drop already contains the null class
+    condition = ClassLabels(golden["y_drop"], drop)
+    times = (golden["t"], golden["t_teacher"])
+    return model(golden["x0"], condition, golden["noise"], times, weight)
 
 
 @pytest.mark.parametrize(
     "kind, key", [("smooth_l1", "align_sml1"), ("l1", "align_l1"), ("l2", "align_l2")]
 )
-def test_distances_match_reference(kind, key):
+def test_distances_match_the_published_code(kind, key):
     golden = Golden("SiT")
     distance = ops.align_distance(golden["student_feat"], golden["teacher_feat"], kind).mean()
     assert_matches(distance, golden[key])
@@ -47,13 +45,13 @@ def test_distances_match_reference(kind, key):
 @pytest.mark.parametrize(
     "kind, key", [("cosine_token", "align_cos"), ("cosine_patch", "align_cos_patch")]
 )
-def test_cosine_distances_match_reference(kind, key):
+def test_cosine_distances_match_the_published_code(kind, key):
     golden = Golden("SiT")
     distance = ops.align_distance(golden["student_feat"], golden["teacher_feat"], kind)
     assert_matches(distance, golden[key].mean(1))
 
 
-def test_sit_loss_and_gradients_match_reference():
+def test_sit_loss_and_gradients_match_the_published_code():
     golden = Golden("SiT")
     model = objective(golden, FlowMatching())
     loss, parts = sit_loss(model, golden)
@@ -61,10 +59,8 @@ def test_sit_loss_and_gradients_match_reference():
     assert_matches(parts["align"], golden["align_sml1"])
     assert_matches(parts["denoise"], golden["denoise_loss"].mean())
     loss.backward()
-    gradients, expected = (
-        {n: p.grad for n, p in model.student.named_parameters()},
-        golden.tree("grad"),
-    )
+    gradients = {n: p.grad for n, p in model.student.named_parameters()}
+    expected = golden.tree("grad")
     assert set(gradients) == set(expected)
     for name, gradient in gradients.items():
         assert_matches(gradient, expected[name])
@@ -73,18 +69,21 @@ def test_sit_loss_and_gradients_match_reference():
 
 def test_one_sinusoid_for_the_times_of_both_branches(monkeypatch):
     """In one call, and with the numbers of two."""
-    golden, calls = Golden("SiT"), []
-    model, cos = objective(golden, FlowMatching()), torch.Tensor.cos
+    golden = Golden("SiT")
+    calls = []
+    model = objective(golden, FlowMatching())
+    cos = torch.Tensor.cos
     monkeypatch.setattr(torch.Tensor, "cos", lambda phase: calls.append(phase.shape) or cos(phase))
     sit_loss(model, golden)
     assert calls == [(12, 128)]
     model.student.eval()
-    x, y = golden["x0"], golden["y_drop"]
+    x = golden["x0"]
+    y = golden["y_drop"]
     for t in (golden["t"], 1000 * golden["t_teacher"]):
         assert torch.equal(model.student(x, timestep_features(t), y), model.student(x, t, y))
 
 
-def test_optimizer_step_and_ema_match_reference():
+def test_optimizer_step_and_ema_match_the_published_code():
     golden = Golden("SiT")
     model = objective(golden, FlowMatching())
     optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-4, weight_decay=0)
@@ -92,13 +91,15 @@ def test_optimizer_step_and_ema_match_reference():
     norm = nn.utils.clip_grad_norm_(model.student.parameters(), 1.0)
     assert_matches(norm, golden["grad_norm"])
     optimizer.step()
-    after, ema, ema_after = golden.tree("after"), golden.tree("ema"), golden.tree("ema_after")
+    after = golden.tree("after")
+    ema = golden.tree("ema")
+    ema_after = golden.tree("ema_after")
     for name, p in model.student.named_parameters():
         assert_matches(p.data, after[name])
         assert_matches(torch.lerp(ema[name], p.data, 1 - 0.9999), ema_after[name])
 
 
-def test_dit_loss_matches_reference():
+def test_dit_loss_matches_the_published_code():
     golden = Golden("DiT")
     model = objective(golden, GaussianDiffusion(), weight=0.04)
     teacher_times = (golden["t"] - golden["gap"]).clamp(1, 999)
@@ -142,7 +143,7 @@ def test_full_precision_teacher_of_a_half_precision_student():
     loss.backward()
 
 
-def test_reference_lambda_schedule():
+def test_published_lambda_schedule():
     """0.2 up to epoch 149, then 2 * 0.1^((e - 149) / 1000 + 1); at 512 px 99 and 800."""
     for hold, decay in ((149, 1000), (99, 800)):
         cfg = AlignConfig(weight=0.2, schedule="epochs", hold=hold, decay=decay)

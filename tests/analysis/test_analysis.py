@@ -67,7 +67,9 @@ def test_depth_helps_at_noisy_times(mean_pooled):
 
 
 def test_learned_features_beat_noisy_pixels(trained):
-    """All patches side by side against the whole noisy image. An untrained network adds nothing to the pixels."""
+    """All patches side by side against the whole noisy image. An untrained network adds nothing to
+    the pixels.
+    """
     found = probes(load_model(str(trained))[0], [0.3], how="all")
     assert max(found[0.3, layer] for layer in (2, 3, 4)) > found[0.3, 0] + 0.015, found
     torch.manual_seed(0)

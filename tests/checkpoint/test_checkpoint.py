@@ -1,14 +1,17 @@
-"""What must not happen to checkpoints: code from a pickle, a half-written one picked up, a diverged run saved."""
+"""What must not happen to checkpoints.
+
+Code from a pickle is not run, a half-written one is not read, a diverged run is not saved.
+"""
 
 import argparse
 import os
 
 import pytest
 import torch
+from tiny_config import config
 
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.load_model import load_model
-from sra_fast.config.cli import parse_train
 from sra_fast.models import DiT
 from sra_fast.training import saving
 from sra_fast.training.loop import train
@@ -17,36 +20,7 @@ from sra_fast.training.trainer import build
 from sra_fast.utils.files import write_atomic
 from sra_fast.zero.process_group import init_distributed
 
-TINY = [
-    "--model.name",
-    "SiT-S/2",
-    "--model.input_size",
-    "8",
-    "--model.in_channels",
-    "1",
-    "--model.num_classes",
-    "10",
-    "--model.hidden_size",
-    "32",
-    "--model.depth",
-    "4",
-    "--model.num_heads",
-    "2",
-    "--align.student_layer",
-    "2",
-    "--align.teacher_layer",
-    "3",
-    "--data.name",
-    "digits",
-    "--train.global_batch",
-    "8",
-    "--train.steps",
-    "6",
-    "--train.save_every",
-    "3",
-    "--train.zero_stage",
-    "1",
-]
+ARGS = "--train.steps 6 --train.save_every 3 --train.zero_stage 1".split()
 
 
 class Evil:
@@ -73,7 +47,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
         load_model(str(tmp_path))
 
 
-def test_reference_arguments_say_what_shapes_do_not(tmp_path):
+def test_published_arguments_say_what_shapes_do_not(tmp_path):
     model = DiT(
         8, 2, 1, 32, 2, num_heads=2, class_dropout_prob=0.0, num_classes=10, learn_sigma=False
     )
@@ -130,15 +104,14 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 
 def trainer_of(*args):
-    plan = make_run_plan(parse_train([*TINY, *args])[0], None)
+    plan = make_run_plan(config(*ARGS, *args))
     return build(plan.plan, init_distributed()), plan.data
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_diverged_weights_are_not_saved(tmp_path, precision):
-    trainer, data = trainer_of(
-        "--train.precision", precision, "--optim.lr", "1e30", "--optim.weight_decay", "0"
-    )
+    args = f"--train.precision {precision} --optim.lr 1e30 --optim.weight_decay 0"
+    trainer, data = trainer_of(*args.split())
     with pytest.raises(FloatingPointError, match="resume from the last checkpoint"):
         train(trainer, data, tmp_path)
     assert not (tmp_path / "checkpoints/latest").exists()

@@ -1,4 +1,6 @@
-"""Weights of the official releases give the outputs of the official forward pass, which is written out here."""
+"""Weights of the official releases give the outputs of the official forward pass, which is written
+out here.
+"""
 
 import argparse
 
@@ -37,7 +39,9 @@ TINY = dict(
 
 
 def release(seed=0, **sizes) -> DiT:
-    """Random parameters and 2C output channels. Without the ap_head the state dict is that of a release."""
+    """Random parameters and 2C output channels. Without the ap_head the state dict is that of a
+    release.
+    """
     model = DiT(**{**TINY, **sizes}).eval()
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -58,7 +62,9 @@ def norm(x, shift, scale):
 
 
 def official(net: DiT, x, time, y):
-    """The official forward pass, ``[B, 2C, H, W]``, at the given time. Only the inside of the blocks is ours."""
+    """The official forward pass, ``[B, 2C, H, W]``, at the given time. Only the inside of the
+    blocks is ours.
+    """
     sd = net.state_dict()
     patches = F.conv2d(x, sd["x_embedder.proj.weight"], sd["x_embedder.proj.bias"], stride=P)
     tokens = patches.flatten(2).mT + sd["pos_embed"]
@@ -75,7 +81,9 @@ def official(net: DiT, x, time, y):
 
 
 def official_velocity(net, x, u, y):
-    """dx/du of the official SiT. u = 0 is noise and u = 1 data; the second half of the channels is not used."""
+    """dx/du of the official SiT. u = 0 is noise and u = 1 data; the second half of the channels is
+    not used.
+    """
     return official(net, x, u, y)[:, : x.shape[1]]
 
 

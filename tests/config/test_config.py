@@ -78,14 +78,9 @@ def test_align_none_has_a_short_form(tmp_path):
 
 
 def test_saved_config_reads_back(tmp_path):
-    cfg = parse(
-        "--config",
-        str(CONFIGS / "digits.yaml"),
-        "--align.schedule",
-        "milestones",
-        "--align.milestones",
-        "{5: 0.1}",
-    )
+    file = ("--config", str(CONFIGS / "digits.yaml"))
+    schedule = "--align.schedule milestones --align.milestones".split()
+    cfg = parse(*file, *schedule, "{5: 0.1}")
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
 
@@ -266,18 +261,8 @@ def test_missing_deepspeed_json_is_named():
 
 def test_fp8_needs_widths_of_its_products_before_anything_is_built():
     with pytest.raises(ValueError, match="multiple of 16, got 36"):
-        check_device(
-            parse(
-                "--align.teacher_dtype",
-                "fp8",
-                "--model.hidden_size",
-                "36",
-                "--model.num_heads",
-                "3",
-            ),
-            1,
-            cuda=False,
-        )
+        args = "--align.teacher_dtype fp8 --model.hidden_size 36 --model.num_heads 3"
+        check_device(parse(*args.split()), 1, cuda=False)
 
 
 @pytest.mark.parametrize("name", ["optim.lr", "optim.clip", "optim.weight_decay"])

@@ -22,7 +22,8 @@ def config(path="", **model):
 
 
 def test_digits_are_real_and_split():
-    train, held_out = Digits(), Digits(held_out=True)
+    train = Digits()
+    held_out = Digits(held_out=True)
     assert len(train) + len(held_out) == 1797 and len(held_out) == 360
     assert train.images.min() == -1 and train.images.max() == 1
     assert set(held_out.labels.tolist()) == set(range(10))
@@ -31,7 +32,7 @@ def test_digits_are_real_and_split():
 
 
 @pytest.mark.parametrize("leading", [(), (1,)], ids=["CHW", "1CHW"])
-def test_latents_of_the_references_layout(tmp_path, leading):
+def test_latents_of_the_published_layout(tmp_path, leading):
     folder = write_latents(tmp_path, leading=leading)
     data = make_dataset(config(tmp_path))
     assert data.shape == (4, 4, 4) and len(data) == 10 and data.num_classes == 3
@@ -104,7 +105,8 @@ def test_order_does_not_depend_on_processes_or_micro_batches():
 
 
 def test_every_epoch_is_a_new_permutation():
-    first, second = indices(1, 1, 10, steps=5), indices(1, 1, 10, steps=10)[5:]
+    first = indices(1, 1, 10, steps=5)
+    second = indices(1, 1, 10, steps=10)[5:]
     for epoch in (first, second):
         assert sorted(i for batch in epoch for i in batch) == list(range(50))
     assert first != second

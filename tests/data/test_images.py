@@ -1,4 +1,6 @@
-"""Image folders: the crop against exact filters, labels from folders and lists, and what is refused."""
+"""Image folders: the crop against exact filters, labels from folders and lists, and what is
+refused.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def halve(image: np.ndarray) -> np.ndarray:
-    """A 2 x 2 box filter in 8 bits: means of two neighbours, rounded up, first along rows and then along columns."""
+    """A 2 x 2 box filter in 8 bits: means of two neighbours, rounded up, first along rows and then
+    along columns.
+    """
     image = (image[:, 0::2] + image[:, 1::2] + 1) // 2
     return (image[0::2] + image[1::2] + 1) // 2
 

@@ -37,7 +37,9 @@ def deviation(counts, expected) -> float:
 
 
 def test_looks_random():
-    """An image's place does not depend on where it is stored, on its neighbours there, or on the last epoch."""
+    """An image's place does not depend on where it is stored, on its neighbours there, or on the
+    last epoch.
+    """
     n = 1281167
     bins = 32
     first, second = (Permutation(n, 0, epoch)(np.arange(n)) for epoch in (0, 1))

@@ -63,7 +63,9 @@ def test_any_number_of_processes_in_any_order_write_the_same(tmp_path, source, l
 
 
 def kill_at(event: int, monkeypatch) -> None:
-    """SIGKILL to this process just before its ``event``-th rename, or in the middle of writing an .npy file."""
+    """SIGKILL to this process just before its ``event``-th rename, or in the middle of writing an
+    .npy file.
+    """
     replace = os.replace
     save = writer.save_npy
     left = event
@@ -90,7 +92,9 @@ def kill_at(event: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("layout, events", [("packed", 10), ("published", 15)])
 def test_killed_anywhere_and_started_again(tmp_path, source, layout, events, monkeypatch):
-    """The next run keeps the finished parts and ends with the same files. Until then the folder is no data set."""
+    """The next run keeps the finished parts and ends with the same files. Until then the folder is
+    no data set.
+    """
     run_job(make_job(source, tmp_path / "whole", layout))
     expected = tree(tmp_path / "whole")
     for event in range(events):
@@ -199,7 +203,9 @@ def test_moments_that_do_not_fit_the_dtype_are_refused(tmp_path, source, value, 
 
 
 def test_both_layouts_into_each_other_bit_for_bit(tmp_path, source):
-    """fp32 files -> fp32 shards -> files; then fp16 shards -> files -> shards of another size -> shards."""
+    """fp32 files -> fp32 shards -> files; then fp16 shards -> files -> shards of another size ->
+    shards.
+    """
 
     def convert(name, data, layout="packed", **changes):
         assert run_job(make_job(data, tmp_path / name, layout, **changes))
@@ -229,7 +235,9 @@ def test_the_published_layout_keeps_the_vaes_identity(tmp_path, source):
 
 
 class Counting(Dataset):
-    """Twelve images, of which image 7 cannot be read. ``seen`` lists the batches that were asked for."""
+    """Twelve images, of which image 7 cannot be read. ``seen`` lists the batches that were asked
+    for.
+    """
 
     fingerprint = "x"
     vae = None
@@ -293,7 +301,9 @@ def test_files_of_others_are_not_overwritten(tmp_path, source):
 
 
 def test_of_two_jobs_that_start_together_one_gets_the_folder(tmp_path, source, monkeypatch):
-    """The other job begins after we have looked at the folder and before we write our first file."""
+    """The other job begins after we have looked at the folder and before we write our first
+    file.
+    """
     write_first = files.write_first
     other = make_job(source, tmp_path / "out", dtype="bfloat16")
 

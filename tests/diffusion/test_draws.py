@@ -14,7 +14,8 @@ def draws(step, first, count, seed=0, **kwargs):
 @pytest.mark.parametrize("cuts", [(96,), (48, 48), (32, 32, 32), (7, 40, 1, 48)])
 def test_any_split_of_a_batch_draws_the_same(cuts):
     whole = draws(3, 0, 96, posterior=True)
-    parts, first = [], 0
+    parts = []
+    first = 0
     for count in cuts:
         parts.append(draws(3, first, count, posterior=True))
         first += count
@@ -38,8 +39,6 @@ def test_distributions():
     for uniform in (d.uniform, d.gap):
         assert uniform.min() >= 0 and uniform.max() < 1 and (uniform.mean() - 0.5).abs() < 0.01
     assert abs(d.drop.float().mean().item() - 0.25) < 0.01
-    assert (
-        torch.corrcoef(torch.stack([d.uniform, d.gap, d.noise[:, 0, 0, 0]])).triu(1).abs().max()
-        < 0.03
-    )
+    correlation = torch.corrcoef(torch.stack([d.uniform, d.gap, d.noise[:, 0, 0, 0]]))
+    assert correlation.triu(1).abs().max() < 0.03
     assert not draws(0, 0, 1000, drop_prob=0.0).drop.any()

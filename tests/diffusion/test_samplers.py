@@ -21,7 +21,7 @@ SIT_CASES = {
 
 
 @pytest.mark.parametrize("key", SIT_CASES)
-def test_sit_matches_reference(key):
+def test_sit_matches_the_published_code(key):
     golden = Golden("SiT")
     model = golden.model("after").eval()
     out = sample(model, golden["z"], golden["ys"], noise=torch.zeros_like, **SIT_CASES[key])
@@ -29,7 +29,7 @@ def test_sit_matches_reference(key):
 
 
 @pytest.mark.parametrize("key", ["ddim20", "ddpm20_zero_noise"])
-def test_dit_matches_reference(key):
+def test_dit_matches_the_published_code(key):
     golden = Golden("DiT")
     out = sample(
         golden.model().eval(), golden["z"], golden["ys"], key[:4], 20, noise=torch.zeros_like
@@ -41,7 +41,9 @@ def test_dit_matches_reference(key):
 @pytest.mark.parametrize("channels", [0, 1, 3])
 def test_some_channels_are_guided(family, channels):
     golden = Golden(family)
-    model, x, y = golden.model().eval(), golden["z"], golden["ys"]
+    model = golden.model().eval()
+    x = golden["z"]
+    y = golden["ys"]
     t = torch.tensor(0.5 if family == "SiT" else 500)
     out = Guidance(model, y, 3.0, channels=channels)(x, t, inside=True)
     times = t.expand(len(x))
@@ -49,7 +51,8 @@ def test_some_channels_are_guided(family, channels):
     u = model(x, times, torch.full_like(y, model.num_classes))
     n = channels or x.shape[1]
     assert_matches(out[:, :n], u[:, :n] + 3 * (c - u)[:, :n])
-    assert_matches(out[:, n:], c[:, n:]) if out.shape[1] > n else None
+    if out.shape[1] > n:
+        assert_matches(out[:, n:], c[:, n:])
     assert (c - u)[:, :n].abs().amax((0, 2, 3)).min() > 1e-3, "the classes differ"
 
 
@@ -57,31 +60,23 @@ def test_guided_channels_reach_the_samplers():
     golden = Golden("DiT")
     model = golden.model().eval()
     for method in ("ddim", "ddpm"):
-        z, few = golden["z"], dict(guidance=3.0, noise=torch.zeros_like)
+        z = golden["z"]
+        few = dict(guidance=3.0, noise=torch.zeros_like)
         full = sample(model, z, golden["ys"], method, 2, guided_channels=model.in_channels, **few)
         assert torch.equal(full, sample(model, z, golden["ys"], method, 2, **few))
-        assert not torch.equal(
-            full, sample(model, z, golden["ys"], method, 2, guided_channels=3, **few)
-        )
-    some, everything = (
-        generate(
-            model,
-            golden["ys"],
-            SampleConfig(steps=2, guidance=3.0, guided_channels=n),
-            "linear",
-            0,
-            4,
-            "cpu",
-        )
-        for n in (3, 4)
-    )
-    assert not torch.equal(some, everything)
+        some = sample(model, z, golden["ys"], method, 2, guided_channels=3, **few)
+        assert not torch.equal(full, some)
+    images = []
+    for channels in (3, 4):
+        settings = SampleConfig(steps=2, guidance=3.0, guided_channels=channels)
+        images.append(generate(model, golden["ys"], settings, "linear", 0, 4, "cpu"))
+    assert not torch.equal(*images)
     with pytest.raises(ValueError, match=r"steps of ddim must lie in \[2, 1000\]"):
         sample(model, z, golden["ys"], "ddim", 1)
 
 
 class GaussianData(torch.nn.Module):
-    """The exact network for data N(0, s^2), which every sampler must give back, of one class."""
+    """The exact network for data of one class with distribution N(0, s^2)."""
 
     in_channels = 4
     input_size = 2
@@ -97,9 +92,8 @@ class GaussianData(torch.nn.Module):
     def forward(self, x, t, y):
         t = t.view(-1, 1, 1, 1)
         if self.process == "flow_matching":
-            return (
-                x * (t - (1 - t) * self.s**2) / ((1 - t) ** 2 * self.s**2 + t**2)
-            )  # E[eps - x0 | x_t]
+            # E[eps - x0 | x_t]
+            return x * (t - (1 - t) * self.s**2) / ((1 - t) ** 2 * self.s**2 + t**2)
         signal, noise = (self.schedule.at(name, t.flatten()) for name in ("signal", "noise"))
         eps = x * noise / (signal**2 * self.s**2 + noise**2)
         # the true posterior's variance lies between the two bounds of the learned one
@@ -108,7 +102,11 @@ class GaussianData(torch.nn.Module):
 
 @pytest.mark.parametrize("method", list(SAMPLERS))
 def test_gaussian_data_comes_back(method):
-    """Deterministic or not: with the noise of the stochastic samplers wrong by a root of two, the spread is off by a tenth."""
+    """Every sampler gives back the spread of the data.
+
+    If the noise of a stochastic sampler were wrong by a root of two, the spread would be off by a
+    tenth.
+    """
     generator = torch.Generator().manual_seed(0)
     draws = []
 
@@ -116,7 +114,8 @@ def test_gaussian_data_comes_back(method):
         draws.append(torch.randn(x.shape, generator=generator, dtype=x.dtype))
         return draws[-1]
 
-    z, y = torch.randn(4000, 4, 2, 2, generator=generator), torch.zeros(4000, dtype=torch.int64)
+    z = torch.randn(4000, 4, 2, 2, generator=generator)
+    y = torch.zeros(4000, dtype=torch.int64)
     model = GaussianData(SAMPLERS[method].process, 0.5)
     out = sample(model, z, y, method, 100, noise=noise)
     assert out.std() == pytest.approx(0.5, abs=0.015) and out.mean().abs() < 0.01

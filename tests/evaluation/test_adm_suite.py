@@ -1,4 +1,6 @@
-"""Samples against an FID reference: passes over the images, cached statistics, extractors, what may be compared."""
+"""Samples against an FID reference: passes over the images, cached statistics, extractors, what may
+be compared.
+"""
 
 import logging
 import os
@@ -200,7 +202,9 @@ def small_inception(monkeypatch):
 
 
 def fake_inception(official=True) -> Extractor:
-    """An extractor of random features that takes no time; its sizes are those of ``small_inception``."""
+    """An extractor of random features that takes no time; its sizes are those of
+    ``small_inception``.
+    """
     project = torch.randn(64, POOL + SPATIAL + 10, generator=torch.Generator().manual_seed(0))
 
     def compute(images):

@@ -1,4 +1,6 @@
-"""FID's network against torch-fidelity's, with random weights, and its resize against TensorFlow 1's."""
+"""FID's network against torch-fidelity's, with random weights, and its resize against TensorFlow
+1's.
+"""
 
 from pathlib import Path
 
@@ -14,7 +16,9 @@ IMAGES = torch.from_numpy(GOLDEN["images"])
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    """The weights that the golden outputs were computed with, under torch-fidelity's names and shapes."""
+    """The weights that the golden outputs were computed with, under torch-fidelity's names and
+    shapes.
+    """
     rng = np.random.RandomState(0)
     state = {}
     for name, padded in zip(GOLDEN["names"].tolist(), GOLDEN["shapes"].tolist(), strict=True):

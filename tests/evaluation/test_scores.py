@@ -1,4 +1,6 @@
-"""FID's distance, Inception score, precision and recall: against numpy, scipy, scikit-learn and closed forms."""
+"""FID's distance, Inception score, precision and recall: against numpy, scipy, scikit-learn and
+closed forms.
+"""
 
 import numpy as np
 import pytest
@@ -108,7 +110,9 @@ def test_inception_score_of_known_predictions():
 
 @pytest.mark.parametrize("block, offset", [(scores.BLOCK, 0), (150, 0), (150, 1000)])
 def test_precision_and_recall_are_scikit_learns(monkeypatch, block, offset):
-    """At once, in blocks, and far from the origin, where |a|^2 - 2ab + |b|^2 in fp32 has no correct digit."""
+    """At once, in blocks, and far from the origin, where |a|^2 - 2ab + |b|^2 in fp32 has no correct
+    digit.
+    """
     monkeypatch.setattr(scores, "BLOCK", block)
     rng = np.random.RandomState(1)
     real = (rng.randn(90, 5) + offset).astype(np.float32)

@@ -1,4 +1,7 @@
-"""bf16 training with a residual stream in fp32 is as exact as autocast, whose stream is fp32 too; without it, it is not."""
+"""bf16 training with a residual stream in fp32 is as exact as autocast; with one in bf16 it is not.
+
+The residual stream of autocast is in fp32 too.
+"""
 
 import pytest
 import torch
@@ -48,7 +51,10 @@ def errors(model, truth, *args, **options):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_as_exact_as_autocast(seed, monkeypatch, record_property):
-    """28 blocks of width 96: at most 1.2 times as far from fp32 as the references are under bf16 autocast with an fp32 stream."""
+    """28 blocks of width 96, compared with the references under bf16 autocast.
+
+    Ours may be at most 1.2 times as far from the results in fp32.
+    """
     model, inputs, dout = make(seed)
     truth = results(model, inputs, dout)
     model.residual_dtype = torch.float32
@@ -79,7 +85,7 @@ def test_features_are_fp32_and_predictions_bf16():
 
 
 def test_the_fp8_teacher_has_one_too():
-    """What rounds is then fp8 itself: the stream in fp32 is not farther from the exact features than that in bf16."""
+    """An fp32 stream leaves it no farther from the exact features; the rest is fp8's rounding."""
     torch.manual_seed(0)
     exact, inputs = make(0)[:2]
     teacher = Backbone(**{**SIZES, "depth": LAYER}).to(DEVICE).eval().requires_grad_(False)
@@ -99,14 +105,13 @@ def test_the_option_reaches_both_networks(monkeypatch):
     from sra_fast.training.plan import make_plan
     from sra_fast.training.trainer import make_networks
 
-    words = "--model.name SiT-S/8 --model.input_size 16 --model.depth 2 --align.student_layer 1 --align.teacher_layer 1"
+    words = (
+        "--model.name SiT-S/8 --model.input_size 16 --model.depth 2 "
+        "--align.student_layer 1 --align.teacher_layer 1"
+    )
     for residual, dtype in (("bf16", None), ("fp32", torch.float32)):
         cfg = parse_train([*words.split(), "--train.residual", residual])[0]
         for network in make_networks(make_plan(cfg), None, torch.device("cpu")):
             assert network.residual_dtype == dtype
-    assert (
-        parse_train(["--config", "configs/sit_xl2_256.yaml", "--config", "configs/parity.yaml"])[
-            0
-        ].train.residual
-        == "fp32"
-    )
+    files = "--config configs/sit_xl2_256.yaml --config configs/parity.yaml"
+    assert parse_train(files.split())[0].train.residual == "fp32"

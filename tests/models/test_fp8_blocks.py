@@ -20,7 +20,7 @@ def error(features, exact):
 )
 @pytest.mark.parametrize("depth", [1, 4])
 def test_features_in_fp8(depth, device):
-    """Relative error of h_n: bf16 under 1 %, fp8 a few times that and under 6 %; what is not in e4m3 is unchanged."""
+    """Relative error of h_n: under 1 % in bf16, under 6 % in fp8. Other weights are unchanged."""
     network = (
         randomise(Backbone(**{**TINY, "hidden_size": 64, "depth": 4}))
         .requires_grad_(False)
@@ -28,7 +28,8 @@ def test_features_in_fp8(depth, device):
         .to(device)
     )
     x, t, y = (tensor.to(device) for tensor in batch(network))
-    exact, low = network.features(x, t, y, depth), copy.deepcopy(network).bfloat16()
+    exact = network.features(x, t, y, depth)
+    low = copy.deepcopy(network).bfloat16()
     in_bf16 = error(low.features(x, t, y, depth), exact)
     state = copy.deepcopy(low.state_dict())
     use_fp8(low)

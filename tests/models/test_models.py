@@ -38,7 +38,7 @@ def flops(call):
     return counter.get_total_flops()
 
 
-def test_sit_matches_reference():
+def test_sit_matches_the_published_code():
     golden = Golden("SiT")
     model = golden.model()
     prediction, features = model(
@@ -51,7 +51,7 @@ def test_sit_matches_reference():
     assert_matches(features, golden["student_feat"])
 
 
-def test_teacher_features_match_reference():
+def test_teacher_features_match_the_published_code():
     golden = Golden("SiT")
     teacher = golden.model("ema").eval()
     features = teacher.features(
@@ -61,10 +61,11 @@ def test_teacher_features_match_reference():
 
 
 @pytest.mark.parametrize("family", ["SiT", "DiT"])
-def test_state_dict_is_the_references(family):
-    """Same names, same order (the reference's optimizer state is numbered by it), strict load and export back."""
+def test_state_dict_is_the_published_one(family):
+    """The same names in the same order, which numbers the published code's optimizer state."""
     golden = Golden(family)
-    model, expected = golden.model(), golden.tree("sd")
+    model = golden.model()
+    expected = golden.tree("sd")
     assert list(model.state_dict()) == list(expected)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
 
@@ -86,7 +87,8 @@ def test_arguments_from_state_dict_round_trip():
     found(**arguments).load_state_dict(without_null.state_dict(), strict=True)
 
 
-# parameters in millions: DiT, Table 1 (trainable, without the projection head), and one that the paper rounds
+# parameters in millions: DiT, Table 1 (trainable, without the projection head); the paper rounds
+# one
 @pytest.mark.parametrize(
     "name, millions", [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)]
 )
@@ -235,7 +237,7 @@ def test_aligning_does_not_change_the_prediction():
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_kernels_on_and_off_are_the_same_program(monkeypatch, device, qk_norm):
-    """Prediction, features and every gradient with the Triton kernels (without a GPU: interpreted) and without."""
+    """Prediction, features and every gradient with the Triton kernels and with the references."""
     model = randomise(SiT(**{**TINY, "depth": 2}, qk_norm=qk_norm)).to(device)
     x, t, y = (a.to(device) for a in batch(model, 2))
     results = []

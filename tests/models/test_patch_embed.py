@@ -1,4 +1,4 @@
-"""Patches as one product: the convolution of the reference, to rounding."""
+"""Patches as one product: the convolution of the published code, to rounding."""
 
 import pytest
 import torch
@@ -56,9 +56,11 @@ def test_inputs_of_any_layout(layout, device):
 def test_parameters_and_randomness_of_a_convolution():
     """The same names and shapes, the same first values, and as many random numbers drawn."""
     torch.manual_seed(0)
-    ours, after = PatchEmbed(2, 4, 72).proj, torch.rand(1)
+    ours = PatchEmbed(2, 4, 72).proj
+    after = torch.rand(1)
     torch.manual_seed(0)
-    theirs, expected = nn.Conv2d(4, 72, 2, stride=2), torch.rand(1)
+    theirs = nn.Conv2d(4, 72, 2, stride=2)
+    expected = torch.rand(1)
     assert {name: p.shape for name, p in ours.named_parameters()} == {
         "weight": (72, 4, 2, 2),
         "bias": (72,),
@@ -89,7 +91,8 @@ def test_a_hook_of_the_projection_sees_the_call(device):
     """ZeRO 3 gathers there what the product reads, before it and again before its backward pass."""
     layer, x = made(2, 4, 64, (8, 8), device)
     expected, operands = convolution(layer, x)
-    weight, calls = layer.proj.weight.data, []
+    weight = layer.proj.weight.data
+    calls = []
 
     def gather(*_):
         calls.append("gather")

@@ -89,7 +89,9 @@ def test_parts_of_other_samples_are_refused(tmp_path):
 
 @pytest.mark.parametrize("event", range(4))
 def test_killed_while_the_parts_are_deleted(tmp_path, event, monkeypatch):
-    """What is left still says which samples it belongs to, and the same command ends with the same file."""
+    """What is left still says which samples it belongs to, and the same command ends with the same
+    file.
+    """
     parts = tmp_path / "parts"
     remove = os.unlink
     left = event

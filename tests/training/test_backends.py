@@ -1,4 +1,6 @@
-"""A whole training step with the kernels, in Triton's interpreter, is the one with the references."""
+"""A whole training step with the kernels, in Triton's interpreter, is the one with the
+references.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ pytestmark = pytest.mark.skipif(
 
 def run(folder, stage, backend, monkeypatch, *args):
     monkeypatch.setenv("SRA_FAST_BACKEND", backend)
-    small = "--model.patch_size 4 --train.global_batch 4 --train.steps 2 --train.save_every 100 --model.depth 3 --align.teacher_layer 2"
+    small = (
+        "--model.patch_size 4 --model.depth 3 --align.teacher_layer 2 "
+        "--train.global_batch 4 --train.steps 2 --train.save_every 100"
+    )
     cfg = tiny(stage, "fp32", *small.split(), *args)
     trainer = build(make_plan(cfg), init_distributed())
     (folder / backend).mkdir()
@@ -32,7 +37,7 @@ def run(folder, stage, backend, monkeypatch, *args):
 
 @pytest.mark.parametrize("stage, recompute", [(1, "none"), (1, "norm"), (3, "norm"), (3, "full")])
 def test_kernels_and_references_take_the_same_steps(tmp_path, monkeypatch, stage, recompute):
-    """Through ZeRO's gathered weights at stage 3, where a block's operators read those of several layers."""
+    """At stage 3 a block's operators read the weights of several layers that ZeRO has gathered."""
     ours = run(tmp_path, stage, "triton", monkeypatch, "--train.recompute", recompute)
     theirs = run(tmp_path, stage, "torch", monkeypatch)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and len(set(ours[0])) == 2

@@ -1,6 +1,6 @@
-"""Trainings on one GPU, with the kernels: both backends, the fp8 teacher, every ZeRO stage and precision.
+"""Training on one GPU, with the kernels: backends, the fp8 teacher, every ZeRO stage and precision.
 
-A test shares nothing with another, so that they run side by side.
+Tests share nothing, so they can run in parallel.
 """
 
 import gc
@@ -33,7 +33,9 @@ EARLY = 4
 
 @pytest.fixture(autouse=True)
 def repeatable(monkeypatch):
-    """The backward passes of flash and of cuDNN add in any order: this one is made of products and a softmax."""
+    """Attention from products and a softmax: the backward passes of flash and cuDNN add in any
+    order.
+    """
     monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
 
 
@@ -54,7 +56,8 @@ def nothing_saved(monkeypatch):
 class RandomLatents:
     """512 latents of noise with labels, the same in every run."""
 
-    shape, posterior = (4, 32, 32), False
+    shape = (4, 32, 32)
+    posterior = False
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -75,8 +78,8 @@ def trained(folder, *args):
     """The trainer after a run with these arguments, and the curves that it logged."""
     gc.collect()
     common = (
-        "--align.student_layer 3 --align.teacher_layer 8 --train.global_batch 16 --train.log_every 5 "
-        "--train.save_every 1000 --data.num_workers 0"
+        "--align.student_layer 3 --align.teacher_layer 8 --train.global_batch 16 "
+        "--train.log_every 5 --train.save_every 1000 --data.num_workers 0"
     )
     cfg = parse_train([*common.split(), *args])[0]
     folder.mkdir()
@@ -97,10 +100,16 @@ def mean(numbers):
 
 
 def assert_alike(ours, theirs, limits, record, rounded=None):
-    """How far two programs' curves are apart, relative, recorded and held to ``limits``: by curve, of the early part and of all.
+    """Compare the curves of two programs and record how far they are apart, relative.
 
-    After some tens of steps two programs that differ in rounding alone take ways of their own, more or less far apart on each run.
-    ``rounded`` are the curves of such a program: ours may be three times as far from theirs on average, and the early limit.
+    After some tens of steps two programs that differ only in rounding diverge, by more in some runs
+    than in others.
+
+    Args:
+        limits: by curve, the largest distance in the early part and in all of it.
+        rounded: curves of a third program that differs from ``theirs`` only in rounding. Then the
+            mean distance counts for all of the curve: ours may be three times as far away as this
+            program, plus the early limit.
     """
     found = {}
     for name in limits:
@@ -118,12 +127,14 @@ def assert_alike(ours, theirs, limits, record, rounded=None):
         assert early <= early_limit and late <= limit, (name, found[name])
 
 
-# How far two programs may be apart that differ only in rounding: in the first 15 steps, and in all, where no third program says it.
-# Measured on an H100, SiT-B/2 in 60 steps of fp32 and 200 of bf16 (loss, align, grad_norm), kernels against references:
-#     fp32, at most                          0       2e-7    2e-7
-#     bf16, first 15 steps                   0       4e-7    1.1e-5
-#     bf16, at most                          1.5e-2  0.11    4.9: a spike of the gradient's norm, elsewhere
-# The loss of latents that are noise hardly moves: a wrong gradient shows in the two others.
+# How far two programs that differ only in rounding may be apart: in the first 15 steps, and in all
+# steps where there is no third program. Kernels against references, measured on an H100 with
+# SiT-B/2 in 60 steps of fp32 and 200 of bf16:
+#                              loss    align   grad_norm
+#     fp32, at most            0       2e-7    2e-7
+#     bf16, first 15 steps     0       4e-7    1.1e-5
+#     bf16, at most            1.5e-2  0.11    4.9 (a spike at another step)
+# The latents are noise, so the loss hardly moves. A wrong gradient shows in the two others.
 ROUNDING = {
     "fp32": {"loss": (1e-5, 1e-4), "align": (1e-3, 1e-2), "grad_norm": (1e-3, 1e-2)},
     "bf16": {"loss": (2e-4, 1e-3), "align": (1e-2, 5e-2), "grad_norm": (1e-2, 5e-2)},
@@ -137,8 +148,12 @@ FP8 = {"loss": (1e-3, 5e-3), "align": (2e-2, 0.1), "grad_norm": (2e-2, 0.1)}
 def test_kernels_and_references_train_sit_b2_alike(
     tmp_path, monkeypatch, nothing_saved, record_property, precision, steps
 ):
-    """SiT-B/2 on random latents: the Triton kernels against SRA_FAST_BACKEND=torch, the whole curves."""
-    args = f"--model.name SiT-B/2 --train.steps {steps} --train.precision {precision} --optim.warmup_steps 20".split()
+    """SiT-B/2 on random latents: whole curves with the Triton kernels and with the references."""
+    words = (
+        f"--model.name SiT-B/2 --train.steps {steps} --train.precision {precision} "
+        "--optim.warmup_steps 20"
+    )
+    args = words.split()
     curves = {}
     # the third program is the second, with attention rounded elsewhere
     for name, backend, attention in (
@@ -162,8 +177,11 @@ def test_kernels_and_references_train_sit_b2_alike(
 
 
 def small(folder, extra=""):
-    """50 steps of SiT-S/2 in bf16, so large that the teacher moves."""
-    args = "--model.name SiT-S/2 --train.steps 50 --train.precision bf16 --train.ema_decay 0.9 --optim.lr 1e-3"
+    """50 steps of SiT-S/2 in bf16, large enough for the teacher to move."""
+    args = (
+        "--model.name SiT-S/2 --train.steps 50 --train.precision bf16 "
+        "--train.ema_decay 0.9 --optim.lr 1e-3"
+    )
     return trained(folder, *args.split(), *extra.split())
 
 
@@ -182,7 +200,8 @@ def test_fp8_teacher_trains_as_a_bf16_one(tmp_path, monkeypatch, nothing_saved, 
     modules = trainer.engine.module.teacher.named_modules()
     layers = {name: module for name, module in modules if hasattr(module, "weight_scale")}
     for name, layer in layers.items():
-        exact, scale = ema[f"{name}.weight"], layer.weight_scale.cpu()
+        exact = ema[f"{name}.weight"]
+        scale = layer.weight_scale.cpu()
         error = (layer.weight.cpu().float() * scale - exact).abs()
         assert (error <= 2**-4 * exact.abs() + 2**-10 * scale).all(), name
     del trainer, modules, layers, layer
@@ -222,7 +241,8 @@ def test_fp8_teacher_at_every_second_step(tmp_path, nothing_saved):
 def test_ema_teacher_and_resumption(tmp_path, stage, precision):
     run_case(tmp_path, "case", init_distributed(), stage, precision)
     outcome = torch.load(tmp_path / "case.rank0.pt", weights_only=True, map_location="cpu")
-    ours, dtype = outcome["whole"], torch.bfloat16 if precision == "bf16" else torch.float32
+    ours = outcome["whole"]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for key, expected in ours["watched_ema"].items():
         assert relative_error(ours["ema"][key], expected) <= 1e-6, key
     for key, value in ours["teacher"].items():
@@ -237,14 +257,16 @@ def test_stages_agree_and_learn(tmp_path, nothing_saved, record_property, precis
     """All stages in one precision, and stage 1 in fp32."""
     losses = {}
     for case in dict.fromkeys([*((stage, precision) for stage in range(4)), (1, "fp32")]):
-        cfg, folder = tiny(*case), tmp_path / "_".join(map(str, case))
+        cfg = tiny(*case)
+        folder = tmp_path / "_".join(map(str, case))
         folder.mkdir()
-        losses[case] = [
-            row["loss"]
-            for row in train(build(make_plan(cfg), init_distributed()), make_dataset(cfg), folder)
-        ]
+        trainer = build(make_plan(cfg), init_distributed())
+        rows = train(trainer, make_dataset(cfg), folder)
+        losses[case] = [row["loss"] for row in rows]
+        del trainer
         gc.collect()
-    first, exact = losses[0, precision], losses[1, "fp32"]
+    first = losses[0, precision]
+    exact = losses[1, "fp32"]
     apart = {
         case: max(abs(a - b) / b for a, b in zip(other, first, strict=True))
         for case, other in losses.items()

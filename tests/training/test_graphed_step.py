@@ -1,4 +1,7 @@
-"""Forward and backward pass as one function of tensors, which a GPU replays as a graph: the training is the same to the bit."""
+"""Forward and backward pass as one function of tensors, which a GPU replays as a graph.
+
+The training is the same to the bit.
+"""
 
 from dataclasses import replace
 
@@ -25,7 +28,8 @@ ARGUMENTS = [
     "--train.micro_batch 8",
     "--align none",
     "--align.every 2 --align.fraction 0.5",
-    '--align.schedule milestones --align.milestones {"0":0.0,"2":0.4,"5":0.1} --train.micro_batch 12',
+    '--align.schedule milestones --align.milestones {"0":0.0,"2":0.4,"5":0.1} '
+    "--train.micro_batch 12",
     "--train.recompute full",
     "--train.recompute norm --train.residual fp32",
     "--model.name DiT-S/2 --align.weight 0.04",
@@ -103,7 +107,8 @@ def expected(layer, loss, batches):
 
 def test_gradients_and_their_sum():
     layer, loss, batches, graphed = make()
-    for _ in range(2):  # the second time everything has been captured
+    # the second time everything has been captured
+    for _ in range(2):
         for count in (1, 3):
             outputs = [
                 graphed(*batch, accumulate=i > 0)["sum"].clone()
@@ -155,25 +160,22 @@ def test_memory_that_pytorch_does_not_count():
         lambda x: (layer(layer(x).relu()).square().mean(), None), layer.parameters()
     )
     graphed(x)
-    # two outputs of the layer, one of the activation, their gradients: at least four of 64 MiB at once
+    # two outputs of the layer, one of the activation, and gradients: at least four of 64 MiB at
+    # once
     assert hidden_bytes() - before >= 4 * x.nbytes
 
 
 def test_who_may_ask_for_a_graph():
     asked = lambda *args: tiny(1, "bf16", "--train.graph", "true", *args)
     check_device(asked(), 2, cuda=True)
+    unfused = asked("--optim.implementation", "torch")
+    teacher_graph = asked("--align.teacher_graph", "true")
     for found, stage, world, cuda, message in (
         (asked(), 1, 1, False, "train.graph needs a CUDA device"),
         (asked(), 3, 1, True, "one process and a ZeRO stage below 3, got 1 and 3"),
         (asked(), 1, 2, True, "one process and a ZeRO stage below 3, got 2 and 1"),
-        (
-            asked("--optim.implementation", "torch"),
-            1,
-            1,
-            True,
-            "needs optim.implementation fused, got torch",
-        ),
-        (asked("--align.teacher_graph", "true"), 1, 1, True, "it excludes align.teacher_graph"),
+        (unfused, 1, 1, True, "needs optim.implementation fused, got torch"),
+        (teacher_graph, 1, 1, True, "it excludes align.teacher_graph"),
     ):
         with pytest.raises(ValueError, match=message):
             check_device(found, stage, cuda, world)
@@ -184,9 +186,10 @@ def test_who_may_ask_for_a_graph():
     [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")],
 )
 def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp_path):
-    """A capture would make the stream wait in which they were made: on a GPU "the legacy stream", and it fails.
+    """A capture would wait for the stream in which they were made.
 
-    DeepSpeed makes them when it is built, and again when it loads a checkpoint.
+    On a GPU that is the legacy stream, and the capture fails. DeepSpeed makes the nodes when it is
+    built, and again when it loads a checkpoint.
     """
     trainer = build(make_plan(tiny(stage, precision, "--train.graph", "false")), init_distributed())
     graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
@@ -204,14 +207,21 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
     trainer.engine.destroy()
 
 
-@pytest.mark.parametrize("args, count", [
-    ("", 1), ("--align none", 1), ("--train.micro_batch 8", 2), ("--align.every 2", 2), ("--align.stop_at_step 3", 2),
-    ('--align.schedule milestones --align.milestones {"2":0.0} --train.micro_batch 12', 4),
-    ('--align.schedule milestones --align.milestones {"0":0.0,"3":0.4}', 2),
-    ('--align.schedule milestones --align.milestones {"0":0.1,"3":0.4}', 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, count",
+    [
+        ("", 1),
+        ("--align none", 1),
+        ("--train.micro_batch 8", 2),
+        ("--align.every 2", 2),
+        ("--align.stop_at_step 3", 2),
+        ('--align.schedule milestones --align.milestones {"2":0.0} --train.micro_batch 12', 4),
+        ('--align.schedule milestones --align.milestones {"0":0.0,"3":0.4}', 2),
+        ('--align.schedule milestones --align.milestones {"0":0.1,"3":0.4}', 1),
+    ],
+)
 def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
-    """Later a warm-up would need the memory of a step beside the graphs'."""
+    """Later a warm-up would need memory for a step in addition to that of the graphs."""
     cfg = tiny(1, "bf16", *args.split())
     trainer = build(make_plan(cfg), init_distributed())
     trainer.graphed = graphed_step(
@@ -229,10 +239,8 @@ def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
     stream = ShuffledBatches(
         len(data), 0, trainer.plan.micro, trainer.plan.accumulation, 0, 1, 0, 6
     )
-    batches, metrics = (
-        iter(make_loader(data, stream, 0, False)),
-        TrainLogger(None, cfg, trainer.device, 1),
-    )
+    batches = iter(make_loader(data, stream, 0, False))
+    metrics = TrainLogger(None, cfg, trainer.device, 1)
     for step in range(6):
         optimizer_step(trainer, batches, stream, data, step, metrics)
     assert set(made) == {count}
@@ -250,7 +258,7 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
     )
     (x, y), *_ = batches
     graphed.capture_all([((x, y), True), ((x, y), False), ((x[:2], y[:2]), False), ((x, y), False)])
-    # the accumulating one last: what it adds to is there
+    # the accumulating one comes last: it adds to the gradients of another
     assert log == ["release", *["warm up"] * 3, *[("capture", None)] * 3]
     assert [accumulate for accumulate, _ in graphed.captured] == [False, False, True]
     graphed.capture_all([((x, y), True)])
@@ -288,8 +296,13 @@ def test_a_cpu_has_none():
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_one_gpu_has_a_graph_unless_it_cannot():
     device = init_distributed()
-    for args, graph in (("", True), ("--train.graph false", False), ("--align.teacher_graph true", False),
-                        ("--optim.implementation torch", False)):  # fmt: skip
+    cases = {
+        "": True,
+        "--train.graph false": False,
+        "--align.teacher_graph true": False,
+        "--optim.implementation torch": False,
+    }
+    for args, graph in cases.items():
         trainer = build(make_plan(tiny(1, "bf16", *args.split())), device)
         assert (trainer.graphed is not None) == graph, args
         trainer.engine.destroy()

@@ -26,7 +26,8 @@ def test_flops_are_counted_by_layer():
     plain, aligned = training_flops(config())
     none, same = training_flops(config("--align", "none"))
     assert plain == none == same
-    d, t = 32, 16
+    d = 32
+    t = 16
     block = 2 * t * (12 * d * d) + 2 * 6 * d * d + 2 * 2 * t * t * d
     head = 2 * t * 4 * d * d
     deeper = training_flops(config("--align.teacher_layer", "4"))[1]
@@ -123,8 +124,10 @@ def no_collection():
 )
 @pytest.mark.parametrize("optimizer", ["fused", "torch"])
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, optimizer):
-    """Every way of reading a tensor on the host, or of waiting for the device, is recorded, DeepSpeed's own included; steps
-    that log nothing have none."""
+    """A step that logs nothing reads no tensor on the host and does not wait.
+
+    Every way of doing so is recorded, also inside DeepSpeed.
+    """
     from deepspeed.accelerator import get_accelerator
 
     if (stage, precision, optimizer) == (0, "bf16", "torch"):
@@ -135,22 +138,16 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
     from sra_fast.training.trainer import build
     from sra_fast.zero.process_group import init_distributed
 
-    cfg = config(
-        "--train.zero_stage",
-        str(stage),
-        "--train.precision",
-        precision,
-        "--train.log_every",
-        "1000",
-        "--optim.implementation",
-        optimizer,
+    words = (
+        f"--train.zero_stage {stage} --train.precision {precision} --train.log_every 1000 "
+        f"--optim.implementation {optimizer}"
     )
-    trainer, data = build(make_plan(cfg), init_distributed()), make_dataset(cfg)
+    cfg = config(*words.split())
+    trainer = build(make_plan(cfg), init_distributed())
+    data = make_dataset(cfg)
     stream = ShuffledBatches(len(data), 0, 8, 1, 0, 1, 0, 6)
-    batches, m = (
-        iter(make_loader(data, stream, 0, False)),
-        TrainLogger(None, cfg, trainer.device, 1),
-    )
+    batches = iter(make_loader(data, stream, 0, False))
+    m = TrainLogger(None, cfg, trainer.device, 1)
     reads = []
     for name in SYNCS:
         original = getattr(torch.Tensor, name)
@@ -161,16 +158,15 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
 
         monkeypatch.setattr(torch.Tensor, name, spy)
     waits = []
-    monkeypatch.setattr(
-        type(get_accelerator()),
-        "synchronize",
-        lambda *a: waits.append(traceback.extract_stack(limit=3)),
-    )
+    record_wait = lambda *args: waits.append(traceback.extract_stack(limit=3))
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", record_wait)
     for step in range(6):
-        reads.clear() if step == 2 else None  # the first steps allocate optimizer state
+        # the first steps allocate optimizer state
+        if step == 2:
+            reads.clear()
         extra = optimizer_step(trainer, batches, stream, data, step, m)
         m.step(step + 2, extra)
-    # AdamW reads its step counter, which lives on the host (torch's on CUDA: on the device, unread)
+    # AdamW reads its step counter, which is on the host; torch's on CUDA is on the device, unread
     assert all(state["step"].device.type == "cpu" for state in trainer.masters.optimizer_states())
     readers = [
         [n, *(f"{Path(f.filename).name}:{f.name}" for f in s[-5:-1])]
@@ -178,9 +174,8 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
         if "torch/optim" not in s[-2].filename
     ]
     readers = [r for r in readers if (r[0], r[-1]) != ("__int__", "optimizer.py:update")]
-    if optimizer == "torch" and (
-        stage == 3 or (stage, precision) == (1, "fp32")
-    ):  # DeepSpeed itself looks at the norm, once a step
+    # in these cases DeepSpeed itself looks at the norm, once a step
+    if optimizer == "torch" and (stage == 3 or (stage, precision) == (1, "fp32")):
         own = [
             r
             for r in readers

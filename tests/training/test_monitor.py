@@ -1,4 +1,4 @@
-"""Looking at the EMA during training: pictures and scores come out, and training does not notice."""
+"""The monitor makes pictures and scores of the EMA and leaves training undisturbed."""
 
 import json
 
@@ -20,30 +20,15 @@ from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
 ARGS = (
-    "--train.steps",
-    "4",
-    "--train.log_every",
-    "1",
-    "--monitor.every",
-    "2",
-    "--monitor.count",
-    "12",
-    "--monitor.grid",
-    "7",
-    "--monitor.batch",
-    "5",
-    "--sample.method",
-    "euler",
-    "--sample.steps",
-    "2",
-    "--optim.lr",
-    "0.01",
-)
+    "--train.steps 4 --train.log_every 1 --optim.lr 0.01 --sample.method euler --sample.steps 2 "
+    "--monitor.every 2 --monitor.count 12 --monitor.grid 7 --monitor.batch 5"
+).split()
 
 
 def run(folder, *args, watched=True):
     folder.mkdir()
-    cfg, device = config(*ARGS, *args), init_distributed()
+    cfg = config(*ARGS, *args)
+    device = init_distributed()
     trainer = build(make_plan(cfg), device)
     monitor = monitors.Monitor(cfg, device, folder) if watched else None
     return [row["loss"] for row in train(trainer, make_dataset(cfg), folder, monitor=monitor)]
@@ -53,18 +38,16 @@ def test_pictures_and_an_undisturbed_run(tmp_path):
     assert run(tmp_path / "watched") == run(tmp_path / "alone", watched=False)
     pictures = [Image.open(path) for path in sorted((tmp_path / "watched/samples").glob("*.png"))]
     assert [p.filename[-12:] for p in pictures] == ["00000002.png", "00000004.png"]
-    assert pictures[0].size == (4 * 10 * 9, 4 * 9) and not np.array_equal(
-        *map(np.asarray, pictures)
-    ), "the EMA has moved"
-    rows = [
-        json.loads(line) for line in (tmp_path / "watched/samples.jsonl").read_text().splitlines()
-    ]
+    assert pictures[0].size == (4 * 10 * 9, 4 * 9)
+    assert not np.array_equal(*map(np.asarray, pictures)), "the EMA has moved"
+    lines = (tmp_path / "watched/samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert rows == [{"step": 2, "images": 12}, {"step": 4, "images": 12}]
     assert not (tmp_path / "alone/samples").exists()
 
 
-def test_distance_to_a_reference(tmp_path, monkeypatch):
-    """The logged FID is that of the pictures' own features; here their pixels, against those of the digits."""
+def test_distance_to_an_fid_reference(tmp_path, monkeypatch):
+    """The logged FID is that of the pictures' features: here their pixels, against the digits'."""
     seen = []
 
     def pixels(images):
@@ -77,54 +60,47 @@ def test_distance_to_a_reference(tmp_path, monkeypatch):
     digits = ((Digits().images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "digits.npz", arr_0=digits)
     (tmp_path / "weights").write_text("")
-    run(
-        tmp_path / "run",
-        "--monitor.reference",
-        str(tmp_path / "digits.npz"),
-        "--monitor.inception",
-        str(tmp_path / "weights"),
-    )
+    files = f"--monitor.reference {tmp_path}/digits.npz --monitor.inception {tmp_path}/weights"
+    run(tmp_path / "run", *files.split())
     rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     reference = fit_gaussian(digits.reshape(len(digits), -1)[:, ::4].astype(np.float32))
     samples = torch.cat([part for part in seen if len(part) in (5, 2)][-3:])
-    assert len(samples) == 12 and rows[-1]["fid"] == pytest.approx(
-        frechet_distance(fit_gaussian(samples.numpy()), reference), rel=1e-5
-    )
+    expected = frechet_distance(fit_gaussian(samples.numpy()), reference)
+    assert len(samples) == 12
+    assert rows[-1]["fid"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_that_are_made_again_are_not_there_twice(tmp_path):
-    """Nor does a line that a killed process cut short hide those after it."""
+    """A line that a killed process cut short does not hide those after it."""
     (tmp_path / "samples.jsonl").write_text(
         '{"step": 2, "images": 12}\n{"step": 4, "images": 12}\n{"step": 6, "im'
     )
-    cfg, device = config(*ARGS), init_distributed()
+    cfg = config(*ARGS)
+    device = init_distributed()
     monitors.Monitor(cfg, device, tmp_path).look(build(make_plan(cfg), device), 4)
-    assert [
-        json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()
-    ] == [2, 4]
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
 
 
 def test_every_process_needs_an_image(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    cfg = config(
-        *ARGS, "--monitor.count", "3", "--train.global_batch", "8", "--train.out", str(tmp_path)
-    )
-    with pytest.raises(
-        ValueError, match="monitor.count must be at least 1 for each of the 4 processes, got 3"
-    ):
-        make_run_plan(cfg, None)
+    few = f"--monitor.count 3 --train.global_batch 8 --train.out {tmp_path}"
+    cfg = config(*ARGS, *few.split())
+    message = "monitor.count must be at least 1 for each of the 4 processes, got 3"
+    with pytest.raises(ValueError, match=message):
+        make_run_plan(cfg)
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (("--monitor.every", "-1"), "monitor.every must not be negative"),
-        (("--monitor.count", "1"), "monitor.count must be at least 2, got 1"),
-        (("--model.in_channels", "4"), "needs monitor.vae to decode latents of 4 channels"),
-        (("--monitor.reference", "x"), "reference and monitor.inception go together"),
-        (("--monitor.reference", "x", "--monitor.inception", "y"), "there is no x"),
+        ("--monitor.every -1", "monitor.every must not be negative"),
+        ("--monitor.count 1", "monitor.count must be at least 2, got 1"),
+        ("--model.in_channels 4", "needs monitor.vae to decode latents of 4 channels"),
+        ("--monitor.reference x", "reference and monitor.inception go together"),
+        ("--monitor.reference x --monitor.inception y", "there is no x"),
     ],
 )
 def test_what_a_monitor_lacks_is_named(args, message):
     with pytest.raises(ValueError, match=message):
-        check_config(config(*ARGS, *args))
+        check_config(config(*ARGS, *args.split()))

@@ -1,4 +1,4 @@
-"""AdamW with the EMA in its pass: against torch's, in DeepSpeed, and with gradients that are not numbers."""
+"""AdamW with the EMA in its pass: against torch's, in DeepSpeed, and with gradients of NaN."""
 
 import copy
 import json
@@ -34,15 +34,19 @@ def set_gradients(step, *sides):
 
 def test_steps_of_torchs_adamw_and_of_ours_can_alternate():
     ours, theirs = pair()
-    a, b = AdamWEMA(ours, ema_decay=0.5, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
+    a = AdamWEMA(ours, ema_decay=0.5, **SETTINGS)
+    b = torch.optim.AdamW(theirs, **SETTINGS)
     for step in range(3):
         set_gradients(step, ours, theirs)
-        a.step(), b.step()
+        a.step()
+        b.step()
     third = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     c = torch.optim.AdamW(third, **SETTINGS)
-    c.load_state_dict(copy.deepcopy(a.state_dict()))  # torch's goes on with ours' state
+    # torch's AdamW continues from our state
+    c.load_state_dict(copy.deepcopy(a.state_dict()))
     set_gradients(3, ours, theirs, third)
-    a.step(), b.step(), c.step()
+    for optimizer in (a, b, c):
+        optimizer.step()
     for p, q, r in zip(ours, theirs, third, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(r, q, rtol=1e-6, atol=1e-6)
@@ -51,18 +55,18 @@ def test_steps_of_torchs_adamw_and_of_ours_can_alternate():
 
 def test_ema_copy_and_clipping_in_the_same_pass():
     ours, theirs = pair()
-    a, b = AdamWEMA(ours, ema_decay=0.75, **SETTINGS), torch.optim.AdamW(theirs, **SETTINGS)
-    ema, a.copies = (
-        [p.detach().clone() for p in ours],
-        {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in ours},
-    )
+    a = AdamWEMA(ours, ema_decay=0.75, **SETTINGS)
+    b = torch.optim.AdamW(theirs, **SETTINGS)
+    ema = [p.detach().clone() for p in ours]
+    a.copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in ours}
     for p in ours:
         a.state[p]["ema"] = p.detach().clone()
     set_gradients(0, ours, theirs)
     a.clip_scale = torch.tensor(0.5)
     for q in theirs:
         q.grad *= 0.5
-    a.step(), b.step()
+    a.step()
+    b.step()
     for p, q, mean in zip(ours, theirs, ema, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(a.state[p]["ema"], 0.75 * mean + 0.25 * q, rtol=1e-6, atol=1e-6)
@@ -81,26 +85,20 @@ def run(tmp_path, *args, ds=None):
 
 @pytest.mark.parametrize("stage", ["1", "2"])
 def test_accumulation_of_bf16_gradients_in_fp32(tmp_path, stage):
-    """DeepSpeed then keeps other gradients (stage 2) or has another optimizer (stage 1): both implementations work there."""
+    """Both implementations work when DeepSpeed keeps other gradients or has another optimizer.
+
+    It keeps other gradients at stage 2 and has another optimizer at stage 1.
+    """
     ds = {"data_types": {"grad_accum_dtype": "fp32"}}
-    curves = [
-        run(
-            tmp_path,
-            "--train.precision",
-            "bf16",
-            "--train.zero_stage",
-            stage,
-            "--train.micro_batch",
-            "4",
-            "--optim.implementation",
-            name,
-            "--optim.lr",
-            "0.003",
-            ds=ds,
-        )[1]
+    args = (
+        f"--train.precision bf16 --train.zero_stage {stage} --train.micro_batch 4 --optim.lr 0.003"
+    )
+    fused, plain = (
+        run(tmp_path, *args.split(), "--optim.implementation", name, ds=ds)[1]
         for name in ("fused", "torch")
-    ]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3) and curves[0][-1] < curves[0][0]
+    )
+    assert fused == pytest.approx(plain, rel=1e-3)
+    assert fused[-1] < fused[0]
 
 
 def test_one_process_leaves_gradients_where_they_are_unless_they_accumulate_in_fp32(tmp_path):
@@ -112,26 +110,16 @@ def test_one_process_leaves_gradients_where_they_are_unless_they_accumulate_in_f
     ):
         trainer, _ = run(tmp_path, *args, "--train.zero_stage", stage, ds=ds)
         assert trainer.engine.optimizer.step.reduces_nothing == alone
-        assert (
-            trainer.engine.enable_backward_allreduce != alone
-            and bool(trainer.engine.optimizer._grad_acc_hooks) != alone
-        )
+        assert trainer.engine.enable_backward_allreduce != alone
+        assert bool(trainer.engine.optimizer._grad_acc_hooks) != alone
 
 
 def test_every_stage_clips_alike(tmp_path):
-    """To a tenth of the norm, with an eps that leaves AdamW sensitive to the scale of the gradients."""
-    args = [
-        "--train.precision",
-        "bf16",
-        "--optim.clip",
-        "0.05",
-        "--optim.eps",
-        "0.1",
-        "--optim.lr",
-        "0.01",
-    ]
-    runs = [run(tmp_path, *args, "--train.zero_stage", stage) for stage in "0123"]
-    free = run(tmp_path, "--optim.clip", "0", *args[:2], *args[4:])[1]
+    """To a fifth of the norm or less. With this eps AdamW depends on the scale of the gradients."""
+    args = "--train.precision bf16 --optim.eps 0.1 --optim.lr 0.01 --optim.clip"
+    clipped = f"{args} 0.05 --train.zero_stage"
+    runs = [run(tmp_path, *f"{clipped} {stage}".split()) for stage in range(4)]
+    free = run(tmp_path, *f"{args} 0".split())[1]
     for trainer, losses in runs:
         assert float(trainer.grad_norm) > 0.25 and losses == pytest.approx(runs[1][1], rel=1e-4)
     assert free != pytest.approx(runs[1][1], rel=1e-2)
@@ -141,7 +129,9 @@ def test_every_stage_clips_alike(tmp_path):
     "stage, precision", [("0", "fp32"), ("0", "bf16"), ("1", "bf16"), ("2", "fp32"), ("3", "bf16")]
 )
 def test_gradients_that_are_not_numbers_stop_the_run(tmp_path, monkeypatch, stage, precision):
-    """DeepSpeed's scan for them is off; the norm, read with a lag, still shows them, and nothing is saved."""
+    """DeepSpeed does not look for them. The norm shows them one log interval later, and nothing is
+    saved.
+    """
     from sra_fast.alignment.objective import SRAObjective
 
     forward = SRAObjective.forward
@@ -159,7 +149,9 @@ def test_gradients_that_are_not_numbers_stop_the_run(tmp_path, monkeypatch, stag
 
 @pytest.mark.parametrize("stage, waits", [(1, 0), (3, 2)])
 def test_stage_3_gathers_only_what_was_written(monkeypatch, stage, waits):
-    """DeepSpeed's stream for the gather of parameters does not wait for the update: a plain race on a GPU."""
+    """The stream in which DeepSpeed gathers parameters does not wait for the update: a race on a
+    GPU.
+    """
     calls = []
     monkeypatch.setattr(
         torch.cuda,

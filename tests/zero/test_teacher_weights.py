@@ -1,4 +1,6 @@
-"""The teacher's copies of the EMA in e4m3: scales that lag by one step, and what a resumed run needs of them."""
+"""The teacher's copies of the EMA in e4m3: their scales lag by one step, and a run can be
+resumed.
+"""
 
 from types import SimpleNamespace
 
@@ -10,11 +12,15 @@ from sra_fast import ops
 from sra_fast.zero.master_weights import Group
 from sra_fast.zero.teacher_weights import Fp8TeacherGroup
 
-NAMES, SIZES = ("a", "b"), ((32, 16), (16, 48))
+NAMES = ("a", "b")
+SIZES = ((32, 16), (16, 48))
 
 
 def replica(device="cpu", owners=1):
-    """Two layers on one process: the masters in one flat tensor with 8 elements of padding, or in one tensor per layer."""
+    """Two layers on one process.
+
+    The masters are in one flat tensor with 8 elements of padding, or in one tensor per layer.
+    """
     torch.manual_seed(0)
     layers = {
         name: nn.Linear(k, n).requires_grad_(False).to(device)
@@ -46,13 +52,11 @@ def step(made, flats, ema):
 
 
 def error(layer, expected):
-    """Relative to e4m3's own: at most 1 is rounding to the nearest."""
-    value, expected = layer.weight.float() * layer.weight_scale, expected.view(layer.weight.shape)
-    return (
-        ((value - expected).abs() / (2**-4 * expected.abs() + 2**-10 * layer.weight_scale))
-        .max()
-        .item()
-    )
+    """Largest error in units of e4m3's rounding: rounding to the nearest gives at most 1."""
+    value = layer.weight.float() * layer.weight_scale
+    expected = expected.view(layer.weight.shape)
+    rounding = 2**-4 * expected.abs() + 2**-10 * layer.weight_scale
+    return ((value - expected).abs() / rounding).max().item()
 
 
 def parts(flats):
@@ -89,7 +93,8 @@ def test_a_jump_saturates_once(device):
     made, layers, flats = replica(device)
     made.store(flats)
     gather(made)
-    flats[0][520:] *= 20  # the second layer only
+    # the second layer only
+    flats[0][520:] *= 20
     for saturated in (True, False):
         step(made, flats, flats)
         gather(made)
@@ -108,7 +113,8 @@ def test_a_resumed_run_makes_the_same_copies(device):
     gather(made)
     step(made, flats, [3 * flat for flat in flats])
     gather(made)
-    state, saved = made.in_use.tolist(), [flat.clone() for flat in flats]
+    state = made.in_use.tolist()
+    saved = [flat.clone() for flat in flats]
 
     again, same_layers, others = replica(device)
     for flat, value in zip(others, saved, strict=True):
@@ -140,6 +146,5 @@ def test_scales_follow_steps_without_a_gather(device):
 
 def assert_equal(layers, others):
     for one, other in zip(layers.values(), others.values(), strict=True):
-        assert torch.equal(one.weight.float(), other.weight.float()) and torch.equal(
-            one.weight_scale, other.weight_scale
-        )
+        assert torch.equal(one.weight.float(), other.weight.float())
+        assert torch.equal(one.weight_scale, other.weight_scale)
