@@ -72,7 +72,8 @@ def array_file(tmp_path) -> Path:
 @pytest.mark.parametrize("title", PAGES)
 def test_every_page_is_short_and_has_one_code_block(title):
     page = sections()[f"Add {title}"].strip()
-    assert len(page.splitlines()) <= 30
+    # blank lines do not count: the formatter sets those of the code
+    assert len([line for line in page.splitlines() if line]) <= 30
     assert page.count("```python\n") == 1
 
 
