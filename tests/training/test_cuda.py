@@ -12,6 +12,7 @@ from zero_worker import CASES, STEPS, run_case, tiny
 
 from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
+from sra_fast.data.training_data import TrainingData
 from sra_fast.training import saving
 from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan
@@ -53,25 +54,19 @@ def nothing_saved(monkeypatch):
     monkeypatch.setattr(saving, "save", lambda *args: None)
 
 
-class RandomLatents:
+class RandomLatents(TrainingData):
     """512 latents of noise with labels, the same in every run."""
 
     shape = (4, 32, 32)
-    posterior = False
+    num_classes = 1000
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(512, *self.shape, generator=generator)
         self.labels = torch.arange(512) % 1000
 
-    def __len__(self):
-        return len(self.labels)
-
     def __getitems__(self, indices):
         return self.images[indices], self.labels[indices]
-
-    def to_latent(self, images, noise):
-        return images
 
 
 def trained(folder, *args):
