@@ -46,6 +46,8 @@ def work(rank, folder):
         gradients(nn.parallel.DistributedDataParallel, slice(2 * rank, 2 * rank + 2)),
         f"{folder}/{rank}.pt",
     )
+    # neither closes its connections while the other still uses them
+    dist.barrier()
     dist.destroy_process_group()
 
 
