@@ -55,8 +55,17 @@ class SRAObjective(nn.Module):
         Returns:
             ``(loss [], parts)``: fp32 scalars ``denoise``, ``vb`` (DiT), ``align``, and the mean
             token norms ``student_norm`` (projected features) and ``teacher_norm``.
+
+        Raises:
+            ValueError: in training, a conditioning that leaves dropping to the network.
         """
         # one noise for both inputs: they differ in their times only (SRA, Sec. 3.2)
+        if self.student.training and not condition.is_decided:
+            # the student would draw its dropped entries, and the teacher would drop none
+            raise ValueError(
+                "expected a conditioning that says which entries are dropped (`dropped`), "
+                "got one that leaves it to each network"
+            )
         noised = self.process.corrupt(x0, noise, *times)
         # a tensor is not compared: that would wait for the device, and a CUDA graph cannot branch
         if not isinstance(weight, Tensor) and weight == 0:

@@ -36,6 +36,11 @@ class Conditioning(Protocol):
         """The same, with nothing instead of the entries where ``drop [B]`` (bool) is true."""
         ...
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether it says which entries are dropped; if not, a network in training draws them."""
+        ...
+
     def null(self) -> "Conditioning":
         """As many entries, all of them nothing."""
         ...
@@ -80,6 +85,10 @@ class ClassLabels:
 
     def dropped(self, drop: Tensor) -> "ClassLabels":
         return replace(self, drop=drop)
+
+    @property
+    def is_decided(self) -> bool:
+        return self.drop is not None
 
     def null(self) -> "ClassLabels":
         return replace(self, drop=torch.ones_like(self.labels, dtype=torch.bool))

@@ -162,3 +162,11 @@ def test_other_lambda_schedules():
     stop = AlignConfig(weight=0.5, stop_at_step=7)
     assert [align_weight(stop, s, 0) for s in (6, 7)] == [0.5, 0.0]
     assert align_weight(AlignConfig(target="none"), 0, 0) == 0.0
+
+
+def test_dropped_labels_are_not_left_to_each_network():
+    """The student would drop labels at random and the teacher none, without an error."""
+    golden = Golden("SiT")
+    model = objective(golden, FlowMatching())
+    with pytest.raises(ValueError, match="says which entries are dropped"):
+        sit_loss(model, golden, drop=None)
