@@ -152,9 +152,10 @@ def first_parts(out: Path, probe: str | None) -> list[Part]:
     """
     rows = ["--json", str(out / "rows.json")]
     # the teacher in every way; plain and sra twice, for their spread
+    stream = "+align.teacher_stream=true"
     variants = (
-        "plain,sra,sra_fp8,sra+align.teacher_stream=true,sra+train.residual=fp32,"
-        "sra+train.graph=false,plain,sra"
+        f"plain,sra,sra_fp8,sra{stream},sra_fp8{stream},sra+train.recompute=norm,"
+        "sra+SRA_FAST_CUBLASLT=0,plain,sra"
     )
     # compiles the best rival for second while the tests run
     fill = Part(

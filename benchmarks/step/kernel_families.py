@@ -41,8 +41,22 @@ def family(kernel: str) -> str:
     return "other"
 
 
-def kernel_times(step: Callable[[int], None], steps: range, cuda: bool) -> dict[str, float]:
-    """Milliseconds per step of every kernel (on a CPU: every operator), the longest first."""
+def idle_time(spans: list[tuple[float, float]]) -> float:
+    """Time between the first begin and the last end in which none of the ``(begin, end)`` runs."""
+    idle = 0.0
+    reached = min((begin for begin, _ in spans), default=0.0)
+    for begin, end in sorted(spans):
+        idle += max(0.0, begin - reached)
+        reached = max(reached, end)
+    return idle
+
+
+def kernel_times(
+    step: Callable[[int], None], steps: range, cuda: bool
+) -> tuple[dict[str, float], float | None]:
+    """Milliseconds per step of every kernel (on a CPU: every operator), the longest first; and of
+    the time in which the device runs none (on a CPU: None).
+    """
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         for i in steps:
@@ -59,7 +73,15 @@ def kernel_times(step: Callable[[int], None], steps: range, cuda: bool) -> dict[
         us = event.self_device_time_total if cuda else event.self_cpu_time_total
         if us > 0:
             times[event.key] = us
-    return {name: us / 1e3 / len(steps) for name, us in times.most_common()}
+    per_step = {name: us / 1e3 / len(steps) for name, us in times.most_common()}
+    if not cuda:
+        return per_step, None
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == wanted
+    ]
+    return per_step, idle_time(spans) / 1e3 / len(steps)
 
 
 def by_family(kernels: dict[str, float]) -> dict[str, float]:

@@ -51,7 +51,8 @@ def rates(cfg: Config, device: torch.device, ms: float) -> dict:
 
 
 def profile_step(run, first: int, steps: int, cuda: bool) -> dict:
-    """Milliseconds per step of kernel families (``kernels``), of the longest kernels and of the phases.
+    """Milliseconds per step of kernel families (``kernels``), of the longest kernels, of the phases, and of the
+    ``idle`` device.
 
     Args:
         run: what ``make_step`` returned.
@@ -59,7 +60,7 @@ def profile_step(run, first: int, steps: int, cuda: bool) -> dict:
         steps: to profile, and again to time the phases of.
         cuda: whether the device's clock counts.
     """
-    kernels = kernel_times(run.step, range(first, first + steps), cuda)
+    kernels, idle = kernel_times(run.step, range(first, first + steps), cuda)
     families = by_family(kernels)
     phases = Phases(cuda)
     for owner, attribute, name in run.phases:
@@ -68,7 +69,7 @@ def profile_step(run, first: int, steps: int, cuda: bool) -> dict:
     # all of it, whether the backward pass hides it or not
     times["communication"] = families.get("communication", 0.0)
     longest = dict(itertools.islice(kernels.items(), LONGEST_KERNELS))
-    return {"kernels": families, "longest": longest, "phases": times}
+    return {"kernels": families, "longest": longest, "phases": times, "idle": idle}
 
 
 @contextlib.contextmanager
@@ -194,6 +195,9 @@ def time_run(
     if args.profile and profile:
         try:
             found |= profile_step(run, end + HOST_STEPS, args.profile, cuda)
+            idle = found.pop("idle")
+            if idle is not None:
+                host["idle device"] = idle
         # the time is worth having even where the machine does not allow profiling
         except RuntimeError as error:
             found["note"] = f"neither phases nor kernels: {error}".partition("\n")[0]

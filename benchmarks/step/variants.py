@@ -1,11 +1,11 @@
 """The variants of a training step: what each name stands for.
 
-Settings may follow a name after ``+``. Those with a dot are the engine's options, the others are fields of
-``Switches``: ``sra+train.compile=true``, ``strong+compile=whole``,
-``sra+align.teacher_layer=14``.
+Settings may follow a name after ``+``. Those with a dot are the engine's options, those in capitals variables of
+the environment, the others fields of ``Switches``: ``sra+train.compile=true``, ``sra+SRA_FAST_CUBLASLT=0``,
+``strong+compile=whole``.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 # these rooms register what a configuration may name
 from sra_fast import alignment, data, diffusion  # noqa: F401
@@ -166,12 +166,14 @@ class Variant:
         base: without them.
         options: of the engine, ``{"align.target": "none"}``.
         switches: of a plain PyTorch program; None for the engine and the published code.
+        variables: of the environment, from the name.
     """
 
     name: str
     base: str
     options: dict[str, str]
     switches: Switches | None
+    variables: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
@@ -188,33 +190,34 @@ class Variant:
             raise ValueError(f"expected settings name=value after +, got {name!r}")
         given = dict(setting.split("=", 1) for setting in settings)
         options = {**ENGINE.get(base, {}), **{k: v for k, v in given.items() if "." in k}}
-        switches = {k: v for k, v in given.items() if "." not in k}
+        variables = {k: v for k, v in given.items() if k.isupper()}
+        switches = {k: v for k, v in given.items() if "." not in k and not k.isupper()}
 
-        known = {field.name for field in fields(Switches)} if base in PROGRAMS else set()
+        known = {each.name for each in fields(Switches)} if base in PROGRAMS else set()
         unknown = ", ".join(sorted(set(switches) - known))
         if unknown:
             raise ValueError(
                 f"variant {base} has no switch {unknown}; options of the engine have a dot"
             )
         if base not in PROGRAMS:
-            return cls(name, base, options, None)
+            return cls(name, base, options, None, variables)
         words = {"true": True, "false": False}
         values = {k: words.get(v, v) for k, v in switches.items()}
-        return cls(name, base, options, replace(PROGRAMS[base], **values))
+        return cls(name, base, options, replace(PROGRAMS[base], **values), variables)
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables that are set while the variant is built and runs.
 
-        They keep this repository's kernels out of the programs that must do without.
+        Some keep this repository's kernels out of the programs that must do without.
         """
         if self.switches is None:
-            return {}
+            return dict(self.variables)
         # SRA_FAST_BACKEND=torch also lets PyTorch pick attention's backend; "auto" measures it
         found = {"SRA_FAST_ATTENTION": "auto" if self.switches.measured_attention else "sdpa"}
         if not self.switches.kernels:
             found["SRA_FAST_BACKEND"] = "torch"
-        return found
+        return found | self.variables
 
     def configuration(self, model: str, resolution: int, batch: int, device: str) -> Config:
         """The engine's configuration of one case.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sra_fast.ops import _cublaslt
 from sra_fast.ops._backend import autocast
 from sra_fast.ops._half_block import (
     Residual,
@@ -23,6 +24,7 @@ from sra_fast.ops._half_block import (
 )
 from sra_fast.ops._register import apply, guard_double_backward
 from sra_fast.ops.gelu import gelu_bwd
+from sra_fast.ops.gelu_products import linear_dgelu, linear_gelu_keep
 from sra_fast.ops.linear_gelu import linear_gelu
 
 
@@ -36,12 +38,15 @@ def _backward(needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
     x_new = saved[0]
     dout = dout.flatten(0, 1)
     # second layer and GELU, which recomputes its output if it was not kept
-    dhidden = (dout @ weight2).contiguous()
     recompute_hidden = hidden is None and needs_weight2
-    da, dbias1, recomputed_hidden = gelu_bwd(dhidden, a, recompute_hidden)
-    dweight2 = None
-    if needs_weight2:
-        dweight2 = weight_gradient(dout, recomputed_hidden if hidden is None else hidden)
+    if _cublaslt.available(a) and not recompute_hidden:
+        da = linear_dgelu(dout, weight2, a)
+        dbias1 = da.sum(0)
+    else:
+        dhidden = (dout @ weight2).contiguous()
+        da, dbias1, recomputed_hidden = gelu_bwd(dhidden, a, recompute_hidden)
+        hidden = recomputed_hidden if hidden is None else hidden
+    dweight2 = weight_gradient(dout, hidden) if needs_weight2 else None
 
     # first layer and norm, which recomputes h if it was not kept
     dh = (da @ weight1).view(x_new.shape)
@@ -78,8 +83,12 @@ class _AdaLNMlp(torch.autograd.Function):
             x, y, y_bias, gate, shift, scale, group, eps, rms, weight1.dtype
         )
         # as rows: the products then need no reshape of their gradients
-        a = F.linear(h.flatten(0, 1), weight1, bias1)
-        hidden = F.gelu(a, approximate="tanh")
+        rows = h.flatten(0, 1)
+        if bias1 is not None and _cublaslt.available(rows):
+            hidden, a = linear_gelu_keep(rows, weight1, bias1)
+        else:
+            a = F.linear(rows, weight1, bias1)
+            hidden = F.gelu(a, approximate="tanh")
         # only the gradients of the weights read h and hidden
         ctx.layers_need_grad = ctx.needs_input_grad[7:11]
         needs_weight1, _, needs_weight2, _ = ctx.layers_need_grad

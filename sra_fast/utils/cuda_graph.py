@@ -229,13 +229,19 @@ class GraphedGradients(_Captures):
 
 
 def _own(gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients as dense tensors, no two of which share memory."""
+    """The gradients as dense tensors, no two of which share memory.
+
+    Autograd's are mostly that already: copying them anyway took 0.5 ms of a step of SiT-XL/2 on an
+    H100.
+    """
     seen: set[int] = set()
     owned = []
     for gradient in gradients:
-        shared = gradient._is_view() or gradient.data_ptr() in seen
-        if shared or not gradient.is_contiguous():
+        storage = gradient.untyped_storage()
+        # a transposed transpose is a view, too, but of nothing else
+        whole = gradient.is_contiguous() and storage.nbytes() == gradient.nbytes
+        if not whole or storage.data_ptr() in seen:
             gradient = gradient.clone(memory_format=torch.contiguous_format)
         owned.append(gradient)
-        seen.add(gradient.data_ptr())
+        seen.add(gradient.untyped_storage().data_ptr())
     return owned

@@ -148,6 +148,17 @@ def test_shared_and_strided_gradients_become_tensors_of_their_own():
         torch.testing.assert_close(p.grad, wanted)
 
 
+def test_only_gradients_that_share_memory_are_copied():
+    """A linear layer's weight gradient is a view that covers all of its memory."""
+    layer, loss, batches, _ = make()
+    weight = torch.autograd.grad(loss(*batches[0])[0], layer.weight)[0]
+    part = torch.randn(2, 3, 5)[0]
+    found = cuda_graph._own([weight, part, weight])
+    assert found[0] is weight and found[1] is not part and found[2] is not weight
+    for ours, given in zip(found, (weight, part, weight), strict=True):
+        assert torch.equal(ours, given)
+
+
 def test_memory_that_pytorch_does_not_count():
     before = hidden_bytes()
     if not CUDA:

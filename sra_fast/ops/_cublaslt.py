@@ -1,0 +1,289 @@
+"""Matrix products of cuBLASLt with epilogues that PyTorch does not offer.
+
+The library is the one that PyTorch has loaded, and it is called through its C interface: nothing is
+compiled, so every installation on CUDA has it. ``SRA_FAST_CUBLASLT=0`` switches it off.
+Constants and structures are those of cublasLt.h, the same in CUDA 12 and 13.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from sra_fast.ops._backend import log_once
+
+
+class Epilogue(IntEnum):
+    """What happens to the fp32 sums of a product before they are rounded (cublasLtEpilogue_t)."""
+
+    # add a bias, keep that as a second output, and take tanh-GELU
+    GELU_AUX_BIAS = 32 | 128 | 4
+    # multiply by the derivative of tanh-GELU at a second input
+    DGELU = 64 | 128
+    # nothing; the bias becomes the sum of the second factor over the dimension that is summed
+    BGRADB = 512
+
+
+DTYPES = {torch.float16: 2, torch.bfloat16: 14}
+# sums, alpha and beta are fp32: CUBLAS_COMPUTE_32F and CUDA_R_32F
+_COMPUTE_32F = 68
+_FLOAT32 = 0
+# attributes of a product (cublasLtMatmulDescAttributes_t)
+_TRANSPOSE_A = 3
+_TRANSPOSE_B = 4
+_EPILOGUE = 7
+_BIAS_POINTER = 8
+_AUX_POINTER = 11
+_AUX_LD = 12
+_BIAS_TYPE = 26
+# attributes of a search (cublasLtMatmulPreferenceAttributes_t); alignments of A, B, C and D follow
+_MAX_WORKSPACE = 1
+_ALIGNMENT_A = 5
+# what NVIDIA recommends for Hopper
+_WORKSPACE_BYTES = 32 << 20
+# cuBLASLt does not look beyond
+_BEST_ALIGNMENT = 256
+# every epilogue reads its vectors and matrices 16 bytes at a time
+_LEAST_ALIGNMENT = 16
+
+
+class _Algorithm(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_uint64 * 8),)
+
+
+class _Heuristic(ctypes.Structure):
+    _fields_ = (
+        ("algorithm", _Algorithm),
+        ("workspace_size", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """cuBLASLt, or None where PyTorch has none."""
+    if torch.version.cuda is None:
+        return None
+    name = f"libcublasLt.so.{torch.version.cuda.partition('.')[0]}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        log_once("%s: GELU is a pass of its own", error)
+        return None
+
+
+def available(x: Tensor) -> bool:
+    """Whether the products of such tensors can have these epilogues; also asked of tensors without
+    data, while a compiler traces.
+    """
+    wanted = os.environ.get("SRA_FAST_CUBLASLT", "1") != "0"
+    return wanted and x.is_cuda and x.dtype in DTYPES and _library() is not None
+
+
+def _call(name: str, *args) -> None:
+    """Call a function of the library.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    status = getattr(_library(), name)(*args)
+    if status:
+        raise RuntimeError(f"{name} of cuBLASLt failed with status {status}")
+
+
+@functools.cache
+def _handle(device: int) -> ctypes.c_void_p:
+    """The library's context on the current device, which is ``device``."""
+    handle = ctypes.c_void_p()
+    _call("cublasLtCreate", ctypes.byref(handle))
+    return handle
+
+
+def _set(function: str, target: ctypes.c_void_p, attribute: int, value) -> None:
+    """Set an attribute to a ctypes value."""
+    _call(function, target, attribute, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)))
+
+
+def _layout(dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
+    """A dense matrix with adjacent rows, as BLAS stores matrices."""
+    layout = ctypes.c_void_p()
+    sizes = (ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows))
+    _call("cublasLtMatrixLayoutCreate", ctypes.byref(layout), dtype, *sizes)
+    return layout
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a plan depends on: D ``[m, n]`` = op(A) op(B), adjacent rows, k summed.
+
+    ``alignments`` are those of A, B, C and D in bytes.
+    """
+
+    device: int
+    dtype: torch.dtype
+    epilogue: Epilogue
+    m: int
+    n: int
+    k: int
+    transpose_a: bool
+    transpose_b: bool
+    alignments: tuple[int, int, int, int]
+
+
+class _Plan:
+    """A product of one shape with the algorithm that the library's heuristic puts first.
+
+    The first is not searched for by time: the same program then gives the same bits.
+    """
+
+    def __init__(self, shape: _Shape, bias: int, aux: int):
+        self.lock = threading.Lock()
+        dtype = DTYPES[shape.dtype]
+        self.description = ctypes.c_void_p()
+        _call("cublasLtMatmulDescCreate", ctypes.byref(self.description), _COMPUTE_32F, _FLOAT32)
+        self._describe(_TRANSPOSE_A, ctypes.c_int32(shape.transpose_a))
+        self._describe(_TRANSPOSE_B, ctypes.c_int32(shape.transpose_b))
+        self._describe(_EPILOGUE, ctypes.c_int32(shape.epilogue))
+        self._describe(_BIAS_TYPE, ctypes.c_int32(dtype))
+        self._describe(_AUX_LD, ctypes.c_int64(shape.m))
+        # the heuristic looks at the alignment of both
+        self.point(bias, aux)
+
+        a = (shape.k, shape.m) if shape.transpose_a else (shape.m, shape.k)
+        b = (shape.n, shape.k) if shape.transpose_b else (shape.k, shape.n)
+        self.a = _layout(dtype, *a)
+        self.b = _layout(dtype, *b)
+        self.d = _layout(dtype, shape.m, shape.n)
+        self.found = self._search(shape)
+
+    def _describe(self, attribute: int, value) -> None:
+        _set("cublasLtMatmulDescSetAttribute", self.description, attribute, value)
+
+    def point(self, bias: int, aux: int) -> None:
+        """Set the addresses of bias and second matrix; 0 for none."""
+        self._describe(_BIAS_POINTER, ctypes.c_void_p(bias))
+        self._describe(_AUX_POINTER, ctypes.c_void_p(aux))
+
+    def _search(self, shape: _Shape) -> _Heuristic | None:
+        """The algorithm that the library recommends, or None if it has none."""
+        preference = ctypes.c_void_p()
+        _call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
+        set_preference = functools.partial(_set, "cublasLtMatmulPreferenceSetAttribute", preference)
+        set_preference(_MAX_WORKSPACE, ctypes.c_size_t(_WORKSPACE_BYTES))
+        for i, alignment in enumerate(shape.alignments):
+            set_preference(_ALIGNMENT_A + i, ctypes.c_uint32(alignment))
+        found = _Heuristic()
+        count = ctypes.c_int(0)
+        library = _library()
+        assert library is not None
+        status = library.cublasLtMatmulAlgoGetHeuristic(
+            _handle(shape.device),
+            self.description,
+            *(self.a, self.b, self.d, self.d),
+            preference,
+            1,
+            ctypes.byref(found),
+            ctypes.byref(count),
+        )
+        _call("cublasLtMatmulPreferenceDestroy", preference)
+        return found if status == 0 and count.value > 0 and found.state == 0 else None
+
+    def run(self, a: Tensor, b: Tensor, d: Tensor, bias: int, aux: int, device: int) -> None:
+        """Launch in the current stream."""
+        assert self.found is not None
+        workspace = d.new_empty(max(self.found.workspace_size, 1), dtype=torch.uint8)
+        one = ctypes.c_float(1.0)
+        zero = ctypes.c_float(0.0)
+        address = lambda t: ctypes.c_void_p(t.data_ptr())
+        # the description is shared by all threads, among them autograd's
+        with self.lock:
+            self.point(bias, aux)
+            _call(
+                "cublasLtMatmul",
+                _handle(device),
+                self.description,
+                ctypes.byref(one),
+                *(address(a), self.a),
+                *(address(b), self.b),
+                ctypes.byref(zero),
+                *(address(d), self.d),
+                *(address(d), self.d),
+                ctypes.byref(self.found.algorithm),
+                address(workspace),
+                ctypes.c_size_t(self.found.workspace_size),
+                ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+            )
+
+
+_plans: dict[_Shape, _Plan] = {}
+
+
+def _alignment(t: Tensor) -> int:
+    """The largest power of two that divides the address, as far as the library cares."""
+    address = t.data_ptr()
+    return min(address & -address, _BEST_ALIGNMENT) if address else _BEST_ALIGNMENT
+
+
+def multiply(
+    epilogue: Epilogue,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    bias: Tensor | None = None,
+    aux: Tensor | None = None,
+) -> bool:
+    """``out^T = op(a^T) op(b^T)``, that is ``out = op(b) op(a)``, with an epilogue.
+
+    All are contiguous matrices of one dtype of ``DTYPES`` on the current device. The library's
+    matrices have adjacent rows: it sees the transpose of each.
+
+    Args:
+        epilogue: what happens to the sums.
+        a: ``[k, m]``, or ``[m, k]`` with ``transpose_a``: the factor whose columns are those of
+            ``out``.
+        b: ``[n, k]``, or ``[k, n]`` with ``transpose_b``.
+        out: ``[n, m]``, written.
+        transpose_a: op of a.
+        transpose_b: op of b.
+        bias: read by GELU_AUX_BIAS ``[m]``, written by BGRADB ``[n]``.
+        aux: ``[n, m]``; written by GELU_AUX_BIAS, read by DGELU.
+
+    Returns:
+        Whether it was launched. If not, the library has no algorithm for these tensors.
+
+    Raises:
+        RuntimeError: the library failed.
+    """
+    n, m = out.shape
+    k = a.shape[1] if transpose_a else a.shape[0]
+    alignments = (_alignment(a), _alignment(b), _alignment(out), _alignment(out))
+    extra = [t for t in (bias, aux) if t is not None]
+    if (
+        any(_alignment(t) < _LEAST_ALIGNMENT for t in (a, b, out, *extra))
+        or m % 8
+        or n % 8
+        or k % 8
+    ):
+        return False
+    device = out.get_device()
+    shape = _Shape(device, out.dtype, epilogue, m, n, k, transpose_a, transpose_b, alignments)
+    addresses = [0 if t is None else t.data_ptr() for t in (bias, aux)]
+    plan = _plans.get(shape)
+    if plan is None:
+        plan = _Plan(shape, *addresses)
+        # another thread may have made the same plan: both are right
+        _plans[shape] = plan
+    if plan.found is None:
+        return False
+    plan.run(a, b, out, *addresses, device)
+    return True
