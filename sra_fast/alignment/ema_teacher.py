@@ -32,17 +32,18 @@ class EMATeacherConfig(AlignConfig):
     pass (Hopper or newer, ZeRO 0-2, train.precision bf16)"""
     teacher_graph: bool = False
     """replay the teacher's forward as a CUDA graph (ZeRO 0-2)"""
-    teacher_stream: bool = False
-    """run the teacher during the student's forward, in a second CUDA stream (ZeRO 0-2)"""
+    teacher_stream: bool | None = None
+    """run the teacher during the student's forward, in a second CUDA stream (ZeRO 0-2); default:
+    where the step is one CUDA graph. Elsewhere a second stream costs the host more than it gains"""
 
 
 @TARGETS.register("ema_teacher")
 class EMATeacher(Target):
     """Features after block n of the EMA teacher.
 
-    By default ``result`` computes them, after the student's forward: the all-gather of the
-    teacher's weights has that long to finish. With ``teacher_stream`` they are computed during the
-    student's forward.
+    Without ``teacher_stream`` ``result`` computes them, after the student's forward: the all-gather
+    of the teacher's weights has that long to finish. With it they are computed during the student's
+    forward.
     """
 
     config = EMATeacherConfig
@@ -118,6 +119,10 @@ class EMATeacher(Target):
 
     def follow(self, wait: Callable[[], None]) -> None:
         self.wait = wait
+
+    def in_graph(self) -> None:
+        if self.align.teacher_stream is None:
+            self.stream = torch.cuda.Stream()
 
     def start(
         self, noised: Noised, sinusoid: Tensor, condition: Conditioning, images: Tensor | None

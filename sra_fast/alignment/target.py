@@ -56,6 +56,9 @@ class Target(nn.Module):
         forward.
         """
 
+    def in_graph(self) -> None:
+        """Forward and backward pass will be replayed as one CUDA graph: choose defaults for that."""
+
     def start(
         self, noised: Noised, sinusoid: Tensor, condition: Conditioning, images: Tensor | None
     ) -> None:

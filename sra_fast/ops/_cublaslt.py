@@ -7,8 +7,10 @@ Constants and structures are those of cublasLt.h, the same in CUDA 12 and 13.
 
 import ctypes
 import functools
+import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -16,6 +18,9 @@ import torch
 from torch import Tensor
 
 from sra_fast.ops._backend import log_once
+from sra_fast.ops._timing import milliseconds
+
+log = logging.getLogger("sra_fast")
 
 
 class Epilogue(IntEnum):
@@ -25,8 +30,6 @@ class Epilogue(IntEnum):
     GELU_AUX_BIAS = 32 | 128 | 4
     # multiply by the derivative of tanh-GELU at a second input
     DGELU = 64 | 128
-    # nothing; the bias becomes the sum of the second factor over the dimension that is summed
-    BGRADB = 512
 
 
 DTYPES = {torch.float16: 2, torch.bfloat16: 14}
@@ -35,7 +38,6 @@ _COMPUTE_32F = 68
 _FLOAT32 = 0
 # attributes of a product (cublasLtMatmulDescAttributes_t)
 _TRANSPOSE_A = 3
-_TRANSPOSE_B = 4
 _EPILOGUE = 7
 _BIAS_POINTER = 8
 _AUX_POINTER = 11
@@ -46,6 +48,10 @@ _MAX_WORKSPACE = 1
 _ALIGNMENT_A = 5
 # what NVIDIA recommends for Hopper
 _WORKSPACE_BYTES = 32 << 20
+# algorithms that the library proposes for a product, the one it expects to be fastest first
+_PROPOSALS = 8
+# how much faster than the first another must be: noise may not decide which one runs
+_MARGIN = 0.97
 # cuBLASLt does not look beyond
 _BEST_ALIGNMENT = 256
 # every epilogue reads its vectors and matrices 16 bytes at a time
@@ -121,7 +127,7 @@ def _layout(dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a plan depends on: D ``[m, n]`` = op(A) op(B), adjacent rows, k summed.
+    """What a plan depends on: D ``[m, n]`` = op(A) B, with adjacent rows, k summed.
 
     ``alignments`` are those of A, B, C and D in bytes.
     """
@@ -133,78 +139,95 @@ class _Shape:
     n: int
     k: int
     transpose_a: bool
-    transpose_b: bool
     alignments: tuple[int, int, int, int]
 
 
 class _Plan:
-    """A product of one shape with the algorithm that the library's heuristic puts first.
+    """A product of one shape, with the algorithms that the library proposes for it.
 
-    The first is not searched for by time: the same program then gives the same bits.
+    ``chosen`` is the index of the one that runs, None if there is none.
     """
 
     def __init__(self, shape: _Shape, bias: int, aux: int):
         self.lock = threading.Lock()
+        self.shape = shape
         dtype = DTYPES[shape.dtype]
         self.description = ctypes.c_void_p()
         _call("cublasLtMatmulDescCreate", ctypes.byref(self.description), _COMPUTE_32F, _FLOAT32)
         self._describe(_TRANSPOSE_A, ctypes.c_int32(shape.transpose_a))
-        self._describe(_TRANSPOSE_B, ctypes.c_int32(shape.transpose_b))
         self._describe(_EPILOGUE, ctypes.c_int32(shape.epilogue))
         self._describe(_BIAS_TYPE, ctypes.c_int32(dtype))
         self._describe(_AUX_LD, ctypes.c_int64(shape.m))
         # the heuristic looks at the alignment of both
-        self.point(bias, aux)
+        self._point(bias, aux)
 
         a = (shape.k, shape.m) if shape.transpose_a else (shape.m, shape.k)
-        b = (shape.n, shape.k) if shape.transpose_b else (shape.k, shape.n)
         self.a = _layout(dtype, *a)
-        self.b = _layout(dtype, *b)
+        self.b = _layout(dtype, shape.k, shape.n)
         self.d = _layout(dtype, shape.m, shape.n)
-        self.found = self._search(shape)
+        self.proposals = self._search()
+        self.chosen = 0 if self.proposals else None
 
     def _describe(self, attribute: int, value) -> None:
         _set("cublasLtMatmulDescSetAttribute", self.description, attribute, value)
 
-    def point(self, bias: int, aux: int) -> None:
+    def _point(self, bias: int, aux: int) -> None:
         """Set the addresses of bias and second matrix; 0 for none."""
         self._describe(_BIAS_POINTER, ctypes.c_void_p(bias))
         self._describe(_AUX_POINTER, ctypes.c_void_p(aux))
 
-    def _search(self, shape: _Shape) -> _Heuristic | None:
-        """The algorithm that the library recommends, or None if it has none."""
+    def _search(self) -> list[_Heuristic]:
+        """What the library proposes."""
+        library = _library()
+        assert library is not None
         preference = ctypes.c_void_p()
         _call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
         set_preference = functools.partial(_set, "cublasLtMatmulPreferenceSetAttribute", preference)
         set_preference(_MAX_WORKSPACE, ctypes.c_size_t(_WORKSPACE_BYTES))
-        for i, alignment in enumerate(shape.alignments):
+        for i, alignment in enumerate(self.shape.alignments):
             set_preference(_ALIGNMENT_A + i, ctypes.c_uint32(alignment))
-        found = _Heuristic()
+        found = (_Heuristic * _PROPOSALS)()
         count = ctypes.c_int(0)
-        library = _library()
-        assert library is not None
         status = library.cublasLtMatmulAlgoGetHeuristic(
-            _handle(shape.device),
+            _handle(self.shape.device),
             self.description,
             *(self.a, self.b, self.d, self.d),
             preference,
-            1,
-            ctypes.byref(found),
+            _PROPOSALS,
+            found,
             ctypes.byref(count),
         )
         _call("cublasLtMatmulPreferenceDestroy", preference)
-        return found if status == 0 and count.value > 0 and found.state == 0 else None
+        proposed = found[: count.value] if status == 0 else []
+        return [each for each in proposed if each.state == 0]
 
-    def run(self, a: Tensor, b: Tensor, d: Tensor, bias: int, aux: int, device: int) -> None:
-        """Launch in the current stream."""
-        assert self.found is not None
-        workspace = d.new_empty(max(self.found.workspace_size, 1), dtype=torch.uint8)
+    def choose(self, launch: Callable[[int], None]) -> None:
+        """Keep the fastest proposal.
+
+        Args:
+            launch: runs the product with the proposal of an index.
+        """
+        times = [milliseconds(lambda i=i: launch(i), calls=5) for i in range(len(self.proposals))]
+        best = times.index(min(times))
+        if times[best] < _MARGIN * times[0]:
+            self.chosen = best
+        listed = ", ".join(f"{1e3 * ms:.0f}" for ms in times)
+        shape = (self.shape.n, self.shape.m, self.shape.k)
+        log.info(
+            "cuBLASLt: %s %s: %s of %s us", self.shape.epilogue.name, shape, self.chosen, listed
+        )
+
+    def run(self, index: int, a: Tensor, b: Tensor, d: Tensor, bias: int, aux: int) -> None:
+        """Launch a proposal in the current stream."""
+        proposal = self.proposals[index]
+        workspace = d.new_empty(max(proposal.workspace_size, 1), dtype=torch.uint8)
         one = ctypes.c_float(1.0)
         zero = ctypes.c_float(0.0)
         address = lambda t: ctypes.c_void_p(t.data_ptr())
+        device = self.shape.device
         # the description is shared by all threads, among them autograd's
         with self.lock:
-            self.point(bias, aux)
+            self._point(bias, aux)
             _call(
                 "cublasLtMatmul",
                 _handle(device),
@@ -215,9 +238,9 @@ class _Plan:
                 ctypes.byref(zero),
                 *(address(d), self.d),
                 *(address(d), self.d),
-                ctypes.byref(self.found.algorithm),
+                ctypes.byref(proposal.algorithm),
                 address(workspace),
-                ctypes.c_size_t(self.found.workspace_size),
+                ctypes.c_size_t(proposal.workspace_size),
                 ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
             )
 
@@ -237,26 +260,23 @@ def multiply(
     b: Tensor,
     out: Tensor,
     *,
-    transpose_a: bool = False,
-    transpose_b: bool = False,
+    aux: Tensor,
+    transpose: bool = False,
     bias: Tensor | None = None,
-    aux: Tensor | None = None,
 ) -> bool:
-    """``out^T = op(a^T) op(b^T)``, that is ``out = op(b) op(a)``, with an epilogue.
+    """``out = b @ a``, or ``b @ a^T`` with ``transpose``, with an epilogue.
 
-    All are contiguous matrices of one dtype of ``DTYPES`` on the current device. The library's
-    matrices have adjacent rows: it sees the transpose of each.
+    All are contiguous matrices of one dtype of ``DTYPES`` on the current device. The first call of a
+    shape measures the algorithms that the library proposes, unless a CUDA graph is captured.
 
     Args:
         epilogue: what happens to the sums.
-        a: ``[k, m]``, or ``[m, k]`` with ``transpose_a``: the factor whose columns are those of
-            ``out``.
-        b: ``[n, k]``, or ``[k, n]`` with ``transpose_b``.
-        out: ``[n, m]``, written.
-        transpose_a: op of a.
-        transpose_b: op of b.
-        bias: read by GELU_AUX_BIAS ``[m]``, written by BGRADB ``[n]``.
-        aux: ``[n, m]``; written by GELU_AUX_BIAS, read by DGELU.
+        a: ``[K, N]``, or ``[N, K]`` with ``transpose``.
+        b: ``[M, K]``.
+        out: ``[M, N]``, written.
+        aux: ``[M, N]``; written by GELU_AUX_BIAS, read by DGELU.
+        transpose: use the transpose of a.
+        bias: ``[N]``, read by GELU_AUX_BIAS.
 
     Returns:
         Whether it was launched. If not, the library has no algorithm for these tensors.
@@ -264,26 +284,24 @@ def multiply(
     Raises:
         RuntimeError: the library failed.
     """
-    n, m = out.shape
-    k = a.shape[1] if transpose_a else a.shape[0]
-    alignments = (_alignment(a), _alignment(b), _alignment(out), _alignment(out))
-    extra = [t for t in (bias, aux) if t is not None]
-    if (
-        any(_alignment(t) < _LEAST_ALIGNMENT for t in (a, b, out, *extra))
-        or m % 8
-        or n % 8
-        or k % 8
-    ):
+    M, N = out.shape
+    K = b.shape[1]
+    given = [a, b, out, aux] if bias is None else [a, b, out, aux, bias]
+    if any(_alignment(t) < _LEAST_ALIGNMENT for t in given) or M % 8 or N % 8 or K % 8:
         return False
+    alignments = (_alignment(a), _alignment(b), _alignment(out), _alignment(out))
+    # the library's matrices have adjacent rows: it sees the transpose of each, and swaps factors
     device = out.get_device()
-    shape = _Shape(device, out.dtype, epilogue, m, n, k, transpose_a, transpose_b, alignments)
-    addresses = [0 if t is None else t.data_ptr() for t in (bias, aux)]
+    shape = _Shape(device, out.dtype, epilogue, N, M, K, transpose, alignments)
+    addresses = (0 if bias is None else bias.data_ptr(), aux.data_ptr())
     plan = _plans.get(shape)
     if plan is None:
         plan = _Plan(shape, *addresses)
+        if len(plan.proposals) > 1 and not torch.cuda.is_current_stream_capturing():
+            plan.choose(lambda index: plan.run(index, a, b, out, *addresses))
         # another thread may have made the same plan: both are right
         _plans[shape] = plan
-    if plan.found is None:
+    if plan.chosen is None:
         return False
-    plan.run(a, b, out, *addresses, device)
+    plan.run(plan.chosen, a, b, out, *addresses)
     return True

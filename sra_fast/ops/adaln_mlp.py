@@ -23,6 +23,7 @@ from sra_fast.ops._half_block import (
     weight_gradient,
 )
 from sra_fast.ops._register import apply, guard_double_backward
+from sra_fast.ops.column_sums import column_sums
 from sra_fast.ops.gelu import gelu_bwd
 from sra_fast.ops.gelu_products import linear_dgelu, linear_gelu_keep
 from sra_fast.ops.linear_gelu import linear_gelu
@@ -38,15 +39,18 @@ def _backward(needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
     x_new = saved[0]
     dout = dout.flatten(0, 1)
     # second layer and GELU, which recomputes its output if it was not kept
+    input2 = hidden
     recompute_hidden = hidden is None and needs_weight2
     if _cublaslt.available(a) and not recompute_hidden:
         da = linear_dgelu(dout, weight2, a)
-        dbias1 = da.sum(0)
+        dbias1 = column_sums(da) if needs_bias1 else None
     else:
         dhidden = (dout @ weight2).contiguous()
         da, dbias1, recomputed_hidden = gelu_bwd(dhidden, a, recompute_hidden)
-        hidden = recomputed_hidden if hidden is None else hidden
-    dweight2 = weight_gradient(dout, hidden) if needs_weight2 else None
+        dbias1 = dbias1 if needs_bias1 else None
+        if recompute_hidden:
+            input2 = recomputed_hidden
+    dweight2 = weight_gradient(dout, input2) if needs_weight2 else None
 
     # first layer and norm, which recomputes h if it was not kept
     dh = (da @ weight1).view(x_new.shape)
@@ -55,7 +59,6 @@ def _backward(needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
     dweight1 = None
     if needs_weight1:
         dweight1 = weight_gradient(da, recomputed_h if h is None else h)
-    dbias1 = dbias1 if needs_bias1 else None
     dbias2 = dout.sum(0) if needs_bias2 else None
     return *grads, None, dweight1, dbias1, dweight2, dbias2
 

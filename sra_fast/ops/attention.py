@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sra_fast.ops._backend import autocast
+from sra_fast.ops._timing import milliseconds
 
 log = logging.getLogger("sra_fast")
 
@@ -72,34 +72,6 @@ def _candidates(q: Tensor, groups: Tensor | None) -> list[str]:
     return ["sdpa", "cudnn", "flash", "efficient", *packages]
 
 
-# cycles that keep the device busy while a round of calls is queued: 20 ms at 2 GHz
-_BUSY_CYCLES = 40_000_000
-
-
-def _milliseconds(run: Callable[[], object], calls: int = 10, rounds: int = 3) -> float:
-    """Device time of one call of ``run``: the median of ``rounds``, after three unmeasured calls.
-
-    The host takes longer for a call than the device. The device therefore waits until all calls of
-    a round are queued; otherwise the host's time would be measured.
-    """
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(rounds):
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        # the device spins while the host queues the calls
-        torch.cuda._sleep(_BUSY_CYCLES)
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
-    return sorted(times)[rounds // 2]
-
-
 def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Random numbers with the shape, dtype and strides of ``x``, as of a view of a fused
     projection.
@@ -139,7 +111,7 @@ def backend_times(
     times = {}
     for name in _candidates(q, groups):
         try:
-            times[name] = _milliseconds(
+            times[name] = milliseconds(
                 lambda name=name: _timed_step(name, inputs, groups, dout, training)
             )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:

@@ -30,7 +30,7 @@ def _launch_keep(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     hidden = torch.empty_like(a)
     epilogue = Epilogue.GELU_AUX_BIAS
     if _cublaslt.available(x) and _cublaslt.multiply(
-        epilogue, weight, x, hidden, transpose_a=True, bias=bias, aux=a
+        epilogue, weight, x, hidden, aux=a, transpose=True, bias=bias
     ):
         return hidden, a
     return linear_gelu_keep_ref(x, weight, bias)
@@ -42,17 +42,6 @@ def _launch_dgelu(dout: Tensor, weight: Tensor, a: Tensor) -> Tensor:
     if _cublaslt.available(a) and _cublaslt.multiply(Epilogue.DGELU, weight, dout, da, aux=a):
         return da
     return linear_dgelu_ref(dout, weight, a)
-
-
-def _launch_gradients(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    dout, x = dout.contiguous(), x.contiguous()
-    dweight = x.new_empty(dout.shape[1], x.shape[1])
-    dbias = x.new_empty(dout.shape[1])
-    if _cublaslt.available(x) and _cublaslt.multiply(
-        Epilogue.BGRADB, x, dout, dweight, transpose_b=True, bias=dbias
-    ):
-        return dweight, dbias
-    return dout.t() @ x, dout.sum(0)
 
 
 def _fake_keep(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,10 +61,4 @@ linear_dgelu = register(
     "linear_dgelu(Tensor dout, Tensor weight, Tensor a) -> Tensor",
     _launch_dgelu,
     lambda dout, weight, a: torch.empty_like(a, memory_format=torch.contiguous_format),
-)
-# gradients of weight [N, K] and bias [N] of dout [M, N] and x [M, K]
-linear_gradients = register(
-    "linear_gradients(Tensor dout, Tensor x) -> (Tensor, Tensor)",
-    _launch_gradients,
-    lambda dout, x: (x.new_empty(dout.shape[1], x.shape[1]), x.new_empty(dout.shape[1])),
 )

@@ -202,6 +202,8 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
             network.compile_blocks()
     # last: a graph keeps the addresses of all that it reads
     graphed = _make_graphed(plan, engine, student)
+    if graphed is not None:
+        target.in_graph()
     return Trainer(plan, engine, student, masters, ema, teacher, device, dist.get_rank(), graphed)
 
 

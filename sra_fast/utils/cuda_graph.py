@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 # as many as PyTorch's documentation warms up with
 WARM_UP_CALLS = 3
@@ -154,7 +155,7 @@ class GraphedGradients(_Captures):
             accumulate: add to the gradients of the call before.
 
         Returns:
-            What ``fn`` returns besides the loss. The next call overwrites it.
+            What ``fn`` returns besides the loss, without its history. The next call overwrites it.
         """
         self.capture_all([(inputs, accumulate)])
         static, graph, output = self.captured[accumulate, _signature(inputs)]
@@ -214,7 +215,10 @@ class GraphedGradients(_Captures):
 
     def _gradients(self, inputs: list[Tensor]) -> tuple[Any, list[Tensor]]:
         loss, output = self.fn(*inputs)
-        return output, list(torch.autograd.grad(loss, self.parameters))
+        gradients = list(torch.autograd.grad(loss, self.parameters))
+        # an output with a history would hold the nodes that ``held_accumulators`` counts
+        detach = lambda item: item.detach() if isinstance(item, Tensor) else item
+        return tree_map(detach, output), gradients
 
     def _step(self, inputs: list[Tensor], accumulate: bool) -> Any:
         output, gradients = self._gradients(inputs)

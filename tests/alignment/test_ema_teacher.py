@@ -90,6 +90,15 @@ def test_a_capture_restricts_only_its_own_thread(monkeypatch):
     assert modes == ["thread_local"]
 
 
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_graph_of_the_step_has_a_second_stream_by_default(asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
+    target = EMATeacher(EMATeacherConfig(teacher_stream=asked), Backbone(8, 2, 4, 64, 1, 2))
+    assert (target.stream is not None) == (asked is True)
+    target.in_graph()
+    assert (target.stream is not None) == (asked is not False)
+
+
 @needs_gpu
 def test_memory_is_pinned_while_a_graph_is_captured():
     pinned = []

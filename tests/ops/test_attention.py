@@ -113,7 +113,7 @@ def fake_clock(monkeypatch):
         return times[measured[-1][0]]
 
     monkeypatch.setattr(module, "_run", run_named)
-    monkeypatch.setattr(module, "_milliseconds", milliseconds)
+    monkeypatch.setattr(module, "milliseconds", milliseconds)
     monkeypatch.setattr(module, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -207,7 +207,7 @@ def test_the_device_is_timed_not_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
-    assert module._milliseconds(lambda: log.append("call"), calls=3, rounds=2) == 10.0
+    assert module.milliseconds(lambda: log.append("call"), calls=3, rounds=2) == 10.0
     assert (
         log == ["call"] * 3 + ["wait", "busy", "event", "call", "call", "call", "event", "wait"] * 2
     )

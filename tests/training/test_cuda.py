@@ -212,9 +212,16 @@ def test_graphs_and_streams_change_nothing(tmp_path, nothing_saved, record_prope
     """The same kernels, launched otherwise; a library may choose others during a capture."""
     plain = small(tmp_path / "plain", "--align.teacher_dtype fp8 --train.graph false")[1]
     ways = {"teacher": "--align.teacher_graph true", "step": "--train.graph true"}
-    ways |= {f"{name} beside": f"{args} --align.teacher_stream true" for name, args in ways.items()}
+    ways |= {
+        "teacher beside": "--align.teacher_graph true --align.teacher_stream true",
+        "step alone": "--train.graph true --align.teacher_stream false",
+    }
     for name, args in ways.items():
-        graphed = small(tmp_path / name, f"--align.teacher_dtype fp8 {args}")[1]
+        trainer, graphed = small(tmp_path / name, f"--align.teacher_dtype fp8 {args}")
+        # the step's graph has a second stream by itself
+        beside = trainer.engine.module.target.stream is not None
+        assert beside == (name != "teacher" and name != "step alone")
+        del trainer
         assert_alike(
             graphed,
             plain,

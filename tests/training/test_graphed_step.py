@@ -148,6 +148,14 @@ def test_shared_and_strided_gradients_become_tensors_of_their_own():
         torch.testing.assert_close(p.grad, wanted)
 
 
+def test_outputs_have_no_history():
+    """It would hold autograd's nodes, and so forbid the next capture."""
+    layer, _, batches, graphed = make(graphs=False)
+    output = graphed(*batches[0])
+    assert not output["sum"].requires_grad
+    assert held_accumulators(layer.parameters()) == 0
+
+
 def test_only_gradients_that_share_memory_are_copied():
     """A linear layer's weight gradient is a view that covers all of its memory."""
     layer, loss, batches, _ = make()
