@@ -17,7 +17,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import log_once
 from sra_fast.ops._timing import milliseconds
 
 log = logging.getLogger("sra_fast")
@@ -72,8 +71,7 @@ class _Heuristic(ctypes.Structure):
     )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
+def _load() -> ctypes.CDLL | None:
     """cuBLASLt, or None where PyTorch has none."""
     if torch.version.cuda is None:
         return None
@@ -81,8 +79,13 @@ def _library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(name)
     except OSError as error:
-        log_once("%s: GELU is a pass of its own", error)
+        log.warning("GELU stays a pass of its own: %s", error)
         return None
+
+
+# found when this file is imported: a compiler that traces ``available`` cannot load a library
+_library = _load()
+_found = _library is not None
 
 
 def available(x: Tensor) -> bool:
@@ -90,7 +93,7 @@ def available(x: Tensor) -> bool:
     data, while a compiler traces.
     """
     wanted = os.environ.get("SRA_FAST_CUBLASLT", "1") != "0"
-    return wanted and x.is_cuda and x.dtype in DTYPES and _library() is not None
+    return wanted and _found and x.is_cuda and x.dtype in DTYPES
 
 
 def _call(name: str, *args) -> None:
@@ -99,7 +102,7 @@ def _call(name: str, *args) -> None:
     Raises:
         RuntimeError: it failed.
     """
-    status = getattr(_library(), name)(*args)
+    status = getattr(_library, name)(*args)
     if status:
         raise RuntimeError(f"{name} of cuBLASLt failed with status {status}")
 
@@ -129,7 +132,8 @@ def _layout(dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
 class _Shape:
     """What a plan depends on: D ``[m, n]`` = op(A) B, with adjacent rows, k summed.
 
-    ``alignments`` are those of A, B, C and D in bytes.
+    ``alignments`` are those of A, B, C and D in bytes, then those of the second matrix and of the
+    bias, which the library reads off their addresses.
     """
 
     device: int
@@ -139,7 +143,7 @@ class _Shape:
     n: int
     k: int
     transpose_a: bool
-    alignments: tuple[int, int, int, int]
+    alignments: tuple[int, ...]
 
 
 class _Plan:
@@ -158,7 +162,7 @@ class _Plan:
         self._describe(_EPILOGUE, ctypes.c_int32(shape.epilogue))
         self._describe(_BIAS_TYPE, ctypes.c_int32(dtype))
         self._describe(_AUX_LD, ctypes.c_int64(shape.m))
-        # the heuristic looks at the alignment of both
+        # the search looks at the alignment of both
         self._point(bias, aux)
 
         a = (shape.k, shape.m) if shape.transpose_a else (shape.m, shape.k)
@@ -178,17 +182,16 @@ class _Plan:
 
     def _search(self) -> list[_Heuristic]:
         """What the library proposes."""
-        library = _library()
-        assert library is not None
+        assert _library is not None
         preference = ctypes.c_void_p()
         _call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
         set_preference = functools.partial(_set, "cublasLtMatmulPreferenceSetAttribute", preference)
         set_preference(_MAX_WORKSPACE, ctypes.c_size_t(_WORKSPACE_BYTES))
-        for i, alignment in enumerate(self.shape.alignments):
+        for i, alignment in enumerate(self.shape.alignments[:4]):
             set_preference(_ALIGNMENT_A + i, ctypes.c_uint32(alignment))
         found = (_Heuristic * _PROPOSALS)()
         count = ctypes.c_int(0)
-        status = library.cublasLtMatmulAlgoGetHeuristic(
+        status = _library.cublasLtMatmulAlgoGetHeuristic(
             _handle(self.shape.device),
             self.description,
             *(self.a, self.b, self.d, self.d),
@@ -249,9 +252,14 @@ _plans: dict[_Shape, _Plan] = {}
 
 
 def _alignment(t: Tensor) -> int:
-    """The largest power of two that divides the address, as far as the library cares."""
-    address = t.data_ptr()
-    return min(address & -address, _BEST_ALIGNMENT) if address else _BEST_ALIGNMENT
+    """How the address is aligned, in bytes: 256, 16, or 0 for less.
+
+    Not finer, because every combination of alignments is measured by itself.
+    """
+    for alignment in (_BEST_ALIGNMENT, _LEAST_ALIGNMENT):
+        if t.data_ptr() % alignment == 0:
+            return alignment
+    return 0
 
 
 def multiply(
@@ -267,7 +275,8 @@ def multiply(
     """``out = b @ a``, or ``b @ a^T`` with ``transpose``, with an epilogue.
 
     All are contiguous matrices of one dtype of ``DTYPES`` on the current device. The first call of a
-    shape measures the algorithms that the library proposes, unless a CUDA graph is captured.
+    shape measures the algorithms that the library proposes, so the choice can differ between runs.
+    Under ``torch.use_deterministic_algorithms``, and where a CUDA graph is captured, it is the first.
 
     Args:
         epilogue: what happens to the sums.
@@ -286,10 +295,10 @@ def multiply(
     """
     M, N = out.shape
     K = b.shape[1]
-    given = [a, b, out, aux] if bias is None else [a, b, out, aux, bias]
-    if any(_alignment(t) < _LEAST_ALIGNMENT for t in given) or M % 8 or N % 8 or K % 8:
+    given = [a, b, out, out, aux] if bias is None else [a, b, out, out, aux, bias]
+    alignments = tuple(map(_alignment, given))
+    if min(alignments) == 0 or N % 8 or K % 8:
         return False
-    alignments = (_alignment(a), _alignment(b), _alignment(out), _alignment(out))
     # the library's matrices have adjacent rows: it sees the transpose of each, and swaps factors
     device = out.get_device()
     shape = _Shape(device, out.dtype, epilogue, N, M, K, transpose, alignments)
@@ -297,7 +306,8 @@ def multiply(
     plan = _plans.get(shape)
     if plan is None:
         plan = _Plan(shape, *addresses)
-        if len(plan.proposals) > 1 and not torch.cuda.is_current_stream_capturing():
+        fixed = torch.are_deterministic_algorithms_enabled()
+        if len(plan.proposals) > 1 and not fixed and not torch.cuda.is_current_stream_capturing():
             plan.choose(lambda index: plan.run(index, a, b, out, *addresses))
         # another thread may have made the same plan: both are right
         _plans[shape] = plan

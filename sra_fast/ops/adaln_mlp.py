@@ -23,7 +23,6 @@ from sra_fast.ops._half_block import (
     weight_gradient,
 )
 from sra_fast.ops._register import apply, guard_double_backward
-from sra_fast.ops.column_sums import column_sums
 from sra_fast.ops.gelu import gelu_bwd
 from sra_fast.ops.gelu_products import linear_dgelu, linear_gelu_keep
 from sra_fast.ops.linear_gelu import linear_gelu
@@ -43,7 +42,8 @@ def _backward(needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
     recompute_hidden = hidden is None and needs_weight2
     if _cublaslt.available(a) and not recompute_hidden:
         da = linear_dgelu(dout, weight2, a)
-        dbias1 = column_sums(da) if needs_bias1 else None
+        # a pass of its own: the epilogues that also give this sum cost more
+        dbias1 = da.sum(0) if needs_bias1 else None
     else:
         dhidden = (dout @ weight2).contiguous()
         da, dbias1, recomputed_hidden = gelu_bwd(dhidden, a, recompute_hidden)

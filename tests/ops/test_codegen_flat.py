@@ -15,7 +15,6 @@ from rows import count_bytes
 from sra_fast.kernels import _rows
 from sra_fast.kernels import adamw_ema as adamw_kernels
 from sra_fast.kernels import align_distance as align_kernels
-from sra_fast.kernels import column_sums as sums_kernels
 from sra_fast.kernels import concat_columns as concat_kernels
 from sra_fast.kernels import ema_update as ema_kernels
 from sra_fast.kernels import gelu as gelu_kernels
@@ -95,11 +94,6 @@ def gelu_launches(dtype):
         gelu_kernels.gelu_bwd(*meta(2, 8192, N, dtype=dtype), recompute_y)
 
 
-def sums_launches(dtype):
-    for N in (1536, 4608):
-        sums_kernels.column_sums(meta(1, 8192, N, dtype=dtype)[0])
-
-
 def concat_launches(dtype):
     for D in (384, 1152):
         concat_kernels.concat_columns([*meta(3, 8192, D, dtype=dtype)])
@@ -121,10 +115,6 @@ CASES = {
     concat_kernels: (
         [partial(concat_launches, bf16), partial(concat_launches, fp32)],
         [partial(concat_launches, fp16)],
-    ),
-    sums_kernels: (
-        [partial(sums_launches, bf16), partial(sums_launches, fp32)],
-        [partial(sums_launches, fp16)],
     ),
     gelu_kernels: (
         [partial(gelu_launches, bf16), partial(gelu_launches, fp32)],
@@ -212,9 +202,6 @@ def expected(request):
     elif request.kernel == "_concat_columns_kernel":
         loads = vectors(request, ["a"], 16)
         stores = vectors(request, ["out"], 16) + Counter({32: 1})
-    elif request.kernel == "_column_sums_kernel":
-        loads = vectors(request, ["x"], 32)
-        stores = Counter({32: 1})
     elif request.kernel == "_ema_kernel":
         copy = args["WRITE_COPY"]
         loads = vectors(request, ["ema_like", "p_like"], 16) + Counter({64: 3 + copy})
@@ -320,12 +307,3 @@ def test_concat_bytes(monkeypatch):
     with count_bytes(monkeypatch) as seen:
         concat_kernels.concat_columns([*torch.randn(3, M, D).bfloat16()])
     assert sum(seen.values()) == 2 * 2 * M * 3 * D + 2 * 3 * D + 8 * P * 3 * D
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
-def test_column_sums_bytes(monkeypatch):
-    M, N, P = 70, 200, 3
-    monkeypatch.setattr(sums_kernels, "num_splits", lambda *args: P)
-    with count_bytes(monkeypatch) as seen:
-        sums_kernels.column_sums(torch.randn(M, N).bfloat16())
-    assert sum(seen.values()) == 2 * M * N + 2 * N + 8 * P * N
