@@ -152,9 +152,8 @@ def first_parts(out: Path, probe: str | None) -> list[Part]:
     """
     rows = ["--json", str(out / "rows.json")]
     # the teacher in every way; plain and sra twice, for their spread
-    stream = "+align.teacher_stream=true"
     variants = (
-        f"plain,sra,sra_fp8,sra{stream},sra_fp8{stream},sra+train.recompute=norm,"
+        "plain,sra,sra_fp8,sra+align.teacher_stream=false,sra+train.recompute=norm,"
         "sra+SRA_FAST_CUBLASLT=0,plain,sra"
     )
     # compiles the best rival for second while the tests run
@@ -197,14 +196,11 @@ def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]
     # most valuable first
     cases = [
         case(32, f"plain,sra,{strong},plain,sra,sra_fp8{published_too}"),
-        case(256, f"plain{norm},sra{norm}"),
+        case(256, f"plain{norm},sra{norm},sra_fp8{norm}"),
         case(256, "plain,sra", SMALL_MODEL),
-        case(
-            32,
-            f"sra{norm},sra+align.teacher_stream=true,swap_ema+graph=true,sra+train.compile=true",
-        ),
-        case(256, f"sra_fp8{norm},{strong}"),
-        case(32, "sra+train.residual=fp32,strong"),
+        case(32, f"swap_ema+graph=true,sra+train.compile=true,sra{norm}"),
+        case(256, strong),
+        case(32, "sra+align.teacher_stream=false,sra+train.residual=fp32,strong"),
     ]
     steps = [*STEPS, "--json", str(out / "rows.json")]
     if published:

@@ -134,7 +134,9 @@ def adaln_mlp(
 ) -> tuple[Tensor, Tensor]:
     """``x' = x + gate (y + y_bias)`` and ``gelu_tanh(h @ weight1^T + bias1) @ weight2^T + bias2``.
 
-    h is the modulated norm of x'. The gradient of ``bias1`` comes out of GELU's backward pass.
+    h is the modulated norm of x'. In half precision on CUDA, GELU is the epilogue of the first product
+    and its derivative that of the second one's input gradient (``SRA_FAST_CUBLASLT=0`` switches both
+    off); otherwise the gradient of ``bias1`` comes out of GELU's backward pass.
     With ``recompute`` neither h nor GELU's output is kept: the backward passes over the norm and
     over GELU recompute them, which moves 2 bytes per element more in half precision. An MLP of
     four times the width keeps nine arrays ``[B, T, D]`` (h, GELU's input and output); recompute
