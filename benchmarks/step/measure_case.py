@@ -69,7 +69,8 @@ def profile_step(run, first: int, steps: int, cuda: bool) -> dict:
     # all of it, whether the backward pass hides it or not
     times["communication"] = families.get("communication", 0.0)
     longest = dict(itertools.islice(kernels.items(), LONGEST_KERNELS))
-    return {"kernels": families, "longest": longest, "phases": times, "idle": idle}
+    idle_times = {} if idle is None else {"device": idle}
+    return {"kernels": families, "longest": longest, "phases": times, "idle": idle_times}
 
 
 @contextlib.contextmanager
@@ -195,9 +196,6 @@ def time_run(
     if args.profile and profile:
         try:
             found |= profile_step(run, end + HOST_STEPS, args.profile, cuda)
-            idle = found.pop("idle")
-            if idle is not None:
-                host["idle device"] = idle
         # the time is worth having even where the machine does not allow profiling
         except RuntimeError as error:
             found["note"] = f"neither phases nor kernels: {error}".partition("\n")[0]

@@ -8,7 +8,8 @@ Variants; `ladder` and `depths` stand for several, and settings follow a +, as i
   depths                sra with the teacher stopped at a quarter, a half, three quarters and all of the depth
 
 Rows of the kind "host" are the host's time: "start-up" from the beginning of building to the end of the
-first step, and "step" until a step is launched. If that is shorter than the step, Python is hidden.
+first step, and "step" until a step is launched. If that is shorter than the step, Python is hidden. "idle" is
+the time of a step in which the device runs no kernel.
 
 Latents are random moments on the device; the rest is the training loop's own step. All cases run in one
 process, one after another, so start-up is paid for once. Memory is released between them, and the peak is that
@@ -212,7 +213,13 @@ class Session:
         step |= {"spread": spread, **found.get("clocks", {})}
         self.file.add(make_row(kind="train_step", name="step", **step, **fields))
 
-        kinds = {"phase": "phases", "kernel_share": "kernels", "host": "host", "kernel": "longest"}
+        kinds = {
+            "phase": "phases",
+            "kernel_share": "kernels",
+            "host": "host",
+            "idle": "idle",
+            "kernel": "longest",
+        }
         for kind, part in kinds.items():
             for label, ms in found.get(part, {}).items():
                 self.file.add(make_row(kind=kind, name=label, ms=ms, **fields))
@@ -294,7 +301,7 @@ def print_result(name: str, case: Case, found: dict, first: float, has_plain: bo
         flush=True,
     )
     # parts that were not measured have no line
-    for part in ("host", "phases", "kernels", "longest"):
+    for part in ("host", "idle", "phases", "kernels", "longest"):
         times = found.get(part)
         if times:
             shown = itertools.islice(times.items(), SHOWN)

@@ -1,8 +1,8 @@
 """The variants of a training step: what each name stands for.
 
-Settings may follow a name after ``+``. Those with a dot are the engine's options, those in capitals variables of
-the environment, the others fields of ``Switches``: ``sra+train.compile=true``, ``sra+SRA_FAST_CUBLASLT=0``,
-``strong+compile=whole``.
+Settings may follow a name after ``+``: ``sra+train.compile=true``, ``sra+SRA_FAST_CUBLASLT=0``,
+``strong+compile=whole``. Those with a dot are the engine's options, those in capitals variables of its environment,
+the others fields of ``Switches``.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -75,6 +75,9 @@ ENGINE = {
     "graph": _GRAPH,
     "fp8": {**_GRAPH, "align.teacher_dtype": "fp8"},
 }
+
+# what the operators read
+VARIABLES = ("SRA_FAST_BACKEND", "SRA_FAST_ATTENTION", "SRA_FAST_CUBLASLT")
 
 # plain PyTorch programs; swap_ema is how other engines run an EMA teacher today
 _TRUNCATED = Switches(teacher_copy=True, truncated=True)
@@ -190,20 +193,22 @@ class Variant:
             raise ValueError(f"expected settings name=value after +, got {name!r}")
         given = dict(setting.split("=", 1) for setting in settings)
         options = {**ENGINE.get(base, {}), **{k: v for k, v in given.items() if "." in k}}
-        variables = {k: v for k, v in given.items() if k.isupper()}
-        switches = {k: v for k, v in given.items() if "." not in k and not k.isupper()}
+        # a rival's variables are chosen for it
+        variables = {k: v for k, v in given.items() if k in VARIABLES and base in ENGINE}
+        switches = {k: v for k, v in given.items() if "." not in k and k not in variables}
 
         known = {each.name for each in fields(Switches)} if base in PROGRAMS else set()
         unknown = ", ".join(sorted(set(switches) - known))
         if unknown:
             raise ValueError(
-                f"variant {base} has no switch {unknown}; options of the engine have a dot"
+                f"variant {base} has no switch {unknown}; options of the engine have a dot, and its "
+                f"variables are {', '.join(VARIABLES)}"
             )
         if base not in PROGRAMS:
             return cls(name, base, options, None, variables)
         words = {"true": True, "false": False}
         values = {k: words.get(v, v) for k, v in switches.items()}
-        return cls(name, base, options, replace(PROGRAMS[base], **values), variables)
+        return cls(name, base, options, replace(PROGRAMS[base], **values))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -212,12 +217,12 @@ class Variant:
         Some keep this repository's kernels out of the programs that must do without.
         """
         if self.switches is None:
-            return dict(self.variables)
+            return self.variables
         # SRA_FAST_BACKEND=torch also lets PyTorch pick attention's backend; "auto" measures it
         found = {"SRA_FAST_ATTENTION": "auto" if self.switches.measured_attention else "sdpa"}
         if not self.switches.kernels:
             found["SRA_FAST_BACKEND"] = "torch"
-        return found | self.variables
+        return found
 
     def configuration(self, model: str, resolution: int, batch: int, device: str) -> Config:
         """The engine's configuration of one case.

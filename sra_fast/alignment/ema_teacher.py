@@ -120,7 +120,7 @@ class EMATeacher(Target):
     def follow(self, wait: Callable[[], None]) -> None:
         self.wait = wait
 
-    def in_graph(self) -> None:
+    def will_be_captured(self) -> None:
         if self.align.teacher_stream is None:
             self.stream = torch.cuda.Stream()
 

@@ -56,7 +56,7 @@ class Target(nn.Module):
         forward.
         """
 
-    def in_graph(self) -> None:
+    def will_be_captured(self) -> None:
         """Forward and backward pass will be replayed as one CUDA graph: choose defaults for that."""
 
     def start(

@@ -6,17 +6,20 @@ Constants and structures are those of cublasLt.h, the same in CUDA 12 and 13.
 """
 
 import ctypes
-import functools
 import logging
+import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from sra_fast.ops._backend import log_once
 from sra_fast.ops._timing import milliseconds
 
 log = logging.getLogger("sra_fast")
@@ -35,6 +38,10 @@ DTYPES = {torch.float16: 2, torch.bfloat16: 14}
 # sums, alpha and beta are fp32: CUBLAS_COMPUTE_32F and CUDA_R_32F
 _COMPUTE_32F = 68
 _FLOAT32 = 0
+_ONE = ctypes.c_float(1.0)
+_ZERO = ctypes.c_float(0.0)
+# a status: the library has no algorithm for this product
+_NOT_SUPPORTED = 15
 # attributes of a product (cublasLtMatmulDescAttributes_t)
 _TRANSPOSE_A = 3
 _EPILOGUE = 7
@@ -44,13 +51,19 @@ _AUX_LD = 12
 _BIAS_TYPE = 26
 # attributes of a search (cublasLtMatmulPreferenceAttributes_t); alignments of A, B, C and D follow
 _MAX_WORKSPACE = 1
+_REDUCTIONS = 3
 _ALIGNMENT_A = 5
 # what NVIDIA recommends for Hopper
 _WORKSPACE_BYTES = 32 << 20
+# where the summed dimension is split, partial sums stay fp32
+_REDUCE_IN_COMPUTE_TYPE = 2
 # algorithms that the library proposes for a product, the one it expects to be fastest first
 _PROPOSALS = 8
 # how much faster than the first another must be: noise may not decide which one runs
 _MARGIN = 0.97
+# numbers of rows for which a layer's products are measured. A program with many lengths would
+# otherwise wait half a second at each new one
+_MEASURED_LENGTHS = 4
 # cuBLASLt does not look beyond
 _BEST_ALIGNMENT = 256
 # every epilogue reads its vectors and matrices 16 bytes at a time
@@ -72,14 +85,15 @@ class _Heuristic(ctypes.Structure):
 
 
 def _load() -> ctypes.CDLL | None:
-    """cuBLASLt, or None where PyTorch has none."""
+    """The cuBLASLt that PyTorch has loaded, or None if there is none."""
     if torch.version.cuda is None:
         return None
     name = f"libcublasLt.so.{torch.version.cuda.partition('.')[0]}"
     try:
-        return ctypes.CDLL(name)
+        # another copy of the library than PyTorch's would bring its own context and memory
+        return ctypes.CDLL(name, mode=ctypes.DEFAULT_MODE | os.RTLD_NOLOAD)
     except OSError as error:
-        log.warning("GELU stays a pass of its own: %s", error)
+        log.warning("GELU stays a pass of its own: PyTorch has not loaded %s (%s)", name, error)
         return None
 
 
@@ -107,7 +121,7 @@ def _call(name: str, *args) -> None:
         raise RuntimeError(f"{name} of cuBLASLt failed with status {status}")
 
 
-@functools.cache
+@cache
 def _handle(device: int) -> ctypes.c_void_p:
     """The library's context on the current device, which is ``device``."""
     handle = ctypes.c_void_p()
@@ -132,8 +146,7 @@ def _layout(dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
 class _Shape:
     """What a plan depends on: D ``[m, n]`` = op(A) B, with adjacent rows, k summed.
 
-    ``alignments`` are those of A, B, C and D in bytes, then those of the second matrix and of the
-    bias, which the library reads off their addresses.
+    ``alignments`` are those of A, B, D, the second matrix and the bias in bytes, 0 without a bias.
     """
 
     device: int
@@ -143,16 +156,19 @@ class _Shape:
     n: int
     k: int
     transpose_a: bool
-    alignments: tuple[int, ...]
+    alignments: tuple[int, int, int, int, int]
 
 
 class _Plan:
     """A product of one shape, with the algorithms that the library proposes for it.
 
-    ``chosen`` is the index of the one that runs, None if there is none.
+    Attributes:
+        proposals: the library's, the one first that it expects to be fastest.
+        chosen: index of the one that runs; None if there is none.
+        measured: whether it was chosen by time.
     """
 
-    def __init__(self, shape: _Shape, bias: int, aux: int):
+    def __init__(self, shape: _Shape):
         self.lock = threading.Lock()
         self.shape = shape
         dtype = DTYPES[shape.dtype]
@@ -162,8 +178,6 @@ class _Plan:
         self._describe(_EPILOGUE, ctypes.c_int32(shape.epilogue))
         self._describe(_BIAS_TYPE, ctypes.c_int32(dtype))
         self._describe(_AUX_LD, ctypes.c_int64(shape.m))
-        # the search looks at the alignment of both
-        self._point(bias, aux)
 
         a = (shape.k, shape.m) if shape.transpose_a else (shape.m, shape.k)
         self.a = _layout(dtype, *a)
@@ -171,24 +185,35 @@ class _Plan:
         self.d = _layout(dtype, shape.m, shape.n)
         self.proposals = self._search()
         self.chosen = 0 if self.proposals else None
+        self.measured = len(self.proposals) < 2
 
     def _describe(self, attribute: int, value) -> None:
         _set("cublasLtMatmulDescSetAttribute", self.description, attribute, value)
 
     def _point(self, bias: int, aux: int) -> None:
-        """Set the addresses of bias and second matrix; 0 for none."""
-        self._describe(_BIAS_POINTER, ctypes.c_void_p(bias))
+        """Set the addresses of bias and second matrix; a bias of 0 is none."""
+        if bias:
+            self._describe(_BIAS_POINTER, ctypes.c_void_p(bias))
         self._describe(_AUX_POINTER, ctypes.c_void_p(aux))
 
     def _search(self) -> list[_Heuristic]:
-        """What the library proposes."""
+        """What the library proposes.
+
+        Raises:
+            RuntimeError: it failed for another reason than that it has nothing to propose.
+        """
         assert _library is not None
+        *matrices, aux, bias = self.shape.alignments
+        # nothing is read there: the search takes the alignment of both from their addresses
+        self._point(bias, aux)
         preference = ctypes.c_void_p()
         _call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
-        set_preference = functools.partial(_set, "cublasLtMatmulPreferenceSetAttribute", preference)
-        set_preference(_MAX_WORKSPACE, ctypes.c_size_t(_WORKSPACE_BYTES))
-        for i, alignment in enumerate(self.shape.alignments[:4]):
-            set_preference(_ALIGNMENT_A + i, ctypes.c_uint32(alignment))
+        prefer = partial(_set, "cublasLtMatmulPreferenceSetAttribute", preference)
+        prefer(_MAX_WORKSPACE, ctypes.c_size_t(_WORKSPACE_BYTES))
+        prefer(_REDUCTIONS, ctypes.c_uint32(_REDUCE_IN_COMPUTE_TYPE))
+        # C is D
+        for i, alignment in enumerate((*matrices, matrices[-1])):
+            prefer(_ALIGNMENT_A + i, ctypes.c_uint32(alignment))
         found = (_Heuristic * _PROPOSALS)()
         count = ctypes.c_int(0)
         status = _library.cublasLtMatmulAlgoGetHeuristic(
@@ -201,33 +226,43 @@ class _Plan:
             ctypes.byref(count),
         )
         _call("cublasLtMatmulPreferenceDestroy", preference)
+        if status not in (0, _NOT_SUPPORTED):
+            raise RuntimeError(f"cuBLASLt: the search for {self.shape} failed with status {status}")
         proposed = found[: count.value] if status == 0 else []
         return [each for each in proposed if each.state == 0]
 
     def choose(self, launch: Callable[[int], None]) -> None:
-        """Keep the fastest proposal.
+        """Keep the fastest proposal that runs.
 
         Args:
             launch: runs the product with the proposal of an index.
         """
-        times = [milliseconds(lambda i=i: launch(i), calls=5) for i in range(len(self.proposals))]
+        times = []
+        for i in range(len(self.proposals)):
+            try:
+                times.append(milliseconds(partial(launch, i), calls=5))
+            # the library may propose what this device or its free memory cannot do
+            except RuntimeError as error:
+                log.info("cuBLASLt: proposal %d is left out: %s", i, error)
+                times.append(math.inf)
         best = times.index(min(times))
         if times[best] < _MARGIN * times[0]:
             self.chosen = best
+        if times[best] == math.inf:
+            self.chosen = None
+        self.measured = True
         listed = ", ".join(f"{1e3 * ms:.0f}" for ms in times)
         shape = (self.shape.n, self.shape.m, self.shape.k)
-        log.info(
-            "cuBLASLt: %s %s: %s of %s us", self.shape.epilogue.name, shape, self.chosen, listed
-        )
+        name = self.shape.epilogue.name
+        log.info("cuBLASLt: %s %s: %s of %s us", name, shape, self.chosen, listed)
 
     def run(self, index: int, a: Tensor, b: Tensor, d: Tensor, bias: int, aux: int) -> None:
         """Launch a proposal in the current stream."""
         proposal = self.proposals[index]
         workspace = d.new_empty(max(proposal.workspace_size, 1), dtype=torch.uint8)
-        one = ctypes.c_float(1.0)
-        zero = ctypes.c_float(0.0)
-        address = lambda t: ctypes.c_void_p(t.data_ptr())
         device = self.shape.device
+        stream = torch.cuda.current_stream(device).cuda_stream
+        result = (ctypes.c_void_p(d.data_ptr()), self.d)
         # the description is shared by all threads, among them autograd's
         with self.lock:
             self._point(bias, aux)
@@ -235,31 +270,61 @@ class _Plan:
                 "cublasLtMatmul",
                 _handle(device),
                 self.description,
-                ctypes.byref(one),
-                *(address(a), self.a),
-                *(address(b), self.b),
-                ctypes.byref(zero),
-                *(address(d), self.d),
-                *(address(d), self.d),
+                ctypes.byref(_ONE),
+                *(ctypes.c_void_p(a.data_ptr()), self.a),
+                *(ctypes.c_void_p(b.data_ptr()), self.b),
+                ctypes.byref(_ZERO),
+                *result,
+                *result,
                 ctypes.byref(proposal.algorithm),
-                address(workspace),
+                ctypes.c_void_p(workspace.data_ptr()),
                 ctypes.c_size_t(proposal.workspace_size),
-                ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+                ctypes.c_void_p(stream),
             )
 
 
 _plans: dict[_Shape, _Plan] = {}
+# lengths that were measured, by layer: (epilogue, m, k, dtype)
+_lengths: Counter = Counter()
+
+
+def _plan_for(shape: _Shape) -> _Plan:
+    """The plan of a shape, made when it is first needed."""
+    plan = _plans.get(shape)
+    if plan is None:
+        # two threads may make the same plan: both are right, and the first to be kept stays
+        plan = _plans.setdefault(shape, _Plan(shape))
+        if plan.chosen is None:
+            log_once("cuBLASLt has no algorithm for some products: their GELU is a pass of its own")
+    return plan
+
+
+def _index(plan: _Plan, launch: Callable[[int], None]) -> int | None:
+    """Which proposal runs now; measured, if this is the time for it."""
+    if plan.chosen is None:
+        return None
+    if torch.are_deterministic_algorithms_enabled():
+        return 0
+    shape = plan.shape
+    if not plan.measured and not torch.cuda.is_current_stream_capturing():
+        layer = (shape.epilogue, shape.m, shape.k, shape.dtype)
+        if _lengths[layer] < _MEASURED_LENGTHS:
+            _lengths[layer] += 1
+            plan.choose(launch)
+        # a length too many keeps the first
+        plan.measured = True
+    return plan.chosen
 
 
 def _alignment(t: Tensor) -> int:
-    """How the address is aligned, in bytes: 256, 16, or 0 for less.
+    """How the address is aligned, in bytes: 256, 16, or 1 for less.
 
     Not finer, because every combination of alignments is measured by itself.
     """
     for alignment in (_BEST_ALIGNMENT, _LEAST_ALIGNMENT):
         if t.data_ptr() % alignment == 0:
             return alignment
-    return 0
+    return 1
 
 
 def multiply(
@@ -274,9 +339,13 @@ def multiply(
 ) -> bool:
     """``out = b @ a``, or ``b @ a^T`` with ``transpose``, with an epilogue.
 
-    All are contiguous matrices of one dtype of ``DTYPES`` on the current device. The first call of a
-    shape measures the algorithms that the library proposes, so the choice can differ between runs.
-    Under ``torch.use_deterministic_algorithms``, and where a CUDA graph is captured, it is the first.
+    All are contiguous matrices of one dtype of ``DTYPES`` on the current device.
+
+    The first call of a shape measures the algorithms that the library proposes, so the choice can
+    differ between runs. Under ``torch.use_deterministic_algorithms`` it is always the first. During
+    the capture of a CUDA graph nothing can be measured: a new shape then gets the first, until a
+    call outside of a capture measures it. Of a layer only the first few numbers of rows are
+    measured.
 
     Args:
         epilogue: what happens to the sums.
@@ -295,23 +364,26 @@ def multiply(
     """
     M, N = out.shape
     K = b.shape[1]
-    given = [a, b, out, out, aux] if bias is None else [a, b, out, out, aux, bias]
-    alignments = tuple(map(_alignment, given))
-    if min(alignments) == 0 or N % 8 or K % 8:
+    # the library would read and write beyond smaller tensors
+    assert a.shape == ((N, K) if transpose else (K, N)) and b.shape == (M, K)
+    assert aux.shape == out.shape and (bias is None or bias.shape == (N,))
+    assert all(t.dtype == out.dtype and t.is_contiguous() for t in (a, b, aux))
+    alignments = (
+        *map(_alignment, (a, b, out, aux)),
+        0 if bias is None else _alignment(bias),
+    )
+    if 1 in alignments or N % 8 or K % 8:
+        log_once(
+            "widths or addresses that cuBLASLt's epilogues do not take: GELU is a pass of its own"
+        )
         return False
     # the library's matrices have adjacent rows: it sees the transpose of each, and swaps factors
-    device = out.get_device()
-    shape = _Shape(device, out.dtype, epilogue, N, M, K, transpose, alignments)
+    shape = _Shape(out.get_device(), out.dtype, epilogue, N, M, K, transpose, alignments)
     addresses = (0 if bias is None else bias.data_ptr(), aux.data_ptr())
-    plan = _plans.get(shape)
-    if plan is None:
-        plan = _Plan(shape, *addresses)
-        fixed = torch.are_deterministic_algorithms_enabled()
-        if len(plan.proposals) > 1 and not fixed and not torch.cuda.is_current_stream_capturing():
-            plan.choose(lambda index: plan.run(index, a, b, out, *addresses))
-        # another thread may have made the same plan: both are right
-        _plans[shape] = plan
-    if plan.chosen is None:
+    plan = _plan_for(shape)
+    launch = lambda index: plan.run(index, a, b, out, *addresses)
+    index = _index(plan, launch)
+    if index is None:
         return False
-    plan.run(plan.chosen, a, b, out, *addresses)
+    launch(index)
     return True

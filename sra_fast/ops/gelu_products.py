@@ -29,8 +29,10 @@ def _launch_keep(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     a = x.new_empty(x.shape[0], weight.shape[0])
     hidden = torch.empty_like(a)
     epilogue = Epilogue.GELU_AUX_BIAS
-    if _cublaslt.available(x) and _cublaslt.multiply(
-        epilogue, weight, x, hidden, aux=a, transpose=True, bias=bias
+    if (
+        x.is_cuda
+        and _cublaslt.available(x)
+        and _cublaslt.multiply(epilogue, weight, x, hidden, aux=a, transpose=True, bias=bias)
     ):
         return hidden, a
     return linear_gelu_keep_ref(x, weight, bias)
@@ -39,7 +41,11 @@ def _launch_keep(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 def _launch_dgelu(dout: Tensor, weight: Tensor, a: Tensor) -> Tensor:
     dout, weight, a = dout.contiguous(), weight.contiguous(), a.contiguous()
     da = torch.empty_like(a)
-    if _cublaslt.available(a) and _cublaslt.multiply(Epilogue.DGELU, weight, dout, da, aux=a):
+    if (
+        a.is_cuda
+        and _cublaslt.available(a)
+        and _cublaslt.multiply(Epilogue.DGELU, weight, dout, da, aux=a)
+    ):
         return da
     return linear_dgelu_ref(dout, weight, a)
 

@@ -203,7 +203,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     # last: a graph keeps the addresses of all that it reads
     graphed = _make_graphed(plan, engine, student)
     if graphed is not None:
-        target.in_graph()
+        target.will_be_captured()
     return Trainer(plan, engine, student, masters, ema, teacher, device, dist.get_rank(), graphed)
 
 
@@ -398,7 +398,7 @@ def graphed_step(
         x0, noise, t, t_teacher, *tensors = inputs
         condition = conditioning.from_tensors(*tensors)
         loss, parts = objective(x0, condition, noise, (t, t_teacher), weight)
-        return loss / accumulation, {"loss": loss.detach(), **parts}
+        return loss / accumulation, {"loss": loss, **parts}
 
     parameters = list(student.parameters())
     return GraphedGradients(fn, parameters, graphs, lambda: release_accumulators(parameters))

@@ -127,7 +127,7 @@ class GraphedGradients(_Captures):
     the parameters, must keep its address.
 
     Args:
-        fn: tensors to ``(loss [], anything)``.
+        fn: tensors to ``(loss [], anything)``. No gradient may be a saved tensor or an input.
         parameters: that get a gradient; all of them take part in every loss.
         graphs: False runs the same without a graph, as on a CPU.
         release: called before a capture; frees the nodes that ``held_accumulators`` counts.
@@ -155,7 +155,8 @@ class GraphedGradients(_Captures):
             accumulate: add to the gradients of the call before.
 
         Returns:
-            What ``fn`` returns besides the loss, without its history. The next call overwrites it.
+            What ``fn`` returns besides the loss. Tensors in it, and in its tuples, lists and dicts,
+            have no history. The next call overwrites it.
         """
         self.capture_all([(inputs, accumulate)])
         static, graph, output = self.captured[accumulate, _signature(inputs)]

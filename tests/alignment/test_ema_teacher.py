@@ -95,7 +95,7 @@ def test_a_graph_of_the_step_has_a_second_stream_by_default(asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
     target = EMATeacher(EMATeacherConfig(teacher_stream=asked), Backbone(8, 2, 4, 64, 1, 2))
     assert (target.stream is not None) == (asked is True)
-    target.in_graph()
+    target.will_be_captured()
     assert (target.stream is not None) == (asked is not False)
 
 

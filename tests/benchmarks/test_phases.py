@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.step import cpu_overhead, phases
-from benchmarks.step.kernel_families import family
+from benchmarks.step.kernel_families import family, idle_time
 
 KERNELS = {
     "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(Params)": "matmul",
@@ -115,3 +115,9 @@ def test_cpu_overhead_compares_processor_time_step_by_step(sra, ratio, code, mon
     assert cpu_overhead.main(["--model", "SiT-S/8", "--steps", "3"]) == code
     assert order == ["plain", "sra"] * 4
     assert f"time: {ratio} (pairs" in capsys.readouterr().out
+
+
+def test_time_in_which_no_kernel_runs():
+    assert idle_time([]) == 0
+    # unordered, overlapping, nested, touching
+    assert idle_time([(10, 20), (0, 5), (15, 30), (16, 17), (30, 31), (40, 41)]) == 5 + 9

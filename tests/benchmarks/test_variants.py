@@ -14,6 +14,8 @@ from benchmarks.step.variants import Variant, expand, is_depth, layers, teacher_
         ("strong+speed=9", "variant strong has no switch speed"),
         ("sra+compile=whole", "variant sra has no switch compile"),
         ("sra+train.compile", "expected settings name=value"),
+        ("sra+SRA_FAST_CUBLSLT=0", "its variables are SRA_FAST_BACKEND,"),
+        ("strong+SRA_FAST_BACKEND=triton", "no switch SRA_FAST_BACKEND"),
     ],
 )
 def test_unknown_variants_are_refused(words, message, capsys):
@@ -72,3 +74,9 @@ def test_which_kernels_may_run(name, backend, attention):
     environment = Variant.parse(name).environment
     assert environment.get("SRA_FAST_BACKEND") == backend
     assert environment.get("SRA_FAST_ATTENTION") == attention
+
+
+def test_the_engines_environment_can_be_changed():
+    variant = Variant.parse("sra+SRA_FAST_CUBLASLT=0+train.compile=true")
+    assert variant.environment == {"SRA_FAST_CUBLASLT": "0"}
+    assert variant.options == {"train.compile": "true"}
