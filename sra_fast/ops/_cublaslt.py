@@ -156,7 +156,7 @@ class _Shape:
     n: int
     k: int
     transpose_a: bool
-    alignments: tuple[int, int, int, int, int]
+    alignments: tuple[int, ...]
 
 
 class _Plan:
