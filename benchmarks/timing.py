@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 # no GPU runs faster than 2 GHz under load, so sleeping for this many cycles takes at least a second
 CYCLES_PER_SECOND = 2_000_000_000
+# the longest sleep, a tenth of a second at least. A host that needs longer than that is measured with the device
+MOST_CYCLES = CYCLES_PER_SECOND // 10
 
 
 def make_randn(seed: int, device: str) -> Callable[..., Tensor]:
@@ -74,7 +76,8 @@ def _device_ms(sets: list, set_up: Callable, timed: Callable, budget_s: float) -
 
     In a round the calls follow each other as in a training step. So launch gaps are included, and the
     cost of two events per call is not. The device sleeps until the whole round is queued: otherwise it
-    would wait for the host, whose time a training step hides.
+    would wait for the host, whose time a training step hides. A round in which it woke too early does not
+    count, and the next sleep is longer.
     """
     # warm-up: compiles, autotunes and fills the allocator
     for x in sets[:3] * 3:
@@ -86,7 +89,7 @@ def _device_ms(sets: list, set_up: Callable, timed: Callable, budget_s: float) -
     host_begin = time.perf_counter()
     outputs = deque((timed(state) for state in states), maxlen=len(sets))
     host_seconds = time.perf_counter() - host_begin
-    sleep_cycles = int(1.5 * host_seconds * CYCLES_PER_SECOND) + 200_000
+    sleep_cycles = min(int(1.5 * host_seconds * CYCLES_PER_SECOND) + 200_000, MOST_CYCLES)
     states.clear()
 
     times = []
@@ -95,13 +98,17 @@ def _device_ms(sets: list, set_up: Callable, timed: Callable, budget_s: float) -
         states = [set_up(x) for x in sets]
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(min(sleep_cycles, CYCLES_PER_SECOND // 10))
+        torch.cuda._sleep(sleep_cycles)
         begin.record()
         while states:
             # outputs are kept for a round: memory that is reused at once would still be in L2
             outputs.append(timed(states.pop(0)))
         end.record()
+        too_early = begin.query() and sleep_cycles < MOST_CYCLES
         torch.cuda.synchronize()
+        if too_early:
+            sleep_cycles = min(2 * sleep_cycles, MOST_CYCLES)
+            continue
         times.append(begin.elapsed_time(end) / len(sets))
     return statistics.median(times)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from benchmarks.record import ROOT, load_results
-from benchmarks.report.table import newest_groups
+from benchmarks.report.table import newest_rows, newest_runs
 from benchmarks.report.verdict import MODEL, PIXELS, REPORTED_ELSEWHERE
 from benchmarks.step.variants import LADDER, is_depth, teacher_share
 
@@ -111,7 +111,8 @@ def _draw_bars(axes, times: dict[str, float], case: tuple) -> None:
 
 def main() -> None:
     on_gpu = [row for row in load_results() if row["device"] != "cpu"]
-    for _, rows in newest_groups(on_gpu):
+    for _, runs in newest_runs(on_gpu):
+        rows = newest_rows(runs)
         draw_operators(rows, IMAGES / "operators.png")
         draw_steps(rows, IMAGES / "steps.png")
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.operators.registry import OPERATORS, cases
 from benchmarks.operators.shapes import Shape
-from benchmarks.record import ROOT, load_results
+from benchmarks.record import KEY, ROOT, load_results
 from benchmarks.step.variants import PUBLISHED
 
 README = ROOT / "README.md"
@@ -31,11 +31,15 @@ LINES = {
 RIVALS = ("strong", "swap_ema")
 HEADLINE_RIVALS = {"strong": "plain PyTorch at its best", PUBLISHED: "the published code"}
 
+# runs whose `sra` is far from today's, and why: what a setting cost there says nothing now
+OTHER_DEFAULTS = {"35f5e1f3ef": "the host launched every kernel, there was no graph of the step"}
+
 # lines above the tables, as they stand in README.md
 STEP_TEXT = (
-    f"A training step of {MODEL} at {RESOLUTION} px on one GPU, all in one run. "
-    "MFU counts three passes of the student; with",
-    "teacher, the projection head and the truncated teacher too. "
+    f"A training step of {MODEL} at {RESOLUTION} px on one GPU, each line from the newest run that has it, "
+    "compared within",
+    "that run. MFU counts three passes of the student; with teacher, "
+    "the projection head and the truncated teacher too.",
     "`strong` at the largest of 256, 128, .. images that fits.",
     "Measured and written by `python -m benchmarks.gpu_suite second --published PATH`, "
     "`cp runs/gpu_suite/rows.json",
@@ -47,7 +51,8 @@ OPERATOR_TEXT = (
     "Operators in bf16, L2 cold, against the bytes (where none are given: the FLOPs) "
     "that they cannot do without; the ceiling",
     "is the copy (matmul) rate of the same run. "
-    "A time is that of a call between others like it, what a launch costs included.",
+    "A time is that of a call between others like it, what a launch costs included. Each number",
+    "is from the newest run that has it, both times of a ratio from one run.",
     "Measured and written by `python -m benchmarks.operators.run && python -m benchmarks.report.table`; "
     "[as a picture](docs/images/operators.png).",
 )
@@ -61,25 +66,41 @@ def _rule(columns: int) -> str:
     return "|---" * columns + "|"
 
 
-def newest_groups(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    """The rows of the newest commit of every device, with a title: device, versions, commit, copy bandwidth."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+def newest_runs(rows: list[dict]) -> list[tuple[str, list[list[dict]]]]:
+    """The runs on every device, the newest first, with a title: device, versions, copy bandwidth.
+
+    A run is the rows of one commit. Only runs with the versions of the newest one are kept.
+    """
+    runs: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["device"], row["commit"]), []).append(row)
-    # a group is as old as its first row
-    age = lambda key: min(row.get("date", "") for row in groups[key])
-    newest = {}
-    for device, commit in sorted(groups, key=age):
-        newest[device] = commit
+        runs.setdefault((row["device"], row["commit"]), []).append(row)
+    # a run is as old as its first row
+    age = lambda run: min(row.get("date", "") for row in run)
     found = []
-    for device, commit in sorted(newest.items()):
-        group = groups[device, commit]
-        versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
+    for device in sorted({device for device, _ in runs}):
+        own = [run for (where, _), run in runs.items() if where == device]
+        own.sort(key=age, reverse=True)
+        versions = own[0][0]["versions"]
+        own = [run for run in own if run[0]["versions"] == versions]
+        words = ", ".join(f"{name} {version}" for name, version in versions.items())
         # a family of kernels is called "copy" too, and has no bandwidth
-        copies = [row["gbps"] for row in group if row["name"] == "copy" and "gbps" in row]
+        copies = [
+            row["gbps"] for run in own for row in run if row["name"] == "copy" and "gbps" in row
+        ]
         copy = f", copy {copies[0]:.0f} GB/s" if copies else ""
-        found.append((f"{device}, {versions}, commit {commit}{copy}:", group))
+        found.append((f"{device}, {words}{copy}:", own))
     return found
+
+
+def newest_rows(runs: list[list[dict]]) -> list[dict]:
+    """The newest of every measurement, those of the newest run first; none of a run with other defaults."""
+    found: dict[tuple, dict] = {}
+    for run in runs:
+        if run[0]["commit"] in OTHER_DEFAULTS:
+            continue
+        for row in run:
+            found.setdefault(tuple(row.get(name) for name in KEY if name != "commit"), row)
+    return list(found.values())
 
 
 # the table of operators
@@ -118,36 +139,39 @@ def _most_valuable_case(rows: list[dict]) -> tuple | None:
     return min({_case(row) for row in rows}, key=rank, default=None)
 
 
-def operator_cells(label: str, rows: list[dict]) -> list[str]:
+def operator_cells(label: str, runs: list[list[dict]]) -> list[str]:
     """Shape, percentage of the ceiling, speed relative to compiled and to eager PyTorch.
 
     Args:
         label: name of the operator's rows.
-        rows: of one device and commit.
+        runs: on one device, the newest first.
     """
-    rows = [row for row in rows if row["name"] == label]
-    best = _most_valuable_case([row for row in rows if row["variant"] == "ours"])
+    named = [[row for row in run if row["name"] == label] for run in runs]
+    best = None
+    for run in named:
+        best = best or _most_valuable_case([row for row in run if row["variant"] == "ours"])
     if best is None:
         return ["", MISSING, "", ""]
     model, resolution, batch = best
     shape = model if resolution is None else f"{model}, {resolution} px, {batch}"
-    by_variant = {row["variant"]: row for row in rows if _case(row) == best}
+    by_variant = [{row["variant"]: row for row in run if _case(row) == best} for run in named]
     # a row without a time was wrong
-    ours = by_variant["ours"]
+    ours = next(run["ours"] for run in by_variant if "ours" in run)
     if "ms" not in ours:
         return [shape, "wrong", "", ""]
 
     def speed(rival: str) -> str:
-        if rival not in by_variant:
+        both = next((run for run in by_variant if {rival, "ours"} <= set(run)), None)
+        if both is None or "ms" not in both["ours"]:
             return ""
-        if "ms" not in by_variant[rival]:
+        if "ms" not in both[rival]:
             return "rival is wrong"
-        return f"{by_variant[rival]['ms'] / ours['ms']:.2f}x"
+        return f"{both[rival]['ms'] / both['ours']['ms']:.2f}x"
 
     return [shape, f"{ours['percent_of_ceiling']:.0f} %", speed("compile"), speed("eager")]
 
 
-def _operator_table(rows: list[dict]) -> list[str]:
+def _operator_table(runs: list[list[dict]]) -> list[str]:
     heads = [
         "operator",
         "bytes per element",
@@ -159,7 +183,7 @@ def _operator_table(rows: list[dict]) -> list[str]:
     lines = [_line(heads), _rule(len(heads))]
     for name in OPERATORS:
         for label, count in bytes_per_element(name):
-            lines.append(_line([f"`{label}`", count, *operator_cells(label, rows)]))
+            lines.append(_line([f"`{label}`", count, *operator_cells(label, runs)]))
     return lines
 
 
@@ -174,11 +198,11 @@ def render_operators(rows: list[dict]) -> list[str]:
     """A table of operators for every GPU."""
     lines = list(OPERATOR_TEXT)
     on_gpu = [row for row in rows if row["kind"] == "op" and row["device"] != "cpu"]
-    groups = newest_groups(on_gpu)
-    if not groups:
+    devices = newest_runs(on_gpu)
+    if not devices:
         return [*lines, "", *_operator_table([])]
-    for title, group in groups:
-        shown = [row for row in group if _in_table_dtype(row)]
+    for title, runs in devices:
+        shown = [[row for row in run if _in_table_dtype(row)] for run in runs]
         lines += ["", title, "", *_operator_table(shown)]
     return lines
 
@@ -223,7 +247,17 @@ def _fastest(rows: list[dict], name: str) -> dict[int, dict]:
     return found
 
 
-def _step_table(rows: list[dict]) -> list[str]:
+def _newest_fastest(runs: list[list[dict]], name: str) -> dict[int, tuple[dict, dict | None]]:
+    """``{batch: (row, plain)}``: the fastest row in the newest run that has the variant, and ``plain`` there."""
+    found: dict[int, tuple[dict, dict | None]] = {}
+    for run in runs:
+        plain = _fastest(run, "plain")
+        for batch, row in _fastest(run, name).items():
+            found.setdefault(batch, (row, plain.get(batch)))
+    return found
+
+
+def _step_table(runs: list[list[dict]]) -> list[str]:
     heads = [
         "",
         "images per GPU",
@@ -232,70 +266,81 @@ def _step_table(rows: list[dict]) -> list[str]:
         "MFU with teacher",
         "memory",
         "time over plain",
+        "commit",
     ]
     lines = [_line(heads), _rule(len(heads))]
-    # compared with at the same batch
-    plain = _fastest(rows, "plain")
     for name, text in LINES.items():
-        found = _fastest(rows, name)
+        found = _newest_fastest(runs, name)
         for batch in sorted(found):
-            row = found[batch]
-            compared_with = plain.get(batch) if name != "plain" else None
+            row, plain = found[batch]
             label = f"`{row['variant']}`: {text}"
-            lines.append(_line([label, *_step_cells(row, compared_with)]))
+            cells = _step_cells(row, plain if name != "plain" else None)
+            lines.append(_line([label, *cells, row["commit"]]))
         # a variant without rows keeps its line, so that its absence shows
         if not found:
-            lines.append(_line([f"`{name}`: {text}", "", MISSING, "", "", "", ""]))
+            lines.append(_line([f"`{name}`: {text}", "", MISSING, "", "", "", "", ""]))
     return lines
 
 
-def _option_table(rows: list[dict]) -> list[str]:
-    """What settings of this engine cost or gain against ``sra`` at the same batch; empty if none was measured."""
-    default = {row["batch"]: row for row in rows if row["variant"] == "sra"}
-    options = [row for row in rows if row["variant"].startswith("sra+") and row["batch"] in default]
-    if not options:
+def _option_table(runs: list[list[dict]]) -> list[str]:
+    """What settings of this engine cost or gain against ``sra`` at the same batch; empty if none was measured.
+
+    Of a setting the newest run counts: an older one may have had another default.
+    """
+    found: dict[str, list[tuple[dict, dict]]] = {}
+    for run in runs:
+        if run[0]["commit"] in OTHER_DEFAULTS:
+            continue
+        default = {row["batch"]: row for row in run if row["variant"] == "sra"}
+        own: dict[str, list[tuple[dict, dict]]] = {}
+        for row in run:
+            if row["variant"].startswith("sra+") and row["batch"] in default:
+                setting = row["variant"].removeprefix("sra+").partition("=")[0]
+                own.setdefault(setting, []).append((row, default[row["batch"]]))
+        for setting, pairs in own.items():
+            found.setdefault(setting, pairs)
+    if not found:
         return []
-    heads = ["setting", "images per GPU", "images/s", "memory", "time over `sra`"]
+    heads = ["setting", "images per GPU", "images/s", "memory", "time over `sra`", "commit"]
     lines = ["", "Settings of this engine, against `sra`:", "", _line(heads), _rule(len(heads))]
-    for row in sorted(options, key=lambda row: (row["batch"], row["variant"])):
-        batch, rate, _, _, memory, over = _step_cells(row, default[row["batch"]])
+    pairs = [pair for own in found.values() for pair in own]
+    for row, default in sorted(pairs, key=lambda pair: (pair[0]["batch"], pair[0]["variant"])):
+        batch, rate, _, _, memory, over = _step_cells(row, default)
         setting = row["variant"].removeprefix("sra+")
-        lines.append(_line([f"`{setting}`", batch, rate, memory, over]))
+        lines.append(_line([f"`{setting}`", batch, rate, memory, over, row["commit"]]))
     return lines
 
 
 def render_steps(rows: list[dict]) -> list[str]:
     """A table of training steps for every GPU, and one of this engine's settings."""
     lines = list(STEP_TEXT)
-    groups = newest_groups(_headline_rows(rows))
-    if not groups:
+    devices = newest_runs(_headline_rows(rows))
+    if not devices:
         return [*lines, "", *_step_table([])]
-    for title, group in groups:
-        lines += ["", title, "", *_step_table(group), *_option_table(group)]
+    for title, runs in devices:
+        lines += ["", title, "", *_step_table(runs), *_option_table(runs)]
     return lines
 
 
 def render_headline(rows: list[dict]) -> list[str]:
     """A sentence for every GPU: milliseconds of a step with alignment, without it, and of the rivals."""
     lines = []
-    for title, group in newest_groups(_headline_rows(rows)):
-        ms = {}
-        for name in LINES:
-            fastest = _fastest(group, name)
-            if HEADLINE_BATCH in fastest:
-                ms[name] = fastest[HEADLINE_BATCH]["ms"]
-        # without these two there is nothing to say
-        if "sra" not in ms or "plain" not in ms:
+    for title, runs in newest_runs(_headline_rows(rows)):
+        found = {name: _newest_fastest(runs, name).get(HEADLINE_BATCH) for name in LINES}
+        # without alignment: in the same run
+        sra, plain = found["sra"] or (None, None)
+        if sra is None or plain is None:
             continue
         device = title.partition(",")[0]
         sentence = (
             f"A step of {MODEL} at {RESOLUTION} px with {HEADLINE_BATCH} images on one {device} "
-            f"takes {ms['sra']:.0f} ms with SRA, {ms['plain']:.0f} ms without"
+            f"takes {sra['ms']:.0f} ms with SRA, {plain['ms']:.0f} ms without"
         )
         for name, text in HEADLINE_RIVALS.items():
-            if name in ms:
-                ratio = ms[name] / ms["sra"]
-                sentence += f"; {text} {ms[name]:.0f} ms ({ratio:.1f} times as long)"
+            rival = found[name]
+            if rival is not None:
+                ms = rival[0]["ms"]
+                sentence += f"; {text} {ms:.0f} ms ({ms / sra['ms']:.1f} times as long)"
         lines.append(f"{sentence}: [measured](#measured).")
     return lines
 

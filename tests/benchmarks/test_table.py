@@ -38,7 +38,7 @@ OPERATOR_ROWS = [
 @pytest.mark.parametrize(
     "line",
     [
-        "NVIDIA X, torch 2, commit abc, copy 3000 GB/s:",
+        "NVIDIA X, torch 2, copy 3000 GB/s:",
         "| `adaln.forward` | 4 | SiT-XL/2, 256 px, 32 | 91 % | 1.50x |  |",
         "| `adaln.backward` | 6 | SiT-XL/2, 256 px, 32 | 80 % | rival is wrong |  |",
         "| `gated_residual.forward` | 6 | SiT-XL/2, 256 px, 32 | wrong |  |  |",
@@ -54,9 +54,10 @@ def test_table_of_operators_follows_the_rows(line):
 def test_the_title_takes_the_copy_bandwidth_from_the_row_that_has_one():
     """A step's family of kernels is called "copy" as well."""
     kernels = {"kind": "kernel_share", **WHERE, "name": "copy", "variant": "sra", "ms": 0.5}
-    ((title, group),) = table.newest_groups([kernels, *OPERATOR_ROWS, kernels])
-    assert title == "NVIDIA X, torch 2, commit abc, copy 3000 GB/s:"
-    assert len(group) == len(OPERATOR_ROWS) + 2
+    ((title, (run,)),) = table.newest_runs([kernels, *OPERATOR_ROWS, kernels])
+    assert title == "NVIDIA X, torch 2, copy 3000 GB/s:"
+    assert len(run) == len(OPERATOR_ROWS) + 2
+    assert len(table.newest_rows([run])) == len(OPERATOR_ROWS) + 1
 
 
 def test_rows_of_a_cpu_are_in_no_table():
@@ -99,16 +100,16 @@ STEP_ROWS = [
 @pytest.mark.parametrize(
     "line",
     [
-        "NVIDIA X, torch 2, commit abc:",
-        "| `plain`: this engine without alignment | 32 | 320 | 40.0 % | 40.0 % | 10.0 GiB |  |",
-        "| `sra`: this engine | 32 | 320 | 30.0 % | 37.5 % | 12.0 GiB | +25.0 % |",
+        "NVIDIA X, torch 2:",
+        "| `plain`: this engine without alignment | 32 | 320 | 40.0 % | 40.0 % | 10.0 GiB |  | abc |",
+        "| `sra`: this engine | 32 | 320 | 30.0 % | 37.5 % | 12.0 GiB | +25.0 % | abc |",
         # this engine may choose what it recomputes, a rival all of its settings
-        "| `sra+train.recompute=norm`: this engine | 256 | 320 |  |  |  | +25.0 % |",
-        "| `strong+compile=whole`: plain PyTorch at its best | 32 | 320 |  |  |  | +40.0 % |",
-        "| `reference`: published code |  | not measured yet |  |  |  |  |",
+        "| `sra+train.recompute=norm`: this engine | 256 | 320 |  |  |  | +25.0 % | abc |",
+        "| `strong+compile=whole`: plain PyTorch at its best | 32 | 320 |  |  |  | +40.0 % | abc |",
+        "| `reference`: published code |  | not measured yet |  |  |  |  |  |",
         # settings against the default at the same batch
-        "| `align.teacher_layer=14` | 32 | 320 |  | -12.0 % |",
-        "| `train.recompute=norm` | 32 | 320 |  | +0.8 % |",
+        "| `align.teacher_layer=14` | 32 | 320 |  | -12.0 % | abc |",
+        "| `train.recompute=norm` | 32 | 320 |  | +0.8 % | abc |",
     ],
 )
 def test_tables_of_steps_follow_the_rows(line):
@@ -122,11 +123,70 @@ def test_what_is_in_no_table_of_steps():
     assert not any(line.startswith("| `train.recompute=norm` | 256") for line in lines)
 
 
-def test_the_newest_commit_of_a_gpu_counts():
+OLD = {"commit": "zzz", "date": "2026-01-01"}
+NEW = {"date": "2026-01-02"}
+
+
+def test_the_newest_run_counts():
     """Whatever its name and the order of the rows."""
-    older = [{**row, "commit": "zzz", "date": "2026-01-01", "ms": 1.0} for row in STEP_ROWS]
-    newer = [{**row, "date": "2026-01-02"} for row in STEP_ROWS]
+    older = [{**row, **OLD, "ms": 1.0} for row in STEP_ROWS]
+    newer = [{**row, **NEW} for row in STEP_ROWS]
     assert table.render_steps(newer + older) == table.render_steps(newer)
+    older = [{**row, **OLD, "ms": 1.0} for row in OPERATOR_ROWS]
+    newer = [{**row, **NEW} for row in OPERATOR_ROWS]
+    assert table.render_operators(newer + older) == table.render_operators(newer)
+
+
+def test_what_the_newest_run_lacks_is_taken_from_an_older_one():
+    """And compared within that one."""
+    older = [
+        step_row("plain", 80.0, **OLD),
+        step_row("sra", 100.0, **OLD),
+        step_row("strong", 160.0, **OLD),
+        step_row("sra+align.every=2", 90.0, **OLD),
+        step_row("sra+train.compile=true", 110.0, **OLD),
+        step_row("sra+train.compile=true", 20.0, **OLD, versions={"torch": "1"}),
+    ]
+    newer = [
+        step_row("plain", 50.0, **NEW),
+        step_row("sra", 60.0, **NEW),
+        step_row("sra+align.every=3", 57.0, **NEW),
+    ]
+    lines = table.render_steps(older[:5] + newer)
+    for line in (
+        "| `plain`: this engine without alignment | 32 | 320 |  |  |  |  | abc |",
+        "| `sra`: this engine | 32 | 320 |  |  |  | +20.0 % | abc |",
+        "| `strong`: plain PyTorch at its best | 32 | 320 |  |  |  | +100.0 % | zzz |",
+        "| `align.every=3` | 32 | 320 |  | -5.0 % | abc |",
+        "| `train.compile=true` | 32 | 320 |  | +10.0 % | zzz |",
+    ):
+        assert line in lines
+    assert not any("align.every=2" in line for line in lines)
+    assert table.render_headline(older[:5] + newer) == [
+        "A step of SiT-XL/2 at 256 px with 32 images on one NVIDIA X takes 60 ms with SRA, "
+        "50 ms without; plain PyTorch at its best 160 ms (2.7 times as long): [measured](#measured)."
+    ]
+    # nor are settings of a run whose `sra` was another
+    other = [{**row, "commit": next(iter(table.OTHER_DEFAULTS))} for row in older]
+    assert not any("train.compile" in line for line in table.render_steps(other[:5] + newer))
+    assert table.newest_rows([newer, other[:5]]) == newer
+    assert table.newest_rows([newer, older[:5]]) == [*newer, *older[2:5]]
+    # runs with other versions of torch are not mixed
+    other = [{**row, "versions": {"torch": "1"}} for row in older]
+    assert table.render_steps(other + newer) == table.render_steps(newer)
+
+
+def test_ratios_of_operators_stay_within_a_run():
+    older = [
+        operator_row("gelu", ms=2.0, percent_of_ceiling=50.0, **OLD),
+        operator_row("gelu", "compile", ms=3.0, percent_of_ceiling=40.0, **OLD),
+    ]
+    newer = [
+        operator_row("gelu", ms=1.0, percent_of_ceiling=90.0, **NEW),
+        operator_row("gelu", "eager", ms=4.0, percent_of_ceiling=20.0, **NEW),
+    ]
+    line = "| `gelu` | 6 | SiT-XL/2, 256 px, 32 | 90 % | 1.50x | 4.00x |"
+    assert line in table.render_operators(older + newer)
 
 
 def test_headline_sentence():

@@ -12,12 +12,17 @@ class FakeEvent:
     """An event on a device that runs everything at once; ``now`` is its clock in milliseconds."""
 
     now = 0.0
+    # whether the device begins before a round is queued
+    early = False
 
     def __init__(self, enable_timing):
         assert enable_timing
 
     def record(self):
         self.at = FakeEvent.now
+
+    def query(self):
+        return FakeEvent.early
 
     def elapsed_time(self, other):
         return other.at - self.at
@@ -45,6 +50,30 @@ def test_device_times_count_only_what_is_timed(monkeypatch):
     rounds = log[9:]
     assert len(rounds) >= 3 + 3 * 3
     assert rounds == [0, 1, 2] * (len(rounds) // 3)
+
+
+def test_a_round_that_waited_for_the_host_does_not_count(monkeypatch):
+    sleeps = []
+
+    def timed(state):
+        # the host needs longer than it did before the device's sleep was chosen
+        FakeEvent.now += 9.0 if FakeEvent.early else 3.0
+
+    def sleep(cycles):
+        sleeps.append(cycles)
+        FakeEvent.early = len(sleeps) in (1, 3)
+
+    monkeypatch.setattr(FakeEvent, "now", 0.0)
+    monkeypatch.setattr(FakeEvent, "early", False)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    assert timing.milliseconds([0], lambda x: x, timed, "cuda", 0.0) == 3.0
+    first = sleeps[0]
+    assert sleeps == [first, 2 * first, 2 * first, 4 * first, 4 * first]
+    # a host that is slower than the longest sleep is measured all the same
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: setattr(FakeEvent, "early", True))
+    assert timing.milliseconds([0], lambda x: x, timed, "cuda", 0.0) == 9.0
 
 
 def test_sets_are_larger_than_l2(monkeypatch):

@@ -201,16 +201,21 @@ def test_the_device_is_timed_not_the_host(monkeypatch):
         def record(self):
             log.append("event")
 
+        def query(self):
+            # the first round begins too early
+            return log.count("busy") == 1
+
         def elapsed_time(self, later):
             return 30.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
+    cycles = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: (cycles.append(n), log.append("busy")))
     assert module.milliseconds(lambda: log.append("call"), calls=3, rounds=2) == 10.0
-    assert (
-        log == ["call"] * 3 + ["wait", "busy", "event", "call", "call", "call", "event", "wait"] * 2
-    )
+    a_round = ["wait", "busy", "event", "call", "call", "call", "event", "wait"]
+    assert log == ["call"] * 3 + a_round * 3
+    assert cycles == [cycles[0], 2 * cycles[0], 2 * cycles[0]]
 
 
 def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):

@@ -251,10 +251,9 @@ def test_without_an_algorithm_nothing_runs(library, caplog):
     assert caplog.text.count("cuBLASLt has no algorithm for some products") == 1
 
 
-def test_a_failed_search_is_an_error(library):
+def test_a_failed_search_is_logged(library, caplog):
     library.search_status = 7
-    with pytest.raises(RuntimeError, match="cuBLASLt: the search for .* failed with status 7"):
-        product()
+    assert product() is None and "failed with status 7" in caplog.text
 
 
 def test_what_it_cannot_take(library, caplog):
