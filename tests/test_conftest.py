@@ -17,6 +17,11 @@ def test_what_is_called_slow_exists(name):
         assert f"def {function.partition('[')[0]}(" in (ROOT / path).read_text()
 
 
+def test_there_is_one_conftest():
+    """Tests import from it by name, and a second one would hide it."""
+    assert list((ROOT / "tests").rglob("conftest.py")) == [ROOT / "tests" / "conftest.py"]
+
+
 def test_names_end_with_a_word():
     assert is_slow("tests/ops/test_ddp.py::test_gradients_are_those_of_one_process")
     assert is_slow("tests/scripts/test_scripts.py::test_any[1-2]")

@@ -9,6 +9,8 @@ from sra_fast.config.schema import Config
 from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 
+pytestmark = pytest.mark.usefixtures("rooms")
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = {  # student layer, teacher layer (SRA, Table of settings)
     "SiT-B/2": (3, 8),

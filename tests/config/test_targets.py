@@ -9,6 +9,8 @@ from sra_fast.config.cli import load_config, parse_train, save_config
 from sra_fast.config.schema import AlignConfig
 from sra_fast.utils.registry import TARGETS
 
+pytestmark = pytest.mark.usefixtures("rooms")
+
 
 @dataclass
 class ToyConfig(AlignConfig):

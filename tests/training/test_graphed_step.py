@@ -34,6 +34,9 @@ ARGUMENTS = [
     "--train.recompute norm --train.residual fp32",
     "--model.name DiT-S/2 --align.weight 0.04",
 ]
+if CUDA:
+    # several graphs, each with a second stream inside
+    ARGUMENTS += ["--align.every 2 --train.micro_batch 8 --align.teacher_stream true"]
 
 
 @pytest.fixture(autouse=True)
