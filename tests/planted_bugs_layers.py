@@ -8,15 +8,131 @@ CONCAT = "kernels/concat_columns.py"
 HALF_BLOCK = "sra_fast/ops/_half_block.py"
 LINEAR = "sra_fast/ops/adaln_linear.py"
 MLP = "sra_fast/ops/adaln_mlp.py"
+CUBLASLT = "sra_fast/ops/_cublaslt.py"
+GRAPH = "sra_fast/utils/cuda_graph.py"
 LAYERS = "sra_fast/models/layers.py"
 
 T_LAYERS = "tests/ops/test_adaln_linear.py"
 T_BLOCK = "tests/models/test_block.py"
 T_GELU = "tests/ops/test_gelu.py"
 T_CONCAT = "tests/ops/test_concat_columns.py"
+T_CUBLASLT = "tests/ops/test_cublaslt.py"
+T_EPILOGUES = "tests/ops/test_adaln_mlp_epilogues.py"
+T_GRAPH = (
+    "tests/training/test_graphed_step.py::test_outputs_have_no_history"
+    " tests/training/test_graphed_step.py::test_only_gradients_that_share_memory_are_copied"
+    " tests/training/test_graphed_step.py::test_shared_and_strided_gradients_become_tensors_of_their_own"
+)
 T_PATCH = "tests/models/test_patch_embed.py"
 
 BUGS = [
+    (
+        "an epilogue where GELU's output is missing",
+        MLP,
+        "if _cublaslt.available(a) and not recompute_hidden:",
+        "if _cublaslt.available(a):",
+        T_EPILOGUES,
+    ),
+    (
+        "the product's two outputs exchanged",
+        MLP,
+        "hidden, a = linear_gelu_keep(",
+        "a, hidden = linear_gelu_keep(",
+        T_EPILOGUES,
+    ),
+    (
+        "no gradient of the first bias beside an epilogue",
+        MLP,
+        "dbias1 = da.sum(0) if needs_bias1 else None",
+        "dbias1 = da.new_zeros(da.shape[1]) if needs_bias1 else None",
+        T_EPILOGUES,
+    ),
+    (
+        "the weight is not transposed",
+        CUBLASLT,
+        "self._describe(_TRANSPOSE_A, ctypes.c_int32(shape.transpose_a))",
+        "self._describe(_TRANSPOSE_A, ctypes.c_int32(0))",
+        T_CUBLASLT,
+    ),
+    (
+        "all products are in bf16",
+        CUBLASLT,
+        "dtype = DTYPES[shape.dtype]",
+        "dtype = DTYPES[torch.bfloat16]",
+        T_CUBLASLT,
+    ),
+    (
+        "one plan for all dtypes",
+        CUBLASLT,
+        "_Shape(out.get_device(), out.dtype, epilogue",
+        "_Shape(out.get_device(), torch.float16, epilogue",
+        T_CUBLASLT,
+    ),
+    (
+        "no room for partial sums",
+        CUBLASLT,
+        "_WORKSPACE_BYTES = 32 << 20",
+        "_WORKSPACE_BYTES = 0",
+        T_CUBLASLT,
+    ),
+    (
+        "partial sums in half precision",
+        CUBLASLT,
+        "_REDUCE_IN_COMPUTE_TYPE = 2",
+        "_REDUCE_IN_COMPUTE_TYPE = 7",
+        T_CUBLASLT,
+    ),
+    ("proposals for other devices", CUBLASLT, " if each.state == 0]", "]", T_CUBLASLT),
+    ("an odd width", CUBLASLT, "or N % 8 or K % 8", "or N % 8", T_CUBLASLT),
+    (
+        "a search for better addresses than later ones",
+        CUBLASLT,
+        "for alignment in (_BEST_ALIGNMENT, _LEAST_ALIGNMENT):",
+        "for alignment in (_BEST_ALIGNMENT, 128, _LEAST_ALIGNMENT):",
+        T_CUBLASLT,
+    ),
+    (
+        "a measured algorithm in a deterministic program",
+        CUBLASLT,
+        "    if torch.are_deterministic_algorithms_enabled():\n        return 0\n",
+        "",
+        T_CUBLASLT,
+    ),
+    (
+        "what a capture has met is never measured",
+        CUBLASLT,
+        "    if not plan.measured and not torch.cuda.is_current_stream_capturing():\n",
+        "    if not plan.measured:\n",
+        T_CUBLASLT,
+    ),
+    (
+        "outputs of a graph hold autograd's nodes",
+        GRAPH,
+        "return tree_map(detach, output), gradients",
+        "return output, gradients",
+        T_GRAPH,
+    ),
+    (
+        "gradients share memory",
+        GRAPH,
+        "if not whole or storage.data_ptr() in seen:",
+        "if not whole:",
+        T_GRAPH,
+    ),
+    (
+        "a part of a tensor is a whole gradient",
+        GRAPH,
+        "gradient.is_contiguous() and storage.nbytes() == gradient.nbytes",
+        "gradient.is_contiguous()",
+        T_GRAPH,
+    ),
+    (
+        "every view is copied",
+        GRAPH,
+        "gradient.is_contiguous() and storage.nbytes() == gradient.nbytes",
+        "gradient.is_contiguous() and not gradient._is_view()",
+        T_GRAPH,
+    ),
     (
         "recomputed h without the scale",
         FUSED,
@@ -104,8 +220,8 @@ BUGS = [
     (
         "weight gradients of frozen weights",
         MLP,
-        "    if needs_weight2:\n",
-        "    if True:\n",
+        "weight_gradient(dout, input2) if needs_weight2 else None",
+        "weight_gradient(dout, input2)",
         T_LAYERS,
     ),
     (
