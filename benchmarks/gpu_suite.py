@@ -199,7 +199,8 @@ def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]
         case(256, f"plain{norm},sra{norm},sra_fp8{norm}"),
         case(256, "plain,sra", SMALL_MODEL),
         case(32, f"swap_ema+graph=true,sra+train.compile=true,sra{norm}"),
-        case(256, strong),
+        # 256 images do not fit
+        case(128, strong),
         case(32, "sra+align.teacher_stream=false,sra+train.residual=fp32,strong"),
     ]
     steps = [*STEPS, "--json", str(out / "rows.json")]

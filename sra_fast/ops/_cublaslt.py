@@ -105,9 +105,14 @@ _found = _library is not None
 def available(x: Tensor) -> bool:
     """Whether the products of such tensors can have these epilogues; also asked of tensors without
     data, while a compiler traces.
+
+    Raises:
+        ValueError: the variable SRA_FAST_CUBLASLT is neither 0 nor 1.
     """
-    wanted = os.environ.get("SRA_FAST_CUBLASLT", "1") != "0"
-    return wanted and _found and x.is_cuda and x.dtype in DTYPES
+    wanted = os.environ.get("SRA_FAST_CUBLASLT", "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"SRA_FAST_CUBLASLT must be 0 or 1, got {wanted!r}")
+    return wanted == "1" and _found and x.is_cuda and x.dtype in DTYPES
 
 
 def _call(name: str, *args) -> None:

@@ -94,3 +94,6 @@ def test_where_it_is_available(monkeypatch):
     assert _cublaslt.available(half) == CUDA and not _cublaslt.available(single)
     monkeypatch.setenv("SRA_FAST_CUBLASLT", "0")
     assert not _cublaslt.available(half)
+    monkeypatch.setenv("SRA_FAST_CUBLASLT", "false")
+    with pytest.raises(ValueError, match="SRA_FAST_CUBLASLT must be 0 or 1, got 'false'"):
+        _cublaslt.available(half)
