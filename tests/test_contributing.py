@@ -86,7 +86,8 @@ def test_documented_parts_train_together(documented, array_file, tmp_path):
     assert summary["loss_last"] < summary["loss_first"]
 
     # the run folder is enough to sample from the model
-    model, path = load_model(summary["run_dir"])
+    loaded = load_model(summary["run_dir"])
+    model, path = loaded.model, loaded.path
     assert type(model) is documented.SkipSiT
     assert model.skip.abs().max() > 0, "the new parameter was trained"
     noise = torch.randn(2, 1, 8, 8)

@@ -181,7 +181,7 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     assert start == first
     second = outcome(resumed, train(resumed, data, folder, start))
     saving.export_published(resumed, out / f"{name}.published.pt", STEPS, 0)
-    saving.export_safetensors(resumed, out / f"{name}.safetensors", STEPS)
+    saving.export_safetensors(resumed, out / f"{name}.safetensors", STEPS, data.facts())
     torch.save({"whole": whole, "resumed": second}, out / f"{name}.rank{dist.get_rank()}.pt")
     dist.barrier()
 

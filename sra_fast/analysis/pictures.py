@@ -47,7 +47,8 @@ class Options:
 
 def draw_maps(options: Options, out: Path) -> Path:
     """``pca.png``: the features of a few held-out images."""
-    model, path = load_model(options.checkpoint, num_heads=options.num_heads)
+    loaded = load_model(options.checkpoint, num_heads=options.num_heads)
+    model, path = loaded.model, loaded.path
     layers = choose_layers(options.layers, model.depth, most=7)
     # no run has trained on the held-out images of the digits
     _, held_out = split(options.data, model)

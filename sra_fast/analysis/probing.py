@@ -59,7 +59,8 @@ def run(options: Options) -> dict:
     """
     _check(options)
     out = make_folder(options.out)
-    model, path = load_model(options.checkpoint, num_heads=options.num_heads)
+    loaded = load_model(options.checkpoint, num_heads=options.num_heads)
+    model, path = loaded.model, loaded.path
     # errors in layers and data before the first pass of the model
     layers = choose_layers(options.layers, model.depth)
     parts = split(options.data, model)

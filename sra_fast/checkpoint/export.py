@@ -8,13 +8,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_fast.checkpoint import reading
-from sra_fast.checkpoint.load_model import load_checkpoint
+from sra_fast.checkpoint.load_model import load_checkpoint, run_facts
+from sra_fast.data.facts import DataFacts
 from sra_fast.utils.files import make_folder, write_atomic
 
 SUFFIX = ".safetensors"
 
 
-def write_export(path: Path, state: dict[str, Tensor], config: dict, step: int | None) -> None:
+def write_export(
+    path: Path,
+    state: dict[str, Tensor],
+    config: dict,
+    step: int | None,
+    facts: DataFacts | None = None,
+) -> None:
     """Write an export. Its folder is made if it is not there.
 
     Args:
@@ -23,6 +30,7 @@ def write_export(path: Path, state: dict[str, Tensor], config: dict, step: int |
         config: at least ``model`` and ``diffusion`` of a run's configuration; what reads the export
             needs both.
         step: how many optimizer steps made the weights; None: not known.
+        facts: about the data that the model was trained on, if they are known.
 
     Raises:
         ValueError: the folder cannot be made.
@@ -30,6 +38,8 @@ def write_export(path: Path, state: dict[str, Tensor], config: dict, step: int |
     metadata = {"config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
+    if facts is not None:
+        metadata["data"] = json.dumps(facts.as_json())
     # safetensors refuses views that are not contiguous
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     file = make_folder(path.parent) / path.name
@@ -73,7 +83,8 @@ def export_checkpoint(source: str, out: str) -> Path:
     # on the CPU and without DeepSpeed: the EMA of every rank is put together
     model, cfg, step = load_checkpoint(path)
     try:
-        write_export(Path(out), model.state_dict(), asdict(cfg), step)
+        facts = run_facts(reading.run_folder(path))
+        write_export(Path(out), model.state_dict(), asdict(cfg), step, facts)
     except OSError as error:
         raise ValueError(f"out {out} cannot be written: {error.strerror or error}") from None
     return path

@@ -1,6 +1,7 @@
 """A model for sampling from anything that holds weights: run folder, checkpoint, export, published .pt."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,12 +10,31 @@ from sra_fast import models
 from sra_fast.checkpoint import reading
 from sra_fast.config.cli import load_config
 from sra_fast.config.schema import Config, ModelConfig
+from sra_fast.data.facts import DataFacts
 from sra_fast.models import SiT
 from sra_fast.utils.registry import MODEL_FAMILIES
 
+# facts about the training data, in a run folder
+FACTS = "data.json"
 
-def load_model(path: str, weights: str = "ema", num_heads: int | None = None) -> tuple[SiT, str]:
-    """The model, and the interpolant it was trained with.
+
+@dataclass
+class LoadedModel:
+    """Weights from anywhere, with what is known about them.
+
+    Attributes:
+        model: in eval mode, fp32, on the CPU.
+        path: the interpolant it was trained with.
+        facts: about the data it was trained on; None: not known (weights of other projects).
+    """
+
+    model: SiT
+    path: str
+    facts: DataFacts | None = None
+
+
+def load_model(path: str, weights: str = "ema", num_heads: int | None = None) -> LoadedModel:
+    """A model for sampling and analysis.
 
     Args:
         path: a run folder (its export, else its newest checkpoint), a checkpoint folder,
@@ -22,9 +42,6 @@ def load_model(path: str, weights: str = "ema", num_heads: int | None = None) ->
         weights: ``"ema"``, or ``"model"`` (the student; only the published code's ``.pt`` has all
             of it).
         num_heads: for a ``.pt`` whose width is not one of the paper's sizes.
-
-    Returns:
-        The model in eval mode, fp32, on the CPU; the name of the interpolant.
 
     Raises:
         ValueError: nothing is there, it cannot be read, or it does not have these weights.
@@ -46,10 +63,16 @@ def load_model(path: str, weights: str = "ema", num_heads: int | None = None) ->
         )
     if found.is_dir():
         model, cfg, _ = load_checkpoint(found)
-        return model, cfg.diffusion.path
+        return LoadedModel(model, cfg.diffusion.path, run_facts(reading.run_folder(found)))
     if found.suffix == ".safetensors":
         return _from_safetensors(found)
     return _from_published(found, weights, num_heads)
+
+
+def run_facts(folder: Path) -> DataFacts | None:
+    """The facts about the data of a run; None if its folder has none."""
+    file = folder / FACTS
+    return DataFacts.from_json(json.loads(file.read_text())) if file.exists() else None
 
 
 def load_checkpoint(path: Path) -> tuple[SiT, Config, int]:
@@ -88,17 +111,19 @@ def _fill(model: SiT, state: dict) -> SiT:
     return model.eval()
 
 
-def _from_safetensors(path: Path) -> tuple[SiT, str]:
+def _from_safetensors(path: Path) -> LoadedModel:
     held = reading.read_weights(str(path))
     state = held["ema"]
     config = held.get("config")
     # a file without our metadata: shapes say what the model is
     if config is None:
-        return _fill(*_made(state)), "linear"
-    return _fill(ModelConfig(**config["model"]).build(), state), config["diffusion"]["path"]
+        return LoadedModel(_fill(*_made(state)), "linear")
+    model = _fill(ModelConfig(**config["model"]).build(), state)
+    facts = DataFacts.from_json(held["data"]) if "data" in held else None
+    return LoadedModel(model, config["diffusion"]["path"], facts)
 
 
-def _from_published(path: Path, weights: str, num_heads: int | None) -> tuple[SiT, str]:
+def _from_published(path: Path, weights: str, num_heads: int | None) -> LoadedModel:
     held = reading.read_published(str(path))
     if weights not in held:
         raise ValueError(f"{path} holds no '{weights}' weights, only {sorted(held)}")
@@ -111,7 +136,7 @@ def _from_published(path: Path, weights: str, num_heads: int | None) -> tuple[Si
         getattr(args, "num_classes", None),
         family if family in MODEL_FAMILIES else None,
     )
-    return _fill(*made), getattr(args, "path_type", "linear")
+    return LoadedModel(_fill(*made), getattr(args, "path_type", "linear"))
 
 
 def _made(state: dict[str, torch.Tensor], *given) -> tuple[SiT, dict[str, torch.Tensor]]:

@@ -118,8 +118,8 @@ def read_weights(path: str) -> dict:
     """Weights from an export (``.safetensors``) or a published checkpoint (``.pt``).
 
     Returns:
-        ``{"ema": state dict, ...}``: an export also has its ``config``, a checkpoint what
-        ``read_published`` returns.
+        ``{"ema": state dict, ...}``: an export also has its ``config`` and the facts about its
+        ``data``, a checkpoint what ``read_published`` returns.
 
     Raises:
         ValueError: unreadable, or something else.
@@ -131,10 +131,12 @@ def read_weights(path: str) -> dict:
 
     try:
         with safe_open(path, "pt") as f:
-            config = json.loads((f.metadata() or {}).get("config", "null"))
+            metadata = f.metadata() or {}
         held = {"ema": load_file(path)}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-    if config:
-        held["config"] = config
+    # the configuration and the facts about the data, if the file is an export of a run
+    for key in ("config", "data"):
+        if key in metadata:
+            held[key] = json.loads(metadata[key])
     return held

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.config.schema import DataConfig
+from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.registry import DATASETS
 
@@ -16,6 +17,7 @@ class Digits(TrainingData):
         held_out: the held-out images instead of the training ones.
     """
 
+    name = "digits"
     shape = (1, 8, 8)
     num_classes = 10
     in_memory = True
@@ -32,6 +34,9 @@ class Digits(TrainingData):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
+
+    def facts(self) -> DataFacts:
+        return DataFacts(self.name, self.shape, self.num_classes, pixels=True)
 
     def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
         return [(part, np.arange(len(part))) for part in (self, Digits(held_out=True))]

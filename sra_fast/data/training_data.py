@@ -4,6 +4,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sra_fast.data.facts import DataFacts
+
 # one image in five is held out of an analysis
 HELD_OUT = 5
 
@@ -14,6 +16,7 @@ class TrainingData(Dataset):
     In ``DATASETS`` stands a function ``DataConfig -> TrainingData`` for each of them.
 
     Attributes:
+        name: that in ``DATASETS``.
         shape: (C, H, W) of a latent.
         posterior: whether items are VAE moments, from which the latents are drawn.
         num_classes: one more than the largest label.
@@ -22,6 +25,7 @@ class TrainingData(Dataset):
         evaluation: name in ``EVALUATIONS`` of how samples are scored at the end of a run, or None.
     """
 
+    name: str = ""
     shape: tuple[int, int, int]
     posterior: bool = False
     num_classes: int
@@ -42,6 +46,10 @@ class TrainingData(Dataset):
         ``noise``: standard normals like the latents, if the set has a ``posterior``.
         """
         return images
+
+    def facts(self) -> DataFacts:
+        """What the model's users have to know of these data."""
+        return DataFacts(name=self.name, shape=self.shape, num_classes=self.num_classes)
 
     def held_out_split(self) -> "list[tuple[TrainingData, np.ndarray]]":
         """Training and held-out images of an analysis, each as a data set and its rows.

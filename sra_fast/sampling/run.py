@@ -121,7 +121,8 @@ def load_job(options: Options) -> SamplingJob:
     if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
         raise ValueError("count, batch, columns, grid and scale must be at least 1")
     # the model's sizes decide what else must be given
-    model, path = load_model(options.checkpoint, options.sample.weights, options.num_heads)
+    loaded = load_model(options.checkpoint, options.sample.weights, options.num_heads)
+    model, path = loaded.model, loaded.path
     if options.vae is None and model.in_channels not in (1, 3):
         raise ValueError(
             f"the model makes latents of {model.in_channels} channels: give --vae to decode them"

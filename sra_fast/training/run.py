@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from sra_fast.checkpoint import reading
+from sra_fast.checkpoint.load_model import FACTS
 from sra_fast.config.cli import save_config
 from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
@@ -17,7 +18,7 @@ from sra_fast.training.loop import train
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import RunPlan
 from sra_fast.training.trainer import Trainer, build
-from sra_fast.utils.files import write_atomic
+from sra_fast.utils.files import write_atomic, write_json
 from sra_fast.utils.registry import EVALUATIONS
 
 
@@ -63,6 +64,7 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
         save_config(cfg, folder / "config.yaml")
         ds_config = json.dumps(run_plan.plan.ds_config, indent=1)
         write_atomic(folder / "deepspeed.json", lambda p: p.write_text(ds_config))
+        write_json(folder / FACTS, run_plan.data.facts().as_json())
     # before the first step: a missing file of the monitor stops the run at once
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     train(trainer, run_plan.data, folder, start, monitor)
@@ -77,7 +79,8 @@ def export(trainer: Trainer, data: TrainingData, folder: Path) -> None:
     """Write the weights in the forms that ``train.export`` asks for; collective."""
     train_cfg = trainer.cfg.train
     if "safetensors" in train_cfg.export:
-        saving.export_safetensors(trainer, folder / "ema.safetensors", train_cfg.steps)
+        file = folder / "ema.safetensors"
+        saving.export_safetensors(trainer, file, train_cfg.steps, data.facts())
     if "published" in train_cfg.export:
         epoch = train_cfg.steps // max(1, len(data) // train_cfg.global_batch)
         saving.export_published(trainer, folder / "published.pt", train_cfg.steps, epoch)

@@ -17,6 +17,7 @@ from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.identity import identity_of
 from sra_fast.checkpoint.reading import STATE, read_state
 from sra_fast.config.schema import Config
+from sra_fast.data.facts import DataFacts
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.files import write_atomic, write_json
 
@@ -162,8 +163,8 @@ def published_args(cfg: Config) -> argparse.Namespace:
     )
 
 
-def export_safetensors(trainer: Trainer, path: Path, step: int) -> None:
+def export_safetensors(trainer: Trainer, path: Path, step: int, facts: DataFacts) -> None:
     """EMA weights in fp32 as an export; collective, rank 0 writes."""
     ema = trainer.ema.full()
     if trainer.rank == 0:
-        write_export(path, trainer.state_dict(ema), asdict(trainer.cfg), step)
+        write_export(path, trainer.state_dict(ema), asdict(trainer.cfg), step, facts)

@@ -47,7 +47,7 @@ def probes(model, times, **settings) -> dict:
 
 @pytest.fixture(scope="module")
 def mean_pooled(trained):
-    return probes(load_model(str(trained))[0], [0.1, 0.3, 0.5])
+    return probes(load_model(str(trained)).model, [0.1, 0.3, 0.5])
 
 
 def test_cleaner_inputs_give_better_features(mean_pooled):
@@ -70,7 +70,7 @@ def test_learned_features_beat_noisy_pixels(trained):
     """All patches side by side against the whole noisy image. An untrained network adds nothing to
     the pixels.
     """
-    found = probes(load_model(str(trained))[0], [0.3], how="all")
+    found = probes(load_model(str(trained)).model, [0.3], how="all")
     assert max(found[0.3, layer] for layer in (2, 3, 4)) > found[0.3, 0] + 0.015, found
     torch.manual_seed(0)
     untrained = probes(SiT(8, 2, 1, 48, 4, 2, num_classes=10).eval(), [0.3], how="all")
@@ -80,7 +80,7 @@ def test_learned_features_beat_noisy_pixels(trained):
 
 def test_probes_see_no_label(trained):
     """The model gets the null class: embeddings that would give the answer away change nothing."""
-    model, _ = load_model(str(trained))
+    model = load_model(str(trained)).model
     expected = probes(model, [0.5], count=500)
     model.y_embedder.embedding_table.weight.data[:10] *= 100
     assert probes(model, [0.5], count=500) == expected
@@ -88,7 +88,8 @@ def test_probes_see_no_label(trained):
 
 def test_maps_follow_the_image(trained):
     """After training, a component tells bright patches from dark ones, whatever their position."""
-    model, path = load_model(str(trained))
+    loaded = load_model(str(trained))
+    model, path = loaded.model, loaded.path
     images = split(DIGITS, model)[1].read(16, seed=0)
     maps = draw_maps(model, path, images, [0.9, 0.0], [2, 4])
     # mean brightness of each 2 x 2 patch of the clean input: [image, 4, 4]

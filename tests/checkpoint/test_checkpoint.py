@@ -53,7 +53,7 @@ def test_published_arguments_say_what_shapes_do_not(tmp_path):
     )
     args = argparse.Namespace(model="DiT-S/2", num_classes=10, num_heads=2)
     torch.save({"ema": model.state_dict(), "args": args}, tmp_path / "ref.pt")
-    loaded, _ = load_model(str(tmp_path / "ref.pt"))
+    loaded = load_model(str(tmp_path / "ref.pt")).model
     assert (
         loaded.family,
         loaded.num_classes,

@@ -174,7 +174,8 @@ def test_file_to_file_samples_and_starts_a_run(tmp_path, layout, run_script):
     source = tmp_path / "official.pt"
     done = run_script("import_weights", "--from", source, *model_args, "--out", out)
     assert done.returncode == 0, done.stderr[-2000:]
-    model, path = load_model(str(out))
+    loaded = load_model(str(out))
+    model, path = loaded.model, loaded.path
     assert path == ("linear" if layout == "release" else "cosine")
     assert_matches(model(x, t, y), -official_velocity(net, x, 1 - t, y), 1e-5)
     sizes = [f"--model.{key}={value}" for key, value in {**TINY, **digits}.items()]

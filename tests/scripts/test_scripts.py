@@ -49,6 +49,7 @@ def test_run_folder_is_complete(whole_run):
     folder, done = whole_run
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml",
+        "data.json",
         "stats.jsonl",
         "tensorboard",
         "loss.png",
@@ -223,7 +224,8 @@ def test_an_exported_checkpoint_is_what_training_exports(whole_run, tmp_path):
     assert metadata_of(out) == metadata_of(run / "ema.safetensors")
 
     # sample.py reads it
-    model, path = load_model(str(out))
+    loaded = load_model(str(out))
+    model, path = loaded.model, loaded.path
     assert path == "linear"
     assert model.num_classes == 10
 
@@ -238,7 +240,7 @@ def test_an_earlier_checkpoint_is_exported_with_its_step(whole_run, tmp_path):
     last = load_file(run / "ema.safetensors")
     early = load_file(out)
     assert not all(torch.equal(early[name], last[name]) for name in last)
-    checkpoint_model, _ = load_model(str(checkpoint))
+    checkpoint_model = load_model(str(checkpoint)).model
     for name, value in checkpoint_model.state_dict().items():
         assert torch.equal(early[name], value)
 

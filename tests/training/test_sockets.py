@@ -144,7 +144,8 @@ def test_toy_parts_train_ten_steps(toys, tmp_path):
     assert -1.5 < summary["brightness"] < 1.5
 
     # the run folder is enough to sample from it
-    model, path = load_model(summary["run_dir"])
+    loaded = load_model(summary["run_dir"])
+    model, path = loaded.model, loaded.path
     assert isinstance(model, ToySiT)
     noise = torch.randn(2, 1, 8, 8)
     labels = torch.tensor([0, 1])

@@ -263,7 +263,8 @@ def test_exports_hold_the_run(results, world, name):
     held = reading.read_published(str(results[world] / f"{name}.published.pt"))
     assert set(held) == {"model", "ema", "opt", "args", "epoch", "steps"}
     assert isinstance(held["args"], argparse.Namespace) and held["steps"] == STEPS
-    model, path = load_model(str(results[world] / f"{name}.safetensors"))
+    loaded = load_model(str(results[world] / f"{name}.safetensors"))
+    model, path = loaded.model, loaded.path
     assert path == "linear"
     for key, value in ours["ema"].items():
         assert torch.equal(held["ema"][key], value) and torch.equal(model.state_dict()[key], value)
