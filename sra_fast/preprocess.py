@@ -1,4 +1,4 @@
-"""Images -> packed VAE moments, or one layout of moments -> another:
+"""Images -> packed VAE moments or pixels, or one layout of moments -> another:
 
 deepspeed sra_fast/preprocess.py --source imagenet/train --vae sd-vae-ft-mse --resolution 256 --out
 data/imagenet256
@@ -16,25 +16,30 @@ def fail(error: Exception) -> None:
 
 def main() -> None:
     from sra_fast.config.cli import make_parser, parse
-    from sra_fast.data.preprocess import Options, make_job
+    from sra_fast.data.preprocess import Options, list_bad, make_jobs, summary
     from sra_fast.data.writer import run_job
 
     parser = make_parser(Options, __doc__.partition(":\n")[0])
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options, _ = parse(Options, parser)
     try:
-        job = make_job(options)
+        if options.bad == "list":
+            bad = list(list_bad(options))
+            print(*bad, f"{len(bad)} images cannot be read", sep="\n")
+            sys.exit(2 if bad else 0)
+        jobs = make_jobs(options)
     except ValueError as error:
         # every process of this machine finds the same error: one of them says it
         if int(os.environ.get("LOCAL_RANK", 0)):
             sys.exit(2)
         fail(error)
     try:
-        completed = run_job(job)
+        for job in jobs:
+            finished = run_job(job)
+            if finished:
+                print(*summary(job, finished), sep="\n")
     except ValueError as error:
         fail(error)
-    if completed:
-        print(f"{job.out}: {len(job.source)} images of {job.recipe['num_classes']} classes")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sra_fast.alignment.target import Target
+from sra_fast.alignment.target import Target, default_layers
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.diffusion.process import Noised
 from sra_fast.models import Backbone, Conditioning
@@ -24,8 +24,9 @@ from sra_fast.utils.registry import CONDITIONINGS, TARGETS
 class EMATeacherConfig(AlignConfig):
     """Alignment to the EMA teacher (SRA)."""
 
-    teacher_layer: int = 20
-    """n: the teacher stops after this block (1-based, at least m)"""
+    teacher_layer: int | None = None
+    """n: the teacher stops after this block (1-based, at least m); default: the paper's for B, L
+    and XL, else three quarters of the depth"""
     teacher_dtype: Literal["auto", "fp32", "fp8"] = "auto"
     """precision of the teacher. auto: the training precision; fp32: as in the published code; fp8:
     bf16 with the three large products of a block in e4m3, their weights rounded in the optimizer's
@@ -66,6 +67,13 @@ class EMATeacher(Target):
     @classmethod
     def network_depth(cls, align: EMATeacherConfig) -> int:
         return align.teacher_layer
+
+    @classmethod
+    def fill_in(cls, cfg: Config) -> None:
+        super().fill_in(cfg)
+        if cfg.align.teacher_layer is None:
+            # a student layer that was given may lie deeper than the rule's teacher layer
+            cfg.align.teacher_layer = max(default_layers(cfg.model)[1], cfg.align.student_layer)
 
     @classmethod
     def identity(cls, align: EMATeacherConfig) -> dict:

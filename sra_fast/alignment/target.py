@@ -4,10 +4,33 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from sra_fast.config.schema import AlignConfig, Config
+from sra_fast.config.schema import AlignConfig, Config, ModelConfig
 from sra_fast.diffusion.process import Noised
 from sra_fast.models import Backbone, Conditioning
 from sra_fast.utils.registry import TARGETS
+
+# (m, n) of the paper's models; its DiTs have a shallower teacher layer than its SiTs
+PAPER_LAYERS = {
+    ("SiT", "B"): (3, 8),
+    ("SiT", "L"): (6, 16),
+    ("SiT", "XL"): (8, 20),
+    ("DiT", "B"): (3, 7),
+    ("DiT", "L"): (6, 14),
+    ("DiT", "XL"): (8, 16),
+}
+
+
+def default_layers(model: ModelConfig) -> tuple[int, int]:
+    """The layers (m, n) of student and teacher: the paper's, else the authors' rule for other
+    models: a quarter and three quarters of the depth.
+    """
+    size = model.name.partition("-")[2].partition("/")[0]
+    pair = PAPER_LAYERS.get((model.family, size))
+    if pair is not None and model.depth is None:
+        return pair
+    depth = model.arguments()["depth"]
+    # halves are rounded up, and a single block is both
+    return max(1, (depth + 2) // 4), max(1, (3 * depth + 2) // 4)
 
 
 class Target(nn.Module):
@@ -37,6 +60,12 @@ class Target(nn.Module):
     def network_depth(cls, align: AlignConfig) -> int | None:
         """Blocks of the network that follows the EMA; None: the target has no such network."""
         return None
+
+    @classmethod
+    def fill_in(cls, cfg: Config) -> None:
+        """Set the layers that were not given."""
+        if cfg.align.student_layer is None:
+            cfg.align.student_layer = default_layers(cfg.model)[0]
 
     @classmethod
     def check(cls, cfg: Config) -> None:

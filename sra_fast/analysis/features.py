@@ -1,7 +1,8 @@
 """Features of a frozen model for noisy images. One pass gives every layer, and the noise is the same at every time."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,9 +11,13 @@ from torch.utils.data import Dataset
 
 from sra_fast.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
+from sra_fast.data.facts import DataFacts
 from sra_fast.diffusion.draws import block_seed, draw
 from sra_fast.models import Conditioning, SiT
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import PROCESSES
+
+log = logging.getLogger("sra_fast")
 
 
 @dataclass
@@ -62,8 +67,38 @@ class Part:
         return Images(x0.repeat(draws, 1, 1, 1), noise, labels.repeat(draws))
 
 
+def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
+    """The data to analyse a model with: those given, else those it was trained on.
+
+    Raises:
+        ValueError: neither is known, or a scale or shift contradicts the model's.
+    """
+    data = replace(given)
+    if facts is None:
+        require_that(
+            data.name != "auto" or data.path is not None,
+            "the weights do not tell what they were trained on: give --data PATH, or --data.name digits",
+        )
+        return data
+    if data.name == "auto" and data.path is None:
+        data.name = facts.name
+        data.path = facts.path
+    if not facts.pixels:
+        for name, trained in (("latent_scale", facts.scale), ("latent_shift", facts.shift)):
+            value = getattr(data, name)
+            require_that(
+                value in (None, trained),
+                f"the model was trained with data.{name} {trained:g}, got {value}: leave it out",
+            )
+            setattr(data, name, trained)
+    return data
+
+
 def split(data: DataConfig, model: SiT) -> tuple[Part, Part]:
-    """Training and held-out images of ``data``. Of digits, no run trains on the held-out ones.
+    """Training and held-out images of ``data``.
+
+    No run trains on the held-out digits, nor on what `preprocess.py` holds out. Of other data every
+    fifth image counts as held out, which a run may have trained on; a warning says so.
 
     Raises:
         ValueError: the data cannot be read, does not fit the model, or is a single image.
@@ -74,6 +109,12 @@ def split(data: DataConfig, model: SiT) -> tuple[Part, Part]:
     # a batch of 2, so that both parts have an image
     cfg = Config(model=shape, data=data, train=TrainConfig(global_batch=2))
     (train, train_rows), (held_out, held_out_rows) = make_dataset(cfg).held_out_split()
+    if train is held_out:
+        log.warning(
+            "%s has no held-out images (preprocess.py --holdout): every fifth is taken, on which a "
+            "run may have trained",
+            data.path,
+        )
     return Part(train, train_rows, 0), Part(held_out, held_out_rows, 1)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sra_fast.analysis import pca_maps
-from sra_fast.analysis.features import check_times, choose_layers, split
+from sra_fast.analysis.features import check_times, choose_layers, data_of, split
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
 from sra_fast.plots.figures import plot_curves, plot_maps, read_samples, save_samples
@@ -26,7 +26,7 @@ class Options:
     """samples.png: of these samples.npz, or folders that hold one; made with one seed they start from the same noise"""
     out: str = "analysis"
     """folder of the pictures"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(name="digits"))
+    data: DataConfig = field(default_factory=DataConfig)
     times: list[float] = field(default_factory=lambda: [0.7, 0.5, 0.3, 0.1])
     """times of the maps, in [0, 1]; 0 is data"""
     layers: list[int] | None = None
@@ -51,7 +51,7 @@ def draw_maps(options: Options, out: Path) -> Path:
     model, path = loaded.model, loaded.path
     layers = choose_layers(options.layers, model.depth, most=7)
     # no run has trained on the held-out images of the digits
-    _, held_out = split(options.data, model)
+    _, held_out = split(data_of(options.data, loaded.facts), model)
     images = held_out.read(options.images, options.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     maps = pca_maps.draw_maps(model, path, images, options.times, layers)

@@ -1,11 +1,11 @@
 """The body of probe.py: linear probes of every layer at several times, as JSON and as a picture."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from sra_fast.analysis.features import check_times, choose_layers, split
+from sra_fast.analysis.features import check_times, choose_layers, data_of, split
 from sra_fast.analysis.linear_probe import best, probe_layers
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
@@ -21,7 +21,7 @@ class Options:
     """run folder, checkpoint folder, .safetensors export or published .pt; its EMA is probed"""
     out: str = "analysis"
     """folder for probe.json and probe.png"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(name="digits"))
+    data: DataConfig = field(default_factory=DataConfig)
     times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
     """times in [0, 1]; 0 is data"""
     layers: list[int] | None = None
@@ -63,6 +63,7 @@ def run(options: Options) -> dict:
     model, path = loaded.model, loaded.path
     # errors in layers and data before the first pass of the model
     layers = choose_layers(options.layers, model.depth)
+    options = replace(options, data=data_of(options.data, loaded.facts))
     parts = split(options.data, model)
     rows = probe_layers(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),

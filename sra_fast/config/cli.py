@@ -27,6 +27,14 @@ def _load(text: str):
     return value
 
 
+# what users of other projects type -> the field
+SHORT_FORMS = {
+    "--model": "model.name",
+    "--data": "data.path",
+    "--align": "align.target",
+    "--cfg-scale": "sample.guidance",
+}
+
 # one loader for files and for values of the command line
 jsonargparse.set_loader("sra", _load, exceptions=(yaml.YAMLError,))
 
@@ -80,7 +88,7 @@ def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | 
 
     A typo or a wrong type ends the process with one message and exit code 2.
     """
-    parsed = parser.parse_args(args)
+    parsed = parser.parse_args(in_full(options, sys.argv[1:] if args is None else args))
     # the parser lets a file give a section one value, and would fail with a TypeError below
     for name, hint in get_type_hints(options).items():
         section = getattr(parsed, name)
@@ -96,7 +104,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     if not list(TARGETS):
         raise RuntimeError("no alignment target is registered: import sra_fast.alignment first")
     # the target has to be known first: the parser offers its options
-    args = _in_full(list(sys.argv[1:] if args is None else args))
+    args = in_full(Config, sys.argv[1:] if args is None else args)
     options = _with_target(_target_of(args))
     parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
     # DeepSpeed's launchers append these
@@ -117,12 +125,20 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     return cfg, parsed.deepspeed_config
 
 
-def _in_full(args: list[str]) -> list[str]:
-    """The arguments with the short form ``--align none`` written out."""
+def in_full(options: type, args: list[str]) -> list[str]:
+    """The arguments with short forms written out, as far as ``options`` has what they stand for."""
+    hints = get_type_hints(options)
+    full = list(args)
     for i, arg in enumerate(args):
-        if arg == "--align=none" or args[i : i + 2] == ["--align", "none"]:
-            args[i] = arg.replace("--align", "--align.target")
-    return args
+        option, equals, value = arg.partition("=")
+        if not equals:
+            value = args[i + 1] if i + 1 < len(args) else ""
+        section, _, name = SHORT_FORMS.get(option, "").partition(".")
+        # `--model FILE.yaml` and `--model '{name: ...}'` are the parser's own forms of a section
+        whole_section = option == f"--{section}" and value.endswith((".yaml", "}"))
+        if section in hints and not whole_section:
+            full[i] = f"--{section}.{name}{equals}{value if equals else ''}"
+    return full
 
 
 def _target_of(args: list[str]) -> str:

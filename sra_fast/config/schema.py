@@ -23,12 +23,12 @@ class ModelConfig:
 
     name: str = "SiT-XL/2"
     """{SiT,DiT}-{S,B,L,XL}/{2,4,8}"""
-    input_size: int = 32
-    """side of the square input: image side / 8 for VAE latents"""
-    in_channels: int = 4
-    """channels of the input"""
-    num_classes: int = 1000
-    """number of labels"""
+    input_size: int | None = None
+    """side of the square input (image side / 8 for VAE latents); default: that of the data"""
+    in_channels: int | None = None
+    """channels of the input; default: those of the data"""
+    num_classes: int | None = None
+    """number of labels; default: that of the data"""
     class_dropout_prob: float = 0.1
     """share of labels dropped for classifier-free guidance; 0 builds no null class"""
     qk_norm: bool = False
@@ -52,9 +52,23 @@ class ModelConfig:
         """Name of the diffusion process that the family is trained with."""
         return models.preset(self.name)[0].process
 
+    def fill_in(self, shape: tuple[int, int, int] = (4, 32, 32), num_classes: int = 1000) -> None:
+        """Set what was not given.
+
+        Args:
+            shape: (C, H, W) of the data; by default that of ImageNet's latents at 256 pixels.
+            num_classes: of the data.
+        """
+        if self.in_channels is None:
+            self.in_channels = shape[0]
+        if self.input_size is None:
+            self.input_size = shape[1]
+        if self.num_classes is None:
+            self.num_classes = num_classes
+
     def arguments(self) -> dict:
         """Constructor arguments of the student."""
-        # None keeps what the name stands for
+        # None keeps what the name stands for, or the constructor's default
         overrides = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         return {**models.preset(self.name)[1], **overrides}
 
@@ -76,8 +90,9 @@ class AlignConfig:
 
     target: str = choice(TARGETS, "ema_teacher")
     """where the target features come from"""
-    student_layer: int = 8
-    """m: the student's features after this block are projected and aligned (1-based)"""
+    student_layer: int | None = None
+    """m: the student's features after this block are projected and aligned (1-based); default: the
+    paper's for B, L and XL, else a quarter of the depth"""
     head: Literal["mlp", "none"] = "mlp"
     """what the student's features pass before they are compared: the projection head, or nothing"""
     distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
@@ -125,18 +140,24 @@ class DiffusionConfig:
 class DataConfig:
     """Training data."""
 
-    name: str = choice(DATASETS, "latents")
-    """scikit-learn's digits, or VAE moments on disk"""
-    path: str = "data/imagenet256"
+    name: str = choice(DATASETS, "auto", "auto")
+    """scikit-learn's digits, VAE moments, or pixels; auto: what lies at `path`"""
+    path: str | None = None
     """folder that holds index.json (packed by preprocess.py) or vae-sd/ (the published code's
-    layout)
+    layout); or an .npz of images (arr_0 uint8 [N, H, W, C], arr_1 labels)
     """
     verify: bool = False
     """compare the SHA-256 of each packed shard with the index at its first read"""
-    latent_scale: float = 0.18215
-    """multiplies the sampled latents (SD-VAE: 0.18215)"""
+    latent_scale: float | None = None
+    """a latent is (z - latent_shift) * latent_scale, z being drawn from the VAE's posterior;
+    default: the scaling_factor of the VAE that made the data, or 0.18215 (SD-VAE)"""
+    latent_shift: float | None = None
+    """see latent_scale; default: the shift_factor of the VAE that made the data, or 0"""
+    flip: bool = False
+    """mirror half of the images, drawn anew in every step (pixels only; the option `mirror` of
+    preprocess.py adds mirrored images to latents)"""
     num_workers: int = 4
-    """loader processes (latents)"""
+    """loader processes"""
 
 
 @dataclass

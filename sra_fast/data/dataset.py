@@ -1,20 +1,107 @@
 """The configured data set, checked against the model and the batch."""
 
+import logging
+from pathlib import Path
+
+import torch
+
 from sra_fast.config.schema import Config, DataConfig
-from sra_fast.data.latents import open_latents
+from sra_fast.data.images import holds_images
+from sra_fast.data.latents import MomentDataset, open_latents, warn_of_deviation
+from sra_fast.data.packed import INDEX, read_index
+from sra_fast.data.pixels import PackedPixels, PixelArray, Pixels
 from sra_fast.data.training_data import TrainingData
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import DATASETS
+
+log = logging.getLogger("sra_fast")
 
 
 @DATASETS.register("latents")
 def make_latents(data: DataConfig) -> TrainingData:
     """VAE moments on disk."""
-    return open_latents(data.path, data.latent_scale, data.verify)
+    require_that(data.path is not None, "data.path must name a folder of VAE moments, got nothing")
+    require_that(
+        not data.flip,
+        "data.flip is for pixels: a mirrored latent is no latent of the mirrored image "
+        "(preprocess.py --mirror true adds those)",
+    )
+    found = open_latents(data.path, data.latent_scale, data.latent_shift, data.verify)
+    warn_of_deviation(found)
+    return found
 
 
-def make_dataset(cfg: Config) -> TrainingData:
-    """The configured training set; ValueError if it does not fit the model or the batch."""
-    data = DATASETS[cfg.data.name](cfg.data)
+@DATASETS.register("pixels")
+def make_pixels(data: DataConfig) -> Pixels:
+    """Images, packed or in an .npz."""
+    require_that(data.path is not None, "data.path must name packed images or an .npz, got nothing")
+    for name in ("latent_scale", "latent_shift"):
+        value = getattr(data, name)
+        require_that(value is None, f"data.{name} is for latents, the data are pixels; got {value}")
+    if Path(data.path).is_file():
+        return PixelArray(data.path, data.flip)
+    return PackedPixels(data.path, data.flip, data.verify)
+
+
+def kind_of(path: str | None) -> str:
+    """The name in ``DATASETS`` of what lies at ``path``.
+
+    Raises:
+        ValueError: nothing that a run can be trained on. Images have to be prepared first; the
+            message has the command.
+    """
+    require_that(
+        path is not None,
+        "data.path must name the training data (`--data PATH`), got nothing; `--data.name digits` "
+        "needs no path",
+    )
+    root = Path(path)
+    if (root / INDEX).exists():
+        return "pixels" if read_index(root).get("kind") == "pixels" else "latents"
+    if root.suffix == ".npz":
+        return "pixels"
+    is_latents = (root / "vae-sd").is_dir()
+    if not is_latents and root.exists() and holds_images(root):
+        raise ValueError(
+            f"{path} holds images; prepare them first: sra-fast preprocess --source {path} "
+            "--out data/NAME --resolution 256 --vae VAE_FOLDER (latents), or --resolution 64 "
+            "--pixels true (small images, no VAE); then --data data/NAME"
+        )
+    return "latents"
+
+
+def open_data(data: DataConfig) -> TrainingData:
+    """The data set; name, scale and shift are filled in.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if data.name == "auto":
+        data.name = kind_of(data.path)
+    found = DATASETS[data.name](data)
+    if isinstance(found, MomentDataset):
+        data.latent_scale = found.scale
+        data.latent_shift = found.shift
+    return found
+
+
+def fill_in_model(cfg: Config, data: TrainingData) -> None:
+    """Give the model the sizes and classes of the data, where it has none of its own.
+
+    Raises:
+        ValueError: labels that are numbered from 1, which would make a class 0 without images.
+    """
+    smallest = int(data.labels.min())
+    if cfg.model.num_classes is None and data.counted_classes and smallest > 0:
+        raise ValueError(
+            f"labels must be numbered from 0, the data has {smallest} .. {data.num_classes - 1}; "
+            f"if classes without images are meant, give model.num_classes {data.num_classes}"
+        )
+    cfg.model.fill_in(data.shape, data.num_classes)
+
+
+def check_data(data: TrainingData, cfg: Config) -> None:
+    """ValueError unless the data fit the model and the batch."""
     model = cfg.model
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
@@ -28,9 +115,26 @@ def make_dataset(cfg: Config) -> TrainingData:
             f"labels must lie in [0, {model.num_classes}) (model.num_classes), "
             f"the data has {smallest} .. {data.num_classes - 1}"
         )
+    empty = (torch.bincount(data.labels, minlength=model.num_classes) == 0).nonzero().flatten()
+    if len(empty):
+        log.warning(
+            "%d of the model's %d classes have no image, the first is %d: nothing trains them",
+            *(len(empty), model.num_classes, empty[0]),
+        )
     if len(data) < cfg.train.global_batch:
         raise ValueError(
             f"train.global_batch {cfg.train.global_batch} is larger than the data set "
             f"({len(data)} images)"
         )
+
+
+def make_dataset(cfg: Config) -> TrainingData:
+    """The configured training set; what the configuration leaves open is filled in.
+
+    Raises:
+        ValueError: it cannot be read, or does not fit the model or the batch.
+    """
+    data = open_data(cfg.data)
+    fill_in_model(cfg, data)
+    check_data(data, cfg)
     return data

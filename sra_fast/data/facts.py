@@ -2,8 +2,6 @@
 
 from dataclasses import asdict, dataclass
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -44,7 +42,3 @@ class DataFacts:
     def name_of(self, label: int) -> str:
         """The name of a class, or its number."""
         return self.class_names[label] if self.class_names else str(label)
-
-    def to_vae(self, latents: Tensor) -> Tensor:
-        """A model's latents -> the VAE's."""
-        return latents / self.scale + self.shift

@@ -1,61 +1,28 @@
-"""VAE moments on disk: one file per image as the published code has them, or packed in shards.
-
-The packed layout is ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and ``shards/00000.npy``,
-``shards/00001.npy``, ... Each shard is ``[shard_size, 2C, H, W]``, the mean and then the standard
-deviation; the last shard may be shorter. The index is written last. It records how the latents were
-made, and the size and SHA-256 of every other file. The .npy format has no bf16, so bf16 is stored
-as its bits in uint16.
-"""
+"""VAE moments on disk: one file per image as the published code has them, or packed in shards."""
 
 import hashlib
 import io
 import json
 import logging
-import threading
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, RECIPE, Shards, load_npy
 from sra_fast.data.training_data import TrainingData
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sra_fast")
 
-VERSION = 1
-INDEX = "index.json"
-LABELS = "labels.npy"
-# written when preprocessing starts: a folder with this file and no index is unfinished
-RECIPE = "preprocess.json"
-STORAGE = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}
-_parsing = threading.Lock()
-
-
-def load_npy(file: Path | io.BytesIO, **options) -> np.ndarray:
-    """``numpy.load``, for one thread at a time.
-
-    NumPy parses the header as Python source. Two threads that do so at once may get a SystemError
-    (CPython 3.11.7, gh-106905).
-    """
-    with _parsing:
-        return np.load(file, **options)
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard, relative to the data set's folder."""
-    return f"shards/{number:05d}.npy"
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def file_entry(root: Path, name: str) -> dict:
-    """The index's entry of a file: name, size and SHA-256."""
-    path = root / name
-    return {"file": name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+# the first Stable Diffusion's VAE: what the published code has
+DEFAULT_SCALE = 0.18215
+# a model learns best if its input's deviation is about 1; outside of this range there is a warning
+PLAUSIBLE_DEVIATION = (0.5, 2.0)
+# how many images are looked at when a data set is opened
+LOOKED_AT = 64
 
 
 class MomentDataset(TrainingData):
@@ -65,18 +32,32 @@ class MomentDataset(TrainingData):
         labels: int64 ``[N]``.
         moments_shape: (2C, H, W).
         num_classes: labels lie in [0, num_classes).
+        class_names: of every class, or None.
         fingerprint: SHA-256 of names and labels, or of the index.
         vae: ``vae_identity`` of the VAE that made the moments, or None if unknown.
-        scale: multiplies the sampled latents.
+        vae_path: where that VAE was, or None.
+        scale, shift: a latent is (z - shift) * scale, z being drawn from the VAE's posterior.
     """
 
+    name = "latents"
     posterior = True
     labels: Tensor
     moments_shape: tuple[int, int, int]
     num_classes: int
+    class_names: list[str] | None = None
     fingerprint: str
-    vae: dict | None
+    vae: dict | None = None
+    vae_path: str | None = None
     scale: float
+    shift: float
+    root: Path
+
+    def _set_scale(self, scale: float | None, shift: float | None) -> None:
+        """What was asked for, or what belongs to the VAE."""
+        of_vae = self.vae or {}
+        self.scale = of_vae.get("scaling_factor", DEFAULT_SCALE) if scale is None else scale
+        # some VAEs have no shift, and old indexes do not tell it
+        self.shift = (of_vae.get("shift_factor") or 0.0) if shift is None else shift
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,11 +65,8 @@ class MomentDataset(TrainingData):
         channels, height, width = self.moments_shape
         return (channels // 2, height, width)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def to_latent(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Sample the posterior: ``(mean + std * noise) * scale``.
+        """Sample the posterior: ``(mean + std * noise - shift) * scale``.
 
         Args:
             moments: ``[B, 2C, H, W]``, any floating dtype.
@@ -99,7 +77,59 @@ class MomentDataset(TrainingData):
         """
         # the stored dtype may be fp16; the sum is computed in fp32
         mean, std = moments.float().chunk(2, dim=1)
-        return (mean + std * noise) * self.scale
+        z = mean + std * noise
+        return (z - self.shift if self.shift else z) * self.scale
+
+    def facts(self) -> DataFacts:
+        return DataFacts(
+            name=self.name,
+            shape=self.shape,
+            num_classes=self.num_classes,
+            path=str(self.path.absolute()),
+            class_names=self.class_names,
+            scale=self.scale,
+            shift=self.shift,
+            vae=self.vae,
+            vae_path=self.vae_path,
+            fingerprint=self.fingerprint,
+        )
+
+    @property
+    def path(self) -> Path:
+        """The folder that was given."""
+        return self.root
+
+    def deviation(self) -> float:
+        """Standard deviation of the latents, over some images: 1 is what a model expects."""
+        rows = np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int))
+        moments, _ = self.__getitems__(rows.tolist())
+        check_moments(moments, f"{self.path}")
+        mean, std = moments.double().chunk(2, dim=1)
+        # over images and places, for each channel
+        variance = mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))
+        return self.scale * math.sqrt(variance.mean().item())
+
+    def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
+        folder = self.path / HELD_OUT_FOLDER
+        if not folder.is_dir():
+            return super().held_out_split()
+        # every row of both: no run trains on these images
+        held_out = open_latents(str(folder), self.scale, self.shift)
+        return [(part, np.arange(len(part))) for part in (self, held_out)]
+
+
+def check_moments(moments: Tensor, source: str) -> None:
+    """ValueError unless ``[..., 2C, H, W]`` can be means and standard deviations."""
+    if not moments.is_floating_point():
+        raise ValueError(f"{source}: moments must be floating-point numbers, got {moments.dtype}")
+    if not moments.isfinite().all():
+        raise ValueError(f"{source}: moments must be finite, they are not")
+    std = moments.chunk(2, dim=-3)[1]
+    if (std < 0).any():
+        raise ValueError(
+            f"{source}: the second half of the channels must be standard deviations, found "
+            f"{std.min().item():.4g}: are these logarithms of variances?"
+        )
 
 
 class Latents(MomentDataset):
@@ -107,16 +137,18 @@ class Latents(MomentDataset):
 
     Args:
         path: folder that holds ``vae-sd``.
-        scale: multiplies the sampled latents.
+        scale, shift: see ``MomentDataset``; default: those of the VAE in ``dataset.json``, else
+            SD-VAE's.
 
     Raises:
         ValueError: the folder, its ``dataset.json``, images or labels are missing, or the moments
             are not [2C, H, W].
     """
 
-    def __init__(self, path: str, scale: float = 0.18215):
+    counted_classes = True
+
+    def __init__(self, path: str, scale: float | None = None, shift: float | None = None):
         self.root = Path(path) / "vae-sd"
-        self.scale = scale
         if not self.root.is_dir():
             raise ValueError(
                 f"data.path must hold a folder vae-sd with VAE moments, or {INDEX} of packed ones; "
@@ -129,16 +161,23 @@ class Latents(MomentDataset):
         labels = self._read_labels()
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.num_classes = int(self.labels.max()) + 1
+        self._set_scale(scale, shift)
         self.moments_shape = self._read(self.files[0], first=True).shape
         self.fingerprint = hashlib.sha256(json.dumps([self.files, labels]).encode()).hexdigest()
 
+    @property
+    def path(self) -> Path:
+        return self.root.parent
+
     def _read_labels(self) -> list[int]:
-        """The label of every file in ``files``, and ``self.vae``."""
+        """The label of every file in ``files``, and what the list says about VAE and classes."""
         index = self.root / "dataset.json"
         try:
             content = json.loads(index.read_text())
             labels = dict(content["labels"])
             self.vae = content.get("vae")
+            self.vae_path = content.get("vae_path")
+            self.class_names = content.get("classes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}'
@@ -180,6 +219,8 @@ class Latents(MomentDataset):
             raise ValueError(
                 f"{path} must hold moments [2C, H, W] like the others, got {moments.shape}"
             )
+        # every file, as anybody may have written it: 16 KB are looked through in microseconds
+        check_moments(torch.from_numpy(moments), str(path))
         return moments
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -189,129 +230,61 @@ class Latents(MomentDataset):
 
 
 class PackedLatents(MomentDataset):
-    """Moments in shards. Opening reads only the index and the labels; a shard is memory-mapped when it is first used.
+    """Moments in shards (see ``packed.py``).
 
     Args:
         path: folder that holds ``index.json``.
-        scale: multiplies the sampled latents.
-        verify: compare a shard's SHA-256 with the index when a batch first uses it. This happens
-            once, however many loader processes there are.
+        scale, shift: see ``MomentDataset``; default: those of the VAE in the index, else SD-VAE's.
+        verify: see ``Shards``.
 
     Raises:
-        ValueError: the index is unreadable, or the labels or a shard are missing, cut short or
-            (labels only) altered. ``__getitems__`` raises it for a shard that was altered.
+        ValueError: see ``Shards``.
     """
 
-    def __init__(self, path: str, scale: float = 0.18215, verify: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        scale: float | None = None,
+        shift: float | None = None,
+        verify: bool = False,
+    ):
         self.root = Path(path)
-        self.scale = scale
-        # sizes are compared now, contents only with verify: hashing 21 GB would delay every start
-        self._read_index()
-        self._check_files()
-        # mode c (copy on write): PyTorch has no read-only tensors
-        self.labels = torch.from_numpy(np.load(self.root / LABELS, mmap_mode="c"))
-        right_length = self.labels.shape == (self.length,)
-        if not right_length or not 0 <= self.labels.min() <= self.labels.max() < self.num_classes:
-            raise ValueError(
-                f"{self.root / LABELS} must hold {self.length} labels in [0, {self.num_classes})"
-            )
-        # in shared memory, so that what one loader process has verified is known to all
-        self.unchecked = torch.full((len(self.entries),), verify).share_memory_()
-        self._maps: dict[int, np.ndarray] = {}
+        self.shards = Shards(path, "moments", verify)
+        index = self.shards.index
+        self.labels = self.shards.labels
+        self.num_classes = self.shards.num_classes
+        self.moments_shape = self.shards.row_shape
+        self.fingerprint = self.shards.fingerprint
+        self.class_names = index.get("classes")
+        self.vae = index["vae"]
+        self.vae_path = index.get("vae_path")
+        self._set_scale(scale, shift)
 
-    def _read_index(self) -> None:
-        file = self.root / INDEX
-        try:
-            text = file.read_bytes()
-            index = json.loads(text)
-            if index["version"] != VERSION:
-                raise ValueError(f"version {VERSION} was expected, got {index['version']}")
-            self.index = index
-            self.moments_shape = tuple(index["shape"])
-            self.dtype = getattr(torch, index["dtype"])
-            self.storage = STORAGE[index["dtype"]]
-            self.shard_size = int(index["shard_size"])
-            self.length = index["num_images"]
-            self.num_classes = index["num_classes"]
-            self.vae = index["vae"]
-            self.entries = index["shards"]
-            self.label_entry = index["labels"]
-            if len(self.entries) != -(-self.length // self.shard_size):
-                raise ValueError(
-                    f"{len(self.entries)} shards of {self.shard_size} cannot hold {self.length} images"
-                )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is no index of packed latents: {error!r}") from None
-        self.fingerprint = hashlib.sha256(text).hexdigest()
-
-    def _check_files(self) -> None:
-        """Compare the size of every file with the index, and the labels' SHA-256 (8 bytes an image: quick)."""
-        wrong = []
-        for entry in (self.label_entry, *self.entries):
-            path = self.root / entry["file"]
-            if not path.exists():
-                wrong.append(f"{entry['file']} is missing")
-            elif path.stat().st_size != entry["bytes"]:
-                size = path.stat().st_size
-                wrong.append(f"{entry['file']} has {size} bytes instead of {entry['bytes']}")
-        if not wrong and sha256(self.root / LABELS) != self.label_entry["sha256"]:
-            wrong.append(f"{LABELS} was altered")
-        if wrong:
-            # the first three are enough to see what happened
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(
-                f"{self.root}: {'; '.join(wrong[:3])}{more}. "
-                "Run the command that made the folder again to repair it"
-            )
-
-    def _shard(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            self._maps[number] = self._open(number)
-        return self._maps[number]
-
-    def _open(self, number: int) -> np.ndarray:
-        entry = self.entries[number]
-        path = self.root / entry["file"]
-        try:
-            if self.unchecked[number] and sha256(path) != entry["sha256"]:
-                raise ValueError(f"its SHA-256 is not the index's {entry['sha256']}")
-            # as a plain array: indexing a memmap costs more than the read itself
-            shard = load_npy(path, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} was altered or cannot be read: {error}") from None
-        # the last shard may be shorter
-        rows = min(self.shard_size, self.length - number * self.shard_size)
-        expected = (rows, *self.moments_shape)
-        if (shard.shape, shard.dtype) != (expected, self.storage):
-            raise ValueError(
-                f"{path} must hold {expected} of {self.storage}, got {shard.shape} of {shard.dtype}"
-            )
-        self.unchecked[number] = False
-        return shard
-
-    def __getstate__(self) -> dict:
-        # a loader process maps the shards itself: pickling a map would copy the whole shard
-        return {**self.__dict__, "_maps": {}}
+    def deviation(self) -> float:
+        statistics = self.shards.index.get("channels")
+        if statistics is None:
+            # made by an older version. not these shards: with `verify` a look at a few images would
+            # hash all of them
+            return super(PackedLatents, PackedLatents(self.root, self.scale)).deviation()
+        # the root of the mean variance
+        variances = [value**2 for value in statistics["std"]]
+        return self.scale * math.sqrt(sum(variances) / len(variances))
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Moments ``[B, 2C, H, W]`` in the stored dtype and labels ``[B]``, in the order of ``indices``."""
-        moments = np.empty((len(indices), *self.moments_shape), self.storage)
-        # read in the order of the disk, write to the asked position
-        for position in np.argsort(indices):
-            number, row = divmod(indices[position], self.shard_size)
-            moments[position] = self._shard(number)[row]
-        return torch.from_numpy(moments).view(self.dtype), self.labels[indices]
+        return self.shards.read(indices), self.labels[indices]
 
 
 def open_latents(
-    path: str, scale: float = 0.18215, verify: bool = False
+    path: str, scale: float | None = None, shift: float | None = None, verify: bool = False
 ) -> Latents | PackedLatents:
     """Open moments in either layout.
 
     Args:
         path: folder that holds ``index.json`` or ``vae-sd``.
-        scale: multiplies the sampled latents. A warning says if the VAE that made them has another.
-        verify: see ``PackedLatents``.
+        scale, shift: see ``MomentDataset``; default: those of the VAE that made the moments, else
+            SD-VAE's. A warning says if that VAE has others.
+        verify: see ``Shards``.
 
     Raises:
         ValueError: there are no moments, or preprocessing has not finished.
@@ -324,12 +297,29 @@ def open_latents(
         raise ValueError(
             f"the preprocessing of {root} is not finished: run the same command again to resume it"
         )
-    data = PackedLatents(path, scale, verify) if packed else Latents(path, scale)
-    if data.vae and data.vae["scaling_factor"] != scale:
-        log.warning(
-            "data.latent_scale is %s, the scaling_factor of the VAE that made %s is %s",
-            scale,
-            path,
-            data.vae["scaling_factor"],
-        )
+    scaled = (path, scale, shift)
+    data = PackedLatents(*scaled, verify) if packed else Latents(*scaled)
+    of_vae = data.vae or {}
+    for name, value, factor in (
+        ("scale", data.scale, "scaling_factor"),
+        ("shift", data.shift, "shift_factor"),
+    ):
+        expected = of_vae.get(factor)
+        if expected not in (None, value):
+            log.warning(
+                "data.latent_%s is %s, the %s of the VAE that made %s is %s",
+                *(name, value, factor, path, expected),
+            )
     return data
+
+
+def warn_of_deviation(data: MomentDataset) -> None:
+    """Look at some images: an error if they cannot be moments, a warning if the scale is wrong."""
+    deviation = data.deviation()
+    low, high = PLAUSIBLE_DEVIATION
+    if not low <= deviation <= high:
+        log.warning(
+            "the latents of %s have a standard deviation of %.3g, a model expects about 1: "
+            "data.latent_scale %.4g would give 1, it is %.4g",
+            *(data.path, deviation, data.scale / deviation, data.scale),
+        )

@@ -4,6 +4,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sra_fast.data.batch import Batch
 from sra_fast.data.facts import DataFacts
 
 # one image in five is held out of an analysis
@@ -19,8 +20,10 @@ class TrainingData(Dataset):
         name: that in ``DATASETS``.
         shape: (C, H, W) of a latent.
         posterior: whether items are VAE moments, from which the latents are drawn.
-        num_classes: one more than the largest label.
+        num_classes: labels lie in [0, num_classes).
+        counted_classes: ``num_classes`` is only the largest label and one: nothing else tells it.
         labels: ``[N]`` int64.
+        flip: half of the images are mirrored, drawn anew in every step.
         in_memory: a batch costs nothing to fetch: no loader processes.
         evaluation: name in ``EVALUATIONS`` of how samples are scored at the end of a run, or None.
     """
@@ -29,7 +32,9 @@ class TrainingData(Dataset):
     shape: tuple[int, int, int]
     posterior: bool = False
     num_classes: int
+    counted_classes: bool = False
     labels: Tensor
+    flip: bool = False
     in_memory: bool = False
     evaluation: str | None = None
 
@@ -39,6 +44,11 @@ class TrainingData(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         """One batch: the images, then the tensors that the conditioning is made from (labels)."""
         raise NotImplementedError
+
+    def read(self, numbers: list[int]) -> Batch:
+        """The images of these numbers as they are stored, to be stored in another layout."""
+        images, *_ = self.__getitems__(numbers)
+        return Batch(images, numbers, len(numbers))
 
     def to_latent(self, images: Tensor, noise: Tensor | None) -> Tensor:
         """A batch on the device -> clean latents ``[B, C, H, W]``.

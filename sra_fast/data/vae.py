@@ -39,7 +39,8 @@ def load_vae(path: str, channels: int | None = None):
 
 
 def vae_identity(vae) -> dict:
-    """What decides the latents: ``sha256`` of the encoder's weights, and the ``scaling_factor``.
+    """What decides the latents: ``sha256`` of the encoder's weights, ``scaling_factor`` and
+    ``shift_factor``.
 
     The decoder is left out: decoders are fine-tuned and swapped without a change of the latents.
     """
@@ -49,7 +50,12 @@ def vae_identity(vae) -> dict:
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(f"{name} {[*weight.shape]} ".encode())
             digest.update(weight.detach().cpu().float().contiguous().numpy())
-    return {"sha256": digest.hexdigest(), "scaling_factor": vae.config.scaling_factor}
+    return {
+        "sha256": digest.hexdigest(),
+        "scaling_factor": vae.config.scaling_factor,
+        # None in a VAE that has no shift
+        "shift_factor": getattr(vae.config, "shift_factor", None) or 0.0,
+    }
 
 
 def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -113,20 +119,24 @@ def moments_shape(vae, encode: Callable[[Tensor], Tensor], size: int) -> tuple[i
 
 
 @torch.no_grad()
-def decode(latents: Tensor, vae, scale: float, batch: int, device: torch.device) -> Tensor:
+def decode(
+    latents: Tensor, vae, scale: float, shift: float, batch: int, device: torch.device
+) -> Tensor:
     """Latents -> images in [-1, 1].
 
     Args:
         latents: ``[N, C, h, w]``.
-        vae: on ``device``; None: latents of 1 or 3 channels are the images and are returned as they
-            are.
-        scale: what the latents were multiplied with for training.
+        vae: on ``device``; None: the latents are the images and are returned as they are.
+        scale, shift: a latent is (z - shift) * scale, z being the VAE's.
         batch: latents per call of the decoder.
 
     Returns:
-        ``[N, 3, H, W]`` fp32 on the CPU.
+        ``[N, 3, H, W]`` (without a VAE ``[N, C, H, W]``) fp32 on the CPU.
     """
     if vae is None:
         return latents
-    parts = latents.split(batch)
-    return torch.cat([vae.decode(part.to(device) / scale).sample.float().cpu() for part in parts])
+    images = []
+    for part in latents.split(batch):
+        z = part.to(device) / scale + shift
+        images.append(vae.decode(z).sample.float().cpu())
+    return torch.cat(images)

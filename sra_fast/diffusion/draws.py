@@ -27,6 +27,7 @@ class Draws:
         uniform: ``[B]`` in [0, 1): the student's time.
         gap: ``[B]`` in [0, 1): how much earlier the teacher's time is.
         drop: ``[B]`` bool: conditioning replaced by nothing.
+        flip: ``[B]`` bool: images to mirror, or None.
     """
 
     noise: Tensor
@@ -34,6 +35,13 @@ class Draws:
     uniform: Tensor
     gap: Tensor
     drop: Tensor
+    flip: Tensor | None = None
+
+    def mirror(self, x0: Tensor) -> Tensor:
+        """The images ``[B, C, H, W]``, those of ``flip`` mirrored."""
+        if self.flip is None:
+            return x0
+        return torch.where(self.flip[:, None, None, None], x0.flip(3), x0)
 
 
 def block_seed(*key: int) -> int:
@@ -66,6 +74,7 @@ def draw(
     *,
     drop_prob: float,
     posterior: bool,
+    flip: bool = False,
 ) -> Draws:
     """Draws of images ``first`` to ``first + B`` of an optimizer step.
 
@@ -77,6 +86,7 @@ def draw(
         device: where the numbers are drawn; CPU and CUDA give different ones.
         drop_prob: probability that an image's label becomes the null class.
         posterior: also draw the noise of the VAE posterior.
+        flip: also draw which images are mirrored, each with probability 1/2.
     """
     batch, *latent = shape
     # key 0: time, gap and label dropping of each image
@@ -86,6 +96,11 @@ def draw(
     sets = 2 if posterior else 1
     draw_normals = lambda g: torch.randn(BLOCK, sets, *latent, generator=g, device=device)
     normals = _blocks(draw_normals, (seed, step, 1), first, batch, device)
+    flips = None
+    if flip:
+        # key 2: a run without mirrored images has the same other numbers
+        draw_coins = lambda g: torch.rand(BLOCK, generator=g, device=device)
+        flips = _blocks(draw_coins, (seed, step, 2), first, batch, device) < 0.5
     time, gap, drop = uniforms.unbind(1)
     return Draws(
         noise=normals[:, 0],
@@ -94,4 +109,5 @@ def draw(
         gap=gap,
         # drawn at probability 0 too: the time and the gap do not depend on it
         drop=drop < drop_prob,
+        flip=flips,
     )

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import SampleConfig
-from sra_fast.data.vae import decode, load_vae
+from sra_fast.data.vae import decode
 from sra_fast.diffusion.samplers import Call, check_sampling
 from sra_fast.models import Conditioning, SiT
 from sra_fast.plots.report import save_grid, to_uint8
+from sra_fast.sampling.decoder import Decoder, choose_decoder
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
 from sra_fast.utils.cuda_graph import Graphed
@@ -35,8 +36,8 @@ class Options:
     """folder for samples.png and samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels)"""
     count: int = 100
     """number of images"""
-    classes: list[int] | None = None
-    """labels to sample, in turn; default: all of the model's classes"""
+    classes: list[int | str] | None = None
+    """classes to sample, in turn, by number or by name; default: all of the model's"""
     batch: int = 64
     """images per model call (twice that with guidance)"""
     columns: int = 10
@@ -56,9 +57,13 @@ class Options:
     png: bool = False
     """also write every image to out/png/000000.png, ..."""
     vae: str | None = None
-    """path or hub id of a diffusers AutoencoderKL, for models of 4-channel latents"""
-    latent_scale: float = 0.18215
-    """what the latents were multiplied with for training"""
+    """path or hub id of a diffusers AutoencoderKL that decodes latents; default: the one that made
+    the training data, if it is still there"""
+    latent_scale: float | None = None
+    """for weights of other projects: a latent is (z - latent_shift) * latent_scale, z being the
+    VAE's; a run knows it; default: the scaling_factor of the VAE"""
+    latent_shift: float | None = None
+    """see latent_scale; default: the shift_factor of the VAE"""
     num_heads: int | None = None
     """for a published .pt whose width is no paper size"""
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -87,7 +92,8 @@ class SamplingJob:
         model: in eval mode, fp32, on the CPU.
         path: the interpolant it was trained with.
         labels: ``[count]`` int64.
-        vae: what decodes the latents; None: they are the images.
+        class_names: of every class, if they are known.
+        decoder: what turns latents into images.
         device: where this process samples.
     """
 
@@ -95,7 +101,8 @@ class SamplingJob:
     model: SiT
     path: str
     labels: Tensor
-    vae: object | None
+    class_names: list[str] | None
+    decoder: Decoder
     device: torch.device
 
 
@@ -122,14 +129,9 @@ def load_job(options: Options) -> SamplingJob:
         raise ValueError("count, batch, columns, grid and scale must be at least 1")
     # the model's sizes decide what else must be given
     loaded = load_model(options.checkpoint, options.sample.weights, options.num_heads)
-    model, path = loaded.model, loaded.path
-    if options.vae is None and model.in_channels not in (1, 3):
-        raise ValueError(
-            f"the model makes latents of {model.in_channels} channels: give --vae to decode them"
-        )
-    classes = torch.tensor(options.classes or list(range(model.num_classes)))
-    if int(classes.min()) < 0 or int(classes.max()) >= model.num_classes:
-        raise ValueError(f"classes must lie in [0, {model.num_classes}), got {options.classes}")
+    model, facts = loaded.model, loaded.facts
+    names = facts.class_names if facts else None
+    classes = torch.tensor(class_numbers(options.classes, model.num_classes, names))
     check_sampling(options.sample, model)
     if options.sample.guidance != 1 and not model.has_null:
         raise ValueError(
@@ -137,11 +139,34 @@ def load_job(options: Options) -> SamplingJob:
         )
     # balanced: the classes take turns
     turns = choose_labels(options.count, len(classes), options.sample.labels, options.seed)
-    vae = load_vae(options.vae, model.in_channels) if options.vae else None
-    return SamplingJob(options, model, path, classes[turns], vae, device)
+    decoder = choose_decoder(
+        options.vae, options.latent_scale, options.latent_shift, model.in_channels, facts
+    )
+    return SamplingJob(options, model, loaded.path, classes[turns], names, decoder, device)
 
 
-def identity(options: Options, model: SiT) -> dict:
+def class_numbers(
+    asked: list[int | str] | None, num_classes: int, names: list[str] | None
+) -> list[int]:
+    """Labels of the asked classes; all of them if none were asked for.
+
+    Raises:
+        ValueError: a number outside the range, or a name that the model's data do not have.
+    """
+    numbers = []
+    for item in range(num_classes) if asked is None else asked:
+        if isinstance(item, str) and item in (names or ()):
+            item = names.index(item)
+        if not isinstance(item, int) or not 0 <= item < num_classes:
+            known = f", or names such as {', '.join(names[:3])}" if names else ""
+            raise ValueError(f"classes must lie in [0, {num_classes}){known}, got {item!r}")
+        numbers.append(item)
+    if not numbers:
+        raise ValueError("classes must name at least one class, got []")
+    return numbers
+
+
+def identity(options: Options, model: SiT, decoder: Decoder) -> dict:
     """What the images depend on, and whether they are also written as PNGs.
 
     Parts of samples with another identity are not reused.
@@ -152,6 +177,8 @@ def identity(options: Options, model: SiT) -> dict:
         digest.update(name.encode())
         digest.update(value.contiguous().numpy())
     decisive = {key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS}
+    # what decodes, also where it was not given
+    decisive |= {"latent_scale": decoder.scale, "latent_shift": decoder.shift}
     return {"weights": digest.hexdigest()[:16], **decisive}
 
 
@@ -178,7 +205,8 @@ def image_maker(
     options = job.options
     device = job.device
     model = job.model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    vae = job.vae.to(device) if job.vae else None
+    decoder = job.decoder
+    vae = decoder.vae.to(device) if decoder.vae else None
     if options.compile:
         model.compile_blocks()
     # a graph per batch size: the last batch may be smaller
@@ -197,8 +225,7 @@ def image_maker(
             first=first,
             call=call,
         )
-        # without a VAE the latents are the images
-        images = decode(latents, vae, options.latent_scale, options.batch, device)
+        images = decode(latents, vae, decoder.scale, decoder.shift, options.batch, device)
         if not images.isfinite().all():
             raise ValueError(
                 f"images {first} .. {end - 1} are not finite: the weights, or precision {options.precision}"
@@ -228,7 +255,7 @@ def run(job: SamplingJob) -> dict | None:
 
     out = make_folder(options.out)
     parts = out / "parts"
-    open_parts(parts, identity(options, job.model))
+    open_parts(parts, identity(options, job.model, job.decoder))
     png = out / "png" if options.png else None
     if png:
         open_pngs(png, count)

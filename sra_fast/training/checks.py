@@ -97,7 +97,14 @@ def _check_numbers(cfg: Config) -> None:
             f"{name} must not be negative nor infinite, got {value}",
         )
     scale = cfg.data.latent_scale
-    require_that(scale > 0, f"data.latent_scale must be positive, got {scale}")
+    require_that(
+        scale is None or 0 < scale < math.inf,
+        f"data.latent_scale must be positive and finite, got {scale}",
+    )
+    shift = cfg.data.latent_shift
+    require_that(
+        shift is None or math.isfinite(shift), f"data.latent_shift must be finite, got {shift}"
+    )
 
 
 def _check_align(cfg: Config) -> None:
@@ -138,11 +145,6 @@ def _check_monitor(cfg: Config) -> None:
     for name, least in {"count": 2, "grid": 1, "batch": 1}.items():
         value = getattr(monitor, name)
         require_that(value >= least, f"monitor.{name} must be at least {least}, got {value}")
-    channels = cfg.model.in_channels
-    require_that(
-        monitor.vae is not None or channels in (1, 3),
-        f"monitor.every needs monitor.vae to decode latents of {channels} channels",
-    )
     require_that(
         (monitor.reference is None) == (monitor.inception is None),
         "monitor.reference and monitor.inception go together, "

@@ -64,8 +64,9 @@ def optimizer_step(
             trainer.device,
             drop_prob=cfg.model.class_dropout_prob,
             posterior=data.posterior,
+            flip=data.flip,
         )
-        x0 = data.to_latent(images, draws.posterior)
+        x0 = draws.mirror(data.to_latent(images, draws.posterior))
         # the same labels are dropped for student and teacher
         condition = conditioning.from_tensors(*labels).dropped(draws.drop)
         times = engine.module.process.times(draws.uniform, draws.gap)

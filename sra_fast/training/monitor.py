@@ -112,7 +112,8 @@ class Monitor:
             self.device,
             first=first,
         )
-        images = decode(latents, self.vae, cfg.data.latent_scale, batch, self.device)
+        data = cfg.data
+        images = decode(latents, self.vae, data.latent_scale, data.latent_shift, batch, self.device)
         return torch.from_numpy(report.to_uint8(images, cfg.sample.rounding)).to(self.device)
 
     def _fid(self, pixels: Tensor, counts: list[int]) -> float:

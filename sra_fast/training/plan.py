@@ -9,10 +9,12 @@ import torch
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.identity import identity_of
 from sra_fast.config.schema import Config, ModelConfig
-from sra_fast.data.dataset import make_dataset
+from sra_fast.data.dataset import check_data, fill_in_model, open_data
+from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 
 
@@ -54,11 +56,18 @@ class RunPlan:
     initial: dict
 
 
+def fill_in(cfg: Config) -> None:
+    """Give what the configuration leaves open its default, where the data have not done that."""
+    cfg.model.fill_in()
+    TARGETS[cfg.align.target].fill_in(cfg)
+
+
 def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None) -> Plan:
     """Check everything about model, step and machine.
 
     Args:
-        cfg: the configuration. Its ``train.zero_stage`` is set to that of DeepSpeed's JSON.
+        cfg: the configuration. Its ``train.zero_stage`` is set to that of DeepSpeed's JSON, and
+            what it leaves open to defaults.
         ds_json: path of DeepSpeed's JSON, or None.
         world: number of processes; default: the launcher's.
 
@@ -68,6 +77,7 @@ def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None)
     if world is None:
         world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
+    fill_in(cfg)
     check_config(cfg)
     micro, accumulation = split_batch(cfg, world)
     # the user's JSON may set another stage, so the machine is checked after it
@@ -80,12 +90,17 @@ def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None)
 
 
 def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
-    """``make_plan``, then output folder, checkpoint, data and initial weights; ValueError
-    likewise.
+    """Output folder, data, ``make_plan``, checkpoint and initial weights; ValueError likewise.
+
+    What the configuration leaves open is taken from the data: sizes and classes of the model, scale
+    and shift of the latents.
     """
-    # the cheap checks first: opening the data set may take a while
     _check_writable(Path(cfg.train.out))
+    data = open_data(cfg.data)
+    fill_in_model(cfg, data)
     plan = make_plan(cfg, ds_json)
+    check_data(data, cfg)
+    _choose_vae(cfg, data.facts())
     require_that(
         not cfg.monitor.every or cfg.monitor.count >= plan.world,
         f"monitor.count must be at least 1 for each of the {plan.world} processes, "
@@ -93,9 +108,8 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     )
     resume = find_resume(cfg)
     if resume:
-        # raises for a checkpoint of another run, before the data is opened
+        # raises for a checkpoint of another run
         reading.read_state(resume, identity_of(cfg, plan.world, plan.stage))
-    data = make_dataset(cfg)
     # a job that is restarted with the same command resumes, whatever it was started from
     initial = _read_initial(cfg) if cfg.train.init_from and not resume else {}
     return RunPlan(plan, data, resume, initial)
@@ -139,6 +153,21 @@ def _check_heads(cfg: Config, initial: dict) -> None:
     require_that(
         theirs == ours,
         f"train.init_from {cfg.train.init_from} was made with {theirs} heads, the model has {ours}",
+    )
+
+
+def _choose_vae(cfg: Config, facts: DataFacts) -> None:
+    """Samples during training are decoded by the VAE that made the data, unless another is given."""
+    monitor = cfg.monitor
+    if monitor.every and not facts.pixels and monitor.vae is None:
+        require_that(
+            facts.vae_path is not None and Path(facts.vae_path).exists(),
+            "monitor.every needs monitor.vae, the VAE that decodes the latents",
+        )
+        monitor.vae = facts.vae_path
+    require_that(
+        not (facts.pixels and monitor.vae),
+        f"monitor.vae is for latents, the data are pixels; got {monitor.vae}",
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from sra_fast.config.cli import load_config, parse_train, save_config
 from sra_fast.config.schema import Config
 from sra_fast.training.checks import check_config, check_device, split_batch
+from sra_fast.training.plan import fill_in
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 
 pytestmark = pytest.mark.usefixtures("rooms")
@@ -35,7 +36,9 @@ def rejected(capsys, *args):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_is_valid(path):
-    check_config(parse("--config", str(path)))
+    cfg = parse("--config", str(path))
+    fill_in(cfg)
+    check_config(cfg)
 
 
 def test_there_is_a_config_for_every_run_of_the_paper():
@@ -125,7 +128,10 @@ def test_help_explains_every_field(capsys):
     "args, message",
     [
         (("--align.teacher_layer", "29"), "<= depth .28.*teacher_layer 29"),
-        (("--align.student_layer", "21"), "student_layer 21 and teacher_layer 20"),
+        (
+            ("--align.student_layer", "21", "--align.teacher_layer", "20"),
+            "student_layer 21 and teacher_layer 20",
+        ),
         (("--model.name", "SiT-H/2"), "expected a model name"),
         (("--model.input_size", "33"), "multiple of patch_size 2, got 33"),
         (("--model.name", "DiT-XL/2", "--diffusion.path", "cosine"), "DiT has neither"),
@@ -155,8 +161,10 @@ def test_help_explains_every_field(capsys):
     ],
 )
 def test_impossible_configurations_are_named(args, message):
+    cfg = parse(*args)
     with pytest.raises(ValueError, match=message):
-        check_config(parse(*args))
+        fill_in(cfg)
+        check_config(cfg)
 
 
 def test_batch_must_divide():
@@ -175,6 +183,7 @@ def merged(tmp_path, user, *args):
     path = tmp_path / "ds.json"
     path.write_text(user if isinstance(user, str) else json.dumps(user))
     cfg = parse(*args)
+    fill_in(cfg)
     return cfg, deepspeed_config(cfg, 256, 1, str(path), cuda=False)
 
 
@@ -271,5 +280,42 @@ def test_fp8_needs_widths_of_its_products_before_anything_is_built():
 def test_infinite_numbers_of_a_file_are_named(tmp_path, name):
     section, field = name.split(".")
     (tmp_path / "inf.yaml").write_text(f"{section}:\n  {field}: .inf\n")
+    cfg = parse("--config", str(tmp_path / "inf.yaml"))
+    fill_in(cfg)
     with pytest.raises(ValueError, match="infinite|finite"):
-        check_config(parse("--config", str(tmp_path / "inf.yaml")))
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "args, layers",
+    [
+        ("--model SiT-B/2", (3, 8)),
+        ("--model SiT-L/4", (6, 16)),
+        ("--model SiT-XL/2", (8, 20)),
+        ("--model DiT-B/2", (3, 7)),
+        ("--model DiT-XL/2", (8, 16)),
+        # no model of the paper's: a quarter and three quarters
+        ("--model SiT-S/2", (3, 9)),
+        ("--model SiT-XL/2 --model.depth 6", (2, 5)),
+        ("--model SiT-XL/2 --model.depth 1", (1, 1)),
+        ("--model SiT-B/2 --align.student_layer 10", (10, 10)),
+        ("--model SiT-B/2 --align.teacher_layer 5", (3, 5)),
+    ],
+)
+def test_layers_follow_from_the_model(args, layers):
+    cfg = parse(*args.split())
+    fill_in(cfg)
+    check_config(cfg)
+    assert (cfg.align.student_layer, cfg.align.teacher_layer) == layers
+
+
+def test_short_forms():
+    cfg = parse(*"--model SiT-S/4 --data some/where --cfg-scale 1.5 --align none".split())
+    assert (cfg.model.name, cfg.data.path) == ("SiT-S/4", "some/where")
+    assert cfg.sample.guidance == 1.5
+    assert cfg.align.target == "none"
+    same = parse(*"--model=SiT-S/4 --data=some/where --cfg-scale=1.5 --align=none".split())
+    assert same == cfg
+    # a whole section is still one
+    cfg = parse("--model", "{name: SiT-S/8, depth: 3}")
+    assert (cfg.model.name, cfg.model.depth) == ("SiT-S/8", 3)

@@ -24,7 +24,7 @@ def pack(root, dtype="float16", shard_size=7, count=23, vae=None) -> tuple[Laten
     write_latents(root / "files", count)
     source = Latents(root / "files")
     recipe = {
-        "version": 1,
+        "version": 2,
         "layout": "packed",
         "source_sha256": source.fingerprint,
         "num_images": count,
@@ -156,7 +156,7 @@ def damage(root, kind):
             file.unlink()
     index = json.loads((root / "index.json").read_text())
     if kind == "version":
-        index["version"] = 2
+        index["version"] = 3
     if kind == "count":
         index["num_images"] = 30
     if kind == "classes":
@@ -178,9 +178,9 @@ def damage(root, kind):
         ),
         ("no labels", "labels.npy is missing"),
         ("labels", "labels.npy was altered"),
-        ("json", "index.json is no index of packed latents"),
-        ("version", "version 1 was expected, got 2"),
-        ("count", "4 shards of 7 cannot hold 30 images"),
+        ("json", "index.json is no index of a packed data set"),
+        ("version", "version 1 or 2 was expected, got 3"),
+        ("count", "its 4 shards hold 23 images, not 30"),
         ("classes", "labels.npy must hold 23 labels in [0, 2)"),
     ],
 )
@@ -214,7 +214,7 @@ def test_an_altered_shard_is_named_when_it_is_first_read(tmp_path, workers):
         ValueError, match=re.escape(f"{shard} was altered or cannot be read: its SHA-256")
     ):
         next(loader)
-    assert data.unchecked.tolist() == [False, False, True, False], (
+    assert data.shards.unchecked.tolist() == [False, False, True, False], (
         "a shard is checked once, also by a loader process"
     )
 
@@ -252,6 +252,6 @@ def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch, packe
     assert max(threads_at_once) == 1
     if packed:
         # two threads may open the same shard
-        assert len(threads_at_once) >= len(data.entries)
+        assert len(threads_at_once) >= len(data.shards.entries)
     else:
         assert len(threads_at_once) == len(data)

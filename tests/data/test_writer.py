@@ -4,21 +4,20 @@ import os
 import resource
 import signal
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
 from toy_data import tree, write_latents
 
 from sra_fast.data import writer
 from sra_fast.data.latents import Latents, PackedLatents, open_latents
+from sra_fast.data.training_data import TrainingData
 from sra_fast.data.writer import PackingJob, read_ahead, run_job
 from sra_fast.utils import files
 
 
 def make_job(data, out, layout="packed", rank=0, world=1, **changes) -> PackingJob:
     recipe = {
-        "version": 1,
+        "version": 2,
         "layout": layout,
         "source_sha256": data.fingerprint,
         "num_images": len(data),
@@ -59,7 +58,7 @@ def test_any_number_of_processes_in_any_order_write_the_same(tmp_path, source, l
     ]
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
     parts = [rank for rank in order if rank < 3]  # ten images are three parts
-    assert finished == [rank == parts[-1] for rank in order]
+    assert [bool(result) for result in finished] == [rank == parts[-1] for rank in order]
 
 
 def kill_at(event: int, monkeypatch) -> None:
@@ -187,19 +186,45 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, source):
         run_job(make_job(source, tmp_path / "file"))
 
 
+class Given(TrainingData):
+    """Ten given moments ``[10, 8, 4, 4]``."""
+
+    fingerprint = "given"
+    vae = None
+    labels = torch.zeros(10, dtype=torch.int64)
+
+    def __init__(self, moments):
+        self.moments = moments
+
+    def __getitems__(self, indices):
+        return self.moments[indices], self.labels[indices]
+
+
 @pytest.mark.parametrize(
-    "value, dtype", [(7e4, "float16"), (float("nan"), "bfloat16"), (float("inf"), "float32")]
+    "value, dtype, message",
+    [
+        (7e4, "float16", "are not finite in torch.float16"),
+        (float("nan"), "bfloat16", "are not finite in torch.bfloat16"),
+        (float("inf"), "float32", "are not finite in torch.float32"),
+        (-3.0, "float32", "must be standard deviations, found -3: are these logarithms"),
+    ],
 )
-def test_moments_that_do_not_fit_the_dtype_are_refused(tmp_path, source, value, dtype):
-    moments = np.load(source.root / source.files[5])
-    moments[3, 1, 2] = value
-    np.save(source.root / source.files[5], moments)
-    with pytest.raises(
-        ValueError, match=f"moments of images 4 .. 7 are not finite in torch.{dtype}"
-    ):
-        run_job(make_job(source, tmp_path / "out", dtype=dtype))
+def test_values_that_cannot_be_moments_are_refused(tmp_path, value, dtype, message):
+    moments = torch.rand(10, 8, 4, 4)
+    moments[5, 6, 1, 2] = value
+    with pytest.raises(ValueError, match=f"moments of images 4 .. 7.*{message}"):
+        run_job(make_job(Given(moments), tmp_path / "out", dtype=dtype))
     assert (tmp_path / "out/shards/00000.npy").exists()
     assert not (tmp_path / "out/shards/00001.npy").exists()
+    with pytest.raises(ValueError, match="moments of image 5.*(not finite|standard deviations)"):
+        run_job(
+            make_job(
+                Given(moments.where(moments.abs() < 7e4, torch.nan)),
+                tmp_path / "files",
+                "published",
+            )
+        )
+    assert not (tmp_path / "files/vae-sd/dataset.json").exists()
 
 
 def test_both_layouts_into_each_other_bit_for_bit(tmp_path, source):
@@ -234,7 +259,7 @@ def test_the_published_layout_keeps_the_vaes_identity(tmp_path, source):
     assert source.vae is None
 
 
-class Counting(Dataset):
+class Counting(TrainingData):
     """Twelve images, of which image 7 cannot be read. ``seen`` lists the batches that were asked
     for.
     """
@@ -280,13 +305,6 @@ def test_reading_ahead_keeps_the_order_and_is_bounded():
     assert len(started) <= 6
     assert list(batches) == list(range(1, 100))
     assert sorted(started) == list(range(100))
-
-
-def test_moments_that_are_not_finite_are_refused_in_the_published_layout(tmp_path, source):
-    np.save(source.root / source.files[5], np.full((8, 4, 4), np.nan, np.float32))
-    with pytest.raises(ValueError, match="moments of image 5 are not finite"):
-        run_job(make_job(source, tmp_path / "out", "published"))
-    assert not (tmp_path / "out/vae-sd/dataset.json").exists()
 
 
 def test_files_of_others_are_not_overwritten(tmp_path, source):

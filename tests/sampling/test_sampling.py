@@ -17,6 +17,7 @@ from sra_fast.models import SiT
 from sra_fast.plots.report import to_uint8
 from sra_fast.sampling import parts as sampling
 from sra_fast.sampling import run as script
+from sra_fast.sampling.decoder import Decoder
 from sra_fast.utils.files import write_atomic
 
 COUNT = 11
@@ -216,26 +217,30 @@ def test_the_identity_does_not_depend_on_the_number_of_threads(weights, tmp_path
     model = script.load_job(given).model
     # large enough that PyTorch would add it up with several threads
     model.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.randn(600, 1000))
-    first = script.identity(given, model)
+    first = script.identity(given, model, Decoder(None))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert script.identity(given, model) == first
+        assert script.identity(given, model, Decoder(None)) == first
     finally:
         torch.set_num_threads(threads)
     # two rows swapped have the same sum, but are other weights
     weight = model.blocks[0].attn.qkv.weight.data
     weight[[0, 1]] = weight[[1, 0]]
-    assert script.identity(given, model)["weights"] != first["weights"]
+    assert script.identity(given, model, Decoder(None))["weights"] != first["weights"]
 
 
 def test_the_identity_leaves_out_how_images_are_made(weights, tmp_path):
     given = options(weights, tmp_path)
     model = script.load_job(given).model
     faster = options(weights, tmp_path / "elsewhere", batch=2, graph=True)
-    assert script.identity(faster, model) == script.identity(given, model)
+    assert script.identity(faster, model, Decoder(None)) == script.identity(
+        given, model, Decoder(None)
+    )
     fewer = options(weights, tmp_path, count=5)
-    assert script.identity(fewer, model) != script.identity(given, model)
+    first = script.identity(given, model, Decoder(None))
+    assert script.identity(fewer, model, Decoder(None)) != first
+    assert script.identity(given, model, Decoder(None, 1.5)) != first
 
 
 @pytest.fixture

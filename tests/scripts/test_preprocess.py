@@ -11,9 +11,10 @@ from launch import call, deepspeed, error_of, launch
 from test_scripts import TINY
 from toy_data import photographs, tree, write_images, write_latents, write_vae
 
-from sra_fast.data.images import ImageFolder
+from sra_fast.data.folders import ImageFolder
+from sra_fast.data.images import Crop
 from sra_fast.data.latents import PackedLatents
-from sra_fast.data.preprocess import Options, make_job
+from sra_fast.data.preprocess import Options, make_jobs
 from sra_fast.data.vae import load_vae, make_encoder, vae_identity
 from sra_fast.data.writer import run_job
 
@@ -32,7 +33,11 @@ def packed(tmp_path_factory):
     ]
     one = launch("preprocess", *args, "--out", root / "one")
     assert one.returncode == 0, one.stderr[-2000:]
-    assert one.stdout.splitlines() == [f"{root}/one: 12 images of 3 classes"]
+    lines = one.stdout.splitlines()
+    assert lines[0] == f"{root}/one: 12 images of 3 classes, moments 8 x 8 x 8"
+    assert lines[1].startswith("cropped to a square: ")
+    assert lines[2].startswith("latents: mean ")
+    assert lines[3].startswith("times the VAE's scaling_factor 0.18215: standard deviation ")
     assert "12/12" in one.stderr
     assert "image/s" in one.stderr
     two = deepspeed("preprocess", *args, "--out", root / "two")
@@ -43,7 +48,7 @@ def packed(tmp_path_factory):
 @diffusers
 def test_shards_are_the_vaes_moments_of_the_crops(packed):
     data = PackedLatents(packed / "one")
-    images = ImageFolder(packed / "images", 64)
+    images = ImageFolder(packed / "images", Crop(64))
     vae = load_vae(str(packed / "vae"))
     pixels, _ = images.__getitems__([5, 9])
     with torch.no_grad():
@@ -116,12 +121,22 @@ def test_to_the_published_layout_and_back(packed, tmp_path):
     before = tree(packed / "one")
     after = tree(back)
     assert before.keys() == after.keys()
-    same = [name for name in before if name.endswith(".npy") or name.startswith("parts")]
+    same = [name for name in before if name.endswith(".npy")]
     assert all(before[name] == after[name] for name in same)
     # the index names another source, but tells the same of the latents
     index = json.loads(before["index.json"])
     index_after = json.loads(after["index.json"])
-    for key in ("vae", "labels", "shards", "dtype", "num_classes", "num_images", "shape"):
+    for key in (
+        "vae",
+        "vae_path",
+        "classes",
+        "labels",
+        "shards",
+        "dtype",
+        "num_classes",
+        "num_images",
+        "shape",
+    ):
         assert index_after[key] == index[key]
 
 
@@ -170,7 +185,7 @@ def test_another_vae_does_not_resume(packed, tmp_path):
     (tmp_path / "out/index.json").unlink()
 
     def job(vae):
-        return make_job(
+        (only,) = make_jobs(
             Options(
                 source=str(packed / "images"),
                 out=str(tmp_path / "out"),
@@ -180,6 +195,7 @@ def test_another_vae_does_not_resume(packed, tmp_path):
                 batch=2,
             )
         )
+        return only
 
     message = "was begun with vae .*sha256.*, this run has .*choose another out"
     with pytest.raises(ValueError, match=message):
@@ -192,7 +208,7 @@ def test_another_vae_does_not_resume(packed, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"vae": None}, "images need --vae"),
+        ({"vae": None}, "images need either vae, .* or pixels true .*, got neither"),
         ({"vae": "{root}/images"}, "--vae .*images holds no AutoencoderKL"),
         ({"vae": "nobody/nothing"}, "--vae nobody/nothing holds no AutoencoderKL"),
         ({"vae": "grey"}, "must take images of 3 channels, this one takes 1"),
@@ -205,7 +221,7 @@ def test_another_vae_does_not_resume(packed, tmp_path):
             "out must not lie in the folder of the images, got .*images/latents in .*images",
         ),
         ({"source": "{root}/nowhere"}, "no folder or .zip of images"),
-        ({"source": "{root}/one"}, "--vae and --mirror are for images, .*one holds moments"),
+        ({"source": "{root}/one"}, "--vae is for images, .*one holds no images"),
     ],
 )
 def test_wrong_options_are_found_before_anything_is_written(packed, tmp_path, change, message):
@@ -223,7 +239,7 @@ def test_wrong_options_are_found_before_anything_is_written(packed, tmp_path, ch
             options[key] = value.format(root=packed)
     before = sorted(tree(packed))
     with pytest.raises(ValueError, match=message):
-        make_job(Options(**options))
+        make_jobs(Options(**options))
     assert not (tmp_path / "out").exists()
     assert sorted(tree(packed)) == before
 
@@ -232,8 +248,8 @@ def test_labels_outside_the_range_are_refused(tmp_path):
     write_latents(tmp_path / "files")
     options = {"source": str(tmp_path / "files"), "out": str(tmp_path / "out")}
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\), got 0 .. 2"):
-        make_job(Options(**options, num_classes=2))
-    assert run_job(make_job(Options(**options, num_classes=1000)))
+        make_jobs(Options(**options, num_classes=2))
+    assert run_job(*make_jobs(Options(**options, num_classes=1000)))
     assert PackedLatents(tmp_path / "out").num_classes == 1000
 
 

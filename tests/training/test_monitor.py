@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny_config import config
+from toy_data import write_latents
 
+from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.digits import Digits
 from sra_fast.evaluation.extractors import Extractor
@@ -96,11 +98,28 @@ def test_every_process_needs_an_image(monkeypatch, tmp_path):
     [
         ("--monitor.every -1", "monitor.every must not be negative"),
         ("--monitor.count 1", "monitor.count must be at least 2, got 1"),
-        ("--model.in_channels 4", "needs monitor.vae to decode latents of 4 channels"),
         ("--monitor.reference x", "reference and monitor.inception go together"),
         ("--monitor.reference x --monitor.inception y", "there is no x"),
     ],
 )
 def test_what_a_monitor_lacks_is_named(args, message):
+    cfg = config(*ARGS, *args.split())
     with pytest.raises(ValueError, match=message):
-        check_config(config(*ARGS, *args.split()))
+        check_config(cfg)
+
+
+def test_latents_need_what_decodes_them(tmp_path):
+    """The VAE that made the data, if it is still there; pixels need none."""
+    args = "--model.name SiT-S/2 --train.global_batch 2 --monitor.every 1 --align none".split()
+    write_latents(tmp_path)
+    data = ("--data", str(tmp_path))
+    with pytest.raises(ValueError, match="needs monitor.vae, the VAE that decodes the latents"):
+        make_run_plan(parse_train([*args, *data])[0])
+    listed = tmp_path / "vae-sd/dataset.json"
+    content = json.loads(listed.read_text())
+    (tmp_path / "vae").mkdir()
+    listed.write_text(json.dumps({**content, "vae_path": str(tmp_path / "vae")}))
+    plan = make_run_plan(parse_train([*args, *data])[0]).plan
+    assert plan.cfg.monitor.vae == str(tmp_path / "vae")
+    with pytest.raises(ValueError, match="monitor.vae is for latents, the data are pixels"):
+        make_run_plan(config(*ARGS, "--monitor.vae", str(tmp_path / "vae")))

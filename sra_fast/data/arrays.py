@@ -1,0 +1,64 @@
+"""Images of an ``.npz`` as a source of preprocessing: any number of channels."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sra_fast.data.batch import Report
+from sra_fast.data.images import MODES, Crop, center_crop
+from sra_fast.data.pixels import read_image_array
+from sra_fast.data.sources import ImageSource
+
+
+class ArraySource(ImageSource):
+    """``arr_0`` uint8 ``[N, H, W, C]`` and ``arr_1`` labels ``[N]`` of an ``.npz``.
+
+    Images that are squares of ``crop.size`` are taken as they are, with any number of channels.
+    Others are cropped, which needs 1, 3 or 4.
+
+    Args:
+        path: the file.
+        crop: its ``size`` counts; the channels are those of the array.
+        num_classes: how many classes there must be; None: as many as there are.
+        mirror: see ``ImageSource``.
+
+    Raises:
+        ValueError: the file holds other arrays, or images that cannot be cropped.
+    """
+
+    def __init__(
+        self, path: str | Path, crop: Crop, num_classes: int | None = None, mirror: bool = False
+    ):
+        self.images, labels = read_image_array(Path(path))
+        _, height, width, channels = self.images.shape
+        if (height, width) != (crop.size, crop.size) and channels not in MODES:
+            raise ValueError(
+                f"{path} holds images of {height} x {width} and {channels} channels: with "
+                f"resolution {crop.size} they must be cropped, which needs 1, 3 or 4 channels"
+            )
+        # the array has the channels that it has
+        super().__init__(Crop(crop.size, channels), mirror)
+        self.content_digest = hashlib.sha256(self.images.tobytes()).hexdigest()
+        self.place = str(path)
+        self.class_names = None
+        self.names = [f"{number:08d}" for number in range(len(self.images))]
+        self._places = list(range(len(self.images)))
+        if not labels.any():
+            self.notes.append("no labels, or all 0: all images are of one class")
+        self._set_labels(labels.tolist(), num_classes, counted=True)
+
+    def _pixels(self, number: int) -> tuple[np.ndarray, Report]:
+        pixels = self.images[self._places[number]]
+        report = Report()
+        report.counts["images"] = 1
+        height, width, channels = pixels.shape
+        size = self.crop.size
+        if (height, width) == (size, size):
+            return pixels, report
+        report.cut = report.most_cut = 1 - min(height, width) / max(height, width)
+        if min(height, width) < size:
+            report.counts["enlarged"] = 1
+        image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels, MODES[channels])
+        return np.asarray(center_crop(image, size)).reshape(size, size, channels), report

@@ -1,0 +1,104 @@
+"""What turns a model's latents into images: what it was trained with, and nothing else."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.latents import DEFAULT_SCALE
+from sra_fast.data.vae import load_vae, vae_identity
+
+log = logging.getLogger("sra_fast")
+
+
+@dataclass
+class Decoder:
+    """A VAE, on the CPU, and how latents were scaled.
+
+    Attributes:
+        vae: None: the latents are the images.
+        scale, shift: a latent is (z - shift) * scale, z being the VAE's.
+    """
+
+    vae: object | None
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+def choose_decoder(
+    vae: str | None,
+    scale: float | None,
+    shift: float | None,
+    channels: int,
+    facts: DataFacts | None,
+) -> Decoder:
+    """The decoder that belongs to a model.
+
+    Args:
+        vae, scale, shift: as given by the user; None: not given.
+        channels: of the model's input.
+        facts: about the data it was trained on, if they are known.
+
+    Raises:
+        ValueError: something that is needed was not given and is not known, or contradicts what the
+            model was trained with.
+    """
+    given = {"vae": vae, "latent_scale": scale, "latent_shift": shift}
+    pixels = facts.pixels if facts else channels in (1, 3) and vae is None
+    if pixels:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is for latents, the model makes pixels; got {value}")
+        return Decoder(None)
+    if facts is None:
+        return _of_foreign_weights(vae, scale, shift, channels)
+
+    trained = {"latent_scale": facts.scale, "latent_shift": facts.shift}
+    for name, value in trained.items():
+        if given[name] not in (None, value):
+            raise ValueError(
+                f"the model was trained with {name} {value:g}, got {given[name]:g}: leave it out"
+            )
+    if vae is None:
+        if facts.vae_path is None or not Path(facts.vae_path).exists():
+            was = f" (it was {facts.vae_path})" if facts.vae_path else ""
+            raise ValueError(
+                f"the model makes latents of {channels} channels: give --vae, the folder of the "
+                f"AutoencoderKL that decodes them{was}"
+            )
+        vae = facts.vae_path
+    loaded = load_vae(vae, channels)
+    if facts.vae is not None:
+        _compare(vae_identity(loaded), facts.vae, vae)
+    return Decoder(loaded, facts.scale, facts.shift)
+
+
+def _of_foreign_weights(
+    vae: str | None, scale: float | None, shift: float | None, channels: int
+) -> Decoder:
+    """Weights of other projects say nothing: what is not given is the VAE's own."""
+    if vae is None:
+        raise ValueError(
+            f"the model makes latents of {channels} channels: give --vae to decode them"
+        )
+    loaded = load_vae(vae, channels)
+    own = vae_identity(loaded)
+    scale = own["scaling_factor"] or DEFAULT_SCALE if scale is None else scale
+    return Decoder(loaded, scale, own["shift_factor"] if shift is None else shift)
+
+
+def _compare(found: dict, expected: dict, path: str) -> None:
+    """Whether a VAE is the one that made the training data."""
+    for name in ("scaling_factor", "shift_factor"):
+        if expected.get(name) not in (None, found[name]):
+            raise ValueError(
+                f"vae {path} has {name} {found[name]}, that of the training data has "
+                f"{expected[name]}: it is another VAE"
+            )
+    if found["sha256"] != expected["sha256"]:
+        # the same encoder in half precision has another hash, so this is no error
+        log.warning(
+            "the encoder of %s is not the one that made the training data: its decoder may not "
+            "fit the latents",
+            path,
+        )
