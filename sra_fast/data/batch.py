@@ -42,7 +42,8 @@ class Report:
         counts = self.counts
         images = counts["images"]
         lines = []
-        if images:
+        # less than half a percent is no news
+        if self.most_cut >= 0.005:
             mean = self.cut / images
             lines.append(
                 f"cropped to a square: {mean:.0%} of an image's area on average, at most "

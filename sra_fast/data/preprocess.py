@@ -17,6 +17,7 @@ from sra_fast.data.huggingface import PREFIX, is_saved, open_huggingface
 from sra_fast.data.images import MODES, Crop
 from sra_fast.data.latents import PLAUSIBLE_DEVIATION, MomentDataset, open_latents
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, VERSIONS, read_index
+from sra_fast.data.pixels import read_image_array
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.tars import TarSource
 from sra_fast.data.vae import load_vae, make_encoder, moments_shape, vae_identity
@@ -41,8 +42,9 @@ class Options:
     """keep the images themselves, in uint8, for models without a VAE"""
     layout: Literal["packed", "published"] = "packed"
     """what to write: shards, or the published code's vae-sd/**/*.npy and vae-sd/dataset.json"""
-    resolution: int = 256
-    """side of the images' centre crop"""
+    resolution: int | None = None
+    """side of the images' centre crop; default: 256 with a VAE, 64 for pixels, and for the images of
+    an .npz their own"""
     channels: int = 3
     """of pixels: 1 (grey), 3 or 4 (with alpha); an .npz keeps its own"""
     num_classes: int | None = None
@@ -105,10 +107,17 @@ def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
     return train, held_out
 
 
+def default_resolution(options: Options) -> int:
+    """The side of the crop if none was asked for."""
+    if options.source.endswith(".npz") and Path(options.source).is_file():
+        return read_image_array(Path(options.source))[0].shape[1]
+    return 64 if options.pixels else 256
+
+
 def _check_options(options: Options) -> None:
     for name in ("resolution", "shard_size", "batch", "threads"):
         value = getattr(options, name)
-        require_that(value >= 1, f"{name} must be at least 1, got {value}")
+        require_that(value is None or value >= 1, f"{name} must be at least 1, got {value}")
     require_that(0 <= options.holdout < 1, f"holdout must lie in [0, 1), got {options.holdout}")
     require_that(
         options.channels in MODES,
@@ -261,6 +270,8 @@ def make_jobs(options: Options) -> list[PackingJob]:
         ValueError: the options, the source or the VAE cannot be used.
     """
     _check_options(options)
+    if options.resolution is None and not holds_moments(Path(options.source)):
+        options = replace(options, resolution=default_resolution(options))
     jobs = _moment_jobs(options) if holds_moments(Path(options.source)) else _image_jobs(options)
     return [_make_job(options, *job) for job in jobs]
 
@@ -301,7 +312,8 @@ def list_bad(options: Options) -> Iterator[str]:
     require_that(
         not holds_moments(Path(options.source)), f"bad list is for images, got {options.source}"
     )
-    for source in open_images(replace(options, mirror=False)):
+    size = options.resolution or default_resolution(options)
+    for source in open_images(replace(options, mirror=False, resolution=size)):
         if source is None:
             continue
         numbers = range(len(source))
