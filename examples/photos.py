@@ -1,4 +1,4 @@
-"""A folder of colour photographs to try everything on, without a download:  python examples/photos.py data/photos/images
+"""Colour photographs to try everything on, without a download:  python examples/photos.py FOLDER
 
 Five photographs come with scikit-image and scikit-learn. Square pieces of each make a class. The
 pieces of the right fifth of a photograph lie in val/, so that no piece of train/ shares a pixel with
