@@ -11,7 +11,7 @@ Bytes count every input read once and every output written once, without partial
 docstrings in kernels/ do. So a percentage of the copy bandwidth refers to what the operator needs,
 whichever implementation ran.
 
-The order is that of a run and of the table in README.md: most valuable first.
+The order is that of a run and of the table in docs/benchmarks.md: most valuable first.
 """
 
 import functools
