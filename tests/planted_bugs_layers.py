@@ -242,8 +242,8 @@ BUGS = [
     (
         "second derivatives of weights in silence",
         LINEAR,
-        "guard_double_backward(backward, *up",
-        "backward(*up",
+        'guard_double_backward(\n            "adaln_linear", backward, *up',
+        "backward(\n            *up",
         T_LAYERS,
     ),
     (

@@ -20,6 +20,7 @@ T_ROWS = "tests/ops/test_rows.py"
 T_FAR = "tests/ops/test_far_rows.py"
 T_CONTRACTS = "tests/ops/test_contracts.py"
 T_ATTENTION = "tests/ops/test_attention.py"
+T_ARGUMENTS = "tests/ops/test_arguments.py"
 T_SUMS = "tests/ops/test_sum_partials.py"
 T_FP8 = "tests/ops/test_fp8.py"
 T_QUANTIZE = "tests/ops/test_quantize_rows.py"
@@ -346,6 +347,34 @@ BUGS = [
         "H * d, dtype=q.dtype, device=q.device, generator=generator)",
         "H * d, dtype=q.dtype, device=q.device)",
         T_ATTENTION,
+    ),
+    (
+        "attention: the layout left behind",
+        ATTENTION,
+        "    return _in_layout(layout, out)\n",
+        "    return out\n",
+        T_ATTENTION,
+    ),
+    (
+        "attention: one choice for both orders",
+        ATTENTION,
+        "key = (q.device, q.dtype, *shape, order,",
+        "key = (q.device, q.dtype, *shape,",
+        T_ATTENTION,
+    ),
+    (
+        "one vector per image read as one per token",
+        MODULATION,
+        "if vector.dim() == 3 and vector.shape[1] == 1:",
+        "if False:",
+        T_ARGUMENTS,
+    ),
+    (
+        "an error without its operator",
+        MODULATION,
+        'f"{operator}: expected an integer group',
+        'f"expected an integer group',
+        T_ARGUMENTS,
     ),
     # rows beyond 2^31 elements
     (

@@ -87,7 +87,11 @@ def make(shapes, dtypes, device, offset=0):
 def check(ema, params, decay, copies=None):
     truth = [e.double() for e in ema]
     ema_update_ref_(truth, [p.double() for p in params], decay)
-    ema_update_(ema, params, decay, copies, backend="cuda")
+    if ema[0].is_cuda:
+        ema_update_(ema, params, decay, copies, backend="cuda")
+    else:
+        # the operator refuses host tensors; the extension is compared on them
+        module._launch(ema, params, copies or [], decay, extension=True)
     for e, t in zip(ema, truth, strict=True):
         torch.testing.assert_close(e.double(), t, rtol=3e-7, atol=3e-7)
     for c, e in zip(copies or [], ema if copies else [], strict=True):
@@ -172,12 +176,22 @@ def test_machine_code(library):
         assert wide["LDG"] in (6, 8) and wide["STG"] >= 4, (body[:200], wide)
 
 
-def test_missing_extension_is_said(monkeypatch, device):
+def test_missing_extension_is_said(monkeypatch):
     monkeypatch.setattr(module, "_ema_cuda", None)
-    with pytest.raises(RuntimeError, match="SRA_FAST_BUILD_EXT=1"):
-        ema_update_(
-            [torch.ones(2, device=device)], [torch.ones(2, device=device)], 0.5, backend="cuda"
-        )
+    with pytest.raises(RuntimeError, match="^ema_update_: .*SRA_FAST_BUILD_EXT=1"):
+        module._choose(SimpleNamespace(is_cuda=True), "cuda")
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("asked", ["argument", "variable"])
+def test_host_tensors_are_refused(built, asked, monkeypatch):
+    """Also where the extension is built: its CPU reference is for comparisons."""
+    monkeypatch.setattr(module, "_ema_cuda", object() if built else None)
+    monkeypatch.setenv("SRA_FAST_BACKEND", "cuda")
+    ema = [torch.ones(2)]
+    with pytest.raises(ValueError, match="^ema_update_: backend='cuda' needs CUDA .* got cpu$"):
+        ema_update_(ema, [torch.zeros(2)], 0.5, backend="cuda" if asked == "argument" else None)
+    assert torch.equal(ema[0], torch.ones(2))
 
 
 def test_asking_for_it_without_nvcc_is_said(tmp_path):

@@ -11,7 +11,7 @@ Bytes count every input read once and every output written once, without partial
 docstrings in kernels/ do. So a percentage of the copy bandwidth refers to what the operator needs,
 whichever implementation ran.
 
-The order is that of a run and of the table in README.md: most valuable first.
+The order is that of a run and of the table in docs/benchmarks.md: most valuable first.
 """
 
 import functools
@@ -293,7 +293,7 @@ def plain_gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    backward = gelu_bwd if use_triton(x, None) else gelu_bwd_ref
+    backward = gelu_bwd if use_triton("gelu_bwd", x, None) else gelu_bwd_ref
     dx, dbias, _ = backward(dy, x, False)
     return dx, dbias
 
@@ -320,7 +320,9 @@ def plain_concat_columns(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
 
 
 def _concat_columns(*parts: Tensor) -> tuple[Tensor, Tensor]:
-    concatenate = concat_columns if use_triton(parts[0], None) else concat_columns_ref
+    concatenate = (
+        concat_columns if use_triton("concat_columns", parts[0], None) else concat_columns_ref
+    )
     return concatenate(list(parts))
 
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md from the newest rows of a GPU: python -m benchmarks.report.plot"""
+"""Draw the pictures of the documents from the newest rows of a GPU: python -m benchmarks.report.plot"""
 
 from pathlib import Path
 

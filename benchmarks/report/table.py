@@ -1,4 +1,6 @@
-"""Write the generated parts of README.md from the rows in benchmarks/results: python -m benchmarks.report.table"""
+"""Write the generated parts of README.md and docs/benchmarks.md from the rows in benchmarks/results:
+python -m benchmarks.report.table
+"""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +13,6 @@ from benchmarks.operators.shapes import Shape
 from benchmarks.record import KEY, ROOT, load_results
 from benchmarks.step.variants import PUBLISHED
 
-README = ROOT / "README.md"
 MISSING = "not measured yet"
 
 # the case of the headline and of the table of steps
@@ -34,7 +35,7 @@ HEADLINE_RIVALS = {"strong": "plain PyTorch at its best", PUBLISHED: "the publis
 # runs whose `sra` is far from today's, and why: what a setting cost there says nothing now
 OTHER_DEFAULTS = {"35f5e1f3ef": "the host launched every kernel, there was no graph of the step"}
 
-# lines above the tables, as they stand in README.md
+# lines above the tables, as they stand in docs/benchmarks.md
 STEP_TEXT = (
     f"A training step of {MODEL} at {RESOLUTION} px on one GPU, each line from the newest run that has it, "
     "compared within",
@@ -54,7 +55,7 @@ OPERATOR_TEXT = (
     "A time is that of a call between others like it, what a launch costs included. Each number",
     "is from the newest run that has it, both times of a ratio from one run.",
     "Measured and written by `python -m benchmarks.operators.run && python -m benchmarks.report.table`; "
-    "[as a picture](docs/images/operators.png).",
+    "[as a picture](images/operators.png).",
 )
 
 
@@ -345,23 +346,23 @@ def render_headline(rows: list[dict]) -> list[str]:
     return lines
 
 
-# README.md
+# documents
 
-
-BLOCKS: dict[str, Callable[[list[dict]], list[str]]] = {
-    "headline": render_headline,
-    "step": render_steps,
-    "ops": render_operators,
+Blocks = dict[str, Callable[[list[dict]], list[str]]]
+# which blocks a document has
+DOCUMENTS: dict[Path, Blocks] = {
+    ROOT / "README.md": {"headline": render_headline},
+    ROOT / "docs" / "benchmarks.md": {"step": render_steps, "ops": render_operators},
 }
 
 
-def fill(text: str, rows: list[dict]) -> str:
-    """The text with everything between the markers of a block replaced.
+def fill(text: str, blocks: Blocks, rows: list[dict]) -> str:
+    """The text with everything between the markers of each block replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
-    for name, render in BLOCKS.items():
+    for name, render in blocks.items():
         begin = f"<!-- {name} table begin -->"
         end = f"<!-- {name} table end -->"
         if begin not in text or end not in text:
@@ -372,8 +373,10 @@ def fill(text: str, rows: list[dict]) -> str:
     return text
 
 
-def main(readme: Path = README) -> None:
-    readme.write_text(fill(readme.read_text(), load_results()))
+def main() -> None:
+    rows = load_results()
+    for path, blocks in DOCUMENTS.items():
+        path.write_text(fill(path.read_text(), blocks, rows))
 
 
 if __name__ == "__main__":

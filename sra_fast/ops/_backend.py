@@ -1,7 +1,11 @@
-"""Which implementation an op runs: "auto" (the default), "triton" or "torch" (the reference)."""
+"""Which implementation an op runs: "auto" (the default), "triton" or "torch" (the reference).
+
+Every error of an operator begins with its name, and names no argument that it does not have.
+"""
 
 import logging
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,26 +18,34 @@ _logger = logging.getLogger("sra_fast.ops")
 _said: set[str] = set()
 
 
-def use_triton(x: Tensor, backend: str | None) -> bool:
-    """Whether the Triton kernel runs: it was asked for by name, or "auto" meets a CUDA tensor.
+def check_tensors(operator: str, given: Mapping[str, object]) -> None:
+    """Raise ValueError unless every argument, given by name, is a tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{operator}: expected {name} as a tensor, got {type(value).__name__}")
+
+
+def use_triton(operator: str, x: Tensor, backend: str | None) -> bool:
+    """Whether the Triton kernel of ``operator`` runs: it was asked for by name, or "auto" meets a
+    CUDA tensor.
 
     The interpreter (``TRITON_INTERPRET=1``) runs kernels on CPU tensors for tests. "auto" never
     picks it, because it is thousands of times slower than the reference.
 
     Raises:
-        ValueError: ``backend`` is unknown.
-        RuntimeError: "triton" was asked for and cannot run on the tensor's device.
+        ValueError: ``backend`` is unknown, or cannot run on the tensor's device.
     """
     backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        raise ValueError(f"{operator}: backend must be one of {BACKENDS}, got {backend!r}")
     # a meta tensor has no data: the reference gives its shapes and FLOPs
     if x.is_meta:
         return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "triton" and not (x.is_cuda or interpreted):
-        raise RuntimeError(
-            f"backend='triton' needs a CUDA tensor (or TRITON_INTERPRET=1), got {x.device}"
+        raise ValueError(
+            f"{operator}: backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), "
+            f"got {x.device}"
         )
     return backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64)
 

@@ -111,7 +111,7 @@ def available(x: Tensor) -> bool:
     """
     wanted = os.environ.get("SRA_FAST_CUBLASLT", "1")
     if wanted not in ("0", "1"):
-        raise ValueError(f"SRA_FAST_CUBLASLT must be 0 or 1, got {wanted!r}")
+        raise ValueError(f"adaln_mlp: SRA_FAST_CUBLASLT must be 0 or 1, got {wanted!r}")
     return wanted == "1" and _found and x.is_cuda and x.dtype in DTYPES
 
 

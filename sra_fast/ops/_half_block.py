@@ -7,22 +7,22 @@ what the backward pass keeps; it runs where a gradient is wanted, with the kerne
 autocast.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sra_fast.kernels import adaln as adaln_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
-from sra_fast.ops._backend import autocast, log_once
+from sra_fast.ops._backend import autocast, check_tensors, log_once
 from sra_fast.ops._modulation import check_inputs, runs_kernel, with_dense_rows
 from sra_fast.ops._register import wants_grad
 from sra_fast.ops.adaln import _bwd as _adaln_bwd
 from sra_fast.ops.adaln import _fwd as _adaln_fwd
-from sra_fast.ops.adaln import adaln, check_norm
+from sra_fast.ops.adaln import check_norm, run_adaln
 from sra_fast.ops.gated_residual_adaln import _bwd as _fused_bwd
 from sra_fast.ops.gated_residual_adaln import _fwd as _fused_fwd
-from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
+from sra_fast.ops.gated_residual_adaln import run_gated_residual_adaln
 
 # what a half-block adds to the residual stream: its output [B, T, D], its gate, and the bias [D]
 # that its output lacks, or None
@@ -95,7 +95,7 @@ def upstream_gradients(
 
 
 def unpack_residual(
-    residual: Residual | None,
+    operator: str, residual: Residual | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """y, gate and bias of a residual, all None without one.
 
@@ -110,18 +110,70 @@ def unpack_residual(
     tensors = isinstance(y, Tensor) and isinstance(gate, Tensor)
     if len(given) not in (2, 3) or not tensors or not (bias is None or isinstance(bias, Tensor)):
         got = [type(t).__name__ for t in given]
-        raise ValueError(f"expected residual (y, gate) or (y, gate, y_bias), got {got}")
+        raise ValueError(f"{operator}: expected residual (y, gate) or (y, gate, y_bias), got {got}")
     return y, gate, bias
 
 
+class NormInputs(NamedTuple):
+    """The tensors that ``norm_forward`` reads; without a residual y, y_bias and gate are None."""
+
+    x: Tensor
+    y: Tensor | None
+    y_bias: Tensor | None
+    gate: Tensor | None
+    shift: Tensor
+    scale: Tensor
+    group: Tensor | None
+
+
+def check_norm_inputs(
+    operator: str,
+    x: Tensor,
+    residual: Residual | None,
+    shift: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    norm: str,
+    eps: float,
+) -> NormInputs:
+    """Check the inputs of the residual update and the norm.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative or ``norm`` unknown.
+    """
+    y, gate, y_bias = unpack_residual(operator, residual)
+    modulation = {"shift": shift, "scale": scale}
+    if y is None or gate is None:
+        shift, scale = check_inputs(operator, x, {}, modulation, group)
+    else:
+        # by the names that the caller of the operator knows
+        gate, shift, scale = check_inputs(
+            operator,
+            x,
+            {"residual[0]": y},
+            {"residual[1]": gate, **modulation},
+            group,
+            bias={"residual[2]": y_bias},
+        )
+    check_norm(operator, norm, eps)
+    return NormInputs(x, y, y_bias, gate, shift, scale, group)
+
+
 def unfused(
-    x: Tensor, residual: Residual | None, shift: Tensor, scale: Tensor, eps: float, **options: Any
+    operator: str,
+    inputs: NormInputs,
+    eps: float,
+    norm: str,
+    dtype: torch.dtype,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """x' and h by the operators of one pass each."""
-    y, gate, bias = unpack_residual(residual)
+    x, y, y_bias, gate, shift, scale, group = inputs
     if y is None or gate is None:
-        return x, adaln(x, shift, scale, eps, **options)
-    return gated_residual_adaln(x, y, gate, shift, scale, eps, bias=bias, **options)
+        return x, run_adaln(operator, x, shift, scale, group, eps, norm, dtype, backend)
+    return run_gated_residual_adaln(
+        operator, x, y, y_bias, gate, shift, scale, group, eps, norm, dtype, backend
+    )
 
 
 def h_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -130,28 +182,34 @@ def h_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def check_layer(
+    operator: str,
     x: Tensor,
     in_features: int | None,
     weight: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype | None = None,
+    number: str = "",
 ) -> int:
     """Check a linear layer, and return its number of outputs.
 
     Args:
+        operator: its name, for the messages.
         x: ``[B, T, D]`` residual stream.
         in_features: what the layer reads; None: D.
         weight: ``[N, in_features]``.
         bias: ``[N]`` or None.
         dtype: of weight and bias. None: that of x, or any if x is fp32.
+        number: what follows "weight" and "bias" in the operator's names of the two.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
+    weight_name, bias_name = f"weight{number}", f"bias{number}"
+    named = {weight_name: weight} | ({} if bias is None else {bias_name: bias})
+    check_tensors(operator, {"x": x, **named})
     if x.dim() != 3:
-        raise ValueError(f"expected x [B, T, D], got {[*x.shape]}")
+        raise ValueError(f"{operator}: expected x [B, T, D], got {[*x.shape]}")
     in_features = x.shape[2] if in_features is None else in_features
-    given = [weight] if bias is None else [weight, bias]
     fits = (
         weight.dim() == 2
         and weight.shape[1] == in_features
@@ -160,54 +218,42 @@ def check_layer(
     # below an fp32 residual stream the layer's own dtype decides
     if dtype is None:
         dtype = weight.dtype if x.dtype == torch.float32 and weight.is_floating_point() else x.dtype
-    one_device = all(t.device == x.device for t in given)
-    one_dtype = autocast(x) or all(t.dtype == dtype for t in given)
+    one_device = all(t.device == x.device for t in named.values())
+    one_dtype = autocast(x) or all(t.dtype == dtype for t in named.values())
     if not (fits and one_device and one_dtype):
-        got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
+        got = [f"{name} {[*t.shape]} {t.dtype} {t.device}" for name, t in named.items()]
         raise ValueError(
-            f"expected weight [N, {in_features}] and bias [N] of dtype {dtype} on {x.device}, "
-            f"got {got}"
+            f"{operator}: expected {weight_name} [N, {in_features}] and {bias_name} [N] of dtype "
+            f"{dtype} on {x.device}, got {', '.join(got)}"
         )
     return weight.shape[0]
 
 
 def prepare(
-    x: Tensor,
-    residual: Residual | None,
-    shift: Tensor,
-    scale: Tensor,
-    group: Tensor | None,
-    norm: str,
+    operator: str,
+    inputs: NormInputs,
     backend: str | None,
     recompute: bool,
     *layers: Tensor | None,
-) -> tuple[Tensor | None, ...] | None:
-    """The first arguments of ``norm_forward``, checked, if the Function runs; else None.
-
-    The caller then runs ``unfused``, which checks its inputs itself.
-    """
-    y, gate, bias = unpack_residual(residual)
-    # adaln takes one vector per token where there is no residual; the Function takes none
-    per_token = group is None and shift.dim() == 3
-    if not wants_grad(x, y, bias, gate, shift, scale, *layers) and not per_token:
+) -> NormInputs | None:
+    """The inputs as the kernels take them, if the Function runs; else None, for ``unfused``."""
+    x, y, bias, gate, shift, scale, group = inputs
+    if not wants_grad(x, y, bias, gate, shift, scale, *layers):
         return None
-    arrays = {} if y is None else {"y": y}
-    modulation = {"shift": shift, "scale": scale}
-    if gate is not None:
-        modulation = {"gate": gate, **modulation}
-    # shapes and dtypes, before anything is copied
-    check_inputs(x, arrays, modulation, group, bias=bias)
-    check_norm(norm)
-
     # whether the kernels take these tensors
     used = [t for t in (y, bias, gate, shift, scale, *layers) if t is not None]
     empty = any(t is not None and t.numel() == 0 for t in layers)
     kernels = adaln_kernels if y is None else fused_kernels
-    if empty or autocast(x) or not runs_kernel(kernels, backend, x, *used):
+    if empty or autocast(x) or not runs_kernel(operator, kernels, backend, x, *used):
         if recompute:
             log_once("recompute: without the kernels, or under autocast, every activation is kept")
         return None
-    vectors = [None if t is None else with_dense_rows(t) for t in (bias, gate, shift, scale)]
-    y = None if y is None else y.contiguous()
-    group = None if group is None else group.contiguous()
-    return (x.contiguous(), y, *vectors, group)
+    return NormInputs(
+        x.contiguous(),
+        None if y is None else y.contiguous(),
+        None if bias is None else with_dense_rows(bias),
+        None if gate is None else with_dense_rows(gate),
+        with_dense_rows(shift),
+        with_dense_rows(scale),
+        None if group is None else group.contiguous(),
+    )

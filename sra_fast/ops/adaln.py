@@ -3,6 +3,8 @@
 3.2).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,10 +22,13 @@ from sra_fast.ops._register import apply, guard_double_backward, register, wants
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
 
 
-def check_norm(norm: str) -> None:
-    """Raise ValueError unless ``norm`` is one of ``NORMS``."""
+def check_norm(operator: str, norm: str, eps: float) -> None:
+    """Raise ValueError unless ``norm`` is one of ``NORMS`` and ``eps`` is a number >= 0."""
     if norm not in NORMS:
-        raise ValueError(f"norm must be one of {tuple(NORMS)}, got {norm!r}")
+        raise ValueError(f"{operator}: norm must be one of {tuple(NORMS)}, got {norm!r}")
+    # a NaN compares with nothing
+    if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"{operator}: expected a finite eps >= 0, got {eps!r}")
 
 
 def adaln_ref(
@@ -86,7 +91,9 @@ class _AdaLN(torch.autograd.Function):
     def backward(ctx, dy):
         x, scale, group, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
-        dx, dshift, dscale, _ = guard_double_backward(_bwd, dy, x, scale, group, mean, rstd, None)
+        dx, dshift, dscale, _ = guard_double_backward(
+            "adaln", _bwd, dy, x, scale, group, mean, rstd, None
+        )
         # with one shift per token its gradient is dy itself, which the kernel does not copy
         if group is None and scale.dim() == 3:
             dshift = dy.to(scale.dtype)
@@ -109,9 +116,10 @@ def adaln(
     Args:
         x: ``[B, T, D]`` tokens, bf16/fp16/fp32; copied first unless contiguous. The kernel takes D
             <= 5120. fp64 and wider rows run the reference; wider rows are logged once.
-        shift: ``[B, D]``; or ``[B, T, D]``, one per token; or ``[B, G, D]`` with ``group``. A
-            column slice of the 6*D adaLN projection is used in place.
-        scale: shaped as ``shift``; its strides may differ.
+        shift: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, T,
+            D]``, one per token; or ``[B, G, D]`` with ``group``. A column slice of the 6*D adaLN
+            projection is used in place.
+        scale: as ``shift``; its strides may differ.
         eps: added to the variance, or to the mean square of RMS.
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
         group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes (two
@@ -125,13 +133,29 @@ def adaln(
         ``[B, T, D]`` in ``dtype``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
+        ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm`` or
+            ``backend`` is unknown.
     """
     modulation = {"shift": shift, "scale": scale}
-    check_inputs(x, {}, modulation, group, per_token=True, dtype=dtype)
-    check_norm(norm)
+    shift, scale = check_inputs("adaln", x, {}, modulation, group, per_token=True, dtype=dtype)
+    check_norm("adaln", norm, eps)
+    return run_adaln("adaln", x, shift, scale, group, eps, norm, dtype, backend)
+
+
+def run_adaln(
+    operator: str,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    eps: float,
+    norm: str,
+    dtype: torch.dtype | None,
+    backend: str | None,
+) -> Tensor:
+    """``adaln`` of inputs that ``operator`` has checked; errors begin with its name."""
     # fp64, empty tensors and very wide rows
-    if not runs_kernel(kernels, backend, x, shift, scale, dtype=dtype):
+    if not runs_kernel(operator, kernels, backend, x, shift, scale, dtype=dtype):
         return adaln_ref(x, shift, scale, eps, norm=norm, group=group, dtype=dtype)
     # the kernel takes any strides of the modulation but the last
     shift = with_dense_rows(shift)

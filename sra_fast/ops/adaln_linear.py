@@ -12,6 +12,7 @@ from sra_fast.ops._half_block import (
     as_rows,
     as_tokens,
     check_layer,
+    check_norm_inputs,
     h_dtype,
     norm_backward,
     norm_forward,
@@ -71,7 +72,9 @@ class _AdaLNLinear(torch.autograd.Function):
         weight, kept, x_new, *rest = ctx.saved_tensors
         upstream = upstream_gradients(grads, x_new, weight, ctx.parts)
         backward = partial(_backward, ctx.needs_weight, ctx.needs_bias, ctx.parts)
-        gradients = guard_double_backward(backward, *upstream, weight, kept, x_new, *rest)
+        gradients = guard_double_backward(
+            "adaln_linear", backward, *upstream, weight, kept, x_new, *rest
+        )
         # eps, rms, recompute and parts have none
         return *gradients, None, None, None, None
 
@@ -100,14 +103,14 @@ def adaln_linear(
 
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32.
-        shift: ``[B, D]``, or ``[B, G, D]`` with ``group``. A column slice of the 6*D adaLN
-            projection is used in place.
-        scale: shaped as ``shift``.
+        shift: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; or ``[B,
+            G, D]`` with ``group``. A column slice of the 6*D adaLN projection is used in place.
+        scale: as ``shift``.
         weight: ``[N, D]`` of x's dtype, or of any dtype if x is fp32: the norm then rounds to the
         weight's.
         bias: ``[N]`` of the weight's dtype or None.
         eps: added to the variance, or to the mean square of RMS.
-        residual: ``(y, gate)`` or ``(y, gate, y_bias)``: output ``[B, T, D]`` and gate (shaped as
+        residual: ``(y, gate)`` or ``(y, gate, y_bias)``: output ``[B, T, D]`` and gate (as
             ``shift``) of the half-block that ends, and the bias ``[D]`` that its last layer left
             out. None: x' is x.
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
@@ -124,19 +127,19 @@ def adaln_linear(
         autocast's); with several ``parts`` out is a tuple of ``[B, T, N / parts]``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
+        ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm`` or
+            ``backend`` is unknown.
     """
-    N = check_layer(x, None, weight, bias)
+    operator = "adaln_linear"
+    N = check_layer(operator, x, None, weight, bias)
     if type(parts) is not int or parts not in (1, 2, 3) or N % parts:
         raise ValueError(
-            f"expected parts 1, 2 or 3 that divide the {N} outputs of weight, got {parts}"
+            f"{operator}: expected parts 1, 2 or 3 that divide the {N} outputs of weight, got {parts}"
         )
-    prepared = prepare(x, residual, shift, scale, group, norm, backend, recompute, weight, bias)
+    inputs = check_norm_inputs(operator, x, residual, shift, scale, group, norm, eps)
+    prepared = prepare(operator, inputs, backend, recompute, weight, bias)
     if prepared is None:
-        dtype = h_dtype(x, weight)
-        x, h = unfused(
-            x, residual, shift, scale, eps, norm=norm, group=group, dtype=dtype, backend=backend
-        )
+        x, h = unfused(operator, inputs, eps, norm, h_dtype(x, weight), backend)
         out = F.linear(h, weight, bias)
         outputs = out.chunk(parts, dim=2) if parts > 1 else (out,)
     else:

@@ -14,6 +14,7 @@ from sra_fast.ops._half_block import (
     Residual,
     as_tokens,
     check_layer,
+    check_norm_inputs,
     h_dtype,
     norm_backward,
     norm_forward,
@@ -25,7 +26,7 @@ from sra_fast.ops._half_block import (
 from sra_fast.ops._register import apply, guard_double_backward
 from sra_fast.ops.gelu import gelu_bwd
 from sra_fast.ops.gelu_products import linear_dgelu, linear_gelu_keep
-from sra_fast.ops.linear_gelu import linear_gelu
+from sra_fast.ops.linear_gelu import run_linear_gelu
 
 
 def _backward(needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
@@ -110,7 +111,7 @@ class _AdaLNMlp(torch.autograd.Function):
         upstream = upstream_gradients(grads, x_new, weight2)
         backward = partial(_backward, ctx.layers_need_grad)
         gradients = guard_double_backward(
-            backward, *upstream, weight1, weight2, a, kept_h, kept_hidden, x_new, *rest
+            "adaln_mlp", backward, *upstream, weight1, weight2, a, kept_h, kept_hidden, x_new, *rest
         )
         # eps, rms and recompute have none
         return *gradients, None, None, None
@@ -144,9 +145,8 @@ def adaln_mlp(
 
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32.
-        shift: ``[B, D]``, or ``[B, G, D]`` with ``group``. A column slice of the 6*D adaLN
-            projection is used in place.
-        scale: shaped as ``shift``.
+        shift: see ``adaln_linear``.
+        scale: see ``adaln_linear``.
         weight1: ``[K, D]`` of x's dtype, or of any dtype if x is fp32: everything inside then has
         the weight's.
         bias1: ``[K]`` or None.
@@ -165,21 +165,21 @@ def adaln_mlp(
         autocast's).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
+        ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm`` or
+            ``backend`` is unknown.
     """
-    K = check_layer(x, None, weight1, bias1)
+    operator = "adaln_mlp"
+    K = check_layer(operator, x, None, weight1, bias1, number="1")
     # the second layer has the dtype of the first
-    check_layer(x, K, weight2, bias2, dtype=None if autocast(x) else weight1.dtype)
+    dtype = None if autocast(x) else weight1.dtype
+    check_layer(operator, x, K, weight2, bias2, dtype, number="2")
     layers = (weight1, bias1, weight2, bias2)
-    prepared = prepare(x, residual, shift, scale, group, norm, backend, recompute, *layers)
+    inputs = check_norm_inputs(operator, x, residual, shift, scale, group, norm, eps)
+    prepared = prepare(operator, inputs, backend, recompute, *layers)
     if prepared is None:
-        dtype = h_dtype(x, weight1)
-        x, h = unfused(
-            x, residual, shift, scale, eps, norm=norm, group=group, dtype=dtype, backend=backend
-        )
-        # the epilogue always adds a bias
-        bias1 = bias1 if bias1 is not None else weight1.new_zeros(K)
-        return x, F.linear(linear_gelu(h, weight1, bias1, backend=backend), weight2, bias2)
+        x, h = unfused(operator, inputs, eps, norm, h_dtype(x, weight1), backend)
+        hidden = run_linear_gelu(operator, h, weight1, bias1, backend)
+        return x, F.linear(hidden, weight2, bias2)
     out = apply(_AdaLNMlp, *prepared, *layers, eps, norm == "rms", recompute)
     # with a residual the Function returns x' first
     return (x, out) if residual is None else out

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adamw_ema as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, use_triton
 from sra_fast.ops._register import register
 from sra_fast.ops.fp8 import Fp8Copy
 from sra_fast.ops.quantize_rows import E4M3
@@ -151,7 +151,7 @@ def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
     pieces = list(grad) if isinstance(grad, list | tuple) else []
     if not pieces or not all(_is_piece(item) for item in pieces):
         raise ValueError(
-            "expected grad as a tensor or as a list of (first element, tensor), at least one, "
+            "adamw_ema_: expected grad as a tensor or as a list of (first element, tensor), at least one, "
             f"got {_describe(grad)}"
         )
     N = param.numel()
@@ -162,12 +162,12 @@ def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
         stop = begin + piece.numel()
         if begin < end or stop > N:
             raise ValueError(
-                f"expected pieces in ascending order that do not overlap, within {N} elements: "
+                f"adamw_ema_: expected pieces of grad in ascending order that do not overlap, within {N} elements: "
                 f"piece {i} is [{begin}, {stop}), the one before ends at {end}"
             )
         if piece.dtype != dtype or piece.device != param.device or not piece.is_contiguous():
             raise ValueError(
-                f"expected contiguous pieces of {dtype} on {param.device}, got piece {i}: "
+                f"adamw_ema_: expected contiguous pieces of grad, {dtype} on {param.device}, got piece {i}: "
                 f"{piece.dtype}, {piece.device}, contiguous {piece.is_contiguous()}"
             )
         end = stop
@@ -199,7 +199,7 @@ def _check_buffers(
     ):
         got = {k: (list(x.shape), str(x.device), x.is_contiguous()) for k, x in given.items()}
         raise ValueError(
-            "expected contiguous buffers of one shape and device, "
+            "adamw_ema_: expected contiguous buffers of one shape and device, "
             f"got (shape, device, contiguous) {got}"
         )
     # full precision for the state, half precision for the copies
@@ -210,7 +210,7 @@ def _check_buffers(
     if not full_fits or not half_fits or grad_dtype not in FLOAT_DTYPES:
         got = {k: str(x.dtype) for k, x in given.items()} | {"grad": str(grad_dtype)}
         raise ValueError(
-            "expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, "
+            "adamw_ema_: expected param, exp_avg, exp_avg_sq, ema of one dtype, fp32 or fp64, "
             f"grad fp32, bf16 or fp16, and weights, ema_copy bf16 or fp16, got {got}"
         )
 
@@ -225,7 +225,7 @@ def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
         or not values.is_contiguous()
     ):
         raise ValueError(
-            "expected ema_copy.values as param, contiguous and e4m3, "
+            "adamw_ema_: expected ema_copy.values as param, contiguous and e4m3, "
             f"got {[*values.shape]} {values.dtype} {values.device}"
         )
     # one entry per segment in each of the small tensors
@@ -235,13 +235,13 @@ def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
     dtypes = (torch.float32, torch.float32, torch.int64)
     if not 0 < S <= MAX_SEGMENTS or got != [([S], dtype, param.device, True) for dtype in dtypes]:
         raise ValueError(
-            "expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, contiguous on "
+            "adamw_ema_: expected ema_copy.multiplier, amax [S] fp32 and ends [S] int64, contiguous on "
             f"{param.device}, S in [1, {MAX_SEGMENTS}], got {got}"
         )
     ascending = all(begin <= end for begin, end in pairwise((0, *copy.bounds)))
     if copy.bounds[-1] != param.numel() or not ascending:
         raise ValueError(
-            f"expected ema_copy.bounds that never decrease and end at {param.numel()}, "
+            f"adamw_ema_: expected ema_copy.bounds that never decrease and end at {param.numel()}, "
             f"got {copy.bounds}"
         )
 
@@ -250,12 +250,21 @@ def _check_numbers(
     step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
 ) -> None:
     """Raise ValueError unless every number is in its range; a NaN is in none."""
-    if step < 1:
-        raise ValueError(f"expected step >= 1 (the first update is step 1), got {step}")
+    named = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decay": decay}
+    for name, number in named.items():
+        if not isinstance(number, int | float):
+            raise ValueError(f"adamw_ema_: expected {name} as a number, got {number!r}")
+    pair = isinstance(betas, list | tuple) and len(betas) == 2
+    if not pair or not all(isinstance(beta, int | float) for beta in betas):
+        raise ValueError(f"adamw_ema_: expected betas as two numbers, got {betas!r}")
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(
+            f"adamw_ema_: expected an integer step >= 1 (the first update is step 1), got {step!r}"
+        )
     finite = all(0 <= number < math.inf for number in (lr, eps)) and math.isfinite(weight_decay)
     if not finite or not all(0 <= beta < 1 for beta in betas) or not 0 <= decay <= 1:
         raise ValueError(
-            "expected finite lr, eps >= 0 and weight_decay, betas in [0, 1), decay in [0, 1], "
+            "adamw_ema_: expected finite lr, eps >= 0 and weight_decay, betas in [0, 1), decay in [0, 1], "
             f"got lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}, decay={decay}"
         )
 
@@ -313,8 +322,14 @@ def adamw_ema_(
         range.
     """
     # check everything first: the update is in place and cannot be undone
+    optional = {"clip_scale": clip_scale, "weights": weights, "ema": ema}
+    if not isinstance(ema_copy, Fp8Copy):
+        optional["ema_copy"] = ema_copy
+    given = {name: x for name, x in optional.items() if x is not None}
+    state = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    check_tensors("adamw_ema_", state | given)
     if ema_copy is not None and ema is None:
-        raise ValueError("expected ema where ema_copy is given, got None")
+        raise ValueError("adamw_ema_: expected ema where ema_copy is given, got None")
     half: dict[str, Tensor | None] = {"weights": weights}
     if isinstance(ema_copy, Fp8Copy):
         _check_fp8(ema_copy, param)
@@ -324,10 +339,13 @@ def adamw_ema_(
     _check_buffers(param, full, grad, half)
     _check_numbers(step, lr, betas, eps, weight_decay, decay)
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
-        raise ValueError(f"expected clip_scale with one number on {param.device}, got {clip_scale}")
+        raise ValueError(
+            f"adamw_ema_: expected clip_scale with one number on {param.device}, "
+            f"got {[*clip_scale.shape]} {clip_scale.device}"
+        )
 
     wide = torch.float64 in (param.dtype, _dtype_of(grad))
-    if param.numel() == 0 or wide or not use_triton(param, backend):
+    if not use_triton("adamw_ema_", param, backend) or param.numel() == 0 or wide:
         adamw_ema_ref_(
             param,
             grad,

@@ -3,12 +3,14 @@
 3.3 and Eq. 5).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
 from sra_fast.ops._register import guard_double_backward, register, wants_grad
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
@@ -75,7 +77,7 @@ class _AlignDistance(torch.autograd.Function):
     def backward(ctx, ddist):
         grad, dist = ctx.saved_tensors
         # the stored gradient does not depend on pred for autograd; dist does
-        dpred = guard_double_backward(_bwd, ddist, grad, ctx.per_token, tie=dist)
+        dpred = guard_double_backward("align_distance", _bwd, ddist, grad, ctx.per_token, tie=dist)
         return dpred, None, None, None
 
 
@@ -83,31 +85,35 @@ def _check(
     pred: Tensor, target: Tensor, kind: str, beta: float, weight: Tensor | None, reduction: str
 ) -> None:
     """Raise ValueError unless the arguments fit."""
+    named = {"pred": pred, "target": target} | ({} if weight is None else {"weight": weight})
+    check_tensors("align_distance", named)
     if pred.dim() != 3 or pred.shape != target.shape:
         raise ValueError(
-            "expected pred and target of one shape [B, T, D], "
+            "align_distance: expected pred and target of one shape [B, T, D], "
             f"got {[*pred.shape]} and {[*target.shape]}"
         )
     if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+        raise ValueError(f"align_distance: kind must be one of {KINDS}, got {kind!r}")
     if reduction not in ("none", "mean"):
-        raise ValueError(f"reduction must be 'none' or 'mean', got {reduction!r}")
-    if beta < 0:
-        raise ValueError(f"expected beta >= 0, got {beta}")
+        raise ValueError(f"align_distance: reduction must be 'none' or 'mean', got {reduction!r}")
+    # a NaN compares with nothing
+    if not isinstance(beta, int | float) or not 0 <= beta < math.inf:
+        raise ValueError(f"align_distance: expected a finite beta >= 0, got {beta!r}")
     if weight is not None and (kind == "cosine_token" or weight.shape != pred.shape[:2]):
         raise ValueError(
-            "expected weight [B, T] and a kind other than cosine_token, "
+            "align_distance: expected weight [B, T] and a kind other than cosine_token, "
             f"got {[*weight.shape]} and {kind}"
         )
-    given = [x for x in (pred, target, weight) if x is not None]
-    if any(x.dtype not in FLOAT_DTYPES or x.device != pred.device for x in given):
-        got = [(str(x.dtype), str(x.device)) for x in given]
-        raise ValueError(f"expected floating-point tensors on one device, got {got}")
+    if any(x.dtype not in FLOAT_DTYPES or x.device != pred.device for x in named.values()):
+        got = ", ".join(f"{name} {x.dtype} {x.device}" for name, x in named.items())
+        raise ValueError(
+            f"align_distance: expected floating-point tensors on one device, got {got}"
+        )
 
 
 def _runs_kernel(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
     """Whether the kernel takes the features; a size beyond its limit is logged once."""
-    if not use_triton(pred, backend) or pred.numel() == 0:
+    if not use_triton("align_distance", pred, backend) or pred.numel() == 0:
         return False
     if torch.float64 in (pred.dtype, target.dtype):
         return False

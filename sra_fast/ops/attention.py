@@ -1,5 +1,7 @@
-"""Scaled dot-product attention for ``[B, T, H, d]``: no kernel of its own, the fastest of those
-installed.
+"""Scaled dot-product attention for ``[B, T, H, d]`` or ``[B, H, T, d]``: no kernel of its own, the
+fastest of those installed.
+
+Inside this file queries, keys and values are ``[B, T, H, d]``; the other layout is a view of it.
 """
 
 import importlib
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sra_fast.ops._backend import autocast
+from sra_fast.ops._backend import autocast, check_tensors
 from sra_fast.ops._timing import milliseconds
 
 log = logging.getLogger("sra_fast")
@@ -28,14 +30,32 @@ _SDPA = {
 # packages that may be installed: all take [B, T, H, d] in bf16 or fp16, none takes a mask
 _PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 BACKENDS = ("auto", "torch", *_SDPA, *_PACKAGES)
+# those that compute on a CUDA device only
+_CUDA_ONLY = ("cudnn", "efficient", *_PACKAGES)
+HALF = (torch.float16, torch.bfloat16)
+LAYOUTS = {"bthd": "[B, T, H, d]", "bhtd": "[B, H, T, d]"}
 
-# (device, dtype, bits of B, T, H, d, masked, training) -> backend
+# (device, dtype, bits of B, T, H, d, order in memory, masked, training) -> backend
 _chosen: dict[tuple[object, ...], str] = {}
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, groups: Tensor | None = None) -> Tensor:
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bthd", groups: Tensor | None = None
+) -> Tensor:
     """The definition: PyTorch's scaled_dot_product_attention, masked if there are groups."""
-    return _run("sdpa", q, k, v, groups)
+    return _in_layout(layout, _run("sdpa", *_tokens_first(layout, q, k, v), groups))
+
+
+def _tokens_first(layout: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views ``[B, T, H, d]``."""
+    if layout == "bthd":
+        return q, k, v
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _in_layout(layout: str, out: Tensor) -> Tensor:
+    """A view of ``out [B, T, H, d]`` in ``layout``."""
+    return out if layout == "bthd" else out.transpose(1, 2)
 
 
 def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> Tensor:
@@ -67,7 +87,7 @@ def _installed(package: str) -> bool:
 def _candidates(q: Tensor, groups: Tensor | None) -> list[str]:
     """The backends worth timing for these inputs."""
     packages = []
-    if groups is None and q.dtype in (torch.float16, torch.bfloat16):
+    if groups is None and q.dtype in HALF:
         packages = [name for name, package in _PACKAGES.items() if _installed(package)]
     return ["sdpa", "cudnn", "flash", "efficient", *packages]
 
@@ -90,12 +110,24 @@ def _timed_step(
     """Forward, or forward and backward, with results as rows of tokens ``[B T, H d]``.
 
     The layers around attention read its output and its gradients as such rows. A backend that
-    returns them in another order pays for the copy here, as it does in a model.
+    returns them in another order pays for the copy here, as it does in a model. The gradient of an
+    input with heads before tokens in memory is read in that order, ``[B H, T d]``.
     """
     rows = lambda x: x.flatten(2).flatten(0, 1)
     q, k, v = inputs
     out = rows(_run(name, q, k, v, groups))
-    return [rows(grad) for grad in torch.autograd.grad(out, inputs, dout)] if training else [out]
+    if not training:
+        return [out]
+    grads = torch.autograd.grad(out, inputs, dout)
+    return [
+        rows(grad.transpose(1, 2) if _heads_first_in_memory(x) else grad)
+        for x, grad in zip(inputs, grads, strict=True)
+    ]
+
+
+def _heads_first_in_memory(x: Tensor) -> bool:
+    """Whether the tokens of one head of ``x [B, T, H, d]`` lie together."""
+    return x.stride(1) < x.stride(2)
 
 
 def backend_times(
@@ -133,7 +165,10 @@ def _measure(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: b
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bool) -> str:
     """The measured backend for this shape; measured now if it is new and measuring is possible."""
-    key = (q.device, q.dtype, q.shape[0].bit_length(), *q.shape[1:], groups is not None, training)
+    # how a backend reads its inputs depends on their order in memory, not on the layout's name
+    order = tuple(_heads_first_in_memory(x) for x in (q, k, v))
+    shape = (q.shape[0].bit_length(), *q.shape[1:])
+    key = (q.device, q.dtype, *shape, order, groups is not None, training)
     compiling = torch.compiler.is_compiling()
     if key in _chosen:
         # under fullgraph compilation a package's import would break the graph
@@ -158,9 +193,18 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None, training: bo
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, groups: Tensor | None = None, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: str = "bthd",
+    groups: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` for every head.
+    """Attention of ``[B, T, H, d]``, tokens before heads; of ``[B, H, T, d]`` with layout="bhtd".
+
+    That is ``softmax(q k^T / sqrt(d)) v`` for every head. PyTorch's ``scaled_dot_product_attention``
+    has heads before tokens, and neither layout can be told from the other by its shape.
 
     On a CUDA device the first call of a shape measures the installed backends and keeps the
     fastest. The choice can differ between runs: name a backend if runs must agree bit for bit.
@@ -169,62 +213,114 @@ def attention(
     also picks in compiled code if a package was the fastest.
 
     Args:
-        q: ``[B, T, H, d]``, any float dtype; views of a fused qkv projection are used in place.
-        k: ``[B, T, H, d]``.
-        v: ``[B, T, H, d]``.
+        q: ``[B, T, H, d]`` or, with ``layout="bhtd"``, ``[B, H, T, d]``, any float dtype; views of
+            a fused qkv projection are used in place.
+        k: shaped as ``q``.
+        v: shaped as ``q``.
+        layout: ``"bthd"`` or ``"bhtd"``, of inputs and output; nothing is copied for either.
         groups: ``[B, T]`` integers or None; a token attends to the tokens of its own group, groups
-        of any size.
+            of any size.
         backend: ``"auto"`` (measured), ``"sdpa"`` or ``"torch"`` (PyTorch picks), ``"cudnn"``,
             ``"flash"``, ``"efficient"``, ``"math"`` (PyTorch's), ``"fa2"``, ``"fa3"``, ``"fa4"``
             (FlashAttention, if installed); default: ``$SRA_FAST_ATTENTION``, else ``"torch"``
             where ``$SRA_FAST_BACKEND`` says so, else auto.
 
     Returns:
-        ``[B, T, H, d]`` in ``q.dtype``.
+        The shape of ``q``, in its layout and dtype (under autocast in autocast's).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; ``backend`` is unknown, not installed, or
-        takes no groups.
+        ValueError: shapes, dtypes or devices do not fit; ``layout`` or ``backend`` is unknown;
+            ``backend`` is not installed, cannot run on the device or in the dtype, or takes no
+            groups.
+        RuntimeError: the named ``backend`` cannot run these inputs, for example their head width.
     """
+    if layout not in LAYOUTS:
+        raise ValueError(f"attention: layout must be one of {tuple(LAYOUTS)}, got {layout!r}")
+    named = {"q": q, "k": k, "v": v} | ({} if groups is None else {"groups": groups})
+    check_tensors("attention", named)
     if autocast(q):
         # what autocast does to scaled_dot_product_attention
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    _check(q, k, v, groups)
-    if backend is None:
-        torch_only = os.environ.get("SRA_FAST_BACKEND") == "torch"
-        backend = os.environ.get("SRA_FAST_ATTENTION") or ("torch" if torch_only else "auto")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if backend in _PACKAGES and (groups is not None or not _installed(_PACKAGES[backend])):
-        raise ValueError(
-            f"backend {backend!r} needs the package {_PACKAGES[backend]} and takes no groups"
-        )
+    _check(q, k, v, layout, groups)
+    backend = _check_backend(backend, q, groups)
+    q, k, v = _tokens_first(layout, q, k, v)
     if backend == "auto" and q.is_cuda and q.numel():
         training = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
         )
         backend = _choose(q, k, v, groups, training)
-    return _run("sdpa" if backend in ("auto", "torch") else backend, q, k, v, groups)
+    if backend in ("auto", "torch", "sdpa"):
+        out = _run("sdpa", q, k, v, groups)
+    else:
+        out = _run_named(backend, q, k, v, groups)
+    return _in_layout(layout, out)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> None:
+def _run_named(backend: str, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> Tensor:
+    """``_run`` with the backend that the caller named, which is in the message if it fails."""
+    try:
+        return _run(backend, q, k, v, groups)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"attention: backend {backend!r} cannot run [B, T, H, d] = {[*q.shape]} {q.dtype}: "
+            f"{reason}"
+        ) from error
+
+
+def _check_backend(backend: str | None, q: Tensor, groups: Tensor | None) -> str:
+    """The backend that was asked for.
+
+    Raises:
+        ValueError: it is unknown, not installed, or cannot run on the device or in the dtype of
+            ``q``, or takes no groups.
+    """
+    if backend is None:
+        torch_only = os.environ.get("SRA_FAST_BACKEND") == "torch"
+        backend = os.environ.get("SRA_FAST_ATTENTION") or ("torch" if torch_only else "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend must be one of {BACKENDS}, got {backend!r}")
+    if backend in _CUDA_ONLY and not q.is_cuda:
+        raise ValueError(f"attention: backend {backend!r} needs CUDA tensors, got {q.device}")
+    if backend in _PACKAGES:
+        if groups is not None:
+            raise ValueError(f"attention: backend {backend!r} takes no groups")
+        if q.dtype not in HALF:
+            raise ValueError(
+                f"attention: backend {backend!r} needs bf16 or fp16 tensors, got {q.dtype}"
+            )
+        if not _installed(_PACKAGES[backend]):
+            raise ValueError(
+                f"attention: backend {backend!r} needs the package {_PACKAGES[backend]}"
+            )
+    return backend
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: str, groups: Tensor | None) -> None:
     """Raise ValueError unless shapes, dtypes and devices fit."""
     if q.dim() != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
-            "expected q, k, v of one shape [B, T, H, d], "
+            f"attention: expected q, k, v of one shape {LAYOUTS[layout]}, "
             f"got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
         )
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
-            f"expected q, k, v of one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+            "attention: expected q, k, v of one floating-point dtype, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     devices = [x.device for x in (k, v, groups) if x is not None]
     if any(device != q.device for device in devices):
         raise ValueError(
-            f"expected every tensor on {q.device}, got k, v, groups on {[*map(str, devices)]}"
+            f"attention: expected every tensor on {q.device}, got k, v, groups on "
+            f"{[*map(str, devices)]}"
         )
-    if groups is not None and (groups.shape != q.shape[:2] or groups.is_floating_point()):
+    if groups is None:
+        return
+    tokens = (q.shape[0], q.shape[1 if layout == "bthd" else 2])
+    if groups.shape != tokens or groups.is_floating_point() or groups.is_complex():
         raise ValueError(
-            f"expected groups [B, T] = {[*q.shape[:2]]} integers, "
+            f"attention: expected groups [B, T] = {[*tokens]} integers, "
             f"got {[*groups.shape]} {groups.dtype}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import ema_update as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, log_once, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, use_triton
 from sra_fast.ops._register import register
 
 try:
@@ -51,7 +51,10 @@ def _zip(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list[
 def _run_extension(
     ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float
 ) -> None:
-    """One call of the CUDA extension per mix of dtypes; host tensors run its CPU reference."""
+    """One call of the CUDA extension per mix of dtypes.
+
+    Tests give it host tensors too, which run the extension's CPU reference; the operator does not.
+    """
     assert _ema_cuda is not None
     # the extension takes addresses and dtypes, no tensors
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -97,12 +100,16 @@ def _choose(x: Tensor, backend: str | None) -> str:
     """Which implementation runs: "cuda" (the extension), "triton" or "torch"."""
     backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
     if backend == "cuda":
+        # the extension's CPU reference is there to be compared with, and is slow
+        if not x.is_cuda:
+            raise ValueError(f"ema_update_: backend='cuda' needs CUDA tensors, got {x.device}")
         if _ema_cuda is None:
             raise RuntimeError(
-                "backend='cuda' needs sra_fast._ema_cuda: install with SRA_FAST_BUILD_EXT=1 and nvcc"
+                "ema_update_: backend='cuda' needs sra_fast._ema_cuda: install with "
+                "SRA_FAST_BUILD_EXT=1 and nvcc"
             )
         return backend
-    if not use_triton(x, backend):
+    if not use_triton("ema_update_", x, backend):
         return "torch"
     if backend == "triton":
         return backend
@@ -119,27 +126,46 @@ def _choose(x: Tensor, backend: str | None) -> str:
     return "triton"
 
 
+def _as_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors of an argument; one tensor is a likely mistake, and its rows are not meant.
+
+    Raises:
+        ValueError: the argument is one tensor, or nothing that could be iterated.
+    """
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise ValueError(
+            f"ema_update_: expected {name} as tensors in a list, got {type(tensors).__name__}"
+        )
+    return list(tensors)
+
+
 def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
     """Raise ValueError unless the lists match and every tensor has a dtype of its kind."""
     if len(params) != len(ema) or len(copies) not in (0, len(ema)):
         raise ValueError(
-            "expected as many params and copies as ema, "
-            f"got {len(ema)}, {len(params)}, {len(copies)}"
+            "ema_update_: expected as many params and copies as ema, "
+            f"got {len(params)}, {len(copies)} and {len(ema)}"
         )
-    if not 0 <= decay <= 1:
-        raise ValueError(f"expected decay in [0, 1], got {decay}")
+    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        raise ValueError(f"ema_update_: expected decay in [0, 1], got {decay!r}")
+    for name, tensors in (("ema", ema), ("params", params), ("copies", copies)):
+        check_tensors("ema_update_", {f"{name}[{i}]": t for i, t in enumerate(tensors)})
+    if not ema:
+        return
     device = ema[0].device
     for i, operands in enumerate(_zip(ema, params, copies)):
         e, p, *c = operands
         # every tensor matches its average
         if any(t.shape != e.shape or t.device != device for t in operands):
             got = [(list(t.shape), str(t.device)) for t in operands]
-            raise ValueError(f"expected tensors of one shape on {device} at index {i}, got {got}")
+            raise ValueError(
+                f"ema_update_: expected tensors of one shape on {device} at index {i}, got {got}"
+            )
         fits = e.dtype in (torch.float32, torch.float64) and p.dtype in FLOAT_DTYPES
         if not fits or (c and c[0].dtype not in HALF):
             got = [str(t.dtype) for t in operands]
             raise ValueError(
-                "expected ema fp32 (a bf16 EMA does not move), params bf16, fp16 or fp32, "
+                "ema_update_: expected ema fp32 (a bf16 EMA does not move), params bf16, fp16 or fp32, "
                 f"copies bf16 or fp16, got {got} at index {i}"
             )
 
@@ -201,22 +227,22 @@ def ema_update_(
         decay: fraction of the old average that is kept, in [0, 1]; the paper uses 0.9999.
         copies: bf16 or fp16 tensors that receive the new average, rounded, in the same pass; or
         None.
-        backend: ``"cuda"`` (the compiled extension), ``"triton"``, ``"torch"`` or ``"auto"``. On a
+        backend: ``"cuda"`` (the compiled extension, for CUDA tensors), ``"triton"``, ``"torch"`` or ``"auto"``. On a
             GPU auto is the extension if it is built, else Triton; the choice is logged once (as a
             warning if ``SRA_FAST_BUILD_EXT=1`` asked for the extension). Default:
             ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
-        ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, or
-        ``decay`` is outside [0, 1].
+        ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, ``decay``
+            is outside [0, 1], or ``backend`` is unknown or cannot run on their device.
         RuntimeError: ``backend="cuda"`` and the extension is not built.
     """
-    ema = list(ema)
-    params = list(params)
-    copies = list(copies or [])
-    if not ema and not params and not copies:
-        return
+    ema = _as_list("ema", ema)
+    params = _as_list("params", params)
+    copies = [] if copies is None else _as_list("copies", copies)
     _check(ema, params, copies, decay)
+    if not ema:
+        return
     choice = _choose(ema[0], backend)
     if choice == "torch":
         ema_update_ref_(ema, params, decay, copies)

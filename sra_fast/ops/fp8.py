@@ -139,8 +139,9 @@ def adaln_fp8(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    check_inputs(x, {}, {"shift": shift, "scale": scale}, None)
-    if not use_triton(x, backend) or x.numel() == 0:
+    modulation = {"shift": shift, "scale": scale}
+    shift, scale = check_inputs("adaln_fp8", x, {}, modulation, None, takes_group=False)
+    if not use_triton("adaln_fp8", x, backend) or x.numel() == 0:
         return quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
     values, h_scale = _adaln_op(x.contiguous(), with_dense_rows(shift), with_dense_rows(scale), eps)
     return Rows(values, h_scale)
@@ -174,8 +175,10 @@ def gated_residual_adaln_fp8(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    check_inputs(x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale}, None)
-    if not use_triton(x, backend) or x.numel() == 0:
+    operator = "gated_residual_adaln_fp8"
+    modulation = {"gate": gate, "shift": shift, "scale": scale}
+    gate, shift, scale = check_inputs(operator, x, {"y": y}, modulation, None, takes_group=False)
+    if not use_triton(operator, x, backend) or x.numel() == 0:
         x = gated_residual_ref(x, y, gate)
         return x, quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
     x_new, values, h_scale = _fused_op(
@@ -210,7 +213,7 @@ def linear_fp8(x: Rows, weight: Rows, bias: Tensor | None = None) -> Tensor:
     rows = x.values.reshape(-1, x.values.shape[-1])
     if rows.shape[1] != K or K % 16 or N % 16:
         raise ValueError(
-            "expected x [..., K] and weight [N, K], multiples of 16, "
+            "linear_fp8: expected x [..., K] and weight [N, K], multiples of 16, "
             f"got {[*x.values.shape]} and {[N, K]}"
         )
     if rows.is_cuda:

@@ -54,7 +54,9 @@ class _GatedResidual(torch.autograd.Function):
     def backward(ctx, dx_new):
         y, bias, gate, group = ctx.saved_tensors
         dx_new = dx_new.contiguous()
-        dy, dgate, dbias = guard_double_backward(_bwd, dx_new, y, bias, gate, group)
+        dy, dgate, dbias = guard_double_backward(
+            "gated_residual", _bwd, dx_new, y, bias, gate, group
+        )
         # the gradient of x is that of x' itself
         return dx_new, dy, None if bias is None else dbias, dgate, None
 
@@ -76,8 +78,8 @@ def gated_residual(
             once.
         y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes; copied first
         unless contiguous.
-        gate: ``[B, D]``, or ``[B, G, D]`` with ``group``. A column slice of the 6*D adaLN
-            projection is used in place.
+        gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; or ``[B, G,
+            D]`` with ``group``. A column slice of the 6*D adaLN projection is used in place.
         bias: ``[D]`` or None. The bias of the linear layer that made ``y``, if that layer left it
             out. Its gradient then comes out of the backward pass over ``y`` and needs no pass of
             its own.
@@ -91,9 +93,11 @@ def gated_residual(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    check_inputs(x, {"y": y}, {"gate": gate}, group, bias=bias)
+    (gate,) = check_inputs(
+        "gated_residual", x, {"y": y}, {"gate": gate}, group, bias={"bias": bias}
+    )
     # fp64, empty tensors and very wide rows
-    if not runs_kernel(kernels, backend, x, y, gate):
+    if not runs_kernel("gated_residual", kernels, backend, x, y, gate):
         return gated_residual_ref(x, y, gate, bias=bias, group=group)
     # the kernel takes any strides of the gate but the last
     gate = with_dense_rows(gate)

@@ -80,7 +80,10 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         dx_new = None if dx_new is None else dx_new.contiguous()
         dh = torch.zeros_like(x_new) if dh is None else dh.contiguous()
         dx, dy, dgate, dshift, dscale, dbias, _ = guard_double_backward(
-            _bwd, dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd, None
+            "gated_residual_adaln",
+            _bwd,
+            *(dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd),
+            None,
         )
         dbias = None if bias is None else dbias
         return dx, dy, dbias, dgate, dshift, dscale, None, None, None, None
@@ -112,10 +115,10 @@ def gated_residual_adaln(
             once.
         y: ``[B, T, D]`` output of the half-block that ends, any of these dtypes; copied first
             unless contiguous.
-        gate: ``[B, D]``, or ``[B, G, D]`` with ``group``. A column slice of the 6*D adaLN
-            projection is used in place.
-        shift: shaped as ``gate``; its strides may differ.
-        scale: shaped as ``gate``; its strides may differ.
+        gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; or ``[B, G,
+            D]`` with ``group``. A column slice of the 6*D adaLN projection is used in place.
+        shift: as ``gate``; its strides may differ.
+        scale: as ``gate``; its strides may differ.
         eps: added to the variance, or to the mean square of RMS.
         norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
         bias: ``[D]`` or None; see ``gated_residual``.
@@ -128,13 +131,44 @@ def gated_residual_adaln(
         ``(x', h)``, each ``[B, T, D]``, x' in ``x.dtype``, h in ``dtype``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or ``norm`` or ``backend`` is unknown.
+        ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm`` or
+            ``backend`` is unknown.
     """
-    modulation = {"gate": gate, "shift": shift, "scale": scale}
-    check_inputs(x, {"y": y}, modulation, group, bias=bias, dtype=dtype)
-    check_norm(norm)
+    operator = "gated_residual_adaln"
+    gate, shift, scale = check_inputs(
+        operator,
+        x,
+        {"y": y},
+        {"gate": gate, "shift": shift, "scale": scale},
+        group,
+        bias={"bias": bias},
+        dtype=dtype,
+    )
+    check_norm(operator, norm, eps)
+    return run_gated_residual_adaln(
+        operator, x, y, bias, gate, shift, scale, group, eps, norm, dtype, backend
+    )
+
+
+def run_gated_residual_adaln(
+    operator: str,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    eps: float,
+    norm: str,
+    dtype: torch.dtype | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """``gated_residual_adaln`` of inputs that ``operator`` has checked; errors begin with its
+    name.
+    """
     # fp64, empty tensors and very wide rows
-    if not runs_kernel(kernels, backend, x, y, gate, shift, scale, dtype=dtype):
+    if not runs_kernel(operator, kernels, backend, x, y, gate, shift, scale, dtype=dtype):
         return gated_residual_adaln_ref(
             x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group, dtype=dtype
         )

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.ops._backend import FLOAT_DTYPES, autocast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, autocast, check_tensors, use_triton
 from sra_fast.ops._register import register, wants_grad
 
 
-def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The definition: two operators, with the product rounded between them."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
@@ -28,7 +28,9 @@ _op = register(
 )
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
     """``gelu_tanh(x @ weight^T + bias)``; without a gradient, on CUDA, GELU is the product's
     epilogue.
 
@@ -38,7 +40,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
     Args:
         x: ``[..., K]`` fp32/bf16/fp16/fp64.
         weight: ``[N, K]`` of x's dtype.
-        bias: ``[N]`` of x's dtype.
+        bias: ``[N]`` of x's dtype or None.
         backend: ``"triton"`` (here: the epilogue), ``"torch"`` or ``"auto"``; default:
         ``$SRA_FAST_BACKEND``, else auto.
 
@@ -48,24 +50,34 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
+    named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_tensors("linear_gelu", named)
     fits = (
         x.dim() >= 1
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
-        and bias.shape == weight.shape[:1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(t.device == x.device and t.dtype in FLOAT_DTYPES for t in named.values())
     )
     # autocast chooses the dtypes itself
-    if fits and autocast(x):
-        return linear_gelu_ref(x, weight, bias)
-    given = (x, weight, bias)
-    alike = all(t.dtype == x.dtype and t.device == x.device for t in given)
-    if not fits or not alike or x.dtype not in FLOAT_DTYPES:
-        got = [([*t.shape], str(t.dtype), str(t.device)) for t in given]
+    alike = fits and (autocast(x) or all(t.dtype == x.dtype for t in named.values()))
+    if not alike:
+        got = [f"{name} {[*t.shape]} {t.dtype} {t.device}" for name, t in named.items()]
         raise ValueError(
-            "expected x [..., K], weight [N, K] and bias [N] of one floating dtype and device, "
-            f"got {got}"
+            "linear_gelu: expected x [..., K], weight [N, K] and bias [N] of one floating dtype "
+            f"and device, got {', '.join(got)}"
         )
+    return run_linear_gelu("linear_gelu", x, weight, bias, backend)
+
+
+def run_linear_gelu(
+    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None
+) -> Tensor:
+    """``linear_gelu`` of inputs that ``operator`` has checked; errors begin with its name."""
+    kernel = use_triton(operator, x, backend) and not autocast(x)
     # on a CPU the product's epilogue is another GELU
-    if not use_triton(x, backend) or not x.is_cuda or x.numel() == 0 or wants_grad(*given):
+    if not kernel or not x.is_cuda or x.numel() == 0 or wants_grad(x, weight, bias):
         return linear_gelu_ref(x, weight, bias)
+    # the epilogue always adds a bias
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     return _op(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)

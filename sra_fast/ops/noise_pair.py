@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import noise_pair as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
 from sra_fast.ops._register import register, wants_grad
 
 PATHS = ("linear", "cosine")
@@ -87,6 +87,10 @@ def _check(
     x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, latent_noise: Tensor | None
 ) -> None:
     """Raise ValueError unless the arguments fit."""
+    named = {"x0": x0, "noise": noise, "t": t, "t_teacher": t_teacher}
+    if latent_noise is not None:
+        named["latent_noise"] = latent_noise
+    check_tensors("noise_pair", named)
     expected = list(noise.shape)
     what = "x0 [B, C, H, W]"
     if latent_noise is not None:
@@ -95,20 +99,21 @@ def _check(
             expected[1] *= 2
     fits = list(x0.shape) == expected and t.shape == noise.shape[:1] and t_teacher.shape == t.shape
     latent_fits = latent_noise is None or latent_noise.shape == noise.shape
-    given = [s for s in (x0, latent_noise, noise, t, t_teacher) if s is not None]
     if noise.dim() < 2 or not fits or not latent_fits:
-        got = [list(s.shape) for s in given]
-        raise ValueError(f"expected {what}, noise [B, C, H, W] and t, t_teacher [B], got {got}")
+        got = ", ".join(f"{name} {[*s.shape]}" for name, s in named.items())
+        raise ValueError(
+            f"noise_pair: expected {what}, noise [B, C, H, W] and t, t_teacher [B], got {got}"
+        )
     if path not in PATHS:
-        raise ValueError(f"path must be one of {PATHS}, got {path!r}")
-    if any(s.dtype not in FLOAT_DTYPES or s.device != x0.device for s in given):
-        got = [(str(s.dtype), str(s.device)) for s in given]
-        raise ValueError(f"expected floating-point tensors on one device, got {got}")
+        raise ValueError(f"noise_pair: path must be one of {PATHS}, got {path!r}")
+    if any(s.dtype not in FLOAT_DTYPES or s.device != x0.device for s in named.values()):
+        got = ", ".join(f"{name} {s.dtype} {s.device}" for name, s in named.items())
+        raise ValueError(f"noise_pair: expected floating-point tensors on one device, got {got}")
 
 
 def _runs_kernel(noise: Tensor, tensors: list[Tensor], backend: str | None) -> bool:
     """Whether the kernel takes the inputs; it has no backward, which is logged once."""
-    if not use_triton(noise, backend) or noise.numel() == 0:
+    if not use_triton("noise_pair", noise, backend) or noise.numel() == 0:
         return False
     if any(s.dtype == torch.float64 for s in tensors):
         return False

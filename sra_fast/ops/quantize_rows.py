@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import quantize_rows as kernels
-from sra_fast.ops._backend import use_triton
+from sra_fast.ops._backend import check_tensors, use_triton
 from sra_fast.ops._register import register
 
 E4M3 = torch.float8_e4m3fn
@@ -63,11 +63,12 @@ def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str | None = None) 
     Raises:
         ValueError: ``x`` is not a floating-point tensor with rows, or ``backend`` is unknown.
     """
+    check_tensors("quantize_rows", {"x": x})
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(
-            f"expected x [..., K] of a floating-point dtype, got {[*x.shape]} {x.dtype}"
+            f"quantize_rows: expected x [..., K] of a floating-point dtype, got {[*x.shape]} {x.dtype}"
         )
-    if not use_triton(x, backend) or x.numel() == 0 or x.dtype == torch.float64:
+    if not use_triton("quantize_rows", x, backend) or x.numel() == 0 or x.dtype == torch.float64:
         return quantize_rows_ref(x, gelu=gelu)
     # the kernel sees a matrix; leading dimensions come back as views
     values, scale = _op(x.reshape(-1, x.shape[-1]).contiguous(), gelu)

@@ -66,11 +66,23 @@ def test_rows_of_a_cpu_are_in_no_table():
     assert table.render_headline(on_cpu(STEP_ROWS)) == []
 
 
-def test_readme_is_up_to_date():
-    text = (ROOT / "README.md").read_text()
-    assert table.fill(text, load_results()) == text, "run python -m benchmarks.report.table"
-    with pytest.raises(ValueError, match="ops table begin"):
-        table.fill(text.replace("<!-- ops table begin -->", ""), [])
+@pytest.mark.parametrize("path", table.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_are_up_to_date(path):
+    text = path.read_text()
+    blocks = table.DOCUMENTS[path]
+    assert table.fill(text, blocks, load_results()) == text, "run python -m benchmarks.report.table"
+    for name in blocks:
+        with pytest.raises(ValueError, match=f"{name} table begin"):
+            table.fill(text.replace(f"<!-- {name} table begin -->", ""), blocks, [])
+
+
+def test_the_tables_of_readme_have_no_empty_cells():
+    """What is not measured yet stands in docs/benchmarks.md."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
+    assert len(rows) > 20 and "" not in cells
+    assert not any(table.MISSING in row for row in rows)
 
 
 # steps

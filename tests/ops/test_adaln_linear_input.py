@@ -13,15 +13,15 @@ from sra_fast import ops
     "change, message",
     [
         ({0: lambda t: t[0]}, "expected x"),
-        ({1: lambda t: t[:, 1:]}, "expected x, y"),
-        ({3: lambda t: t[:1]}, "gate"),
-        ({6: lambda t: t[:, 1:]}, r"expected weight \[N, 72\] and bias \[N\] .* got"),
+        ({1: lambda t: t[:, 1:]}, r"expected x, residual\[0\] \[B, T, D\]"),
+        ({3: lambda t: t[:, 1:]}, r"residual\[1\], shift, scale \[B, D\].*residual\[1\] \[2, 71\]"),
+        ({6: lambda t: t[:, 1:]}, r"expected weight1? \[N, 72\] and bias1? \[N\] .* got"),
         ({7: lambda t: t[1:]}, "expected weight"),
-        ({6: lambda t: t.bfloat16()}, "expected weight .* of dtype torch.bfloat16"),
+        ({6: lambda t: t.bfloat16()}, "expected weight.* of dtype torch.bfloat16"),
         ({7: lambda t: t.to("meta")}, "expected weight"),
-        ({8: lambda t: t.t()}, r"expected weight \[N, 96\]"),
-        ({9: lambda t: t[1:]}, r"expected weight \[N, 96\]"),
-        ({2: lambda t: t[1:]}, "bias"),
+        ({8: lambda t: t.t()}, r"expected weight2 \[N, 96\]"),
+        ({9: lambda t: t[1:]}, r"expected weight2 \[N, 96\]"),
+        ({2: lambda t: t[1:]}, r"residual\[2\] \[71\]"),
     ],
 )
 @pytest.mark.parametrize("op", OPS)

@@ -56,6 +56,7 @@ def test_backends_in_bf16(d, backend):
     try:
         ours = run(lambda *a: attention(*a, backend=backend), inputs, dout)
     except RuntimeError as error:
+        assert str(error).startswith(f"attention: backend '{backend}' cannot run")
         pytest.skip(str(error).partition("\n")[0])
     for a, c in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), c, atol=2**-6 * c.abs().max().item(), rtol=0)
@@ -83,7 +84,7 @@ def test_fp64_gradcheck():
 def test_compiles_without_graph_breaks():
     inputs, dout = make()
     groups = torch.arange(9, device=DEVICE).expand(2, 9) % 2
-    for kwargs in ({}, {"groups": groups}, {"backend": "math"}):
+    for kwargs in ({}, {"groups": groups}, {"backend": "math"}, {"layout": "bhtd"}):
         fn = lambda *a, kwargs=kwargs: attention(*a, **kwargs).sin()
         compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
         # on a GPU the compiled function may take another backend than the one that is measured
@@ -258,13 +259,13 @@ def test_backend_can_be_named(monkeypatch):
     inputs, _ = make()
     monkeypatch.delenv("SRA_FAST_BACKEND", raising=False)
     monkeypatch.delenv("SRA_FAST_ATTENTION", raising=False)
-    public(*inputs, backend="cudnn")
+    public(*inputs, backend="math")
     monkeypatch.setenv("SRA_FAST_BACKEND", "torch")
     public(*inputs)
-    monkeypatch.setenv("SRA_FAST_ATTENTION", "efficient")
+    monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
     public(*inputs)
     public(*inputs, backend="flash")
-    assert used == ["cudnn", "sdpa", "efficient", "flash"]
+    assert used == ["math", "sdpa", "math", "flash"]
 
 
 def test_installed_packages_take_part(monkeypatch):
@@ -276,7 +277,7 @@ def test_installed_packages_take_part(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "flash_attn_interface", fake)
     inputs, _ = make()
     torch.testing.assert_close(
-        attention(*inputs, backend="fa3"), attention_ref(*inputs), atol=1e-5, rtol=1e-5
+        module._run("fa3", *inputs, None), attention_ref(*inputs), atol=1e-5, rtol=1e-5
     )
     q = inputs[0]
     assert "fa3" in module._candidates(q.half(), None)
@@ -296,8 +297,93 @@ def test_rejects_bad_input():
         ((q, k, v), {"groups": groups[:1]}, "expected groups \\[B, T\\] = \\[2, 9\\]"),
         ((q, k, v), {"groups": groups.float()}, "integers, got"),
         ((q, k, v), {"backend": "triton"}, "backend must be one of"),
-        ((q, k, v), {"backend": "fa2", "groups": groups}, "takes no groups"),
+        ((q, k, v), {"layout": "bhqd"}, "layout must be one of \\('bthd', 'bhtd'\\), got 'bhqd'"),
+        ((q, k[:1], v), {"layout": "bhtd"}, "one shape \\[B, H, T, d\\], got \\[2, 9, 3, 72\\]"),
+        # [2, 9] fits the tokens of the one layout and the heads of the other
+        ((q, k, v), {"layout": "bhtd", "groups": groups}, "groups \\[B, T\\] = \\[2, 3\\]"),
     ]
     for args, kwargs, message in cases:
         with pytest.raises(ValueError, match=message):
             attention(*args, **kwargs)
+
+
+def test_a_backend_that_cannot_run_is_named(monkeypatch):
+    """A request by name is an error where "auto" would pass the backend over."""
+    inputs, _ = make()
+    half = [x.half() for x in inputs]
+    groups = torch.zeros(2, 9, dtype=torch.long, device=DEVICE)
+    if DEVICE == "cpu":
+        for name in ("cudnn", "efficient", "fa2"):
+            with pytest.raises(
+                ValueError, match=f"^attention: backend '{name}' needs CUDA tensors"
+            ):
+                attention(*half, backend=name)
+    monkeypatch.setattr(module, "_CUDA_ONLY", ())
+    monkeypatch.setattr(module, "_installed", lambda package: False)
+    for given, options, message in (
+        (half, {"groups": groups}, "takes no groups"),
+        (inputs, {}, "needs bf16 or fp16 tensors, got torch.float32"),
+        (half, {}, "needs the package flash_attn_interface"),
+    ):
+        with pytest.raises(ValueError, match=f"^attention: backend 'fa3' {message}"):
+            attention(*given, backend="fa3", **options)
+
+    def refuse(*args):
+        raise RuntimeError("No available kernel.\nMore of it.")
+
+    monkeypatch.setattr(module, "_run", refuse)
+    message = r"^attention: backend 'flash' cannot run .*float32: No available kernel.$"
+    with pytest.raises(RuntimeError, match=message):
+        attention(*inputs, backend="flash")
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["all", "groups"])
+@pytest.mark.parametrize("backend", [None, "math"])
+def test_heads_before_tokens(backend, grouped):
+    """The layout changes what a dimension means, and no value: output and gradients have it too."""
+    inputs, dout = make()
+    groups = torch.arange(9, device=DEVICE).expand(2, 9) % 2 if grouped else None
+    turn = lambda x: x.transpose(1, 2)
+    fn = lambda *qkv: attention(*qkv, layout="bhtd", groups=groups, backend=backend)
+    found = run(fn, [turn(x).contiguous() for x in inputs], turn(dout))
+    truth = run(lambda *a: definition(*a, groups), [t.double() for t in inputs], dout.double())
+    for ours, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), turn(expected), atol=1e-5, rtol=1e-5)
+    # the same shape in the other layout is another computation
+    other = attention(*(turn(x).contiguous() for x in inputs), backend=backend)
+    assert other.shape == found[0].shape and not torch.allclose(other, found[0], atol=1e-2)
+    ref = attention_ref(*(turn(x) for x in inputs), layout="bhtd", groups=groups)
+    torch.testing.assert_close(ref, turn(attention_ref(*inputs, groups=groups)))
+
+
+def test_heads_before_tokens_copies_nothing(monkeypatch):
+    """What PyTorch gets is the memory of the inputs, and its output is what comes back."""
+    inputs = torch.randn(3, 2, 4, 9, 8, device=DEVICE).unbind(0)
+    original = torch.nn.functional.scaled_dot_product_attention
+    seen = []
+
+    def spy(q, k, v, **options):
+        out = original(q, k, v, **options)
+        seen.extend([q, k, v, out])
+        return out
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", spy)
+    out = attention(*inputs, layout="bhtd", backend="torch")
+    for given, received in zip([*inputs, out], seen, strict=True):
+        assert given.data_ptr() == received.data_ptr() and given.stride() == received.stride()
+
+
+def test_the_choice_knows_the_order_in_memory(fake_clock):
+    """Heads before tokens in memory is measured on its own; the layout's name alone is not."""
+    (q, _, _), _ = make()
+    assert choose(q, None, True) == "flash"
+    fake_clock.times["flash"] = 9.0
+    same = q.transpose(1, 2)
+    assert module._choose(*module._tokens_first("bhtd", same, same, same), None, True) == "flash"
+    other = module._tokens_first("bhtd", *[same.contiguous()] * 3)[0]
+    assert other.shape == q.shape and choose(other, None, True) == "cudnn"
+    # gradients are read in the order of their inputs
+    inputs = [other.detach().requires_grad_() for _ in range(3)]
+    dout = torch.randn(18, 216, device=DEVICE)
+    for grad in module._timed_step("sdpa", inputs, None, dout, training=True):
+        assert grad.is_contiguous() and grad.shape == (2 * 3, 9 * 72)

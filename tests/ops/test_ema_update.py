@@ -223,7 +223,7 @@ def test_rejects_bad_input(device):
 )
 def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypatch, caplog):
     module = sys.modules[ema_update_.__module__]
-    monkeypatch.setattr(module, "use_triton", lambda x, backend: True)
+    monkeypatch.setattr(module, "use_triton", lambda operator, x, backend: True)
     monkeypatch.setattr(module, "_ema_cuda", object() if built else None)
     monkeypatch.setenv("SRA_FAST_BUILD_EXT", asked)
     caplog.set_level(logging.INFO)

@@ -149,7 +149,7 @@ def test_bad_dtypes():
         ValueError, match="expected weight .* of dtype"
     ):  # a stream in half precision needs weights of its dtype
         ops.adaln_linear(x.to(HALF), shift, scale, w1.float(), b1.float())
-    with pytest.raises(ValueError, match="expected weight .* of dtype"):
+    with pytest.raises(ValueError, match="expected weight2 .* of dtype"):
         ops.adaln_mlp(x, shift, scale, w1, b1, w2.float(), b2.float())
     with pytest.raises(ValueError, match="expected weight .* of dtype"):
         ops.adaln_linear(x, shift, scale, w1, b1.float())
