@@ -24,6 +24,7 @@ EXTRAS = {
     ],
     "eval": ["numpy>=1.26", "scipy>=1.11", "scikit-learn>=1.4"],
     "vae": ["diffusers>=0.30"],
+    "hub": ["huggingface_hub>=0.24"],
     "plots": ["matplotlib>=3.8"],
     "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "pybind11>=2.12"],
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"],
