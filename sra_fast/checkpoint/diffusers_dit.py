@@ -216,9 +216,9 @@ def write_pipeline(loaded: LoadedModel, out: Path, vae: str | None = None) -> No
     # its own initialisation would only cost time
     with torch.device("meta"):
         transformer = DiTTransformer2DModel(**config)
-    transformer.load_state_dict(
-        {name: value.contiguous() for name, value in weights.items()}, strict=True, assign=True
-    )
+    # clones: the embedders of the blocks are one tensor, and safetensors refuses shared memory
+    clones = {name: value.clone() for name, value in weights.items()}
+    transformer.load_state_dict(clones, strict=True, assign=True)
     scheduler = DDIMScheduler(
         num_train_timesteps=NUM_TIMES,
         beta_start=1e-4,
