@@ -26,7 +26,7 @@ from sra_fast.utils.registry import MODEL_FAMILIES
 log = logging.getLogger("sra_fast")
 
 # parameters that another task may have in another shape, or not at all
-ENDS = ("x_embedder.", "y_embedder.", "final_layer.", HEAD)
+ENDS = ("x_embedder.", "y_embedder.", "pos_embed", "final_layer.", HEAD)
 # what continues a training run, and needs weights that fit as a whole
 CONTINUED = ("opt", "steps", "epoch")
 
@@ -64,14 +64,11 @@ def read_initial(cfg: Config) -> dict:
         if known_classes != model.num_classes:
             # a null class less may hide a class more: shapes do not tell
             missing.setdefault(CLASS_TABLE, f"it is of {known_classes} classes")
-        # a table of another resolution was checked, and is computed anew
-        table = {"pos_embed"} if _other_table(model, state) else set()
-        initial[key] = {
-            name: value for name, value in state.items() if name not in {*missing, *table}
-        }
+        initial[key] = {name: value for name, value in state.items() if name not in missing}
         fresh |= missing
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    remark = _continued(source, initial, shapes, bool(fresh))
+    shapes = {name: [*value.shape] for name, value in model.state_dict().items()}
+    parameters = {name: p.shape for name, p in model.named_parameters()}
+    remark = _continued(source, initial, parameters, bool(fresh))
     _say(source, shapes, fresh, remark)
     # a published checkpoint with its optimizer continues at its step count
     steps = initial.get("steps", 0)
@@ -126,13 +123,16 @@ def _check_process(source: str, model: SiT, process: str | None, state: dict[str
 
 
 def _not_fitting(source: str, model: SiT, state: dict[str, Tensor]) -> dict[str, str]:
-    """Parameters of the model's ends that the weights do not have, each with what they have.
+    """Parameters of the model's ends that the weights do not have, each with what they have; and
+    the position embedding, if it is that of another resolution.
 
     Raises:
         ValueError: anything else does not fit.
     """
-    expected = {name: [*p.shape] for name, p in model.named_parameters()}
-    found = {name: [*value.shape] for name, value in state.items() if name != "pos_embed"}
+    expected = {name: [*value.shape] for name, value in model.state_dict().items()}
+    found = {name: [*value.shape] for name, value in state.items()}
+    # without a table nothing is lost: the model computes it
+    found.setdefault("pos_embed", expected["pos_embed"])
     missing = {}
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) == found.get(name):
@@ -145,10 +145,6 @@ def _not_fitting(source: str, model: SiT, state: dict[str, Tensor]) -> dict[str,
         )
         missing[name] = f"it is {found.get(name, 'absent')}"
     return missing
-
-
-def _other_table(model: SiT, state: dict[str, Tensor]) -> bool:
-    return "pos_embed" in state and state["pos_embed"].shape != model.pos_embed.shape
 
 
 def _continued(source: str, initial: dict, shapes: dict, in_part: bool) -> str:
@@ -174,11 +170,12 @@ def _continued(source: str, initial: dict, shapes: dict, in_part: bool) -> str:
 def _say(source: str, shapes: dict, fresh: dict[str, str], remark: str) -> None:
     if int(os.environ.get("RANK", 0)):
         return
-    line = f"started from {source}: {len(shapes) - len(fresh)} of {len(shapes)} parameters"
+    # the position embedding is no parameter
+    count = len(shapes) - 1
+    taken = count - len(fresh.keys() - {"pos_embed"})
+    line = f"started from {source}: {taken} of {count} parameters"
     if not fresh:
         log.info("%s%s", line, remark)
         return
-    listed = ", ".join(
-        f"{name} {[*shapes[name]]} ({reason})" for name, reason in sorted(fresh.items())
-    )
+    listed = ", ".join(f"{name} {shapes[name]} ({why})" for name, why in sorted(fresh.items()))
     log.warning("%s; fresh: %s%s", line, listed, remark)
