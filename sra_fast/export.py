@@ -33,10 +33,23 @@ def main() -> None:
         "--vae", help="folder of the AutoencoderKL of the latents, for --format diffusers"
     )
     parser.add_argument(
+        "--fold-time",
+        action="store_true",
+        help="fit the time's first layer to the features of diffusers, which are not DiT's",
+    )
+    parser.add_argument(
         "--push", metavar="USER/NAME", help="upload the folder to the Hugging Face hub"
     )
     args = parser.parse_args()
-    options = Options(args.checkpoint, args.out, args.format, args.num_heads, args.vae, args.push)
+    options = Options(
+        args.checkpoint,
+        args.out,
+        args.format,
+        args.num_heads,
+        args.vae,
+        args.fold_time,
+        args.push,
+    )
     try:
         export(options)
     except ValueError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.checkpoint.diffusers_dit import import_pipeline, is_pipeline
+    from sra_fast.checkpoint.diffusers_folder import import_pipeline, is_pipeline
     from sra_fast.checkpoint.official_weights import import_file
 
     parser = argparse.ArgumentParser(
@@ -40,6 +40,11 @@ def main() -> None:
         default=0,
         help="of the projection head, which other projects do not have",
     )
+    parser.add_argument(
+        "--fold-time",
+        action="store_true",
+        help="for a DiT that was trained in diffusers: fit its time's first layer to our features",
+    )
     args = parser.parse_args()
     if not args.out.endswith(".safetensors"):
         parser.error(f"--out must end with .safetensors, got {args.out}")
@@ -48,13 +53,15 @@ def main() -> None:
     given = [f"--{name} {value}" for name, value in options.items() if value is not None]
     if pipeline and given:
         parser.error(f"a folder of diffusers says its model itself: expected no {given[0]}")
+    if args.fold_time and not pipeline:
+        parser.error("--fold-time is for folders of diffusers, got no such folder")
     if not pipeline and args.model is None:
         parser.error(
             "--model must say what the weights are, {SiT,DiT}-{S,B,L,XL}/{2,4,8}, got none"
         )
     try:
         if pipeline:
-            import_pipeline(args.source, args.out, args.seed)
+            import_pipeline(args.source, args.out, args.seed, args.fold_time)
         else:
             import_file(
                 args.source, args.model, args.out, args.num_heads, args.seed, args.input_size

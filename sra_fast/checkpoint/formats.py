@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.checkpoint import diffusers_dit, huggingface
+from sra_fast.checkpoint import diffusers_folder, huggingface
 from sra_fast.checkpoint.export import write_loaded
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
@@ -33,6 +33,8 @@ class Options:
     """for weights that do not say it"""
     vae: str | None = None
     """folder of the AutoencoderKL that decodes the latents (diffusers)"""
+    fold_time: bool = False
+    """fit the time's first layer to the features of diffusers (diffusers)"""
     push: str | None = None
     """USER/NAME on the Hugging Face hub that the folder is uploaded to"""
 
@@ -60,10 +62,11 @@ def format_of(options: Options) -> str:
     fits = suffix not in by_suffix if is_folder else suffix == SUFFIXES[found]
     expected = "a folder" if is_folder else f"a file that ends with {SUFFIXES[found]}"
     require_that(fits, f"format {found} writes {expected}, got out {options.out}")
-    require_that(
-        options.vae is None or found == "diffusers",
-        f"vae goes with format diffusers, got format {found}",
-    )
+    for name in ("vae", "fold_time"):
+        require_that(
+            not getattr(options, name) or found == "diffusers",
+            f"{name} goes with format diffusers, got format {found}",
+        )
     require_that(
         options.push is None or is_folder,
         f"push uploads a folder, of format huggingface or diffusers, got format {found}",
@@ -106,7 +109,7 @@ def _write(loaded: LoadedModel, chosen: str, options: Options) -> None:
     elif chosen == "huggingface":
         huggingface.write_folder(loaded, out, options.push)
     else:
-        diffusers_dit.write_pipeline(loaded, out, options.vae)
+        diffusers_folder.write_pipeline(loaded, out, options.vae, options.fold_time)
 
 
 def write_published(source: Path, out: Path) -> None:

@@ -1,15 +1,7 @@
-"""DiT to and from diffusers: ``DiTTransformer2DModel`` and a folder for ``DiTPipeline``.
+"""A DiT as a folder that ``DiTPipeline.from_pretrained`` of diffusers loads, and such folders as
+exports.
 
-The weights are the same numbers under other names; queries, keys and values are three layers. Three
-things differ:
-
-- Every block of diffusers has an embedder of time and class of its own. Here there is one, so all of
-  them must be equal.
-- The frequencies of diffusers' time are 10000^(-i/127), those of DiT and of this engine
-  10000^(-i/128). The predictions differ by that (docs/weights.md has the number), and no linear map
-  between the two sets of features repairs it.
-- ``DiTPipeline`` takes row 1000 of the class table for the null class. A table of fewer classes is
-  filled up to there with copies of its null class.
+``checkpoint/diffusers_weights.py`` says what differs between the two.
 """
 
 import json
@@ -21,6 +13,17 @@ import torch
 from torch import Tensor
 
 from sra_fast import models
+from sra_fast.checkpoint.diffusers_weights import (
+    EMBEDDERS,
+    NULL_ROW,
+    STEPS_HERE,
+    STEPS_THERE,
+    fold_time,
+    from_diffusers,
+    to_diffusers,
+    with_null_row,
+    without_null_rows,
+)
 from sra_fast.checkpoint.export import state_of, write_export
 from sra_fast.checkpoint.load_model import CLASS_TABLE, LoadedModel, fill
 from sra_fast.checkpoint.sources import read_tensors
@@ -30,35 +33,12 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.vae import load_vae
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
 from sra_fast.models import DiT
+from sra_fast.models.registry import PATCHES
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import make_folder, require, write_json
 
 log = logging.getLogger("sra_fast")
 
-# the row of the class table that DiTPipeline takes for the null class
-NULL_ROW = 1000
-# name here -> name there, outside of the blocks
-OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
-    "final_layer.linear": "proj_out_2",
-}
-# in each block; the embedders of time and class are one for all blocks here
-INSIDE = {
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "adaLN_modulation.1": "norm1.linear",
-}
-QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-EMBEDDERS = {
-    "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
-    "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
-    "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
-    "t_embedder.mlp.2.bias": "timestep_embedder.linear_2.bias",
-    CLASS_TABLE: "class_embedder.embedding_table.weight",
-}
-KINDS = ("weight", "bias")
 # what a DiT of diffusers computes exactly as ours; other values are refused
 SETTINGS = {
     "activation_fn": "gelu-approximate",
@@ -69,88 +49,6 @@ SETTINGS = {
 # of the norms here; diffusers' default for one of a block's two is 1e-5
 NORM_EPS = 1e-6
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-
-
-def to_diffusers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Weights under the published names -> weights of ``DiTTransformer2DModel``, the same numbers.
-
-    The class table keeps its rows; ``with_null_row`` fills it up.
-    """
-    found = {
-        f"{there}.{kind}": state[f"{here}.{kind}"]
-        for here, there in OUTSIDE.items()
-        for kind in KINDS
-    }
-    for block in range(depth):
-        ours = f"blocks.{block}"
-        theirs = f"transformer_blocks.{block}"
-        for here, there in INSIDE.items():
-            for kind in KINDS:
-                found[f"{theirs}.{there}.{kind}"] = state[f"{ours}.{here}.{kind}"]
-        for kind in KINDS:
-            parts = state[f"{ours}.attn.qkv.{kind}"].chunk(3)
-            for name, part in zip(QKV, parts, strict=True):
-                found[f"{theirs}.{name}.{kind}"] = part
-        for here, there in EMBEDDERS.items():
-            found[f"{theirs}.norm1.emb.{there}"] = state[here]
-    return found
-
-
-def from_diffusers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The inverse of ``to_diffusers``.
-
-    Raises:
-        ValueError: a weight is missing or unknown, or the blocks have different embedders.
-    """
-    rest = dict(state)
-
-    def take(name: str) -> Tensor:
-        require_that(name in rest, f"the weights are no DiT of diffusers: they have no {name}")
-        return rest.pop(name)
-
-    found = {
-        f"{here}.{kind}": take(f"{there}.{kind}")
-        for here, there in OUTSIDE.items()
-        for kind in KINDS
-    }
-    for block in range(depth):
-        ours = f"blocks.{block}"
-        theirs = f"transformer_blocks.{block}"
-        for here, there in INSIDE.items():
-            for kind in KINDS:
-                found[f"{ours}.{here}.{kind}"] = take(f"{theirs}.{there}.{kind}")
-        for kind in KINDS:
-            found[f"{ours}.attn.qkv.{kind}"] = torch.cat(
-                [take(f"{theirs}.{name}.{kind}") for name in QKV]
-            )
-        for here, there in EMBEDDERS.items():
-            name = f"{theirs}.norm1.emb.{there}"
-            value = take(name)
-            first = found.setdefault(here, value)
-            require_that(
-                torch.equal(first, value),
-                f"{name} differs from that of block 0: a DiT here has one embedder for all blocks",
-            )
-    # a fixed function, which old versions of diffusers stored
-    rest.pop("pos_embed.pos_embed", None)
-    require_that(
-        not rest, f"the weights are no DiT of diffusers: expected no {next(iter(rest), None)}"
-    )
-    return found
-
-
-def with_null_row(table: Tensor) -> Tensor:
-    """A class table ``[K + 1, D]`` -> ``[1001, D]``, its null class at row 1000 and before it."""
-    missing = NULL_ROW + 1 - len(table)
-    return torch.cat([table, table[-1:].expand(missing, -1)])
-
-
-def without_null_rows(table: Tensor) -> Tensor:
-    """The inverse of ``with_null_row``: copies of the null class at the end become one."""
-    copies = (table == table[-1]).all(dim=1).flip(0)
-    # the first row that is no copy, from the end; a table of copies keeps one class
-    count = int((~copies).int().argmax()) if not copies.all() else len(table) - 1
-    return table[: len(table) - count + 1]
 
 
 def refuse_unless_diffusers(model: models.SiT) -> None:
@@ -176,7 +74,9 @@ def refuse_unless_diffusers(model: models.SiT) -> None:
     )
 
 
-def write_pipeline(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
+def write_pipeline(
+    loaded: LoadedModel, out: Path, vae: str | None = None, fold: bool = False
+) -> None:
     """Write a folder for ``DiTPipeline.from_pretrained``.
 
     Args:
@@ -184,6 +84,7 @@ def write_pipeline(loaded: LoadedModel, out: Path, vae: str | None = None) -> No
         out: the folder; made if it is not there.
         vae: folder of the AutoencoderKL that decodes the latents. Without it the pipeline has to be
             given one: ``from_pretrained(folder, vae=...)``.
+        fold: ``fold_time`` for diffusers' features. The weights are then not the same numbers.
 
     Raises:
         ValueError: the model is none of diffusers', the VAE does not fit, or diffusers is missing.
@@ -208,7 +109,10 @@ def write_pipeline(loaded: LoadedModel, out: Path, vae: str | None = None) -> No
         norm_eps=NORM_EPS,
         **SETTINGS,
     )
-    weights = to_diffusers(state_of(loaded), model.depth)
+    state = state_of(loaded)
+    if fold:
+        state = fold_time(state, STEPS_HERE, STEPS_THERE)
+    weights = to_diffusers(state, model.depth)
     table = EMBEDDERS[CLASS_TABLE]
     for name, value in weights.items():
         if name.endswith(table):
@@ -288,13 +192,15 @@ def transformer_folder(folder: Path) -> Path | None:
     return None
 
 
-def import_pipeline(source: str, out: str, seed: int = 0) -> None:
+def import_pipeline(source: str, out: str, seed: int = 0, fold: bool = False) -> None:
     """Convert a DiT of diffusers to an export.
 
     Args:
         source: folder of a pipeline, or of its transformer.
         out: the ``.safetensors`` file to write.
         seed: of the projection head, which diffusers' DiT does not have.
+        fold: ``fold_time``, for a DiT that was trained with diffusers' features. The releases were
+            not.
 
     Raises:
         ValueError: it is no DiT that can be one here.
@@ -307,6 +213,8 @@ def import_pipeline(source: str, out: str, seed: int = 0) -> None:
     state = checked(_read_transformer(folder), str(folder))
     state = from_diffusers(state, config["num_layers"])
     state[CLASS_TABLE] = without_null_rows(state[CLASS_TABLE])
+    if fold:
+        state = fold_time(state, STEPS_THERE, STEPS_HERE)
     cfg = _model_config(config, state)
     torch.manual_seed(seed)
     model = cfg.build()
@@ -349,7 +257,7 @@ def _model_config(config: dict, state: dict[str, Tensor]) -> ModelConfig:
         f"got {config.get('out_channels')}",
     )
     return ModelConfig(
-        f"DiT-{_size(config, heads)}/{patch if patch in models.registry.PATCHES else 2}",
+        f"DiT-{_size(config, heads)}/{patch if patch in PATCHES else 2}",
         input_size=config["sample_size"],
         in_channels=channels,
         num_classes=len(state[CLASS_TABLE]) - 1,
