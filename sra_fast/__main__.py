@@ -15,8 +15,8 @@ COMMANDS = {
     "probe": "linear probes of every layer at several times",
     "visualize": "PCA maps of features, curves of runs, samples side by side",
     "ablate": "run a study: variants of a configuration with several seeds",
-    "import-weights": "convert official DiT or SiT weights",
-    "export": "write the EMA of a checkpoint as .safetensors",
+    "import-weights": "convert official DiT or SiT weights, or a DiT of diffusers",
+    "export": "write weights as .safetensors, .pt, a Hugging Face or a diffusers folder",
 }
 
 

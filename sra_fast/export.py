@@ -1,6 +1,8 @@
-"""The EMA of a checkpoint as a .safetensors file:
+"""Weights from anywhere in another format:
 
 python sra_fast/export.py --checkpoint runs/digits/000 --out ema.safetensors
+python sra_fast/export.py --checkpoint runs/digits/000 --out digits --push USER/digits
+python sra_fast/export.py --checkpoint runs/dit/000 --format diffusers --vae VAE --out pipeline
 """
 
 import argparse
@@ -9,20 +11,47 @@ from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.checkpoint.export import export_checkpoint
+    from sra_fast.checkpoint.formats import FORMATS, Options, export
 
-    parser = argparse.ArgumentParser(description="Export the EMA of a checkpoint as safetensors.")
+    parser = argparse.ArgumentParser(
+        description="Write weights, the EMA of a run for example, in another format."
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="run folder (its newest checkpoint) or checkpoint folder",
+        help="run folder (its newest weights), checkpoint folder, .safetensors, shards, a Hugging "
+        "Face model folder, or the published code's .pt",
+    )
+    parser.add_argument("--out", required=True, help="FILE.safetensors, FILE.pt, or a folder")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="default: what the name of --out says, and huggingface for a folder",
+    )
+    parser.add_argument("--num_heads", type=int, help="for weights that do not say it")
+    parser.add_argument(
+        "--vae", help="folder of the AutoencoderKL of the latents, for --format diffusers"
     )
     parser.add_argument(
-        "--out", required=True, help=".safetensors file for sample.py and train.init_from"
+        "--fold-time",
+        action="store_true",
+        help="fit the time's first layer to the features of diffusers, which are not DiT's",
+    )
+    parser.add_argument(
+        "--push", metavar="USER/NAME", help="upload the folder to the Hugging Face hub"
     )
     args = parser.parse_args()
+    options = Options(
+        args.checkpoint,
+        args.out,
+        args.format,
+        args.num_heads,
+        args.vae,
+        args.fold_time,
+        args.push,
+    )
     try:
-        export_checkpoint(args.checkpoint, args.out)
+        export(options)
     except ValueError as error:
         parser.error(str(error))
     print(args.out)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from sra_fast.checkpoint import reading  # noqa: E402
+from sra_fast.checkpoint import sources  # noqa: E402
 from sra_fast.config.cli import parse_train  # noqa: E402
 from sra_fast.data.dataset import make_dataset  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
@@ -188,7 +188,7 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
 
 def start_from_published(out: Path, device) -> None:
     """Import the .pt that stage 1 wrote, in every stage."""
-    held = reading.read_weights(str(out / "fp32_1.published.pt"))
+    held = sources.read_weights(str(out / "fp32_1.published.pt"))
     for stage in (0, 1, 2, 3):
         trainer = build(make_plan(tiny(stage, "fp32")), device, weights=held["model"])
         step = saving.start_from(trainer, held)

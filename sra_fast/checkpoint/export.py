@@ -1,18 +1,15 @@
 """Exports: EMA weights as safetensors under the published parameter names, with the configuration as metadata."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sra_fast.checkpoint import reading
-from sra_fast.checkpoint.load_model import load_checkpoint, run_facts
+from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.data.facts import DataFacts
+from sra_fast.models import arguments_of
 from sra_fast.utils.files import make_folder, write_atomic
-
-SUFFIX = ".safetensors"
 
 
 def write_export(
@@ -27,13 +24,14 @@ def write_export(
     Args:
         path: the file to write.
         state: name -> fp32 tensor.
-        config: at least ``model`` and ``diffusion`` of a run's configuration; what reads the export
-            needs both.
+        config: at least ``model`` (or ``architecture``) and ``diffusion`` of a run's configuration;
+            what reads the export needs both.
         step: how many optimizer steps made the weights; None: not known.
         facts: about the data that the model was trained on, if they are known.
 
     Raises:
         ValueError: the folder cannot be made.
+        OSError: the file cannot be written.
     """
     metadata = {"config": json.dumps(config)}
     if step is not None:
@@ -46,45 +44,20 @@ def write_export(
     write_atomic(file, lambda p: save_file(tensors, p, metadata=metadata))
 
 
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or the newest one of a run folder.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = Path(path)
-    # only a complete checkpoint has this file
-    if (folder / reading.STATE).exists():
-        return folder
-    newest = reading.latest(folder / "checkpoints")
-    if newest is None:
-        raise ValueError(
-            f"expected a run folder or one of its checkpoints, found neither at {path}"
-        )
-    return newest
+def config_of(loaded: LoadedModel) -> dict:
+    """The configuration of an export: the run's, or the architecture where there was no run."""
+    if loaded.config is not None:
+        return loaded.config
+    architecture = {"family": loaded.model.family, "arguments": arguments_of(loaded.model)}
+    return {"architecture": architecture, "diffusion": {"path": loaded.path}}
 
 
-def export_checkpoint(source: str, out: str) -> Path:
-    """Write the EMA of a checkpoint as an export, the same as training writes at its end.
+def state_of(loaded: LoadedModel) -> dict[str, Tensor]:
+    """The weights that were loaded, without the projection head if they had none."""
+    state = loaded.model.state_dict()
+    return {name: value for name, value in state.items() if name not in loaded.fresh}
 
-    Args:
-        source: a run folder (its newest checkpoint) or a checkpoint folder.
-        out: the ``.safetensors`` file to write.
 
-    Returns:
-        The checkpoint folder that was read.
-
-    Raises:
-        ValueError: no checkpoint, a broken one, or ``out`` cannot be written or has another suffix.
-    """
-    if not out.endswith(SUFFIX):
-        raise ValueError(f"expected out to end with {SUFFIX}, got {out}")
-    path = find_checkpoint(source)
-    # on the CPU and without DeepSpeed: the EMA of every rank is put together
-    model, cfg, step = load_checkpoint(path)
-    try:
-        facts = run_facts(reading.run_folder(path))
-        write_export(Path(out), model.state_dict(), asdict(cfg), step, facts)
-    except OSError as error:
-        raise ValueError(f"out {out} cannot be written: {error.strerror or error}") from None
-    return path
+def write_loaded(loaded: LoadedModel, path: Path) -> None:
+    """Write loaded weights as an export; errors as ``write_export``'s."""
+    write_export(path, state_of(loaded), config_of(loaded), loaded.step, loaded.facts)

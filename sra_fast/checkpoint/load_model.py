@@ -1,21 +1,25 @@
-"""A model for sampling from anything that holds weights: run folder, checkpoint, export, published .pt."""
+"""A model for sampling and analysis from anything that holds weights."""
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sra_fast import models
-from sra_fast.checkpoint import reading
-from sra_fast.config.cli import load_config
-from sra_fast.config.schema import Config, ModelConfig
+from sra_fast.checkpoint.sources import find_weights, read_weights
+from sra_fast.checkpoint.values import refuse_reversed_time
+from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import SiT
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
 
-# facts about the training data, in a run folder
-FACTS = "data.json"
+log = logging.getLogger("sra_fast")
+
+HEAD = "ap_head."
+CLASS_TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclass
@@ -26,120 +30,178 @@ class LoadedModel:
         model: in eval mode, fp32, on the CPU.
         path: the interpolant it was trained with.
         facts: about the data it was trained on; None: not known (weights of other projects).
+        config: at least ``model`` and ``diffusion`` of the run's configuration; None: not known.
+        step: how many optimizer steps made the weights; None: not known.
+        source: the file or checkpoint folder that was read.
+        fresh: names of the parameters that the weights lack: a projection head, which only training
+            reads. They are zero.
     """
 
     model: SiT
     path: str
     facts: DataFacts | None = None
+    config: dict | None = None
+    step: int | None = None
+    source: Path | None = None
+    fresh: tuple[str, ...] = ()
 
 
-def load_model(path: str, weights: str = "ema", num_heads: int | None = None) -> LoadedModel:
+def load_model(
+    path: str,
+    weights: str = "ema",
+    num_heads: int | None = None,
+    input_size: int | None = None,
+) -> LoadedModel:
     """A model for sampling and analysis.
 
     Args:
-        path: a run folder (its export, else its newest checkpoint), a checkpoint folder,
-            ``.safetensors`` or ``.pt``.
+        path: whatever ``read_weights`` takes: a run folder (its newest weights), a checkpoint
+            folder, ``.safetensors``, shards, a Hugging Face model folder, a ``.pt``.
         weights: ``"ema"``, or ``"model"`` (the student; only the published code's ``.pt`` has all
             of it).
-        num_heads: for a ``.pt`` whose width is not one of the paper's sizes.
+        num_heads: for weights whose width is not one of the paper's sizes and that do not say it.
+        input_size: for weights without a position embedding that do not say it.
 
     Raises:
-        ValueError: nothing is there, it cannot be read, or it does not have these weights.
+        ValueError: nothing is there, it cannot be read, it does not have these weights, or they
+            contradict ``num_heads`` or ``input_size``.
     """
-    found = Path(path)
-    # a run folder: its export if training has finished, else its newest checkpoint
-    if found.is_dir() and not (found / reading.STATE).exists():
-        export = found / "ema.safetensors"
-        newest = reading.latest(found / "checkpoints")
-        if not export.exists() and newest is None:
-            raise ValueError(f"{path} holds neither an export nor a checkpoint")
-        found = export if export.exists() else newest
-    if not found.exists():
-        raise ValueError(f"no checkpoint at {path}")
-    if weights == "model" and found.suffix != ".pt":
+    source = find_weights(path)
+    if weights == "model" and (source.is_dir() or source.suffix == ".safetensors"):
         raise ValueError(
-            f"{found} holds EMA weights only; weights 'model' are in a .pt as the published code "
+            f"{source} holds EMA weights only; weights 'model' are in a .pt as the published code "
             "writes it (train.export: [published])"
         )
-    if found.is_dir():
-        model, cfg, _ = load_checkpoint(found)
-        return LoadedModel(model, cfg.diffusion.path, run_facts(reading.run_folder(found)))
-    if found.suffix == ".safetensors":
-        return _from_safetensors(found)
-    return _from_published(found, weights, num_heads)
+    return model_of(read_weights(str(source)), source, weights, num_heads, input_size)
 
 
-def run_facts(folder: Path) -> DataFacts | None:
-    """The facts about the data of a run; None if its folder has none."""
-    file = folder / FACTS
-    return DataFacts.from_json(json.loads(file.read_text())) if file.exists() else None
-
-
-def load_checkpoint(path: Path) -> tuple[SiT, Config, int]:
-    """A training checkpoint's EMA.
+def model_of(
+    held: dict,
+    source: Path,
+    weights: str = "ema",
+    num_heads: int | None = None,
+    input_size: int | None = None,
+) -> LoadedModel:
+    """The model of weights that were read.
 
     Args:
-        path: a checkpoint folder, ``<run>/checkpoints/step_XXXXXXXX``.
-
-    Returns:
-        The model in eval mode, fp32, on the CPU; the run's configuration; the step of the
-        checkpoint.
+        held: from ``read_weights``.
+        source: where from.
+        weights, num_heads, input_size: see ``load_model``.
 
     Raises:
-        ValueError: the run's configuration is missing, a rank's file is missing or broken, or the
-            weights do not fit the configured model.
+        ValueError: see ``load_model``.
     """
-    file = path.absolute().parents[1] / "config.yaml"
-    if not file.exists():
-        raise ValueError(f"expected {path} in a run folder, but there is no configuration {file}")
-    cfg = load_config(file)
-    # the EMA's files hold flat tensors: the model knows the shapes
-    model = cfg.model.build()
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    ema = {name: flat.view(shapes[name]) for name, flat in reading.load_ema(path).items()}
-    # the EMA has no buffers: those of a new model are the same
-    _fill(model, {**model.state_dict(), **ema})
-    step = json.loads((path / reading.STATE).read_text())["step"]
-    return model, cfg, step
-
-
-def _fill(model: SiT, state: dict) -> SiT:
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit the model: {error}") from None
-    return model.eval()
-
-
-def _from_safetensors(path: Path) -> LoadedModel:
-    held = reading.read_weights(str(path))
-    state = held["ema"]
+    state = _chosen(held, weights, source)
     config = held.get("config")
-    # a file without our metadata: shapes say what the model is
-    if config is None:
-        return LoadedModel(_fill(*_made(state)), "linear")
-    model = _fill(ModelConfig(**config["model"]).build(), state)
-    facts = DataFacts.from_json(held["data"]) if "data" in held else None
-    return LoadedModel(model, config["diffusion"]["path"], facts)
-
-
-def _from_published(path: Path, weights: str, num_heads: int | None) -> LoadedModel:
-    held = reading.read_published(str(path))
-    if weights not in held:
-        raise ValueError(f"{path} holds no '{weights}' weights, only {sorted(held)}")
-    # the arguments say what shapes do not: heads, classes apart from the null class, SiT or DiT
     args = held.get("args")
-    family = str(getattr(args, "model", "")).partition("-")[0]
-    made = _made(
-        held[weights],
-        num_heads or getattr(args, "num_heads", None),
-        getattr(args, "num_classes", None),
-        family if family in MODEL_FAMILIES else None,
+    num_classes = getattr(args, "num_classes", None)
+    if config is None:
+        refuse_reversed_time(state, args, str(source))
+    if not any(name.startswith("y_embedder.") for name in state):
+        log.warning("%s has no class embedding: its model is unconditional, one class", source)
+        # one class whose embedding adds nothing
+        num_classes = 1
+        width = state["x_embedder.proj.weight"].shape[0]
+        state = {**state, CLASS_TABLE: torch.zeros(1, width)}
+    sizes = (num_heads, num_classes, input_size)
+    model = from_config(config) if config else _from_shapes(state, args, *sizes)
+    known = models.arguments_of(model)
+    for name, value in {"num_heads": num_heads, "input_size": input_size}.items():
+        require_that(
+            value in (None, known[name]),
+            f"{source} was made with {name} {known[name]}, got {name} {value}",
+        )
+    fresh = fill(model, state)
+    # a projection head that the weights lack: the same in every process that samples
+    for name in fresh:
+        torch.nn.init.zeros_(model.get_parameter(name))
+    path = config["diffusion"]["path"] if config else getattr(args, "path_type", "linear")
+    require_that(
+        path in ("linear", "cosine"),
+        f"expected weights of the interpolant linear or cosine, {source} has {path}",
     )
-    return LoadedModel(_fill(*made), getattr(args, "path_type", "linear"))
+    facts = DataFacts.from_json(held["data"]) if "data" in held else None
+    step = held.get("step", held.get("steps"))
+    return LoadedModel(model.eval(), path, facts, config, step, source, fresh)
 
 
-def _made(state: dict[str, torch.Tensor], *given) -> tuple[SiT, dict[str, torch.Tensor]]:
-    """A model of the size that the weights' shapes show; ``given``: what is known besides."""
-    cls, arguments = models.arguments_from_state_dict(state, *given)
-    return cls(**arguments), state
+def _chosen(held: dict, weights: str, source: Path) -> dict[str, Tensor]:
+    """The EMA or the student; a student without EMA stands for both."""
+    if weights in held:
+        return held[weights]
+    if weights == "ema":
+        log.warning("%s holds no EMA: its only weights are taken", source)
+        return held["model"]
+    raise ValueError(f"{source} holds no '{weights}' weights, only {sorted(held)}")
+
+
+def from_config(config: dict) -> SiT:
+    """The model of a run's configuration, or of the ``architecture`` that an export of other
+    weights has instead; ValueError if this version does not know it.
+    """
+    try:
+        if "architecture" in config:
+            architecture = config["architecture"]
+            return MODEL_FAMILIES[architecture["family"]](**architecture["arguments"])
+        return ModelConfig(**config["model"]).build()
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"the configuration of the weights is that of another version: {error}"
+        ) from None
+
+
+def _from_shapes(
+    state: dict[str, Tensor],
+    args,
+    num_heads: int | None,
+    num_classes: int | None,
+    input_size: int | None,
+) -> SiT:
+    """A model of the size that the weights' shapes show.
+
+    ``args`` of a published checkpoint say what shapes do not: heads, classes apart from the null
+    class, SiT or DiT.
+    """
+    family = str(getattr(args, "model", "")).partition("-")[0]
+    if "pos_embed" not in state and input_size is None:
+        input_size = getattr(args, "input_size", None)
+        # of the image: the published code's VAE makes latents of an eighth of it
+        if input_size is None and hasattr(args, "resolution"):
+            input_size = args.resolution // 8
+    cls, arguments = models.arguments_from_state_dict(
+        state,
+        getattr(args, "num_heads", None) or num_heads,
+        num_classes,
+        family if family in MODEL_FAMILIES else None,
+        input_size,
+    )
+    return cls(**arguments)
+
+
+def fill(model: SiT, state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Load weights into a model. What the model computes itself, or only training reads, may be
+    absent: the position embedding and the projection head.
+
+    Returns:
+        Names of the parameters that keep their values, those of the head if it is absent.
+
+    Raises:
+        ValueError: the weights have another name or shape. It says which.
+    """
+    expected = {name: [*value.shape] for name, value in model.state_dict().items()}
+    found = {name: [*value.shape] for name, value in state.items()}
+    absent = [name for name in expected if name.startswith(HEAD)]
+    # a part of a head is no head
+    fresh = tuple(absent) if not any(name.startswith(HEAD) for name in found) else ()
+    free = {*fresh, "pos_embed"}
+    for name in sorted((set(expected) | set(found)) - free):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"the weights do not fit the model: {name} should be "
+                f"{expected.get(name, 'absent')}, it is {found.get(name, 'absent')}"
+            )
+    # a table of another resolution was checked, and is computed anew
+    fitting = {name: state[name] for name in found if found[name] == expected.get(name)}
+    model.load_state_dict(fitting, strict=False)
+    return fresh

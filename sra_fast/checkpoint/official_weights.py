@@ -15,10 +15,13 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.reading import read_weights
+from sra_fast.checkpoint.load_model import fill
+from sra_fast.checkpoint.sources import read_weights
+from sra_fast.checkpoint.values import checked
 from sra_fast.config.schema import ModelConfig
 from sra_fast.models import SiT
 from sra_fast.models.layers import timestep_frequencies
+from sra_fast.utils.checks import require_that
 
 # --path-type of the official SiT -> our name
 PATHS = {"Linear": "linear", "GVP": "cosine"}
@@ -51,7 +54,12 @@ def first_channels(parameter: Tensor, patch_size: int, channels: int) -> Tensor:
     return rows[:, :channels].flatten(0, 1)
 
 
-def model_config(state: dict[str, Tensor], name: str, num_heads: int | None = None) -> ModelConfig:
+def model_config(
+    state: dict[str, Tensor],
+    name: str,
+    num_heads: int | None = None,
+    input_size: int | None = None,
+) -> ModelConfig:
     """The configuration of the model ``name``, with everything that the shapes of ``state`` show.
 
     Args:
@@ -59,6 +67,7 @@ def model_config(state: dict[str, Tensor], name: str, num_heads: int | None = No
         name: {SiT,DiT}-{S,B,L,XL}/{2,4,8}.
         num_heads: for weights whose size is not one of the paper's; ``name`` then only gives the
             family.
+        input_size: for weights without a position embedding.
 
     Raises:
         ValueError: the weights are not those of such a model.
@@ -66,7 +75,7 @@ def model_config(state: dict[str, Tensor], name: str, num_heads: int | None = No
     family, preset = models.preset(name)
     # shapes show everything but the number of heads
     _, found = models.arguments_from_state_dict(
-        state, num_heads or preset["num_heads"], family=family.family
+        state, num_heads or preset["num_heads"], family=family.family, input_size=input_size
     )
     if num_heads is None:
         for key, value in preset.items():
@@ -93,23 +102,14 @@ def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
         raise ValueError(
             "the weights have a projection head (ap_head), no release has: train.init_from takes them as they are"
         )
-    state = {name: value.float() for name, value in state.items()}
+    # a run computes its position embedding itself: another one is refused
+    state = checked(state, "the weights")
     if cfg.family == "SiT":
         _convert_sit(state, cfg.arguments()["patch_size"], cfg.in_channels)
     torch.manual_seed(seed)
     model = cfg.build().eval()
-    # a run computes its position embedding itself: another one would be lost silently
-    if not torch.allclose(state["pos_embed"], model.pos_embed, atol=1e-5):
-        raise ValueError(
-            "the position embedding of the weights is not the fixed 2-d sine-cosine one"
-        )
-    fresh = model.state_dict()
-    # strict loading wants every name: the head keeps its fresh weights
-    head = {name: value for name, value in fresh.items() if name.startswith("ap_head.")}
-    try:
-        model.load_state_dict({**state, **head}, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit the model: {error}") from None
+    # the head keeps its fresh weights
+    fill(model, state)
     return model
 
 
@@ -150,13 +150,18 @@ def interpolant_name(args) -> str:
 
 
 def import_file(
-    source: str, name: str, out: str, num_heads: int | None = None, seed: int = 0
+    source: str,
+    name: str,
+    out: str,
+    num_heads: int | None = None,
+    seed: int = 0,
+    input_size: int | None = None,
 ) -> None:
     """Convert an official ``.pt`` to an export.
 
     Args:
         source: a release's state dict, or a training checkpoint, of which the EMA is taken.
-        name, num_heads: see ``model_config``.
+        name, num_heads, input_size: see ``model_config``.
         out: the ``.safetensors`` file to write.
         seed: of the projection head.
 
@@ -164,8 +169,10 @@ def import_file(
         ValueError: the file cannot be read, or holds other weights.
     """
     held = read_weights(source)
+    # its time already runs as ours: converted again it would run backwards
+    require_that("config" not in held, f"{source} is an export of sra-fast: it needs no conversion")
     # a training checkpoint holds the student and its EMA; samples come from the EMA
     state = held.get("ema", held.get("model"))
-    cfg = model_config(state, name, num_heads)
+    cfg = model_config(state, name, num_heads, input_size)
     config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}
     write_export(Path(out), convert(state, cfg, seed).state_dict(), config, step=None)

@@ -1,11 +1,10 @@
-"""Read checkpoints and exports without a trainer and without DeepSpeed.
+"""Read a run's checkpoints without a trainer and without DeepSpeed.
 
 ``<run>/checkpoints/step_00001000/`` holds DeepSpeed's files, ``ema_rank_00000.pt`` of every rank and
 ``sra_fast.json`` (step, epoch, what identifies the run, scales of an fp8 teacher).
 ``training/saving.py`` writes them.
 """
 
-import argparse
 import json
 import pickle
 from pathlib import Path
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 
 STATE = "sra_fast.json"
-# a parameter that every SiT and DiT has
-KNOWN_PARAMETER = "x_embedder.proj.weight"
+CONFIG = "config.yaml"
+EXPORT = "ema.safetensors"
+# facts about the training data
+FACTS = "data.json"
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -86,57 +87,6 @@ def load_ema(path: Path) -> dict[str, Tensor]:
     return whole
 
 
-def read_published(path: str) -> dict:
-    """A checkpoint of the published code, or a bare state dict.
-
-    Nothing but tensors, containers and ``argparse.Namespace`` is unpickled.
-
-    Returns:
-        ``model, ema, opt, args, epoch, steps`` as far as the file has them; a bare state dict is
-        ``{"ema": ...}``.
-
-    Raises:
-        ValueError: unreadable, not a checkpoint, or pickled code.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or ["empty"])[0]
-        raise ValueError(f"{path} is no checkpoint that can be read safely: {reason}") from None
-    if isinstance(held, dict) and KNOWN_PARAMETER in held:
-        held = {"ema": held}
-    weights = held.get("ema", held.get("model", {})) if isinstance(held, dict) else {}
-    if KNOWN_PARAMETER not in weights:
-        raise ValueError(
-            f"{path} holds neither a SiT or DiT state dict nor a checkpoint of the published code"
-        )
-    return held
-
-
-def read_weights(path: str) -> dict:
-    """Weights from an export (``.safetensors``) or a published checkpoint (``.pt``).
-
-    Returns:
-        ``{"ema": state dict, ...}``: an export also has its ``config`` and the facts about its
-        ``data``, a checkpoint what ``read_published`` returns.
-
-    Raises:
-        ValueError: unreadable, or something else.
-    """
-    if not path.endswith(".safetensors"):
-        return read_published(path)
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-        held = {"ema": load_file(path)}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-    # the configuration and the facts about the data, if the file is an export of a run
-    for key in ("config", "data"):
-        if key in metadata:
-            held[key] = json.loads(metadata[key])
-    return held
+def step_of(path: Path) -> int:
+    """How many optimizer steps a checkpoint folder has taken."""
+    return json.loads((path / STATE).read_text())["step"]

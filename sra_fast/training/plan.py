@@ -8,11 +8,12 @@ import torch
 
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.identity import identity_of
-from sra_fast.config.schema import Config, ModelConfig
+from sra_fast.config.schema import Config
 from sra_fast.data.dataset import check_data, fill_in_model, open_data
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training.checks import check_config, check_device, split_batch
+from sra_fast.training.initial import read_initial
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
@@ -111,49 +112,8 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
         # raises for a checkpoint of another run
         reading.read_state(resume, identity_of(cfg, plan.world, plan.stage))
     # a job that is restarted with the same command resumes, whatever it was started from
-    initial = _read_initial(cfg) if cfg.train.init_from and not resume else {}
+    initial = read_initial(cfg) if cfg.train.init_from and not resume else {}
     return RunPlan(plan, data, resume, initial)
-
-
-def _read_initial(cfg: Config) -> dict:
-    """What ``train.init_from`` names; ValueError if it does not fit the run."""
-    source = cfg.train.init_from
-    initial = reading.read_weights(source)
-    _check_heads(cfg, initial)
-    # shapes only: no memory is used
-    with torch.device("meta"):
-        expected = {name: [*value.shape] for name, value in cfg.model.build().state_dict().items()}
-    # the student starts from "model" and the EMA from "ema": both have to fit
-    for key in {"model", "ema"} & set(initial):
-        found = {name: [*value.shape] for name, value in initial[key].items()}
-        for name in sorted(set(expected) | set(found)):
-            if expected.get(name) != found.get(name):
-                raise ValueError(
-                    f"train.init_from {source} does not fit the model: {name} should be "
-                    f"{expected.get(name, 'absent')}, it is {found.get(name, 'absent')}"
-                )
-    # a published checkpoint with its optimizer continues at its step count
-    steps = initial.get("steps", 0)
-    require_that(
-        steps < cfg.train.steps,
-        f"train.steps must exceed the {steps} of train.init_from, got {cfg.train.steps}",
-    )
-    return initial
-
-
-def _check_heads(cfg: Config, initial: dict) -> None:
-    """The number of heads is the one property of a model that the shapes of its weights do not
-    show.
-    """
-    ours = cfg.model.arguments()["num_heads"]
-    if "config" in initial:
-        theirs = ModelConfig(**initial["config"]["model"]).arguments()["num_heads"]
-    else:
-        theirs = getattr(initial.get("args"), "num_heads", ours)
-    require_that(
-        theirs == ours,
-        f"train.init_from {cfg.train.init_from} was made with {theirs} heads, the model has {ours}",
-    )
 
 
 def _choose_vae(cfg: Config, facts: DataFacts) -> None:

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from sra_fast.checkpoint import reading
-from sra_fast.checkpoint.load_model import FACTS
 from sra_fast.config.cli import save_config
 from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
@@ -64,7 +63,7 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
         save_config(cfg, folder / "config.yaml")
         ds_config = json.dumps(run_plan.plan.ds_config, indent=1)
         write_atomic(folder / "deepspeed.json", lambda p: p.write_text(ds_config))
-        write_json(folder / FACTS, run_plan.data.facts().as_json())
+        write_json(folder / reading.FACTS, run_plan.data.facts().as_json())
     # before the first step: a missing file of the monitor stops the run at once
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     train(trainer, run_plan.data, folder, start, monitor)
@@ -83,7 +82,8 @@ def export(trainer: Trainer, data: TrainingData, folder: Path) -> None:
         saving.export_safetensors(trainer, file, train_cfg.steps, data.facts())
     if "published" in train_cfg.export:
         epoch = train_cfg.steps // max(1, len(data) // train_cfg.global_batch)
-        saving.export_published(trainer, folder / "published.pt", train_cfg.steps, epoch)
+        file = folder / "published.pt"
+        saving.export_published(trainer, file, train_cfg.steps, epoch, data.facts())
 
 
 def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:

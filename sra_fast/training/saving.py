@@ -15,13 +15,12 @@ import torch.distributed as dist
 
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.identity import identity_of
+from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer, numbered
 from sra_fast.checkpoint.reading import STATE, read_state
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.files import write_atomic, write_json
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _identity(trainer: Trainer) -> dict:
@@ -78,37 +77,45 @@ def load(trainer: Trainer, path: Path) -> int:
 
 
 def start_from(trainer: Trainer, initial: dict) -> int:
-    """Take over EMA and optimizer state of a published checkpoint, as far as it has them.
+    """Take over EMA and optimizer state of a published checkpoint, as far as it has them; collective.
 
     Args:
         trainer: built with the checkpoint's weights.
-        initial: from ``read_weights``, or an empty dict.
+        initial: from ``training/initial.py``, or an empty dict.
 
     Returns:
         The number of optimizer steps that the checkpoint has taken.
+
+    Raises:
+        ValueError: the optimizer state does not fit the parameters.
     """
+    masters = trainer.masters
     if "ema" in initial:
-        trainer.ema.load(initial["ema"])
-    if "opt" in initial:
-        masters = trainer.masters
-        # the published optimizer also lists its position embedding, first and without state
-        states = {
-            name: initial["opt"]["state"][i] for i, name in enumerate(masters.shapes, start=1)
-        }
+        ema = initial["ema"]
+        # parameters that are fresh: their EMA is still a copy of the student's
+        if not set(masters.shapes) <= set(ema):
+            ema = {**trainer.ema.full(), **ema}
+        trainer.ema.load(ema)
+    states = match_optimizer(initial["opt"], masters.shapes) if "opt" in initial else {}
+    if states:
         for key in MOMENTS:
             moments = {name: state[key] for name, state in states.items()}
             masters.scatter(moments, masters.state(key))
         # one count for all parameters: each has taken every step
-        count = float(next(iter(states.values()))["step"])
+        count = next(iter(states.values()))["step"]
         for state in masters.optimizer_states():
             state["step"].fill_(count)
     trainer.refresh_teacher()
     return int(initial.get("steps", 0))
 
 
-def export_published(trainer: Trainer, path: Path, step: int, epoch: int) -> None:
+def export_published(
+    trainer: Trainer, path: Path, step: int, epoch: int, facts: DataFacts | None = None
+) -> None:
     """The published code's ``.pt`` with fp32 weights, EMA and AdamW state; collective, rank 0
     writes.
+
+    ``facts``: about the training data, which the file then keeps.
     """
     masters = trainer.masters
     weights = masters.gather(masters.flats)
@@ -116,11 +123,11 @@ def export_published(trainer: Trainer, path: Path, step: int, epoch: int) -> Non
     moments = {key: masters.gather(masters.state(key)) for key in MOMENTS}
     if trainer.rank:
         return
-    count = masters.optimizer_states()[0]["step"]
-    state = {}
-    for i, name in enumerate(masters.shapes, start=1):
-        state[i] = {key: moments[key][name] for key in MOMENTS}
-        state[i]["step"] = count.detach().cpu().clone()
+    step_count = masters.optimizer_states()[0]["step"]
+    states = {
+        name: {**{key: moments[key][name] for key in MOMENTS}, "step": step_count}
+        for name in masters.shapes
+    }
     optim = trainer.cfg.optim
     group = {
         "lr": optim.lr,
@@ -133,34 +140,40 @@ def export_published(trainer: Trainer, path: Path, step: int, epoch: int) -> Non
         "capturable": False,
         "differentiable": False,
         "fused": None,
-        "params": list(range(len(masters.shapes) + 1)),
     }
     checkpoint = {
         "model": trainer.state_dict(weights),
         "ema": trainer.state_dict(ema),
-        "opt": {"state": state, "param_groups": [group]},
-        "args": published_args(trainer.cfg),
+        "opt": numbered(states, group),
+        "args": published_args(trainer.cfg, facts),
         "epoch": epoch,
         "steps": step,
     }
     write_atomic(path, lambda p: torch.save(checkpoint, p))
 
 
-def published_args(cfg: Config) -> argparse.Namespace:
+def published_args(cfg: Config, facts: DataFacts | None = None) -> argparse.Namespace:
     """The published code's arguments that describe the model.
 
-    ``num_heads`` is ours: the published code has it in the model's name.
+    ``num_heads`` is ours, because the published code has it in the model's name; so are
+    ``input_size`` and ``data``, the facts about the training data.
     """
     model = cfg.model
-    return argparse.Namespace(
+    # the published code trains on latents, whose side is an eighth of the image's
+    pixels = facts is not None and facts.pixels
+    args = argparse.Namespace(
         model=model.name,
-        resolution=8 * model.input_size,
+        resolution=model.input_size * (1 if pixels else 8),
         num_classes=model.num_classes,
         qk_norm=model.qk_norm,
         cfg_prob=model.class_dropout_prob,
         path_type=cfg.diffusion.path,
         num_heads=model.arguments()["num_heads"],
+        input_size=model.input_size,
     )
+    if facts is not None:
+        args.data = facts.as_json()
+    return args
 
 
 def export_safetensors(trainer: Trainer, path: Path, step: int, facts: DataFacts) -> None:

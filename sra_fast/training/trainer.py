@@ -150,7 +150,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     Args:
         plan: from ``make_plan``.
         device: of this process.
-        weights: state dict to start from instead of a fresh initialisation.
+        weights: state dict to start from instead of a fresh initialisation; it may be a part.
 
     Raises:
         ValueError: the plan is for another number of processes, or DeepSpeed stands in the way of a
@@ -230,7 +230,8 @@ def make_networks(
         if depth is not None:
             network = cfg.model.build_teacher(depth, **execution).eval()
     if weights is not None:
-        student.load_state_dict(weights, strict=True)
+        # what they lack keeps its fresh values: training/initial.py has listed it
+        student.load_state_dict(weights, strict=False)
     if dist.get_world_size() > 1:
         # GPUs of two kinds draw different numbers from one seed
         for p in student.parameters():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_config import config
 
-from sra_fast.checkpoint import reading
+from sra_fast.checkpoint import reading, sources
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.models import DiT
 from sra_fast.training import saving
@@ -32,17 +32,17 @@ def test_pickled_code_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"ema": {"x_embedder.proj.weight": torch.zeros(1)}, "args": Evil()}, "evil.pt")
     with pytest.raises(ValueError, match="cannot|no checkpoint that can be read safely"):
-        reading.read_published("evil.pt")
+        sources.read_published("evil.pt")
     assert not (tmp_path / "pwned").exists()
 
 
 def test_files_that_are_no_checkpoints_are_named(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="neither a SiT or DiT state dict nor"):
-        reading.read_published(str(tmp_path / "other.pt"))
+        sources.read_published(str(tmp_path / "other.pt"))
     (tmp_path / "short.safetensors").write_bytes(b"1234")
     with pytest.raises(ValueError, match="no readable safetensors"):
-        reading.read_weights(str(tmp_path / "short.safetensors"))
+        sources.read_weights(str(tmp_path / "short.safetensors"))
     with pytest.raises(ValueError, match="neither an export nor a checkpoint"):
         load_model(str(tmp_path))
 

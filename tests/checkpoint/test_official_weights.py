@@ -220,7 +220,7 @@ def broken(change) -> dict:
             broken(lambda s: s.pop("pos_embed")),
             "SiT-S/2",
             2,
-            "none of a SiT or DiT: they have no pos_embed",
+            "input_size cannot be read",
         ),
         (
             broken(lambda s: s.pop("final_layer.linear.bias")),

@@ -9,6 +9,7 @@ from sra_fast.models import (
     DiT,
     SiT,
     arguments_from_state_dict,
+    arguments_of,
     create_model,
     preset,
 )
@@ -76,8 +77,19 @@ def test_arguments_from_state_dict_round_trip():
         found, arguments = arguments_from_state_dict(model.state_dict(), num_heads=2)
         assert found is family
         found(**arguments).load_state_dict(model.state_dict(), strict=True)
-    with pytest.raises(ValueError, match="num_heads"):
-        arguments_from_state_dict(model.state_dict())
+        # the norms of the queries show the width of a head
+        assert arguments_from_state_dict(model.state_dict()) == (found, arguments)
+        assert arguments_of(model) == arguments
+    with pytest.raises(ValueError, match="num_heads cannot be read from weights of width 32"):
+        arguments_from_state_dict(SiT(**TINY).state_dict())
+    state = model.state_dict()
+    del state["pos_embed"]
+    with pytest.raises(ValueError, match="input_size cannot be read"):
+        arguments_from_state_dict(state)
+    assert arguments_from_state_dict(state, input_size=8)[1]["input_size"] == 8
+    state["x_embedder.proj.weight"] = torch.zeros(32, 12)
+    with pytest.raises(ValueError, match=r"should be \[D, C, p, p\], it is \[32, 12\]"):
+        arguments_from_state_dict(state)
     # what shapes do not tell can be given
     without_null = DiT(**{**TINY, "class_dropout_prob": 0.0}, learn_sigma=False)
     found, arguments = arguments_from_state_dict(

@@ -248,10 +248,10 @@ def test_an_earlier_checkpoint_is_exported_with_its_step(whole_run, tmp_path):
 @pytest.mark.parametrize(
     "checkpoint, out, message",
     [
-        ("nowhere", "a.safetensors", "found neither at nowhere"),
-        ("README.md", "a.safetensors", "found neither at README.md"),
-        ("{run}/ema.safetensors", "a.safetensors", "expected a run folder or one of its"),
-        ("{run}", "a.pt", "expected out to end with .safetensors, got {tmp}/a.pt"),
+        ("nowhere", "a.safetensors", "no checkpoint at nowhere"),
+        ("README.md", "a.safetensors", "README.md is no checkpoint that can be read safely"),
+        ("{run}", "a.pt", "the optimizer state of {run}/ema.safetensors is in DeepSpeed's files"),
+        ("{run}", "a.npz", "expected out to end with .safetensors or .pt, or a folder, got"),
         ("{run}", "file/a.safetensors", "out {tmp}/file cannot be made: "),
         ("{run}", "folder.safetensors", "out {tmp}/folder.safetensors cannot be written: Is a dir"),
         ("{tmp}/moved", "a.safetensors", "expected {tmp}/moved in a run folder"),
@@ -270,7 +270,7 @@ def test_a_bad_export_is_one_line(whole_run, tmp_path, checkpoint, out, message)
     checkpoint = checkpoint.format(run=run, tmp=tmp_path)
     done = call("export", "--checkpoint", checkpoint, "--out", tmp_path / out)
     assert done.returncode == 2
-    assert message.format(tmp=tmp_path) in error_of(done)
+    assert message.format(tmp=tmp_path, run=run) in error_of(done)
     assert not (tmp_path / out).is_file()
 
 

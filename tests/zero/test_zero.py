@@ -19,7 +19,7 @@ from zero_worker import CASES, FP8, STEPS, VARIANTS, tiny
 
 from sra_fast.alignment.objective import SRAObjective
 from sra_fast.alignment.schedule import align_weight
-from sra_fast.checkpoint import reading
+from sra_fast.checkpoint import sources
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.order import ShuffledBatches
@@ -260,7 +260,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_exports_hold_the_run(results, world, name):
     ours = read(results, world, name)["resumed"]
-    held = reading.read_published(str(results[world] / f"{name}.published.pt"))
+    held = sources.read_published(str(results[world] / f"{name}.published.pt"))
     assert set(held) == {"model", "ema", "opt", "args", "epoch", "steps"}
     assert isinstance(held["args"], argparse.Namespace) and held["steps"] == STEPS
     loaded = load_model(str(results[world] / f"{name}.safetensors"))

@@ -1,0 +1,295 @@
+"""A DiT as a folder that ``DiTPipeline.from_pretrained`` of diffusers loads, and such folders as
+exports.
+
+``checkpoint/diffusers_weights.py`` says what differs between the two.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sra_fast import models
+from sra_fast.checkpoint.diffusers_weights import (
+    EMBEDDERS,
+    NULL_ROW,
+    STEPS_HERE,
+    STEPS_THERE,
+    fold_time,
+    from_diffusers,
+    to_diffusers,
+    with_null_row,
+    without_null_rows,
+)
+from sra_fast.checkpoint.export import state_of, write_export
+from sra_fast.checkpoint.load_model import CLASS_TABLE, LoadedModel, fill
+from sra_fast.checkpoint.sources import read_tensors
+from sra_fast.checkpoint.values import checked
+from sra_fast.config.schema import ModelConfig
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.vae import load_vae
+from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
+from sra_fast.models import DiT
+from sra_fast.models.registry import PATCHES
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import make_folder, require, write_json
+
+log = logging.getLogger("sra_fast")
+
+# what a DiT of diffusers computes exactly as ours; other values are refused
+SETTINGS = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+}
+# of the norms here; diffusers' default for one of a block's two is 1e-5
+NORM_EPS = 1e-6
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+
+
+def refuse_unless_diffusers(model: models.SiT) -> None:
+    """ValueError for a model that ``DiTTransformer2DModel`` cannot be."""
+    found = models.arguments_of(model)
+    require_that(
+        isinstance(model, DiT) and model.family == "DiT",
+        f"diffusers has a class for DiT only, the weights are of a {model.family}",
+    )
+    require_that(not found["qk_norm"], "the DiT of diffusers has no qk_norm, the model has")
+    require_that(
+        found["mlp_ratio"] == 4,
+        f"the DiT of diffusers has an mlp_ratio of 4, the model has {found['mlp_ratio']:g}",
+    )
+    require_that(
+        model.has_null,
+        "the DiT of diffusers has a null class, the model has none (class_dropout_prob 0)",
+    )
+    require_that(
+        model.num_classes <= NULL_ROW,
+        f"DiTPipeline takes label {NULL_ROW} for the null class: expected at most {NULL_ROW} "
+        f"classes, got {model.num_classes}",
+    )
+
+
+def write_pipeline(
+    loaded: LoadedModel, out: Path, vae: str | None = None, fold: bool = False
+) -> None:
+    """Write a folder for ``DiTPipeline.from_pretrained``.
+
+    Args:
+        loaded: a DiT.
+        out: the folder; made if it is not there.
+        vae: folder of the AutoencoderKL that decodes the latents. Without it the pipeline has to be
+            given one: ``from_pretrained(folder, vae=...)``.
+        fold: ``fold_time`` for diffusers' features. The weights are then not the same numbers.
+
+    Raises:
+        ValueError: the model is none of diffusers', the VAE does not fit, or diffusers is missing.
+        OSError: a file cannot be written.
+    """
+    model = loaded.model
+    refuse_unless_diffusers(model)
+    require("diffusers", "diffusers", "vae")
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    decoder = None if vae is None else _fitting_vae(vae, loaded)
+    found = models.arguments_of(model)
+    config = dict(
+        num_attention_heads=found["num_heads"],
+        attention_head_dim=found["hidden_size"] // found["num_heads"],
+        in_channels=found["in_channels"],
+        out_channels=model.out_channels,
+        num_layers=found["depth"],
+        sample_size=found["input_size"],
+        patch_size=found["patch_size"],
+        num_embeds_ada_norm=NULL_ROW,
+        norm_eps=NORM_EPS,
+        **SETTINGS,
+    )
+    state = state_of(loaded)
+    if fold:
+        state = fold_time(state, STEPS_HERE, STEPS_THERE)
+    weights = to_diffusers(state, model.depth)
+    table = EMBEDDERS[CLASS_TABLE]
+    for name, value in weights.items():
+        if name.endswith(table):
+            weights[name] = with_null_row(value)
+    # its own initialisation would only cost time
+    with torch.device("meta"):
+        transformer = DiTTransformer2DModel(**config)
+    # clones: the embedders of the blocks are one tensor, and safetensors refuses shared memory
+    clones = {name: value.clone() for name, value in weights.items()}
+    transformer.load_state_dict(clones, strict=True, assign=True)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=NUM_TIMES,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        prediction_type="epsilon",
+    )
+    make_folder(out)
+    transformer.save_pretrained(out / "transformer")
+    scheduler.save_pretrained(out / "scheduler")
+    if decoder is not None:
+        decoder.save_pretrained(out / "vae")
+    _write_index(loaded, out, DiTPipeline.__name__, decoder is not None)
+
+
+def _write_index(loaded: LoadedModel, out: Path, pipeline: str, has_vae: bool) -> None:
+    """``model_index.json``: the classes of the pipeline's parts, and the names of the labels."""
+    import diffusers
+
+    index = {
+        "_class_name": pipeline,
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
+    }
+    facts = loaded.facts
+    if facts is not None and facts.class_names:
+        index["id2label"] = {str(i): name for i, name in enumerate(facts.class_names)}
+    write_json(out / "model_index.json", index)
+
+
+def _fitting_vae(path: str, loaded: LoadedModel):
+    """The VAE, with the scale that the model's latents have."""
+    facts = loaded.facts
+    require_that(
+        facts is None or not facts.pixels,
+        f"the model makes images, and --vae {path} decodes latents",
+    )
+    decoder = load_vae(path, loaded.model.in_channels)
+    if facts is None:
+        return decoder
+    require_that(
+        facts.shift == 0,
+        f"DiTPipeline does not shift latents, the model's have a shift of {facts.shift}",
+    )
+    # the pipeline divides by it
+    decoder.register_to_config(scaling_factor=facts.scale)
+    return decoder
+
+
+def is_pipeline(path: str) -> bool:
+    """Whether a path is a pipeline's folder of diffusers, or its transformer's."""
+    return transformer_folder(Path(path)) is not None
+
+
+def transformer_folder(folder: Path) -> Path | None:
+    """The folder of the transformer in a pipeline's folder, or that folder itself; None: neither."""
+    for place in (folder / "transformer", folder):
+        try:
+            held = json.loads((place / "config.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if "_class_name" in held:
+            return place
+    return None
+
+
+def import_pipeline(source: str, out: str, seed: int = 0, fold: bool = False) -> None:
+    """Convert a DiT of diffusers to an export.
+
+    Args:
+        source: folder of a pipeline, or of its transformer.
+        out: the ``.safetensors`` file to write.
+        seed: of the projection head, which diffusers' DiT does not have.
+        fold: ``fold_time``, for a DiT that was trained with diffusers' features. The releases were
+            not.
+
+    Raises:
+        ValueError: it is no DiT that can be one here.
+    """
+    folder = transformer_folder(Path(source))
+    require_that(folder is not None, f"expected a folder of diffusers with a DiT, got {source}")
+    assert folder is not None
+    config = json.loads((folder / "config.json").read_text())
+    _check_config(config, folder)
+    state = checked(_read_transformer(folder), str(folder))
+    state = from_diffusers(state, config["num_layers"])
+    state[CLASS_TABLE] = without_null_rows(state[CLASS_TABLE])
+    if fold:
+        state = fold_time(state, STEPS_THERE, STEPS_HERE)
+    cfg = _model_config(config, state)
+    torch.manual_seed(seed)
+    model = cfg.build()
+    fill(model, state)
+    export_config = {"model": asdict(cfg), "diffusion": {"path": "linear"}}
+    facts = _facts(folder.parent, cfg) if folder.name == "transformer" else None
+    write_export(Path(out), model.state_dict(), export_config, None, facts)
+
+
+def _check_config(config: dict, folder: Path) -> None:
+    require_that(
+        config.get("_class_name") in CLASSES and config.get("norm_type") == "ada_norm_zero",
+        f"expected a DiT (DiTTransformer2DModel) in {folder}, got {config.get('_class_name')}",
+    )
+    for name, value in SETTINGS.items():
+        found = config.get(name, value)
+        require_that(found == value, f"expected {name} {value} in {folder}, got {found}")
+    eps = config.get("norm_eps", 1e-5)
+    require_that(0 < eps <= 1e-5, f"expected norm_eps of at most 1e-5 in {folder}, got {eps}")
+    if eps != NORM_EPS:
+        log.warning("%s has norm_eps %g, a DiT here has %g", folder, eps, NORM_EPS)
+
+
+def _read_transformer(folder: Path) -> dict[str, Tensor]:
+    """The tensors of ``diffusion_pytorch_model``, in one file or in shards, of any precision."""
+    name = "diffusion_pytorch_model"
+    places = [f"{name}.safetensors", f"{name}.safetensors.index.json", f"{name}.bin"]
+    found = [folder / place for place in places if (folder / place).exists()]
+    require_that(bool(found), f"expected one of {', '.join(places)} in {folder}, found none")
+    return read_tensors(found[0])
+
+
+def _model_config(config: dict, state: dict[str, Tensor]) -> ModelConfig:
+    patch = config["patch_size"]
+    heads = config["num_attention_heads"]
+    channels = config["in_channels"]
+    require_that(
+        config.get("out_channels") == 2 * channels,
+        f"expected {2 * channels} output channels, noise and variance, "
+        f"got {config.get('out_channels')}",
+    )
+    return ModelConfig(
+        f"DiT-{_size(config, heads)}/{patch if patch in PATCHES else 2}",
+        input_size=config["sample_size"],
+        in_channels=channels,
+        num_classes=len(state[CLASS_TABLE]) - 1,
+        patch_size=patch,
+        hidden_size=heads * config["attention_head_dim"],
+        depth=config["num_layers"],
+        num_heads=heads,
+    )
+
+
+def _size(config: dict, heads: int) -> str:
+    """The paper's size, or S, whose numbers the configuration replaces."""
+    sizes = (config["num_layers"], heads * config["attention_head_dim"], heads)
+    return next((name for name, size in models.SIZES.items() if size == sizes), "S")
+
+
+def _facts(pipeline: Path, cfg: ModelConfig) -> DataFacts | None:
+    """What a pipeline's folder says about the data: the scale of its VAE, the names of classes."""
+    try:
+        scale = json.loads((pipeline / "vae/config.json").read_text())["scaling_factor"]
+        labels = json.loads((pipeline / "model_index.json").read_text()).get("id2label", {})
+    except (OSError, ValueError, LookupError):
+        return None
+    assert (
+        cfg.input_size is not None and cfg.in_channels is not None and cfg.num_classes is not None
+    )
+    names = [labels.get(str(i)) for i in range(cfg.num_classes)]
+    return DataFacts(
+        name="latents",
+        shape=(cfg.in_channels, cfg.input_size, cfg.input_size),
+        num_classes=cfg.num_classes,
+        class_names=names if all(names) else None,
+        scale=scale,
+        vae_path=str(pipeline / "vae"),
+    )

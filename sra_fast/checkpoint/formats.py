@@ -1,0 +1,148 @@
+"""Weights from anywhere, written in any of four formats: the body of export.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sra_fast.checkpoint import diffusers_folder, huggingface
+from sra_fast.checkpoint.export import write_loaded
+from sra_fast.checkpoint.load_model import LoadedModel, load_model
+from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
+from sra_fast.checkpoint.reading import CONFIG
+from sra_fast.checkpoint.sources import find_weights, read_weights, run_of
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import make_folder, write_atomic
+
+# what the name of the output ends with, and whether it is a folder that can be pushed
+SUFFIXES = {"safetensors": ".safetensors", "published": ".pt", "huggingface": "", "diffusers": ""}
+FORMATS = tuple(SUFFIXES)
+
+
+@dataclass
+class Options:
+    """What to export, and where to."""
+
+    source: str
+    """whatever ``load_model`` takes"""
+    out: str
+    """the file or folder to write"""
+    format: str | None = None
+    """one of ``FORMATS``; None: what the name of ``out`` says"""
+    num_heads: int | None = None
+    """for weights that do not say it"""
+    vae: str | None = None
+    """folder of the AutoencoderKL that decodes the latents (diffusers)"""
+    fold_time: bool = False
+    """fit the time's first layer to the features of diffusers (diffusers)"""
+    push: str | None = None
+    """USER/NAME on the Hugging Face hub that the folder is uploaded to"""
+
+
+def format_of(options: Options) -> str:
+    """The format to write.
+
+    Raises:
+        ValueError: the name of the output is that of another format, or an option is of another.
+    """
+    suffix = Path(options.out).suffix
+    by_suffix = {".safetensors": "safetensors", ".pt": "published"}
+    found = options.format or by_suffix.get(suffix)
+    # a folder may have a dot in its name: v1.0
+    if found is None and suffix not in (".pth", ".ckpt", ".bin", ".npz"):
+        found = "huggingface"
+    require_that(
+        found is not None,
+        f"expected out to end with .safetensors or .pt, or a folder, got {options.out}",
+    )
+    require_that(
+        found in FORMATS, f"expected a format of {', '.join(FORMATS)}, got {options.format}"
+    )
+    is_folder = not SUFFIXES[found]
+    fits = suffix not in by_suffix if is_folder else suffix == SUFFIXES[found]
+    expected = "a folder" if is_folder else f"a file that ends with {SUFFIXES[found]}"
+    require_that(fits, f"format {found} writes {expected}, got out {options.out}")
+    for name in ("vae", "fold_time"):
+        require_that(
+            not getattr(options, name) or found == "diffusers",
+            f"{name} goes with format diffusers, got format {found}",
+        )
+    require_that(
+        options.push is None or is_folder,
+        f"push uploads a folder, of format huggingface or diffusers, got format {found}",
+    )
+    return found
+
+
+def export(options: Options) -> Path:
+    """Write weights in another format, and upload them if that is asked for.
+
+    Returns:
+        The file or checkpoint folder that was read.
+
+    Raises:
+        ValueError: the weights cannot be read, the format cannot hold them, ``out`` cannot be
+            written, or the upload failed.
+    """
+    chosen = format_of(options)
+    if options.push is not None:
+        # before the weights are read: this takes no time
+        huggingface.check_push(options.push)
+    source = find_weights(options.source)
+    try:
+        if chosen == "published":
+            write_published(source, Path(options.out))
+        else:
+            _write(load_model(str(source), num_heads=options.num_heads), chosen, options)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"out {options.out} cannot be written: {reason}") from None
+    if options.push is not None:
+        huggingface.push(Path(options.out), options.push)
+    return source
+
+
+def _write(loaded: LoadedModel, chosen: str, options: Options) -> None:
+    out = Path(options.out)
+    if chosen == "safetensors":
+        write_loaded(loaded, out)
+    elif chosen == "huggingface":
+        huggingface.write_folder(loaded, out, options.push)
+    else:
+        diffusers_folder.write_pipeline(loaded, out, options.vae, options.fold_time)
+
+
+def write_published(source: Path, out: Path) -> None:
+    """Write a checkpoint of the published code: student, EMA and the optimizer state.
+
+    Raises:
+        ValueError: the source lacks one of them. A run's optimizer state is in DeepSpeed's files,
+            which training reads.
+    """
+    run = run_of(source)
+    require_that(
+        run is None or source.suffix == ".pt",
+        f"the optimizer state of {source} is in DeepSpeed's files, which only training reads: "
+        f"train.py --config {run}/{CONFIG} --train.resume {run} --train.export '[published]' "
+        "writes a .pt of the run",
+    )
+    held = read_weights(str(source))
+    absent = [key for key in ("model", "ema", "opt") if key not in held]
+    require_that(
+        not absent,
+        f"a published checkpoint holds student, EMA and optimizer state, and {source} has no "
+        f"{' and no '.join(absent)}: expected --out FILE.safetensors or a folder",
+    )
+    # raises for weights that do not fit together
+    loaded = load_model(str(source))
+    shapes = {name: p.shape for name, p in loaded.model.named_parameters()}
+    states = match_optimizer(held["opt"], shapes)
+    require_that(
+        bool(states), f"the optimizer of {source} has no state: expected --out FILE.safetensors"
+    )
+    group = {**held["opt"]["param_groups"][0]}
+    group.pop("param_names", None)
+    kept = {key: held[key] for key in ("model", "ema", "args", "epoch", "steps") if key in held}
+    checkpoint = {**kept, "opt": numbered(states, group)}
+    make_folder(out.parent)
+    write_atomic(out, lambda path: torch.save(checkpoint, path))

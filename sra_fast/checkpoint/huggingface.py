@@ -1,0 +1,164 @@
+"""A Hugging Face model folder: config.json, model.safetensors and a model card; and its upload."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+import sra_fast
+from sra_fast.checkpoint.export import config_of, write_loaded
+from sra_fast.checkpoint.load_model import LoadedModel
+from sra_fast.checkpoint.sources import LIBRARY, MODEL_FILE, run_of
+from sra_fast.models import arguments_of
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import make_folder, require, write_atomic, write_json
+
+CARD = "README.md"
+# of a run's summary: no scores
+NOT_SCORES = ("images_per_s",)
+# sections of the configuration that say how the weights were made
+TRAINED_WITH = ("align", "diffusion", "optim")
+
+
+def write_folder(loaded: LoadedModel, out: Path, name: str | None = None) -> None:
+    """Write a model folder, which ``load_model`` and ``train.init_from`` take.
+
+    Args:
+        loaded: the weights.
+        out: the folder; made if it is not there.
+        name: USER/NAME on the hub, for the card; default: the folder's name.
+
+    Raises:
+        ValueError: the folder cannot be made.
+        OSError: a file cannot be written.
+    """
+    make_folder(out)
+    write_loaded(loaded, out / MODEL_FILE)
+    held = {
+        "library_name": LIBRARY,
+        "library_version": sra_fast.__version__,
+        "architectures": [loaded.model.family],
+        "arguments": arguments_of(loaded.model),
+        "config": config_of(loaded),
+        "step": loaded.step,
+        "data": loaded.facts.as_json() if loaded.facts else None,
+    }
+    write_json(out / "config.json", held)
+    text = card(loaded, name or out.absolute().name)
+    write_atomic(out / CARD, lambda path: path.write_text(text))
+
+
+def card(loaded: LoadedModel, name: str) -> str:
+    """The model card, Markdown with YAML in front."""
+    model = loaded.model
+    front = {
+        "library_name": LIBRARY,
+        "tags": ["diffusion", model.family.lower(), "image-generation"],
+    }
+    count = sum(p.numel() for n, p in model.named_parameters() if n not in loaded.fresh)
+    made = f" after {loaded.step} optimizer steps" if loaded.step is not None else ""
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"A {model.family} of {count:,} parameters, trained with [sra-fast]: the EMA of the "
+        f"weights{made}, in fp32.\n",
+        "## Sample\n",
+        _how_to_sample(loaded, name),
+        "## Network\n",
+        _table(arguments_of(model)),
+    ]
+    if loaded.facts is not None:
+        parts += ["## Data\n", _table(_facts_shown(loaded))]
+    if loaded.config is not None and "optim" in loaded.config:
+        sections = {key: loaded.config[key] for key in TRAINED_WITH if key in loaded.config}
+        settings = yaml.safe_dump(_plain(sections), sort_keys=False)
+        parts += ["## Training\n", f"```yaml\n{settings}```\n"]
+    scores = _scores(loaded)
+    if scores:
+        parts += ["## Scores\n", _table(scores)]
+    parts.append("[sra-fast]: https://arxiv.org/abs/2505.02831\n")
+    return "\n".join(parts)
+
+
+def _how_to_sample(loaded: LoadedModel, name: str) -> str:
+    facts = loaded.facts
+    is_latent = loaded.model.in_channels not in (1, 3) if facts is None else not facts.pixels
+    decoder = " --vae AUTOENCODER" if is_latent and loaded.model.in_channels not in (1, 3) else ""
+    if "/" in name:
+        folder = name.rpartition("/")[2]
+        first = f"    hf download {name} --local-dir {folder}\n"
+    else:
+        folder, first = name, ""
+    return f"{first}    sra-fast sample --checkpoint {folder} --count 100 --out samples{decoder}\n"
+
+
+def _facts_shown(loaded: LoadedModel) -> dict:
+    """The facts about the data, without folders of the machine that trained."""
+    facts = loaded.facts
+    assert facts is not None
+    held = facts.as_json()
+    shown = {key: held[key] for key in ("name", "shape", "num_classes", "pixels", "scale", "shift")}
+    if facts.class_names:
+        shown["class names"] = ", ".join(facts.class_names)
+    return shown
+
+
+def _scores(loaded: LoadedModel) -> dict:
+    """Numbers of the run folder's ``summary.json`` and ``scores.json``."""
+    run = run_of(loaded.source) if loaded.source is not None else None
+    if run is None:
+        return {}
+    scores = {}
+    for file in ("summary.json", "scores.json"):
+        try:
+            held = json.loads((run / file).read_text())
+        except (OSError, ValueError):
+            continue
+        verdicts = held.get("comparable", {})
+        for key, value in held.items():
+            if isinstance(value, float | int) and key not in NOT_SCORES:
+                remark = f" ({verdicts[key]})" if key in verdicts else ""
+                scores[key] = f"{value:.6g}{remark}"
+    return scores
+
+
+def _table(rows: dict) -> str:
+    lines = [f"| {key} | {value} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines, ""])
+
+
+def _plain(value):
+    """JSON's kinds of values: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def check_push(name: str) -> None:
+    """ValueError unless ``name`` can be a repository of the hub and its library is installed."""
+    user, _, repository = name.partition("/")
+    require_that(
+        bool(user and repository) and "/" not in repository,
+        f"push expects USER/NAME, got {name}",
+    )
+    require("huggingface_hub", "huggingface_hub", "hub")
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload a folder to the repository ``USER/NAME`` of the Hugging Face hub, made if needed.
+
+    Raises:
+        ValueError: there is no network, nobody is logged in, or the hub refuses. The folder stays.
+    """
+    check_push(name)
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, repo_type="model", exist_ok=True)
+        api.upload_folder(folder_path=str(folder), repo_id=name, repo_type="model")
+    except Exception as error:
+        # the hub's library, its client and the network each raise their own types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{folder} is written, and could not be uploaded to {name}: {reason} "
+            "(this needs a network and `hf auth login`, or HF_TOKEN)"
+        ) from None

@@ -1,0 +1,101 @@
+"""The optimizer state of a published checkpoint, whose entries are numbers, by parameter name."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def match_optimizer(opt: Mapping, shapes: Mapping[str, torch.Size]) -> dict[str, dict]:
+    """The state of AdamW of every parameter.
+
+    PyTorch numbers the parameters in the order in which they were handed to the optimizer. The
+    published code hands over all of its model's, the position embedding first, which has no state.
+    Names are used where the file has them (``param_names``).
+
+    Args:
+        opt: ``state_dict()`` of the optimizer.
+        shapes: shape of every trained parameter, in the model's order.
+
+    Returns:
+        name -> ``{"exp_avg", "exp_avg_sq": fp32 of the parameter's shape, "step": float}``; empty
+        if the optimizer has no state, because it has taken no step.
+
+    Raises:
+        ValueError: a state that is missing, or does not fit its parameter. It says which.
+    """
+    states = opt.get("state") or {}
+    if not states:
+        return {}
+    names = _names_by_number(opt, list(shapes))
+    unknown = sorted(set(states) - set(names), key=str)
+    if unknown:
+        raise ValueError(
+            f"the optimizer state number {unknown[0]} belongs to no parameter of the model"
+        )
+    states = {names[number]: state for number, state in states.items()}
+    matched = {}
+    for name, shape in shapes.items():
+        if name not in states:
+            raise ValueError(f"the optimizer state has nothing of {name}")
+        matched[name] = _checked(states[name], name, shape)
+    steps = {state["step"] for state in matched.values()}
+    if len(steps) > 1:
+        # one count for all: each parameter has taken every step
+        raise ValueError(f"the optimizer states have taken different numbers of steps: {steps}")
+    return matched
+
+
+def _names_by_number(opt: Mapping, expected: list[str]) -> dict:
+    """Number in the optimizer -> name of the parameter."""
+    groups = opt.get("param_groups", [])
+    numbers = [number for group in groups for number in group["params"]]
+    if groups and all("param_names" in group for group in groups):
+        return dict(
+            zip(numbers, (name for group in groups for name in group["param_names"]), strict=True)
+        )
+    # groups of their own, for example without weight decay, change the order
+    if len(groups) == 1 and len(numbers) == len(expected) + 1:
+        return dict(zip(numbers, ["pos_embed", *expected], strict=True))
+    if len(groups) == 1 and len(numbers) == len(expected):
+        return dict(zip(numbers, expected, strict=True))
+    raise ValueError(
+        "the optimizer state lists its parameters in another way: expected one group of "
+        f"{len(expected)} parameters, with or without the position embedding before them, "
+        f"or their names, got {len(groups)} groups of {len(numbers)}"
+    )
+
+
+def _checked(state: Mapping, name: str, shape: torch.Size) -> dict:
+    """A parameter's state, if it is AdamW's and has its shape."""
+    missing = [key for key in (*MOMENTS, "step") if key not in state]
+    if missing:
+        raise ValueError(f"expected AdamW's state of {name}, it has no {missing[0]}")
+    for key in MOMENTS:
+        value = state[key]
+        if not isinstance(value, Tensor) or value.shape != shape:
+            found = [*value.shape] if isinstance(value, Tensor) else value
+            raise ValueError(
+                f"the optimizer state {key} of {name} should be {[*shape]}, it is {found}"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"the optimizer state {key} of {name} has NaN or infinity")
+    moments = {key: state[key].float() for key in MOMENTS}
+    return {**moments, "step": float(state["step"])}
+
+
+def numbered(states: Mapping[str, Mapping], group: Mapping) -> dict:
+    """The inverse of ``match_optimizer``: the state dict of the published code's optimizer.
+
+    Args:
+        states: name -> state, in the model's order.
+        group: settings of its parameter group.
+    """
+    # number 0 is the position embedding, which has no state
+    state = {}
+    for number, held in enumerate(states.values(), start=1):
+        step = torch.as_tensor(held["step"], dtype=torch.float32).detach().cpu().clone()
+        state[number] = {**{key: held[key] for key in MOMENTS}, "step": step}
+    return {"state": state, "param_groups": [{**group, "params": [*range(len(states) + 1)]}]}

@@ -1,0 +1,275 @@
+"""Everything that weights are read from: files and shards of anybody, run folders, model folders.
+
+``read_weights`` takes all of them and is what sampling, ``train.init_from`` and exports start from.
+"""
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sra_fast.checkpoint import reading
+from sra_fast.checkpoint.names import in_short, unwrapped
+from sra_fast.checkpoint.values import checked
+from sra_fast.config.cli import load_config
+from sra_fast.config.schema import Config
+from sra_fast.utils.files import require
+
+# of a Hugging Face model folder
+LIBRARY = "sra-fast"
+MODEL_FILE = "model.safetensors"
+INDEX = ".safetensors.index.json"
+
+
+def read_weights(path: str) -> dict:
+    """Weights from anywhere.
+
+    Args:
+        path: a run folder (its newest weights), a checkpoint folder, a ``.safetensors`` file, the
+            index of a sharded one or the folder that it lies in, a Hugging Face model folder
+            written by ``sra-fast export``, or a file of ``torch.save`` (``.pt``, ``.pth``,
+            ``.ckpt``, ``.bin``), of which nothing but tensors, containers and
+            ``argparse.Namespace`` is unpickled.
+
+    Returns:
+        ``"ema"`` and ``"model"`` (the student): fp32 state dicts under the published names, as far
+        as there are both; a single set of weights is ``"ema"`` unless the file names it otherwise.
+        What else is known: ``config`` (at least ``model`` and ``diffusion`` of a run's
+        configuration), ``data`` (facts about the data, as JSON), ``step``; ``opt``, ``args``,
+        ``epoch`` and ``steps`` of a published checkpoint.
+
+    Raises:
+        ValueError: it cannot be read, holds something else, or has weights that are no numbers.
+    """
+    found = find_weights(path)
+    if found.is_dir():
+        return _of_checkpoint(found)
+    if found.suffix != ".safetensors" and not found.name.endswith(INDEX):
+        return read_published(path)
+    weights, known = _of_safetensors(found)
+    return {**_with_checked(unwrapped(weights, path), path), **known}
+
+
+def find_weights(path: str) -> Path:
+    """The file or checkpoint folder that ``path`` means.
+
+    Raises:
+        ValueError: nothing is there, or a folder of another kind.
+    """
+    found = Path(path)
+    if not found.is_dir():
+        if not found.exists():
+            raise ValueError(f"no checkpoint at {path}")
+        return found
+    if (found / reading.STATE).exists():
+        return found
+    export = found / reading.EXPORT
+    newest = reading.latest(found / "checkpoints")
+    # an export is as good as the checkpoint of its step, and quicker to read; a run that was
+    # continued has newer checkpoints
+    if newest is not None and not (export.exists() and _is_current(export, newest)):
+        return newest
+    if export.exists():
+        return export
+    return _in_model_folder(found)
+
+
+def _is_current(export: Path, newest: Path) -> bool:
+    """Whether the export of a run is not older than its newest checkpoint."""
+    step = read_metadata(export).get("step")
+    return step is None or int(step) >= reading.step_of(newest)
+
+
+def _in_model_folder(folder: Path) -> Path:
+    """The weights of a Hugging Face model folder."""
+    if (folder / "model_index.json").exists() or (folder / "transformer").is_dir():
+        raise ValueError(
+            f"{folder} is a pipeline of diffusers: "
+            f"import-weights --from {folder} --out FILE.safetensors converts its DiT"
+        )
+    # first the single file: shards beside it would be a second copy
+    files = [folder / MODEL_FILE] if (folder / MODEL_FILE).exists() else []
+    files = files or sorted(folder.glob(f"*{INDEX}"))
+    if len(files) != 1:
+        found = f"{len(files)} indices of shards" if files else "none of them"
+        raise ValueError(
+            f"{folder} holds neither an export nor a checkpoint: expected {reading.EXPORT}, "
+            f"checkpoints/, {MODEL_FILE} or one *{INDEX}, found {found}"
+        )
+    return files[0]
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that weights lie in; None if they lie elsewhere.
+
+    Args:
+        path: from ``find_weights``.
+    """
+    folder = reading.run_folder(path.absolute()) if path.is_dir() else path.absolute().parent
+    return folder if (folder / reading.CONFIG).exists() else None
+
+
+def run_config(checkpoint: Path) -> Config:
+    """The configuration of the run that a checkpoint folder lies in; ValueError without one."""
+    file = reading.run_folder(checkpoint.absolute()) / reading.CONFIG
+    if not file.exists():
+        raise ValueError(
+            f"expected {checkpoint} in a run folder, but there is no configuration {file}"
+        )
+    return load_config(file)
+
+
+def _of_checkpoint(path: Path) -> dict:
+    """A training checkpoint: its EMA and the run's configuration."""
+    cfg = run_config(path)
+    # the EMA's files hold flat tensors: the model knows the shapes
+    with torch.device("meta"):
+        model = cfg.model.build()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    flat = reading.load_ema(path)
+    wrong = sorted(
+        name
+        for name in set(shapes) | set(flat)
+        if name not in flat or name not in shapes or flat[name].numel() != shapes[name].numel()
+    )
+    if wrong:
+        raise ValueError(f"the EMA of {path} does not fit the run's configuration: {wrong[0]}")
+    ema = {name: flat[name].view(shape) for name, shape in shapes.items()}
+    # the EMA has no buffers: the position embedding is computed
+    ema = {name: ema.get(name, model.make_pos_embed()) for name in model.state_dict()}
+    held = {"ema": checked(ema, str(path)), "config": asdict(cfg), "step": reading.step_of(path)}
+    facts = reading.run_folder(path) / reading.FACTS
+    if facts.exists():
+        held["data"] = json.loads(facts.read_text())
+    return held
+
+
+def read_published(path: str) -> dict:
+    """A file of ``torch.save``: a checkpoint of the published code, or anybody's state dict.
+
+    Returns:
+        See ``read_weights``.
+
+    Raises:
+        ValueError: unreadable, not a checkpoint, or pickled code.
+    """
+    held = _load_pickle(path)
+    held = _with_checked(unwrapped(held, path), path)
+    facts = getattr(held.get("args"), "data", None)
+    # the name is ours: other projects may have a path there
+    if isinstance(facts, dict) and "num_classes" in facts:
+        held["data"] = facts
+    return held
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file or an index of shards under the names that they have there."""
+    if path.suffix == ".safetensors" or path.name.endswith(INDEX):
+        return _of_safetensors(path)[0]
+    held = _load_pickle(str(path))
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
+def _load_pickle(path: str):
+    """A file of ``torch.save``. Nothing but tensors, containers and ``argparse.Namespace`` is
+    unpickled; ValueError for anything else.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch, pickle, zip and the file system each raise their own types
+        raise ValueError(
+            f"{path} is no checkpoint that can be read safely: {_reason(error)}"
+        ) from None
+
+
+def _with_checked(held: dict, source: str) -> dict:
+    for key in ("ema", "model"):
+        if key in held:
+            held[key] = checked(held[key], source)
+    return held
+
+
+def _reason(error: Exception) -> str:
+    """One line about a file that ``torch.load`` refuses."""
+    refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+    if refused:
+        return (
+            f"it holds a pickled {refused[1]}, and only tensors, containers and "
+            "argparse.Namespace are read; save its state dict by itself"
+        )
+    return (str(error).splitlines() or ["empty"])[0]
+
+
+def _of_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors of a ``.safetensors`` file or of the shards of an index, and what is known of them."""
+    if path.name.endswith(INDEX):
+        tensors = _load_shards(path)
+        known = {}
+    else:
+        tensors, metadata = _load_file(path)
+        known = {key: json.loads(metadata[key]) for key in ("config", "data") if key in metadata}
+        if "step" in metadata:
+            known["step"] = int(metadata["step"])
+    if path.name != MODEL_FILE and not path.name.endswith(INDEX):
+        return tensors, known
+    # other tools drop the metadata of a model folder's weights, and keep its config.json
+    return tensors, {**_of_config_json(path.parent / "config.json"), **known}
+
+
+def _load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a ``.safetensors`` file."""
+    require("safetensors", "safetensors", "train")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path), read_metadata(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a ``.safetensors`` file; ValueError if it cannot be read."""
+    require("safetensors", "safetensors", "train")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def _load_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names."""
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(places.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of safetensors files: {error}") from None
+    tensors = {}
+    for name in files:
+        # an index names files of its own folder
+        held, _ = _load_file(index.parent / Path(name).name)
+        tensors |= {key: value for key, value in held.items() if places.get(key) == name}
+    missing = sorted(set(places) - set(tensors))
+    if missing:
+        raise ValueError(f"the files of {index} lack {in_short(missing)}")
+    return tensors
+
+
+def _of_config_json(file: Path) -> dict:
+    """What the ``config.json`` of a model folder says, if ``sra-fast export`` has written it."""
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    if held.get("library_name") != LIBRARY:
+        return {}
+    return {key: held[key] for key in ("config", "data", "step") if held.get(key) is not None}

@@ -1,0 +1,282 @@
+"""Every format there and back, from every source; the model folder, its card and its upload."""
+
+import argparse
+import json
+
+import pytest
+import torch
+import yaml
+from foreign import network, run_folder, same, weights
+from launch import call, call_console, error_of
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_config import config
+
+import sra_fast
+from sra_fast.checkpoint.formats import Options, export, format_of
+from sra_fast.checkpoint.load_model import load_model
+from sra_fast.checkpoint.sources import read_weights
+from sra_fast.data.facts import DataFacts
+from sra_fast.models import DiT, arguments_of
+from sra_fast.training.initial import read_initial
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+FACTS = DataFacts("digits", (1, 8, 8), 10, class_names=NAMES, pixels=True, path="/home/me/digits")
+
+
+def published(folder, model, **sizes):
+    """A checkpoint of the published code, its optimizer after a step."""
+    table = torch.nn.Parameter(model.pos_embed, requires_grad=False)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    student = weights(model)
+    optimizer = torch.optim.AdamW([table, *model.parameters()])
+    optimizer.step()
+    model.load_state_dict(student)
+    held = {
+        "model": weights(network(seed=3, **sizes)),
+        "ema": student,
+        "opt": optimizer.state_dict(),
+        "args": argparse.Namespace(num_heads=2, model="SiT-S/2", path_type="cosine"),
+        "epoch": 0,
+        "steps": 1,
+    }
+    torch.save(held, folder / "source.pt")
+    return folder / "source.pt"
+
+
+def plain(folder, model, without=()):
+    save_file(weights(model, without), folder / "plain.safetensors")
+    return folder / "plain.safetensors"
+
+
+SOURCES = {
+    "run": lambda folder, model: run_folder(folder / "run", model, 7, FACTS.as_json()),
+    "published": published,
+    "plain": plain,
+    "without a head": lambda folder, model: plain(folder, model, ["ap_head."]),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("out", ["new/w.safetensors", "new/digits.v1"])
+def test_there_and_back_is_the_same(tmp_path, source, out):
+    """The same bits, and everything that is known about them."""
+    model = network()
+    path = SOURCES[source](tmp_path, model)
+    export(Options(str(path), str(tmp_path / out), num_heads=2))
+    before = load_model(str(path), num_heads=2)
+    after = load_model(str(tmp_path / out))
+    assert same(after.model.state_dict(), before.model.state_dict())
+    assert arguments_of(after.model) == arguments_of(model)
+    for name in ("path", "facts", "step", "fresh"):
+        assert getattr(after, name) == getattr(before, name), name
+    if source == "run":
+        assert (after.facts, after.step) == (FACTS, 7)
+    # and a run starts from it
+    initial = read_initial(config("--train.init_from", str(tmp_path / out)))
+    assert same(initial["ema"], weights(model, before.fresh))
+    # a second export is the first one
+    again = tmp_path / "again.safetensors"
+    export(Options(str(tmp_path / out), str(again)))
+    assert same(load_model(str(again)).model.state_dict(), before.model.state_dict())
+
+
+def test_sizes_that_a_configuration_cannot_hold(tmp_path):
+    """mlp_ratio and learn_sigma are no fields of it."""
+    model = network(DiT, mlp_ratio=2, learn_sigma=False, class_dropout_prob=0.0)
+    args = argparse.Namespace(num_heads=2, model="DiT-S/2", num_classes=10)
+    torch.save({"ema": weights(model), "args": args}, tmp_path / "w.pt")
+    export(Options(str(tmp_path / "w.pt"), str(tmp_path / "folder")))
+    found = load_model(str(tmp_path / "folder")).model
+    assert type(found) is DiT and arguments_of(found) == arguments_of(model)
+    assert same(found.state_dict(), weights(model))
+
+
+def test_published_there_and_back_is_the_same(tmp_path):
+    source = published(tmp_path, network())
+    export(Options(str(source), str(tmp_path / "new/out.pt")))
+    before = read_weights(str(source))
+    after = read_weights(str(tmp_path / "new/out.pt"))
+    assert before.keys() == after.keys()
+    assert same(after["ema"], before["ema"]) and same(after["model"], before["model"])
+    assert (after["args"], after["steps"], after["epoch"]) == (before["args"], 1, 0)
+    assert after["opt"]["param_groups"] == before["opt"]["param_groups"]
+    for number, state in before["opt"]["state"].items():
+        assert same(after["opt"]["state"][number], state)
+
+
+def test_a_published_file_needs_the_optimizer(tmp_path):
+    model = network()
+    run = run_folder(tmp_path / "run", model)
+    held = torch.load(published(tmp_path, model), weights_only=False)
+    torch.save({**held, "opt": {"state": {}}}, tmp_path / "empty.pt")
+    for source, message in (
+        (run, r"in DeepSpeed's files.*--train.resume .*run --train.export '\[published\]'"),
+        (plain(tmp_path, model), "has no model and no opt: expected --out FILE.safetensors"),
+        (tmp_path / "empty.pt", "has no state"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(Options(str(source), str(tmp_path / "out.pt"), num_heads=2))
+    assert not (tmp_path / "out.pt").exists()
+
+
+# the model folder
+
+
+def scored_run(tmp_path):
+    run = run_folder(tmp_path / "run", network(), 7, FACTS.as_json())
+    summary = {
+        "run_dir": "/home/me",
+        "images_per_s": 5.0,
+        "label_accuracy": 0.975,
+        "loss_last": 0.5,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    scores = {"fid": 12.25, "precision": None, "comparable": {"fid": "with nothing"}}
+    (run / "scores.json").write_text(json.dumps(scores))
+    return run
+
+
+def test_the_model_folder(tmp_path):
+    run = scored_run(tmp_path)
+    out = tmp_path / "digits"
+    done = call("export", "--checkpoint", run, "--out", out)
+    assert done.returncode == 0 and done.stdout.strip() == str(out), done.stderr
+    assert {p.name for p in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    held = json.loads((out / "config.json").read_text())
+    assert held["library_name"] == "sra-fast" and held["library_version"] == sra_fast.__version__
+    assert held["architectures"] == ["SiT"] and held["step"] == 7
+    assert held["arguments"] == arguments_of(network())
+    assert held["config"]["optim"]["lr"] == 1e-4
+    assert DataFacts.from_json(held["data"]) == FACTS
+
+    _, front, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "sra-fast"
+    assert "# digits\n" in text and "after 7 optimizer steps" in text
+    assert "sra-fast sample --checkpoint digits --count 100 --out samples\n" in text
+    for row in (
+        "| num_heads | 2 |",
+        "| class names | zero, one, two",
+        "| label_accuracy | 0.975 |",
+        "| loss_last | 0.5 |",
+        "| fid | 12.25 (with nothing) |",
+    ):
+        assert row in text
+    assert "lr: 0.0001" in text
+    # nothing about the machine that trained
+    assert "/home/me" not in text and "images_per_s" not in text
+
+
+def test_other_tools_may_drop_the_metadata(tmp_path):
+    """config.json has it too."""
+    model = network()
+    run = run_folder(tmp_path / "run", model, 7, FACTS.as_json())
+    export(Options(str(run), str(tmp_path / "folder")))
+    expected = load_model(str(tmp_path / "folder"))
+    file = tmp_path / "folder/model.safetensors"
+    save_file(weights(model), file)
+    with safe_open(file, "pt") as held:
+        assert not held.metadata()
+    found = load_model(str(tmp_path / "folder"))
+    for name in ("path", "facts", "step", "config"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that writes down what it is asked for, and fails if it is told to."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    class FakeApi:
+        error = None
+
+        def create_repo(self, repo_id, **options):
+            if FakeApi.error is not None:
+                raise FakeApi.error
+            calls.append(("create", repo_id, options))
+
+        def upload_folder(self, **options):
+            calls.append(("upload", options))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    return FakeApi, calls
+
+
+def test_push(tmp_path, hub):
+    _, calls = hub
+    out = tmp_path / "folder"
+    run = scored_run(tmp_path)
+    done = call("export", "--checkpoint", run, "--out", out, "--push", "me/digits")
+    assert done.returncode == 0, done.stderr
+    create, upload = calls
+    assert create == ("create", "me/digits", {"repo_type": "model", "exist_ok": True})
+    assert upload == (
+        "upload",
+        {"folder_path": str(out), "repo_id": "me/digits", "repo_type": "model"},
+    )
+    card = (out / "README.md").read_text()
+    assert "# me/digits\n" in card and "hf download me/digits --local-dir digits" in card
+
+
+def test_push_without_a_network_is_one_line(tmp_path, hub, monkeypatch):
+    api, _ = hub
+    api.error = ConnectionError("no route to host\nmore")
+    run = run_folder(tmp_path / "run", network())
+    out = tmp_path / "folder"
+    done = call("export", "--checkpoint", run, "--out", out, "--push", "me/digits")
+    assert done.returncode == 2
+    line = error_of(done)
+    assert f"{out} is written, and could not be uploaded to me/digits: no route to host" in line
+    assert "hf auth login" in line and (out / "config.json").exists()
+    monkeypatch.setattr("sra_fast.utils.files.find_spec", lambda name: None)
+    done = call("export", "--checkpoint", run, "--out", tmp_path / "b", "--push", "me/digits")
+    assert "needs huggingface_hub: pip install 'sra-fast[hub]'" in error_of(done)
+    done = call("export", "--checkpoint", run, "--out", tmp_path / "b", "--format", "diffusers")
+    assert "has a class for DiT only" in error_of(done)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "out, options, expected",
+    [
+        ("a.safetensors", {}, "safetensors"),
+        ("a.pt", {}, "published"),
+        ("a", {}, "huggingface"),
+        ("models/v1.0", {}, "huggingface"),
+        ("a", {"format": "diffusers", "vae": "v", "fold_time": True}, "diffusers"),
+        ("a", {"push": "me/a"}, "huggingface"),
+    ],
+)
+def test_the_name_says_the_format(out, options, expected):
+    assert format_of(Options("source", out, **options)) == expected
+
+
+@pytest.mark.parametrize(
+    "out, options, message",
+    [
+        ("a.npz", {}, "expected out to end with .safetensors or .pt, or a folder, got a.npz"),
+        ("a.bin", {}, "expected out to end with"),
+        ("a.pt", {"format": "safetensors"}, "a file that ends with .safetensors, got out a.pt"),
+        ("a", {"format": "published"}, "a file that ends with .pt, got out a"),
+        ("a.pt", {"format": "huggingface"}, "writes a folder, got out a.pt"),
+        ("a", {"format": "onnx"}, "expected a format of safetensors, published, .*, got onnx"),
+        ("a", {"vae": "v"}, "vae goes with format diffusers, got format huggingface"),
+        ("a", {"fold_time": True}, "fold_time goes with format diffusers"),
+        ("a.pt", {"push": "me/a"}, "push uploads a folder"),
+        ("a", {"push": "a"}, "push expects USER/NAME, got a"),
+        ("a", {"push": "a/b/c"}, "push expects USER/NAME, got a/b/c"),
+    ],
+)
+def test_options_that_do_not_go_together(out, options, message):
+    with pytest.raises(ValueError, match=message):
+        export(Options("nowhere", out, **options))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = run_folder(tmp_path / "run", network())
+    done = call_console("export", "--checkpoint", run, "--out", tmp_path / "file")
+    assert done.returncode == 2
+    assert f"out {tmp_path / 'file'} cannot be" in error_of(done)

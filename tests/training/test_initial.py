@@ -1,0 +1,255 @@
+"""``train.init_from``: what fits is taken, the rest is fresh and listed, other networks are
+refused.
+"""
+
+import argparse
+import logging
+
+import pytest
+import torch
+from foreign import network, prefixed, run_folder, same, weights
+from safetensors.torch import save_file
+from tiny_config import config
+
+from sra_fast.checkpoint.export import write_export
+from sra_fast.models import DiT, SiT, arguments_of
+from sra_fast.training import saving
+from sra_fast.training.initial import read_initial
+from sra_fast.training.plan import make_run_plan
+from sra_fast.training.run import run
+from sra_fast.training.trainer import build
+from sra_fast.zero.process_group import init_distributed
+
+STEPS = ("--train.steps", "2", "--train.precision", "fp32", "--train.log_every", "1")
+# a fresh network of the same seed
+FRESH_SEED = 5
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def initial_of(path, *args) -> dict:
+    return read_initial(config(*STEPS, "--train.init_from", str(path), *args))
+
+
+def trainer_from(path, *args):
+    """A trainer on the digits that starts from weights."""
+    plan = make_run_plan(
+        config(*STEPS, "--train.seed", str(FRESH_SEED), "--train.init_from", str(path), *args)
+    )
+    initial = plan.initial
+    trainer = build(plan.plan, init_distributed(), initial.get("model", initial.get("ema")))
+    return trainer, saving.start_from(trainer, initial)
+
+
+def student_and_ema(trainer) -> tuple[dict, dict]:
+    masters = trainer.masters
+    return masters.gather(masters.flats), trainer.ema.full()
+
+
+def fresh_state(*args) -> dict:
+    plan = make_run_plan(config(*STEPS, "--train.seed", str(FRESH_SEED), *args))
+    return student_and_ema(build(plan.plan, init_distributed()))[0]
+
+
+@pytest.fixture(autouse=True)
+def said(caplog):
+    caplog.set_level(logging.INFO, "sra_fast")
+
+
+def test_an_exact_fit_is_taken_whole(tmp_path, caplog):
+    model = network()
+    save_file(prefixed(weights(model), "module."), tmp_path / "w.safetensors")
+    assert same(initial_of(tmp_path / "w.safetensors")["ema"], weights(model))
+    count = len(list(model.parameters()))
+    assert f"w.safetensors: {count} of {count} parameters" in caplog.text
+    assert "fresh" not in caplog.text
+
+
+def test_a_run_folder_starts_a_run(tmp_path):
+    model = network()
+    run_folder(tmp_path, model)
+    for path in (tmp_path, tmp_path / "checkpoints/step_00000007"):
+        found = initial_of(path)
+        assert same(found["ema"], weights(model))
+        # its optimizer is not continued, so neither is its step count
+        assert "steps" not in found and "opt" not in found
+
+
+# fine-tuning: the changed sizes of the source, and the parameters that are fresh then
+PATCHES = ["x_embedder.proj.weight"]
+OUTPUTS = ["final_layer.linear.bias", "final_layer.linear.weight"]
+TASKS = {
+    "classes": (dict(num_classes=4), [TABLE]),
+    "no null class": (dict(class_dropout_prob=0.0), [TABLE]),
+    # as many rows: the last one is a class there and the null class here
+    "a class for the null": (dict(num_classes=11, class_dropout_prob=0.0), [TABLE]),
+    "resolution": (dict(input_size=16), ["pos_embed"]),
+    "channels": (dict(in_channels=3), [*OUTPUTS, *PATCHES]),
+    "patch": (dict(patch_size=4), [*OUTPUTS, "pos_embed", *PATCHES]),
+    "all": (
+        dict(num_classes=4, input_size=16, in_channels=3),
+        [*OUTPUTS, "pos_embed", *PATCHES, TABLE],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_fine_tuning_takes_what_fits(tmp_path, caplog, task):
+    sizes, expected = TASKS[task]
+    model = network(**sizes)
+    ema = network(seed=1, **sizes)
+    args = argparse.Namespace(num_classes=model.num_classes, num_heads=2)
+    held = {"model": weights(model), "ema": weights(ema), "args": args, "steps": 100}
+    torch.save(held, tmp_path / "w.pt")
+    trainer, start = trainer_from(tmp_path / "w.pt")
+    found_student, found_ema = student_and_ema(trainer)
+    fresh = fresh_state()
+    for name in fresh:
+        sources = (fresh, fresh) if name in expected else (weights(model), weights(ema))
+        assert torch.equal(found_student[name], sources[0][name]), name
+        assert torch.equal(found_ema[name], sources[1][name]), name
+    assert torch.equal(trainer.student.pos_embed, network().pos_embed)
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("started from")]
+    assert len(lines) == 1
+    for name in expected:
+        shape = [*network().state_dict()[name].shape]
+        theirs = [*weights(model)[name].shape]
+        reason = "it is of 11 classes" if shape == theirs else f"it is {theirs}"
+        assert f"{name} {shape} ({reason})" in lines[0]
+    taken = len(fresh) - len(set(expected) - {"pos_embed"})
+    assert f"{taken} of {len(fresh)} parameters" in lines[0]
+    assert start == 0 and "step count are not taken" in lines[0]
+
+
+def test_without_a_table_the_run_continues(tmp_path):
+    """It is computed: everything fits."""
+    torch.save({"ema": weights(network(), ["pos_embed"]), "steps": 1}, tmp_path / "w.pt")
+    assert trainer_from(tmp_path / "w.pt")[1] == 1
+
+
+@pytest.mark.parametrize("absent", ["ap_head.", "y_embedder."])
+def test_absent_parts_are_fresh(tmp_path, caplog, absent):
+    model = network()
+    save_file(weights(model, [absent]), tmp_path / "w.safetensors")
+    found_student, found_ema = student_and_ema(trainer_from(tmp_path / "w.safetensors")[0])
+    fresh = fresh_state()
+    for name in fresh:
+        source = fresh if name.startswith(absent) else weights(model)
+        assert torch.equal(found_student[name], source[name])
+        assert torch.equal(found_ema[name], source[name])
+        if name.startswith(absent):
+            assert f"{name} {[*fresh[name].shape]} (it is absent)" in caplog.text
+
+
+def test_two_steps_from_weights_of_another_task(tmp_path):
+    """A whole run, from its folder's weights another one."""
+    save_file(
+        weights(network(num_classes=3, in_channels=4), ["ap_head."]), tmp_path / "w.safetensors"
+    )
+    args = ("--sample.method", "euler", "--sample.steps", "1", "--train.out", str(tmp_path / "a"))
+    plan = make_run_plan(
+        config(*STEPS, "--train.init_from", str(tmp_path / "w.safetensors"), *args)
+    )
+    summary = run(plan, init_distributed())
+    assert summary["loss_last"] > 0
+    again = initial_of(summary["run_dir"], "--model.num_classes", "12")
+    assert TABLE not in again["ema"] and "blocks.3.attn.qkv.weight" in again["ema"]
+
+
+# refused
+
+
+def in_config(path, model, **more):
+    config = {"architecture": {"family": model.family, "arguments": arguments_of(model)}}
+    write_export(path, weights(model), {**config, "diffusion": {"path": "linear"}}, None)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (network(depth=3), r"blocks.3.adaLN_modulation.1.bias should be \[192\], it is absent"),
+        (network(depth=5), r"blocks.4.adaLN_modulation.1.bias should be absent, it is \[192\]"),
+        (
+            network(hidden_size=64),
+            r"blocks.0.adaLN_modulation.1.bias should be \[192\], it is \[384\]",
+        ),
+        (network(mlp_ratio=2), r"blocks.0.mlp.fc1.bias should be \[128\], it is \[64\]"),
+        (network(qk_norm=True), r"blocks.0.attn.k_norm.bias should be absent, it is \[16\]"),
+        (network(num_heads=4), "was made with 4 heads, the model has 2"),
+        (network(DiT), "trained with gaussian_diffusion, the model is trained with flow_matching"),
+        (network(DiT, learn_sigma=False), "trained with gaussian_diffusion"),
+    ],
+)
+def test_other_networks_are_refused(tmp_path, model, message):
+    in_config(tmp_path / "w.safetensors", model)
+    with pytest.raises(ValueError, match=message) as error:
+        initial_of(tmp_path / "w.safetensors")
+    assert str(error.value).startswith("train.init_from ") and "\n" not in str(error.value)
+
+
+def test_other_processes_are_refused_by_shape_and_by_arguments(tmp_path):
+    save_file(weights(network(DiT)), tmp_path / "w.safetensors")
+    with pytest.raises(
+        ValueError, match="makes 2 channels for each of the input, the model makes 1"
+    ):
+        initial_of(tmp_path / "w.safetensors")
+    model = network(DiT, learn_sigma=False)
+    torch.save(
+        {"ema": weights(model), "args": argparse.Namespace(model="DiT-S/2")}, tmp_path / "w.pt"
+    )
+    with pytest.raises(ValueError, match="trained with gaussian_diffusion"):
+        initial_of(tmp_path / "w.pt")
+    state = weights(network(), ["ap_head."])
+    torch.save({"ema": state, "args": argparse.Namespace(path_type="GVP")}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="official SiT, whose time runs backwards"):
+        initial_of(tmp_path / "w.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = weights(network())
+    state["blocks.2.mlp.fc2.bias"][1] = float("nan")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="blocks.2.mlp.fc2.bias has NaN or infinity"):
+        initial_of(tmp_path / "w.safetensors")
+
+
+# optimizer states
+
+
+def published(model, parameters) -> dict:
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    args = argparse.Namespace(num_heads=2)
+    return {"model": weights(model), "ema": weights(model), "args": args, "steps": 1} | {
+        "opt": optimizer.state_dict()
+    }
+
+
+def test_the_optimizer_continues_or_is_refused(tmp_path, caplog):
+    model = network()
+    table = torch.nn.Parameter(model.pos_embed, requires_grad=False)
+    held = published(model, [table, *model.parameters()])
+    torch.save(held, tmp_path / "w.pt")
+    trainer, start = trainer_from(tmp_path / "w.pt")
+    assert start == 1 and "with its optimizer state" in caplog.text
+    moments = trainer.masters.gather(trainer.masters.state("exp_avg"))
+    for number, name in enumerate(moments, start=1):
+        assert torch.equal(moments[name], held["opt"]["state"][number]["exp_avg"])
+    assert all(state["step"] == 1 for state in trainer.masters.optimizer_states())
+
+    torch.save(published(network(), list(network().parameters())), tmp_path / "w.pt")
+    assert "its optimizer has no state" not in caplog.text
+    initial_of(tmp_path / "w.pt")
+    assert "its optimizer has no state" in caplog.text
+
+    model = network()
+    torch.save(published(model, list(model.parameters())[::-1]), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="init_from .*w.pt: the optimizer state exp_avg of x_emb"):
+        initial_of(tmp_path / "w.pt")
+
+
+def test_the_step_count_must_leave_steps(tmp_path):
+    torch.save({"ema": weights(network(SiT)), "steps": 2}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="train.steps must exceed the 2 of train.init_from, got 2"):
+        initial_of(tmp_path / "w.pt")
