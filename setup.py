@@ -25,7 +25,15 @@ EXTRAS = {
     "eval": ["numpy>=1.26", "scipy>=1.11", "scikit-learn>=1.4"],
     "vae": ["diffusers>=0.30"],
     "plots": ["matplotlib>=3.8"],
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "pybind11>=2.12"],
+    "wandb": ["wandb>=0.31"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "pytest-benchmark>=4",
+        "pybind11>=2.12",
+        "wandb>=0.31",
+        "accelerate>=1.15",
+    ],
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"],
     "dev": ["ruff>=0.17", "basedpyright>=1.40", "codespell>=2.4", "pre-commit>=4"],
 }

@@ -12,8 +12,10 @@ from sra_fast.config.schema import Config, ModelConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training.checks import check_config, check_device, split_batch
+from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
+from sra_fast.zero.process_group import deepspeed_log_level
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     """
     # the cheap checks first: opening the data set may take a while
     _check_writable(Path(cfg.train.out))
+    check_loggers(cfg)
+    # raises if the variable names no level: a process group that is half made would hang
+    deepspeed_log_level()
     plan = make_plan(cfg, ds_json)
     require_that(
         not cfg.monitor.every or cfg.monitor.count >= plan.world,
