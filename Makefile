@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses
 .PHONY: demo lint test-fast test bugs
 
 demo: $(INSTALLED)
-	@$(BIN)/deepspeed sra_fast/train.py --config configs/digits.yaml
+	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
 	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)"
 
 lint: $(INSTALLED)

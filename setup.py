@@ -27,7 +27,15 @@ EXTRAS = {
     "hub": ["datasets>=3", "huggingface_hub>=0.30"],
     "plots": ["matplotlib>=3.8"],
     "photos": ["scikit-image>=0.26", "scikit-learn>=1.4"],
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "pybind11>=2.12"],
+    "wandb": ["wandb>=0.31"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "pytest-benchmark>=4",
+        "pybind11>=2.12",
+        "wandb>=0.31",
+        "accelerate>=1.15",
+    ],
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"],
     "dev": ["ruff>=0.17", "basedpyright>=1.40", "codespell>=2.4", "pre-commit>=4"],
 }

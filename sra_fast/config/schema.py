@@ -227,6 +227,8 @@ class TrainConfig:
     """steps between checkpoints; one is always written at the end"""
     log_every: int = 100
     """steps between log lines"""
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """where the numbers go besides stats.jsonl, which is always written: tensorboard, wandb, csv"""
     export: list[Literal["safetensors", "published"]] = field(
         default_factory=lambda: ["safetensors"]
     )

@@ -7,17 +7,11 @@ from zipfile import BadZipFile
 import numpy as np
 
 from sra_fast.evaluation.npz import NpzImages
-from sra_fast.plots.report import pyplot
+from sra_fast.plots.report import STEP, UNITS, pyplot, save_figure
 from sra_fast.utils.files import write_atomic
 
 # the columns of stats.jsonl that are drawn
 CURVES = ("denoise", "vb", "align", "student_norm", "teacher_norm", "grad_norm")
-
-
-def _save(plt, figure, path: Path) -> None:
-    # atomic, so that an interruption leaves no half picture
-    write_atomic(path, lambda p: figure.savefig(p, dpi=120, bbox_inches="tight", format="png"))
-    plt.close(figure)
 
 
 def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
@@ -38,11 +32,11 @@ def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=run, linewidth=1.2)
         # the legend is only in the first panel
-        axis.set(title=name, xlabel="step")
+        axis.set(title=name, xlabel=STEP, ylabel=UNITS[name])
         axis.grid(linewidth=0.4)
     axes[0, 0].legend()
     figure.tight_layout()
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def plot_probe(path: Path, rows: list[dict], title: str) -> None:
@@ -72,7 +66,7 @@ def plot_probe(path: Path, rows: list[dict], title: str) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(linewidth=0.4)
     axis.legend(title="dashed: noisy input", loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def mosaic(cells: np.ndarray, gap: int) -> np.ndarray:
@@ -111,7 +105,7 @@ def plot_maps(path: Path, maps: np.ndarray, times: list[float], layers: list[int
     axis.set(xlabel="block")
     axis.xaxis.set_label_position("top")
     axis.spines[:].set_visible(False)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def read_samples(paths: list[str], count: int) -> np.ndarray:

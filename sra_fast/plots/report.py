@@ -1,6 +1,8 @@
 """Pictures of a run and of a study: image grids, loss curves, scores by variant."""
 
 import logging
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,37 @@ from torch import Tensor
 from sra_fast.utils.files import write_atomic
 
 log = logging.getLogger(__name__)
+
+STEP = "optimizer steps"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Columns of ``stats.jsonl`` that share one pair of axes."""
+
+    title: str
+    """label of the axis"""
+    units: dict[str, str]
+    """column -> what its numbers are"""
+
+
+# of a run, in reading order
+PANELS = (
+    Panel(
+        "loss terms",
+        {"denoise": "mean squared error", "vb": "bits per dimension", "align": "mean distance"},
+    ),
+    Panel("weight of the alignment", {"align_weight": "lambda"}),
+    Panel("learning rate", {"lr": "AdamW"}),
+    Panel("gradient norm", {"grad_norm": "before clipping"}),
+    Panel(
+        "length of a token's features",
+        {"student_norm": "student, projected", "teacher_norm": "teacher"},
+    ),
+    Panel("speed", {"images_per_s": "images / s, all processes"}),
+)
+# what the number in a column of ``stats.jsonl`` is
+UNITS = {name: unit for panel in PANELS for name, unit in panel.units.items()}
 
 
 def to_uint8(images: Tensor, rounding: str = "round") -> np.ndarray:
@@ -65,7 +98,7 @@ def pyplot(path: Path):
     try:
         import matplotlib
     except ImportError:
-        log.warning("matplotlib is not installed: no %s (pip install 'sra-fast[plots]')", path.name)
+        _say_missing(path.name)
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -73,29 +106,64 @@ def pyplot(path: Path):
     return plt
 
 
+@cache
+def _say_missing(name: str) -> None:
+    # once per picture: a run would draw it at every checkpoint
+    log.warning("matplotlib is not installed: no %s (pip install 'sra-fast[plots]')", name)
+
+
 def plot_loss(path: Path, rows: list[dict]) -> None:
-    """Loss terms and norms over the steps.
+    """The course of a run: loss terms, lambda, learning rate, norms and speed over the steps.
+
+    A panel appears if the run has logged something for it.
 
     Args:
-        path: the PNG to write.
+        path: the PNG to write, atomically: a run draws it anew at every checkpoint.
         rows: of ``stats.jsonl``.
     """
     plt = pyplot(path)
     if plt is None:
         return
-    # only panels of which the run has logged something
-    panels = [("denoise", "vb", "align"), ("student_norm", "teacher_norm"), ("grad_norm",)]
-    panels = [names for names in panels if any(name in row for row in rows for name in names)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
-    for axis, names in zip(axes[0], panels, strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name)
-        axis.set_xlabel("step")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    logged = {name for row in rows for name in row}
+    panels = [panel for panel in PANELS if logged & set(panel.units)]
+    # at most three in a row; a run without rows has one empty panel
+    columns = min(3, max(1, len(panels)))
+    lines = -(-max(1, len(panels)) // columns)
+    width = 4.4 * columns
+    height = 3.0 * lines
+    figure, axes = plt.subplots(lines, columns, figsize=(width, height), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        draw_panel(axis, panel, rows)
+    # the last row may not be full
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    # fixed margins: to fit them takes longer than to draw
+    figure.subplots_adjust(
+        left=0.8 / width,
+        right=1 - 0.15 / width,
+        bottom=0.5 / height,
+        top=1 - 0.15 / height,
+        wspace=0.3,
+        hspace=0.3,
+    )
+    write_atomic(path, lambda p: figure.savefig(p, dpi=100, format="png"))
+    plt.close(figure)
+
+
+def draw_panel(axis, panel: Panel, rows: list[dict]) -> None:
+    """Draw the columns of ``panel`` that ``rows`` have into one pair of axes."""
+    for name, unit in panel.units.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=f"{name} ({unit})", linewidth=1.2)
+    axis.set(xlabel=STEP, ylabel=panel.title)
+    axis.grid(linewidth=0.4)
+    axis.legend(loc="best", fontsize="small")
+
+
+def save_figure(plt, figure, path: Path) -> None:
+    """Write a figure as PNG, atomically: an interruption leaves no half picture."""
+    write_atomic(path, lambda p: figure.savefig(p, dpi=120, bbox_inches="tight", format="png"))
     plt.close(figure)
 
 
@@ -127,5 +195,4 @@ def plot_study(path: Path, rows: list[dict]) -> None:
     axes[0, 0].set_yticks(range(len(variants)), variants)
     axes[0, 0].invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(plt, figure, path)

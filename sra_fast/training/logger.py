@@ -1,5 +1,5 @@
-"""Numbers of a run: read back from the device with a lag, written to JSONL and TensorBoard, shown
-on a progress bar.
+"""Numbers of a run: read back from the device with a lag, written to ``stats.jsonl`` and handed to
+the run's loggers.
 """
 
 import json
@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sra_fast.config.schema import Config
+from sra_fast.training.loggers import LoggedRun, RunLogger
 from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.utils.files import write_atomic
-from sra_fast.utils.registry import TARGETS
+from sra_fast.utils.registry import LOGGERS, TARGETS
+
+# every run has this file; the other loggers are ``train.loggers``
+STATS = "stats.jsonl"
 
 # dense matrix rate in FLOP/s by whole words of the GPU's name: bf16 and TF32 (NVIDIA data sheets);
 # the first match counts
@@ -110,10 +114,15 @@ class TrainLogger:
 
     Args:
         folder: run folder, or None on ranks that do not write.
-        cfg: configuration.
+        cfg: configuration; ``train.loggers`` names the places that rows go to besides
+            ``stats.jsonl``.
         device: of this process.
         world: number of processes.
         start: steps already taken. Rows of an interrupted run beyond them are dropped.
+
+    Attributes:
+        rows: what this process has logged.
+        loggers: the open ``RunLogger`` objects; none on ranks that do not write.
     """
 
     def __init__(
@@ -135,21 +144,21 @@ class TrainLogger:
         self.rows: list[dict] = []
         self.clock = time.perf_counter()
         self.file = None
-        self.board = None
+        self.loggers: list[RunLogger] = []
         if folder is not None:
-            self._open(folder, start)
+            self._open(folder, cfg, start)
 
-    def _open(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = folder / "stats.jsonl"
+    def _open(self, folder: Path, cfg: Config, start: int) -> None:
+        path = folder / STATS
         # a run may have been further than its last checkpoint: it takes these steps again
         kept = [row for row in read_rows(path) if row["step"] <= start]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomic(path, lambda p: p.write_text(text))
         # open for the whole run
         self.file = open(path, "a")  # noqa: SIM115
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        run = LoggedRun(folder, cfg, start, kept)
+        # dict: a name that is given twice is one logger
+        self.loggers = [LOGGERS[name](run) for name in dict.fromkeys(cfg.train.loggers)]
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add scalars ``[]`` of one micro-step."""
@@ -229,9 +238,8 @@ class TrainLogger:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-            for name, value in row.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, row["step"])
+        for logger in self.loggers:
+            logger.row(row)
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row.get(name, 0.0))]
         if bad:
             raise FloatingPointError(
@@ -246,6 +254,13 @@ class TrainLogger:
             self._send(step, known)
         self._receive(wait=True)
 
+    def show(self, name: str, step: int, picture: Path, scores: dict[str, float] | None = None):
+        """Hand a picture, and scores with their ``step``, to the loggers."""
+        for logger in self.loggers:
+            logger.picture(name, step, picture)
+            if scores:
+                logger.scores(scores)
+
     def restart_clock(self) -> None:
         """Leave the time since ``flush`` (a checkpoint) out of the rates."""
         self.clock = time.perf_counter()
@@ -254,7 +269,8 @@ class TrainLogger:
         """Close the files; returns all rows of this process's part of the run."""
         if self.file:
             self.file.close()
-            self.board.close()
+        for logger in self.loggers:
+            logger.close()
         return self.rows
 
 

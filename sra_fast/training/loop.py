@@ -10,8 +10,9 @@ from sra_fast.alignment.schedule import align_weight
 from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
+from sra_fast.plots import report
 from sra_fast.training import saving
-from sra_fast.training.logger import TrainLogger
+from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.registry import CONDITIONINGS
@@ -89,6 +90,7 @@ def train(
     folder: Path,
     start: int = 0,
     monitor: Monitor | None = None,
+    logger: TrainLogger | None = None,
 ) -> list[dict]:
     """Train from optimizer step ``start`` to ``train.steps``.
 
@@ -98,6 +100,7 @@ def train(
         folder: run folder.
         start: number of optimizer steps already taken.
         monitor: looks at the EMA every ``monitor.every`` steps; None: no one does.
+        logger: stays open, for what is shown after training; None: one that is closed at the end.
 
     Returns:
         The logged rows.
@@ -120,7 +123,10 @@ def train(
     )
     cuda = trainer.device.type == "cuda"
     batches = iter(make_loader(data, stream, cfg.data.num_workers, cuda))
-    logger = TrainLogger(folder if main else None, cfg, trainer.device, plan.world, start)
+    own_logger = logger is None
+    if own_logger:
+        logger = TrainLogger(folder if main else None, cfg, trainer.device, plan.world, start)
+    logger.restart_clock()
     trainer.engine.train()
     bar = tqdm(
         total=cfg.train.steps,
@@ -141,13 +147,16 @@ def train(
             # raises if the weights are not worth saving
             logger.flush(step + 1, known)
             saving.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
+            if main:
+                report.plot_loss(folder / "loss.png", read_rows(folder / STATS))
             logger.restart_clock()
         if monitor is not None and (step + 1) % cfg.monitor.every == 0:
             logger.flush(step + 1, known)
-            monitor.look(trainer, step + 1)
+            scores = monitor.look(trainer, step + 1)
+            logger.show("samples/monitor", step + 1, monitor.picture(step + 1), scores)
             logger.restart_clock()
     bar.close()
     # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
         trainer.teacher.wait()
-    return logger.close()
+    return logger.close() if own_logger else logger.rows

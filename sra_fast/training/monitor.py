@@ -62,6 +62,10 @@ class Monitor:
             reference = summarize_reference(monitor.reference, self.extractor, monitor.batch)
             self.fid_reference = reference.pool
 
+    def picture(self, step: int) -> Path:
+        """Where the picture of a step is."""
+        return self.folder / "samples" / f"step_{step:08d}.png"
+
     @torch.no_grad()
     def look(self, trainer: Trainer, step: int) -> dict | None:
         """Sample after ``step`` optimizer steps; collective.
@@ -82,8 +86,8 @@ class Monitor:
         shown = gather_rows(pixels, counts)[: monitor.grid].cpu().numpy()
         if trainer.rank:
             return None
-        (self.folder / "samples").mkdir(exist_ok=True)
-        file = self.folder / "samples" / f"step_{step:08d}.png"
+        file = self.picture(step)
+        file.parent.mkdir(exist_ok=True)
         scale = 4 if shown.shape[1] < 32 else 1
         report.save_grid(file, shown, columns=10, scale=scale)
         self._log(scores)

@@ -14,9 +14,11 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.training.initial import read_initial
+from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
+from sra_fast.zero.process_group import deepspeed_log_level
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     and shift of the latents.
     """
     _check_writable(Path(cfg.train.out))
+    check_loggers(cfg)
+    # raises if the variable names no level: a process group that is half made would hang
+    deepspeed_log_level()
     data = open_data(cfg.data)
     fill_in_model(cfg, data)
     plan = make_plan(cfg, ds_json)

@@ -12,10 +12,11 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.training import saving
-from sra_fast.training.logger import read_rows
+from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.loop import train
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import RunPlan
+from sra_fast.training.start_lines import say_start
 from sra_fast.training.trainer import Trainer, build
 from sra_fast.utils.files import write_atomic, write_json
 from sra_fast.utils.registry import EVALUATIONS
@@ -64,11 +65,17 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
         ds_config = json.dumps(run_plan.plan.ds_config, indent=1)
         write_atomic(folder / "deepspeed.json", lambda p: p.write_text(ds_config))
         write_json(folder / reading.FACTS, run_plan.data.facts().as_json())
+        say_start(trainer, run_plan.data, folder, start)
     # before the first step: a missing file of the monitor stops the run at once
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
-    train(trainer, run_plan.data, folder, start, monitor)
+    written = folder if trainer.rank == 0 else None
+    logger = TrainLogger(written, cfg, device, trainer.plan.world, start)
+    train(trainer, run_plan.data, folder, start, monitor, logger)
     export(trainer, run_plan.data, folder)
     summary = summarise(trainer, run_plan.data, folder)
+    if run_plan.data.evaluation is not None:
+        logger.show("samples/final", cfg.train.steps, folder / "samples.png")
+    logger.close()
     # rank 0 may still be scoring: the others keep the process group alive
     dist.barrier()
     return summary
@@ -87,7 +94,7 @@ def export(trainer: Trainer, data: TrainingData, folder: Path) -> None:
 
 
 def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
-    """Loss curve and summary; samples and their scores if the data set has an evaluation.
+    """Summary; samples and their scores if the data set has an evaluation.
 
     Collective; rank 0 writes.
     """
@@ -96,7 +103,7 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
     weights = trainer.ema.full() if use_ema else masters.gather(masters.flats)
     if trainer.rank:
         return {}
-    rows = read_rows(folder / "stats.jsonl")
+    rows = read_rows(folder / STATS)
     # the first row is that of the first step, which warms everything up
     steady = rows[1:] or rows
     total_ms = sum(row["ms_per_step"] for row in steady)
@@ -107,7 +114,6 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
         "loss_first": rows[0]["loss"],
         "loss_last": rows[-1]["loss"],
     }
-    report.plot_loss(folder / "loss.png", rows)
     if data.evaluation is not None:
         summary |= evaluate_samples(trainer, data, weights, folder)
     write_atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(summary) + "\n"))

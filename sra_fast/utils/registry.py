@@ -15,6 +15,7 @@ from here (``config/cli.py``). The protocol of each kind is written where its pa
     TARGETS         alignment/target.py        what the student's features are aligned to
     DATASETS        data/training_data.py      training images
     EVALUATIONS     evaluation/digits.py       scores of samples at the end of a run
+    LOGGERS         training/loggers.py        where numbers and pictures of a run go
 """
 
 from collections.abc import Callable, Iterator
@@ -71,3 +72,4 @@ CONDITIONINGS: Registry = Registry("conditioning")
 TARGETS: Registry = Registry("alignment target")
 DATASETS: Registry = Registry("data set")
 EVALUATIONS: Registry = Registry("evaluation")
+LOGGERS: Registry = Registry("logger")

@@ -4,10 +4,14 @@ gloo.
 
 import logging
 import os
+import warnings
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+LOG_VARIABLE = "SRA_FAST_DEEPSPEED_LOG"
+LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def init_distributed(tf32: bool = False) -> torch.device:
@@ -19,9 +23,7 @@ def init_distributed(tf32: bool = False) -> torch.device:
     Returns:
         This process's device.
     """
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_news)
+    quiet_deepspeed()
     # started without a launcher, as `python sra_fast/train.py`, or by such a process
     alone = "RANK" not in os.environ or (
         os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ
@@ -55,11 +57,33 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for DeepSpeed's warning about an optimizer it has not tested: this project's tests
-    do.
+def deepspeed_log_level() -> int:
+    """The level from which DeepSpeed reports: errors only, or what ``SRA_FAST_DEEPSPEED_LOG`` names.
+
+    Raises:
+        ValueError: the variable names no level.
     """
-    return "untested optimizer" not in record.getMessage()
+    name = os.environ.get(LOG_VARIABLE, "error")
+    if name not in LOG_LEVELS:
+        raise ValueError(f"{LOG_VARIABLE} must be one of {', '.join(LOG_LEVELS)}, got {name!r}")
+    return logging.getLevelNamesMapping()[name.upper()]
+
+
+def quiet_deepspeed() -> None:
+    """Keep from the user what DeepSpeed and torch say at a start; errors stay visible.
+
+    DeepSpeed reports about launching, compiling and tuning, which this engine does itself.
+    """
+    level = deepspeed_log_level()
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(level)
+    # its handlers have a level of their own
+    for handler in logger.handlers:
+        handler.setLevel(level)
+    # DeepSpeed and this engine use names that torch 2.13 has renamed and torch 2.11 has not
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
 
 
 def _skip_shm_build() -> None:

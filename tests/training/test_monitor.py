@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_config import config
 from toy_data import write_latents
 
@@ -14,6 +15,7 @@ from sra_fast.data.dataset import make_dataset
 from sra_fast.data.digits import Digits
 from sra_fast.evaluation.extractors import Extractor
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
+from sra_fast.plots import report
 from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check_config
 from sra_fast.training.loop import train
@@ -36,8 +38,20 @@ def run(folder, *args, watched=True):
     return [row["loss"] for row in train(trainer, make_dataset(cfg), folder, monitor=monitor)]
 
 
-def test_pictures_and_an_undisturbed_run(tmp_path):
-    assert run(tmp_path / "watched") == run(tmp_path / "alone", watched=False)
+def test_pictures_and_an_undisturbed_run(tmp_path, monkeypatch):
+    drawn = []
+    plot_loss = report.plot_loss
+
+    def spy(path, rows):
+        drawn.append((path.name, [row["step"] for row in rows]))
+        plot_loss(path, rows)
+
+    monkeypatch.setattr(report, "plot_loss", spy)
+    watched = run(tmp_path / "watched", "--train.save_every", "3")
+    # the loss is drawn at every checkpoint, from all rows so far
+    assert drawn == [("loss.png", [1, 2, 3]), ("loss.png", [1, 2, 3, 4])]
+    assert Image.open(tmp_path / "watched/loss.png").size == (1320, 600)
+    assert watched == run(tmp_path / "alone", watched=False)
     pictures = [Image.open(path) for path in sorted((tmp_path / "watched/samples").glob("*.png"))]
     assert [p.filename[-12:] for p in pictures] == ["00000002.png", "00000004.png"]
     assert pictures[0].size == (4 * 10 * 9, 4 * 9)
@@ -46,6 +60,13 @@ def test_pictures_and_an_undisturbed_run(tmp_path):
     rows = [json.loads(line) for line in lines]
     assert rows == [{"step": 2, "images": 12}, {"step": 4, "images": 12}]
     assert not (tmp_path / "alone/samples").exists()
+
+    events = EventAccumulator(str(tmp_path / "watched/tensorboard"))
+    events.Reload()
+    shown = events.Images("samples/monitor")
+    assert [(image.step, image.width, image.height) for image in shown] == [
+        (step, *pictures[0].size) for step in (2, 4)
+    ]
 
 
 def test_distance_to_an_fid_reference(tmp_path, monkeypatch):

@@ -1,0 +1,166 @@
+"""What a run says before its first step: six lines, each about one thing, the run folder first."""
+
+import sys
+from math import prod
+from pathlib import Path
+
+import torch
+
+from sra_fast.config.schema import Config
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.training_data import TrainingData
+from sra_fast.training.logger import training_flops
+from sra_fast.training.trainer import Trainer
+from sra_fast.utils.registry import LOGGERS
+
+# columns that the names of the lines take
+NAME_WIDTH = 9
+# an EMA is fp32
+EMA_BYTES = 4
+
+
+def say_start(trainer: Trainer, data: TrainingData, folder: Path, start: int = 0) -> None:
+    """Print ``start_lines`` to stderr, and a warning if the precision makes the run slow.
+
+    stdout belongs to the summary, which other programs read.
+    """
+    lines = start_lines(trainer, data, folder, start)
+    warning = precision_warning(trainer)
+    if warning:
+        lines.append(warning)
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def start_lines(trainer: Trainer, data: TrainingData, folder: Path, start: int = 0) -> list[str]:
+    """The six lines of a run.
+
+    Args:
+        trainer: built.
+        data: training set.
+        folder: run folder.
+        start: optimizer steps already taken.
+    """
+    named = {
+        "run": f"{folder} ({'new' if start == 0 else f'resumed after step {start}'})",
+        "model": _model_line(trainer),
+        "data": _data_line(data),
+        "machine": _machine_line(trainer),
+        "steps": _steps_line(trainer, data, start),
+        "curves": _curves_line(trainer.cfg, folder),
+    }
+    return [f"{name:{NAME_WIDTH}}{line}" for name, line in named.items()]
+
+
+def _model_line(trainer: Trainer) -> str:
+    """Network, parameters, and what the alignment costs."""
+    cfg = trainer.cfg
+    # not p.numel(): ZeRO-3 leaves empty parameters
+    count = sum(prod(shape) for shape in trainer.masters.shapes.values())
+    return (
+        f"{cfg.model.name}, {_short(count)} parameters; {_alignment(cfg)}; {_ema(trainer, count)}"
+    )
+
+
+def _alignment(cfg: Config) -> str:
+    if not cfg.align.active:
+        return "no alignment"
+    plain, aligned = training_flops(cfg)
+    return (
+        f"target {cfg.align.target} and head add {aligned / plain - 1:.1%} to the FLOPs "
+        "of the plain step"
+    )
+
+
+def _ema(trainer: Trainer, count: int) -> str:
+    size = f"EMA {_bytes(EMA_BYTES * count)}"
+    world = trainer.plan.world
+    if world == 1:
+        return size
+    return f"{size} on each process" if trainer.plan.stage == 0 else f"{size} over all processes"
+
+
+def _data_line(data: TrainingData) -> str:
+    facts = data.facts()
+    # the path says which of several data sets it is; digits come with scikit-learn
+    source = f"{facts.name} of {facts.path}" if facts.path else facts.name
+    classes = _count(facts.num_classes, "class", "classes")
+    return f"{source}: {_count(len(data), 'image')}, {classes}; {_input(facts)}"
+
+
+def _input(facts: DataFacts) -> str:
+    """What the model sees of an image."""
+    shape = " x ".join(map(str, facts.shape))
+    if facts.pixels:
+        return f"pixels {shape} in [-1, 1]"
+    text = f"latents {shape}, scale {facts.scale:g}"
+    return f"{text}, shift {facts.shift:g}" if facts.shift else text
+
+
+def _machine_line(trainer: Trainer) -> str:
+    plan = trainer.plan
+    cfg = trainer.cfg
+    processes = _count(plan.world, "process", "processes")
+    how = "one CUDA graph" if trainer.graphed is not None else "no CUDA graph"
+    blocks = "compiled blocks" if cfg.train.compile else "blocks not compiled"
+    return (
+        f"{processes} on {_device_name(trainer)}, {cfg.train.precision}, "
+        f"ZeRO {plan.stage}, {how}, {blocks}"
+    )
+
+
+def _device_name(trainer: Trainer) -> str:
+    if trainer.device.type == "cuda":
+        return torch.cuda.get_device_name(trainer.device)
+    threads = _count(torch.get_num_threads(), "thread")
+    return f"CPU ({threads}{' each' if trainer.plan.world > 1 else ''})"
+
+
+def _steps_line(trainer: Trainer, data: TrainingData, start: int) -> str:
+    cfg = trainer.cfg
+    plan = trainer.plan
+    train = cfg.train
+    epochs = train.steps / (len(data) // train.global_batch)
+    batch = (
+        f"batch {train.global_batch} = {_count(plan.world, 'process', 'processes')} x "
+        f"{_count(plan.micro, 'image')} x {_count(plan.accumulation, 'micro-step')}"
+    )
+    # a checkpoint is always written at the end
+    often = f"every {train.save_every} steps and at the end"
+    saved = often if train.save_every < train.steps else "at the end"
+    looks = f"samples every {cfg.monitor.every} steps" if cfg.monitor.every else "no samples"
+    return (
+        f"{start} to {train.steps} ({epochs:.1f} epochs), {batch}; "
+        f"checkpoint {saved}, {looks} while training"
+    )
+
+
+def _curves_line(cfg: Config, folder: Path) -> str:
+    places = [f"{folder}/stats.jsonl", "loss.png at every checkpoint"]
+    places += [LOGGERS[name].place(folder) for name in cfg.train.loggers]
+    return "; ".join(places)
+
+
+def precision_warning(trainer: Trainer) -> str | None:
+    """One line if this device computes in bf16 slowly, else None."""
+    if trainer.device.type == "cpu" and trainer.cfg.train.precision == "bf16":
+        return "warning: bf16 is slow on a CPU, set --train.precision fp32"
+    return None
+
+
+def _count(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def _short(number: int) -> str:
+    """A count in three digits: 675.1 M, 12.3 k."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"

@@ -1,0 +1,122 @@
+"""What a run says before its first step."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_config import config
+
+from sra_fast.data.dataset import make_dataset
+from sra_fast.data.facts import DataFacts
+from sra_fast.training import start_lines as module
+from sra_fast.training.logger import training_flops
+from sra_fast.training.plan import Plan, make_plan
+from sra_fast.training.start_lines import say_start, start_lines
+
+FOLDER = Path("runs/x/000")
+
+
+def trainer(cfg, world: int = 1, stage: int = 1, micro: int = 8, accumulation: int = 1):
+    """What the lines need of a trainer: 1000 x 12 + 345 parameters, on a CPU, without a graph."""
+    shapes = {"a": torch.Size([1000, 12]), "b": torch.Size([345])}
+    return SimpleNamespace(
+        cfg=cfg,
+        plan=Plan(cfg, {}, stage, micro, accumulation, world),
+        masters=SimpleNamespace(shapes=shapes),
+        device=torch.device("cpu"),
+        graphed=None,
+    )
+
+
+class Latents:
+    """Facts of a set of latents that is not there."""
+
+    def __init__(self, **facts):
+        self.held = DataFacts("latents", (4, 32, 32), 1000, "data/imagenet256", **facts)
+
+    def __len__(self):
+        return 1_281_167
+
+    def facts(self):
+        return self.held
+
+
+def test_the_six_lines_of_a_digits_run(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cfg = config("--train.steps", "400", "--train.precision", "fp32", "--train.save_every", "100")
+    plain, aligned = training_flops(cfg)
+    assert start_lines(trainer(cfg), make_dataset(cfg), FOLDER) == [
+        "run      runs/x/000 (new)",
+        "model    SiT-S/2, 12.3 k parameters; target ema_teacher and head add "
+        f"{100 * (aligned - plain) / plain:.1f}% to the FLOPs of the plain step; EMA 48.2 KiB",
+        "data     digits: 1437 images, 10 classes; pixels 1 x 8 x 8 in [-1, 1]",
+        "machine  1 process on CPU (2 threads), fp32, ZeRO 1, no CUDA graph, blocks not compiled",
+        # 1437 // 8 = 179 steps in an epoch
+        "steps    0 to 400 (2.2 epochs), batch 8 = 1 process x 8 images x 1 micro-step; "
+        "checkpoint every 100 steps and at the end, no samples while training",
+        "curves   runs/x/000/stats.jsonl; loss.png at every checkpoint; "
+        "tensorboard --logdir runs/x/000/tensorboard",
+    ]
+
+
+def test_a_resumed_run_on_latents_with_other_loggers(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    cfg = config("--align", "none", "--monitor.every", "50", "--train.compile", "true")
+    cfg.train.loggers = ["csv", "wandb"]
+    cfg.train.global_batch = 256
+    found = start_lines(trainer(cfg, 2, 3, 32, 4), Latents(scale=0.5, shift=0.25), FOLDER, 70)
+    assert found[0] == "run      runs/x/000 (resumed after step 70)"
+    assert found[1].endswith("parameters; no alignment; EMA 48.2 KiB over all processes")
+    assert found[2].endswith(
+        "latents of data/imagenet256: 1281167 images, 1000 classes; "
+        "latents 4 x 32 x 32, scale 0.5, shift 0.25"
+    )
+    assert found[3].endswith(
+        "2 processes on CPU (1 thread each), bf16, ZeRO 3, no CUDA graph, compiled blocks"
+    )
+    assert "70 to 400000 (79.9 epochs), batch 256 = 2 processes x 32 images x 4 micro" in found[4]
+    assert found[4].endswith("samples every 50 steps while training")
+    assert found[5].endswith("stats.jsonl; loss.png at every checkpoint; stats.csv; wandb")
+    # stage 0 keeps the EMA whole
+    assert start_lines(trainer(cfg, 2, 0), Latents(), FOLDER)[1].endswith("on each process")
+    assert "shift" not in start_lines(trainer(cfg), Latents(), FOLDER)[2]
+
+
+def test_bf16_on_a_cpu_is_one_warning(capsys):
+    for precision, warnings in (("bf16", 1), ("fp32", 0)):
+        cfg = config("--train.precision", precision)
+        say_start(trainer(cfg), make_dataset(cfg), FOLDER)
+        out, err = capsys.readouterr()
+        # stdout is for the summary
+        assert out == ""
+        assert len(err.splitlines()) == 6 + warnings
+        assert err.count("bf16 is slow on a CPU, set --train.precision fp32") == warnings
+
+
+def test_counts_of_a_trainer_that_is_built():
+    """The parameters are counted as the model has them, and the plan is the one that runs."""
+    from sra_fast.training.trainer import build
+    from sra_fast.zero.process_group import init_distributed
+
+    cfg = config("--train.micro_batch", "4")
+    built = build(make_plan(cfg), init_distributed())
+    lines = start_lines(built, make_dataset(cfg), FOLDER)
+    count = sum(p.numel() for p in cfg.model.build().parameters())
+    assert f"{count / 1000:.1f} k parameters" in lines[1]
+    assert "batch 8 = 1 process x 4 images x 2 micro-steps" in lines[4]
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(7, "7"), (1234, "1.2 k"), (675_100_000, "675.1 M"), (2_500_000_000, "2.5 G")],
+)
+def test_short_counts(number, text):
+    assert module._short(number) == text
+
+
+@pytest.mark.parametrize(
+    "number, text", [(7, "7 B"), (3 * 2**19, "1.5 MiB"), (675_100_000 * 4, "2.5 GiB")]
+)
+def test_sizes_in_bytes(number, text):
+    assert module._bytes(number) == text
