@@ -14,13 +14,14 @@ import torch
 
 from sra_fast.data.latents import PackedLatents
 from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.training_data import TrainingData
 from sra_fast.data.writer import PackingJob, run_job
 
 # steps are real waits, so not all of them are repeated for the second measurement
 WAITING_STEPS = 200
 
 
-class NoiseSource:
+class NoiseSource(TrainingData):
     """Random moments with labels; nothing is read from disk.
 
     Args:
@@ -37,9 +38,6 @@ class NoiseSource:
         block = np.random.default_rng(0).random((256, *shape), dtype=np.float32)
         self.block = torch.from_numpy(block)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitems__(self, indices: list[int]):
         return self.block[: len(indices)], self.labels[indices]
 
@@ -54,7 +52,7 @@ def packed_noise(folder: Path, count: int, side: int) -> PackedLatents:
     """
     shape = (8, side // 8, side // 8)
     job = {
-        "version": 1,
+        "version": 2,
         "layout": "packed",
         "source_sha256": "noise",
         "num_images": count,

@@ -12,13 +12,14 @@ from benchmarks.step.torch_program import Program
 from benchmarks.step.variants import PUBLISHED, Variant
 from sra_fast.config.schema import Config
 from sra_fast.data.order import ShuffledBatches
+from sra_fast.data.training_data import TrainingData
 from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import optimizer_step
 from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 
 
-class OneBatch:
+class OneBatch(TrainingData):
     """A data set of random VAE moments that gives the same batch forever.
 
     Args:

@@ -249,4 +249,6 @@ class Variant:
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         cfg, _ = parse_train(words)
+        # no data set is opened: channels and classes are those of ImageNet's latents
+        cfg.model.fill_in()
         return cfg

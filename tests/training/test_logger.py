@@ -13,6 +13,7 @@ from tiny_config import config
 from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training.logger import TrainLogger, peak_flops, read_rows, training_flops
+from sra_fast.training.plan import fill_in
 
 CPU = torch.device("cpu")
 SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
@@ -39,6 +40,7 @@ def test_flops_are_counted_by_layer():
 def test_paper_flops():
     """SiT-XL/2 at 256 px: 237.2 GFLOP forward, truncated teacher 169.4, head 2.7 (per image)."""
     cfg = parse_train([])[0]
+    fill_in(cfg)
     plain, aligned = training_flops(cfg)
     assert plain / 3e9 == pytest.approx(237.2, rel=2e-3)
     assert (aligned - plain) / 1e9 == pytest.approx(169.4 + 3 * 2.7, rel=5e-3)
