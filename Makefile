@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo lint test-fast test bugs
+.PHONY: demo lint test-fast test bugs docs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
@@ -26,8 +26,12 @@ test: $(INSTALLED)
 bugs: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/planted_bugs.py
 
+# the documentation site, in site/; a link or an anchor that leads nowhere is an error
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # runs again only when the requirements change
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae,hub,photos,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae,hub,photos,docs,dev]"
 	touch $@

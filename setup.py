@@ -37,6 +37,7 @@ EXTRAS = {
         "accelerate>=1.15",
     ],
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"],
+    "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     "dev": ["ruff>=0.17", "basedpyright>=1.40", "codespell>=2.4", "pre-commit>=4"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

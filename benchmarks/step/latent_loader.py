@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         data = packed_noise(args.folder or Path(temporary) / "packed", args.images, args.side)
         # into the page cache
-        for entry in data.entries:
+        for entry in data.shards.entries:
             (data.root / entry["file"]).read_bytes()
         for workers in args.workers:
             rate = latents_per_second(data, args.batch, workers, args.steps)

@@ -107,7 +107,7 @@ def adaln_linear(
             G, D]`` with ``group``. A column slice of the 6*D adaLN projection is used in place.
         scale: as ``shift``.
         weight: ``[N, D]`` of x's dtype, or of any dtype if x is fp32: the norm then rounds to the
-        weight's.
+            weight's.
         bias: ``[N]`` of the weight's dtype or None.
         eps: added to the variance, or to the mean square of RMS.
         residual: ``(y, gate)`` or ``(y, gate, y_bias)``: output ``[B, T, D]`` and gate (as

@@ -148,7 +148,7 @@ def adaln_mlp(
         shift: see ``adaln_linear``.
         scale: see ``adaln_linear``.
         weight1: ``[K, D]`` of x's dtype, or of any dtype if x is fp32: everything inside then has
-        the weight's.
+            the weight's.
         bias1: ``[K]`` or None.
         weight2: ``[N, K]``.
         bias2: ``[N]``. Or None: whoever adds the output to the residual stream can add the bias

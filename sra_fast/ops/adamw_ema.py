@@ -313,13 +313,13 @@ def adamw_ema_(
         weights: ``[N]`` bf16 or fp16, receives the rounded parameters; or None.
         ema: ``[N]`` fp32, moves towards the new parameters; or None.
         ema_copy: ``[N]`` bf16 or fp16, or an ``Fp8Copy``, receives the rounded EMA; needs ``ema``;
-        or None.
+            or None.
         decay: fraction of the old EMA that is kept, in [0, 1].
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not fit, or a number outside its
-        range.
+            range.
     """
     # check everything first: the update is in place and cannot be undone
     optional = {"clip_scale": clip_scale, "weights": weights, "ema": ema}

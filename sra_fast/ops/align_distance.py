@@ -152,7 +152,7 @@ def align_distance(
             takes D <= 16384, and T <= 1024 for ``cosine_token``. fp64 and larger tensors run the
             reference; larger ones are logged once.
         target: ``[B, T, D]`` teacher features, any floating dtype and strides; no gradient flows
-        into them.
+            into them.
         kind: one of ``smooth_l1, l1, l2, cosine_patch, cosine_token``.
         beta: where smooth-L1 turns from quadratic to linear, in the units of the features.
         weight: ``[B, T]`` weight of each token, or None; the mean over tokens becomes ``sum(w d) /

@@ -226,7 +226,7 @@ def ema_update_(
         params: tensors of the same shapes, bf16/fp16/fp32.
         decay: fraction of the old average that is kept, in [0, 1]; the paper uses 0.9999.
         copies: bf16 or fp16 tensors that receive the new average, rounded, in the same pass; or
-        None.
+            None.
         backend: ``"cuda"`` (the compiled extension, for CUDA tensors), ``"triton"``, ``"torch"`` or ``"auto"``. On a
             GPU auto is the extension if it is built, else Triton; the choice is logged once (as a
             warning if ``SRA_FAST_BUILD_EXT=1`` asked for the extension). Default:

@@ -77,7 +77,7 @@ def gated_residual(
             kernel takes D <= 6144. fp64 and wider rows run the reference; wider rows are logged
             once.
         y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes; copied first
-        unless contiguous.
+            unless contiguous.
         gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; or ``[B, G,
             D]`` with ``group``. A column slice of the 6*D adaLN projection is used in place.
         bias: ``[D]`` or None. The bias of the linear layer that made ``y``, if that layer left it

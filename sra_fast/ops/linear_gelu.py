@@ -42,7 +42,7 @@ def linear_gelu(
         weight: ``[N, K]`` of x's dtype.
         bias: ``[N]`` of x's dtype or None.
         backend: ``"triton"`` (here: the epilogue), ``"torch"`` or ``"auto"``; default:
-        ``$SRA_FAST_BACKEND``, else auto.
+            ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
         ``[..., N]`` in x's dtype.

@@ -150,7 +150,7 @@ def noise_pair(
         t_teacher: ``[B]`` teacher times in [0, 1], at most ``t``.
         path: ``"linear"`` or ``"cosine"``.
         latent_noise: ``[B, C, H, W]`` standard normal, the draw from the posterior; None: ``x0``
-        holds latents.
+            holds latents.
         scale: multiplies the latent: 0.18215 for the SD-VAE's unscaled latents, 1 for scaled ones.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
@@ -159,7 +159,7 @@ def noise_pair(
 
     Raises:
         ValueError: the shapes do not fit, ``path`` is unknown, integer tensors, or tensors on
-        different devices.
+            different devices.
     """
     _check(x0, noise, t, t_teacher, path, latent_noise)
     tensors = [s for s in (x0, noise, t, t_teacher, latent_noise) if s is not None]

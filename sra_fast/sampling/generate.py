@@ -54,7 +54,7 @@ def generate(
     path: str,
     seed: int,
     batch: int,
-    device,
+    device: torch.device | str,
     progress: Callable[[int], object] | None = None,
     *,
     first: int = 0,

@@ -1,0 +1,264 @@
+"""Every command that the documents show is one that its program takes; some are executed.
+
+A new command needs a class below: `ParseOnly` with the reason, or `Execute` with what makes it small.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import documents
+import pytest
+from documents import (
+    DOCUMENTS,
+    Command,
+    commands_of,
+    named_options,
+    options_of,
+    parse,
+    shown_commands,
+)
+from launch import ROOT
+
+
+@dataclass(frozen=True)
+class ParseOnly:
+    """A command that is not executed.
+
+    Attributes:
+        reason: why not.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Execute:
+    """A command that is executed in a folder that stands for the checkout.
+
+    Attributes:
+        more: arguments behind those of the document, which make it small.
+        after: beginning of the command whose results it reads; that one is executed before it.
+        makes: files that it must leave.
+        says: a regular expression that its output must match.
+    """
+
+    more: str = ""
+    after: str = ""
+    makes: tuple[str, ...] = ()
+    says: str = ""
+
+
+DEMO = "deepspeed sra_fast/train.py --config configs/digits.yaml"
+TINY_RUN = (
+    "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 --align.student_layer 2 "
+    "--align.teacher_layer 3 --train.global_batch 16 --train.steps 4 --train.log_every 2 --sample.steps 2"
+)
+IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
+FILES = ParseOnly("needs files that a reader has")
+BENCHMARK = ParseOnly("measures for minutes; tests/benchmarks has its parts")
+MAKE = ParseOnly("is how these tests, and the rest of .ci/run, are started")
+PIP = ParseOnly("installs from a package index; tests/test_import.py builds and installs")
+
+# beginning of a command -> what is done with it; the longest that fits counts
+CLASSES = {
+    "make": MAKE,
+    "pip install": PIP,
+    "SRA_FAST_BUILD_EXT=1 pip install": PIP,
+    'python -c "import sra_fast': Execute(says="configs$"),
+    DEMO: Execute(TINY_RUN, makes=("runs/digits/000/ema.safetensors", "runs/digits/000/loss.png")),
+    "deepspeed sra_fast/train.py --config configs/sit_xl2_256.yaml": IMAGENET,
+    "deepspeed --num_gpus 8 sra_fast/train.py --config configs/dit_b2_256.yaml": IMAGENET,
+    "deepspeed sra_fast/preprocess.py --source imagenet/train": IMAGENET,
+    "python sra_fast/preprocess.py --source data/imagenet256": IMAGENET,
+    "python sra_fast/sample.py --checkpoint runs/digits/000": Execute(
+        "--sample.steps 2 --batch 50", DEMO, ("samples/samples.npz", "samples/samples.png")
+    ),
+    "python sra_fast/sample.py --checkpoint step-400000.pt": FILES,
+    "deepspeed --num_gpus 8 sra_fast/sample.py --checkpoint runs": FILES,
+    "python sra_fast/evaluate.py --samples": FILES,
+    "python sra_fast/probe.py --checkpoint runs/digits/000": ParseOnly(
+        "fits classifiers for a minute; tests/analysis does it"
+    ),
+    "python sra_fast/probe.py --checkpoint runs/sit_xl/000": FILES,
+    "python sra_fast/visualize.py --checkpoint runs/digits/000": Execute(
+        "--images 2 --times [0.5]", DEMO, ("analysis/pca.png",)
+    ),
+    "python sra_fast/visualize.py --runs": FILES,
+    "python sra_fast/visualize.py --samples": FILES,
+    "python sra_fast/ablate.py configs/ablations/": ParseOnly("trains for an hour"),
+    "python sra_fast/import_weights.py --from SiT-XL-2-256x256.pt": FILES,
+    "python sra_fast/train.py ARGS": ParseOnly("stands for every command of the program"),
+    "sra-fast train ARGS": ParseOnly("stands for every command of the program"),
+    "sra-fast --help": Execute(says="commands:"),
+    "sra-fast export --checkpoint runs/sit_xl/000": FILES,
+    "python -m benchmarks.": BENCHMARK,
+    "python tests/planted_bugs.py": ParseOnly("takes half an hour"),
+}
+
+COMMANDS = [command for path in DOCUMENTS for command in commands_of(path)]
+
+
+def key_of(command: Command) -> str | None:
+    """The beginning in ``CLASSES`` that the command has."""
+    return max((key for key in CLASSES if command.text.startswith(key)), key=len, default=None)
+
+
+def executed() -> Iterator[Command]:
+    """The commands to execute, the same text once."""
+    seen = set()
+    for command in COMMANDS:
+        key = key_of(command)
+        if key and isinstance(CLASSES[key], Execute) and command.text not in seen:
+            seen.add(command.text)
+            yield command
+
+
+def test_every_command_has_a_class():
+    without = [str(command) for command in COMMANDS if key_of(command) is None]
+    assert without == [], "give it a class in this file"
+
+
+def test_every_class_has_a_command():
+    assert set(CLASSES) == {key_of(command) for command in COMMANDS}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_programs_take_the_commands_of(document, monkeypatch):
+    """Their own parsers read the arguments: an option that is gone or misspelt is noticed."""
+    monkeypatch.chdir(ROOT)
+    refused = []
+    for command in commands_of(document):
+        try:
+            parse(command)
+        except ValueError as error:
+            refused.append(f"{command}: {error}")
+    assert refused == []
+
+
+# programs whose options the documents name by themselves
+PROGRAMS = [
+    *sorted(f"sra_fast.{path.stem}" for path in ROOT.glob("sra_fast/[a-z]*.py")),
+    *("benchmarks.gpu_suite", "benchmarks.operators.run", "benchmarks.step.train_step"),
+]
+# options of what a page adds, or of other programs
+OTHER_OPTIONS = {
+    "--align.norm_eps": "the alignment target that CONTRIBUTING.md adds",
+}
+
+
+def test_options_in_prose_exist(monkeypatch):
+    """An option that a sentence or a table names is one of some program."""
+    monkeypatch.chdir(ROOT)
+    known = set().union(*map(options_of, PROGRAMS), OTHER_OPTIONS)
+    named = [
+        (path.name, number, option)
+        for path in DOCUMENTS
+        for number, option in named_options(path.read_text())
+    ]
+    assert len(named) > 30
+    assert [found for found in named if found[2] not in known] == []
+
+
+# execution
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    return documents.make_workspace(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, documents.Result]:
+    """What each executed command has left, by its text."""
+    return {}
+
+
+def run_once(command: Command, workspace: Path, results: dict) -> documents.Result:
+    how = CLASSES[key_of(command)]
+    if command.text not in results:
+        if how.after:
+            first = next(other for other in executed() if other.text.startswith(how.after))
+            run_once(first, workspace, results)
+        results[command.text] = documents.execute(command, workspace, how.more.split())
+    return results[command.text]
+
+
+@pytest.mark.parametrize("command", [*executed()], ids=lambda command: command.text)
+def test_the_command_does_what_the_document_says(command, workspace, results):
+    done = run_once(command, workspace, results)
+    assert done.returncode == 0, done.stderr[-3000:]
+    how = CLASSES[key_of(command)]
+    assert [name for name in how.makes if not (workspace / name).is_file()] == []
+    assert re.search(how.says, done.stdout, re.MULTILINE), done.stdout
+
+
+# the harness
+
+
+def test_commands_are_found():
+    """Indented, fenced and in backticks, with continued lines, variables and comments."""
+    text = """
+Run `make test`, `make` or `deepspeed
+x.py --a 1`; not `import deepspeed`.
+
+    .venv/bin/python a.py --b '[0.5, 1]' \\
+        --c "x # y"   # a comment
+    A=1 sra-fast train && make lint
+    runs/digits/
+      deepspeed.json
+
+```bash
+$ torchrun --nproc_per_node 2 t.py
+```
+
+```python
+make = 1
+```
+"""
+    assert [found for _, found in shown_commands(text)] == [
+        "make test",
+        "deepspeed x.py --a 1",
+        "python a.py --b '[0.5, 1]' --c \"x # y\"",
+        "A=1 sra-fast train",
+        "make lint",
+        "torchrun --nproc_per_node 2 t.py",
+    ]
+    assert Command("", 1, "A=1 sra-fast train ARGS --n N").words() == [
+        *("sra-fast", "train", "--n", "8")
+    ]
+    assert len(COMMANDS) > 40
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("deepspeed sra_fast/train.py --config configs/digits.yaml --train.stps 3", "stps"),
+        ("deepspeed --num_gpu sra_fast/train.py", "exit code 2"),
+        ("deepspeed sra_fast/retrain.py", "expected a script"),
+        ("torchrun --nproc_per_node 2 sra_fast/train.py --train.zero_stage many", "zero_stage"),
+        ("accelerate launch sra_fast/train.py --no.such option", "no.such"),
+        ("python sra_fast/sample.py --checkpoint a --cuont 3", "cuont"),
+        ("python sra_fast/export.py --out a.safetensors", "--checkpoint"),
+        ("sra-fast samples --checkpoint a", "expected a command"),
+        ("sra-fast evaluate --reference", "reference"),
+        ("python -m benchmarks.report.table --all", "takes no arguments"),
+        ("python -m benchmarks.gpu_suite third", "third"),
+        ("make tset", "no target"),
+        ("pip install '.[train,evla]'", "no extra"),
+        ("pip install --user .", "no document had"),
+        ("pip install -c constraint.txt .", "expected a file"),
+    ],
+)
+def test_what_no_program_takes_is_noticed(text, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        parse(Command("a document", 1, text))
+
+
+def test_other_launchers_are_parsed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = "sra_fast/train.py --config configs/digits.yaml --train.steps 3"
+    parse(Command("", 1, f"torchrun --nproc_per_node 2 {options}"))
+    parse(Command("", 1, f"accelerate launch --num_processes 2 {options}"))
