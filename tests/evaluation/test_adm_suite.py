@@ -422,6 +422,17 @@ def test_coarse_pixels():
     assert feature_width(named_extractor("pixels", [16, 16, 3], CPU), [4, 5, 1]) == 20
 
 
+def test_coarse_pixels_show_what_is_wrong_with_samples(digits):
+    extractor = named_extractor("pixels", [8, 8, 1], CPU)
+    reference = summarize_reference(digits["reference"], extractor, 64, cache=False)
+    good, noisy, dropped = (
+        frechet_distance(summarize(NpzImages(digits[name]), extractor, 64).pool, reference.pool)
+        for name in ("clean", "noisy", "dropped")
+    )
+    assert 5 * good < noisy
+    assert 2 * good < dropped
+
+
 def test_written_statistics_of_inception_have_the_spatial_ones(digits, tmp_path):
     extractor = fake_inception()
     summary = summarize_reference(digits["reference"], extractor, 64, cache=False)
