@@ -16,7 +16,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        sys.exit(f"error: cannot write {options.out}: {error}")
+        sys.exit(f"error: {error}")
     print(table(report))
 
 

@@ -54,6 +54,20 @@ def deepspeed(name: str, *args) -> subprocess.CompletedProcess:
     return run_python(*launcher, *port, f"sra_fast/{name}.py", *args)
 
 
+def torchrun(name: str, *args, processes: int = 2) -> subprocess.CompletedProcess:
+    """``torchrun sra_fast/NAME.py ARGS``."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", processes]
+    port = ["--master_port", free_port()]
+    return run_python(*launcher, *port, f"sra_fast/{name}.py", *args)
+
+
+def accelerate(name: str, *args) -> subprocess.CompletedProcess:
+    """``accelerate launch sra_fast/NAME.py ARGS`` on one process."""
+    launcher = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1".split()
+    plain = "--mixed_precision no --dynamo_backend no".split()
+    return run_python(*launcher, *plain, f"sra_fast/{name}.py", *args)
+
+
 class Result(NamedTuple):
     """What a launched process would have left."""
 

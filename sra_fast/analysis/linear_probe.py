@@ -1,6 +1,7 @@
 """How much of the class a linear classifier reads off the features of a frozen model, for every layer and time."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,9 +9,31 @@ from torch import Tensor
 from sra_fast.analysis.features import Images, Part, noisy_features
 from sra_fast.models import SiT
 
-POOLS = ("mean", "patch", "all")
+# the most features of an image that `auto` puts side by side: a probe has one weight for each and class
+SIDE_BY_SIDE = 4096
 # prior variance of a logit. the penalty is scaled by the number of features, so that width is no advantage
 LOGIT_VARIANCE = 30.0
+
+
+def choose_pool(how: str, patches: int, width: int) -> str:
+    """What ``auto`` stands for: ``all`` if it gives at most 4096 features an image, else ``mean``.
+
+    The mean over the patches loses their positions, which the pixels that it is compared with keep:
+    on 8 x 8 digits every layer then lies below the pixels.
+
+    Args:
+        how: ``auto``, or a pooling that is returned as it is.
+        patches: T, of an image.
+        width: D, of a feature.
+    """
+    if how != "auto":
+        return how
+    return "all" if patches * width <= SIDE_BY_SIDE else "mean"
+
+
+def chance(labels: Tensor) -> float:
+    """Accuracy of always naming the most frequent class of ``labels`` ``[N]``."""
+    return float(labels.bincount().max() / len(labels))
 
 
 def pool(tokens: Tensor, how: str) -> Tensor:
@@ -57,6 +80,19 @@ def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     return float(probe.score(test.numpy(), test_labels.numpy()))
 
 
+@dataclass(frozen=True)
+class Probed:
+    """Accuracies of probes on held-out images.
+
+    Attributes:
+        rows: ``{"time", "layer", "accuracy"}``; layer 0 is the noisy input.
+        chance: see ``chance``.
+    """
+
+    rows: list[dict]
+    chance: float
+
+
 def probe_layers(
     model: SiT,
     path: str,
@@ -70,7 +106,7 @@ def probe_layers(
     seed: int = 0,
     batch: int = 256,
     progress: Callable[[list[dict]], object] | None = None,
-) -> list[dict]:
+) -> Probed:
     """Accuracies of linear probes, and of the same probe on the noisy input.
 
     The model gets the null class: with a label, its features would contain the answer.
@@ -88,8 +124,7 @@ def probe_layers(
         progress: called after each time with its rows.
 
     Returns:
-        Rows ``{"time", "layer", "accuracy"}`` in the order of times and layers. Layer 0 is the
-        noisy input.
+        Accuracies in the order of times and layers.
 
     Raises:
         ValueError: the model has no null class, or the images are all of one class.
@@ -118,7 +153,7 @@ def probe_layers(
         rows += at_this_time
         if progress:
             progress(at_this_time)
-    return rows
+    return Probed(rows, chance(test.labels))
 
 
 def _samples(

@@ -1,12 +1,17 @@
 """The body of probe.py: linear probes of every layer at several times, as JSON and as a picture."""
 
+import shutil
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from PIL import Image
 
 from sra_fast.analysis.features import check_times, choose_layers, data_of, split
-from sra_fast.analysis.linear_probe import best, probe_layers
+from sra_fast.analysis.linear_probe import Probed, best, choose_pool, probe_layers
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
 from sra_fast.plots.figures import plot_probe
@@ -26,8 +31,9 @@ class Options:
     """times in [0, 1]; 0 is data"""
     layers: list[int] | None = None
     """blocks, from 1; default: all"""
-    pool: Literal["mean", "patch", "all"] = "mean"
-    """what a probe sees: the mean of the patches, each patch by itself, or all patches side by side (small inputs)"""
+    pool: Literal["auto", "mean", "patch", "all"] = "auto"
+    """what a probe sees: the mean of the patches, each patch by itself, or all patches side by side;
+    auto: all if these are at most 4096 features, else mean"""
     images: int = 20000
     """most images, drawn at random, a fifth of them held out"""
     draws: int = 2
@@ -65,23 +71,58 @@ def run(options: Options) -> dict:
     layers = choose_layers(options.layers, model.depth)
     options = replace(options, data=data_of(options.data, loaded.facts))
     parts = split(options.data, model)
-    rows = probe_layers(
+    _, patches, width = model.pos_embed.shape
+    how = choose_pool(options.pool, patches, width)
+    print(f"pool: {how} ({patches} patches of {width} features)")
+    probed = probe_layers(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         path,
         parts,
         options.times,
         layers,
-        how=options.pool,
+        how=how,
         count=options.images,
         draws=options.draws,
         seed=options.seed,
         batch=options.batch,
         progress=lambda at_one_time: print(describe(at_one_time)),
     )
-    report = {"options": asdict(options), "best": best(rows), "rows": rows}
+    report = {
+        "options": asdict(options),
+        "pool": how,
+        "chance": probed.chance,
+        "best": best(probed.rows),
+        "rows": probed.rows,
+    }
     write_json(out / "probe.json", report)
-    plot_probe(out / "probe.png", rows, f"linear probes, {options.checkpoint}")
+    title = f"linear probes ({how} of the patches), {options.checkpoint}"
+    plot_probe(out / "probe.png", probed.rows, title, probed.chance)
+    show_in_tensorboard(Path(options.checkpoint), probed, out / "probe.png")
     return report
+
+
+def show_in_tensorboard(run: Path, probed: Probed, picture: Path) -> None:
+    """Put the curves beside those of training, if ``run`` is a run folder that has them.
+
+    They are in ``tensorboard/probe``, by themselves, because their steps are blocks of the network.
+    The curves of an earlier probe are replaced.
+    """
+    board_folder = run / "tensorboard"
+    if not (board_folder.is_dir() and find_spec("tensorboard")):
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = board_folder / "probe"
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as board:
+        for row in probed.rows:
+            # layer 0 is the noisy input
+            board.add_scalar(f"probe/t={row['time']:g}", row["accuracy"], row["layer"])
+        for layer in sorted({row["layer"] for row in probed.rows}):
+            board.add_scalar("probe/chance", probed.chance, layer)
+        if picture.exists():
+            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            board.add_image("probe/accuracy", pixels, dataformats="HWC")
 
 
 def describe(rows: list[dict]) -> str:

@@ -1,8 +1,9 @@
-"""Samples against an FID reference, both ``.npz``: the ADM suite's five scores, and which of them may be compared."""
+"""Samples against an FID reference: the ADM suite's five scores, and which of them may be compared."""
 
 import glob
 import hashlib
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_fast.evaluation.extractors import Extractor
+from sra_fast.evaluation.folder import FolderImages, open_images
 from sra_fast.evaluation.inception import POOL, SPATIAL
-from sra_fast.evaluation.npz import NpzImages, members, read_statistics
+from sra_fast.evaluation.npz import (
+    NpzImages,
+    Statistics,
+    members,
+    read_statistics,
+    save_arrays,
+    statistics_arrays,
+)
 from sra_fast.evaluation.scores import (
     Gaussian,
     InceptionScore,
@@ -21,7 +30,6 @@ from sra_fast.evaluation.scores import (
     frechet_distance,
     precision_recall,
 )
-from sra_fast.utils.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +59,12 @@ class Summary:
     """``[<= count, D]`` fp32 on the CPU, of the first images, for precision and recall"""
     precomputed: bool = False
     """the Gaussians come from the file, not from its images"""
+    written_here: bool = False
+    """by ``evaluate.py``, not by the ADM suite"""
 
 
 def summarize(
-    images: NpzImages, extractor: Extractor, batch: int, keep: int | None = None
+    images: NpzImages | FolderImages, extractor: Extractor, batch: int, keep: int | None = None
 ) -> Summary:
     """One pass over the images, with a progress bar.
 
@@ -94,13 +104,11 @@ def summarize(
     )
 
 
-def _cache_path(reference: str, extractor: Extractor, keep: int | None) -> Path:
-    """Where a reference's summary is cached. The name changes when the file does."""
-    # size, date and how many features: a hash of the file itself would take seconds
-    path = Path(reference)
-    stat = path.stat()
-    state = f"{stat.st_size} {stat.st_mtime_ns} {keep}"
-    stamp = hashlib.sha256(state.encode()).hexdigest()[:8]
+def _cache_path(images: NpzImages | FolderImages, extractor: Extractor, keep: int | None) -> Path:
+    """Where a reference's summary is cached, beside it. The name changes when the images do."""
+    stamp = hashlib.sha256(f"{images.state()} {keep}".encode()).hexdigest()[:8]
+    # abspath: the folder may be given as `.`
+    path = Path(os.path.abspath(images.path))
     return path.with_name(f"{path.name}.{extractor.name}.{stamp}{CACHED}")
 
 
@@ -109,30 +117,21 @@ def _load_cached(path: Path) -> Summary | None:
     if not path.exists():
         return None
     try:
-        pool, spatial = read_statistics(str(path))
-        with np.load(path) as held:
-            features = torch.from_numpy(held["features"])
-            return Summary(int(held["count"]), pool, spatial, features=features)
-    except (ValueError, KeyError, OSError) as error:
+        held = read_statistics(str(path))
+        with np.load(path) as arrays:
+            features = torch.from_numpy(arrays["features"])
+        return Summary(held.count, held.pool, held.spatial, features=features)
+    except (ValueError, KeyError, OSError, AttributeError) as error:
         log.warning("%s is ignored: %s", path, error)
         return None
 
 
 def _save_cached(path: Path, summary: Summary) -> None:
     """Cache a summary and remove those of earlier states of the file. A folder that is read-only gives a warning."""
-    arrays = {"count": summary.count, "features": summary.features.numpy()}
-    for suffix, gaussian in (("", summary.pool), ("_s", summary.spatial)):
-        if gaussian is not None:
-            arrays["mu" + suffix] = gaussian.mean
-            arrays["sigma" + suffix] = gaussian.cov
-
-    def write(temporary: Path) -> None:
-        # through an open file: given a path, numpy would add a suffix
-        with open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-
+    statistics = Statistics(summary.pool, summary.spatial, count=summary.count)
+    features = summary.features.numpy()
     try:
-        write_atomic(path, write)
+        save_arrays(path, {**statistics_arrays(statistics), "features": features})
         # the same name up to the eight digits of the stamp
         stem = path.name.removesuffix(CACHED)[:-8]
         for old in path.parent.glob(glob.escape(stem) + "*" + CACHED):
@@ -142,42 +141,95 @@ def _save_cached(path: Path, summary: Summary) -> None:
         log.warning("the reference's statistics are not kept: %s", error)
 
 
+def has_images(reference: str) -> bool:
+    """Whether an FID reference is a folder, or a file with images; ValueError if it is unreadable."""
+    return Path(reference).is_dir() or "arr_0" in members(reference)
+
+
+def reference_statistics(path: str, extractor: Extractor) -> Statistics | None:
+    """The statistics that an FID reference brings for this extractor; None: its images are needed.
+
+    Statistics without the name of an extractor are those of the ADM suite's Inception.
+
+    Raises:
+        ValueError: they belong to another extractor, and there are no images to compute from, or
+            their width is not Inception's.
+    """
+    held = None if Path(path).is_dir() else read_statistics(path)
+    if held is None:
+        return None
+    width = len(held.pool.mean)
+    if held.extractor is not None:
+        if held.extractor != extractor.name:
+            raise ValueError(
+                f"{path} has statistics of the extractor {held.extractor}, "
+                f"expected those of {extractor.name}"
+            )
+        return held
+    if extractor.inception:
+        for gaussian, size in ((held.pool, POOL), (held.spatial, SPATIAL)):
+            if gaussian is not None and len(gaussian.mean) != size:
+                raise ValueError(
+                    f"{path}: statistics of {size} Inception features expected, "
+                    f"got {len(gaussian.mean)}"
+                )
+        return held
+    if not has_images(path):
+        raise ValueError(
+            f"{path} has no images, only statistics of {width} features of the ADM suite's "
+            f"Inception; expected images or statistics for the extractor {extractor.name}"
+        )
+    return None
+
+
 def summarize_reference(
     path: str, extractor: Extractor, batch: int, keep: int | None = None, cache: bool = True
 ) -> Summary:
     """The summary of an FID reference.
 
-    The file's own statistics are used if it has any and the extractor is an Inception. The rest
-    comes from its images. What was computed from images is cached in a file next to the reference,
-    under the extractor's name.
+    The file's own statistics are used if they belong to the extractor. The rest comes from its
+    images. What was computed from images is cached in a file next to the reference, under the
+    extractor's name.
 
     Args:
-        path: ``.npz`` with images, statistics, or both.
+        path: ``.npz`` with images, statistics, or both; or a folder of images.
         extractor, batch, keep: see ``summarize``.
         cache: read and write the cache.
 
     Raises:
-        ValueError: the file has neither images nor statistics that fit the extractor.
+        ValueError: there are neither images nor statistics that fit the extractor.
     """
-    pool, spatial = read_statistics(path) if extractor.inception else (None, None)
-    for gaussian, size in ((pool, POOL), (spatial, SPATIAL)):
-        if gaussian is not None and len(gaussian.mean) != size:
-            raise ValueError(
-                f"{path}: statistics of {size} Inception features expected, got {len(gaussian.mean)}"
-            )
+    statistics = reference_statistics(path, extractor)
     summary = Summary()
-    if "arr_0" in members(path) or pool is None:
-        images = NpzImages(path)
-        cached = _cache_path(path, extractor, keep)
+    if statistics is None or has_images(path):
+        images = open_images(path)
+        cached = _cache_path(images, extractor, keep)
         summary = _load_cached(cached) if cache else None
         if summary is None:
             summary = summarize(images, extractor, batch, keep)
             if cache:
                 _save_cached(cached, summary)
+    if statistics is None:
+        return summary
     # the file's own statistics are of the whole data set, its images often of a part
-    if pool is not None:
-        summary = replace(summary, pool=pool, spatial=spatial, precomputed=True)
-    return summary
+    return replace(
+        summary,
+        count=summary.count or statistics.count,
+        pool=statistics.pool,
+        spatial=statistics.spatial,
+        precomputed=True,
+        written_here=statistics.extractor is not None,
+    )
+
+
+def write_reference(path: Path, summary: Summary, extractor: Extractor) -> None:
+    """Write the statistics of a summary as an FID reference that names its extractor.
+
+    The file has ``mu``, ``sigma``, with Inception also ``mu_s``, ``sigma_s``, and ``extractor`` and
+    ``count``. OSError: the disk is full.
+    """
+    statistics = Statistics(summary.pool, summary.spatial, extractor.name, summary.count)
+    save_arrays(path, statistics_arrays(statistics))
 
 
 def _distance(a: Gaussian | None, b: Gaussian | None) -> float | None:
@@ -221,7 +273,9 @@ def comparability(
 
     # reasons that hold for scores against the reference: all but the Inception score
     against_reference = []
-    if not reference.precomputed:
+    if reference.written_here:
+        against_reference.append("the reference file was not written by the ADM suite")
+    elif not reference.precomputed:
         against_reference.append("the reference file brings no statistics of its whole data set")
     if not same_size:
         against_reference.append("samples and reference images differ in size")
@@ -242,3 +296,13 @@ def comparability(
             reasons.append("not all images")
         verdicts[name] = f"not comparable: {'; '.join(reasons)}" if reasons else COMPARABLE
     return verdicts
+
+
+def few_images(name: str, count: int, width: int) -> str | None:
+    """A warning if there are too few images for a covariance of full rank, else None."""
+    if not 0 < count <= width:
+        return None
+    return (
+        f"{name}: {count} images for {width} features, so that the covariance is singular and the "
+        "Fréchet distance depends on the number of images"
+    )

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sra_fast.evaluation.inception import load_inception
+from sra_fast.evaluation.inception import POOL, SHA256, load_inception
 
-# the first eight digits of the SHA-256 of torch-fidelity's weights; pytorch-fid has the same file
-OFFICIAL = "6726825d"
+# of torch-fidelity's weights; pytorch-fid has the same file
+OFFICIAL = SHA256[:8]
+# the built-in features, and the largest side that they average images to
+PIXELS = "pixels"
+COARSE = 8
 
 
 class Features(NamedTuple):
@@ -87,6 +91,21 @@ def inception_extractor(path: str, device: torch.device) -> Extractor:
     return Extractor(f"inception-{digest}", model, device, inception=True, official=official)
 
 
+def pixels_extractor(device: torch.device) -> Extractor:
+    """Features without weights: the pixels, averaged to at most 8 x 8.
+
+    A Fréchet distance of them sees colours and coarse shapes. It is a sanity check of samples of
+    one data set, and no FID.
+    """
+    return Extractor(PIXELS, coarse_pixels, device)
+
+
+def coarse_pixels(images: Tensor) -> Tensor:
+    """uint8 ``[N, C, H, W]`` -> fp32 ``[N, C min(H, 8) min(W, 8)]`` in [-1, 1]."""
+    side = [min(length, COARSE) for length in images.shape[2:]]
+    return (F.adaptive_avg_pool2d(images.float(), side) / 127.5 - 1).flatten(1)
+
+
 def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extractor:
     """An extractor that the user names.
 
@@ -94,14 +113,16 @@ def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extrac
     logits ``[N, K]``.
 
     Args:
-        spec: a TorchScript file, or ``module:function`` of a module that can be imported. Modules
-            in the working directory can.
+        spec: ``pixels``, a TorchScript file, or ``module:function`` of a module that can be
+            imported. Modules in the working directory can.
         shape: [H, W, C] of the images. The extractor is tried on one such image.
         device: where it runs.
 
     Raises:
         ValueError: there is no such file, module or function, or it does not work on such images.
     """
+    if spec == PIXELS:
+        return pixels_extractor(device)
     if Path(spec).is_file():
         try:
             network = torch.jit.load(spec, device).eval()
@@ -116,14 +137,18 @@ def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extrac
         compute = compute.to(device).eval()
     # its weights are not in a file that we know, so its name gets a hash of its output
     extractor = Extractor(spec.replace(":", "."), compute, device)
-    return replace(extractor, name=f"{extractor.name}-{try_on_image(extractor, shape)}")
+    digits = " ".join(f"{x:.3g}" for x in try_on_image(extractor, shape).tolist())
+    digest = hashlib.sha256(digits.encode()).hexdigest()[:8]
+    return replace(extractor, name=f"{extractor.name}-{digest}")
 
 
 def _imported(spec: str) -> Callable:
     """The function or module that ``module:function`` names."""
     module, _, function = spec.partition(":")
     if not (module and function):
-        raise ValueError(f"features must be a TorchScript file or module:function, got {spec}")
+        raise ValueError(
+            f"features must be pixels, a TorchScript file or module:function, got {spec}"
+        )
     # a script that is launched by path does not look there by itself
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -133,16 +158,12 @@ def _imported(spec: str) -> Callable:
         raise ValueError(f"features {spec} cannot be imported: {error}") from None
 
 
-def try_on_image(extractor: Extractor, shape: list[int]) -> str:
-    """Try an extractor on a fixed image.
+def try_on_image(extractor: Extractor, shape: list[int]) -> Tensor:
+    """Features ``[D]`` of a fixed image. They tell two sets of weights of one function apart.
 
     Args:
         extractor: what to try.
         shape: [H, W, C] of the image.
-
-    Returns:
-        Hash of the image's features, rounded to three digits. It tells two sets of weights of one
-        function apart.
 
     Raises:
         ValueError: the extractor does not work on such images.
@@ -153,9 +174,13 @@ def try_on_image(extractor: Extractor, shape: list[int]) -> str:
     image = values.to(torch.uint8).view(1, channels, height, width)
     try:
         with torch.inference_mode():
-            pool = extractor(image).pool
+            return extractor(image).pool.flatten()
     except (RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{extractor.name} failed on uint8 {[*image.shape]}: {reason}") from None
-    digits = " ".join(f"{x:.3g}" for x in pool.flatten().tolist())
-    return hashlib.sha256(digits.encode()).hexdigest()[:8]
+
+
+def feature_width(extractor: Extractor, shape: list[int]) -> int:
+    """Number of features of an image of shape [H, W, C]; ValueError: see ``try_on_image``."""
+    # known, and one image through Inception takes half a second on a CPU
+    return POOL if extractor.inception else len(try_on_image(extractor, shape))

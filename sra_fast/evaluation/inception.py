@@ -4,6 +4,7 @@ It differs from the usual Inception-v3 in four points. Average pools do not coun
 last block pools with a maximum. There are 1008 classes. Images are resized as TensorFlow 1 does it.
 """
 
+import os
 import pickle
 from functools import partial
 
@@ -17,6 +18,12 @@ SIZE = 299
 POOL = 2048
 SPATIAL = 17 * 17 * 7
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+# for whoever does not have them: nothing is downloaded
+SOURCE = (
+    f"{WEIGHTS} (95 628 359 bytes, SHA-256 {SHA256}) of the releases of toshas/torch-fidelity, "
+    "or the same file of mseitzer/pytorch-fid, pt_inception-2015-12-05-6726825d.pth"
+)
 MEAN_POOL = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 HALVE = partial(F.max_pool2d, kernel_size=3, stride=2)
@@ -223,6 +230,8 @@ class Inception(nn.Module):
 
 def load_inception(path: str) -> Inception:
     """The network in eval mode on the CPU, with the weights at ``path``; ValueError if they are not there."""
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}, expected {SOURCE}")
     # without memory until the weights are there: random initialisation would take seconds
     with torch.device("meta"):
         model = Inception()

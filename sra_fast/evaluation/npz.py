@@ -5,12 +5,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 
 from sra_fast.evaluation.scores import Gaussian
+from sra_fast.utils.files import write_atomic
 
 MEMBER = "arr_0.npy"
 
@@ -66,6 +69,12 @@ class NpzImages:
             )
         return shape
 
+    def state(self) -> str:
+        """Changes when the file does."""
+        # size and date: a hash of the file itself would take seconds
+        stat = Path(self.path).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """The images in order, writable uint8 ``[<= size, H, W, C]``."""
         with _readable(self.path), zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as f:
@@ -79,23 +88,63 @@ class NpzImages:
                 yield images
 
 
-def read_statistics(path: str) -> tuple[Gaussian | None, Gaussian | None]:
-    """The statistics in an FID reference.
+@dataclass(frozen=True)
+class Statistics:
+    """What an FID reference says of a data set.
 
-    Returns:
-        Gaussians of the pool features (``mu``, ``sigma``) and of the spatial features (``mu_s``,
-        ``sigma_s``), each None if the file does not have it.
+    Attributes:
+        pool: Gaussian of the pool features (``mu``, ``sigma``).
+        spatial: of the spatial features (``mu_s``, ``sigma_s``), or None.
+        extractor: name of the extractor, in a file that ``evaluate.py`` has written; None: the ADM
+            suite's Inception.
+        count: number of images, or 0 if it is not known.
+    """
+
+    pool: Gaussian
+    spatial: Gaussian | None = None
+    extractor: str | None = None
+    count: int = 0
+
+
+def read_statistics(path: str) -> Statistics | None:
+    """The statistics in an FID reference; None if the file has none.
 
     Raises:
         ValueError: the arrays are not finite real numbers ``[D]`` and ``[D, D]``.
     """
     held = members(path)
-    gaussians = []
+    if not {"mu", "sigma"} <= held:
+        return None
     with _readable(path), np.load(path) as arrays:
-        for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            present = {mean, cov} <= held
-            gaussians.append(_gaussian(path, arrays, mean, cov) if present else None)
-    return tuple(gaussians)
+        spatial = None
+        if {"mu_s", "sigma_s"} <= held:
+            spatial = _gaussian(path, arrays, "mu_s", "sigma_s")
+        extractor = str(arrays["extractor"]) if "extractor" in held else None
+        count = int(arrays["count"]) if "count" in held else 0
+        return Statistics(_gaussian(path, arrays, "mu", "sigma"), spatial, extractor, count)
+
+
+def statistics_arrays(statistics: Statistics) -> dict:
+    """The arrays of an FID reference, from which ``read_statistics`` makes the same statistics."""
+    arrays = {"count": statistics.count}
+    if statistics.extractor is not None:
+        arrays["extractor"] = statistics.extractor
+    for suffix, gaussian in (("", statistics.pool), ("_s", statistics.spatial)):
+        if gaussian is not None:
+            arrays["mu" + suffix] = gaussian.mean
+            arrays["sigma" + suffix] = gaussian.cov
+    return arrays
+
+
+def save_arrays(path: Path, arrays: dict) -> None:
+    """Write an ``.npz`` atomically, under exactly this name."""
+
+    def write(temporary: Path) -> None:
+        # through an open file: given a path, numpy would add a suffix
+        with open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+
+    write_atomic(path, write)
 
 
 def _gaussian(path: str, arrays, mean: str, cov: str) -> Gaussian:

@@ -1,36 +1,56 @@
 """The body of evaluate.py: open both sides, extract features, score, report what may be compared."""
 
+import logging
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from sra_fast.evaluation.adm_suite import comparability, score, summarize, summarize_reference
+from sra_fast.evaluation.adm_suite import (
+    Summary,
+    comparability,
+    few_images,
+    has_images,
+    reference_statistics,
+    score,
+    summarize,
+    summarize_reference,
+    write_reference,
+)
 from sra_fast.evaluation.extractors import (
     Extractor,
+    feature_width,
     inception_extractor,
     named_extractor,
-    try_on_image,
 )
-from sra_fast.evaluation.npz import NpzImages, members
+from sra_fast.evaluation.folder import FolderImages, open_images
+from sra_fast.evaluation.inception import SOURCE
+from sra_fast.evaluation.npz import NpzImages
 from sra_fast.evaluation.scores import NEIGHBOURS
 from sra_fast.utils.files import write_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Options:
     """What to score, and with which features."""
 
-    samples: str
-    """.npz with arr_0: uint8 [N, H, W, C]"""
     reference: str
-    """.npz with arr_0, the statistics mu, sigma, mu_s, sigma_s (an ADM reference batch), or both"""
+    """.npz with arr_0, the statistics mu, sigma, mu_s, sigma_s (an ADM reference batch), or both; or
+    a folder of PNG or JPEG images"""
+    samples: str | None = None
+    """.npz with arr_0: uint8 [N, H, W, C]; a folder that holds samples.npz, or PNG or JPEG images"""
     inception: str | None = None
     """path of weights-inception-2015-12-05-6726825d.pth: the features of published numbers"""
     features: str | None = None
-    """instead: a TorchScript file or module:function, uint8 [N, C, H, W] -> [N, D], or that and logits [N, K]"""
+    """instead: pixels (averaged to 8 x 8: a check without weights, no FID), a TorchScript file, or
+    module:function, uint8 [N, C, H, W] -> [N, D], or that and logits [N, K]"""
+    write_reference: str | None = None
+    """write the statistics of the reference's images to this .npz, an FID reference for later"""
     out: str = "scores.json"
     """JSON with the scores, the counts, the extractor and what may be compared"""
     batch: int = 64
@@ -43,97 +63,183 @@ class Options:
     """keep the reference's statistics in a file next to it for the next time"""
 
 
+@dataclass
+class Inputs:
+    """Both sides, opened and checked.
+
+    Attributes:
+        samples: None: only a reference is written.
+        reference: None: the FID reference only has statistics.
+        extractor: fits both.
+    """
+
+    samples: NpzImages | FolderImages | None
+    reference: NpzImages | FolderImages | None
+    extractor: Extractor
+
+
 def _check_options(options: Options) -> None:
     if (options.inception is None) == (options.features is None):
         raise ValueError(
-            "give either inception (a path of weights) or features (a TorchScript file or module:function)"
+            "give either features (pixels, a TorchScript file or module:function) or inception, the "
+            f"path of {SOURCE}"
         )
+    if options.samples is None and options.write_reference is None:
+        raise ValueError("expected samples to score, or write_reference")
     if options.batch < 1:
         raise ValueError(f"batch must be at least 1, got {options.batch}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: there is no GPU")
     # scoring takes minutes: an unusable file name is said before
-    out = Path(options.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"out must be a file in a folder that exists, got {options.out}")
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"out {options.out} cannot be written")
+    if options.samples is not None:
+        _check_output("out", options.out)
+    if options.write_reference is not None:
+        _check_output("write_reference", options.write_reference)
+        if Path(options.write_reference).suffix != ".npz":
+            raise ValueError(f"write_reference must end in .npz, got {options.write_reference}")
+        # it may be someone's only copy
+        if Path(options.write_reference).exists():
+            raise ValueError(f"write_reference {options.write_reference} exists already")
 
 
-def open_inputs(options: Options) -> tuple[NpzImages, NpzImages | None, Extractor]:
-    """Check everything before the first feature is computed.
+def _check_output(name: str, file: str) -> None:
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{name} must be a file in a folder that exists, got {file}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{name} {file} cannot be written")
 
-    Returns:
-        The samples; the images of the FID reference, or None if it only has statistics; the
-        extractor.
 
-    Raises:
-        ValueError: an option, a file or the extractor cannot be used.
-    """
-    _check_options(options)
-    samples = NpzImages(options.samples)
-    has_images = "arr_0" in members(options.reference)
-    reference = NpzImages(options.reference) if has_images else None
-    # the balls of precision and recall need this many neighbours
+def _check_counts(options: Options, inputs: Inputs) -> None:
+    """The balls of precision and recall need their neighbours."""
     counts = {
-        "samples": samples.count,
-        "reference": reference.count if reference else None,
+        "samples": inputs.samples.count if inputs.samples else None,
+        "reference": inputs.reference.count if inputs.reference else None,
         "manifold_images": options.manifold_images,
     }
     for name, count in counts.items():
         if count is not None and count <= NEIGHBOURS:
             raise ValueError(f"{name} must be more than {NEIGHBOURS} images, got {count}")
 
+
+def _check_widths(options: Options, inputs: Inputs) -> None:
+    """Both sides must have the same number of features; nothing has been computed yet."""
+    extractor = inputs.extractor
+    statistics = reference_statistics(options.reference, extractor)
+    widths = {}
+    if inputs.samples:
+        widths[options.samples] = feature_width(extractor, inputs.samples.shape)
+    if statistics:
+        widths[options.reference] = len(statistics.pool.mean)
+    elif inputs.reference:
+        widths[options.reference] = feature_width(extractor, inputs.reference.shape)
+    if len(set(widths.values())) > 1:
+        found = " and ".join(f"{width} for {path}" for path, width in widths.items())
+        raise ValueError(f"{extractor.name} must have equally many features, got {found}")
+    if statistics and options.write_reference:
+        raise ValueError(
+            f"write_reference needs images, but {options.reference} brings statistics already"
+        )
+
+
+def open_inputs(options: Options) -> Inputs:
+    """Check everything before the first feature is computed.
+
+    Raises:
+        ValueError: an option, a file or the extractor cannot be used, or the two sides do not
+            belong together.
+    """
+    _check_options(options)
+    samples = open_images(options.samples) if options.samples is not None else None
+    reference = open_images(options.reference) if has_images(options.reference) else None
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
+    # statistics alone have no shape: the extractor is tried on an image of either side
+    tried = samples or reference
     if options.inception:
-        return samples, reference, inception_extractor(options.inception, device)
-    extractor = named_extractor(options.features, samples.shape, device)
-    # it was tried on an image of the samples' size
-    if reference and reference.shape != samples.shape:
-        try_on_image(extractor, reference.shape)
-    return samples, reference, extractor
+        extractor = inception_extractor(options.inception, device)
+    elif tried is None:
+        raise ValueError(f"write_reference needs images, {options.reference} has none")
+    else:
+        extractor = named_extractor(options.features, tried.shape, device)
+    inputs = Inputs(samples, reference, extractor)
+    _check_counts(options, inputs)
+    _check_widths(options, inputs)
+    return inputs
 
 
 def run(options: Options) -> dict:
-    """Score and write ``options.out``.
+    """Score and write ``options.out``, and the FID reference if one is asked for.
 
     Returns:
-        What was written.
+        What was written to ``options.out``; without samples, what is known of the reference.
 
     Raises:
         ValueError: see ``open_inputs``, or a file turns out to be damaged.
-        OSError: ``options.out`` cannot be written.
+        OSError: an output cannot be written.
     """
-    images, reference_images, extractor = open_inputs(options)
+    inputs = open_inputs(options)
+    extractor = inputs.extractor
     reference = summarize_reference(
         options.reference, extractor, options.batch, options.manifold_images, options.cache
     )
-    samples = summarize(images, extractor, options.batch, options.manifold_images)
-    scores = score(samples, reference, extractor.device)
-
-    reference_shape = reference_images.shape if reference_images else None
-    same_size = reference_shape in (None, images.shape)
     report = {
-        **scores,
-        "comparable": comparability(scores, extractor, samples, reference, same_size),
-        "samples": {"path": options.samples, "images": samples.count, "shape": images.shape},
         "reference": {
             "path": options.reference,
             "images": reference.count,
-            "shape": reference_shape,
+            "shape": inputs.reference.shape if inputs.reference else None,
             "statistics": "of the file" if reference.precomputed else "of its images",
         },
-        "extractor": {"name": extractor.name, "dimensions": len(samples.pool.mean)},
+        "extractor": {"name": extractor.name, "dimensions": len(reference.pool.mean)},
     }
-    write_json(Path(options.out), report)
+    warnings = [few_images(options.reference, reference.count, len(reference.pool.mean))]
+    if options.write_reference is not None:
+        with _writing(options.write_reference):
+            write_reference(Path(options.write_reference), reference, extractor)
+        report["written"] = options.write_reference
+    if inputs.samples is not None:
+        samples = summarize(inputs.samples, extractor, options.batch, options.manifold_images)
+        warnings.append(few_images(options.samples, samples.count, len(samples.pool.mean)))
+        report = {**_scores(inputs, samples, reference), **report}
+        report["samples"] = {
+            "path": options.samples,
+            "images": samples.count,
+            "shape": inputs.samples.shape,
+        }
+    report["warnings"] = [warning for warning in warnings if warning]
+    for warning in report["warnings"]:
+        log.warning("%s", warning)
+    if inputs.samples is not None:
+        with _writing(options.out):
+            write_json(Path(options.out), report)
     return report
 
 
+@contextmanager
+def _writing(file: str):
+    """An OSError that names the file, not the temporary one beside it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {file}: {error}") from None
+
+
+def _scores(inputs: Inputs, samples: Summary, reference: Summary) -> dict:
+    """The scores, and under ``comparable`` what each may be compared with."""
+    scores = score(samples, reference, inputs.extractor.device)
+    same_size = inputs.reference is None or inputs.reference.shape == inputs.samples.shape
+    verdicts = comparability(scores, inputs.extractor, samples, reference, same_size)
+    return {**scores, "comparable": verdicts}
+
+
 def table(report: dict) -> str:
-    """One line per score: name, value and what it may be compared with."""
-    lines = []
-    for name, verdict in report["comparable"].items():
+    """The extractor, then one line per score: name, value and what it may be compared with."""
+    extractor = report["extractor"]
+    lines = [f"extractor: {extractor['name']} ({extractor['dimensions']} features)"]
+    for name, verdict in report.get("comparable", {}).items():
         value = "-" if report[name] is None else f"{report[name]:.4f}"
         lines.append(f"{name:16}{value:>12}  {verdict}")
+    if "written" in report:
+        images = report["reference"]["images"]
+        lines.append(f"written: {report['written']}, the statistics of {images} images")
     return "\n".join(lines)

@@ -39,13 +39,14 @@ def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     save_figure(plt, figure, path)
 
 
-def plot_probe(path: Path, rows: list[dict], title: str) -> None:
+def plot_probe(path: Path, rows: list[dict], title: str, chance: float) -> None:
     """Accuracy against depth: a line per time, and dashed in the same colour the probe of the noisy input.
 
     Args:
         path: the PNG to write.
         rows: see ``linear_probe.probe_layers``.
         title: above the axes.
+        chance: accuracy without features, a dotted line.
     """
     plt = pyplot(path)
     if plt is None:
@@ -62,6 +63,7 @@ def plot_probe(path: Path, rows: list[dict], title: str) -> None:
         heights = list(accuracy.values())
         axis.plot(blocks, heights, "o-", color=colour, markersize=4, label=f"t = {time:g}")
         axis.axhline(noisy_input, color=colour, linestyle="--", linewidth=0.8)
+    axis.axhline(chance, color="grey", linestyle=":", label=f"chance ({chance:.0%})")
     axis.set(xlabel="block", ylabel="accuracy on held-out images", title=title, ylim=(0, 1))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(linewidth=0.4)

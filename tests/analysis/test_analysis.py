@@ -7,6 +7,7 @@ import pytest
 import torch
 from launch import ROOT, call, error_of, launch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sra_fast.analysis.features import split
 from sra_fast.analysis.linear_probe import probe_layers
@@ -39,10 +40,10 @@ def trained(tmp_path_factory):
 
 
 def probes(model, times, **settings) -> dict:
-    rows = probe_layers(
+    probed = probe_layers(
         model, "linear", split(DIGITS, model), times, [1, 2, 3, 4], draws=1, **settings
     )
-    return {(row["time"], row["layer"]): row["accuracy"] for row in rows}
+    return {(row["time"], row["layer"]): row["accuracy"] for row in probed.rows}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_maps_follow_the_image(trained):
 
 
 def test_probe_command(trained, tmp_path):
-    args = ("--times", "[0.0, 0.4]", "--images", 200, "--pool", "patch")
+    args = ("--times", "[0.0, 0.4]", "--images", 200)
     done = launch("probe", "--checkpoint", trained, "--out", tmp_path, *args)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "probe.json").read_text())
@@ -120,7 +121,21 @@ def test_probe_command(trained, tmp_path):
     *lines, last = done.stdout.splitlines()
     assert [line.split()[2] for line in lines if line.startswith("t = ")] == ["0", "0.4"]
     assert f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}" in last
-    assert report["options"]["pool"] == "patch"
+    # 16 patches of width 48 are few: side by side
+    assert lines[0] == "pool: all (16 patches of 48 features)"
+    assert (report["options"]["pool"], report["pool"]) == ("auto", "all")
+    # 40 held-out digits
+    assert report["chance"] == pytest.approx(round(40 * report["chance"]) / 40)
+    assert 0.1 <= report["chance"] < 0.3
+    events = EventAccumulator(str(trained / "tensorboard/probe"))
+    events.Reload()
+    for time in (0.0, 0.4):
+        curve = [(e.step, e.value) for e in events.Scalars(f"probe/t={time:g}")]
+        accuracies = [row["accuracy"] for row in report["rows"] if row["time"] == time]
+        assert curve == [(i, pytest.approx(value)) for i, value in enumerate(accuracies)]
+    chances = [e.value for e in events.Scalars("probe/chance")]
+    assert chances == [pytest.approx(report["chance"])] * 5
+    assert events.Images("probe/accuracy")[0].width == Image.open(tmp_path / "probe.png").width
     assert report["options"]["data"]["name"] == "digits"
     assert Image.open(tmp_path / "probe.png").size > (400, 300)
     # nothing temporary is left

@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from sra_fast.analysis.features import check_times, choose_layers, noisy_features, split
-from sra_fast.analysis.linear_probe import accuracy, best, pixels, pool, probe_layers
+from sra_fast.analysis.linear_probe import (
+    accuracy,
+    best,
+    chance,
+    choose_pool,
+    pixels,
+    pool,
+    probe_layers,
+)
 from sra_fast.analysis.pca_maps import colours, components, draw_maps
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.digits import Digits
@@ -129,6 +137,21 @@ def test_pools():
     assert torch.equal(pixels(x, 2, "all"), x.flatten(1))
 
 
+def test_auto_keeps_the_positions_of_small_images():
+    assert choose_pool("auto", 16, 64) == "all"
+    assert choose_pool("auto", 64, 64) == "all"
+    assert choose_pool("auto", 65, 64) == "mean"
+    # SiT-XL/2 at 256 px
+    assert choose_pool("auto", 256, 1152) == "mean"
+    for how in ("mean", "patch", "all"):
+        assert choose_pool(how, 256, 1152) == how
+
+
+def test_chance_is_the_most_frequent_class():
+    assert chance(torch.tensor([3, 0, 3, 1, 3])) == pytest.approx(0.6)
+    assert chance(torch.tensor([0, 1, 2, 3])) == 0.25
+
+
 def test_classifier():
     torch.manual_seed(0)
     labels = torch.arange(600) % 3
@@ -152,7 +175,10 @@ def test_probe_of_latents(tmp_path):
     model = DiT(input_size=4, in_channels=2, num_classes=3, **SIZES).eval()
     parts = split(write_latents(tmp_path), model)
     seen = []
-    rows = probe_layers(model, "linear", parts, [0.0, 0.999], [1, 3], batch=7, progress=seen.append)
+    probed = probe_layers(
+        model, "linear", parts, [0.0, 0.999], [1, 3], batch=7, progress=seen.append
+    )
+    rows = probed.rows
     assert [(row["time"], row["layer"]) for row in rows] == [
         (t, layer) for t in (0.0, 0.999) for layer in (0, 1, 3)
     ]

@@ -14,6 +14,7 @@ from torch import nn
 
 from sra_fast.data.digits import Digits
 from sra_fast.evaluation import adm_suite as evaluation
+from sra_fast.evaluation import npz
 from sra_fast.evaluation.adm_suite import (
     COMPARABLE,
     Summary,
@@ -21,8 +22,16 @@ from sra_fast.evaluation.adm_suite import (
     score,
     summarize,
     summarize_reference,
+    write_reference,
 )
-from sra_fast.evaluation.extractors import Extractor, Features, inception_extractor, named_extractor
+from sra_fast.evaluation.extractors import (
+    Extractor,
+    Features,
+    coarse_pixels,
+    feature_width,
+    inception_extractor,
+    named_extractor,
+)
 from sra_fast.evaluation.npz import NpzImages
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance, precision_recall
 from sra_fast.plots.report import to_uint8
@@ -187,7 +196,7 @@ def test_cache_that_cannot_be_used_is_a_warning(digits, classifier, tmp_path, mo
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(evaluation, "write_atomic", full)
+    monkeypatch.setattr(npz, "write_atomic", full)
     with caplog.at_level(logging.WARNING):
         found = summarize_reference(digits["reference"], classifier, 64)
     assert np.array_equal(found.pool.cov, expected.pool.cov)
@@ -245,7 +254,7 @@ def test_statistics_of_an_fid_reference_are_used(digits, classifier, tmp_path):
         "precision": None,
         "recall": None,
     }
-    with pytest.raises(ValueError, match=r"adm.npz holds no images \(arr_0\)"):
+    with pytest.raises(ValueError, match="adm.npz has no images, only statistics of 48 features"):
         summarize_reference(path, classifier, 64)
     np.savez(path, mu=np.ones(32), sigma=np.eye(32))
     with pytest.raises(ValueError, match="statistics of 48 Inception features expected, got 32"):
@@ -297,6 +306,10 @@ def test_what_may_be_compared():
         (
             {"reference": replace(reference, precomputed=False)},
             "the reference file brings no statistics of its whole data set",
+        ),
+        (
+            {"reference": replace(reference, written_here=True)},
+            "the reference file was not written by the ADM suite",
         ),
         ({"same_size": False}, "samples and reference images differ in size"),
     ):
@@ -359,7 +372,11 @@ def test_extractors_by_name(classifier, tmp_path, monkeypatch):
         ("my_pixels:infinite", [8, 8, 1], "not finite"),
         ("my_pixels:absent", [8, 8, 1], "cannot be imported: .*absent"),
         ("no_such_module:f", [8, 8, 1], "cannot be imported: No module named"),
-        ("nowhere.pt", [8, 8, 1], "must be a TorchScript file or module:function, got nowhere.pt"),
+        (
+            "nowhere.pt",
+            [8, 8, 1],
+            "must be pixels, a TorchScript file or module:function, got nowhere.pt",
+        ),
         (str(tmp_path / "text.pt"), [8, 8, 1], "text.pt is no TorchScript file"),
         (str(tmp_path / "net.pt"), [16, 16, 3], r"net-\w+ failed on uint8 \[1, 3, 16, 16\]"),
     ):
@@ -393,3 +410,39 @@ def test_official_weights_are_known_by_their_hash(tmp_path, monkeypatch):
     extractor = inception_extractor("any path", CPU)
     assert extractor.official
     assert extractor.name == "inception-6726825d"
+
+
+def test_coarse_pixels():
+    images = torch.arange(2 * 3 * 16 * 16).remainder(251).to(torch.uint8).view(2, 3, 16, 16)
+    expected = images.float().view(2, 3, 8, 2, 8, 2).mean((3, 5)).flatten(1) / 127.5 - 1
+    torch.testing.assert_close(coarse_pixels(images), expected)
+    # a small image is not averaged
+    small = images[:, :1, :4, :5]
+    assert torch.equal(coarse_pixels(small), small.float().flatten(1) / 127.5 - 1)
+    assert feature_width(named_extractor("pixels", [16, 16, 3], CPU), [4, 5, 1]) == 20
+
+
+def test_coarse_pixels_show_what_is_wrong_with_samples(digits):
+    extractor = named_extractor("pixels", [8, 8, 1], CPU)
+    reference = summarize_reference(digits["reference"], extractor, 64, cache=False)
+    good, noisy, dropped = (
+        frechet_distance(summarize(NpzImages(digits[name]), extractor, 64).pool, reference.pool)
+        for name in ("clean", "noisy", "dropped")
+    )
+    assert 5 * good < noisy
+    assert 2 * good < dropped
+
+
+def test_written_statistics_of_inception_have_the_spatial_ones(digits, tmp_path):
+    extractor = fake_inception()
+    summary = summarize_reference(digits["reference"], extractor, 64, cache=False)
+    path = tmp_path / "mine.npz"
+    write_reference(path, summary, extractor)
+    found = summarize_reference(str(path), extractor, 64)
+    assert found.precomputed and found.written_here
+    assert found.count == 1437
+    assert np.array_equal(found.pool.cov, summary.pool.cov)
+    assert np.array_equal(found.spatial.mean, summary.spatial.mean)
+    other = replace(extractor, name="inception-other")
+    with pytest.raises(ValueError, match="of the extractor inception-fake, expected those of inc"):
+        summarize_reference(str(path), other, 64)

@@ -4,11 +4,17 @@ import io
 import struct
 import tracemalloc
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sra_fast.evaluation.npz import NpzImages, read_statistics
+from sra_fast.evaluation.npz import (
+    NpzImages,
+    read_statistics,
+    save_arrays,
+    statistics_arrays,
+)
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (23, 5, 4, 3), np.uint8)
 
@@ -109,12 +115,21 @@ def test_a_wrong_checksum_is_noticed(tmp_path, save):
 def test_statistics(tmp_path):
     path = str(tmp_path / "x.npz")
     np.savez(path, IMAGES, mu=np.arange(3, dtype=np.float32), sigma=np.eye(3, dtype=np.float32))
-    pool, spatial = read_statistics(path)
-    assert pool.mean.dtype == pool.cov.dtype == np.float64
-    assert pool.mean.tolist() == [0, 1, 2]
-    assert spatial is None
+    held = read_statistics(path)
+    assert held.pool.mean.dtype == held.pool.cov.dtype == np.float64
+    assert held.pool.mean.tolist() == [0, 1, 2]
+    assert (held.spatial, held.extractor, held.count) == (None, None, 0)
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.ones(2), sigma_s=2 * np.eye(2))
-    assert read_statistics(path)[1].cov.tolist() == [[2, 0], [0, 2]]
+    held = read_statistics(path)
+    assert held.spatial.cov.tolist() == [[2, 0], [0, 2]]
+    # written and read again
+    save_arrays(tmp_path / "y.npz", statistics_arrays(replace(held, extractor="x", count=7)))
+    again = read_statistics(str(tmp_path / "y.npz"))
+    assert (again.extractor, again.count) == ("x", 7)
+    assert np.array_equal(again.spatial.cov, held.spatial.cov)
+    assert np.array_equal(again.pool.mean, held.pool.mean)
+    np.savez(path, IMAGES)
+    assert read_statistics(path) is None
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(
         ValueError, match=r"mu and sigma must be \[D\] and \[D, D\], they are \[3\] and \[4, 4\]"

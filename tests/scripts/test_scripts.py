@@ -13,7 +13,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, call, call_console, deepspeed, environment, error_of, launch
+from launch import (
+    ROOT,
+    accelerate,
+    call,
+    call_console,
+    deepspeed,
+    environment,
+    error_of,
+    launch,
+    torchrun,
+)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,16 +36,18 @@ TINY = (
 ).split()
 
 
+WHOLE_RUN = (
+    *TINY,
+    *"--train.steps 24 --train.save_every 8".split(),
+    *"--deepspeed --deepspeed_config configs/deepspeed/zero2.json".split(),
+)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A finished run of 24 steps, launched by `deepspeed` on two processes with a DeepSpeed JSON."""
     out = tmp_path_factory.mktemp("whole")
-    done = deepspeed(
-        "train",
-        *TINY,
-        *("--train.steps", 24, "--train.save_every", 8, "--train.out", out),
-        *("--deepspeed", "--deepspeed_config", "configs/deepspeed/zero2.json"),
-    )
+    done = deepspeed("train", *WHOLE_RUN, "--train.out", out)
     assert (out / "000/summary.json").exists(), done.stderr[-3000:]
     return out / "000", done
 
@@ -79,6 +91,42 @@ def test_run_folder_is_complete(whole_run):
     assert steps == ["step_00000008", "step_00000016", "step_00000024"]
     # ten rows of ten samples, a gap, ten real digits
     assert Image.open(folder / "samples.png").size == (6 * (20 * 9 + 4), 6 * 10 * 9)
+
+
+def losses_of(out) -> list[float]:
+    return [row["loss"] for row in rows_of(out / "000")]
+
+
+def test_every_launcher_gives_the_same_losses(whole_run, tmp_path):
+    """Bit for bit with as many processes, to rounding with another number."""
+    folder, _ = whole_run
+    two = losses_of(folder.parent)
+    done = torchrun("train", *WHOLE_RUN, "--train.out", tmp_path / "torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "torchrun") == two
+
+    done = call("train", *WHOLE_RUN, "--train.out", tmp_path / "python")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = losses_of(tmp_path / "python")
+    assert one == pytest.approx(two, rel=1e-4)
+
+    pytest.importorskip("accelerate")
+    done = accelerate("train", *WHOLE_RUN, "--train.out", tmp_path / "accelerate")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses_of(tmp_path / "accelerate") == one
+
+
+def test_a_start_is_six_lines(whole_run):
+    """The run folder first, and nothing of DeepSpeed's but its launcher's lines on stdout."""
+    folder, done = whole_run
+    before_the_bar = done.stderr.partition("0%|")[0].splitlines()
+    names = [line.split()[0] for line in before_the_bar if line.strip()]
+    assert names == ["run", "model", "data", "machine", "steps", "curves"], before_the_bar
+    assert before_the_bar[0] == f"run      {folder} (new)"
+    # not from launcher/runner.py nor launcher/launch.py
+    said = [line for line in done.stdout.splitlines() if line.startswith("[20")]
+    launcher = ("[runner.py", "[launch.py", "[real_accelerator.py")
+    assert all(any(part in line for part in launcher) for line in said), said
 
 
 def test_checkpoint_does_not_store_the_teacher(whole_run):
