@@ -23,6 +23,7 @@ from sra_fast.evaluation.npz import (
     save_arrays,
     statistics_arrays,
 )
+from sra_fast.evaluation.packed import PackedImages
 from sra_fast.evaluation.scores import (
     Gaussian,
     InceptionScore,
@@ -64,7 +65,10 @@ class Summary:
 
 
 def summarize(
-    images: NpzImages | FolderImages, extractor: Extractor, batch: int, keep: int | None = None
+    images: NpzImages | FolderImages | PackedImages,
+    extractor: Extractor,
+    batch: int,
+    keep: int | None = None,
 ) -> Summary:
     """One pass over the images, with a progress bar.
 
@@ -104,7 +108,9 @@ def summarize(
     )
 
 
-def _cache_path(images: NpzImages | FolderImages, extractor: Extractor, keep: int | None) -> Path:
+def _cache_path(
+    images: NpzImages | FolderImages | PackedImages, extractor: Extractor, keep: int | None
+) -> Path:
     """Where a reference's summary is cached, beside it. The name changes when the images do."""
     stamp = hashlib.sha256(f"{images.state()} {keep}".encode()).hexdigest()[:8]
     # abspath: the folder may be given as `.`

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sra_fast.data.packed import INDEX
 from sra_fast.evaluation.npz import NpzImages
+from sra_fast.evaluation.packed import PackedImages
 
 log = logging.getLogger(__name__)
 
@@ -139,17 +141,19 @@ def _text(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def open_images(path: str) -> NpzImages | FolderImages:
+def open_images(path: str) -> NpzImages | FolderImages | PackedImages:
     """Images to be scored.
 
     Args:
-        path: an ``.npz`` with ``arr_0``, a folder with ``samples.npz`` (``sample.py`` writes it), or
-            a folder of PNG or JPEG files.
+        path: an ``.npz`` with ``arr_0``, a folder with ``samples.npz`` (``sample.py`` writes it), a
+            folder of packed pixels, or one of PNG or JPEG files.
 
     Raises:
-        ValueError: see ``NpzImages`` and ``FolderImages``.
+        ValueError: see ``NpzImages``, ``PackedImages`` and ``FolderImages``.
     """
     if not Path(path).is_dir():
         return NpzImages(path)
+    if (Path(path) / INDEX).exists():
+        return PackedImages(path)
     npz = Path(path) / SAMPLES
     return NpzImages(str(npz)) if npz.exists() else FolderImages(path)

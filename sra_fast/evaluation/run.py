@@ -3,7 +3,7 @@
 import logging
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ from sra_fast.evaluation.extractors import (
 from sra_fast.evaluation.folder import FolderImages, open_images
 from sra_fast.evaluation.inception import SOURCE
 from sra_fast.evaluation.npz import NpzImages
+from sra_fast.evaluation.packed import PackedImages, reference_of
 from sra_fast.evaluation.scores import NEIGHBOURS
 from sra_fast.utils.files import write_json
 
@@ -39,9 +40,10 @@ log = logging.getLogger(__name__)
 class Options:
     """What to score, and with which features."""
 
-    reference: str
+    reference: str | None = None
     """.npz with arr_0, the statistics mu, sigma, mu_s, sigma_s (an ADM reference batch), or both; or
-    a folder of PNG or JPEG images"""
+    a folder of packed pixels, or of PNG or JPEG images; default: the held-out images of the pixels
+    that the samples' model was trained on"""
     samples: str | None = None
     """.npz with arr_0: uint8 [N, H, W, C]; a folder that holds samples.npz, or PNG or JPEG images"""
     inception: str | None = None
@@ -73,8 +75,8 @@ class Inputs:
         extractor: fits both.
     """
 
-    samples: NpzImages | FolderImages | None
-    reference: NpzImages | FolderImages | None
+    samples: NpzImages | FolderImages | PackedImages | None
+    reference: NpzImages | FolderImages | PackedImages | None
     extractor: Extractor
 
 
@@ -178,6 +180,8 @@ def run(options: Options) -> dict:
         ValueError: see ``open_inputs``, or a file turns out to be damaged.
         OSError: an output cannot be written.
     """
+    if options.reference is None:
+        options = replace(options, reference=reference_of(options.samples))
     inputs = open_inputs(options)
     extractor = inputs.extractor
     reference = summarize_reference(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sra_fast.utils.files import write_atomic
@@ -63,30 +63,53 @@ def to_uint8(images: Tensor, rounding: str = "round") -> np.ndarray:
 
 
 def save_grid(
-    path: Path, images: np.ndarray, columns: int, scale: int = 1, gap_after: int | None = None
+    path: Path,
+    images: np.ndarray,
+    columns: int,
+    scale: int = 1,
+    gap_after: int | None = None,
+    captions: list[str] | None = None,
 ) -> None:
     """Write images as one PNG.
 
     Args:
         path: the file to write.
-        images: uint8 ``[N, H, W, C]``.
+        images: uint8 ``[N, H, W, C]``; of 2, and of more than 3 channels, the first or the first
+            three are shown.
         columns: images in a row.
         scale: enlargement of every pixel.
         gap_after: a wider white gap follows this column.
+        captions: one line of text below each image, cut to its width.
     """
     count, _, width, channels = images.shape
+    images = images[..., :3] if channels >= 3 else images[..., :1]
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    if captions is not None:
+        images = np.concatenate([images, _captions(captions, images)], axis=1)
     # a white line on the right of and below every image; white images fill the last row
     missing = -count % columns
-    images = np.pad(images, ((0, missing), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    line = (0, scale)
+    images = np.pad(images, ((0, missing), line, line, (0, 0)), constant_values=255)
     rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, count, columns)]
     grid = np.concatenate(rows, axis=0)
     if gap_after:
-        gap = np.full((grid.shape[0], width // 2, channels), 255, np.uint8)
-        left, right = np.split(grid, [gap_after * (width + 1)], axis=1)
+        gap = np.full((grid.shape[0], width // 2 * scale, grid.shape[2]), 255, np.uint8)
+        left, right = np.split(grid, [gap_after * (width + 1) * scale], axis=1)
         grid = np.concatenate([left, gap, right], axis=1)
-    grid = grid.repeat(scale, 0).repeat(scale, 1)
-    picture = Image.fromarray(grid[..., 0] if channels == 1 else grid[..., :3])
+    picture = Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid)
     write_atomic(path, lambda p: picture.save(p, format="png"))
+
+
+def _captions(captions: list[str], images: np.ndarray) -> np.ndarray:
+    """Lines of text, black on white: uint8 ``[N, 12, W, C]`` for images ``[N, H, W, C]``."""
+    height = 12
+    _, _, width, channels = images.shape
+    lines = []
+    for caption in captions:
+        line = Image.new("L", (width, height), "white")
+        ImageDraw.Draw(line).text((1, 0), caption, fill="black", font_size=height - 2)
+        lines.append(np.asarray(line)[..., None].repeat(channels, axis=2))
+    return np.stack(lines)
 
 
 def pyplot(path: Path):

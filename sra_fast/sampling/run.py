@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,15 +15,17 @@ from tqdm import tqdm
 
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import SampleConfig
+from sra_fast.data.facts import DataFacts
 from sra_fast.data.vae import decode
 from sra_fast.diffusion.samplers import Call, check_sampling
+from sra_fast.evaluation.packed import ORIGIN
 from sra_fast.models import Conditioning, SiT
 from sra_fast.plots.report import save_grid, to_uint8
 from sra_fast.sampling.decoder import Decoder, choose_decoder
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
 from sra_fast.utils.cuda_graph import Graphed
-from sra_fast.utils.files import make_folder
+from sra_fast.utils.files import make_folder, write_json
 from sra_fast.utils.registry import CONDITIONINGS
 
 
@@ -33,7 +36,8 @@ class Options:
     checkpoint: str
     """run folder, checkpoint folder, .safetensors export or the published code's .pt"""
     out: str = "samples"
-    """folder for samples.png and samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels)"""
+    """folder for samples.png, samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels) and
+    samples.json (of which model they are)"""
     count: int = 100
     """number of images"""
     classes: list[int | str] | None = None
@@ -92,7 +96,7 @@ class SamplingJob:
         model: in eval mode, fp32, on the CPU.
         path: the interpolant it was trained with.
         labels: ``[count]`` int64.
-        class_names: of every class, if they are known.
+        facts: about the data that the model was trained on, if they are known.
         decoder: what turns latents into images.
         device: where this process samples.
     """
@@ -101,7 +105,7 @@ class SamplingJob:
     model: SiT
     path: str
     labels: Tensor
-    class_names: list[str] | None
+    facts: DataFacts | None
     decoder: Decoder
     device: torch.device
 
@@ -142,7 +146,7 @@ def load_job(options: Options) -> SamplingJob:
     decoder = choose_decoder(
         options.vae, options.latent_scale, options.latent_shift, model.in_channels, facts
     )
-    return SamplingJob(options, model, loaded.path, classes[turns], names, decoder, device)
+    return SamplingJob(options, model, loaded.path, classes[turns], facts, decoder, device)
 
 
 def class_numbers(
@@ -274,5 +278,16 @@ def run(job: SamplingJob) -> dict | None:
     # the first process joins the parts of all
     npz = out / "samples.npz"
     shown = join_parts(parts, count, job.labels.numpy(), npz, options.grid)
-    save_grid(out / "samples.png", shown, min(options.columns, len(shown)), options.scale)
+    captions = None
+    if job.facts and job.facts.class_names:
+        captions = [job.facts.name_of(label) for label in job.labels[: len(shown)].tolist()]
+    columns = min(options.columns, len(shown))
+    save_grid(out / "samples.png", shown, columns, options.scale, captions=captions)
+    origin = {
+        "checkpoint": str(Path(options.checkpoint).absolute()),
+        "data": job.facts.as_json() if job.facts else None,
+        "sample": asdict(options.sample),
+        "seed": options.seed,
+    }
+    write_json(out / ORIGIN, origin)
     return {"out": str(out), "count": count, "images_per_s_per_process": round(rate, 2)}

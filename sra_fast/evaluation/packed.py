@@ -1,0 +1,82 @@
+"""The images of a packed data set as an FID reference, and the data that samples belong to."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.packed import HELD_OUT_FOLDER
+from sra_fast.data.pixels import PackedPixels
+
+# what sample.py writes beside samples.npz
+ORIGIN = "samples.json"
+
+
+class PackedImages:
+    """The images that `preprocess.py --pixels` has packed; the same interface as ``NpzImages``.
+
+    They are in a fixed random order: a data set is sorted by class, and the Inception score and
+    ``manifold_images`` take consecutive images.
+
+    Attributes:
+        path: folder of the data set.
+        count: number of images.
+        shape: [H, W, C].
+
+    Raises:
+        ValueError: no such data set, or images with other than 1 or 3 channels.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.data = PackedPixels(path)
+        channels, height, width = self.data.shape
+        if channels not in (1, 3):
+            raise ValueError(f"{path} holds images of {channels} channels, 1 or 3 were expected")
+        self.count = len(self.data)
+        self.shape = [height, width, channels]
+        self.order = np.random.default_rng(0).permutation(self.count)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """The images, writable uint8 ``[<= size, H, W, C]``."""
+        for first in range(0, self.count, size):
+            images, _ = self.data.__getitems__(self.order[first : first + size].tolist())
+            yield np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+
+    def state(self) -> str:
+        """Changes when an image does: the index has the SHA-256 of every shard."""
+        return self.data.fingerprint
+
+
+def reference_of(samples: str | None) -> str:
+    """The images that samples are compared with if no reference is given.
+
+    Args:
+        samples: an ``.npz`` or a folder, as for ``open_images``.
+
+    Returns:
+        The held-out images of the data that their model was trained on, else its training images.
+
+    Raises:
+        ValueError: it is not known what they are samples of, or those data are latents or gone.
+    """
+    path = Path(samples or "")
+    file = (path if path.is_dir() else path.parent) / ORIGIN
+    if samples is None or not file.exists():
+        raise ValueError("give --reference: what the samples are compared with")
+    held = json.loads(file.read_text())["data"]
+    facts = DataFacts.from_json(held) if held else None
+    if facts is None or facts.path is None or not facts.pixels:
+        raise ValueError(
+            "give --reference: the samples' model was trained on "
+            + ("latents, which are no images" if facts else "data that are not known")
+        )
+    root = Path(facts.path)
+    if not root.exists():
+        raise ValueError(
+            f"give --reference: the samples' model was trained on {root}, which is gone"
+        )
+    held_out = root / HELD_OUT_FOLDER
+    return str(held_out if held_out.is_dir() else root)
