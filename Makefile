@@ -3,11 +3,21 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo lint test-fast test bugs docs
+.PHONY: demo photos lint test-fast test bugs docs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
 	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)"
+
+# from photographs to samples, scores and probes: the commands of docs/your_own_images.md
+photos: $(INSTALLED)
+	@$(BIN)/python examples/photos.py data/photos/images
+	@$(BIN)/python sra_fast/preprocess.py --source data/photos/images --out data/photos/pixels --pixels true --resolution 32
+	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/photos.yaml
+	@run=$$(ls -td runs/photos/*/ | head -n 1) && \
+	$(BIN)/python sra_fast/sample.py --checkpoint $$run --out data/photos/samples --count 400 --sample.method euler --sample.steps 25 --cfg-scale 1.5 && \
+	$(BIN)/python sra_fast/evaluate.py --samples data/photos/samples --features pixels --out data/photos/scores.json && \
+	$(BIN)/python sra_fast/probe.py --checkpoint $$run --out data/photos/probe
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
