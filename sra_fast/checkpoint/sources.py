@@ -49,7 +49,7 @@ def read_weights(path: str) -> dict:
     if found.is_dir():
         return _of_checkpoint(found)
     if found.suffix != ".safetensors" and not found.name.endswith(INDEX):
-        return read_published(path)
+        return read_published(str(found))
     weights, known = _of_safetensors(found)
     return {**_with_checked(unwrapped(weights, path), path), **known}
 
