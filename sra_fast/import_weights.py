@@ -11,8 +11,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.checkpoint.diffusers_folder import import_pipeline, is_pipeline
+    from sra_fast.checkpoint.diffusers_folder import import_pipeline
     from sra_fast.checkpoint.official_weights import import_file
+    from sra_fast.checkpoint.sources import transformer_folder
 
     parser = argparse.ArgumentParser(
         description="Convert weights of the official DiT or SiT release, or of a DiT of diffusers."
@@ -48,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.out.endswith(".safetensors"):
         parser.error(f"--out must end with .safetensors, got {args.out}")
-    pipeline = is_pipeline(args.source)
+    pipeline = transformer_folder(Path(args.source)) is not None
     options = {name: getattr(args, name) for name in ("model", "num_heads", "input_size")}
     given = [f"--{name} {value}" for name, value in options.items() if value is not None]
     if pipeline and given:

@@ -26,7 +26,7 @@ from sra_fast.checkpoint.diffusers_weights import (
 )
 from sra_fast.checkpoint.export import state_of, write_export
 from sra_fast.checkpoint.load_model import CLASS_TABLE, LoadedModel, fill
-from sra_fast.checkpoint.sources import read_tensors
+from sra_fast.checkpoint.sources import read_tensors, transformer_folder
 from sra_fast.checkpoint.values import checked
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
@@ -48,6 +48,15 @@ SETTINGS = {
 }
 # of the norms here; diffusers' default for one of a block's two is 1e-5
 NORM_EPS = 1e-6
+# what its configuration has to say
+SIZES = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "sample_size",
+    "patch_size",
+)
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 
@@ -95,6 +104,10 @@ def write_pipeline(
     require("diffusers", "diffusers", "vae")
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+    require_that(
+        vae is not None or not (out / "vae").exists(),
+        f"{out} has a VAE of before: expected --vae, or another folder",
+    )
     decoder = None if vae is None else _fitting_vae(vae, loaded)
     found = models.arguments_of(model)
     config = dict(
@@ -175,23 +188,6 @@ def _fitting_vae(path: str, loaded: LoadedModel):
     return decoder
 
 
-def is_pipeline(path: str) -> bool:
-    """Whether a path is a pipeline's folder of diffusers, or its transformer's."""
-    return transformer_folder(Path(path)) is not None
-
-
-def transformer_folder(folder: Path) -> Path | None:
-    """The folder of the transformer in a pipeline's folder, or that folder itself; None: neither."""
-    for place in (folder / "transformer", folder):
-        try:
-            held = json.loads((place / "config.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if "_class_name" in held:
-            return place
-    return None
-
-
 def import_pipeline(source: str, out: str, seed: int = 0, fold: bool = False) -> None:
     """Convert a DiT of diffusers to an export.
 
@@ -229,6 +225,11 @@ def _check_config(config: dict, folder: Path) -> None:
         config.get("_class_name") in CLASSES and config.get("norm_type") == "ada_norm_zero",
         f"expected a DiT (DiTTransformer2DModel) in {folder}, got {config.get('_class_name')}",
     )
+    for name in SIZES:
+        require_that(
+            isinstance(config.get(name), int),
+            f"expected a number {name} in {folder}/config.json, got {config.get(name)}",
+        )
     for name, value in SETTINGS.items():
         found = config.get(name, value)
         require_that(found == value, f"expected {name} {value} in {folder}, got {found}")

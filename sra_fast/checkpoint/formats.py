@@ -8,6 +8,7 @@ import torch
 from sra_fast.checkpoint import diffusers_folder, huggingface
 from sra_fast.checkpoint.export import write_loaded
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
+from sra_fast.checkpoint.names import in_short
 from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
 from sra_fast.checkpoint.reading import CONFIG
 from sra_fast.checkpoint.sources import find_weights, read_weights, run_of
@@ -17,6 +18,11 @@ from sra_fast.utils.files import make_folder, write_atomic
 # what the name of the output ends with, and whether it is a folder that can be pushed
 SUFFIXES = {"safetensors": ".safetensors", "published": ".pt", "huggingface": "", "diffusers": ""}
 FORMATS = tuple(SUFFIXES)
+# what a folder of these formats may hold: all of it is uploaded
+CONTENTS = {
+    "huggingface": {"config.json", huggingface.MODEL_FILE, huggingface.CARD},
+    "diffusers": {"model_index.json", "transformer", "scheduler", "vae"},
+}
 
 
 @dataclass
@@ -74,6 +80,17 @@ def format_of(options: Options) -> str:
     return found
 
 
+def _check_folder(out: Path, allowed: set[str]) -> None:
+    """ValueError for a folder that holds something else, a run for example."""
+    if not out.is_dir():
+        return
+    found = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    others = [name for name in found if name not in allowed]
+    require_that(
+        not others, f"out {out} holds other files: expected a new folder, found {in_short(others)}"
+    )
+
+
 def export(options: Options) -> Path:
     """Write weights in another format, and upload them if that is asked for.
 
@@ -89,6 +106,8 @@ def export(options: Options) -> Path:
         # before the weights are read: this takes no time
         huggingface.check_push(options.push)
     source = find_weights(options.source)
+    if chosen in CONTENTS:
+        _check_folder(Path(options.out), CONTENTS[chosen])
     try:
         if chosen == "published":
             write_published(source, Path(options.out))

@@ -154,7 +154,9 @@ def push(folder: Path, name: str) -> None:
     try:
         api = HfApi()
         api.create_repo(name, repo_type="model", exist_ok=True)
-        api.upload_folder(folder_path=str(folder), repo_id=name, repo_type="model")
+        api.upload_folder(
+            folder_path=str(folder), repo_id=name, repo_type="model", ignore_patterns=[".*", "*/.*"]
+        )
     except Exception as error:
         # the hub's library, its client and the network each raise their own types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

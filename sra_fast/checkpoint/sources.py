@@ -49,7 +49,7 @@ def read_weights(path: str) -> dict:
     if found.is_dir():
         return _of_checkpoint(found)
     if found.suffix != ".safetensors" and not found.name.endswith(INDEX):
-        return read_published(path)
+        return read_published(str(found))
     weights, known = _of_safetensors(found)
     return {**_with_checked(unwrapped(weights, path), path), **known}
 
@@ -86,10 +86,10 @@ def _is_current(export: Path, newest: Path) -> bool:
 
 def _in_model_folder(folder: Path) -> Path:
     """The weights of a Hugging Face model folder."""
-    if (folder / "model_index.json").exists() or (folder / "transformer").is_dir():
+    if transformer_folder(folder) is not None:
         raise ValueError(
-            f"{folder} is a pipeline of diffusers: "
-            f"import-weights --from {folder} --out FILE.safetensors converts its DiT"
+            f"{folder} is a folder of diffusers: "
+            f"import-weights --from {folder} --out FILE.safetensors converts a DiT"
         )
     # first the single file: shards beside it would be a second copy
     files = [folder / MODEL_FILE] if (folder / MODEL_FILE).exists() else []
@@ -101,6 +101,20 @@ def _in_model_folder(folder: Path) -> Path:
             f"checkpoints/, {MODEL_FILE} or one *{INDEX}, found {found}"
         )
     return files[0]
+
+
+def transformer_folder(folder: Path) -> Path | None:
+    """The folder of the transformer in a pipeline's folder of diffusers, or ``folder`` itself if it
+    is a transformer's; None: neither.
+    """
+    for place in (folder / "transformer", folder):
+        try:
+            held = json.loads((place / "config.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if "_class_name" in held:
+            return place
+    return None
 
 
 def run_of(path: Path) -> Path | None:

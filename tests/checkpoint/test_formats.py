@@ -212,6 +212,7 @@ def test_push(tmp_path, hub):
     assert done.returncode == 0, done.stderr
     create, upload = calls
     assert create == ("create", "me/digits", {"repo_type": "model", "exist_ok": True})
+    assert upload[1].pop("ignore_patterns") == [".*", "*/.*"]
     assert upload == (
         "upload",
         {"folder_path": str(out), "repo_id": "me/digits", "repo_type": "model"},
@@ -272,6 +273,19 @@ def test_the_name_says_the_format(out, options, expected):
 def test_options_that_do_not_go_together(out, options, message):
     with pytest.raises(ValueError, match=message):
         export(Options("nowhere", out, **options))
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    """A run folder would be uploaded as a whole."""
+    run = run_folder(tmp_path / "run", network())
+    for format in ("huggingface", "diffusers"):
+        with pytest.raises(
+            ValueError, match="holds other files: .* found checkpoints, config.yaml"
+        ):
+            export(Options(str(run), str(run), format))
+    # the same folder again is no other file
+    for _ in range(2):
+        export(Options(str(run), str(tmp_path / "folder")))
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

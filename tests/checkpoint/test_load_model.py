@@ -300,8 +300,12 @@ def test_what_a_folder_or_file_is_not(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at .*nowhere"):
         load_model(str(tmp_path / "nowhere"))
     (tmp_path / "pipe/transformer").mkdir(parents=True)
-    with pytest.raises(ValueError, match="pipeline of diffusers: import-weights --from .*pipe"):
-        load_model(str(tmp_path / "pipe"))
+    (tmp_path / "pipe/transformer/config.json").write_text('{"_class_name": "DiT"}')
+    for folder in (tmp_path / "pipe", tmp_path / "pipe/transformer"):
+        with pytest.raises(
+            ValueError, match=f"folder of diffusers: import-weights --from {folder} "
+        ):
+            load_model(str(folder))
     index = shards(tmp_path / "shards", weights(network()))
     (index.parent / "other.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="found 2 indices of shards"):
