@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a run go besides ``stats.jsonl``: TensorBoard, wandb, a CSV file.
+"""Where numbers and pictures of a run go besides ``stats.jsonl``: TensorBoard, wandb, a CSV file.
 
 A logger registers itself in ``LOGGERS``; ``train.loggers`` names those that a run has. Rank 0 makes
 them, and nothing that they get is on the device.
@@ -195,7 +195,7 @@ class WeightsAndBiases(RunLogger):
                 f"train.loggers: wandb did not start ({error}); expected a login (`wandb login`), "
                 "or WANDB_MODE=offline"
             ) from None
-        # our own step: wandb drops values of steps that it has had, and a resumed run takes some again
+        # our own step: wandb drops values of a step that it has had, and a resumed run repeats some
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 

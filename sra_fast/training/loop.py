@@ -84,6 +84,20 @@ def optimizer_step(
     return {"align_weight": weight, "lr": lr, "epoch": epoch}
 
 
+def image_order(trainer: Trainer, num_images: int, start: int) -> ShuffledBatches:
+    """The images of this process's micro-batches from optimizer step ``start`` on."""
+    return ShuffledBatches(
+        num_images=num_images,
+        seed=trainer.cfg.train.seed,
+        micro=trainer.plan.micro,
+        accumulation=trainer.plan.accumulation,
+        rank=trainer.rank,
+        world=trainer.plan.world,
+        step=start,
+        steps=trainer.cfg.train.steps,
+    )
+
+
 def train(
     trainer: Trainer,
     data: TrainingData,
@@ -109,23 +123,15 @@ def train(
         FloatingPointError: loss or gradient norm not finite (noticed one log interval late).
     """
     cfg = trainer.cfg
-    plan = trainer.plan
     main = trainer.rank == 0
-    stream = ShuffledBatches(
-        num_images=len(data),
-        seed=cfg.train.seed,
-        micro=plan.micro,
-        accumulation=plan.accumulation,
-        rank=trainer.rank,
-        world=plan.world,
-        step=start,
-        steps=cfg.train.steps,
-    )
+    stream = image_order(trainer, len(data), start)
     cuda = trainer.device.type == "cuda"
     batches = iter(make_loader(data, stream, cfg.data.num_workers, cuda))
     own_logger = logger is None
     if own_logger:
-        logger = TrainLogger(folder if main else None, cfg, trainer.device, plan.world, start)
+        logger = TrainLogger(
+            folder if main else None, cfg, trainer.device, trainer.plan.world, start
+        )
     logger.restart_clock()
     trainer.engine.train()
     bar = tqdm(

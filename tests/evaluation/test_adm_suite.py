@@ -4,7 +4,6 @@ be compared.
 
 import logging
 import os
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -27,8 +26,6 @@ from sra_fast.evaluation.adm_suite import (
 from sra_fast.evaluation.extractors import (
     Extractor,
     Features,
-    coarse_pixels,
-    feature_width,
     inception_extractor,
     named_extractor,
 )
@@ -328,62 +325,6 @@ def test_what_may_be_compared():
     assert "holds no images" in lacking["recall"]
 
 
-def test_extractors_by_name(classifier, tmp_path, monkeypatch):
-    images = torch.arange(128, dtype=torch.uint8).view(2, 1, 8, 8)
-    torch.jit.trace(classifier.compute, images).save(str(tmp_path / "net.pt"))
-    from_file = named_extractor(str(tmp_path / "net.pt"), [8, 8, 1], CPU)
-    torch.testing.assert_close(from_file(images).logits, classifier(images).logits)
-    assert from_file.name.startswith("net-")
-    assert not from_file.official
-    assert not from_file.inception
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "my_pixels.py").write_text(
-        "import torch\nWEIGHT = 1.0\n"
-        "def features(x):\n    return WEIGHT * x.flatten(1).float()\n"
-        "def broken(x):\n    return x.float()\n"
-        "def infinite(x):\n    return x.flatten(1) / 0.0\n"
-        "network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.9))\n"
-    )
-    mine = named_extractor("my_pixels:features", [8, 8, 1], CPU)
-    features = mine(images)
-    assert features.pool.tolist() == images.flatten(1).tolist()
-    assert features.spatial is None
-    assert features.logits is None
-    assert mine.name.startswith("my_pixels.features-")
-    assert named_extractor("my_pixels:features", [8, 8, 1], CPU).name == mine.name
-    # other weights in the same code get another name
-    import my_pixels
-
-    my_pixels.WEIGHT = 1.1
-    assert named_extractor("my_pixels:features", [8, 8, 1], CPU).name != mine.name
-    # a network is put in eval mode: its dropout does nothing
-    module = named_extractor("my_pixels:network", [8, 8, 1], CPU)
-    assert torch.equal(module.compute(images), images.flatten(1))
-
-    (tmp_path / "text.pt").write_text("no TorchScript")
-    for spec, shape, message in (
-        (
-            "my_pixels:broken",
-            [8, 8, 1],
-            r"my_pixels.broken must give \[1, D\] or .* it gave \[1, 1, 8, 8\]",
-        ),
-        ("my_pixels:infinite", [8, 8, 1], "not finite"),
-        ("my_pixels:absent", [8, 8, 1], "cannot be imported: .*absent"),
-        ("no_such_module:f", [8, 8, 1], "cannot be imported: No module named"),
-        (
-            "nowhere.pt",
-            [8, 8, 1],
-            "must be pixels, a TorchScript file or module:function, got nowhere.pt",
-        ),
-        (str(tmp_path / "text.pt"), [8, 8, 1], "text.pt is no TorchScript file"),
-        (str(tmp_path / "net.pt"), [16, 16, 3], r"net-\w+ failed on uint8 \[1, 3, 16, 16\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            named_extractor(spec, shape, CPU)
-
-
 def test_official_weights_are_known_by_their_hash(tmp_path, monkeypatch):
     from sra_fast.evaluation import extractors
 
@@ -412,27 +353,6 @@ def test_official_weights_are_known_by_their_hash(tmp_path, monkeypatch):
     assert extractor.name == "inception-6726825d"
 
 
-def test_coarse_pixels():
-    images = torch.arange(2 * 3 * 16 * 16).remainder(251).to(torch.uint8).view(2, 3, 16, 16)
-    expected = images.float().view(2, 3, 8, 2, 8, 2).mean((3, 5)).flatten(1) / 127.5 - 1
-    torch.testing.assert_close(coarse_pixels(images), expected)
-    # a small image is not averaged
-    small = images[:, :1, :4, :5]
-    assert torch.equal(coarse_pixels(small), small.float().flatten(1) / 127.5 - 1)
-    assert feature_width(named_extractor("pixels", [16, 16, 3], CPU), [4, 5, 1]) == 20
-
-
-def test_coarse_pixels_show_what_is_wrong_with_samples(digits):
-    extractor = named_extractor("pixels", [8, 8, 1], CPU)
-    reference = summarize_reference(digits["reference"], extractor, 64, cache=False)
-    good, noisy, dropped = (
-        frechet_distance(summarize(NpzImages(digits[name]), extractor, 64).pool, reference.pool)
-        for name in ("clean", "noisy", "dropped")
-    )
-    assert 5 * good < noisy
-    assert 2 * good < dropped
-
-
 def test_written_statistics_of_inception_have_the_spatial_ones(digits, tmp_path):
     extractor = fake_inception()
     summary = summarize_reference(digits["reference"], extractor, 64, cache=False)
@@ -446,3 +366,14 @@ def test_written_statistics_of_inception_have_the_spatial_ones(digits, tmp_path)
     other = replace(extractor, name="inception-other")
     with pytest.raises(ValueError, match="of the extractor inception-fake, expected those of inc"):
         summarize_reference(str(path), other, 64)
+
+
+def test_coarse_pixels_show_what_is_wrong_with_samples(digits):
+    extractor = named_extractor("pixels", [8, 8, 1], CPU)
+    reference = summarize_reference(digits["reference"], extractor, 64, cache=False)
+    good, noisy, dropped = (
+        frechet_distance(summarize(NpzImages(digits[name]), extractor, 64).pool, reference.pool)
+        for name in ("clean", "noisy", "dropped")
+    )
+    assert 5 * good < noisy
+    assert 2 * good < dropped

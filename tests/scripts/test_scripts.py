@@ -185,6 +185,7 @@ def test_a_killed_run_resumes(tmp_path):
         (("--train.init_from", "README.md"), "no checkpoint that can be read safely"),
         (("--model.num_classes", "9"), "labels must lie in [0, 9)"),
         (("--train.out", "README.md/runs"), "is no writable folder"),
+        (("--train.loggers", "[mlflow]"), "expected a logger of tensorboard, csv, wandb, got"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, args, message):

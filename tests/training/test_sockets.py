@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_config import TINY
 
 from sra_fast.alignment.target import Target
@@ -142,6 +144,12 @@ def test_toy_parts_train_ten_steps(toys, tmp_path):
     assert ToyTarget.calls == 10
     assert summary["loss_last"] < summary["loss_first"]
     assert -1.5 < summary["brightness"] < 1.5
+    # the samples at the end are in TensorBoard too
+    events = EventAccumulator(f"{summary['run_dir']}/tensorboard")
+    events.Reload()
+    shown = events.Images("samples/final")
+    picture = Image.open(f"{summary['run_dir']}/samples.png")
+    assert [(image.step, image.width, image.height) for image in shown] == [(10, *picture.size)]
 
     # the run folder is enough to sample from it
     loaded = load_model(summary["run_dir"])

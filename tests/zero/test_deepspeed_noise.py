@@ -4,7 +4,9 @@ import logging
 import warnings
 
 import pytest
+from tiny_config import config
 
+from sra_fast.training.plan import make_run_plan
 from sra_fast.zero.process_group import LOG_VARIABLE, deepspeed_log_level, quiet_deepspeed
 
 
@@ -48,10 +50,14 @@ def test_errors_only_unless_asked(deepspeed_log, monkeypatch, level, heard):
     assert messages == heard
 
 
-def test_a_level_that_does_not_exist(monkeypatch):
+def test_a_level_that_does_not_exist(monkeypatch, tmp_path):
     monkeypatch.setenv(LOG_VARIABLE, "loud")
-    with pytest.raises(ValueError, match="must be one of debug, info, warning, error, got 'loud'"):
+    message = "must be one of debug, info, warning, error, got 'loud'"
+    with pytest.raises(ValueError, match=message):
         deepspeed_log_level()
+    # before a process group is made
+    with pytest.raises(ValueError, match=message):
+        make_run_plan(config("--train.out", str(tmp_path)))
 
 
 def test_new_names_in_torch_are_no_news(deepspeed_log):
