@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import jsonargparse
 from launch import ROOT, Result, call, call_console, free_port, run_python
+from toy_data import write_images
 
 DOCUMENTS = [
     path
@@ -29,7 +30,12 @@ DOCUMENTS = [
 # first words of a command. Some have no parser here: a document that uses one needs it
 PROGRAMS = {"accelerate", "deepspeed", "make", "pip", "python", "python3", "sra-fast", "torchrun"}
 # what the documents write where a reader puts a value of their own, and values that parse
-PLACEHOLDERS = {"ARGS": [], "N": ["8"]}
+PLACEHOLDERS = {
+    "ARGS": [],
+    "N": ["8"],
+    "RUN/config.yaml": ["configs/digits.yaml"],
+    "mine.yaml": ["configs/digits.yaml"],
+}
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=\S*")
 
 
@@ -333,6 +339,8 @@ def make_workspace(folder: Path) -> Path:
     """A folder in which the documents' commands run as in a checkout, and leave nothing in it."""
     for name in ("benchmarks", "configs", "examples", "kernels", "sra_fast"):
         (folder / name).symlink_to(ROOT / name)
+    # what docs/your_own_images.md and README.md begin with
+    write_images(folder / "my_images", per_class=8)
     return folder
 
 

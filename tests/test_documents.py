@@ -21,6 +21,8 @@ from documents import (
 )
 from launch import ROOT
 
+from sra_fast.config.cli import SHORT_FORMS
+
 
 @dataclass(frozen=True)
 class ParseOnly:
@@ -55,6 +57,13 @@ TINY_RUN = (
     "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 --align.student_layer 2 "
     "--align.teacher_layer 3 --train.global_batch 16 --train.steps 4 --train.log_every 2 --sample.steps 2"
 )
+OWN = "sra-fast preprocess --source my_images"
+OWN_RUN = "sra-fast train --model SiT-S/4 --data data/mine"
+SMALL = "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 --train.global_batch 8 --train.steps 2"
+PHOTOS = "python examples/photos.py"
+PHOTO_PIXELS = "python sra_fast/preprocess.py --source data/photos/images"
+PHOTO_RUN = "deepspeed sra_fast/train.py --config configs/photos.yaml"
+PHOTO_SAMPLES = "python sra_fast/sample.py --checkpoint runs/photos/000"
 IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
 FILES = ParseOnly("needs files that a reader has")
 BENCHMARK = ParseOnly("measures for minutes; tests/benchmarks has its parts")
@@ -93,6 +102,61 @@ CLASSES = {
     "sra-fast train ARGS": ParseOnly("stands for every command of the program"),
     "sra-fast --help": Execute(says="commands:"),
     "sra-fast export --checkpoint runs/sit_xl/000": FILES,
+    # from a folder to samples
+    OWN: Execute(
+        "--resolution 16", makes=("data/mine/index.json", "data/mine/held_out/index.json")
+    ),
+    OWN_RUN: Execute(
+        f"{SMALL} --train.precision fp32 --data.num_workers 0",
+        OWN,
+        ("runs/default/000/ema.safetensors",),
+    ),
+    "python sra_fast/train.py --model SiT-S/4 --data data/mine": ParseOnly(
+        "README.md's command under another name"
+    ),
+    "sra-fast sample --checkpoint runs/default/000": Execute(
+        "--count 4 --sample.steps 2 --sample.method euler --out own",
+        OWN_RUN,
+        ("own/samples.npz",),
+    ),
+    PHOTOS: Execute(makes=("data/photos/images/val/temple/079.jpg",)),
+    PHOTO_PIXELS: Execute("--resolution 16", PHOTOS, says="1600 images of 5 classes"),
+    PHOTO_RUN: Execute(
+        f"{SMALL} --train.log_every 1", PHOTO_PIXELS, ("runs/photos/000/ema.safetensors",)
+    ),
+    PHOTO_SAMPLES: Execute(
+        "--count 20 --sample.steps 2", PHOTO_RUN, ("data/photos/samples/samples.png",)
+    ),
+    "python sra_fast/evaluate.py --samples data/photos/samples": Execute(
+        after=PHOTO_SAMPLES, makes=("data/photos/scores.json",), says="fid"
+    ),
+    "python sra_fast/probe.py --checkpoint runs/photos/000": Execute(
+        "--images 40 --draws 1 --times [0.5] --layers [2]",
+        PHOTO_RUN,
+        ("data/photos/probe/probe.json",),
+        "best: block 2",
+    ),
+    # other launchers; tests/training compares what they train
+    "python sra_fast/train.py --config configs/digits.yaml": Execute(TINY_RUN),
+    "python sra_fast/train.py --config configs/digits.yaml --train.seed": ParseOnly(
+        "trains six networks"
+    ),
+    "python sra_fast/train.py --config configs/digits.yaml --train.loggers": ParseOnly(
+        "tests/training/test_loggers.py runs every logger, wandb offline"
+    ),
+    "deepspeed --quiet --num_gpus 8 sra_fast/train.py": IMAGENET,
+    "torchrun": IMAGENET,
+    "accelerate launch": IMAGENET,
+    # tests/checkpoint runs each of them on files that it makes
+    "sra-fast export": FILES,
+    "sra-fast import-weights": FILES,
+    "sra-fast train --config RUN/config.yaml": FILES,
+    "deepspeed sra_fast/train.py --config mine.yaml": FILES,
+    "python sra_fast/probe.py --checkpoint DIR": FILES,
+    "python sra_fast/import_weights.py --from DiT-XL-2-256x256.pt": FILES,
+    "python sra_fast/preprocess.py --source imagenet/train": IMAGENET,
+    "python sra_fast/sample.py --checkpoint runs/xl2/000": FILES,
+    "python sra_fast/evaluate.py --reference real_images": FILES,
     "python -m benchmarks.": BENCHMARK,
     "python tests/planted_bugs.py": ParseOnly("takes half an hour"),
 }
@@ -145,13 +209,19 @@ PROGRAMS = [
 # options of what a page adds, or of other programs
 OTHER_OPTIONS = {
     "--align.norm_eps": "the alignment target that CONTRIBUTING.md adds",
+    "--standalone": "torchrun",
+    "--num_gpus": "deepspeed",
+    "--hostfile": "deepspeed",
+    "--quiet": "deepspeed",
+    "--mixed_precision": "accelerate",
+    "--dynamo_backend": "accelerate",
 }
 
 
 def test_options_in_prose_exist(monkeypatch):
     """An option that a sentence or a table names is one of some program."""
     monkeypatch.chdir(ROOT)
-    known = set().union(*map(options_of, PROGRAMS), OTHER_OPTIONS)
+    known = set().union(*map(options_of, PROGRAMS), SHORT_FORMS, OTHER_OPTIONS)
     named = [
         (path.name, number, option)
         for path in DOCUMENTS
