@@ -121,9 +121,25 @@ def model_of(
         path in ("linear", "cosine"),
         f"expected weights of the interpolant linear or cosine, {source} has {path}",
     )
-    facts = DataFacts.from_json(held["data"]) if "data" in held else None
+    told = held.get("data")
+    facts = DataFacts.from_json(told) if told else _facts_of_config(config or {}, model)
     step = held.get("step", held.get("steps"))
     return LoadedModel(model.eval(), path, facts, config, step, source, fresh)
+
+
+def _facts_of_config(config: dict, model: SiT) -> DataFacts | None:
+    """What the configuration of a run tells about its data, where an older version has kept no more."""
+    data = config.get("data", {})
+    if data.get("latent_scale") is None:
+        return None
+    return DataFacts(
+        name=data["name"],
+        shape=(model.in_channels, model.input_size, model.input_size),
+        num_classes=model.num_classes,
+        path=data["path"],
+        pixels=data["name"] == "digits",
+        scale=data["latent_scale"],
+    )
 
 
 def _chosen(held: dict, weights: str, source: Path) -> dict[str, Tensor]:

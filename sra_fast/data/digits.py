@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from sra_fast.config.schema import DataConfig
-from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.registry import DATASETS
 
@@ -34,9 +33,6 @@ class Digits(TrainingData):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
-
-    def facts(self) -> DataFacts:
-        return DataFacts(self.name, self.shape, self.num_classes, pixels=True)
 
     def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
         return [(part, np.arange(len(part))) for part in (self, Digits(held_out=True))]

@@ -126,8 +126,11 @@ class ImageFolder(ImageSource):
         if note := suffix_note(files, {*self.names, LIST}):
             self.notes.append(note)
         listed = LIST in names
-        by_folder = lambda: self._folder_labels(names, num_classes, class_names)
-        labels = self._listed_labels() if listed else by_folder()
+        labels = (
+            self._listed_labels()
+            if listed
+            else self._folder_labels(names, num_classes, class_names)
+        )
         self._set_labels(labels, num_classes, counted=listed)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(

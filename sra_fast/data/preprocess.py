@@ -214,8 +214,13 @@ def _image_jobs(options: Options) -> list[tuple[ImageSource, Conversion, dict, P
     }
     extra |= {"classes": train.class_names}
     jobs = [(train, (encode, recipe, extra), Path(options.out))]
+    folder = Path(options.out) / HELD_OUT_FOLDER
+    # training images would be among them
+    require_that(
+        held_out is not None or not folder.exists(),
+        f"{folder} was made by another command: delete it or choose another out",
+    )
     if held_out is not None:
-        folder = Path(options.out) / HELD_OUT_FOLDER
         jobs.insert(0, (held_out, (encode, {**recipe, "mirror": False}, extra), folder))
     return jobs
 

@@ -82,7 +82,7 @@ class TarSource(ImageSource):
                 f"{pattern} has no label (.cls or .json) for {len(unlabelled)} images, the first is "
                 f"{unlabelled[0]}"
             )
-        self._set_labels(labels, num_classes, counted=bool(not unlabelled))
+        self._set_labels(labels, num_classes, counted=not unlabelled)
 
     def _samples(self, tar: int) -> list[tuple[str, tuple[int, int, int], int | None]]:
         """Name, place (tar, first byte, bytes) and label of every image of a tar."""

@@ -58,8 +58,12 @@ class TrainingData(Dataset):
         return images
 
     def facts(self) -> DataFacts:
-        """What the model's users have to know of these data."""
-        return DataFacts(name=self.name, shape=self.shape, num_classes=self.num_classes)
+        """What the model's users have to know of these data.
+
+        Without a posterior, 1 or 3 channels are taken for those of images.
+        """
+        pixels = not self.posterior and self.shape[0] in (1, 3)
+        return DataFacts(self.name, self.shape, self.num_classes, pixels=pixels)
 
     def held_out_split(self) -> "list[tuple[TrainingData, np.ndarray]]":
         """Training and held-out images of an analysis, each as a data set and its rows.

@@ -98,6 +98,19 @@ def test_a_share_is_held_out(images):
     assert "held_out: 3 images of 3 classes" in text
 
 
+def test_held_out_images_of_another_command_are_not_kept(images):
+    """They would be trained on, and still count as held out."""
+    pack(images, "--holdout", 0.25)
+    shutil.rmtree(images / "packed/shards")
+    for name in ("index.json", "preprocess.json"):
+        (images / "packed" / name).unlink()
+    done = call(
+        *("preprocess", "--source", images / "images", "--out", images / "packed"),
+        *("--pixels", "true", "--resolution", 16),
+    )
+    assert "held_out was made by another command: delete it" in error_of(done)
+
+
 def test_bad_images_are_skipped_listed_or_stop_the_command(images):
     bad = images / "images/b/2.jpg"
     bad.write_bytes(bad.read_bytes()[:300])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_data import tree, write_latents
 
-from sra_fast.data import writer
+from sra_fast.data import layouts, writer
 from sra_fast.data.latents import Latents, PackedLatents, open_latents
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.writer import PackingJob, read_ahead, run_job
@@ -66,7 +66,7 @@ def kill_at(event: int, monkeypatch) -> None:
     .npy file.
     """
     replace = os.replace
-    save = writer.save_npy
+    save = layouts.save_npy
     left = event
 
     def reached() -> bool:
@@ -86,7 +86,7 @@ def kill_at(event: int, monkeypatch) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(files.os, "replace", killing_replace)
-    monkeypatch.setattr(writer, "save_npy", killing_save)
+    monkeypatch.setattr(layouts, "save_npy", killing_save)
 
 
 @pytest.mark.parametrize("layout, events", [("packed", 10), ("published", 15)])

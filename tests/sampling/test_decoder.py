@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -153,6 +154,14 @@ def test_classes_by_number_and_by_name():
     for asked in (["oak"], [2], [-1], []):
         with pytest.raises(ValueError, match="classes must"):
             class_numbers(asked, 2, names)
+
+
+def test_a_run_of_an_older_version_has_its_scale_in_its_configuration(trained, tmp_path):
+    run = tmp_path / "000"
+    shutil.copytree(trained / "runs/000", run, ignore=shutil.ignore_patterns("*.safetensors"))
+    (run / "data.json").unlink()
+    facts = load_model(str(run)).facts
+    assert (facts.scale, facts.shape, facts.pixels) == (SCALE, (4, 8, 8), False)
 
 
 def test_the_digits_need_nothing(tmp_path):

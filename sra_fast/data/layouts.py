@@ -1,0 +1,247 @@
+"""How rows lie on the disk: packed in shards, or a file per image as the published code has them."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sra_fast.data.latents import check_moments
+from sra_fast.data.packed import INDEX, LABELS, STORAGE, file_entry, shard_name
+from sra_fast.utils.files import write_atomic, write_json
+
+
+def save_npy(path: Path, array: np.ndarray) -> None:
+    """``numpy.save`` under exactly this name: given a path, numpy would add a suffix."""
+    with open(path, "wb") as f:
+        np.save(f, array)
+
+
+def remove_temporary_files(*folders: Path) -> None:
+    """Remove what killed processes have left. Call it only when no process writes there any more."""
+    for folder in folders:
+        for file in folder.glob(".*.tmp"):
+            file.unlink(missing_ok=True)
+
+
+@dataclass
+class Part:
+    """One part on its way to the disk.
+
+    Attributes:
+        number: of the part.
+        first: number of its first image.
+        count: its images; fewer are written if some cannot be read.
+        batches: what to write, ``[B, C, H, W]`` each, with the numbers of the images.
+    """
+
+    number: int
+    first: int
+    count: int
+    batches: Iterable[tuple[Tensor, list[int]]]
+
+    def record(self, written: list[int]) -> dict:
+        """Which images it holds; ``written``: their numbers."""
+        missing = sorted(set(range(self.first, self.first + self.count)) - set(written))
+        return {"first": self.first, "count": self.count, "missing": missing}
+
+
+class Statistics:
+    """Mean and deviation per channel of what is written, in float64.
+
+    Of moments they are those of the latents that would be drawn: the variance of the means and the
+    mean of the variances.
+
+    Args:
+        channels: of a row: 2C for moments.
+        moments: whether rows are means and standard deviations.
+    """
+
+    def __init__(self, channels: int, moments: bool):
+        self.moments = moments
+        self.count = 0
+        self.sum = torch.zeros(channels // 2 if moments else channels, dtype=torch.float64)
+        self.square = self.sum.clone()
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``[B, channels, H, W]``."""
+        rows = rows.double()
+        values = rows
+        square = rows.square()
+        if self.moments:
+            values, std = rows.chunk(2, dim=1)
+            square = values.square() + std.square()
+        self.count += values[:, 0].numel()
+        self.sum += values.sum((0, 2, 3))
+        self.square += square.sum((0, 2, 3))
+
+    def as_json(self) -> dict:
+        return {"count": self.count, "sum": self.sum.tolist(), "square": self.square.tolist()}
+
+    @staticmethod
+    def combine(parts: list[dict]) -> dict | None:
+        """``{"mean": [..], "std": [..]}`` over the parts, in their order; None without a value."""
+        count = sum(part["count"] for part in parts)
+        if not count:
+            return None
+        mean = np.sum([part["sum"] for part in parts], axis=0) / count
+        square = np.sum([part["square"] for part in parts], axis=0) / count
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+@dataclass
+class Layout:
+    """How parts are written.
+
+    Attributes:
+        out: folder of the data set.
+        recipe: see ``PackingJob``.
+        labels: int64 ``[N]``, of all images of the source.
+        folder: where in ``out`` the moments go.
+    """
+
+    out: Path
+    recipe: dict
+    labels: Tensor
+    folder = "."
+
+    @property
+    def moments(self) -> bool:
+        """Whether moments are written, and no pixels."""
+        return self.recipe.get("kind", "moments") == "moments"
+
+    def complete(self, record: dict) -> bool:
+        """Whether the files that a part's record describes are still there."""
+        return True
+
+
+class PackedLayout(Layout):
+    """``index.json``, ``labels.npy`` and ``shards/*.npy`` (see ``packed.py``)."""
+
+    folder = "shards"
+
+    def write(self, part: Part) -> dict:
+        """Write a part as a shard.
+
+        Returns:
+            The part's record: the shard's entry in the index, which images it holds, and statistics.
+
+        Raises:
+            ValueError: a value is not finite in the stored dtype, or a standard deviation negative.
+        """
+        dtype = getattr(torch, self.recipe["dtype"])
+        storage = np.dtype(STORAGE[self.recipe["dtype"]])
+        row_shape = tuple(self.recipe["shape"])
+        statistics = Statistics(row_shape[0], self.moments)
+        last = part.first + part.count - 1
+        images = f"moments of images {part.first} .. {last}"
+        written: list[int] = []
+
+        def write_header(f, rows: int) -> None:
+            header = {"descr": storage.str, "fortran_order": False, "shape": (rows, *row_shape)}
+            np.lib.format.write_array_header_1_0(f, header)
+
+        def write(temporary: Path) -> None:
+            # batch by batch: a shard is never in memory as a whole
+            with open(temporary, "wb") as f:
+                write_header(f, part.count)
+                for batch, numbers in part.batches:
+                    stored = batch.to(dtype).contiguous()
+                    if not stored.isfinite().all():
+                        raise ValueError(f"{images} are not finite in {dtype}")
+                    if self.moments:
+                        check_moments(batch, images)
+                    statistics.update(batch)
+                    f.write(stored.view(torch.uint8).numpy())
+                    written.extend(numbers)
+                if len(written) < part.count:
+                    # numpy pads a header to 64 bytes, with room for its first number
+                    f.seek(0)
+                    write_header(f, len(written))
+
+        write_atomic(self.out / shard_name(part.number), write)
+        entry = {**file_entry(self.out, shard_name(part.number)), "images": len(written)}
+        return {"shard": entry, **part.record(written), "statistics": statistics.as_json()}
+
+    def complete(self, record: dict) -> bool:
+        entry = record["shard"]
+        path = self.out / entry["file"]
+        return path.exists() and path.stat().st_size == entry["bytes"]
+
+    def finish(self, records: list[dict], summary: dict) -> None:
+        """Write the labels, then the index, which makes the folder a data set."""
+        remove_temporary_files(self.out / "shards", self.out / "parts")
+        labels = self.labels[all_numbers(records)].numpy()
+        write_atomic(self.out / LABELS, lambda p: save_npy(p, labels))
+        index = {
+            **self.recipe,
+            **summary,
+            "num_images": len(labels),
+            "labels": file_entry(self.out, LABELS),
+            "shards": [record["shard"] for record in records],
+        }
+        write_json(self.out / INDEX, index)
+
+
+class PublishedLayout(Layout):
+    """The published code's layout.
+
+    ``vae-sd/00000/img-mean-std-00000000.npy``, ... are fp32 ``[2C, H, W]``; ``vae-sd/dataset.json`` has the labels.
+    """
+
+    folder = "vae-sd"
+
+    @staticmethod
+    def name(image: int) -> str:
+        """File name of an image's moments, a folder for every thousand."""
+        return f"{image // 1000:05d}/img-mean-std-{image:08d}.npy"
+
+    def write(self, part: Part) -> dict:
+        """Write a part as a file per image; see ``PackedLayout.write``."""
+        statistics = Statistics(self.recipe["shape"][0], self.moments)
+        written = []
+        for batch, numbers in part.batches:
+            statistics.update(batch)
+            for image, moments in zip(numbers, batch.float(), strict=True):
+                if not moments.isfinite().all():
+                    raise ValueError(f"moments of image {image} are not finite")
+                check_moments(moments, f"moments of image {image}")
+                path = self.out / self.folder / self.name(image)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_npy(path, moments.numpy())
+                written.append(image)
+        # one sync for all files: they count once the part's record says so, and dataset.json is last
+        os.sync()
+        return {**part.record(written), "statistics": statistics.as_json()}
+
+    def finish(self, records: list[dict], summary: dict) -> None:
+        """Write ``dataset.json``, which makes the folder a data set."""
+        remove_temporary_files(self.out / "parts")
+        numbers = all_numbers(records)
+        labels = self.labels[numbers].tolist()
+        content = {
+            "labels": [[self.name(i), y] for i, y in zip(numbers, labels, strict=True)],
+            "vae": self.recipe["vae"],
+            **summary,
+        }
+        write_atomic(
+            self.out / self.folder / "dataset.json", lambda p: p.write_text(json.dumps(content))
+        )
+
+
+def all_numbers(records: list[dict]) -> list[int]:
+    """The numbers of all images that were written."""
+    numbers = []
+    for record in records:
+        missing = set(record["missing"])
+        span = range(record["first"], record["first"] + record["count"])
+        numbers += [number for number in span if number not in missing]
+    return numbers
+
+
+LAYOUTS = {"packed": PackedLayout, "published": PublishedLayout}
