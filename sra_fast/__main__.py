@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "train SiT or DiT with SRA",
     "sample": "sample images from a run, a checkpoint or an export",
     "evaluate": "FID, sFID, Inception score, precision and recall of samples",
-    "preprocess": "images to packed VAE moments, or one layout of moments to another",
+    "preprocess": "images to packed VAE moments or pixels, or one layout of moments to another",
     "probe": "linear probes of every layer at several times",
     "visualize": "PCA maps of features, curves of runs, samples side by side",
     "ablate": "run a study: variants of a configuration with several seeds",

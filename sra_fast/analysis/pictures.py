@@ -19,7 +19,7 @@ class Options:
     """What to draw: at least one of checkpoint, runs and samples."""
 
     checkpoint: str | None = None
-    """pca.png: of this run folder, checkpoint folder, .safetensors export or published .pt"""
+    """pca.png: of these weights, as for sample.py: a run folder, an export, a .pt, ..."""
     runs: list[str] = field(default_factory=list)
     """curves.png: of these run folders"""
     samples: list[str] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Options:
     seed: int = 0
     """of the choice of these images and of their noise, which is the same at all times"""
     num_heads: int | None = None
-    """for a published .pt whose width is no paper size"""
+    """for weights that do not say it and whose width is no paper size"""
     count: int = 40
     """samples of each file"""
     columns: int = 10
@@ -50,7 +50,6 @@ def draw_maps(options: Options, out: Path) -> Path:
     loaded = load_model(options.checkpoint, num_heads=options.num_heads)
     model, path = loaded.model, loaded.path
     layers = choose_layers(options.layers, model.depth, most=7)
-    # no run has trained on the held-out images of the digits
     _, held_out = split(data_of(options.data, loaded.facts), model)
     images = held_out.read(options.images, options.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ class Options:
     """What to probe."""
 
     checkpoint: str
-    """run folder, checkpoint folder, .safetensors export or published .pt; its EMA is probed"""
+    """weights, as for sample.py: a run folder, an export, a .pt, ...; the EMA is probed"""
     out: str = "analysis"
     """folder for probe.json and probe.png"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -43,7 +43,7 @@ class Options:
     seed: int = 0
     """of the choice of images and of the noise, which is the same at all times"""
     num_heads: int | None = None
-    """for a published .pt whose width is no paper size"""
+    """for weights that do not say it and whose width is no paper size"""
 
 
 def _check(options: Options) -> None:

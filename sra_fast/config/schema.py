@@ -222,7 +222,9 @@ class TrainConfig:
     resume: str | None = None
     """run folder to resume: a path, or 'auto' for the newest one in `out` that has a checkpoint"""
     init_from: str | None = None
-    """a published checkpoint (.pt) or an export (.safetensors) to start from"""
+    """weights to start from: a run or checkpoint folder, .safetensors (sharded too), a Hugging Face
+    folder, or a .pt of the published code or others. If they fit the model in part only, what fits is
+    loaded and the rest is initialised and listed"""
     save_every: int = 50000
     """steps between checkpoints; one is always written at the end"""
     log_every: int = 100

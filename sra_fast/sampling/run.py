@@ -34,7 +34,8 @@ class Options:
     """What to sample."""
 
     checkpoint: str
-    """run folder, checkpoint folder, .safetensors export or the published code's .pt"""
+    """run folder, checkpoint folder, .safetensors (sharded too), Hugging Face folder, or a .pt of the
+    published code or others"""
     out: str = "samples"
     """folder for samples.png, samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels) and
     samples.json (of which model they are)"""
@@ -69,7 +70,7 @@ class Options:
     latent_shift: float | None = None
     """see latent_scale; default: the shift_factor of the VAE"""
     num_heads: int | None = None
-    """for a published .pt whose width is no paper size"""
+    """for weights that do not say it and whose width is no paper size"""
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
