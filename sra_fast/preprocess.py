@@ -17,7 +17,7 @@ def fail(error: Exception) -> None:
 def main() -> None:
     from sra_fast.config.cli import make_parser, parse
     from sra_fast.data.preprocess import Options, list_bad, make_jobs, summary
-    from sra_fast.data.writer import run_job
+    from sra_fast.data.writer import run_jobs
 
     parser = make_parser(Options, __doc__.partition(":\n")[0])
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
@@ -34,8 +34,7 @@ def main() -> None:
             sys.exit(2)
         fail(error)
     try:
-        for job in jobs:
-            finished = run_job(job)
+        for job, finished in run_jobs(jobs):
             if finished:
                 print(*summary(job, finished), sep="\n")
     except ValueError as error:

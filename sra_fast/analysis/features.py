@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from sra_fast.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
-from sra_fast.data.facts import DataFacts
+from sra_fast.data.facts import DataFacts, differences
 from sra_fast.diffusion.draws import block_seed, draw
 from sra_fast.models import Conditioning, SiT
 from sra_fast.utils.checks import require_that
@@ -81,6 +82,10 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
         )
         return data
     if data.name == "auto" and data.path is None:
+        require_that(
+            facts.path is None or Path(facts.path).exists(),
+            f"the model was trained on {facts.path}, which is gone: give --data PATH",
+        )
         data.name = facts.name
         data.path = facts.path
     if not facts.pixels:
@@ -94,8 +99,10 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
     return data
 
 
-def split(data: DataConfig, model: SiT) -> tuple[Part, Part]:
+def split(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> tuple[Part, Part]:
     """Training and held-out images of ``data``.
+
+    ``facts``: about the data that the model was trained on. A warning says if these are others.
 
     No run trains on the held-out digits, nor on what `preprocess.py` holds out. Of other data every
     fifth image counts as held out, which a run may have trained on; a warning says so.
@@ -108,7 +115,14 @@ def split(data: DataConfig, model: SiT) -> tuple[Part, Part]:
     )
     # a batch of 2, so that both parts have an image
     cfg = Config(model=shape, data=data, train=TrainConfig(global_batch=2))
-    (train, train_rows), (held_out, held_out_rows) = make_dataset(cfg).held_out_split()
+    found = make_dataset(cfg)
+    if facts and differences(found.facts(), facts):
+        log.warning(
+            "%s are not the data that the model was trained on: %s",
+            data.path,
+            "; ".join(differences(found.facts(), facts)),
+        )
+    (train, train_rows), (held_out, held_out_rows) = found.held_out_split()
     if train is held_out:
         log.warning(
             "%s has no held-out images (preprocess.py --holdout): every fifth is taken, on which a "

@@ -50,7 +50,7 @@ def draw_maps(options: Options, out: Path) -> Path:
     loaded = load_model(options.checkpoint, num_heads=options.num_heads)
     model, path = loaded.model, loaded.path
     layers = choose_layers(options.layers, model.depth, most=7)
-    _, held_out = split(data_of(options.data, loaded.facts), model)
+    _, held_out = split(data_of(options.data, loaded.facts), model, loaded.facts)
     images = held_out.read(options.images, options.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     maps = pca_maps.draw_maps(model, path, images, options.times, layers)

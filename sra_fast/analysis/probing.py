@@ -70,7 +70,7 @@ def run(options: Options) -> dict:
     # errors in layers and data before the first pass of the model
     layers = choose_layers(options.layers, model.depth)
     options = replace(options, data=data_of(options.data, loaded.facts))
-    parts = split(options.data, model)
+    parts = split(options.data, model, loaded.facts)
     _, patches, width = model.pos_embed.shape
     how = choose_pool(options.pool, patches, width)
     print(f"pool: {how} ({patches} patches of {width} features)")

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from sra_fast.config.schema import Config, DataConfig
+from sra_fast.data.huggingface import is_saved
 from sra_fast.data.images import holds_images
 from sra_fast.data.latents import MomentDataset, open_latents, warn_of_deviation
-from sra_fast.data.packed import INDEX, read_index
+from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, RECIPE, check_finished, read_index
 from sra_fast.data.pixels import PackedPixels, PixelArray, Pixels
+from sra_fast.data.tars import holds_tars
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import DATASETS
@@ -56,12 +58,15 @@ def kind_of(path: str | None) -> str:
         "needs no path",
     )
     root = Path(path)
+    check_finished(root)
     if (root / INDEX).exists():
         return "pixels" if read_index(root).get("kind") == "pixels" else "latents"
     if root.suffix == ".npz":
         return "pixels"
     is_latents = (root / "vae-sd").is_dir()
-    if not is_latents and root.exists() and holds_images(root):
+    begun = (root / RECIPE).exists() or (root / HELD_OUT_FOLDER / RECIPE).exists()
+    is_source = root.exists() and (is_saved(root) or holds_tars(root) or holds_images(root))
+    if is_source and not is_latents and not begun:
         raise ValueError(
             f"{path} holds images; prepare them first: sra-fast preprocess --source {path} "
             "--out data/NAME --resolution 256 --vae VAE_FOLDER (latents), or --resolution 64 "
@@ -91,6 +96,11 @@ def fill_in_model(cfg: Config, data: TrainingData) -> None:
     Raises:
         ValueError: labels that are numbered from 1, which would make a class 0 without images.
     """
+    _, height, width = data.shape
+    require_that(
+        height == width,
+        f"images must be square, the data's are {height} x {width}: preprocess.py crops images",
+    )
     smallest = int(data.labels.min())
     if cfg.model.num_classes is None and data.counted_classes and smallest > 0:
         raise ValueError(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.training_data import TrainingData
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import DATASETS
 
 
@@ -40,4 +41,7 @@ class Digits(TrainingData):
 
 @DATASETS.register("digits")
 def make_digits(data: DataConfig) -> Digits:
+    for name in ("path", "flip", "latent_scale", "latent_shift"):
+        value = getattr(data, name)
+        require_that(not value, f"data.{name} is not for the digits, got {value}")
     return Digits()

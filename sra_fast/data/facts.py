@@ -40,5 +40,30 @@ class DataFacts:
         return cls(**{**known, "shape": tuple(held["shape"])})
 
     def name_of(self, label: int) -> str:
-        """The name of a class, or its number."""
-        return self.class_names[label] if self.class_names else str(label)
+        """The name of a class; its number if it has none."""
+        named = self.class_names is not None and label < len(self.class_names)
+        return self.class_names[label] if named else str(label)
+
+
+def differences(found: DataFacts, expected: DataFacts) -> list[str]:
+    """How data differ from those that are expected, as far as both are known; places do not count.
+
+    Other images have another fingerprint; the rest makes a model of the one wrong for the other.
+    """
+    different = []
+    for name in ("num_classes", "class_names", "pixels", "scale", "shift"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        if None not in (ours, theirs) and ours != theirs:
+            different.append(f"{name} {_short(ours)}, it was {_short(theirs)}")
+    vaes = [(facts.vae or {}).get("sha256") for facts in (found, expected)]
+    if None not in vaes and vaes[0] != vaes[1]:
+        different.append("latents of another VAE")
+    prints = (found.fingerprint, expected.fingerprint)
+    if not different and None not in prints and prints[0] != prints[1]:
+        different.append("other images")
+    return different
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -7,12 +7,10 @@ from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
 from sra_fast.data.images import Crop, image_suffixes
-from sra_fast.data.sources import ImageSource, suffix_note
+from sra_fast.data.sources import VALIDATION, ImageSource, suffix_note
 
 LIST = "dataset.json"
 TRAIN = "train"
-# folders of images that no run should train on, the first that is there counts
-VALIDATION = ("val", "valid", "validation", "test")
 
 
 def _hidden(name: str) -> bool:
@@ -131,6 +129,9 @@ class ImageFolder(ImageSource):
             if listed
             else self._folder_labels(names, num_classes, class_names)
         )
+        if listed and self.class_names and num_classes is None:
+            # the last classes may have no image
+            num_classes = len(self.class_names)
         self._set_labels(labels, num_classes, counted=listed)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(
@@ -165,7 +166,7 @@ class ImageFolder(ImageSource):
             raise ValueError(
                 f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}'
             ) from None
-        self.class_names = content.get("classes")
+        self.class_names = _checked_names(content.get("classes"), index)
         for name in self.names:
             label = labels.get(name)
             # bool is a subclass of int, but true is no label
@@ -189,14 +190,21 @@ class ImageFolder(ImageSource):
         """
         loose = [name for name in self.names if "/" not in name]
         if len(loose) == len(self.names):
-            self.class_names = None
+            if class_names is not None and len(class_names) > 1:
+                raise ValueError(
+                    f"{self.place} has no class folders, the training images have {len(class_names)}: "
+                    "sort it into the same folders, or take it away and use holdout"
+                )
+            self.class_names = class_names
             self.notes.append("no class folders: all images are of one class")
             return [0] * len(self.names)
         if loose:
             raise ValueError(
                 f"{self.place} needs a {LIST}, or every image in a class folder: {loose[0]} is in none"
             )
-        found = sorted({name.partition("/")[0] for name in names if "/" in name})
+        found = {name.partition("/")[0] for name in names if "/" in name}
+        # 10 comes after 2 if all names are numbers
+        found = sorted(found, key=int if all(name.isdecimal() for name in found) else str)
         self.class_names = class_names or found
         unknown = sorted(set(found) - set(self.class_names))
         if unknown:
@@ -204,13 +212,6 @@ class ImageFolder(ImageSource):
         number = {name: i for i, name in enumerate(self.class_names)}
         labels = [number[name.partition("/")[0]] for name in self.names]
 
-        # imagenet/ILSVRC/n01440764/...: the user gave the folder above the right one
-        nested = any(name.count("/") > 1 for name in self.names)
-        if len(found) == 1 and num_classes is None and class_names is None and nested:
-            raise ValueError(
-                f"{self.place} holds one folder, {found[0]}, with folders in it: the classes must be one level higher "
-                "(or num_classes 1)"
-            )
         occupied = set(labels)
         empty = [name for name in found if number[name] not in occupied]
         if empty:
@@ -227,6 +228,35 @@ class ImageFolder(ImageSource):
         return self.files.read(self._places[number])
 
 
+def _checked_names(names: object, index: str) -> list[str] | None:
+    """The names of the classes in a ``dataset.json``, or None; ValueError if they are no names."""
+    if names is None:
+        return None
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_names or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f'{index}: "classes" must be a list of different names, in the order of the labels, '
+            f"got {str(names)[:60]}"
+        )
+    return names
+
+
+def _images_below(files: Files, folder: str) -> list[str]:
+    """Names of the images below a folder, relative to it."""
+    suffixes = image_suffixes()
+    prefix = f"{folder}/" if folder else ""
+    return [
+        name[len(prefix) :]
+        for name in files.names
+        if name.startswith(prefix) and PurePosixPath(name).suffix.lower() in suffixes
+    ]
+
+
+def _tops(images: list[str]) -> set[str]:
+    """The first folders of images; an empty name if an image lies in none."""
+    return {name.partition("/")[0] if "/" in name else "" for name in images}
+
+
 def open_folder(
     path: str | Path, crop: Crop, num_classes: int | None, mirror: bool, bad: str
 ) -> tuple[ImageFolder, ImageFolder | None]:
@@ -236,22 +266,53 @@ def open_folder(
         ValueError: see ``ImageFolder``.
     """
     files = Files(path)
-    suffixes = image_suffixes()
-    tops = {
-        name.partition("/")[0] if "/" in name else ""
-        for name in files.names
-        if PurePosixPath(name).suffix.lower() in suffixes
-    }
-    if LIST in files.names or TRAIN not in tops or not tops <= {TRAIN, *VALIDATION}:
-        return ImageFolder(files, crop, num_classes, mirror, bad), None
-    train = ImageFolder(files, crop, num_classes, mirror, bad, within=TRAIN)
-    found = [name for name in VALIDATION if name in tops]
-    if not found:
+    within = ""
+    images = _images_below(files, within)
+    tops = _tops(images)
+    # my_images/my_images/cat/1.jpg, as file managers pack it: a folder that holds nothing but folders
+    while num_classes != 1 and len(tops) == 1 and "" not in tops:
+        (top,) = tops
+        inner = _images_below(files, f"{within}/{top}".strip("/"))
+        if top.lower() == TRAIN or "" in _tops(inner):
+            break
+        within = f"{within}/{top}".strip("/")
+        images = inner
+        tops = _tops(images)
+    listed = f"{within}/{LIST}".strip("/") in files.names
+    parts = {} if listed else _split(tops)
+    notes = [f"only {within}/ holds images"] if within else []
+    if not parts:
+        whole = ImageFolder(files, crop, num_classes, mirror, bad, within)
+        whole.notes[:0] = notes
+        return whole, None
+    inside = {kind: f"{within}/{folder}".strip("/") for kind, folder in parts.items()}
+    train = ImageFolder(files, crop, num_classes, mirror, bad, inside["train"])
+    train.notes[:0] = notes
+    if "held out" not in inside:
         return train, None
+    unread = sorted(tops - set(parts.values()))
     train.notes.append(
-        f"{found[0]}/ is held out" + "".join(f", {n}/ is not read" for n in found[1:])
+        f"{parts['held out']}/ is held out" + "".join(f", {name}/ is not read" for name in unread)
     )
     held_out = ImageFolder(
-        files, crop, train.num_classes, False, bad, within=found[0], class_names=train.class_names
+        files,
+        crop,
+        train.num_classes,
+        False,
+        bad,
+        inside["held out"],
+        class_names=train.class_names,
     )
     return train, held_out
+
+
+def _split(tops: set[str]) -> dict[str, str]:
+    """``{"train": folder, "held out": folder}`` of a folder that is cut into these, as far as it is."""
+    lower = {name.lower(): name for name in tops}
+    if TRAIN not in lower:
+        return {}
+    found = [lower[name] for name in VALIDATION if name in lower]
+    if found:
+        return {"train": lower[TRAIN], "held out": found[0]}
+    # `train` alone; beside other folders it is a class
+    return {"train": lower[TRAIN]} if len(tops) == 1 else {}

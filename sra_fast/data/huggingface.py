@@ -3,15 +3,13 @@
 from pathlib import Path
 
 from sra_fast.data.images import Crop
-from sra_fast.data.sources import ImageSource
+from sra_fast.data.sources import VALIDATION, ImageSource
 from sra_fast.utils.files import require
 
 # what a source begins with that names a data set of the hub: hf:uoft-cs/cifar10
 PREFIX = "hf:"
 # files that `save_to_disk` writes
 SAVED = ("dataset_dict.json", "state.json")
-# splits of a data set that no run should train on, the first that is there counts
-VALIDATION = ("validation", "valid", "val", "test")
 
 
 def is_saved(path: Path) -> bool:
@@ -74,6 +72,8 @@ class HuggingFaceSource(ImageSource):
         import datasets
 
         self.place = place
+        # plain Python values, whatever the data set was saved for
+        dataset = dataset.with_format(None)
         features = dataset.features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         if not images or not len(dataset):
@@ -88,6 +88,10 @@ class HuggingFaceSource(ImageSource):
         classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         self.class_names = features[classes[0]].names if classes else None
         labelled = classes or [name for name in ("label",) if name in features]
+        taken = [self.column, *labelled[:1]]
+        others = [name for name in features if name not in taken]
+        if others:
+            self.notes.append(f"columns {', '.join(taken)} are read, not {', '.join(others)}")
         if not labelled:
             self.notes.append("no labels: all images are of one class")
             labels = [0] * len(dataset)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, RECIPE, Shards, load_npy
+from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, Shards, check_finished, load_npy
 from sra_fast.data.training_data import TrainingData
 
 log = logging.getLogger("sra_fast")
@@ -100,14 +100,8 @@ class MomentDataset(TrainingData):
         return self.root
 
     def deviation(self) -> float:
-        """Standard deviation of the latents, over some images: 1 is what a model expects."""
-        rows = np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int))
-        moments, _ = self.__getitems__(rows.tolist())
-        check_moments(moments, f"{self.path}")
-        mean, std = moments.double().chunk(2, dim=1)
-        # over images and places, for each channel
-        variance = mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))
-        return self.scale * math.sqrt(variance.mean().item())
+        """Standard deviation of the latents: 1 is what a model expects."""
+        return self.scale * _deviation_of_some(self)
 
     def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
         folder = self.path / HELD_OUT_FOLDER
@@ -116,6 +110,17 @@ class MomentDataset(TrainingData):
         # every row of both: no run trains on these images
         held_out = open_latents(str(folder), self.scale, self.shift)
         return [(part, np.arange(len(part))) for part in (self, held_out)]
+
+
+def _deviation_of_some(data: MomentDataset) -> float:
+    """Standard deviation of z over some images; ValueError if they cannot be moments."""
+    rows = np.unique(np.linspace(0, len(data) - 1, LOOKED_AT).astype(int))
+    moments, _ = data.__getitems__(rows.tolist())
+    check_moments(moments, f"{data.path}")
+    mean, std = moments.double().chunk(2, dim=1)
+    # over images and places, for each channel
+    variance = mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))
+    return math.sqrt(variance.mean().item())
 
 
 def check_moments(moments: Tensor, source: str) -> None:
@@ -263,9 +268,9 @@ class PackedLatents(MomentDataset):
     def deviation(self) -> float:
         statistics = self.shards.index.get("channels")
         if statistics is None:
-            # made by an older version. not these shards: with `verify` a look at a few images would
-            # hash all of them
-            return super(PackedLatents, PackedLatents(self.root, self.scale)).deviation()
+            # made by an older version. opened anew: with `verify` a look at some images would hash
+            # all shards
+            return self.scale * _deviation_of_some(PackedLatents(self.root))
         # the root of the mean variance
         variances = [value**2 for value in statistics["std"]]
         return self.scale * math.sqrt(sum(variances) / len(variances))
@@ -290,15 +295,9 @@ def open_latents(
         ValueError: there are no moments, or preprocessing has not finished.
     """
     root = Path(path)
-    # either of these two files is written last
-    packed = (root / INDEX).exists()
-    finished = packed or (root / "vae-sd/dataset.json").exists()
-    if (root / RECIPE).exists() and not finished:
-        raise ValueError(
-            f"the preprocessing of {root} is not finished: run the same command again to resume it"
-        )
+    check_finished(root)
     scaled = (path, scale, shift)
-    data = PackedLatents(*scaled, verify) if packed else Latents(*scaled)
+    data = PackedLatents(*scaled, verify) if (root / INDEX).exists() else Latents(*scaled)
     of_vae = data.vae or {}
     for name, value, factor in (
         ("scale", data.scale, "scaling_factor"),
@@ -316,6 +315,8 @@ def open_latents(
 def warn_of_deviation(data: MomentDataset) -> None:
     """Look at some images: an error if they cannot be moments, a warning if the scale is wrong."""
     deviation = data.deviation()
+    if deviation == 0:
+        raise ValueError(f"all latents of {data.path} are equal, nothing can be learned from them")
     low, high = PLAUSIBLE_DEVIATION
     if not low <= deviation <= high:
         log.warning(

@@ -61,9 +61,23 @@ def file_entry(root: Path, name: str) -> dict:
     return {"file": name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def check_finished(root: Path) -> None:
+    """ValueError if preprocessing has begun this folder, or the held-out part in it, and not ended."""
+    for folder in (root, root / HELD_OUT_FOLDER):
+        # either of these two files is written last
+        finished = (folder / INDEX).exists() or (folder / "vae-sd/dataset.json").exists()
+        if (folder / RECIPE).exists() and not finished:
+            raise ValueError(
+                f"the preprocessing of {root} is not finished: run the same command again to resume it"
+            )
+
+
 def read_index(root: Path) -> dict:
     """The index of a packed data set; ValueError if there is none that this version can read."""
     file = root / INDEX
+    check_finished(root)
+    if not file.exists():
+        raise ValueError(f"no packed data set at {root}: there is no {file}")
     try:
         index = json.loads(file.read_bytes())
         if index["version"] not in VERSIONS:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from sra_fast.data.latents import PLAUSIBLE_DEVIATION, MomentDataset, open_laten
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, VERSIONS, read_index
 from sra_fast.data.pixels import read_image_array
 from sra_fast.data.sources import ImageSource
-from sra_fast.data.tars import TarSource
+from sra_fast.data.tars import TarSource, holds_tars
 from sra_fast.data.vae import load_vae, make_encoder, moments_shape, vae_identity
 from sra_fast.data.writer import Finished, PackingJob, read_ahead
 from sra_fast.utils.checks import require_that
@@ -73,6 +73,21 @@ class Options:
     """threads per process that read, decode and crop"""
 
 
+# options of a source of images, and those of the decoding of their files
+DECODING_OPTIONS = ("channels", "background", "orientation", "bad")
+IMAGE_OPTIONS = ("vae", "pixels", "mirror", "holdout", "resolution", "precision", *DECODING_OPTIONS)
+
+
+def _refuse(options: Options, names: tuple[str, ...], are: str, source_is: str) -> None:
+    """ValueError for options that were given and would have no effect on this source."""
+    defaults = {field.name: field.default for field in fields(Options)}
+    for name in names:
+        require_that(
+            getattr(options, name) == defaults[name],
+            f"--{name} {are}, {options.source} {source_is}",
+        )
+
+
 def holds_moments(source: Path) -> bool:
     """Whether there are moments at ``source``, and no images."""
     return (source / INDEX).exists() or (source / "vae-sd").is_dir()
@@ -85,12 +100,12 @@ def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
     bad = "stop" if options.bad == "stop" else "skip"
     common = (crop, options.num_classes, options.mirror, bad)
     path = Path(source)
-    is_tars = ".tar" in path.suffixes or (path.is_dir() and any(path.glob("*.tar")))
     if source.startswith(PREFIX) or is_saved(path):
         train, held_out = open_huggingface(source, *common)
-    elif is_tars:
+    elif holds_tars(path):
         train, held_out = TarSource(source, *common), None
     elif path.suffix == ".npz":
+        _refuse(options, DECODING_OPTIONS, "is for image files", "is an array")
         train = ArraySource(source, crop, options.num_classes, options.mirror)
         held_out = None
     else:
@@ -164,11 +179,10 @@ def _as_they_are(rows: Tensor) -> Tensor:
     return rows
 
 
-def _encoded(options: Options) -> Conversion:
+def _encoded(options: Options, images: ImageSource) -> Conversion:
     """Images to moments."""
-    require_that(
-        options.channels == 3, f"a VAE takes images of 3 channels, got channels {options.channels}"
-    )
+    channels = images.crop.channels
+    require_that(channels == 3, f"a VAE takes images of 3 channels, got {channels}")
     device = _choose_device()
     vae = load_vae(options.vae)
     encode = make_encoder(vae, options.precision, device)
@@ -203,13 +217,14 @@ def _image_jobs(options: Options) -> list[tuple[ImageSource, Conversion, dict, P
     )
     # the folder first: a mistake in it shows before the VAE is loaded
     train, held_out = open_images(options)
-    encode, recipe, extra = _stored(options, train) if options.pixels else _encoded(options)
+    encode, recipe, extra = _stored(options, train) if options.pixels else _encoded(options, train)
     recipe |= {
         "resolution": options.resolution,
         "mirror": options.mirror,
         "background": options.background,
         "orientation": options.orientation,
         "bad": options.bad,
+        "holdout": options.holdout,
         "num_classes": train.num_classes,
     }
     extra |= {"classes": train.class_names}
@@ -232,11 +247,7 @@ def _moment_jobs(options: Options) -> list[tuple[MomentDataset, Conversion, Path
         ValueError: options for images, pixels, or labels outside the range.
     """
     source = Path(options.source)
-    for name in ("vae", "mirror", "pixels", "holdout"):
-        require_that(
-            not getattr(options, name),
-            f"--{name} is for images, {options.source} holds no images but a data set",
-        )
+    _refuse(options, IMAGE_OPTIONS, "is for images", "holds no images but a data set")
     if (source / INDEX).exists() and read_index(source).get("kind") == "pixels":
         raise ValueError(f"{options.source} holds packed pixels, which have one layout only")
     jobs = []
@@ -289,10 +300,11 @@ def _make_job(
     recipe = {
         "version": VERSIONS[-1],
         "layout": options.layout,
-        "source_sha256": source.fingerprint,
-        "num_images": len(source),
         **recipe,
         "shard_size": options.shard_size,
+        # last: of several differences the first is named, and this one tells a user least
+        "num_images": len(source),
+        "source_sha256": source.fingerprint,
     }
     return PackingJob(
         source,
@@ -357,6 +369,8 @@ def _statistics_lines(recipe: dict, statistics: dict) -> list[str]:
     scale = vae["scaling_factor"]
     # as a whole: the root of the mean variance
     deviation = (sum(value**2 for value in statistics["std"]) / len(statistics["std"])) ** 0.5
+    if deviation == 0:
+        return [*lines, "warning: all latents are equal"]
     lines.append(
         f"times the VAE's scaling_factor {scale:g}: standard deviation {scale * deviation:.3g}"
     )

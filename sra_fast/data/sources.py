@@ -13,6 +13,9 @@ from torch import Tensor
 from sra_fast.data.batch import Batch, Report
 from sra_fast.data.images import Crop
 
+# names of folders and splits of images that no run should train on; the first that is there counts
+VALIDATION = ("val", "valid", "validation", "test")
+
 
 class ImageSource:
     """Images that are decoded and cropped when they are read. Reading is thread-safe.

@@ -6,8 +6,11 @@ import re
 import tarfile
 from pathlib import Path
 
-from sra_fast.data.images import Crop, image_suffixes
-from sra_fast.data.sources import ImageSource
+from sra_fast.data.images import Crop, holds_images, image_suffixes
+from sra_fast.data.sources import ImageSource, suffix_note
+
+# suffixes of the files that hold a sample's label, the first that is there counts
+LABELS = (".cls", ".json")
 
 
 def expand(pattern: str) -> list[Path]:
@@ -33,6 +36,22 @@ def expand(pattern: str) -> list[Path]:
         first = missing[0] if missing else pattern
         raise ValueError(f"no .tar of images at {first}")
     return files
+
+
+def holds_tars(path: Path) -> bool:
+    """Whether a source is one of tars: a name with .tar, or a folder of them.
+
+    Raises:
+        ValueError: a folder that holds both tars and images: which of them are meant?
+    """
+    if not path.is_dir():
+        return ".tar" in path.suffixes
+    tars = sorted(path.glob("*.tar"))
+    if tars and holds_images(path):
+        raise ValueError(
+            f"{path} holds images and {len(tars)} tars, the first is {tars[0].name}: move one kind away"
+        )
+    return bool(tars)
 
 
 class TarSource(ImageSource):
@@ -75,6 +94,11 @@ class TarSource(ImageSource):
         labels = [label for _, _, label in samples]
         unlabelled = [name for name, _, label in samples if label is None]
         if len(unlabelled) == len(samples):
+            if len(self.tars) > 1 and num_classes != 1:
+                raise ValueError(
+                    f"{pattern} has no labels (.cls or .json): if a tar is a class, unpack each into "
+                    "a folder; if all images are of one class, give num_classes 1"
+                )
             self.notes.append("no labels (.cls or .json): all images are of one class")
             labels = [0] * len(samples)
         elif unlabelled:
@@ -101,6 +125,7 @@ class TarSource(ImageSource):
                     files["." + suffix.lower()] = (member.offset_data, member.size)
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"{path} is no readable, uncompressed .tar: {error}") from None
+        self._count_others(path, members)
         samples = []
         for key, files in members.items():
             images = [suffix for suffix in files if suffix in self.suffixes]
@@ -114,8 +139,25 @@ class TarSource(ImageSource):
                 samples.append((f"{path.name}/{key}{images[0]}", place, label))
         return samples
 
+    def _count_others(self, path: Path, members: dict[str, dict[str, tuple[int, int]]]) -> None:
+        """Notes about the files of a tar that are neither images nor labels."""
+        others = [
+            key + suffix
+            for key, files in members.items()
+            for suffix in files
+            if suffix not in self.suffixes and suffix not in LABELS
+        ]
+        dotted = {name for name in others if Path(name).suffix in self.suffixes}
+        if dotted:
+            self.notes.append(
+                f"{path.name}: {len(dotted)} images are left out, WebDataset's names have one dot: "
+                f"{min(dotted)}"
+            )
+        if note := suffix_note(others, dotted):
+            self.notes.append(f"{path.name}: {note}")
+
     def _label(self, tar: int, key: str, files: dict[str, tuple[int, int]]) -> int | None:
-        for suffix in (".cls", ".json"):
+        for suffix in LABELS:
             if suffix not in files:
                 continue
             text = self._read((tar, *files[suffix]))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ def load_vae(path: str, channels: int | None = None):
             f"--vae {path} is for latents of {found} channels, the model has {channels}"
         )
     return vae.float().eval().requires_grad_(False)
+
+
+def vae_is_there(path: str) -> bool:
+    """Whether the VAE of a data set may still be loaded: a folder that is there, or an id of the hub,
+    which only ``load_vae`` can find. Folders are kept as absolute paths.
+    """
+    return not Path(path).is_absolute() or Path(path).exists()
 
 
 def vae_identity(vae) -> dict:

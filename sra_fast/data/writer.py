@@ -130,6 +130,20 @@ def read_ahead(read: Callable, items: Iterable, threads: int) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
+def run_jobs(jobs: list[PackingJob]) -> Iterator[tuple[PackingJob, Finished | None]]:
+    """Run jobs that belong together, one after the other; see ``run_job``.
+
+    All folders are opened first: if one is refused, nothing has been written to the others.
+    """
+    for job in reversed(jobs):
+        try:
+            job.open_folder()
+        except OSError as error:
+            raise ValueError(f"cannot write {job.out}: {error.strerror or error}") from None
+    for job in jobs:
+        yield job, run_job(job)
+
+
 def run_job(job: PackingJob) -> Finished | None:
     """Make this process's parts.
 

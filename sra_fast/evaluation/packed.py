@@ -68,10 +68,15 @@ def reference_of(samples: str | None) -> str:
         raise ValueError("give --reference: what the samples are compared with")
     held = json.loads(file.read_text())["data"]
     facts = DataFacts.from_json(held) if held else None
-    if facts is None or facts.path is None or not facts.pixels:
+    if facts is None:
+        raise ValueError("give --reference: it is not known what the samples' model was trained on")
+    if not facts.pixels:
         raise ValueError(
-            "give --reference: the samples' model was trained on "
-            + ("latents, which are no images" if facts else "data that are not known")
+            "give --reference: the samples' model was trained on latents, which are no images"
+        )
+    if facts.path is None:
+        raise ValueError(
+            f"give --reference: the samples' model was trained on {facts.name}, which is no folder"
         )
     root = Path(facts.path)
     if not root.exists():

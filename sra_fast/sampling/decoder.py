@@ -2,11 +2,10 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.latents import DEFAULT_SCALE
-from sra_fast.data.vae import load_vae, vae_identity
+from sra_fast.data.vae import load_vae, vae_identity, vae_is_there
 
 log = logging.getLogger("sra_fast")
 
@@ -60,7 +59,7 @@ def choose_decoder(
                 f"the model was trained with {name} {value:g}, got {given[name]:g}: leave it out"
             )
     if vae is None:
-        if facts.vae_path is None or not Path(facts.vae_path).exists():
+        if facts.vae_path is None or not vae_is_there(facts.vae_path):
             was = f" (it was {facts.vae_path})" if facts.vae_path else ""
             raise ValueError(
                 f"the model makes latents of {channels} channels: give --vae, the folder of the "

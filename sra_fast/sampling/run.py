@@ -1,6 +1,7 @@
 """The body of sample.py: check, load, sample this process's parts, join them."""
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_part
 from sra_fast.utils.cuda_graph import Graphed
 from sra_fast.utils.files import make_folder, write_json
 from sra_fast.utils.registry import CONDITIONINGS
+
+log = logging.getLogger("sra_fast")
 
 
 @dataclass
@@ -142,6 +145,10 @@ def load_job(options: Options) -> SamplingJob:
         raise ValueError(
             f"sample.guidance {options.sample.guidance} needs a model with a null class"
         )
+    if options.png and (facts is None or facts.pixels) and model.in_channels not in (1, 3, 4):
+        raise ValueError(
+            f"png needs images of 1, 3 or 4 channels, the model's have {model.in_channels}"
+        )
     # balanced: the classes take turns
     turns = choose_labels(options.count, len(classes), options.sample.labels, options.seed)
     decoder = choose_decoder(
@@ -165,6 +172,9 @@ def class_numbers(
         if not isinstance(item, int) or not 0 <= item < num_classes:
             known = f", or names such as {', '.join(names[:3])}" if names else ""
             raise ValueError(f"classes must lie in [0, {num_classes}){known}, got {item!r}")
+        if names and item < len(names) and names[item].isdecimal() and int(names[item]) != item:
+            # folders 1, 2, .. are the classes 0, 1, ..
+            log.warning("class %d is the one that is named %s", item, names[item])
         numbers.append(item)
     if not numbers:
         raise ValueError("classes must name at least one class, got []")
@@ -276,6 +286,13 @@ def run(job: SamplingJob) -> dict | None:
     if rank:
         return None
 
+    origin = {
+        "checkpoint": str(Path(options.checkpoint).absolute()),
+        "data": job.facts.as_json() if job.facts else None,
+        "sample": asdict(options.sample),
+        "seed": options.seed,
+    }
+    write_json(out / ORIGIN, origin)
     # the first process joins the parts of all
     npz = out / "samples.npz"
     shown = join_parts(parts, count, job.labels.numpy(), npz, options.grid)
@@ -284,11 +301,4 @@ def run(job: SamplingJob) -> dict | None:
         captions = [job.facts.name_of(label) for label in job.labels[: len(shown)].tolist()]
     columns = min(options.columns, len(shown))
     save_grid(out / "samples.png", shown, columns, options.scale, captions=captions)
-    origin = {
-        "checkpoint": str(Path(options.checkpoint).absolute()),
-        "data": job.facts.as_json() if job.facts else None,
-        "sample": asdict(options.sample),
-        "seed": options.seed,
-    }
-    write_json(out / ORIGIN, origin)
     return {"out": str(out), "count": count, "images_per_s_per_process": round(rate, 2)}

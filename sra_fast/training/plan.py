@@ -1,5 +1,6 @@
 """A checked run: everything that can be found out before device memory is used."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.identity import identity_of
 from sra_fast.config.schema import Config
 from sra_fast.data.dataset import check_data, fill_in_model, open_data
-from sra_fast.data.facts import DataFacts
+from sra_fast.data.facts import DataFacts, differences
 from sra_fast.data.training_data import TrainingData
+from sra_fast.data.vae import vae_is_there
 from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.training.initial import read_initial
 from sra_fast.training.loggers import check_loggers
@@ -116,9 +118,23 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     if resume:
         # raises for a checkpoint of another run
         reading.read_state(resume, identity_of(cfg, plan.world, plan.stage))
+        _check_same_data(resume, data.facts())
     # a job that is restarted with the same command resumes, whatever it was started from
     initial = read_initial(cfg) if cfg.train.init_from and not resume else {}
     return RunPlan(plan, data, resume, initial)
+
+
+def _check_same_data(resume: Path, facts: DataFacts) -> None:
+    """A run goes on with its own data: their classes and scale are what the model has learned."""
+    file = reading.run_folder(resume) / reading.FACTS
+    if not file.exists():
+        return
+    different = differences(facts, DataFacts.from_json(json.loads(file.read_text())))
+    require_that(
+        not different,
+        f"cannot resume {resume} on other data: {'; '.join(different)}; to go on from its weights: "
+        "train.init_from",
+    )
 
 
 def _choose_vae(cfg: Config, facts: DataFacts) -> None:
@@ -126,7 +142,7 @@ def _choose_vae(cfg: Config, facts: DataFacts) -> None:
     monitor = cfg.monitor
     if monitor.every and not facts.pixels and monitor.vae is None:
         require_that(
-            facts.vae_path is not None and Path(facts.vae_path).exists(),
+            facts.vae_path is not None and vae_is_there(facts.vae_path),
             "monitor.every needs monitor.vae, the VAE that decodes the latents",
         )
         monitor.vae = facts.vae_path

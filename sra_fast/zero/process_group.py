@@ -77,9 +77,10 @@ def quiet_deepspeed() -> None:
     level = deepspeed_log_level()
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(level)
-    # its handlers have a level of their own
+    # its handler has a level of its own; handlers of others, a test's for example, are left alone
     for handler in logger.handlers:
-        handler.setLevel(level)
+        if type(handler) is logging.StreamHandler:
+            handler.setLevel(level)
     # DeepSpeed and this engine use names that torch 2.13 has renamed and torch 2.11 has not
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning

@@ -42,6 +42,22 @@ def test_images_labels_and_names(tmp_path):
     assert torch.equal(data.read([7, 2]).images, folder.read([7, 2]).images)
 
 
+def test_a_saved_format_makes_no_difference(tmp_path):
+    plain, _ = open_saved(tmp_path, make(tmp_path, ["x", "y", "z"]))
+    saved = make(tmp_path, ["x", "y", "z"]).with_format("torch")
+    data, _ = open_saved(tmp_path, saved, "torch")
+    assert torch.equal(data.labels, plain.labels)
+    assert torch.equal(data.read([5]).images, plain.read([5]).images)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    data, _ = open_saved(tmp_path, make(tmp_path, label="fine_label"))
+    assert data.notes == [
+        "columns picture are read, not fine_label",
+        "no labels: all images are of one class",
+    ]
+
+
 def test_splits(tmp_path):
     whole = make(tmp_path)
     parts = {"train": whole.select(range(8)), "test": whole.select([1, 5])}

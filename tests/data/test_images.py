@@ -144,9 +144,6 @@ def broken(tmp_path, name: str) -> dict:
         return {"path": root, "num_classes": 4}
     if name == "twice":
         listed["labels"].append(["b/1.png", 2])
-    if name == "one folder":
-        shutil.move(root, tmp_path / "above/ILSVRC")
-        return {"path": tmp_path / "above"}
     if name == "loop":
         (root / "b/again").symlink_to("../../i")
     if name == "range":
@@ -180,10 +177,6 @@ def broken(tmp_path, name: str) -> dict:
         ("absent", "lists 1 files that are not there: c/9.png"),
         ("no list", "dataset.json must hold"),
         ("twice", "dataset.json must hold .*a file is listed twice"),
-        (
-            "one folder",
-            "holds one folder, ILSVRC, with folders in it: the classes must be one level higher",
-        ),
         ("loop", "i/b/again is a link to a folder above it, .*/i$"),
     ],
 )
@@ -426,18 +419,84 @@ def test_labels_of_a_list_begin_at_zero(tmp_path):
     assert ImageFolder(tmp_path, Crop(32), num_classes=4).labels.tolist() == [1, 2, 3]
 
 
-def test_train_and_val_folders(tmp_path):
-    write_images(tmp_path / "train", per_class=3)
-    write_images(tmp_path / "val", per_class=1)
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "Validation"), ("train", "test")])
+def test_train_and_val_folders(tmp_path, names):
+    for name in names:
+        write_images(tmp_path / name, per_class=3 if name == names[0] else 1)
     # a class that val lacks
-    shutil.rmtree(tmp_path / "val/a")
+    shutil.rmtree(tmp_path / names[1] / "a")
     train, held_out = open_folder(tmp_path, Crop(32), None, True, "stop")
     assert train.class_names == held_out.class_names == ["a", "b", "c"]
     assert len(train) == 18 and held_out.labels.tolist() == [1, 2]
-    assert train.notes == ["val/ is held out"]
-    (tmp_path / "val/b").rename(tmp_path / "val/d")
-    with pytest.raises(ValueError, match="val has a class that training images lack: d"):
+    assert train.notes == [f"{names[1]}/ is held out"]
+    (tmp_path / names[1] / "b").rename(tmp_path / names[1] / "d")
+    with pytest.raises(ValueError, match=f"{names[1]} has a class that training images lack: d"):
         open_folder(tmp_path, Crop(32), None, False, "stop")
+
+
+def test_held_out_images_without_classes_are_refused(tmp_path):
+    """ImageNet's own validation folder is flat: every label would be 0."""
+    write_images(tmp_path / "train", per_class=2)
+    write_images(tmp_path / "i", per_class=1)
+    shutil.move(tmp_path / "i/a", tmp_path / "val")
+    shutil.rmtree(tmp_path / "i")
+    with pytest.raises(ValueError, match="val has no class folders, the training images have 3"):
+        open_folder(tmp_path, Crop(32), None, False, "stop")
+
+
+def test_other_folders_beside_train_and_val_are_no_classes(tmp_path):
+    for name in ("train", "val", "extra"):
+        write_images(tmp_path / name, per_class=1)
+    train, held_out = open_folder(tmp_path, Crop(32), None, False, "stop")
+    assert len(train) == len(held_out) == 3
+    assert train.notes == ["val/ is held out, extra/ is not read"]
+    # without held-out images `train` is a class like others
+    shutil.rmtree(tmp_path / "val")
+    assert open_folder(tmp_path, Crop(32), None, False, "stop")[0].class_names == ["extra", "train"]
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("split", [False, True], ids=["classes", "train and val"])
+def test_everything_one_folder_down_is_the_same(tmp_path, zipped, split):
+    root = tmp_path / "up/mine/again"
+    for name in ("train", "val") if split else ("",):
+        write_images(root / name, per_class=2)
+    path = tmp_path / "up"
+    if zipped:
+        path = shutil.make_archive(tmp_path / "z", "zip", path)
+    train, held_out = open_folder(path, Crop(32), None, False, "stop")
+    assert train.class_names == ["a", "b", "c"]
+    assert train.notes[0] == "only mine/again/ holds images"
+    assert (held_out is not None) == split
+    expected = ImageFolder(root / ("train" if split else ""), Crop(32))
+    assert torch.equal(train.read([3, 0]).images, expected.read([3, 0]).images)
+    # the user says that it is one class
+    if not split:
+        assert open_folder(path, Crop(32), 1, False, "stop")[0].class_names == ["mine"]
+
+
+def test_folders_that_are_numbers_are_in_their_order(tmp_path):
+    write_images(tmp_path, per_class=1)
+    for old, new in {"a": "2", "b": "10", "c": "1"}.items():
+        (tmp_path / old).rename(tmp_path / new)
+    assert ImageFolder(tmp_path, Crop(32)).class_names == ["1", "2", "10"]
+
+
+@pytest.mark.parametrize("names", [{"0": "x"}, "abc", [1, 2, 3], ["x", "x", "y"], []])
+def test_names_of_a_list_must_be_names(tmp_path, names):
+    files = write_images(tmp_path, per_class=1)
+    labels = [[name, "abc".index(name[0])] for name in files]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels, "classes": names}))
+    with pytest.raises(ValueError, match='"classes" must be a list of different names'):
+        ImageFolder(tmp_path, Crop(32))
+
+
+def test_a_named_class_may_have_no_image(tmp_path):
+    files = write_images(tmp_path, per_class=1)
+    labels = [[name, "abc".index(name[0])] for name in files]
+    listed = {"labels": labels, "classes": ["x", "y", "z", "none"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(listed))
+    assert ImageFolder(tmp_path, Crop(32)).num_classes == 4
 
 
 def test_a_share_of_every_class_is_held_out(tmp_path):

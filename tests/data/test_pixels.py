@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from launch import call, error_of
-from toy_data import photographs, tree, write_images
+from toy_data import photographs, tree, write_images, write_latents
 
 from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import DataConfig
@@ -111,6 +111,34 @@ def test_held_out_images_of_another_command_are_not_kept(images):
     assert "held_out was made by another command: delete it" in error_of(done)
 
 
+def test_a_holdout_asked_for_later_leaves_nothing(images):
+    """A held-out set that is a part of the training set would pass for a held-out one."""
+    pack(images)
+    done = call(
+        *("preprocess", "--source", images / "images", "--out", images / "packed"),
+        *("--pixels", "true", "--resolution", 16, "--holdout", 0.25),
+    )
+    assert "was begun with holdout 0.0, this run has 0.25: choose another out" in error_of(done)
+    assert len(PackedPixels(images / "packed").held_out_split()[0][1]) < 12
+
+
+def test_unfinished_and_absent_data_are_told_apart(images):
+    pack(images, "--holdout", 0.25)
+    given = DataConfig(name="pixels", path=str(images / "packed"))
+    (images / "packed/index.json").rename(images / "kept")
+    for name in ("auto", "pixels", "latents"):
+        given.name = name
+        with pytest.raises(ValueError, match="packed is not finished: run the same command"):
+            open_data(given)
+    # killed while it wrote the held-out images
+    (images / "kept").rename(images / "packed/index.json")
+    (images / "packed/held_out/index.json").unlink()
+    with pytest.raises(ValueError, match="packed is not finished"):
+        open_data(DataConfig(path=str(images / "packed")))
+    with pytest.raises(ValueError, match="no packed data set at .*nowhere"):
+        open_data(DataConfig(name="pixels", path=str(images / "nowhere")))
+
+
 def test_bad_images_are_skipped_listed_or_stop_the_command(images):
     bad = images / "images/b/2.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
@@ -149,6 +177,42 @@ def test_an_array_is_read_as_it_is(tmp_path):
     other = PixelArray(tmp_path / "x.npz").fingerprint
     write_array(tmp_path / "x.npz", (9, 8, 8, 5), seed=1)
     assert PixelArray(tmp_path / "x.npz").fingerprint != other
+
+
+def test_options_for_files_are_refused_for_arrays_and_moments(tmp_path):
+    write_array(tmp_path / "x.npz", (9, 8, 8, 3))
+    write_latents(tmp_path / "moments")
+    for source, option, value in (
+        (tmp_path / "x.npz", "channels", 1),
+        (tmp_path / "x.npz", "bad", "skip"),
+        (tmp_path / "moments", "resolution", 64),
+        (tmp_path / "moments", "background", "red"),
+    ):
+        args = ["--pixels", "true"] if source.suffix == ".npz" else []
+        done = call(
+            *("preprocess", "--source", source, "--out", tmp_path / "out", *args),
+            *(f"--{option}", value),
+        )
+        assert f"--{option} is for image" in error_of(done)
+    # one channel is no image for a VAE
+    write_array(tmp_path / "x.npz", (9, 8, 8, 1))
+    done = call(
+        "preprocess", "--source", tmp_path / "x.npz", "--out", tmp_path / "out", "--vae", "x"
+    )
+    assert "a VAE takes images of 3 channels, got 1" in error_of(done)
+
+
+def test_images_that_are_no_squares_are_refused(tmp_path):
+    write_array(tmp_path / "x.npz", (9, 8, 12, 3))
+    cfg = parse_train(["--model", "SiT-S/2", "--data", str(tmp_path / "x.npz")])[0]
+    with pytest.raises(ValueError, match="images must be square, the data's are 8 x 12"):
+        make_run_plan(cfg)
+
+
+def test_the_digits_have_no_options():
+    for change in ({"flip": True}, {"path": "x"}, {"latent_scale": 2.0}):
+        with pytest.raises(ValueError, match=f"data.{[*change][0]} is not for the digits"):
+            open_data(DataConfig(name="digits", **change))
 
 
 def test_an_array_is_a_source(tmp_path):
@@ -248,6 +312,7 @@ def test_training_on_pixels_with_flips_samples_without_a_vae(images):
         ("images", "holds images; prepare them first: sra-fast preprocess --source .*images"),
         ("zip", "holds images; prepare them first"),
         ("nothing", "must name the training data .*--data PATH.*got nothing"),
+        ("tars", "holds images; prepare them first"),
         ("nowhere", "must hold a folder vae-sd .* or index.json"),
     ],
 )
@@ -255,6 +320,10 @@ def test_what_is_no_training_data_is_told_how_to_become_it(images, name, message
     path = {"images": images / "images", "zip": images / "z.zip", "nowhere": images / "nowhere"}
     if name == "zip":
         shutil.make_archive(images / "z", "zip", images / "images")
+    if name == "tars":
+        path["tars"] = images / "tars"
+        path["tars"].mkdir()
+        shutil.make_archive(images / "tars/0", "tar", images / "images")
     given = None if name == "nothing" else str(path[name])
     with pytest.raises(ValueError, match=message):
         open_data(DataConfig(path=given))
@@ -281,7 +350,8 @@ def test_kinds_are_not_mixed_up(images):
         ("--pixels true --channels 2", r"channels must be one of \[1, 3, 4\], got 2"),
         ("--pixels true --holdout 1", r"holdout must lie in \[0, 1\), got 1"),
         ("--pixels true --background blurple", "background must be a colour, .* got blurple"),
-        ("--vae x --channels 1", "a VAE takes images of 3 channels, got channels 1"),
+        ("--pixels true --num_classes 5", "num_classes 5 was asked for"),
+        ("--vae x --channels 1", "a VAE takes images of 3 channels, got 1"),
     ],
 )
 def test_options_that_do_not_fit_are_one_error(images, args, message):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import pytest
@@ -10,7 +11,7 @@ from toy_data import write_images
 
 from sra_fast.data.folders import ImageFolder
 from sra_fast.data.images import Crop
-from sra_fast.data.tars import TarSource, expand
+from sra_fast.data.tars import TarSource, expand, holds_tars
 
 
 def write_tars(root, label="cls", tars=2, mode="w", **changed):
@@ -55,9 +56,37 @@ def test_the_same_images_as_the_folder(tmp_path, label, pattern):
 
 
 def test_without_labels_all_are_of_one_class(tmp_path):
-    write_tars(tmp_path, "none")
+    write_tars(tmp_path, "none", tars=1)
     data = TarSource(str(tmp_path / "tars"), Crop(32))
     assert data.num_classes == 1 and data.notes[0].startswith("no labels")
+
+
+def test_a_tar_for_every_class_is_not_one_class(tmp_path):
+    write_tars(tmp_path, "none")
+    with pytest.raises(ValueError, match="no labels .*: if a tar is a class, unpack each"):
+        TarSource(str(tmp_path / "tars"), Crop(32))
+    assert TarSource(str(tmp_path / "tars"), Crop(32), num_classes=1).num_classes == 1
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    images = write_tars(tmp_path, tars=1)
+    with tarfile.open(tmp_path / "tars/x-000.tar", "a") as archive:
+        for name in ("img.v2.0.png", "9.heic", "9.txt"):
+            archive.add(images / "a/1.png", name)
+    data = TarSource(str(tmp_path / "tars"), Crop(32))
+    assert len(data) == 12
+    assert data.notes == [
+        "x-000.tar: 1 images are left out, WebDataset's names have one dot: img.v2.0.png",
+        "x-000.tar: 2 files are no images that Pillow opens: .heic (1), .txt (1)",
+    ]
+
+
+def test_a_tar_among_images_hides_none_of_them(tmp_path):
+    write_images(tmp_path, per_class=1)
+    assert not holds_tars(tmp_path)
+    shutil.make_archive(tmp_path / "backup", "tar", tmp_path / "a")
+    with pytest.raises(ValueError, match="holds images and 1 tars, the first is backup.tar"):
+        holds_tars(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def test_samples_are_compared_with_the_held_out_images_of_their_data(packed, tmp
 @pytest.mark.parametrize(
     "change, message",
     [
-        (None, "give --reference: the samples' model was trained on data that are not known"),
+        (None, "give --reference: it is not known what the samples' model was trained on"),
+        ({"path": None, "name": "digits"}, "was trained on digits, which is no folder"),
         ({"pixels": False}, "trained on latents, which are no images"),
         ({"path": "/nowhere/data"}, "trained on /nowhere/data, which is gone"),
     ],

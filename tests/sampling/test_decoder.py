@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from launch import call, error_of
 from tiny_config import TINY
 from toy_data import write_latents, write_vae
 
+from sra_fast.analysis.features import data_of, split
 from sra_fast.checkpoint.load_model import load_model
+from sra_fast.config.schema import DataConfig
+from sra_fast.data.dataset import open_data
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.vae import decode, load_vae, vae_identity
 from sra_fast.sampling.decoder import choose_decoder
@@ -154,6 +158,53 @@ def test_classes_by_number_and_by_name():
     for asked in (["oak"], [2], [-1], []):
         with pytest.raises(ValueError, match="classes must"):
             class_numbers(asked, 2, names)
+
+
+def test_other_data_than_the_runs_are_told(trained, tmp_path, caplog):
+    loaded = load_model(str(trained / "runs/000"))
+    data = data_of(DataConfig(), loaded.facts)
+    split(data, loaded.model, loaded.facts)
+    assert "not the data that the model was trained on" not in caplog.text
+    shutil.copytree(trained / "latents", tmp_path / "latents")
+    other = DataConfig(path=str(tmp_path / "latents"))
+    split(data_of(other, loaded.facts), loaded.model, loaded.facts)
+    assert "not the data that" not in caplog.text, "another place makes no difference"
+    listed = tmp_path / "latents/vae-sd/dataset.json"
+    listed.write_text(listed.read_text().replace("birch", "beech"))
+    split(data_of(other, loaded.facts), loaded.model, loaded.facts)
+    assert "not the data that the model was trained on: class_names" in caplog.text
+    gone = replace(loaded.facts, path=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="trained on .*gone, which is gone: give --data PATH"):
+        data_of(DataConfig(), gone)
+
+
+def test_a_run_is_resumed_with_its_own_data(trained, tmp_path):
+    shutil.copytree(trained / "runs/000", tmp_path / "000")
+    shutil.copytree(trained / "latents", tmp_path / "latents")
+    listed = tmp_path / "latents/vae-sd/dataset.json"
+    listed.write_text(listed.read_text().replace("birch", "beech"))
+    before = (tmp_path / "000/data.json").read_text()
+    args = ["--config", tmp_path / "000/config.yaml", "--train.resume", tmp_path / "000"]
+    done = call("train", *args, "--train.steps", 3, "--data", tmp_path / "latents")
+    assert "on other data: class_names" in error_of(done)
+    assert (tmp_path / "000/data.json").read_text() == before
+    # moved data are the same data
+    listed.write_text(listed.read_text().replace("beech", "birch"))
+    done = call("train", *args, "--train.steps", 3, "--data", tmp_path / "latents")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_names_may_be_fewer_than_classes():
+    facts = DataFacts("pixels", (3, 8, 8), 3, class_names=["ash"])
+    assert [facts.name_of(label) for label in range(3)] == ["ash", "1", "2"]
+
+
+def test_latents_that_are_all_equal_are_refused(tmp_path):
+    folder = write_latents(tmp_path)
+    for file in folder.rglob("*.npy"):
+        np.save(file, np.zeros((8, 4, 4), np.float32))
+    with pytest.raises(ValueError, match="all latents of .* are equal"):
+        open_data(DataConfig(path=str(tmp_path)))
 
 
 def test_a_run_of_an_older_version_has_its_scale_in_its_configuration(trained, tmp_path):
