@@ -27,6 +27,7 @@ from launch import (
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from toy_data import write_vae
 
 from sra_fast.checkpoint.load_model import load_model
 
@@ -361,7 +362,8 @@ def test_dit_on_latents_from_disk(tmp_path):
     assert "blocks.4.adaLN_modulation.1.bias should be [192], it is absent" in error_of(done)
 
     settings = "--count 3 --num_heads 2 --sample.method ddim --sample.steps 3".split()
+    settings += ["--vae", write_vae(tmp_path / "vae", latent_channels=1)]
     for checkpoint in (run / "published.pt", run):
         done = call("sample", "--checkpoint", checkpoint, "--out", tmp_path / "s", *settings)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert images_of(tmp_path / "s").shape == (3, 8, 8, 1)
+        assert images_of(tmp_path / "s").shape == (3, 64, 64, 3)
