@@ -157,7 +157,7 @@ class DataConfig:
     """mirror half of the images, drawn anew in every step (pixels only; the option `mirror` of
     preprocess.py adds mirrored images to latents)"""
     num_workers: int = 4
-    """loader processes"""
+    """loader processes, at most one per CPU"""
 
 
 @dataclass

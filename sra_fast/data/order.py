@@ -1,5 +1,6 @@
 """The order of the images during training, and the loader that follows it."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -82,9 +83,10 @@ def _as_is(batch):
 def make_loader(
     data: TrainingData, batches: ShuffledBatches, num_workers: int, cuda: bool
 ) -> DataLoader:
-    """Batches in the order of ``batches``, read ahead by ``num_workers`` processes, pinned for
-    CUDA.
+    """Batches in the order of ``batches``, read ahead by ``num_workers`` processes (at most one per
+    CPU), pinned for CUDA.
     """
+    num_workers = min(num_workers, len(os.sched_getaffinity(0)))
     return DataLoader(
         data,
         batch_sampler=batches,
