@@ -11,6 +11,8 @@ from sra_fast.data.digits import Digits
 from sra_fast.data.latents import Latents
 from sra_fast.data.order import ShuffledBatches, make_loader
 
+pytestmark = pytest.mark.usefixtures("rooms")
+
 
 def config(path="", **model):
     model = {"name": "SiT-S/2", "input_size": 4, "num_classes": 3, **model}

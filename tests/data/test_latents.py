@@ -18,6 +18,8 @@ from sra_fast.data.latents import Latents, PackedLatents, open_latents
 from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.data.writer import PackingJob, run_job
 
+pytestmark = pytest.mark.usefixtures("rooms")
+
 
 def pack(root, dtype="float16", shard_size=7, count=23, vae=None) -> tuple[Latents, PackedLatents]:
     """The same moments in both layouts; by default in shards of 7, 7, 7 and 2 images."""
