@@ -97,7 +97,7 @@ def _in_model_folder(folder: Path) -> Path:
     if len(files) != 1:
         run = _likely_run(folder)
         found = f"{len(files)} indices of shards" if files else "none of them"
-        found = f"{found}; {run} is a run folder" if run is not None else found
+        found = f"{found}; give the run folder {run}" if run is not None else found
         raise ValueError(
             f"{folder} holds neither an export nor a checkpoint: expected {reading.EXPORT}, "
             f"checkpoints/, {MODEL_FILE} or one *{INDEX}, found {found}"
@@ -106,13 +106,16 @@ def _in_model_folder(folder: Path) -> Path:
 
 
 def _likely_run(folder: Path) -> Path | None:
-    """The run folder that is meant where ``folder`` holds runs, the newest, or a run's
-    checkpoints.
+    """The run folder that is meant where ``folder`` holds runs, the newest with weights, or lies in
+    a run.
     """
     numbered = [path for path in folder.iterdir() if path.name.isdigit()]
     runs = sorted(numbered, key=lambda path: int(path.name), reverse=True)
-    candidates = [*runs, folder.parent]
-    return next((path for path in candidates if (path / reading.CONFIG).exists()), None)
+    for path in (*runs, folder.absolute().parent):
+        has_weights = (path / reading.EXPORT).exists() or reading.latest(path / "checkpoints")
+        if has_weights and (path / reading.CONFIG).exists():
+            return path
+    return None
 
 
 def transformer_folder(folder: Path) -> Path | None:

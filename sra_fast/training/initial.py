@@ -75,8 +75,12 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
     remark = _continued(source, initial, parameters, bool(fresh))
     initial["origin"] = _described(source, shapes, fresh, initial)
     _warn_of_the_rest(source, shapes, fresh, remark)
-    # a published checkpoint with its optimizer continues at its step count
-    steps = initial.get("steps", 0)
+    _check_steps(source, cfg, initial.get("steps", 0))
+    return initial
+
+
+def _check_steps(source: str, cfg: Config, steps) -> None:
+    """A published checkpoint with its optimizer continues at its step count."""
     require_that(
         isinstance(steps, int),
         f"expected a number of steps in train.init_from {source}, got {steps!r}",
@@ -85,7 +89,6 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
         steps < cfg.train.steps,
         f"train.steps must exceed the {steps} of train.init_from, got {cfg.train.steps}",
     )
-    return initial
 
 
 def _check_heads(source: str, model: SiT, theirs: SiT | None, args) -> None:

@@ -352,12 +352,14 @@ def test_what_a_folder_or_file_is_not(tmp_path):
 
 def test_the_run_that_is_meant_is_named(tmp_path):
     """The folder around the runs, and the one inside of a run."""
-    (tmp_path / "000").mkdir()
     for number in ("002", "010"):
         run_folder(tmp_path / number, network())
+    # stopped before its first checkpoint
+    (tmp_path / "011").mkdir()
+    (tmp_path / "011/config.yaml").write_text("")
     newest = tmp_path / "010"
     for folder in (tmp_path, newest / "checkpoints"):
-        with pytest.raises(ValueError, match=f"found none of them; {newest} is a run folder"):
+        with pytest.raises(ValueError, match=f"found none of them; give the run folder {newest}"):
             load_model(str(folder))
 
 
