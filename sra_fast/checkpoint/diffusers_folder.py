@@ -5,7 +5,6 @@ exports.
 """
 
 import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from sra_fast.checkpoint.diffusers_weights import (
 from sra_fast.checkpoint.export import state_of, write_export
 from sra_fast.checkpoint.load_model import CLASS_TABLE, LoadedModel, fill
 from sra_fast.checkpoint.sources import read_tensors, transformer_folder
-from sra_fast.checkpoint.values import checked
+from sra_fast.checkpoint.values import checked, warn, warn_of_foreign_heads
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.vae import load_vae
@@ -36,8 +35,6 @@ from sra_fast.models import DiT
 from sra_fast.models.registry import PATCHES
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import make_folder, require, write_json
-
-log = logging.getLogger("sra_fast")
 
 # what a DiT of diffusers computes exactly as ours; other values are refused
 SETTINGS = {
@@ -91,12 +88,14 @@ def write_pipeline(
     Args:
         loaded: a DiT.
         out: the folder; made if it is not there.
-        vae: folder of the AutoencoderKL that decodes the latents. Without it the pipeline has to be
-            given one: ``from_pretrained(folder, vae=...)``.
+        vae: folder of the AutoencoderKL that decodes the latents; default: the one that made the
+            training data. Weights of which no data are known may do without: the pipeline then has
+            to be given one, ``from_pretrained(folder, vae=...)``.
         fold: ``fold_time`` for diffusers' features. The weights are then not the same numbers.
 
     Raises:
-        ValueError: the model is none of diffusers', the VAE does not fit, or diffusers is missing.
+        ValueError: the model is none of diffusers', it makes pixels or shifted latents, the VAE is
+            not known or does not fit, or diffusers is missing.
         OSError: a file cannot be written.
     """
     model = loaded.model
@@ -104,6 +103,7 @@ def write_pipeline(
     require("diffusers", "diffusers", "vae")
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+    vae = _vae_of(loaded, vae)
     require_that(
         vae is not None or not (out / "vae").exists(),
         f"{out} has a VAE of before: expected --vae, or another folder",
@@ -169,22 +169,40 @@ def _write_index(loaded: LoadedModel, out: Path, pipeline: str, has_vae: bool) -
     write_json(out / "model_index.json", index)
 
 
-def _fitting_vae(path: str, loaded: LoadedModel):
-    """The VAE, with the scale that the model's latents have."""
+def _vae_of(loaded: LoadedModel, given: str | None) -> str | None:
+    """Folder of the pipeline's VAE. It carries the scale of the latents, which is lost without it.
+
+    Raises:
+        ValueError: the model's data are nothing that a pipeline decodes, or the VAE is missing.
+    """
     facts = loaded.facts
-    require_that(
-        facts is None or not facts.pixels,
-        f"the model makes images, and --vae {path} decodes latents",
-    )
-    decoder = load_vae(path, loaded.model.in_channels)
     if facts is None:
-        return decoder
+        return given
+    require_that(
+        not facts.pixels,
+        "the model makes images, DiTPipeline decodes latents: expected another --format",
+    )
     require_that(
         facts.shift == 0,
-        f"DiTPipeline does not shift latents, the model's have a shift of {facts.shift}",
+        f"DiTPipeline does not shift latents, the model's have a shift of {facts.shift:g}",
     )
-    # the pipeline divides by it
-    decoder.register_to_config(scaling_factor=facts.scale)
+    if given is not None:
+        return given
+    known = facts.vae_path
+    require_that(
+        known is not None and Path(known).exists(),
+        f"the VAE carries the scale of the latents, {facts.scale:g}, which DiTPipeline divides by: "
+        "expected --vae, the VAE that made the data",
+    )
+    return known
+
+
+def _fitting_vae(path: str, loaded: LoadedModel):
+    """The VAE, with the scale that the model's latents have."""
+    decoder = load_vae(path, loaded.model.in_channels)
+    if loaded.facts is not None:
+        # the pipeline divides by it
+        decoder.register_to_config(scaling_factor=loaded.facts.scale)
     return decoder
 
 
@@ -206,7 +224,9 @@ def import_pipeline(source: str, out: str, seed: int = 0, fold: bool = False) ->
     assert folder is not None
     config = json.loads((folder / "config.json").read_text())
     _check_config(config, folder)
-    state = checked(_read_transformer(folder), str(folder))
+    state = _read_transformer(folder)
+    warn_of_foreign_heads([state], str(folder))
+    state = checked(state, str(folder))
     state = from_diffusers(state, config["num_layers"])
     state[CLASS_TABLE] = without_null_rows(state[CLASS_TABLE])
     if fold:
@@ -236,7 +256,7 @@ def _check_config(config: dict, folder: Path) -> None:
     eps = config.get("norm_eps", 1e-5)
     require_that(0 < eps <= 1e-5, f"expected norm_eps of at most 1e-5 in {folder}, got {eps}")
     if eps != NORM_EPS:
-        log.warning("%s has norm_eps %g, a DiT here has %g", folder, eps, NORM_EPS)
+        warn("%s has norm_eps %g, a DiT here has %g", folder, eps, NORM_EPS)
 
 
 def _read_transformer(folder: Path) -> dict[str, Tensor]:
@@ -280,7 +300,7 @@ def _facts(pipeline: Path, cfg: ModelConfig) -> DataFacts | None:
     try:
         scale = json.loads((pipeline / "vae/config.json").read_text())["scaling_factor"]
         labels = json.loads((pipeline / "model_index.json").read_text()).get("id2label", {})
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     assert (
         cfg.input_size is not None and cfg.in_channels is not None and cfg.num_classes is not None

@@ -7,7 +7,7 @@ import torch
 
 from sra_fast.checkpoint import diffusers_folder, huggingface
 from sra_fast.checkpoint.export import write_loaded
-from sra_fast.checkpoint.load_model import LoadedModel, load_model
+from sra_fast.checkpoint.load_model import LoadedModel, load_model, model_of
 from sra_fast.checkpoint.names import in_short
 from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
 from sra_fast.checkpoint.reading import CONFIG
@@ -110,7 +110,7 @@ def export(options: Options) -> Path:
         _check_folder(Path(options.out), CONTENTS[chosen])
     try:
         if chosen == "published":
-            write_published(source, Path(options.out))
+            write_published(source, Path(options.out), options.num_heads)
         else:
             _write(load_model(str(source), num_heads=options.num_heads), chosen, options)
     except OSError as error:
@@ -131,8 +131,13 @@ def _write(loaded: LoadedModel, chosen: str, options: Options) -> None:
         diffusers_folder.write_pipeline(loaded, out, options.vae, options.fold_time)
 
 
-def write_published(source: Path, out: Path) -> None:
+def write_published(source: Path, out: Path, num_heads: int | None = None) -> None:
     """Write a checkpoint of the published code: student, EMA and the optimizer state.
+
+    Args:
+        source: from ``find_weights``.
+        out: the ``.pt`` to write.
+        num_heads: see ``load_model``.
 
     Raises:
         ValueError: the source lacks one of them. A run's optimizer state is in DeepSpeed's files,
@@ -153,7 +158,7 @@ def write_published(source: Path, out: Path) -> None:
         f"{' and no '.join(absent)}: expected --out FILE.safetensors or a folder",
     )
     # raises for weights that do not fit together
-    loaded = load_model(str(source))
+    loaded = model_of(held, source, num_heads=num_heads)
     shapes = {name: p.shape for name, p in loaded.model.named_parameters()}
     states = match_optimizer(held["opt"], shapes)
     require_that(

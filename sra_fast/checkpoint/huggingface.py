@@ -7,7 +7,7 @@ import yaml
 
 import sra_fast
 from sra_fast.checkpoint.export import config_of, write_loaded
-from sra_fast.checkpoint.load_model import LoadedModel
+from sra_fast.checkpoint.load_model import LoadedModel, has_run
 from sra_fast.checkpoint.sources import LIBRARY, MODEL_FILE, run_of
 from sra_fast.models import arguments_of
 from sra_fast.utils.checks import require_that
@@ -15,7 +15,9 @@ from sra_fast.utils.files import make_folder, require, write_atomic, write_json
 
 CARD = "README.md"
 # of a run's summary: no scores
-NOT_SCORES = ("images_per_s",)
+NOT_SCORES = ("images_per_s", "step")
+# how the card calls weights: LoadedModel.weights -> text
+WEIGHTS = {"ema": "the EMA of the weights", "model": "the student's weights", None: "the weights"}
 # sections of the configuration that say how the weights were made
 TRAINED_WITH = ("align", "diffusion", "optim")
 
@@ -57,11 +59,14 @@ def card(loaded: LoadedModel, name: str) -> str:
     }
     count = sum(p.numel() for n, p in model.named_parameters() if n not in loaded.fresh)
     made = f" after {loaded.step} optimizer steps" if loaded.step is not None else ""
+    # weights of any origin can be written in this form
+    is_run = has_run(loaded.config)
+    origin = "trained with [sra-fast]" if is_run else "as [sra-fast] reads it"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"A {model.family} of {count:,} parameters, trained with [sra-fast]: the EMA of the "
-        f"weights{made}, in fp32.\n",
+        f"A {model.family} of {count:,} parameters, {origin}: {WEIGHTS[loaded.weights]}{made}, "
+        "in fp32.\n",
         "## Sample\n",
         _how_to_sample(loaded, name),
         "## Network\n",
@@ -69,7 +74,7 @@ def card(loaded: LoadedModel, name: str) -> str:
     ]
     if loaded.facts is not None:
         parts += ["## Data\n", _table(_facts_shown(loaded))]
-    if loaded.config is not None and "optim" in loaded.config:
+    if is_run:
         sections = {key: loaded.config[key] for key in TRAINED_WITH if key in loaded.config}
         settings = yaml.safe_dump(_plain(sections), sort_keys=False)
         parts += ["## Training\n", f"```yaml\n{settings}```\n"]
@@ -104,7 +109,9 @@ def _facts_shown(loaded: LoadedModel) -> dict:
 
 
 def _scores(loaded: LoadedModel) -> dict:
-    """Numbers of the run folder's ``summary.json`` and ``scores.json``."""
+    """Numbers of the run folder's ``summary.json`` and ``scores.json``, as far as those say that
+    they are of these weights: ``step`` and ``weights``.
+    """
     run = run_of(loaded.source) if loaded.source is not None else None
     if run is None:
         return {}
@@ -113,6 +120,9 @@ def _scores(loaded: LoadedModel) -> dict:
         try:
             held = json.loads((run / file).read_text())
         except (OSError, ValueError):
+            continue
+        made_of = (held.get("step"), held.get("weights"))
+        if None in made_of or made_of != (loaded.step, loaded.weights):
             continue
         verdicts = held.get("comparable", {})
         for key, value in held.items():

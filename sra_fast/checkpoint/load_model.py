@@ -1,6 +1,5 @@
 """A model for sampling and analysis from anything that holds weights."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +8,12 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint.sources import find_weights, read_weights
-from sra_fast.checkpoint.values import refuse_reversed_time
+from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import SiT
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
-
-log = logging.getLogger("sra_fast")
 
 HEAD = "ap_head."
 CLASS_TABLE = "y_embedder.embedding_table.weight"
@@ -35,6 +32,8 @@ class LoadedModel:
         source: the file or checkpoint folder that was read.
         fresh: names of the parameters that the weights lack: a projection head, which only training
             reads. They are zero.
+        weights: which weights these are, ``"ema"`` or ``"model"`` (the student); None: the file
+            does not say.
     """
 
     model: SiT
@@ -44,6 +43,7 @@ class LoadedModel:
     step: int | None = None
     source: Path | None = None
     fresh: tuple[str, ...] = ()
+    weights: str | None = None
 
 
 def load_model(
@@ -92,20 +92,20 @@ def model_of(
     Raises:
         ValueError: see ``load_model``.
     """
-    state = _chosen(held, weights, source)
+    state, role = _chosen(held, weights, source)
     config = held.get("config")
     args = held.get("args")
     num_classes = getattr(args, "num_classes", None)
     if config is None:
         refuse_reversed_time(state, args, str(source))
     if not any(name.startswith("y_embedder.") for name in state):
-        log.warning("%s has no class embedding: its model is unconditional, one class", source)
+        warn("%s has no class embedding: its model is unconditional, one class", source)
         # one class whose embedding adds nothing
         num_classes = 1
         width = state["x_embedder.proj.weight"].shape[0]
         state = {**state, CLASS_TABLE: torch.zeros(1, width)}
     sizes = (num_heads, num_classes, input_size)
-    model = from_config(config) if config else _from_shapes(state, args, *sizes)
+    model = from_config(config, source) if config else _from_shapes(state, args, *sizes)
     known = models.arguments_of(model)
     for name, value in {"num_heads": num_heads, "input_size": input_size}.items():
         require_that(
@@ -121,10 +121,30 @@ def model_of(
         path in ("linear", "cosine"),
         f"expected weights of the interpolant linear or cosine, {source} has {path}",
     )
-    told = held.get("data")
-    facts = DataFacts.from_json(told) if told else _facts_of_config(config or {}, model)
     step = held.get("step", held.get("steps"))
-    return LoadedModel(model.eval(), path, facts, config, step, source, fresh)
+    # other projects may have anything there
+    step = step if isinstance(step, int) else None
+    facts = facts_of(held, model)
+    return LoadedModel(model.eval(), path, facts, config, step, source, fresh, role)
+
+
+def facts_of(held: dict, model: SiT | None) -> DataFacts | None:
+    """What is known of the data that weights were trained on.
+
+    Args:
+        held: from ``read_weights``.
+        model: of its configuration; None: it has none.
+    """
+    if "data" in held:
+        return DataFacts.from_json(held["data"])
+    return None if model is None else _facts_of_config(held.get("config", {}), model)
+
+
+def has_run(config: dict | None) -> bool:
+    """Whether a configuration is that of a run: those of other weights say the model and its
+    process only.
+    """
+    return config is not None and "optim" in config
 
 
 def _facts_of_config(config: dict, model: SiT) -> DataFacts | None:
@@ -142,19 +162,21 @@ def _facts_of_config(config: dict, model: SiT) -> DataFacts | None:
     )
 
 
-def _chosen(held: dict, weights: str, source: Path) -> dict[str, Tensor]:
-    """The EMA or the student; a student without EMA stands for both."""
+def _chosen(held: dict, weights: str, source: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The EMA or the student, and which of them it is; a student without EMA stands for both."""
     if weights in held:
-        return held[weights]
+        # the only weights of a file that does not name them; those of a run are its EMA
+        unnamed = held.get("unnamed", False) and not has_run(held.get("config"))
+        return held[weights], None if unnamed else weights
     if weights == "ema":
-        log.warning("%s holds no EMA: its only weights are taken", source)
-        return held["model"]
-    raise ValueError(f"{source} holds no '{weights}' weights, only {sorted(held)}")
+        warn("%s holds no EMA: its only weights are taken", source)
+        return held["model"], "model"
+    raise ValueError(f"{source} holds no '{weights}' weights, only its EMA")
 
 
-def from_config(config: dict) -> SiT:
+def from_config(config: dict, source: str | Path) -> SiT:
     """The model of a run's configuration, or of the ``architecture`` that an export of other
-    weights has instead; ValueError if this version does not know it.
+    weights has instead; ValueError, which names the source, if this version does not know it.
     """
     try:
         if "architecture" in config:
@@ -163,7 +185,7 @@ def from_config(config: dict) -> SiT:
         return ModelConfig(**config["model"]).build()
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"the configuration of the weights is that of another version: {error}"
+            f"the configuration of the weights in {source} is that of another version: {error}"
         ) from None
 
 
@@ -179,7 +201,6 @@ def _from_shapes(
     ``args`` of a published checkpoint say what shapes do not: heads, classes apart from the null
     class, SiT or DiT.
     """
-    family = str(getattr(args, "model", "")).partition("-")[0]
     if "pos_embed" not in state and input_size is None:
         input_size = getattr(args, "input_size", None)
         # of the image: the published code's VAE makes latents of an eighth of it
@@ -189,7 +210,7 @@ def _from_shapes(
         state,
         getattr(args, "num_heads", None) or num_heads,
         num_classes,
-        family if family in MODEL_FAMILIES else None,
+        family_in(args),
         input_size,
     )
     return cls(**arguments)

@@ -44,8 +44,9 @@ def unwrapped(held, source: str) -> dict:
 
     Returns:
         ``"ema"`` and ``"model"`` (the student): state dicts, as far as there are both. The only
-        weights of a file that does not name them are ``"ema"``. Besides them ``opt``, ``args``
-        (``argparse.Namespace``), ``epoch`` and ``steps`` of a training checkpoint.
+        weights of a file that does not name them are ``"ema"``, with ``"unnamed": True``. Besides
+        them ``opt``, ``args`` (``argparse.Namespace``), ``epoch`` and ``steps`` of a training
+        checkpoint.
 
     Raises:
         ValueError: no weights of a SiT or DiT, or more than two sets of them.
@@ -53,7 +54,7 @@ def unwrapped(held, source: str) -> dict:
     found = list(_find(held, ()))
     if not found:
         raise ValueError(_foreign(held, source))
-    result = {}
+    result: dict = {}
     for weights in found:
         if "ema" in weights.words:
             role = "ema"
@@ -61,6 +62,7 @@ def unwrapped(held, source: str) -> dict:
             role = "model"
         else:
             role = "ema"
+            result["unnamed"] = True
         if role in result:
             places = ", ".join(".".join(weights.place) or "the file itself" for weights in found)
             raise ValueError(

@@ -17,7 +17,7 @@ from sra_fast import models
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.load_model import fill
 from sra_fast.checkpoint.sources import read_weights
-from sra_fast.checkpoint.values import checked
+from sra_fast.checkpoint.values import checked, family_in, official_family
 from sra_fast.config.schema import ModelConfig
 from sra_fast.models import SiT
 from sra_fast.models.layers import timestep_frequencies
@@ -149,6 +149,24 @@ def interpolant_name(args) -> str:
     return PATHS[path]
 
 
+def _check_family(state: dict[str, Tensor], args, name: str, source: str) -> None:
+    """ValueError unless weights and arguments are those of the family of the model ``name``.
+
+    Shapes do not tell the two families apart, and one converted as the other makes noise.
+    """
+    family = models.preset(name)[0].family
+    told = family_in(args)
+    require_that(
+        told in (None, family),
+        f"expected --model {told}-..., of which {source} was made, got --model {name}",
+    )
+    seen = official_family(state, args)
+    require_that(
+        seen in (None, family),
+        f"expected --model {seen}-..., {source} looks like an official {seen}, got --model {name}",
+    )
+
+
 def import_file(
     source: str,
     name: str,
@@ -166,13 +184,15 @@ def import_file(
         seed: of the projection head.
 
     Raises:
-        ValueError: the file cannot be read, or holds other weights.
+        ValueError: the file cannot be read, or holds other weights, of the other family for
+            example.
     """
     held = read_weights(source)
     # its time already runs as ours: converted again it would run backwards
     require_that("config" not in held, f"{source} is an export of sra-fast: it needs no conversion")
     # a training checkpoint holds the student and its EMA; samples come from the EMA
     state = held.get("ema", held.get("model"))
+    _check_family(state, held.get("args"), name, source)
     cfg = model_config(state, name, num_heads, input_size)
     config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}
     write_export(Path(out), convert(state, cfg, seed).state_dict(), config, step=None)

@@ -5,10 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sra_fast.checkpoint.values import is_dense
+from sra_fast.utils.checks import require_that
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def match_optimizer(opt: Mapping, shapes: Mapping[str, torch.Size]) -> dict[str, dict]:
+def match_optimizer(opt: Mapping | None, shapes: Mapping[str, torch.Size]) -> dict[str, dict]:
     """The state of AdamW of every parameter.
 
     PyTorch numbers the parameters in the order in which they were handed to the optimizer. The
@@ -16,7 +19,7 @@ def match_optimizer(opt: Mapping, shapes: Mapping[str, torch.Size]) -> dict[str,
     Names are used where the file has them (``param_names``).
 
     Args:
-        opt: ``state_dict()`` of the optimizer.
+        opt: ``state_dict()`` of the optimizer; None: there was none.
         shapes: shape of every trained parameter, in the model's order.
 
     Returns:
@@ -26,7 +29,15 @@ def match_optimizer(opt: Mapping, shapes: Mapping[str, torch.Size]) -> dict[str,
     Raises:
         ValueError: a state that is missing, or does not fit its parameter. It says which.
     """
+    if opt is None:
+        return {}
+    kind = type(opt).__name__
+    require_that(isinstance(opt, Mapping), f"expected the optimizer's state_dict(), got a {kind}")
     states = opt.get("state") or {}
+    kind = type(states).__name__
+    require_that(
+        isinstance(states, Mapping), f"the optimizer state should be by number, got {kind}"
+    )
     if not states:
         return {}
     names = _names_by_number(opt, list(shapes))
@@ -50,7 +61,11 @@ def match_optimizer(opt: Mapping, shapes: Mapping[str, torch.Size]) -> dict[str,
 
 def _names_by_number(opt: Mapping, expected: list[str]) -> dict:
     """Number in the optimizer -> name of the parameter."""
-    groups = opt.get("param_groups", [])
+    groups = opt.get("param_groups") or []
+    require_that(
+        all(isinstance(group, Mapping) and "params" in group for group in groups),
+        "the optimizer's param_groups should have params, the numbers of their parameters",
+    )
     numbers = [number for group in groups for number in group["params"]]
     if groups and all("param_names" in group for group in groups):
         return dict(
@@ -70,7 +85,8 @@ def _names_by_number(opt: Mapping, expected: list[str]) -> dict:
 
 def _checked(state: Mapping, name: str, shape: torch.Size) -> dict:
     """A parameter's state, if it is AdamW's and has its shape."""
-    missing = [key for key in (*MOMENTS, "step") if key not in state]
+    found = state if isinstance(state, Mapping) else {}
+    missing = [key for key in (*MOMENTS, "step") if key not in found]
     if missing:
         raise ValueError(f"expected AdamW's state of {name}, it has no {missing[0]}")
     for key in MOMENTS:
@@ -80,10 +96,15 @@ def _checked(state: Mapping, name: str, shape: torch.Size) -> dict:
             raise ValueError(
                 f"the optimizer state {key} of {name} should be {[*shape]}, it is {found}"
             )
+        if not is_dense(value):
+            raise ValueError(f"the optimizer state {key} of {name} is sparse or has no values")
         if not value.isfinite().all():
             raise ValueError(f"the optimizer state {key} of {name} has NaN or infinity")
     moments = {key: state[key].float() for key in MOMENTS}
-    return {**moments, "step": float(state["step"])}
+    step = state["step"]
+    is_number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
+    require_that(is_number, f"the optimizer state step of {name} should be a number, it is {step}")
+    return {**moments, "step": float(step)}
 
 
 def numbered(states: Mapping[str, Mapping], group: Mapping) -> dict:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.names import in_short, unwrapped
-from sra_fast.checkpoint.values import checked
+from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.cli import load_config
 from sra_fast.config.schema import Config
 from sra_fast.utils.files import require
@@ -80,8 +80,8 @@ def find_weights(path: str) -> Path:
 
 def _is_current(export: Path, newest: Path) -> bool:
     """Whether the export of a run is not older than its newest checkpoint."""
-    step = read_metadata(export).get("step")
-    return step is None or int(step) >= reading.step_of(newest)
+    step = _ours({"step": _parsed(read_metadata(export).get("step", ""))}).get("step")
+    return step is None or step >= reading.step_of(newest)
 
 
 def _in_model_folder(folder: Path) -> Path:
@@ -95,12 +95,27 @@ def _in_model_folder(folder: Path) -> Path:
     files = [folder / MODEL_FILE] if (folder / MODEL_FILE).exists() else []
     files = files or sorted(folder.glob(f"*{INDEX}"))
     if len(files) != 1:
+        run = _likely_run(folder)
         found = f"{len(files)} indices of shards" if files else "none of them"
+        found = f"{found}; give the run folder {run}" if run is not None else found
         raise ValueError(
             f"{folder} holds neither an export nor a checkpoint: expected {reading.EXPORT}, "
             f"checkpoints/, {MODEL_FILE} or one *{INDEX}, found {found}"
         )
     return files[0]
+
+
+def _likely_run(folder: Path) -> Path | None:
+    """The run folder that is meant where ``folder`` holds runs, the newest with weights, or lies in
+    a run.
+    """
+    numbered = [path for path in folder.iterdir() if path.name.isdigit()]
+    runs = sorted(numbered, key=lambda path: int(path.name), reverse=True)
+    for path in (*runs, folder.absolute().parent):
+        has_weights = (path / reading.EXPORT).exists() or reading.latest(path / "checkpoints")
+        if has_weights and (path / reading.CONFIG).exists():
+            return path
+    return None
 
 
 def transformer_folder(folder: Path) -> Path | None:
@@ -112,7 +127,7 @@ def transformer_folder(folder: Path) -> Path | None:
             held = json.loads((place / "config.json").read_text())
         except (OSError, ValueError):
             continue
-        if "_class_name" in held:
+        if isinstance(held, dict) and "_class_name" in held:
             return place
     return None
 
@@ -173,11 +188,8 @@ def read_published(path: str) -> dict:
     """
     held = _load_pickle(path)
     held = _with_checked(unwrapped(held, path), path)
-    facts = getattr(held.get("args"), "data", None)
     # the name is ours: other projects may have a path there
-    if isinstance(facts, dict) and "num_classes" in facts:
-        held["data"] = facts
-    return held
+    return {**held, **_ours({"data": getattr(held.get("args"), "data", None)})}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -203,9 +215,10 @@ def _load_pickle(path: str):
 
 
 def _with_checked(held: dict, source: str) -> dict:
-    for key in ("ema", "model"):
-        if key in held:
-            held[key] = checked(held[key], source)
+    roles = [key for key in ("ema", "model") if key in held]
+    warn_of_foreign_heads([held[key] for key in roles], source)
+    for key in roles:
+        held[key] = checked(held[key], source)
     return held
 
 
@@ -227,13 +240,37 @@ def _of_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         known = {}
     else:
         tensors, metadata = _load_file(path)
-        known = {key: json.loads(metadata[key]) for key in ("config", "data") if key in metadata}
-        if "step" in metadata:
-            known["step"] = int(metadata["step"])
+        known = _ours({key: _parsed(value) for key, value in metadata.items()})
     if path.name != MODEL_FILE and not path.name.endswith(INDEX):
         return tensors, known
     # other tools drop the metadata of a model folder's weights, and keep its config.json
     return tensors, {**_of_config_json(path.parent / "config.json"), **known}
+
+
+def _parsed(text: str):
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _ours(told: dict) -> dict:
+    """``config``, ``data`` and ``step`` of what is told of weights, as far as they are of our form:
+    other projects write other things under these names, which say nothing here.
+    """
+    known = {}
+    config = told.get("config")
+    if isinstance(config, dict) and isinstance(config.get("diffusion"), dict):
+        models = [config.get(key) for key in ("model", "architecture")]
+        if "path" in config["diffusion"] and any(isinstance(held, dict) for held in models):
+            known["config"] = config
+    data = told.get("data")
+    if isinstance(data, dict) and {"name", "shape", "num_classes"} <= set(data):
+        known["data"] = data
+    if isinstance(told.get("step"), int):
+        known["step"] = told["step"]
+    return known
 
 
 def _load_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -284,6 +321,6 @@ def _of_config_json(file: Path) -> dict:
         held = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    if held.get("library_name") != LIBRARY:
+    if not isinstance(held, dict) or held.get("library_name") != LIBRARY:
         return {}
-    return {key: held[key] for key in ("config", "data", "step") if held.get(key) is not None}
+    return _ours(held)

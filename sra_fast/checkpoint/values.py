@@ -3,17 +3,34 @@ name.
 """
 
 import logging
+import os
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from sra_fast.checkpoint.names import FOREIGN_HEADS, KNOWN_PARAMETER, in_short
 from sra_fast.models.layers import sincos_pos_embed
+from sra_fast.utils.registry import MODEL_FAMILIES
 
 log = logging.getLogger("sra_fast")
 
 # whose values fp32 represents, or rounds
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def warn(message: str, *values) -> None:
+    """Log a warning, once for all processes that read the same weights."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        log.warning(message, *values)
+
+
+def warn_of_foreign_heads(states: Iterable[Mapping[str, Tensor]], source: str) -> None:
+    """One line about the heads that ``checked`` leaves out of the state dicts of a file."""
+    names = dict.fromkeys(name for state in states for name in state)
+    dropped = [name for name in names if name.startswith(FOREIGN_HEADS)]
+    if dropped:
+        warn("not read from %s, nothing here uses it: %s", source, in_short(dropped))
 
 
 def checked(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -24,18 +41,19 @@ def checked(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         source: where they were read from, for messages.
 
     Raises:
-        ValueError: weights that are integers, complex, in 8 bits or not finite, or a position table
-            that is not the fixed function of its size. The first such name is given.
+        ValueError: weights that are integers, complex, in 8 bits, not finite, sparse or without
+            values, patches that are no image's, or a position table that is not the fixed function
+            of its size. The first such name is given.
     """
-    dropped = [name for name in state if name.startswith(FOREIGN_HEADS)]
-    if dropped:
-        log.warning("not read from %s, nothing here uses it: %s", source, in_short(dropped))
-    if "pos_embed" in state:
-        _check_table(state["pos_embed"], source)
+    kept = {name: value for name, value in state.items() if not name.startswith(FOREIGN_HEADS)}
+    for name, value in kept.items():
+        if not is_dense(value):
+            kind = "on the meta device" if value.is_meta else str(value.layout).rpartition(".")[2]
+            raise ValueError(f"expected dense weights with values in {source}, {name} is {kind}")
+    if "pos_embed" in kept:
+        _check_table(kept["pos_embed"], source)
     weights = {}
-    for name, value in state.items():
-        if name in dropped:
-            continue
+    for name, value in kept.items():
         if value.dtype not in FLOATS:
             kind = str(value.dtype).removeprefix("torch.")
             raise ValueError(f"expected floating-point weights in {source}, {name} is {kind}")
@@ -43,7 +61,15 @@ def checked(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         # after the cast: fp64 reaches further than fp32
         if not weights[name].isfinite().all():
             raise ValueError(f"expected finite weights in {source}, {name} has NaN or infinity")
+    if KNOWN_PARAMETER in weights and weights[KNOWN_PARAMETER].dim() != 4:
+        found = [*weights[KNOWN_PARAMETER].shape]
+        raise ValueError(f"{KNOWN_PARAMETER} of {source} should be [D, C, p, p], it is {found}")
     return weights
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor holds all of its values."""
+    return value.layout == torch.strided and not value.is_meta
 
 
 def _check_table(table: Tensor, source: str) -> None:
@@ -64,30 +90,54 @@ def _check_table(table: Tensor, source: str) -> None:
     )
 
 
-def refuse_reversed_time(state: dict[str, Tensor], args, source: str) -> None:
-    """ValueError for weights of an official SiT, whose time runs backwards.
+def family_in(args) -> str | None:
+    """The family that the arguments of a checkpoint name, ``"SiT"`` or ``"DiT"``; None: none.
 
-    They have the names and shapes of an official DiT and differ in what they compute, so taking
-    them for one would make noise. A SiT leaves half of its outputs unused: their weights are the
-    zeros of its initialisation, where a DiT has learned its variance.
+    Args:
+        args: ``argparse.Namespace``, or None.
+    """
+    family = str(getattr(args, "model", "")).partition("-")[0]
+    return family if family in MODEL_FAMILIES else None
+
+
+def official_family(state: dict[str, Tensor], args) -> str | None:
+    """``"SiT"`` or ``"DiT"`` for weights of these official releases; None: not known.
+
+    They have the same names and shapes and differ in what they compute. A SiT leaves half of its
+    outputs unused: their weights are the zeros of its initialisation, where a DiT has learned its
+    variance.
+
+    Args:
+        state: under the published names.
+        args: of the checkpoint, or None.
+    """
+    # only what was trained here has the head, with our direction of time
+    if any(name.startswith("ap_head.") for name in state):
+        return None
+    # the official SiT spells its interpolants with capitals
+    if str(getattr(args, "path_type", "")) in ("Linear", "GVP", "VP"):
+        return "SiT"
+    patches = state[KNOWN_PARAMETER]
+    last = state.get("final_layer.linear.weight", patches.new_zeros(0))
+    channels = patches.shape[1]
+    if len(last) != 2 * channels * patches[0, 0].numel():
+        return None
+    if family_in(args) is not None:
+        return family_in(args)
+    learned = last.unflatten(0, (-1, 2 * channels))[:, channels:].any()
+    return "DiT" if learned else "SiT"
+
+
+def refuse_reversed_time(state: dict[str, Tensor], args, source: str) -> None:
+    """ValueError for weights of an official SiT, whose time runs backwards: taken for a DiT they
+    would make noise.
 
     Args:
         state: under the published names.
         args: of the checkpoint, or None.
         source: where the weights were read from, for messages.
     """
-    # only what was trained here has the head, with our direction of time
-    if any(name.startswith("ap_head.") for name in state):
-        return
-    patches = state[KNOWN_PARAMETER]
-    last = state.get("final_layer.linear.weight", patches.new_zeros(0))
-    channels = patches.shape[1]
-    pairs = len(last) == 2 * channels * patches[0, 0].numel()
-    family = str(getattr(args, "model", "")).partition("-")[0]
-    # the official SiT spells its interpolants with capitals
-    official = str(getattr(args, "path_type", "")) in ("Linear", "GVP", "VP")
-    unused = pairs and not last.unflatten(0, (-1, 2 * channels))[:, channels:].any()
-    if official or (pairs and family == "SiT") or (unused and family != "DiT"):
+    if official_family(state, args) == "SiT":
         raise ValueError(
             f"{source} looks like an official SiT, whose time runs backwards: "
             f"import-weights --from {source} --model SiT-XL/2 --out FILE.safetensors converts it"

@@ -6,24 +6,20 @@ values of a fresh model of the run's seed, and is listed. The blocks and the tim
 fit as a whole.
 """
 
-import logging
-import os
-
 import torch
 from torch import Tensor
 
 from sra_fast import models
-from sra_fast.checkpoint.load_model import CLASS_TABLE, HEAD, from_config
+from sra_fast.checkpoint.load_model import CLASS_TABLE, HEAD, facts_of, from_config
 from sra_fast.checkpoint.names import KNOWN_PARAMETER
 from sra_fast.checkpoint.optimizer_state import match_optimizer
 from sra_fast.checkpoint.sources import read_weights
-from sra_fast.checkpoint.values import refuse_reversed_time
+from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
 from sra_fast.config.schema import Config
+from sra_fast.data.facts import DataFacts
 from sra_fast.models import SiT
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
-
-log = logging.getLogger("sra_fast")
 
 # parameters that another task may have in another shape, or not at all
 ENDS = ("x_embedder.", "y_embedder.", "pos_embed", "final_layer.", HEAD)
@@ -31,29 +27,37 @@ ENDS = ("x_embedder.", "y_embedder.", "pos_embed", "final_layer.", HEAD)
 CONTINUED = ("opt", "steps", "epoch")
 
 
-def read_initial(cfg: Config) -> dict:
+def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
     """What ``train.init_from`` names, as far as it fits the run's model.
 
-    The first process logs one line about it.
+    The first process warns of what is not taken, and of data of another kind.
+
+    Args:
+        cfg: checked, with the sizes of the model filled in.
+        facts: about the run's data, to compare with those of the weights.
 
     Returns:
         ``"ema"`` and ``"model"`` (the student): state dicts of what fits, under the names of the
         model. If everything fits, also what continues a published checkpoint: ``opt`` and
-        ``steps``.
+        ``steps``. ``"origin"``: what was taken, for the first line of the run.
 
     Raises:
         ValueError: it cannot be read, or comes from another network (depth, width, heads, diffusion
-            process), or its optimizer state does not fit.
+            process, interpolant), or its optimizer state does not fit.
     """
     source = str(cfg.train.init_from)
     initial = read_weights(source)
     # shapes only: no memory is used
     with torch.device("meta"):
         model = cfg.model.build()
-        theirs = from_config(initial["config"]) if "config" in initial else None
+        theirs = from_config(initial["config"], source) if "config" in initial else None
     args = initial.get("args")
     _check_heads(source, model, theirs, args)
-    known_classes = getattr(theirs or args, "num_classes", model.num_classes)
+    other_classes = _other_classes(model, theirs or args)
+    their_facts = facts_of(initial, theirs)
+    if facts is not None and their_facts is not None:
+        _warn_of_other_inputs(source, facts, their_facts)
+        other_classes = other_classes or _other_names(facts, their_facts)
     fresh: dict[str, str] = {}
     for key in {"model", "ema"} & set(initial):
         state = initial[key]
@@ -61,22 +65,30 @@ def read_initial(cfg: Config) -> dict:
             refuse_reversed_time(state, args, source)
         _check_process(source, model, _process_of(theirs, args), state)
         missing = _not_fitting(source, model, state)
-        if known_classes != model.num_classes:
-            # a null class less may hide a class more: shapes do not tell
-            missing.setdefault(CLASS_TABLE, f"it is of {known_classes} classes")
+        if other_classes:
+            missing.setdefault(CLASS_TABLE, other_classes)
         initial[key] = {name: value for name, value in state.items() if name not in missing}
         fresh |= missing
+    _check_interpolant(source, cfg, model, initial)
     shapes = {name: [*value.shape] for name, value in model.state_dict().items()}
     parameters = {name: p.shape for name, p in model.named_parameters()}
     remark = _continued(source, initial, parameters, bool(fresh))
-    _say(source, shapes, fresh, remark)
-    # a published checkpoint with its optimizer continues at its step count
-    steps = initial.get("steps", 0)
+    initial["origin"] = _described(source, shapes, fresh, initial)
+    _warn_of_the_rest(source, shapes, fresh, remark)
+    _check_steps(source, cfg, initial.get("steps", 0))
+    return initial
+
+
+def _check_steps(source: str, cfg: Config, steps) -> None:
+    """A published checkpoint with its optimizer continues at its step count."""
+    require_that(
+        isinstance(steps, int),
+        f"expected a number of steps in train.init_from {source}, got {steps!r}",
+    )
     require_that(
         steps < cfg.train.steps,
         f"train.steps must exceed the {steps} of train.init_from, got {cfg.train.steps}",
     )
-    return initial
 
 
 def _check_heads(source: str, model: SiT, theirs: SiT | None, args) -> None:
@@ -93,12 +105,61 @@ def _check_heads(source: str, model: SiT, theirs: SiT | None, args) -> None:
     )
 
 
+def _check_interpolant(source: str, cfg: Config, model: SiT, initial: dict) -> None:
+    """ValueError for weights that were trained with another path from data to noise. Shapes do not
+    show it either.
+    """
+    ours = cfg.diffusion.path
+    told = initial.get("config", {}).get("diffusion", {})
+    found = told.get("path", getattr(initial.get("args"), "path_type", ours))
+    # the other processes have no choice of it
+    require_that(
+        found == ours or model.process != SiT.process,
+        f"train.init_from {source} was trained with the interpolant {found}, the run has "
+        f"--diffusion.path {ours}",
+    )
+
+
+def _other_classes(model: SiT, told) -> str:
+    """Why a class table does not fit whose weights were made for another number of classes, or
+    nothing.
+    """
+    # a null class less may hide a class more: shapes do not tell
+    found = getattr(told, "num_classes", model.num_classes)
+    return "" if found == model.num_classes else f"it is of {found} classes"
+
+
+def _other_names(ours: DataFacts, theirs: DataFacts) -> str:
+    """Why a class table does not fit whose rows stand for other classes, or nothing."""
+    if not ours.class_names or not theirs.class_names or ours.class_names == theirs.class_names:
+        return ""
+    pairs = zip(theirs.class_names, ours.class_names, strict=False)
+    first = next((f", {a} for {b}" for a, b in pairs if a != b), "")
+    return f"its classes have other names{first}"
+
+
+def _warn_of_other_inputs(source: str, ours: DataFacts, theirs: DataFacts) -> None:
+    """The inputs of the two trainings may have the same shape and mean something else."""
+    kinds = ["pixels" if facts.pixels else "latents" for facts in (theirs, ours)]
+    if ours.pixels != theirs.pixels:
+        warn("%s was trained on %s, the data of this run are %s", source, *kinds)
+        return
+    for name in ("scale", "shift"):
+        found, expected = getattr(theirs, name), getattr(ours, name)
+        if found != expected:
+            warn(
+                "%s was trained on latents of %s %g, the data of this run have %g "
+                "(--data.latent_%s)",
+                *(source, name, found, expected, name),
+            )
+
+
 def _process_of(theirs: SiT | None, args) -> str | None:
     """The diffusion process that the weights were trained with; None: not known."""
     if theirs is not None:
         return theirs.process
-    family = str(getattr(args, "model", "")).partition("-")[0]
-    return MODEL_FAMILIES[family].process if family in MODEL_FAMILIES else None
+    family = family_in(args)
+    return None if family is None else MODEL_FAMILIES[family].process
 
 
 def _check_process(source: str, model: SiT, process: str | None, state: dict[str, Tensor]) -> None:
@@ -148,34 +209,44 @@ def _not_fitting(source: str, model: SiT, state: dict[str, Tensor]) -> dict[str,
 
 
 def _continued(source: str, initial: dict, shapes: dict, in_part: bool) -> str:
-    """Drop what does not continue: the optimizer state of other parameters, or an empty one.
+    """Drop what does not continue: the optimizer state of other parameters, and a step count
+    without an optimizer state, since a fresh optimizer begins at step 0.
 
     Returns:
         A remark about that, or nothing.
     """
-    if in_part:
-        dropped = [key for key in CONTINUED if initial.pop(key, None) is not None]
-        return "; its optimizer state and step count are not taken" if dropped else ""
-    if "opt" not in initial:
+    if not in_part:
+        try:
+            if match_optimizer(initial.get("opt"), shapes):
+                return ""
+        except ValueError as error:
+            raise ValueError(f"train.init_from {source}: {error}") from None
+    dropped = [key for key in CONTINUED if initial.pop(key, None) is not None]
+    if not dropped:
         return ""
-    try:
-        if match_optimizer(initial["opt"], shapes):
-            return ", with its optimizer state"
-    except ValueError as error:
-        raise ValueError(f"train.init_from {source}: {error}") from None
-    del initial["opt"]
-    return "; its optimizer has no state"
+    if in_part:
+        return "; its optimizer state and step count are not taken"
+    return "; it has no optimizer state, so the run starts at step 0"
 
 
-def _say(source: str, shapes: dict, fresh: dict[str, str], remark: str) -> None:
-    if int(os.environ.get("RANK", 0)):
-        return
+def _described(source: str, shapes: dict, fresh: dict[str, str], initial: dict) -> str:
+    """What a run was started from."""
+    if fresh:
+        return f"from {source}, {_count(shapes, fresh)}"
+    if "opt" not in initial:
+        return f"from {source}"
+    return f"from {source}, step {initial.get('steps', 0)}, with its optimizer"
+
+
+def _count(shapes: dict, fresh: dict[str, str]) -> str:
     # the position embedding is no parameter
     count = len(shapes) - 1
-    taken = count - len(fresh.keys() - {"pos_embed"})
-    line = f"started from {source}: {taken} of {count} parameters"
-    if not fresh:
-        log.info("%s%s", line, remark)
-        return
+    return f"{count - len(fresh.keys() - {'pos_embed'})} of {count} parameters"
+
+
+def _warn_of_the_rest(source: str, shapes: dict, fresh: dict[str, str], remark: str) -> None:
+    """One line about what is not taken, if there is any."""
     listed = ", ".join(f"{name} {shapes[name]} ({why})" for name, why in sorted(fresh.items()))
-    log.warning("%s; fresh: %s%s", line, listed, remark)
+    rest = f"; fresh: {listed}" if fresh else ""
+    if rest or remark:
+        warn("started from %s: %s%s%s", source, _count(shapes, fresh), rest, remark)

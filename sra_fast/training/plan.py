@@ -120,7 +120,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
         reading.read_state(resume, identity_of(cfg, plan.world, plan.stage))
         _check_same_data(resume, data.facts())
     # a job that is restarted with the same command resumes, whatever it was started from
-    initial = read_initial(cfg) if cfg.train.init_from and not resume else {}
+    initial = read_initial(cfg, data.facts()) if cfg.train.init_from and not resume else {}
     return RunPlan(plan, data, resume, initial)
 
 

@@ -58,6 +58,7 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
     else:
         folder = new_folder(Path(cfg.train.out))
         start = saving.start_from(trainer, initial)
+    origin = initial.get("origin")
     # the weights are in the trainer: free this copy
     initial.clear()
     if trainer.rank == 0:
@@ -65,7 +66,7 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
         ds_config = json.dumps(run_plan.plan.ds_config, indent=1)
         write_atomic(folder / "deepspeed.json", lambda p: p.write_text(ds_config))
         write_json(folder / reading.FACTS, run_plan.data.facts().as_json())
-        say_start(trainer, run_plan.data, folder, start)
+        say_start(trainer, run_plan.data, folder, start, origin)
     # before the first step: a missing file of the monitor stops the run at once
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     written = folder if trainer.rank == 0 else None
@@ -110,6 +111,9 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
     images = trainer.cfg.train.global_batch * len(steady)
     summary = {
         "run_dir": str(folder),
+        # which weights the scores are of: a run that is continued has others
+        "step": trainer.cfg.train.steps,
+        "weights": trainer.cfg.sample.weights,
         "images_per_s": round(1e3 * images / total_ms, 1),
         "loss_first": rows[0]["loss"],
         "loss_last": rows[-1]["loss"],

@@ -19,19 +19,23 @@ NAME_WIDTH = 9
 EMA_BYTES = 4
 
 
-def say_start(trainer: Trainer, data: TrainingData, folder: Path, start: int = 0) -> None:
+def say_start(
+    trainer: Trainer, data: TrainingData, folder: Path, start: int = 0, origin: str | None = None
+) -> None:
     """Print ``start_lines`` to stderr, and a warning if the precision makes the run slow.
 
     stdout belongs to the summary, which other programs read.
     """
-    lines = start_lines(trainer, data, folder, start)
+    lines = start_lines(trainer, data, folder, start, origin)
     warning = precision_warning(trainer)
     if warning:
         lines.append(warning)
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def start_lines(trainer: Trainer, data: TrainingData, folder: Path, start: int = 0) -> list[str]:
+def start_lines(
+    trainer: Trainer, data: TrainingData, folder: Path, start: int = 0, origin: str | None = None
+) -> list[str]:
     """The six lines of a run.
 
     Args:
@@ -39,9 +43,11 @@ def start_lines(trainer: Trainer, data: TrainingData, folder: Path, start: int =
         data: training set.
         folder: run folder.
         start: optimizer steps already taken.
+        origin: what ``train.init_from`` has given, of ``read_initial``; None: nothing.
     """
+    begun = "new" if start == 0 else f"resumed after step {start}"
     named = {
-        "run": f"{folder} ({'new' if start == 0 else f'resumed after step {start}'})",
+        "run": f"{folder} ({f'new, {origin}' if origin else begun})",
         "model": _model_line(trainer),
         "data": _data_line(data),
         "machine": _machine_line(trainer),

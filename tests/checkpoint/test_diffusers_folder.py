@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,6 +164,24 @@ def test_the_pipeline_samples_with_guidance(pipeline):
     assert first.shape == (2, 8, 8, 3) and (first == call().images).all() and first.std() > 0
 
 
+def test_the_scale_is_not_lost_without_a_vae(tmp_path, vae):
+    """The pipeline has it from its VAE: that of the data is taken, and else --vae is asked for."""
+    scaled = replace(FACTS, scale=1.5305)
+    out = tmp_path / "out"
+    for path in (None, str(tmp_path / "gone")):
+        with pytest.raises(ValueError, match="the scale of the latents, 1.5305, .* expected --vae"):
+            write_pipeline(LoadedModel(dit(), "linear", replace(scaled, vae_path=path)), out)
+    for facts, message in (
+        (replace(scaled, shift=0.3), "does not shift latents, the model's have a shift of 0.3"),
+        (DataFacts("pixels", (4, 8, 8), 5, pixels=True), "makes images, DiTPipeline decodes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_pipeline(LoadedModel(dit(), "linear", facts), out)
+    assert not out.exists()
+    write_pipeline(LoadedModel(dit(), "linear", replace(scaled, vae_path=str(vae))), out)
+    assert loaded_pipeline(out).vae.config.scaling_factor == 1.5305
+
+
 def test_without_a_vae_the_pipeline_is_given_one(tmp_path, vae):
     write_pipeline(LoadedModel(dit(), "linear", None), tmp_path)
     assert not (tmp_path / "vae").exists()
@@ -193,7 +212,11 @@ def test_null_rows():
         (dit(class_dropout_prob=0.0), None, "has a null class, the model has none"),
         (network(DiT, num_classes=1001), None, "expected at most 1000 classes, got 1001"),
         (dit(), DataFacts("latents", (4, 8, 8), 5, shift=0.1), "have a shift of 0.1"),
-        (dit(), DataFacts("pixels", (4, 8, 8), 5, pixels=True), "makes images, and --vae"),
+        (
+            dit(),
+            DataFacts("pixels", (4, 8, 8), 5, pixels=True),
+            "makes images, DiTPipeline decodes latents",
+        ),
         (network(DiT, in_channels=3), None, "is for latents of 4 channels, the model has 3"),
     ],
 )

@@ -74,7 +74,8 @@ def test_there_and_back_is_the_same(tmp_path, source, out):
     if source == "run":
         assert (after.facts, after.step) == (FACTS, 7)
     # and a run starts from it
-    initial = read_initial(config("--train.init_from", str(tmp_path / out)))
+    args = ("--train.init_from", str(tmp_path / out), "--diffusion.path", before.path)
+    initial = read_initial(config(*args))
     assert same(initial["ema"], weights(model, before.fresh))
     # a second export is the first one
     again = tmp_path / "again.safetensors"
@@ -106,6 +107,17 @@ def test_published_there_and_back_is_the_same(tmp_path):
         assert same(after["opt"]["state"][number], state)
 
 
+def test_published_weights_that_do_not_say_their_heads(tmp_path):
+    held = torch.load(published(tmp_path, network()), weights_only=False)
+    del held["args"].num_heads
+    torch.save(held, tmp_path / "w.pt")
+    args = ("--checkpoint", tmp_path / "w.pt", "--out", tmp_path / "out.pt")
+    assert "num_heads cannot be read" in error_of(call("export", *args))
+    done = call("export", *args, "--num_heads", 2)
+    assert done.returncode == 0, done.stderr
+    assert same(read_weights(str(tmp_path / "out.pt"))["ema"], held["ema"])
+
+
 def test_a_published_file_needs_the_optimizer(tmp_path):
     model = network()
     run = run_folder(tmp_path / "run", model)
@@ -124,16 +136,24 @@ def test_a_published_file_needs_the_optimizer(tmp_path):
 # the model folder
 
 
-def scored_run(tmp_path):
+def scored_run(tmp_path, step=7, weights="ema"):
     run = run_folder(tmp_path / "run", network(), 7, FACTS.as_json())
     summary = {
         "run_dir": "/home/me",
+        "step": step,
+        "weights": weights,
         "images_per_s": 5.0,
         "label_accuracy": 0.975,
         "loss_last": 0.5,
     }
     (run / "summary.json").write_text(json.dumps(summary))
-    scores = {"fid": 12.25, "precision": None, "comparable": {"fid": "with nothing"}}
+    scores = {
+        "step": step,
+        "weights": weights,
+        "fid": 12.25,
+        "precision": None,
+        "comparable": {"fid": "with nothing"},
+    }
     (run / "scores.json").write_text(json.dumps(scores))
     return run
 
@@ -166,6 +186,39 @@ def test_the_model_folder(tmp_path):
     assert "lr: 0.0001" in text
     # nothing about the machine that trained
     assert "/home/me" not in text and "images_per_s" not in text
+
+
+@pytest.mark.parametrize("made_of", [dict(step=9), dict(weights="model"), dict(step=None)])
+def test_scores_of_other_weights_are_not_shown(tmp_path, made_of):
+    """Those of the end of a run, for an earlier checkpoint or for the student."""
+    export(Options(str(scored_run(tmp_path, **made_of)), str(tmp_path / "folder")))
+    text = (tmp_path / "folder/README.md").read_text()
+    assert "after 7 optimizer steps" in text
+    for name in ("Scores", "label_accuracy", "fid"):
+        assert name not in text
+
+
+def test_the_card_says_which_weights_these_are(tmp_path):
+    """Weights of any origin can be written."""
+    model = network()
+    args = argparse.Namespace(num_heads=2)
+    run = run_folder(tmp_path / "run", model)
+    torch.save({"model": weights(model), "args": args, "steps": 3}, tmp_path / "student.pt")
+    torch.save({"ema": weights(model), "args": args}, tmp_path / "ema.pt")
+    torch.save({"state_dict": weights(model), "args": args}, tmp_path / "any.pt")
+    for source, sentence in (
+        (run, "trained with [sra-fast]: the EMA of the weights after 7 optimizer steps, in"),
+        ("student.pt", "as [sra-fast] reads it: the student's weights after 3 optimizer steps, in"),
+        ("ema.pt", "as [sra-fast] reads it: the EMA of the weights, in"),
+        ("any.pt", "as [sra-fast] reads it: the weights, in"),
+    ):
+        # again from the folder that was written: what is not known is not made up
+        export(Options(str(tmp_path / source), str(tmp_path / "folder")))
+        assert sentence in (tmp_path / "folder/README.md").read_text()
+    export(Options(str(tmp_path / "student.pt"), str(tmp_path / "folder")))
+    export(Options(str(tmp_path / "folder"), str(tmp_path / "again")))
+    text = (tmp_path / "again/README.md").read_text()
+    assert "the weights after 3 optimizer steps" in text and "EMA" not in text
 
 
 def test_other_tools_may_drop_the_metadata(tmp_path):

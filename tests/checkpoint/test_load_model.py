@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.load_model import load_model
+from sra_fast.checkpoint.values import is_dense
 from sra_fast.data.facts import DataFacts
 from sra_fast.diffusion.samplers import sample
 from sra_fast.models import DiT, SiT, arguments_of
@@ -118,6 +119,8 @@ BIAS = "blocks.1.attn.proj.bias"
         ),
         (torch.zeros(32, dtype=torch.complex64), f"{BIAS} is complex64"),
         (torch.zeros(32, dtype=torch.float8_e4m3fn), f"{BIAS} is float8_e4m3fn"),
+        (torch.zeros(32).to_sparse(), f"expected dense weights .*, {BIAS} is sparse_coo"),
+        (torch.zeros(32, device="meta"), f"{BIAS} is on the meta device"),
         (torch.zeros(31), rf"do not fit the model: {BIAS} should be \[32\], it is \[31\]"),
         (None, rf"{BIAS} should be \[32\], it is absent"),
     ],
@@ -129,6 +132,8 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value, messag
     if value is None:
         del state[BIAS]
     path = tmp_path / f"w.{suffix}"
+    if suffix == "safetensors" and value is not None and not is_dense(value):
+        pytest.skip("safetensors has dense tensors only")
     torch.save(state, path) if suffix == "pt" else save_file(state, path)
     with pytest.raises(ValueError, match=message) as error:
         load_model(str(path), num_heads=2)
@@ -152,6 +157,29 @@ def test_unknown_weights_are_refused_and_heads_of_other_methods_named(tmp_path, 
     loaded = load_model(str(tmp_path / "w.pt"), num_heads=2)
     assert same(loaded.model.state_dict(), state)
     assert "not read from" in caplog.text and "projectors.0.weight" in caplog.text
+
+
+def test_what_is_not_read_is_said_once(tmp_path, caplog, monkeypatch):
+    """Not for student and EMA, and not by every process."""
+    state = {**weights(network()), "projectors.0.weight": torch.zeros(3, 3)}
+    args = argparse.Namespace(num_heads=2)
+    torch.save({"model": state, "ema": state, "args": args}, tmp_path / "w.pt")
+    load_model(str(tmp_path / "w.pt"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"not read from {tmp_path}/w.pt, nothing here uses it: projectors.0.weight"
+    ]
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    load_model(str(tmp_path / "w.pt"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("shape", [(32, 4), (32,)])
+def test_patches_of_another_layout_are_refused(tmp_path, shape):
+    state = {**weights(network()), "x_embedder.proj.weight": torch.zeros(shape)}
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"x_embedder.proj.weight of .* should be \[D, C, p, p\]"):
+        load_model(str(tmp_path / "w.pt"), num_heads=2)
 
 
 # position tables
@@ -322,6 +350,45 @@ def test_what_a_folder_or_file_is_not(tmp_path):
         load_model(str(index))
 
 
+def test_the_run_that_is_meant_is_named(tmp_path):
+    """The folder around the runs, and the one inside of a run."""
+    for number in ("002", "010"):
+        run_folder(tmp_path / number, network())
+    # stopped before its first checkpoint
+    (tmp_path / "011").mkdir()
+    (tmp_path / "011/config.yaml").write_text("")
+    newest = tmp_path / "010"
+    for folder in (tmp_path, newest / "checkpoints"):
+        with pytest.raises(ValueError, match=f"found none of them; give the run folder {newest}"):
+            load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"config": "yaml: yes"},
+        {"config": json.dumps({"model": "unet"}), "step": "x", "data": "[]"},
+        {"config": json.dumps({"model": {"name": "unet"}, "diffusion": {"steps": 1000}})},
+        {"config": "[]", "data": json.dumps({"num_classes": 3}), "step": "1.5"},
+    ],
+)
+def test_metadata_of_other_projects_says_nothing(tmp_path, metadata):
+    model = network()
+    save_file(weights(model), tmp_path / "w.safetensors", metadata)
+    loaded = load_model(str(tmp_path / "w.safetensors"), num_heads=2)
+    assert same(loaded.model.state_dict(), model.state_dict())
+    assert (loaded.config, loaded.facts, loaded.step) == (None, None, None)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", '{"library_name": "sra-fast", "config": [1]}'])
+def test_a_config_json_of_another_form_says_nothing(tmp_path, text):
+    model = network()
+    save_file(weights(model), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    loaded = load_model(str(tmp_path), num_heads=2)
+    assert same(loaded.model.state_dict(), model.state_dict()) and loaded.config is None
+
+
 def test_pickled_objects_are_named(tmp_path):
     import numpy as np
 
@@ -336,7 +403,7 @@ def test_pickled_objects_are_named(tmp_path):
 def test_a_configuration_of_another_version_is_named(tmp_path):
     config = {"model": {"name": "SiT-S/2", "rope": True}, "diffusion": {"path": "linear"}}
     write_export(tmp_path / "w.safetensors", weights(network()), config, None)
-    with pytest.raises(ValueError, match="another version: .*rope"):
+    with pytest.raises(ValueError, match="in .*w.safetensors is .* another version: .*rope"):
         load_model(str(tmp_path / "w.safetensors"))
 
 

@@ -42,6 +42,8 @@ def inside(state: dict, word: str) -> dict:
 )
 def test_prefixes_in_any_order_and_depth(prefix):
     held = unwrapped(prefixed(STATE, prefix), "a.pt")
+    # a file that does not name its weights says nothing of an average
+    assert held.pop("unnamed", False) == ("model" not in prefix and "ema" not in prefix)
     assert len(held) == 1
     assert same(*held.values(), STATE)
 
@@ -71,6 +73,7 @@ def test_nested_containers(keys):
         "ema" if "ema" in keys else "model" if {"model", "model_state_dict"} & set(keys) else "ema"
     )
     assert same(found[role], STATE) and found["epoch"] == 3
+    assert found.pop("unnamed", False) == (keys == ("state_dict",))
     assert set(found) == {role, "epoch"}
 
 

@@ -14,6 +14,7 @@ from sra_fast.checkpoint.load_model import load_model
 from sra_fast.checkpoint.official_weights import (
     convert,
     first_channels,
+    import_file,
     interpolant_name,
     model_config,
     reverse_time,
@@ -46,6 +47,14 @@ def release(seed=0, **sizes) -> DiT:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.data.copy_(torch.randn(p.shape, generator=generator) * 0.15)
+    return model
+
+
+def sit_release(seed=0, **sizes) -> DiT:
+    """A release of SiT: nothing has trained the second half of its outputs."""
+    model = release(seed, **sizes)
+    for p in model.final_layer.linear.parameters():
+        p.data.unflatten(0, (P * P, 2, -1))[:, 1] = 0
     return model
 
 
@@ -159,7 +168,7 @@ def test_projection_head_is_fresh_and_seeded():
 @pytest.mark.parametrize("layout, run_script", [("release", launch), ("training", call)])
 def test_file_to_file_samples_and_starts_a_run(tmp_path, layout, run_script):
     digits = dict(in_channels=1, num_classes=10)
-    net = release(**digits)
+    net = sit_release(**digits)
     x, t, y = batch(1)
     args = argparse.Namespace(path_type="GVP", prediction="velocity")
     training = {
@@ -182,7 +191,7 @@ def test_file_to_file_samples_and_starts_a_run(tmp_path, layout, run_script):
     run = [
         *("--model.name", "SiT-S/2", *sizes, "--data.name", "digits"),
         *("--align.student_layer", "1", "--align.teacher_layer", "2"),
-        *("--train.init_from", str(out)),
+        *("--train.init_from", str(out), "--diffusion.path", path),
     ]
     start = make_run_plan(parse_train(run)[0]).initial["ema"]
     assert all(torch.equal(start[name], value) for name, value in model.state_dict().items())
@@ -234,6 +243,43 @@ def broken(change) -> dict:
 def test_other_weights_are_refused(state, name, heads, message):
     with pytest.raises(ValueError, match=message):
         convert(state, model_config(state, name, heads))
+
+
+@pytest.mark.parametrize(
+    "family, args, refused",
+    [
+        (
+            "DiT",
+            None,
+            "expected --model DiT-..., .* looks like an official DiT, got --model SiT-S/2",
+        ),
+        (
+            "SiT",
+            None,
+            "expected --model SiT-..., .* looks like an official SiT, got --model DiT-S/2",
+        ),
+        ("DiT", {"model": "DiT-S/2"}, "expected --model DiT-..., of which .* got --model SiT-S/2"),
+        ("SiT", {"model": "SiT-S/2"}, "expected --model SiT-..., of which .* got --model DiT-S/2"),
+        # trained without the unused half: only the arguments say it
+        ("SiT", {"path_type": "Linear"}, "looks like an official SiT, got --model DiT-S/2"),
+        ("DiT", {"model": "my/model.py"}, "looks like an official DiT, got --model SiT-S/2"),
+    ],
+)
+def test_the_other_family_is_refused(tmp_path, family, args, refused):
+    """It has the same shapes, and converted it would make noise."""
+    net = sit_release() if family == "SiT" else release()
+    held = {"ema": weights(net), "model": weights(net)}
+    if args is not None:
+        held["args"] = argparse.Namespace(**args)
+    source = tmp_path / "w.pt"
+    torch.save(held, source)
+    out = str(tmp_path / "w.safetensors")
+    other = {"SiT": "DiT-S/2", "DiT": "SiT-S/2"}[family]
+    with pytest.raises(ValueError, match=refused) as error:
+        import_file(str(source), other, out, HEADS)
+    assert "\n" not in str(error.value) and not (tmp_path / "w.safetensors").exists()
+    import_file(str(source), f"{family}-S/2", out, HEADS)
+    assert load_model(out).model.family == family
 
 
 def test_other_processes_are_refused():

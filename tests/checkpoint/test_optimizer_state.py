@@ -68,7 +68,7 @@ def test_the_inverse_is_the_published_optimizer(model):
 
 
 def test_no_step_is_no_state(model):
-    for opt in ({}, {"state": {}}, torch.optim.AdamW(model.parameters()).state_dict()):
+    for opt in (None, {}, {"state": {}}, torch.optim.AdamW(model.parameters()).state_dict()):
         assert match_optimizer(opt, shapes_of(model)) == {}
 
 
@@ -99,6 +99,17 @@ def test_what_does_not_fit_is_refused_by_name(model):
         (
             {**opt, "state": {**states, 2: {"momentum_buffer": 1}}},
             "expected AdamW's state of .* no exp",
+        ),
+        ([], r"expected the optimizer's state_dict\(\), got a list"),
+        ({**opt, "state": [1]}, "the optimizer state should be by number, got list"),
+        ({**opt, "param_groups": [{"lr": 1.0}]}, "param_groups should have params"),
+        ({**opt, "param_groups": None}, "expected one group of"),
+        ({**opt, "state": {**states, 2: None}}, "expected AdamW's state of .* no exp_avg"),
+        (change(opt, 0, exp_avg=bad.to_sparse()), "exp_avg of x_embedder.* is sparse or has no"),
+        (change(opt, 0, exp_avg=bad.to("meta")), "exp_avg of x_embedder.* is sparse or has no"),
+        (
+            change(opt, 0, step="one"),
+            "step of x_embedder.proj.weight should be a number, it is one",
         ),
         (change(opt, 0, exp_avg_sq=None), "exp_avg_sq of x_embedder.proj.weight should be"),
     ):

@@ -4,6 +4,9 @@ refused.
 
 import argparse
 import logging
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,13 @@ from safetensors.torch import save_file
 from tiny_config import config
 
 from sra_fast.checkpoint.export import write_export
-from sra_fast.models import DiT, SiT, arguments_of
+from sra_fast.data.facts import DataFacts
+from sra_fast.models import DiT, arguments_of
 from sra_fast.training import saving
 from sra_fast.training.initial import read_initial
 from sra_fast.training.plan import make_run_plan
 from sra_fast.training.run import run
+from sra_fast.training.start_lines import start_lines
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -36,8 +41,13 @@ def trainer_from(path, *args):
         config(*STEPS, "--train.seed", str(FRESH_SEED), "--train.init_from", str(path), *args)
     )
     initial = plan.initial
+    origin = initial["origin"]
     trainer = build(plan.plan, init_distributed(), initial.get("model", initial.get("ema")))
-    return trainer, saving.start_from(trainer, initial)
+    start = saving.start_from(trainer, initial)
+    # what the user sees
+    line = start_lines(trainer, plan.data, Path("runs/000"), start, origin)[0]
+    assert line == f"run      runs/000 (new, {origin})"
+    return trainer, start
 
 
 def student_and_ema(trainer) -> tuple[dict, dict]:
@@ -52,16 +62,18 @@ def fresh_state(*args) -> dict:
 
 @pytest.fixture(autouse=True)
 def said(caplog):
-    caplog.set_level(logging.INFO, "sra_fast")
+    """What users see: nothing below a warning."""
+    caplog.set_level(logging.WARNING, "sra_fast")
 
 
 def test_an_exact_fit_is_taken_whole(tmp_path, caplog):
     model = network()
     save_file(prefixed(weights(model), "module."), tmp_path / "w.safetensors")
-    assert same(initial_of(tmp_path / "w.safetensors")["ema"], weights(model))
-    count = len(list(model.parameters()))
-    assert f"w.safetensors: {count} of {count} parameters" in caplog.text
-    assert "fresh" not in caplog.text
+    found = initial_of(tmp_path / "w.safetensors")
+    assert same(found["ema"], weights(model))
+    assert found["origin"] == f"from {tmp_path}/w.safetensors"
+    # nothing is left out: no warning
+    assert caplog.text == ""
 
 
 def test_a_run_folder_starts_a_run(tmp_path):
@@ -122,7 +134,11 @@ def test_fine_tuning_takes_what_fits(tmp_path, caplog, task):
 
 def test_without_a_table_the_run_continues(tmp_path):
     """It is computed: everything fits."""
-    torch.save({"ema": weights(network(), ["pos_embed"]), "steps": 1}, tmp_path / "w.pt")
+    model = network()
+    held = published(model, list(model.parameters()))
+    for key in ("model", "ema"):
+        del held[key]["pos_embed"]
+    torch.save(held, tmp_path / "w.pt")
     assert trainer_from(tmp_path / "w.pt")[1] == 1
 
 
@@ -140,7 +156,7 @@ def test_absent_parts_are_fresh(tmp_path, caplog, absent):
             assert f"{name} {[*fresh[name].shape]} (it is absent)" in caplog.text
 
 
-def test_two_steps_from_weights_of_another_task(tmp_path):
+def test_two_steps_from_weights_of_another_task(tmp_path, capsys):
     """A whole run, from its folder's weights another one."""
     save_file(
         weights(network(num_classes=3, in_channels=4), ["ap_head."]), tmp_path / "w.safetensors"
@@ -151,6 +167,10 @@ def test_two_steps_from_weights_of_another_task(tmp_path):
     )
     summary = run(plan, init_distributed())
     assert summary["loss_last"] > 0
+    # which weights the scores are of
+    assert (summary["step"], summary["weights"]) == (2, "ema")
+    said = capsys.readouterr().err
+    assert f"(new, from {tmp_path}/w.safetensors, " in said and "resumed" not in said
     again = initial_of(summary["run_dir"], "--model.num_classes", "12")
     assert TABLE not in again["ema"] and "blocks.3.attn.qkv.weight" in again["ema"]
 
@@ -158,9 +178,10 @@ def test_two_steps_from_weights_of_another_task(tmp_path):
 # refused
 
 
-def in_config(path, model, **more):
-    config = {"architecture": {"family": model.family, "arguments": arguments_of(model)}}
-    write_export(path, weights(model), {**config, "diffusion": {"path": "linear"}}, None)
+def in_config(file, model, facts=None, **diffusion):
+    held = {"architecture": {"family": model.family, "arguments": arguments_of(model)}}
+    held["diffusion"] = {"path": "linear", **diffusion}
+    write_export(file, weights(model), held, None, facts)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +233,72 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         initial_of(tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("ours, theirs", [("cosine", "linear"), ("linear", "cosine")])
+def test_another_interpolant_is_refused(tmp_path, ours, theirs):
+    model = network()
+    run = ("--diffusion.path", ours)
+    in_config(tmp_path / "w.safetensors", model, path=theirs)
+    args = argparse.Namespace(path_type=theirs, num_heads=2)
+    torch.save({"ema": weights(model), "args": args}, tmp_path / "w.pt")
+    for name in ("w.safetensors", "w.pt"):
+        message = f"{name} was trained with the interpolant {theirs}, the run has --diffusion.path"
+        with pytest.raises(ValueError, match=f"{message} {ours}"):
+            initial_of(tmp_path / name, *run)
+        assert same(initial_of(tmp_path / name, "--diffusion.path", theirs)["ema"], weights(model))
+    args = argparse.Namespace(path_type="VP2", num_heads=2)
+    torch.save({"ema": weights(model), "args": args}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="the interpolant VP2, the run has --diffusion.path"):
+        initial_of(tmp_path / "w.pt", *run)
+
+
+def test_a_dit_has_no_interpolant(tmp_path):
+    """Its exports say linear, whatever the run says."""
+    in_config(tmp_path / "w.safetensors", network(DiT))
+    run = ("--model.name", "DiT-S/2", "--diffusion.path", "cosine")
+    assert same(initial_of(tmp_path / "w.safetensors", *run)["ema"], weights(network(DiT)))
+
+
+# facts about the data
+
+NAMES = [str(i) for i in range(10)]
+LATENTS = DataFacts("latents", (1, 8, 8), 10, class_names=NAMES, scale=0.5)
+
+
+@pytest.mark.parametrize(
+    "theirs, message",
+    [
+        (dict(scale=0.18215), "trained on latents of scale 0.18215, .* have 0.5 .*latent_scale"),
+        (dict(shift=0.1), "trained on latents of shift 0.1, the data of this run have 0 .*_shift"),
+        (dict(pixels=True, scale=1.0), "trained on pixels, the data of this run are latents"),
+        (dict(path="/elsewhere"), None),
+    ],
+)
+def test_inputs_of_another_kind_are_a_warning(tmp_path, caplog, theirs, message):
+    in_config(tmp_path / "w.safetensors", network(), facts=replace(LATENTS, **theirs))
+    cfg = config(*STEPS, "--train.init_from", str(tmp_path / "w.safetensors"))
+    assert same(read_initial(cfg, LATENTS)["ema"], weights(network()))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (message is not None)
+    assert message is None or re.search(message, lines[0])
+
+
+def test_other_classes_of_the_same_number_are_fresh(tmp_path, caplog):
+    names = [*NAMES[:8], "x", "y"]
+    in_config(tmp_path / "w.safetensors", network(), facts=replace(LATENTS, class_names=names))
+    cfg = config(*STEPS, "--train.init_from", str(tmp_path / "w.safetensors"))
+    assert TABLE not in read_initial(cfg, LATENTS)["ema"]
+    assert f"{TABLE} [11, 32] (its classes have other names, x for 8)" in caplog.text
+    for unnamed in (LATENTS, replace(LATENTS, class_names=None)):
+        in_config(tmp_path / "w.safetensors", network(), facts=unnamed)
+        assert TABLE in read_initial(cfg, LATENTS)["ema"]
+    # and a run asks with the facts of its data: those of the digits are named from zero to nine
+    in_config(tmp_path / "w.safetensors", network(), facts=replace(LATENTS, class_names=names))
+    args = ("--train.init_from", str(tmp_path / "w.safetensors"))
+    caplog.clear()
+    make_run_plan(config(*STEPS, *args))
+    assert "trained on latents, the data of this run are pixels" in caplog.text
+
+
 # optimizer states
 
 
@@ -232,16 +319,13 @@ def test_the_optimizer_continues_or_is_refused(tmp_path, caplog):
     held = published(model, [table, *model.parameters()])
     torch.save(held, tmp_path / "w.pt")
     trainer, start = trainer_from(tmp_path / "w.pt")
-    assert start == 1 and "with its optimizer state" in caplog.text
+    assert start == 1 and caplog.text == ""
+    origin = initial_of(tmp_path / "w.pt")["origin"]
+    assert origin == f"from {tmp_path}/w.pt, step 1, with its optimizer"
     moments = trainer.masters.gather(trainer.masters.state("exp_avg"))
     for number, name in enumerate(moments, start=1):
         assert torch.equal(moments[name], held["opt"]["state"][number]["exp_avg"])
     assert all(state["step"] == 1 for state in trainer.masters.optimizer_states())
-
-    torch.save(published(network(), list(network().parameters())), tmp_path / "w.pt")
-    assert "its optimizer has no state" not in caplog.text
-    initial_of(tmp_path / "w.pt")
-    assert "its optimizer has no state" in caplog.text
 
     model = network()
     torch.save(published(model, list(model.parameters())[::-1]), tmp_path / "w.pt")
@@ -249,7 +333,39 @@ def test_the_optimizer_continues_or_is_refused(tmp_path, caplog):
         initial_of(tmp_path / "w.pt")
 
 
+@pytest.mark.parametrize("opt", ["absent", None, {}, {"state": {}, "param_groups": []}])
+def test_without_an_optimizer_state_the_run_starts_anew(tmp_path, caplog, opt):
+    """A fresh optimizer at step 400000 would be beyond its warm-up."""
+    held = {"model": weights(network()), "ema": weights(network()), "steps": 400_000, "epoch": 80}
+    torch.save(held if opt == "absent" else {**held, "opt": opt}, tmp_path / "w.pt")
+    _, start = trainer_from(tmp_path / "w.pt")
+    assert start == 0
+    assert "it has no optimizer state, so the run starts at step 0" in caplog.text
+    found = initial_of(tmp_path / "w.pt")
+    assert not {"opt", "steps", "epoch"} & set(found)
+    assert found["origin"] == f"from {tmp_path}/w.pt"
+
+
+def test_step_counts_and_optimizers_of_another_form_are_refused(tmp_path):
+    model = network()
+    held = published(model, list(model.parameters()))
+    for change, message in (
+        ({"steps": "1"}, "expected a number of steps in train.init_from .*w.pt, got '1'"),
+        ({"opt": [1]}, r"w.pt: expected the optimizer's state_dict\(\), got a list"),
+        (
+            {"opt": {**held["opt"], "param_groups": [{"lr": 1}]}},
+            "w.pt: the optimizer's param_groups should have params",
+        ),
+    ):
+        torch.save({**held, **change}, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=message) as error:
+            initial_of(tmp_path / "w.pt")
+        assert "\n" not in str(error.value)
+
+
 def test_the_step_count_must_leave_steps(tmp_path):
-    torch.save({"ema": weights(network(SiT)), "steps": 2}, tmp_path / "w.pt")
+    model = network()
+    held = published(model, list(model.parameters()))
+    torch.save({**held, "steps": 2}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match="train.steps must exceed the 2 of train.init_from, got 2"):
         initial_of(tmp_path / "w.pt")
