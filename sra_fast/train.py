@@ -6,7 +6,32 @@ deepspeed sra_fast/train.py --config configs/digits.yaml [--section.field VALUE 
 import json
 import os
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
+
+# seconds in which a launcher ends the other ranks after one has failed: DeepSpeed's looks every second
+LAUNCHER_REACTS = 3.0
+
+
+@contextmanager
+def one_line_for_all():
+    """What stops a run ends this process with one line and exit code 2; 1 if the loss diverged.
+
+    All ranks mostly fail alike, and rank 0 speaks for them. The launcher ends those that wait for a
+    rank that is gone.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        rank = int(os.environ.get("RANK", 0))
+        who = "error"
+        if rank:
+            # whoever is still alive after this has failed alone
+            time.sleep(LAUNCHER_REACTS)
+            who = f"error on rank {rank}"
+        print(f"{who}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
 def main() -> None:
@@ -24,7 +49,8 @@ def main() -> None:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    summary = run(plan, init_distributed(cfg.train.tf32))
+    with one_line_for_all():
+        summary = run(plan, init_distributed(cfg.train.tf32))
     if summary:
         print(json.dumps(summary))
 

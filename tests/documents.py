@@ -10,16 +10,24 @@ import io
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from unittest.mock import patch
 
 import jsonargparse
+import torch
+from foreign import network, weights
 from launch import ROOT, Result, call, call_console, free_port, run_python
-from toy_data import write_images
+from PIL import Image
+from toy_data import write_images, write_vae
+
+from sra_fast.data.digits import Digits
+from sra_fast.models import DiT
+from sra_fast.plots.report import to_uint8
 
 DOCUMENTS = [
     path
@@ -56,12 +64,16 @@ class Command:
     def __str__(self) -> str:
         return f"{self.document}:{self.line}: {self.text}"
 
-    def words(self) -> list[str]:
-        """The words that the program gets, itself first; variables of the environment left out."""
+    def words(self, stand_ins: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+        """The words that the program gets, itself first; variables of the environment left out.
+
+        ``stand_ins``: words of the document, and those that are taken in their place.
+        """
         words = shlex.split(self.text)
         while words and VARIABLE.fullmatch(words[0]):
             words = words[1:]
-        return [value for word in words for value in PLACEHOLDERS.get(word, [word])]
+        known = PLACEHOLDERS | {word: [value] for word, value in stand_ins.items()}
+        return [value for word in words for value in known.get(word, [word])]
 
 
 def code_blocks(text: str) -> Iterator[tuple[int, str]]:
@@ -341,18 +353,47 @@ def make_workspace(folder: Path) -> Path:
         (folder / name).symlink_to(ROOT / name)
     # what docs/your_own_images.md and README.md begin with
     write_images(folder / "my_images", per_class=8)
+    write_foreign_files(folder)
     return folder
 
 
-def execute(command: Command, workspace: Path, more: list[str]) -> Result:
-    """Run the command with further arguments: under a launcher in processes, else in this one."""
-    program, *args = command.words()
-    args = [*args, *more]
+def write_foreign_files(folder: Path) -> None:
+    """Small files under the names of those that a reader gets from elsewhere."""
+    # an official release has twice as many output channels as its input, as DiT, and no head
+    releases = {
+        "SiT-XL-2-256x256.pt": network(DiT),
+        "DiT-XL-2-256x256.pt": network(DiT, in_channels=4, num_classes=5),
+    }
+    for name, model in releases.items():
+        torch.save(weights(model, without=("ap_head",)), folder / name)
+    write_vae(folder / "vae")
+    (folder / "real_images").mkdir()
+    for i, image in enumerate(to_uint8(Digits().images[:100])):
+        Image.fromarray(image[..., 0]).save(folder / f"real_images/{i:03d}.png")
+    (folder / "my_features.py").write_text("def extract(x):\n    return x.flatten(1).float()\n")
+
+
+def execute(
+    command: Command, workspace: Path, more: list[str], stand_ins: Mapping[str, str]
+) -> Result:
+    """Run the command with further arguments: under a launcher in processes, else in this one.
+
+    ``stand_ins``: words of the document, and those of the workspace in their place.
+    """
+    # a program may add the working directory, and import a module of a reader from it
+    with patch.object(sys, "path", [*sys.path]):
+        return _execute(command, workspace, [*command.words(stand_ins), *more])
+
+
+def _execute(command: Command, workspace: Path, words: list[str]) -> Result:
+    program, *args = words
     if program == "sra-fast":
         return call_console(*args, cwd=workspace)
     if program == "deepspeed":
-        launcher = ("-m", "deepspeed.launcher.runner", "--master_port", free_port())
-        return run_python(*launcher, *args, cwd=workspace)
+        # one process on any machine: DeepSpeed counts the sockets of a CPU
+        launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators", 1)
+        port = ("--master_port", free_port())
+        return run_python(*launcher, *port, *args, cwd=workspace)
     if program == "python" and args[0].startswith("sra_fast/"):
         return call(Path(args[0]).stem, *args[1:], cwd=workspace)
     if program == "python":

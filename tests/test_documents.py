@@ -4,8 +4,9 @@ A new command needs a class below: `ParseOnly` with the reason, or `Execute` wit
 """
 
 import re
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import documents
@@ -41,13 +42,16 @@ class Execute:
 
     Attributes:
         more: arguments behind those of the document, which make it small.
-        after: beginning of the command whose results it reads; that one is executed before it.
+        after: beginnings of the commands whose results it reads; they are executed before it.
+        stand_ins: words of the document that are a reader's own, and those of the workspace that
+            are taken in their place.
         makes: files that it must leave.
         says: a regular expression that its output must match.
     """
 
     more: str = ""
-    after: str = ""
+    after: tuple[str, ...] = ()
+    stand_ins: dict[str, str] = field(default_factory=dict)
     makes: tuple[str, ...] = ()
     says: str = ""
 
@@ -57,6 +61,12 @@ TINY_RUN = (
     "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 --align.student_layer 2 "
     "--align.teacher_layer 3 --train.global_batch 16 --train.steps 4 --train.log_every 2 --sample.steps 2"
 )
+SAMPLES = "python sra_fast/sample.py --checkpoint runs/digits/000"
+WRITTEN = "python sra_fast/evaluate.py --reference real_images"
+RESUME = "sra-fast train --config RUN/config.yaml"
+IMPORT_SIT = "sra-fast import-weights --from SiT-XL-2-256x256.pt"
+IMPORT_DIT = "sra-fast import-weights --from DiT-XL-2-256x256.pt"
+PIPELINE = "sra-fast export --checkpoint RUN --format diffusers"
 OWN = "sra-fast preprocess --source my_images"
 OWN_RUN = "sra-fast train --model SiT-S/4 --data data/mine"
 SMALL = "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 --train.global_batch 8 --train.steps 2"
@@ -65,7 +75,8 @@ PHOTO_PIXELS = "python sra_fast/preprocess.py --source data/photos/images"
 PHOTO_RUN = "deepspeed sra_fast/train.py --config configs/photos.yaml"
 PHOTO_SAMPLES = "python sra_fast/sample.py --checkpoint runs/photos/000"
 IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
-FILES = ParseOnly("needs files that a reader has")
+INCEPTION = ParseOnly("needs Inception's weights")
+CHECKPOINT = ParseOnly("needs a published checkpoint and its VAE; tests/sampling has both, small")
 BENCHMARK = ParseOnly("measures for minutes; tests/benchmarks has its parts")
 MAKE = ParseOnly("is how these tests, and the rest of .ci/run, are started")
 PIP = ParseOnly("installs from a package index; tests/test_import.py builds and installs")
@@ -81,63 +92,107 @@ CLASSES = {
     "deepspeed --num_gpus 8 sra_fast/train.py --config configs/dit_b2_256.yaml": IMAGENET,
     "deepspeed sra_fast/preprocess.py --source imagenet/train": IMAGENET,
     "python sra_fast/preprocess.py --source data/imagenet256": IMAGENET,
-    "python sra_fast/sample.py --checkpoint runs/digits/000": Execute(
-        "--sample.steps 2 --batch 50", DEMO, ("samples/samples.npz", "samples/samples.png")
+    SAMPLES: Execute(
+        "--sample.steps 2 --batch 50",
+        (DEMO,),
+        makes=("samples/samples.npz", "samples/samples.png"),
     ),
-    "python sra_fast/sample.py --checkpoint step-400000.pt": FILES,
-    "deepspeed --num_gpus 8 sra_fast/sample.py --checkpoint runs": FILES,
-    "python sra_fast/evaluate.py --samples": FILES,
+    "python sra_fast/sample.py --checkpoint step-400000.pt": CHECKPOINT,
+    "deepspeed --num_gpus 8 sra_fast/sample.py --checkpoint runs": IMAGENET,
+    "python sra_fast/evaluate.py --samples": INCEPTION,
+    "python sra_fast/evaluate.py --samples samples --reference real_images": Execute(
+        "--out pixels.json", (SAMPLES,), makes=("pixels.json",), says="^fid "
+    ),
+    WRITTEN: Execute(
+        stand_ins={"--inception": "--features", "WEIGHTS.pth": "pixels"},
+        makes=("real.npz",),
+        says="written: real.npz, the statistics of 100 images",
+    ),
+    "python sra_fast/evaluate.py --samples samples --reference real.npz": Execute(
+        "--out own.json",
+        (SAMPLES, WRITTEN),
+        {"--inception": "--features", "WEIGHTS.pth": "pixels"},
+        makes=("own.json",),
+        says="^fid .*not written by the ADM suite",
+    ),
+    "python sra_fast/evaluate.py --samples samples.npz --reference real.npz": Execute(
+        "--out features.json",
+        (SAMPLES,),
+        {"samples.npz": "samples/samples.npz", "real.npz": "real_images"},
+        makes=("features.json",),
+        says="extractor: my_features.extract",
+    ),
     "python sra_fast/probe.py --checkpoint runs/digits/000": ParseOnly(
         "fits classifiers for a minute; tests/analysis does it"
     ),
-    "python sra_fast/probe.py --checkpoint runs/sit_xl/000": FILES,
+    "python sra_fast/probe.py --checkpoint runs/sit_xl/000": IMAGENET,
     "python sra_fast/visualize.py --checkpoint runs/digits/000": Execute(
-        "--images 2 --times [0.5]", DEMO, ("analysis/pca.png",)
+        "--images 2 --times [0.5]", (DEMO,), makes=("analysis/pca.png",)
     ),
-    "python sra_fast/visualize.py --runs": FILES,
-    "python sra_fast/visualize.py --samples": FILES,
+    "python sra_fast/visualize.py --runs": Execute(
+        after=(DEMO, OWN_RUN),
+        stand_ins={"[runs/sra/000, runs/plain/000]": "[runs/digits/000, runs/default/000]"},
+        makes=("analysis/curves.png",),
+    ),
+    "python sra_fast/visualize.py --samples": Execute(
+        after=(SAMPLES,),
+        stand_ins={"[samples_sra, samples_plain]": "[samples, samples/samples.npz]"},
+        makes=("analysis/samples.png",),
+    ),
     "python sra_fast/ablate.py configs/ablations/": ParseOnly("trains for an hour"),
-    "python sra_fast/import_weights.py --from SiT-XL-2-256x256.pt": FILES,
+    "python sra_fast/import_weights.py --from SiT-XL-2-256x256.pt": Execute(
+        "--num_heads 2", says=r"\.safetensors$"
+    ),
     "python sra_fast/train.py ARGS": ParseOnly("stands for every command of the program"),
     "sra-fast train ARGS": ParseOnly("stands for every command of the program"),
     "sra-fast --help": Execute(says="commands:"),
-    "sra-fast export --checkpoint runs/sit_xl/000": FILES,
+    "sra-fast export --checkpoint runs/sit_xl/000": Execute(
+        after=(DEMO,),
+        stand_ins={
+            "runs/sit_xl/000/checkpoints/step_00050000": "runs/digits/000/checkpoints/step_00000004"
+        },
+        makes=("step50000.safetensors",),
+    ),
     # from a folder to samples
     OWN: Execute(
         "--resolution 16", makes=("data/mine/index.json", "data/mine/held_out/index.json")
     ),
     OWN_RUN: Execute(
         f"{SMALL} --train.precision fp32 --data.num_workers 0",
-        OWN,
-        ("runs/default/000/ema.safetensors",),
+        (OWN,),
+        makes=("runs/default/000/ema.safetensors",),
     ),
     "python sra_fast/train.py --model SiT-S/4 --data data/mine": ParseOnly(
         "README.md's command under another name"
     ),
     "sra-fast sample --checkpoint runs/default/000": Execute(
         "--count 4 --sample.steps 2 --sample.method euler --out own",
-        OWN_RUN,
-        ("own/samples.npz",),
+        (OWN_RUN,),
+        makes=("own/samples.npz",),
     ),
     PHOTOS: Execute(makes=("data/photos/images/val/temple/079.jpg",)),
-    PHOTO_PIXELS: Execute("--resolution 16", PHOTOS, says="1600 images of 5 classes"),
+    PHOTO_PIXELS: Execute("--resolution 16", (PHOTOS,), says="1600 images of 5 classes"),
     PHOTO_RUN: Execute(
-        f"{SMALL} --train.log_every 1", PHOTO_PIXELS, ("runs/photos/000/ema.safetensors",)
+        f"{SMALL} --train.log_every 1",
+        (PHOTO_PIXELS,),
+        makes=("runs/photos/000/ema.safetensors",),
     ),
     PHOTO_SAMPLES: Execute(
-        "--count 20 --sample.steps 2", PHOTO_RUN, ("data/photos/samples/samples.png",)
+        "--count 20 --sample.steps 2", (PHOTO_RUN,), makes=("data/photos/samples/samples.png",)
     ),
     "python sra_fast/evaluate.py --samples data/photos/samples": Execute(
-        after=PHOTO_SAMPLES, makes=("data/photos/scores.json",), says="fid"
+        after=(PHOTO_SAMPLES,), makes=("data/photos/scores.json",), says="fid"
     ),
     "python sra_fast/probe.py --checkpoint runs/photos/000": Execute(
         "--images 40 --draws 1 --times [0.5] --layers [2]",
-        PHOTO_RUN,
-        ("data/photos/probe/probe.json",),
-        "best: block 2",
+        (PHOTO_RUN,),
+        makes=("data/photos/probe/probe.json",),
+        says="best: block 2",
     ),
     # other launchers; tests/training compares what they train
-    "python sra_fast/train.py --config configs/digits.yaml": Execute(TINY_RUN),
+    "python sra_fast/train.py --config configs/digits.yaml": Execute(
+        f"{TINY_RUN} --train.out runs/alone", makes=("runs/alone/000/ema.safetensors",)
+    ),
     "python sra_fast/train.py --config configs/digits.yaml --train.seed": ParseOnly(
         "trains six networks"
     ),
@@ -147,16 +202,54 @@ CLASSES = {
     "deepspeed --quiet --num_gpus 8 sra_fast/train.py": IMAGENET,
     "torchrun": IMAGENET,
     "accelerate launch": IMAGENET,
-    # tests/checkpoint runs each of them on files that it makes
-    "sra-fast export": FILES,
-    "sra-fast import-weights": FILES,
-    "sra-fast train --config RUN/config.yaml": FILES,
-    "deepspeed sra_fast/train.py --config mine.yaml": FILES,
-    "python sra_fast/probe.py --checkpoint DIR": FILES,
-    "python sra_fast/import_weights.py --from DiT-XL-2-256x256.pt": FILES,
+    # weights from anywhere, to anywhere
+    "sra-fast export --checkpoint SOURCE --out w.safetensors": Execute(
+        after=(DEMO,),
+        stand_ins={"SOURCE": "runs/digits/000", "w.safetensors": "exported.safetensors"},
+        makes=("exported.safetensors",),
+    ),
+    "sra-fast export --checkpoint SOURCE --out FOLDER --push": ParseOnly(
+        "uploads to the hub; tests/checkpoint does it with a hub of its own"
+    ),
+    "sra-fast export --checkpoint SOURCE --out FOLDER --format diffusers": Execute(
+        after=(IMPORT_DIT,),
+        stand_ins={"SOURCE": "dit_xl2.safetensors", "FOLDER": "exported", "VAE_FOLDER": "vae"},
+        makes=("exported/model_index.json", "exported/vae/config.json"),
+    ),
+    "sra-fast export --checkpoint published.pt": Execute(
+        after=(RESUME,),
+        stand_ins={"published.pt": "runs/digits/000/published.pt"},
+        makes=("other.pt",),
+    ),
+    PIPELINE: Execute(
+        after=(IMPORT_DIT,),
+        stand_ins={"RUN": "dit_xl2.safetensors", "VAE_FOLDER": "vae"},
+        makes=("pipeline/model_index.json", "pipeline/transformer/config.json"),
+    ),
+    "sra-fast import-weights --from pipeline": Execute(after=(PIPELINE,), makes=("w.safetensors",)),
+    IMPORT_SIT: Execute("--num_heads 2", makes=("sit_xl2.safetensors",)),
+    IMPORT_DIT: Execute("--num_heads 2", makes=("dit_xl2.safetensors",)),
+    RESUME: Execute(
+        after=(DEMO,),
+        stand_ins={"RUN/config.yaml": "runs/digits/000/config.yaml", "RUN": "runs/digits/000"},
+        makes=("runs/digits/000/published.pt",),
+    ),
+    "deepspeed sra_fast/train.py --config mine.yaml": Execute(
+        f"{TINY_RUN} --train.out runs/tuned",
+        (IMPORT_SIT,),
+        makes=("runs/tuned/000/ema.safetensors",),
+    ),
+    "python sra_fast/probe.py --checkpoint DIR": ParseOnly("probes those six networks"),
+    "python sra_fast/import_weights.py --from DiT-XL-2-256x256.pt": Execute(
+        "--num_heads 2", makes=("dit.safetensors",)
+    ),
     "python sra_fast/preprocess.py --source imagenet/train": IMAGENET,
-    "python sra_fast/sample.py --checkpoint runs/xl2/000": FILES,
-    "python sra_fast/evaluate.py --reference real_images": FILES,
+    "python sra_fast/sample.py --checkpoint runs/xl2/000": Execute(
+        "--count 4 --sample.steps 2 --out xl2",
+        (DEMO,),
+        {"runs/xl2/000": "runs/digits/000"},
+        makes=("xl2/samples.npz",),
+    ),
     "python -m benchmarks.": BENCHMARK,
     "python tests/planted_bugs.py": ParseOnly("takes half an hour"),
 }
@@ -186,6 +279,14 @@ def test_every_command_has_a_class():
 
 def test_every_class_has_a_command():
     assert set(CLASSES) == {key_of(command) for command in COMMANDS}
+
+
+def test_every_stand_in_stands_for_a_word():
+    """A misspelt one would leave the document's word, and the test another meaning."""
+    for command in COMMANDS:
+        how = CLASSES[key_of(command)]
+        if isinstance(how, Execute):
+            assert how.stand_ins.keys() <= {*shlex.split(command.text)}, command
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -248,10 +349,11 @@ def results() -> dict[str, documents.Result]:
 def run_once(command: Command, workspace: Path, results: dict) -> documents.Result:
     how = CLASSES[key_of(command)]
     if command.text not in results:
-        if how.after:
-            first = next(other for other in executed() if other.text.startswith(how.after))
+        for beginning in how.after:
+            first = next(other for other in executed() if other.text.startswith(beginning))
             run_once(first, workspace, results)
-        results[command.text] = documents.execute(command, workspace, how.more.split())
+        more = how.more.split()
+        results[command.text] = documents.execute(command, workspace, more, how.stand_ins)
     return results[command.text]
 
 
@@ -297,6 +399,9 @@ make = 1
     ]
     assert Command("", 1, "A=1 sra-fast train ARGS --n N").words() == [
         *("sra-fast", "train", "--n", "8")
+    ]
+    assert Command("", 1, "sra-fast train --n N --a RUN").words({"RUN": "runs/x", "N": "9"}) == [
+        *("sra-fast", "train", "--n", "9", "--a", "runs/x")
     ]
     assert len(COMMANDS) > 40
 

@@ -62,6 +62,8 @@ class Summary:
     """the Gaussians come from the file, not from its images"""
     written_here: bool = False
     """by ``evaluate.py``, not by the ADM suite"""
+    shape: list[int] | None = None
+    """[H, W, C] of the images"""
 
 
 def summarize(
@@ -105,6 +107,7 @@ def summarize(
         spatial=spatial.gaussian() if spatial.count else None,
         inception_score=score.compute() if features.logits is not None else None,
         features=torch.cat(kept),
+        shape=images.shape,
     )
 
 
@@ -215,12 +218,15 @@ def summarize_reference(
             summary = summarize(images, extractor, batch, keep)
             if cache:
                 _save_cached(cached, summary)
+        # a cached one does not say it
+        summary = replace(summary, shape=images.shape)
     if statistics is None:
         return summary
     # the file's own statistics are of the whole data set, its images often of a part
     return replace(
         summary,
         count=summary.count or statistics.count,
+        shape=summary.shape or statistics.shape,
         pool=statistics.pool,
         spatial=statistics.spatial,
         precomputed=True,
@@ -231,10 +237,12 @@ def summarize_reference(
 def write_reference(path: Path, summary: Summary, extractor: Extractor) -> None:
     """Write the statistics of a summary as an FID reference that names its extractor.
 
-    The file has ``mu``, ``sigma``, with Inception also ``mu_s``, ``sigma_s``, and ``extractor`` and
-    ``count``. OSError: the disk is full.
+    The file has ``mu``, ``sigma``, with Inception also ``mu_s``, ``sigma_s``, and ``extractor``,
+    ``count`` and ``shape``. OSError: the disk is full.
     """
-    statistics = Statistics(summary.pool, summary.spatial, extractor.name, summary.count)
+    statistics = Statistics(
+        summary.pool, summary.spatial, extractor.name, summary.count, summary.shape
+    )
     save_arrays(path, statistics_arrays(statistics))
 
 

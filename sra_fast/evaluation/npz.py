@@ -23,6 +23,10 @@ def _readable(path: str):
     """Turn what zip files and decompressors raise into one ValueError."""
     try:
         yield
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no {path}, expected an .npz file or a folder of images"
+        ) from None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no readable .npz file: {error}") from None
 
@@ -98,12 +102,14 @@ class Statistics:
         extractor: name of the extractor, in a file that ``evaluate.py`` has written; None: the ADM
             suite's Inception.
         count: number of images, or 0 if it is not known.
+        shape: [H, W, C] of the images, or None if it is not known.
     """
 
     pool: Gaussian
     spatial: Gaussian | None = None
     extractor: str | None = None
     count: int = 0
+    shape: list[int] | None = None
 
 
 def read_statistics(path: str) -> Statistics | None:
@@ -121,7 +127,9 @@ def read_statistics(path: str) -> Statistics | None:
             spatial = _gaussian(path, arrays, "mu_s", "sigma_s")
         extractor = str(arrays["extractor"]) if "extractor" in held else None
         count = int(arrays["count"]) if "count" in held else 0
-        return Statistics(_gaussian(path, arrays, "mu", "sigma"), spatial, extractor, count)
+        shape = arrays["shape"].tolist() if "shape" in held else None
+        pool = _gaussian(path, arrays, "mu", "sigma")
+        return Statistics(pool, spatial, extractor, count, shape)
 
 
 def statistics_arrays(statistics: Statistics) -> dict:
@@ -129,6 +137,8 @@ def statistics_arrays(statistics: Statistics) -> dict:
     arrays = {"count": statistics.count}
     if statistics.extractor is not None:
         arrays["extractor"] = statistics.extractor
+    if statistics.shape is not None:
+        arrays["shape"] = statistics.shape
     for suffix, gaussian in (("", statistics.pool), ("_s", statistics.spatial)):
         if gaussian is not None:
             arrays["mu" + suffix] = gaussian.mean

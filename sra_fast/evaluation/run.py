@@ -191,7 +191,7 @@ def run(options: Options) -> dict:
         "reference": {
             "path": options.reference,
             "images": reference.count,
-            "shape": inputs.reference.shape if inputs.reference else None,
+            "shape": reference.shape,
             "statistics": "of the file" if reference.precomputed else "of its images",
         },
         "extractor": {"name": extractor.name, "dimensions": len(reference.pool.mean)},
@@ -231,7 +231,7 @@ def _writing(file: str):
 def _scores(inputs: Inputs, samples: Summary, reference: Summary) -> dict:
     """The scores, and under ``comparable`` what each may be compared with."""
     scores = score(samples, reference, inputs.extractor.device)
-    same_size = inputs.reference is None or inputs.reference.shape == inputs.samples.shape
+    same_size = reference.shape is None or reference.shape == samples.shape
     verdicts = comparability(scores, inputs.extractor, samples, reference, same_size)
     return {**scores, "comparable": verdicts}
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+# those that single operators have besides
+OWN_BACKENDS = {"ema_update_": ("cuda",)}
+VARIABLE = "SRA_FAST_BACKEND"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _logger = logging.getLogger("sra_fast.ops")
@@ -25,6 +28,22 @@ def check_tensors(operator: str, given: Mapping[str, object]) -> None:
             raise ValueError(f"{operator}: expected {name} as a tensor, got {type(value).__name__}")
 
 
+def asked_backend(operator: str, backend: str | None) -> str:
+    """The backend that the caller, or else the environment, asks ``operator`` for.
+
+    Raises:
+        ValueError: the operator has no such backend.
+    """
+    asked = backend or os.environ.get(VARIABLE, "auto")
+    known = (*BACKENDS, *OWN_BACKENDS.get(operator, ()))
+    if asked in known:
+        return asked
+    owners = [name for name, own in OWN_BACKENDS.items() if asked in own]
+    only = f", which only {' and '.join(owners)} takes" if owners else ""
+    source = "" if backend else f" from {VARIABLE}"
+    raise ValueError(f"{operator}: backend must be one of {known}, got {asked!r}{source}{only}")
+
+
 def use_triton(operator: str, x: Tensor, backend: str | None) -> bool:
     """Whether the Triton kernel of ``operator`` runs: it was asked for by name, or "auto" meets a
     CUDA tensor.
@@ -35,9 +54,7 @@ def use_triton(operator: str, x: Tensor, backend: str | None) -> bool:
     Raises:
         ValueError: ``backend`` is unknown, or cannot run on the tensor's device.
     """
-    backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
-    if backend not in BACKENDS:
-        raise ValueError(f"{operator}: backend must be one of {BACKENDS}, got {backend!r}")
+    backend = asked_backend(operator, backend)
     # a meta tensor has no data: the reference gives its shapes and FLOPs
     if x.is_meta:
         return False

@@ -24,7 +24,8 @@ NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
 
 def check_norm(operator: str, norm: str, eps: float) -> None:
     """Raise ValueError unless ``norm`` is one of ``NORMS`` and ``eps`` is a number >= 0."""
-    if norm not in NORMS:
+    # a tuple: a list as a key of the dict would be a TypeError
+    if norm not in tuple(NORMS):
         raise ValueError(f"{operator}: norm must be one of {tuple(NORMS)}, got {norm!r}")
     # a NaN compares with nothing
     if not isinstance(eps, int | float) or not 0 <= eps < math.inf:

@@ -234,7 +234,8 @@ def attention(
             groups.
         RuntimeError: the named ``backend`` cannot run these inputs, for example their head width.
     """
-    if layout not in LAYOUTS:
+    # a tuple: a list as a key of the dict would be a TypeError
+    if layout not in tuple(LAYOUTS):
         raise ValueError(f"attention: layout must be one of {tuple(LAYOUTS)}, got {layout!r}")
     named = {"q": q, "k": k, "v": v} | ({} if groups is None else {"groups": groups})
     check_tensors("attention", named)
@@ -252,20 +253,25 @@ def attention(
     if backend in ("auto", "torch", "sdpa"):
         out = _run("sdpa", q, k, v, groups)
     else:
-        out = _run_named(backend, q, k, v, groups)
+        out = _run_named(backend, q, k, v, layout, groups)
     return _in_layout(layout, out)
 
 
-def _run_named(backend: str, q: Tensor, k: Tensor, v: Tensor, groups: Tensor | None) -> Tensor:
-    """``_run`` with the backend that the caller named, which is in the message if it fails."""
+def _run_named(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, layout: str, groups: Tensor | None
+) -> Tensor:
+    """``_run`` with the backend that the caller named; if it fails, the message has that name and
+    the shape in the caller's layout.
+    """
     try:
         return _run(backend, q, k, v, groups)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
+        shape = [*_in_layout(layout, q).shape]
         raise RuntimeError(
-            f"attention: backend {backend!r} cannot run [B, T, H, d] = {[*q.shape]} {q.dtype}: "
+            f"attention: backend {backend!r} cannot run {LAYOUTS[layout]} = {shape} {q.dtype}: "
             f"{reason}"
         ) from error
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import ema_update as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, use_triton
+from sra_fast.ops._backend import (
+    FLOAT_DTYPES,
+    asked_backend,
+    check_tensors,
+    log_once,
+    use_triton,
+)
 from sra_fast.ops._register import register
 
 try:
@@ -98,7 +104,7 @@ _op = register(
 
 def _choose(x: Tensor, backend: str | None) -> str:
     """Which implementation runs: "cuda" (the extension), "triton" or "torch"."""
-    backend = backend or os.environ.get("SRA_FAST_BACKEND", "auto")
+    backend = asked_backend("ema_update_", backend)
     if backend == "cuda":
         # the extension's CPU reference is there to be compared with, and is slow
         if not x.is_cuda:
@@ -139,6 +145,13 @@ def _as_list(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
+def _shares_elements(x: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor; such a tensor has no values of
+    its own to be written.
+    """
+    return any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
+
+
 def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
     """Raise ValueError unless the lists match and every tensor has a dtype of its kind."""
     if len(params) != len(ema) or len(copies) not in (0, len(ema)):
@@ -160,6 +173,11 @@ def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay:
             got = [(list(t.shape), str(t.device)) for t in operands]
             raise ValueError(
                 f"ema_update_: expected tensors of one shape on {device} at index {i}, got {got}"
+            )
+        if _shares_elements(e) or any(_shares_elements(t) for t in c):
+            raise ValueError(
+                "ema_update_: expected ema and copies with memory for every element, got an "
+                f"expanded tensor at index {i}"
             )
         fits = e.dtype in (torch.float32, torch.float64) and p.dtype in FLOAT_DTYPES
         if not fits or (c and c[0].dtype not in HALF):
@@ -233,8 +251,9 @@ def ema_update_(
             ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
-        ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, ``decay``
-            is outside [0, 1], or ``backend`` is unknown or cannot run on their device.
+        ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, ``ema`` or
+            ``copies`` holds an expanded tensor, ``decay`` is outside [0, 1], or ``backend`` is
+            unknown or cannot run on their device.
         RuntimeError: ``backend="cuda"`` and the extension is not built.
     """
     ema = _as_list("ema", ema)

@@ -84,7 +84,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check(
-    x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, path: str, latent_noise: Tensor | None
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    t_teacher: Tensor,
+    path: str,
+    latent_noise: Tensor | None,
+    scale: float,
 ) -> None:
     """Raise ValueError unless the arguments fit."""
     named = {"x0": x0, "noise": noise, "t": t, "t_teacher": t_teacher}
@@ -106,6 +112,8 @@ def _check(
         )
     if path not in PATHS:
         raise ValueError(f"noise_pair: path must be one of {PATHS}, got {path!r}")
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"noise_pair: expected scale as a finite number, got {scale!r}")
     if any(s.dtype not in FLOAT_DTYPES or s.device != x0.device for s in named.values()):
         got = ", ".join(f"{name} {s.dtype} {s.device}" for name, s in named.items())
         raise ValueError(f"noise_pair: expected floating-point tensors on one device, got {got}")
@@ -158,10 +166,10 @@ def noise_pair(
         ``(x_t, x_t', v)``, each ``[B, C, H, W]`` in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: the shapes do not fit, ``path`` is unknown, integer tensors, or tensors on
-            different devices.
+        ValueError: the shapes do not fit, ``path`` is unknown, ``scale`` is no finite number,
+            integer tensors, or tensors on different devices.
     """
-    _check(x0, noise, t, t_teacher, path, latent_noise)
+    _check(x0, noise, t, t_teacher, path, latent_noise, scale)
     tensors = [s for s in (x0, noise, t, t_teacher, latent_noise) if s is not None]
     if not _runs_kernel(noise, tensors, backend):
         return noise_pair_ref(x0, noise, t, t_teacher, path, latent_noise=latent_noise, scale=scale)

@@ -167,6 +167,9 @@ class WeightsAndBiases(RunLogger):
     @classmethod
     def check(cls) -> None:
         require("wandb", "wandb", "wandb")
+        # rank 0 makes the logger: other machines need no login
+        if int(os.environ.get("RANK", 0)) == 0:
+            _check_login()
 
     @classmethod
     def place(cls, folder: Path) -> str:
@@ -210,6 +213,25 @@ class WeightsAndBiases(RunLogger):
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _check_login() -> None:
+    """ValueError if wandb's variables are wrong, or it would log in and has no key."""
+    import wandb
+
+    try:
+        mode = wandb.setup().settings.mode
+        # what it takes the mode from, or else online
+        ready = mode in ("offline", "dryrun", "disabled") or wandb.login(prompt=False)
+    # an invalid variable is a ValueError of several lines, a malformed key is wandb's own error
+    except (ValueError, wandb.errors.Error) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"train.loggers: wandb did not start ({reason})") from None
+    if not ready:
+        raise ValueError(
+            "train.loggers: wandb has no API key; expected a login (`wandb login`), "
+            "or WANDB_MODE=offline"
+        )
 
 
 def _below_samples(scores: dict[str, float]) -> dict[str, float]:

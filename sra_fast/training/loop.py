@@ -142,26 +142,27 @@ def train(
         dynamic_ncols=True,
         mininterval=0.5,
     )
-    for step in range(start, cfg.train.steps):
-        known = optimizer_step(trainer, batches, stream, data, step, logger)
-        row = logger.step(step + 1, known)
-        bar.update()
-        if row:
-            bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
+    # closed also by an error, whose line then has no bar before it
+    with bar:
+        for step in range(start, cfg.train.steps):
+            known = optimizer_step(trainer, batches, stream, data, step, logger)
+            row = logger.step(step + 1, known)
+            bar.update()
+            if row:
+                bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
 
-        if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
-            # raises if the weights are not worth saving
-            logger.flush(step + 1, known)
-            saving.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
-            if main:
-                report.plot_loss(folder / "loss.png", read_rows(folder / STATS))
-            logger.restart_clock()
-        if monitor is not None and (step + 1) % cfg.monitor.every == 0:
-            logger.flush(step + 1, known)
-            scores = monitor.look(trainer, step + 1)
-            logger.show("samples/monitor", step + 1, monitor.picture(step + 1), scores)
-            logger.restart_clock()
-    bar.close()
+            if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
+                # raises if the weights are not worth saving
+                logger.flush(step + 1, known)
+                saving.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
+                if main:
+                    report.plot_loss(folder / "loss.png", read_rows(folder / STATS))
+                logger.restart_clock()
+            if monitor is not None and (step + 1) % cfg.monitor.every == 0:
+                logger.flush(step + 1, known)
+                scores = monitor.look(trainer, step + 1)
+                logger.show("samples/monitor", step + 1, monitor.picture(step + 1), scores)
+                logger.restart_clock()
     # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
         trainer.teacher.wait()

@@ -77,6 +77,7 @@ def valid() -> dict[str, dict]:
             "t_teacher": random(B).sigmoid(),
             "latent_noise": random(B, 2, 3, 3),
             "path": "linear",
+            "scale": 0.5,
         },
     }
 
@@ -91,7 +92,27 @@ TENSORS = {
     "complex numbers": lambda t: t.to(torch.complex64),
     "another device": lambda t: t.to("meta"),
 }
-NUMBERS = {"nan": lambda n: NOT_A_NUMBER, "negative": lambda n: -1, "text": lambda n: "1"}
+NUMBERS = {
+    "nan": lambda n: NOT_A_NUMBER,
+    "negative": lambda n: -1,
+    "text": lambda n: "1",
+    "None": lambda n: None,
+    "a list": lambda n: [n],
+}
+WORDS = {
+    "another word": lambda word: "bathd",
+    "None": lambda word: None,
+    "a list": lambda word: [word],
+}
+# of tensors that are written; elements of an expanded one share memory
+WRITTEN = {
+    *(("ema_update_", name) for name in ("ema", "copies")),
+    *(
+        ("adamw_ema_", name)
+        for name in ("param", "exp_avg", "exp_avg_sq", "weights", "ema", "ema_copy")
+    ),
+}
+EXPANDED = {"expanded": lambda t: t[:1].expand(t.shape)}
 # tensors that may also be left out
 OPTIONAL = {
     *("bias", "bias1", "bias2", "clip_scale", "copies", "ema", "ema_copy", "group", "groups"),
@@ -105,6 +126,8 @@ LEGAL = {
     ("adamw_ema_", "clip_scale", "complex numbers"),
     # the product takes any leading dimensions
     ("linear_gelu", "x", "a dimension more"),
+    # a scale of either sign is a scale
+    ("noise_pair", "scale", "negative"),
 }
 
 
@@ -113,16 +136,17 @@ def changes(name: str):
     given = valid()[name]
     for argument, value in given.items():
         kinds = {}
+        tensors = TENSORS | (EXPANDED if (name, argument) in WRITTEN else {})
         if isinstance(value, torch.Tensor):
-            kinds = TENSORS
+            kinds = tensors
             if not {argument, (name, argument)} & OPTIONAL:
                 kinds = kinds | {"None": lambda t: None}
         elif isinstance(value, str):
-            kinds = {"another word": lambda word: "bathd"}
+            kinds = WORDS
         elif isinstance(value, int | float):
             kinds = NUMBERS
         elif isinstance(value, list):
-            kinds = {f"of {kind}": lambda v, to=to: [to(v[0])] for kind, to in TENSORS.items()}
+            kinds = {f"of {kind}": lambda v, to=to: [to(v[0])] for kind, to in tensors.items()}
             kinds |= {"one more": lambda v: v * 2, "a tensor": lambda v: v[0]}
         elif argument == "residual":
             for i in range(3):
@@ -138,6 +162,7 @@ def changes(name: str):
             if (name, argument, kind) not in LEGAL:
                 yield argument, kind, given | {argument: change(value)}
     yield "backend", "another word", given | {"backend": "fastest"}
+    yield "backend", "a list", given | {"backend": ["torch"]}
 
 
 def signature(name: str) -> set[str]:
@@ -168,6 +193,25 @@ def test_every_refusal_names_the_operator_and_its_own_arguments(name):
         assert words & ALL_ARGUMENTS <= own, told
         count += 1
     assert count > 10
+
+
+@pytest.mark.parametrize("name", sorted({*ops.__all__} - {"attention"}))
+def test_an_unknown_backend_is_told_those_that_the_operator_has(name, monkeypatch):
+    """And where the word came from, and whose it is."""
+    own = ", 'cuda'" if name == "ema_update_" else ""
+    known = rf"^{name}: backend must be one of \('auto', 'triton', 'torch'{own}\), got "
+    with pytest.raises(ValueError, match=known + "'numpy'$"):
+        getattr(ops, name)(**valid()[name], backend="numpy")
+    monkeypatch.setenv("SRA_FAST_BACKEND", "numpy")
+    with pytest.raises(ValueError, match=known + "'numpy' from SRA_FAST_BACKEND$"):
+        getattr(ops, name)(**valid()[name])
+    monkeypatch.setenv("SRA_FAST_BACKEND", "cuda")
+    message = known + "'cuda' from SRA_FAST_BACKEND, which only ema_update_ takes$"
+    if name == "ema_update_" and DEVICE == "cpu":
+        message = "^ema_update_: backend='cuda' needs CUDA tensors"
+    if name != "ema_update_" or DEVICE == "cpu":
+        with pytest.raises(ValueError, match=message):
+            getattr(ops, name)(**valid()[name])
 
 
 @pytest.mark.parametrize("name", ops.__all__)

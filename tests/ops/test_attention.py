@@ -1,5 +1,6 @@
 """Attention: against its definition, groups, and how the fastest backend is chosen."""
 
+import re
 import threading
 import types
 
@@ -335,6 +336,11 @@ def test_a_backend_that_cannot_run_is_named(monkeypatch):
     message = r"^attention: backend 'flash' cannot run .*float32: No available kernel.$"
     with pytest.raises(RuntimeError, match=message):
         attention(*inputs, backend="flash")
+    # the shape is the caller's
+    for layout, names in (("bthd", "B, T, H, d"), ("bhtd", "B, H, T, d")):
+        shape = rf"cannot run \[{names}\] = {re.escape(str([*inputs[0].shape]))} "
+        with pytest.raises(RuntimeError, match=shape):
+            attention(*inputs, backend="flash", layout=layout)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["all", "groups"])

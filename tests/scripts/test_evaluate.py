@@ -81,7 +81,12 @@ def test_scores_table_and_json(folder):
     [
         ("", "95 628 359 bytes, SHA-256 6726825d0af5f729cebd58"),
         ("--inception a --features b", "give either features (pixels, a TorchScript file or"),
-        ("--features {f} --samples nowhere.npz", "nowhere.npz is no readable .npz file"),
+        (
+            "--features {f} --samples nowhere.npz",
+            "there is no nowhere.npz, expected an .npz file or a folder",
+        ),
+        ("--features {f} --samples nothere", "there is no nothere, expected an .npz file or a fol"),
+        ("--features {f} --reference nothere", "there is no nothere, expected an .npz file or a"),
         ("--features {f} --samples three.npz", "samples must be more than 3 images, got 3"),
         ("--features {f} --manifold_images 0", "manifold_images must be more than 3"),
         ("--inception digit_pixels.py", "digit_pixels.py does not hold the weights of"),
@@ -161,7 +166,7 @@ def test_a_reference_is_written_and_belongs_to_its_extractor(folder):
     assert "written: mine.npz, the statistics of 1437 images" in done.stdout
     assert not (folder / "scores.json").exists(), "nothing was scored"
     with np.load(folder / "mine.npz") as held:
-        assert {*held} == {"mu", "sigma", "extractor", "count"}
+        assert {*held} == {"mu", "sigma", "extractor", "count", "shape"}
         assert (str(held["extractor"]), int(held["count"])) == ("pixels", 1437)
 
     fids = []
@@ -174,6 +179,8 @@ def test_a_reference_is_written_and_belongs_to_its_extractor(folder):
     assert fids[1] == fids[0]
     assert report["reference"]["images"] == 1437
     assert report["reference"]["statistics"] == "of the file"
+    assert report["reference"]["shape"] == [8, 8, 1]
+    assert "differ in size" not in report["comparable"]["fid"]
     assert "was not written by the ADM suite" in report["comparable"]["fid"]
     assert report["precision"] is None
 
@@ -185,6 +192,29 @@ def test_a_reference_is_written_and_belongs_to_its_extractor(folder):
     again = ("--reference", "mine.npz", "--write_reference", "copy.npz", "--samples", "samples.npz")
     done = call("evaluate", *again, "--features", "pixels", cwd=folder)
     assert "needs images, but mine.npz brings statistics already" in error_of(done)
+
+
+def test_a_written_reference_knows_the_size_of_its_images(folder):
+    """Each of the two sizes gives 64 features of pixels."""
+    for size, images in ((8, "ref.npz"), (16, "large.npz")):
+        # the second time from the cache
+        for name in ("first", "cached"):
+            args = ("--reference", images, "--write_reference", f"{name}{size}.npz")
+            done = call("evaluate", *args, "--features", "pixels", cwd=folder)
+            assert done.returncode == 0, done.stderr[-2000:]
+    for size, name, differs in (
+        (8, "first", True),
+        (8, "cached", True),
+        (16, "first", False),
+        (16, "cached", False),
+    ):
+        files = ("--samples", "large.npz", "--reference", f"{name}{size}.npz")
+        done = call("evaluate", *files, "--features", "pixels", cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        report = json.loads((folder / "scores.json").read_text())
+        assert report["reference"]["shape"] == [size, size, 1]
+        reason = "samples and reference images differ in size"
+        assert (reason in report["comparable"]["fid"]) == differs
 
 
 def test_too_few_images_are_a_warning(folder):

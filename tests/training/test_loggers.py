@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, call, error_of
 from PIL import Image
 from tiny_config import config
 
@@ -192,11 +193,50 @@ def test_a_resumed_run_is_one_run_of_wandb(tmp_path, offline):
     assert list(run.glob("wandb/offline-run-*/files/media/images/samples/*.png"))
 
 
-def test_without_a_login_wandb_is_one_error(tmp_path, offline, monkeypatch):
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        (
+            "WANDB_MODE",
+            "online",
+            "wandb has no API key; expected a login (`wandb login`), or WANDB_M",
+        ),
+        (
+            "WANDB_MODE",
+            "fastest",
+            "wandb did not start (1 validation error for Settings mode Input",
+        ),
+        ("WANDB_API_KEY", "abc", "wandb did not start (WANDB_API_KEY invalid: API key must have"),
+    ],
+)
+def test_without_a_login_wandb_is_one_error(tmp_path, offline, monkeypatch, name, value, message):
+    """Before anything is made, and without the network."""
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_IDENTITY_TOKEN_FILE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    with pytest.raises(ValueError, match=r"wandb did not start .*WANDB_MODE=offline"):
+    monkeypatch.setenv(name, value)
+    demo = ROOT / "configs/digits.yaml"
+    done = call("train", "--config", demo, "--train.loggers", "[csv, wandb]", cwd=tmp_path)
+    assert error_of(done).startswith(f"error: train.loggers: {message}")
+    assert done.returncode == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_ranks_need_no_login(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "fastest")
+    monkeypatch.setenv("RANK", "1")
+    check_loggers(config("--train.loggers", "[wandb]"))
+
+
+def test_a_wandb_that_fails_later_is_one_error(tmp_path, offline, monkeypatch):
+    import wandb
+
+    def fail(**options):
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.raises(ValueError, match=r"wandb did not start \(no route to host\).*=offline"):
         open_logger(tmp_path, "wandb")
 
 
