@@ -50,6 +50,16 @@ class PackedImages:
         return self.data.fingerprint
 
 
+def made_of(samples: str) -> dict:
+    """``step`` and ``weights`` of the model that samples are of, as far as sample.py has written
+    them: a model card shows only the scores of its own weights.
+    """
+    path = Path(samples)
+    file = (path if path.is_dir() else path.parent) / ORIGIN
+    held = json.loads(file.read_text()) if file.exists() else {}
+    return {key: held.get(key) for key in ("step", "weights")}
+
+
 def reference_of(samples: str | None) -> str:
     """The images that samples are compared with if no reference is given.
 

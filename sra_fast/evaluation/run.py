@@ -29,7 +29,7 @@ from sra_fast.evaluation.extractors import (
 from sra_fast.evaluation.folder import FolderImages, open_images
 from sra_fast.evaluation.inception import SOURCE
 from sra_fast.evaluation.npz import NpzImages
-from sra_fast.evaluation.packed import PackedImages, reference_of
+from sra_fast.evaluation.packed import PackedImages, made_of, reference_of
 from sra_fast.evaluation.scores import NEIGHBOURS
 from sra_fast.utils.files import write_json
 
@@ -204,7 +204,7 @@ def run(options: Options) -> dict:
     if inputs.samples is not None:
         samples = summarize(inputs.samples, extractor, options.batch, options.manifold_images)
         warnings.append(few_images(options.samples, samples.count, len(samples.pool.mean)))
-        report = {**_scores(inputs, samples, reference), **report}
+        report = {**_scores(inputs, samples, reference), **report, **made_of(options.samples)}
         report["samples"] = {
             "path": options.samples,
             "images": samples.count,

@@ -103,6 +103,7 @@ class SamplingJob:
         facts: about the data that the model was trained on, if they are known.
         decoder: what turns latents into images.
         device: where this process samples.
+        made_of: ``step`` and ``weights`` of the model, see ``LoadedModel``.
     """
 
     options: Options
@@ -112,6 +113,7 @@ class SamplingJob:
     facts: DataFacts | None
     decoder: Decoder
     device: torch.device
+    made_of: dict
 
 
 def _choose_device(graph: bool) -> torch.device:
@@ -154,7 +156,9 @@ def load_job(options: Options) -> SamplingJob:
     decoder = choose_decoder(
         options.vae, options.latent_scale, options.latent_shift, model.in_channels, facts
     )
-    return SamplingJob(options, model, loaded.path, classes[turns], facts, decoder, device)
+    made_of = {"step": loaded.step, "weights": loaded.weights}
+    labels = classes[turns]
+    return SamplingJob(options, model, loaded.path, labels, facts, decoder, device, made_of)
 
 
 def class_numbers(
@@ -291,6 +295,7 @@ def run(job: SamplingJob) -> dict | None:
         "data": job.facts.as_json() if job.facts else None,
         "sample": asdict(options.sample),
         "seed": options.seed,
+        **job.made_of,
     }
     write_json(out / ORIGIN, origin)
     # the first process joins the parts of all

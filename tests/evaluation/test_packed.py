@@ -11,7 +11,7 @@ from toy_data import write_images
 
 from sra_fast.data.pixels import PackedPixels
 from sra_fast.evaluation.folder import open_images
-from sra_fast.evaluation.packed import PackedImages, reference_of
+from sra_fast.evaluation.packed import PackedImages, made_of, reference_of
 from sra_fast.plots.report import save_grid
 
 
@@ -50,7 +50,7 @@ def sampled(root, facts: dict | None):
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     np.savez(folder / "samples.npz", arr_0=rng.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8))
-    (folder / "samples.json").write_text(json.dumps({"data": facts}))
+    (folder / "samples.json").write_text(json.dumps({"data": facts, "step": 3, "weights": "ema"}))
     return folder
 
 
@@ -65,6 +65,7 @@ def test_samples_are_compared_with_the_held_out_images_of_their_data(packed, tmp
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["reference"]["path"] == str(packed / "data/held_out")
+    assert (found["step"], found["weights"]) == (3, "ema")
     assert found["reference"]["images"] == 12
     again = call(
         *("evaluate", "--samples", folder, "--reference", packed / "data/held_out"),
@@ -110,6 +111,10 @@ def test_sample_says_what_it_sampled_and_names_the_classes(packed, tmp_path):
     origin = json.loads((tmp_path / "samples/samples.json").read_text())
     assert origin["data"]["class_names"] == ["a", "b", "c"]
     assert origin["checkpoint"] == str(tmp_path / "runs/000")
+    # the card of a model shows scores of its own weights only
+    assert made_of(str(tmp_path / "samples")) == {"step": 1, "weights": "ema"}
+    assert made_of(str(tmp_path / "samples/samples.npz")) == {"step": 1, "weights": "ema"}
+    assert made_of(str(tmp_path / "elsewhere.npz")) == {"step": None, "weights": None}
     assert reference_of(str(tmp_path / "samples")) == str(packed / "data/held_out")
     with Image.open(tmp_path / "samples/samples.png") as picture:
         # four images of 32 x (32 + 12), each with a line of 2
