@@ -1,6 +1,6 @@
 """The commands that the documents show: found, parsed by the programs that they name, executed.
 
-tests/test_documents.py says what happens with which command.
+document_classes.py says what happens with which command.
 """
 
 import argparse

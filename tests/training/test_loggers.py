@@ -223,6 +223,12 @@ def test_without_a_login_wandb_is_one_error(tmp_path, offline, monkeypatch, name
     assert not (tmp_path / "runs").exists()
 
 
+def test_offline_needs_no_login(tmp_path, offline, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    check_loggers(config("--train.loggers", "[wandb]"))
+
+
 def test_other_ranks_need_no_login(offline, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "fastest")
     monkeypatch.setenv("RANK", "1")
