@@ -159,8 +159,12 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_PROJECT", "tests")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    # its own process may take long to start where many tests run at once
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
+    # it reads its variables once in a process: forget those of tests before, and these for tests after
+    wandb.teardown()
     yield
-    # it reads its variables once in a process
     wandb.teardown()
 
 
