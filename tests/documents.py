@@ -359,9 +359,13 @@ def make_workspace(folder: Path) -> Path:
 
 def write_foreign_files(folder: Path) -> None:
     """Small files under the names of those that a reader gets from elsewhere."""
-    # an official release has twice as many output channels as its input, as DiT, and no head
+    # an official release has twice as many output channels as its input, as DiT, and no head; a SiT
+    # has zeros in the half that it does not use
+    sit = network(DiT)
+    for parameter in (sit.final_layer.linear.weight, sit.final_layer.linear.bias):
+        parameter.data.unflatten(0, (-1, 2 * sit.in_channels))[:, sit.in_channels :] = 0
     releases = {
-        "SiT-XL-2-256x256.pt": network(DiT),
+        "SiT-XL-2-256x256.pt": sit,
         "DiT-XL-2-256x256.pt": network(DiT, in_channels=4, num_classes=5),
     }
     for name, model in releases.items():

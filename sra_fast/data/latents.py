@@ -142,8 +142,8 @@ class Latents(MomentDataset):
 
     Args:
         path: folder that holds ``vae-sd``.
-        scale, shift: see ``MomentDataset``; default: those of the VAE in ``dataset.json``, else
-            SD-VAE's.
+        scale: see ``MomentDataset``; default: that of the VAE in ``dataset.json``, else SD-VAE's.
+        shift: likewise.
 
     Raises:
         ValueError: the folder, its ``dataset.json``, images or labels are missing, or the moments
@@ -239,7 +239,8 @@ class PackedLatents(MomentDataset):
 
     Args:
         path: folder that holds ``index.json``.
-        scale, shift: see ``MomentDataset``; default: those of the VAE in the index, else SD-VAE's.
+        scale: see ``MomentDataset``; default: that of the VAE in the index, else SD-VAE's.
+        shift: likewise.
         verify: see ``Shards``.
 
     Raises:
@@ -287,8 +288,9 @@ def open_latents(
 
     Args:
         path: folder that holds ``index.json`` or ``vae-sd``.
-        scale, shift: see ``MomentDataset``; default: those of the VAE that made the moments, else
-            SD-VAE's. A warning says if that VAE has others.
+        scale: see ``MomentDataset``; default: that of the VAE that made the moments, else SD-VAE's.
+            A warning says if that VAE has another.
+        shift: likewise.
         verify: see ``Shards``.
 
     Raises:

@@ -164,7 +164,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "300")
     # it reads its variables once in a process: forget those of tests before, and these for tests after
     wandb.teardown()
-    yield
+    yield wandb
     wandb.teardown()
 
 
@@ -181,6 +181,8 @@ def test_a_resumed_run_is_one_run_of_wandb(tmp_path, offline):
     logger = open_logger(run, "wandb", start=2)
     log_steps(logger, range(3, 5))
     logger.close()
+    # wandb's own process writes the file, and is done when it has ended
+    offline.teardown()
 
     assert json.loads((run / "wandb.json").read_text())["id"] == first
     files_written = list(run.glob("wandb/offline-run-*/*.wandb"))
