@@ -181,8 +181,11 @@ def test_a_resumed_run_is_one_run_of_wandb(tmp_path, offline):
     logger = open_logger(run, "wandb", start=2)
     log_steps(logger, range(3, 5))
     logger.close()
-    # wandb's own process writes the file, and is done when it has ended
+    # wandb's own process writes the files, and may still do so when `finish` returns
     offline.teardown()
+    patience = time.monotonic() + 60
+    while len(history_of(wandb_records(run))) < 6 and time.monotonic() < patience:
+        time.sleep(0.2)
 
     assert json.loads((run / "wandb.json").read_text())["id"] == first
     files_written = list(run.glob("wandb/offline-run-*/*.wandb"))
