@@ -28,7 +28,7 @@ class DataFacts:
     vae_path: str | None = None
     """where that VAE was"""
     fingerprint: str | None = None
-    """SHA-256 of the data set's index"""
+    """SHA-256 that tells the images apart from others, wherever they lie"""
 
     def as_json(self) -> dict:
         return asdict(self)

@@ -33,7 +33,7 @@ class MomentDataset(TrainingData):
         moments_shape: (2C, H, W).
         num_classes: labels lie in [0, num_classes).
         class_names: of every class, or None.
-        fingerprint: SHA-256 of names and labels, or of the index.
+        fingerprint: SHA-256 of names and labels, or of the shards' hashes.
         vae: ``vae_identity`` of the VAE that made the moments, or None if unknown.
         vae_path: where that VAE was, or None.
         scale, shift: a latent is (z - shift) * scale, z being drawn from the VAE's posterior.
@@ -224,7 +224,7 @@ class Latents(MomentDataset):
             raise ValueError(
                 f"{path} must hold moments [2C, H, W] like the others, got {moments.shape}"
             )
-        # every file, as anybody may have written it: 16 KB are looked through in microseconds
+        # every file: other programs than ours write this layout
         check_moments(torch.from_numpy(moments), str(path))
         return moments
 

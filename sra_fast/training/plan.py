@@ -125,7 +125,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
 
 
 def _check_same_data(resume: Path, facts: DataFacts) -> None:
-    """A run goes on with its own data: their classes and scale are what the model has learned."""
+    """ValueError unless the data are those of the run: the model has learned their classes and scale."""
     file = reading.run_folder(resume) / reading.FACTS
     if not file.exists():
         return

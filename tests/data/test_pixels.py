@@ -75,6 +75,18 @@ def test_channels_of_packed_images(images, channels):
         assert (data.read([3]).images[0, 3] == 255).all()
 
 
+def test_the_same_images_packed_elsewhere_are_the_same_data(images):
+    pack(images, "--shard_size", 5)
+    pack(images, "--shard_size", 5, "--threads", 2, out="again")
+    index = images / "again/index.json"
+    # the index also says where a VAE was
+    index.write_text(json.dumps({**json.loads(index.read_text()), "vae_path": "elsewhere"}))
+    first = PackedPixels(images / "packed")
+    assert PackedPixels(images / "again").fingerprint == first.fingerprint
+    pack(images, "--mirror", "true", out="mirrored")
+    assert PackedPixels(images / "mirrored").fingerprint != first.fingerprint
+
+
 def test_the_resolution_need_not_be_given(images):
     args = ["--pixels", "true", "--threads", 1, "--out"]
     done = call("preprocess", "--source", images / "images", *args, images / "packed")
