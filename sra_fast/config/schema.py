@@ -227,6 +227,25 @@ class TrainConfig:
     loaded and the rest is initialised and listed"""
     save_every: int = 50000
     """steps between checkpoints; one is always written at the end"""
+    save_minutes: float = 30.0
+    """minutes after which a checkpoint is written besides; 0: only every `save_every` steps"""
+    keep: int = 3
+    """newest checkpoints that are kept; 0: all of them"""
+    keep_every: int = 0
+    """checkpoints of steps that are a multiple of this are kept besides; 0: none"""
+    on_nan: Literal["skip", "rollback", "stop"] = "skip"
+    """an update whose gradients are not finite is never taken. Then: go on with the next batch; go
+    back to the last checkpoint and leave out the images since then; or stop"""
+    skip_limit: int = 5
+    """updates skipped in a row that stop the run"""
+    spike: float = 20.0
+    """a warning is logged when a loss or a feature norm is this many times its running median;
+    0: never"""
+    on_spike: Literal["warn", "rollback"] = "warn"
+    """what follows such a warning of the loss: nothing, or the last checkpoint without the images
+    since then"""
+    stall_minutes: float = 10.0
+    """without a step for so long, a line says which process is where; 0: never"""
     log_every: int = 100
     """steps between log lines"""
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])

@@ -65,7 +65,7 @@ def has_own_graph(cfg: Config) -> bool:
 def _check_numbers(cfg: Config) -> None:
     train = cfg.train
     optim = cfg.optim
-    for name in ("steps", "save_every", "log_every"):
+    for name in ("steps", "save_every", "log_every", "skip_limit"):
         value = getattr(train, name)
         require_that(value >= 1, f"train.{name} must be at least 1, got {value}")
     require_that(
@@ -88,6 +88,11 @@ def _check_numbers(cfg: Config) -> None:
         "optim.clip": optim.clip,
         "optim.weight_decay": optim.weight_decay,
         "optim.warmup_steps": optim.warmup_steps,
+        "train.save_minutes": train.save_minutes,
+        "train.keep": train.keep,
+        "train.keep_every": train.keep_every,
+        "train.spike": train.spike,
+        "train.stall_minutes": train.stall_minutes,
         "data.num_workers": cfg.data.num_workers,
         "align.hold": cfg.align.hold,
     }
