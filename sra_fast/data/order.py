@@ -1,6 +1,8 @@
 """The order of the images during training, and the loader that follows it."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -80,6 +82,31 @@ def _as_is(batch):
     return batch
 
 
+def outlive_stop_signals(worker: int) -> None:
+    """Leave it to the training process when this loader process ends.
+
+    Launchers and schedulers send their signals to every process that they find, and the training
+    process still needs batches on the way to its last checkpoint. SIGTERM counts only if it comes
+    from the training process, which ends a loader process in that way if it does not react.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # the training process's, copied by the fork
+    signal.set_wakeup_fd(-1)
+    # the threads that are started later block it too
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    arguments = (os.getppid(),)
+    threading.Thread(target=_end_with, args=arguments, name="parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent asks for that or is gone."""
+    while True:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if os.getppid() != parent or (received is not None and received.si_pid == parent):
+            os._exit(0)
+
+
 def make_loader(
     data: TrainingData, batches: ShuffledBatches, num_workers: int, cuda: bool
 ) -> DataLoader:
@@ -93,5 +120,6 @@ def make_loader(
         num_workers=0 if data.in_memory else num_workers,
         collate_fn=_as_is,
         pin_memory=cuda,
+        worker_init_fn=outlive_stop_signals,
         generator=torch.Generator(),
     )
