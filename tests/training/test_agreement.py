@@ -24,7 +24,8 @@ def main(rank):
             if decided := agreement.step(step):
                 seen[step] = list(decided.values())
         closed = agreement.close()
-        print(json.dumps([every, seen, closed]))
+        # in one write: the ranks share the pipe
+        sys.stdout.write(json.dumps([every, seen, closed]) + "\\n")
 """
 # every: {step: stop and error}
 EXPECTED = {
