@@ -12,8 +12,10 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
 from sra_fast.plots import report
 from sra_fast.training import saving
+from sra_fast.training.agreement import Agreement
 from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.monitor import Monitor
+from sra_fast.training.signals import StopSignals, stopped
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.registry import CONDITIONINGS
 
@@ -105,6 +107,7 @@ def train(
     start: int = 0,
     monitor: Monitor | None = None,
     logger: TrainLogger | None = None,
+    stop: StopSignals | None = None,
 ) -> list[dict]:
     """Train from optimizer step ``start`` to ``train.steps``.
 
@@ -115,12 +118,14 @@ def train(
         start: number of optimizer steps already taken.
         monitor: looks at the EMA every ``monitor.every`` steps; None: no one does.
         logger: stays open, for what is shown after training; None: one that is closed at the end.
+        stop: open signals that end the run early; None: nothing does.
 
     Returns:
         The logged rows.
 
     Raises:
         FloatingPointError: loss or gradient norm not finite (noticed one log interval late).
+        Stopped: somebody asked the run to stop; a checkpoint was written.
     """
     cfg = trainer.cfg
     main = trainer.rank == 0
@@ -142,6 +147,7 @@ def train(
         dynamic_ncols=True,
         mininterval=0.5,
     )
+    agreement = Agreement(("stop",))
     # closed also by an error, whose line then has no bar before it
     with bar:
         for step in range(start, cfg.train.steps):
@@ -151,18 +157,25 @@ def train(
             if row:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
 
-            if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
+            if stop is not None:
+                agreement.tell(stop=stop.code)
+            decided = agreement.step(step + 1)
+            asked = decided["stop"] if decided and step + 1 < cfg.train.steps else 0
+            if asked or (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
                 # raises if the weights are not worth saving
                 logger.flush(step + 1, known)
                 saving.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
                 if main:
                     report.plot_loss(folder / "loss.png", read_rows(folder / STATS))
+                if asked:
+                    raise stopped(asked, step + 1, saved=True)
                 logger.restart_clock()
             if monitor is not None and (step + 1) % cfg.monitor.every == 0:
                 logger.flush(step + 1, known)
                 scores = monitor.look(trainer, step + 1)
                 logger.show("samples/monitor", step + 1, monitor.picture(step + 1), scores)
                 logger.restart_clock()
+    agreement.close()
     # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
         trainer.teacher.wait()

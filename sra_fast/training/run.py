@@ -16,6 +16,7 @@ from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.loop import train
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import RunPlan
+from sra_fast.training.signals import StopSignals
 from sra_fast.training.start_lines import say_start
 from sra_fast.training.trainer import Trainer, build
 from sra_fast.utils.files import write_atomic, write_json
@@ -42,8 +43,13 @@ def _make_numbered(out: Path) -> Path:
             number += 1
 
 
-def run(run_plan: RunPlan, device: torch.device) -> dict:
+def run(run_plan: RunPlan, device: torch.device, stop: StopSignals | None = None) -> dict:
     """Execute a plan in the current process group.
+
+    Args:
+        run_plan: from ``make_run_plan``.
+        device: from ``init_distributed``.
+        stop: open signals that end the run early; None: nothing does.
 
     Returns:
         The summary, which rank 0 also writes to ``summary.json``; empty on the other ranks.
@@ -71,7 +77,7 @@ def run(run_plan: RunPlan, device: torch.device) -> dict:
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     written = folder if trainer.rank == 0 else None
     logger = TrainLogger(written, cfg, device, trainer.plan.world, start)
-    train(trainer, run_plan.data, folder, start, monitor, logger)
+    train(trainer, run_plan.data, folder, start, monitor, logger, stop)
     export(trainer, run_plan.data, folder)
     summary = summarise(trainer, run_plan.data, folder)
     if run_plan.data.evaluation is not None:

@@ -78,6 +78,11 @@ class StopSignals:
         """Why the run should stop, or None."""
         return reason(self.code) if self.code else None
 
+    def check(self) -> None:
+        """Raise ``Stopped`` if somebody has asked, before there is anything to save."""
+        if self.code:
+            raise stopped(self.code, step=0, saved=False)
+
     def __enter__(self) -> "StopSignals":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)

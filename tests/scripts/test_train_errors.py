@@ -55,7 +55,7 @@ from sra_fast import train
 from sra_fast.training import run
 
 
-def fails_alone(plan, device):
+def fails_alone(plan, device, stop):
     if dist.get_rank() == {rank}:
         raise ValueError("this rank alone")
     dist.barrier()
