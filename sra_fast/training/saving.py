@@ -39,7 +39,13 @@ def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
     write_atomic(path / f"ema_rank_{trainer.rank:05d}.pt", lambda p: torch.save(pieces, p))
     teacher = trainer.teacher.state() if trainer.teacher is not None else None
     if trainer.rank == 0:
-        state = {"step": step, "epoch": epoch, **_identity(trainer), "teacher": teacher}
+        state = {
+            "step": step,
+            "epoch": epoch,
+            **_identity(trainer),
+            "teacher": teacher,
+            "updates": trainer.guard.counts.tolist(),
+        }
         write_json(path / STATE, state)
     # all EMA files are complete before DeepSpeed writes `latest`
     dist.barrier()
@@ -67,10 +73,8 @@ def load(trainer: Trainer, path: Path) -> int:
     # the settings are the configuration's, not those of the interrupted run
     for group in trainer.engine.optimizer.param_groups:
         group.update(betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
-    # the fused step reads its step count on the host
-    if optim.implementation == "fused":
-        for moments in trainer.masters.optimizer_states():
-            moments["step"] = moments["step"].cpu()
+    # DeepSpeed has replaced the optimizer's state, with its counts
+    trainer.guard.load(state["updates"])
     # the scales as they were: new ones would round the fp8 teacher differently
     trainer.refresh_teacher(state["teacher"])
     return state["step"]
@@ -102,9 +106,8 @@ def start_from(trainer: Trainer, initial: dict) -> int:
             moments = {name: state[key] for name, state in states.items()}
             masters.scatter(moments, masters.state(key))
         # one count for all parameters: each has taken every step
-        count = next(iter(states.values()))["step"]
-        for state in masters.optimizer_states():
-            state["step"].fill_(count)
+        count = float(next(iter(states.values()))["step"])
+        trainer.guard.load([count, 0.0, 0.0])
     trainer.refresh_teacher()
     return int(initial.get("steps", 0))
 
@@ -123,7 +126,8 @@ def export_published(
     moments = {key: masters.gather(masters.state(key)) for key in MOMENTS}
     if trainer.rank:
         return
-    step_count = masters.optimizer_states()[0]["step"]
+    # as torch's AdamW keeps it on a CPU
+    step_count = masters.optimizer_states()[0]["step"].to("cpu", torch.float32, copy=True)
     states = {
         name: {**{key: moments[key][name] for key in MOMENTS}, "step": step_count}
         for name in masters.shapes
