@@ -54,18 +54,6 @@ class ShardedEMA:
             decay = self.guard.ema_decay(self.decay)
             ops.ema_update_(self.flats, self.masters.flats, decay)
 
-    def pieces(self) -> dict[str, tuple[int, Tensor]]:
-        """This rank's part as ``{name: (first element, values)}``.
-
-        That is what a checkpoint stores; it can be read back by any number of ranks.
-        """
-        if self.masters.replicated and self.masters.rank:
-            return {}
-        flats = self.flats
-        return {
-            segment.name: (segment.start, segment.of(flats)) for segment in self.masters.segments
-        }
-
     def full(self) -> dict[str, Tensor]:
         """``{name: fp32 tensor on the CPU}`` of the whole model; collective."""
         return self.masters.gather(self.flats)
@@ -126,7 +114,7 @@ class ReplicatedTeacher:
     def refresh(self, state: list[float] | None = None) -> None:
         """Copy the EMA into the teacher, on every rank.
 
-        ``state``: from ``state()`` of the run that is resumed; restores the fp8 scales.
+        ``state``: ``scales()`` of the run that is resumed.
         """
         flats = self.ema.flats
         for group in self.groups:
@@ -167,13 +155,17 @@ class ReplicatedTeacher:
             group.gathered()
         self.pending = []
 
-    def state(self) -> list[float] | None:
-        """What ``refresh`` needs besides the EMA to restore the same weights: one number per e4m3
-        weight.
+    def fp8_weights(self) -> list[str]:
+        """Names of the weights in e4m3, in the order of their scales."""
+        return [name for group in self._fp8_groups for name in group.group.offsets]
+
+    def scales(self) -> Tensor | None:
+        """What ``refresh`` needs besides the EMA to restore the same weights: one number for each
+        of ``fp8_weights``, on the device.
         """
         self.wait()
         for group in self._fp8_groups:
-            return group.held.tolist()
+            return group.held
         return None
 
 
@@ -210,5 +202,9 @@ class PartitionedTeacher:
     def wait(self) -> None:
         """Nothing runs in the background."""
 
-    def state(self) -> None:
+    def fp8_weights(self) -> list[str]:
+        """This stage has none."""
+        return []
+
+    def scales(self) -> None:
         """The EMA is enough to restore the teacher."""
