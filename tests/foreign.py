@@ -1,11 +1,15 @@
 """Small networks of random weights, and the ways in which other projects save them."""
 
 import json
+from dataclasses import asdict
 
 import torch
 from tiny_config import config
 
-from sra_fast.checkpoint import reading
+from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint.manifest import Manifest, Progress, file_name, plain, write_manifest
+from sra_fast.checkpoint.shards import piece_key, write_pieces
+from sra_fast.checkpoint.steps import write_latest
 from sra_fast.config.cli import save_config
 from sra_fast.models import SiT
 
@@ -47,21 +51,77 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def run_folder(folder, model, step: int = 7, facts: dict | None = None):
-    """A run folder with a checkpoint of this model's EMA, in two ranks' files."""
+def run_folder(folder, model, step: int = 7, facts: dict | None = None, student=None):
+    """A run folder with a checkpoint of this model's EMA, in two ranks' files.
+
+    ``student``: another model for the fp32 weights. The moments are 1 and 2 times the EMA.
+    """
     cfg = config()
-    checkpoint = folder / f"checkpoints/step_{step:08d}"
-    checkpoint.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, folder / reading.CONFIG)
-    state = {"step": step, "world_size": 2}
-    (checkpoint / reading.STATE).write_text(json.dumps(state))
+    if facts is not None:
+        (folder / reading.FACTS).write_text(json.dumps(facts))
+    ema = flat(model)
+    kinds = {
+        "master": ema if student is None else flat(student),
+        "exp_avg": ema,
+        "exp_avg_sq": {name: 2 * value for name, value in ema.items()},
+        "ema.main": ema,
+    }
+    write_checkpoint(folder, kinds, step, plain(asdict(cfg)), facts)
+    return folder
+
+
+def flat(model) -> dict:
+    """Parameter -> its elements, 1-d."""
+    return {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
+
+
+def write_checkpoint(run, kinds, step: int, settings: dict, facts: dict | None = None):
+    """A whole checkpoint of ``{kind: {parameter: flat tensor}}`` in two ranks' files; its folder."""
+    path = run / f"checkpoints/step_{step:08d}"
+    path.mkdir(parents=True)
+    files = {}
     for rank in (0, 1):
         pieces = {}
-        for name, p in model.named_parameters():
-            half = p.numel() // 2
-            flat = p.detach().flatten()
-            start, values = (0, flat[:half]) if rank == 0 else (half, flat[half:])
-            pieces[name] = (start, values.clone())
+        for kind, parameters in kinds.items():
+            for name, values in parameters.items():
+                half = len(values) // 2
+                start, part = (0, values[:half]) if rank == 0 else (half, values[half:])
+                pieces[piece_key(kind, name, start)] = part.contiguous()
+        files[file_name(rank)] = write_pieces(path / file_name(rank), pieces)
+    manifest = Manifest(
+        progress=Progress(step),
+        epoch=0,
+        counts=[float(step), 0.0, 0.0],
+        world=2,
+        stage=1,
+        run_id="0",
+        parent=None,
+        created="2026-01-01T00:00:00+00:00",
+        files=files,
+        settings=settings,
+        emas={"main": {"decay": 0.9}},
+        data=facts,
+    )
+    write_manifest(path, manifest)
+    write_latest(path.parent, path.name)
+    return path
+
+
+def old_run_folder(folder, model, step: int = 7, facts: dict | None = None):
+    """A run folder as version 0.1 left it, with a checkpoint of this model's EMA."""
+    checkpoint = folder / f"checkpoints/step_{step:08d}"
+    checkpoint.mkdir(parents=True)
+    save_config(config(), folder / reading.CONFIG)
+    state = {"step": step, "world_size": 2}
+    (checkpoint / version_0_1.STATE).write_text(json.dumps(state))
+    for rank in (0, 1):
+        pieces = {}
+        for name, values in flat(model).items():
+            half = len(values) // 2
+            start, part = (0, values[:half]) if rank == 0 else (half, values[half:])
+            pieces[name] = (start, part.clone())
         torch.save(pieces, checkpoint / f"ema_rank_{rank:05d}.pt")
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     if facts is not None:

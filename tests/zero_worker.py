@@ -177,7 +177,7 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     whole["initial"] = initial
     resumed = build(make_plan(cfg), device)
     first = cfg.train.save_every
-    start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
+    start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}").step
     assert start == first
     second = outcome(resumed, train(resumed, data, folder, start))
     saving.export_published(resumed, out / f"{name}.published.pt", STEPS, 0)

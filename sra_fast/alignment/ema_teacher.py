@@ -76,14 +76,6 @@ class EMATeacher(Target):
             cfg.align.teacher_layer = max(default_layers(cfg.model)[1], cfg.align.student_layer)
 
     @classmethod
-    def identity(cls, align: EMATeacherConfig) -> dict:
-        # weights in e4m3 are a parameter group, and so a part of the optimizer's layout
-        return {
-            "teacher_layer": align.teacher_layer,
-            "fp8_group": align.teacher_dtype == "fp8",
-        }
-
-    @classmethod
     def check(cls, cfg: Config) -> None:
         align = cfg.align
         depth = cfg.model.arguments()["depth"]

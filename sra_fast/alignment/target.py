@@ -75,11 +75,6 @@ class Target(nn.Module):
     def check_device(cls, cfg: Config, stage: int, cuda: bool) -> None:
         """ValueError for options that this machine or the ZeRO stage does not allow."""
 
-    @classmethod
-    def identity(cls, align: AlignConfig) -> dict:
-        """Options that must be the same when a run is resumed."""
-        return {}
-
     def follow(self, wait: Callable[[], None]) -> None:
         """``wait`` returns once the weights of ``network`` are complete. Call it before a
         forward.

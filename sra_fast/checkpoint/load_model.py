@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sra_fast import models
+from sra_fast.checkpoint import version_0_1
 from sra_fast.checkpoint.sources import find_weights, read_weights
 from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
 from sra_fast.config.schema import ModelConfig
@@ -57,8 +58,8 @@ def load_model(
     Args:
         path: whatever ``read_weights`` takes: a run folder (its newest weights), a checkpoint
             folder, ``.safetensors``, shards, a Hugging Face model folder, a ``.pt``.
-        weights: ``"ema"``, or ``"model"`` (the student; only the published code's ``.pt`` has all
-            of it).
+        weights: ``"ema"``, or ``"model"`` (the student, which a checkpoint and the published code's
+            ``.pt`` hold).
         num_heads: for weights whose width is not one of the paper's sizes and that do not say it.
         input_size: for weights without a position embedding that do not say it.
 
@@ -66,13 +67,14 @@ def load_model(
         ValueError: nothing is there, it cannot be read, it does not have these weights, or they
             contradict ``num_heads`` or ``input_size``.
     """
-    source = find_weights(path)
-    if weights == "model" and (source.is_dir() or source.suffix == ".safetensors"):
+    source = find_weights(path, weights)
+    old = source.is_dir() and version_0_1.is_checkpoint(source)
+    if weights == "model" and (old or source.suffix == ".safetensors"):
         raise ValueError(
-            f"{source} holds EMA weights only; weights 'model' are in a .pt as the published code "
-            "writes it (train.export: [published])"
+            f"{source} holds EMA weights only; weights 'model' are in a run's checkpoints and in a "
+            ".pt as the published code writes it"
         )
-    return model_of(read_weights(str(source)), source, weights, num_heads, input_size)
+    return model_of(read_weights(str(source), weights), source, weights, num_heads, input_size)
 
 
 def model_of(

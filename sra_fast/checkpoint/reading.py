@@ -1,22 +1,27 @@
-"""Read a run's checkpoints without a trainer and without DeepSpeed.
+"""Read a run's checkpoints without a trainer and without DeepSpeed."""
 
-``<run>/checkpoints/step_00001000/`` holds DeepSpeed's files, ``ema_rank_00000.pt`` of every rank and
-``sra_fast.json`` (step, epoch, what identifies the run, scales of an fp8 teacher).
-``training/saving.py`` writes them.
-"""
-
-import json
-import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-STATE = "sra_fast.json"
+from sra_fast.checkpoint import version_0_1
+from sra_fast.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    hash_fault,
+    read_manifest,
+    size_fault,
+)
+from sra_fast.checkpoint.shards import Shards
+from sra_fast.checkpoint.steps import choose, is_begun
+from sra_fast.checkpoint.values import warn
+
 CONFIG = "config.yaml"
 EXPORT = "ema.safetensors"
 # facts about the training data
 FACTS = "data.json"
+CHECKPOINTS = "checkpoints"
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -24,69 +29,59 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parents[1]
 
 
-def read_state(path: Path, identity: dict) -> dict:
-    """``sra_fast.json`` of a checkpoint that a run of this identity can resume.
-
-    Args:
-        path: checkpoint folder.
-        identity: see ``checkpoint/identity.py``.
-
-    Raises:
-        ValueError: no checkpoint there, or one of a run with another identity.
-    """
-    try:
-        state = json.loads((path / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"no checkpoint of sra-fast at {path}: {error}") from None
-    for key, value in identity.items():
-        if state.get(key) != value:
-            raise ValueError(
-                f"cannot resume {path}: it was made with {key} {state.get(key)}, "
-                f"this run has {value}"
-            )
-    return state
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, of this version or of 0.1."""
+    return (path / MANIFEST).exists() or version_0_1.is_checkpoint(path)
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a ``checkpoints`` folder, or None."""
-    file = folder / "latest"
-    if not file.exists():
-        return None
-    named = folder / (file.read_text().strip() or "?")
-    # DeepSpeed writes `latest` last, but not atomically: a crash at that moment leaves it empty,
-    # and the newest step complete
-    for path in [named, *sorted(folder.glob("step_*"), reverse=True)]:
-        if (path / STATE).exists():
-            return path
-    return None
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run folder has ever had a checkpoint, whole or not."""
+    folder = run / CHECKPOINTS
+    return is_begun(folder) or version_0_1.newest(folder) is not None
 
 
-def load_ema(path: Path) -> dict[str, Tensor]:
-    """The whole EMA of a checkpoint folder, from the files of every rank; not collective.
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder that is whole by its manifest and its files' sizes.
+
+    A line says what was passed over.
 
     Returns:
-        ``{name: flat fp32 tensor}``.
+        Its folder; None: the run has had no checkpoint.
 
     Raises:
-        ValueError: a rank's file is missing or broken.
+        ValueError: it has some, and none is whole.
     """
-    world = json.loads((path / STATE).read_text())["world_size"]
-    # name -> [(first element, values), ...]
-    pieces: dict[str, list[tuple[int, Tensor]]] = {}
-    for rank in range(world):
-        file = path / f"ema_rank_{rank:05d}.pt"
-        try:
-            for name, piece in torch.load(file, map_location="cpu", weights_only=True).items():
-                pieces.setdefault(name, []).append(piece)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file} is missing or broken: {error}") from None
-    whole = {}
-    for name, parts in pieces.items():
-        parts.sort(key=lambda part: part[0])
-        whole[name] = torch.cat([values for _, values in parts])
-    return whole
+    folder = run / CHECKPOINTS
+    old = version_0_1.newest(folder)
+    if old is not None and not any(folder.glob(f"step_*/{MANIFEST}")):
+        return old
+    choice = choose(folder)
+    if choice is None:
+        return None
+    for remark in choice.remarks:
+        warn("%s", remark)
+    return choice.path
 
 
 def step_of(path: Path) -> int:
-    """How many optimizer steps a checkpoint folder has taken."""
-    return json.loads((path / STATE).read_text())["step"]
+    """How many optimizer steps a checkpoint has taken; ValueError if it cannot be read."""
+    if version_0_1.is_checkpoint(path):
+        return version_0_1.step_of(path)
+    return read_manifest(path).step
+
+
+def read_kinds(path: Path, kinds: Iterable[str]) -> tuple[Manifest, dict[str, dict[str, Tensor]]]:
+    """Some of the kinds of tensors that a checkpoint holds, in whole; not collective.
+
+    Returns:
+        The manifest, and ``{kind: {parameter: flat fp32 tensor}}``.
+
+    Raises:
+        ValueError: a file is not what was saved, or is missing.
+    """
+    manifest = read_manifest(path)
+    fault = size_fault(path, manifest) or hash_fault(path, manifest, sorted(manifest.files))
+    if fault is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {fault}")
+    shards = Shards(path, manifest.files)
+    return manifest, {kind: shards.whole(kind) for kind in kinds}

@@ -6,17 +6,21 @@
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint import reading
+from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint.manifest import read_manifest
 from sra_fast.checkpoint.names import in_short, unwrapped
+from sra_fast.checkpoint.shards import MASTER, ema_kind
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.cli import load_config
-from sra_fast.config.schema import Config
+from sra_fast.config.schema import Config, ModelConfig
+from sra_fast.models import SiT
 from sra_fast.utils.files import require
 
 # of a Hugging Face model folder
@@ -25,7 +29,7 @@ MODEL_FILE = "model.safetensors"
 INDEX = ".safetensors.index.json"
 
 
-def read_weights(path: str) -> dict:
+def read_weights(path: str, weights: str = "ema") -> dict:
     """Weights from anywhere.
 
     Args:
@@ -34,6 +38,7 @@ def read_weights(path: str) -> dict:
             written by ``sra-fast export``, or a file of ``torch.save`` (``.pt``, ``.pth``,
             ``.ckpt``, ``.bin``), of which nothing but tensors, containers and
             ``argparse.Namespace`` is unpickled.
+        weights: which of a run's weights are read, ``"ema"`` or ``"model"`` (the student).
 
     Returns:
         ``"ema"`` and ``"model"`` (the student): fp32 state dicts under the published names, as far
@@ -45,17 +50,22 @@ def read_weights(path: str) -> dict:
     Raises:
         ValueError: it cannot be read, holds something else, or has weights that are no numbers.
     """
-    found = find_weights(path)
+    found = find_weights(path, weights)
     if found.is_dir():
-        return _of_checkpoint(found)
+        return _of_checkpoint(found, weights)
     if found.suffix != ".safetensors" and not found.name.endswith(INDEX):
         return read_published(str(found))
     weights, known = _of_safetensors(found)
     return {**_with_checked(unwrapped(weights, path), path), **known}
 
 
-def find_weights(path: str) -> Path:
+def find_weights(path: str, weights: str = "ema") -> Path:
     """The file or checkpoint folder that ``path`` means.
+
+    Args:
+        path: see ``read_weights``.
+        weights: ``"model"``: a run's export, which has no student, is passed over if there is a
+            checkpoint.
 
     Raises:
         ValueError: nothing is there, or a folder of another kind.
@@ -65,13 +75,14 @@ def find_weights(path: str) -> Path:
         if not found.exists():
             raise ValueError(f"no checkpoint at {path}")
         return found
-    if (found / reading.STATE).exists():
+    if reading.is_checkpoint(found):
         return found
     export = found / reading.EXPORT
-    newest = reading.latest(found / "checkpoints")
+    newest = reading.newest(found)
     # an export is as good as the checkpoint of its step, and quicker to read; a run that was
     # continued has newer checkpoints
-    if newest is not None and not (export.exists() and _is_current(export, newest)):
+    exported = weights == "ema" and export.exists()
+    if newest is not None and not (exported and _is_current(export, newest)):
         return newest
     if export.exists():
         return export
@@ -112,7 +123,7 @@ def _likely_run(folder: Path) -> Path | None:
     numbered = [path for path in folder.iterdir() if path.name.isdigit()]
     runs = sorted(numbered, key=lambda path: int(path.name), reverse=True)
     for path in (*runs, folder.absolute().parent):
-        has_weights = (path / reading.EXPORT).exists() or reading.latest(path / "checkpoints")
+        has_weights = (path / reading.EXPORT).exists() or reading.has_checkpoint(path)
         if has_weights and (path / reading.CONFIG).exists():
             return path
     return None
@@ -152,24 +163,61 @@ def run_config(checkpoint: Path) -> Config:
     return load_config(file)
 
 
-def _of_checkpoint(path: Path) -> dict:
-    """A training checkpoint: its EMA and the run's configuration."""
-    cfg = run_config(path)
-    # the EMA's files hold flat tensors: the model knows the shapes
-    with torch.device("meta"):
-        model = cfg.model.build()
+def _of_checkpoint(path: Path, weights: str) -> dict:
+    """A training checkpoint: its EMA or its student, and the run's configuration."""
+    if version_0_1.is_checkpoint(path):
+        return _of_old_checkpoint(path)
+    manifest = read_manifest(path)
+    kind = MASTER if weights == "model" else ema_kind(manifest.sampled)
+    _, held = reading.read_kinds(path, [kind])
+    # config.yaml is what the run began with: these are the settings of this step
+    settings = manifest.settings
+    state = state_dict_of(model_of_settings(settings, path), held[kind], path)
+    found = {
+        weights: checked(state, str(path)),
+        "config": settings,
+        "step": manifest.step,
+    }
+    if manifest.data is not None:
+        found["data"] = manifest.data
+    return found
+
+
+def model_of_settings(settings: Mapping, path: Path) -> SiT:
+    """The model of a run's settings, without memory for its weights; ValueError, which names the
+    checkpoint, if this version does not know it.
+    """
+    try:
+        with torch.device("meta"):
+            return ModelConfig(**settings["model"]).build()
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"the settings of {path} are those of another version: {error}") from None
+
+
+def state_dict_of(model: SiT, flat: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A state dict under the published names, with the position embedding, from the flat tensors of
+    a checkpoint; ValueError if they do not fit the model.
+    """
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    flat = reading.load_ema(path)
     wrong = sorted(
         name
         for name in set(shapes) | set(flat)
         if name not in flat or name not in shapes or flat[name].numel() != shapes[name].numel()
     )
     if wrong:
-        raise ValueError(f"the EMA of {path} does not fit the run's configuration: {wrong[0]}")
-    ema = {name: flat[name].view(shape) for name, shape in shapes.items()}
-    # the EMA has no buffers: the position embedding is computed
-    ema = {name: ema.get(name, model.make_pos_embed()) for name in model.state_dict()}
+        raise ValueError(f"the weights of {path} do not fit the run's configuration: {wrong[0]}")
+    state = {name: flat[name].view(shape) for name, shape in shapes.items()}
+    # checkpoints have no buffers: the position embedding is computed
+    return {name: state.get(name, model.make_pos_embed()) for name in model.state_dict()}
+
+
+def _of_old_checkpoint(path: Path) -> dict:
+    """A checkpoint of version 0.1: its EMA, and the configuration that lies in the run's folder."""
+    cfg = run_config(path)
+    # the files hold flat tensors: the model knows the shapes
+    with torch.device("meta"):
+        model = cfg.model.build()
+    ema = state_dict_of(model, version_0_1.load_ema(path), path)
     held = {"ema": checked(ema, str(path)), "config": asdict(cfg), "step": reading.step_of(path)}
     facts = reading.run_folder(path) / reading.FACTS
     if facts.exists():

@@ -7,6 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_fast.alignment.schedule import align_weight
+from sra_fast.checkpoint.manifest import Progress
 from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
@@ -164,7 +165,9 @@ def train(
             if asked or (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
                 # raises if the weights are not worth saving
                 logger.flush(step + 1, known)
-                saving.save(trainer, folder / "checkpoints", step + 1, stream.epoch(step))
+                progress = Progress(step + 1)
+                epoch = stream.epoch(step)
+                saving.save(trainer, folder / "checkpoints", progress, epoch, data.facts())
                 if main:
                     report.plot_loss(folder / "loss.png", read_rows(folder / STATS))
                 if asked:

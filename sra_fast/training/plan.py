@@ -1,19 +1,21 @@
 """A checked run: everything that can be found out before device memory is used."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sra_fast.checkpoint import reading
-from sra_fast.checkpoint.identity import identity_of
+from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint.manifest import read_manifest
+from sra_fast.checkpoint.steps import cheap_fault, choose, is_begun, step_folders
+from sra_fast.checkpoint.values import warn
 from sra_fast.config.schema import Config
 from sra_fast.data.dataset import check_data, fill_in_model, open_data
-from sra_fast.data.facts import DataFacts, differences
+from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import vae_is_there
+from sra_fast.training import provenance
 from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.training.initial import read_initial
 from sra_fast.training.loggers import check_loggers
@@ -51,14 +53,17 @@ class RunPlan:
     Attributes:
         plan: of the trainer.
         data: training set.
-        resume: checkpoint folder to resume, or None.
+        resume: checkpoint folder to resume, or None. Once the run folder is locked it is chosen
+            again.
         initial: weights (and more) that ``train.init_from`` names, or an empty dict.
+        exact: ``train.resume`` names this checkpoint and not its run.
     """
 
     plan: Plan
     data: TrainingData
     resume: Path | None
     initial: dict
+    exact: bool = False
 
 
 def fill_in(cfg: Config) -> None:
@@ -115,26 +120,15 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
         f"got {cfg.monitor.count}",
     )
     resume = find_resume(cfg)
-    if resume:
-        # raises for a checkpoint of another run
-        reading.read_state(resume, identity_of(cfg, plan.world, plan.stage))
-        _check_same_data(resume, data.facts())
+    exact = False
+    if resume is not None:
+        manifest = read_manifest(resume)
+        provenance.check(resume, manifest, cfg, data.facts())
+        provenance.check_steps(resume, manifest, cfg)
+        exact = cfg.train.resume != "auto" and Path(cfg.train.resume) == resume
     # a job that is restarted with the same command resumes, whatever it was started from
     initial = read_initial(cfg, data.facts()) if cfg.train.init_from and not resume else {}
-    return RunPlan(plan, data, resume, initial)
-
-
-def _check_same_data(resume: Path, facts: DataFacts) -> None:
-    """ValueError unless the data are those of the run: the model has learned their classes and scale."""
-    file = reading.run_folder(resume) / reading.FACTS
-    if not file.exists():
-        return
-    different = differences(facts, DataFacts.from_json(json.loads(file.read_text())))
-    require_that(
-        not different,
-        f"cannot resume {resume} on other data: {'; '.join(different)}; to go on from its weights: "
-        "train.init_from",
-    )
+    return RunPlan(plan, data, resume, initial, exact)
 
 
 def _choose_vae(cfg: Config, facts: DataFacts) -> None:
@@ -163,8 +157,10 @@ def _check_writable(out: Path) -> None:
 def find_resume(cfg: Config) -> Path | None:
     """The checkpoint folder that ``train.resume`` means, None to start afresh.
 
+    The files' hashes are not looked at here: that is done once the run folder is locked.
+
     Raises:
-        ValueError: it names nothing.
+        ValueError: it names nothing, nothing that is whole, or a checkpoint of version 0.1.
     """
     if cfg.train.resume is None:
         return None
@@ -172,15 +168,40 @@ def find_resume(cfg: Config) -> Path | None:
         # newest first; a run that stopped before its first checkpoint is passed over
         numbered = [path for path in Path(cfg.train.out).glob("*") if path.name.isdigit()]
         for folder in sorted(numbered, key=lambda path: int(path.name), reverse=True):
-            if found := reading.latest(folder / "checkpoints"):
+            if found := _newest(folder):
                 return found
+            if step_folders(folder / reading.CHECKPOINTS):
+                warn("%s is passed over: its first checkpoint was not finished", folder)
         return None
     path = Path(cfg.train.resume)
-    if (path / reading.STATE).exists():
+    _refuse_old(path)
+    # a step that was asked for by name is not replaced by another
+    if path.parent.name == reading.CHECKPOINTS and path in step_folders(path.parent):
+        if fault := cheap_fault(path):
+            raise ValueError(f"train.resume {path} is damaged: {fault}")
         return path
-    found = reading.latest(path / "checkpoints")
+    found = _newest(path)
     require_that(
         found is not None,
         f"train.resume must name a run folder or one of its checkpoints, found neither at {path}",
     )
     return found
+
+
+def _newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder that is whole; None: it never had one."""
+    folder = run / reading.CHECKPOINTS
+    old = version_0_1.newest(folder)
+    choice = choose(folder) if old is None and is_begun(folder) else None
+    if old is not None:
+        _refuse_old(old)
+    return None if choice is None else choice.path
+
+
+def _refuse_old(path: Path) -> None:
+    require_that(
+        not version_0_1.is_checkpoint(path),
+        f"{path} is a checkpoint of version 0.1, which cannot be resumed: sra-fast export "
+        f"--checkpoint {path} --out w.safetensors writes its weights, and --train.init_from "
+        "w.safetensors starts a run from them",
+    )

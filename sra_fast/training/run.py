@@ -7,40 +7,21 @@ import torch
 import torch.distributed as dist
 
 from sra_fast.checkpoint import reading
-from sra_fast.config.cli import save_config
+from sra_fast.checkpoint.values import warn
 from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
 from sra_fast.sampling.generate import choose_labels, generate
-from sra_fast.training import saving
+from sra_fast.training import provenance, run_folder, saving
 from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.loop import train
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import RunPlan
+from sra_fast.training.run_folder import OpenRun
 from sra_fast.training.signals import StopSignals
 from sra_fast.training.start_lines import say_start
 from sra_fast.training.trainer import Trainer, build
 from sra_fast.utils.files import write_atomic, write_json
 from sra_fast.utils.registry import EVALUATIONS
-
-
-def new_folder(out: Path) -> Path:
-    """Make ``out/000``, ``out/001``, ...: rank 0 does, every rank gets the path; collective."""
-    box = [str(_make_numbered(out)) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return Path(box[0])
-
-
-def _make_numbered(out: Path) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(p.name) for p in out.iterdir() if p.name.isdigit()), default=-1)
-    while True:
-        folder = out / f"{number:03d}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            # another run started at the same moment
-            number += 1
 
 
 def run(run_plan: RunPlan, device: torch.device, stop: StopSignals | None = None) -> dict:
@@ -54,24 +35,39 @@ def run(run_plan: RunPlan, device: torch.device, stop: StopSignals | None = None
     Returns:
         The summary, which rank 0 also writes to ``summary.json``; empty on the other ranks.
     """
+    out = Path(run_plan.plan.cfg.train.out)
+    with run_folder.opened(out, run_plan.resume, run_plan.exact) as opened:
+        return _run(run_plan, device, opened)
+
+
+def _run(run_plan: RunPlan, device: torch.device, opened: OpenRun) -> dict:
+    """A run in its folder, which no other process writes into."""
     cfg = run_plan.plan.cfg
+    folder = opened.folder
+    choice = opened.choice
+    facts = run_plan.data.facts()
+    if choice is not None:
+        # again: it may be another checkpoint than the plan's
+        provenance.check(choice.path, choice.manifest, cfg, facts)
+        provenance.check_steps(choice.path, choice.manifest, cfg)
     initial = run_plan.initial
     trainer = build(run_plan.plan, device, initial.get("model", initial.get("ema")))
-    if run_plan.resume:
+    if choice is not None:
         # logs and later checkpoints continue in the same folder
-        folder = reading.run_folder(run_plan.resume)
-        start = saving.load(trainer, run_plan.resume)
+        start = saving.load(trainer, choice.path, verify=False).step
+        remarks = run_folder.settle(folder, choice.path)
+        changed = provenance.changed_line(choice.manifest, cfg)
+        for line in remarks if changed is None else [*remarks, changed]:
+            warn("%s", line)
     else:
-        folder = new_folder(Path(cfg.train.out))
         start = saving.start_from(trainer, initial)
     origin = initial.get("origin")
     # the weights are in the trainer: free this copy
     initial.clear()
     if trainer.rank == 0:
-        save_config(cfg, folder / "config.yaml")
-        ds_config = json.dumps(run_plan.plan.ds_config, indent=1)
-        write_atomic(folder / "deepspeed.json", lambda p: p.write_text(ds_config))
-        write_json(folder / reading.FACTS, run_plan.data.facts().as_json())
+        before = None if choice is None else choice.manifest
+        provenance.record(folder, cfg, run_plan.plan.ds_config, before)
+        write_json(folder / reading.FACTS, facts.as_json())
         say_start(trainer, run_plan.data, folder, start, origin)
     # before the first step: a missing file of the monitor stops the run at once
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None

@@ -1,9 +1,9 @@
 """Write and resume checkpoints, start from other weights, export.
 
-A checkpoint is DeepSpeed's, for the exact resume of a run, with the sharded EMA and a small JSON
-file next to it (see ``checkpoint/reading.py``). All random numbers are functions of (seed, step,
-image), so no generator state is stored. DeepSpeed writes ``latest`` last: an interrupted save is
-never picked up.
+A checkpoint holds the fp32 masters, AdamW's moments and the EMA in pieces that any number of
+processes can read back, in any ZeRO stage (``checkpoint/shards.py``), and a manifest. All random
+numbers are functions of (seed, step, image), so no generator state is stored. The frozen teacher is
+not stored either: it is rounded from the EMA.
 """
 
 import argparse
@@ -11,69 +11,107 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.identity import identity_of
+from sra_fast.checkpoint.manifest import Manifest, Progress, read_manifest, step_name
 from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer, numbered
-from sra_fast.checkpoint.reading import STATE, read_state
+from sra_fast.checkpoint.shards import Shards
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
+from sra_fast.training import provenance
+from sra_fast.training.run_folder import collective_fault
+from sra_fast.training.saver import Saver
+from sra_fast.training.snapshot import flats_by_kind
 from sra_fast.training.trainer import Trainer
-from sra_fast.utils.files import write_atomic, write_json
+from sra_fast.utils.files import write_atomic
 
 
-def _identity(trainer: Trainer) -> dict:
-    return identity_of(trainer.cfg, trainer.plan.world, trainer.plan.stage)
+def save(
+    trainer: Trainer,
+    folder: Path,
+    progress: Progress,
+    epoch: int,
+    facts: DataFacts | None = None,
+) -> Path:
+    """Write ``folder/step_XXXXXXXX`` and wait until it is on the disk; collective.
 
-
-def save(trainer: Trainer, folder: Path, step: int, epoch: int) -> Path:
-    """Write ``folder/step_XXXXXXXX`` after ``step`` optimizer steps; collective."""
-    tag = f"step_{step:08d}"
-    path = folder / tag
-    path.mkdir(parents=True, exist_ok=True)
-    # clones: torch.save would write the whole storage that a view belongs to
-    pieces = {
-        name: (start, values.clone()) for name, (start, values) in trainer.ema.pieces().items()
-    }
-    write_atomic(path / f"ema_rank_{trainer.rank:05d}.pt", lambda p: torch.save(pieces, p))
-    teacher = trainer.teacher.state() if trainer.teacher is not None else None
-    if trainer.rank == 0:
-        state = {"step": step, "epoch": epoch, **_identity(trainer), "teacher": teacher}
-        write_json(path / STATE, state)
-    # all EMA files are complete before DeepSpeed writes `latest`
-    dist.barrier()
-    # the frozen teacher is not stored: it is rebuilt from the EMA
-    trainer.engine.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
-    return path
-
-
-def load(trainer: Trainer, path: Path) -> int:
-    """Restore weights, optimizer, EMA and teacher from a checkpoint folder.
-
-    Returns:
-        The number of optimizer steps taken.
+    Args:
+        trainer: whose state is saved.
+        folder: ``checkpoints`` of the run.
+        progress: of the run.
+        epoch: of the last step.
+        facts: about the training data.
 
     Raises:
-        ValueError: see ``read_state``.
+        FloatingPointError: a weight, a moment or the EMA is not finite.
+        ValueError: it cannot be written.
     """
-    state = read_state(path, _identity(trainer))
-    folder, tag = str(path.parent), path.name
-    # not strict: the file lacks the frozen teacher
-    loaded, _ = trainer.engine.load_checkpoint(folder, tag=tag, load_module_strict=False)
-    if loaded is None:
-        raise ValueError(f"DeepSpeed found no checkpoint at {path}")
-    optim = trainer.cfg.optim
-    # the settings are the configuration's, not those of the interrupted run
-    for group in trainer.engine.optimizer.param_groups:
-        group.update(betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
-    # the fused step reads its step count on the host
-    if optim.implementation == "fused":
-        for moments in trainer.masters.optimizer_states():
-            moments["step"] = moments["step"].cpu()
-    # the scales as they were: new ones would round the fp8 teacher differently
-    trainer.refresh_teacher(state["teacher"])
-    return state["step"]
+    saver = Saver(trainer, folder, facts)
+    saver.save(progress, epoch)
+    saver.close()
+    if saver.error is not None:
+        raise saver.error
+    return folder / step_name(progress.step)
+
+
+def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:
+    """Restore weights, moments, EMA, teacher and step counts from a checkpoint; collective.
+
+    Any number of processes and any ZeRO stage may have written it: the restored fp32 state is the
+    same bit for bit.
+
+    Args:
+        trainer: built, with a model of the same parameters.
+        path: folder of the checkpoint.
+        verify: compare the files with their hashes before anything is read.
+
+    Returns:
+        How far the run had come.
+
+    Raises:
+        ValueError: it is damaged, or does not fit the trainer.
+    """
+    if verify and (fault := collective_fault(path)):
+        raise ValueError(f"checkpoint {path} is damaged: {fault}")
+    manifest = read_manifest(path)
+    provenance.check(path, manifest, trainer.cfg, None)
+    kinds = flats_by_kind(trainer)
+    masters = trainer.masters
+    shards = Shards(path, manifest.files)
+    shards.check(kinds, {name: shape.numel() for name, shape in masters.shapes.items()})
+    with torch.no_grad():
+        for kind, flats in kinds.items():
+            for segment in masters.segments:
+                shards.read_into(kind, segment.name, segment.start, segment.of(flats))
+    masters.write_weights()
+    _restore_counts(trainer, manifest)
+    trainer.refresh_teacher(_scales(trainer, manifest))
+    # the weights are the rounded masters, or this version of DeepSpeed keeps them elsewhere
+    masters.verify(dict(trainer.student.named_parameters()))
+    return manifest.progress
+
+
+def _restore_counts(trainer: Trainer, manifest: Manifest) -> None:
+    guard = getattr(trainer, "guard", None)
+    if guard is not None:
+        guard.load(manifest.counts)
+    else:
+        for state in trainer.masters.optimizer_states():
+            state["step"].fill_(manifest.counts[0])
+    # what the user's DeepSpeed configuration counts by
+    trainer.engine.global_steps = manifest.step
+    trainer.engine.global_samples = manifest.step * trainer.cfg.train.global_batch
+
+
+def _scales(trainer: Trainer, manifest: Manifest) -> list[float] | None:
+    """The fp8 scales in use when the checkpoint was written: new ones would round differently.
+
+    None if the teacher has others in fp8, or none: it then takes what fits the EMA best.
+    """
+    names = [] if trainer.teacher is None else trainer.teacher.fp8_weights()
+    if set(names) != set(manifest.scales):
+        return None
+    return [manifest.scales[name] for name in names]
 
 
 def start_from(trainer: Trainer, initial: dict) -> int:
@@ -102,9 +140,8 @@ def start_from(trainer: Trainer, initial: dict) -> int:
             moments = {name: state[key] for name, state in states.items()}
             masters.scatter(moments, masters.state(key))
         # one count for all parameters: each has taken every step
-        count = next(iter(states.values()))["step"]
-        for state in masters.optimizer_states():
-            state["step"].fill_(count)
+        count = float(next(iter(states.values()))["step"])
+        trainer.guard.load([count, 0.0, 0.0])
     trainer.refresh_teacher()
     return int(initial.get("steps", 0))
 
@@ -123,7 +160,8 @@ def export_published(
     moments = {key: masters.gather(masters.state(key)) for key in MOMENTS}
     if trainer.rank:
         return
-    step_count = masters.optimizer_states()[0]["step"]
+    # as torch's AdamW keeps it on a CPU
+    step_count = masters.optimizer_states()[0]["step"].to("cpu", torch.float32, copy=True)
     states = {
         name: {**{key: moments[key][name] for key in MOMENTS}, "step": step_count}
         for name in masters.shapes

@@ -7,17 +7,35 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+def temporary_beside(path: Path) -> Path:
+    """The name under which this process writes ``path`` until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk: a rename is lost in a power cut before that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        # some network file systems cannot, and keep names in order without it
+        pass
+    finally:
+        os.close(handle)
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a temporary name beside ``path``, flush to disk, then rename; OSError
     names the file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         write(temporary)
         # without it a crash of the machine may leave the new name with no data
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -30,7 +48,7 @@ def write_first(path: Path, value) -> None:
     """``write_json`` unless the file is there: of processes that start together one writes, the
     others read it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         write_json(temporary, value)
         try:

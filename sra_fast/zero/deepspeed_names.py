@@ -33,7 +33,13 @@ STAGE_1_AND_2 = (
     "single_partition_of_fp32_groups",
 )
 # stage 1 with fp32 accumulation of bf16 gradients, which keeps DeepSpeed's own step
-BF16_OPTIMIZER = ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition", "optimizer")
+BF16_OPTIMIZER = (
+    "bf16_groups",
+    "bf16_groups_flat",
+    "fp32_groups_flat_partition",
+    "optimizer",
+    "update_lp_params",
+)
 STAGE_3 = (
     "_partition_all_parameters",
     "_post_step",

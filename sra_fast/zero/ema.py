@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sra_fast import ops
 from sra_fast.models import Backbone
+from sra_fast.zero.guard import UpdateGuard
 from sra_fast.zero.master_weights import MasterWeights
 from sra_fast.zero.optimizer import AdamWEMA
 from sra_fast.zero.teacher_weights import Fp8TeacherGroup, TeacherGroup
@@ -24,10 +25,18 @@ class ShardedEMA:
         masters: this rank's part of the master weights.
         decay: of the average; ``update`` is called once per optimizer step.
         optimizer: of the run. An ``AdamWEMA`` updates the average itself.
+        guard: of the run. A step that is not taken does not move the average.
     """
 
-    def __init__(self, masters: MasterWeights, decay: float, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        masters: MasterWeights,
+        decay: float,
+        optimizer: torch.optim.Optimizer,
+        guard: UpdateGuard,
+    ):
         self.masters = masters
+        self.guard = guard
         self.decay = decay
         self.in_optimizer = isinstance(optimizer, AdamWEMA)
         for state, owner in zip(masters.optimizer_states(), masters.owners, strict=True):
@@ -42,19 +51,8 @@ class ShardedEMA:
     def update(self) -> None:
         """Update the average after an optimizer step, unless the step has done it."""
         if not self.in_optimizer:
-            ops.ema_update_(self.flats, self.masters.flats, self.decay)
-
-    def pieces(self) -> dict[str, tuple[int, Tensor]]:
-        """This rank's part as ``{name: (first element, values)}``.
-
-        That is what a checkpoint stores; it can be read back by any number of ranks.
-        """
-        if self.masters.replicated and self.masters.rank:
-            return {}
-        flats = self.flats
-        return {
-            segment.name: (segment.start, segment.of(flats)) for segment in self.masters.segments
-        }
+            decay = self.guard.ema_decay(self.decay)
+            ops.ema_update_(self.flats, self.masters.flats, decay)
 
     def full(self) -> dict[str, Tensor]:
         """``{name: fp32 tensor on the CPU}`` of the whole model; collective."""
@@ -116,7 +114,7 @@ class ReplicatedTeacher:
     def refresh(self, state: list[float] | None = None) -> None:
         """Copy the EMA into the teacher, on every rank.
 
-        ``state``: from ``state()`` of the run that is resumed; restores the fp8 scales.
+        ``state``: ``scales()`` of the run that is resumed.
         """
         flats = self.ema.flats
         for group in self.groups:
@@ -138,14 +136,14 @@ class ReplicatedTeacher:
                 self.refresh()
         elif teacher_runs:
             # the optimizer's pass has already written this rank's part
-            self._start_gather()
+            self._start_gather(self.ema.guard.taken)
         else:
             for group in self._fp8_groups:
-                group.skip()
+                group.skip(self.ema.guard.taken)
 
     @torch.no_grad()
-    def _start_gather(self) -> None:
-        self.pending = [(group, group.gather()) for group in self.groups]
+    def _start_gather(self, taken: Tensor | None = None) -> None:
+        self.pending = [(group, group.gather(taken)) for group in self.groups]
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -157,13 +155,17 @@ class ReplicatedTeacher:
             group.gathered()
         self.pending = []
 
-    def state(self) -> list[float] | None:
-        """What ``refresh`` needs besides the EMA to restore the same weights: one number per e4m3
-        weight.
+    def fp8_weights(self) -> list[str]:
+        """Names of the weights in e4m3, in the order of their scales."""
+        return [name for group in self._fp8_groups for name in group.group.offsets]
+
+    def scales(self) -> Tensor | None:
+        """What ``refresh`` needs besides the EMA to restore the same weights: one number for each
+        of ``fp8_weights``, on the device.
         """
         self.wait()
         for group in self._fp8_groups:
-            return group.in_use.tolist()
+            return group.held
         return None
 
 
@@ -200,5 +202,9 @@ class PartitionedTeacher:
     def wait(self) -> None:
         """Nothing runs in the background."""
 
-    def state(self) -> None:
+    def fp8_weights(self) -> list[str]:
+        """This stage has none."""
+        return []
+
+    def scales(self) -> None:
         """The EMA is enough to restore the teacher."""

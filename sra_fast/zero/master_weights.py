@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
 
 from sra_fast.zero.deepspeed_names import check_names
@@ -163,6 +164,59 @@ class MasterWeights:
         last = min(offset + self.shapes[name].numel(), end) - offset
         if last > first:
             self.segments.append(Segment(name, first, flat, offset + first - begin, last - first))
+
+    def stored(self) -> list[Segment]:
+        """The segments that this rank writes into a checkpoint: every element on one rank only."""
+        if not self.replicated:
+            return self.segments
+        # every rank holds everything: each writes an equal share
+        total = sum(segment.numel for segment in self.segments)
+        begin = total * self.rank // self.world
+        end = total * (self.rank + 1) // self.world
+        shares = []
+        position = 0
+        for segment in self.segments:
+            first = max(begin - position, 0)
+            last = min(end - position, segment.numel)
+            if first < last:
+                start = segment.start + first
+                offset = segment.offset + first
+                shares.append(Segment(segment.name, start, segment.flat, offset, last - first))
+            position += segment.numel
+        return shares
+
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """Round the masters into the weights that the student computes with; collective."""
+        zero = self.engine.optimizer
+        if self.engine.zero_optimization_stage() == 3:
+            pairs = zip(
+                zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
+            )
+            for weights, master in pairs:
+                weights.copy_(master)
+        elif hasattr(zero, "bit16_groups_flat"):
+            for i, master in enumerate(zero.single_partition_of_fp32_groups):
+                rank = dist.get_rank(group=zero.real_dp_process_group[i])
+                zero.parallel_partitioned_bit16_groups[i][rank].copy_(master)
+            # each rank has written its part of the weights: get the others'
+            all_gather_dp_groups(
+                groups_flat=zero.bit16_groups_flat,
+                partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+                dp_process_group=zero.real_dp_process_group,
+                start_alignment_factor=zero.nccl_start_alignment_factor,
+                allgather_bucket_size=zero.allgather_bucket_size,
+            )
+        elif hasattr(zero, "bf16_groups_flat"):
+            zero.update_lp_params()
+        else:
+            # in fp32 the parameters are their own masters
+            groups = zip(
+                getattr(zero, "fp16_groups", ()), getattr(zero, "fp32_groups", ()), strict=True
+            )
+            for params, masters in groups:
+                for p, master in zip(params, masters, strict=True):
+                    p.data.copy_(master)
 
     def state(self, key: str) -> list[Tensor]:
         """``exp_avg``, ``exp_avg_sq`` or ``ema`` of the optimizer's state, laid out like

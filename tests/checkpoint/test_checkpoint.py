@@ -10,12 +10,14 @@ import pytest
 import torch
 from tiny_config import config
 
-from sra_fast.checkpoint import reading, sources
+from sra_fast.checkpoint import sources
 from sra_fast.checkpoint.load_model import load_model
+from sra_fast.checkpoint.manifest import Progress, read_manifest
 from sra_fast.models import DiT
 from sra_fast.training import saving
 from sra_fast.training.loop import train
 from sra_fast.training.plan import make_run_plan
+from sra_fast.training.snapshot import flats_by_kind
 from sra_fast.training.trainer import build
 from sra_fast.utils.files import write_atomic
 from sra_fast.zero.process_group import init_distributed
@@ -62,34 +64,6 @@ def test_published_arguments_say_what_shapes_do_not(tmp_path):
     ) == ("DiT", 10, 0.0, False)
 
 
-def test_latest_is_the_newest_complete_one(tmp_path):
-    assert reading.latest(tmp_path) is None
-    for step in (3, 6):
-        (tmp_path / f"step_{step:08d}").mkdir()
-        (tmp_path / f"step_{step:08d}" / reading.STATE).write_text("{}")
-    assert reading.latest(tmp_path) is None, "without `latest` no save has finished"
-    (tmp_path / "latest").write_text("step_00000003")
-    assert reading.latest(tmp_path).name == "step_00000003", "step 6 was interrupted"
-    for text in ("", "step_00000099"):
-        (tmp_path / "latest").write_text(text)
-        assert reading.latest(tmp_path).name == "step_00000006"
-
-
-def test_missing_ema_file_is_named(tmp_path):
-    (tmp_path / reading.STATE).write_text('{"world_size": 2}')
-    torch.save({"a": (0, torch.zeros(3))}, tmp_path / "ema_rank_00000.pt")
-    with pytest.raises(ValueError, match="ema_rank_00001.pt is missing or broken"):
-        reading.load_ema(tmp_path)
-
-
-def test_ema_files_fit_any_number_of_ranks(tmp_path):
-    (tmp_path / reading.STATE).write_text('{"world_size": 3}')
-    values = torch.arange(7.0)
-    for rank, (start, stop) in enumerate([(4, 7), (0, 1), (1, 4)]):
-        torch.save({"a": (start, values[start:stop].clone())}, tmp_path / f"ema_rank_{rank:05d}.pt")
-    assert torch.equal(reading.load_ema(tmp_path)["a"], values)
-
-
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -121,24 +95,45 @@ def test_resume_takes_the_configured_optimizer_settings(tmp_path):
     trainer, data = trainer_of()
     train(trainer, data, tmp_path)
     other, _ = trainer_of("--optim.weight_decay", "0.3", "--optim.betas", "[0.8, 0.9]")
-    assert saving.load(other, tmp_path / "checkpoints/step_00000003") == 3
+    assert saving.load(other, tmp_path / "checkpoints/step_00000003") == Progress(3)
     for group in other.engine.optimizer.param_groups:
         assert group["weight_decay"] == 0.3 and group["betas"] == (0.8, 0.9)
-    with pytest.raises(ValueError, match="made with seed 0, this run has 1"):
+    with pytest.raises(ValueError, match="made with train.seed 0, this run has 1"):
         saving.load(trainer_of("--train.seed", "1")[0], tmp_path / "checkpoints/step_00000003")
 
 
-def test_an_fp8_teacher_groups_parameters_otherwise(tmp_path):
-    """This is said before DeepSpeed fails on it."""
+def test_a_run_with_and_without_an_fp8_teacher_is_one_run(tmp_path):
+    """The teacher in e4m3 is another group of the optimizer; the checkpoint is the same."""
     fp8 = ("--train.precision", "bf16", "--align.teacher_dtype", "fp8")
-    trainer, data = trainer_of(*fp8[:2])
-    train(trainer, data, tmp_path)
-    path = tmp_path / "checkpoints/step_00000003"
-    with pytest.raises(ValueError, match="made with fp8_group False, this run has True"):
-        saving.load(trainer_of(*fp8)[0], path)
-    assert saving.load(trainer_of(*fp8[:2])[0], path) == 3
-    trainer, data = trainer_of(*fp8)
+    first, data = trainer_of(*fp8[:2])
+    train(first, data, tmp_path)
+    path = tmp_path / "checkpoints/step_00000006"
+    second, _ = trainer_of(*fp8)
+    saving.load(second, path)
+    assert same_state(first, second)
+    third, data = trainer_of(*fp8)
     (tmp_path / "fp8").mkdir()
-    train(trainer, data, tmp_path / "fp8")
-    with pytest.raises(ValueError, match="made with fp8_group True, this run has False"):
-        saving.load(trainer_of(*fp8[:2])[0], tmp_path / "fp8/checkpoints/step_00000003")
+    train(third, data, tmp_path / "fp8")
+    path = tmp_path / "fp8/checkpoints/step_00000006"
+    scales = read_manifest(path).scales
+    assert sorted(scales) == sorted(third.teacher.fp8_weights()) and len(scales) == 9
+    plain, _ = trainer_of(*fp8[:2])
+    saving.load(plain, path)
+    assert same_state(third, plain)
+    # with the same scales, and so the same bits
+    again, _ = trainer_of(*fp8)
+    saving.load(again, path)
+    assert torch.equal(again.teacher.scales(), third.teacher.scales())
+    for a, b in zip(again.teacher.groups, third.teacher.groups, strict=True):
+        assert torch.equal(a.buffer.view(torch.uint8), b.buffer.view(torch.uint8))
+
+
+def same_state(a, b) -> bool:
+    """Masters, moments and EMA of every parameter, bit for bit."""
+    kinds = zip(flats_by_kind(a).values(), flats_by_kind(b).values(), strict=True)
+    for ours, theirs in kinds:
+        whole = a.masters.gather(ours)
+        other = b.masters.gather(theirs)
+        if not all(torch.equal(whole[name], other[name]) for name in whole):
+            return False
+    return True

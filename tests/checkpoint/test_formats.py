@@ -284,7 +284,9 @@ def test_push_without_a_network_is_one_line(tmp_path, hub, monkeypatch):
     line = error_of(done)
     assert f"{out} is written, and could not be uploaded to me/digits: no route to host" in line
     assert "hf auth login" in line and (out / "config.json").exists()
-    monkeypatch.setattr("sra_fast.utils.files.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "sra_fast.utils.files.find_spec", lambda name: name == "safetensors" or None
+    )
     done = call("export", "--checkpoint", run, "--out", tmp_path / "b", "--push", "me/digits")
     assert "needs huggingface_hub: pip install 'sra-fast[hub]'" in error_of(done)
     done = call("export", "--checkpoint", run, "--out", tmp_path / "b", "--format", "diffusers")

@@ -86,7 +86,7 @@ def test_the_newest_weights_of_a_run_are_taken(tmp_path):
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     run = run_folder(tmp_path, network(num_classes=4), 7)
-    with pytest.raises(ValueError, match="does not fit the run's configuration: y_embedder"):
+    with pytest.raises(ValueError, match="do not fit the run's configuration: y_embedder"):
         load_model(str(run))
 
 

@@ -14,6 +14,7 @@ from toy_data import write_latents, write_vae
 
 from sra_fast.analysis.features import data_of, split
 from sra_fast.checkpoint.load_model import load_model
+from sra_fast.checkpoint.manifest import read_manifest, write_manifest
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
 from sra_fast.data.facts import DataFacts
@@ -209,8 +210,10 @@ def test_latents_that_are_all_equal_are_refused(tmp_path):
 
 def test_a_run_of_an_older_version_has_its_scale_in_its_configuration(trained, tmp_path):
     run = tmp_path / "000"
-    shutil.copytree(trained / "runs/000", run, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(trained / "runs/000", run, ignore=shutil.ignore_patterns("ema.safetensors"))
     (run / "data.json").unlink()
+    checkpoint = run / "checkpoints/step_00000002"
+    write_manifest(checkpoint, replace(read_manifest(checkpoint), data=None))
     facts = load_model(str(run)).facts
     assert (facts.scale, facts.shape, facts.pixels) == (SCALE, (4, 8, 8), False)
 

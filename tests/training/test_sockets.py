@@ -39,10 +39,6 @@ class ToyTarget(Target):
     config = ToyTargetConfig
     calls = 0
 
-    @classmethod
-    def identity(cls, align):
-        return {"toy_scale": align.toy_scale}
-
     def start(self, noised, sinusoid, condition, images):
         x = noised.x_teacher if images is None else noised.x_teacher[images]
         tokens = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)

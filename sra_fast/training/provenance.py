@@ -1,0 +1,157 @@
+"""What a resumed run may change of the run before it: some settings never, the others are said."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from sra_fast.checkpoint.manifest import Manifest, plain
+from sra_fast.checkpoint.reading import CONFIG, run_folder
+from sra_fast.config.cli import save_config
+from sra_fast.config.schema import Config
+from sra_fast.data.facts import DataFacts, differences
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import write_atomic
+
+# sections and fields that the weights, or the images and noise of a step, depend on
+FIXED = ("model.", "diffusion.", "train.seed", "train.global_batch", "data.flip")
+# where a run lies and how it was started says nothing of it
+UNSAID = ("train.resume", "train.out", "train.init_from")
+SUMMARY = "summary.json"
+DEEPSPEED = "deepspeed.json"
+ABSENT = "absent"
+
+
+def _flat(settings: dict) -> dict:
+    """``{section.field: value}``; what is nested deeper stays one value."""
+    return {
+        f"{section}.{name}": value
+        for section, fields in settings.items()
+        for name, value in fields.items()
+    }
+
+
+def changes(before: dict, after: dict) -> dict[str, tuple]:
+    """``{section.field: (value before, value after)}`` of all settings that differ.
+
+    Args:
+        before: settings of a manifest.
+        after: ``asdict`` of a configuration.
+    """
+    old = _flat(before)
+    new = _flat(plain(after))
+    names = [*new, *(name for name in old if name not in new)]
+    pairs = {name: (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in UNSAID}
+
+
+def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) -> None:
+    """ValueError, which names everything, unless a run can go on from a checkpoint.
+
+    Args:
+        path: folder of the checkpoint.
+        manifest: of it.
+        cfg: of the run that goes on, filled in.
+        facts: about its data; None: they are not compared.
+    """
+    different = changes(manifest.settings, asdict(cfg))
+    refused = {name: pair for name, pair in different.items() if name.startswith(FIXED)}
+    # another target can be followed with the same head; another head was never trained
+    if "align.target" in different and "align.head" in different:
+        refused |= {name: different[name] for name in ("align.target", "align.head")}
+    said = "; ".join(
+        f"it was made with {name} {old}, this run has {new}" for name, (old, new) in refused.items()
+    )
+    require_that(not refused, f"cannot resume {path}: {said}")
+    if facts is not None and manifest.data is not None:
+        other = differences(facts, DataFacts.from_json(manifest.data))
+        require_that(
+            not other,
+            f"cannot resume {path} on other data: {'; '.join(other)}; to go on from its weights: "
+            "train.init_from",
+        )
+
+
+def check_steps(path: Path, manifest: Manifest, cfg: Config) -> None:
+    """ValueError if a run has taken all of its steps already.
+
+    A run that was killed after its last step and before its summary may go on: it still exports.
+    """
+    step = manifest.step
+    if step < cfg.train.steps:
+        return
+    run = run_folder(path)
+    if step == cfg.train.steps and _summarised(run) != step:
+        return
+    raise ValueError(
+        f"train.steps {cfg.train.steps} is not above step {step} of {path}: raise train.steps to "
+        f"train on; sra-fast export --checkpoint {path} --out FILE.safetensors writes its weights"
+    )
+
+
+def _summarised(run: Path) -> int | None:
+    """The step that a run's summary is of; None: there is no summary."""
+    try:
+        return json.loads((run / SUMMARY).read_text())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def changed_line(manifest: Manifest, cfg: Config) -> str | None:
+    """One line about the settings that a resumed run has changed; None: it has changed none."""
+    different = changes(manifest.settings, asdict(cfg))
+    if not different:
+        return None
+    listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in different.items())
+    return f"changed since step {manifest.step}: {listed}"
+
+
+def record(folder: Path, cfg: Config, ds_config: dict, start: Manifest | None = None) -> None:
+    """Write the settings of a run into its folder.
+
+    ``config.yaml`` and ``deepspeed.json`` are what the run began with. If the resumed run has
+    changed any, all that hold from that step on are in ``config_00001200.yaml`` and
+    ``deepspeed_00001200.json``.
+
+    Args:
+        folder: of the run.
+        cfg: the configuration.
+        ds_config: what DeepSpeed gets.
+        start: of the checkpoint that the run goes on from; None: it is new.
+    """
+    ds_text = json.dumps(ds_config, indent=1)
+    if start is None:
+        write_atomic(folder / CONFIG, lambda path: save_config(cfg, path))
+        write_atomic(folder / DEEPSPEED, lambda path: path.write_text(ds_text))
+        return
+    for name in (CONFIG, DEEPSPEED):
+        # of steps that were given up
+        for path in _recorded(folder, name):
+            if step_of_record(path) >= start.step:
+                path.unlink()
+    if changes(start.settings, asdict(cfg)):
+        path = folder / recorded_name(CONFIG, start.step)
+        write_atomic(path, lambda temporary: save_config(cfg, temporary))
+    in_force = [folder / DEEPSPEED, *_recorded(folder, DEEPSPEED)][-1]
+    if not in_force.exists() or in_force.read_text() != ds_text:
+        path = folder / recorded_name(DEEPSPEED, start.step)
+        write_atomic(path, lambda temporary: temporary.write_text(ds_text))
+
+
+def recorded_name(name: str, step: int) -> str:
+    """The name of a settings file that holds from a step on."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}_{step:08d}{dot}{suffix}"
+
+
+def step_of_record(path: Path) -> int:
+    """The step from which a settings file holds."""
+    return int(path.stem.rpartition("_")[2])
+
+
+def _recorded(folder: Path, name: str) -> list[Path]:
+    """The settings files of later steps, in order."""
+    stem, dot, suffix = name.partition(".")
+    found = folder.glob(f"{stem}_{'[0-9]' * 8}*{dot}{suffix}")
+    return sorted(
+        (path for path in found if path.stem[len(stem) + 1 :].isdecimal()), key=step_of_record
+    )

@@ -1,0 +1,325 @@
+"""Saving a run while it trains: the state is copied, and a thread writes the copy.
+
+A checkpoint is committed in an order that leaves a whole one behind wherever a process is killed:
+every rank's file, then ``manifest.json``, then ``latest``; each is on the disk before the next is
+begun. A save that did not get so far is a folder without a manifest.
+"""
+
+import logging
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sra_fast.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Progress,
+    StoredFile,
+    file_name,
+    plain,
+    read_manifest,
+    step_name,
+    write_manifest,
+)
+from sra_fast.checkpoint.shards import write_pieces
+from sra_fast.checkpoint.steps import named_by_latest, step_folders, step_of, write_latest
+from sra_fast.config.schema import TrainConfig
+from sra_fast.data.facts import DataFacts
+from sra_fast.training.snapshot import Snapshot
+from sra_fast.training.trainer import Trainer
+
+log = logging.getLogger("sra_fast")
+
+# a rank may write much longer than another
+PATIENCE = timedelta(hours=2)
+LIBRARIES = ("sra-fast", "torch", "deepspeed", "safetensors")
+
+
+def at_phase(name: str) -> None:
+    """Called at every phase of a save, in its thread; does nothing.
+
+    Tests put something in its place that stops the process there. In order: ``copied``,
+    ``file_begun``, ``file_half``, ``file_written``, ``file_renamed``, ``exchanged``; on rank 0 also
+    ``manifest_written``, ``latest_written``, ``pruning``, ``pruned``.
+    """
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one save is of."""
+
+    progress: Progress
+    epoch: int
+
+    @property
+    def name(self) -> str:
+        return step_name(self.progress.step)
+
+
+class SaveFailed(ValueError):
+    """A checkpoint could not be written; the one before is as it was."""
+
+
+class Saver:
+    """Writes checkpoints of a run in the background, one at a time.
+
+    Args:
+        trainer: whose state is saved.
+        folder: ``checkpoints`` of the run; made if it is not there.
+        facts: about the training data, which the manifest keeps.
+
+    Every method is called by all ranks.
+
+    Attributes:
+        error: of the last save that has finished, the same on every rank: ``FloatingPointError`` if
+            something is not finite, ``SaveFailed`` (a ValueError) if it could not be written; None:
+            there was none.
+        last: what the last checkpoint that this object has committed is of.
+        blocked_ms: how long the last ``save`` kept training, in milliseconds.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, facts: DataFacts | None = None):
+        self.trainer = trainer
+        self.folder = folder
+        self.facts = facts
+        self.error: Exception | None = None
+        self.last: Progress | None = None
+        self.blocked_ms = 0.0
+        self.settings = plain(asdict(trainer.cfg))
+        self.world = trainer.plan.world
+        # of its own: the thread's messages must not come between those of training
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
+        self.snapshot = Snapshot(trainer)
+        self.thread: threading.Thread | None = None
+        self.run_id, self.parent = self._origin()
+
+    def _origin(self) -> tuple[str, int | None]:
+        """Id of the run and step of the checkpoint that it goes on from; rank 0 writes them."""
+        before = named_by_latest(self.folder)
+        if self.trainer.rank == 0 and before is not None:
+            try:
+                manifest = read_manifest(before)
+                return manifest.run_id, manifest.step
+            except ValueError:
+                pass
+        return uuid.uuid4().hex, None
+
+    def save(self, progress: Progress, epoch: int) -> None:
+        """Begin to save what the steps so far have made; an earlier save is waited for.
+
+        Args:
+            progress: of the run; a checkpoint that was just committed is not written again.
+            epoch: of the last step.
+
+        Raises:
+            FloatingPointError, SaveFailed: the earlier save has failed.
+        """
+        begun = time.perf_counter()
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        if progress == self.last:
+            return
+        self.snapshot.take()
+        task = _Task(progress, epoch)
+        # a daemon: a process that ends with an error does not wait for what it was writing
+        self.thread = threading.Thread(target=self._run, args=(task,), name="saver", daemon=True)
+        self.thread.start()
+        self.blocked_ms = 1e3 * (time.perf_counter() - begun)
+
+    def wait(self) -> None:
+        """Until the save that runs has finished; see ``error`` for how."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def close(self) -> None:
+        """Wait, and give the ranks' connection back."""
+        self.wait()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
+    def _run(self, task: _Task) -> None:
+        try:
+            self._write(task)
+        except Exception as error:
+            self.error = error
+        else:
+            self.last = task.progress
+            self.parent = task.progress.step
+            if self.trainer.rank == 0:
+                self._prune()
+
+    def _write(self, task: _Task) -> None:
+        """The whole save; an error is the same on every rank."""
+        folder = self.folder / task.name
+        self.snapshot.wait()
+        at_phase("copied")
+        bad = self._gathered(self.snapshot.not_finite())
+        for rank, what in enumerate(bad):
+            if what is not None:
+                raise FloatingPointError(
+                    f"{what} is not finite on rank {rank}: the checkpoint of step "
+                    f"{task.progress.step} is not written; {self._fallback()}"
+                )
+        self._agreed(task, lambda: self._prepare(folder))
+        try:
+            files = self._agreed(task, lambda: self._write_file(folder))
+            at_phase("exchanged")
+            self._agreed(task, lambda: self._commit(task, folder, files))
+        except SaveFailed:
+            # every rank has stopped writing
+            if self.trainer.rank == 0 and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _prepare(self, folder: Path) -> None:
+        """Rank 0 makes the folder. One of this step that is there belongs to what was given up."""
+        if self.trainer.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            abandon(folder)
+        folder.mkdir()
+
+    def _write_file(self, folder: Path) -> StoredFile:
+        path = folder / file_name(self.trainer.rank)
+        return write_pieces(path, self.snapshot.pieces(), lambda name: at_phase(name))
+
+    def _commit(self, task: _Task, folder: Path, files: list[StoredFile]) -> None:
+        if self.trainer.rank:
+            return
+        write_manifest(folder, self._manifest(task, files))
+        at_phase("manifest_written")
+        write_latest(self.folder, folder.name)
+        at_phase("latest_written")
+
+    def _manifest(self, task: _Task, files: list[StoredFile]) -> Manifest:
+        scales = {}
+        if self.snapshot.scales is not None:
+            names = self.trainer.teacher.fp8_weights()
+            scales = dict(zip(names, self.snapshot.scales.tolist(), strict=True))
+        return Manifest(
+            progress=task.progress,
+            epoch=task.epoch,
+            counts=self.snapshot.counts.tolist(),
+            world=self.world,
+            stage=self.trainer.plan.stage,
+            run_id=self.run_id,
+            parent=self.parent,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            files={file_name(rank): stored for rank, stored in enumerate(files)},
+            settings=self.settings,
+            emas={"main": {"decay": self.trainer.cfg.train.ema_decay}},
+            data=None if self.facts is None else self.facts.as_json(),
+            scales=scales,
+            versions=_versions(),
+        )
+
+    def _gathered(self, value) -> list:
+        """The value of every rank."""
+        if self.group is None:
+            return [value]
+        values: list = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _agreed(self, task: _Task, work: Callable) -> list:
+        """Do the work on every rank; its results, or one error that is the same everywhere."""
+        result = None
+        fault = None
+        try:
+            result = work()
+        except Exception as error:
+            fault = self._reason(error)
+        outcomes = self._gathered((result, fault))
+        for rank, (_, fault) in enumerate(outcomes):
+            if fault is not None:
+                where = f" on rank {rank}" if self.world > 1 else ""
+                raise SaveFailed(
+                    f"the checkpoint of step {task.progress.step} could not be written{where}: "
+                    f"{fault}; {self._fallback()}"
+                )
+        return [result for result, _ in outcomes]
+
+    def _reason(self, error: Exception) -> str:
+        if not isinstance(error, OSError):
+            return f"{type(error).__name__}: {error}"
+        where = error.filename or self.folder
+        try:
+            free = shutil.disk_usage(self.folder).free / 2**20
+        except OSError:
+            return f"{where}: {error.strerror or error}"
+        return f"{where}: {error.strerror or error} ({free:.0f} MiB are free there)"
+
+    def _fallback(self) -> str:
+        """What is left, for the end of a message."""
+        before = named_by_latest(self.folder)
+        if before is None:
+            return "there is no checkpoint before it"
+        return f"the last whole checkpoint is {before}"
+
+    def _prune(self) -> None:
+        """Remove old checkpoints; a failure costs disk space only, and is logged."""
+        at_phase("pruning")
+        try:
+            prune(self.folder, self.trainer.cfg.train)
+        except OSError as error:
+            log.warning("an old checkpoint was not removed: %s", error)
+        at_phase("pruned")
+
+
+def prune(folder: Path, cfg: TrainConfig) -> None:
+    """Remove the checkpoints that ``train.keep`` and ``train.keep_every`` do not keep.
+
+    Never the one that ``latest`` names. A manifest goes first: what is left of a folder after a
+    kill is no checkpoint.
+    """
+    if not cfg.keep:
+        return
+    named = named_by_latest(folder)
+    whole = [path for path in step_folders(folder) if (path / MANIFEST).exists()]
+    for path in whole[cfg.keep :]:
+        kept_besides = cfg.keep_every and step_of(path) % cfg.keep_every == 0
+        if path == named or kept_besides:
+            continue
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path)
+
+
+def abandon(path: Path) -> None:
+    """Take a checkpoint, or what there is of one, out of the run: nothing resumes it any more.
+
+    A whole one is kept in ``abandoned``.
+    """
+    if not (path / MANIFEST).exists():
+        shutil.rmtree(path)
+        return
+    kept = path.parent / "abandoned"
+    kept.mkdir(exist_ok=True)
+    target = kept / path.name
+    number = 1
+    while target.exists():
+        target = kept / f"{path.name}.{number}"
+        number += 1
+    os.replace(path, target)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
