@@ -37,10 +37,12 @@ def run(run_plan: RunPlan, device: torch.device, stop: StopSignals | None = None
     """
     out = Path(run_plan.plan.cfg.train.out)
     with run_folder.opened(out, run_plan.resume, run_plan.exact) as opened:
-        return _run(run_plan, device, opened)
+        return _run(run_plan, device, opened, stop)
 
 
-def _run(run_plan: RunPlan, device: torch.device, opened: OpenRun) -> dict:
+def _run(
+    run_plan: RunPlan, device: torch.device, opened: OpenRun, stop: StopSignals | None
+) -> dict:
     """A run in its folder, which no other process writes into."""
     cfg = run_plan.plan.cfg
     folder = opened.folder
