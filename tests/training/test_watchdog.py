@@ -82,7 +82,7 @@ def main(rank):
     logging.basicConfig(format="from %(message)s")
     pids = [None] * WORLD
     dist.all_gather_object(pids, os.getpid())
-    with Watchdog({minutes}) as watchdog:
+    with Watchdog({minutes}, period={period}) as watchdog:
         for step in (11, 12):
             watchdog.at(step, "next batch")
             watchdog.at(step, "gradients")
@@ -90,7 +90,7 @@ def main(rank):
         watchdog.at(13, "next batch")
         if rank == {who}:
             # the others hear of this step, then nothing more
-            time.sleep(0.5)
+            time.sleep(1.0)
             {stalls}
         watchdog.at(13, "gradients")
         time.sleep({seconds})
@@ -108,10 +108,12 @@ def warned(done) -> list[str]:
 def test_a_stopped_process_is_named(tmp_path, who):
     speaker = 1 - who
     source = RANKS.format(
-        minutes=2.4 / 60,
+        minutes=3.0 / 60,
+        # silent after 0.4 s
+        period=0.1,
         who=who,
         stalls="os.kill(os.getpid(), signal.SIGSTOP)",
-        seconds=4.0,
+        seconds=4.5,
         speaker=speaker,
         after=f"os.kill(pids[{who}], signal.SIGKILL)",
     )
@@ -126,6 +128,7 @@ def test_a_stopped_process_is_named(tmp_path, who):
 def test_a_slow_loader_is_named(tmp_path):
     source = RANKS.format(
         minutes=3.0 / 60,
+        period=0.3,
         who=1,
         stalls="time.sleep(5.0)",
         seconds=4.5,
