@@ -1,11 +1,13 @@
 """Save with this many processes, and resume what other numbers of processes have saved.
 
-Usage under torchrun: elastic_worker.py FOLDER. One launch of each world covers every ZeRO stage in
-fp32. What the worlds before have left in ``FOLDER/saved`` is resumed, restored state and all; then
-this world's own uninterrupted run is saved there.
+Usage: elastic_worker.py FOLDER. One warm process forks each world, because importing everything
+takes longer than the training. Each covers every ZeRO stage in fp32: its own uninterrupted run is
+saved in ``FOLDER/world2_stage0``, and what the world before has saved is resumed.
 """
 
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -15,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))
 
+from launch import free_port  # noqa: E402
 from tiny_config import config  # noqa: E402
 
 from sra_fast.data.dataset import make_dataset  # noqa: E402
+from sra_fast.plots import report  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
 from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.plan import make_plan  # noqa: E402
@@ -25,6 +29,8 @@ from sra_fast.training.snapshot import flats_by_kind  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402
 from sra_fast.zero.process_group import init_distributed  # noqa: E402
 
+# the last one only resumes
+WORLDS = (2, 1, 3)
 STAGES = (0, 1, 2, 3)
 SAVED = 2
 # the batch can be divided by 1, 2 and 3; eps as in zero_worker.py
@@ -56,31 +62,58 @@ def resume(device, source: Path, stage: int, folder: Path) -> dict:
     return {"restored": restored, "final": state_of(trainer), "loss": [row["loss"] for row in rows]}
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
+def one_world(out: Path) -> None:
+    """What each process of a world does."""
+    torch.set_num_threads(1)
     device = init_distributed()
     world = dist.get_world_size()
-    rank = dist.get_rank()
-    earlier = sorted((out / "saved").glob("world*_stage*"))
     results = {}
-    for stage in STAGES:
+    for stage in STAGES if world != WORLDS[-1] else ():
         trainer, data = build_stage(stage, device)
-        folder = out / f"saved/world{world}_stage{stage}"
+        folder = out / f"world{world}_stage{stage}"
         folder.mkdir(parents=True, exist_ok=True)
         rows = train(trainer, data, folder)
-        results[f"whole_{stage}"] = {
-            "loss": [row["loss"] for row in rows],
-            "final": state_of(trainer),
-        }
-        results[f"same_{stage}"] = resume(device, folder, stage, out / f"again/{world}_{stage}")
-    # every stage of the worlds before in another stage here, so that all pairs of stages occur
-    for i, source in enumerate(earlier):
-        stage = STAGES[(i + 1 + world) % 4]
-        folder = out / f"again/{world}_from_{source.name}"
-        results[f"from_{source.name}"] = {"stage": stage, **resume(device, source, stage, folder)}
-    if rank == 0:
+        loss = [row["loss"] for row in rows]
+        results[f"whole_{stage}"] = {"loss": loss, "final": state_of(trainer)}
+    # every stage of the world before in another stage here
+    for before in WORLDS[: WORLDS.index(world)][-1:]:
+        for stage in STAGES:
+            source = out / f"world{before}_stage{stage}"
+            folder = out / f"world{world}_from_{stage}"
+            other = (stage + world) % len(STAGES)
+            results[f"from_{stage}"] = resume(device, source, other, folder)
+    if dist.get_rank() == 0:
         torch.save(results, out / f"results_{world}.pt")
     dist.barrier()
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    # nobody looks at the curves of these runs, and drawing them takes longer than training
+    report.plot_loss = lambda *args: None
+    for world in WORLDS:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+                os.environ.update(group, LOCAL_WORLD_SIZE=str(world))
+                os.environ.update({name: str(value) for name, value in ranks.items()})
+                code = 1
+                try:
+                    one_world(out)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    # not the parent's exit handlers
+                    os._exit(code)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes):
+            sys.exit(f"the processes of world {world} ended with {codes}")
 
 
 if __name__ == "__main__":
