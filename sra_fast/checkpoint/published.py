@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint.manifest import read_manifest
 from sra_fast.checkpoint.optimizer_state import MOMENTS, numbered
-from sra_fast.checkpoint.reading import read_kinds
+from sra_fast.checkpoint.reading import manifest_of, read_kinds
 from sra_fast.checkpoint.shards import MASTER, ema_kind
 from sra_fast.checkpoint.sources import model_of_settings, state_dict_of
 from sra_fast.config.schema import ModelConfig
@@ -88,7 +87,7 @@ def published_of_checkpoint(path: Path) -> dict:
     Raises:
         ValueError: it is damaged, or of another version.
     """
-    manifest = read_manifest(path)
+    manifest = manifest_of(path)
     settings = manifest.settings
     model = model_of_settings(settings, path)
     ema = ema_kind(manifest.sampled)

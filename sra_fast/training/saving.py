@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.manifest import Manifest, Progress, read_manifest, step_name
+from sra_fast.checkpoint.manifest import Manifest, Progress, step_name
 from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer
 from sra_fast.checkpoint.published import published_args, published_optimizer
+from sra_fast.checkpoint.reading import manifest_of
 from sra_fast.checkpoint.shards import Shards
 from sra_fast.data.facts import DataFacts
 from sra_fast.training import provenance
@@ -72,7 +73,7 @@ def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:
     """
     if verify and (fault := collective_fault(path)):
         raise ValueError(f"checkpoint {path} is damaged: {fault}")
-    manifest = read_manifest(path)
+    manifest = manifest_of(path)
     provenance.check(path, manifest, trainer.cfg, None)
     kinds = flats_by_kind(trainer)
     masters = trainer.masters
