@@ -44,7 +44,7 @@ TINY_RUN = (
 )
 SAMPLES = "python sra_fast/sample.py --checkpoint runs/digits/000"
 WRITTEN = "python sra_fast/evaluate.py --reference real_images"
-RESUME = "sra-fast train --config RUN/config.yaml"
+PUBLISHED = "sra-fast export --checkpoint RUN --out published.pt"
 IMPORT_SIT = "sra-fast import-weights --from SiT-XL-2-256x256.pt"
 IMPORT_DIT = "sra-fast import-weights --from DiT-XL-2-256x256.pt"
 PIPELINE = "sra-fast export --checkpoint RUN --format diffusers"
@@ -198,8 +198,7 @@ CLASSES = {
         makes=("exported/model_index.json", "exported/vae/config.json"),
     ),
     "sra-fast export --checkpoint published.pt": Execute(
-        after=(RESUME,),
-        stand_ins={"published.pt": "runs/digits/000/published.pt"},
+        after=(PUBLISHED,),
         makes=("other.pt",),
     ),
     PIPELINE: Execute(
@@ -210,10 +209,10 @@ CLASSES = {
     "sra-fast import-weights --from pipeline": Execute(after=(PIPELINE,), makes=("w.safetensors",)),
     IMPORT_SIT: Execute("--num_heads 2", makes=("sit_xl2.safetensors",)),
     IMPORT_DIT: Execute("--num_heads 2", makes=("dit_xl2.safetensors",)),
-    RESUME: Execute(
+    PUBLISHED: Execute(
         after=(DEMO,),
-        stand_ins={"RUN/config.yaml": "runs/digits/000/config.yaml", "RUN": "runs/digits/000"},
-        makes=("runs/digits/000/published.pt",),
+        stand_ins={"RUN": "runs/digits/000"},
+        makes=("published.pt",),
     ),
     "deepspeed sra_fast/train.py --config mine.yaml": Execute(
         f"{TINY_RUN} --train.out runs/tuned",

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.checkpoint import diffusers_folder, huggingface
+from sra_fast.checkpoint import diffusers_folder, huggingface, version_0_1
 from sra_fast.checkpoint.export import write_loaded
 from sra_fast.checkpoint.load_model import LoadedModel, load_model, model_of
 from sra_fast.checkpoint.names import in_short
 from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
-from sra_fast.checkpoint.reading import CONFIG
-from sra_fast.checkpoint.sources import find_weights, read_weights, run_of
+from sra_fast.checkpoint.published import published_of_checkpoint
+from sra_fast.checkpoint.sources import find_weights, read_weights
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import make_folder, write_atomic
 
@@ -105,7 +105,8 @@ def export(options: Options) -> Path:
     if options.push is not None:
         # before the weights are read: this takes no time
         huggingface.check_push(options.push)
-    source = find_weights(options.source)
+    # an export of a run has neither student nor optimizer: its checkpoint has
+    source = find_weights(options.source, "model" if chosen == "published" else "ema")
     if chosen in CONTENTS:
         _check_folder(Path(options.out), CONTENTS[chosen])
     try:
@@ -140,16 +141,18 @@ def write_published(source: Path, out: Path, num_heads: int | None = None) -> No
         num_heads: see ``load_model``.
 
     Raises:
-        ValueError: the source lacks one of them. A run's optimizer state is in DeepSpeed's files,
-            which training reads.
+        ValueError: the source lacks one of them.
     """
-    run = run_of(source)
-    require_that(
-        run is None or source.suffix == ".pt",
-        f"the optimizer state of {source} is in DeepSpeed's files, which only training reads: "
-        f"train.py --config {run}/{CONFIG} --train.resume {run} --train.export '[published]' "
-        "writes a .pt of the run",
-    )
+    if source.is_dir() and not version_0_1.is_checkpoint(source):
+        checkpoint = published_of_checkpoint(source)
+    else:
+        checkpoint = _published_again(source, num_heads)
+    make_folder(out.parent)
+    write_atomic(out, lambda path: torch.save(checkpoint, path))
+
+
+def _published_again(source: Path, num_heads: int | None) -> dict:
+    """What a file of the published code holds, checked and under the published names."""
     held = read_weights(str(source))
     absent = [key for key in ("model", "ema", "opt") if key not in held]
     require_that(
@@ -167,6 +170,4 @@ def write_published(source: Path, out: Path, num_heads: int | None = None) -> No
     group = {**held["opt"]["param_groups"][0]}
     group.pop("param_names", None)
     kept = {key: held[key] for key in ("model", "ema", "args", "epoch", "steps") if key in held}
-    checkpoint = {**kept, "opt": numbered(states, group)}
-    make_folder(out.parent)
-    write_atomic(out, lambda path: torch.save(checkpoint, path))
+    return {**kept, "opt": numbered(states, group)}

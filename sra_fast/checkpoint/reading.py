@@ -8,6 +8,7 @@ from torch import Tensor
 from sra_fast.checkpoint import version_0_1
 from sra_fast.checkpoint.manifest import (
     MANIFEST,
+    DamagedCheckpoint,
     Manifest,
     hash_fault,
     read_manifest,
@@ -63,11 +64,19 @@ def newest(run: Path) -> Path | None:
     return choice.path
 
 
+def manifest_of(path: Path) -> Manifest:
+    """The manifest of a checkpoint; ValueError that names the folder if it cannot be read."""
+    try:
+        return read_manifest(path)
+    except DamagedCheckpoint as error:
+        raise ValueError(f"checkpoint {path} is damaged: {error}") from None
+
+
 def step_of(path: Path) -> int:
     """How many optimizer steps a checkpoint has taken; ValueError if it cannot be read."""
     if version_0_1.is_checkpoint(path):
         return version_0_1.step_of(path)
-    return read_manifest(path).step
+    return manifest_of(path).step
 
 
 def read_kinds(path: Path, kinds: Iterable[str]) -> tuple[Manifest, dict[str, dict[str, Tensor]]]:
@@ -79,7 +88,7 @@ def read_kinds(path: Path, kinds: Iterable[str]) -> tuple[Manifest, dict[str, di
     Raises:
         ValueError: a file is not what was saved, or is missing.
     """
-    manifest = read_manifest(path)
+    manifest = manifest_of(path)
     fault = size_fault(path, manifest) or hash_fault(path, manifest, sorted(manifest.files))
     if fault is not None:
         raise ValueError(f"checkpoint {path} is damaged: {fault}")

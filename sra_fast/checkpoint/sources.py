@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sra_fast.checkpoint import reading, version_0_1
-from sra_fast.checkpoint.manifest import read_manifest
 from sra_fast.checkpoint.names import in_short, unwrapped
 from sra_fast.checkpoint.shards import MASTER, ema_kind
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
@@ -167,7 +166,7 @@ def _of_checkpoint(path: Path, weights: str) -> dict:
     """A training checkpoint: its EMA or its student, and the run's configuration."""
     if version_0_1.is_checkpoint(path):
         return _of_old_checkpoint(path)
-    manifest = read_manifest(path)
+    manifest = reading.manifest_of(path)
     kind = MASTER if weights == "model" else ema_kind(manifest.sampled)
     _, held = reading.read_kinds(path, [kind])
     # config.yaml is what the run began with: these are the settings of this step

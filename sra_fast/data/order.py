@@ -52,6 +52,9 @@ class ShuffledBatches:
         self.steps = steps
         self.global_batch = micro * accumulation * world
         self.steps_per_epoch = num_images // self.global_batch
+        # the order of the epoch that was asked for last
+        self._epoch: int | None = None
+        self._order: Permutation
 
     def epoch(self, step: int) -> int:
         """The epoch that an optimizer step lies in."""
@@ -64,17 +67,19 @@ class ShuffledBatches:
     def __len__(self) -> int:
         return (self.steps - self.step) * self.accumulation
 
+    def numbers(self, step: int, micro_step: int) -> list[int]:
+        """The images of this process in a micro-step of an optimizer step."""
+        epoch = self.epoch(step)
+        if self._epoch != epoch:
+            self._epoch = epoch
+            self._order = Permutation(self.num_images, self.seed, epoch, -1)
+        first = step % self.steps_per_epoch * self.global_batch + self.first(micro_step)
+        return self._order(np.arange(first, first + self.micro)).tolist()
+
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = None
-        order = None
         for step in range(self.step, self.steps):
-            if self.epoch(step) != epoch:
-                epoch = self.epoch(step)
-                order = Permutation(self.num_images, self.seed, epoch, -1)
-            start = step % self.steps_per_epoch * self.global_batch
             for micro_step in range(self.accumulation):
-                first = start + self.first(micro_step)
-                yield order(np.arange(first, first + self.micro)).tolist()
+                yield self.numbers(step, micro_step)
 
 
 def _as_is(batch):

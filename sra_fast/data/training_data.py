@@ -25,6 +25,8 @@ class TrainingData(Dataset):
         labels: ``[N]`` int64.
         flip: half of the images are mirrored, drawn anew in every step.
         in_memory: a batch costs nothing to fetch: no loader processes.
+        fingerprint: SHA-256 of the images in their order and the labels, the same wherever they lie:
+            a run is only resumed on data of the same one. None: it is not known.
         evaluation: name in ``EVALUATIONS`` of how samples are scored at the end of a run, or None.
     """
 
@@ -36,6 +38,7 @@ class TrainingData(Dataset):
     labels: Tensor
     flip: bool = False
     in_memory: bool = False
+    fingerprint: str | None = None
     evaluation: str | None = None
 
     def __len__(self) -> int:
@@ -67,7 +70,13 @@ class TrainingData(Dataset):
         Without a posterior, 1 or 3 channels are taken for those of images.
         """
         pixels = not self.posterior and self.shape[0] in (1, 3)
-        return DataFacts(self.name, self.shape, self.num_classes, pixels=pixels)
+        return DataFacts(
+            self.name,
+            self.shape,
+            self.num_classes,
+            pixels=pixels,
+            fingerprint=self.fingerprint,
+        )
 
     def held_out_split(self) -> "list[tuple[TrainingData, np.ndarray]]":
         """Training and held-out images of an analysis, each as a data set and its rows.

@@ -50,9 +50,22 @@ class Agreement:
             self._pending = (work, told)
         return decided
 
-    def close(self) -> dict[str, int] | None:
-        """Wait for the all-reduce that is under way; collective. Returns its maxima, if there was one."""
-        return self._finish()
+    def now(self) -> dict[str, int]:
+        """The maxima of all that was told until now; collective, and waits for the other ranks."""
+        if self._group is None:
+            return self._take_told()
+        earlier = self._finish()
+        self.tell(**(earlier or {}))
+        told = torch.tensor(list(self._take_told().values()), dtype=torch.int64)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
+        return dict(zip(self.names, told.tolist(), strict=True))
+
+    def close(self) -> None:
+        """Give the group back, without waiting for what is under way."""
+        self._pending = None
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def _take_told(self) -> dict[str, int]:
         told = self._told

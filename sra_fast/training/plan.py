@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from sra_fast.checkpoint import reading, version_0_1
-from sra_fast.checkpoint.manifest import read_manifest
 from sra_fast.checkpoint.steps import cheap_fault, choose, is_begun, step_folders
 from sra_fast.checkpoint.values import warn
 from sra_fast.config.schema import Config
@@ -122,7 +121,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     resume = find_resume(cfg)
     exact = False
     if resume is not None:
-        manifest = read_manifest(resume)
+        manifest = reading.manifest_of(resume)
         provenance.check(resume, manifest, cfg, data.facts())
         provenance.check_steps(resume, manifest, cfg)
         exact = cfg.train.resume != "auto" and Path(cfg.train.resume) == resume

@@ -61,14 +61,16 @@ class RunLock:
 
     def _take(self, folder: Path, watch: float) -> None:
         told = self._told()
+        # unless the lock itself tells, a heartbeat does
+        doubtful = told and told.get("host") != socket.gethostname()
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(_in_use(folder, told.get("pid"), told.get("host"))) from None
-            # a file system without locks: the heartbeat is all there is
-        foreign = told and told.get("host") != socket.gethostname()
-        if foreign and self._is_beating(watch):
+            # a file system without locks
+            doubtful = bool(told)
+        if doubtful and self._is_beating(watch):
             raise ValueError(_in_use(folder, told.get("pid"), told.get("host")))
         mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         os.ftruncate(self._handle, 0)

@@ -6,17 +6,17 @@ numbers are functions of (seed, step, image), so no generator state is stored. T
 not stored either: it is rounded from the EMA.
 """
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.manifest import Manifest, Progress, read_manifest, step_name
-from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer, numbered
+from sra_fast.checkpoint.manifest import Manifest, Progress, step_name
+from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer
+from sra_fast.checkpoint.published import published_args, published_optimizer
+from sra_fast.checkpoint.reading import manifest_of
 from sra_fast.checkpoint.shards import Shards
-from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
 from sra_fast.training import provenance
 from sra_fast.training.run_folder import collective_fault
@@ -73,7 +73,7 @@ def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:
     """
     if verify and (fault := collective_fault(path)):
         raise ValueError(f"checkpoint {path} is damaged: {fault}")
-    manifest = read_manifest(path)
+    manifest = manifest_of(path)
     provenance.check(path, manifest, trainer.cfg, None)
     kinds = flats_by_kind(trainer)
     masters = trainer.masters
@@ -161,57 +161,17 @@ def export_published(
     if trainer.rank:
         return
     # as torch's AdamW keeps it on a CPU
-    step_count = masters.optimizer_states()[0]["step"].to("cpu", torch.float32, copy=True)
-    states = {
-        name: {**{key: moments[key][name] for key in MOMENTS}, "step": step_count}
-        for name in masters.shapes
-    }
-    optim = trainer.cfg.optim
-    group = {
-        "lr": optim.lr,
-        "betas": tuple(optim.betas),
-        "eps": optim.eps,
-        "weight_decay": optim.weight_decay,
-        "amsgrad": False,
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "fused": None,
-    }
+    count = masters.optimizer_states()[0]["step"].to("cpu", torch.float32, copy=True)
+    cfg = trainer.cfg
     checkpoint = {
         "model": trainer.state_dict(weights),
         "ema": trainer.state_dict(ema),
-        "opt": numbered(states, group),
-        "args": published_args(trainer.cfg, facts),
+        "opt": published_optimizer(moments, float(count), asdict(cfg.optim)),
+        "args": published_args(cfg.model, cfg.diffusion.path, facts),
         "epoch": epoch,
         "steps": step,
     }
     write_atomic(path, lambda p: torch.save(checkpoint, p))
-
-
-def published_args(cfg: Config, facts: DataFacts | None = None) -> argparse.Namespace:
-    """The published code's arguments that describe the model.
-
-    ``num_heads`` is ours, because the published code has it in the model's name; so are
-    ``input_size`` and ``data``, the facts about the training data.
-    """
-    model = cfg.model
-    # the published code trains on latents, whose side is an eighth of the image's
-    pixels = facts is not None and facts.pixels
-    args = argparse.Namespace(
-        model=model.name,
-        resolution=model.input_size * (1 if pixels else 8),
-        num_classes=model.num_classes,
-        qk_norm=model.qk_norm,
-        cfg_prob=model.class_dropout_prob,
-        path_type=cfg.diffusion.path,
-        num_heads=model.arguments()["num_heads"],
-        input_size=model.input_size,
-    )
-    if facts is not None:
-        args.data = facts.as_json()
-    return args
 
 
 def export_safetensors(trainer: Trainer, path: Path, step: int, facts: DataFacts) -> None:

@@ -14,7 +14,8 @@ from sra_fast.zero.optimizer import AdamWEMA
 
 
 class UpdateGuard:
-    """Takes an update if the norm of the whole gradient is finite; decides and counts on the device.
+    """Takes an update if the norm of the whole gradient is finite, also squared in fp32; decides and
+    counts on the device.
 
     Every rank decides alike, because the norm is the same on all.
 
@@ -93,7 +94,8 @@ class UpdateGuard:
         """
         if not isinstance(norm, Tensor):
             norm = torch.full_like(self.counts[0], norm)
-        self.taken = norm.detach().isfinite().reshape(())
+        # some of DeepSpeed's norms are finite where a square, which the second moment adds up, is not
+        self.taken = norm.detach().float().square().isfinite().reshape(())
         keep, add = self._if_taken
         keep_if_not, add_if_not = self._if_not
         taken = self.counts * keep + add

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from foreign import network, run_folder, same, weights
+from foreign import network, old_run_folder, run_folder, same, weights
 from launch import call, call_console, error_of
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -120,17 +120,48 @@ def test_published_weights_that_do_not_say_their_heads(tmp_path):
 
 def test_a_published_file_needs_the_optimizer(tmp_path):
     model = network()
-    run = run_folder(tmp_path / "run", model)
+    run = old_run_folder(tmp_path / "run", model)
     held = torch.load(published(tmp_path, model), weights_only=False)
     torch.save({**held, "opt": {"state": {}}}, tmp_path / "empty.pt")
     for source, message in (
-        (run, r"in DeepSpeed's files.*--train.resume .*run --train.export '\[published\]'"),
+        (run, "has no model and no opt"),
         (plain(tmp_path, model), "has no model and no opt: expected --out FILE.safetensors"),
         (tmp_path / "empty.pt", "has no state"),
     ):
         with pytest.raises(ValueError, match=message):
             export(Options(str(source), str(tmp_path / "out.pt"), num_heads=2))
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_run_becomes_a_published_file(tmp_path):
+    """Student, EMA and moments of a checkpoint, though there is an export beside it."""
+    ema = network()
+    student = network(seed=1)
+    run = run_folder(tmp_path / "run", ema, 7, FACTS.as_json(), student)
+    assert export(Options(str(run), str(run / "ema.safetensors"))).is_dir()
+    source = export(Options(str(run), str(tmp_path / "out.pt")))
+    assert source == run / "checkpoints/step_00000007"
+    held = read_weights(str(tmp_path / "out.pt"))
+    assert same(held["ema"], weights(ema))
+    assert same(held["model"], weights(student))
+    assert (held["steps"], held["args"].num_heads, held["data"]) == (7, 2, FACTS.as_json())
+    parameters = [torch.nn.Parameter(ema.pos_embed, requires_grad=False), *ema.parameters()]
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.load_state_dict(held["opt"])
+    for p in ema.parameters():
+        state = optimizer.state[p]
+        assert torch.equal(state["exp_avg"], p.data)
+        assert torch.equal(state["exp_avg_sq"], 2 * p.data)
+        assert state["step"] == 7
+
+
+def test_the_student_of_a_run_samples(tmp_path):
+    student = network(seed=1)
+    run = run_folder(tmp_path / "run", network(), 7, None, student)
+    loaded = load_model(str(run), "model")
+    assert same(loaded.model.state_dict(), weights(student)) and loaded.weights == "model"
+    export(Options(str(run), str(run / "ema.safetensors")))
+    assert same(load_model(str(run), "model").model.state_dict(), weights(student))
 
 
 # the model folder

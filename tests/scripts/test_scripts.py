@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -68,6 +69,7 @@ def test_run_folder_is_complete(whole_run):
         "loss.png",
         "samples.png",
         "checkpoints",
+        "lock",
         "ema.safetensors",
         "summary.json",
         "deepspeed.json",
@@ -131,11 +133,16 @@ def test_a_start_is_six_lines(whole_run):
 
 
 def test_checkpoint_does_not_store_the_teacher(whole_run):
-    file = whole_run[0] / "checkpoints/step_00000024/mp_rank_00_model_states.pt"
-    module = torch.load(file, weights_only=False)["module"]
-    assert module
-    of_teacher = [name for name in module if name.startswith("teacher.")]
-    assert all("pos_embed" in name for name in of_teacher)
+    """Four numbers of each of the student's parameters, and the files of both ranks beside it."""
+    folder = whole_run[0] / "checkpoints/step_00000024"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"}
+    pieces = [load_file(path) for path in folder.glob("rank_*")]
+    kinds = Counter(key.split("/")[0] for held in pieces for key in held)
+    assert set(kinds) == {"master", "exp_avg", "exp_avg_sq", "ema.main"}
+    parameters = load_model(str(whole_run[0])).model.parameters()
+    stored = sum(value.numel() for held in pieces for value in held.values())
+    assert stored == 4 * sum(p.numel() for p in parameters)
 
 
 def test_a_killed_run_resumes(tmp_path):
@@ -199,9 +206,9 @@ def test_bad_input_is_one_line(tmp_path, args, message):
 
 
 def test_resume_refuses_another_run(whole_run):
-    done = call("train", *TINY, "--train.zero_stage", "2", "--train.resume", whole_run[0])
+    done = call("train", *WHOLE_RUN, "--train.seed", "1", "--train.resume", whole_run[0])
     assert done.returncode == 2
-    assert "made with world_size 2, this run has 1" in error_of(done)
+    assert "it was made with train.seed 0, this run has 1" in error_of(done)
 
 
 def images_of(folder) -> np.ndarray:
@@ -245,7 +252,10 @@ def test_sampling_from_a_run_and_from_its_checkpoint(whole_run, tmp_path):
             "sample.method for flow_matching must be one of",
         ),
         (("--checkpoint", "{run}", "--classes", "[10]"), "classes must lie in [0, 10)"),
-        (("--checkpoint", "{run}", "--sample.weights", "model"), "EMA weights only"),
+        (
+            ("--checkpoint", "{run}/ema.safetensors", "--sample.weights", "model"),
+            "EMA weights only",
+        ),
     ],
 )
 def test_sampling_names_what_is_wrong(whole_run, tmp_path, args, message):
@@ -300,23 +310,31 @@ def test_an_earlier_checkpoint_is_exported_with_its_step(whole_run, tmp_path):
     [
         ("nowhere", "a.safetensors", "no checkpoint at nowhere"),
         ("README.md", "a.safetensors", "README.md is no checkpoint that can be read safely"),
-        ("{run}", "a.pt", "the optimizer state of {run}/ema.safetensors is in DeepSpeed's files"),
+        ("{run}/ema.safetensors", "a.pt", "has no model and no opt"),
         ("{run}", "a.npz", "expected out to end with .safetensors or .pt, or a folder, got"),
         ("{run}", "file/a.safetensors", "out {tmp}/file cannot be made: "),
         ("{run}", "folder.safetensors", "out {tmp}/folder.safetensors cannot be written: Is a dir"),
-        ("{tmp}/moved", "a.safetensors", "expected {tmp}/moved in a run folder"),
-        ("{tmp}/run/checkpoints/step", "a.safetensors", "ema_rank_00001.pt is missing or broken"),
+        (
+            "{tmp}/moved",
+            "a.safetensors",
+            "{tmp}/moved is damaged: manifest.json is that of step 24",
+        ),
+        (
+            "{tmp}/run",
+            "a.safetensors",
+            "step 24, is damaged: rank_00001.safetensors cannot be read",
+        ),
     ],
 )
 def test_a_bad_export_is_one_line(whole_run, tmp_path, checkpoint, out, message):
     run = whole_run[0]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.safetensors").mkdir()
-    # a checkpoint without its run, and one without the EMA of a rank
-    shutil.copytree(run / "checkpoints/step_00000024", tmp_path / "moved")
-    shutil.copytree(run / "checkpoints/step_00000024", tmp_path / "run/checkpoints/step")
-    shutil.copy(run / "config.yaml", tmp_path / "run/config.yaml")
-    (tmp_path / "run/checkpoints/step/ema_rank_00001.pt").unlink()
+    # a checkpoint under another name, and one without the file of a rank
+    step = "checkpoints/step_00000024"
+    shutil.copytree(run / step, tmp_path / "moved")
+    shutil.copytree(run / step, tmp_path / "run" / step)
+    (tmp_path / "run" / step / "rank_00001.safetensors").unlink()
     checkpoint = checkpoint.format(run=run, tmp=tmp_path)
     done = call("export", "--checkpoint", checkpoint, "--out", tmp_path / out)
     assert done.returncode == 2

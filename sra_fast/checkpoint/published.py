@@ -1,0 +1,112 @@
+"""Checkpoints as the published code writes them: student, EMA, AdamW's state, arguments."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sra_fast.checkpoint.optimizer_state import MOMENTS, numbered
+from sra_fast.checkpoint.reading import manifest_of, read_kinds
+from sra_fast.checkpoint.shards import MASTER, ema_kind
+from sra_fast.checkpoint.sources import model_of_settings, state_dict_of
+from sra_fast.config.schema import ModelConfig
+from sra_fast.data.facts import DataFacts
+
+
+def published_args(
+    model: ModelConfig, path: str, facts: DataFacts | None = None
+) -> argparse.Namespace:
+    """The published code's arguments that describe a model.
+
+    ``num_heads`` is ours, because the published code has it in the model's name; so are
+    ``input_size`` and ``data``, the facts about the training data.
+
+    Args:
+        model: of the run, filled in.
+        path: ``diffusion.path``.
+        facts: about the training data.
+    """
+    # the published code trains on latents, whose side is an eighth of the image's
+    pixels = facts is not None and facts.pixels
+    args = argparse.Namespace(
+        model=model.name,
+        resolution=model.input_size * (1 if pixels else 8),
+        num_classes=model.num_classes,
+        qk_norm=model.qk_norm,
+        cfg_prob=model.class_dropout_prob,
+        path_type=path,
+        num_heads=model.arguments()["num_heads"],
+        input_size=model.input_size,
+    )
+    if facts is not None:
+        args.data = facts.as_json()
+    return args
+
+
+def published_optimizer(
+    moments: Mapping[str, Mapping[str, Tensor]], count: float, optim: Mapping
+) -> dict:
+    """``state_dict()`` of the published code's AdamW.
+
+    Args:
+        moments: ``exp_avg`` and ``exp_avg_sq`` -> parameter -> fp32 tensor of its shape, in the
+            model's order.
+        count: updates taken.
+        optim: section ``optim`` of the configuration.
+    """
+    states = {
+        name: {
+            **{key: moments[key][name] for key in MOMENTS},
+            "step": torch.tensor(float(count), dtype=torch.float32),
+        }
+        for name in moments[MOMENTS[0]]
+    }
+    group = {
+        "lr": optim["lr"],
+        "betas": tuple(optim["betas"]),
+        "eps": optim["eps"],
+        "weight_decay": optim["weight_decay"],
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+    }
+    return numbered(states, group)
+
+
+def published_of_checkpoint(path: Path) -> dict:
+    """A run's checkpoint in the published code's form.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    manifest = manifest_of(path)
+    settings = manifest.settings
+    model = model_of_settings(settings, path)
+    ema = ema_kind(manifest.sampled)
+    kinds = read_kinds(path, [MASTER, ema, *MOMENTS])[1]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    # raises unless the parameters fit
+    weights = state_dict_of(model, kinds[MASTER], path)
+    moments = {
+        key: {name: kinds[key][name].view(shape) for name, shape in shapes.items()}
+        for key in MOMENTS
+    }
+    facts = None if manifest.data is None else DataFacts.from_json(manifest.data)
+    return {
+        "model": weights,
+        "ema": state_dict_of(model, kinds[ema], path),
+        "opt": published_optimizer(moments, manifest.counts[0], settings["optim"]),
+        "args": published_args(
+            ModelConfig(**settings["model"]), settings["diffusion"]["path"], facts
+        ),
+        "epoch": manifest.epoch,
+        "steps": manifest.step,
+    }

@@ -1,0 +1,131 @@
+"""Which checkpoint of a run is taken: the newest whole one, never one that was given up."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from foreign import write_checkpoint
+
+from sra_fast.checkpoint import steps
+from sra_fast.checkpoint.manifest import MANIFEST, file_name
+from sra_fast.checkpoint.reading import newest
+
+KINDS = {"master": {"a": torch.arange(4.0)}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Checkpoints of steps 3, 6 and 9; ``latest`` names the last."""
+    for step in (3, 6, 9):
+        write_checkpoint(tmp_path, KINDS, step, {})
+    return tmp_path
+
+
+def chosen(run) -> str:
+    choice = steps.choose(run / "checkpoints")
+    return choice.path.name if choice else "none"
+
+
+def folder(run, step: int):
+    return run / f"checkpoints/step_{step:08d}"
+
+
+def test_the_newest_is_taken_in_silence(run):
+    choice = steps.choose(run / "checkpoints")
+    assert (choice.path, choice.manifest.step, choice.remarks) == (folder(run, 9), 9, [])
+    assert newest(run) == folder(run, 9)
+
+
+def test_a_damaged_one_is_passed_over_with_a_line(run):
+    (folder(run, 9) / file_name(1)).unlink()
+    (folder(run, 6) / MANIFEST).write_text("{}")
+    choice = steps.choose(run / "checkpoints")
+    assert choice.path == folder(run, 3)
+    assert choice.remarks == [
+        f"checkpoint step 9 is damaged: {file_name(1)} cannot be read: No such file or directory; "
+        "going on from step 3",
+        f"checkpoint step 6 is damaged: {MANIFEST} cannot be read: it is not what was written; "
+        "going on from step 3",
+    ]
+
+
+def test_none_is_whole(run):
+    for step in (3, 6, 9):
+        (folder(run, step) / MANIFEST).write_text("")
+    with pytest.raises(ValueError, match=f"is whole; the newest, step 9, is damaged: {MANIFEST}"):
+        steps.choose(run / "checkpoints")
+
+
+def test_the_manifest_of_the_named_one_is_gone(run):
+    (folder(run, 9) / MANIFEST).unlink()
+    choice = steps.choose(run / "checkpoints")
+    assert choice.path == folder(run, 6)
+    assert f"step 9 is damaged: {MANIFEST} cannot be read" in choice.remarks[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "step_",
+        "step_00000099",
+        "../checkpoints/step_00000003",
+        "/etc",
+        "..",
+        "step_00000003\0",
+        "step_00000003/../step_00000003",
+        "\u0665" * 8,
+        "x" * 10**6,
+    ],
+)
+def test_latest_that_names_nothing_of_the_run(run, text):
+    """The newest whole one is taken, with a line; nothing outside of the run is looked at."""
+    latest = run / "checkpoints/latest"
+    latest.unlink() if text is None else latest.write_text(text)
+    choice = steps.choose(run / "checkpoints")
+    assert choice.path == folder(run, 9)
+    assert len(choice.remarks) == 1 and str(latest) in choice.remarks[0]
+    assert "looking for the newest whole checkpoint" in choice.remarks[0]
+    assert len(choice.remarks[0]) < 400
+
+
+def test_a_step_that_latest_does_not_name_yet_is_given_up(run):
+    """A rollback to step 6, or a commit of step 9 that was not finished."""
+    steps.write_latest(run / "checkpoints", "step_00000006")
+    assert chosen(run) == "step_00000006"
+    (folder(run, 6) / file_name(0)).write_bytes(b"")
+    assert chosen(run) == "step_00000003"
+
+
+def test_links_out_of_the_run_are_no_checkpoints(run, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder(run, 9), elsewhere)
+    os.symlink(elsewhere, folder(run, 9))
+    assert [steps.step_of(path) for path in steps.step_folders(run / "checkpoints")] == [6, 3]
+
+
+@pytest.mark.parametrize("name", ["step_3", "step_0000000a", "xstep_00000004", "step_00000004.old"])
+def test_other_folders_are_left_alone(run, name):
+    shutil.copytree(folder(run, 9), run / "checkpoints" / name)
+    assert len(steps.step_folders(run / "checkpoints")) == 3
+
+
+def test_a_first_save_that_was_not_finished_is_no_checkpoint(tmp_path):
+    assert steps.choose(tmp_path / "checkpoints") is None
+    path = write_checkpoint(tmp_path, KINDS, 3, {})
+    (path / MANIFEST).unlink()
+    (tmp_path / "checkpoints/latest").unlink()
+    assert steps.choose(tmp_path / "checkpoints") is None and not steps.is_begun(path.parent)
+    (tmp_path / "checkpoints/latest").write_text("step_00000003")
+    with pytest.raises(ValueError, match="the newest, step 3, is damaged"):
+        steps.choose(tmp_path / "checkpoints")
+    shutil.rmtree(path)
+    with pytest.raises(ValueError, match="is whole: expected manifest.json"):
+        steps.choose(tmp_path / "checkpoints")
+
+
+def test_steps_of_more_digits_are_newer(run):
+    write_checkpoint(run, KINDS, 10**9, {})
+    assert chosen(run) == "step_1000000000"

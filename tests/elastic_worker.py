@@ -1,0 +1,120 @@
+"""Save with this many processes, and resume what other numbers of processes have saved.
+
+Usage: elastic_worker.py FOLDER. One warm process forks each world, because importing everything
+takes longer than the training. Each covers every ZeRO stage in fp32: its own uninterrupted run is
+saved in ``FOLDER/world2_stage0``, and what the world before has saved is resumed.
+"""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "tests"))
+
+from launch import free_port  # noqa: E402
+from tiny_config import config  # noqa: E402
+
+from sra_fast.data.dataset import make_dataset  # noqa: E402
+from sra_fast.plots import report  # noqa: E402
+from sra_fast.training import saving  # noqa: E402
+from sra_fast.training.loop import train  # noqa: E402
+from sra_fast.training.plan import make_plan  # noqa: E402
+from sra_fast.training.snapshot import flats_by_kind  # noqa: E402
+from sra_fast.training.trainer import build  # noqa: E402
+from sra_fast.zero.process_group import init_distributed  # noqa: E402
+
+# the last one only resumes
+WORLDS = (2, 1, 3)
+STAGES = (0, 1, 2, 3)
+SAVED = 2
+# the batch can be divided by 1, 2 and 3; eps as in zero_worker.py
+ARGS = (
+    f"--train.steps 4 --train.save_every {SAVED} --train.log_every 1 --train.global_batch 12 "
+    "--train.precision fp32 --optim.eps 1e-5 --optim.lr 0.003 --train.ema_decay 0.9"
+)
+
+
+def state_of(trainer) -> dict:
+    """Every kind in whole, and the weights that the student computes with."""
+    masters = trainer.masters
+    kinds = {kind: masters.gather(flats) for kind, flats in flats_by_kind(trainer).items()}
+    counts = [float(state["step"]) for state in masters.optimizer_states()]
+    return {**kinds, "counts": counts}
+
+
+def build_stage(stage: int, device):
+    cfg = config(*ARGS.split(), "--train.zero_stage", str(stage))
+    return build(make_plan(cfg), device), make_dataset(cfg)
+
+
+def resume(device, source: Path, stage: int, folder: Path) -> dict:
+    trainer, data = build_stage(stage, device)
+    progress = saving.load(trainer, source / f"checkpoints/step_{SAVED:08d}")
+    restored = state_of(trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = train(trainer, data, folder, progress.step)
+    return {"restored": restored, "final": state_of(trainer), "loss": [row["loss"] for row in rows]}
+
+
+def one_world(out: Path) -> None:
+    """What each process of a world does."""
+    torch.set_num_threads(1)
+    device = init_distributed()
+    world = dist.get_world_size()
+    results = {}
+    for stage in STAGES if world != WORLDS[-1] else ():
+        trainer, data = build_stage(stage, device)
+        folder = out / f"world{world}_stage{stage}"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = train(trainer, data, folder)
+        loss = [row["loss"] for row in rows]
+        results[f"whole_{stage}"] = {"loss": loss, "final": state_of(trainer)}
+    # every stage of the world before in another stage here
+    for before in WORLDS[: WORLDS.index(world)][-1:]:
+        for stage in STAGES:
+            source = out / f"world{before}_stage{stage}"
+            folder = out / f"world{world}_from_{stage}"
+            other = (stage + world) % len(STAGES)
+            results[f"from_{stage}"] = resume(device, source, other, folder)
+    if dist.get_rank() == 0:
+        torch.save(results, out / f"results_{world}.pt")
+    dist.barrier()
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    # nobody looks at the curves of these runs, and drawing them takes longer than training
+    report.plot_loss = lambda *args: None
+    for world in WORLDS:
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+                os.environ.update(group, LOCAL_WORLD_SIZE=str(world))
+                os.environ.update({name: str(value) for name, value in ranks.items()})
+                code = 1
+                try:
+                    one_world(out)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    # not the parent's exit handlers
+                    os._exit(code)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes):
+            sys.exit(f"the processes of world {world} ended with {codes}")
+
+
+if __name__ == "__main__":
+    main()

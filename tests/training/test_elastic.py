@@ -1,0 +1,86 @@
+"""A checkpoint of any number of processes and any ZeRO stage is resumed by any other.
+
+What is read is the same bit for bit, and the run that goes on is the same to rounding. That of the
+same world and stage is compared bit for bit in tests/zero/test_zero.py.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from elastic_worker import WORLDS
+from launch import run_python
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """``results[world]`` of ``elastic_worker.py``, and the folder ``results["folder"]``."""
+    out = tmp_path_factory.mktemp("elastic")
+    done = run_python(HERE / "elastic_worker.py", out)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict = {
+        world: torch.load(out / f"results_{world}.pt", weights_only=True) for world in WORLDS
+    }
+    return {"folder": out, **found}
+
+
+def saved_state(folder: Path) -> dict:
+    """``{kind: {parameter: flat tensor}}`` of a checkpoint, put together by hand."""
+    pieces: dict = {}
+    for file in sorted(folder.glob("rank_*.safetensors")):
+        for key, values in load_file(file).items():
+            kind, name, start = key.split("/")
+            pieces.setdefault(kind, {}).setdefault(name, []).append((int(start), values))
+    return {
+        kind: {
+            name: torch.cat([values for _, values in sorted(parts, key=lambda part: part[0])])
+            for name, parts in parameters.items()
+        }
+        for kind, parameters in pieces.items()
+    }
+
+
+CROSSED = [
+    (before, world, stage)
+    for before, world in zip(WORLDS, WORLDS[1:], strict=False)
+    for stage in range(4)
+]
+
+
+@pytest.mark.parametrize("before, world, stage", CROSSED)
+def test_another_world_and_stage_restores_the_same_bits(results, before, world, stage):
+    ours = results[world][f"from_{stage}"]["restored"]
+    folder = results["folder"] / f"world{before}_stage{stage}"
+    saved = saved_state(folder / "checkpoints/step_00000002")
+    assert set(saved) == {"master", "exp_avg", "exp_avg_sq", "ema.main"}
+    for kind, parameters in saved.items():
+        assert parameters.keys() == ours[kind].keys()
+        for name, value in parameters.items():
+            assert torch.equal(ours[kind][name].flatten(), value), (kind, name)
+    assert set(ours["counts"]) == {2.0}
+
+
+@pytest.mark.parametrize("before, world, stage", CROSSED)
+def test_the_run_that_goes_on_is_the_uninterrupted_one(results, before, world, stage):
+    whole = results[before][f"whole_{stage}"]
+    ours = results[world][f"from_{stage}"]
+    assert ours["loss"] == pytest.approx(whole["loss"][2:], rel=1e-6)
+    for kind in ("master", "ema.main"):
+        for name, value in whole["final"][kind].items():
+            assert torch.allclose(ours["final"][kind][name], value, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", range(4))
+def test_nothing_is_stored_twice(results, world, stage):
+    """Four fp32 numbers of every parameter over all ranks, no padding, and every rank its part."""
+    name = f"world{world}_stage{stage}" if world != WORLDS[-1] else f"world{world}_from_{stage}"
+    folder = results["folder"] / name / "checkpoints/step_00000004"
+    sizes = [sum(v.numel() for v in load_file(f).values()) for f in folder.glob("rank_*")]
+    masters = results[WORLDS[0]]["whole_0"]["final"]["master"]
+    assert len(sizes) == world
+    assert sum(sizes) == 4 * sum(v.numel() for v in masters.values())
+    assert max(sizes) <= 1.1 * sum(sizes) / world

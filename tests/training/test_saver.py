@@ -1,0 +1,272 @@
+"""Saving in the background: the same files, nothing that is not finite, whole wherever it stops."""
+
+import errno
+import json
+import os
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_config import config
+
+from sra_fast.checkpoint import steps
+from sra_fast.checkpoint.manifest import MANIFEST, Progress, read_manifest
+from sra_fast.checkpoint.shards import Shards
+from sra_fast.data.digits import Digits
+from sra_fast.training import run_folder, saver, saving
+from sra_fast.training.plan import make_plan
+from sra_fast.training.saver import Saver, prune
+from sra_fast.training.snapshot import Snapshot, flats_by_kind
+from sra_fast.training.trainer import build
+from sra_fast.zero.process_group import init_distributed
+
+PHASES = [
+    "copied",
+    "file_begun",
+    "file_half",
+    "file_written",
+    "file_renamed",
+    "exchanged",
+    "manifest_written",
+    "latest_written",
+    "pruning",
+    "pruned",
+]
+# from here on the new checkpoint counts
+COMMITTED = "latest_written"
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """One for all tests: building it takes longer than they do. Its state is random."""
+    built = build(
+        make_plan(config("--train.zero_stage", "1", "--train.keep", "2")), init_distributed()
+    )
+    shake(built, 0)
+    return built
+
+
+def shake(trainer, seed: int) -> None:
+    """Give every master, moment and EMA another value, as a step does."""
+    generator = torch.Generator().manual_seed(seed)
+    for flats in flats_by_kind(trainer).values():
+        for flat in flats:
+            flat.copy_(torch.rand(flat.shape, generator=generator))
+
+
+def contents(trainer) -> dict:
+    return {
+        kind: [flat.clone() for flat in flats] for kind, flats in flats_by_kind(trainer).items()
+    }
+
+
+def is_saved(path, expected: dict) -> bool:
+    """Whether a checkpoint holds exactly these flats (of one process)."""
+    manifest = read_manifest(path)
+    shards = Shards(path, manifest.files)
+    for kind, flats in expected.items():
+        held = torch.cat([value for value in shards.whole(kind).values()])
+        # a sum does not depend on the order of the parameters
+        if held.sort().values.ne(torch.cat(flats)[: len(held)].sort().values).any():
+            return False
+    return True
+
+
+def test_what_is_saved_is_the_state_of_that_step(trainer, tmp_path, monkeypatch):
+    """Steps that are taken while the thread writes change nothing of what it writes."""
+    going = threading.Event()
+    monkeypatch.setattr(saver, "at_phase", lambda name: going.wait() if name == "copied" else None)
+    background = Saver(trainer, tmp_path / "a", Digits().facts())
+    expected = contents(trainer)
+    background.save(Progress(3, shift=4), epoch=1)
+    assert background.last is None, "it is not committed yet"
+    shake(trainer, 1)
+    going.set()
+    background.wait()
+    assert background.error is None and background.last == Progress(3, shift=4)
+    path = tmp_path / "a/step_00000003"
+    assert is_saved(path, expected) and not is_saved(path, contents(trainer))
+    manifest = read_manifest(path)
+    assert (manifest.progress, manifest.epoch) == (Progress(3, shift=4), 1)
+    assert manifest.data == json.loads(json.dumps(Digits().facts().as_json()))
+    assert manifest.settings["model"]["depth"] == 4
+    assert manifest.emas == {"main": {"decay": trainer.cfg.train.ema_decay}}
+
+
+def test_in_the_background_or_not_the_files_are_the_same(trainer, tmp_path):
+    waited = saving.save(trainer, tmp_path / "a", Progress(5), 0)
+    background = Saver(trainer, tmp_path / "b")
+    background.save(Progress(5), 0)
+    background.close()
+    for name in ("rank_00000.safetensors",):
+        assert (waited / name).read_bytes() == (tmp_path / "b/step_00000005" / name).read_bytes()
+    first, second = read_manifest(waited), read_manifest(tmp_path / "b/step_00000005")
+    assert replace(first, run_id="", created="") == replace(second, run_id="", created="")
+
+
+def test_checkpoints_of_a_run_are_linked(trainer, tmp_path):
+    first = Saver(trainer, tmp_path)
+    for step in (1, 2):
+        first.save(Progress(step), 0)
+    first.wait()
+    # a process that resumes the run
+    second = Saver(trainer, tmp_path)
+    second.save(Progress(3), 0)
+    second.wait()
+    manifests = [read_manifest(tmp_path / f"step_{step:08d}") for step in (2, 3)]
+    assert [manifest.parent for manifest in manifests] == [1, 2]
+    assert len({manifest.run_id for manifest in manifests}) == 1
+    other = Saver(trainer, tmp_path / "other")
+    assert other.run_id != first.run_id
+
+
+def test_a_second_save_waits_for_the_first(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        saver, "at_phase", lambda name: time.sleep(0.2) if name == "file_half" else None
+    )
+    background = Saver(trainer, tmp_path)
+    background.save(Progress(1), 0)
+    assert background.blocked_ms < 150
+    background.save(Progress(2), 0)
+    assert background.blocked_ms >= 150 and background.last == Progress(1)
+    background.save(Progress(2), 0)
+    assert background.last == Progress(2) and background.thread is None, "it is there already"
+
+
+@pytest.mark.parametrize("kind", ["master", "exp_avg", "exp_avg_sq", "ema.main"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_committed(trainer, tmp_path, kind, value):
+    background = Saver(trainer, tmp_path)
+    background.save(Progress(1), 0)
+    segment = trainer.masters.segments[7]
+    place = segment.of(flats_by_kind(trainer)[kind])[-1]
+    before = place.clone()
+    place.fill_(value)
+    try:
+        background.save(Progress(2), 0)
+        background.wait()
+    finally:
+        place.copy_(before)
+    said = str(background.error)
+    assert isinstance(background.error, FloatingPointError)
+    assert said.startswith(f"{kind} of {segment.name} is not finite on rank 0")
+    assert said.endswith(f"the last whole checkpoint is {tmp_path / 'step_00000001'}")
+    assert steps.named_by_latest(tmp_path).name == "step_00000001"
+    assert not (tmp_path / "step_00000002").exists()
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        background.save(Progress(3), 0)
+
+
+def test_padding_may_hold_anything(trainer):
+    taken = Snapshot(trainer)
+    taken.take()
+    # as a device would have found it between two pieces
+    taken.ranges = torch.tensor([float("nan")])
+    assert taken.not_finite() is None
+
+
+def test_a_full_disk_names_what_is_left(trainer, tmp_path, monkeypatch):
+    background = Saver(trainer, tmp_path)
+    background.save(Progress(1), 0)
+    background.wait()
+
+    def full(name):
+        if name == "file_half":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
+
+    monkeypatch.setattr(saver, "at_phase", full)
+    background.save(Progress(2), 0)
+    background.wait()
+    said = str(background.error)
+    assert isinstance(background.error, ValueError) and "\n" not in said
+    assert said.startswith(
+        "the checkpoint of step 2 could not be written: /disk/file: No space left"
+    )
+    assert "MiB are free there" in said
+    assert said.endswith(f"the last whole checkpoint is {tmp_path / 'step_00000001'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_in_any_phase_the_run_can_be_resumed(trainer, tmp_path, monkeypatch, phase):
+    """A child is killed while it saves step 3; steps 1 and 2 are there, and two are kept."""
+    for step in (1, 2):
+        saving.save(trainer, tmp_path / "checkpoints", Progress(step), 0)
+
+    child = os.fork()
+    if child == 0:
+        # a thread does not outlive a fork: write in this one
+        monkeypatch.setattr(saver, "at_phase", lambda name: os._exit(9) if name == phase else None)
+        killed = Saver(trainer, tmp_path / "checkpoints")
+        killed.snapshot.take()
+        killed._run(saver._Task(Progress(3), 0))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    choice = run_folder.choose_checkpoint(tmp_path)
+    committed = PHASES.index(phase) >= PHASES.index(COMMITTED)
+    expected = "step_00000003" if committed else "step_00000002"
+    assert choice.path.name == expected and choice.remarks == []
+    moved = run_folder.settle(tmp_path, choice.path)
+    # the manifest was committed, and `latest` does not name it yet
+    assert len(moved) == (phase == "manifest_written")
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()} - {"abandoned"}
+    whole = {"step_00000001", "step_00000002"}
+    if committed:
+        whole = {"step_00000002", "step_00000003"} | (whole if phase != "pruned" else set())
+    assert left == {"latest", *whole}
+    assert not list(tmp_path.rglob("*.tmp"))
+    # and it goes on
+    assert saving.load(trainer, choice.path).step == int(expected[-1])
+    saving.save(trainer, tmp_path / "checkpoints", Progress(3 + committed), 0)
+    assert steps.named_by_latest(tmp_path / "checkpoints").name == f"step_0000000{3 + committed}"
+
+
+@pytest.mark.parametrize(
+    "keep, keep_every, left",
+    [
+        (0, 0, [2, 4, 6, 8, 10, 12]),
+        (1, 0, [12]),
+        (3, 0, [8, 10, 12]),
+        (2, 4, [4, 8, 10, 12]),
+        (1, 100, [12]),
+    ],
+)
+def test_what_is_kept(trainer, tmp_path, keep, keep_every, left):
+    for step in range(2, 13, 2):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / MANIFEST).write_text("")
+    steps.write_latest(tmp_path, "step_00000012")
+    cfg = replace(trainer.cfg.train, keep=keep, keep_every=keep_every)
+    prune(tmp_path, cfg)
+    assert sorted(steps.step_of(path) for path in steps.step_folders(tmp_path)) == left
+
+
+def test_the_one_that_latest_names_is_kept_and_another_folder_left_alone(trainer, tmp_path):
+    for step in (1, 2, 3):
+        saving.save(trainer, tmp_path / "checkpoints", Progress(step), 0)
+    (tmp_path / "ema").mkdir()
+    (tmp_path / "checkpoints/notes").mkdir()
+    steps.write_latest(tmp_path / "checkpoints", "step_00000002")
+    prune(tmp_path / "checkpoints", replace(trainer.cfg.train, keep=1))
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["latest", "notes", "step_00000002", "step_00000003"]
+    assert (tmp_path / "ema").is_dir()
+
+
+def test_no_memory_and_no_files_are_left_behind(trainer, tmp_path):
+    background = Saver(trainer, tmp_path)
+    background.save(Progress(1), 0)
+    background.wait()
+    addresses = {key: copy.data_ptr() for key, copy in background.snapshot.copies.items()}
+    opened = len(os.listdir("/proc/self/fd"))
+    threads = threading.active_count()
+    for step in range(2, 12):
+        background.save(Progress(step), 0)
+    background.wait()
+    assert {key: copy.data_ptr() for key, copy in background.snapshot.copies.items()} == addresses
+    assert len(os.listdir("/proc/self/fd")) == opened
+    assert threading.active_count() == threads
