@@ -5,12 +5,14 @@ second and not ten.
 """
 
 import os
+import re
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,8 @@ KILL_AFTER = 5.0
 LIMIT = 90.0
 # said by a rank into the log when it resumes
 RESUMED = "chaos: resumed at step"
+
+BAR = re.compile(r"\| \d+/\d+ \[")
 
 Hook = Callable[[int], None]
 
@@ -55,10 +59,7 @@ class Ended:
     def lines(self) -> list[str]:
         """What was said, without the bar."""
         text = self.log.replace("\r", "\n")
-        bar = ("step/s", "s/step", "?step")
-        return [
-            line for line in text.splitlines() if line.strip() and not any(b in line for b in bar)
-        ]
+        return [line for line in text.splitlines() if line.strip() and not BAR.search(line)]
 
     def errors(self) -> list[str]:
         """The lines that a user would read as the reason."""
@@ -101,10 +102,8 @@ class Running:
                 os.setpgid(0, group)
                 _be_a_rank(arguments, rank, world, port, log, hook)
             # both sides: whoever comes first
-            try:
+            with suppress(OSError):
                 os.setpgid(pid, self.pids[0] if self.pids else pid)
-            except OSError:
-                pass
             self.pids.append(pid)
 
     def poll(self) -> bool:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -247,8 +246,3 @@ class PowerCut:
                 os.rename(self.journal / event["kept"], target)
             undone.append(f"{event['kind']} of {target.name} undone")
         return undone
-
-
-def die_together() -> None:
-    """SIGKILL for all ranks at once, as at a power cut."""
-    os.killpg(os.getpgrp(), signal.SIGKILL)

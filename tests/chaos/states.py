@@ -1,7 +1,5 @@
 """What a run has come to, and whether two runs have come to the same."""
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,18 +63,15 @@ def named_step(run: Path) -> int | None:
 
 
 def not_finite(run: Path) -> str | None:
-    """The first committed value of any step that is not finite, in words."""
+    """The first value in any whole checkpoint of a run that is not finite, in words."""
     for step in step_folders(run / reading.CHECKPOINTS):
-        if not (step / MANIFEST).exists():
+        try:
+            tensors = read_state(step).tensors
+        except ValueError:
+            # not committed, or damaged by a case
             continue
-        for kind, parameters in read_state(step).tensors.items():
+        for kind, parameters in tensors.items():
             for name, values in parameters.items():
                 if not values.isfinite().all():
                     return f"{step.name}: {kind} of {name}"
     return None
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Loss of every logged step; of a step that was logged twice, the last."""
-    rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if math.isfinite(row["loss"])}

@@ -15,14 +15,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/chaos")]
 
 import safetensors.torch  # noqa: E402, F401
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401
-import torch.utils.flop_counter  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
+import torch.utils.flop_counter  # noqa: E402
 
 import sra_fast.train  # noqa: E402, F401
 from sra_fast.config.cli import parse_train  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
-from sra_fast.training import run  # noqa: E402, F401
+from sra_fast.training import endings, run  # noqa: E402, F401
+from sra_fast.training.logger import training_flops  # noqa: E402
 from sra_fast.training.plan import make_run_plan  # noqa: E402
+from sra_fast.zero import process_group  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -31,4 +33,6 @@ def warm_up(arguments: list[str]) -> None:
     """Plan a run, and take away the curves, which cost a second at every checkpoint."""
     report.plot_loss = lambda path, rows: None
     cfg, _ = parse_train(arguments)
-    make_run_plan(cfg)
+    training_flops(make_run_plan(cfg).plan.cfg)
+    # asks the compiler what it can do
+    process_group._skip_shm_build()
