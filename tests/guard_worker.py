@@ -106,25 +106,28 @@ class Poison:
 
 
 def take_step(
-    trainer: Trainer, position: int, teacher_runs: bool = True, poison: Poison | None = None,
+    trainer: Trainer,
+    position: int,
+    teacher_runs: bool = True,
+    poison: Poison | None = None,
     value: float = math.nan,
-) -> None:  # fmt: skip
-    """One optimizer step on the images of a position; the poison is in the first micro-batch."""
+) -> None:
+    """One optimizer step on the images of a position; the poison is in its first micro-batch."""
     conditioning = CONDITIONINGS[trainer.student.conditioning]
+    weight = 0.0 if trainer.cfg.align.target == "none" else 0.2
     for micro_step in range(trainer.plan.accumulation):
-        seed = (position * 100 + trainer.rank) * 100 + micro_step
-        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed((position * 100 + trainer.rank) * 100 + micro_step)
         micro = trainer.plan.micro
-        random = lambda *shape, g=generator: torch.rand(*shape, generator=g)
-        x0, noise = torch.randn(2, micro, 1, 8, 8, generator=generator)
-        labels = torch.randint(10, (micro,), generator=generator)
-        condition = conditioning.from_tensors(labels).dropped(random(micro) < 0.1)
-        times = trainer.engine.module.process.times(random(micro), random(micro))
+        x0, noise = torch.randn(2, micro, 1, 8, 8)
+        condition = conditioning.from_tensors(torch.randint(10, (micro,)))
+        condition = condition.dropped(torch.rand(micro) < 0.1)
+        times = trainer.engine.module.process.times(torch.rand(micro), torch.rand(micro))
         if poison is not None:
             poison.value = value if micro_step == 0 else None
-        weight = 0.0 if trainer.cfg.align.target == "none" else 0.2
         trainer.micro_step(x0, condition, noise, times, weight, micro_step == 0)
         trainer.engine.step()
+    if poison is not None:
+        poison.value = None
     assert trainer.engine.was_step_applied()
     trainer.after_step(teacher_runs)
     if trainer.teacher is not None:
@@ -138,12 +141,10 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     for i, (flat, state) in enumerate(zip(masters.flats, masters.optimizer_states(), strict=True)):
         found[f"{i}.master"] = flat
         found |= {f"{i}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq", "ema", "step")}
-    networks = {"student": trainer.student, "teacher": getattr(trainer.teacher, "ema", None)}
-    if networks["teacher"] is not None:
+    networks = {"student": trainer.student}
+    if trainer.teacher is not None:
         networks["teacher"] = trainer.engine.module.teacher
     for kind, network in networks.items():
-        if network is None:
-            continue
         for name, p in network.named_parameters():
             # at stage 3 this rank's partition
             found[f"{kind}.{name}"] = getattr(p, "ds_tensor", p).data
@@ -192,7 +193,6 @@ def check(
     # the first update of all, and the second in a row; then one after a good one
     for good, left_out in ((0, 1), (0, 2), (1, 3)):
         if good:
-            poison.value = None
             take_step(trainer, 0)
         before = copy_of(trainer)
         take_step(trainer, 10 + left_out, poison=poison, value=value)
@@ -204,12 +204,10 @@ def check(
         assert not float(trainer.grad_norm) < 1.85e19
 
     # a teacher that pauses, and a bad update after which it runs
-    poison.value = None
-    rest = ((2, False, None), (3, True, poison), (4, True, None), (5, True, None))
-    for position, teacher_runs, bad in rest:
-        poison.value = None
-        take_step(trainer, position, teacher_runs, bad, value)
-    poison.value = None
+    take_step(trainer, 2, teacher_runs=False)
+    take_step(trainer, 3, poison=poison, value=value)
+    take_step(trainer, 4)
+    take_step(trainer, 5)
     with_bad = copy_of(trainer)
     assert trainer.guard.counts.tolist() == [4, 4, 0]
     moved = differences(before, with_bad)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from guard_worker import CASES, ON_SEVERAL, Poison, check, copy_of, differences, make, take_step
+from guard_worker import CASES, ON_SEVERAL, Poison, check, copy_of, make, take_step
 from launch import environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,7 +85,6 @@ def test_neither_a_good_nor_a_bad_update_is_read_on_the_host(name, tmp_path, mon
     for position in range(4):
         trainer.guard.begin(position)
         take_step(trainer, position, poison=poison if position % 2 else None)
-        poison.value = None
     assert trainer.guard.counts.tolist() == [2, 2, 1]
     with pytest.raises(AssertionError, match="reads a tensor"), NoReads():
         float(trainer.guard.counts[0])
@@ -106,7 +105,6 @@ def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
                 group["lr"] = rate
             trainer.guard.begin(step)
             take_step(trainer, position, poison=poison if position in bad else None)
-            poison.value = None
             # what the next step's host finds is a number of its own
             assert all(group["lr"] == rate for group in groups)
         return copy_of(trainer)
@@ -119,8 +117,7 @@ def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
     for key, value in without.items():
         if key.endswith((".master", ".ema")):
             torch.testing.assert_close(with_bad[key], value, rtol=1e-5, atol=1e-6)
-    # as without a warm-up, the host's rate would have been another
-    assert not differences({"n": with_bad["updates"]}, {"n": without["updates"]})
+    assert with_bad["updates"] == without["updates"] == 6
 
 
 def test_a_warm_up_without_bad_updates_changes_no_bit(tmp_path):
@@ -146,7 +143,14 @@ def test_counts_are_restored_with_those_of_the_optimizer(name, tmp_path):
     take_step(trainer, 0)
     assert trainer.guard.counts.tolist() == [8, 2, 0]
     assert all(state["step"] == 8 for state in states)
-    for counts in ([1.0, 0.0], [1.0, -1.0, 0.0], [0.5, 0.0, 0.0], [3.0, 1.0, 2.0]):
+    for counts in (
+        [1.0, 0.0],
+        [1.0, -1.0, 0.0],
+        [0.5, 0.0, 0.0],
+        [3.0, 1.0, 2.0],
+        [math.inf, 0.0, 0.0],
+        [None] * 3,
+    ):
         with pytest.raises(ValueError, match="taken, left out, and left out in a row, whole"):
             trainer.guard.load(counts)
     assert trainer.guard.counts.tolist() == [8, 2, 0]
