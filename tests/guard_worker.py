@@ -28,7 +28,7 @@ TINY = (
     "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 "
     "--model.hidden_size 32 --model.depth 2 --model.num_heads 2 --align.student_layer 1 "
     f"--align.teacher_layer 2 --data.name digits --train.global_batch {BATCH} --optim.lr 0.01 "
-    "--optim.weight_decay 0.1 --train.ema_decay 0.6 --train.steps 100"
+    "--optim.weight_decay 0.1 --train.ema_decay 0.6 --train.steps 100 --train.graph false"
 )
 # name: (ZeRO stage, precision, further arguments); {micro} makes two micro-batches
 CASES = {}
@@ -68,7 +68,8 @@ ON_SEVERAL = [
 
 
 def make(name: str, folder: Path, *more: str) -> Trainer:
-    """The trainer of a case."""
+    """The trainer of a case; ``more``: arguments of ``train.py``."""
+    device = init_distributed()
     stage, precision, args = CASES[name]
     micro = BATCH // (2 * dist.get_world_size())
     words = f"{TINY} --train.zero_stage {stage} --train.precision {precision} "
@@ -78,7 +79,7 @@ def make(name: str, folder: Path, *more: str) -> Trainer:
         json = folder / "ds.json"
         json.write_text('{"data_types": {"grad_accum_dtype": "fp32"}}')
     cfg = parse_train([*shlex.split(words), *more])[0]
-    trainer = build(make_plan(cfg, json and str(json)), torch.device("cpu"))
+    trainer = build(make_plan(cfg, json and str(json)), device)
     if "graph" in name and dist.get_world_size() == 1:
         accumulation = trainer.plan.accumulation
         # what a graph replays on a GPU
@@ -116,12 +117,14 @@ def take_step(
     conditioning = CONDITIONINGS[trainer.student.conditioning]
     weight = 0.0 if trainer.cfg.align.target == "none" else 0.2
     for micro_step in range(trainer.plan.accumulation):
+        # drawn on the CPU: the same on every device
         torch.manual_seed((position * 100 + trainer.rank) * 100 + micro_step)
         micro = trainer.plan.micro
-        x0, noise = torch.randn(2, micro, 1, 8, 8)
-        condition = conditioning.from_tensors(torch.randint(10, (micro,)))
-        condition = condition.dropped(torch.rand(micro) < 0.1)
-        times = trainer.engine.module.process.times(torch.rand(micro), torch.rand(micro))
+        x0, noise = torch.randn(2, micro, 1, 8, 8).to(trainer.device)
+        labels = torch.randint(10, (micro,)).to(trainer.device)
+        drop, uniform, gap = torch.rand(3, micro).to(trainer.device)
+        condition = conditioning.from_tensors(labels).dropped(drop < 0.1)
+        times = trainer.engine.module.process.times(uniform, gap)
         if poison is not None:
             poison.value = value if micro_step == 0 else None
         trainer.micro_step(x0, condition, noise, times, weight, micro_step == 0)

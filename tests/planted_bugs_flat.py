@@ -449,7 +449,14 @@ BUGS = [
         TEACHER,
         "self.held.copy_(self._if_taken(self.multiplier, self.held))",
         "self.held.copy_(self.multiplier)",
-        f"{T_GUARD}[1-fp8-fused]",
+        T_TEACHER,
+    ),
+    (
+        "scales for a pass that has measured nothing",
+        TEACHER,
+        "self.multiplier.copy_(self._if_taken(chosen, self.multiplier))",
+        "self.multiplier.copy_(chosen)",
+        T_TEACHER,
     ),
     # operators
     (

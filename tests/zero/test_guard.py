@@ -13,14 +13,17 @@ from guard_worker import CASES, ON_SEVERAL, Poison, check, copy_of, make, take_s
 from launch import environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sra_fast.zero.process_group import init_distributed
-
 WORKER = Path(__file__).parents[1] / "guard_worker.py"
+
+
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch):
+    """On a GPU other backward passes of attention add in any order."""
+    monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_bad_update_leaves_no_trace(name, tmp_path):
-    init_distributed()
     check(name, tmp_path)
 
 
@@ -36,7 +39,6 @@ def test_a_bad_update_leaves_no_trace(name, tmp_path):
 )
 def test_values_whose_squares_are_not_finite(name, value, tmp_path):
     """The last is finite itself, but the second moment, and most norms, would not be."""
-    init_distributed()
     check(name, tmp_path, value, "final_layer.linear.bias")
 
 
@@ -67,7 +69,6 @@ class NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["0-fp32-fused", "0-bf16-fused", "3-bf16-fused", "1-fp8-fused"])
 def test_neither_a_good_nor_a_bad_update_is_read_on_the_host(name, tmp_path, monkeypatch):
-    init_distributed()
     trainer = make(name, tmp_path, "--optim.warmup_steps", "5")
     poison = Poison(trainer, "blocks.1.mlp.fc1.weight")
     step = trainer.engine.step
@@ -93,7 +94,6 @@ def test_neither_a_good_nor_a_bad_update_is_read_on_the_host(name, tmp_path, mon
 @pytest.mark.parametrize("name", ["0-fp32-fused", "1-bf16-fused", "1-bf16-torch", "3-fp32-torch"])
 def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
     """The host's rate is that of the step. The same weights as without the bad updates."""
-    init_distributed()
     trainer = make(name, tmp_path, "--optim.warmup_steps", "4")
     poison = Poison(trainer, "blocks.1.mlp.fc1.weight")
     groups = trainer.engine.optimizer.param_groups
@@ -121,7 +121,6 @@ def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
 
 
 def test_a_warm_up_without_bad_updates_changes_no_bit(tmp_path):
-    init_distributed()
     results = []
     for begins in (True, False):
         trainer = make("1-bf16-fused", tmp_path, "--optim.warmup_steps", "3")
@@ -135,7 +134,6 @@ def test_a_warm_up_without_bad_updates_changes_no_bit(tmp_path):
 
 @pytest.mark.parametrize("name", ["1-bf16-fused", "1-bf16-torch"])
 def test_counts_are_restored_with_those_of_the_optimizer(name, tmp_path):
-    init_distributed()
     trainer = make(name, tmp_path)
     trainer.guard.load([7.0, 2.0, 1.0])
     states = trainer.masters.optimizer_states()
