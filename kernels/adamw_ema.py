@@ -8,6 +8,9 @@
 The gradient may lie in pieces, as autograd leaves it: a table says which elements each piece
 holds, and where. A copy of the EMA in e4m3 is cut into segments with one multiplier each.
 
+What depends on the number of the update k may lie on the device, with whether the update is taken
+at all. If it is not, nothing is read but that, and nothing is written.
+
 Bytes moved per element: 24 for p, m and v, 4 (2) for an fp32 (bf16) gradient, 2 for the weights, 8
 for the EMA and 2 for its copy: 40 in all; 1 for a copy in e4m3: 39.
 Reference: sra_fast/ops/adamw_ema.py::adamw_ema_ref_.
@@ -131,6 +134,7 @@ def _adamw_ema_kernel(
     amax_ptr,  # [S] fp32, or unused
     ends_ptr,  # [S] int64, counted as begin_ptr is, or unused
     clip_scale_ptr,  # one fp32 number, or unused
+    numbers_ptr,  # [4] fp64: 1 / (1 - beta1^k), 1 / sqrt(1 - beta2^k), factor of lr, taken; or None
     N,
     S,
     FIRST,
@@ -140,6 +144,8 @@ def _adamw_ema_kernel(
     weight2,  # 1 - beta2
     step_size,  # lr / (1 - beta1^step)
     inv_sqrt_bias2,  # 1 / sqrt(1 - beta2^step)
+    lr,  # these two are read if the count is on the device
+    lr_decay,  # lr * weight_decay
     eps,
     ema_weight,  # 1 - decay
     decay,
@@ -155,7 +161,16 @@ def _adamw_ema_kernel(
     # the same elements counted in the whole buffer, for the tables
     start = FIRST + tl.program_id(0).to(tl.int64) * BLOCK
     stop = tl.minimum(start + BLOCK, FIRST + N)
-    mask = cols < N
+    count = N
+    if numbers_ptr is not None:
+        # no lane is left if the update is not taken; both lengths are multiples of 16, as wide
+        # accesses need it
+        count = tl.where(tl.load(numbers_ptr + 3) != 0.0, N, 0)
+        factor = tl.load(numbers_ptr + 2).to(tl.float32)
+        shrink = 1.0 - lr_decay * factor
+        step_size = lr * factor * tl.load(numbers_ptr).to(tl.float32)
+        inv_sqrt_bias2 = tl.load(numbers_ptr + 1).to(tl.float32)
+    mask = cols < count
     param = tl.load(param_ptr + cols, mask=mask, other=0.0)
     if begin_ptr is None:
         grad = tl.load(grad_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -248,21 +263,27 @@ def adamw_ema_(
     weight_decay: float,
     decay: float,
     begins: list[int] | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step on one-dimensional contiguous buffers of one length; optional buffers are None.
 
     With ``begins`` the gradient is a list of pieces that begin at these elements, in ascending
     order. Their addresses, begins and lengths are multiples of ``ALIGNMENT`` bytes. Where two
     pieces overlap, one is zero.
+
+    ``numbers [4]`` fp64 of a ``DeviceStep`` take the place of ``step``, which is not read then.
     """
     # scalars that do not depend on the element
+    on_host = numbers is None
     scalars = (
         1 - lr * weight_decay,
         1 - beta1,
         beta2,
         1 - beta2,
-        lr / (1 - beta1**step),
-        (1 - beta2**step) ** -0.5,
+        lr / (1 - beta1**step) if on_host else 0.0,
+        (1 - beta2**step) ** -0.5 if on_host else 0.0,
+        lr,
+        lr * weight_decay,
         eps,
         1 - decay,
         decay,
@@ -303,6 +324,7 @@ def adamw_ema_(
                 *tables,
                 *[x[start:stop] for x in outputs],
                 *scaling,
+                numbers,
                 stop - start,
                 S,
                 start,

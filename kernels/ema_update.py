@@ -4,7 +4,7 @@
 
 One launch per combination of dtypes updates every tensor. A table on the device holds, for each
 chunk of CHUNK elements, the addresses of the three operands and the number of elements left. It is
-built once per set of tensors.
+built once per set of tensors. The decay may lie on the device; if it is 1, nothing is written.
 
 Bytes moved per element: 8 for the fp32 EMA and the size of p, 2 more with a copy: 12 fp32, 10
 bf16, 12 bf16 with copy; the table adds 32 bytes per chunk.
@@ -32,6 +32,7 @@ def _ema_kernel(
     ema_like_ptr,  # these three only carry the dtypes
     p_like_ptr,
     copy_like_ptr,
+    decay_ptr,  # one fp64 number in place of the next two; or None
     weight,  # 1 - decay
     decay,
     WRITE_COPY: tl.constexpr,
@@ -44,6 +45,13 @@ def _ema_kernel(
     p_ptr = tl.load(entry + 1).to(p_like_ptr.dtype)
     copy_ptr = tl.load(entry + 2).to(copy_like_ptr.dtype)
     count = tl.load(entry + 3)
+    if decay_ptr is not None:
+        # from fp64: 1 - decay loses half of its digits in fp32
+        kept = tl.load(decay_ptr)
+        decay = kept.to(tl.float32)
+        weight = (1.0 - kept).to(tl.float32)
+        # with decay 1 no lane is left, and the average and its copy stay as they are
+        count = tl.where(kept == 1.0, 0, count)
     # the compiler cannot see into the table; without these hints every access is one element wide
     if VECTOR:
         ema_ptr = tl.multiple_of(ema_ptr, 16)
@@ -101,9 +109,16 @@ def _plan(
 
 
 def ema_update_(
-    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float | Tensor
 ) -> None:
-    """``copies`` is empty or as long as ``ema``; matching tensors share one dense layout."""
+    """``copies`` is empty or as long as ``ema``; matching tensors share one dense layout.
+
+    ``decay``: a number, or one of fp64 on the device.
+    """
+    decay_on_device = None
+    if isinstance(decay, Tensor):
+        decay_on_device = decay
+        decay = 0.0
     operands = (*ema, *params, *copies)
     key = (len(copies), *((t.data_ptr(), t.numel(), t.dtype) for t in operands))
     for table, like, vector in _plans.get(key, lambda: _plan(ema, params, copies)):
@@ -111,6 +126,7 @@ def ema_update_(
         _ema_kernel[(table.shape[0],)](
             table,
             *like,
+            decay_on_device,
             1 - decay,
             decay,
             WRITE_COPY=bool(copies),

@@ -18,11 +18,14 @@ def main() -> None:
     from sra_fast.config.cli import make_parser, parse
     from sra_fast.data.preprocess import Options, list_bad, make_jobs, summary
     from sra_fast.data.writer import run_jobs
+    from sra_fast.utils.launcher import read_launcher
 
     parser = make_parser(Options, __doc__.partition(":\n")[0])
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options, _ = parse(Options, parser)
     try:
+        # the processes of a launcher share the work without talking to each other
+        read_launcher(group=False)
         if options.bad == "list":
             bad = list(list_bad(options))
             print(*bad, f"{len(bad)} images cannot be read", sep="\n")
@@ -30,7 +33,7 @@ def main() -> None:
         jobs = make_jobs(options)
     except ValueError as error:
         # every process of this machine finds the same error: one of them says it
-        if int(os.environ.get("LOCAL_RANK", 0)):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)
         fail(error)
     try:

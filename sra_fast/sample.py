@@ -12,11 +12,14 @@ from pathlib import Path
 def main() -> None:
     from sra_fast.config.cli import make_parser, parse
     from sra_fast.sampling.run import Options, load_job, run
+    from sra_fast.utils.launcher import read_launcher
 
     parser = make_parser(Options, "Sample images from a SiT or DiT.")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options, _ = parse(Options, parser)
     try:
+        # the processes of a launcher share the work without talking to each other
+        read_launcher(group=False)
         summary = run(load_job(options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,23 +15,42 @@ LAUNCHER_REACTS = 3.0
 
 
 @contextmanager
-def one_line_for_all():
-    """What stops a run ends this process with one line and exit code 2; 1 if the loss diverged.
+def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
+    """What stops a run ends this process with one line and the exit code of its kind.
 
-    All ranks mostly fail alike, and rank 0 speaks for them. The launcher ends those that wait for a
-    rank that is gone.
+    2 for what a user can change, 1 for a loss that diverged or another process that is gone, 75 for
+    a run that was asked to stop and can be resumed, 130 for Ctrl-C. All ranks mostly fail alike, and
+    one of them speaks. The launcher ends those that wait for a rank that is gone.
+
+    Args:
+        out: folder of the run, for errors that do not name their file.
+        speaker: ``RANK``: rank 0 speaks, and later a rank that has failed alone; ``LOCAL_RANK``: one
+            process of every machine, before the processes know each other.
     """
+    # this room imports DeepSpeed, which no other program does
+    from sra_fast.training.endings import STOPPED, ending_of
+
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
-        rank = int(os.environ.get("RANK", 0))
-        who = "error"
-        if rank:
-            # whoever is still alive after this has failed alone
-            time.sleep(LAUNCHER_REACTS)
-            who = f"error on rank {rank}"
-        print(f"{who}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except (Exception, KeyboardInterrupt) as error:
+        ending = ending_of(error, out)
+        if ending is None:
+            raise
+        rank = int(os.environ.get(speaker) or 0)
+        line = ending.line
+        if ending.code == STOPPED or speaker == "LOCAL_RANK":
+            # all processes end alike
+            speaks = rank == 0
+        else:
+            if rank or ending.noticed:
+                # whoever is still alive after this has failed alone
+                time.sleep(LAUNCHER_REACTS)
+            if rank:
+                line = line.replace("error:", f"error on rank {rank}:", 1)
+            speaks = True
+        if speaks:
+            print(line, file=sys.stderr, flush=True)
+        sys.exit(ending.code)
 
 
 def main() -> None:
@@ -39,18 +58,20 @@ def main() -> None:
     from sra_fast.config.cli import parse_train
     from sra_fast.training.plan import make_run_plan
     from sra_fast.training.run import run
+    from sra_fast.training.signals import StopSignals, outlive_streams
+    from sra_fast.utils.launcher import read_launcher
     from sra_fast.zero.process_group import init_distributed
 
+    outlive_streams()
     cfg, ds_json = parse_train()
-    try:
-        plan = make_run_plan(cfg, ds_json)
-    except ValueError as error:
-        # once on every machine: another one may lack the data
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    with one_line_for_all():
-        summary = run(plan, init_distributed(cfg.train.tf32))
+    out = Path(cfg.train.out)
+    with StopSignals() as stop:
+        with one_line_for_all(out, speaker="LOCAL_RANK"):
+            read_launcher()
+            plan = make_run_plan(cfg, ds_json)
+            stop.check()
+        with one_line_for_all(out):
+            summary = run(plan, init_distributed(cfg.train.tf32), stop)
     if summary:
         print(json.dumps(summary))
 

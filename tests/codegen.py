@@ -35,6 +35,7 @@ MAX_CHILDREN = 4
 # names of dtypes in Triton's signatures where they differ from torch's
 TRITON_DTYPES = {
     "float32": "fp32",
+    "float64": "fp64",
     "float16": "fp16",
     "bfloat16": "bf16",
     "uint8": "u8",

@@ -69,6 +69,7 @@ OTHER_OPTIONS = {
     "--quiet": "deepspeed",
     "--mixed_precision": "accelerate",
     "--dynamo_backend": "accelerate",
+    "--signal": "sbatch",
 }
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from sra_fast.checkpoint import sources  # noqa: E402
+from sra_fast.checkpoint.manifest import Progress  # noqa: E402
 from sra_fast.config.cli import parse_train  # noqa: E402
 from sra_fast.data.dataset import make_dataset  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
@@ -177,8 +178,8 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     whole["initial"] = initial
     resumed = build(make_plan(cfg), device)
     first = cfg.train.save_every
-    start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}").step
-    assert start == first
+    start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
+    assert start == Progress(first)
     second = outcome(resumed, train(resumed, data, folder, start))
     saving.export_published(resumed, out / f"{name}.published.pt", STEPS, 0)
     saving.export_safetensors(resumed, out / f"{name}.safetensors", STEPS, data.facts())

@@ -79,7 +79,7 @@ class EngineStep:
 
     @property
     def loss_sum(self) -> torch.Tensor:
-        return self.logger.sums["loss"][0]
+        return self.logger.values.total("loss")
 
     @property
     def phases(self) -> list[tuple[object, str, str]]:

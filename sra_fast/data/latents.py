@@ -239,6 +239,9 @@ class Latents(MomentDataset):
         check_moments(torch.from_numpy(moments), str(path))
         return moments
 
+    def locate(self, number: int) -> str:
+        return f"image {number} ({self.files[number]})"
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Moments ``[B, 2C, H, W]`` in the stored dtype and labels ``[B]``."""
         moments = np.stack([self._read(self.files[i]) for i in indices])
@@ -286,6 +289,9 @@ class PackedLatents(MomentDataset):
         # the root of the mean variance
         variances = [value**2 for value in statistics["std"]]
         return self.scale * math.sqrt(sum(variances) / len(variances))
+
+    def locate(self, number: int) -> str:
+        return f"image {number} ({self.shards.locate(number)})"
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Moments ``[B, 2C, H, W]`` in the stored dtype and labels ``[B]``, in the order of ``indices``."""

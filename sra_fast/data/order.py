@@ -1,6 +1,8 @@
 """The order of the images during training, and the loader that follows it."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -50,6 +52,9 @@ class ShuffledBatches:
         self.steps = steps
         self.global_batch = micro * accumulation * world
         self.steps_per_epoch = num_images // self.global_batch
+        # the order of the epoch that was asked for last
+        self._epoch: int | None = None
+        self._order: Permutation
 
     def epoch(self, step: int) -> int:
         """The epoch that an optimizer step lies in."""
@@ -62,22 +67,49 @@ class ShuffledBatches:
     def __len__(self) -> int:
         return (self.steps - self.step) * self.accumulation
 
+    def numbers(self, step: int, micro_step: int) -> list[int]:
+        """The images of this process in a micro-step of an optimizer step."""
+        epoch = self.epoch(step)
+        if self._epoch != epoch:
+            self._epoch = epoch
+            self._order = Permutation(self.num_images, self.seed, epoch, -1)
+        first = step % self.steps_per_epoch * self.global_batch + self.first(micro_step)
+        return self._order(np.arange(first, first + self.micro)).tolist()
+
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = None
-        order = None
         for step in range(self.step, self.steps):
-            if self.epoch(step) != epoch:
-                epoch = self.epoch(step)
-                order = Permutation(self.num_images, self.seed, epoch, -1)
-            start = step % self.steps_per_epoch * self.global_batch
             for micro_step in range(self.accumulation):
-                first = start + self.first(micro_step)
-                yield order(np.arange(first, first + self.micro)).tolist()
+                yield self.numbers(step, micro_step)
 
 
 def _as_is(batch):
     # a data set's __getitems__ makes whole batches
     return batch
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """Leave it to the training process when this loader process ends.
+
+    Launchers and schedulers send their signals to every process that they find, and the training
+    process still needs batches on the way to its last checkpoint. SIGTERM counts only if it comes
+    from the training process, which ends a loader process in that way if it does not react.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # the training process's, copied by the fork
+    signal.set_wakeup_fd(-1)
+    # the threads that are started later block it too
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    arguments = (os.getppid(),)
+    threading.Thread(target=_end_with, args=arguments, name="parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent asks for that or is gone."""
+    while True:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if os.getppid() != parent or (received is not None and received.si_pid == parent):
+            os._exit(0)
 
 
 def make_loader(
@@ -93,5 +125,6 @@ def make_loader(
         num_workers=0 if data.in_memory else num_workers,
         collate_fn=_as_is,
         pin_memory=cuda,
+        worker_init_fn=outlive_stop_signals,
         generator=torch.Generator(),
     )

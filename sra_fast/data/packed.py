@@ -206,6 +206,11 @@ class Shards:
         # a loader process maps the shards itself: pickling a map would copy the whole shard
         return {**self.__dict__, "_maps": {}}
 
+    def locate(self, number: int) -> str:
+        """Shard and row of an image: ``shards/00002.npy, row 17``."""
+        shard = int(np.searchsorted(self.first_rows, number, side="right")) - 1
+        return f"{self.entries[shard]['file']}, row {number - self.first_rows[shard]}"
+
     def read(self, indices: list[int]) -> Tensor:
         """Rows ``[B, *row_shape]`` in the stored dtype, in the order of ``indices``."""
         rows = np.empty((len(indices), *self.row_shape), self.storage)

@@ -71,6 +71,9 @@ class PackedPixels(Pixels):
         self.class_names = self.shards.index.get("classes")
         self.fingerprint = self.shards.fingerprint
 
+    def locate(self, number: int) -> str:
+        return f"image {number} ({self.shards.locate(number)})"
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 ``[B, C, H, W]`` and labels ``[B]``, in the order of ``indices``."""
         return self.shards.read(indices), self.labels[indices]

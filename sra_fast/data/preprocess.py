@@ -23,6 +23,7 @@ from sra_fast.data.tars import TarSource, holds_tars
 from sra_fast.data.vae import load_vae, make_encoder, moments_shape, vae_identity
 from sra_fast.data.writer import Finished, PackingJob, read_ahead
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.launcher import cuda_index
 
 
 @dataclass
@@ -165,7 +166,7 @@ def _choose_device() -> torch.device:
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", cuda_index())
     torch.cuda.set_device(device)
     return device
 

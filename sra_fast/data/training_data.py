@@ -48,6 +48,10 @@ class TrainingData(Dataset):
         """One batch: the images, then the tensors that the conditioning is made from (labels)."""
         raise NotImplementedError
 
+    def locate(self, number: int) -> str:
+        """Where an image lies, for messages: ``image 123``, and its file if it has one."""
+        return f"image {number}"
+
     def read(self, numbers: list[int]) -> Batch:
         """The images of these numbers as they are stored, to be stored in another layout."""
         images, *_ = self.__getitems__(numbers)

@@ -5,6 +5,7 @@ teacher.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,43 @@ HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
 # segments whose ends one program loads at once
 MAX_SEGMENTS = 1024
+
+
+class DeviceStep(NamedTuple):
+    """The number of an update, and whether it is taken, on the device: nobody waits to know them.
+
+    Attributes:
+        numbers: ``[4]`` fp64 for update k: ``1 / (1 - beta1^k)``, ``1 / sqrt(1 - beta2^k)``, what
+            multiplies the learning rate, and 1 if the update is taken, else 0.
+    """
+
+    numbers: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        count: Tensor,
+        betas: tuple[float, float],
+        taken: Tensor,
+        lr_factor: Tensor | None = None,
+    ) -> "DeviceStep":
+        """Make the numbers in a few launches. All parameters of an optimizer step can share them.
+
+        Args:
+            count: 0-d fp64, the number of this update, from 1 if it is taken.
+            betas: decay rates of the two moments.
+            taken: 0-d bool: whether the update is taken. If not, nothing changes.
+            lr_factor: 0-d fp64, multiplies the learning rate; None: 1.
+        """
+        beta1, beta2 = betas
+        # an update that is not taken may be number 0
+        count = count.clamp(min=1)
+        factor = torch.ones_like(count) if lr_factor is None else lr_factor
+        bias1 = 1 - torch.pow(beta1, count)
+        bias2 = 1 - torch.pow(beta2, count)
+        return cls(
+            torch.stack([bias1.reciprocal(), bias2.rsqrt(), factor, taken.to(torch.float64)])
+        )
 
 
 def _dtype_of(grad: Gradient) -> torch.dtype:
@@ -44,7 +82,7 @@ def adamw_ema_ref_(
     grad: Gradient,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
+    step: int | DeviceStep,
     *,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -60,17 +98,25 @@ def adamw_ema_ref_(
 
     2) in torch's order, then the EMA.
     """
+    if isinstance(step, DeviceStep):
+        written = _written(param, exp_avg, exp_avg_sq, weights, ema, ema_copy)
+        before = [x.clone() for x in written]
     beta1, beta2 = betas
+    shrink, step_size, root_bias2 = _scalars(step, lr, betas, weight_decay)
     grad = _assemble(grad, param).to(param.dtype)
     if clip_scale is not None:
         grad = grad * clip_scale.to(param.dtype)
     # decoupled weight decay, then the two moments
-    param.mul_(1 - lr * weight_decay)
+    param.mul_(shrink)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # the second moment's root first, then the bias correction, as torch orders them
-    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    denominator = (exp_avg_sq.sqrt() / root_bias2).add_(eps)
+    if isinstance(step_size, Tensor):
+        # ``value`` would be read on the host
+        param.addcdiv_(exp_avg * -step_size, denominator)
+    else:
+        param.addcdiv_(exp_avg, denominator, value=-step_size)
     if weights is not None:
         weights.copy_(param)
     if ema is not None:
@@ -82,10 +128,47 @@ def adamw_ema_ref_(
             ema_copy.store_(ema)
         else:
             ema_copy.copy_(ema)
+    if isinstance(step, DeviceStep):
+        # whatever has been computed: an update that is not taken changes nothing
+        taken = step.numbers[3] != 0
+        for x, old in zip(written, before, strict=True):
+            x.copy_(torch.where(taken, x, old))
+
+
+def _scalars(
+    step: int | DeviceStep, lr: float, betas: tuple[float, float], weight_decay: float
+) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
+    """What multiplies the parameter, the step size, and the root of the second bias; 0-d fp64
+    tensors where the step is on the device.
+    """
+    if isinstance(step, DeviceStep):
+        inv_bias1, inv_root_bias2, factor, _ = step.numbers.unbind()
+        return 1 - factor * (lr * weight_decay), factor * lr * inv_bias1, 1 / inv_root_bias2
+    beta1, beta2 = betas
+    return 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+
+
+def _written(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weights: Tensor | None,
+    ema: Tensor | None,
+    ema_copy: Tensor | Fp8Copy | None,
+) -> list[Tensor]:
+    """Everything that an update writes."""
+    copies: tuple[Tensor | None, ...] = (None,)
+    if isinstance(ema_copy, Fp8Copy):
+        # e4m3 has few operations: bytes are selected
+        copies = (ema_copy.values.view(torch.uint8), ema_copy.amax)
+    elif ema_copy is not None:
+        copies = (ema_copy,)
+    given = (param, exp_avg, exp_avg_sq, weights, ema, *copies)
+    return [x for x in given if x is not None]
 
 
 def _run(param, grad, exp_avg, exp_avg_sq, weights, ema, ema_copy, multiplier, amax, *rest) -> None:
-    begins = rest[-1]
+    begins = rest[-2]
     kernels.adamw_ema_(
         param,
         grad[0] if begins is None else grad,
@@ -108,7 +191,7 @@ _op = register(
     "adamw_ema_(Tensor(a!) param, Tensor[] grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
     " Tensor(d!)? weights, Tensor(e!)? ema, Tensor(f!)? ema_copy, Tensor? multiplier, Tensor(g!)? amax,"
     " Tensor? ends, Tensor? clip_scale, int step, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, float decay, int[]? begins) -> ()",
+    " float weight_decay, float decay, int[]? begins, Tensor? numbers) -> ()",
     _run,
     lambda *args: None,
 )
@@ -247,7 +330,12 @@ def _check_fp8(copy: Fp8Copy, param: Tensor) -> None:
 
 
 def _check_numbers(
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
+    step: int | DeviceStep,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decay: float,
 ) -> None:
     """Raise ValueError unless every number is in its range; a NaN is in none."""
     named = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decay": decay}
@@ -257,9 +345,11 @@ def _check_numbers(
     pair = isinstance(betas, list | tuple) and len(betas) == 2
     if not pair or not all(isinstance(beta, int | float) for beta in betas):
         raise ValueError(f"adamw_ema_: expected betas as two numbers, got {betas!r}")
-    if not isinstance(step, int) or step < 1:
+    counted = isinstance(step, int) and step >= 1
+    if not counted and not isinstance(step, DeviceStep):
         raise ValueError(
-            f"adamw_ema_: expected an integer step >= 1 (the first update is step 1), got {step!r}"
+            "adamw_ema_: expected an integer step >= 1 (the first update is step 1) or a DeviceStep, "
+            f"got {step!r}"
         )
     finite = all(0 <= number < math.inf for number in (lr, eps)) and math.isfinite(weight_decay)
     if not finite or not all(0 <= beta < 1 for beta in betas) or not 0 <= decay <= 1:
@@ -269,13 +359,25 @@ def _check_numbers(
         )
 
 
+def _check_device_step(step: DeviceStep, param: Tensor) -> None:
+    """Raise ValueError unless the numbers of the update lie beside the parameter."""
+    numbers = step.numbers
+    check_tensors("adamw_ema_", {"step.numbers": numbers})
+    got = ([*numbers.shape], numbers.dtype, numbers.device, numbers.is_contiguous())
+    if got != ([4], torch.float64, param.device, True):
+        raise ValueError(
+            f"adamw_ema_: expected step.numbers [4] fp64, contiguous on {param.device}, as "
+            f"DeviceStep.of makes them, got (shape, dtype, device, contiguous) {got}"
+        )
+
+
 @torch.no_grad()
 def adamw_ema_(
     param: Tensor,
     grad: Gradient,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
+    step: int | DeviceStep,
     *,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -303,7 +405,9 @@ def adamw_ema_(
             end at multiples of 16 bytes are read in place, the others are copied.
         exp_avg: ``[N]`` first moment, fp32.
         exp_avg_sq: ``[N]`` second moment, fp32.
-        step: number of this update, from 1.
+        step: number of this update, from 1. Or a ``DeviceStep``, which also says on the device
+            whether the update is taken; if not, every buffer stays as it is, bit for bit, whatever
+            the gradient.
         lr: learning rate.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -338,6 +442,8 @@ def adamw_ema_(
     full = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
     _check_buffers(param, full, grad, half)
     _check_numbers(step, lr, betas, eps, weight_decay, decay)
+    if isinstance(step, DeviceStep):
+        _check_device_step(step, param)
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(
             f"adamw_ema_: expected clip_scale with one number on {param.device}, "
@@ -371,6 +477,7 @@ def adamw_ema_(
     ends = None
     if isinstance(ema_copy, Fp8Copy):
         values, multiplier, amax, ends, _ = ema_copy
+    numbers = step.numbers if isinstance(step, DeviceStep) else None
     pieces, begins = _align(grad)
     flatten = lambda x: None if x is None else x.view(-1)
     _op(
@@ -385,11 +492,12 @@ def adamw_ema_(
         amax,
         ends,
         clip_scale,
-        step,
+        0 if isinstance(step, DeviceStep) else step,
         lr,
         *betas,
         eps,
         weight_decay,
         decay,
         begins,
+        numbers,
     )

@@ -35,17 +35,37 @@ HALF = (torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def ema_update_ref_(
-    ema: list[Tensor], params: list[Tensor], decay: float, copies: list[Tensor] | None = None
+    ema: list[Tensor],
+    params: list[Tensor],
+    decay: float | Tensor,
+    copies: list[Tensor] | None = None,
 ) -> None:
     """The definition, in the dtype of ``ema``.
 
     Tests, benchmarks and backend="torch" all use this one function.
     """
+    if isinstance(decay, Tensor):
+        _move_on_device(ema, params, decay, copies or [])
+        return
     for e, p in zip(ema, params, strict=True):
         e.lerp_(p.to(e.dtype), 1 - decay)
     if copies:
         for c, e in zip(copies, ema, strict=True):
             c.copy_(e)
+
+
+def _move_on_device(
+    ema: list[Tensor], params: list[Tensor], decay: Tensor, copies: list[Tensor]
+) -> None:
+    """The definition with the decay on the device, which is not read: with 1 nothing changes,
+    whatever the parameters are.
+    """
+    moves = decay.reshape(()) != 1
+    weight = 1 - decay.reshape(())
+    for e, p in zip(ema, params, strict=True):
+        e.copy_(torch.where(moves, torch.lerp(e, p.to(e.dtype), weight.to(e.dtype)), e))
+    for c, e in zip(copies, ema, strict=False):
+        c.copy_(torch.where(moves, e.to(c.dtype), c))
 
 
 def _zip(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -85,27 +105,44 @@ def _run_extension(
 
 
 def _run(
-    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool
+    ema: list[Tensor],
+    params: list[Tensor],
+    copies: list[Tensor],
+    decay: float,
+    extension: bool,
+    decay_on_device: Tensor | None,
 ) -> None:
-    update = _run_extension if extension else kernels.ema_update_
-    update(ema, params, copies, decay)
+    if extension:
+        _run_extension(ema, params, copies, decay)
+    else:
+        kernels.ema_update_(
+            ema, params, copies, decay if decay_on_device is None else decay_on_device
+        )
     # autograd must see the change: a graph that saved the old value would otherwise be wrong
     # silently
     torch.autograd.graph.increment_version([*ema, *copies])
 
 
 _op = register(
-    "ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] copies, float decay, bool extension)"
-    " -> ()",
+    "ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] copies, float decay, bool extension,"
+    " Tensor? decay_on_device) -> ()",
     _run,
-    lambda ema, params, copies, decay, extension: None,
+    lambda *args: None,
 )
 
 
-def _choose(x: Tensor, backend: str | None) -> str:
-    """Which implementation runs: "cuda" (the extension), "triton" or "torch"."""
+def _choose(x: Tensor, backend: str | None, on_device: bool = False) -> str:
+    """Which implementation runs: "cuda" (the extension), "triton" or "torch".
+
+    ``on_device``: the decay is a tensor, which the extension does not take.
+    """
     backend = asked_backend("ema_update_", backend)
     if backend == "cuda":
+        if on_device:
+            raise ValueError(
+                "ema_update_: expected decay as a number with backend='cuda', got a tensor, which "
+                "'triton' and 'torch' take"
+            )
         # the extension's CPU reference is there to be compared with, and is slow
         if not x.is_cuda:
             raise ValueError(f"ema_update_: backend='cuda' needs CUDA tensors, got {x.device}")
@@ -117,8 +154,8 @@ def _choose(x: Tensor, backend: str | None) -> str:
         return backend
     if not use_triton("ema_update_", x, backend):
         return "torch"
-    if backend == "triton":
-        return backend
+    if backend == "triton" or on_device:
+        return "triton"
     # "auto" on a GPU: the extension if it is built
     if _ema_cuda is not None:
         log_once("ema_update_ runs the CUDA extension", level=logging.INFO)
@@ -152,17 +189,32 @@ def _shares_elements(x: Tensor) -> bool:
     return any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
-def _check(ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float) -> None:
+def _check_decay(decay: float | Tensor, ema: list[Tensor]) -> None:
+    """Raise ValueError unless the decay is a number in [0, 1], or one of fp64 beside the average."""
+    if not isinstance(decay, Tensor):
+        if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+            raise ValueError(f"ema_update_: expected decay in [0, 1], got {decay!r}")
+        return
+    device = ema[0].device if ema else decay.device
+    if decay.numel() != 1 or decay.dtype != torch.float64 or decay.device != device:
+        raise ValueError(
+            f"ema_update_: expected a decay on the device as one number, fp64, on {device}, "
+            f"got {[*decay.shape]} {decay.dtype} {decay.device}"
+        )
+
+
+def _check(
+    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float | Tensor
+) -> None:
     """Raise ValueError unless the lists match and every tensor has a dtype of its kind."""
     if len(params) != len(ema) or len(copies) not in (0, len(ema)):
         raise ValueError(
             "ema_update_: expected as many params and copies as ema, "
             f"got {len(params)}, {len(copies)} and {len(ema)}"
         )
-    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
-        raise ValueError(f"ema_update_: expected decay in [0, 1], got {decay!r}")
     for name, tensors in (("ema", ema), ("params", params), ("copies", copies)):
         check_tensors("ema_update_", {f"{name}[{i}]": t for i, t in enumerate(tensors)})
+    _check_decay(decay, ema)
     if not ema:
         return
     device = ema[0].device
@@ -205,7 +257,11 @@ def _is_flat(operands: tuple[Tensor, ...]) -> bool:
 
 
 def _launch(
-    ema: list[Tensor], params: list[Tensor], copies: list[Tensor], decay: float, extension: bool
+    ema: list[Tensor],
+    params: list[Tensor],
+    copies: list[Tensor],
+    decay: float | Tensor,
+    extension: bool,
 ) -> None:
     """Give the tensors that are plain vectors to the kernel, the few others to the reference."""
     flat = []
@@ -223,14 +279,17 @@ def _launch(
     # transpose to one list per kind of operand
     if flat:
         columns = [list(column) for column in zip(*flat, strict=True)]
-        _op(columns[0], columns[1], columns[2] if copies else [], decay, extension)
+        on_device = decay if isinstance(decay, Tensor) else None
+        on_host = 0.0 if isinstance(decay, Tensor) else decay
+        last = columns[2] if copies else []
+        _op(columns[0], columns[1], last, on_host, extension, on_device)
 
 
 @torch.no_grad()
 def ema_update_(
     ema: Iterable[Tensor],
     params: Iterable[Tensor],
-    decay: float,
+    decay: float | Tensor,
     copies: Iterable[Tensor] | None = None,
     *,
     backend: str | None = None,
@@ -242,12 +301,15 @@ def ema_update_(
         ema: fp32 tensors of any shapes; no tensor twice. The reference takes a tensor that is
             fp64, or not dense in one order with its parameter; this is logged once.
         params: tensors of the same shapes, bf16/fp16/fp32.
-        decay: fraction of the old average that is kept, in [0, 1]; the paper uses 0.9999.
+        decay: fraction of the old average that is kept, in [0, 1]; the paper uses 0.9999. Or one
+            number on the device, fp64, which the host does not read (nor check): with 1 the average
+            and its copies stay as they are, bit for bit, whatever the parameters.
         copies: bf16 or fp16 tensors that receive the new average, rounded, in the same pass; or
             None.
         backend: ``"cuda"`` (the compiled extension, for CUDA tensors), ``"triton"``, ``"torch"`` or ``"auto"``. On a
             GPU auto is the extension if it is built, else Triton; the choice is logged once (as a
-            warning if ``SRA_FAST_BUILD_EXT=1`` asked for the extension). Default:
+            warning if ``SRA_FAST_BUILD_EXT=1`` asked for the extension). The extension takes no decay
+            on the device. Default:
             ``$SRA_FAST_BACKEND``, else auto.
 
     Raises:
@@ -262,7 +324,7 @@ def ema_update_(
     _check(ema, params, copies, decay)
     if not ema:
         return
-    choice = _choose(ema[0], backend)
+    choice = _choose(ema[0], backend, on_device=isinstance(decay, Tensor))
     if choice == "torch":
         ema_update_ref_(ema, params, decay, copies)
     else:

@@ -27,6 +27,7 @@ from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
 from sra_fast.utils.cuda_graph import Graphed
 from sra_fast.utils.files import make_folder, write_json
+from sra_fast.utils.launcher import cuda_index
 from sra_fast.utils.registry import CONDITIONINGS
 
 log = logging.getLogger("sra_fast")
@@ -119,7 +120,7 @@ class SamplingJob:
 def _choose_device(graph: bool) -> torch.device:
     """This process's GPU, or the CPU; ValueError: a CUDA graph was asked for without a GPU."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", cuda_index())
         torch.cuda.set_device(device)
         return device
     if graph:

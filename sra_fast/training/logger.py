@@ -3,7 +3,6 @@ the run's loggers.
 """
 
 import json
-import math
 import re
 import time
 from collections import deque
@@ -12,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sra_fast.config.schema import Config
 from sra_fast.training.loggers import LoggedRun, RunLogger
+from sra_fast.training.step_values import StepValues, Table, means, to_host
 from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.utils.files import write_atomic
 from sra_fast.utils.registry import LOGGERS, TARGETS
@@ -109,8 +108,8 @@ def read_rows(path: Path) -> list[dict]:
 class TrainLogger:
     """Means over ``train.log_every`` steps and over the processes, written with a lag of one row.
 
-    Nothing here waits for the device. Sums stay on it; a row is copied to pinned memory and read
-    once its event has passed.
+    Nothing here waits for the device. Values stay on it; a row is copied to pinned memory and read
+    once its event has passed. Steps whose value is not finite are left out of a mean.
 
     Args:
         folder: run folder, or None on ranks that do not write.
@@ -122,6 +121,7 @@ class TrainLogger:
 
     Attributes:
         rows: what this process has logged.
+        watch: called with the values of every single step of this process when a row arrives.
         loggers: the open ``RunLogger`` objects; none on ranks that do not write.
     """
 
@@ -137,9 +137,10 @@ class TrainLogger:
         if device.type == "cuda":
             # the peak of training, not of what was built before
             torch.cuda.reset_peak_memory_stats(device)
-        # name -> (sum on the device, number of summands), since the last row
-        self.sums: dict[str, tuple] = {}
+        # since the last row
+        self.values = StepValues(device)
         self.count = 0
+        self.watch: Callable[[list[Table]], None] = lambda tables: None
         self.waiting: deque[_Row] = deque()
         self.rows: list[dict] = []
         self.clock = time.perf_counter()
@@ -160,13 +161,9 @@ class TrainLogger:
         # dict: a name that is given twice is one logger
         self.loggers = [LOGGERS[name](run) for name in dict.fromkeys(cfg.train.loggers)]
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Add scalars ``[]`` of one micro-step."""
-        for name, value in values.items():
-            value = value.float() if torch.is_tensor(value) else torch.tensor(float(value))
-            total, count = self.sums.get(name, (0.0, 0))
-            # stays on the device
-            self.sums[name] = (total + value, count + 1)
+    def add(self, values: dict[str, Tensor | float], step: int = 0, micro_step: int = 0) -> None:
+        """Add scalars ``[]`` of one micro-step of a 0-based optimizer step."""
+        self.values.add(values, step, micro_step)
 
     def step(self, step: int, known: dict[str, float]) -> dict | None:
         """End of optimizer step ``step`` (1-based).
@@ -183,14 +180,12 @@ class TrainLogger:
 
     def _send(self, step: int, known: dict[str, float]) -> None:
         """Start to copy the means of the steps since the last row to the host."""
-        # sorted, so that every rank reduces the same value in the same place
-        names = sorted(self.sums)
-        means = torch.stack(
-            [(total / count).to(self.device) for total, count in (self.sums[n] for n in names)]
-        )
-        if self.world > 1:
-            dist.all_reduce(means)
-            means /= self.world
+        tables = self.values.take()
+        names, averages = means(tables, self.world)
+        # the copies are queued here, the host reads them later
+        averages = to_host(averages)
+        for table in tables:
+            table.values = to_host(table.values)
         # the host may be some launches ahead of the device: over log_every steps that evens out
         now = time.perf_counter()
         seconds = now - self.clock
@@ -198,8 +193,7 @@ class TrainLogger:
         known = {"step": step, **known}
         event = None
         if self.device.type == "cuda":
-            # a copy to pinned memory does not wait; the event says when it has arrived
-            means = torch.empty(means.shape, pin_memory=True).copy_(means, non_blocking=True)
+            # says when the copies have arrived
             event = torch.cuda.Event()
             event.record()
             peak = torch.cuda.max_memory_allocated(self.device) + hidden_bytes()
@@ -208,10 +202,9 @@ class TrainLogger:
         known["ms_per_step"] = 1e3 * seconds / self.count
         # model FLOPs utilisation: FLOPs of the model over what all GPUs could have computed
         if self.peak:
-            flops = self.flops["align" in self.sums]
+            flops = self.flops["align" in names]
             known["mfu"] = rate * flops / (self.peak * self.world)
-        self.waiting.append(_Row(names, means, event, known))
-        self.sums = {}
+        self.waiting.append(_Row(names, averages, tables, event, known))
         self.count = 0
         self.clock = now
 
@@ -224,6 +217,7 @@ class TrainLogger:
                 sent.event.synchronize()
             row = {**sent.known, **dict(zip(sent.names, sent.means.tolist(), strict=True))}
             self._write(row)
+            self.watch(sent.tables)
         return row
 
     def _has_arrived(self) -> bool:
@@ -240,12 +234,6 @@ class TrainLogger:
             self.file.flush()
         for logger in self.loggers:
             logger.row(row)
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row.get(name, 0.0))]
-        if bad:
-            raise FloatingPointError(
-                f"{' and '.join(bad)} not finite in the {self.every} steps up to {row['step']}; "
-                "resume from the last checkpoint with a smaller optim.lr or align.weight"
-            )
 
     def flush(self, step: int, known: dict[str, float]) -> None:
         """Write everything up to ``step``, waiting for the device: before a checkpoint."""
@@ -280,5 +268,6 @@ class _Row:
 
     names: list[str]
     means: Tensor
+    tables: list[Table]
     event: torch.cuda.Event | None
     known: dict

@@ -1,6 +1,8 @@
 """The training loop: SRA's algorithm (arXiv 2505.02831, Sec. 3) under DeepSpeed."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -8,15 +10,22 @@ from tqdm import tqdm
 
 from sra_fast.alignment.schedule import align_weight
 from sra_fast.checkpoint.manifest import Progress
+from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
 from sra_fast.plots import report
-from sra_fast.training import saving
+from sra_fast.training.control import Control
 from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.monitor import Monitor
+from sra_fast.training.saver import Saver
+from sra_fast.training.signals import StopSignals, stopped
 from sra_fast.training.trainer import Trainer
+from sra_fast.training.watch import StepWatch
+from sra_fast.training.watchdog import Watchdog
 from sra_fast.utils.registry import CONDITIONINGS
+
+BEGINNING = Progress(0)
 
 
 def warm_up(step: int, warmup_steps: int) -> float:
@@ -28,6 +37,8 @@ def warm_up(step: int, warmup_steps: int) -> float:
 def set_lr(trainer: Trainer, step: int) -> float:
     """Set the learning rate of a 0-based optimizer step, and return it."""
     lr = trainer.cfg.optim.lr * warm_up(step, trainer.cfg.optim.warmup_steps)
+    # updates that were left out do not count for the warm-up; only the device knows them
+    trainer.guard.begin(step)
     # a function of the step: a resumed run needs no scheduler state
     for group in trainer.engine.optimizer.param_groups:
         group["lr"] = lr
@@ -41,8 +52,12 @@ def optimizer_step(
     data: TrainingData,
     step: int,
     logger: TrainLogger,
+    shift: int = 0,
+    watchdog: Watchdog | None = None,
 ) -> dict:
     """All micro-steps of one optimizer step, then the EMA and the teacher.
+
+    ``shift``: the images, times and noise are those of step ``step + shift``.
 
     Returns:
         What the host knows of the step: ``align_weight``, ``lr``, ``epoch``.
@@ -50,17 +65,21 @@ def optimizer_step(
     cfg = trainer.cfg
     engine = trainer.engine
     conditioning = CONDITIONINGS[trainer.student.conditioning]
-    epoch = stream.epoch(step)
+    at = watchdog.at if watchdog is not None else lambda step, phase: None
+    position = step + shift
+    epoch = stream.epoch(position)
     weight = align_weight(cfg.align, step, epoch)
     lr = set_lr(trainer, step)
     for micro_step in range(trainer.plan.accumulation):
+        at(step + 1, "next batch")
         batch = next(batches)
+        at(step + 1, "gradients")
         # copied while the device still computes: the loader pins its batches
         images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
         # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
         draws = draw(
             cfg.train.seed,
-            step,
+            position,
             stream.first(micro_step),
             (trainer.plan.micro, *data.shape),
             trainer.device,
@@ -73,20 +92,23 @@ def optimizer_step(
         condition = conditioning.from_tensors(*labels).dropped(draws.drop)
         times = engine.module.process.times(draws.uniform, draws.gap)
         first = micro_step == 0
-        logger.add(trainer.micro_step(x0, condition, draws.noise, times, weight, first))
+        values = trainer.micro_step(x0, condition, draws.noise, times, weight, first)
+        logger.add(values, step, micro_step)
+        at(step + 1, "update")
         # DeepSpeed counts the micro-steps and takes the optimizer step at the last one
         engine.step()
     if engine.was_step_applied():
         # the teacher's all-gather starts here and overlaps with the next student forward
-        next_weight = align_weight(cfg.align, step + 1, stream.epoch(step + 1))
+        next_weight = align_weight(cfg.align, step + 1, stream.epoch(position + 1))
         trainer.after_step(teacher_runs=next_weight > 0)
-    # a tensor on the device: it is not read here
-    logger.add({"grad_norm": trainer.grad_norm})
+    # tensors on the device: they are not read here
+    logger.add({"grad_norm": trainer.grad_norm}, step)
+    logger.add({"skipped": ~trainer.guard.taken}, step)
     return {"align_weight": weight, "lr": lr, "epoch": epoch}
 
 
-def image_order(trainer: Trainer, num_images: int, start: int) -> ShuffledBatches:
-    """The images of this process's micro-batches from optimizer step ``start`` on."""
+def image_order(trainer: Trainer, num_images: int, start: Progress) -> ShuffledBatches:
+    """The images of this process's micro-batches from ``start`` on."""
     return ShuffledBatches(
         num_images=num_images,
         seed=trainer.cfg.train.seed,
@@ -94,8 +116,8 @@ def image_order(trainer: Trainer, num_images: int, start: int) -> ShuffledBatche
         accumulation=trainer.plan.accumulation,
         rank=trainer.rank,
         world=trainer.plan.world,
-        step=start,
-        steps=trainer.cfg.train.steps,
+        step=start.step + start.shift,
+        steps=trainer.cfg.train.steps + start.shift,
     )
 
 
@@ -103,70 +125,125 @@ def train(
     trainer: Trainer,
     data: TrainingData,
     folder: Path,
-    start: int = 0,
+    start: Progress = BEGINNING,
     monitor: Monitor | None = None,
     logger: TrainLogger | None = None,
+    saver: Saver | None = None,
+    stop: StopSignals | None = None,
+    watchdog: Watchdog | None = None,
 ) -> list[dict]:
-    """Train from optimizer step ``start`` to ``train.steps``.
+    """Train from ``start`` to optimizer step ``train.steps``.
 
     Args:
         trainer: from ``build``, restored if resuming.
         data: from ``make_dataset``.
         folder: run folder.
-        start: number of optimizer steps already taken.
+        start: what was trained already.
         monitor: looks at the EMA every ``monitor.every`` steps; None: no one does.
         logger: stays open, for what is shown after training; None: one that is closed at the end.
+        saver: writes the checkpoints; None: one of its own.
+        stop: open signals that end the run early; None: nothing does.
+        watchdog: is told where this process is; None: no one is.
 
     Returns:
         The logged rows.
 
     Raises:
-        FloatingPointError: loss or gradient norm not finite (noticed one log interval late).
+        FloatingPointError: too many updates in a row were skipped, or weights are not finite.
+        RollBack: training has to go back to the last checkpoint.
+        Stopped: somebody asked the run to stop; a checkpoint was written.
+        ValueError: a checkpoint could not be written.
     """
     cfg = trainer.cfg
     main = trainer.rank == 0
+    # one for the loader, which is ahead, and one for who asks about steps that are past
     stream = image_order(trainer, len(data), start)
+    ahead = image_order(trainer, len(data), start)
     cuda = trainer.device.type == "cuda"
-    batches = iter(make_loader(data, stream, cfg.data.num_workers, cuda))
+    batches = iter(make_loader(data, ahead, cfg.data.num_workers, cuda))
     own_logger = logger is None
     if own_logger:
         logger = TrainLogger(
-            folder if main else None, cfg, trainer.device, trainer.plan.world, start
+            folder if main else None, cfg, trainer.device, trainer.plan.world, start.step
         )
+    own_saver = ExitStack()
+    if saver is None:
+        saver = Saver(trainer, folder / CHECKPOINTS, data.facts())
+        own_saver.callback(saver.close)
+    watch = StepWatch(cfg, stream, data, trainer.rank, start.shift)
+    logger.watch = watch.look
+    control = Control(trainer, saver, watch, stop)
+    session = _Session(trainer, folder, logger, control, saver, stream, monitor, watchdog)
     logger.restart_clock()
     trainer.engine.train()
     bar = tqdm(
         total=cfg.train.steps,
-        initial=start,
+        initial=start.step,
         disable=not main,
         unit="step",
         dynamic_ncols=True,
         mininterval=0.5,
     )
     # closed also by an error, whose line then has no bar before it
-    with bar:
-        for step in range(start, cfg.train.steps):
-            known = optimizer_step(trainer, batches, stream, data, step, logger)
+    with own_saver, bar, control:
+        for step in range(start.step, cfg.train.steps):
+            known = optimizer_step(
+                trainer, batches, stream, data, step, logger, start.shift, watchdog
+            )
             row = logger.step(step + 1, known)
             bar.update()
             if row:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
-
-            if (step + 1) % cfg.train.save_every == 0 or step + 1 == cfg.train.steps:
-                # raises if the weights are not worth saving
-                logger.flush(step + 1, known)
-                progress = Progress(step + 1)
-                epoch = stream.epoch(step)
-                saving.save(trainer, folder / "checkpoints", progress, epoch, data.facts())
-                if main:
-                    report.plot_loss(folder / "loss.png", read_rows(folder / STATS))
-                logger.restart_clock()
+            control.after_step(step + 1)
+            if control.due:
+                session.save(Progress(step + 1, start.shift), known)
             if monitor is not None and (step + 1) % cfg.monitor.every == 0:
-                logger.flush(step + 1, known)
-                scores = monitor.look(trainer, step + 1)
-                logger.show("samples/monitor", step + 1, monitor.picture(step + 1), scores)
-                logger.restart_clock()
+                session.look(step + 1, known)
+            if control.asked:
+                saved = saver.last == Progress(step + 1, start.shift)
+                raise stopped(control.asked, step + 1, saved)
+        control.finish(cfg.train.steps)
     # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
         trainer.teacher.wait()
     return logger.close() if own_logger else logger.rows
+
+
+@dataclass
+class _Session:
+    """What training does besides its steps: checkpoints and samples."""
+
+    trainer: Trainer
+    folder: Path
+    logger: TrainLogger
+    control: Control
+    saver: Saver
+    stream: ShuffledBatches
+    monitor: Monitor | None
+    watchdog: Watchdog | None
+
+    def save(self, progress: Progress, known: dict) -> None:
+        """Begin a checkpoint, if the weights are worth one; collective."""
+        self._at(progress.step, "checkpoint")
+        self.logger.flush(progress.step, known)
+        if self.control.ready_to_save(progress.step):
+            epoch = self.stream.epoch(progress.step - 1 + progress.shift)
+            self.saver.save(progress, epoch)
+            self.control.saved()
+            if self.trainer.rank == 0:
+                report.plot_loss(self.folder / "loss.png", read_rows(self.folder / STATS))
+            if self.control.asked:
+                self.control.finish(progress.step)
+        self.logger.restart_clock()
+
+    def look(self, step: int, known: dict) -> None:
+        """Sample the EMA; collective."""
+        self._at(step, "samples")
+        self.logger.flush(step, known)
+        scores = self.monitor.look(self.trainer, step)
+        self.logger.show("samples/monitor", step, self.monitor.picture(step), scores)
+        self.logger.restart_clock()
+
+    def _at(self, step: int, phase: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.at(step, phase)

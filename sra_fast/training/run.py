@@ -1,12 +1,14 @@
 """A whole run: build, restore, train, export, report."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from sra_fast.checkpoint import reading
+from sra_fast.checkpoint.manifest import Progress, step_name
 from sra_fast.checkpoint.values import warn
 from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
@@ -17,24 +19,35 @@ from sra_fast.training.loop import train
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import RunPlan
 from sra_fast.training.run_folder import OpenRun
+from sra_fast.training.saver import Saver
+from sra_fast.training.signals import StopSignals
 from sra_fast.training.start_lines import say_start
 from sra_fast.training.trainer import Trainer, build
+from sra_fast.training.watch import RollBack
+from sra_fast.training.watchdog import Watchdog
 from sra_fast.utils.files import write_atomic, write_json
 from sra_fast.utils.registry import EVALUATIONS
 
 
-def run(run_plan: RunPlan, device: torch.device) -> dict:
+def run(run_plan: RunPlan, device: torch.device, stop: StopSignals | None = None) -> dict:
     """Execute a plan in the current process group.
+
+    Args:
+        run_plan: from ``make_run_plan``.
+        device: from ``init_distributed``.
+        stop: open signals that end the run early; None: nothing does.
 
     Returns:
         The summary, which rank 0 also writes to ``summary.json``; empty on the other ranks.
     """
     out = Path(run_plan.plan.cfg.train.out)
     with run_folder.opened(out, run_plan.resume, run_plan.exact) as opened:
-        return _run(run_plan, device, opened)
+        return _run(run_plan, device, opened, stop)
 
 
-def _run(run_plan: RunPlan, device: torch.device, opened: OpenRun) -> dict:
+def _run(
+    run_plan: RunPlan, device: torch.device, opened: OpenRun, stop: StopSignals | None
+) -> dict:
     """A run in its folder, which no other process writes into."""
     cfg = run_plan.plan.cfg
     folder = opened.folder
@@ -48,13 +61,13 @@ def _run(run_plan: RunPlan, device: torch.device, opened: OpenRun) -> dict:
     trainer = build(run_plan.plan, device, initial.get("model", initial.get("ema")))
     if choice is not None:
         # logs and later checkpoints continue in the same folder
-        start = saving.load(trainer, choice.path, verify=False).step
+        start = saving.load(trainer, choice.path, verify=False)
         remarks = run_folder.settle(folder, choice.path)
         changed = provenance.changed_line(choice.manifest, cfg)
         for line in remarks if changed is None else [*remarks, changed]:
             warn("%s", line)
     else:
-        start = saving.start_from(trainer, initial)
+        start = Progress(saving.start_from(trainer, initial))
     origin = initial.get("origin")
     # the weights are in the trainer: free this copy
     initial.clear()
@@ -62,12 +75,8 @@ def _run(run_plan: RunPlan, device: torch.device, opened: OpenRun) -> dict:
         before = None if choice is None else choice.manifest
         provenance.record(folder, cfg, run_plan.plan.ds_config, before)
         write_json(folder / reading.FACTS, facts.as_json())
-        say_start(trainer, run_plan.data, folder, start, origin)
-    # before the first step: a missing file of the monitor stops the run at once
-    monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
-    written = folder if trainer.rank == 0 else None
-    logger = TrainLogger(written, cfg, device, trainer.plan.world, start)
-    train(trainer, run_plan.data, folder, start, monitor, logger)
+        say_start(trainer, run_plan.data, folder, start.step, origin)
+    logger = _train(trainer, run_plan.data, folder, start, stop)
     export(trainer, run_plan.data, folder)
     summary = summarise(trainer, run_plan.data, folder)
     if run_plan.data.evaluation is not None:
@@ -76,6 +85,66 @@ def _run(run_plan: RunPlan, device: torch.device, opened: OpenRun) -> dict:
     # rank 0 may still be scoring: the others keep the process group alive
     dist.barrier()
     return summary
+
+
+def _train(
+    trainer: Trainer, data: TrainingData, folder: Path, start: Progress, stop: StopSignals | None
+) -> TrainLogger:
+    """Train to the last step, from the last checkpoint on as often as training has to go back.
+
+    Returns:
+        The logger, still open.
+
+    Raises:
+        FloatingPointError: there is nothing to go back to, or going back does not help.
+    """
+    cfg = trainer.cfg
+    # before the first step: a missing file of the monitor stops the run at once
+    monitor = Monitor(cfg, trainer.device, folder) if cfg.monitor.every else None
+    written = folder if trainer.rank == 0 else None
+    # how often training has gone back to a step
+    returns: Counter[int] = Counter()
+    checkpoints = folder / reading.CHECKPOINTS
+    # the lock of the folder outlives the saver, also where training ends with an error
+    with (
+        Saver(trainer, checkpoints, data.facts()) as saver,
+        Watchdog(cfg.train.stall_minutes) as watchdog,
+    ):
+        while True:
+            logger = TrainLogger(written, cfg, trainer.device, trainer.plan.world, start.step)
+            try:
+                train(trainer, data, folder, start, monitor, logger, saver, stop, watchdog)
+                break
+            except RollBack as back:
+                logger.close()
+                start = _go_back(trainer, saver, start.shift, back.bad_step, returns)
+    return logger
+
+
+def _go_back(
+    trainer: Trainer, saver: Saver, shift: int, bad_step: int, returns: Counter[int]
+) -> Progress:
+    """Restore the last checkpoint, and leave out the images up to a step; collective."""
+    step = saver.parent
+    if step is None:
+        raise FloatingPointError(
+            f"step {bad_step + 1} asks for the last checkpoint, and there is none yet"
+        )
+    returns[step] += 1
+    limit = trainer.cfg.train.skip_limit
+    if returns[step] > limit:
+        raise FloatingPointError(
+            f"training went back to step {step} {limit} times without reaching the next checkpoint"
+        )
+    saving.load(trainer, saver.folder / step_name(step))
+    left_out = bad_step + 1 - step
+    warn(
+        "back to the checkpoint of step %d; the images of the %d steps after it are left out",
+        step,
+        left_out,
+    )
+    # the images that these steps had, and those that earlier ones have left out
+    return Progress(step, shift + left_out)
 
 
 def export(trainer: Trainer, data: TrainingData, folder: Path) -> None:

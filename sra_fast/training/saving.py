@@ -140,9 +140,8 @@ def start_from(trainer: Trainer, initial: dict) -> int:
             moments = {name: state[key] for name, state in states.items()}
             masters.scatter(moments, masters.state(key))
         # one count for all parameters: each has taken every step
-        count = next(iter(states.values()))["step"]
-        for state in masters.optimizer_states():
-            state["step"].fill_(count)
+        count = float(next(iter(states.values()))["step"])
+        trainer.guard.load([count, 0.0, 0.0])
     trainer.refresh_teacher()
     return int(initial.get("steps", 0))
 
@@ -161,7 +160,8 @@ def export_published(
     moments = {key: masters.gather(masters.state(key)) for key in MOMENTS}
     if trainer.rank:
         return
-    count = masters.optimizer_states()[0]["step"]
+    # as torch's AdamW keeps it on a CPU
+    count = masters.optimizer_states()[0]["step"].to("cpu", torch.float32, copy=True)
     cfg = trainer.cfg
     checkpoint = {
         "model": trainer.state_dict(weights),

@@ -131,8 +131,11 @@ def _steps_line(trainer: Trainer, data: TrainingData, start: int) -> str:
         f"{_count(plan.micro, 'image')} x {_count(plan.accumulation, 'micro-step')}"
     )
     # a checkpoint is always written at the end
-    often = f"every {train.save_every} steps and at the end"
-    saved = often if train.save_every < train.steps else "at the end"
+    often = [f"every {train.save_every} steps"] if train.save_every < train.steps else []
+    often += [f"every {train.save_minutes:g} minutes"] if train.save_minutes else []
+    saved = ", ".join(often) + " and at the end" if often else "at the end"
+    if train.keep:
+        saved += f", the newest {train.keep} kept"
     looks = f"samples every {cfg.monitor.every} steps" if cfg.monitor.every else "no samples"
     return (
         f"{start} to {train.steps} ({epochs:.1f} epochs), {batch}; "

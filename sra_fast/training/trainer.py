@@ -29,8 +29,10 @@ from sra_fast.zero.fused_step import (
     Stage3Step,
     release_accumulators,
 )
+from sra_fast.zero.guard import UpdateGuard
+from sra_fast.zero.guarded_step import GuardedStep
 from sra_fast.zero.master_weights import MasterWeights
-from sra_fast.zero.optimizer import AdamWEMA, clip_before_step, make_optimizer
+from sra_fast.zero.optimizer import AdamWEMA, make_optimizer
 
 log = logging.getLogger("sra_fast")
 
@@ -44,6 +46,7 @@ class Trainer:
         engine: DeepSpeed's; its module is the ``SRAObjective``.
         student: the network that is trained.
         masters: where ZeRO keeps the fp32 weights.
+        guard: decides on the device which updates are taken, and counts them.
         ema: their sharded average.
         teacher: keeps the weights of the target's network up to date; None without such a network.
         device: of this process.
@@ -55,6 +58,7 @@ class Trainer:
     engine: deepspeed.DeepSpeedEngine
     student: SiT
     masters: MasterWeights
+    guard: UpdateGuard
     ema: ShardedEMA
     teacher: ReplicatedTeacher | PartitionedTeacher | None
     device: torch.device
@@ -112,7 +116,7 @@ class Trainer:
         """Global gradient norm of the last step before clipping; on the device if DeepSpeed leaves
         it there.
         """
-        # None in stage 0 with fp32: clip_before_step leaves the norm on the optimizer
+        # None in stage 0 with fp32: GuardedStep leaves the norm on the optimizer
         norm = self.engine.get_global_grad_norm()
         return self.engine.optimizer.grad_norm if norm is None else norm
 
@@ -176,7 +180,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
         deepspeed.utils.set_z3_leaf_modules(objective, [Block])
     # what the teacher keeps in one dtype is one parameter group, and one all-gather
     kinds = _parameter_kinds(cfg, network)
-    optimizer = make_optimizer(cfg, student, kinds, device.type == "cuda")
+    optimizer = make_optimizer(cfg, student, kinds)
     engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=plan.ds_config)[0]
 
     # find the masters in ZeRO's flat tensors, make them fp32 again, and verify that each is in the
@@ -186,10 +190,11 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     if initial:
         _restore_fp32(masters, engine, initial)
     masters.verify(parameters)
+    guard = UpdateGuard(masters, optimizer, cfg.optim.warmup_steps)
     # from here on engine.step() is the fused step, in the stages that have one
-    _replace_step(plan, engine, optimizer)
+    _replace_step(plan, engine, optimizer, guard)
     # both start from the unrounded masters
-    ema = ShardedEMA(masters, cfg.train.ema_decay, optimizer)
+    ema = ShardedEMA(masters, cfg.train.ema_decay, optimizer, guard)
     teacher = _make_teacher(cfg, network, ema, optimizer)
     if teacher is not None:
         target.follow(teacher.wait)
@@ -204,7 +209,9 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     graphed = _make_graphed(plan, engine, student)
     if graphed is not None:
         target.will_be_captured()
-    return Trainer(plan, engine, student, masters, ema, teacher, device, dist.get_rank(), graphed)
+    return Trainer(
+        plan, engine, student, masters, guard, ema, teacher, device, dist.get_rank(), graphed
+    )
 
 
 def make_networks(
@@ -317,8 +324,8 @@ def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
             ops.attention(*qkv.unbind(2))
 
 
-def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer) -> None:
-    """Put the fused step in place of DeepSpeed's where there is one; else clip before DeepSpeed's
+def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer, guard: UpdateGuard) -> None:
+    """Put the fused step in place of DeepSpeed's where there is one; else clip and guard DeepSpeed's
     step.
     """
     cfg = plan.cfg
@@ -327,13 +334,13 @@ def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer) -> None:
     # keeps its own step
     flat_groups = hasattr(engine.optimizer, "bit16_groups_flat")
     if fused and plan.stage in (1, 2) and flat_groups:
-        PartitionedStep(engine, cfg.optim.clip)
+        PartitionedStep(engine, cfg.optim.clip, guard)
     elif fused and plan.stage == 3:
-        Stage3Step(engine, cfg.optim.clip)
+        Stage3Step(engine, cfg.optim.clip, guard)
     elif fused and plan.stage == 0 and cfg.train.precision == "bf16":
-        ReplicatedStep(engine, cfg.optim.clip)
-    elif clips_itself(plan.stage, cfg):
-        clip_before_step(engine, cfg.optim.clip)
+        ReplicatedStep(engine, cfg.optim.clip, guard)
+    else:
+        GuardedStep(engine, cfg.optim.clip if clips_itself(plan.stage, cfg) else 0.0, guard)
 
 
 def _make_graphed(plan: Plan, engine, student: SiT) -> GraphedGradients | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sra_fast import ops
 from sra_fast.models import Backbone
+from sra_fast.zero.guard import UpdateGuard
 from sra_fast.zero.master_weights import MasterWeights
 from sra_fast.zero.optimizer import AdamWEMA
 from sra_fast.zero.teacher_weights import Fp8TeacherGroup, TeacherGroup
@@ -24,10 +25,18 @@ class ShardedEMA:
         masters: this rank's part of the master weights.
         decay: of the average; ``update`` is called once per optimizer step.
         optimizer: of the run. An ``AdamWEMA`` updates the average itself.
+        guard: of the run. A step that is not taken does not move the average.
     """
 
-    def __init__(self, masters: MasterWeights, decay: float, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        masters: MasterWeights,
+        decay: float,
+        optimizer: torch.optim.Optimizer,
+        guard: UpdateGuard,
+    ):
         self.masters = masters
+        self.guard = guard
         self.decay = decay
         self.in_optimizer = isinstance(optimizer, AdamWEMA)
         for state, owner in zip(masters.optimizer_states(), masters.owners, strict=True):
@@ -42,7 +51,8 @@ class ShardedEMA:
     def update(self) -> None:
         """Update the average after an optimizer step, unless the step has done it."""
         if not self.in_optimizer:
-            ops.ema_update_(self.flats, self.masters.flats, self.decay)
+            decay = self.guard.ema_decay(self.decay)
+            ops.ema_update_(self.flats, self.masters.flats, decay)
 
     def full(self) -> dict[str, Tensor]:
         """``{name: fp32 tensor on the CPU}`` of the whole model; collective."""
@@ -126,14 +136,14 @@ class ReplicatedTeacher:
                 self.refresh()
         elif teacher_runs:
             # the optimizer's pass has already written this rank's part
-            self._start_gather()
+            self._start_gather(self.ema.guard.taken)
         else:
             for group in self._fp8_groups:
-                group.skip()
+                group.skip(self.ema.guard.taken)
 
     @torch.no_grad()
-    def _start_gather(self) -> None:
-        self.pending = [(group, group.gather()) for group in self.groups]
+    def _start_gather(self, taken: Tensor | None = None) -> None:
+        self.pending = [(group, group.gather(taken)) for group in self.groups]
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -155,7 +165,7 @@ class ReplicatedTeacher:
         """
         self.wait()
         for group in self._fp8_groups:
-            return group.in_use
+            return group.held
         return None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sra_fast.ops.adamw_ema import Gradient
 from sra_fast.zero.deepspeed_names import check_names
+from sra_fast.zero.guard import UpdateGuard
 from sra_fast.zero.optimizer import clip_factor
 
 
@@ -26,6 +27,7 @@ class FusedStep:
     Args:
         engine: of the subclass's ZeRO stage, with an ``AdamWEMA``.
         limit: of the global gradient norm, 0 for none.
+        guard: decides whether the step is taken.
 
     Attributes:
         reduces_nothing: the gradients stay where autograd leaves them: there is one process.
@@ -36,16 +38,18 @@ class FusedStep:
 
     reduces_nothing = False
 
-    def __init__(self, engine, limit: float):
+    def __init__(self, engine, limit: float, guard: UpdateGuard):
         check_names(engine.optimizer, engine.zero_optimization_stage())
         self.zero = engine.optimizer
         self.limit = limit
+        self.guard = guard
         # an attribute of the instance hides the method of the class: engine.step() calls this
         # object
         self.zero.step = self
 
-    def _set_clip_scale(self, gradients: list[Tensor], group=None) -> None:
-        """Compute the norm of the whole gradient, and from it what the next step multiplies by.
+    def _decide(self, gradients: list[Tensor], group=None) -> None:
+        """Compute the norm of the whole gradient, and from it whether the next step is taken and what
+        it multiplies by.
 
         Each process of ``group`` holds a part of the gradient; None: all of it. Everything stays on
         the device in fp32, and NaN stays NaN.
@@ -57,6 +61,7 @@ class FusedStep:
         norm = squared.sqrt()
         # the engine returns it as get_global_grad_norm()
         self.zero._global_grad_norm = norm
+        self.guard.decide(norm)
         self.zero.optimizer.clip_scale = clip_factor(norm, self.limit)
 
 
@@ -68,8 +73,8 @@ def gradient_of(p: Tensor) -> Tensor:
 class ReplicatedStep(FusedStep):
     """Stage 0 in bf16: norm, then one pass per parameter."""
 
-    def __init__(self, engine, limit: float):
-        super().__init__(engine, limit)
+    def __init__(self, engine, limit: float, guard: UpdateGuard):
+        super().__init__(engine, limit, guard)
         # one process has nothing to average
         if dist.get_world_size() == 1:
             engine.enable_backward_allreduce = False
@@ -77,10 +82,10 @@ class ReplicatedStep(FusedStep):
     @torch.no_grad()
     def __call__(self, closure=None) -> None:
         zero = self.zero
-        # engine.was_step_applied() reads it; bf16 has no loss scale, so no step is skipped
+        # engine.was_step_applied() reads it: the host does not know whether the guard takes the step
         zero.overflow = False
         groups = [[gradient_of(p) for p in group] for group in zero.fp16_groups]
-        self._set_clip_scale([gradient for group in groups for gradient in group])
+        self._decide([gradient for group in groups for gradient in group])
         for settings, gradients, weights, masters in zip(
             zero.param_groups, groups, zero.fp16_groups, zero.fp32_groups, strict=True
         ):
@@ -96,8 +101,8 @@ class PartitionedStep(FusedStep):
     parameter in bf16, with a Python hook for each.
     """
 
-    def __init__(self, engine, limit: float):
-        super().__init__(engine, limit)
+    def __init__(self, engine, limit: float, guard: UpdateGuard):
+        super().__init__(engine, limit, guard)
         zero = self.zero
         # gradients that accumulate in another dtype are left to DeepSpeed, which converts them
         one_process = dist.get_world_size(zero.dp_process_group) == 1
@@ -116,10 +121,10 @@ class PartitionedStep(FusedStep):
         groups = range(len(zero.bit16_groups))
         if self.reduces_nothing:
             gradients = [self._pieces(i) for i in groups]
-            self._set_clip_scale([piece for pieces in gradients for _, piece in pieces])
+            self._decide([piece for pieces in gradients for _, piece in pieces])
         else:
             gradients = [self._flat_gradient(i) for i in groups]
-            self._set_clip_scale(gradients, zero.dp_process_group)
+            self._decide(gradients, zero.dp_process_group)
 
         # clip, AdamW, EMA, and the rounded weights into this rank's part of the flat group
         for i, group in enumerate(zero.optimizer.param_groups):
@@ -200,7 +205,7 @@ class Stage3Step(FusedStep):
                 )
         # the next backward pass fills it anew
         zero.averaged_gradients = {}
-        self._set_clip_scale(gradients, zero.dp_process_group)
+        self._decide(gradients, zero.dp_process_group)
         zero.zero_grad(set_to_none=True)
         for i, (master, gradient) in enumerate(zip(masters, gradients, strict=True)):
             group = zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]

@@ -1,12 +1,17 @@
 """The optimizer: torch's AdamW, or AdamW whose pass also updates the EMA and the teacher's copy."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from sra_fast import ops
 from sra_fast.config.schema import Config
 from sra_fast.models import SiT
-from sra_fast.ops.adamw_ema import Gradient
+from sra_fast.ops.adamw_ema import DeviceStep, Gradient
+
+if TYPE_CHECKING:
+    from sra_fast.zero.guard import UpdateGuard
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -25,6 +30,8 @@ class AdamWEMA(torch.optim.Optimizer):
             None.
         copies: ``{parameter: bf16 tensor or ops.fp8.Fp8Copy of its size}``, which receives the
             rounded EMA.
+        guard: counts the steps and decides which are taken, on the device; None: every step is
+            taken and counted on the host.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, settings)
         self.ema_decay = ema_decay
         self.clip_scale: Tensor | None = None
+        self.guard: UpdateGuard | None = None
         # the teacher's groups enter themselves here
         self.copies: dict = {}
 
@@ -58,7 +66,6 @@ class AdamWEMA(torch.optim.Optimizer):
         # at the first step, as torch.optim.AdamW does
         if "exp_avg" not in state:
             state.update(new_state(p, on_device=False))
-        state["step"] += 1
         # the kernel rounds to half precision; fp32 weights are copied afterwards
         half = weights is not None and weights.dtype != torch.float32
         # the kernel reads flat memory
@@ -69,7 +76,7 @@ class AdamWEMA(torch.optim.Optimizer):
             grad,
             state["exp_avg"],
             state["exp_avg_sq"],
-            int(state["step"]),
+            self._count(state, group),
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
@@ -82,6 +89,13 @@ class AdamWEMA(torch.optim.Optimizer):
         )
         if weights is not None and not half:
             weights.copy_(p)
+
+    def _count(self, state: dict, group: dict) -> int | DeviceStep:
+        """The number of the step of one parameter."""
+        if self.guard is not None:
+            return self.guard.device_step(group["betas"])
+        state["step"] += 1
+        return int(state["step"])
 
 
 def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
@@ -96,9 +110,7 @@ def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
     }
 
 
-def make_optimizer(
-    cfg: Config, student: SiT, kinds: list[set[str]], cuda: bool
-) -> torch.optim.Optimizer:
+def make_optimizer(cfg: Config, student: SiT, kinds: list[set[str]]) -> torch.optim.Optimizer:
     """The configured optimizer.
 
     Args:
@@ -107,7 +119,6 @@ def make_optimizer(
         kinds: sets of parameter names. Each becomes a parameter group, the other parameters the
             last one. What the teacher keeps in one dtype is a set: its EMA is then one contiguous
             part per rank.
-        cuda: whether the parameters are on a GPU.
     """
     named = dict(student.named_parameters())
     others = set(named).difference(*kinds)
@@ -122,7 +133,8 @@ def make_optimizer(
         "weight_decay": optim.weight_decay,
     }
     if optim.implementation == "torch":
-        return torch.optim.AdamW(groups, fused=cuda, **settings)
+        # its fused form leaves a step out on the device, also on a CPU (see ``GuardedStep``)
+        return torch.optim.AdamW(groups, fused=True, **settings)
     return AdamWEMA(groups, ema_decay=cfg.train.ema_decay, **settings)
 
 
@@ -132,30 +144,3 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor | None:
         return None
     # 1e-6 as in torch.nn.utils.clip_grad_norm_; a NaN stays a NaN, which the logger reports
     return (limit / (norm + 1e-6)).clamp(max=1.0).float()
-
-
-def clip_before_step(engine, limit: float) -> None:
-    """Clip the gradients before the optimizer that DeepSpeed steps.
-
-    They are scaled by min(1, limit / norm), on the device, in a hook of that optimizer.
-    """
-    wrapper = engine.optimizer
-
-    def hook(optimizer, args, kwargs):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if optimizer is wrapper:
-            # stage 0 in fp32: no optimizer of DeepSpeed has computed the norm
-            norm = torch.nn.utils.get_total_norm(gradients)
-            wrapper.grad_norm = norm
-        else:
-            norm = wrapper._global_grad_norm
-        scale = clip_factor(norm, limit)
-        if isinstance(optimizer, AdamWEMA):
-            # its pass multiplies while it reads: no second pass over the gradients
-            optimizer.clip_scale = scale
-        elif limit:
-            torch._foreach_mul_(gradients, scale)
-
-    # ZeRO wraps the optimizer and calls its step; stage 0 in fp32 has no wrapper
-    getattr(wrapper, "optimizer", wrapper).register_step_pre_hook(hook)

@@ -4,14 +4,24 @@ gloo.
 
 import logging
 import os
+import socket
 import warnings
+from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
+from sra_fast.utils.launcher import cuda_index, read_launcher
+
 LOG_VARIABLE = "SRA_FAST_DEEPSPEED_LOG"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+# the slowest process may first have to import everything from a busy file server
+JOIN_TIMEOUT = timedelta(minutes=5)
+# DeepSpeed's variable. its default of 10 minutes would end a run that waits for rank 0's samples,
+# and before train.stall_minutes could tell which process is where
+TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
+DEFAULT_TIMEOUT = 30
 
 
 def init_distributed(tf32: bool = False) -> torch.device:
@@ -22,18 +32,17 @@ def init_distributed(tf32: bool = False) -> torch.device:
 
     Returns:
         This process's device.
+
+    Raises:
+        ValueError: the launcher's variables contradict each other, or the processes do not find
+            each other.
     """
     quiet_deepspeed()
-    # started without a launcher, as `python sra_fast/train.py`, or by such a process
-    alone = "RANK" not in os.environ or (
-        os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ
-    )
-    if alone:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    read_launcher(group=not dist.is_initialized())
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda", cuda_index()) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
     else:
@@ -42,12 +51,61 @@ def init_distributed(tf32: bool = False) -> torch.device:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(max(1, _num_cores() // processes))
     backend = "nccl" if cuda else "gloo"
-    if alone and not dist.is_initialized():
-        # no port: two runs that start at the same moment could choose the same one
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        _join(backend)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(backend, verbose=False)
-    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return device
+
+
+def _join(backend: str) -> None:
+    """Make torch's process group."""
+    rank = int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
+    if world == 1:
+        # no port: two runs that start at the same moment could choose the same one
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    host = os.environ["MASTER_ADDR"]
+    port = os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ValueError(
+            f"MASTER_ADDR must be the host of rank 0, got {host!r}: {error.strerror}"
+        ) from None
+    timeout = timedelta(minutes=_timeout_minutes())
+    try:
+        # torch's own way, which also knows the store of torchrun, with a limit for the start alone
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set_timeout(timeout)
+        store = dist.PrefixStore("default_pg", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(_why_apart(str(error), host, port)) from None
+
+
+def _timeout_minutes() -> int:
+    """How long a collective operation may wait for the other processes."""
+    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT))
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{TIMEOUT_VARIABLE} must be a number of minutes, got {text!r}")
+    return int(text)
+
+
+def _why_apart(text: str, host: str, port: str) -> str:
+    """One line about processes that do not find each other, from torch's many."""
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return (
+            f"MASTER_PORT {port} is in use on this machine: set another one (torchrun and deepspeed: "
+            "--master_port)"
+        )
+    if "EADDRNOTAVAIL" in text or "cannot assign requested address" in text.lower():
+        return f"MASTER_ADDR must be an address of rank 0's machine, got {host}"
+    reason = text.strip().splitlines()[0][:200] if text.strip() else "no reason given"
+    return (
+        f"the processes do not find each other at MASTER_ADDR {host}, MASTER_PORT {port}: {reason}"
+    )
 
 
 def _num_cores() -> int:

@@ -56,8 +56,12 @@ class TeacherGroup:
         parts = [copy.view(-1) for copy in self.copies.values()]
         torch._foreach_copy_(parts, [flats[i] for i in self.group.flats])
 
-    def gather(self) -> list[dist.Work]:
-        """Start to fill the buffer from every rank's part."""
+    def gather(self, taken: Tensor | None = None) -> list[dist.Work]:
+        """Start to fill the buffer from every rank's part.
+
+        ``taken``: 0-d bool on the device: whether the last optimizer step has written this rank's
+        part; None: it has, or ``store`` has.
+        """
         if not self.sharded:
             return []
         # NCCL and Gloo agree on bytes
@@ -88,6 +92,7 @@ class Fp8TeacherGroup(TeacherGroup):
 
     Attributes:
         multiplier: ``[S]`` fp32, of the S weights: what the next pass multiplies by.
+        held: ``[S]``, what this rank's part was multiplied by when it was last written.
         in_use: ``[S]``, what the gathered weights were multiplied by.
         amax: ``[S]``, the largest magnitudes that the last pass has met.
     """
@@ -97,8 +102,11 @@ class Fp8TeacherGroup(TeacherGroup):
         device = self.buffer.device
         offsets = list(group.offsets.values())
         self.multiplier = torch.ones(len(offsets), device=device)
+        self.held = torch.ones_like(self.multiplier)
         self.in_use = torch.ones_like(self.multiplier)
         self.amax = torch.ones_like(self.multiplier)
+        # whether the pass that is being followed has written anything; None: it has
+        self.taken: Tensor | None = None
 
         # where each weight ends in this rank's part of the buffer, seen from each owner
         ends = [*offsets[1:], len(self.buffer)]
@@ -138,22 +146,34 @@ class Fp8TeacherGroup(TeacherGroup):
             return None
         return dist.all_reduce(self.amax, dist.ReduceOp.MAX, async_op=async_op)
 
-    def gather(self) -> list[dist.Work]:
-        # the pass before has written with these multipliers; the scales of the products undo them
-        self.in_use.copy_(self.multiplier)
+    def gather(self, taken: Tensor | None = None) -> list[dist.Work]:
+        self._follow(taken)
+        # the scales of the products undo the multipliers
+        self.in_use.copy_(self.held)
         self.scales.copy_(self.in_use.reciprocal()[self.weight_of_row, None])
-        handles = super().gather()
+        handles = super().gather(taken)
         amax = self._reduce_amax(async_op=True)
         return handles if amax is None else [*handles, amax]
 
+    def _follow(self, taken: Tensor | None) -> None:
+        """The pass before has written with the multipliers that it was given, if it was taken."""
+        self.taken = taken
+        self.held.copy_(self._if_taken(self.multiplier, self.held))
+
+    def _if_taken(self, new: Tensor, old: Tensor) -> Tensor:
+        return new if self.taken is None else torch.where(self.taken, new, old)
+
     def gathered(self) -> None:
-        # from what the last pass has measured, for the next one
-        self.multiplier.copy_(power_of_two_multiplier(self.amax))
+        # from what the last pass has measured, for the next one; a pass that was not taken has
+        # measured nothing
+        chosen = power_of_two_multiplier(self.amax)
+        self.multiplier.copy_(self._if_taken(chosen, self.multiplier))
         self.amax.zero_()
 
-    def skip(self) -> None:
+    def skip(self, taken: Tensor | None = None) -> None:
         """Called after an optimizer step that no gather follows: choose the next scales all the
         same.
         """
+        self._follow(taken)
         self._reduce_amax()
         self.gathered()

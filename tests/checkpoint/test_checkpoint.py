@@ -86,7 +86,9 @@ def trainer_of(*args):
 def test_diverged_weights_are_not_saved(tmp_path, precision):
     args = f"--train.precision {precision} --optim.lr 1e30 --optim.weight_decay 0"
     trainer, data = trainer_of(*args.split())
-    with pytest.raises(FloatingPointError, match="resume from the last checkpoint"):
+    with pytest.raises(
+        FloatingPointError, match="updates in a row were skipped .*; there is no checkpoint yet"
+    ):
         train(trainer, data, tmp_path)
     assert not (tmp_path / "checkpoints/latest").exists()
 

@@ -69,6 +69,20 @@ def test_reading_gives_what_was_packed(tmp_path, dtype):
     assert torch.equal(data.to_latent(moments, noise), (mean + std * noise) * 0.18215)
 
 
+def test_an_image_is_found_by_its_number(tmp_path):
+    files, packed = pack(tmp_path)
+    assert files.locate(3) == "image 3 (00000/img-mean-std-00000006.npy)"
+    assert np.array_equal(
+        np.load(files.root / "00000/img-mean-std-00000006.npy"), files.__getitems__([3])[0][0]
+    )
+    # shards of 7, 7, 7 and 2
+    assert packed.locate(0) == "image 0 (shards/00000.npy, row 0)"
+    assert packed.locate(7) == "image 7 (shards/00001.npy, row 0)"
+    assert packed.locate(22) == "image 22 (shards/00003.npy, row 1)"
+    shard = np.load(packed.root / "shards/00003.npy")
+    assert np.array_equal(shard[1], packed.__getitems__([22])[0][0])
+
+
 def test_every_fifth_image_is_held_out(tmp_path):
     for data in pack(tmp_path):
         (train, train_rows), (held_out, held_out_rows) = data.held_out_split()

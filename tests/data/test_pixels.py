@@ -56,6 +56,8 @@ def test_packed_images_are_the_crops(images):
     assert torch.equal(pixels[1], expected)
     assert labels.tolist() == [2, 1]
     assert torch.equal(data.to_latent(pixels, None), pixels.float() / 127.5 - 1)
+    assert data.locate(11) == "image 11 (shards/00002.npy, row 1)"
+    assert np.array_equal(np.load(images / "packed/shards/00002.npy")[1], pixels[0])
     index = json.loads((images / "packed/index.json").read_text())
     everything = data.read(list(range(12))).images.double()
     assert index["channels"]["mean"] == pytest.approx(everything.mean((0, 2, 3)).tolist())
@@ -180,6 +182,7 @@ def test_an_array_is_read_as_it_is(tmp_path):
     data = open_data(DataConfig(path=str(tmp_path / "x.npz")))
     assert isinstance(data, PixelArray)
     assert (data.shape, data.num_classes) == ((5, 8, 8), 3)
+    assert data.locate(7) == "image 7"
     pixels, labels = data.__getitems__([7, 2])
     assert np.array_equal(pixels.permute(0, 2, 3, 1).numpy(), arrays["arr_0"][[7, 2]])
     assert labels.tolist() == [1, 2]

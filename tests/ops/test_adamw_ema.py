@@ -6,7 +6,7 @@ from conftest import assert_kernel_close
 from triton import knobs
 
 from sra_fast.kernels import adamw_ema as kernels
-from sra_fast.ops.adamw_ema import _op, adamw_ema_, adamw_ema_ref_
+from sra_fast.ops.adamw_ema import DeviceStep, _op, adamw_ema_, adamw_ema_ref_
 from sra_fast.ops.fp8 import Fp8Copy, power_of_two_multiplier
 from sra_fast.ops.quantize_rows import E4M3
 
@@ -64,6 +64,13 @@ def check(state, grads, **kw):
             # the interpreter truncates to bf16, a GPU rounds
             unit = 2**-7 if state[name].dtype == torch.bfloat16 else 2**-11
             torch.testing.assert_close(state[name].float(), state[source], rtol=unit, atol=1e-7)
+
+
+def device_step(count, taken, device, lr_factor=None):
+    """Update number ``count`` of ``HYPER``, on the device."""
+    tensor = lambda value: torch.tensor(value, device=device)
+    factor = None if lr_factor is None else tensor(lr_factor).double()
+    return DeviceStep.of(tensor(count).double(), HYPER["betas"], tensor(taken), factor)
 
 
 @pytest.mark.parametrize("half", HALF, ids=str)
@@ -335,14 +342,19 @@ def test_operator_registration_and_compile(device):
             clip,
             *args,
             None,
+            None,
         ),
     )
     moments = state["exp_avg"], state["exp_avg_sq"]
-    torch.library.opcheck(_op, (state["param"], grads[:1], *moments, *[None] * 7, *args, None))
     torch.library.opcheck(
-        _op,
-        (state["param"], [grads[0][:8], grads[1][16:32]], *moments, *[None] * 7, *args, [8, 16]),
+        _op, (state["param"], grads[:1], *moments, *[None] * 7, *args, None, None)
     )
+    numbers = device_step(3, True, device).numbers
+    pieces = [grads[0][:8], grads[1][16:32]]
+    for given in (None, numbers):
+        torch.library.opcheck(
+            _op, (state["param"], pieces, *moments, *[None] * 7, *args, [8, 16], given)
+        )
     same = {k: v.clone() for k, v in state.items()}
     fn = torch.compile(
         lambda s, g: step_all(adamw_ema_, s, [g], **HYPER, backend="triton"),
@@ -399,6 +411,11 @@ def test_rejects_bad_input(device):
             "contiguous",
         ),
         ({"step": 0}, "step >= 1"),
+        ({"step": torch.ones((), device=device)}, "or a DeviceStep, got tensor"),
+        ({"step": DeviceStep([1.0] * 4)}, "step.numbers as a tensor, got list"),
+        ({"step": DeviceStep(torch.ones(4, device=device))}, r"\[4\] fp64.* got .*float32"),
+        ({"step": DeviceStep(torch.ones(3, device=device).double())}, r"\[4\] fp64.* got .*\[3\]"),
+        ({"step": DeviceStep(torch.ones(4, device="meta").double())}, r"\[4\] fp64.* got .*meta"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": float("inf")}, "lr=inf"),

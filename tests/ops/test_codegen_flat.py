@@ -55,11 +55,14 @@ def noise_launches(dtype):
 def ema_launches(dtype, copy=torch.bfloat16):
     # five elements past a whole number of chunks need a second launch
     ema = torch.zeros(ema_kernels.CHUNK + 5)
-    for copies in ([], [ema.to(copy)]):
-        ema_kernels.ema_update_([ema], [ema.to(dtype)], copies, 0.9)
+    decays = (0.9, torch.full((), 0.9, dtype=torch.float64))
+    for copies, decay in product(([], [ema.to(copy)]), decays):
+        ema_kernels.ema_update_([ema], [ema.to(dtype)], copies, decay)
 
 
 def adamw_launches(dtype, half=torch.bfloat16, fp8=False):
+    # the number of the update on the host and on the device
+    counts = (None, meta(4, dtype=torch.float64))
     # beyond 2^31 elements the length is a 64-bit integer
     for N in (4096, 2**31 + 53):
         full = meta(N)
@@ -71,9 +74,9 @@ def adamw_launches(dtype, half=torch.bfloat16, fp8=False):
             e4m3 = meta(N, dtype=torch.float8_e4m3fn)
             scaling = lambda S: (meta(S), meta(S), meta(S, dtype=torch.int64))
             outputs = [(copy, full, e4m3, *scaling(S), meta()) for S in SEGMENTS]
-        for given in outputs:
+        for given, numbers in product(outputs, counts):
             adamw_kernels.adamw_ema_(
-                full, grad, full, full, *given, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9
+                full, grad, full, full, *given, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, None, numbers
             )
 
 
@@ -82,11 +85,10 @@ def pieces_launches(dtype, fp8=False):
     scaling = lambda S: (torch.zeros(S), torch.zeros(S), torch.zeros(S, dtype=torch.int64))
     copies = [(e4m3, *scaling(S)) for S in SEGMENTS] if fp8 else [(copy, None, None, None)]
     pieces = [torch.zeros(n, dtype=dtype) for n in (1024, 3072)]
-    for outputs in copies:
+    for outputs, numbers in product(copies, (None, torch.ones(4, dtype=torch.float64))):
         outputs = (copy, full, *outputs, torch.zeros(()))
-        adamw_kernels.adamw_ema_(
-            full, pieces, full, full, *outputs, 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9, [0, 1024]
-        )
+        scalars = (1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.9)
+        adamw_kernels.adamw_ema_(full, pieces, full, full, *outputs, *scalars, [0, 1024], numbers)
 
 
 def gelu_launches(dtype):
@@ -204,11 +206,15 @@ def expected(request):
         stores = vectors(request, ["out"], 16) + Counter({32: 1})
     elif request.kernel == "_ema_kernel":
         copy = args["WRITE_COPY"]
-        loads = vectors(request, ["ema_like", "p_like"], 16) + Counter({64: 3 + copy})
+        entries = 3 + copy + bool(args["decay_ptr"])
+        loads = vectors(request, ["ema_like", "p_like"], 16) + Counter({64: entries})
         stores = vectors(request, ["ema_like", *["copy_like"] * copy], 16)
     else:
         state = ["param", "exp_avg", "exp_avg_sq", *["ema"] * args["EMA"]]
         loads = vectors(request, ["grad", *state], 8) + Counter({32: int(args["CLIP"])})
+        if args["numbers_ptr"]:
+            # the two bias corrections, the factor of the learning rate, whether it is taken
+            loads += Counter({64: 4})
         if args["begin_ptr"]:
             # the block's first piece and its begin; in the loop begin, address and count of a piece
             loads += Counter({32: 1, 64: 4})

@@ -52,6 +52,44 @@ def test_update(dtypes, decay, device):
     check(*make(dtypes, device), decay)
 
 
+def on_device(decay, device):
+    return torch.tensor(decay, dtype=torch.float64, device=device)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("decay", [0.9999, 0.3, 0.0])
+def test_a_decay_on_the_device_gives_the_same_bits(decay, backend, device):
+    ema, params = make(DTYPES, device)
+    copies = [torch.full_like(e, float("nan"), dtype=torch.bfloat16) for e in ema]
+    same = [e.clone() for e in ema]
+    same_copies = [c.clone() for c in copies]
+    ema_update_(ema, params, on_device(decay, device), copies, backend=backend)
+    ema_update_(same, params, decay, same_copies, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(ema + copies, same + same_copies, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_with_decay_1_on_the_device_nothing_moves(backend, device):
+    """Whatever the parameters, and the copies, which need not be the rounded average."""
+    ema, params = make(DTYPES, device)
+    for p in params:
+        p.fill_(float("nan"))
+    ema[0][:7] = -0.0
+    copies = [torch.full_like(e, 7.0, dtype=torch.bfloat16) for e in ema]
+    before = [x.clone().view(-1).view(torch.uint8) for x in ema + copies]
+    one = on_device(1.0, device)
+    # fp64 and another order in memory go to the reference
+    ema_update_(ema, params, one, copies, backend=backend)
+    assert all(
+        torch.equal(x.view(-1).view(torch.uint8), old)
+        for x, old in zip(ema + copies, before, strict=True)
+    )
+    for e in (torch.ones(3, 4, device=device).t(), torch.ones(5, device=device).double()):
+        p = torch.full(e.shape, float("nan"), device=device)
+        ema_update_([e], [p], one, backend=backend)
+        assert (e == 1).all()
+
+
 @pytest.mark.parametrize("copy_dtype", DTYPES[1:], ids=str)
 def test_copies(copy_dtype, device):
     ema, params = make(DTYPES, device)
@@ -180,8 +218,9 @@ def test_parameters_that_require_grad(device):
 def test_operator_registration_and_compile(device):
     ema, params = make([torch.bfloat16], device, [(40,), (5, 3)])
     copies = [torch.zeros_like(e, dtype=torch.bfloat16) for e in ema]
-    for given in ([], copies):
-        torch.library.opcheck(_op, (ema, params, given, 0.9, False))
+    on_device = torch.tensor(0.9, dtype=torch.float64, device=device)
+    for given, decay in ((([]), None), (copies, None), (copies, on_device)):
+        torch.library.opcheck(_op, (ema, params, given, 0.9, False, decay))
     same = [e.clone() for e in ema]
     fn = torch.compile(
         lambda e, p: ema_update_(e, p, 0.9, backend="triton"), fullgraph=True, backend="aot_eager"
@@ -207,10 +246,18 @@ def test_rejects_bad_input(device):
         ),
         ((ema, params, 0.9, [e.clone() for e in ema]), "copies bf16 or fp16"),
         ((ema, params, 1.5), r"decay in \[0, 1\], got 1.5"),
+        ((ema, params, torch.ones((), device=device)), r"one number, fp64, on .* got .*float32"),
+        (
+            (ema, params, torch.ones(2, device=device).double()),
+            r"one number, fp64, on .* got \[2\]",
+        ),
+        ((ema, params, on_device(0.9, "meta")), "one number, fp64, on .* got .*meta"),
     ):
         with pytest.raises(ValueError, match=match):
             ema_update_(*bad)
     ema_update_([], [], 0.9)
+    with pytest.raises(ValueError, match="decay as a number with backend='cuda', got a tensor"):
+        ema_update_(ema, params, on_device(0.9, device), backend="cuda")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +275,8 @@ def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypat
     monkeypatch.setenv("SRA_FAST_BUILD_EXT", asked)
     caplog.set_level(logging.INFO)
     assert [_choose(torch.zeros(1), "auto") for _ in range(2)] == [choice] * 2
+    # the extension takes no decay on the device; that is not news
+    assert _choose(torch.zeros(1), "auto", on_device=True) == "triton"
     (record,) = caplog.records
     assert record.levelname == level
     assert {"cuda": "CUDA extension", "triton": "in Triton"}[choice] in record.getMessage()

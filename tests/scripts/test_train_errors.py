@@ -13,9 +13,7 @@ TINY = (
     *("--train.loggers", "[]"),
 )
 DIVERGES = ("--optim.lr", 1e30, "--optim.warmup_steps", 0)
-MESSAGE = (
-    r"(?:loss|grad_norm|loss and grad_norm) not finite in the 2 steps up to \d+; resume from the"
-)
+MESSAGE = r"gradients not finite: \d+ updates in a row were skipped up to step \d+; there is no"
 
 
 def test_divergence_is_one_line(tmp_path):
@@ -55,7 +53,7 @@ from sra_fast import train
 from sra_fast.training import run
 
 
-def fails_alone(plan, device):
+def fails_alone(plan, device, stop):
     if dist.get_rank() == {rank}:
         raise ValueError("this rank alone")
     dist.barrier()

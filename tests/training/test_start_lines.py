@@ -54,7 +54,8 @@ def test_the_six_lines_of_a_digits_run(monkeypatch):
         "machine  1 process on CPU (2 threads), fp32, ZeRO 1, no CUDA graph, blocks not compiled",
         # 1437 // 8 = 179 steps in an epoch
         "steps    0 to 400 (2.2 epochs), batch 8 = 1 process x 8 images x 1 micro-step; "
-        "checkpoint every 100 steps and at the end, no samples while training",
+        "checkpoint every 100 steps, every 30 minutes and at the end, the newest 3 kept, no samples "
+        "while training",
         "curves   runs/x/000/stats.jsonl; loss.png at every checkpoint; "
         "tensorboard --logdir runs/x/000/tensorboard",
     ]

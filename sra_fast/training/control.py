@@ -1,0 +1,161 @@
+"""What ends or interrupts training: agreed by all processes, at the same step, without a device
+sync.
+"""
+
+import logging
+import time
+
+from sra_fast.config.schema import Config
+from sra_fast.training.agreement import Agreement
+from sra_fast.training.saver import Saver
+from sra_fast.training.signals import StopSignals
+from sra_fast.training.trainer import Trainer
+from sra_fast.training.watch import RollBack, StepWatch
+
+log = logging.getLogger("sra_fast")
+
+# what the processes tell each other
+FLAGS = ("stop", "save", "failed", "diverged", "roll_back")
+# updates skipped in a row from which on weights are not worth a checkpoint
+DOUBTFUL = 2
+
+
+class Control:
+    """Decides after every step whether training stops, goes back, or writes a checkpoint.
+
+    Args:
+        trainer: of the run.
+        saver: writes the checkpoints.
+        watch: looks at single steps.
+        stop: open signals that end the run early; None: nothing does.
+
+    Making one is collective.
+
+    Attributes:
+        asked: code of the signal that ends the run after this step; 0: it goes on.
+        due: a checkpoint is due.
+    """
+
+    def __init__(self, trainer: Trainer, saver: Saver, watch: StepWatch, stop: StopSignals | None):
+        self.cfg: Config = trainer.cfg
+        self.trainer = trainer
+        self.saver = saver
+        self.watch = watch
+        self.stop = stop
+        self.agreement = Agreement(FLAGS)
+        self.saved_at = time.monotonic()
+        self.asked = 0
+        self.due = False
+
+    def __enter__(self) -> "Control":
+        return self
+
+    def __exit__(self, *error) -> None:
+        # a save that has begun is finished, whatever ends the training
+        self.saver.wait()
+        self.agreement.close()
+
+    def after_step(self, done: int) -> None:
+        """Called by every process after ``done`` steps.
+
+        Raises:
+            FloatingPointError: too many updates were skipped in a row.
+            RollBack: training has to go back.
+            Exception: what a save has failed with.
+        """
+        self.agreement.tell(**self._flags())
+        decided = self.agreement.step(done)
+        if decided is not None:
+            self._act(decided, done)
+        train = self.cfg.train
+        if done % train.save_every == 0 or done == train.steps or self.asked:
+            self.due = True
+
+    def _flags(self) -> dict[str, int]:
+        """What this process has to say, zero for nothing."""
+        minutes = self.cfg.train.save_minutes
+        late = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        return {
+            "stop": self.stop.code if self.stop is not None else 0,
+            # one clock is enough
+            "save": int(bool(late) and self.trainer.rank == 0),
+            "failed": int(self.saver.error is not None),
+            **self.watch.flags,
+        }
+
+    def _act(self, decided: dict[str, int], done: int) -> None:
+        """Act on what all processes have agreed on."""
+        if decided["failed"]:
+            self._raise_error(done)
+        if decided["diverged"]:
+            raise self.diverged(done)
+        if decided["roll_back"]:
+            raise RollBack(decided["roll_back"] - 1)
+        # a run that is through ends by itself
+        if decided["stop"] and done < self.cfg.train.steps:
+            self.asked = decided["stop"]
+        if decided["save"]:
+            self.due = True
+
+    def _raise_error(self, done: int) -> None:
+        """Raise what the last save has failed with; weights that are not finite may be left
+        behind.
+        """
+        self.saver.wait()
+        error = self.saver.error
+        assert error is not None
+        if isinstance(error, FloatingPointError) and self.cfg.train.on_nan == "rollback":
+            log.warning("%s", error)
+            self.saver.error = None
+            raise RollBack(done - 1)
+        raise error
+
+    def ready_to_save(self, done: int) -> bool:
+        """Whether the weights after ``done`` steps are worth a checkpoint; collective.
+
+        The log is written up to this step, so that the device has been waited for. After an update
+        that was skipped, the next one that is taken shows whether the weights are to blame.
+
+        Raises:
+            As ``after_step``.
+        """
+        # processes may have noticed different things at this step: ask them all, now
+        self.agreement.tell(**self._flags())
+        self._act(self.agreement.now(), done)
+        skipped = int(self.trainer.guard.counts[2])
+        if not skipped:
+            return True
+        final = self.asked or done == self.cfg.train.steps
+        if final and skipped >= DOUBTFUL:
+            raise self.diverged(done)
+        return bool(final)
+
+    def saved(self) -> None:
+        """A checkpoint has been begun."""
+        self.due = False
+        self.saved_at = time.monotonic()
+
+    def finish(self, done: int) -> None:
+        """Wait for the last save.
+
+        Raises:
+            Exception: what it has failed with.
+        """
+        self.saver.wait()
+        if self.saver.error is not None:
+            self._raise_error(done)
+
+    def diverged(self, done: int) -> FloatingPointError:
+        """The error of a run whose gradients do not become finite again."""
+        step = self.saver.parent
+        if step is None:
+            stands = "there is no checkpoint yet: begin anew with"
+        else:
+            stands = f"the checkpoint of step {step} is whole: resume it with"
+        # noticed a row or two late: other updates may have been taken since
+        skipped, up_to = self.watch.diverged or (int(self.trainer.guard.counts[2]), done)
+        updates = "1 update was" if skipped == 1 else f"{skipped} updates in a row were"
+        return FloatingPointError(
+            f"gradients not finite: {updates} skipped up to step {up_to}; {stands} a smaller "
+            "optim.lr or align.weight"
+        )

@@ -1,0 +1,225 @@
+"""What ends or interrupts training: updates that are not finite, signals, the clock, failed saves."""
+
+import logging
+import math
+
+import pytest
+import torch
+from tiny_config import config
+
+from sra_fast.checkpoint.manifest import Progress, read_manifest
+from sra_fast.checkpoint.reading import CHECKPOINTS
+from sra_fast.data.dataset import make_dataset
+from sra_fast.training import control, saver, saving
+from sra_fast.training.logger import read_rows
+from sra_fast.training.loop import image_order, train
+from sra_fast.training.plan import RunPlan, make_plan
+from sra_fast.training.run import run
+from sra_fast.training.signals import Stopped, StopSignals
+from sra_fast.training.trainer import build
+from sra_fast.zero.process_group import init_distributed
+
+pytestmark = pytest.mark.usefixtures("rooms")
+STEPS = 6
+BASE = (
+    f"--train.steps {STEPS} --train.log_every 1 --train.save_every 2 --train.precision fp32 "
+    "--train.loggers [] --train.export [] --sample.steps 2 --train.keep 0"
+).split()
+
+
+def made(*args):
+    cfg = config(*BASE, *args)
+    trainer = build(make_plan(cfg), init_distributed())
+    return trainer, make_dataset(cfg)
+
+
+def poison(data, trainer, *steps):
+    """Make an image of each of these 0-based steps NaN, and return their numbers."""
+    order = image_order(trainer, len(data), Progress(0))
+    numbers = [order.numbers(step, 0)[3] for step in steps]
+    data.images = data.images.clone()
+    data.images[numbers] = math.nan
+    return numbers
+
+
+def state(trainer):
+    masters = trainer.masters
+    kinds = {key: masters.gather(masters.state(key)) for key in ("exp_avg", "exp_avg_sq", "ema")}
+    return {"master": masters.gather(masters.flats), **kinds}
+
+
+def same(a, b):
+    return all(torch.equal(a[kind][name], b[kind][name]) for kind in a for name in a[kind])
+
+
+def steps_in(folder):
+    return sorted(int(path.name[5:]) for path in (folder / CHECKPOINTS).glob("step_*"))
+
+
+def whole_run(tmp_path, data, *args):
+    """A run with this data, through ``run``."""
+    cfg = config(*BASE, "--train.out", str(tmp_path), *args)
+    plan = make_plan(cfg)
+    data.evaluation = None
+    return run(RunPlan(plan, data, None, {}, False), init_distributed())
+
+
+def test_one_bad_image_costs_one_update(tmp_path, caplog):
+    trainer, data = made()
+    (number,) = poison(data, trainer, 3)
+    with caplog.at_level(logging.WARNING):
+        rows = train(trainer, data, tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 0, 0]
+    assert all(math.isfinite(row["loss"]) != (row["step"] == 4) for row in rows)
+    assert f"step 4, rank 0: the loss is nan; not finite: {data.locate(number)}" in caplog.messages
+    assert trainer.guard.counts.tolist() == [5, 1, 0]
+    # step 4 was to be saved: the next step, whose update was taken, is saved in its place
+    assert steps_in(tmp_path) == [2, 5, 6]
+    assert read_manifest(tmp_path / CHECKPOINTS / "step_00000006").counts == [5, 1, 0]
+
+
+def test_stop_at_the_first(tmp_path):
+    trainer, data = made("--train.on_nan", "stop")
+    poison(data, trainer, 3)
+    said = "1 update was skipped up to step 4; the checkpoint of step 2 is whole: resume it with"
+    with pytest.raises(FloatingPointError, match=said):
+        train(trainer, data, tmp_path)
+    assert steps_in(tmp_path) == [2]
+
+
+def test_too_many_in_a_row(tmp_path):
+    trainer, data = made("--train.skip_limit", "2", "--train.save_every", "100")
+    poison(data, trainer, 1, 2)
+    with pytest.raises(FloatingPointError, match="2 updates in a row were skipped up to step 3;"):
+        train(trainer, data, tmp_path)
+    assert steps_in(tmp_path) == []
+
+
+def test_a_run_does_not_end_well_on_updates_that_were_skipped(tmp_path):
+    trainer, data = made("--train.save_every", "100")
+    poison(data, trainer, STEPS - 2, STEPS - 1)
+    with pytest.raises(FloatingPointError, match="2 updates in a row"):
+        train(trainer, data, tmp_path)
+    assert steps_in(tmp_path) == []
+
+
+def test_rollback_leaves_the_images_out(tmp_path, caplog):
+    """Back to step 2, on with the images after the bad step; the same as such a run by hand."""
+    trainer, data = made()
+    poison(data, trainer, 3)
+    with caplog.at_level(logging.WARNING):
+        whole_run(tmp_path / "run", data, "--train.on_nan", "rollback")
+    said = "back to the checkpoint of step 2; the images of the 2 steps after it are left out"
+    assert said in caplog.messages
+    folder = tmp_path / "run/000"
+    last = folder / CHECKPOINTS / "step_00000006"
+    manifest = read_manifest(last)
+    assert manifest.progress == Progress(6, 2)
+    assert manifest.counts == [6, 0, 0], "the state before the bad step has no skipped update"
+    assert [row["step"] for row in read_rows(folder / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+    clean = make_dataset(trainer.cfg)
+    other, _ = made()
+    saving.load(other, folder / CHECKPOINTS / "step_00000002")
+    (tmp_path / "by_hand").mkdir()
+    train(other, clean, tmp_path / "by_hand", Progress(2, 2))
+    resumed, _ = made()
+    assert saving.load(resumed, last) == Progress(6, 2)
+    assert same(state(other), state(resumed))
+
+
+def test_no_checkpoint_to_go_back_to(tmp_path):
+    trainer, data = made()
+    poison(data, trainer, 0)
+    with pytest.raises(FloatingPointError, match="step 1 asks for the last checkpoint, and there"):
+        whole_run(tmp_path, data, "--train.on_nan", "rollback")
+
+
+def test_going_back_again_and_again_ends(tmp_path, monkeypatch):
+    trainer, data = made()
+    # every image after the first checkpoint
+    order = image_order(trainer, len(data), Progress(0))
+    seen = {number for step in (0, 1) for number in order.numbers(step, 0)}
+    bad = [number for number in range(len(data)) if number not in seen]
+    data.images = data.images.clone()
+    data.images[bad] = math.nan
+    args = ("--train.on_nan", "rollback", "--train.skip_limit", "2")
+    with pytest.raises(FloatingPointError, match="went back to step 2 2 times without reaching"):
+        whole_run(tmp_path, data, *args)
+
+
+@pytest.mark.parametrize("kind", ["ema", "exp_avg_sq", "master"])
+def test_what_is_not_finite_is_not_committed(tmp_path, kind):
+    """Behind the teacher's layers nothing in a step would notice it."""
+    trainer, data = made("--align", "none")
+    flats = trainer.masters.flats if kind == "master" else trainer.masters.state(kind)
+    flats[0][-1] = math.nan
+    with pytest.raises(FloatingPointError, match=r"is not finite|updates in a row"):
+        train(trainer, data, tmp_path)
+    assert steps_in(tmp_path) == []
+
+
+def test_an_ema_that_is_not_finite_goes_back(tmp_path, monkeypatch):
+    trainer, data = made()
+    spoiled = []
+    finished = control.Control.after_step
+
+    def after_step(self, done):
+        # once, in the step that is saved next
+        if done == 4 and not spoiled:
+            spoiled.append(done)
+            self.trainer.ema.flats[0][5] = math.nan
+        finished(self, done)
+
+    monkeypatch.setattr(control.Control, "after_step", after_step)
+    whole_run(tmp_path, data, "--train.on_nan", "rollback", "--align", "none")
+    assert spoiled and steps_in(tmp_path / "000") == [2, 4, 6]
+    last, _ = made("--align", "none")
+    saving.load(last, tmp_path / "000" / CHECKPOINTS / "step_00000006")
+    assert all(flat.isfinite().all() for flat in last.ema.flats)
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
+    trainer, data = made("--train.save_every", "100")
+    stop = StopSignals()
+    stop.code = 15
+    with pytest.raises(
+        Stopped, match=r"stopped by SIGTERM after step 1; .* step_00000001 is whole"
+    ):
+        train(trainer, data, tmp_path, stop=stop)
+    assert steps_in(tmp_path) == [1]
+    # and the run that goes on is the uninterrupted one
+    whole, data = made("--train.save_every", "100")
+    (tmp_path / "whole").mkdir()
+    train(whole, data, tmp_path / "whole")
+    resumed, data = made("--train.save_every", "100")
+    start = saving.load(resumed, tmp_path / CHECKPOINTS / "step_00000001")
+    train(resumed, data, tmp_path, start)
+    assert same(state(whole), state(resumed))
+
+
+def test_minutes_between_checkpoints(tmp_path, monkeypatch):
+    """A clock that shows one minute more at every look."""
+    minutes = iter(range(1000))
+    monkeypatch.setattr(control.time, "monotonic", lambda: 60.0 * next(minutes))
+    trainer, data = made("--train.save_every", "100", "--train.save_minutes", "2.5")
+    train(trainer, data, tmp_path)
+    found = steps_in(tmp_path)
+    assert len(found) == 2 and found[-1] == STEPS, found
+    trainer, data = made("--train.save_every", "100", "--train.save_minutes", "0")
+    (tmp_path / "never").mkdir()
+    train(trainer, data, tmp_path / "never")
+    assert steps_in(tmp_path / "never") == [STEPS]
+
+
+def test_a_failed_save_is_an_error_at_the_next_step(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "the file")
+
+    trainer, data = made()
+    monkeypatch.setattr(saver, "write_pieces", full)
+    with pytest.raises(
+        ValueError, match=r"checkpoint of step 2 .*No space left .*is no checkpoint"
+    ):
+        train(trainer, data, tmp_path)
+    assert steps_in(tmp_path) == []
