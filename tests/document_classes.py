@@ -209,6 +209,12 @@ CLASSES = {
     "sra-fast import-weights --from pipeline": Execute(after=(PIPELINE,), makes=("w.safetensors",)),
     IMPORT_SIT: Execute("--num_heads 2", makes=("sit_xl2.safetensors",)),
     IMPORT_DIT: Execute("--num_heads 2", makes=("dit_xl2.safetensors",)),
+    "sra-fast export --checkpoint OLD_RUN": ParseOnly(
+        "tests/checkpoint/test_version_0_1.py exports such a run"
+    ),
+    "sra-fast train --config mine.yaml --train.resume auto": ParseOnly(
+        "tests/scripts/test_resume.py resumes runs"
+    ),
     PUBLISHED: Execute(
         after=(DEMO,),
         stand_ins={"RUN": "runs/digits/000"},

@@ -6,6 +6,7 @@ saved in ``FOLDER/world2_stage0``, and what the world before has saved is resume
 """
 
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -20,9 +21,10 @@ sys.path.append(str(ROOT / "tests"))
 from launch import free_port  # noqa: E402
 from tiny_config import config  # noqa: E402
 
+from sra_fast.checkpoint.manifest import Progress  # noqa: E402
 from sra_fast.data.dataset import make_dataset  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
-from sra_fast.training import saving  # noqa: E402
+from sra_fast.training import run_folder, saver, saving  # noqa: E402
 from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.plan import make_plan  # noqa: E402
 from sra_fast.training.snapshot import flats_by_kind  # noqa: E402
@@ -62,6 +64,54 @@ def resume(device, source: Path, stage: int, folder: Path) -> dict:
     return {"restored": restored, "final": state_of(trainer), "loss": [row["loss"] for row in rows]}
 
 
+def failing_saves(trainer, folder: Path) -> dict:
+    """Saves that fail on the last rank only; what every rank is told, and what is left."""
+    last = dist.get_world_size() - 1
+    told = {}
+
+    def full(name):
+        if name == "file_half" and dist.get_rank() == last:
+            raise OSError(28, "No space left on device", "/disk/file")
+
+    saving.save(trainer, folder, Progress(1), 0)
+    for case, hook, value in (("full", full, 0.0), ("nan", lambda name: None, float("nan"))):
+        place = trainer.masters.segments[-1].of(trainer.masters.flats)[-1:]
+        before = place.clone()
+        if dist.get_rank() == last:
+            place += value
+        saver.at_phase = hook
+        background = saver.Saver(trainer, folder)
+        background.save(Progress(2), 0)
+        background.close()
+        saver.at_phase = lambda name: None
+        place.copy_(before)
+        messages: list = [None] * dist.get_world_size()
+        error = background.error
+        dist.all_gather_object(messages, f"{type(error).__name__}: {error}")
+        told[case] = messages
+    dist.barrier()
+    told["left"] = sorted(path.name for path in folder.iterdir())
+    return told
+
+
+def damaged_choice(run: Path) -> list[str]:
+    """What every rank is told of a run whose newest checkpoint has a flipped bit in a file that the
+    last rank looks at.
+    """
+    rank = dist.get_rank()
+    file = run / f"checkpoints/step_{2 * SAVED:08d}/rank_00001.safetensors"
+    if rank == 0:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    with run_folder.opened(run.parent, run / f"checkpoints/step_{2 * SAVED:08d}") as opened:
+        said = [opened.choice.path.name, *opened.choice.remarks]
+    messages: list = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, said)
+    return messages
+
+
 def one_world(out: Path) -> None:
     """What each process of a world does."""
     torch.set_num_threads(1)
@@ -75,6 +125,12 @@ def one_world(out: Path) -> None:
         rows = train(trainer, data, folder)
         loss = [row["loss"] for row in rows]
         results[f"whole_{stage}"] = {"loss": loss, "final": state_of(trainer)}
+    if world == 2:
+        results["failing"] = failing_saves(trainer, out / "failing")
+        run = out / "damaged"
+        if dist.get_rank() == 0:
+            shutil.copytree(folder, run)
+        results["damaged"] = damaged_choice(run)
     # every stage of the world before in another stage here
     for before in WORLDS[: WORLDS.index(world)][-1:]:
         for stage in STAGES:

@@ -169,8 +169,8 @@ def _checked(held: dict) -> Manifest:
     _is(held, "data", dict | None)
     _is(held, "teacher", str | None)
     counts = [float(count) for count in held["counts"]]
-    if len(counts) != 3 or not all(count >= 0 for count in counts):
-        raise ValueError(f"counts should be three numbers of at least 0, got {held['counts']}")
+    if len(counts) != 3 or not all(count >= 0 and count.is_integer() for count in counts):
+        raise ValueError(f"counts should be three whole numbers from 0, got {held['counts']}")
     names = {file_name(rank) for rank in range(held["world"])}
     if set(held["files"]) != names or not names:
         raise ValueError(f"files should be one of each of {held['world']} ranks")

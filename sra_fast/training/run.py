@@ -101,11 +101,15 @@ def _train(
     cfg = trainer.cfg
     # before the first step: a missing file of the monitor stops the run at once
     monitor = Monitor(cfg, trainer.device, folder) if cfg.monitor.every else None
-    saver = Saver(trainer, folder / reading.CHECKPOINTS, data.facts())
     written = folder if trainer.rank == 0 else None
     # how often training has gone back to a step
     returns: Counter[int] = Counter()
-    with Watchdog(cfg.train.stall_minutes) as watchdog:
+    checkpoints = folder / reading.CHECKPOINTS
+    # the lock of the folder outlives the saver, also where training ends with an error
+    with (
+        Saver(trainer, checkpoints, data.facts()) as saver,
+        Watchdog(cfg.train.stall_minutes) as watchdog,
+    ):
         while True:
             logger = TrainLogger(written, cfg, trainer.device, trainer.plan.world, start.step)
             try:
@@ -114,7 +118,6 @@ def _train(
             except RollBack as back:
                 logger.close()
                 start = _go_back(trainer, saver, start.shift, back.bad_step, returns)
-    saver.close()
     return logger
 
 

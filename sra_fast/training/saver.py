@@ -41,6 +41,8 @@ log = logging.getLogger("sra_fast")
 
 # a rank may write much longer than another
 PATIENCE = timedelta(hours=2)
+# seconds that a run which ends with an error gives the save that is under way
+GRACE = 60.0
 LIBRARIES = ("sra-fast", "torch", "deepspeed", "safetensors")
 
 
@@ -84,6 +86,8 @@ class Saver:
             something is not finite, ``SaveFailed`` (a ValueError) if it could not be written; None:
             there was none.
         last: what the last checkpoint that this object has committed is of.
+        parent: step of the last whole checkpoint of the run, whoever has committed it; None: there
+            is none.
         blocked_ms: how long the last ``save`` kept training, in milliseconds.
     """
 
@@ -103,15 +107,17 @@ class Saver:
         self.run_id, self.parent = self._origin()
 
     def _origin(self) -> tuple[str, int | None]:
-        """Id of the run and step of the checkpoint that it goes on from; rank 0 writes them."""
+        """Id of the run, and step of the checkpoint that it goes on from: what rank 0 sees."""
+        found = (uuid.uuid4().hex, None)
         before = named_by_latest(self.folder)
         if self.trainer.rank == 0 and before is not None:
             try:
                 manifest = read_manifest(before)
-                return manifest.run_id, manifest.step
+                found = (manifest.run_id, manifest.step)
             except ValueError:
+                # it is damaged: `latest` stays where it is until the next save
                 pass
-        return uuid.uuid4().hex, None
+        return self._gathered(found)[0]
 
     def save(self, progress: Progress, epoch: int) -> None:
         """Begin to save what the steps so far have made; an earlier save is waited for.
@@ -141,6 +147,16 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.close()
+        elif self.thread is not None:
+            # what is being written becomes whole, unless another rank is gone and waits for nothing
+            self.thread.join(GRACE)
 
     def close(self) -> None:
         """Wait, and give the ranks' connection back."""

@@ -185,6 +185,8 @@ def test_files_that_are_cut_or_gone_are_named(run, name, damage):
         ("world", 0),
         ("counts", [1.0, 0.0]),
         ("counts", ["many", 0, 0]),
+        ("counts", [0.5, 0, 0]),
+        ("counts", [float("inf"), 0, 0]),
         ("files", {"../step_00000003/rank_00000.safetensors": {"size": 1, "sha256": "0" * 64}}),
         ("files", {}),
         ("settings", []),

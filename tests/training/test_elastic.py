@@ -84,3 +84,23 @@ def test_nothing_is_stored_twice(results, world, stage):
     assert len(sizes) == world
     assert sum(sizes) == 4 * sum(v.numel() for v in masters.values())
     assert max(sizes) <= 1.1 * sum(sizes) / world
+
+
+def test_a_save_that_fails_on_one_rank_is_the_same_error_on_all(results):
+    failing = results[2]["failing"]
+    folder = results["folder"] / "failing"
+    fallback = f"; the last whole checkpoint is {folder / 'step_00000001'}"
+    for case, kind in (("full", "SaveFailed: "), ("nan", "FloatingPointError: ")):
+        first, second = failing[case]
+        assert first == second and first.startswith(kind) and first.endswith(fallback)
+        assert "on rank 1" in first
+    assert "/disk/file: No space left on device" in failing["full"][0]
+    assert failing["left"] == ["latest", "step_00000001"]
+
+
+def test_every_rank_takes_the_same_checkpoint(results):
+    remark = (
+        "checkpoint step 4 is damaged: rank_00001.safetensors has another SHA-256; "
+        "going on from step 2"
+    )
+    assert results[2]["damaged"] == [["step_00000002", remark]] * 2
