@@ -7,6 +7,7 @@ ADAMW = "kernels/adamw_ema.py"
 CUDA = "csrc/ema_update.cu"
 O_EMA = "sra_fast/ops/ema_update.py"
 O_ADAMW = "sra_fast/ops/adamw_ema.py"
+O_ADAMW_CHECKS = "sra_fast/ops/_adamw_arguments.py"
 TEACHER = "sra_fast/zero/teacher_weights.py"
 GUARD = "sra_fast/zero/guard.py"
 GUARDED = "sra_fast/zero/guarded_step.py"
@@ -461,7 +462,7 @@ BUGS = [
     # operators
     (
         "a NaN for a learning rate",
-        O_ADAMW,
+        O_ADAMW_CHECKS,
         "finite = all(0 <= number < math.inf for",
         "finite = all(not number < 0 for",
         T_ADAMW,
