@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(folder)
-    warm.warm_up(bench.arguments(folder / "warm", SETTINGS[0]))
+    warm.warm_up(bench.arguments(folder / "warm", SETTINGS[0]), folder)
     jobs = Jobs(options.jobs)
     begun = time.monotonic()
     prepare(bench, jobs)

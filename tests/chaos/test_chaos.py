@@ -70,7 +70,7 @@ def knows_only_the_newest():
 folder = Path(FOLDER)
 bench = run.Bench(folder)
 del run.SETTINGS[1:]
-run.warm.warm_up(bench.arguments(folder / "warm", run.SETTINGS[0]))
+run.warm.warm_up(bench.arguments(folder / "warm", run.SETTINGS[0]), folder)
 jobs = run.Jobs(2)
 run.prepare(bench, jobs)
 for plant, kind, wanted in (
