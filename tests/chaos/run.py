@@ -176,9 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     jobs = Jobs(options.jobs)
     begun = time.monotonic()
     prepare(bench, jobs)
-    chosen = [
-        (i, name, number) for i, (name, number) in enumerate(plan(options.cases, options.only))
-    ]
+    planned = plan(options.cases, options.only, options.without)
+    chosen = [(index, name, number) for index, (name, number) in enumerate(planned)]
     if options.case is not None:
         chosen = [chosen[options.case]]
     found = run_all(bench, chosen, options.seed, jobs, talk=True)
