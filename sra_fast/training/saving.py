@@ -84,23 +84,14 @@ def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:
             for segment in masters.segments:
                 shards.read_into(kind, segment.name, segment.start, segment.of(flats))
     masters.write_weights()
-    _restore_counts(trainer, manifest)
+    trainer.guard.load(manifest.counts)
+    # what the user's DeepSpeed configuration counts by
+    trainer.engine.global_steps = manifest.step
+    trainer.engine.global_samples = manifest.step * trainer.cfg.train.global_batch
     trainer.refresh_teacher(_scales(trainer, manifest))
     # the weights are the rounded masters, or this version of DeepSpeed keeps them elsewhere
     masters.verify(dict(trainer.student.named_parameters()))
     return manifest.progress
-
-
-def _restore_counts(trainer: Trainer, manifest: Manifest) -> None:
-    guard = getattr(trainer, "guard", None)
-    if guard is not None:
-        guard.load(manifest.counts)
-    else:
-        for state in trainer.masters.optimizer_states():
-            state["step"].fill_(manifest.counts[0])
-    # what the user's DeepSpeed configuration counts by
-    trainer.engine.global_steps = manifest.step
-    trainer.engine.global_samples = manifest.step * trainer.cfg.train.global_batch
 
 
 def _scales(trainer: Trainer, manifest: Manifest) -> list[float] | None:
@@ -166,7 +157,7 @@ def export_published(
     checkpoint = {
         "model": trainer.state_dict(weights),
         "ema": trainer.state_dict(ema),
-        "opt": published_optimizer(moments, float(count), asdict(cfg.optim)),
+        "opt": published_optimizer(moments, count, asdict(cfg.optim)),
         "args": published_args(cfg.model, cfg.diffusion.path, facts),
         "epoch": epoch,
         "steps": step,

@@ -21,16 +21,6 @@ def flats_by_kind(trainer: Trainer) -> dict[str, list[Tensor]]:
     }
 
 
-def update_counts(trainer: Trainer) -> Tensor:
-    """Updates taken, skipped in all, and skipped in a row: ``[3]`` fp64, on the device."""
-    guard = getattr(trainer, "guard", None)
-    if guard is not None:
-        return guard.counts
-    # nothing skips an update: the optimizer's count is all there is
-    taken = trainer.masters.optimizer_states()[0]["step"]
-    return torch.stack([taken.double(), *torch.zeros(2, dtype=torch.float64, device=taken.device)])
-
-
 class Snapshot:
     """This rank's share of a checkpoint, in host memory that is used again for the next one.
 
@@ -42,7 +32,7 @@ class Snapshot:
 
     Attributes:
         scales: what the fp8 weights of the teacher were multiplied by; None: there are none.
-        counts: see ``update_counts``.
+        counts: updates taken, skipped in all, and skipped in a row: ``[3]`` fp64.
     """
 
     def __init__(self, trainer: Trainer):
@@ -77,7 +67,7 @@ class Snapshot:
                 self.copies[kind, flat].copy_(source, non_blocking=self.cuda)
                 if self.cuda:
                     limits.append(torch.stack(torch.aminmax(source)))
-        self.counts.copy_(update_counts(self.trainer), non_blocking=self.cuda)
+        self.counts.copy_(self.trainer.guard.counts, non_blocking=self.cuda)
         teacher = self.trainer.teacher
         scales = None if teacher is None else teacher.scales()
         if scales is not None:
