@@ -28,7 +28,7 @@ TINY = (
     "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 "
     "--model.hidden_size 32 --model.depth 2 --model.num_heads 2 --align.student_layer 1 "
     f"--align.teacher_layer 2 --data.name digits --train.global_batch {BATCH} --optim.lr 0.01 "
-    "--optim.weight_decay 0.1 --train.ema_decay 0.6 --train.steps 100"
+    "--optim.weight_decay 0.1 --train.ema_decay 0.6 --train.steps 100 --train.graph false"
 )
 # name: (ZeRO stage, precision, further arguments); {micro} makes two micro-batches
 CASES = {}
@@ -68,7 +68,8 @@ ON_SEVERAL = [
 
 
 def make(name: str, folder: Path, *more: str) -> Trainer:
-    """The trainer of a case."""
+    """The trainer of a case; ``more``: arguments of ``train.py``."""
+    device = init_distributed()
     stage, precision, args = CASES[name]
     micro = BATCH // (2 * dist.get_world_size())
     words = f"{TINY} --train.zero_stage {stage} --train.precision {precision} "
@@ -78,7 +79,7 @@ def make(name: str, folder: Path, *more: str) -> Trainer:
         json = folder / "ds.json"
         json.write_text('{"data_types": {"grad_accum_dtype": "fp32"}}')
     cfg = parse_train([*shlex.split(words), *more])[0]
-    trainer = build(make_plan(cfg, json and str(json)), torch.device("cpu"))
+    trainer = build(make_plan(cfg, json and str(json)), device)
     if "graph" in name and dist.get_world_size() == 1:
         accumulation = trainer.plan.accumulation
         # what a graph replays on a GPU
@@ -106,25 +107,30 @@ class Poison:
 
 
 def take_step(
-    trainer: Trainer, position: int, teacher_runs: bool = True, poison: Poison | None = None,
+    trainer: Trainer,
+    position: int,
+    teacher_runs: bool = True,
+    poison: Poison | None = None,
     value: float = math.nan,
-) -> None:  # fmt: skip
-    """One optimizer step on the images of a position; the poison is in the first micro-batch."""
+) -> None:
+    """One optimizer step on the images of a position; the poison is in its first micro-batch."""
     conditioning = CONDITIONINGS[trainer.student.conditioning]
+    weight = 0.0 if trainer.cfg.align.target == "none" else 0.2
     for micro_step in range(trainer.plan.accumulation):
-        seed = (position * 100 + trainer.rank) * 100 + micro_step
-        generator = torch.Generator().manual_seed(seed)
+        # drawn on the CPU: the same on every device
+        torch.manual_seed((position * 100 + trainer.rank) * 100 + micro_step)
         micro = trainer.plan.micro
-        random = lambda *shape, g=generator: torch.rand(*shape, generator=g)
-        x0, noise = torch.randn(2, micro, 1, 8, 8, generator=generator)
-        labels = torch.randint(10, (micro,), generator=generator)
-        condition = conditioning.from_tensors(labels).dropped(random(micro) < 0.1)
-        times = trainer.engine.module.process.times(random(micro), random(micro))
+        x0, noise = torch.randn(2, micro, 1, 8, 8).to(trainer.device)
+        labels = torch.randint(10, (micro,)).to(trainer.device)
+        drop, uniform, gap = torch.rand(3, micro).to(trainer.device)
+        condition = conditioning.from_tensors(labels).dropped(drop < 0.1)
+        times = trainer.engine.module.process.times(uniform, gap)
         if poison is not None:
             poison.value = value if micro_step == 0 else None
-        weight = 0.0 if trainer.cfg.align.target == "none" else 0.2
         trainer.micro_step(x0, condition, noise, times, weight, micro_step == 0)
         trainer.engine.step()
+    if poison is not None:
+        poison.value = None
     assert trainer.engine.was_step_applied()
     trainer.after_step(teacher_runs)
     if trainer.teacher is not None:
@@ -138,12 +144,10 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     for i, (flat, state) in enumerate(zip(masters.flats, masters.optimizer_states(), strict=True)):
         found[f"{i}.master"] = flat
         found |= {f"{i}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq", "ema", "step")}
-    networks = {"student": trainer.student, "teacher": getattr(trainer.teacher, "ema", None)}
-    if networks["teacher"] is not None:
+    networks = {"student": trainer.student}
+    if trainer.teacher is not None:
         networks["teacher"] = trainer.engine.module.teacher
     for kind, network in networks.items():
-        if network is None:
-            continue
         for name, p in network.named_parameters():
             # at stage 3 this rank's partition
             found[f"{kind}.{name}"] = getattr(p, "ds_tensor", p).data
@@ -192,7 +196,6 @@ def check(
     # the first update of all, and the second in a row; then one after a good one
     for good, left_out in ((0, 1), (0, 2), (1, 3)):
         if good:
-            poison.value = None
             take_step(trainer, 0)
         before = copy_of(trainer)
         take_step(trainer, 10 + left_out, poison=poison, value=value)
@@ -204,12 +207,10 @@ def check(
         assert not float(trainer.grad_norm) < 1.85e19
 
     # a teacher that pauses, and a bad update after which it runs
-    poison.value = None
-    rest = ((2, False, None), (3, True, poison), (4, True, None), (5, True, None))
-    for position, teacher_runs, bad in rest:
-        poison.value = None
-        take_step(trainer, position, teacher_runs, bad, value)
-    poison.value = None
+    take_step(trainer, 2, teacher_runs=False)
+    take_step(trainer, 3, poison=poison, value=value)
+    take_step(trainer, 4)
+    take_step(trainer, 5)
     with_bad = copy_of(trainer)
     assert trainer.guard.counts.tolist() == [4, 4, 0]
     moved = differences(before, with_bad)

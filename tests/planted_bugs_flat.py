@@ -7,13 +7,18 @@ ADAMW = "kernels/adamw_ema.py"
 CUDA = "csrc/ema_update.cu"
 O_EMA = "sra_fast/ops/ema_update.py"
 O_ADAMW = "sra_fast/ops/adamw_ema.py"
+O_ADAMW_CHECKS = "sra_fast/ops/_adamw_arguments.py"
 TEACHER = "sra_fast/zero/teacher_weights.py"
+GUARD = "sra_fast/zero/guard.py"
+GUARDED = "sra_fast/zero/guarded_step.py"
 
 T_ALIGN = "tests/ops/test_align_distance.py"
 T_NOISE = "tests/ops/test_noise_pair.py"
 T_EMA = "tests/ops/test_ema_update.py"
 T_ADAMW = "tests/ops/test_adamw_ema.py"
 T_PIECES = "tests/ops/test_adamw_ema_pieces.py"
+T_DEVICE_STEP = "tests/ops/test_adamw_ema_device_step.py"
+T_GUARD = "tests/zero/test_guard.py::test_a_bad_update_leaves_no_trace"
 T_CUDA = "tests/test_csrc.py"
 T_TEACHER = "tests/zero/test_teacher_weights.py"
 
@@ -307,8 +312,8 @@ BUGS = [
     (
         "the largest magnitude forgotten",
         TEACHER,
-        "power_of_two_multiplier(self.amax))\n        self.amax.zero_()",
-        "self.multiplier)",
+        "chosen = power_of_two_multiplier(self.amax)",
+        "chosen = self.multiplier",
         T_TEACHER,
     ),
     (
@@ -382,10 +387,82 @@ BUGS = [
         "F.pad(piece.reshape(-1), (before + after, 0))",
         T_PIECES,
     ),
+    # updates that are not taken
+    (
+        "an update that is not taken is stored",
+        ADAMW,
+        "count = tl.where(tl.load(numbers_ptr + 3) != 0.0, N, 0)",
+        "count = N",
+        T_DEVICE_STEP,
+    ),
+    (
+        "the factor spares the decay of the weights",
+        ADAMW,
+        "1.0 - lr_decay * factor",
+        "1.0 - lr_decay",
+        T_DEVICE_STEP,
+    ),
+    (
+        "the reference keeps the largest magnitude",
+        O_ADAMW,
+        "(ema_copy.values.view(torch.uint8), ema_copy.amax)",
+        "(ema_copy.values.view(torch.uint8),)",
+        T_DEVICE_STEP,
+    ),
+    ("a decay of 1 moves", EMA, "count = tl.where(kept == 1.0, 0, count)", "count = count", T_EMA),
+    (
+        "an update that is not taken is counted",
+        GUARD,
+        "self._if_not = vector(0, 1, 1)",
+        "self._if_not = vector(1, 1, 1)",
+        f"{T_GUARD}[1-bf16-fused]",
+    ),
+    (
+        "the average moves without an update",
+        GUARD,
+        "torch.where(self.taken, kept * decay, kept)",
+        "kept * decay",
+        f"{T_GUARD}[1-bf16-torch]",
+    ),
+    (
+        "the warm-up counts steps",
+        GUARD,
+        "(done - self.counts[1])",
+        "(done - 0 * self.counts[1])",
+        "tests/zero/test_guard.py::test_the_warm_up_counts_updates_that_were_taken",
+    ),
+    (
+        "torch's optimizer is not told",
+        GUARDED,
+        "(~taken).float()",
+        "(~taken).float() * 0",
+        f"{T_GUARD}[1-bf16-torch]",
+    ),
+    (
+        "every sub-group counts an update",
+        GUARDED,
+        "        if not self.decided:\n            self._decide(gradients)",
+        "        self._decide(gradients)",
+        f"{T_GUARD}[3-bf16-torch]",
+    ),
+    (
+        "scales of a copy that was not written",
+        TEACHER,
+        "self.held.copy_(self._if_taken(self.multiplier, self.held))",
+        "self.held.copy_(self.multiplier)",
+        T_TEACHER,
+    ),
+    (
+        "scales for a pass that has measured nothing",
+        TEACHER,
+        "self.multiplier.copy_(self._if_taken(chosen, self.multiplier))",
+        "self.multiplier.copy_(chosen)",
+        T_TEACHER,
+    ),
     # operators
     (
         "a NaN for a learning rate",
-        O_ADAMW,
+        O_ADAMW_CHECKS,
         "finite = all(0 <= number < math.inf for",
         "finite = all(not number < 0 for",
         T_ADAMW,

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "tests" / "ops"))
 import test_adaln
 import test_adaln_linear
 import test_adamw_ema
+import test_adamw_ema_device_step
 import test_align_distance
 import test_ema_update
 import test_gated_residual
@@ -75,6 +76,11 @@ CHECKS = {
     "copy of the parameter": lambda device: test_ema_update.test_copies(torch.float16, device),
     "no weight decay": lambda device: test_adamw_ema.test_step(5, torch.float16, device),
     "no second bias correction": lambda device: test_adamw_ema.test_step(5, torch.float16, device),
+    "an update that is not taken is stored": lambda device: (
+        test_adamw_ema_device_step.test_an_update_that_is_not_taken_changes_no_bit(
+            5, "triton", float("nan"), device
+        )
+    ),
 }
 
 

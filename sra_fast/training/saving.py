@@ -151,8 +151,7 @@ def export_published(
     moments = {key: masters.gather(masters.state(key)) for key in MOMENTS}
     if trainer.rank:
         return
-    # as torch's AdamW keeps it on a CPU
-    count = masters.optimizer_states()[0]["step"].to("cpu", torch.float32, copy=True)
+    count = float(masters.optimizer_states()[0]["step"])
     cfg = trainer.cfg
     checkpoint = {
         "model": trainer.state_dict(weights),

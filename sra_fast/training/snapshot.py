@@ -32,7 +32,7 @@ class Snapshot:
 
     Attributes:
         scales: what the fp8 weights of the teacher were multiplied by; None: there are none.
-        counts: updates taken, skipped in all, and skipped in a row: ``[3]`` fp64.
+        counts: ``UpdateGuard.counts``.
     """
 
     def __init__(self, trainer: Trainer):

@@ -51,6 +51,9 @@ def read_launcher(group: bool = True) -> None:
     given = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
     if "RANK" not in given and "WORLD_SIZE" not in given:
         given |= _of_others(given, group)
+    elif os.environ.get("LOCAL_SIZE") and "LOCAL_WORLD_SIZE" not in given:
+        # DeepSpeed's name for it; without it every process would take all cores
+        given["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
     if not given or given.get("WORLD_SIZE") == "1":
         # the only process needs no place to meet others
         group = False

@@ -8,8 +8,16 @@ start which name is missing, and ``tests/zero/test_deepspeed_names.py`` says it 
 import torch
 
 # attributes of engine.optimizer, by the class of ZeRO optimizer
-FP32_STAGE_0 = ("param_groups", "register_step_pre_hook")
-BF16_STAGE_0 = ("fp16_groups", "fp32_groups", "overflow", "zero_grad", "optimizer")
+FP32_STAGE_0 = ("param_groups", "register_step_pre_hook", "step")
+BF16_STAGE_0 = (
+    "_global_grad_norm",
+    "fp16_groups",
+    "fp32_groups",
+    "optimizer",
+    "overflow",
+    "step",
+    "zero_grad",
+)
 STAGE_1_AND_2 = (
     "_global_grad_norm",
     "_grad_acc_hooks",
@@ -31,6 +39,7 @@ STAGE_1_AND_2 = (
     "parallel_partitioned_bit16_groups",
     "real_dp_process_group",
     "single_partition_of_fp32_groups",
+    "step",
 )
 # stage 1 with fp32 accumulation of bf16 gradients, which keeps DeepSpeed's own step
 BF16_OPTIMIZER = (
@@ -38,6 +47,8 @@ BF16_OPTIMIZER = (
     "bf16_groups_flat",
     "fp32_groups_flat_partition",
     "optimizer",
+    "overflow",
+    "step",
     "update_lp_params",
 )
 STAGE_3 = (
@@ -52,6 +63,7 @@ STAGE_3 = (
     "grad_partitions_flat_buffer",
     "optimizer",
     "overflow",
+    "step",
     "sub_group_to_group_id",
     "zero_grad",
 )

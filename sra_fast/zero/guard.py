@@ -5,12 +5,18 @@ the whole gradient, which each rank has on its device, shows it. An update that 
 nothing, bit for bit, and is not counted: neither in the bias correction nor in the warm-up.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from sra_fast.ops.adamw_ema import DeviceStep
 from sra_fast.zero.master_weights import MasterWeights
 from sra_fast.zero.optimizer import AdamWEMA
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf and value == int(value)
 
 
 class UpdateGuard:
@@ -44,9 +50,9 @@ class UpdateGuard:
         vector = lambda *values: torch.tensor(values, dtype=torch.float64, device=device)
         self.taken = torch.ones((), dtype=torch.bool, device=device)
         self.counts = vector(0, 0, 0)
-        # the next counts are these factors times the counts, plus these terms
+        # the next counts: the counts times the first, plus the second; or plus this
         self._if_taken = (vector(1, 1, 0), vector(1, 0, 0))
-        self._if_not = (vector(1, 1, 1), vector(0, 1, 1))
+        self._if_not = vector(0, 1, 1)
         # of the loop; None: no one has said
         self._step: int | None = None
         self._steps: dict[tuple[float, float], DeviceStep] = {}
@@ -61,7 +67,7 @@ class UpdateGuard:
         Raises:
             ValueError: ``counts`` are not three whole numbers from 0.
         """
-        whole = len(counts) == 3 and all(count >= 0 and count == int(count) for count in counts)
+        whole = len(counts) == 3 and all(_is_count(count) for count in counts)
         if not whole or counts[2] > counts[1]:
             raise ValueError(
                 "expected the numbers of updates taken, left out, and left out in a row, whole and "
@@ -94,13 +100,12 @@ class UpdateGuard:
         """
         if not isinstance(norm, Tensor):
             norm = torch.full_like(self.counts[0], norm)
-        # some of DeepSpeed's norms are finite where a square, which the second moment adds up, is not
-        self.taken = norm.detach().float().square().isfinite().reshape(())
+        # some of DeepSpeed's norms are finite where a square, which the second moment adds up, is
+        # not; and no NaN is less than infinity
+        self.taken = (norm.detach().float().square() < math.inf).reshape(())
         keep, add = self._if_taken
-        keep_if_not, add_if_not = self._if_not
-        taken = self.counts * keep + add
-        left_out = self.counts * keep_if_not + add_if_not
-        self.counts.copy_(torch.where(self.taken, taken, left_out))
+        if_taken = torch.addcmul(add, self.counts, keep)
+        torch.where(self.taken, if_taken, self.counts + self._if_not, out=self.counts)
         self._steps = {}
         return self.taken
 

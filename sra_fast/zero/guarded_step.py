@@ -48,9 +48,11 @@ class GuardedStep:
             dtype = torch.float32 if factor.is_cuda else torch.float64
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = (factor * rate).to(dtype)
-        self.original()
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+        try:
+            self.original()
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
         if not self.decided:
             # DeepSpeed has read a norm that is not finite, and cleared the gradients
             self.guard.decide(math.inf)

@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from guard_worker import CASES, ON_SEVERAL, Poison, check, copy_of, differences, make, take_step
+from guard_worker import CASES, ON_SEVERAL, Poison, check, copy_of, make, take_step
 from launch import environment
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from sra_fast.zero.process_group import init_distributed
 
 WORKER = Path(__file__).parents[1] / "guard_worker.py"
 
 
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch):
+    """On a GPU other backward passes of attention add in any order."""
+    monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_bad_update_leaves_no_trace(name, tmp_path):
-    init_distributed()
     check(name, tmp_path)
 
 
@@ -36,7 +39,6 @@ def test_a_bad_update_leaves_no_trace(name, tmp_path):
 )
 def test_values_whose_squares_are_not_finite(name, value, tmp_path):
     """The last is finite itself, but the second moment, and most norms, would not be."""
-    init_distributed()
     check(name, tmp_path, value, "final_layer.linear.bias")
 
 
@@ -67,7 +69,6 @@ class NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["0-fp32-fused", "0-bf16-fused", "3-bf16-fused", "1-fp8-fused"])
 def test_neither_a_good_nor_a_bad_update_is_read_on_the_host(name, tmp_path, monkeypatch):
-    init_distributed()
     trainer = make(name, tmp_path, "--optim.warmup_steps", "5")
     poison = Poison(trainer, "blocks.1.mlp.fc1.weight")
     step = trainer.engine.step
@@ -85,7 +86,6 @@ def test_neither_a_good_nor_a_bad_update_is_read_on_the_host(name, tmp_path, mon
     for position in range(4):
         trainer.guard.begin(position)
         take_step(trainer, position, poison=poison if position % 2 else None)
-        poison.value = None
     assert trainer.guard.counts.tolist() == [2, 2, 1]
     with pytest.raises(AssertionError, match="reads a tensor"), NoReads():
         float(trainer.guard.counts[0])
@@ -94,7 +94,6 @@ def test_neither_a_good_nor_a_bad_update_is_read_on_the_host(name, tmp_path, mon
 @pytest.mark.parametrize("name", ["0-fp32-fused", "1-bf16-fused", "1-bf16-torch", "3-fp32-torch"])
 def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
     """The host's rate is that of the step. The same weights as without the bad updates."""
-    init_distributed()
     trainer = make(name, tmp_path, "--optim.warmup_steps", "4")
     poison = Poison(trainer, "blocks.1.mlp.fc1.weight")
     groups = trainer.engine.optimizer.param_groups
@@ -106,7 +105,6 @@ def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
                 group["lr"] = rate
             trainer.guard.begin(step)
             take_step(trainer, position, poison=poison if position in bad else None)
-            poison.value = None
             # what the next step's host finds is a number of its own
             assert all(group["lr"] == rate for group in groups)
         return copy_of(trainer)
@@ -119,12 +117,10 @@ def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
     for key, value in without.items():
         if key.endswith((".master", ".ema")):
             torch.testing.assert_close(with_bad[key], value, rtol=1e-5, atol=1e-6)
-    # as without a warm-up, the host's rate would have been another
-    assert not differences({"n": with_bad["updates"]}, {"n": without["updates"]})
+    assert with_bad["updates"] == without["updates"] == 6
 
 
 def test_a_warm_up_without_bad_updates_changes_no_bit(tmp_path):
-    init_distributed()
     results = []
     for begins in (True, False):
         trainer = make("1-bf16-fused", tmp_path, "--optim.warmup_steps", "3")
@@ -138,7 +134,6 @@ def test_a_warm_up_without_bad_updates_changes_no_bit(tmp_path):
 
 @pytest.mark.parametrize("name", ["1-bf16-fused", "1-bf16-torch"])
 def test_counts_are_restored_with_those_of_the_optimizer(name, tmp_path):
-    init_distributed()
     trainer = make(name, tmp_path)
     trainer.guard.load([7.0, 2.0, 1.0])
     states = trainer.masters.optimizer_states()
@@ -146,7 +141,14 @@ def test_counts_are_restored_with_those_of_the_optimizer(name, tmp_path):
     take_step(trainer, 0)
     assert trainer.guard.counts.tolist() == [8, 2, 0]
     assert all(state["step"] == 8 for state in states)
-    for counts in ([1.0, 0.0], [1.0, -1.0, 0.0], [0.5, 0.0, 0.0], [3.0, 1.0, 2.0]):
+    for counts in (
+        [1.0, 0.0],
+        [1.0, -1.0, 0.0],
+        [0.5, 0.0, 0.0],
+        [3.0, 1.0, 2.0],
+        [math.inf, 0.0, 0.0],
+        [None] * 3,
+    ):
         with pytest.raises(ValueError, match="taken, left out, and left out in a row, whole"):
             trainer.guard.load(counts)
     assert trainer.guard.counts.tolist() == [8, 2, 0]

@@ -41,7 +41,11 @@ def variables(monkeypatch):
 
     def read(given: dict, group: bool = True) -> dict:
         for name in list(os.environ):
-            if name in GROUP or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_")):
+            if (
+                name in GROUP
+                or name == "LOCAL_SIZE"
+                or name.startswith(("SLURM_", "OMPI_", "PMI_", "MPI_"))
+            ):
                 monkeypatch.delenv(name)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
@@ -69,6 +73,8 @@ def test_no_launcher_is_one_process(variables):
 def test_what_a_launcher_sets_is_left_as_it_is(variables):
     assert variables(COMPLETE) == COMPLETE
     assert variables({**COMPLETE, "LOCAL_WORLD_SIZE": "2"}) == {**COMPLETE, "LOCAL_WORLD_SIZE": "2"}
+    # DeepSpeed's name for the number of processes on this machine
+    assert variables({**COMPLETE, "LOCAL_SIZE": "2"}) == {**COMPLETE, "LOCAL_WORLD_SIZE": "2"}
     # inside of srun too: torchrun has been started by it
     assert variables({**COMPLETE, **SRUN}) == COMPLETE
 

@@ -144,6 +144,34 @@ def test_scales_follow_steps_without_a_gather(device):
         assert error(layer, expected) <= 1
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_scales_of_an_update_that_was_not_taken(paused, device):
+    """Values and scales stay those of the pass before, also of one that no gather has followed."""
+    taken = torch.tensor(True, device=device)
+    made, layers, flats = replica(device)
+    made.store(flats)
+    gather(made)
+    for factor in (3.0, 3.0):
+        step(made, flats, [factor * flat for flat in flats])
+        made.skip(taken) if paused else gather(made)
+    before = [x.clone() for x in (made.buffer.view(torch.uint8), made.multiplier, made.held)]
+    for _ in range(2):
+        # the kernel has written and measured nothing
+        made.gather(~taken)
+        made.gathered()
+    after = [made.buffer.view(torch.uint8), made.multiplier, made.held]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert torch.equal(made.in_use, made.held) and not torch.equal(made.held, made.multiplier)
+    for layer, expected in zip(layers.values(), parts(flats), strict=True):
+        assert error(layer, expected) <= 1
+    # as if it had not been
+    step(made, flats, [1.5 * flat for flat in flats])
+    made.gather(taken)
+    made.gathered()
+    for layer, expected in zip(layers.values(), parts(flats), strict=True):
+        assert error(layer, expected) <= 1
+
+
 def assert_equal(layers, others):
     for one, other in zip(layers.values(), others.values(), strict=True):
         assert torch.equal(one.weight.float(), other.weight.float())
