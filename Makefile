@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo photos lint test-fast test bugs docs
+.PHONY: demo photos lint test-fast test bugs chaos docs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
@@ -35,6 +35,10 @@ test: $(INSTALLED)
 # plants bugs in the operators one at a time; every one must turn a test red (half an hour)
 bugs: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/planted_bugs.py
+
+# kills, tears, damages and injects: 360 runs, each of which must come through (a quarter of an hour)
+chaos: $(INSTALLED)
+	@$(BIN)/python tests/chaos/run.py
 
 # the documentation site, in site/; a link or an anchor that leads nowhere is an error
 docs: $(INSTALLED)

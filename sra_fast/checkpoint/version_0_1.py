@@ -21,10 +21,12 @@ def is_checkpoint(path: Path) -> bool:
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a ``checkpoints`` folder, or None."""
-    file = folder / "latest"
-    if not file.exists():
+    try:
+        text = (folder / "latest").read_bytes().decode("ascii", "replace").strip()
+    except OSError:
         return None
-    named = folder / Path(file.read_text().strip() or "?").name
+    # a name of a folder in here, whatever the file holds
+    named = folder / (Path(text.replace("\0", "")).name or "?")
     # `latest` was not written atomically: a crash left it empty, and the newest step complete
     for path in [named, *sorted(folder.glob("step_*"), reverse=True)]:
         if is_checkpoint(path):

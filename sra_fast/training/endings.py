@@ -19,6 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 OF_THE_MACHINE = (
     *FULL,
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+    *(errno.EISDIR, errno.ENOTDIR),
 )
 # how gloo, NCCL and the store say that a process at the other end is gone or does not answer
 PEER_GONE = re.compile(

@@ -95,13 +95,17 @@ def _flops(forward: Callable[[], object]) -> int:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a ``stats.jsonl``; a last line that was cut short by a crash is ignored."""
+    """The rows of a ``stats.jsonl`` up to the first that is none: a crash may cut the last one short."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                break
+        except (ValueError, LookupError, TypeError):
             break
+        rows.append(row)
     return rows
 
 

@@ -132,7 +132,7 @@ def record(folder: Path, cfg: Config, ds_config: dict, start: Manifest | None = 
         path = folder / recorded_name(CONFIG, start.step)
         write_atomic(path, lambda temporary: save_config(cfg, temporary))
     in_force = [folder / DEEPSPEED, *_recorded(folder, DEEPSPEED)][-1]
-    if not in_force.exists() or in_force.read_text() != ds_text:
+    if not in_force.exists() or in_force.read_bytes() != ds_text.encode():
         path = folder / recorded_name(DEEPSPEED, start.step)
         write_atomic(path, lambda temporary: temporary.write_text(ds_text))
 

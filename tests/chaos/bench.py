@@ -45,7 +45,7 @@ class Setting:
 
 
 # every stage, one to three processes, both precisions; bf16 is slow on a CPU
-SETTINGS = (
+SETTINGS = [
     Setting(1, 0),
     Setting(2, 1),
     Setting(1, 1, "bf16"),
@@ -54,7 +54,7 @@ SETTINGS = (
     Setting(3, 1),
     Setting(2, 0),
     Setting(3, 3),
-)
+]
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def kill_in_a_save(case: Case) -> tuple[str, Verdict]:
 @kind(12)
 def kill_at_random(case: Case) -> tuple[str, Verdict]:
     """SIGKILL for one rank or all, at any time of a run."""
-    setting = case.variant(list(SETTINGS[:6]))
+    setting = case.variant(SETTINGS[:6])
     delay = case.rng.uniform(0, 1.1) * case.bench.seconds[setting.key]
     ranks = case.variant([[0], None, [setting.world - 1]])
 
@@ -290,7 +290,7 @@ def wrong_latest(case: Case) -> tuple[str, Verdict]:
 @kind(6)
 def pickle_with_code(case: Case) -> tuple[str, Verdict]:
     """A pickle that runs code, wherever a file could be loaded."""
-    setting = SETTINGS[case.number % 2]
+    setting = case.variant(SETTINGS[:2])
     run = case.bench.killed(setting, case.out)
     marker = case.folder / "executed"
     payload = pickle.dumps(Payload(marker))
@@ -339,7 +339,7 @@ def pickle_with_code(case: Case) -> tuple[str, Verdict]:
 @kind(6)
 def full_disk(case: Case) -> tuple[str, Verdict]:
     """ENOSPC at any write of a save; with space again, the run goes on."""
-    setting = case.variant([*SETTINGS[:4], SETTINGS[5]])
+    setting = case.variant(SETTINGS[:6])
     rank = case.rng.randrange(setting.world)
     save = case.rng.randint(1, SAVES)
     after = case.rng.randrange(0, 40)
@@ -384,9 +384,9 @@ def settings_changed(case: Case) -> tuple[str, Verdict]:
         ("data.path", "other data"),
         ("train.steps", str(2 * EVERY)),
     ]
-    listed = [("optim.lr", "0.001"), ("train.ema_decay", "0.9"), ("align.lam", "0.1")]
+    listed = [("optim.lr", "0.001"), ("train.ema_decay", "0.9"), ("align.weight", "0.1")]
     name, value = case.variant([*refused, *listed])
-    setting = SETTINGS[case.number % 3]
+    setting = case.variant(SETTINGS[:3])
     case.bench.killed(setting, case.out)
     what = f"{setting.key}, {name} {value}"
     if name == "data.path":
@@ -411,7 +411,7 @@ def settings_changed(case: Case) -> tuple[str, Verdict]:
 @kind(4)
 def two_runs(case: Case) -> tuple[str, Verdict]:
     """A second run in the folder of one that trains is refused; the first ends as it should."""
-    setting = SETTINGS[case.number % 4]
+    setting = case.variant(SETTINGS[:4])
     case.bench.killed(setting, case.out)
     second: list[children.Ended] = []
 

@@ -35,13 +35,14 @@ DEFAULT_CASES = 360
 LIMIT = 400.0
 
 
-def plan(count: int, only: str | None = None) -> list[tuple[str, int]]:
+def plan(count: int, only: str | None = None, without: list[str] = ()) -> list[tuple[str, int]]:
     """``(kind, number)`` of every case, at least one of each kind."""
     if only is not None:
         return [(only, number) for number in range(count)]
-    total = sum(SHARES.values())
+    shares = {name: share for name, share in SHARES.items() if name not in without}
+    total = sum(shares.values())
     cases = []
-    for name, share in SHARES.items():
+    for name, share in shares.items():
         cases += [(name, number) for number in range(max(1, round(count * share / total)))]
     return cases
 
@@ -161,14 +162,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", choices=sorted(KINDS))
+    parser.add_argument("--without", choices=sorted(KINDS), nargs="*", default=[])
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of them")
     parser.add_argument("--case", type=int, help="index of one case of these, to repeat it")
     parser.add_argument("--folder", type=Path, help="for all files; default: a temporary one")
     options = parser.parse_args(argv)
+    del SETTINGS[options.settings :]
 
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos_"))
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(folder)
-    warm.warm_up(bench.arguments(folder / "warm", SETTINGS[0]))
+    warm.warm_up(bench.arguments(folder / "warm", SETTINGS[0]), folder)
     jobs = Jobs(options.jobs)
     begun = time.monotonic()
     prepare(bench, jobs)
@@ -183,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     for index, name, _ in bad:
         what, verdict = found[index]
         only = f" --only {options.only}" if options.only else ""
+        only += f" --without {' '.join(options.without)}" if options.without else ""
+        only += f" --settings {len(SETTINGS)}"
         print(f"\n{verdict.name}: {name}: {what}\n  {verdict.detail}")
         print(
             f"  repeat: python tests/chaos/run.py --cases {options.cases} --seed {options.seed}"

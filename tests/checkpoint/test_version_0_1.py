@@ -76,3 +76,12 @@ def test_files_fit_any_number_of_ranks(tmp_path):
     for rank, (start, stop) in enumerate([(4, 7), (0, 1), (1, 4)]):
         torch.save({"a": (start, values[start:stop].clone())}, tmp_path / f"ema_rank_{rank:05d}.pt")
     assert torch.equal(version_0_1.load_ema(tmp_path)["a"], values)
+
+
+@pytest.mark.parametrize("content", [b"step_00000003\xdf", b"\xff\x00", b"..", b"step_3\0"])
+def test_a_damaged_latest_names_nothing(tmp_path, content):
+    (tmp_path / "latest").write_bytes(content)
+    assert version_0_1.newest(tmp_path) is None
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    assert version_0_1.newest(tmp_path) is None

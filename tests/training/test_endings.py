@@ -73,6 +73,11 @@ def test_full_disk_without_a_file_name_is_that_of_the_run(tmp_path, error):
             "error: /x/y cannot be read or written: Permission denied",
         ),
         (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "/x/stats.jsonl"),
+            2,
+            "error: /x/stats.jsonl cannot be read or written: Is a directory",
+        ),
+        (
             OSError(errno.EMFILE, "Too many open files", "/x/y"),
             2,
             "error: /x/y cannot be opened: Too many open files (ulimit -n)",

@@ -190,3 +190,12 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
     assert not readers, readers[:4]
     assert not waits, waits[0]
     assert torch.tensor(1.0).item() == 1.0 and reads[-1][0] == "item", "the recorder works"
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 3, "lo', b"\xdc\xff\n", b"3\n", b"{}\n", b'{"step": "x"}\n']
+)
+def test_rows_end_where_a_file_is_damaged(tmp_path, tail):
+    path = tmp_path / "stats.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n' + tail)
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
