@@ -60,7 +60,7 @@ def resume(device, source: Path, stage: int, folder: Path) -> dict:
     progress = saving.load(trainer, source / f"checkpoints/step_{SAVED:08d}")
     restored = state_of(trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = train(trainer, data, folder, progress.step)
+    rows = train(trainer, data, folder, progress)
     return {"restored": restored, "final": state_of(trainer), "loss": [row["loss"] for row in rows]}
 
 
@@ -89,6 +89,9 @@ def failing_saves(trainer, folder: Path) -> dict:
         error = background.error
         dist.all_gather_object(messages, f"{type(error).__name__}: {error}")
         told[case] = messages
+        parents: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parents, background.parent)
+        told["parents"] = parents
     dist.barrier()
     told["left"] = sorted(path.name for path in folder.iterdir())
     return told

@@ -96,6 +96,8 @@ def test_a_save_that_fails_on_one_rank_is_the_same_error_on_all(results):
         assert "on rank 1" in first
     assert "/disk/file: No space left on device" in failing["full"][0]
     assert failing["left"] == ["latest", "step_00000001"]
+    # a rollback goes back to it: every rank has to know it
+    assert failing["parents"] == [1, 1]
 
 
 def test_every_rank_takes_the_same_checkpoint(results):

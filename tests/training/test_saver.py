@@ -113,6 +113,7 @@ def test_checkpoints_of_a_run_are_linked(trainer, tmp_path):
     first.wait()
     # a process that resumes the run
     second = Saver(trainer, tmp_path)
+    assert second.parent == 2
     second.save(Progress(3), 0)
     second.wait()
     manifests = [read_manifest(tmp_path / f"step_{step:08d}") for step in (2, 3)]
@@ -133,6 +134,17 @@ def test_a_second_save_waits_for_the_first(trainer, tmp_path, monkeypatch):
     assert background.blocked_ms >= 150 and background.last == Progress(1)
     background.save(Progress(2), 0)
     assert background.last == Progress(2) and background.thread is None, "it is there already"
+
+
+def test_a_run_that_ends_with_an_error_finishes_its_save(trainer, tmp_path, monkeypatch):
+    """The lock of its folder is given back after that."""
+    monkeypatch.setattr(
+        saver, "at_phase", lambda name: time.sleep(0.2) if name == "file_half" else None
+    )
+    with pytest.raises(RuntimeError, match="of the run"), Saver(trainer, tmp_path) as background:
+        background.save(Progress(1), 0)
+        raise RuntimeError("of the run")
+    assert background.last == Progress(1) and not background.thread.is_alive()
 
 
 @pytest.mark.parametrize("kind", ["master", "exp_avg", "exp_avg_sq", "ema.main"])
