@@ -108,7 +108,8 @@ def _number(error: BaseException) -> int | None:
 
 
 def _of_the_machine(error: BaseException, number: int, out: Path | None) -> str:
-    name = getattr(error, "filename", None)
+    # a rename has two names, and the second is the one that a user knows
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if name is None:
         match = re.search(r"\[Errno \d+\] [^:]+: '([^']+)'", str(error))
         name = match[1] if match else None

@@ -169,24 +169,31 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
     weights = trainer.ema.full() if use_ema else masters.gather(masters.flats)
     if trainer.rank:
         return {}
-    rows = read_rows(folder / STATS)
-    # the first row is that of the first step, which warms everything up
-    steady = rows[1:] or rows
-    total_ms = sum(row["ms_per_step"] for row in steady)
-    images = trainer.cfg.train.global_batch * len(steady)
     summary = {
         "run_dir": str(folder),
         # which weights the scores are of: a run that is continued has others
         "step": trainer.cfg.train.steps,
         "weights": trainer.cfg.sample.weights,
-        "images_per_s": round(1e3 * images / total_ms, 1),
-        "loss_first": rows[0]["loss"],
-        "loss_last": rows[-1]["loss"],
+        **logged(read_rows(folder / STATS), trainer.cfg.train.global_batch),
     }
     if data.evaluation is not None:
         summary |= evaluate_samples(trainer, data, weights, folder)
     write_atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(summary) + "\n"))
     return summary
+
+
+def logged(rows: list[dict], global_batch: int) -> dict:
+    """Speed and losses of a run's rows; None for each if a power cut has taken them."""
+    if not rows:
+        return dict.fromkeys(("images_per_s", "loss_first", "loss_last"))
+    # the first row is that of the first step, which warms everything up
+    steady = rows[1:] or rows
+    total_ms = sum(row["ms_per_step"] for row in steady)
+    return {
+        "images_per_s": round(1e3 * global_batch * len(steady) / total_ms, 1),
+        "loss_first": rows[0]["loss"],
+        "loss_last": rows[-1]["loss"],
+    }
 
 
 def evaluate_samples(trainer: Trainer, data: TrainingData, weights: dict, folder: Path) -> dict:

@@ -204,7 +204,8 @@ def damaged_file(case: Case) -> tuple[str, Verdict]:
     # a checkpoint that is damaged costs the steps since the one before
     at_least = EVERY if place == "new" else 2 * EVERY
     # settings and logs are needed too: a refusal by name is right
-    may_refuse = (path.name,) if place == "other" else ()
+    # and nothing but a person can take a folder away
+    may_refuse = (path.name,) if place == "other" or name == "folder" else ()
     return what, case.bench.judge(case.out, setting, at_least, may_refuse, undo)
 
 

@@ -78,6 +78,13 @@ def test_full_disk_without_a_file_name_is_that_of_the_run(tmp_path, error):
             "error: /x/stats.jsonl cannot be read or written: Is a directory",
         ),
         (
+            IsADirectoryError(
+                errno.EISDIR, "Is a directory", "/x/.latest.1.tmp", None, "/x/latest"
+            ),
+            2,
+            "error: /x/latest cannot be read or written: Is a directory",
+        ),
+        (
             OSError(errno.EMFILE, "Too many open files", "/x/y"),
             2,
             "error: /x/y cannot be opened: Too many open files (ulimit -n)",
@@ -210,3 +217,12 @@ def test_a_rank_that_failed_alone_says_so_later(monkeypatch, capsys):
     assert said[2].startswith("error: another process has ended")
     # rank 2, and rank 0 for the rank that has more to say
     assert waited == [train.LAUNCHER_REACTS] * 2
+
+
+def test_a_summary_does_not_need_the_rows():
+    rows = [{"step": n, "loss": 3.0 - n, "ms_per_step": 100.0 * n} for n in (1, 2)]
+    expected = {"images_per_s": 20.0, "loss_first": 2.0, "loss_last": 1.0}
+    assert run.logged(rows, global_batch=4) == expected
+    assert run.logged(rows[:1], global_batch=4)["images_per_s"] == 40.0
+    # a log that was not flushed before a power cut is empty
+    assert run.logged([], global_batch=4) == dict.fromkeys(expected)
