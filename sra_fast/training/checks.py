@@ -101,6 +101,9 @@ def _check_numbers(cfg: Config) -> None:
             0 <= value < math.inf,
             f"{name} must not be negative nor infinite, got {value}",
         )
+    require_that(
+        train.spike == 0 or train.spike > 1, f"train.spike must be 0 or above 1, got {train.spike}"
+    )
     scale = cfg.data.latent_scale
     require_that(
         scale is None or 0 < scale < math.inf,

@@ -8,7 +8,7 @@ import time
 from sra_fast.config.schema import Config
 from sra_fast.training.agreement import Agreement
 from sra_fast.training.saver import Saver
-from sra_fast.training.signals import StopSignals
+from sra_fast.training.signals import Stopped, StopSignals
 from sra_fast.training.trainer import Trainer
 from sra_fast.training.watch import RollBack, StepWatch
 
@@ -16,8 +16,6 @@ log = logging.getLogger("sra_fast")
 
 # what the processes tell each other
 FLAGS = ("stop", "save", "failed", "diverged", "roll_back")
-# updates skipped in a row from which on weights are not worth a checkpoint
-DOUBTFUL = 2
 
 
 class Control:
@@ -50,9 +48,11 @@ class Control:
     def __enter__(self) -> "Control":
         return self
 
-    def __exit__(self, *error) -> None:
-        # a save that has begun is finished, whatever ends the training
-        self.saver.wait()
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
+        # these end the training of all processes: the save that has begun is finished. After any
+        # other error one of them may be gone, and the saver knows how long to wait
+        if kind is None or issubclass(kind, (RollBack, Stopped)):
+            self.saver.wait()
         self.agreement.close()
 
     def after_step(self, done: int) -> None:
@@ -68,8 +68,17 @@ class Control:
         if decided is not None:
             self._act(decided, done)
         train = self.cfg.train
-        if done % train.save_every == 0 or done == train.steps or self.asked:
+        if done % train.save_every == 0 or done == train.steps:
             self.due = True
+
+    def agree_now(self, done: int) -> None:
+        """Act on what any process has noticed up to this step; collective, and waits for all.
+
+        Raises:
+            As ``after_step``.
+        """
+        self.agreement.tell(**self._flags())
+        self._act(self.agreement.now(), done)
 
     def _flags(self) -> dict[str, int]:
         """What this process has to say, zero for nothing."""
@@ -94,6 +103,7 @@ class Control:
         # a run that is through ends by itself
         if decided["stop"] and done < self.cfg.train.steps:
             self.asked = decided["stop"]
+            self.due = True
         if decided["save"]:
             self.due = True
 
@@ -119,16 +129,16 @@ class Control:
         Raises:
             As ``after_step``.
         """
-        # processes may have noticed different things at this step: ask them all, now
-        self.agreement.tell(**self._flags())
-        self._act(self.agreement.now(), done)
+        self.agree_now(done)
         skipped = int(self.trainer.guard.counts[2])
         if not skipped:
             return True
-        final = self.asked or done == self.cfg.train.steps
-        if final and skipped >= DOUBTFUL:
-            raise self.diverged(done)
-        return bool(final)
+        if not self.asked and done < self.cfg.train.steps:
+            return False
+        # no step comes after this one; the weights are those before the updates that were skipped
+        if self.trainer.rank == 0:
+            log.warning("the last updates were skipped, %d in a row up to step %d", skipped, done)
+        return True
 
     def saved(self) -> None:
         """A checkpoint has been begun."""
@@ -157,5 +167,5 @@ class Control:
         updates = "1 update was" if skipped == 1 else f"{skipped} updates in a row were"
         return FloatingPointError(
             f"gradients not finite: {updates} skipped up to step {up_to}; {stands} a smaller "
-            "optim.lr or align.weight"
+            "optim.lr or align.weight, unless the lines above blame images"
         )

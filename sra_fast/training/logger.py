@@ -3,6 +3,7 @@ the run's loggers.
 """
 
 import json
+import math
 import re
 import time
 from collections import deque
@@ -105,8 +106,17 @@ def read_rows(path: Path) -> list[dict]:
                 break
         except (ValueError, LookupError, TypeError):
             break
-        rows.append(row)
+        rows.append({name: math.nan if item is None else item for name, item in row.items()})
     return rows
+
+
+def _line(row: dict) -> str:
+    """A row as JSON, which has no NaN: null stands for what is not finite."""
+    finite = {
+        name: None if isinstance(item, float) and not math.isfinite(item) else item
+        for name, item in row.items()
+    }
+    return json.dumps(finite) + "\n"
 
 
 class TrainLogger:
@@ -157,7 +167,7 @@ class TrainLogger:
         path = folder / STATS
         # a run may have been further than its last checkpoint: it takes these steps again
         kept = [row for row in read_rows(path) if row["step"] <= start]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        text = "".join(_line(row) for row in kept)
         write_atomic(path, lambda p: p.write_text(text))
         # open for the whole run
         self.file = open(path, "a")  # noqa: SIM115
@@ -234,7 +244,7 @@ class TrainLogger:
     def _write(self, row: dict) -> None:
         self.rows.append(row)
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(_line(row))
             self.file.flush()
         for logger in self.loggers:
             logger.row(row)

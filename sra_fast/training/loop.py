@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sra_fast.alignment.schedule import align_weight
 from sra_fast.checkpoint.manifest import Progress
@@ -21,7 +22,7 @@ from sra_fast.training.monitor import Monitor
 from sra_fast.training.saver import Saver
 from sra_fast.training.signals import StopSignals, stopped
 from sra_fast.training.trainer import Trainer
-from sra_fast.training.watch import StepWatch
+from sra_fast.training.watch import History, StepWatch
 from sra_fast.training.watchdog import Watchdog
 from sra_fast.utils.registry import CONDITIONINGS
 
@@ -131,6 +132,7 @@ def train(
     saver: Saver | None = None,
     stop: StopSignals | None = None,
     watchdog: Watchdog | None = None,
+    history: History | None = None,
 ) -> list[dict]:
     """Train from ``start`` to optimizer step ``train.steps``.
 
@@ -144,6 +146,7 @@ def train(
         saver: writes the checkpoints; None: one of its own.
         stop: open signals that end the run early; None: nothing does.
         watchdog: is told where this process is; None: no one is.
+        history: how large losses and norms usually were so far; None: not known.
 
     Returns:
         The logged rows.
@@ -170,7 +173,7 @@ def train(
     if saver is None:
         saver = Saver(trainer, folder / CHECKPOINTS, data.facts())
         own_saver.callback(saver.close)
-    watch = StepWatch(cfg, stream, data, trainer.rank, start.shift)
+    watch = StepWatch(cfg, stream, data, trainer.rank, start.shift, history)
     logger.watch = watch.look
     control = Control(trainer, saver, watch, stop)
     session = _Session(trainer, folder, logger, control, saver, stream, monitor, watchdog)
@@ -184,8 +187,9 @@ def train(
         dynamic_ncols=True,
         mininterval=0.5,
     )
-    # closed also by an error, whose line then has no bar before it
-    with own_saver, bar, control:
+    # the bar is closed also by an error, whose line then has no bar before it; a warning of a step
+    # gets a line of its own
+    with own_saver, bar, control, logging_redirect_tqdm():
         for step in range(start.step, cfg.train.steps):
             known = optimizer_step(
                 trainer, batches, stream, data, step, logger, start.shift, watchdog
@@ -195,13 +199,17 @@ def train(
             if row:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
             control.after_step(step + 1)
+            looks = monitor is not None and (step + 1) % cfg.monitor.every == 0
+            if looks:
+                # samples take long: what any process knows is acted on before
+                control.agree_now(step + 1)
             if control.due:
                 session.save(Progress(step + 1, start.shift), known)
-            if monitor is not None and (step + 1) % cfg.monitor.every == 0:
-                session.look(step + 1, known)
             if control.asked:
                 saved = saver.last == Progress(step + 1, start.shift)
                 raise stopped(control.asked, step + 1, saved)
+            if looks:
+                session.look(step + 1, known)
         control.finish(cfg.train.steps)
     # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
@@ -227,6 +235,8 @@ class _Session:
         self._at(progress.step, "checkpoint")
         self.logger.flush(progress.step, known)
         if self.control.ready_to_save(progress.step):
+            # an earlier save may have failed
+            self.control.finish(progress.step)
             epoch = self.stream.epoch(progress.step - 1 + progress.shift)
             self.saver.save(progress, epoch)
             self.control.saved()

@@ -1,6 +1,7 @@
 """A whole run: build, restore, train, export, report."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from sra_fast.training.saver import Saver
 from sra_fast.training.signals import StopSignals
 from sra_fast.training.start_lines import say_start
 from sra_fast.training.trainer import Trainer, build
-from sra_fast.training.watch import RollBack
+from sra_fast.training.watch import History, RollBack
 from sra_fast.training.watchdog import Watchdog
 from sra_fast.utils.files import write_atomic, write_json
 from sra_fast.utils.registry import EVALUATIONS
@@ -104,20 +105,27 @@ def _train(
     written = folder if trainer.rank == 0 else None
     # how often training has gone back to a step
     returns: Counter[int] = Counter()
+    history = History()
+    history.read([row for row in read_rows(folder / STATS) if row["step"] <= start.step])
     checkpoints = folder / reading.CHECKPOINTS
     # the lock of the folder outlives the saver, also where training ends with an error
     with (
         Saver(trainer, checkpoints, data.facts()) as saver,
         Watchdog(cfg.train.stall_minutes) as watchdog,
     ):
+        if "rollback" in (cfg.train.on_nan, cfg.train.on_spike) and saver.parent is None:
+            # there is always a checkpoint to go back to
+            saver.save(start, epoch=0)
+            saver.wait()
         while True:
             logger = TrainLogger(written, cfg, trainer.device, trainer.plan.world, start.step)
             try:
-                train(trainer, data, folder, start, monitor, logger, saver, stop, watchdog)
+                train(trainer, data, folder, start, monitor, logger, saver, stop, watchdog, history)
                 break
             except RollBack as back:
                 logger.close()
                 start = _go_back(trainer, saver, start.shift, back.bad_step, returns)
+                history.forget(start.step)
     return logger
 
 
@@ -125,10 +133,15 @@ def _go_back(
     trainer: Trainer, saver: Saver, shift: int, bad_step: int, returns: Counter[int]
 ) -> Progress:
     """Restore the last checkpoint, and leave out the images up to a step; collective."""
+    saver.wait()
+    if saver.error is not None and not isinstance(saver.error, FloatingPointError):
+        raise saver.error
+    # weights that were not finite are left behind
+    saver.error = None
     step = saver.parent
     if step is None:
         raise FloatingPointError(
-            f"step {bad_step + 1} asks for the last checkpoint, and there is none yet"
+            f"step {bad_step + 1} asks for the last checkpoint, and there is none"
         )
     returns[step] += 1
     limit = trainer.cfg.train.skip_limit
@@ -137,7 +150,8 @@ def _go_back(
             f"training went back to step {step} {limit} times without reaching the next checkpoint"
         )
     saving.load(trainer, saver.folder / step_name(step))
-    left_out = bad_step + 1 - step
+    # more each time: steps after the bad one may be bad, too
+    left_out = (bad_step + 1 - step) << (returns[step] - 1)
     warn(
         "back to the checkpoint of step %d; the images of the %d steps after it are left out",
         step,
@@ -183,16 +197,18 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
 
 
 def logged(rows: list[dict], global_batch: int) -> dict:
-    """Speed and losses of a run's rows; None for each if a power cut has taken them."""
+    """Speed and losses of a run's rows; None for each that no row has."""
     if not rows:
         return dict.fromkeys(("images_per_s", "loss_first", "loss_last"))
     # the first row is that of the first step, which warms everything up
     steady = rows[1:] or rows
     total_ms = sum(row["ms_per_step"] for row in steady)
+    # rows in which every update was skipped have none
+    losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
     return {
         "images_per_s": round(1e3 * global_batch * len(steady) / total_ms, 1),
-        "loss_first": rows[0]["loss"],
-        "loss_last": rows[-1]["loss"],
+        "loss_first": next(iter(losses), None),
+        "loss_last": next(reversed(losses), None),
     }
 
 

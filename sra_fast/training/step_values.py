@@ -41,7 +41,13 @@ class StepValues:
         at, rows = self._rows.setdefault(tuple(values), ([], []))
         at.append((step, micro_step))
         # a copy in one launch: the next replay of a CUDA graph overwrites its outputs
-        rows.append(torch.stack([torch.as_tensor(v).float() for v in values.values()]))
+        rows.append(torch.stack([self._scalar(value) for value in values.values()]))
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.float()
+        # DeepSpeed gives some norms as numbers, in some steps: a fill waits for nothing
+        return torch.full((), value, dtype=torch.float32, device=self.device)
 
     def total(self, name: str) -> Tensor:
         """Sum of the values of a name, on their device."""
@@ -55,8 +61,7 @@ class StepValues:
     def take(self) -> list[Table]:
         """What was added since the last call, one table for each set of names."""
         taken = [
-            Table(names, at, torch.stack(rows).to(self.device))
-            for names, (at, rows) in sorted(self._rows.items())
+            Table(names, at, torch.stack(rows)) for names, (at, rows) in sorted(self._rows.items())
         ]
         self._rows = {}
         return taken

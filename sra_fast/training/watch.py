@@ -23,8 +23,9 @@ log = logging.getLogger("sra_fast")
 # steps that a running median is of, and how many it needs to say anything
 WINDOW = 200
 ENOUGH = 20
-# images that a message names
+# images that a message names, and skipped steps that one row of the log may bring lines about
 SHOWN = 8
+MOST_LINES = 5
 # what is compared with its running median
 WATCHED = ("loss", "student_norm", "teacher_norm")
 
@@ -41,6 +42,43 @@ class RollBack(Exception):
         self.bad_step = bad_step
 
 
+class History:
+    """The usual size of losses and feature norms: what they were in the last steps.
+
+    It outlives a rollback and is read again when a run is resumed: a median that began anew would
+    know nothing for some steps, and the next spike would pass.
+    """
+
+    def __init__(self):
+        # name -> (0-based step, value)
+        self.values: dict[str, deque[tuple[int, float]]] = {
+            name: deque(maxlen=WINDOW) for name in WATCHED
+        }
+
+    def read(self, rows: list[dict]) -> None:
+        """Take the rows of the log of an earlier part of the run, each for all of its steps."""
+        before = 0
+        for row in rows:
+            steps = range(max(before, row["step"] - WINDOW), row["step"])
+            before = row["step"]
+            for name in WATCHED:
+                value = row.get(name, math.nan)
+                if math.isfinite(value):
+                    self.values[name].extend((step, value) for step in steps)
+
+    def forget(self, step: int) -> None:
+        """Drop the values of a 0-based step and those after it."""
+        for name, values in self.values.items():
+            kept = [(at, value) for at, value in values if at < step]
+            self.values[name] = deque(kept, maxlen=WINDOW)
+
+    def usual(self, name: str) -> float | None:
+        """The running median; None as long as it means nothing."""
+        values = self.values[name]
+        usual = median(value for _, value in values) if len(values) >= ENOUGH else 0.0
+        return usual if usual > 0 else None
+
+
 class StepWatch:
     """Looks at the steps of this process and says what is wrong with them.
 
@@ -50,49 +88,78 @@ class StepWatch:
         data: training set, which knows where an image lies.
         rank: of this process.
         shift: data positions that earlier rollbacks have left out.
+        history: of the run so far; None: it has none.
 
     Attributes:
         flags: what all processes have to agree on: ``diverged`` (1: the run stops) and
             ``roll_back`` (the last bad step and one, 0: none).
+        diverged: (updates skipped in a row, steps done) when that stopped the run.
     """
 
     def __init__(
-        self, cfg: Config, stream: ShuffledBatches, data: TrainingData, rank: int, shift: int = 0
+        self,
+        cfg: Config,
+        stream: ShuffledBatches,
+        data: TrainingData,
+        rank: int,
+        shift: int = 0,
+        history: History | None = None,
     ):
         self.train = cfg.train
         self.stream = stream
         self.data = data
         self.rank = rank
         self.shift = shift
-        self.history = {name: deque(maxlen=WINDOW) for name in WATCHED}
+        self.history = History() if history is None else history
         # the last step with a spike, by name: one warning for spikes in one step after the other
         self.last_spike: dict[str, int] = {}
         self.in_a_row = 0
-        # (updates skipped in a row, steps done) when that stopped the run
         self.diverged: tuple[int, int] | None = None
         self.flags = {"diverged": 0, "roll_back": 0}
 
     def look(self, tables: Iterable[Table]) -> None:
         """Look at the values of the steps that have arrived."""
-        losses: dict[int, list[tuple[int, float]]] = {}
-        skipped: dict[int, bool] = {}
+        # (step, micro-step) -> the values of its names: steps with and without alignment come in
+        # different tables
+        found: dict[tuple[int, int], dict[str, float]] = {}
         for table in tables:
-            columns = dict(zip(table.names, table.values.T.tolist(), strict=True))
+            for at, values in zip(table.at, table.values.tolist(), strict=True):
+                found.setdefault(at, {}).update(zip(table.names, values, strict=True))
+        skipped: list[int] = []
+        losses: dict[int, list[tuple[int, float]]] = {}
+        for (step, micro_step), values in sorted(found.items()):
             for name in WATCHED:
-                for (step, micro_step), value in zip(table.at, columns.get(name, ()), strict=False):
-                    self._compare(name, value, step, micro_step)
-                    if name == "loss":
-                        losses.setdefault(step, []).append((micro_step, value))
-            for (step, _), value in zip(table.at, columns.get("skipped", ()), strict=False):
-                skipped[step] = value > 0
-        for step in sorted(skipped):
-            self._count(step, skipped[step], losses.get(step, []))
+                if name in values:
+                    self._compare(name, values[name], step, micro_step)
+            if "loss" in values:
+                losses.setdefault(step, []).append((micro_step, values["loss"]))
+            if "skipped" in values:
+                self.in_a_row = self.in_a_row + 1 if values["skipped"] else 0
+                if values["skipped"]:
+                    skipped.append(step)
+                    self._decide(step)
+        for step in skipped[:MOST_LINES]:
+            self._say_skipped(step, losses.get(step, []))
+        if len(skipped) > MOST_LINES and self.rank == 0:
+            log.warning(
+                "%d more updates were skipped up to step %d",
+                len(skipped) - MOST_LINES,
+                skipped[-1] + 1,
+            )
 
-    def _count(self, step: int, skipped: bool, losses: list[tuple[int, float]]) -> None:
-        """Take note of whether a step's update was skipped."""
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if not skipped:
-            return
+    def _decide(self, step: int) -> None:
+        """What follows an update that was skipped."""
+        if self.train.on_nan == "rollback":
+            # how often training goes back is limited elsewhere
+            self._roll_back(step)
+        elif self.train.on_nan == "stop" or self.in_a_row >= self.train.skip_limit:
+            self.flags["diverged"] = 1
+            self.diverged = self.diverged or (self.in_a_row, step + 1)
+
+    def _roll_back(self, step: int) -> None:
+        self.flags["roll_back"] = max(self.flags["roll_back"], step + 1)
+
+    def _say_skipped(self, step: int, losses: list[tuple[int, float]]) -> None:
         bad = [(micro_step, loss) for micro_step, loss in losses if not math.isfinite(loss)]
         for micro_step, loss in bad:
             log.warning(
@@ -107,25 +174,21 @@ class StepWatch:
             log.warning(
                 "step %d: its update was skipped, the gradients are not finite%s", step + 1, where
             )
-        if self.train.on_nan == "stop" or self.in_a_row >= self.train.skip_limit:
-            self.flags["diverged"] = 1
-            self.diverged = self.diverged or (self.in_a_row, step + 1)
-        elif self.train.on_nan == "rollback":
-            self.flags["roll_back"] = step + 1
 
     def _compare(self, name: str, value: float, step: int, micro_step: int) -> None:
         """Warn of a value that is far beyond its running median."""
-        history = self.history[name]
         # what is not finite is skipped, which is said elsewhere
         if not self.train.spike or not math.isfinite(value):
             return
-        usual = median(history) if len(history) >= ENOUGH else math.inf
-        if value > self.train.spike * usual:
+        usual = self.history.usual(name)
+        if usual is not None and value > self.train.spike * usual:
             if step - self.last_spike.get(name, -2) > 1:
                 self._warn_of_spike(name, value, usual, step, micro_step)
             self.last_spike[name] = step
+            if name == "loss" and self.train.on_spike == "rollback":
+                self._roll_back(step)
         # spikes too: what stays high is the new normal
-        history.append(value)
+        self.history.values[name].append((step, value))
 
     def _warn_of_spike(
         self, name: str, value: float, usual: float, step: int, micro_step: int
@@ -140,8 +203,6 @@ class StepWatch:
             usual,
             self._images(step, micro_step),
         )
-        if name == "loss" and self.train.on_spike == "rollback":
-            self.flags["roll_back"] = step + 1
 
     def _numbers(self, step: int, micro_step: int) -> list[int]:
         return self.stream.numbers(step + self.shift, micro_step)

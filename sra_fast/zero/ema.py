@@ -116,6 +116,8 @@ class ReplicatedTeacher:
 
         ``state``: ``scales()`` of the run that is resumed.
         """
+        # what is under way reads and writes what is copied to here
+        self.wait()
         flats = self.ema.flats
         for group in self.groups:
             if state and isinstance(group, Fp8TeacherGroup):

@@ -2,6 +2,8 @@
 
 import logging
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from sra_fast.training import control, saver, saving
 from sra_fast.training.logger import read_rows
 from sra_fast.training.loop import image_order, train
 from sra_fast.training.plan import RunPlan, make_plan
-from sra_fast.training.run import run
+from sra_fast.training.run import logged, run
 from sra_fast.training.signals import Stopped, StopSignals
 from sra_fast.training.trainer import build
+from sra_fast.training.watch import History
 from sra_fast.zero.process_group import init_distributed
 
 pytestmark = pytest.mark.usefixtures("rooms")
@@ -95,12 +98,31 @@ def test_too_many_in_a_row(tmp_path):
     assert steps_in(tmp_path) == []
 
 
-def test_a_run_does_not_end_well_on_updates_that_were_skipped(tmp_path):
+def test_bad_images_at_the_end_lose_nothing(tmp_path, caplog):
     trainer, data = made("--train.save_every", "100")
     poison(data, trainer, STEPS - 2, STEPS - 1)
-    with pytest.raises(FloatingPointError, match="2 updates in a row"):
+    with caplog.at_level(logging.WARNING):
         train(trainer, data, tmp_path)
-    assert steps_in(tmp_path) == []
+    assert steps_in(tmp_path) == [STEPS]
+    assert f"the last updates were skipped, 2 in a row up to step {STEPS}" in caplog.messages
+
+
+def test_a_signal_after_bad_images_saves(tmp_path):
+    trainer, data = made("--train.save_every", "100")
+    poison(data, trainer, 1, 2)
+    stop = StopSignals()
+    taken = trainer.after_step
+
+    def after_step(teacher_runs):
+        taken(teacher_runs)
+        if int(trainer.guard.counts[2]) == 2:
+            stop.code = 15
+
+    trainer.after_step = after_step
+    with pytest.raises(Stopped, match=r"after step 3; .* step_00000003 is whole"):
+        train(trainer, data, tmp_path, stop=stop)
+    manifest = read_manifest(tmp_path / CHECKPOINTS / "step_00000003")
+    assert manifest.counts == [1, 2, 2]
 
 
 def test_rollback_leaves_the_images_out(tmp_path, caplog):
@@ -128,11 +150,111 @@ def test_rollback_leaves_the_images_out(tmp_path, caplog):
     assert same(state(other), state(resumed))
 
 
-def test_no_checkpoint_to_go_back_to(tmp_path):
+def test_the_start_is_a_checkpoint_to_go_back_to(tmp_path):
     trainer, data = made()
     poison(data, trainer, 0)
-    with pytest.raises(FloatingPointError, match="step 1 asks for the last checkpoint, and there"):
-        whole_run(tmp_path, data, "--train.on_nan", "rollback")
+    whole_run(tmp_path, data, "--train.on_nan", "rollback")
+    assert steps_in(tmp_path / "000") == [0, 2, 4, 6]
+    last = read_manifest(tmp_path / "000" / CHECKPOINTS / "step_00000006")
+    assert last.progress.shift >= 1 and last.counts == [6, 0, 0]
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_many_bad_steps_are_left_out_however_rarely_rows_come(tmp_path, log_every):
+    """More than skip_limit in a row: what a rollback leaves out grows."""
+    args = ("--train.on_nan", "rollback", "--train.skip_limit", "4", "--train.steps", "12")
+    trainer, data = made(*args)
+    poison(data, trainer, 3, 4, 5, 6, 7, 8)
+    whole_run(tmp_path, data, *args, "--train.log_every", str(log_every))
+    last = read_manifest(tmp_path / "000" / CHECKPOINTS / "step_00000012")
+    assert last.progress.shift >= 7 and last.counts == [12, 0, 0]
+
+
+def test_a_spike_after_a_rollback_or_a_resume_is_seen(tmp_path, monkeypatch):
+    """What is usual is known from before."""
+    args = (
+        *("--train.on_spike", "rollback", "--train.spike", "5", "--train.steps", "40"),
+        *("--train.save_every", "25", "--optim.lr", "1e-5"),
+    )
+    trainer, data = made(*args)
+    order = image_order(trainer, len(data), Progress(0))
+    images = data.images.clone()
+    for step in (29, 35):
+        images[order.numbers(step, 0)] *= 100
+    data.images = images
+    whole_run(tmp_path, data, *args)
+    rows = read_rows(tmp_path / "000/stats.jsonl")
+    assert max(row["loss"] for row in rows) < 10
+    last = read_manifest(tmp_path / "000" / CHECKPOINTS / "step_00000040")
+    assert last.progress.shift >= 2
+
+    # only the rows of the log know it here
+    history = History()
+    history.read([row for row in rows if row["step"] <= 25])
+    assert history.usual("loss") == pytest.approx(rows[12]["loss"], rel=0.5)
+    assert len(history.values["loss"]) == 25
+    history.forget(10)
+    assert [step for step, _ in history.values["loss"]] == list(range(10))
+    assert history.usual("loss") is None
+
+
+def test_an_error_of_a_save_is_not_found_again_after_going_back(tmp_path, monkeypatch):
+    """A slow save that fails while training goes back for another reason: one rollback."""
+    trainer, data = made()
+    poison(data, trainer, 4)
+    slow = saver.Saver._write
+
+    def write(self, task):
+        if task.progress == Progress(4):
+            time.sleep(1.0)
+            raise FloatingPointError("the EMA is not finite")
+        slow(self, task)
+
+    monkeypatch.setattr(saver.Saver, "_write", write)
+    whole_run(tmp_path, data, "--train.on_nan", "rollback", "--train.save_every", "2")
+    last = read_manifest(tmp_path / "000" / CHECKPOINTS / "step_00000006")
+    assert last.progress.shift == 3
+
+
+def test_a_failed_save_rolls_back_even_if_the_next_one_is_due(tmp_path, monkeypatch):
+    """The save takes longer than the steps to the next one, which waits for it."""
+    _, data = made()
+    slow = saver.Saver._write
+    failed = []
+
+    def write(self, task):
+        if task.progress == Progress(4) and not failed:
+            failed.append(task)
+            time.sleep(2.0)
+            raise FloatingPointError("the EMA is not finite")
+        slow(self, task)
+
+    monkeypatch.setattr(saver.Saver, "_write", write)
+    whole_run(tmp_path, data, "--train.on_nan", "rollback", "--train.save_every", "2")
+    assert failed and steps_in(tmp_path / "000") == [0, 2, 4, 6]
+
+
+def test_an_error_does_not_wait_for_a_save_that_hangs(tmp_path, monkeypatch):
+    trainer, data = made()
+    done = threading.Event()
+    monkeypatch.setattr(saver.Saver, "_write", lambda self, task: done.wait(60))
+    monkeypatch.setattr(saver, "GRACE", 0.1)
+    monkeypatch.setattr(control.Control, "ready_to_save", lambda self, step: step < 4 or 1 / 0)
+    try:
+        with (
+            pytest.raises(ZeroDivisionError),
+            saver.Saver(trainer, tmp_path / CHECKPOINTS) as writer,
+        ):
+            train(trainer, data, tmp_path, saver=writer)
+        assert not done.is_set()
+    finally:
+        done.set()
+
+
+def test_losses_of_a_summary_are_numbers():
+    rows = [{"loss": x, "ms_per_step": 1.0} for x in (math.nan, 2.0, 1.0, math.nan)]
+    assert logged(rows, 4) == {"images_per_s": 4000.0, "loss_first": 2.0, "loss_last": 1.0}
+    assert logged(rows[:1], 4)["loss_last"] is None
 
 
 def test_going_back_again_and_again_ends(tmp_path, monkeypatch):
@@ -173,7 +295,7 @@ def test_an_ema_that_is_not_finite_goes_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(control.Control, "after_step", after_step)
     whole_run(tmp_path, data, "--train.on_nan", "rollback", "--align", "none")
-    assert spoiled and steps_in(tmp_path / "000") == [2, 4, 6]
+    assert spoiled and steps_in(tmp_path / "000") == [0, 2, 4, 6]
     last, _ = made("--align", "none")
     saving.load(last, tmp_path / "000" / CHECKPOINTS / "step_00000006")
     assert all(flat.isfinite().all() for flat in last.ema.flats)

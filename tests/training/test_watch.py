@@ -62,6 +62,15 @@ def test_means_leave_out_what_is_not_finite():
     assert values.take() == []
 
 
+def test_a_norm_that_is_a_number_in_some_steps_lies_on_the_device():
+    """DeepSpeed gives infinity as a number where the norm is a tensor in other steps."""
+    values = StepValues(torch.device("meta"))
+    values.add({"grad_norm": torch.zeros((), device="meta")}, 0)
+    values.add({"grad_norm": math.inf}, 1)
+    (table,) = values.take()
+    assert table.values.device.type == "meta" and table.at == [(0, 0), (1, 0)]
+
+
 def test_a_replay_that_overwrites_its_outputs_changes_no_earlier_step():
     values = StepValues(CPU)
     output = torch.tensor(1.0)
@@ -116,6 +125,12 @@ def test_images_after_a_rollback_are_those_of_the_shifted_position(caplog):
         (("--train.skip_limit", "2"), (1, 3), {"diverged": 0, "roll_back": 0}),
         (("--train.on_nan", "stop"), (2,), {"diverged": 1, "roll_back": 0}),
         (("--train.on_nan", "rollback"), (1, 2), {"diverged": 0, "roll_back": 3}),
+        # a row with more skipped updates than the limit, which then counts returns
+        (
+            ("--train.on_nan", "rollback", "--train.skip_limit", "1"),
+            (0, 1, 2),
+            {"diverged": 0, "roll_back": 3},
+        ),
     ],
 )
 def test_what_follows_a_skipped_update(args, skipped, flags):
@@ -145,6 +160,37 @@ def test_no_spike_in_the_first_steps_nor_without_the_option(caplog):
         watch().look(steps([1.0, 1000.0]))
         watch("--train.spike", "0").look(steps([1.0] * 50 + [1e35]))
     assert not caplog.messages
+
+
+def test_the_last_bad_step_counts_and_spikes_are_looked_at_in_order(caplog):
+    watcher = watch("--train.on_nan", "rollback", "--train.on_spike", "rollback")
+    tables = steps([1.0] * 30 + [1330.0], skipped=(25,))
+    watcher.look(tables)
+    assert watcher.flags["roll_back"] == 31
+    # steps with alignment and without come in two tables
+    values = StepValues(CPU)
+    for step in range(60):
+        loss = {41: 500.0, 52: 500.0}.get(step, 1.0)
+        aligned = {"align": torch.tensor(1.0)} if step % 2 else {}
+        values.add({"loss": torch.tensor(loss), **aligned}, step)
+        values.add({"skipped": torch.tensor(False)}, step)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        watch().look(values.take())
+    assert [message.split(",")[0] for message in caplog.messages] == ["step 42", "step 53"]
+
+
+def test_many_skipped_updates_are_a_few_lines(caplog):
+    with caplog.at_level(logging.WARNING):
+        watch("--train.skip_limit", "99").look(steps([1.0] * 40, skipped=range(0, 40, 2)))
+    assert len(caplog.messages) == 6
+    assert caplog.messages[-1] == "15 more updates were skipped up to step 39"
+
+
+def test_a_median_of_zero_says_nothing(caplog):
+    with caplog.at_level(logging.WARNING):
+        watch().look(steps([0.0] * 60 + [1.0]))
+    assert not [message for message in caplog.messages if "loss" in message]
 
 
 def test_a_spike_of_the_loss_may_go_back():
