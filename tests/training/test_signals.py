@@ -180,7 +180,7 @@ def orphaned(tmp_path: Path, source: str, *args) -> None:
     with (tmp_path / "err").open("w") as err:
         child = subprocess.Popen(
             [sys.executable, launcher, script, *map(str, args)],
-            env=environment(SRA_FAST_DEEPSPEED_LOG="info"),
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=err,
             text=True,
@@ -245,7 +245,7 @@ try:
 except SystemExit as end:
     import logging
     # its handler keeps the stream that it finds at its import
-    logging.getLogger("DeepSpeed").info("x" * 100000)
+    logging.getLogger("DeepSpeed").error("x" * 100000)
     Path(code).write_text(str(end.code))
 """
 
