@@ -54,18 +54,24 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
 
 
 def main() -> None:
+    # before the imports, which take seconds: the launcher may end and the terminal be closed meanwhile
+    from sra_fast.utils.processes import LauncherWatch
+    from sra_fast.utils.streams import outlive_streams
+
+    launchers = LauncherWatch()
+    outlive_streams()
+
     # these rooms register the choices of the command line, so they come before the parser
     from sra_fast.config.cli import parse_train
     from sra_fast.training.plan import make_run_plan
     from sra_fast.training.run import run
-    from sra_fast.training.signals import StopSignals, outlive_streams
+    from sra_fast.training.signals import StopSignals
     from sra_fast.utils.launcher import read_launcher
     from sra_fast.zero.process_group import init_distributed
 
-    outlive_streams()
     cfg, ds_json = parse_train()
     out = Path(cfg.train.out)
-    with StopSignals() as stop:
+    with StopSignals(launchers) as stop:
         with one_line_for_all(out, speaker="LOCAL_RANK"):
             read_launcher()
             plan = make_run_plan(cfg, ds_json)

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
 
 from sra_fast.utils.processes import LauncherWatch
 
@@ -28,6 +27,10 @@ SAME_INTERRUPT = 1.0
 INTERRUPT_GRACE = 5.0
 # how long a run whose launcher is gone may need for its checkpoint: nobody would kill it
 ORPHAN_GRACE = 600.0
+# exit code of one that needs longer
+TOO_LATE = 1
+# how long a line may take: nobody may read it, and its pipe be full
+LINE_GRACE = 2.0
 LOOK_EVERY = 1.0
 
 
@@ -63,15 +66,19 @@ class StopSignals:
     Handlers are only installed in the main thread, the only one in which Python runs them. A second
     SIGINT raises KeyboardInterrupt, and ends the process if its main thread does not get to that.
 
+    Args:
+        launchers: made as early as possible, before the slow imports: it notices only what ends after
+            it was made. None: it is made here.
+
     Attributes:
         code: number of the first signal, or ``LAUNCHER_GONE``; 0 as long as nobody has asked.
     """
 
-    def __init__(self):
+    def __init__(self, launchers: LauncherWatch | None = None):
         self.code = 0
         self._interrupted_at: float | None = None
         self._before: dict = {}
-        self._launchers = LauncherWatch()
+        self._launchers = LauncherWatch() if launchers is None else launchers
 
     @property
     def asked(self) -> str | None:
@@ -84,6 +91,8 @@ class StopSignals:
             raise stopped(self.code, step=0, saved=False)
 
     def __enter__(self) -> "StopSignals":
+        if self._launchers.gone():
+            self.code = LAUNCHER_GONE
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         if threading.current_thread() is threading.main_thread():
@@ -125,7 +134,7 @@ class StopSignals:
         """Look for launchers that have ended, and end a process that Ctrl-C cannot reach."""
         interrupted_at = None
         end_at = None
-        exit_code = INTERRUPTED
+        exit_code = 0
         while True:
             if select.select([self._read], [], [], LOOK_EVERY)[0]:
                 numbers = os.read(self._read, 64)
@@ -134,44 +143,28 @@ class StopSignals:
                 if signal.SIGINT in numbers:
                     now = time.monotonic()
                     interrupted_at = interrupted_at or now
-                    if now - interrupted_at > SAME_INTERRUPT:
+                    # a third one does not put off the end
+                    if now - interrupted_at > SAME_INTERRUPT and exit_code != INTERRUPTED:
                         end_at = now + INTERRUPT_GRACE
                         exit_code = INTERRUPTED
             if end_at is None and self._launchers.gone():
                 self.code = self.code or LAUNCHER_GONE
                 end_at = time.monotonic() + ORPHAN_GRACE
-                exit_code = STOPPED
+                exit_code = TOO_LATE
             if end_at is not None and time.monotonic() > end_at:
+                if exit_code == TOO_LATE:
+                    _say_in_time(
+                        "error: the launcher has ended, and the run did not stop within "
+                        f"{ORPHAN_GRACE:g} s; --train.resume auto resumes from the last whole "
+                        "checkpoint"
+                    )
                 os._exit(exit_code)
 
 
-class _Lasting:
-    """A text stream that may go away: what it cannot take is lost, and nothing else is."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-
-def outlive_streams() -> None:
-    """Let the process go on when nobody reads what it prints.
-
-    A closed terminal, a launcher that has ended and a full disk under a log file all make ``print``
-    fail, in the middle of a step or of a save.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Lasting):
-            setattr(sys, name, _Lasting(stream))
+def _say_in_time(line: str) -> None:
+    """Print to stderr, and go on if that takes too long: the main thread may hold the stream."""
+    speaker = threading.Thread(
+        target=print, args=(line,), kwargs={"file": sys.stderr, "flush": True}, daemon=True
+    )
+    speaker.start()
+    speaker.join(LINE_GRACE)

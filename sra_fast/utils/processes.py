@@ -1,6 +1,10 @@
-"""The processes above this one: which of them launched it, and whether they still live."""
+"""The processes above this one: which of them launched it, and whether they still live.
+
+Only the standard library is imported here: the first lines of a program look at its launchers.
+"""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +30,11 @@ MODULES = {
     "torch.distributed.launch",
     "torch.distributed.run",
 }
-# python -u -m MODULE
-WORDS = 4
+# variables that torchrun, also that of accelerate, and DeepSpeed's launcher set, and no user does
+MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+# besides process 1, what takes over the processes of one that has ended
+ADOPTERS = {"catatonit", "conmon", "dumb-init", "init", "slurmstepd", "systemd", "tini"}
+PYTHON = re.compile(r"python[\d.]*t?|pypy[\d.]*")
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,40 @@ class Process:
     started: int
 
 
+def program_of(command: list[str]) -> list[str]:
+    """A command line from the name of its program on: of Python, from its script or module on.
+
+    ``python -u -m MODULE x`` -> ``[MODULE, x]``; empty for Python without a script.
+    """
+    words = list(command)
+    if not words or not PYTHON.fullmatch(Path(words[0]).name):
+        return words
+    words.pop(0)
+    while words and words[0].startswith("-"):
+        option = words.pop(0)
+        if option == "--check-hash-based-pycs":
+            words = words[1:]
+        elif not option.startswith("--"):
+            # the first of these ends a group of letters: its value is the rest, or the next word
+            letters, taken, value = re.fullmatch(r"-([^cmWX]*)([cmWX]?)(.*)", option, re.S).groups()
+            if taken == "c" or not letters + taken:
+                # a program in the command line, or on stdin
+                return []
+            if taken == "m":
+                return [value, *words] if value else words
+            if taken and not value:
+                words = words[1:]
+    return words
+
+
 def is_launcher(command: list[str]) -> bool:
     """Whether a command line is that of a launcher."""
-    words = command[:WORDS]
-    if any(Path(word).name in PROGRAMS or word in MODULES for word in words):
+    program, *words = program_of(command) or [""]
+    name = Path(program).name
+    if name in PROGRAMS or program in MODULES:
         return True
     # sra-fast ablate, or python -m sra_fast ablate
-    return "ablate" in words and any(Path(w).name in ("sra-fast", "sra_fast") for w in words)
+    return name in ("sra-fast", "sra_fast") and words[:1] == ["ablate"]
 
 
 def _status(pid: int) -> tuple[Process, int] | None:
@@ -81,19 +115,44 @@ def launchers() -> list[Process]:
     return found
 
 
-class LauncherWatch:
-    """Tells whether a launcher of this process has ended since the watch was made.
+def was_orphaned() -> bool:
+    """Whether a launcher started this process and had already ended when this was called.
 
-    Without /proc only the parent is known, and whether it is a launcher is not.
+    A launcher of another name, or a shell between it and this process, is none that has ended. A
+    process 1 that is a Python program, as in a container, may be such a launcher.
+    """
+    if not any(name in os.environ for name in MARKS):
+        return False
+    parent = os.getppid()
+    command = _command(parent)
+    if is_launcher(command):
+        return False
+    program = program_of(command) or [""]
+    # some show more than their name: `slurmstepd: [17.0]`
+    if Path(program[0]).name.partition(":")[0] in ADOPTERS:
+        return True
+    of_python = bool(command) and PYTHON.fullmatch(Path(command[0]).name) is not None
+    return parent == 1 and not of_python
+
+
+class LauncherWatch:
+    """Tells whether a launcher of this process has ended.
+
+    Made in the first lines of a program: of a launcher that ended before, only some traces are left
+    (``was_orphaned``). Without /proc only the parent is known, and whether it is a launcher is not.
     """
 
     def __init__(self):
         self.launchers = launchers()
+        # after that look, during which one may have ended
+        self.orphaned = was_orphaned()
         # without /proc, a parent that ends shows as another one
         self.parent = None if os.path.exists("/proc/self/stat") else os.getppid()
 
     def gone(self) -> bool:
         """Whether one of them has ended."""
+        if self.orphaned:
+            return True
         if self.parent is not None:
             return os.getppid() != self.parent
         for launcher in self.launchers:
