@@ -72,10 +72,15 @@ def _run(
     origin = initial.get("origin")
     # the weights are in the trainer: free this copy
     initial.clear()
-    if trainer.rank == 0:
-        before = None if choice is None else choice.manifest
+    before = None if choice is None else choice.manifest
+
+    def record() -> None:
         provenance.record(folder, cfg, run_plan.plan.ds_config, before)
         write_json(folder / reading.FACTS, facts.as_json())
+
+    # a file that cannot be written ends all processes alike
+    run_folder.agreed(record)
+    if trainer.rank == 0:
         say_start(trainer, run_plan.data, folder, start.step, origin)
     logger = _train(trainer, run_plan.data, folder, start, stop)
     export(trainer, run_plan.data, folder)
