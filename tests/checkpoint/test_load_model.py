@@ -9,6 +9,7 @@ import torch
 from foreign import SIZES, network, prefixed, run_folder, same, weights
 from safetensors.torch import save_file
 
+from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.checkpoint.values import is_dense
@@ -79,8 +80,12 @@ def test_the_newest_weights_of_a_run_are_taken(tmp_path):
     old = network(seed=1)
     run = run_folder(tmp_path, model, 7)
     config = load_model(str(run)).config
-    for step, expected in ((6, model), (7, old), (None, old)):
-        write_export(run / "ema.safetensors", old.state_dict(), config, step)
+    ours = reading.digest_at(run, 7)
+    # of another branch of the run, which a rollback has given up
+    others = "0" * 64
+    cases = [(6, None, model), (7, ours, old), (7, others, model), (24, others, model)]
+    for step, digest, expected in [*cases, (7, None, model), (None, None, model)]:
+        write_export(run / "ema.safetensors", old.state_dict(), config, step, digest=digest)
         assert_same_samples(load_model(str(run)).model, expected)
 
 

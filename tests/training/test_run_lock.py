@@ -105,7 +105,7 @@ def test_a_file_system_without_locks_has_the_heartbeat(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.lockf", unsupported)
     lock = RunLock(tmp_path, beat=0.1)
     # another process of this machine, as this one sees it
-    monkeypatch.setattr("sra_fast.training.run_lock._held", set())
+    monkeypatch.setattr("sra_fast.training.run_lock._held", {})
     with pytest.raises(ValueError, match=f"is in use by process {os.getpid()}"):
         RunLock(tmp_path, beat=0.1, watch=10)
     lock.release()
