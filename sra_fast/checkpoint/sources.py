@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint.manifest import STEP_FOLDER
 from sra_fast.checkpoint.names import in_short, unwrapped
 from sra_fast.checkpoint.shards import MASTER, ema_kind
 from sra_fast.checkpoint.steps import named_by_latest, step_of
@@ -50,22 +51,33 @@ def read_weights(path: str, weights: str = "ema") -> dict:
     Raises:
         ValueError: it cannot be read, holds something else, or has weights that are no numbers.
     """
-    found = find_weights(path, weights)
-    if found.is_dir():
-        try:
-            return _of_checkpoint(found, weights)
-        except ValueError:
-            # a run that is going on may have removed it since
-            again = find_weights(path, weights)
-            if again == found:
-                raise
-            found = again
-    if found.is_dir():
+    return read_found(path, find_weights(path, weights), weights)[0]
+
+
+def read_found(path: str, found: Path, weights: str = "ema") -> tuple[dict, Path]:
+    """``read_weights`` of what ``find_weights(path, weights)`` has found.
+
+    Returns:
+        The weights, and where they were read from: a run that goes on may have removed the
+        checkpoint that was found.
+    """
+    try:
+        return _read(found, weights), found
+    except ValueError:
+        if found == Path(path) or found.is_file() or reading.is_checkpoint(found):
+            raise
+    again = find_weights(path, weights)
+    return _read(again, weights), again
+
+
+def _read(found: Path, weights: str) -> dict:
+    removed = STEP_FOLDER.fullmatch(found.name) and not found.exists()
+    if found.is_dir() or removed:
         return _of_checkpoint(found, weights)
     if found.suffix != ".safetensors" and not found.name.endswith(INDEX):
         return read_published(str(found))
-    weights, known = _of_safetensors(found)
-    return {**_with_checked(unwrapped(weights, path), path), **known}
+    tensors, known = _of_safetensors(found)
+    return {**_with_checked(unwrapped(tensors, str(found)), str(found)), **known}
 
 
 def find_weights(path: str, weights: str = "ema") -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,27 @@ def test_the_newest_weights_of_a_run_are_taken(tmp_path):
     for step, digest, expected in [*cases, (7, None, model), (None, None, model)]:
         write_export(run / "ema.safetensors", old.state_dict(), config, step, digest=digest)
         assert_same_samples(load_model(str(run)).model, expected)
+
+
+def test_a_checkpoint_that_was_removed_meanwhile_is_chosen_again(tmp_path, monkeypatch):
+    """By a run that goes on, between the choice and the reading."""
+    model = network()
+    run = run_folder(tmp_path, network(seed=1), 7)
+    first = run / "checkpoints/step_00000007"
+    manifest_of = reading.manifest_of
+
+    def late(path):
+        if first.exists():
+            run_folder(tmp_path, model, 9)
+            shutil.rmtree(first)
+        return manifest_of(path)
+
+    monkeypatch.setattr(reading, "manifest_of", late)
+    assert_same_samples(load_model(str(run)).model, model)
+    # a step that was named is not replaced by another
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        load_model(str(first))
+    assert load_model(str(run)).source == run / "checkpoints/step_00000009"
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):

@@ -18,6 +18,7 @@ from tiny_config import config
 
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.checkpoint.manifest import MANIFEST, file_name, read_manifest
+from sra_fast.checkpoint.reading import newest
 from sra_fast.checkpoint.sources import find_weights
 from sra_fast.training import run as training_run
 from sra_fast.training.plan import find_resume
@@ -245,6 +246,24 @@ def test_a_step_is_named_in_other_ways(out, caplog, monkeypatch):
     said = f"the run goes on in {out / '000'}, train.out {out / 'elsewhere'} is not used"
     assert said in caplog.messages
     assert not (out / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("latest", [None, b"x" * 5000, b"step_00000004\xdf", "a folder"])
+def test_no_latest_and_no_stray_file_of_version_0_1_stops_auto(out, latest):
+    """The one rule of `auto` and of readers: the newest whole one."""
+    checkpoints = out / "000/checkpoints"
+    (checkpoints / "step_4").mkdir()
+    for stray in (checkpoints / "step_4", step(out, 4)):
+        (stray / "sra_fast.json").write_text('{"step": 4, "world_size": 1}')
+    (checkpoints / "latest").unlink()
+    if latest == "a folder":
+        (checkpoints / "latest").mkdir()
+    elif latest is not None:
+        (checkpoints / "latest").write_bytes(latest)
+    for resume in ("auto", str(out / "000"), str(step(out, 4))):
+        cfg = config("--train.out", str(out), "--train.resume", resume)
+        assert find_resume(cfg) == step(out, 4)
+    assert newest(out / "000") == step(out, 4)
 
 
 def test_folders_that_are_no_runs_stop_nothing(out, caplog):
