@@ -27,6 +27,7 @@ from sra_fast.plots import report  # noqa: E402
 from sra_fast.training import run_folder, saver, saving  # noqa: E402
 from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.plan import make_plan  # noqa: E402
+from sra_fast.training.run_lock import token_in  # noqa: E402
 from sra_fast.training.snapshot import flats_by_kind  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402
 from sra_fast.zero.process_group import init_distributed  # noqa: E402
@@ -115,6 +116,25 @@ def damaged_choice(run: Path) -> list[str]:
     return messages
 
 
+def unshared(run: Path) -> list[str]:
+    """What every rank is told where the last one has a file system of its own."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        run_folder.token_in = lambda folder: token_in(folder.parent / "another")
+        run_folder.LATE = 0.0
+    try:
+        with run_folder.opened(run, None):
+            said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    run_folder.token_in = token_in
+    messages: list = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, said)
+    # the lock was given back
+    with run_folder.opened(run, None) as opened:
+        messages.append(opened.folder.name)
+    return messages
+
+
 def one_world(out: Path) -> None:
     """What each process of a world does."""
     torch.set_num_threads(1)
@@ -134,6 +154,7 @@ def one_world(out: Path) -> None:
         if dist.get_rank() == 0:
             shutil.copytree(folder, run)
         results["damaged"] = damaged_choice(run)
+        results["unshared"] = unshared(out / "unshared")
     # every stage of the world before in another stage here
     for before in WORLDS[: WORLDS.index(world)][-1:]:
         for stage in STAGES:

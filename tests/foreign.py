@@ -7,9 +7,16 @@ import torch
 from tiny_config import config
 
 from sra_fast.checkpoint import reading, version_0_1
-from sra_fast.checkpoint.manifest import Manifest, Progress, file_name, plain, write_manifest
+from sra_fast.checkpoint.manifest import (
+    Manifest,
+    Progress,
+    file_name,
+    plain,
+    read_manifest,
+    write_manifest,
+)
 from sra_fast.checkpoint.shards import piece_key, write_pieces
-from sra_fast.checkpoint.steps import write_latest
+from sra_fast.checkpoint.steps import named_by_latest, write_latest
 from sra_fast.config.cli import save_config
 from sra_fast.models import SiT
 
@@ -80,6 +87,8 @@ def flat(model) -> dict:
 def write_checkpoint(run, kinds, step: int, settings: dict, facts: dict | None = None):
     """A whole checkpoint of ``{kind: {parameter: flat tensor}}`` in two ranks' files; its folder."""
     path = run / f"checkpoints/step_{step:08d}"
+    named = named_by_latest(path.parent)
+    before = None if named is None else read_manifest(named)
     path.mkdir(parents=True)
     files = {}
     for rank in (0, 1):
@@ -97,7 +106,8 @@ def write_checkpoint(run, kinds, step: int, settings: dict, facts: dict | None =
         world=2,
         stage=1,
         run_id="0",
-        parent=None,
+        parent=None if before is None else before.step,
+        parent_digest=None if before is None else before.digest,
         created="2026-01-01T00:00:00+00:00",
         files=files,
         settings=settings,

@@ -18,6 +18,7 @@ def write_export(
     config: dict,
     step: int | None,
     facts: DataFacts | None = None,
+    digest: str | None = None,
 ) -> None:
     """Write an export. Its folder is made if it is not there.
 
@@ -28,6 +29,7 @@ def write_export(
             what reads the export needs both.
         step: how many optimizer steps made the weights; None: not known.
         facts: about the data that the model was trained on, if they are known.
+        digest: ``Manifest.digest`` of the checkpoint that holds the same weights, if there is one.
 
     Raises:
         ValueError: the folder cannot be made.
@@ -36,6 +38,8 @@ def write_export(
     metadata = {"config": json.dumps(config)}
     if step is not None:
         metadata["step"] = str(step)
+    if digest is not None:
+        metadata["checkpoint"] = digest
     if facts is not None:
         metadata["data"] = json.dumps(facts.as_json())
     # safetensors refuses views that are not contiguous

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint import version_0_1
-from sra_fast.checkpoint.sources import find_weights, read_weights
+from sra_fast.checkpoint.sources import find_weights, read_found
 from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
@@ -74,7 +74,8 @@ def load_model(
             f"{source} holds EMA weights only; weights 'model' are in a run's checkpoints and in a "
             ".pt as the published code writes it"
         )
-    return model_of(read_weights(str(source), weights), source, weights, num_heads, input_size)
+    held, source = read_found(path, source, weights)
+    return model_of(held, source, weights, num_heads, input_size)
 
 
 def model_of(

@@ -7,16 +7,32 @@ manifest knows the size and the SHA-256 of every file, and its own.
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from sra_fast.utils.files import write_atomic
+from sra_fast.utils.files import ABSENT, unreadable, write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STEP_FOLDER = re.compile(r"step_\d{8,}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# the EMA of this version; one day there may be more
+EMA = "main"
+# whole numbers below this are exact in fp64
+MOST_COUNT = 2**53
+# fields of ``DataFacts`` besides its sizes
+FACT_KINDS = {
+    "path": str | None,
+    "class_names": list | None,
+    "pixels": bool,
+    "scale": int | float,
+    "shift": int | float,
+    "vae": dict | None,
+    "vae_path": str | None,
+    "fingerprint": str | None,
+}
 
 
 class DamagedCheckpoint(ValueError):
@@ -64,6 +80,8 @@ class Manifest:
     """random, the same in all checkpoints of a run"""
     parent: int | None
     """step of the checkpoint before this one, of the same run"""
+    parent_digest: str | None
+    """``digest`` of that checkpoint: another one of the same step is none of this run's"""
     created: str
     """when it was written, UTC, ISO 8601"""
     files: dict[str, StoredFile]
@@ -72,9 +90,9 @@ class Manifest:
     """the configuration, as JSON has it"""
     emas: dict[str, dict]
     """name of every EMA -> its ``decay``"""
-    teacher: str | None = "main"
-    """the EMA that the alignment's network follows"""
-    sampled: str = "main"
+    teacher: str | None = EMA
+    """the EMA that the alignment's network follows; None: there is no such network"""
+    sampled: str = EMA
     """the EMA that is sampled and exported"""
     data: dict | None = None
     """``DataFacts`` of the training data; None: not known"""
@@ -86,6 +104,11 @@ class Manifest:
     @property
     def step(self) -> int:
         return self.progress.step
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that tells a checkpoint from every other: it covers those of its files."""
+        return _digest(_held(self))
 
 
 def step_name(step: int) -> str:
@@ -105,15 +128,23 @@ def plain(value):
 
 def render(manifest: Manifest) -> str:
     """The text of ``manifest.json``: the manifest, and the SHA-256 of its canonical JSON."""
+    return _render(_held(manifest))
+
+
+def _held(manifest: Manifest) -> dict:
     held = asdict(manifest)
     held.update(held.pop("progress"))
-    return _render({"format": FORMAT, **plain(held)})
+    return {"format": FORMAT, **plain(held)}
+
+
+def _digest(held: dict) -> str:
+    canonical = json.dumps(held, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _render(held: dict) -> str:
-    canonical = json.dumps(held, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return json.dumps({"sha256": digest, "manifest": held}, sort_keys=True, indent=1) + "\n"
+    found = {"sha256": _digest(held), "manifest": held}
+    return json.dumps(found, sort_keys=True, indent=1) + "\n"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -126,17 +157,20 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint's folder.
 
     Raises:
-        DamagedCheckpoint: it cannot be read, was changed, or is of another step than the folder.
-        ValueError: a later version has written it.
+        DamagedCheckpoint: it is not there, was changed, or is of another step than the folder.
+        ValueError: a later version has written it, or the file system could not read it.
     """
     try:
-        text = (folder / MANIFEST).read_bytes().decode("utf-8")
+        content = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(_absence(folder, MANIFEST, error)) from None
+    try:
+        text = content.decode("utf-8")
         held = json.loads(text)["manifest"]
         # the same text again, to the byte: whatever was changed shows
         whole = isinstance(held, dict) and text == _render(held)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not what was written"
-        raise DamagedCheckpoint(f"{MANIFEST} cannot be read: {reason}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be read: it is not what was written") from None
     if not whole:
         raise DamagedCheckpoint(f"{MANIFEST} has another SHA-256")
     if held.get("format") != FORMAT:
@@ -146,8 +180,11 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = _checked(held)
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+    except LookupError as error:
+        raise DamagedCheckpoint(f"{MANIFEST} does not hold what it should: no {error}") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} does not hold what it should: {error}") from None
+    _check_emas(folder, manifest)
     if folder.name != step_name(manifest.step):
         raise DamagedCheckpoint(f"{MANIFEST} is that of step {manifest.step}")
     return manifest
@@ -160,17 +197,31 @@ def _checked(held: dict) -> Manifest:
     progress = Progress(_count(held, "step"), _count(held, "shift"))
     for name in ("epoch", "world", "stage"):
         _count(held, name)
+    if (held["parent"] is None) != (held["parent_digest"] is None):
+        raise ValueError("parent and parent_digest should be there both or not at all")
     if held["parent"] is not None:
-        _count(held, "parent")
+        if _count(held, "parent") >= progress.step:
+            raise ValueError(f"parent {held['parent']} should be before step {progress.step}")
+        _sha256(held, "parent_digest")
     for name in ("run_id", "created", "sampled"):
         _is(held, name, str)
     for name in ("settings", "emas", "scales", "versions"):
         _is(held, name, dict)
     _is(held, "data", dict | None)
     _is(held, "teacher", str | None)
-    counts = [float(count) for count in held["counts"]]
-    if len(counts) != 3 or not all(count >= 0 and count.is_integer() for count in counts):
-        raise ValueError(f"counts should be three whole numbers from 0, got {held['counts']}")
+    for name in ("settings", "emas"):
+        _require_values(held, name, dict)
+    _require_values(held, "versions", str)
+    for name, scale in held["scales"].items():
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise ValueError(f"the scale of {name} should be a finite number, got {scale!r}")
+    if held["data"] is not None:
+        _check_facts(held["data"])
+    counts = _update_counts(held)
+    _is(held, "files", dict)
+    # before any loop over the ranks: the number is not to be trusted
+    if len(held["files"]) != held["world"]:
+        raise ValueError(f"files should be one of each of {held['world']} ranks")
     names = {file_name(rank) for rank in range(held["world"])}
     if set(held["files"]) != names or not names:
         raise ValueError(f"files should be one of each of {held['world']} ranks")
@@ -181,11 +232,57 @@ def _checked(held: dict) -> Manifest:
 
 
 def _stored(entry: dict) -> StoredFile:
-    size = _count(entry, "size")
-    _is(entry, "sha256", str)
-    if not SHA256.fullmatch(entry["sha256"]):
-        raise ValueError(f"{entry['sha256']!r} is no SHA-256")
-    return StoredFile(size, entry["sha256"])
+    return StoredFile(_count(entry, "size"), _sha256(entry, "sha256"))
+
+
+def _update_counts(held: dict) -> list[float]:
+    _is(held, "counts", list)
+    for count in held["counts"]:
+        fits = type(count) in (int, float) and 0 <= count < MOST_COUNT and count == int(count)
+        if not fits:
+            raise ValueError(f"counts should be three whole numbers from 0, got {held['counts']}")
+    if len(held["counts"]) != 3:
+        raise ValueError(f"counts should be three whole numbers from 0, got {held['counts']}")
+    return [float(count) for count in held["counts"]]
+
+
+def _check_facts(data: dict) -> None:
+    """ValueError unless the facts about the data are complete."""
+    for name in ("name", "num_classes", "shape", *FACT_KINDS):
+        if name not in data:
+            raise ValueError(f"data should have {name}")
+    _is(data, "name", str)
+    _count(data, "num_classes")
+    _is(data, "shape", list)
+    if len(data["shape"]) != 3 or not all(type(n) is int and n > 0 for n in data["shape"]):
+        raise ValueError(f"data: shape should be three sizes, got {data['shape']}")
+    for name, kind in FACT_KINDS.items():
+        _is(data, name, kind)
+    if not all(math.isfinite(data[name]) for name in ("scale", "shift")):
+        raise ValueError(f"data: scale {data['scale']} and shift {data['shift']} should be finite")
+
+
+def _check_emas(folder: Path, manifest: Manifest) -> None:
+    """ValueError for EMAs that this version would leave unread."""
+    known = set(manifest.emas) == {EMA} and manifest.sampled == EMA
+    if not known or manifest.teacher not in (EMA, None):
+        raise ValueError(
+            f"{folder} has the EMAs {sorted(manifest.emas)} (sampled: {manifest.sampled}, teacher: "
+            f"{manifest.teacher}), this version of sra-fast reads only {EMA!r}"
+        )
+
+
+def _sha256(held: dict, name: str) -> str:
+    _is(held, name, str)
+    if not SHA256.fullmatch(held[name]):
+        raise ValueError(f"{held[name]!r} is no SHA-256")
+    return held[name]
+
+
+def _require_values(held: dict, name: str, kind) -> None:
+    for key, value in held[name].items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}: {key} should be a {kind.__name__}, got {value!r}")
 
 
 def _is(held: dict, name: str, kind) -> None:
@@ -196,31 +293,46 @@ def _is(held: dict, name: str, kind) -> None:
 def _count(held: dict, name: str) -> int:
     value = held[name]
     # True is an int
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < MOST_COUNT:
         raise ValueError(f"{name} should be a whole number of at least 0, got {value!r}")
     return value
 
 
+def _absence(folder: Path, name: str, error: OSError) -> str:
+    """What is wrong with a file that is not there; ValueError if it could only not be read."""
+    if error.errno not in ABSENT:
+        raise unreadable(folder / name, error) from None
+    return f"{name} cannot be read: {error.strerror}"
+
+
 def size_fault(folder: Path, manifest: Manifest) -> str | None:
-    """The first file of a checkpoint that is missing or has another size, in words."""
+    """The first file of a checkpoint that is missing or has another size, in words.
+
+    Raises:
+        ValueError: the file system could not tell.
+    """
     for name, stored in manifest.files.items():
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return _absence(folder, name, error)
         if size != stored.size:
             return f"{name} has {size} bytes instead of {stored.size}"
     return None
 
 
 def hash_fault(folder: Path, manifest: Manifest, names: list[str]) -> str | None:
-    """The first of these files of a checkpoint that has other contents, in words."""
+    """The first of these files of a checkpoint that has other contents, in words.
+
+    Raises:
+        ValueError: the file system could not read one.
+    """
     for name in names:
         try:
             with open(folder / name, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return _absence(folder, name, error)
         if digest != manifest.files[name].sha256:
             return f"{name} has another SHA-256"
     return None

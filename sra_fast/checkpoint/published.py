@@ -78,6 +78,20 @@ def published_optimizer(
     return numbered(states, group)
 
 
+def published_step(path: Path) -> int | None:
+    """How many steps a published checkpoint says it has taken; None if it does not. The tensors
+    are not read.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        # torch, pickle, zip and the file system each raise their own types
+        return None
+    steps = held.get("steps") if isinstance(held, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
 def published_of_checkpoint(path: Path) -> dict:
     """A run's checkpoint in the published code's form.
 

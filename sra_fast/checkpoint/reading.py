@@ -7,15 +7,14 @@ from torch import Tensor
 
 from sra_fast.checkpoint import version_0_1
 from sra_fast.checkpoint.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     Manifest,
     hash_fault,
     read_manifest,
-    size_fault,
+    step_name,
 )
 from sra_fast.checkpoint.shards import Shards
-from sra_fast.checkpoint.steps import choose, is_begun
+from sra_fast.checkpoint.steps import candidates, cheap_fault, choose, has_manifest, is_begun
 from sra_fast.checkpoint.values import warn
 
 CONFIG = "config.yaml"
@@ -32,7 +31,7 @@ def run_folder(checkpoint: Path) -> Path:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is a checkpoint, of this version or of 0.1."""
-    return (path / MANIFEST).exists() or version_0_1.is_checkpoint(path)
+    return has_manifest(path) or version_0_1.is_checkpoint(path)
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -54,7 +53,7 @@ def newest(run: Path) -> Path | None:
     """
     folder = run / CHECKPOINTS
     old = version_0_1.newest(folder)
-    if old is not None and not any(folder.glob(f"step_*/{MANIFEST}")):
+    if old is not None:
         return old
     choice = choose(folder)
     if choice is None:
@@ -62,6 +61,14 @@ def newest(run: Path) -> Path | None:
     for remark in choice.remarks:
         warn("%s", remark)
     return choice.path
+
+
+def digest_at(run: Path, step: int) -> str | None:
+    """``Manifest.digest`` of a step's checkpoint of a run; None if there is none that is readable."""
+    try:
+        return read_manifest(run / CHECKPOINTS / step_name(step)).digest
+    except DamagedCheckpoint:
+        return None
 
 
 def manifest_of(path: Path) -> Manifest:
@@ -86,11 +93,29 @@ def read_kinds(path: Path, kinds: Iterable[str]) -> tuple[Manifest, dict[str, di
         The manifest, and ``{kind: {parameter: flat fp32 tensor}}``.
 
     Raises:
-        ValueError: a file is not what was saved, or is missing.
+        ValueError: a file is not what was saved, or is missing. It names the one before that is
+            whole.
     """
-    manifest = manifest_of(path)
-    fault = size_fault(path, manifest) or hash_fault(path, manifest, sorted(manifest.files))
+    fault = whole_fault(path)
     if fault is not None:
-        raise ValueError(f"checkpoint {path} is damaged: {fault}")
+        raise ValueError(f"checkpoint {path} is damaged: {fault}{_instead(path)}")
+    manifest = manifest_of(path)
     shards = Shards(path, manifest.files)
     return manifest, {kind: shards.whole(kind) for kind in kinds}
+
+
+def whole_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; every byte of it is read."""
+    fault = cheap_fault(path)
+    if fault is not None:
+        return fault
+    manifest = read_manifest(path)
+    return hash_fault(path, manifest, sorted(manifest.files))
+
+
+def _instead(damaged: Path) -> str:
+    """The newest whole checkpoint before a damaged one, for the end of a message."""
+    for path in candidates(damaged.parent, damaged).paths[1:]:
+        if whole_fault(path) is None:
+            return f"; the newest whole one before it is {path}"
+    return "; none before it is whole"

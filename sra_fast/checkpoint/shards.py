@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.checkpoint.manifest import DamagedCheckpoint, StoredFile
-from sra_fast.utils.files import require, sync_folder, temporary_beside
+from sra_fast.utils.files import ABSENT, require, sync_folder, temporary_beside, unreadable
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -119,8 +119,8 @@ class Shards:
         names: of its files.
 
     Raises:
-        DamagedCheckpoint: a file cannot be read, or holds something else.
-        ValueError: safetensors is not installed.
+        DamagedCheckpoint: a file is not there, or holds something else.
+        ValueError: safetensors is not installed, or the file system could not read a file.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]):
@@ -137,7 +137,11 @@ class Shards:
                 self._files[name] = file
                 for key in file.keys():  # noqa: SIM118 (no dict)
                     self._add(name, key, file.get_slice(key))
-            except (OSError, SafetensorError, ValueError) as error:
+            except OSError as error:
+                if error.errno is not None and error.errno not in ABSENT:
+                    raise unreadable(folder / name, error) from None
+                raise DamagedCheckpoint(f"{folder / name} cannot be read: {error}") from None
+            except (SafetensorError, ValueError) as error:
                 raise DamagedCheckpoint(f"{folder / name} cannot be read: {error}") from None
         for parameters in self._pieces.values():
             for pieces in parameters.values():

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint.manifest import STEP_FOLDER
 from sra_fast.checkpoint.names import in_short, unwrapped
 from sra_fast.checkpoint.shards import MASTER, ema_kind
+from sra_fast.checkpoint.steps import named_by_latest, step_of
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.cli import load_config
 from sra_fast.config.schema import Config, ModelConfig
@@ -49,13 +51,33 @@ def read_weights(path: str, weights: str = "ema") -> dict:
     Raises:
         ValueError: it cannot be read, holds something else, or has weights that are no numbers.
     """
-    found = find_weights(path, weights)
-    if found.is_dir():
+    return read_found(path, find_weights(path, weights), weights)[0]
+
+
+def read_found(path: str, found: Path, weights: str = "ema") -> tuple[dict, Path]:
+    """``read_weights`` of what ``find_weights(path, weights)`` has found.
+
+    Returns:
+        The weights, and where they were read from: a run that goes on may have removed the
+        checkpoint that was found.
+    """
+    try:
+        return _read(found, weights), found
+    except ValueError:
+        if found == Path(path) or found.is_file() or reading.is_checkpoint(found):
+            raise
+    again = find_weights(path, weights)
+    return _read(again, weights), again
+
+
+def _read(found: Path, weights: str) -> dict:
+    removed = STEP_FOLDER.fullmatch(found.name) and not found.exists()
+    if found.is_dir() or removed:
         return _of_checkpoint(found, weights)
     if found.suffix != ".safetensors" and not found.name.endswith(INDEX):
         return read_published(str(found))
-    weights, known = _of_safetensors(found)
-    return {**_with_checked(unwrapped(weights, path), path), **known}
+    tensors, known = _of_safetensors(found)
+    return {**_with_checked(unwrapped(tensors, str(found)), str(found)), **known}
 
 
 def find_weights(path: str, weights: str = "ema") -> Path:
@@ -89,9 +111,28 @@ def find_weights(path: str, weights: str = "ema") -> Path:
 
 
 def _is_current(export: Path, newest: Path) -> bool:
-    """Whether the export of a run is not older than its newest checkpoint."""
-    step = _ours({"step": _parsed(read_metadata(export).get("step", ""))}).get("step")
-    return step is None or step >= reading.step_of(newest)
+    """Whether the export of a run has the weights of its newest checkpoint.
+
+    Not by the step: after a rollback there may be an export of the same step, or of a later one,
+    that was given up.
+    """
+    step, digest = export_origin(export)
+    if version_0_1.is_checkpoint(newest):
+        return step is None or step >= version_0_1.step_of(newest)
+    # of the newest as well where its tensors are damaged: the export still has them
+    named = named_by_latest(newest.parent)
+    steps = {step_of(path) for path in (newest, named) if path is not None}
+    run = reading.run_folder(newest)
+    return digest is not None and digest in {reading.digest_at(run, step) for step in steps}
+
+
+def export_origin(export: Path) -> tuple[int | None, str | None]:
+    """Step and ``Manifest.digest`` of the checkpoint that an export is of, as far as it says so."""
+    if not export.exists():
+        return None, None
+    metadata = read_metadata(export)
+    step = _ours({"step": _parsed(metadata.get("step", ""))}).get("step")
+    return step, metadata.get("checkpoint")
 
 
 def _in_model_folder(folder: Path) -> Path:
@@ -119,7 +160,7 @@ def _likely_run(folder: Path) -> Path | None:
     """The run folder that is meant where ``folder`` holds runs, the newest with weights, or lies in
     a run.
     """
-    numbered = [path for path in folder.iterdir() if path.name.isdigit()]
+    numbered = [path for path in folder.iterdir() if path.name.isdecimal()]
     runs = sorted(numbered, key=lambda path: int(path.name), reverse=True)
     for path in (*runs, folder.absolute().parent):
         has_weights = (path / reading.EXPORT).exists() or reading.has_checkpoint(path)

@@ -11,24 +11,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sra_fast.checkpoint.steps import has_manifest, latest_text, named_by_latest, step_folders
+from sra_fast.utils.files import is_there
+
 STATE = "sra_fast.json"
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is a checkpoint of version 0.1."""
-    return (path / STATE).exists()
+    """Whether a folder is a checkpoint of version 0.1.
+
+    One with a manifest is of this version, whatever lies beside it.
+    """
+    return is_there(path / STATE) and not has_manifest(path)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a ``checkpoints`` folder, or None."""
-    try:
-        text = (folder / "latest").read_bytes().decode("ascii", "replace").strip()
-    except OSError:
+    """The newest complete checkpoint of a ``checkpoints`` folder that this version has never
+    written to, or None.
+    """
+    steps = step_folders(folder)
+    if latest_text(folder) is None or any(has_manifest(path) for path in steps):
         return None
-    # a name of a folder in here, whatever the file holds
-    named = folder / (Path(text.replace("\0", "")).name or "?")
+    named = named_by_latest(folder)
     # `latest` was not written atomically: a crash left it empty, and the newest step complete
-    for path in [named, *sorted(folder.glob("step_*"), reverse=True)]:
+    for path in steps if named is None else [named, *steps]:
         if is_checkpoint(path):
             return path
     return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sra_fast.checkpoint import reading, version_0_1
-from sra_fast.checkpoint.steps import cheap_fault, choose, is_begun, step_folders
+from sra_fast.checkpoint.steps import cheap_fault, choose, step_folders
 from sra_fast.checkpoint.values import warn
 from sra_fast.config.schema import Config
 from sra_fast.data.dataset import check_data, fill_in_model, open_data
@@ -19,6 +19,7 @@ from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.training.initial import read_initial
 from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import is_there
 from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 from sra_fast.zero.process_group import deepspeed_log_level
@@ -124,7 +125,8 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
         manifest = reading.manifest_of(resume)
         provenance.check(resume, manifest, cfg, data.facts())
         provenance.check_steps(resume, manifest, cfg)
-        exact = cfg.train.resume != "auto" and Path(cfg.train.resume) == resume
+        exact = cfg.train.resume != "auto" and _named_step(Path(cfg.train.resume)) == resume
+        _say_where(resume, Path(cfg.train.out))
     # a job that is restarted with the same command resumes, whatever it was started from
     initial = read_initial(cfg, data.facts()) if cfg.train.init_from and not resume else {}
     return RunPlan(plan, data, resume, initial, exact)
@@ -165,20 +167,21 @@ def find_resume(cfg: Config) -> Path | None:
         return None
     if cfg.train.resume == "auto":
         # newest first; a run that stopped before its first checkpoint is passed over
-        numbered = [path for path in Path(cfg.train.out).glob("*") if path.name.isdigit()]
+        numbered = [path for path in Path(cfg.train.out).glob("*") if path.name.isdecimal()]
         for folder in sorted(numbered, key=lambda path: int(path.name), reverse=True):
             if found := _newest(folder):
                 return found
-            if step_folders(folder / reading.CHECKPOINTS):
+            if is_there(folder / reading.CHECKPOINTS):
                 warn("%s is passed over: its first checkpoint was not finished", folder)
         return None
     path = Path(cfg.train.resume)
     _refuse_old(path)
     # a step that was asked for by name is not replaced by another
-    if path.parent.name == reading.CHECKPOINTS and path in step_folders(path.parent):
-        if fault := cheap_fault(path):
+    named = _named_step(path)
+    if named is not None:
+        if fault := cheap_fault(named):
             raise ValueError(f"train.resume {path} is damaged: {fault}")
-        return path
+        return named
     found = _newest(path)
     require_that(
         found is not None,
@@ -187,13 +190,28 @@ def find_resume(cfg: Config) -> Path | None:
     return found
 
 
+def _named_step(path: Path) -> Path | None:
+    """The step's folder that a path names, also by a link or from within; None: it names none."""
+    for place in (path, path.resolve()):
+        if place.parent.name == reading.CHECKPOINTS and place in step_folders(place.parent):
+            return place
+    return None
+
+
+def _say_where(resume: Path, out: Path) -> None:
+    """One line if the run that is resumed does not lie in ``train.out``."""
+    run = reading.run_folder(resume)
+    if run.resolve().parent != out.resolve():
+        warn("the run goes on in %s, train.out %s is not used", run, out)
+
+
 def _newest(run: Path) -> Path | None:
     """The newest checkpoint of a run folder that is whole; None: it never had one."""
     folder = run / reading.CHECKPOINTS
     old = version_0_1.newest(folder)
-    choice = choose(folder) if old is None and is_begun(folder) else None
     if old is not None:
         _refuse_old(old)
+    choice = choose(folder)
     return None if choice is None else choice.path
 
 

@@ -80,7 +80,7 @@ def check_steps(path: Path, manifest: Manifest, cfg: Config) -> None:
     if step < cfg.train.steps:
         return
     run = run_folder(path)
-    if step == cfg.train.steps and _summarised(run) != step:
+    if step == cfg.train.steps and _summarised(run) != manifest.digest:
         return
     raise ValueError(
         f"train.steps {cfg.train.steps} is not above step {step} of {path}: raise train.steps to "
@@ -88,10 +88,13 @@ def check_steps(path: Path, manifest: Manifest, cfg: Config) -> None:
     )
 
 
-def _summarised(run: Path) -> int | None:
-    """The step that a run's summary is of; None: there is no summary."""
+def _summarised(run: Path) -> str | None:
+    """``Manifest.digest`` of the checkpoint that a run's summary is of; None: there is no summary.
+
+    A step would not tell: a summary of the same step may have been given up by a rollback.
+    """
     try:
-        return json.loads((run / SUMMARY).read_text())["step"]
+        return json.loads((run / SUMMARY).read_text())["checkpoint"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

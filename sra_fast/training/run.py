@@ -63,7 +63,7 @@ def _run(
     if choice is not None:
         # logs and later checkpoints continue in the same folder
         start = saving.load(trainer, choice.path, verify=False)
-        remarks = run_folder.settle(folder, choice.path)
+        remarks = run_folder.settle(folder, choice.path, cfg.train.keep, run_plan.exact)
         changed = provenance.changed_line(choice.manifest, cfg)
         for line in remarks if changed is None else [*remarks, changed]:
             warn("%s", line)
@@ -171,7 +171,8 @@ def export(trainer: Trainer, data: TrainingData, folder: Path) -> None:
     train_cfg = trainer.cfg.train
     if "safetensors" in train_cfg.export:
         file = folder / "ema.safetensors"
-        saving.export_safetensors(trainer, file, train_cfg.steps, data.facts())
+        digest = reading.digest_at(folder, train_cfg.steps)
+        saving.export_safetensors(trainer, file, train_cfg.steps, data.facts(), digest)
     if "published" in train_cfg.export:
         epoch = train_cfg.steps // max(1, len(data) // train_cfg.global_batch)
         file = folder / "published.pt"
@@ -192,6 +193,7 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
         "run_dir": str(folder),
         # which weights the scores are of: a run that is continued has others
         "step": trainer.cfg.train.steps,
+        "checkpoint": reading.digest_at(folder, trainer.cfg.train.steps),
         "weights": trainer.cfg.sample.weights,
         **logged(read_rows(folder / STATS), trainer.cfg.train.global_batch),
     }

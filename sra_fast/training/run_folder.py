@@ -3,7 +3,7 @@
 Rank 0 decides and the others are told: they all go on together, or raise the same error.
 """
 
-import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +12,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sra_fast.checkpoint import reading, steps, version_0_1
-from sra_fast.checkpoint.manifest import MANIFEST, hash_fault, read_manifest
-from sra_fast.checkpoint.steps import Choice, step_folders, step_of
+from sra_fast.checkpoint.manifest import hash_fault, read_manifest
+from sra_fast.checkpoint.steps import Choice, step_folders
 from sra_fast.checkpoint.values import warn
-from sra_fast.training.run_lock import RunLock
-from sra_fast.training.saver import abandon
+from sra_fast.training.abandoned import abandon, abandon_end, trim
+from sra_fast.training.run_lock import RunLock, token_in
+from sra_fast.utils.files import make_synced, sync_folder
+
+# seconds after which every machine sees a new file of a file system that they share
+LATE = 60.0
 
 
 def agreed(work: Callable):
@@ -44,12 +48,15 @@ def new_folder(out: Path) -> Path:
 
 
 def _make_numbered(out: Path) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(path.name) for path in out.iterdir() if path.name.isdigit()), default=-1)
+    make_synced(out)
+    number = 1 + max(
+        (int(path.name) for path in out.iterdir() if path.name.isdecimal()), default=-1
+    )
     while True:
         folder = out / f"{number:03d}"
         try:
             folder.mkdir()
+            sync_folder(out)
             return folder
         except FileExistsError:
             # another run started at the same moment
@@ -86,6 +93,7 @@ def opened(out: Path, resume: Path | None, exact: bool = False) -> Iterator[Open
     locks: list[RunLock] = []
     agreed(lambda: locks.append(RunLock(folder)))
     try:
+        _check_same_folder(folder, locks[0].token if locks else None)
         choice = None
         if resume is not None:
             # again: the process that held the lock may have saved since
@@ -110,6 +118,32 @@ def _check_same_view(resume: Path | None) -> None:
             )
 
 
+def _check_same_folder(folder: Path, token: str | None) -> None:
+    """ValueError unless every rank sees the lock that rank 0 has just written; collective."""
+    tokens = [token]
+    dist.broadcast_object_list(tokens, src=0)
+    # rank 0 holds the lock, and would give it back by reading it
+    seen = dist.get_rank() == 0 or _sees(folder, tokens[0])
+    views: list = [None] * dist.get_world_size()
+    dist.all_gather_object(views, seen)
+    for rank, seen in enumerate(views):
+        if not seen:
+            raise ValueError(
+                f"rank 0 writes into {folder}, which rank {rank} does not see: expected train.out "
+                "on a file system that all machines share"
+            )
+
+
+def _sees(folder: Path, token: str | None) -> bool:
+    """Whether this process comes to see a lock with this token; a network file system may be late."""
+    end = time.monotonic() + LATE
+    while token_in(folder) != token:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 def choose_checkpoint(folder: Path, exact: Path | None = None) -> Choice:
     """The newest checkpoint of a run folder whose files all have their hashes; collective.
 
@@ -129,12 +163,7 @@ def choose_checkpoint(folder: Path, exact: Path | None = None) -> Choice:
             raise ValueError(f"train.resume {exact} is damaged: {fault}")
         return Choice(exact, read_manifest(exact), [])
 
-    def found() -> tuple[list[str], str | None]:
-        paths, remark = steps.candidates(checkpoints)
-        return [str(path) for path in paths], remark
-
-    names, remark = agreed(found)
-    among = ([Path(name) for name in names], remark)
+    among = agreed(lambda: steps.candidates(checkpoints))
     choice = steps.choose(checkpoints, collective_fault, among)
     if choice is None:
         raise ValueError(f"expected a checkpoint in {checkpoints}, found none that is whole")
@@ -165,34 +194,47 @@ def collective_fault(path: Path) -> str | None:
     return next((fault for fault, _ in outcomes if fault is not None), None)
 
 
-def settle(folder: Path, chosen: Path) -> list[str]:
+def settle(folder: Path, chosen: Path, keep: int = 0, exact: bool = False) -> list[str]:
     """Make a checkpoint the newest of its run, for good; collective, rank 0 writes.
 
-    ``latest`` comes first: a kill after it changes nothing any more. Newer checkpoints are moved to
-    ``checkpoints/abandoned``; what killed saves have left is removed.
+    ``latest`` comes first: a kill after it changes nothing any more. Other checkpoints than the
+    chosen one and its ancestors, and what was written at the end of a run that went further, are
+    moved to ``checkpoints/abandoned``; what killed saves have left is removed.
 
     Args:
         folder: of the run, locked.
         chosen: the checkpoint that was loaded.
+        keep: how many of those that earlier starts gave up are kept; 0: all.
+        exact: ``train.resume`` names it.
 
     Returns:
         Lines about what was moved.
     """
-    return agreed(lambda: _settle(folder, chosen))
+    return agreed(lambda: _settle(folder, chosen, keep, exact))
 
 
-def _settle(folder: Path, chosen: Path) -> list[str]:
+def _settle(folder: Path, chosen: Path, keep: int, exact: bool) -> list[str]:
     checkpoints = chosen.parent
+    manifest = read_manifest(chosen)
     if steps.named_by_latest(checkpoints) != chosen:
         steps.write_latest(checkpoints, chosen.name)
-    lines = []
+    ours = steps.candidates(checkpoints, chosen).paths
+    # path -> where it is now
+    moved: dict[Path, Path | None] = {}
     for path in step_folders(checkpoints):
-        whole = (path / MANIFEST).exists()
-        if step_of(path) > step_of(chosen) and whole:
-            lines.append(f"{path} is given up: moved to {checkpoints / 'abandoned'}")
-            abandon(path)
-        elif not whole and path != chosen and not version_0_1.is_checkpoint(path):
-            shutil.rmtree(path)
+        if path not in ours and not version_0_1.is_checkpoint(path):
+            moved[path] = abandon(path)
+    lines = [f"{path} is given up: moved to {target}" for path, target in moved.items() if target]
+    spared = [target for target in moved.values() if target is not None]
+    end = abandon_end(folder, checkpoints, manifest)
+    if end is not None:
+        spared.append(end)
+        lines.append(f"export and summary of a step that was given up: moved to {end}")
+    if lines and exact:
+        lines.append(
+            f"to restart this run use --train.resume auto: with {chosen} it goes back each time"
+        )
+    trim(checkpoints, keep, spared)
     for place in (folder, checkpoints, *step_folders(checkpoints)):
         for temporary in place.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 
 from sra_fast.utils.files import temporary_beside
@@ -25,8 +26,10 @@ MISSED = 3
 WATCH = 60.0
 # longer than what a lock says
 MOST = 4096
+# what it means for a run
+LOST = "another process may write into this run folder, so this one writes no more"
 # locks of this process: a second lock of one file would be granted to it
-_held: set[Path] = set()
+_held: dict[Path, "RunLock"] = {}
 
 
 class RunLock:
@@ -37,25 +40,27 @@ class RunLock:
         beat, watch: see ``BEAT`` and ``WATCH``.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has it, or something else lies in its place.
         OSError: the lock cannot be written.
     """
 
     # closing any other descriptor of the file would give the lock back, so there is one only
 
     def __init__(self, folder: Path, beat: float = BEAT, watch: float = WATCH):
-        self.path = (folder / LOCK).resolve()
+        self.path = _path_of(folder)
         self.beat = beat
+        # tells the file from any other, also for processes that only read it
+        self.token = uuid.uuid4().hex
         self._ended = threading.Event()
         if self.path in _held:
             raise ValueError(_in_use(folder, os.getpid(), socket.gethostname()))
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._handle = _opened(self.path)
         try:
             self._take(folder, watch)
         except BaseException:
             os.close(self._handle)
             raise
-        _held.add(self.path)
+        _held[self.path] = self
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
         self._thread.start()
 
@@ -72,16 +77,16 @@ class RunLock:
             doubtful = bool(told)
         if doubtful and self._is_beating(watch):
             raise ValueError(_in_use(folder, told.get("pid"), told.get("host")))
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token}
         os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, mine, 0)
+        os.pwrite(self._handle, json.dumps(mine).encode(), 0)
         os.fsync(self._handle)
 
     def _told(self) -> dict:
         """Who has the lock, or died with it; empty: it was given back, or it is not known."""
         try:
             told = json.loads(os.pread(self._handle, MOST, 0))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return told if isinstance(told, dict) else {}
 
@@ -114,14 +119,70 @@ class RunLock:
                 # the file system is away for a while: the lock itself still holds
                 continue
 
+    def check(self) -> None:
+        """ValueError if the file was removed or replaced, or another process wrote itself into it."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} was removed: {LOST}") from None
+        except OSError:
+            # the file system is away for a while: what is written next fails by itself
+            return
+        mine = os.fstat(self._handle)
+        if (found.st_dev, found.st_ino) != (mine.st_dev, mine.st_ino):
+            raise ValueError(f"{self.path} is another file now: {LOST}")
+        told = self._told()
+        if told.get("token") != self.token:
+            who = f"process {told.get('pid')} on {told.get('host')}" if told else "somebody"
+            raise ValueError(f"{self.path} was taken over by {who}: {LOST}")
+
     def release(self) -> None:
         """Give the lock back."""
         self._ended.set()
         self._thread.join()
         # empty: given back, not left by a process that died
-        os.ftruncate(self._handle, 0)
+        if self._told().get("token") == self.token:
+            os.ftruncate(self._handle, 0)
         os.close(self._handle)
-        _held.discard(self.path)
+        _held.pop(self.path, None)
+
+
+def check_held(folder: Path) -> None:
+    """ValueError if this process has locked a run folder and has lost the lock since.
+
+    Call it before anything is removed or committed. Nothing happens where there was no lock.
+    """
+    lock = _held.get(_path_of(folder))
+    if lock is not None:
+        lock.check()
+
+
+def token_in(folder: Path) -> str | None:
+    """``RunLock.token`` as another process than the holder sees it; None: it sees none.
+
+    The holder must not call this: its lock would be given back with the descriptor.
+    """
+    try:
+        with open(_path_of(folder), "rb") as file:
+            told = json.loads(file.read(MOST))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return told.get("token") if isinstance(told, dict) else None
+
+
+def _path_of(folder: Path) -> Path:
+    return folder.resolve() / LOCK
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of the lock's file, which is made if it is not there."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP):
+            what = "a folder" if error.errno == errno.EISDIR else "a link"
+            raise ValueError(f"expected a file {path}, found {what}: remove it") from None
+        raise
 
 
 def _in_use(folder: Path, pid: int | None, host: str | None) -> str:

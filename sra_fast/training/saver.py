@@ -20,7 +20,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sra_fast.checkpoint.manifest import (
+    EMA,
     MANIFEST,
+    DamagedCheckpoint,
     Manifest,
     Progress,
     StoredFile,
@@ -31,11 +33,20 @@ from sra_fast.checkpoint.manifest import (
     write_manifest,
 )
 from sra_fast.checkpoint.shards import write_pieces
-from sra_fast.checkpoint.steps import named_by_latest, step_folders, step_of, write_latest
+from sra_fast.checkpoint.steps import (
+    has_manifest,
+    named_by_latest,
+    step_folders,
+    step_of,
+    write_latest,
+)
 from sra_fast.config.schema import TrainConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.training.abandoned import abandon
+from sra_fast.training.run_lock import check_held
 from sra_fast.training.snapshot import Snapshot
 from sra_fast.training.trainer import Trainer
+from sra_fast.utils.files import make_synced, sync_folder
 
 log = logging.getLogger("sra_fast")
 
@@ -104,20 +115,31 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
         self.snapshot = Snapshot(trainer)
         self.thread: threading.Thread | None = None
-        self.run_id, self.parent = self._origin()
+        self.run_id, self.parent, self.parent_digest = self._origin()
 
-    def _origin(self) -> tuple[str, int | None]:
-        """Id of the run, and step of the checkpoint that it goes on from: what rank 0 sees."""
-        found = (uuid.uuid4().hex, None)
-        before = named_by_latest(self.folder)
-        if self.trainer.rank == 0 and before is not None:
+    def _origin(self) -> tuple[str, int | None, str | None]:
+        """Id of the run, step and digest of the checkpoint that it goes on from: what rank 0 sees.
+
+        Raises:
+            ValueError: there is one, and it could not be read.
+        """
+        found = (uuid.uuid4().hex, None, None)
+        fault = None
+        if self.trainer.rank == 0:
             try:
-                manifest = read_manifest(before)
-                found = (manifest.run_id, manifest.step)
-            except ValueError:
-                # it is damaged: `latest` stays where it is until the next save
+                before = named_by_latest(self.folder)
+                if before is not None:
+                    manifest = read_manifest(before)
+                    found = (manifest.run_id, manifest.step, manifest.digest)
+            except DamagedCheckpoint:
+                # `latest` stays where it is until the next save
                 pass
-        return self._gathered(found)[0]
+            except ValueError as error:
+                fault = str(error)
+        found, fault = self._gathered((found, fault))[0]
+        if fault is not None:
+            raise ValueError(fault)
+        return found
 
     def save(self, progress: Progress, epoch: int) -> None:
         """Begin to save what the steps so far have made; an earlier save is waited for.
@@ -167,17 +189,22 @@ class Saver:
 
     def _run(self, task: _Task) -> None:
         try:
-            self._write(task)
+            digest = self._write(task)
         except Exception as error:
             self.error = error
         else:
             self.last = task.progress
+            self.parent_digest = digest
             self.parent = task.progress.step
             if self.trainer.rank == 0:
                 self._prune()
 
-    def _write(self, task: _Task) -> None:
-        """The whole save; an error is the same on every rank."""
+    def _write(self, task: _Task) -> str:
+        """The whole save; an error is the same on every rank.
+
+        Returns:
+            The checkpoint's digest.
+        """
         folder = self.folder / task.name
         self.snapshot.wait()
         at_phase("copied")
@@ -192,10 +219,10 @@ class Saver:
         try:
             files = self._agreed(task, lambda: self._write_file(folder))
             at_phase("exchanged")
-            self._agreed(task, lambda: self._commit(task, folder, files))
+            return self._agreed(task, lambda: self._commit(task, folder, files))[0]
         except SaveFailed:
             # every rank has stopped writing
-            if self.trainer.rank == 0 and not (folder / MANIFEST).exists():
+            if self.trainer.rank == 0 and self._is_ours(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -203,28 +230,43 @@ class Saver:
         """Rank 0 makes the folder. One of this step that is there belongs to what was given up."""
         if self.trainer.rank:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
+        check_held(self.folder.parent)
+        make_synced(self.folder)
+        if os.path.lexists(folder):
             abandon(folder)
         folder.mkdir()
+        sync_folder(self.folder)
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Whether a folder is what this save has left, and no other process's."""
+        try:
+            check_held(self.folder.parent)
+            return not has_manifest(folder)
+        except ValueError:
+            return False
 
     def _write_file(self, folder: Path) -> StoredFile:
         path = folder / file_name(self.trainer.rank)
         return write_pieces(path, self.snapshot.pieces(), lambda name: at_phase(name))
 
-    def _commit(self, task: _Task, folder: Path, files: list[StoredFile]) -> None:
+    def _commit(self, task: _Task, folder: Path, files: list[StoredFile]) -> str | None:
         if self.trainer.rank:
-            return
-        write_manifest(folder, self._manifest(task, files))
+            return None
+        check_held(self.folder.parent)
+        manifest = self._manifest(task, files)
+        write_manifest(folder, manifest)
         at_phase("manifest_written")
         write_latest(self.folder, folder.name)
         at_phase("latest_written")
+        return manifest.digest
 
     def _manifest(self, task: _Task, files: list[StoredFile]) -> Manifest:
         scales = {}
         if self.snapshot.scales is not None:
             names = self.trainer.teacher.fp8_weights()
             scales = dict(zip(names, self.snapshot.scales.tolist(), strict=True))
+        # a step that is saved once more is not its own parent
+        linked = self.parent is not None and self.parent < task.progress.step
         return Manifest(
             progress=task.progress,
             epoch=task.epoch,
@@ -232,11 +274,13 @@ class Saver:
             world=self.world,
             stage=self.trainer.plan.stage,
             run_id=self.run_id,
-            parent=self.parent,
+            parent=self.parent if linked else None,
+            parent_digest=self.parent_digest if linked else None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files={file_name(rank): stored for rank, stored in enumerate(files)},
             settings=self.settings,
-            emas={"main": {"decay": self.trainer.cfg.train.ema_decay}},
+            emas={EMA: {"decay": self.trainer.cfg.train.ema_decay}},
+            teacher=None if self.trainer.teacher is None else EMA,
             data=None if self.facts is None else self.facts.as_json(),
             scales=scales,
             versions=_versions(),
@@ -269,6 +313,8 @@ class Saver:
         return [result for result, _ in outcomes]
 
     def _reason(self, error: Exception) -> str:
+        if isinstance(error, ValueError):
+            return str(error)
         if not isinstance(error, OSError):
             return f"{type(error).__name__}: {error}"
         where = error.filename or self.folder
@@ -280,7 +326,10 @@ class Saver:
 
     def _fallback(self) -> str:
         """What is left, for the end of a message."""
-        before = named_by_latest(self.folder)
+        try:
+            before = named_by_latest(self.folder)
+        except ValueError as error:
+            return str(error)
         if before is None:
             return "there is no checkpoint before it"
         return f"the last whole checkpoint is {before}"
@@ -290,7 +339,7 @@ class Saver:
         at_phase("pruning")
         try:
             prune(self.folder, self.trainer.cfg.train)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             log.warning("an old checkpoint was not removed: %s", error)
         at_phase("pruned")
 
@@ -304,31 +353,13 @@ def prune(folder: Path, cfg: TrainConfig) -> None:
     if not cfg.keep:
         return
     named = named_by_latest(folder)
-    whole = [path for path in step_folders(folder) if (path / MANIFEST).exists()]
+    whole = [path for path in step_folders(folder) if has_manifest(path)]
     for path in whole[cfg.keep :]:
         kept_besides = cfg.keep_every and step_of(path) % cfg.keep_every == 0
         if path == named or kept_besides:
             continue
         (path / MANIFEST).unlink()
         shutil.rmtree(path)
-
-
-def abandon(path: Path) -> None:
-    """Take a checkpoint, or what there is of one, out of the run: nothing resumes it any more.
-
-    A whole one is kept in ``abandoned``.
-    """
-    if not (path / MANIFEST).exists():
-        shutil.rmtree(path)
-        return
-    kept = path.parent / "abandoned"
-    kept.mkdir(exist_ok=True)
-    target = kept / path.name
-    number = 1
-    while target.exists():
-        target = kept / f"{path.name}.{number}"
-        number += 1
-    os.replace(path, target)
 
 
 def _versions() -> dict[str, str]:

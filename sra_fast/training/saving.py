@@ -164,8 +164,13 @@ def export_published(
     write_atomic(path, lambda p: torch.save(checkpoint, p))
 
 
-def export_safetensors(trainer: Trainer, path: Path, step: int, facts: DataFacts) -> None:
-    """EMA weights in fp32 as an export; collective, rank 0 writes."""
+def export_safetensors(
+    trainer: Trainer, path: Path, step: int, facts: DataFacts, digest: str | None = None
+) -> None:
+    """EMA weights in fp32 as an export; collective, rank 0 writes.
+
+    ``digest``: of the checkpoint of the same step, which the file then names.
+    """
     ema = trainer.ema.full()
     if trainer.rank == 0:
-        write_export(path, trainer.state_dict(ema), asdict(trainer.cfg), step, facts)
+        write_export(path, trainer.state_dict(ema), asdict(trainer.cfg), step, facts, digest)

@@ -1,10 +1,31 @@
 """Writing files so that a killed process never leaves a half-written one under its final name."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+
+# a file that is not there, or something else in its place; any other error says nothing of the file
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def unreadable(path: Path, error: OSError) -> ValueError:
+    """The error of a file that may be whole but could not be read."""
+    reason = error.strerror or error
+    return ValueError(f"{path} could not be read: {reason}; nothing was changed")
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists; ValueError if that cannot be found out."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in ABSENT:
+            return False
+        raise unreadable(path, error) from None
+    return True
 
 
 def temporary_beside(path: Path) -> Path:
@@ -22,6 +43,19 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def make_synced(folder: Path) -> None:
+    """Make a folder, and those that it lies in, where they are missing; their names are on the
+    disk after this.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

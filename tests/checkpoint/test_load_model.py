@@ -3,12 +3,14 @@
 import argparse
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from foreign import SIZES, network, prefixed, run_folder, same, weights
 from safetensors.torch import save_file
 
+from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.checkpoint.values import is_dense
@@ -79,9 +81,34 @@ def test_the_newest_weights_of_a_run_are_taken(tmp_path):
     old = network(seed=1)
     run = run_folder(tmp_path, model, 7)
     config = load_model(str(run)).config
-    for step, expected in ((6, model), (7, old), (None, old)):
-        write_export(run / "ema.safetensors", old.state_dict(), config, step)
+    ours = reading.digest_at(run, 7)
+    # of another branch of the run, which a rollback has given up
+    others = "0" * 64
+    cases = [(6, None, model), (7, ours, old), (7, others, model), (24, others, model)]
+    for step, digest, expected in [*cases, (7, None, model), (None, None, model)]:
+        write_export(run / "ema.safetensors", old.state_dict(), config, step, digest=digest)
         assert_same_samples(load_model(str(run)).model, expected)
+
+
+def test_a_checkpoint_that_was_removed_meanwhile_is_chosen_again(tmp_path, monkeypatch):
+    """By a run that goes on, between the choice and the reading."""
+    model = network()
+    run = run_folder(tmp_path, network(seed=1), 7)
+    first = run / "checkpoints/step_00000007"
+    manifest_of = reading.manifest_of
+
+    def late(path):
+        if first.exists():
+            run_folder(tmp_path, model, 9)
+            shutil.rmtree(first)
+        return manifest_of(path)
+
+    monkeypatch.setattr(reading, "manifest_of", late)
+    assert_same_samples(load_model(str(run)).model, model)
+    # a step that was named is not replaced by another
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        load_model(str(first))
+    assert load_model(str(run)).source == run / "checkpoints/step_00000009"
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):

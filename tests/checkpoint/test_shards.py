@@ -1,9 +1,12 @@
 """Files of a checkpoint: what is written is read back, and whatever was changed is found and named."""
 
+import builtins
+import errno
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from sra_fast.checkpoint.manifest import (
     DamagedCheckpoint,
     file_name,
     hash_fault,
+    plain,
     read_manifest,
     render,
     size_fault,
@@ -22,7 +26,9 @@ from sra_fast.checkpoint.manifest import (
 from sra_fast.checkpoint.reading import read_kinds
 from sra_fast.checkpoint.shards import Shards, piece_key, write_pieces
 from sra_fast.checkpoint.steps import cheap_fault, choose
+from sra_fast.data.facts import DataFacts
 
+FACTS = plain(DataFacts("digits", (1, 8, 8), 10).as_json())
 SETTINGS = {"align": {"milestones": {"2": 0.4, "10": 0.1}}, "optim": {"betas": [0.9, 0.999]}}
 SIZES = {"blocks.0.weight": 12, "blocks.0.bias": 5, "head": 1}
 
@@ -58,12 +64,12 @@ def any_fault(path) -> str | None:
 
 def test_what_is_written_is_read_back(tmp_path):
     kinds = kinds_of(0)
-    path = write_checkpoint(tmp_path, kinds, 1200, SETTINGS, {"name": "digits"})
+    path = write_checkpoint(tmp_path, kinds, 1200, SETTINGS, FACTS)
     manifest, found = read_kinds(path, kinds)
     for kind, parameters in kinds.items():
         assert found[kind].keys() == parameters.keys()
         assert all(torch.equal(found[kind][name], value) for name, value in parameters.items())
-    assert (manifest.step, manifest.settings, manifest.data) == (1200, SETTINGS, {"name": "digits"})
+    assert (manifest.step, manifest.settings, manifest.data) == (1200, SETTINGS, FACTS)
     # the safetensors library reads the whole file, too
     first = load_file(path / file_name(0))
     assert torch.equal(first["master/blocks.0.weight/0"], kinds["master"]["blocks.0.weight"][:6])
@@ -132,7 +138,8 @@ def test_every_flipped_byte_is_found_and_named(run):
             assert fault is not None and fault.startswith(name), (name, place, fault)
             choice = choose(path.parent, any_fault)
             assert choice is not None and choice.path.name == "step_00000003"
-            assert len(choice.remarks) == 1
+            # a manifest that is damaged tells of no parent
+            assert len(choice.remarks) == 1 + (name == MANIFEST)
             said = choice.remarks[0]
             assert said.startswith(f"checkpoint step 6 is damaged: {name} ")
             assert said.endswith("; going on from step 3")
@@ -192,6 +199,28 @@ def test_files_that_are_cut_or_gone_are_named(run, name, damage):
         ("settings", []),
         ("data", 3),
         ("sampled", "other"),
+        ("step", 2**53),
+        ("shift", 2**53),
+        ("world", 10**12),
+        ("counts", [2.0**53, 0, 0]),
+        ("counts", [1e400, 0, 0]),
+        ("counts", [True, 0, 0]),
+        ("counts", 3),
+        ("files", []),
+        ("settings", {"train": 3}),
+        ("emas", {"main": 0.9}),
+        ("scales", {"a": "1"}),
+        ("scales", {"a": float("nan")}),
+        ("versions", {"torch": 2}),
+        ("parent", 6),
+        ("parent", None),
+        ("parent_digest", "0"),
+        ("data", {"name": "digits"}),
+        ("data", {**FACTS, "shape": [1, 8]}),
+        ("data", {**FACTS, "shape": [1, 8, "8"]}),
+        ("data", {**FACTS, "num_classes": "10"}),
+        ("data", {**FACTS, "scale": float("inf")}),
+        ("data", {**FACTS, "class_names": "ab"}),
     ],
 )
 def test_values_of_another_kind_are_refused_though_the_hash_holds(run, field, value):
@@ -203,6 +232,79 @@ def test_values_of_another_kind_are_refused_though_the_hash_holds(run, field, va
     (path / MANIFEST).write_text(module._render({**held, field: value}))
     with pytest.raises(DamagedCheckpoint, match=MANIFEST):
         read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"emas": {"main": {"decay": 0.9}, "slow": {"decay": 0.99}}},
+        {"emas": {"slow": {"decay": 0.9}}, "sampled": "slow", "teacher": "slow"},
+        {"teacher": "slow"},
+    ],
+)
+def test_other_emas_are_refused_by_name_and_not_passed_over(run, changed):
+    from sra_fast.checkpoint import manifest as module
+
+    path = newest(run)
+    held = json.loads((path / MANIFEST).read_text())["manifest"]
+    (path / MANIFEST).write_text(module._render({**held, **changed}))
+    with pytest.raises(ValueError, match="EMAs .*slow.* reads only 'main'"):
+        choose(path.parent)
+
+
+UNREADABLE = [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
+
+
+@pytest.mark.parametrize("code", UNREADABLE)
+@pytest.mark.parametrize("name", [MANIFEST, file_name(1)])
+def test_what_could_not_be_read_is_not_called_damaged(run, monkeypatch, code, name):
+    """The disk may be back in a minute: another checkpoint is not taken, nothing is moved."""
+    path = newest(run)
+    read = {"bytes": Path.read_bytes, "open": builtins.open}
+
+    def failing(kind):
+        def wrapped(file, *arguments, **options):
+            if Path(file) == path / name:
+                raise OSError(code, os.strerror(code), str(file))
+            return read[kind](file, *arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(Path, "read_bytes", failing("bytes"))
+    monkeypatch.setattr(builtins, "open", failing("open"))
+    expected = f"{path / name} could not be read: {os.strerror(code)}; nothing was changed"
+    for work in (lambda: choose(path.parent, any_fault), lambda: read_kinds(path, ["master"])):
+        with pytest.raises(ValueError) as caught:
+            work()
+        assert str(caught.value) == expected and not isinstance(caught.value, DamagedCheckpoint)
+
+
+@pytest.mark.parametrize("code", UNREADABLE)
+def test_sizes_that_could_not_be_read(run, monkeypatch, code):
+    path = newest(run)
+    stat = Path.stat
+
+    def failing(file, **options):
+        if file == path / file_name(0):
+            raise OSError(code, os.strerror(code), str(file))
+        return stat(file, **options)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    with pytest.raises(ValueError, match=r"could not be read: .*; nothing was changed"):
+        choose(path.parent)
+
+
+def test_a_reader_names_the_newest_whole_one(run):
+    path = newest(run)
+    data = bytearray((path / file_name(0)).read_bytes())
+    data[-1] ^= 1
+    (path / file_name(0)).write_bytes(bytes(data))
+    whole = path.with_name("step_00000003")
+    with pytest.raises(ValueError, match=f"SHA-256; the newest whole one before it is {whole}$"):
+        read_kinds(path, ["master"])
+    (whole / file_name(0)).unlink()
+    with pytest.raises(ValueError, match="has another SHA-256; none before it is whole"):
+        read_kinds(path, ["master"])
 
 
 def test_a_later_format_is_refused_and_not_passed_over(run):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from foreign import write_checkpoint
 
-from sra_fast.checkpoint import steps
+from sra_fast.checkpoint import steps, version_0_1
 from sra_fast.checkpoint.manifest import MANIFEST, file_name
-from sra_fast.checkpoint.reading import newest
+from sra_fast.checkpoint.reading import is_checkpoint, newest
 
 KINDS = {"master": {"a": torch.arange(4.0)}}
 
@@ -47,6 +47,8 @@ def test_a_damaged_one_is_passed_over_with_a_line(run):
         "going on from step 3",
         f"checkpoint step 6 is damaged: {MANIFEST} cannot be read: it is not what was written; "
         "going on from step 3",
+        "no manifest tells whether step 3 came before step 9: it is taken because it lies in "
+        f"{run / 'checkpoints'}",
     ]
 
 
@@ -129,3 +131,88 @@ def test_a_first_save_that_was_not_finished_is_no_checkpoint(tmp_path):
 def test_steps_of_more_digits_are_newer(run):
     write_checkpoint(run, KINDS, 10**9, {})
     assert chosen(run) == "step_1000000000"
+
+
+def test_the_fallback_follows_the_parents(run, tmp_path_factory):
+    """Step 12 goes on from step 6; step 9, of a branch that was given up, was moved back."""
+    shutil.move(folder(run, 9), run / "aside")
+    steps.write_latest(run / "checkpoints", "step_00000006")
+    write_checkpoint(run, KINDS, 12, {})
+    shutil.move(run / "aside", folder(run, 9))
+    found = steps.candidates(run / "checkpoints")
+    assert ([steps.step_of(path) for path in found.paths], found.proven) == ([12, 6, 3], 3)
+    (folder(run, 12) / file_name(0)).unlink()
+    assert chosen(run) == "step_00000006"
+
+
+def test_another_checkpoint_of_the_parents_step_is_no_parent(run):
+    """Step 6 was made once more by another branch: step 9 is not of it."""
+    shutil.rmtree(folder(run, 6))
+    steps.write_latest(run / "checkpoints", "step_00000003")
+    write_checkpoint(run, {"master": {"a": torch.zeros(4)}}, 6, {})
+    steps.write_latest(run / "checkpoints", "step_00000009")
+    found = steps.candidates(run / "checkpoints")
+    assert ([steps.step_of(path) for path in found.paths], found.proven) == ([9, 3], 1)
+
+
+def test_a_broken_line_is_said(run):
+    """Step 6 was pruned: step 3, which train.keep_every has kept, may be an ancestor."""
+    shutil.rmtree(folder(run, 6))
+    (folder(run, 9) / file_name(0)).unlink()
+    choice = steps.choose(run / "checkpoints")
+    assert choice.path == folder(run, 3)
+    assert choice.remarks[-1].startswith("no manifest tells whether step 3 came before step 9")
+
+
+def test_the_first_checkpoint_of_a_run_has_no_ancestors(run):
+    """What lies in its folder with earlier steps is of another run."""
+    for step in (3, 6):
+        shutil.move(folder(run, step), run / f"{step}")
+    shutil.rmtree(folder(run, 9))
+    (run / "checkpoints/latest").unlink()
+    write_checkpoint(run, KINDS, 9, {})
+    shutil.move(run / "3", folder(run, 3))
+    assert [steps.step_of(path) for path in steps.candidates(run / "checkpoints").paths] == [9]
+
+
+def test_latest_that_could_not_be_read_is_no_missing_one(run, monkeypatch):
+    """It may name an older step than the newest."""
+
+    def failing(*arguments):
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(ValueError, match=r"latest could not be read: Input/output error; nothing"):
+        steps.candidates(run / "checkpoints")
+
+
+def test_an_empty_latest_without_steps_is_no_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").touch()
+    assert not steps.is_begun(tmp_path / "checkpoints")
+    assert steps.choose(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("beside", ["checkpoints/step_4", "checkpoints/step_00000004", "here"])
+def test_a_file_of_version_0_1_beside_changes_nothing(run, beside):
+    """In a folder of its own, or in that of a step."""
+    stray = folder(run, 9) if beside == "here" else run / beside
+    stray.mkdir(exist_ok=True)
+    (stray / version_0_1.STATE).write_text('{"step": 4, "world_size": 1}')
+    assert newest(run) == folder(run, 9)
+    assert version_0_1.newest(run / "checkpoints") is None
+    assert is_checkpoint(folder(run, 9)) and not version_0_1.is_checkpoint(folder(run, 9))
+
+
+@pytest.mark.parametrize("content", [b"step_00000003\xdf", b"\xff" * 5000, b"x" * 5000, None])
+def test_no_latest_stops_the_search_for_old_checkpoints(run, content):
+    latest = run / "checkpoints/latest"
+    latest.unlink()
+    latest.mkdir() if content is None else latest.write_bytes(content)
+    assert version_0_1.newest(run / "checkpoints") is None
+    assert newest(run) == folder(run, 9)
+    # and where there is nothing but version 0.1
+    for step in (3, 6, 9):
+        (folder(run, step) / MANIFEST).rename(folder(run, step) / version_0_1.STATE)
+    expected = None if content is None else folder(run, 9)
+    assert version_0_1.newest(run / "checkpoints") == expected

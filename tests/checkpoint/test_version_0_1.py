@@ -78,7 +78,9 @@ def test_files_fit_any_number_of_ranks(tmp_path):
     assert torch.equal(version_0_1.load_ema(tmp_path)["a"], values)
 
 
-@pytest.mark.parametrize("content", [b"step_00000003\xdf", b"\xff\x00", b"..", b"step_3\0"])
+@pytest.mark.parametrize(
+    "content", [b"step_00000003\xdf", b"\xff\x00", b"..", b"step_3\0", b"x" * 5000]
+)
 def test_a_damaged_latest_names_nothing(tmp_path, content):
     (tmp_path / "latest").write_bytes(content)
     assert version_0_1.newest(tmp_path) is None

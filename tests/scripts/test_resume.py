@@ -1,19 +1,27 @@
 """Resuming as a user does it: what is taken, what is refused, what is said and what is recorded."""
 
+import argparse
+import errno
 import json
 import logging
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from launch import ROOT, call, error_of
 from safetensors.torch import load_file
+from tiny_config import config
 
+from sra_fast.checkpoint.load_model import load_model
 from sra_fast.checkpoint.manifest import MANIFEST, file_name, read_manifest
+from sra_fast.checkpoint.reading import newest
+from sra_fast.checkpoint.sources import find_weights
 from sra_fast.training import run as training_run
+from sra_fast.training.plan import find_resume
 from sra_fast.training.run_lock import RunLock
 
 TINY = (
@@ -142,6 +150,152 @@ def test_a_rollback_is_final(out, whole, caplog, monkeypatch):
     assert (out / "000/checkpoints/abandoned/step_00000004" / MANIFEST).exists()
 
 
+ENDS = ("ema.safetensors", "published.pt", "samples.png", "summary.json")
+
+
+@pytest.fixture
+def ended(whole, tmp_path):
+    """The whole run, with its end."""
+    shutil.copytree(whole / "000", tmp_path / "000")
+    return tmp_path
+
+
+def test_a_rollback_is_final_for_readers_too(ended, caplog, monkeypatch):
+    """Killed anywhere after `latest` was written, nobody takes the end of what was given up."""
+    run = ended / "000"
+    for name in ("ema.safetensors", "summary.json"):
+        assert read_manifest(step(ended, 6)).digest in (run / name).read_bytes().decode("latin1")
+    assert find_weights(str(run)) == run / "ema.safetensors"
+    torch.save({"steps": 6, "args": argparse.Namespace(model="SiT-S/2")}, run / "published.pt")
+
+    def killed(*arguments):
+        raise OSError("killed")
+
+    # before anything is moved
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", once(os.replace, killed))
+        done = train(ended, "--train.resume", step(ended, 2), "--train.steps", 4)
+        assert done.returncode == 2 and (run / "summary.json").exists()
+    assert find_weights(str(run)) == step(ended, 2)
+    # with another end, at an earlier step and without an export
+    resume = ("--train.resume", step(ended, 2), "--train.steps", 4, "--train.export", "[]")
+    done = train(ended, *resume)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert find_weights(str(run)) == step(ended, 4) and load_model(str(run)).step == 4
+    assert json.loads((run / "summary.json").read_text())["step"] == 4
+    moved = run / "checkpoints/abandoned/end_00000002"
+    assert sorted(path.name for path in moved.iterdir()) == sorted(ENDS)
+    assert f"export and summary of a step that was given up: moved to {moved}" in caplog.messages
+    assert caplog.text.count("to restart this run use --train.resume auto") == 1
+
+
+def once(plain, failing):
+    """The first call goes through, the others fail."""
+    calls = []
+
+    def wrapped(*arguments):
+        calls.append(arguments)
+        return plain(*arguments) if len(calls) == 1 else failing(*arguments)
+
+    return wrapped
+
+
+def test_the_summary_of_another_branch_does_not_end_this_one(ended, monkeypatch):
+    """Resumed from step 2 with another rate, and killed after the last commit, before its end."""
+    old = (ended / "000/summary.json").read_bytes()
+    changed = ("--train.resume", step(ended, 2), "--optim.lr", 0.002)
+
+    def killed(*arguments):
+        raise FloatingPointError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "export", killed)
+        assert train(ended, *changed).returncode == 1
+    assert read_manifest(step(ended, 6)).settings["optim"]["lr"] == 0.002
+    # as if its move had been lost
+    (ended / "000/summary.json").write_bytes(old)
+    assert find_weights(str(ended / "000")) == step(ended, 6)
+    done = train(ended, "--train.resume", "auto", "--optim.lr", 0.002)
+    assert done.returncode == 0, done.stderr[-3000:]
+    digest = read_manifest(step(ended, 6)).digest
+    assert json.loads((ended / "000/summary.json").read_text())["checkpoint"] == digest
+    assert find_weights(str(ended / "000")) == ended / "000/ema.safetensors"
+
+
+def test_the_same_command_again_goes_back_and_keeps_little(ended, caplog):
+    """What earlier starts have given up does not pile up."""
+    again = ("--train.resume", step(ended, 2), "--train.steps", 4, "--train.keep", 2)
+    for _ in range(3):
+        done = train(ended, *again)
+        assert done.returncode == 0 and "resumed after step 2" in done.stderr, done.stderr[-3000:]
+    left = sorted(path.name for path in (ended / "000/checkpoints/abandoned").iterdir())
+    assert left == ["end_00000002.1", "end_00000002.2", "step_00000004.1", "step_00000004.2"]
+
+
+def test_a_step_is_named_in_other_ways(out, caplog, monkeypatch):
+    """From within the folder, and by a link: it is that step and not the newest."""
+    monkeypatch.chdir(step(out, 2).parent)
+    (out / "best").symlink_to(step(out, 2))
+    cfg = config("--train.out", str(out))
+    for given in ("step_00000002", "./step_00000002", out / "best"):
+        cfg.train.resume = str(given)
+        assert find_resume(cfg) == step(out, 2)
+    done = train(out / "elsewhere", "--train.resume", out / "best", "--train.steps", 3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed after step 2" in done.stderr
+    said = f"the run goes on in {out / '000'}, train.out {out / 'elsewhere'} is not used"
+    assert said in caplog.messages
+    assert not (out / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("latest", [None, b"x" * 5000, b"step_00000004\xdf", "a folder"])
+def test_no_latest_and_no_stray_file_of_version_0_1_stops_auto(out, latest):
+    """The one rule of `auto` and of readers: the newest whole one."""
+    checkpoints = out / "000/checkpoints"
+    (checkpoints / "step_4").mkdir()
+    for stray in (checkpoints / "step_4", step(out, 4)):
+        (stray / "sra_fast.json").write_text('{"step": 4, "world_size": 1}')
+    (checkpoints / "latest").unlink()
+    if latest == "a folder":
+        (checkpoints / "latest").mkdir()
+    elif latest is not None:
+        (checkpoints / "latest").write_bytes(latest)
+    for resume in ("auto", str(out / "000"), str(step(out, 4))):
+        cfg = config("--train.out", str(out), "--train.resume", resume)
+        assert find_resume(cfg) == step(out, 4)
+    assert newest(out / "000") == step(out, 4)
+
+
+def test_folders_that_are_no_runs_stop_nothing(out, caplog):
+    (out / "001/checkpoints").mkdir(parents=True)
+    (out / "001/checkpoints/latest").touch()
+    (out / "\u00b2").mkdir()
+    (out / "7").touch()
+    done = train(out, "--train.resume", "auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed after step 4" in done.stderr
+    assert f"{out / '001'} is passed over: its first checkpoint was not finished" in caplog.text
+    done = train(out, "--train.steps", 1)
+    assert done.returncode == 0 and (out / "008/summary.json").exists(), done.stderr[-3000:]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_alone(out, monkeypatch):
+    read = Path.read_bytes
+
+    def failing(path):
+        if path == step(out, 4) / MANIFEST:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    before = sorted(out.rglob("*"))
+    done = train(out, "--train.resume", "auto")
+    assert done.returncode == 2
+    said = f"{step(out, 4) / MANIFEST} could not be read: Input/output error; nothing was changed"
+    assert said in error_of(done)
+    assert sorted(out.rglob("*")) == before
+
+
 def test_what_was_changed_is_said_and_recorded(out, caplog):
     before = (out / "000/config.yaml").read_text()
     changed = ("--optim.lr", 0.002, "--train.ema_decay", 0.5)
@@ -183,7 +337,8 @@ def test_another_stage_is_recorded_for_deepspeed_too(out, caplog):
     ],
 )
 def test_what_may_not_differ_is_refused_by_name(out, args, message):
-    (out / "000/summary.json").write_text('{"step": 4}')
+    digest = read_manifest(step(out, 4)).digest
+    (out / "000/summary.json").write_text(json.dumps({"step": 4, "checkpoint": digest}))
     before = sorted(out.rglob("*"))
     done = train(out, "--train.resume", "auto", *args)
     assert done.returncode == 2

@@ -106,3 +106,12 @@ def test_every_rank_takes_the_same_checkpoint(results):
         "going on from step 2"
     )
     assert results[2]["damaged"] == [["step_00000002", remark]] * 2
+
+
+def test_a_folder_that_one_rank_does_not_see_is_refused(results):
+    """A new run: there is no checkpoint that the ranks could compare."""
+    first, second, later = results[2]["unshared"]
+    folder = results["folder"] / "unshared"
+    assert first == second
+    assert first.startswith(f"rank 0 writes into {folder / '000'}, which rank 1 does not see")
+    assert later == "001"

@@ -15,11 +15,13 @@ from sra_fast.checkpoint import steps
 from sra_fast.checkpoint.manifest import MANIFEST, Progress, read_manifest
 from sra_fast.checkpoint.shards import Shards
 from sra_fast.data.digits import Digits
-from sra_fast.training import run_folder, saver, saving
+from sra_fast.training import abandoned, run_folder, saver, saving
 from sra_fast.training.plan import make_plan
+from sra_fast.training.run_lock import LOCK, RunLock
 from sra_fast.training.saver import Saver, prune
 from sra_fast.training.snapshot import Snapshot, flats_by_kind
 from sra_fast.training.trainer import build
+from sra_fast.utils import files
 from sra_fast.zero.process_group import init_distributed
 
 PHASES = [
@@ -124,14 +126,25 @@ def test_checkpoints_of_a_run_are_linked(trainer, tmp_path):
 
 
 def test_a_second_save_waits_for_the_first(trainer, tmp_path, monkeypatch):
+    going = threading.Event()
     monkeypatch.setattr(
-        saver, "at_phase", lambda name: time.sleep(0.2) if name == "file_half" else None
+        saver, "at_phase", lambda name: going.wait() if name == "file_half" else None
     )
     background = Saver(trainer, tmp_path)
     background.save(Progress(1), 0)
-    assert background.blocked_ms < 150
+    # it has returned while the file is half written
+    assert background.last is None and background.thread.is_alive()
+    first = background.thread
+    joined = first.join
+
+    def join(*arguments):
+        # the second save has come to wait for the first
+        going.set()
+        joined(*arguments)
+
+    monkeypatch.setattr(first, "join", join)
     background.save(Progress(2), 0)
-    assert background.blocked_ms >= 150 and background.last == Progress(1)
+    assert going.is_set() and not first.is_alive() and background.last == Progress(1)
     background.save(Progress(2), 0)
     assert background.last == Progress(2) and background.thread is None, "it is there already"
 
@@ -267,6 +280,109 @@ def test_the_one_that_latest_names_is_kept_and_another_folder_left_alone(trainer
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["latest", "notes", "step_00000002", "step_00000003"]
     assert (tmp_path / "ema").is_dir()
+
+
+@pytest.mark.parametrize("phase", ["copied", "exchanged"])
+def test_a_run_that_has_lost_its_lock_commits_nothing(trainer, tmp_path, monkeypatch, phase):
+    """Another process may write there: neither is anything of it removed."""
+    checkpoints = tmp_path / "checkpoints"
+    saving.save(trainer, checkpoints, Progress(1), 0)
+    lock = RunLock(tmp_path)
+    background = Saver(trainer, checkpoints)
+
+    def taken(name):
+        if name == phase:
+            (tmp_path / LOCK).unlink()
+
+    monkeypatch.setattr(saver, "at_phase", taken)
+    background.save(Progress(2), 0)
+    background.wait()
+    lock.release()
+    said = str(background.error)
+    assert isinstance(background.error, ValueError) and "\n" not in said
+    assert f"{tmp_path / LOCK} was removed: another process may write into this run" in said
+    assert steps.named_by_latest(checkpoints).name == "step_00000001"
+    left = checkpoints / "step_00000002"
+    assert left.exists() == (phase == "exchanged") and not (left / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("what", ["a file", "a link", "a folder"])
+def test_what_lies_in_place_of_a_step_is_moved_away(trainer, tmp_path, what):
+    checkpoints = tmp_path / "checkpoints"
+    saving.save(trainer, checkpoints, Progress(1), 0)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/precious").touch()
+    place = checkpoints / "step_00000002"
+    if what == "a link":
+        place.symlink_to(tmp_path / "elsewhere")
+    elif what == "a file":
+        place.touch()
+    else:
+        # a save that was not finished
+        place.mkdir()
+    path = saving.save(trainer, checkpoints, Progress(2), 0)
+    assert read_manifest(path).step == 2 and not path.is_symlink()
+    assert (tmp_path / "elsewhere/precious").exists()
+    assert os.path.lexists(checkpoints / "abandoned/step_00000002") == (what != "a folder")
+
+
+def test_a_file_in_place_of_the_abandoned_ones_is_named(trainer, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2):
+        saving.save(trainer, checkpoints, Progress(step), 0)
+    (checkpoints / "abandoned").touch()
+    with pytest.raises(ValueError, match=f"expected a folder {checkpoints / 'abandoned'}, found"):
+        run_folder.settle(tmp_path, checkpoints / "step_00000001")
+    assert (checkpoints / "step_00000002" / MANIFEST).exists()
+
+
+def test_branches_do_not_mix(trainer, tmp_path):
+    """Step 4 of a branch that was given up is moved back and named: step 3 is none of its line."""
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 4):
+        saving.save(trainer, checkpoints, Progress(step), 0)
+    run_folder.settle(tmp_path, checkpoints / "step_00000001")
+    saving.save(trainer, checkpoints, Progress(3), 0)
+    os.replace(checkpoints / "abandoned/step_00000004", checkpoints / "step_00000004")
+    moved = run_folder.settle(tmp_path, checkpoints / "step_00000004", exact=True)
+    assert [step.name for step in steps.step_folders(checkpoints)] == [
+        "step_00000004",
+        "step_00000001",
+    ]
+    assert len(moved) == 2 and "use --train.resume auto" in moved[-1]
+    assert [path.name for path in (checkpoints / "abandoned").iterdir()] == ["step_00000003"]
+
+
+def test_names_are_on_the_disk_before_what_is_in_them(trainer, tmp_path, monkeypatch):
+    """Every folder that is made or renamed: else a power cut leaves `latest` without its step."""
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    monkeypatch.setattr(saver, "sync_folder", synced.append)
+    monkeypatch.setattr(abandoned, "sync_folder", synced.append)
+    monkeypatch.setattr(run_folder, "sync_folder", synced.append)
+    run = run_folder.new_folder(tmp_path / "a/out")
+    checkpoints = run / "checkpoints"
+    for step in (1, 2):
+        saving.save(trainer, checkpoints, Progress(step), 0)
+    for made in (
+        tmp_path / "a",
+        tmp_path / "a/out",
+        run,
+        checkpoints,
+        checkpoints / "step_00000001",
+    ):
+        assert made.parent in synced, made
+    synced.clear()
+    run_folder.settle(run, checkpoints / "step_00000001")
+    assert {checkpoints, checkpoints / "abandoned"} <= set(synced)
+
+
+def test_the_manifest_says_what_the_teacher_follows(trainer, tmp_path, monkeypatch):
+    path = saving.save(trainer, tmp_path / "a", Progress(1), 0)
+    assert read_manifest(path).teacher == "main"
+    monkeypatch.setattr(trainer, "teacher", None)
+    path = saving.save(trainer, tmp_path / "b", Progress(1), 0)
+    assert read_manifest(path).teacher is None
 
 
 def test_no_memory_and_no_files_are_left_behind(trainer, tmp_path):
