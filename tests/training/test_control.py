@@ -208,7 +208,7 @@ def test_an_error_of_a_save_is_not_found_again_after_going_back(tmp_path, monkey
         if task.progress == Progress(4):
             time.sleep(1.0)
             raise FloatingPointError("the EMA is not finite")
-        slow(self, task)
+        return slow(self, task)
 
     monkeypatch.setattr(saver.Saver, "_write", write)
     whole_run(tmp_path, data, "--train.on_nan", "rollback", "--train.save_every", "2")
@@ -227,7 +227,7 @@ def test_a_failed_save_rolls_back_even_if_the_next_one_is_due(tmp_path, monkeypa
             failed.append(task)
             time.sleep(2.0)
             raise FloatingPointError("the EMA is not finite")
-        slow(self, task)
+        return slow(self, task)
 
     monkeypatch.setattr(saver.Saver, "_write", write)
     whole_run(tmp_path, data, "--train.on_nan", "rollback", "--train.save_every", "2")
