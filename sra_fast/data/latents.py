@@ -177,6 +177,7 @@ class Latents(MomentDataset):
         in every file.
         """
         digest = hashlib.sha256(json.dumps([self.files, labels]).encode())
+        self.listing = digest.hexdigest()
         for name in self.files[:: max(1, len(self.files) // LOOKED_AT)][:LOOKED_AT]:
             digest.update(hashlib.sha256((self.root / name).read_bytes()).digest())
         return digest.hexdigest()

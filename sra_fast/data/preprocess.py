@@ -305,7 +305,8 @@ def _make_job(
         "shard_size": options.shard_size,
         # last: of several differences the first is named, and this one tells a user least
         "num_images": len(source),
-        "source_sha256": source.fingerprint,
+        # of loose moments the list alone: a file that was broken may have been mended since
+        "source_sha256": getattr(source, "listing", source.fingerprint),
     }
     return PackingJob(
         source,

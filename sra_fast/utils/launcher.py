@@ -54,7 +54,8 @@ def read_launcher(group: bool = True) -> None:
     elif os.environ.get("LOCAL_SIZE") and "LOCAL_WORLD_SIZE" not in given:
         # DeepSpeed's name for it; without it every process would take all cores
         given["LOCAL_WORLD_SIZE"] = os.environ["LOCAL_SIZE"]
-    if not given or given.get("WORLD_SIZE") == "1":
+    # what an earlier single process has left behind says nothing
+    if given.keys() <= {"LOCAL_WORLD_SIZE"} or given.get("WORLD_SIZE") == "1":
         # the only process needs no place to meet others
         group = False
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

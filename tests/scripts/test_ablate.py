@@ -126,6 +126,6 @@ def test_curves_of_different_lengths_are_refused(tmp_path):
     for name, rows in (("a", 2), ("b", 3)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text("{}")
-        (tmp_path / name / "stats.jsonl").write_text('{"denoise": 1.0}\n' * rows)
+        (tmp_path / name / "stats.jsonl").write_text('{"step": 1, "denoise": 1.0}\n' * rows)
     with pytest.raises(ValueError, match="must log the same steps: .*b logged 3, .*a 2"):
         outcome(tmp_path / "b", tmp_path / "a")
