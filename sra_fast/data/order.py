@@ -94,7 +94,9 @@ def outlive_stop_signals(worker: int) -> None:
     process still needs batches on the way to its last checkpoint. SIGTERM counts only if it comes
     from the training process, which ends a loader process in that way if it does not react.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    # SIGTERM too: a library's thread that does not block it would end the process. While the main
+    # thread blocks it, it can still be waited for
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     # the training process's, copied by the fork
     signal.set_wakeup_fd(-1)

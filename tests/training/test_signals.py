@@ -15,7 +15,7 @@ import pytest
 import torch
 from launch import ROOT, environment
 
-from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.order import ShuffledBatches, make_loader, outlive_stop_signals
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training import signals
 from sra_fast.training.signals import StopSignals, stopped
@@ -300,3 +300,18 @@ def test_loader_processes_outlive_stop_signals_but_not_their_parent():
     os.kill(process.pid, signal.SIGTERM)
     process.join(LIMIT)
     assert process.exitcode == 0
+
+
+def test_a_thread_that_blocks_no_signal_does_not_end_a_loader_process():
+    """Libraries start threads before anybody can tell them what to block."""
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        threading.Thread(target=time.sleep, args=(LIMIT,), daemon=True).start()
+        outlive_stop_signals(0)
+        os.write(tell, b"x")
+        time.sleep(1.0)
+        os._exit(7)
+    os.read(ready, 1)
+    subprocess.run(["kill", "-TERM", str(pid)], check=True)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
