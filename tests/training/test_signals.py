@@ -77,10 +77,22 @@ def test_another_thread_installs_no_handlers():
     assert found == [*before, None]
 
 
+# a shell lets its background jobs ignore Ctrl-C, and their children inherit that
+HEARS = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
+@pytest.fixture(autouse=True)
+def hears_interrupts():
+    """As in a terminal, also where the tests run as a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(source: str) -> subprocess.Popen:
     """Python in a process of its own; it prints `ready` when it can be signalled."""
     child = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{dedent(source)}"],
+        [sys.executable, "-c", f"{HEARS}sys.path.insert(0, {str(ROOT)!r})\n{dedent(source)}"],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -281,7 +293,7 @@ class SlowData(TrainingData):
         return torch.tensor([os.getpid()]), self.labels[indices]
 
 
-def test_loader_processes_outlive_stop_signals_but_not_their_parent():
+def test_loader_processes_outlive_stop_signals():
     order = ShuffledBatches(64, 0, 1, 1, 0, 1, 0, 60)
     batches = iter(make_loader(SlowData(), order, 1, cuda=False))
     worker = int(next(batches)[0])
@@ -292,14 +304,18 @@ def test_loader_processes_outlive_stop_signals_but_not_their_parent():
     time.sleep(0.2)
     assert all(int(batch[0]) == worker for batch in batches)
 
-    batches = iter(make_loader(SlowData(), order, 1, cuda=False))
-    next(batches)
-    process = batches._workers[0]
-    # the loader would report that it is gone
-    batches._shutdown = True
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(LIMIT)
-    assert process.exitcode == 0
+
+def test_a_loader_process_ends_when_its_parent_asks():
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        outlive_stop_signals(0)
+        os.write(tell, b"x")
+        time.sleep(LIMIT)
+        os._exit(7)
+    os.read(ready, 1)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_thread_that_blocks_no_signal_does_not_end_a_loader_process():
