@@ -18,14 +18,14 @@ LAUNCHER_REACTS = 3.0
 def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
     """What stops a run ends this process with one line and the exit code of its kind.
 
-    2 for what a user can change, 1 for a loss that diverged or another process that is gone, 75 for
-    a run that was asked to stop and can be resumed, 130 for Ctrl-C. All ranks mostly fail alike, and
-    one of them speaks. The launcher ends those that wait for a rank that is gone.
+    Exit codes: 2 for what a user can change; 1 if training diverged or another process died; 75 if
+    the run was asked to stop and can be resumed; 130 for Ctrl-C. Mostly all ranks fail alike and one
+    of them prints the line. If one has died, the launcher ends the others.
 
     Args:
         out: folder of the run, for errors that do not name their file.
-        speaker: ``RANK``: rank 0 speaks, and later a rank that has failed alone; ``LOCAL_RANK``: one
-            process of every machine, before the processes know each other.
+        speaker: who prints. ``RANK``: rank 0, or a rank that has failed alone. ``LOCAL_RANK``: one
+            process of every machine, as long as the processes do not know each other.
     """
     # this room imports DeepSpeed, which no other program does
     from sra_fast.training.endings import STOPPED, ending_of

@@ -1,8 +1,9 @@
-"""What a checkpoint costs a training run: how long it blocks a step, and how it slows those after it.
+"""What a checkpoint costs a training run: how long it keeps a step, and how it slows the next ones.
 
 python -m benchmarks.step.saving --batch 8 -- --model SiT-B/2 --train.precision fp32
 
-Everything after ``--`` is configuration. The first save also allocates the memory that the others use again.
+Everything after ``--`` is configuration. The first save also allocates the memory that the others
+use again.
 """
 
 import argparse
@@ -35,8 +36,8 @@ def measure(cfg, device: torch.device, folder: Path, saves: int, steps: int) -> 
         steps: without a save, before the first.
 
     Returns:
-        ``parameters``, ``bytes`` of a checkpoint, and in milliseconds ``step`` (median), ``blocked`` and ``written``
-        (one per save; until the commit), ``step_while_writing`` (mean).
+        ``parameters``, ``bytes`` of a checkpoint, and in milliseconds ``step`` (median),
+        ``blocked`` and ``written`` (one per save; until the commit), ``step_while_writing`` (mean).
     """
     run = EngineStep(cfg, OneBatch(cfg, device), device)
     saver = Saver(run.trainer, folder)

@@ -20,7 +20,7 @@ STATE = "sra_fast.json"
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is a checkpoint of version 0.1.
 
-    One with a manifest is of this version, whatever lies beside it.
+    A folder with a manifest is a checkpoint of this version, even if it also has the old file.
     """
     return is_there(path / STATE) and not has_manifest(path)
 

@@ -120,25 +120,16 @@ class Control:
             raise RollBack(done - 1)
         raise error
 
-    def ready_to_save(self, done: int) -> bool:
-        """Whether the weights after ``done`` steps are worth a checkpoint; collective.
-
-        The log is written up to this step, so that the device has been waited for. After an update
-        that was skipped, the next one that is taken shows whether the weights are to blame.
-
-        Raises:
-            As ``after_step``.
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Updates skipped since the last that was taken, the same on every process; waits for the
+        device.
         """
-        self.agree_now(done)
-        skipped = int(self.trainer.guard.counts[2])
-        if not skipped:
-            return True
-        if not self.asked and done < self.cfg.train.steps:
-            return False
-        # no step comes after this one; the weights are those before the updates that were skipped
-        if self.trainer.rank == 0:
-            log.warning("the last updates were skipped, %d in a row up to step %d", skipped, done)
-        return True
+        return int(self.trainer.guard.counts[2])
+
+    def is_last(self, done: int) -> bool:
+        """Whether training ends after this step."""
+        return bool(self.asked) or done == self.cfg.train.steps
 
     def saved(self) -> None:
         """A checkpoint has been begun."""
@@ -163,7 +154,7 @@ class Control:
         else:
             stands = f"the checkpoint of step {step} is whole: resume it with"
         # noticed a row or two late: other updates may have been taken since
-        skipped, up_to = self.watch.diverged or (int(self.trainer.guard.counts[2]), done)
+        skipped, up_to = self.watch.diverged or (self.skipped_in_a_row, done)
         updates = "1 update was" if skipped == 1 else f"{skipped} updates in a row were"
         return FloatingPointError(
             f"gradients not finite: {updates} skipped up to step {up_to}; {stands} a smaller "

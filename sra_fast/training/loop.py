@@ -1,10 +1,13 @@
 """The training loop: SRA's algorithm (arXiv 2505.02831, Sec. 3) under DeepSpeed."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -15,6 +18,7 @@ from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.data.order import ShuffledBatches, make_loader
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
+from sra_fast.models import Conditioning
 from sra_fast.plots import report
 from sra_fast.training.control import Control
 from sra_fast.training.logger import STATS, TrainLogger, read_rows
@@ -25,6 +29,8 @@ from sra_fast.training.trainer import Trainer
 from sra_fast.training.watch import History, StepWatch
 from sra_fast.training.watchdog import Watchdog
 from sra_fast.utils.registry import CONDITIONINGS
+
+log = logging.getLogger("sra_fast")
 
 BEGINNING = Progress(0)
 
@@ -46,6 +52,40 @@ def set_lr(trainer: Trainer, step: int) -> float:
     return lr
 
 
+def loss_inputs(
+    trainer: Trainer,
+    batch: tuple[Tensor, ...],
+    stream: ShuffledBatches,
+    data: TrainingData,
+    position: int,
+    micro_step: int,
+) -> tuple[Tensor, Conditioning, Tensor, tuple[Tensor, Tensor]]:
+    """What the loss of a micro-batch is computed from: ``(x0, condition, noise, times)``.
+
+    ``position``: the step whose images these are; noise and times are drawn for it.
+    """
+    cfg = trainer.cfg
+    conditioning = CONDITIONINGS[trainer.student.conditioning]
+    # copied while the device still computes: the loader pins its batches
+    images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
+    # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
+    draws = draw(
+        cfg.train.seed,
+        position,
+        stream.first(micro_step),
+        (trainer.plan.micro, *data.shape),
+        trainer.device,
+        drop_prob=cfg.model.class_dropout_prob,
+        posterior=data.posterior,
+        flip=data.flip,
+    )
+    x0 = draws.mirror(data.to_latent(images, draws.posterior))
+    # the same labels are dropped for student and teacher
+    condition = conditioning.from_tensors(*labels).dropped(draws.drop)
+    times = trainer.engine.module.process.times(draws.uniform, draws.gap)
+    return x0, condition, draws.noise, times
+
+
 def optimizer_step(
     trainer: Trainer,
     batches: Iterator[tuple[Tensor, ...]],
@@ -65,7 +105,6 @@ def optimizer_step(
     """
     cfg = trainer.cfg
     engine = trainer.engine
-    conditioning = CONDITIONINGS[trainer.student.conditioning]
     at = watchdog.at if watchdog is not None else lambda step, phase: None
     position = step + shift
     epoch = stream.epoch(position)
@@ -75,25 +114,8 @@ def optimizer_step(
         at(step + 1, "next batch")
         batch = next(batches)
         at(step + 1, "gradients")
-        # copied while the device still computes: the loader pins its batches
-        images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
-        # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
-        draws = draw(
-            cfg.train.seed,
-            position,
-            stream.first(micro_step),
-            (trainer.plan.micro, *data.shape),
-            trainer.device,
-            drop_prob=cfg.model.class_dropout_prob,
-            posterior=data.posterior,
-            flip=data.flip,
-        )
-        x0 = draws.mirror(data.to_latent(images, draws.posterior))
-        # the same labels are dropped for student and teacher
-        condition = conditioning.from_tensors(*labels).dropped(draws.drop)
-        times = engine.module.process.times(draws.uniform, draws.gap)
-        first = micro_step == 0
-        values = trainer.micro_step(x0, condition, draws.noise, times, weight, first)
+        inputs = loss_inputs(trainer, batch, stream, data, position, micro_step)
+        values = trainer.micro_step(*inputs, weight, first=micro_step == 0)
         logger.add(values, step, micro_step)
         at(step + 1, "update")
         # DeepSpeed counts the micro-steps and takes the optimizer step at the last one
@@ -106,6 +128,27 @@ def optimizer_step(
     logger.add({"grad_norm": trainer.grad_norm}, step)
     logger.add({"skipped": ~trainer.guard.taken}, step)
     return {"align_weight": weight, "lr": lr, "epoch": epoch}
+
+
+@torch.no_grad()
+def is_sound(
+    trainer: Trainer, stream: ShuffledBatches, data: TrainingData, step: int, shift: int = 0
+) -> bool:
+    """Whether the weights give a finite loss on the images of a 0-based step that was fine; collective.
+
+    After updates that were skipped this tells weights that are to blame from images that are.
+    """
+    position = step + shift
+    finite = torch.ones((), device=trainer.device)
+    for micro_step in range(trainer.plan.accumulation):
+        batch = data.__getitems__(stream.numbers(position, micro_step))
+        inputs = loss_inputs(trainer, batch, stream, data, position, micro_step)
+        # without alignment: the student's weights are what is asked about
+        loss, _ = trainer.engine(*inputs, 0.0)
+        finite *= loss.isfinite()
+    if trainer.plan.world > 1:
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def image_order(trainer: Trainer, num_images: int, start: Progress) -> ShuffledBatches:
@@ -176,7 +219,9 @@ def train(
     watch = StepWatch(cfg, stream, data, trainer.rank, start.shift, history)
     logger.watch = watch.look
     control = Control(trainer, saver, watch, stop)
-    session = _Session(trainer, folder, logger, control, saver, stream, monitor, watchdog)
+    session = _Session(
+        trainer, data, folder, start.step, logger, control, saver, stream, monitor, watchdog
+    )
     logger.restart_clock()
     trainer.engine.train()
     bar = tqdm(
@@ -222,7 +267,9 @@ class _Session:
     """What training does besides its steps: checkpoints and samples."""
 
     trainer: Trainer
+    data: TrainingData
     folder: Path
+    start: int
     logger: TrainLogger
     control: Control
     saver: Saver
@@ -234,7 +281,7 @@ class _Session:
         """Begin a checkpoint, if the weights are worth one; collective."""
         self._at(progress.step, "checkpoint")
         self.logger.flush(progress.step, known)
-        if self.control.ready_to_save(progress.step):
+        if self._is_worth_it(progress):
             # an earlier save may have failed
             self.control.finish(progress.step)
             epoch = self.stream.epoch(progress.step - 1 + progress.shift)
@@ -245,6 +292,30 @@ class _Session:
             if self.control.asked:
                 self.control.finish(progress.step)
         self.logger.restart_clock()
+
+    def _is_worth_it(self, progress: Progress) -> bool:
+        """Whether these weights are worth a checkpoint; collective. The device has been waited for.
+
+        After an update that was skipped, the next one that is taken shows whether the weights are to
+        blame. Where no step comes after this one, they are tried on images that were fine.
+        """
+        done = progress.step
+        # processes may have noticed different things: ask them all
+        self.control.agree_now(done)
+        skipped = self.control.skipped_in_a_row
+        if not skipped:
+            return True
+        if not self.control.is_last(done):
+            return False
+        fine = done - skipped - 1
+        # none was fine since the start: these weights are the ones that training began with
+        if fine >= self.start and not is_sound(
+            self.trainer, self.stream, self.data, fine, progress.shift
+        ):
+            raise self.control.diverged(done)
+        if self.trainer.rank == 0:
+            log.warning("the last updates were skipped, %d in a row up to step %d", skipped, done)
+        return True
 
     def look(self, step: int, known: dict) -> None:
         """Sample the EMA; collective."""

@@ -98,7 +98,7 @@ class Watchdog:
     def __exit__(self, *error) -> None:
         self._closing.set()
         for thread in self._threads:
-            # one that waits for a store that is gone is left behind
+            # a thread that is stuck in a call of the store does not keep the run from ending
             thread.join(2.0)
 
     def _talk(self) -> None:

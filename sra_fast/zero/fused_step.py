@@ -12,12 +12,12 @@ from collections.abc import Iterable
 
 import deepspeed.comm as dist
 import torch
-from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
 
 from sra_fast.ops.adamw_ema import Gradient
 from sra_fast.zero.deepspeed_names import check_names
 from sra_fast.zero.guard import UpdateGuard
+from sra_fast.zero.master_weights import gather_weights
 from sra_fast.zero.optimizer import clip_factor
 
 
@@ -135,16 +135,9 @@ class PartitionedStep(FusedStep):
             # frees the group's gradient before the next group is worked on
             gradients[i] = None
 
-        # DeepSpeed's step does this after its first update; its checkpoints read the links
+        # DeepSpeed's step does this after its first update; its accessors of the state read the links
         zero._lazy_init_hp_params_optimizer_state()
-        # each rank has updated its part of the weights: get the others'
-        all_gather_dp_groups(
-            groups_flat=zero.bit16_groups_flat,
-            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-            dp_process_group=zero.real_dp_process_group,
-            start_alignment_factor=zero.nccl_start_alignment_factor,
-            allgather_bucket_size=zero.allgather_bucket_size,
-        )
+        gather_weights(zero)
 
     def _pieces(self, i: int) -> Gradient:
         """Group i's gradients as the parameters have them, and where each begins in the flat
@@ -217,9 +210,9 @@ class Stage3Step(FusedStep):
 def release_accumulators(parameters: Iterable[Tensor]) -> None:
     """Detach the weights that DeepSpeed's maps to its masters hold, as a graph's capture needs it.
 
-    DeepSpeed makes these slices anew when it loads a checkpoint. Autograd tracks them, which keeps
-    the node alive that accumulates each parameter's gradient. The node belongs to the stream in
-    which it was made: a backward pass in another stream, such as a capture's, makes that one wait.
+    DeepSpeed makes these slices when it is built. Autograd tracks them, which keeps the node alive
+    that accumulates each parameter's gradient. The node belongs to the stream in which it was made:
+    a backward pass in another stream, such as a capture's, makes that one wait.
     """
     for p in parameters:
         mapping = getattr(p, "_hp_mapping", None)

@@ -199,14 +199,7 @@ class MasterWeights:
             for i, master in enumerate(zero.single_partition_of_fp32_groups):
                 rank = dist.get_rank(group=zero.real_dp_process_group[i])
                 zero.parallel_partitioned_bit16_groups[i][rank].copy_(master)
-            # each rank has written its part of the weights: get the others'
-            all_gather_dp_groups(
-                groups_flat=zero.bit16_groups_flat,
-                partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-                dp_process_group=zero.real_dp_process_group,
-                start_alignment_factor=zero.nccl_start_alignment_factor,
-                allgather_bucket_size=zero.allgather_bucket_size,
-            )
+            gather_weights(zero)
         elif hasattr(zero, "bf16_groups_flat"):
             zero.update_lp_params()
         else:
@@ -304,6 +297,21 @@ class MasterWeights:
                     f"expected DeepSpeed's master weights of {segment.name}, they are those of "
                     "another parameter: unsupported version?"
                 )
+
+
+def gather_weights(zero) -> None:
+    """Stages 1 and 2: each rank has written its part of the weights; get the others'.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+    """
+    all_gather_dp_groups(
+        groups_flat=zero.bit16_groups_flat,
+        partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+        dp_process_group=zero.real_dp_process_group,
+        start_alignment_factor=zero.nccl_start_alignment_factor,
+        allgather_bucket_size=zero.allgather_bucket_size,
+    )
 
 
 def _elements_between(flat: Tensor, part: Tensor) -> int:

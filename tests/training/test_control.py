@@ -107,6 +107,16 @@ def test_bad_images_at_the_end_lose_nothing(tmp_path, caplog):
     assert f"the last updates were skipped, 2 in a row up to step {STEPS}" in caplog.messages
 
 
+@pytest.mark.parametrize("args", ["", "--train.precision bf16", "--train.zero_stage 3"])
+def test_weights_that_are_to_blame_do_not_end_well(tmp_path, args):
+    """Fewer skipped updates than the limit, because the run is over."""
+    short = "--optim.lr 1e30 --optim.clip 0 --train.steps 3 --train.save_every 100"
+    trainer, data = made(*short.split(), *args.split())
+    with pytest.raises(FloatingPointError, match="2 updates in a row were skipped up to step 3"):
+        train(trainer, data, tmp_path)
+    assert steps_in(tmp_path) == []
+
+
 def test_a_signal_after_bad_images_saves(tmp_path):
     trainer, data = made("--train.save_every", "100")
     poison(data, trainer, 1, 2)
@@ -239,7 +249,7 @@ def test_an_error_does_not_wait_for_a_save_that_hangs(tmp_path, monkeypatch):
     done = threading.Event()
     monkeypatch.setattr(saver.Saver, "_write", lambda self, task: done.wait(60))
     monkeypatch.setattr(saver, "GRACE", 0.1)
-    monkeypatch.setattr(control.Control, "ready_to_save", lambda self, step: step < 4 or 1 / 0)
+    monkeypatch.setattr(control.Control, "agree_now", lambda self, step: step < 4 or 1 / 0)
     try:
         with (
             pytest.raises(ZeroDivisionError),
