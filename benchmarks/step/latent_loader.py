@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from sra_fast.data.latents import PackedLatents
-from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.loader import Batches
+from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.writer import PackingJob, run_job
 
@@ -67,20 +68,20 @@ def packed_noise(folder: Path, count: int, side: int) -> PackedLatents:
     return PackedLatents(str(folder))
 
 
-def start_loader(data: PackedLatents, batch: int, workers: int, steps: int):
-    """An iterator over ``steps`` batches. Its processes start at once."""
+def start_loader(data: PackedLatents, batch: int, workers: int, steps: int) -> Batches:
+    """``steps`` batches. The loader's processes start at once."""
     order = ShuffledBatches(len(data), 0, batch, 1, 0, 1, 0, steps)
-    return iter(make_loader(data, order, workers, torch.cuda.is_available()))
+    return Batches(data, order, workers, torch.cuda.is_available())
 
 
 def latents_per_second(data: PackedLatents, batch: int, workers: int, steps: int) -> float:
     """Rate of a process that does nothing else, from the first batch on."""
     # one more: the first batch waits for the processes to start
-    loader = start_loader(data, batch, workers, steps + 1)
-    next(loader)
-    begin = time.perf_counter()
-    for _ in loader:
-        pass
+    with start_loader(data, batch, workers, steps + 1) as loader:
+        next(loader)
+        begin = time.perf_counter()
+        for _ in loader:
+            pass
     return steps * batch / (time.perf_counter() - begin)
 
 
@@ -88,13 +89,13 @@ def sorted_waits(
     data: PackedLatents, batch: int, workers: int, steps: int, step_ms: float
 ) -> list[float]:
     """Milliseconds that each step of ``step_ms`` waits for its batch, without the first step, sorted."""
-    loader = start_loader(data, batch, workers, steps)
     found = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        next(loader)
-        found.append(1e3 * (time.perf_counter() - begin))
-        time.sleep(step_ms / 1e3)
+    with start_loader(data, batch, workers, steps) as loader:
+        for _ in range(steps):
+            begin = time.perf_counter()
+            next(loader)
+            found.append(1e3 * (time.perf_counter() - begin))
+            time.sleep(step_ms / 1e3)
     # without the first, which waits for the processes to start
     return sorted(found[1:])
 

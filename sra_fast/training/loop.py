@@ -15,7 +15,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sra_fast.alignment.schedule import align_weight
 from sra_fast.checkpoint.manifest import Progress
 from sra_fast.checkpoint.reading import CHECKPOINTS
-from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.loader import Batches
+from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
 from sra_fast.models import Conditioning
@@ -206,7 +207,7 @@ def train(
     stream = image_order(trainer, len(data), start)
     ahead = image_order(trainer, len(data), start)
     cuda = trainer.device.type == "cuda"
-    batches = iter(make_loader(data, ahead, cfg.data.num_workers, cuda))
+    batches = Batches(data, ahead, cfg.data.num_workers, cuda)
     own_logger = logger is None
     if own_logger:
         logger = TrainLogger(
@@ -234,7 +235,7 @@ def train(
     )
     # the bar is closed also by an error, whose line then has no bar before it; a warning of a step
     # gets a line of its own
-    with own_saver, bar, control, logging_redirect_tqdm():
+    with own_saver, batches, bar, control, logging_redirect_tqdm():
         for step in range(start.step, cfg.train.steps):
             known = optimizer_step(
                 trainer, batches, stream, data, step, logger, start.shift, watchdog

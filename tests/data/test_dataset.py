@@ -9,7 +9,8 @@ from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.digits import Digits
 from sra_fast.data.latents import Latents
-from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.loader import Batches
+from sra_fast.data.order import ShuffledBatches
 
 pytestmark = pytest.mark.usefixtures("rooms")
 
@@ -119,7 +120,7 @@ def test_loader_reads_ahead_in_order(tmp_path):
     data = Latents(str(tmp_path))
     stream = ShuffledBatches(len(data), 0, 2, 1, 0, 1, 0, 7)
     expected = [data.__getitems__(i) for i in stream]
-    loaded = list(make_loader(data, stream, num_workers=2, cuda=False))
+    loaded = list(Batches(data, stream, num_workers=2, cuda=False))
     assert len(loaded) == 7
     for (a, y), (b, z) in zip(loaded, expected, strict=True):
         assert torch.equal(a, b) and torch.equal(y, z)

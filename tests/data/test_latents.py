@@ -15,7 +15,8 @@ from toy_data import write_latents
 from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.latents import Latents, PackedLatents, open_latents
-from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.loader import Batches
+from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.writer import PackingJob, run_job
 
 pytestmark = pytest.mark.usefixtures("rooms")
@@ -126,7 +127,7 @@ def test_loader_processes_read_the_same(tmp_path):
     stream = ShuffledBatches(len(data), 0, 5, 1, 0, 1, 0, 9)
     expected = [data.__getitems__(i) for i in stream]
     for workers in (0, 2):
-        loaded = list(make_loader(PackedLatents(tmp_path / "packed"), stream, workers, cuda=False))
+        loaded = list(Batches(PackedLatents(tmp_path / "packed"), stream, workers, cuda=False))
         assert len(loaded) == 9
         for batch, expected_batch in zip(loaded, expected, strict=True):
             assert all(map(torch.equal, batch, expected_batch))

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 
 from sra_fast import train
 from sra_fast.data.digits import Digits
-from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.loader import Batches
+from sra_fast.data.order import ShuffledBatches
 from sra_fast.training import run
 from sra_fast.training.endings import Ending, ending_of
 from sra_fast.training.signals import stopped
@@ -172,8 +173,9 @@ class Damaged(Digits):
 )
 def test_an_error_in_a_loader_process_is_one_line(error, line):
     order = ShuffledBatches(64, 0, 1, 1, 0, 1, 0, 4)
-    with pytest.raises(type(error), match="Caught") as raised:
-        next(iter(make_loader(Damaged(error), order, 1, cuda=False)))
+    batches = Batches(Damaged(error), order, 1, cuda=False)
+    with batches, pytest.raises(type(error), match="Caught") as raised:
+        next(batches)
     assert ending_of(raised.value) == Ending(2, line)
 
 

@@ -11,7 +11,8 @@ from zero_worker import tiny
 
 from sra_fast.checkpoint.manifest import Progress
 from sra_fast.data.dataset import make_dataset
-from sra_fast.data.order import ShuffledBatches, make_loader
+from sra_fast.data.loader import Batches
+from sra_fast.data.order import ShuffledBatches
 from sra_fast.training import saving
 from sra_fast.training.checks import check_device
 from sra_fast.training.logger import TrainLogger
@@ -259,7 +260,7 @@ def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
     stream = ShuffledBatches(
         len(data), 0, trainer.plan.micro, trainer.plan.accumulation, 0, 1, 0, 6
     )
-    batches = iter(make_loader(data, stream, 0, False))
+    batches = Batches(data, stream, 0, False)
     metrics = TrainLogger(None, cfg, trainer.device, 1)
     for step in range(6):
         optimizer_step(trainer, batches, stream, data, step, metrics)

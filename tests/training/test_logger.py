@@ -138,7 +138,8 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
 
     if (stage, precision, optimizer) == (0, "bf16", "torch"):
         pytest.skip("DeepSpeed's own step, which looks for overflow on the host")
-    from sra_fast.data.order import ShuffledBatches, make_loader
+    from sra_fast.data.loader import Batches
+    from sra_fast.data.order import ShuffledBatches
     from sra_fast.training.loop import optimizer_step
     from sra_fast.training.plan import make_plan
     from sra_fast.training.trainer import build
@@ -152,7 +153,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
     trainer = build(make_plan(cfg), init_distributed())
     data = make_dataset(cfg)
     stream = ShuffledBatches(len(data), 0, 8, 1, 0, 1, 0, 6)
-    batches = iter(make_loader(data, stream, 0, False))
+    batches = Batches(data, stream, 0, False)
     m = TrainLogger(None, cfg, trainer.device, 1)
     reads = []
     for name in SYNCS:

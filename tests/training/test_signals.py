@@ -12,11 +12,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-import torch
 from launch import ROOT, environment
 
-from sra_fast.data.order import ShuffledBatches, make_loader, outlive_stop_signals
-from sra_fast.data.training_data import TrainingData
 from sra_fast.training import signals
 from sra_fast.training.signals import StopSignals, stopped
 
@@ -281,53 +278,3 @@ def test_the_line_of_a_stop():
     assert str(stopped(signals.LAUNCHER_GONE, 0, saved=False)) == (
         "stopped by the end of its launcher after step 0; there was nothing to save"
     )
-
-
-class SlowData(TrainingData):
-    """Says which process reads."""
-
-    def __init__(self):
-        self.labels = torch.zeros(64, dtype=torch.long)
-
-    def __getitems__(self, indices):
-        return torch.tensor([os.getpid()]), self.labels[indices]
-
-
-def test_loader_processes_outlive_stop_signals():
-    order = ShuffledBatches(64, 0, 1, 1, 0, 1, 0, 60)
-    batches = iter(make_loader(SlowData(), order, 1, cuda=False))
-    worker = int(next(batches)[0])
-    for number in (*signals.NOTED, signal.SIGTERM):
-        # from a process that is not its parent
-        subprocess.run(["kill", f"-{int(number)}", str(worker)], check=True)
-    # one that a signal ends would be missed by then
-    time.sleep(0.2)
-    assert all(int(batch[0]) == worker for batch in batches)
-
-
-def test_a_loader_process_ends_when_its_parent_asks():
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        outlive_stop_signals(0)
-        os.write(tell, b"x")
-        time.sleep(LIMIT)
-        os._exit(7)
-    os.read(ready, 1)
-    os.kill(pid, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def test_a_thread_that_blocks_no_signal_does_not_end_a_loader_process():
-    """Libraries start threads before anybody can tell them what to block."""
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        threading.Thread(target=time.sleep, args=(LIMIT,), daemon=True).start()
-        outlive_stop_signals(0)
-        os.write(tell, b"x")
-        time.sleep(1.0)
-        os._exit(7)
-    os.read(ready, 1)
-    subprocess.run(["kill", "-TERM", str(pid)], check=True)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

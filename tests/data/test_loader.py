@@ -1,0 +1,106 @@
+"""Loader processes outlive every signal, and end with the training process however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+from launch import ROOT, environment
+from loader_worker import ENDINGS, InOrder, SaysWho
+from tiny_config import config
+
+from sra_fast.data.digits import Digits
+from sra_fast.data.loader import Batches
+from sra_fast.training import signals
+from sra_fast.training.loop import train
+from sra_fast.training.plan import make_plan
+from sra_fast.training.signals import Stopped, StopSignals
+from sra_fast.training.trainer import build
+from sra_fast.zero.process_group import init_distributed
+
+# seconds after which something that was waited for has not happened: no test measures time by it
+LIMIT = 60
+# what a loader process does in the meantime: it waits for work, or it hangs in reading
+seconds = pytest.mark.parametrize("seconds", [0, 10 * LIMIT], ids=["idle", "reads"])
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, or does so within the limit. Nobody may collect its exit code."""
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.05)
+                continue
+        return True
+    return False
+
+
+def test_they_outlive_stop_signals():
+    with Batches(SaysWho(), InOrder(), 1, cuda=False) as batches:
+        worker = int(next(batches)[0])
+        for number in (*signals.NOTED, signal.SIGTERM):
+            # from a process that is not its parent
+            subprocess.run(["kill", f"-{int(number)}", str(worker)], check=True)
+        # one that a signal ends would be missed by then
+        time.sleep(0.2)
+        assert all(int(batch[0]) == worker for batch in batches)
+
+
+@seconds
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_they_end_with_their_parent(ending, seconds):
+    program = [sys.executable, ROOT / "tests/loader_worker.py", ending, str(seconds)]
+    with subprocess.Popen(program, env=environment(), stdout=subprocess.PIPE, text=True) as run:
+        worker = int(run.stdout.readline())
+        try:
+            assert run.wait(LIMIT) == ENDINGS[ending]
+            assert is_gone(worker)
+        finally:
+            run.kill()
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+
+
+@seconds
+def test_they_are_gone_when_the_batches_are_closed(seconds):
+    # what other tests have left in this process may be closed at any time
+    files = set(os.listdir("/proc/self/fd"))
+    before = children()
+    batches = Batches(SaysWho(seconds), InOrder(), 2, cuda=False)
+    next(batches)
+    assert children() - before
+    batches.close()
+    assert not children() - before
+    assert list(batches) == []
+    batches.close()
+    assert set(os.listdir("/proc/self/fd")) <= files
+
+
+def test_a_run_leaves_none_behind(tmp_path, monkeypatch):
+    """Even while the traceback of what has ended it holds its frames."""
+    monkeypatch.setattr(Digits, "in_memory", False)
+    before = children()
+    seen = set()
+    following = Batches.__next__
+    cfg = config(*"--train.steps 3 --train.loggers [] --train.precision fp32".split())
+    trainer = build(make_plan(cfg), init_distributed())
+    with StopSignals() as stop, pytest.raises(Stopped) as raised:
+
+        def stopped_meanwhile(self):
+            stop.code = signal.SIGTERM
+            seen.update(children() - before)
+            return following(self)
+
+        monkeypatch.setattr(Batches, "__next__", stopped_meanwhile)
+        train(trainer, Digits(), tmp_path, stop=stop)
+    assert seen and raised.tb is not None
+    assert not children() - before
