@@ -197,7 +197,10 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from sra_fast import train
+from sra_fast.data.digits import Digits
 from sra_fast.training import loop
+# loader processes are among those that have to end
+Digits.in_memory = False
 plain = loop.optimizer_step
 def slow(*arguments, **options):
     time.sleep(0.4)
@@ -239,7 +242,7 @@ def signal_to_launcher(case: Case) -> tuple[str, Verdict]:
                 return what, Verdict(LOST, f"no step was taken: {log.read_text()[-300:]}")
             time.sleep(0.05)
         tree = [process_of(process.pid), *process_of(process.pid).children(recursive=True)]
-        ranks = [p for p in tree if "slow.py" in " ".join(p.cmdline()[:4])] or tree
+        ranks = _ranks(tree)
         if target == "launcher":
             os.kill(process.pid, number)
         elif target == "rank":
@@ -275,13 +278,20 @@ def _launch(case: Case, launcher: str, setting: Setting) -> tuple[subprocess.Pop
     script.write_text(SLOW.format(root=str(Path(children.train.__file__).parents[1])))
     options = LAUNCHERS[launcher]
     port = [str(children.free_port())] if options else []
-    arguments = [*options, *port, str(script), *case.bench.arguments(case.out, setting)]
+    training = [*case.bench.arguments(case.out, setting), "--data.num_workers", "1"]
+    arguments = [*options, *port, str(script), *training]
     log = case.folder / "launcher.log"
     with open(log, "wb") as handle:
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=handle, stderr=handle, start_new_session=True
         )
     return process, log
+
+
+def _ranks(tree: list[psutil.Process]) -> list[psutil.Process]:
+    """The training processes of a launcher's tree; without their loader processes, which are forked."""
+    runs = {p.pid: p for p in tree if "slow.py" in " ".join(p.cmdline()[:4])}
+    return [p for p in runs.values() if p.ppid() not in runs]
 
 
 def _wait_until_gone(process: subprocess.Popen, tree: list[psutil.Process]) -> float | None:
