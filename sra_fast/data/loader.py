@@ -1,13 +1,19 @@
-"""Batches that are read ahead by processes, which end with the training process and never before."""
+"""Batches that are read ahead by processes, which outlive the signals that stop a run.
 
+Launchers and schedulers send their signals to every process that they find, and the training process
+still needs batches on the way to its last checkpoint. It alone says when loader processes end.
+"""
+
+import multiprocessing
 import os
-import select
 import signal
 import threading
 import time
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
@@ -18,8 +24,13 @@ from sra_fast.data.training_data import TrainingData
 
 # how long a loader process that was told to end may need: one that waits for work ends at once
 GRACE = 1.0
+# after this time it is killed: it is in a library's call that lets no other thread run
+STUCK = 3.0
 # how often a loader process looks whether the training process is there
 LOOK_EVERY = 1.0
+
+# this process's ends of the pipes to loader processes
+_open_ends: set[int] = set()
 
 
 def _as_is(batch):
@@ -39,25 +50,31 @@ class Batches(Iterator[tuple[Tensor, ...]]):
 
     def __init__(self, data: TrainingData, order: ShuffledBatches, num_workers: int, cuda: bool):
         workers = 0 if data.in_memory else min(num_workers, len(os.sched_getaffinity(0)))
-        # nothing is written: loader processes see the end of the pipe when its other end is closed.
-        # a finalizer also runs at exit, before Python waits for the loader processes
+        # nothing is written: loader processes see the end of the pipe when this one closes it
         read, write = os.pipe()
-        self._tell_to_end = weakref.finalize(self, os.close, write)
-        loader = DataLoader(
-            data,
-            batch_sampler=order,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=cuda,
-            worker_init_fn=partial(_begin, os.getpid(), read, write),
-            # they have to inherit the pipe
-            multiprocessing_context="fork" if workers else None,
-            generator=torch.Generator(),
-        )
+        _open_ends.add(write)
+        processes: list[BaseProcess] = []
+        # each runs once: when it is called, when nobody refers to the batches, or at exit, there before
+        # Python waits for its child processes
+        self._tell = Finalize(self, _close_end, (write,), exitpriority=0)
+        self._end = Finalize(self, _end, (self._tell, processes), exitpriority=0)
+        others = multiprocessing.active_children()
         try:
+            loader = DataLoader(
+                data,
+                batch_sampler=order,
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=cuda,
+                worker_init_fn=partial(_begin, os.getpid(), read),
+                # they have to inherit the pipe
+                multiprocessing_context="fork" if workers else None,
+                generator=torch.Generator(),
+            )
             self._batches = iter(loader)
         finally:
             os.close(read)
+            processes += [p for p in multiprocessing.active_children() if p not in others]
 
     def __next__(self) -> tuple[Tensor, ...]:
         return next(self._batches)
@@ -69,35 +86,52 @@ class Batches(Iterator[tuple[Tensor, ...]]):
         self.close()
 
     def close(self) -> None:
-        """End the loader processes; there are no batches after that."""
-        self._tell_to_end()
-        # PyTorch ends them, and waits for them, when nobody refers to its iterator any more
+        """End the loader processes, and wait for that; there are no batches afterwards."""
+        self._tell()
+        # if no traceback refers to PyTorch's iterator, this ends those that wait for work
         self._batches = iter(())
+        self._end()
 
 
-def _begin(parent: int, read: int, write: int, worker: int) -> None:
-    """What a loader process does first: leave it to the training process when it ends.
+def _close_end(write: int) -> None:
+    """Tell loader processes to end."""
+    _open_ends.remove(write)
+    os.close(write)
 
-    Launchers and schedulers send their signals to every process that they find, and the training
-    process still needs batches on the way to its last checkpoint. Nor can a signal be the way in
-    which the training process asks: one that is ignored is lost, and one that is not can end this
-    process by any thread that a library has started. So all are ignored, and a pipe tells.
+
+def _end(tell: Callable[[], None], processes: Sequence[BaseProcess]) -> None:
+    """End loader processes, and wait for that."""
+    tell()
+    until = time.monotonic() + STUCK
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _begin(parent: int, read: int, worker: int) -> None:
+    """What a loader process does first: leave it to its parent when it ends.
+
+    Not by a signal: one that is ignored is lost, and one that is not can end this process by any
+    thread that a library has started. So all are ignored, and a pipe tells.
     """
+    # copies, also of other loaders' pipes, which have an end only when all copies are closed
+    for write in _open_ends:
+        os.close(write)
+    arguments = (parent, read)
+    threading.Thread(target=_end_with, args=arguments, name="parent", daemon=True).start()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     # the training process's, copied by the fork
     signal.set_wakeup_fd(-1)
-    # a copy, too: the pipe has an end only when all copies are closed
-    os.close(write)
-    arguments = (parent, read)
-    threading.Thread(target=_end_with, args=arguments, name="parent", daemon=True).start()
 
 
 def _end_with(parent: int, read: int) -> None:
     """End this process when its parent asks for that or is gone."""
     while os.getppid() == parent:
-        if select.select([read], [], [], LOOK_EVERY)[0]:
-            # what is idle is ended by PyTorch; what hangs in reading is not
+        if wait([read], LOOK_EVERY):
+            # PyTorch may end it in an orderly way
             time.sleep(GRACE)
             break
     os._exit(0)

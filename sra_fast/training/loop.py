@@ -206,8 +206,6 @@ def train(
     # one for the loader, which is ahead, and one for who asks about steps that are past
     stream = image_order(trainer, len(data), start)
     ahead = image_order(trainer, len(data), start)
-    cuda = trainer.device.type == "cuda"
-    batches = Batches(data, ahead, cfg.data.num_workers, cuda)
     own_logger = logger is None
     if own_logger:
         logger = TrainLogger(
@@ -223,8 +221,7 @@ def train(
     session = _Session(
         trainer, data, folder, start.step, logger, control, saver, stream, monitor, watchdog
     )
-    logger.restart_clock()
-    trainer.engine.train()
+    batches = Batches(data, ahead, cfg.data.num_workers, trainer.device.type == "cuda")
     bar = tqdm(
         total=cfg.train.steps,
         initial=start.step,
@@ -236,6 +233,8 @@ def train(
     # the bar is closed also by an error, whose line then has no bar before it; a warning of a step
     # gets a line of its own
     with own_saver, batches, bar, control, logging_redirect_tqdm():
+        logger.restart_clock()
+        trainer.engine.train()
         for step in range(start.step, cfg.train.steps):
             known = optimizer_step(
                 trainer, batches, stream, data, step, logger, start.shift, watchdog

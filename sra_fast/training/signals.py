@@ -6,11 +6,11 @@ its processes any more.
 """
 
 import os
-import select
 import signal
 import sys
 import threading
 import time
+from multiprocessing.connection import wait
 
 from sra_fast.utils.processes import LauncherWatch
 
@@ -136,7 +136,7 @@ class StopSignals:
         end_at = None
         exit_code = 0
         while True:
-            if select.select([self._read], [], [], LOOK_EVERY)[0]:
+            if wait([self._read], LOOK_EVERY):
                 numbers = os.read(self._read, 64)
                 if 0 in numbers:
                     return

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import product
 
 import psutil
 import pytest
 from launch import ROOT, environment
-from loader_worker import ENDINGS, InOrder, SaysWho
+from loader_worker import ENDINGS, WORK, started
 from tiny_config import config
 
 from sra_fast.data.digits import Digits
@@ -24,8 +25,6 @@ from sra_fast.zero.process_group import init_distributed
 
 # seconds after which something that was waited for has not happened: no test measures time by it
 LIMIT = 60
-# what a loader process does in the meantime: it waits for work, or it hangs in reading
-seconds = pytest.mark.parametrize("seconds", [0, 10 * LIMIT], ids=["idle", "reads"])
 
 
 def children() -> set[psutil.Process]:
@@ -45,8 +44,8 @@ def is_gone(pid: int) -> bool:
 
 
 def test_they_outlive_stop_signals():
-    with Batches(SaysWho(), InOrder(), 1, cuda=False) as batches:
-        worker = int(next(batches)[0])
+    batches, worker = started("idle")
+    with batches:
         for number in (*signals.NOTED, signal.SIGTERM):
             # from a process that is not its parent
             subprocess.run(["kill", f"-{int(number)}", str(worker)], check=True)
@@ -55,10 +54,17 @@ def test_they_outlive_stop_signals():
         assert all(int(batch[0]) == worker for batch in batches)
 
 
-@seconds
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_they_end_with_their_parent(ending, seconds):
-    program = [sys.executable, ROOT / "tests/loader_worker.py", ending, str(seconds)]
+# one that is stuck ends by its parent's hand, or when it is stuck no longer
+@pytest.mark.parametrize(
+    "ending, work",
+    [
+        (ending, work)
+        for ending, work in product(ENDINGS, WORK)
+        if work != "is stuck" or ending in ("returns", "exits")
+    ],
+)
+def test_they_end_with_their_parent(ending, work):
+    program = [sys.executable, ROOT / "tests/loader_worker.py", ending, work]
     with subprocess.Popen(program, env=environment(), stdout=subprocess.PIPE, text=True) as run:
         worker = int(run.stdout.readline())
         try:
@@ -70,19 +76,36 @@ def test_they_end_with_their_parent(ending, seconds):
                 os.kill(worker, signal.SIGKILL)
 
 
-@seconds
-def test_they_are_gone_when_the_batches_are_closed(seconds):
+@pytest.mark.parametrize("work", WORK)
+def test_they_are_gone_when_the_batches_are_closed(work):
     # what other tests have left in this process may be closed at any time
     files = set(os.listdir("/proc/self/fd"))
     before = children()
-    batches = Batches(SaysWho(seconds), InOrder(), 2, cuda=False)
-    next(batches)
+    batches, _ = started(work)
     assert children() - before
-    batches.close()
+    # started later, they have copies of what was open
+    others, other = started("idle")
+    with others:
+        batches.close()
+        assert {child.pid for child in children() - before} == {other}
+        assert list(batches) == []
+        batches.close()
+        assert len(list(others)) == 59
     assert not children() - before
-    assert list(batches) == []
-    batches.close()
+    # threads of multiprocessing close the queues
+    until = time.monotonic() + LIMIT
+    while set(os.listdir("/proc/self/fd")) - files and time.monotonic() < until:
+        time.sleep(0.05)
     assert set(os.listdir("/proc/self/fd")) <= files
+
+
+def test_they_are_gone_when_an_error_still_holds_the_iterator():
+    before = children()
+    batches, _ = started("fails")
+    with batches, pytest.raises(ZeroDivisionError) as raised:
+        next(batches)
+    assert raised.tb is not None
+    assert not children() - before
 
 
 def test_a_run_leaves_none_behind(tmp_path, monkeypatch):
