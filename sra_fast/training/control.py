@@ -121,6 +121,11 @@ class Control:
         raise error
 
     @property
+    def taken(self) -> int:
+        """Updates taken since training began, in earlier runs too; waits for the device."""
+        return int(self.trainer.guard.counts[0])
+
+    @property
     def skipped_in_a_row(self) -> int:
         """Updates skipped since the last that was taken, the same on every process; waits for the
         device.

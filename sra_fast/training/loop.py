@@ -135,9 +135,10 @@ def optimizer_step(
 def is_sound(
     trainer: Trainer, stream: ShuffledBatches, data: TrainingData, step: int, shift: int = 0
 ) -> bool:
-    """Whether the weights give a finite loss on the images of a 0-based step that was fine; collective.
+    """Whether the weights give a finite loss on the images of a step (0-based) that was fine.
 
     After updates that were skipped this tells weights that are to blame from images that are.
+    Collective.
     """
     position = step + shift
     finite = torch.ones((), device=trainer.device)
@@ -296,8 +297,12 @@ class _Session:
     def _is_worth_it(self, progress: Progress) -> bool:
         """Whether these weights are worth a checkpoint; collective. The device has been waited for.
 
-        After an update that was skipped, the next one that is taken shows whether the weights are to
-        blame. Where no step comes after this one, they are tried on images that were fine.
+        After an update that was skipped, the next one that is taken shows whether the weights are
+        to blame. Where no step comes after this one, they are tried on images that were fine. A run
+        that is over without a single update has trained nothing.
+
+        Raises:
+            FloatingPointError: training is over, and the weights are not worth a checkpoint.
         """
         done = progress.step
         # processes may have noticed different things: ask them all
@@ -308,10 +313,12 @@ class _Session:
         if not self.control.is_last(done):
             return False
         fine = done - skipped - 1
-        # none was fine since the start: these weights are the ones that training began with
-        if fine >= self.start and not is_sound(
-            self.trainer, self.stream, self.data, fine, progress.shift
-        ):
+        if fine >= self.start:
+            sound = is_sound(self.trainer, self.stream, self.data, fine, progress.shift)
+        else:
+            # these weights are the ones that training began with: of a checkpoint, or untrained
+            sound = self.control.taken > 0 or bool(self.control.asked)
+        if not sound:
             raise self.control.diverged(done)
         if self.trainer.rank == 0:
             log.warning("the last updates were skipped, %d in a row up to step %d", skipped, done)

@@ -117,6 +117,14 @@ def test_weights_that_are_to_blame_do_not_end_well(tmp_path, args):
     assert steps_in(tmp_path) == []
 
 
+def test_a_run_without_a_single_update_does_not_end_well(tmp_path):
+    trainer, data = made("--train.steps", "3", "--train.save_every", "100")
+    poison(data, trainer, 0, 1, 2)
+    with pytest.raises(FloatingPointError, match="3 updates in a row were skipped up to step 3;"):
+        train(trainer, data, tmp_path)
+    assert steps_in(tmp_path) == []
+
+
 def test_a_signal_after_bad_images_saves(tmp_path):
     trainer, data = made("--train.save_every", "100")
     poison(data, trainer, 1, 2)
