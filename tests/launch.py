@@ -3,17 +3,19 @@ which is quicker.
 """
 
 import io
+import itertools
 import os
 import socket
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
+_calls = itertools.count()
 # what a launcher, or another test in this process, has set for a process group
 GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -25,9 +27,16 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    """A port below those that the kernel gives to outgoing connections.
+
+    gloo makes many of them, and one could take the port before it is used.
+    """
+    first = 10000 + (37 * os.getpid() + next(_calls)) % 20000
+    for port in range(first, first + 200):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return str(port)
+    raise RuntimeError(f"no free port from {first} on")
 
 
 def run_python(*args, cwd: Path = ROOT) -> subprocess.CompletedProcess:

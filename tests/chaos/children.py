@@ -7,7 +7,6 @@ second and not ten.
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from launch import free_port
 
 from sra_fast import train
 from sra_fast.training import saving
@@ -70,16 +71,6 @@ class Ended:
         """The step that rank 0 resumed at; None: it began anew."""
         found = [line for line in self.lines() if line.startswith(RESUMED)]
         return int(found[-1].split()[-1]) if found else None
-
-
-def free_port() -> int:
-    """A port below those that the kernel gives to outgoing connections: gloo makes many of them."""
-    first = 10000 + 37 * os.getpid() % 20000
-    for port in range(first, first + 200):
-        with socket.socket() as s, suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError(f"no free port from {first} on")
 
 
 class Running:
@@ -167,7 +158,7 @@ def run(
 
 
 def _be_a_rank(
-    arguments: list[str], rank: int, world: int, port: int, log: Path, hook: Hook | None
+    arguments: list[str], rank: int, world: int, port: str, log: Path, hook: Hook | None
 ) -> None:
     """The life of a forked child; does not return."""
     code = 1
@@ -179,7 +170,7 @@ def _be_a_rank(
         if world > 1:
             values = (rank, world, rank, world)
             os.environ.update(zip(names, map(str, values), strict=True))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         sys.argv = ["train.py", *arguments]
         train.LAUNCHER_REACTS = 2 * TERM_AFTER
         if rank == 0:

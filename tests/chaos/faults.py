@@ -13,6 +13,7 @@ import psutil
 import torch
 from bench import EVERY, LOST, SETTINGS, SILENT, STEPS, SURVIVED, Setting, Verdict, tail
 from cases import PHASES, Case, kind
+from launch import free_port
 from states import final_state, not_finite
 
 from sra_fast.training import loop, saver
@@ -277,7 +278,7 @@ def _launch(case: Case, launcher: str, setting: Setting) -> tuple[subprocess.Pop
     script = case.folder / "slow.py"
     script.write_text(SLOW.format(root=str(Path(children.train.__file__).parents[1])))
     options = LAUNCHERS[launcher]
-    port = [str(children.free_port())] if options else []
+    port = [free_port()] if options else []
     training = [*case.bench.arguments(case.out, setting), "--data.num_workers", "1"]
     arguments = [*options, *port, str(script), *training]
     log = case.folder / "launcher.log"
@@ -289,7 +290,7 @@ def _launch(case: Case, launcher: str, setting: Setting) -> tuple[subprocess.Pop
 
 
 def _ranks(tree: list[psutil.Process]) -> list[psutil.Process]:
-    """The training processes of a launcher's tree; without their loader processes, which are forked."""
+    """The training processes of a launcher's tree, without their loader processes (forked)."""
     runs = {p.pid: p for p in tree if "slow.py" in " ".join(p.cmdline()[:4])}
     return [p for p in runs.values() if p.ppid() not in runs]
 
