@@ -19,8 +19,8 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
     """What stops a run ends this process with one line and the exit code of its kind.
 
     Exit codes: 2 for what a user can change; 1 if training diverged or another process died; 75 if
-    the run was asked to stop and can be resumed; 130 for Ctrl-C. Mostly all ranks fail alike and one
-    of them prints the line. If one has died, the launcher ends the others.
+    the run was asked to stop and can be resumed; 130 for Ctrl-C. Mostly all ranks fail alike and
+    one of them prints the line. If one has died, the launcher ends the others.
 
     Args:
         out: folder of the run, for errors that do not name their file.

@@ -66,7 +66,7 @@ class SaysWho(TrainingData):
 def started(work: str) -> tuple[Batches, int]:
     """Batches whose loader process is at work, and its number."""
     data = SaysWho(work)
-    batches = Batches(data, InOrder(), 1, cuda=False)
+    batches = Batches(data, InOrder(), 1, cuda=torch.cuda.is_available())
     worker = int(next(batches)[0])
     data.has_come.set()
     data.at_work.wait()

@@ -1,7 +1,8 @@
 """Batches that are read ahead by processes, which outlive the signals that stop a run.
 
-Launchers and schedulers send their signals to every process that they find, and the training process
-still needs batches on the way to its last checkpoint. It alone says when loader processes end.
+Launchers and schedulers send their signals to every process that they find, and the training
+process still needs batches on the way to its last checkpoint. It alone says when loader processes
+end.
 """
 
 import multiprocessing
@@ -54,8 +55,8 @@ class Batches(Iterator[tuple[Tensor, ...]]):
         read, write = os.pipe()
         _open_ends.add(write)
         processes: list[BaseProcess] = []
-        # each runs once: when it is called, when nobody refers to the batches, or at exit, there before
-        # Python waits for its child processes
+        # each runs once: when it is called, when nobody refers to the batches, or at exit, there
+        # before Python waits for its child processes
         self._tell = Finalize(self, _close_end, (write,), exitpriority=0)
         self._end = Finalize(self, _end, (self._tell, processes), exitpriority=0)
         others = multiprocessing.active_children()

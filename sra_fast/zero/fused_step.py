@@ -135,7 +135,8 @@ class PartitionedStep(FusedStep):
             # frees the group's gradient before the next group is worked on
             gradients[i] = None
 
-        # DeepSpeed's step does this after its first update; its accessors of the state read the links
+        # DeepSpeed's step does this after its first update; its accessors of the state read the
+        # links
         zero._lazy_init_hp_params_optimizer_state()
         gather_weights(zero)
 

@@ -32,7 +32,10 @@ def children() -> set[psutil.Process]:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, or does so within the limit. Nobody may collect its exit code."""
+    """Whether a process has ended, or does so within the limit.
+
+    Nobody may collect its exit code: then it stays in the table.
+    """
     until = time.monotonic() + LIMIT
     while time.monotonic() < until:
         with suppress(psutil.NoSuchProcess):
