@@ -145,6 +145,10 @@ setup(
         "sra_fast": ["py.typed"],
         "sra_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json"],
     },
-    entry_points={"console_scripts": ["sra-fast=sra_fast.__main__:main"]},
+    entry_points={
+        "console_scripts": ["sra-fast=sra_fast.__main__:main"],
+        # torch.compile finds the backend by its name, without an import of ours
+        "torch_dynamo_backends": ["sra_fast = sra_fast.integrations:backend"],
+    },
     **cuda_extension(),
 )

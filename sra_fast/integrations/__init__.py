@@ -1,0 +1,18 @@
+"""The operators in other people's models, without an edit of their code.
+
+``model.compile(backend="sra_fast")`` or ``compile(model)``; ``report(model)`` says what was done,
+``undo(model)`` takes it back.
+"""
+
+from sra_fast.integrations.backend import backend, compile, undo
+from sra_fast.integrations.report import NearMiss, Report, Rewrite, report
+
+__all__ = [
+    "NearMiss",
+    "Report",
+    "Rewrite",
+    "backend",
+    "compile",
+    "report",
+    "undo",
+]

@@ -1,0 +1,135 @@
+"""``model.compile(backend="sra_fast")``: a Dynamo backend that rewrites, then hands over.
+
+The package's entry point makes the name known to PyTorch, so that no import of ours is needed.
+Dynamo guards, graph breaks and recompilations are PyTorch's own; forward, parameters and state
+dict of the model stay as they are.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.nn import Module
+
+from sra_fast.integrations.report import forget, remember
+from sra_fast.integrations.rewriting import rewrite
+
+THEN = ("inductor", "aot_eager", "eager")
+_logger = logging.getLogger("sra_fast.integrations")
+
+
+def _next_backend(then: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """The backend that gets the rewritten graph.
+
+    Raises:
+        ValueError: it is unknown, or cannot take ``mode`` or ``options``.
+    """
+    if then not in THEN:
+        raise ValueError(f"sra_fast backend: then must be one of {THEN}, got {then!r}")
+    if then != "inductor":
+        if mode is not None or options:
+            given = {"mode": mode, **options} if mode is not None else options
+            raise ValueError(f"sra_fast backend: then={then!r} takes no options, got {given}")
+        return torch._dynamo.lookup_backend(then)
+    inductor = torch._dynamo.lookup_backend("inductor")
+    patches = dict(options)
+    if mode is not None:
+        from torch._inductor import list_mode_options
+
+        modes = list_mode_options()
+        if mode not in modes:
+            known = ("default", *modes)
+            raise ValueError(f"sra_fast backend: mode must be one of {known}, got {mode!r}")
+        patches = {**modes[mode], **patches}
+    if not patches:
+        return inductor
+    return lambda graph, inputs: inductor(graph, inputs, config_patches=patches)
+
+
+def backend(
+    graph_module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend ``"sra_fast"``.
+
+    Args:
+        graph_module: the graph of torch calls that Dynamo made; it is changed.
+        inputs: example inputs, the parameters included.
+        mode: inductor's ``mode``, for example ``"max-autotune"``.
+        options: ``{"then": "inductor" | "aot_eager" | "eager"}`` says which backend gets the
+            rewritten graph (default: inductor); everything else is inductor's.
+
+    Raises:
+        ValueError: ``then`` or ``mode`` is unknown, or ``then`` takes no options.
+    """
+    options = dict(options or {})
+    then = _next_backend(options.pop("then", "inductor"), mode, options)
+    result = rewrite(graph_module)
+    record = remember(result, graph_module, list(inputs))
+    _logger.info(
+        "%d rewrites, %d near misses in a graph of %d nodes",
+        len(record.result.rewrites),
+        len(record.result.near_misses),
+        len(graph_module.graph.nodes),
+    )
+    return then(graph_module, inputs)
+
+
+def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
+    """Compile a model in place with the operators of ``sra_fast`` in it.
+
+    The same as ``model.compile(backend="sra_fast", ...)``, with its arguments checked now and not
+    when the model first runs.
+
+    Args:
+        model: any module. Norms with modulation and gated residuals of ``[B, T, D]`` tokens in it
+            become calls of ``sra_fast.ops``; everything else stays.
+        then: the backend that compiles the result: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        options: arguments of ``torch.compile``: ``fullgraph``, ``dynamic``, ``mode``, ``options``.
+
+    Returns:
+        ``model`` itself. ``forward``, parameters, buffers and state dict are as before.
+
+    Raises:
+        ValueError: ``model`` is no module, or an option is unknown.
+    """
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"sra_fast compile: expected a torch.nn.Module, got {type(model).__name__}"
+        )
+    if "backend" in options:
+        raise ValueError(
+            "sra_fast compile: the backend is sra_fast; then= says what comes after it"
+        )
+    mode = options.get("mode")
+    further = dict(options.get("options") or {})
+    _next_backend(then, None if mode == "default" else mode, further)
+    if then != "inductor":
+        options["options"] = {**further, "then": then}
+    model.compile(backend=backend, **options)
+    return model
+
+
+def undo(model: Module) -> Module:
+    """Take the compilation off a model and all of its submodules; it runs eagerly, as it was
+    written.
+
+    Args:
+        model: a module compiled in place, or what ``torch.compile(model)`` returned. Modules that
+            were compiled with other backends are taken back, too.
+
+    Returns:
+        The module itself, without a wrapper around it.
+    """
+    if not isinstance(model, Module):
+        raise ValueError(f"sra_fast undo: expected a torch.nn.Module, got {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    forget(model)
+    for module in model.modules():
+        module._compiled_call_impl = None
+    return model

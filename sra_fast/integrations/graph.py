@@ -1,0 +1,410 @@
+"""What a rewrite must know about Dynamo's graph: values, casts, views, changes in place.
+
+Dynamo hands a backend a graph of the calls that the model's Python code made (torch functions and
+tensor methods, not yet decomposed). Every node carries a fake tensor: shape, dtype and storage
+without data. A question that these do not answer is answered "no", and the graph stays as it is.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
+from torch.fx.node import map_arg
+
+# where Dynamo keeps a node's fake tensor
+VALUE = "example_value"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous")
+_VIEWS = ("unsqueeze", "squeeze", "view", "reshape", "flatten", "unflatten", "expand", "expand_as")
+_PARTS = ("chunk", "split", "unbind", "tensor_split")
+# calls with subgraphs that are run as they stand: activation checkpointing, and regions that were
+# compiled once for several calls
+_WRAPPERS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
+# `a += b` and its kind
+_IN_PLACE = {
+    getattr(operator, name)
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
+    )
+}
+
+
+def value(node: object) -> Tensor | None:
+    """The fake tensor of a node whose result is one plain tensor; None for anything else.
+
+    Subclasses (DTensor, quantized weights) have rules of their own and count as unknown.
+    """
+    found = node.meta.get(VALUE) if isinstance(node, Node) else None
+    return found if type(found) is FakeTensor else None
+
+
+def tensors(node: Node) -> Iterator[Tensor]:
+    """Every fake tensor in a node's result, also inside tuples and lists."""
+    found = node.meta.get(VALUE)
+    for item in found if isinstance(found, tuple | list) else (found,):
+        if isinstance(item, Tensor):
+            yield item
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every input of the graph; adds no guard."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape for every input of the graph."""
+    return a.dim() == b.dim() and all(same(m, n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; with dynamic shapes, of the one that was traced."""
+    numel = 1
+    for size in tensor.shape:
+        numel *= optimization_hint(size, fallback=1)
+    return numel * tensor.element_size()
+
+
+def is_call(node: object, functions: Iterable[Callable[..., Any]], methods: Iterable[str]) -> bool:
+    """Whether a node calls one of these functions or tensor methods."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "call_function":
+        return node.target in functions
+    return node.op == "call_method" and node.target in methods
+
+
+def arguments(node: Node, *names: str) -> dict[str, Any]:
+    """Arguments of a call by name, as far as they were given; None if there are others."""
+    if len(node.args) > len(names) or not set(node.kwargs) <= set(names):
+        return {}
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def is_cast(node: object) -> bool:
+    """Whether a node is its first argument in another dtype or memory format, on the same device."""
+    if not is_call(node, (), _CASTS) or not isinstance(node.args[0], Node):  # pyright: ignore
+        return False
+    result = value(node)
+    source = value(node.args[0])  # pyright: ignore
+    if result is None or source is None:
+        return False
+    return (
+        result.dtype in DTYPES
+        and source.dtype in DTYPES
+        and result.device == source.device
+        and same_shape(result, source)
+    )
+
+
+def is_exact_cast(node: object) -> bool:
+    """Whether a cast keeps every value."""
+    if not is_cast(node):
+        return False
+    result = value(node).dtype  # pyright: ignore
+    source = value(node.args[0]).dtype  # pyright: ignore
+    return torch.promote_types(source, result) == result
+
+
+def uncast(node: Node, dtype: torch.dtype | None = None) -> Node:
+    """The node before exact casts; with ``dtype`` the first of that dtype, or ``node`` if there is
+    none.
+    """
+    found = node
+    while True:
+        tensor = value(node)
+        if dtype is None or tensor is not None and tensor.dtype == dtype:
+            found = node
+        if not is_exact_cast(node):
+            return found
+        node = node.args[0]  # pyright: ignore
+
+
+def is_view(node: object) -> bool:
+    """Whether a node is its first argument in another shape."""
+    if is_call(node, (operator.getitem,), ()):
+        return value(node.args[0]) is not None and _adds_dimensions(node.args[1])  # pyright: ignore
+    return is_call(node, (torch.unsqueeze, torch.squeeze, torch.flatten), _VIEWS)
+
+
+def _adds_dimensions(index: object) -> bool:
+    """Whether an index is made of ``:``, ``...`` and None, so that nothing is left out."""
+    index = index if isinstance(index, tuple) else (index,)
+    return all(i is None or i is Ellipsis or i == slice(None) for i in index)
+
+
+def is_part(node: Node) -> bool:
+    """Whether a node, before views and casts, is a part of a larger tensor (chunk, unbind, index)."""
+    while is_view(node) or is_cast(node):
+        node = node.args[0]  # pyright: ignore
+    if not is_call(node, (operator.getitem,), ("select", "narrow")):
+        return False
+    source = node.args[0]
+    functions = (torch.chunk, torch.split, torch.unbind, torch.tensor_split)
+    return is_call(source, functions, _PARTS) or value(source) is not None
+
+
+def operands(node: Node) -> list[tuple[Any, Any]]:
+    """The two arguments of a commutative call, in both orders; none if there are options."""
+    if len(node.args) != 2 or node.kwargs:
+        return []
+    a, b = node.args
+    return [(a, b), (b, a)]
+
+
+def is_add(node: object) -> bool:
+    """Whether a node is ``a + b``."""
+    return is_call(node, (operator.add, torch.add), ("add", "__add__", "__radd__"))
+
+
+def is_mul(node: object) -> bool:
+    """Whether a node is ``a * b``."""
+    return is_call(node, (operator.mul, torch.mul, torch.multiply), ("mul", "multiply", "__mul__"))
+
+
+def changed_in_place(node: Node) -> list[Node]:
+    """The nodes whose tensors a call changes."""
+    if node.op == "call_method":
+        name = str(node.target)
+        changes = name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+        return _nodes(node.args[:1]) if changes and name != "requires_grad_" else []
+    if node.op == "call_module":
+        owner = node.graph.owning_module
+        module = owner.get_submodule(str(node.target)) if owner is not None else None
+        return _nodes(node.args) if getattr(module, "inplace", False) else []
+    if node.op != "call_function":
+        return []
+    target = node.target
+    if "out" in node.kwargs:
+        return _nodes(node.kwargs["out"])
+    if target in _IN_PLACE or target in (operator.setitem, operator.delitem):
+        return _nodes(node.args[:1])
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        bodies = [graph for _, graph in subgraphs(node)]
+        changes = any(changed_in_place(inner) for body in bodies for inner in body.graph.nodes)
+        return _nodes(node.args) if changes else []
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return _nodes((node.args, node.kwargs)) if _has_mutable_schema(target) else []
+    name = getattr(target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__") or _asks_for_in_place(node):
+        return _nodes(node.args[:1])
+    return []
+
+
+def _nodes(argument: object) -> list[Node]:
+    found: list[Node] = []
+    map_arg(argument, found.append)  # pyright: ignore
+    return found
+
+
+def _has_mutable_schema(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+
+
+def _asks_for_in_place(node: Node) -> bool:
+    """Whether a function such as ``F.silu`` was called with ``inplace=True``."""
+    if node.kwargs.get("inplace"):
+        return True
+    if getattr(F, getattr(node.target, "__name__", ""), None) is not node.target:
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)  # pyright: ignore
+    except (TypeError, ValueError):
+        return False
+    return "inplace" in names[: len(node.args)] and bool(node.args[names.index("inplace")])
+
+
+def subgraphs(node: Node) -> list[tuple[str, GraphModule]]:
+    """The graphs that a call takes as arguments, each with its name in the owning module."""
+    owner = node.graph.owning_module
+    found = []
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr" and owner is not None:
+            held = getattr(owner, str(argument.target), None)
+            if isinstance(held, GraphModule):
+                found.append((str(argument.target), held))
+    return found
+
+
+def bodies(graph_module: GraphModule) -> Iterator[GraphModule]:
+    """The graph and the bodies of the checkpoints in it, each once."""
+    seen: set[int] = set()
+    waiting = [graph_module]
+    while waiting:
+        current = waiting.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        for node in current.graph.nodes:
+            wraps = isinstance(node.target, torch._ops.HigherOrderOperator)
+            if wraps and node.target.name() in _WRAPPERS:
+                waiting += [graph for _, graph in subgraphs(node)]
+
+
+def storage(tensor: Tensor) -> int:
+    """A number for the storage of a fake tensor: views of one tensor share it."""
+    return tensor.untyped_storage()._cdata
+
+
+class Facts:
+    """What holds for one graph as it is now.
+
+    Attributes:
+        position: the place of every node in the order of execution.
+        changed: storages that some call of the graph changes in place.
+    """
+
+    def __init__(self, graph: Graph):
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.changed = {
+            storage(tensor)
+            for node in graph.nodes
+            for changed in changed_in_place(node)
+            for tensor in tensors(changed)
+        }
+        # nodes between two changes of the mode of autograd have one number
+        self._grad_region: dict[Node, int] = {}
+        self._region: dict[Node, int] = {}
+        grad_region = 0
+        region = 0
+        for node in graph.nodes:
+            if _is_switch(node):
+                region += 1
+                grad_region += not _is_autocast(node)
+            self._grad_region[node] = grad_region
+            self._region[node] = region
+
+    def is_changed(self, node: Node) -> bool:
+        """Whether anything changes the node's tensor in place."""
+        return any(storage(tensor) in self.changed for tensor in tensors(node))
+
+    def one_grad_mode(self, nodes: Iterable[Node]) -> bool:
+        """Whether autograd is on, or off, for all of these nodes alike."""
+        return len({self._grad_region[node] for node in nodes}) <= 1
+
+    def one_mode(self, nodes: Iterable[Node]) -> bool:
+        """Whether autograd and autocast are the same for all of these nodes."""
+        return len({self._region[node] for node in nodes}) <= 1
+
+
+def _is_autocast(node: Node) -> bool:
+    return "autocast" in getattr(node.target, "__name__", "")
+
+
+def _is_switch(node: Node) -> bool:
+    """Whether a call has no result that the graph could use: it switches a mode, as far as we know."""
+    is_call_node = node.op in ("call_function", "call_method")
+    return is_call_node and VALUE not in node.meta and not changed_in_place(node)
+
+
+# what takes the place of a change in place
+_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul}
+_OUT_OF_PLACE_METHODS = {"add_": operator.add, "mul_": operator.mul}
+
+
+def replace_in_place(graph: Graph) -> None:
+    """Turn ``x += y`` and ``x *= y`` into ``x + y`` and ``x * y`` where nothing can tell the two
+    apart.
+
+    That is where x is no input of the graph, no other name of its storage is read afterwards, and
+    the sum has the dtype and shape of x.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    names: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for tensor in tensors(node):
+            names.setdefault(storage(tensor), []).append(node)
+    for node in list(graph.nodes):
+        table = _OUT_OF_PLACE if node.op == "call_function" else _OUT_OF_PLACE_METHODS
+        in_call = node.op in ("call_function", "call_method")
+        new_target = table.get(node.target) if in_call else None
+        if new_target is None or len(node.args) != 2 or node.kwargs:
+            continue
+        x = node.args[0]
+        if value(x) is None or value(node) is None:
+            continue
+        earlier = [n for n in names[storage(value(x))] if position[n] < position[node]]  # pyright: ignore
+        fresh = all(n.op not in ("placeholder", "get_attr") for n in earlier)
+        read_later = any(position[user] > position[node] for name in earlier for user in name.users)
+        if not fresh or read_later or not _keeps_its_type(new_target, node):
+            continue
+        with graph.inserting_before(node):
+            replacement = graph.call_function(new_target, node.args)
+        # the fake tensor keeps the old storage: whatever shares it later still counts as the same
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+        position[replacement] = position[node]
+        names[storage(value(x))] = [  # pyright: ignore
+            replacement if n is node else n
+            for n in names[storage(value(x))]  # pyright: ignore
+        ]
+
+
+def _keeps_its_type(target: Callable[..., Any], node: Node) -> bool:
+    """Whether the call out of place has the dtype and shape of the one in place."""
+    result = target(*map_arg(node.args, lambda n: n.meta[VALUE]))
+    expected = value(node)
+    return (
+        expected is not None
+        and result.dtype == expected.dtype
+        and same_shape(result, expected)
+        # in place keeps the strides of x, and a later view may count on them
+        and result.stride() == expected.stride()
+    )
+
+
+def insert(
+    graph: Graph,
+    target: Callable[..., Any] | str,
+    *args: Any,
+    like: Node | None = None,
+    result: Any = None,
+    **kwargs: Any,
+) -> Node:
+    """Add a call at the graph's insert point, with its fake result.
+
+    Args:
+        graph: the graph.
+        target: a function, or the name of a tensor method.
+        args: arguments; nodes stand for their results.
+        like: the node whose place in the user's code the new one takes.
+        result: the fake result; None: computed from those of the arguments.
+        kwargs: keyword arguments.
+    """
+    if isinstance(target, str):
+        node = graph.call_method(target, args, kwargs)
+        function = lambda first, *rest, **options: getattr(first, target)(*rest, **options)
+    else:
+        node = graph.call_function(target, args, kwargs)
+        function = target
+    if like is not None:
+        node.meta = {key: held for key, held in like.meta.items() if key != VALUE}
+    if result is None:
+        fake = lambda argument: map_arg(argument, lambda n: n.meta[VALUE])
+        result = function(*fake(args), **fake(kwargs))
+    node.meta[VALUE] = result
+    return node
+
+
+def where(node: Node) -> str:
+    """The line of the user's code that made a node: ``file:line: code``."""
+    lines = str(node.meta.get("stack_trace") or node.stack_trace or "").strip().splitlines()
+    # the last frame is the call itself
+    for i in range(len(lines) - 1, -1, -1):
+        found = lines[i].strip()
+        if found.startswith('File "') and ", line " in found:
+            path, rest = found.removeprefix('File "').split('", line ', 1)
+            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            return f"{path}:{rest.split(',')[0]}: {code}"
+    return node.name

@@ -1,0 +1,167 @@
+"""What the compiler backend did to a model: rewrites, near misses, and what is left."""
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn import Module
+
+from sra_fast.integrations.graph import bodies, is_view, nbytes, tensors
+from sra_fast.integrations.rewriting import NearMiss, Result, Rewrite
+
+MIB = 2**20
+# kinds of the calls that are left, by a part of their name
+_PRODUCTS = ("linear", "matmul", "mm", "conv", "einsum", "addmm")
+_ATTENTION = ("scaled_dot_product_attention", "attention", "softmax")
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Calls of one kind that no operator replaced.
+
+    Attributes:
+        calls: how many there are.
+        bytes: that they read and write in one forward pass, each by itself. A compiler fuses some.
+    """
+
+    calls: int
+    bytes: int
+
+
+@dataclass
+class Report:
+    """What was done to the graphs of a model.
+
+    Attributes:
+        graphs: how many graphs Dynamo made; more than one per compiled module means graph breaks
+            or several shapes.
+        rewrites: number of calls by operator.
+        calls: every rewrite, with the line of the model's code.
+        near_misses: places that look like a pattern and were left alone, with the reason.
+        rest: what was left, by kind: products, attention, norms and pointwise calls.
+    """
+
+    graphs: int = 0
+    rewrites: Counter[str] = field(default_factory=Counter)
+    calls: list[Rewrite] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    rest: dict[str, Rest] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "sra_fast: nothing was compiled yet; run the model once"
+        count = ", ".join(f"{number} {name}" for name, number in sorted(self.rewrites.items()))
+        before = sum(call.bytes_before for call in self.calls)
+        after = sum(call.bytes_after for call in self.calls)
+        lines = [
+            f"sra_fast: {self.graphs} graph(s); {count or 'nothing rewritten'}",
+            f"  rewritten calls move {after / MIB:.2f} MiB forward; the calls that they replace "
+            f"moved {before / MIB:.2f} MiB one by one",
+        ]
+        lines += [
+            f"  left alone: {kind}, {rest.calls} calls, {rest.bytes / MIB:.2f} MiB one by one"
+            for kind, rest in self.rest.items()
+        ]
+        lines += [f"  near miss: {miss.reason}\n    {miss.where}" for miss in self.near_misses]
+        return "\n".join(lines)
+
+
+@dataclass
+class Record:
+    """One compiled graph: what was done, and which parameters it reads."""
+
+    result: Result
+    rest: dict[str, Rest]
+    parameters: "weakref.WeakSet[Tensor] | list[weakref.ref[Tensor]]"
+
+    def reads(self, ids: set[int]) -> bool:
+        """Whether the graph reads a tensor with one of these ids."""
+        alive = (reference() for reference in self.parameters)  # pyright: ignore
+        return any(tensor is not None and id(tensor) in ids for tensor in alive)
+
+
+# graphs that this process compiled, oldest first
+_records: list[Record] = []
+
+
+def remember(result: Result, graph_module: GraphModule, inputs: list[object]) -> Record:
+    """Keep what was done to a graph for :func:`report`."""
+    held = [weakref.ref(tensor) for tensor in inputs if isinstance(tensor, Tensor)]
+    held += [weakref.ref(tensor) for tensor in graph_module.parameters()]
+    held += [weakref.ref(tensor) for tensor in graph_module.buffers()]
+    record = Record(result, _rest(graph_module), held)
+    # graphs whose tensors are gone belong to no model
+    _records[:] = [old for old in _records if any(ref() is not None for ref in old.parameters)]
+    _records.append(record)
+    return record
+
+
+def forget(model: Module) -> None:
+    """Drop what is known of a model's graphs."""
+    ids = _ids(model)
+    _records[:] = [record for record in _records if not record.reads(ids)]
+
+
+def report(model: Module) -> Report:
+    """What the backend did to the graphs of a model that have been compiled so far.
+
+    A graph belongs to a model if it reads one of its parameters or buffers. ``str(report)`` is text
+    to read; :class:`Report` has the numbers.
+
+    Args:
+        model: a module compiled with this backend, or one that contains such modules. It must have
+            run once: nothing is compiled before.
+    """
+    ids = _ids(model)
+    total = Report()
+    for record in _records:
+        if not record.reads(ids):
+            continue
+        total.graphs += 1
+        total.calls += record.result.rewrites
+        total.rewrites.update(call.operator for call in record.result.rewrites)
+        new = [miss for miss in record.result.near_misses if miss not in total.near_misses]
+        total.near_misses += new
+        for kind, rest in record.rest.items():
+            known = total.rest.get(kind, Rest(0, 0))
+            total.rest[kind] = Rest(known.calls + rest.calls, known.bytes + rest.bytes)
+    return total
+
+
+def _ids(model: Module) -> set[int]:
+    return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+
+def _rest(graph_module: GraphModule) -> dict[str, Rest]:
+    """The calls that are not operators of ours, by kind."""
+    kinds: dict[str, list[int]] = {}
+    for body in bodies(graph_module):
+        for node in body.graph.nodes:
+            if node.op not in ("call_function", "call_method") or is_view(node):
+                continue
+            module = getattr(node.target, "__module__", "") or ""
+            results = list(tensors(node))
+            # parts of a tensor are no calls that move anything
+            if module.startswith("sra_fast") or not results or _is_alias(node):
+                continue
+            touched = [node, *node.all_input_nodes]
+            moved = sum(nbytes(tensor) for item in touched for tensor in tensors(item))
+            kinds.setdefault(_kind(node), []).append(moved)
+    return {kind: Rest(len(sizes), sum(sizes)) for kind, sizes in sorted(kinds.items())}
+
+
+def _is_alias(node) -> bool:
+    """Whether every result of a call lies in the memory of an argument."""
+    owned = {t.untyped_storage()._cdata for item in node.all_input_nodes for t in tensors(item)}
+    return all(tensor.untyped_storage()._cdata in owned for tensor in tensors(node))
+
+
+def _kind(node) -> str:
+    name = str(getattr(node.target, "__name__", node.target))
+    if any(part in name for part in _ATTENTION):
+        return "attention"
+    if any(part in name for part in _PRODUCTS):
+        return "products"
+    return "norms and pointwise"

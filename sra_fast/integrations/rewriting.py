@@ -1,0 +1,432 @@
+"""Puts the operators in the place of the patterns, one graph after another.
+
+First every pattern is found, then what may be replaced is decided, then the graph is changed. A
+gated residual and the modulated norm of its result become one call, also across half-blocks,
+blocks and streams. For that the call must stand before every other use of x', so the modulation is
+computed earlier where that is legal.
+"""
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule, Node
+
+from sra_fast import ops
+from sra_fast.integrations.graph import (
+    VALUE,
+    Facts,
+    bodies,
+    insert,
+    is_cast,
+    is_mul,
+    is_view,
+    nbytes,
+    replace_in_place,
+    same,
+    tensors,
+    value,
+    where,
+)
+from sra_fast.integrations.patterns import (
+    Miss,
+    Modulated,
+    Residual,
+    find_norm,
+    find_residual,
+    follow_norm,
+    other,
+    plain_residual,
+    refusal,
+    scale_of,
+    users_after_casts,
+    vector_kind,
+)
+
+# calls that may be made earlier: their results depend on their arguments alone. No random numbers,
+# no collectives, nothing that waits for the device.
+_MOVABLE_FUNCTIONS = {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem),
+    *(torch.add, torch.sub, torch.mul, torch.chunk, torch.split, torch.unbind, torch.unsqueeze),
+    *(torch.squeeze, torch.flatten, torch.reshape, torch.tanh, torch.sigmoid, torch.cat),
+    *(torch.stack, torch.sin, torch.cos, torch.exp),
+    *(F.linear, torch._C._nn.linear, F.silu, F.gelu, torch._C._nn.gelu, F.layer_norm),
+    *(torch.layer_norm, F.rms_norm, torch.rms_norm),
+}
+_MOVABLE_METHODS = {
+    *("chunk", "split", "unbind", "unsqueeze", "squeeze", "view", "reshape", "flatten"),
+    *("unflatten", "expand", "expand_as", "permute", "transpose", "to", "type", "type_as", "float"),
+    *("half", "bfloat16", "contiguous", "tanh", "sigmoid", "add", "mul", "size"),
+}
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One call of an operator that took the place of a pattern.
+
+    Attributes:
+        operator: its name in ``sra_fast.ops``.
+        where: the line of the user's code.
+        bytes_before: read and written by the calls that it replaces, each by itself.
+        bytes_after: read and written by the operator.
+    """
+
+    operator: str
+    where: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place that looks like a pattern and was left alone.
+
+    Attributes:
+        where: the line of the user's code.
+        reason: what was different.
+    """
+
+    where: str
+    reason: str
+
+
+@dataclass
+class Result:
+    """What was done to one graph, and what was not."""
+
+    rewrites: list[Rewrite] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+
+
+def rewrite(graph_module: GraphModule) -> Result:
+    """Rewrite a graph of Dynamo's, and the bodies of the checkpoints in it, in place."""
+    result = Result()
+    for body in bodies(graph_module):
+        replace_in_place(body.graph)
+        _Rewriter(body.graph, result).run()
+        body.graph.lint()
+        body.recompile()
+    return result
+
+
+class _Rewriter:
+    """Finds and replaces the patterns of one graph."""
+
+    def __init__(self, graph: Graph, result: Result):
+        self.graph = graph
+        self.result = result
+        self.facts = Facts(graph)
+        self.residuals: dict[Node, Residual] = {}
+        self.modulated: list[Modulated] = []
+        # nodes that belong to a pattern
+        self.taken: set[Node] = set()
+        # what took the place of a node that was replaced
+        self.replaced: dict[Node, Node] = {}
+
+    def run(self) -> None:
+        self._find()
+        pairs = self._pair()
+        for found in [*self.modulated, *self.residuals.values()]:
+            self.taken.update(found.inside)
+        # in the order of execution, so that operands are replaced before they are used
+        position = self.facts.position
+        fused = {id(residual) for residual, _ in pairs} | {id(norm) for _, norm in pairs}
+        work: list[tuple[int, Any]] = [(position[norm.root], (res, norm)) for res, norm in pairs]
+        for found in [*self.modulated, *self.residuals.values()]:
+            if id(found) not in fused:
+                work.append((position[found.root], found))
+        for _, found in sorted(work, key=lambda item: item[0]):
+            if isinstance(found, tuple):
+                self._replace_pair(*found)
+            else:
+                self._replace_one(found)
+
+    def _miss(self, node: Node, reason: str) -> None:
+        miss = NearMiss(where(node), reason)
+        if miss not in self.result.near_misses:
+            self.result.near_misses.append(miss)
+
+    def _accept(self, found: Modulated | Residual) -> bool:
+        """Whether a pattern may be replaced; if not, that is a near miss."""
+        reason = refusal(found, self.facts)
+        if reason is not None:
+            self._miss(found.root, reason)
+        return reason is None
+
+    def _find(self) -> None:
+        """Every pattern of the graph; plain norms are kept until it is known whether a residual
+        comes before them.
+        """
+        for node in list(self.graph.nodes):
+            norm = find_norm(node)
+            if isinstance(norm, Miss):
+                # norms of queries and keys have no modulation and are no near misses
+                if any(_is_modulation(user, path[-1]) for user, path in users_after_casts(node)):
+                    self._miss(norm.node, norm.reason)
+                continue
+            if norm is None:
+                continue
+            for found in follow_norm(norm):
+                if isinstance(found, Miss):
+                    self._miss(found.node, found.reason)
+                elif self._accept(found):
+                    if isinstance(found, Modulated):
+                        self.modulated.append(found)
+                    else:
+                        self.residuals[found.root] = found
+        inside = {node for found in self.residuals.values() for node in found.inside}
+        inside |= {node for found in self.modulated for node in found.inside}
+        for node in list(self.graph.nodes):
+            if node in inside:
+                continue
+            found = find_residual(node)
+            if isinstance(found, Miss):
+                self._miss(found.node, found.reason)
+            elif found is not None and self._accept(found):
+                self.residuals[found.root] = found
+
+    def _pair(self) -> list[tuple[Residual, Modulated]]:
+        """Residuals with the norm of their result: each residual once, with the first such norm."""
+        pairs = []
+        used: set[Node] = set()
+        for norm in sorted(self.modulated, key=lambda found: self.facts.position[found.root]):
+            x = norm.norm.x
+            residual = self.residuals.get(x)
+            is_plain = norm.scale is None and norm.shift is None
+            if residual is None and not is_plain:
+                residual = self._plain_before(x)
+            fits = residual is not None and residual.norm is None and x not in used
+            if fits and self.facts.one_grad_mode([residual.root, norm.root]):  # pyright: ignore
+                used.add(x)
+                pairs.append((residual, norm))
+        paired = {id(norm) for _, norm in pairs}
+        # a norm without modulation is PyTorch's, unless a residual takes it along
+        self.modulated = [
+            found
+            for found in self.modulated
+            if id(found) in paired or found.scale is not None or found.shift is not None
+        ]
+        return pairs
+
+    def _plain_before(self, x: Node) -> Residual | None:
+        """The sum x of two arrays of tokens, if it may be replaced."""
+        total = x.args[0] if is_cast(x) and isinstance(x.args[0], Node) else x
+        found = plain_residual(total)
+        if found is None or found.root is not x or refusal(found, self.facts) is not None:
+            return None
+        return found
+
+    def _now(self, node: Node | None) -> Node | None:
+        """The node that holds a value now."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
+
+    def _replace_one(self, found: Modulated | Residual) -> None:
+        root = found.root
+        with self.graph.inserting_before(root):
+            if isinstance(found, Modulated):
+                x = self._now(found.norm.x)
+                vectors = self._norm_arguments(found)
+                name = "adaln"
+                args = (x,)
+            else:
+                x, y = self._operands(found)
+                gate = self._vector(found.gate, found.x)
+                name = "gated_residual"
+                args = (x, y, gate)
+                vectors = {}
+                if found.norm is not None:
+                    name = "gated_residual_norm"
+                    vectors = self._affine(found.norm)
+            new = self._call(name, args, vectors, root, value(root))
+        self._finish(name, [(root, new)], found.inside, [*new.all_input_nodes, new])
+
+    def _replace_pair(self, residual: Residual, norm: Modulated) -> None:
+        anchor = self._place(residual, norm)
+        if anchor is None:
+            self._miss(norm.root, "its modulation cannot be computed before another use of x'")
+            is_gated = residual.gate is not None
+            singles: list[Modulated | Residual] = [residual] if is_gated else []
+            if norm.scale is not None or norm.shift is not None:
+                singles.append(norm)
+            for found in singles:
+                self._replace_one(found)
+            return
+        x_root = residual.root
+        h_root = norm.root
+        with self.graph.inserting_before(anchor):
+            x, y = self._operands(residual)
+            gate = self._vector(residual.gate, residual.x)
+            arguments = self._norm_arguments(norm)
+            both = (value(x_root), value(h_root))
+            name = "gated_residual_adaln"
+            call = self._call(name, (x, y, gate), arguments, h_root, both)
+            x_new = insert(self.graph, operator.getitem, call, 0, like=x_root, result=value(x_root))
+            h = insert(self.graph, operator.getitem, call, 1, like=h_root, result=value(h_root))
+        moved = [*call.all_input_nodes, x_new, h]
+        inside = [*residual.inside, *norm.inside]
+        self._finish(name, [(x_root, x_new), (h_root, h)], inside, moved)
+
+    def _place(self, residual: Residual, norm: Modulated) -> Node | None:
+        """The node before which the call for a pair may stand, or None if there is no such place.
+
+        Before the norm's last call every argument is there. If x' is used earlier, the call must
+        stand where x' was computed, and the modulation must be moved there.
+        """
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        inside = set(norm.inside)
+        total = residual.root
+        users = [user for user in total.users if user not in inside]
+        # exact casts of x' that only the norm reads go with it
+        users = [user for user in users if not (is_cast(user) and set(user.users) <= inside)]
+        if all(order[user] > order[norm.root] for user in users):
+            return norm.root
+        needed = [norm.scale, norm.shift, norm.norm.weight, norm.norm.bias]
+        late: set[Node] = set()
+        waiting = [self._now(node) for node in needed if node is not None]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in late or order[node] < order[total]:
+                continue
+            late.add(node)
+            waiting += node.all_input_nodes
+        if not all(self._is_movable(node) for node in late):
+            return None
+        # one mode from x' to the last of them: autocast decides what a product computes
+        moved = sorted(late, key=order.__getitem__)
+        between = [total, *moved]
+        if not self.facts.one_mode([node for node in between if node in self.facts.position]):
+            return None
+        for node in moved:
+            total.prepend(node)
+        return total
+
+    def _is_movable(self, node: Node) -> bool:
+        if node in self.taken or node not in self.facts.position or self.facts.is_changed(node):
+            return False
+        if any(self.facts.is_changed(argument) for argument in node.all_input_nodes):
+            return False
+        if node.op == "call_function":
+            return node.target in _MOVABLE_FUNCTIONS
+        return node.op == "get_attr" or node.op == "call_method" and node.target in _MOVABLE_METHODS
+
+    def _operands(self, found: Residual) -> tuple[Node | None, Node | None]:
+        """x, in the dtype of the sum, and y."""
+        x = self._now(found.x)
+        dtype = value(found.root).dtype  # pyright: ignore
+        if value(found.x).dtype != dtype:  # pyright: ignore
+            x = insert(self.graph, "to", x, dtype, like=found.root)
+        return x, self._now(found.y)
+
+    def _norm_arguments(self, found: Modulated) -> dict[str, Any]:
+        """The keyword arguments of a modulated norm."""
+        norm = found.norm
+        shift = self._vector(found.shift, norm.x)
+        scale = None
+        if found.scale is not None:
+            base, views = scale_of(found.scale)  # pyright: ignore
+            scale = self._vector(self._view_again(base, views), norm.x)
+        arguments = {"shift": shift, "scale": scale, **self._affine(norm)}
+        dtype = value(found.root).dtype  # pyright: ignore
+        if dtype != value(norm.x).dtype:  # pyright: ignore
+            arguments["dtype"] = dtype
+        return arguments
+
+    def _affine(self, norm: Any) -> dict[str, Any]:
+        """The keyword arguments that say which norm it is."""
+        arguments = {"eps": norm.eps, "norm": norm.kind, "norm_weight": self._now(norm.weight)}
+        if norm.bias is not None:
+            arguments["norm_bias"] = self._now(norm.bias)
+        return {name: given for name, given in arguments.items() if given is not None}
+
+    def _view_again(self, base: Node, views: list[Node]) -> Node:
+        """The scale in the shape that the views gave 1 + scale; without the casts."""
+        node = self._now(base)
+        for view in reversed(views):
+            if is_view(view):
+                target = view.target
+                rest = view.args[1:]
+                node = insert(
+                    self.graph,
+                    target,
+                    node,
+                    *rest,
+                    like=view,
+                    **view.kwargs,  # pyright: ignore
+                )
+        return node  # pyright: ignore
+
+    def _vector(self, node: Node | None, tokens: Node) -> Node | None:
+        """A vector in a shape that the operators take."""
+        node = self._now(node)
+        if node is None:
+            return None
+        x = value(tokens)
+        vector = value(node)
+        if vector.dim() == 1 or vector.dim() == 3 and same(vector.shape[0], x.shape[0]):  # pyright: ignore
+            return node
+        if vector_kind(node, x) == "image":  # pyright: ignore
+            # one vector for all images: [1, D] or [1, 1, D]
+            return insert(self.graph, "flatten", node, like=node)
+        if vector.dim() == 2:  # pyright: ignore
+            node = insert(self.graph, "unsqueeze", node, 0, like=node)
+        images = self._size(tokens)
+        return insert(self.graph, "expand", node, images, -1, -1, like=node)
+
+    def _size(self, tokens: Node) -> Any:
+        """The number of images, as an integer or a node."""
+        images = value(tokens).shape[0]  # pyright: ignore
+        if isinstance(images, int):
+            return images
+        return insert(self.graph, "size", self._now(tokens), 0, like=tokens)
+
+    def _call(
+        self, name: str, args: tuple, options: dict[str, Any], like: Node, result: Any
+    ) -> Node:
+        function = getattr(ops, name)
+        given = {key: held for key, held in options.items() if held is not None}
+        return insert(self.graph, function, *args, like=like, result=result, **given)
+
+    def _finish(
+        self, name: str, outputs: list[tuple[Node, Node]], inside: list[Node], after: list[Node]
+    ) -> None:
+        """Connect the users of the pattern to the operator, and erase what nobody uses now."""
+        before = sum(_traffic(node) for node in set(inside))
+        first = where(outputs[-1][0])
+        moved = sum(nbytes(tensor) for node in set(after) for tensor in tensors(node))
+        self.result.rewrites.append(Rewrite(name, first, before, moved))
+        for old, new in outputs:
+            old.replace_all_uses_with(new)
+            self.replaced[old] = new
+        self._erase(inside)
+
+    def _erase(self, nodes: list[Node]) -> None:
+        """Erase nodes of patterns without users, and casts, views and ``1 + scale`` that only they
+        read.
+        """
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node.users or node._erased or node.op == "placeholder":
+                continue
+            if node not in nodes and not (is_cast(node) or is_view(node) or scale_of(node)):
+                continue
+            before = node.all_input_nodes
+            self.graph.erase_node(node)
+            waiting += before
+
+
+def _is_modulation(product: Node, norm: Node) -> bool:
+    """Whether a node multiplies a norm's result by ``1 + scale``."""
+    return is_mul(product) and scale_of(other(product, norm)) is not None
+
+
+def _traffic(node: Node) -> int:
+    """Bytes that a call reads and writes by itself; 0 for a view."""
+    if node.op not in ("call_function", "call_method") or is_view(node):
+        return 0
+    touched = [*node.all_input_nodes, node]
+    return sum(nbytes(tensor) for item in touched for tensor in tensors(item))
