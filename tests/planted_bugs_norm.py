@@ -314,8 +314,8 @@ BUGS = [
     (
         "modulation copied",
         "sra_fast/ops/_modulation.py",
-        "modulation if modulation.stride(-1) == 1 else",
-        "",
+        "vector if vector is None or vector.stride(-1) == 1 else",
+        "None if vector is None else",
         T_GATED,
     ),
     (
@@ -365,8 +365,8 @@ BUGS = [
     (
         "one vector per image read as one per token",
         MODULATION,
-        "if vector.dim() == 3 and vector.shape[1] == 1:",
-        "if False:",
+        "            vector = vector.squeeze(1)\n",
+        "            return vector.expand(B, x.shape[1], D)\n",
         T_ARGUMENTS,
     ),
     (

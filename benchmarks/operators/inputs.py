@@ -28,6 +28,13 @@ def rows(
     return *tokens, *projection.chunk(6, 1)[:vectors]
 
 
+def rows_and_weight(
+    shape: Shape, dtype: torch.dtype, randn: Callable
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residual stream and branch [B, T, D], gate [B, D], and the weight [D] of the branch's norm."""
+    return *rows(shape, dtype, randn, 2, 1), randn(shape.sizes[1], dtype=dtype)
+
+
 def noise(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
     """Latents and noise [B, 4, side, side], times of student and teacher [B], all in fp32."""
     side = shape.resolution // 8

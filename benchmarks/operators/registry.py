@@ -34,6 +34,7 @@ from sra_fast.ops.concat_columns import concat_columns, concat_columns_ref
 from sra_fast.ops.ema_update import ema_update_ref_
 from sra_fast.ops.gated_residual import gated_residual_ref
 from sra_fast.ops.gated_residual_adaln import gated_residual_adaln_ref
+from sra_fast.ops.gated_residual_norm import gated_residual_norm_ref
 from sra_fast.ops.gelu import gelu_bwd, gelu_bwd_ref
 from sra_fast.ops.linear_gelu import linear_gelu_ref
 from sra_fast.ops.noise_pair import noise_pair_ref
@@ -281,6 +282,30 @@ OPERATORS["gated_residual"] = Operator(
     eager=plain_gated_residual,
     bytes=row_bytes(forward=(3, 1), backward=(3, 2)),
     grads=(0, 1, 2),
+)
+
+
+# the sandwich norm: the branch is normed before it is added
+
+
+def plain_gated_residual_norm(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    return x + gate[:, None] * F.rms_norm(y, y.shape[-1:], weight, eps=EPS)
+
+
+def _gated_residual_norm(
+    function: Callable, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor
+) -> Tensor:
+    """Call the operator, or its definition, on the inputs."""
+    return function(x, y, gate, EPS, norm_weight=weight)
+
+
+OPERATORS["gated_residual_norm"] = Operator(
+    make=inputs.rows_and_weight,
+    ours=lambda *inputs: _gated_residual_norm(ops.gated_residual_norm, *inputs),
+    reference=functools.partial(_gated_residual_norm, gated_residual_norm_ref),
+    eager=plain_gated_residual_norm,
+    bytes=row_bytes(forward=(3, 1), backward=(3, 2), per_token=4),
+    grads=(0, 1, 2, 3),
 )
 
 

@@ -12,6 +12,7 @@ from sra_fast.ops.attention import attention
 from sra_fast.ops.ema_update import ema_update_
 from sra_fast.ops.gated_residual import gated_residual
 from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
+from sra_fast.ops.gated_residual_norm import gated_residual_norm
 from sra_fast.ops.linear_gelu import linear_gelu
 from sra_fast.ops.noise_pair import noise_pair
 
@@ -25,6 +26,7 @@ __all__ = [
     "ema_update_",
     "gated_residual",
     "gated_residual_adaln",
+    "gated_residual_norm",
     "linear_gelu",
     "noise_pair",
 ]

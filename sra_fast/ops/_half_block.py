@@ -121,8 +121,8 @@ class NormInputs(NamedTuple):
     y: Tensor | None
     y_bias: Tensor | None
     gate: Tensor | None
-    shift: Tensor
-    scale: Tensor
+    shift: Tensor | None
+    scale: Tensor | None
     group: Tensor | None
 
 
@@ -153,7 +153,7 @@ def check_norm_inputs(
             {"residual[0]": y},
             {"residual[1]": gate, **modulation},
             group,
-            bias={"residual[2]": y_bias},
+            channels={"residual[2]": y_bias},
         )
     check_norm(operator, norm, eps)
     return NormInputs(x, y, y_bias, gate, shift, scale, group)
@@ -251,8 +251,8 @@ def prepare(
     return NormInputs(
         x.contiguous(),
         None if y is None else y.contiguous(),
-        None if bias is None else with_dense_rows(bias),
-        None if gate is None else with_dense_rows(gate),
+        with_dense_rows(bias),
+        with_dense_rows(gate),
         with_dense_rows(shift),
         with_dense_rows(scale),
         None if group is None else group.contiguous(),

@@ -1,8 +1,10 @@
-"""The vectors of adaLN, one per image, group or token: which shapes they may have, and what they
-mean.
+"""The vectors of adaLN, one per image, frame, group or token: which shapes they may have, and what
+they mean.
 """
 
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,47 +16,60 @@ def check_inputs(
     operator: str,
     x: Tensor,
     arrays: dict[str, Tensor],
-    modulation: dict[str, Tensor],
+    modulation: Mapping[str, Tensor | None],
     group: Tensor | None,
     *,
-    bias: dict[str, Tensor | None] | None = None,
-    per_token: bool = False,
+    channels: Mapping[str, Tensor | None] | None = None,
+    optional: tuple[str, ...] = (),
+    within_image: bool = False,
     takes_group: bool = True,
     dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """Check the inputs of a row operator, and give every image its vectors.
+) -> list[Any]:
+    """Check the inputs of a row operator, and give all vectors of the modulation one shape.
 
     Args:
         operator: its name, for the messages.
         x: ``[B, T, D]``.
         arrays: tensors that must have the shape of x, by name.
-        modulation: vectors by name: ``[B, D]``, ``[B, 1, D]``, ``[1, D]`` or ``[D]``, or
-            ``[B, G, D]`` with a group, or ``[B, T, D]`` if ``per_token``. Images and tokens that
+        modulation: vectors by name: ``[B, D]``, ``[B, 1, D]``, ``[1, D]`` or ``[D]``; with
+            ``within_image`` also ``[B, F, D]`` with F a divisor of T, one per T / F tokens in a
+            row, up to one per token; with a group ``[B, G, D]`` instead. Images and tokens that
             share a vector may be left out of one and not of another.
         group: ``[B, T]`` integers or None.
-        bias: ``[D]`` or None, by name; None: the operator takes none.
-        per_token: whether the operator takes one vector per token.
+        channels: ``[D]`` or None, by name.
+        optional: names in ``modulation`` that may be None.
+        within_image: whether vectors may differ between the tokens of an image without a group.
         takes_group: whether the operator has a ``group``.
         dtype: of an output, or None.
 
     Returns:
-        The modulation in one shape: ``[B, D]``, ``[B, G, D]`` or ``[B, T, D]``. These are views,
-        so gradients come back in the shapes that were given.
+        The modulation in one shape, None where it was None: ``[B, D]``, ``[B, F, D]`` or ``[B, G,
+        D]``. All but a ``[B, F, D]`` beside a ``[B, T, D]`` are views, and gradients come back in
+        the shapes that were given.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or an argument is no tensor.
     """
+    channels = channels or {}
     # by name, so that a message can say which tensor is wrong
-    named: dict[str, Tensor] = {"x": x, **arrays, **modulation}
-    named |= {name: t for name, t in (bias or {}).items() if t is not None}
+    named: dict[str, Any] = {"x": x, **arrays}
+    named |= {name: t for name, t in modulation.items() if t is not None or name not in optional}
+    named |= {name: t for name, t in channels.items() if t is not None}
     check_tensors(operator, named if group is None else {**named, "group": group})
-    vectors = list(modulation.values())
-    if group is None and x.dim() == 3:
-        vectors = [_one_per_image(vector, x) for vector in vectors]
-    if not _shapes_fit(x, arrays, vectors, group, bias or {}, per_token):
+    vectors = None
+    if x.dim() == 3 and all(t.shape == x.shape for t in arrays.values()):
+        given = [*modulation.values()]
+        if group is None:
+            vectors = _in_one_shape(given, x, within_image)
+        elif _are_grouped(given, x, group):
+            vectors = given
+    if vectors is None or any(
+        named[name].shape != x.shape[2:] for name in channels if name in named
+    ):
         got = named if group is None else {**named, "group": group}
+        expected = _describe(arrays, modulation, channels, within_image, takes_group)
         raise ValueError(
-            f"{operator}: expected {_describe(arrays, modulation, bias, per_token, takes_group)}; "
+            f"{operator}: expected {expected}; "
             "got " + ", ".join(f"{name} {[*t.shape]}" for name, t in got.items())
         )
     if not all(t.dtype in FLOAT_DTYPES for t in named.values()):
@@ -77,19 +92,19 @@ def check_inputs(
 
 def _describe(
     arrays: dict[str, Tensor],
-    modulation: dict[str, Tensor],
-    bias: dict[str, Tensor | None] | None,
-    per_token: bool,
+    modulation: Mapping[str, Tensor | None],
+    channels: Mapping[str, Tensor | None],
+    within_image: bool,
     takes_group: bool,
 ) -> str:
     """The shapes that an operator takes, for an error message."""
     vectors = f"{', '.join(modulation)} [B, D] or [B, 1, D], [1, D], [D]"
-    if per_token:
-        vectors += " or [B, T, D]"
+    if within_image:
+        vectors += ", [B, T, D] or [B, F, D] with F a divisor of T"
     if takes_group:
         vectors += ", with a group [B, T] instead [B, G, D]"
-    if bias:
-        vectors += f", and {', '.join(bias)} [D]"
+    if channels:
+        vectors += f", and {', '.join(channels)} [D]"
     return f"{', '.join(['x', *arrays])} [B, T, D] and {vectors}"
 
 
@@ -97,37 +112,114 @@ def _is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _one_per_image(vector: Tensor, x: Tensor) -> Tensor:
-    """A view ``[B, D]`` of ``[B, 1, D]``, ``[1, D]`` or ``[D]``; any other shape as it is."""
-    B, _, D = x.shape
-    # also with one token per image, where [B, 1, D] is one vector per token
-    if vector.dim() == 3 and vector.shape[1] == 1:
-        vector = vector.squeeze(1)
-    if vector.shape != (B, D) and vector.shape in ((D,), (1, D)):
-        vector = vector.expand(B, D)
-    return vector
-
-
-def _shapes_fit(
-    x: Tensor,
-    arrays: dict[str, Tensor],
-    vectors: list[Tensor],
-    group: Tensor | None,
-    bias: dict[str, Tensor | None],
-    per_token: bool,
-) -> bool:
-    if x.dim() != 3 or any(t.shape != x.shape for t in arrays.values()):
-        return False
+def _are_grouped(vectors: list[Tensor | None], x: Tensor, group: Tensor) -> bool:
+    """Whether all vectors are ``[B, G, D]`` with one G > 0, and the group fits x."""
     B, T, D = x.shape
-    first = vectors[0].shape
-    if group is None:
-        fits = first == (B, D) or (per_token and first == x.shape)
-    else:
-        # [B, G, D] with at least one group
-        is_grouped = len(first) == 3 and first[0] == B and first[2] == D and first[1] > 0
-        fits = is_grouped and group.shape == (B, T)
-    same = all(t.shape == first for t in vectors)
-    return fits and same and all(t is None or t.shape == (D,) for t in bias.values())
+    shapes = {t.shape for t in vectors if t is not None}
+    return group.shape == (B, T) and (
+        not shapes
+        or len(shapes) == 1
+        and all(len(s) == 3 and s[0] == B and s[1] > 0 and s[2] == D for s in shapes)
+    )
+
+
+def _in_one_shape(
+    vectors: list[Tensor | None], x: Tensor, within_image: bool
+) -> list[Tensor | None] | None:
+    """All vectors as ``[B, D]``, or as ``[B, F, D]`` with the largest F; None if one does not
+    fit.
+    """
+    T = x.shape[1]
+    counts = {_count_per_image(t, x) for t in vectors if t is not None}
+    # the largest, and with empty images T = 0 itself
+    most = T if T in counts else max(counts, default=1)
+    for F in counts:
+        varies = F != 1
+        # F vectors for T tokens, and for the largest number of vectors
+        divides = most == F or (F > 0 and T % F == 0 and most % F == 0)
+        if F < 0 or (varies and not (within_image and divides and (F == T or T % F == 0))):
+            return None
+    return [None if t is None else _spread(t, x, most) for t in vectors]
+
+
+def _count_per_image(vector: Tensor, x: Tensor) -> int:
+    """How many vectors an image has; -1 if the shape does not fit."""
+    B, _, D = x.shape
+    shape = vector.shape
+    if shape in ((D,), (1, D), (B, D)):
+        return 1
+    fits = len(shape) == 3 and shape[0] in (1, B) and shape[2] == D
+    return shape[1] if fits else -1
+
+
+def _spread(vector: Tensor, x: Tensor, F: int) -> Tensor:
+    """``[B, D]`` for F = 1, else ``[B, F, D]``; a view where one can be."""
+    B, _, D = x.shape
+    if F == 1:
+        # also with one token per image, where [B, 1, D] is one vector per token
+        if vector.dim() == 3:
+            vector = vector.squeeze(1)
+        return vector if vector.shape == (B, D) else vector.expand(B, D)
+    if vector.dim() == 2:
+        vector = vector[:, None]
+    if vector.dim() == 3 and vector.shape[1] not in (1, F):
+        vector = vector.repeat_interleave(F // vector.shape[1], dim=1)
+    return vector if vector.shape == (B, F, D) else vector.expand(B, F, D)
+
+
+def is_per_token(vectors: Sequence[Tensor | None], x: Tensor, group: Tensor | None) -> bool:
+    """Whether vectors of one shape (``check_inputs``) are one per token."""
+    return group is None and any(t is not None and t.shape == x.shape for t in vectors)
+
+
+def frames_as_images(
+    arrays: Sequence[Tensor], vectors: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """``[B, T, D]`` arrays as ``[B F, T / F, D]`` and their ``[B, F, D]`` vectors as ``[B F, D]``.
+
+    Vectors that are column slices of one projection remain views. Anything else than one vector
+    per frame comes back as it is.
+    """
+    F = next((t.shape[1] for t in vectors if t is not None and t.dim() == 3), 1)
+    if F == 1:
+        return [*arrays], [*vectors]
+    B, T, D = arrays[0].shape
+    images = [t.reshape(B * F, T // F, D) for t in arrays]
+    return images, [None if t is None else t.reshape(B * F, D) for t in vectors]
+
+
+def fold_affine(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    like: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Shift and scale, in fp32, with which a plain norm gives ``(xhat w + b) (1 + scale) + shift``.
+
+    They have the shape of the modulation; without one that of ``like``, or ``[B, D]``. No row of x
+    is read.
+    """
+    if weight is None and bias is None:
+        return shift, scale
+    given = [t for t in (shift, scale, like) if t is not None]
+    shape = given[0].shape if given else (x.shape[0], x.shape[2])
+    factor = None if scale is None else 1 + scale.float()
+    if bias is not None:
+        offset = bias.float() if factor is None else bias.float() * factor
+        shift = offset.expand(shape) if shift is None else offset + shift.float()
+    if weight is not None:
+        product = weight.float() if factor is None else weight.float() * factor
+        scale = (product - 1).expand(shape)
+    return shift, scale
+
+
+def or_constant(vectors: Sequence[Tensor | None], x: Tensor, value: float) -> list[Tensor]:
+    """The vectors, with a constant in the place of None, in the shape of the others."""
+    B, _, D = x.shape
+    shape = next((t.shape for t in vectors if t is not None), (B, D))
+    return [x.new_full((D,), value).expand(shape) if t is None else t for t in vectors]
 
 
 def runs_kernel(
@@ -135,7 +227,7 @@ def runs_kernel(
     kernels: ModuleType,
     backend: str | None,
     x: Tensor,
-    *others: Tensor,
+    *others: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> bool:
     """Whether ``operator`` runs the kernel, and the kernel takes ``x [B, T, D]``.
@@ -144,7 +236,7 @@ def runs_kernel(
     kernel's MAX_WIDTH; the last is logged once.
     """
     # None in the set stands for the default dtype of the output
-    dtypes = {dtype, *(t.dtype for t in (x, *others))}
+    dtypes = {dtype, *(t.dtype for t in (x, *others) if t is not None)}
     if not use_triton(operator, x, backend) or x.numel() == 0 or torch.float64 in dtypes:
         return False
     D = x.shape[2]
@@ -158,20 +250,24 @@ def runs_kernel(
     return D <= kernels.MAX_WIDTH
 
 
-def broadcast_to_tokens(modulation: Tensor, group: Tensor | None) -> Tensor:
-    """Upcast ``[B, D]``, ``[B, T, D]``, or ``[B, G, D]`` with its group; broadcasts to ``[B, T,
-    D]``, as ``[B, 1, D]``, ``[1, D]`` and ``[D]`` do.
+def broadcast_to_tokens(modulation: Tensor, x: Tensor, group: Tensor | None) -> Tensor:
+    """Upcast ``[B, D]``, ``[B, F, D]``, or ``[B, G, D]`` with its group; broadcasts to the ``[B,
+    T, D]`` of x, as ``[B, 1, D]``, ``[1, D]`` and ``[D]`` do.
     """
     modulation = upcast(modulation)
     if group is not None:
         # each token's vector by its group index; an index out of range raises
         index = group.long()[:, :, None].expand(-1, -1, modulation.shape[2])
         return modulation.gather(1, index)
-    return modulation[:, None] if modulation.dim() == 2 else modulation
+    if modulation.dim() < 3:
+        return modulation[:, None] if modulation.dim() == 2 else modulation
+    T = x.shape[1]
+    F = modulation.shape[1]
+    return modulation if F in (1, T) else modulation.repeat_interleave(T // F, dim=1)
 
 
-def with_dense_rows(modulation: Tensor) -> Tensor:
-    """The tensor itself if its last stride is 1, as of a column slice of a projection; else a
+def with_dense_rows(vector: Tensor | None) -> Tensor | None:
+    """The vectors themselves if the last stride is 1, as of a column slice of a projection; else a
     copy.
     """
-    return modulation if modulation.stride(-1) == 1 else modulation.contiguous()
+    return vector if vector is None or vector.stride(-1) == 1 else vector.contiguous()

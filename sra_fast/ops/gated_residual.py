@@ -8,6 +8,9 @@ from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import (
     broadcast_to_tokens,
     check_inputs,
+    frames_as_images,
+    is_per_token,
+    or_constant,
     runs_kernel,
     with_dense_rows,
 )
@@ -15,11 +18,18 @@ from sra_fast.ops._register import apply, guard_double_backward, register, wants
 
 
 def gated_residual_ref(
-    x: Tensor, y: Tensor, gate: Tensor, *, bias: Tensor | None = None, group: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    group: Tensor | None = None,
 ) -> Tensor:
     """The definition, in fp32, rounded once."""
     y = upcast(y) if bias is None else upcast(y) + upcast(bias)
-    return (upcast(x) + broadcast_to_tokens(gate, group) * y).to(x.dtype)
+    if gate is not None:
+        y = broadcast_to_tokens(gate, x, group) * y
+    return (upcast(x) + y).to(x.dtype)
 
 
 def _fake_bwd(dx_new, y, bias, gate, group):
@@ -64,7 +74,7 @@ class _GatedResidual(torch.autograd.Function):
 def gated_residual(
     x: Tensor,
     y: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     bias: Tensor | None = None,
     group: Tensor | None = None,
@@ -78,8 +88,11 @@ def gated_residual(
             once.
         y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes; copied first
             unless contiguous.
-        gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; or ``[B, G,
-            D]`` with ``group``. A column slice of the 6*D adaLN projection is used in place.
+        gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, F,
+            D]`` with F a divisor of T, one for each T / F tokens in a row (a frame of a video);
+            ``[B, T, D]``, one per token; or ``[B, G, D]`` with ``group``. A column slice of the
+            6*D adaLN projection is used in place. A function of it, such as ``tanh(gate)``, costs
+            one small operation on ``[B, D]``. None: 1, the plain residual.
         bias: ``[D]`` or None. The bias of the linear layer that made ``y``, if that layer left it
             out. Its gradient then comes out of the backward pass over ``y`` and needs no pass of
             its own.
@@ -94,15 +107,44 @@ def gated_residual(
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
     (gate,) = check_inputs(
-        "gated_residual", x, {"y": y}, {"gate": gate}, group, bias={"bias": bias}
+        "gated_residual",
+        x,
+        {"y": y},
+        {"gate": gate},
+        group,
+        channels={"bias": bias},
+        optional=("gate",),
+        within_image=True,
     )
-    # fp64, empty tensors and very wide rows
-    if not runs_kernel("gated_residual", kernels, backend, x, y, gate):
+    return run_gated_residual("gated_residual", x, y, bias, gate, group, backend)
+
+
+def run_gated_residual(
+    operator: str,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    group: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """``gated_residual`` of inputs that ``operator`` has checked; errors begin with its name."""
+    takes = runs_kernel(operator, kernels, backend, x, y, gate)
+    # fp64, empty tensors, very wide rows and one gate per token
+    if not takes or is_per_token([gate], x, group):
         return gated_residual_ref(x, y, gate, bias=bias, group=group)
+    # without a gate a group says nothing
+    group = None if gate is None else group
+    (gate,) = or_constant([gate], x, 1.0)
+    rows = (x, y)
+    if group is None:
+        rows, (gate,) = frames_as_images(rows, [gate])
     # the kernel takes any strides of the gate but the last
     gate = with_dense_rows(gate)
-    bias = None if bias is None else with_dense_rows(bias)
+    bias = with_dense_rows(bias)
     group = None if group is None else group.contiguous()
     if wants_grad(x, y, bias, gate):
-        return apply(_GatedResidual, x, y, bias, gate, group)
-    return _fwd(x.contiguous(), y.contiguous(), bias, gate, group)
+        out = apply(_GatedResidual, *rows, bias, gate, group)
+    else:
+        out = _fwd(rows[0].contiguous(), rows[1].contiguous(), bias, gate, group)
+    return out.view_as(x) if out.shape != x.shape else out

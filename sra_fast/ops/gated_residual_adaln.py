@@ -6,28 +6,46 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import gated_residual_adaln as kernels
-from sra_fast.ops._modulation import check_inputs, runs_kernel, with_dense_rows
+from sra_fast.ops._modulation import (
+    check_inputs,
+    fold_affine,
+    frames_as_images,
+    is_per_token,
+    or_constant,
+    runs_kernel,
+    with_dense_rows,
+)
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
-from sra_fast.ops.adaln import adaln_ref, check_norm
-from sra_fast.ops.gated_residual import gated_residual_ref
+from sra_fast.ops.adaln import adaln_ref, check_norm, run_adaln
+from sra_fast.ops.gated_residual import gated_residual_ref, run_gated_residual
 
 
 def gated_residual_adaln_ref(
     x: Tensor,
     y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: x' is rounded to x's dtype, and the norm reads the rounded x'."""
     x = gated_residual_ref(x, y, gate, bias=bias, group=group)
-    return x, adaln_ref(x, shift, scale, eps, norm=norm, group=group, dtype=dtype)
+    h = adaln_ref(
+        *(x, shift, scale, eps),
+        norm=norm,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        group=group,
+        dtype=dtype,
+    )
+    return x, h
 
 
 def _fake_fwd(x, y, bias, gate, shift, scale, group, eps, rms, dtype=None):
@@ -92,35 +110,41 @@ class _GatedResidualAdaLN(torch.autograd.Function):
 def gated_residual_adaln(
     x: Tensor,
     y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x' = x + gate * (y + bias)`` and ``h = norm(x') * (1 + scale) + shift``, in one pass each
-    way.
+    """``x' = x + gate * (y + bias)`` and ``h = (norm(x') * norm_weight + norm_bias) * (1 + scale) +
+    shift``, in one pass each way.
 
     The gate belongs to the half-block that ends; shift and scale to the one that begins, in the
-    same block or the next. The backward pass needs ``x'``, ``y`` and two numbers per token.
+    same block or the next. The backward pass needs ``x'``, ``y`` and two numbers per token. A
+    vector that is None is left out.
 
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous. The
-            kernel takes D <= 3072. fp64 and wider rows run the reference; wider rows are logged
-            once.
+            kernel takes D <= 3072; wider rows take the kernels of ``gated_residual`` and
+            ``adaln``, which read x' once more each way. fp64 runs the reference.
         y: ``[B, T, D]`` output of the half-block that ends, any of these dtypes; copied first
             unless contiguous.
-        gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; or ``[B, G,
-            D]`` with ``group``. A column slice of the 6*D adaLN projection is used in place.
-        shift: as ``gate``; its strides may differ.
-        scale: as ``gate``; its strides may differ.
+        gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, F,
+            D]`` or ``[B, T, D]``, one per frame or token; or ``[B, G, D]`` with ``group``; see
+            ``adaln``. A column slice of the 6*D adaLN projection is used in place. None: 1.
+        shift: as ``gate``; its strides may differ. None: 0.
+        scale: as ``gate``; its strides may differ. None: 0.
         eps: added to the variance, or to the mean square of RMS.
-        norm: ``"layer"`` (LayerNorm without affine) or ``"rms"``.
+        norm: ``"layer"`` or ``"rms"``, both without weights of their own.
+        norm_weight: ``[D]`` or None: 1; see ``adaln``.
+        norm_bias: ``[D]`` or None: 0.
         bias: ``[D]`` or None; see ``gated_residual``.
         group: ``[B, T]`` integers in [0, G) or None; see ``gated_residual``.
         dtype: of h; default: x's. Half precision is for a product that reads the output of an fp32
@@ -141,12 +165,15 @@ def gated_residual_adaln(
         {"y": y},
         {"gate": gate, "shift": shift, "scale": scale},
         group,
-        bias={"bias": bias},
+        channels={"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias},
+        optional=("gate", "shift", "scale"),
+        within_image=True,
         dtype=dtype,
     )
     check_norm(operator, norm, eps)
+    affine = (norm_weight, norm_bias)
     return run_gated_residual_adaln(
-        operator, x, y, bias, gate, shift, scale, group, eps, norm, dtype, backend
+        operator, x, y, bias, gate, shift, scale, group, eps, norm, dtype, backend, affine
     )
 
 
@@ -155,31 +182,58 @@ def run_gated_residual_adaln(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     group: Tensor | None,
     eps: float,
     norm: str,
     dtype: torch.dtype | None,
     backend: str | None,
+    affine: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """``gated_residual_adaln`` of inputs that ``operator`` has checked; errors begin with its
     name.
+
+    ``affine`` is the norm's weight and bias.
     """
-    # fp64, empty tensors and very wide rows
-    if not runs_kernel(operator, kernels, backend, x, y, gate, shift, scale, dtype=dtype):
+    per_token = is_per_token([gate, shift, scale], x, group)
+    if per_token or x.shape[2] > kernels.MAX_WIDTH:
+        x = run_gated_residual(operator, x, y, bias, gate, group, backend)
+        h = run_adaln(operator, x, shift, scale, group, eps, norm, dtype, backend, affine)
+        return x, h
+    vectors = (gate, shift, scale, *affine)
+    # fp64 and empty tensors
+    if not runs_kernel(operator, kernels, backend, x, y, *vectors, dtype=dtype):
+        weight, norm_bias = affine
         return gated_residual_adaln_ref(
-            x, y, gate, shift, scale, eps, norm=norm, bias=bias, group=group, dtype=dtype
+            *(x, y, gate, shift, scale, eps),
+            norm=norm,
+            norm_weight=weight,
+            norm_bias=norm_bias,
+            bias=bias,
+            group=group,
+            dtype=dtype,
         )
+    # without vectors a group says nothing
+    group = None if gate is None and shift is None and scale is None else group
+    shift, scale = fold_affine(x, shift, scale, *affine, like=gate)
+    shift, scale = or_constant([shift, scale, gate], x, 0.0)[:2]
+    (gate,) = or_constant([gate, shift], x, 1.0)[:1]
+    rows = (x, y)
+    if group is None:
+        rows, (gate, shift, scale) = frames_as_images(rows, [gate, shift, scale])
     # the kernel takes any strides of the modulation but the last
     gate = with_dense_rows(gate)
     shift = with_dense_rows(shift)
     scale = with_dense_rows(scale)
-    bias = None if bias is None else with_dense_rows(bias)
+    bias = with_dense_rows(bias)
     group = None if group is None else group.contiguous()
     args = (bias, gate, shift, scale, group, eps, norm == "rms", dtype)
     if wants_grad(x, y, bias, gate, shift, scale):
-        return apply(_GatedResidualAdaLN, x, y, *args)
-    x_new, h, _, _ = _fwd(x.contiguous(), y.contiguous(), *args)
+        x_new, h = apply(_GatedResidualAdaLN, *rows, *args)
+    else:
+        x_new, h, _, _ = _fwd(rows[0].contiguous(), rows[1].contiguous(), *args)
+    if x_new.shape != x.shape:
+        return x_new.view_as(x), h.view_as(x)
     return x_new, h

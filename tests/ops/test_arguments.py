@@ -26,11 +26,12 @@ def valid() -> dict[str, dict]:
     norm = {"x": x, "shift": shift, "scale": scale, "eps": 1e-6, "norm": "layer"}
     residual = {"residual": (y, gate, random(D))}
     group = {"group": torch.zeros(B, T, dtype=torch.long, device=DEVICE)}
+    affine = {"norm_weight": random(D), "norm_bias": random(D)}
     grouped = {"shift": shift[:, None], "scale": scale[:, None], **group}
     flat = lambda: random(8).abs()
     mlp = {"weight1": random(12, D), "bias1": random(12), "weight2": random(D, 12)}
     return {
-        "adaln": norm | grouped,
+        "adaln": norm | grouped | affine,
         "adaln_linear": norm | residual | {"weight": random(12, D), "bias": random(12), "parts": 3},
         "adaln_mlp": norm | residual | mlp | {"bias2": random(D)},
         "adamw_ema_": {
@@ -68,7 +69,15 @@ def valid() -> dict[str, dict]:
             "copies": [flat().bfloat16()],
         },
         "gated_residual": {"x": x, "y": y, "gate": gate[:, None], "bias": random(D), **group},
-        "gated_residual_adaln": norm | grouped | {"y": y, "gate": gate[:, None], "bias": random(D)},
+        "gated_residual_adaln": norm
+        | grouped
+        | affine
+        | {"y": y, "gate": gate[:, None], "bias": random(D)},
+        "gated_residual_norm": {
+            **{"x": x, "y": y, "gate": gate[:, None], "eps": 1e-6, "norm": "rms"},
+            "norm_weight": random(D),
+            **group,
+        },
         "linear_gelu": {"x": x, "weight": random(12, D), "bias": random(12)},
         "noise_pair": {
             "x0": random(B, 4, 3, 3),
@@ -116,8 +125,11 @@ EXPANDED = {"expanded": lambda t: t[:1].expand(t.shape)}
 # tensors that may also be left out
 OPTIONAL = {
     *("bias", "bias1", "bias2", "clip_scale", "copies", "ema", "ema_copy", "group", "groups"),
-    *("latent_noise", "residual", "weights"),
+    *("latent_noise", "norm_bias", "norm_weight", "residual", "weights"),
     ("align_distance", "weight"),
+    *((name, "gate") for name in ("gated_residual", "gated_residual_adaln", "gated_residual_norm")),
+    *((name, "shift") for name in ("adaln", "gated_residual_adaln")),
+    *((name, "scale") for name in ("adaln", "gated_residual_adaln")),
 }
 # what is legal after all
 LEGAL = {
@@ -262,6 +274,7 @@ MODULATED = {
     "adaln": lambda x, y, g, s, c, **o: ops.adaln(x, s, c, **o),
     "gated_residual": lambda x, y, g, s, c, **o: ops.gated_residual(x, y, g + s + c, **o),
     "gated_residual_adaln": lambda x, y, g, s, c, **o: ops.gated_residual_adaln(x, y, g, s, c, **o),
+    "gated_residual_norm": lambda x, y, g, s, c, **o: ops.gated_residual_norm(x, y, g + s + c, **o),
     "adaln_linear": lambda x, y, g, s, c, **o: ops.adaln_linear(
         x, s, c, W.to(x), residual=(y, g), **o
     ),
@@ -323,8 +336,8 @@ def test_one_vector_per_image_is_none_per_token(backend):
     group = torch.zeros(B, T, dtype=torch.long, device=DEVICE)
     grouped = ops.adaln(x, shift[:, None], scale[:, None], group=group, backend=backend)
     assert_alike([grouped], [expected])
-    with pytest.raises(ValueError, match=r"^gated_residual: expected .*got .*gate \[2, 3, 16\]"):
-        ops.gated_residual(x, x, per_token[0], backend=backend)
+    with pytest.raises(ValueError, match=r"^adaln_linear: expected .*got .*scale \[2, 3, 16\]"):
+        ops.adaln_linear(x, *per_token, W.to(x), backend=backend)
 
 
 def test_shared_vectors_compile():

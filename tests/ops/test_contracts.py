@@ -300,12 +300,6 @@ LARGEST = {
         6144,
         lambda D: ops.gated_residual(*torch.ones(2, 1, 2, D), torch.ones(1, D), backend="triton"),
     ),
-    "gated_residual_adaln": (
-        3072,
-        lambda D: ops.gated_residual_adaln(
-            *torch.ones(2, 1, 2, D), *torch.ones(3, 1, D), backend="triton"
-        ),
-    ),
     "l1": (16384, lambda D: ops.align_distance(*torch.ones(2, 1, 2, D), "l1", backend="triton")),
     "cosine_token": (
         1024,

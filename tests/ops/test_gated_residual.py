@@ -143,7 +143,7 @@ def bad_inputs():
         ((x, y[:, 1:], per_image), {}, "expected x, y .*got .*y \\[2, 3, 64\\]"),
         ((x[0], y[0], per_image), {}, "expected x, y"),
         ((x, y, per_image[:, 1:]), {}, "gate.* \\[B, D\\]"),
-        ((x, y, gate), {}, "gate.* \\[B, D\\]"),
+        ((x, y, gate[:, :1].expand(2, 3, 64)), {}, "gate.* \\[B, D\\]"),
         ((x, y, per_image), {"group": group}, "with a group"),
         ((x, y, gate), {"group": group[:, 1:]}, "group \\[2, 3\\]"),
         ((x, y, gate), {"group": group.float()}, "integer group"),
