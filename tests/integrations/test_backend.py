@@ -10,7 +10,7 @@ import programs
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import B, D, T, Program
+from programs import B, D, Program, T
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
