@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from sra_fast.integrations.report import forget, remember
+from sra_fast.integrations.report import describe, forget, forget_all, remember
 from sra_fast.integrations.rewriting import rewrite
 
 THEN = ("inductor", "aot_eager", "eager")
@@ -70,14 +70,19 @@ def backend(
     options = dict(options or {})
     then = _next_backend(options.pop("then", "inductor"), mode, options)
     result = rewrite(graph_module)
-    record = remember(result, graph_module, list(inputs))
+    record = describe(result, graph_module, inputs)
     _logger.info(
         "%d rewrites, %d near misses in a graph of %d nodes",
         len(record.result.rewrites),
         len(record.result.near_misses),
         len(graph_module.graph.nodes),
     )
+    remember(record)
     return then(graph_module, inputs)
+
+
+# torch._dynamo.reset() calls it
+backend.reset = forget_all  # pyright: ignore
 
 
 def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
