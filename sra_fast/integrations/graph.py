@@ -64,6 +64,18 @@ def same_shape(a: Tensor, b: Tensor) -> bool:
     return a.dim() == b.dim() and all(same(m, n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
+def number(argument: object) -> float | None:
+    """A number in the graph as a constant.
+
+    With dynamic shapes also numbers may vary, as a norm's eps that is an attribute of a module. The
+    graph is then made for this value and guarded by it.
+    """
+    found = argument.meta.get(VALUE) if isinstance(argument, Node) else argument
+    if isinstance(found, torch.SymFloat):
+        return found.node.guard_float(__file__, 0)
+    return float(found) if type(found) in (int, float) else None  # pyright: ignore
+
+
 def nbytes(tensor: Tensor) -> int:
     """Bytes of a tensor; with dynamic shapes, of the one that was traced."""
     numel = 1

@@ -26,6 +26,7 @@ from sra_fast.integrations.graph import (
     is_mul,
     is_part,
     is_view,
+    number,
     operands,
     same,
     same_shape,
@@ -208,13 +209,14 @@ def _rms_norm(node: Node) -> Norm | Miss | None:
 
 def _norm_call(node: Node, given: dict, kind: str, eps: object) -> Norm | Miss:
     x = given.get("input")
-    if not isinstance(x, Node) or not isinstance(eps, int | float):
+    eps = number(eps)
+    if not isinstance(x, Node) or eps is None:
         return Miss(node, "the norm's arguments are not the usual ones")
     if not _last_dimension(given.get("normalized_shape"), value(x)):
         return Miss(node, "it normalizes more than the last dimension")
     weight = given.get("weight")
     bias = given.get("bias")
-    return Norm(node, uncast(x), kind, float(eps), weight, bias, [node])
+    return Norm(node, uncast(x), kind, eps, weight, bias, [node])
 
 
 def _rms_by_hand(node: Node) -> Norm | Miss | None:
@@ -228,8 +230,8 @@ def _rms_by_hand(node: Node) -> Norm | Miss | None:
         if not is_add(total):
             continue
         for mean, eps in operands(total):
-            if isinstance(eps, int | float) and is_call(mean, (torch.mean,), ("mean",)):
-                return _mean_square(node, x, rstd, total, mean, float(eps))
+            if number(eps) is not None and is_call(mean, (torch.mean,), ("mean",)):
+                return _mean_square(node, x, rstd, total, mean, number(eps))  # pyright: ignore
     return None
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch._guards import CompileContext
 from torch.fx import GraphModule
 from torch.nn import Module
 
@@ -51,7 +52,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.graphs:
-            return "sra_fast: nothing was compiled yet; run the model once"
+            return "sra_fast: nothing was compiled yet for this model; run it once"
         count = ", ".join(f"{number} {name}" for name, number in sorted(self.rewrites.items()))
         before = sum(call.bytes_before for call in self.calls)
         after = sum(call.bytes_after for call in self.calls)
@@ -74,11 +75,12 @@ class Record:
 
     result: Result
     rest: dict[str, Rest]
-    parameters: "weakref.WeakSet[Tensor] | list[weakref.ref[Tensor]]"
+    parameters: list[weakref.ref[Tensor]]
+    compile_id: object
 
     def reads(self, ids: set[int]) -> bool:
         """Whether the graph reads a tensor with one of these ids."""
-        alive = (reference() for reference in self.parameters)  # pyright: ignore
+        alive = (reference() for reference in self.parameters)
         return any(tensor is not None and id(tensor) in ids for tensor in alive)
 
 
@@ -91,9 +93,16 @@ def remember(result: Result, graph_module: GraphModule, inputs: list[object]) ->
     held = [weakref.ref(tensor) for tensor in inputs if isinstance(tensor, Tensor)]
     held += [weakref.ref(tensor) for tensor in graph_module.parameters()]
     held += [weakref.ref(tensor) for tensor in graph_module.buffers()]
-    record = Record(result, _rest(graph_module), held)
+    # Dynamo may compile a frame a second time with fewer numbers that vary, and drops the first
+    compile_id = CompileContext.current_compile_id()
+    record = Record(result, _rest(graph_module), held, compile_id)
     # graphs whose tensors are gone belong to no model
-    _records[:] = [old for old in _records if any(ref() is not None for ref in old.parameters)]
+    _records[:] = [
+        old
+        for old in _records
+        if (compile_id is None or old.compile_id != compile_id)
+        and any(reference() is not None for reference in old.parameters)
+    ]
     _records.append(record)
     return record
 
@@ -107,13 +116,19 @@ def forget(model: Module) -> None:
 def report(model: Module) -> Report:
     """What the backend did to the graphs of a model that have been compiled so far.
 
-    A graph belongs to a model if it reads one of its parameters or buffers. ``str(report)`` is text
-    to read; :class:`Report` has the numbers.
+    A graph belongs to a model if it reads one of its parameters or buffers. Blocks that are compiled
+    one by one share the graph of the first, so it counts once. ``str(report)`` is text to read;
+    :class:`Report` has the numbers.
 
     Args:
         model: a module compiled with this backend, or one that contains such modules. It must have
             run once: nothing is compiled before.
+
+    Raises:
+        ValueError: ``model`` is no module.
     """
+    if not isinstance(model, Module):
+        raise ValueError(f"sra_fast report: expected a torch.nn.Module, got {type(model).__name__}")
     ids = _ids(model)
     total = Report()
     for record in _records:

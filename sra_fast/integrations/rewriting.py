@@ -16,7 +16,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from sra_fast import ops
 from sra_fast.integrations.graph import (
-    VALUE,
     Facts,
     bodies,
     insert,

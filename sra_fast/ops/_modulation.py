@@ -115,11 +115,10 @@ def _is_integer(x: Tensor) -> bool:
 def _are_grouped(vectors: list[Tensor | None], x: Tensor, group: Tensor) -> bool:
     """Whether all vectors are ``[B, G, D]`` with one G > 0, and the group fits x."""
     B, T, D = x.shape
-    shapes = {t.shape for t in vectors if t is not None}
-    return group.shape == (B, T) and (
-        not shapes
-        or len(shapes) == 1
-        and all(len(s) == 3 and s[0] == B and s[1] > 0 and s[2] == D for s in shapes)
+    shapes = [t.shape for t in vectors if t is not None]
+    return group.shape == (B, T) and all(
+        shape == shapes[0] and len(shape) == 3 and shape[0] == B and shape[1] > 0 and shape[2] == D
+        for shape in shapes
     )
 
 
@@ -130,7 +129,8 @@ def _in_one_shape(
     fit.
     """
     T = x.shape[1]
-    counts = {_count_per_image(t, x) for t in vectors if t is not None}
+    # a list: while a compiler traces with dynamic shapes, sizes have no hash
+    counts = [_count_per_image(t, x) for t in vectors if t is not None]
     # the largest, and with empty images T = 0 itself
     most = T if T in counts else max(counts, default=1)
     for F in counts:

@@ -1,5 +1,8 @@
-"""Attention: against its definition, groups, and how the fastest backend is chosen."""
+"""Attention: against its definition, groups and masks, keys of other tokens and of fewer heads, and
+how the fastest backend is chosen.
+"""
 
+import contextlib
 import re
 import threading
 import types
@@ -22,13 +25,25 @@ def make(B=2, T=9, H=3, d=72, dtype=torch.float32):
     return (q, k, v), torch.randn(B, T, H, d, device=DEVICE, dtype=dtype)
 
 
-def definition(q, k, v, groups=None):
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+def definition(q, k, v, groups=None, mask=None):
+    """With einsum; r of the H queries' heads share one of the g heads of keys. A query without keys
+    gets zeros.
+    """
+    B, T, H, d = q.shape
+    q = q.reshape(B, T, k.shape[2], -1, d)
+    scores = torch.einsum("bigrd,bjgd->bgrij", q, k).flatten(1, 2) / d**0.5
     if groups is not None:
-        scores = scores.masked_fill(
-            groups[:, None, :, None] != groups[:, None, None, :], float("-inf")
+        mask = groups[:, None, :, None] == groups[:, None, None, :]
+    if mask is not None:
+        mask = mask[:, None, None] if mask.dim() == 2 else mask
+        bias = (
+            mask if mask.is_floating_point() else torch.zeros_like(scores).where(mask, -torch.inf)
         )
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+        scores = scores + bias
+    empty = scores.isneginf().all(-1, keepdim=True)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weights = weights.unflatten(1, (k.shape[2], -1))
+    return torch.einsum("bgrij,bjgd->bigrd", weights, v).reshape(B, T, H, d)
 
 
 def run(fn, inputs, dout):
@@ -77,6 +92,92 @@ def test_groups_do_not_see_each_other():
     )
 
 
+def masks(B, H, T, S):
+    """One of every kind, True for about half of the keys."""
+    full = torch.rand(B, H, T, S, device=DEVICE) > 0.5
+    # no query is without keys
+    full[..., 0] = True
+    padding = torch.arange(S, device=DEVICE) < torch.tensor([[S], [2]], device=DEVICE)
+    bias = torch.randn(1, H, T, S, device=DEVICE)
+    return {
+        "none": None,
+        "padding": padding,
+        "heads": full,
+        "broadcast": full[:1, :1],
+        "bias": bias,
+        "bias and -inf": bias.where(full, -torch.inf),
+        "float padding": torch.zeros(B, S, device=DEVICE).where(padding, -torch.inf),
+    }
+
+
+@pytest.mark.parametrize("layout", ["bthd", "bhtd"])
+@pytest.mark.parametrize("kind", masks(2, 1, 1, 3))
+@pytest.mark.parametrize("H_kv, S", [(4, 5), (2, 9), (2, 5), (1, 6)])
+def test_other_keys_fewer_heads_and_masks(H_kv, S, kind, layout):
+    """Against fp64, with the gradient of a mask of floats."""
+    q, dout = torch.randn(2, 2, 9, 4, 16, device=DEVICE)
+    k, v = torch.randn(2, S, 2, H_kv, 16, device=DEVICE).unbind(2)
+    mask = masks(2, 4, 9, S)[kind]
+    has_gradient = mask is not None and mask.is_floating_point()
+    inputs = [q, k, v] + [mask] * has_gradient
+    turn = (lambda x: x) if layout == "bthd" else (lambda x: x.transpose(1, 2))
+
+    def ours(q, k, v, bias=mask):
+        return turn(attention(turn(q), turn(k), turn(v), layout=layout, mask=bias))
+
+    def exact(q, k, v, bias=mask):
+        return definition(q, k, v, mask=bias)
+
+    found = run(ours, inputs, dout)
+    truth = run(exact, [t.double() for t in inputs], dout.double())
+    for a, c in zip(found, truth, strict=True):
+        torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+    ref = attention_ref(turn(q), turn(k), turn(v), layout=layout, mask=mask)
+    torch.testing.assert_close(turn(ref), found[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize("floats", [False, True], ids=["bool", "floats"])
+def test_a_query_without_keys_gets_zeros(floats, backend):
+    """And gives no gradient, neither to itself nor to the keys."""
+    inputs, dout = make()
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool, device=DEVICE)
+    mask[1, 0, 4] = False
+    mask = torch.zeros(mask.shape, device=DEVICE).where(mask, -torch.inf) if floats else mask
+    fn = lambda *a: attention(*a, mask=mask, backend=backend)
+    found = run(fn, inputs, dout)
+    assert not found[0][1, 4].any() and not found[1][1, 4].any()
+    truth = run(lambda *a: definition(*a, mask=mask), [t.double() for t in inputs], dout.double())
+    for a, c in zip(found, truth, strict=True):
+        torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+
+
+def test_a_backend_without_grouped_heads_gets_them_repeated(monkeypatch):
+    """Neighbouring heads of the queries share a head of the keys; PyTorch's own order is the same."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(module, "sdpa_kernel", lambda backend: contextlib.nullcontext())
+    q, dout = torch.randn(2, 2, 9, 4, 16, device=DEVICE)
+    k, v = torch.randn(2, 5, 2, 2, 16, device=DEVICE).unbind(2)
+    truth = run(definition, [t.double() for t in (q, k, v)], dout.double())
+    for backend in ("efficient", "math"):
+        found = run(lambda *a, name=backend: module._run(name, *a, None), (q, k, v), dout)
+        for a, c in zip(found, truth, strict=True):
+            torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_follows_the_dtype_of_the_queries():
+    """A bias kept in fp32 beside queries in half precision, and under autocast."""
+    (q, k, v), _ = make(dtype=torch.bfloat16)
+    bias = torch.randn(1, 3, 9, 9, device=DEVICE)
+    expected = definition(*(t.double() for t in (q, k, v)), mask=bias.bfloat16().double())
+    out = attention(q, k, v, mask=bias)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=0)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        again = attention(q.float(), k.float(), v.float(), mask=bias)
+    assert torch.equal(again, out)
+
+
 def test_fp64_gradcheck():
     inputs, _ = make(1, 3, 1, 4, torch.float64)
     assert torch.autograd.gradcheck(attention, [t.detach().requires_grad_() for t in inputs])
@@ -85,7 +186,9 @@ def test_fp64_gradcheck():
 def test_compiles_without_graph_breaks():
     inputs, dout = make()
     groups = torch.arange(9, device=DEVICE).expand(2, 9) % 2
-    for kwargs in ({}, {"groups": groups}, {"backend": "math"}, {"layout": "bhtd"}):
+    mask = groups[:, None, None] == 0
+    options = ({"groups": groups}, {"mask": mask}, {"backend": "math"}, {"layout": "bhtd"})
+    for kwargs in ({}, *options):
         fn = lambda *a, kwargs=kwargs: attention(*a, **kwargs).sin()
         compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
         # on a GPU the compiled function may take another backend than the one that is measured
@@ -93,9 +196,10 @@ def test_compiles_without_graph_breaks():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def choose(q, groups, training):
+def choose(q, mask, training, k=None):
     """The chosen backend if queries, keys and values have the same layout."""
-    return module._choose(q, q, q, groups, training)
+    k = q if k is None else k
+    return module._choose(q, k, k, mask, training)
 
 
 @pytest.fixture
@@ -104,11 +208,11 @@ def fake_clock(monkeypatch):
     times = {"sdpa": 3.0, "cudnn": 2.0, "flash": 1.0, "efficient": 4.0}
     measured = []
 
-    def run_named(name, q, k, v, groups):
+    def run_named(name, q, k, v, mask):
         measured.append((name, threading.get_ident()))
         if times[name] is None:
             raise RuntimeError("No available kernel")
-        return definition(q, k, v, groups)
+        return definition(q, k, v, mask=mask)
 
     def milliseconds(run):
         run()
@@ -128,14 +232,35 @@ def test_the_fastest_is_chosen_once_per_shape(fake_clock):
     count = len(fake_clock.measured)
     fake_clock.times["flash"] = 9.0
     assert choose(q, None, True) == "flash" and len(fake_clock.measured) == count
-    # a batch size of the same power of two is the same shape; a larger one, inference, groups,
-    # another head dimension and another dtype are not
+    # a batch size of the same power of two is the same shape; a larger one, inference, a mask,
+    # another head dimension, other keys and another dtype are not
     assert choose(q[[0, 1, 0]], None, True) == "flash"
     assert choose(q[[0, 1] * 4], None, True) == "cudnn"
     assert choose(q.double(), None, True) == "cudnn"
     assert choose(q, None, False) == "cudnn"
-    assert choose(q, torch.zeros(2, 9, dtype=torch.long, device=DEVICE), True) == "cudnn"
     assert choose(q[..., :64], None, True) == "cudnn"
+    assert choose(q, None, True, k=q[:, :5]) == "cudnn"
+    assert choose(q, None, True, k=q[:, :, :1]) == "cudnn"
+
+
+def test_the_choice_knows_the_kind_of_mask(fake_clock):
+    """Its dtype, what it is broadcast over and whether it wants a gradient; not its values."""
+    (q, _, _), _ = make()
+    mask = torch.rand(2, 1, 9, 9, device=DEVICE) > 0.5
+    kinds = [None, mask, mask[:, :, :1], mask[:1], mask.float(), mask.float().requires_grad_()]
+    for kind in kinds:
+        count = len(fake_clock.measured)
+        assert choose(q, kind, True) == "flash"
+        assert len(fake_clock.measured) > count, "a new kind is measured"
+    count = len(fake_clock.measured)
+    assert choose(q, ~mask, True) == "flash" and len(fake_clock.measured) == count
+    assert kinds[-1].grad is None
+    # the gradient of the mask is part of what is timed
+    inputs = [x.detach().requires_grad_() for x in (q, q, q)]
+    dout = torch.randn(18, 216, device=DEVICE)
+    timed = module._timed_step("sdpa", inputs, kinds[-1], dout, training=True)
+    assert timed[-1].shape == mask.shape and timed[-1].any() and len(timed) == 4
+    assert len(module._timed_step("sdpa", inputs, mask, dout, training=True)) == 3
 
 
 def test_what_cannot_run_is_passed_over(fake_clock, caplog):
@@ -240,7 +365,7 @@ def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
     )
 
     def heads_first(
-        name, q, k, v, groups
+        name, q, k, v, mask
     ):  # its output, and the gradients that autograd hands on, have heads before tokens
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -270,8 +395,8 @@ def test_backend_can_be_named(monkeypatch):
 
 
 def test_installed_packages_take_part(monkeypatch):
-    """FlashAttention is found by import, only without groups and in 16 bits; its tuple is
-    unpacked.
+    """FlashAttention is found by import, only without a mask and in 16 bits; its tuple is
+    unpacked. It takes fewer heads and other keys as they are.
     """
     fake = types.ModuleType("flash_attn_interface")
     fake.flash_attn_func = lambda q, k, v: (definition(q, k, v), None)
@@ -280,18 +405,43 @@ def test_installed_packages_take_part(monkeypatch):
     torch.testing.assert_close(
         module._run("fa3", *inputs, None), attention_ref(*inputs), atol=1e-5, rtol=1e-5
     )
-    q = inputs[0]
+    q, k, v = inputs
+    fewer = (q, k[:, :5, :1], v[:, :5, :1])
+    torch.testing.assert_close(
+        module._run("fa3", *fewer, None), definition(*fewer), atol=1e-5, rtol=1e-5
+    )
     assert "fa3" in module._candidates(q.half(), None)
     assert "fa3" not in module._candidates(q, None)
-    assert "fa3" not in module._candidates(q.half(), torch.zeros(2, 9))
+    assert "fa3" not in module._candidates(q.half(), torch.zeros(2, 1, 9, 9))
 
 
 def test_rejects_bad_input():
     (q, k, v), _ = make()
     groups = torch.zeros(2, 9, dtype=torch.long, device=DEVICE)
+    mask = torch.ones(2, 3, 9, 9, dtype=torch.bool, device=DEVICE)
+    shapes = "expected q \\[B, T, H, d\\] and k, v of one shape \\[B, S, H_kv, d\\], H_kv a divisor"
     cases = [
-        ((q, k[:1], v), {}, "one shape \\[B, T, H, d\\], got \\[2, 9, 3, 72\\], \\[1, 9, 3, 72\\]"),
+        ((q, k[:1], v), {}, shapes + " of H, got \\[2, 9, 3, 72\\], \\[1, 9, 3, 72\\]"),
+        ((q, k[:1], v[:1]), {}, shapes),
+        ((q, k[:, :8], v), {}, shapes),
+        ((q, k[:, :, :2], v[:, :, :2]), {}, shapes),
+        ((q, k[:, :, :0], v[:, :, :0]), {}, shapes),
+        ((q, k[..., :64], v[..., :64]), {}, shapes),
         ((q[0], k[0], v[0]), {}, "one shape"),
+        ((q, k, v), {"groups": groups, "mask": mask}, "expected groups or mask, got both"),
+        ((q, k[:, :5], v[:, :5]), {"groups": groups}, "as many keys as queries, got T = 9, S = 5"),
+        ((q, k, v), {"mask": mask.long()}, "bool or floating-point, got .*int64"),
+        (
+            (q, k, v),
+            {"mask": mask[..., :5]},
+            "mask \\[B, S\\] = \\[2, 9\\] or .*got \\[2, 3, 9, 5\\]",
+        ),
+        ((q, k[:, :5], v[:, :5]), {"mask": mask}, "\\[B, H, T, S\\] = \\[2, 3, 9, 5\\]"),
+        ((q, k, v), {"mask": mask[:, :2]}, "expected mask"),
+        ((q, k, v), {"mask": mask[0]}, "expected mask"),
+        ((q, k, v), {"mask": mask[..., :1]}, "expected mask"),
+        ((q, k, v), {"mask": mask.to("meta")}, "every tensor on .*, got k, v, mask on"),
+        ((q, k, v), {"mask": mask.tolist()}, "expected mask as a tensor, got list"),
         ((q, k.half(), v), {}, "one floating-point dtype"),
         ((q.long(), k.long(), v.long()), {}, "one floating-point dtype"),
         ((q, k.to("meta"), v), {}, "every tensor on"),
@@ -299,7 +449,7 @@ def test_rejects_bad_input():
         ((q, k, v), {"groups": groups.float()}, "integers, got"),
         ((q, k, v), {"backend": "triton"}, "backend must be one of"),
         ((q, k, v), {"layout": "bhqd"}, "layout must be one of \\('bthd', 'bhtd'\\), got 'bhqd'"),
-        ((q, k[:1], v), {"layout": "bhtd"}, "one shape \\[B, H, T, d\\], got \\[2, 9, 3, 72\\]"),
+        ((q, k[:1], v), {"layout": "bhtd"}, "shape \\[B, H_kv, S, d\\], .*got \\[2, 9, 3, 72\\]"),
         # [2, 9] fits the tokens of the one layout and the heads of the other
         ((q, k, v), {"layout": "bhtd", "groups": groups}, "groups \\[B, T\\] = \\[2, 3\\]"),
     ]
@@ -323,6 +473,7 @@ def test_a_backend_that_cannot_run_is_named(monkeypatch):
     monkeypatch.setattr(module, "_installed", lambda package: False)
     for given, options, message in (
         (half, {"groups": groups}, "takes no groups"),
+        (half, {"mask": groups.bool()}, "takes no mask"),
         (inputs, {}, "needs bf16 or fp16 tensors, got torch.float32"),
         (half, {}, "needs the package flash_attn_interface"),
     ):
