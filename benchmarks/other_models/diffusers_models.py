@@ -1012,11 +1012,11 @@ def build(
     import diffusers
 
     if name not in RECIPES:
-        raise ValueError(f"build: expected a model of {'; '.join(RECIPES)}; got {name!r}")
+        raise ValueError(f"--model: expected one of {'; '.join(RECIPES)}; got {name!r}")
     recipe = RECIPES[name]
     if not hasattr(diffusers, recipe.class_name):
         raise ValueError(
-            f"build: expected a diffusers with {recipe.class_name}; got {diffusers.__version__}"
+            f"--model: expected a diffusers with {recipe.class_name}; got {diffusers.__version__}"
         )
     arguments = dict(recipe.tiny if tiny else recipe.default)
     if layers is not None:

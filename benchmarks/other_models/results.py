@@ -34,7 +34,8 @@ class Results:
         largest = max(gradient.abs().max().item() for gradient in self.gradients.values())
         sizes = {name: result.abs().max().item() for name, result in self.named().items()}
         least = {name: 0.01 * largest for name in self.gradients}
-        return {name: max(size, least.get(name, 0.0)) for name, size in sizes.items()}
+        # nothing but zeros differs by what it differs
+        return {name: max(size, least.get(name, 0.0)) or 1.0 for name, size in sizes.items()}
 
 
 def forward(model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -43,7 +44,8 @@ def forward(model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], list[Ten
     Every floating-point input that is a tensor by itself and no mask needs a gradient.
 
     Returns:
-        What needs a gradient, inputs and parameters by name, and all tensors of the output.
+        What needs a gradient, inputs and parameters by name, and all floating-point tensors of the
+        output.
     """
     inputs = dict(inputs)
     leaves = {}
@@ -52,14 +54,15 @@ def forward(model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], list[Ten
         if isinstance(value, Tensor) and value.is_floating_point() and not is_mask:
             leaves[name] = inputs[name] = value.detach().requires_grad_()
     leaves.update((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return leaves, [x for x in tree_leaves(model(**inputs)) if isinstance(x, Tensor)]
+    outputs = [x for x in tree_leaves(model(**inputs)) if isinstance(x, Tensor)]
+    # labels may be among the outputs
+    return leaves, [x for x in outputs if x.is_floating_point()]
 
 
 def backward(leaves: dict[str, Tensor], outputs: list[Tensor]) -> dict[str, Tensor]:
     """Gradients by name, from random gradients of the outputs, the same for every model."""
     generator = torch.Generator(outputs[0].device).manual_seed(2)
     draw = lambda x: torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
-    # labels may be among the outputs
     outputs = [x for x in outputs if x.requires_grad]
     douts = [draw(x) for x in outputs]
     gradients = torch.autograd.grad(outputs, [*leaves.values()], douts, allow_unused=True)
@@ -87,12 +90,9 @@ def difference(actual: Results, expected: Results) -> float:
     ours = actual.named()
     assert ours.keys() == theirs.keys()
     scales = expected.scales()
-    return max(
-        ((ours[name] - theirs[name]).abs().max() / scales[name]).item()
-        if scales[name]
-        else ours[name].abs().max().item()
-        for name in ours
-    )
+    largest = [(ours[name] - theirs[name]).abs().max().double() / scales[name] for name in ours]
+    # of tensors, because Python's max may lose a NaN
+    return torch.stack(largest).max().item()
 
 
 def distance(actual: Results, truth: Results) -> float:

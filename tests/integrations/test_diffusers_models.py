@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from one_line import check
+from one_line import check, enough, rewrites
 
 from benchmarks.other_models.diffusers_models import RECIPES, TINY, build
+from benchmarks.other_models.results import distance, in_dtype, run
+from sra_fast import integrations
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
 
@@ -73,3 +75,15 @@ def test_one_line_changes_only_roundings(name):
         pytest.skip(f"diffusers {diffusers.__version__} has no such class")
     model, inputs = build(name, True, TINY, "cpu", torch.float32)
     check(model, inputs, COUNTS[name], has_truth=name not in NO_TRUTH)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_bf16(name):
+    """As from_pretrained loads it: Wan's tables and norms stay in fp32."""
+    model, inputs = build(name, True, TINY, "cpu", torch.bfloat16)
+    original = run(model, inputs)
+    truth = run(*in_dtype(model, inputs, torch.float64))
+    integrations.compile(model, then="eager")
+    fused = run(model, inputs)
+    assert distance(fused, truth) <= 1.5 * distance(original, truth)
+    assert enough(rewrites(model), COUNTS[name])

@@ -103,6 +103,11 @@ def test_differences_are_noticed():
     with pytest.raises(AssertionError, match=name):
         assert_bitwise(wrong, original)
 
+    not_a_number = [torch.full_like(x, torch.nan) for x in original.outputs]
+    not_a_number = replace(original, outputs=not_a_number)
+    assert not difference(not_a_number, original) <= 1
+    assert not distance(not_a_number, truth) <= 1
+
     fewer = dict(original.gradients)
     del fewer[name]
     with pytest.raises(AssertionError):
