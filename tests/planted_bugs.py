@@ -21,7 +21,16 @@ import planted_bugs_layers
 import planted_bugs_norm
 
 ROOT = Path(__file__).resolve().parents[1]
-TREE = ("kernels", "sra_fast", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
+TREE = (
+    "kernels",
+    "sra_fast",
+    "csrc",
+    "benchmarks",
+    "tests",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+)
 # name, file, what is there, what is put there, arguments of the pytest run that must notice
 BUGS = [*planted_bugs_norm.BUGS, *planted_bugs_layers.BUGS, *planted_bugs_flat.BUGS]
 

@@ -17,6 +17,17 @@ def test_fused_block_is_the_plain_one(device, monkeypatch):
         assert compare(device) < 1e-4
 
 
+def test_one_line_is_the_plain_model(device, monkeypatch):
+    """Every norm is modulated and every residual gated by an operator, across blocks."""
+    compare = runpy.run_path(str(ROOT / "examples/one_line_dit.py"))["compare"]
+    for backend in ("torch", "triton"):
+        torch._dynamo.reset()
+        monkeypatch.setenv("SRA_FAST_BACKEND", backend)
+        difference, report = compare(device, then="eager")
+        assert difference < 1e-4
+        assert report.rewrites == {"adaln": 1, "gated_residual_adaln": 8}
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_the_page_shows_runs(backend, device, monkeypatch):
     monkeypatch.setenv("SRA_FAST_BACKEND", backend)
