@@ -141,6 +141,35 @@ def test_compiled_blocks_inside_checkpoints(reentrant):
     assert report.graphs == graphs
 
 
+def test_a_forward_that_is_compiled_already():
+    """LightningDiT decorates its forward functions: they become part of the model's graph."""
+
+    class Decorated(Stack):
+        @torch.compile(backend="eager")
+        def forward(self, x, c, depth=None):
+            return super().forward(x, c)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = Decorated(2)
+
+        def forward(self, x, c):
+            return self.stack(x, c)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model()
+    report = check(
+        model,
+        lambda model: integrations.compile(model, then="eager", fullgraph=True),
+        {"adaln": 1, FUSED: 3, "gated_residual": 1},
+    )
+    assert report.graphs == 1
+    integrations.undo(model)
+    assert "forward" not in model.stack.__dict__
+
+
 def test_graph_breaks():
     def around(block, x, c):
         torch._dynamo.graph_break()
