@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import planted_bugs_flat
+import planted_bugs_integrations
 import planted_bugs_layers
 import planted_bugs_norm
 
@@ -32,7 +33,12 @@ TREE = (
     "README.md",
 )
 # name, file, what is there, what is put there, arguments of the pytest run that must notice
-BUGS = [*planted_bugs_norm.BUGS, *planted_bugs_layers.BUGS, *planted_bugs_flat.BUGS]
+BUGS = [
+    *planted_bugs_norm.BUGS,
+    *planted_bugs_layers.BUGS,
+    *planted_bugs_flat.BUGS,
+    *planted_bugs_integrations.BUGS,
+]
 
 
 def run_tests(

@@ -496,6 +496,19 @@ def test_an_input_changed_in_place_is_changed():
     assert not torch.equal(changed, x)
 
 
+def test_a_view_of_what_is_changed_sees_the_change():
+    """``x += ...`` stays, because a view that is read afterwards shows the new values."""
+
+    def program(m, x, c):
+        (gate,) = m.vectors(c, 1)
+        y = m.second(x)
+        first = y[:, :1]
+        y += gate * m.first(x.relu())
+        return y, first.expand(-1, 2, -1)
+
+    check(program, {})
+
+
 def test_autocast():
     """Products in bf16, the residual stream in fp32; the modulation is not moved into another
     autocast.

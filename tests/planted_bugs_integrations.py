@@ -1,0 +1,183 @@
+"""Bugs of the compiler backend, for tests/planted_bugs.py."""
+
+GRAPH = "sra_fast/integrations/graph.py"
+PATTERNS = "sra_fast/integrations/patterns.py"
+REWRITING = "sra_fast/integrations/rewriting.py"
+REPORT = "sra_fast/integrations/report.py"
+BACKEND = "sra_fast/integrations/backend.py"
+PATCHES = "sra_fast/integrations/patches.py"
+
+T_PATTERNS = "tests/integrations/test_patterns.py"
+T_BACKEND = "tests/integrations/test_backend.py"
+T_PATCHES = "tests/integrations/test_patches.py"
+
+BUGS = [
+    (
+        "backend: tensors that change are read late",
+        PATTERNS,
+        "if any(facts.is_changed(node) for node in nodes):",
+        "if False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a view is another tensor",
+        GRAPH,
+        "return tensor.untyped_storage()._cdata",
+        "return id(tensor)",
+        T_PATTERNS,
+    ),
+    (
+        "backend: out= changes nothing",
+        GRAPH,
+        'return _nodes(node.kwargs["out"])',
+        "return []",
+        T_PATTERNS,
+    ),
+    (
+        "backend: inplace=True changes nothing",
+        GRAPH,
+        "or _asks_for_in_place(node):",
+        "or False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: an input changed in place is a sum",
+        GRAPH,
+        "if not fresh or read_later",
+        "if read_later",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a changed tensor is read as it was",
+        GRAPH,
+        "if not fresh or read_later",
+        "if not fresh",
+        T_PATTERNS,
+    ),
+    (
+        "backend: every eps is 1e-6",
+        PATTERNS,
+        "return Norm(node, uncast(x), kind, eps, weight, bias, [node])",
+        "return Norm(node, uncast(x), kind, 1e-6, weight, bias, [node])",
+        T_PATTERNS,
+    ),
+    (
+        "backend: the norm's weight is forgotten",
+        REWRITING,
+        '"norm_weight": self._now(norm.weight)}',
+        '"norm_weight": None}',
+        T_PATTERNS,
+    ),
+    (
+        "backend: 2 + scale is 1 + scale",
+        PATTERNS,
+        "if isinstance(a, int | float) and a == 1 and value(b) is not None:",
+        "if isinstance(a, int | float) and value(b) is not None:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a norm over several dimensions",
+        PATTERNS,
+        "return x is not None and len(sizes) == 1 and same(sizes[0], x.shape[-1])",
+        "return x is not None and same(sizes[-1], x.shape[-1])",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a mean square over any dimension",
+        PATTERNS,
+        "if sizes[0] not in (-1, source.dim() - 1):",
+        "if False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: the mean square of another tensor",
+        PATTERNS,
+        "if base is None or uncast(base) is not uncast(x):",
+        "if base is None:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a norm under no_grad is fused with what has gradients",
+        GRAPH,
+        "grad_region += not _is_autocast(node)",
+        "grad_region += 0",
+        T_PATTERNS,
+    ),
+    (
+        "backend: modulation is moved into another autocast",
+        REWRITING,
+        "if not self.facts.one_mode([node for node in between if node in self.facts.position]):",
+        "if False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: random numbers are moved",
+        REWRITING,
+        "if not all(self._is_movable(node) for node in late):",
+        "if not all(self._is_movable(node) or 'dropout' in node.name for node in late):",
+        T_PATTERNS,
+    ),
+    (
+        "backend: strides do not matter",
+        PATTERNS,
+        "if _depends_on_strides(found.root):",
+        "if False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: results are rounded early",
+        REWRITING,
+        'arguments["dtype"] = dtype',
+        'arguments["dtype"] = torch.bfloat16',
+        T_PATTERNS,
+    ),
+    (
+        "backend: a gate that is promoted is rounded",
+        REWRITING,
+        'x = insert(self.graph, "to", x, dtype, like=found.root)',
+        "pass",
+        T_PATTERNS,
+    ),
+    (
+        "backend: bodies of checkpoints are not entered",
+        GRAPH,
+        "if wraps and node.target.name() in _WRAPPERS:",
+        "if False:",
+        T_BACKEND,
+    ),
+    (
+        "backend: modulation is not moved above a tap",
+        REWRITING,
+        "        for node in moved:\n            total.prepend(node)\n        return total",
+        "        return None",
+        T_PATTERNS,
+    ),
+    (
+        "backend: undo leaves the compiled call",
+        BACKEND,
+        "module._compiled_call_impl = None",
+        "pass",
+        T_PATTERNS,
+    ),
+    (
+        "report: of every model",
+        REPORT,
+        "mine = [record for record in _records if record.reads(model)]",
+        "mine = list(_records)",
+        T_BACKEND,
+    ),
+    (
+        "patch: any forward is known",
+        PATCHES,
+        "if digits not in KNOWN:",
+        "if digits not in KNOWN and (digits := next(iter(KNOWN))) is None:",
+        T_PATCHES,
+    ),
+    (
+        "patch: the dtype of x under autocast",
+        PATCHES,
+        "normed = norm(x[:0]).dtype if autocast else x.dtype",
+        "normed = x.dtype",
+        T_PATCHES,
+    ),
+]
