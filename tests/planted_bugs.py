@@ -17,13 +17,19 @@ import tempfile
 from pathlib import Path
 
 import planted_bugs_flat
+import planted_bugs_heads
 import planted_bugs_layers
 import planted_bugs_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("kernels", "sra_fast", "csrc", "tests", "setup.py", "pyproject.toml", "README.md")
 # name, file, what is there, what is put there, arguments of the pytest run that must notice
-BUGS = [*planted_bugs_norm.BUGS, *planted_bugs_layers.BUGS, *planted_bugs_flat.BUGS]
+BUGS = [
+    *planted_bugs_norm.BUGS,
+    *planted_bugs_heads.BUGS,
+    *planted_bugs_layers.BUGS,
+    *planted_bugs_flat.BUGS,
+]
 
 
 def run_tests(

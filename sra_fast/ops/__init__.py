@@ -14,6 +14,7 @@ from sra_fast.ops.gated_residual import gated_residual
 from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sra_fast.ops.linear_gelu import linear_gelu
 from sra_fast.ops.noise_pair import noise_pair
+from sra_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "adaln",
@@ -27,4 +28,5 @@ __all__ = [
     "gated_residual_adaln",
     "linear_gelu",
     "noise_pair",
+    "qk_norm_rope",
 ]
