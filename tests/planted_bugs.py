@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import planted_bugs_flat
+import planted_bugs_heads
 import planted_bugs_integrations
 import planted_bugs_layers
 import planted_bugs_norm
@@ -35,6 +36,7 @@ TREE = (
 # name, file, what is there, what is put there, arguments of the pytest run that must notice
 BUGS = [
     *planted_bugs_norm.BUGS,
+    *planted_bugs_heads.BUGS,
     *planted_bugs_layers.BUGS,
     *planted_bugs_flat.BUGS,
     *planted_bugs_integrations.BUGS,

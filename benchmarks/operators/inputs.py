@@ -97,6 +97,17 @@ def qkv(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
     return (randn(shape.batch, T, 3, heads, D // heads, dtype=dtype),)
 
 
+def qk_norm_rope(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    """Queries and keys [B, T, heads, head dimension], views of a projection that also has values;
+    cosines and sines [T, head dimension / 2] in fp32; both norms' weights.
+    """
+    T, D, heads = shape.sizes
+    d = D // heads
+    q, k, _ = randn(shape.batch, T, 3, heads, d, dtype=dtype).unbind(2)
+    angle = randn(T, d // 2)
+    return q, k, angle.cos(), angle.sin(), randn(d, dtype=dtype), randn(d, dtype=dtype)
+
+
 def parameter_lists(
     shape: Shape, dtype: torch.dtype, randn: Callable
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:

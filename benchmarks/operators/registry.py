@@ -38,6 +38,7 @@ from sra_fast.ops.gated_residual_norm import gated_residual_norm_ref
 from sra_fast.ops.gelu import gelu_bwd, gelu_bwd_ref
 from sra_fast.ops.linear_gelu import linear_gelu_ref
 from sra_fast.ops.noise_pair import noise_pair_ref
+from sra_fast.ops.qk_norm_rope import qk_norm_rope_ref
 from sra_fast.ops.quantize_rows import quantize_rows, quantize_rows_ref
 
 # larger than in training: a term that is missing then shows in fp32; the time does not depend on them
@@ -421,6 +422,57 @@ OPERATORS["noise_pair"] = Operator(
     bytes=lambda shape, element_size: (20 * shape.latent_elements + 8 * shape.batch, 0),
     elements=lambda shape: shape.latent_elements,
     dtype=torch.float32,
+)
+
+
+# the norm of queries and keys and their rotation, before attention
+
+
+def plain_qk_norm_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pairs of neighbours, with tables for all heads, as in Flux and LightningDiT."""
+    cos, sin = (t.repeat_interleave(2, dim=-1)[:, None] for t in (cos, sin))
+
+    def one(x: Tensor, weight: Tensor) -> Tensor:
+        x = F.rms_norm(x, x.shape[-1:], weight, EPS)
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+    return one(q, q_weight), one(k, k_weight)
+
+
+def _qk_norm_rope(
+    function: Callable,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return function(
+        q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=EPS, style="interleaved"
+    )
+
+
+def _qk_norm_rope_bytes(shape: Shape, element_size: int) -> tuple[int, int]:
+    """Queries and keys read and written; both tables; the weights, and their gradients."""
+    T, D, heads = shape.sizes
+    d = D // heads
+    tables = 8 * T * d // 2
+    forward = element_size * (4 * shape.elements + 2 * d) + tables
+    return forward, element_size * (6 * shape.elements + 4 * d) + tables
+
+
+OPERATORS["qk_norm_rope"] = Operator(
+    make=inputs.qk_norm_rope,
+    ours=functools.partial(_qk_norm_rope, lambda *args, **kw: ops.qk_norm_rope(*args, **kw)),
+    reference=functools.partial(_qk_norm_rope, qk_norm_rope_ref),
+    eager=plain_qk_norm_rope,
+    bytes=_qk_norm_rope_bytes,
+    elements=lambda shape: 2 * shape.elements,
+    grads=(0, 1, 4, 5),
 )
 
 

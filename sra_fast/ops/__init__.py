@@ -15,6 +15,7 @@ from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sra_fast.ops.gated_residual_norm import gated_residual_norm
 from sra_fast.ops.linear_gelu import linear_gelu
 from sra_fast.ops.noise_pair import noise_pair
+from sra_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "adaln",
@@ -29,4 +30,5 @@ __all__ = [
     "gated_residual_norm",
     "linear_gelu",
     "noise_pair",
+    "qk_norm_rope",
 ]

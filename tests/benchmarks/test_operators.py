@@ -117,6 +117,7 @@ ROW_PATTERNS = (r"forward +(\d) s B T D", r"backward +(\d) s B T D")
 PATTERNS = {
     "gelu": (r"(\d) s M N \(dy, x; dx\)",),
     "concat_columns": (r"(\d) s M K D",),
+    "qk_norm_rope": (r"forward +(\d) s N ", r"backward +(\d) s N "),
     "align_distance": (r"elements of \[B, T, D\]: forward (\d) ", r"backward (\d); "),
     "noise_pair": (r"\((\d+) and 28 bytes per element in fp32\)",),
     "ema_update_": (r"(\d+) bf16 with copy",),

@@ -88,6 +88,16 @@ def valid() -> dict[str, dict]:
             "path": "linear",
             "scale": 0.5,
         },
+        "qk_norm_rope": {
+            **dict(zip("qk", random(2, B, T, 2, 8), strict=True)),
+            **dict(zip(("cos", "sin"), random(2, T, 4), strict=True)),
+            "q_weight": random(8),
+            "k_weight": random(8),
+            "eps": 1e-6,
+            "norm": "rms",
+            "style": "half",
+            "layout": "bthd",
+        },
     }
 
 
@@ -125,7 +135,7 @@ EXPANDED = {"expanded": lambda t: t[:1].expand(t.shape)}
 # tensors that may also be left out
 OPTIONAL = {
     *("bias", "bias1", "bias2", "clip_scale", "copies", "ema", "ema_copy", "group", "groups"),
-    *("latent_noise", "norm_bias", "norm_weight", "residual", "weights"),
+    *("k_weight", "latent_noise", "norm_bias", "norm_weight", "q_weight", "residual", "weights"),
     ("align_distance", "weight"),
     *((name, "gate") for name in ("gated_residual", "gated_residual_adaln", "gated_residual_norm")),
     *((name, "shift") for name in ("adaln", "gated_residual_adaln")),

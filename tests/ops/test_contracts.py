@@ -17,6 +17,7 @@ torch.manual_seed(0)
 X = torch.randn(2, 3, 64)
 Y = torch.randn(2, 3, 64)
 VECTORS = torch.randn(3, 2, 64)
+TABLES = torch.randn(2, 3, 8)
 # of all the tensors that may want a gradient, then of the one through which every gradient passes
 # a kernel
 FULL = {
@@ -26,6 +27,15 @@ FULL = {
         x, y, g, s, c, backend="triton"
     ),
     "align_distance": lambda x, y, g, s, c: ops.align_distance(x, y, "smooth_l1", backend="triton"),
+    # four heads; the last result is that of x
+    "qk_norm_rope": lambda x, y, g, s, c: ops.qk_norm_rope(
+        y.unflatten(2, (4, 16)),
+        x.unflatten(2, (4, 16)),
+        *TABLES,
+        q_weight=g[0, :16],
+        k_weight=s[0, :16],
+        backend="triton",
+    ),
 }
 W1, W2 = torch.randn(96, 64) / 8, torch.randn(64, 96) / 8
 # with products, whose dtypes are autocast's to choose

@@ -1,0 +1,151 @@
+"""Bugs of the norm and the rotation of queries and keys, for tests/planted_bugs.py."""
+
+KERNEL = "kernels/qk_norm_rope.py"
+OPERATOR = "sra_fast/ops/qk_norm_rope.py"
+
+T_HEADS = "tests/ops/test_qk_norm_rope.py"
+
+BUGS = [
+    (
+        "heads: pairs of halves are neighbours",
+        KERNEL,
+        "first = tl.load(ptr + rows + cols, mask=mask, other=other)",
+        "first = tl.load(ptr + rows + (cols ^ 1), mask=mask, other=other)",
+        T_HEADS,
+    ),
+    (
+        "heads: the reference pairs neighbours",
+        OPERATOR,
+        "        first, second = rows.chunk(2, dim=-1)\n"
+        "        turned = torch.cat([-second, first], dim=-1)\n",
+        "        first, second = rows.unflatten(-1, (-1, 2)).unbind(-1)\n"
+        "        turned = torch.stack([-second, first], dim=-1).flatten(-2)\n",
+        T_HEADS,
+    ),
+    (
+        "heads: rotated the other way",
+        KERNEL,
+        "y1, y2 = y1 * cos[0] - y2 * sin[0], y2 * cos[1] + y1 * sin[1]",
+        "y1, y2 = y1 * cos[0] + y2 * sin[0], y2 * cos[1] - y1 * sin[1]",
+        T_HEADS,
+    ),
+    (
+        "heads: the weight after the rotation",
+        KERNEL,
+        "                y1 *= w1\n"
+        "                y2 *= w2\n"
+        "                # rotate and round once\n"
+        "                if cos_ptr is not None:\n"
+        "                    y1, y2 = y1 * cos[0] - y2 * sin[0], y2 * cos[1] + y1 * sin[1]\n",
+        "                if cos_ptr is not None:\n"
+        "                    y1, y2 = y1 * cos[0] - y2 * sin[0], y2 * cos[1] + y1 * sin[1]\n"
+        "                y1 *= w1\n"
+        "                y2 *= w2\n",
+        T_HEADS,
+    ),
+    (
+        "heads: eps outside of the root",
+        KERNEL,
+        "1.0 / tl.sqrt(tl.where(live, squares / D + eps, 1.0))",
+        "1.0 / (tl.sqrt(tl.where(live, squares / D, 1.0)) + eps)",
+        T_HEADS,
+    ),
+    (
+        "heads: no eps",
+        KERNEL,
+        "tl.where(live, squares / D + eps, 1.0)",
+        "tl.where(live, squares / D, 1.0)",
+        T_HEADS,
+    ),
+    (
+        "heads: the mean enters the padding",
+        KERNEL,
+        "first = tl.where(first_exists[None, :], first - mean, 0.0)",
+        "first = first - mean",
+        T_HEADS,
+    ),
+    (
+        "heads: the gradient rotated forward",
+        KERNEL,
+        "dn1, dn2 = dn1 * cos[0] + dn2 * sin[1], dn2 * cos[1] - dn1 * sin[0]",
+        "dn1, dn2 = dn1 * cos[0] - dn2 * sin[1], dn2 * cos[1] + dn1 * sin[0]",
+        T_HEADS,
+    ),
+    (
+        "heads: sines of the other element",
+        KERNEL,
+        "dn1, dn2 = dn1 * cos[0] + dn2 * sin[1], dn2 * cos[1] - dn1 * sin[0]",
+        "dn1, dn2 = dn1 * cos[0] + dn2 * sin[0], dn2 * cos[1] - dn1 * sin[1]",
+        T_HEADS,
+    ),
+    (
+        "heads: dx without c1",
+        KERNEL,
+        "dx1 = (dx1 - xhat1 * c1 - c2) * rstd",
+        "dx1 = (dx1 - c2) * rstd",
+        T_HEADS,
+    ),
+    (
+        "heads: dx without c2",
+        KERNEL,
+        "dx2 = (dx2 - xhat2 * c1 - c2) * rstd",
+        "dx2 = (dx2 - xhat2 * c1) * rstd",
+        T_HEADS,
+    ),
+    (
+        "heads: the weight's gradient from the input",
+        KERNEL,
+        "sum2 += dn2 * xhat2",
+        "sum2 += dn2 * x[1].to(tl.float32)",
+        T_HEADS,
+    ),
+    (
+        "heads: the keys' sums over those of the queries",
+        KERNEL,
+        "k_part_ptr += (pid * K + K - 1) * D",
+        "k_part_ptr += pid * K * D",
+        T_HEADS,
+    ),
+    (
+        "heads: the last head left out",
+        KERNEL,
+        "tl.minimum(first_head + num_heads, H)",
+        "tl.minimum(first_head + num_heads, H - 1)",
+        T_HEADS,
+    ),
+    (
+        "heads: tables begin at the first token",
+        KERNEL,
+        "        row = t - offset\n",
+        "        row = t\n",
+        T_HEADS,
+    ),
+    (
+        "heads: one image's tables for all",
+        KERNEL,
+        "cos_rows = (b * cos_b + row * cos_t) * TABLE_UNIT",
+        "cos_rows = row * cos_t * TABLE_UNIT",
+        T_HEADS,
+    ),
+    (
+        "heads: a column per pair where there is one per element",
+        KERNEL,
+        '"FULL": cos.shape[2] == D',
+        '"FULL": False',
+        T_HEADS,
+    ),
+    (
+        "heads: the layout left behind",
+        OPERATOR,
+        "return (q_out.transpose(1, 2), k_out.transpose(1, 2)) if heads_first else (q_out, k_out)",
+        "return q_out, k_out",
+        T_HEADS,
+    ),
+    (
+        "heads: a copy is kept for the backward",
+        OPERATOR,
+        "ctx.save_for_backward(q, k, cos,",
+        "ctx.save_for_backward(q + 0, k, cos,",
+        T_HEADS,
+    ),
+]
