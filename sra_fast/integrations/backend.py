@@ -7,13 +7,14 @@ dict of the model stay as they are.
 
 import logging
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from sra_fast.integrations.report import forget, remember
+from sra_fast.integrations.report import describe, forget, forget_all, remember
 from sra_fast.integrations.rewriting import rewrite
 
 THEN = ("inductor", "aot_eager", "eager")
@@ -70,21 +71,35 @@ def backend(
     options = dict(options or {})
     then = _next_backend(options.pop("then", "inductor"), mode, options)
     result = rewrite(graph_module)
-    record = remember(result, graph_module, list(inputs))
+    record = describe(result, graph_module, inputs)
     _logger.info(
         "%d rewrites, %d near misses in a graph of %d nodes",
         len(record.result.rewrites),
         len(record.result.near_misses),
         len(graph_module.graph.nodes),
     )
+    remember(record)
     return then(graph_module, inputs)
+
+
+# torch._dynamo.reset() calls it
+backend.reset = forget_all  # pyright: ignore
+
+
+def _own_forward(module: Module) -> Callable[..., Any] | None:
+    """The function under the ``torch.compile`` that decorates a module's ``forward``; None without
+    one.
+    """
+    return getattr(type(module).forward, "_torchdynamo_orig_callable", None)
 
 
 def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
     """Compile a model in place with the operators of ``sra_fast`` in it.
 
     The same as ``model.compile(backend="sra_fast", ...)``, with its arguments checked now and not
-    when the model first runs.
+    when the model first runs. A ``forward`` that is decorated with ``@torch.compile`` (LightningDiT)
+    becomes part of the model's graph: with default arguments PyTorch 2.13 cannot trace through the
+    decorator.
 
     Args:
         model: any module. Norms with modulation and gated residuals of ``[B, T, D]`` tokens in it
@@ -111,6 +126,10 @@ def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
     _next_backend(then, None if mode == "default" else mode, further)
     if then != "inductor":
         options["options"] = {**further, "then": then}
+    for module in model.modules():
+        function = _own_forward(module)
+        if function is not None and "forward" not in module.__dict__:
+            module.forward = MethodType(function, module)
     model.compile(backend=backend, **options)
     return model
 
@@ -132,4 +151,7 @@ def undo(model: Module) -> Module:
     forget(model)
     for module in model.modules():
         module._compiled_call_impl = None
+        held = module.__dict__.get("forward")
+        if isinstance(held, MethodType) and held.__func__ is _own_forward(module):
+            del module.forward
     return model

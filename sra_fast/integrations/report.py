@@ -1,15 +1,18 @@
 """What the compiler backend did to a model: rewrites, near misses, and what is left."""
 
+import re
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch._guards import CompileContext
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.nn import Module
 
-from sra_fast.integrations.graph import bodies, is_view, nbytes, tensors
+from sra_fast.integrations.graph import bodies, is_view, nbytes, tensors, value
 from sra_fast.integrations.rewriting import NearMiss, Result, Rewrite
 
 MIB = 2**20
@@ -71,53 +74,113 @@ class Report:
 
 @dataclass
 class Record:
-    """One compiled graph: what was done, and which parameters it reads."""
+    """One compiled graph: what was done, and which parameters it reads.
+
+    Attributes:
+        result: rewrites and near misses.
+        rest: what was left.
+        tensors: the inputs of the graph, parameters among them.
+        shapes: of the parameters and buffers that it reads, by their names in the module whose
+            ``forward`` was compiled.
+        compile_id: Dynamo's number of the compilation.
+    """
 
     result: Result
     rest: dict[str, Rest]
-    parameters: list[weakref.ref[Tensor]]
+    tensors: list[weakref.ref[Tensor]]
+    shapes: dict[str, tuple[int, ...]]
     compile_id: object
 
-    def reads(self, ids: set[int]) -> bool:
-        """Whether the graph reads a tensor with one of these ids."""
-        alive = (reference() for reference in self.parameters)
+    def reads(self, model: Module) -> bool:
+        """Whether the graph reads a parameter or buffer of the model."""
+        ids = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        alive = (reference() for reference in self.tensors)
         return any(tensor is not None and id(tensor) in ids for tensor in alive)
+
+    def fits(self, model: Module) -> bool:
+        """Whether a module of a model sharded by FSDP2 has the parameters that the graph reads.
+
+        FSDP2 puts other tensors in their place while the model runs.
+        """
+        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            return False
+        held = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        held |= {name: tuple(b.shape) for name, b in model.named_buffers()}
+        prefixes = [f"{name}." if name else "" for name, _ in model.named_modules()]
+        return bool(self.shapes) and any(
+            all(held.get(prefix + name) == shape for name, shape in self.shapes.items())
+            for prefix in prefixes
+        )
 
 
 # graphs that this process compiled, oldest first
 _records: list[Record] = []
 
 
-def remember(result: Result, graph_module: GraphModule, inputs: list[object]) -> Record:
-    """Keep what was done to a graph for :func:`report`."""
+def describe(result: Result, graph_module: GraphModule, inputs: Sequence[object]) -> Record:
+    """What there is to know of a rewritten graph, before a compiler takes it apart."""
     held = [weakref.ref(tensor) for tensor in inputs if isinstance(tensor, Tensor)]
     held += [weakref.ref(tensor) for tensor in graph_module.parameters()]
     held += [weakref.ref(tensor) for tensor in graph_module.buffers()]
-    # Dynamo may compile a frame a second time with fewer numbers that vary, and drops the first
     compile_id = CompileContext.current_compile_id()
-    record = Record(result, _rest(graph_module), held, compile_id)
-    # graphs whose tensors are gone belong to no model
+    return Record(result, _rest(graph_module), held, _shapes(graph_module), compile_id)
+
+
+def remember(record: Record) -> None:
+    """Keep what is known of a graph for :func:`report`."""
+    # Dynamo may compile a frame a second time with fewer numbers that vary, and drops the first
+    repeated = lambda old: old.compile_id is not None and old.compile_id == record.compile_id
+    # graphs whose tensors are all gone belong to no model
     _records[:] = [
         old
         for old in _records
-        if (compile_id is None or old.compile_id != compile_id)
-        and any(reference() is not None for reference in old.parameters)
+        if not repeated(old) and any(reference() is not None for reference in old.tensors)
     ]
     _records.append(record)
-    return record
+
+
+def forget_all() -> None:
+    """Drop what is known of every graph, as ``torch._dynamo.reset`` drops the graphs."""
+    _records.clear()
 
 
 def forget(model: Module) -> None:
     """Drop what is known of a model's graphs."""
-    ids = _ids(model)
-    _records[:] = [record for record in _records if not record.reads(ids)]
+    mine = _records_of(model)
+    _records[:] = [record for record in _records if record not in mine]
+
+
+def _records_of(model: Module) -> list[Record]:
+    """The graphs that read a model's tensors; under FSDP2 those that fit its names and shapes."""
+    mine = [record for record in _records if record.reads(model)]
+    return mine or [record for record in _records if record.fits(model)]
+
+
+# how Dynamo names a parameter of the module whose forward it compiles
+_PARAMETER = re.compile(
+    r"L\['self'\]((?:\._modules\['[^']+'\])*)\._(?:parameters|buffers)\['(.+)'\]"
+)
+
+
+def _shapes(graph_module: GraphModule) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters and buffers that a graph reads."""
+    found = {}
+    for node in graph_module.graph.nodes:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        matched = _PARAMETER.fullmatch(str(getattr(source, "name", "")))
+        tensor = value(node)
+        if matched and tensor is not None:
+            parts = [*re.findall(r"\['([^']+)'\]", matched[1]), matched[2]]
+            found[".".join(parts)] = tuple(tensor.shape)
+    return found
 
 
 def report(model: Module) -> Report:
     """What the backend did to the graphs of a model that have been compiled so far.
 
-    A graph belongs to a model if it reads one of its parameters or buffers. Blocks that are compiled
-    one by one share the graph of the first, so it counts once. ``str(report)`` is text to read;
+    A graph belongs to a model if it reads one of its parameters or buffers (under FSDP2: parameters
+    of their names and shapes). Blocks that are compiled one by one share the graph of the first, so
+    it counts once. ``str(report)`` is text to read;
     :class:`Report` has the numbers.
 
     Args:
@@ -129,11 +192,8 @@ def report(model: Module) -> Report:
     """
     if not isinstance(model, Module):
         raise ValueError(f"sra_fast report: expected a torch.nn.Module, got {type(model).__name__}")
-    ids = _ids(model)
     total = Report()
-    for record in _records:
-        if not record.reads(ids):
-            continue
+    for record in _records_of(model):
         total.graphs += 1
         total.calls += record.result.rewrites
         total.rewrites.update(call.operator for call in record.result.rewrites)
@@ -143,10 +203,6 @@ def report(model: Module) -> Report:
             known = total.rest.get(kind, Rest(0, 0))
             total.rest[kind] = Rest(known.calls + rest.calls, known.bytes + rest.bytes)
     return total
-
-
-def _ids(model: Module) -> set[int]:
-    return {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
 
 def _rest(graph_module: GraphModule) -> dict[str, Rest]:

@@ -10,6 +10,7 @@ import programs
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import Stack
 from programs import B, D, Program, T
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,38 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from sra_fast import integrations
 
 FUSED = "gated_residual_adaln"
-
-
-class Block(nn.Module):
-    """A block of adaLN-Zero (DiT), its attention replaced by a layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.attend = nn.Linear(D, D)
-        self.mlp = nn.Linear(D, D)
-        self.modulation = nn.Linear(D, 6 * D)
-
-    def forward(self, x, c):
-        parts = self.modulation(F.silu(c)).chunk(6, dim=1)
-        shift, scale, gate, shift2, scale2, gate2 = (part[:, None] for part in parts)
-        x = x + gate * self.attend(self.norm1(x) * (1 + scale) + shift)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-
-
-class Stack(nn.Module):
-    """Blocks one after the other; ``around`` runs each."""
-
-    def __init__(self, depth=3, around=lambda block, x, c: block(x, c)):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-        self.around = around
-
-    def forward(self, x, c):
-        for block in self.blocks:
-            x = self.around(block, x, c)
-        return x
 
 
 def stack(**options):
@@ -170,6 +139,35 @@ def test_compiled_blocks_inside_checkpoints(reentrant):
         {"adaln": graphs, FUSED: graphs, "gated_residual": graphs},
     )
     assert report.graphs == graphs
+
+
+def test_a_forward_that_is_compiled_already():
+    """LightningDiT decorates its forward functions: they become part of the model's graph."""
+
+    class Decorated(Stack):
+        @torch.compile(backend="eager")
+        def forward(self, x, c, depth=None):
+            return super().forward(x, c)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = Decorated(2)
+
+        def forward(self, x, c):
+            return self.stack(x, c)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Model()
+    report = check(
+        model,
+        lambda model: integrations.compile(model, then="eager", fullgraph=True),
+        {"adaln": 1, FUSED: 3, "gated_residual": 1},
+    )
+    assert report.graphs == 1
+    integrations.undo(model)
+    assert "forward" not in model.stack.__dict__
 
 
 def test_graph_breaks():
