@@ -4,8 +4,10 @@ Nothing of them is copied here and nothing is changed: the module that holds the
 from the checkout.
 """
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +90,21 @@ def recognise(path: Path) -> Checkout:
     raise ValueError(f"--checkout: expected a checkout of {known}; got {path}")
 
 
+@contextlib.contextmanager
+def no_decorators() -> Iterator[None]:
+    """Meanwhile the decorator ``torch.compile`` changes nothing.
+
+    LightningDiT has it on parts of its model. They would be compiled in the eager program, too; and
+    torch 2.13 cannot compile a model around one of them, whatever the backend.
+    """
+    compiler = torch.compile
+    torch.compile = lambda model=None, **options: model or (lambda model: model)
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
 def import_module(path: Path, checkout: Checkout) -> ModuleType:
     """The module with the model, imported as the codebase's own programs import it.
 
@@ -102,7 +119,8 @@ def import_module(path: Path, checkout: Checkout) -> ModuleType:
     importlib.invalidate_caches()
     sys.path.insert(0, root)
     try:
-        return importlib.import_module(checkout.module)
+        with no_decorators():
+            return importlib.import_module(checkout.module)
     except ModuleNotFoundError as error:
         missing = (error.name or str(error)).partition(".")[0]
         raise ValueError(

@@ -108,6 +108,17 @@ def test_a_checkout(rows, capsys, tmp_path):
     assert found[-1]["model"] == "DiT DiT-S" and found[-1]["resolution"] == 256
 
 
+def test_decorators_of_a_checkout_are_off(rows, tmp_path):
+    """The eager program is eager, and ``torch.compile`` is itself again."""
+    compiler = torch.compile
+    imports = (
+        "@torch.compile(dynamic=True)\ndef f(): pass\nassert not hasattr(f, '_torchdynamo_inline')"
+    )
+    code, _ = rows("--checkout", str(write_checkout(tmp_path / "DiT", imports)))
+    assert code == 0
+    assert torch.compile is compiler
+
+
 def test_a_checkout_that_cannot_be_used_is_one_line(rows, capsys, tmp_path):
     cases = {
         "import absent_package.part": "models.py of DiT needs the package absent_package",
