@@ -35,6 +35,7 @@ EXTRAS = {
         "pybind11>=2.12",
         "wandb>=0.31",
         "accelerate>=1.15",
+        "diffusers>=0.30",
     ],
     "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"],
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
