@@ -58,7 +58,8 @@ def test_programs_take_the_commands_of(document, monkeypatch):
 # programs whose options the documents name by themselves
 PROGRAMS = [
     *sorted(f"sra_fast.{path.stem}" for path in ROOT.glob("sra_fast/[a-z]*.py")),
-    *("benchmarks.gpu_suite", "benchmarks.operators.run", "benchmarks.step.train_step"),
+    *("benchmarks.gpu_suite", "benchmarks.integrations", "benchmarks.operators.run"),
+    "benchmarks.step.train_step",
 ]
 # options of what a page adds, or of other programs
 OTHER_OPTIONS = {
