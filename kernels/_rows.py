@@ -22,7 +22,7 @@ from torch import Tensor
 
 # the dtype of a quantized row
 E4M3 = torch.float8_e4m3fn
-# rows per loop iteration in every kernel that uses this file
+# rows per program are a multiple of this: most kernels take two in an iteration
 STEP = 2
 # bytes in flight that saturate a Hopper SM's share of the memory bandwidth: 25 bytes/ns times
 # about 0.8 us of latency, twice
@@ -77,8 +77,13 @@ def num_sms(device: torch.device) -> int:
     return 2
 
 
-def mod_strides(mod: Tensor) -> tuple[int, int]:
-    """Strides of image and group of a modulation ``[B, D]`` or ``[B, G, D]``; 0 without groups."""
+def mod_strides(mod: Tensor | None) -> tuple[int, int]:
+    """Strides of image and group of a modulation ``[B, D]`` or ``[B, G, D]``; 0 without groups.
+
+    Of ``[B, T, D]`` those of image and token.
+    """
+    if mod is None:
+        return 0, 0
     assert mod.stride(-1) == 1 or mod.shape[-1] == 1
     return (mod.stride(0), mod.stride(1)) if mod.dim() == 3 else (mod.stride(0), 0)
 
@@ -152,6 +157,30 @@ def load_bias(bias_ptr, cols, mask):
 
 
 @triton.jit
+def load_gate(gate_ptr, cols, mask):
+    """The gate in fp32, or the constant 1 without one."""
+    return load_fp32(gate_ptr, cols, mask) if gate_ptr is not None else 1.0
+
+
+@triton.jit
+def load_stored(ptr, cols, mask):
+    """A vector as stored, or the constant 0 without one."""
+    return load(ptr, cols, mask) if ptr is not None else 0.0
+
+
+@triton.jit
+def factor_of(scale, scale_ptr, IS_FACTOR: tl.constexpr):
+    """What xhat is multiplied with, in fp32: 1 + scale, the scale itself, or 1 without one."""
+    if scale_ptr is None:
+        factor = 1.0
+    elif IS_FACTOR:
+        factor = scale.to(tl.float32)
+    else:
+        factor = 1.0 + scale.to(tl.float32)
+    return factor
+
+
+@triton.jit
 def residual(x, y, gate, bias, out_ptr, offsets, mask):
     """Store x + gate (y + bias), rounded once, and return the stored value in fp32."""
     out = x.to(tl.float32) + gate * (y.to(tl.float32) + bias)
@@ -164,7 +193,7 @@ def residual(x, y, gate, bias, out_ptr, offsets, mask):
 def load_two_arrays(
     a_ptr, b_ptr, group_ptr, b, owned, t, T, columns, D: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Row t of image b of two arrays, as stored.
+    """Row t of image b of two arrays, as stored; a stands in for an absent b.
 
     Returns the row's index, whether this program owns it, and (a, b) of its head and of its tail.
     """
@@ -172,13 +201,17 @@ def load_two_arrays(
     row = b * T + t
     live = is_owned(group_ptr, row, t, owned, T)
     a_head = load(a_ptr, row * D + head_cols, live & (head_cols < D))
-    b_head = load(b_ptr, row * D + head_cols, live & (head_cols < D))
+    b_head = a_head
+    if b_ptr is not None:
+        b_head = load(b_ptr, row * D + head_cols, live & (head_cols < D))
     head = (a_head, b_head)
     # without a tail its place in the result holds the head, which nothing reads
     tail = head
     if TAIL:
         a_tail = load(a_ptr, row * D + tail_cols, live & (tail_cols < D))
-        b_tail = load(b_ptr, row * D + tail_cols, live & (tail_cols < D))
+        b_tail = a_tail
+        if b_ptr is not None:
+            b_tail = load(b_ptr, row * D + tail_cols, live & (tail_cols < D))
         tail = (a_tail, b_tail)
     return row, live, head, tail
 

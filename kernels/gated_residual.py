@@ -1,5 +1,8 @@
 """The residual update of adaLN-Zero:  x' = x + gate (y + bias).
 
+Without a gate, x' = x + y + bias, there is no backward kernel: dx and dy are dx' itself. One gate
+per token is per_token.py's.
+
 A program walks rows of one image, so that the gate is read once and the sum over tokens stays in
 registers. It leaves one fp32 partial sum of dgate. The partial sums are added in a fixed order,
 without atomics, so the result is bitwise repeatable. dx is dx' itself.
@@ -22,6 +25,7 @@ from torch import Tensor
 from ._rows import (
     load_bias,
     load_fp32,
+    load_gate,
     load_two_arrays,
     locate,
     mod_strides,
@@ -32,9 +36,10 @@ from ._rows import (
     width_config,
 )
 
-# the widest rows that fit the registers of every architecture in every dtype; fp32 spills 48 bytes
-# at D=8192
-MAX_WIDTH = 6144
+# the widest rows that fit the registers of every architecture in every dtype
+MAX_WIDTH = 8192
+# the widest of which two rows at a time fit: fp32 spills 48 bytes at D=8192
+TWO_ROWS_WIDTH = 6144
 # upper limits of 32-bit registers per thread: every launch up to D=1536, and SiT-XL's (D=1152, half
 # precision); the backward's 105 are fp32's with Triton 3.6, with 3.7 it takes 96
 REGISTERS = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 105}
@@ -46,7 +51,7 @@ def _gated_residual_fwd_kernel(
     x_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
     bias_ptr,  # [D] or None
-    gate_ptr,  # [B, G, D], the last stride is 1
+    gate_ptr,  # [B, G, D] or None; the last stride is 1
     group_ptr,  # [B, T] integers, or None
     x_new_ptr,  # [B, T, D]
     T,
@@ -58,22 +63,26 @@ def _gated_residual_fwd_kernel(
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     pid, b, g, split, owned = locate(G, P)
     # gate of this image and group, and the bias, loaded once for all rows
-    gate_ptr += b * gate_b + g * gate_g
+    if gate_ptr is not None:
+        gate_ptr += b * gate_b + g * gate_g
     columns = row_columns(HEAD, TAIL)
     head_cols, tail_cols = columns
-    gate_head = load_fp32(gate_ptr, head_cols, head_cols < D)
+    gate_head = load_gate(gate_ptr, head_cols, head_cols < D)
     bias_head = load_bias(bias_ptr, head_cols, head_cols < D)
-    gate_tail = load_fp32(gate_ptr, tail_cols, tail_cols < D)
+    gate_tail = load_gate(gate_ptr, tail_cols, tail_cols < D)
     bias_tail = load_bias(bias_ptr, tail_cols, tail_cols < D)
 
-    for t in range(split * num_rows, (split + 1) * num_rows, 2):
+    for t in range(split * num_rows, (split + 1) * num_rows, ROWS):
         # load two rows before either is used
         even = load_two_arrays(x_ptr, y_ptr, group_ptr, b, owned, t, T, columns, D, TAIL)
-        odd = load_two_arrays(x_ptr, y_ptr, group_ptr, b, owned, t + 1, T, columns, D, TAIL)
-        for k in tl.static_range(2):
+        odd = even
+        if ROWS == 2:
+            odd = load_two_arrays(x_ptr, y_ptr, group_ptr, b, owned, t + 1, T, columns, D, TAIL)
+        for k in tl.static_range(ROWS):
             row, live, head, tail = odd if k else even
             # x + gate (y + bias), rounded once
             offsets = row * D + head_cols
@@ -104,6 +113,7 @@ def _gated_residual_bwd_kernel(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     pid, b, g, split, owned = locate(G, P)
     # gate of this image and group, loaded once for all rows
@@ -120,11 +130,15 @@ def _gated_residual_bwd_kernel(
     dgate_tail = zero_tail
     sum_dx_tail = zero_tail
 
-    for t in range(split * num_rows, (split + 1) * num_rows, 2):
+    for t in range(split * num_rows, (split + 1) * num_rows, ROWS):
         # load two rows before either is used
         even = load_two_arrays(dx_new_ptr, y_ptr, group_ptr, b, owned, t, T, columns, D, TAIL)
-        odd = load_two_arrays(dx_new_ptr, y_ptr, group_ptr, b, owned, t + 1, T, columns, D, TAIL)
-        for k in tl.static_range(2):
+        odd = even
+        if ROWS == 2:
+            odd = load_two_arrays(
+                dx_new_ptr, y_ptr, group_ptr, b, owned, t + 1, T, columns, D, TAIL
+            )
+        for k in tl.static_range(ROWS):
             row, live, head, tail = odd if k else even
             # dy = gate dx, and this row's share of the sums
             dx_head = head[0].to(tl.float32)
@@ -155,14 +169,14 @@ def _gated_residual_bwd_kernel(
 
 
 def gated_residual_fwd(
-    x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor, group: Tensor | None
+    x: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, group: Tensor | None
 ) -> Tensor:
-    """x' of contiguous x, y ``[B, T, D]``, gate ``[B, D]`` or ``[B, G, D]``, bias ``[D]``, group
-    ``[B, T]``.
+    """x' of contiguous x, y ``[B, T, D]``, gate ``[B, D]``, ``[B, G, D]`` or None, bias ``[D]``,
+    group ``[B, T]``.
     """
     B, T, D = x.shape
     assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
-    G = gate.shape[1] if gate.dim() == 3 else 1
+    G = gate.shape[1] if gate is not None and gate.dim() == 3 else 1
     P, rows = split_rows(x, G, 2)
     x_new = x.new_empty(x.shape)
     _gated_residual_fwd_kernel[(B * G * P,)](
@@ -177,6 +191,7 @@ def gated_residual_fwd(
         P,
         rows,
         *mod_strides(gate),
+        ROWS=2 if D <= TWO_ROWS_WIDTH else 1,
         **width_config(D),
         # without a limit ptxas 13 spills four registers for sm_100 to fit 64 (D=3072)
         maxnreg=96 if D > 2048 else None,
@@ -212,6 +227,7 @@ def gated_residual_bwd(
         rows,
         *mod_strides(gate),
         K=K,
+        ROWS=2 if D <= TWO_ROWS_WIDTH else 1,
         **width_config(D),
         enable_fp_fusion=True,
     )

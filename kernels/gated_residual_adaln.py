@@ -3,6 +3,9 @@
     x' = x + gate (y + bias)
     h  = norm(x') (1 + scale) + shift
 
+or norm(x') scale + shift, where the scale is the factor itself: weights of the norm are folded into
+it. Each vector may be absent. One vector per token is per_token.py's.
+
 A program walks rows of one image, so that the modulation is read once and the sums over tokens
 stay in registers. It leaves one fp32 partial sum per gradient. The partial sums are added in a
 fixed order, without atomics, so the result is bitwise repeatable. The backward needs x', y, mean
@@ -28,10 +31,12 @@ from torch import Tensor
 
 from ._rows import (
     E4M3,
+    factor_of,
     is_owned,
     load,
     load_bias,
-    load_fp32,
+    load_gate,
+    load_stored,
     load_two_arrays,
     locate,
     mod_strides,
@@ -55,14 +60,15 @@ REGISTERS_XL = {"_gated_residual_adaln_fwd_kernel": 96, "_gated_residual_adaln_b
 
 
 @triton.jit
-def _load_modulation(pointers, cols, D: tl.constexpr):
-    """gate, shift, 1 + scale and bias of some columns, in fp32."""
+def _load_modulation(pointers, cols, D: tl.constexpr, IS_FACTOR: tl.constexpr):
+    """gate, shift, factor and bias of some columns, in fp32; constants for what is absent."""
     gate_ptr, shift_ptr, scale_ptr, bias_ptr = pointers
     mask = cols < D
-    one_plus_scale = 1.0 + load_fp32(scale_ptr, cols, mask)
-    gate = load_fp32(gate_ptr, cols, mask)
-    shift = load_fp32(shift_ptr, cols, mask)
-    return gate, shift, one_plus_scale, load_bias(bias_ptr, cols, mask)
+    factor = factor_of(load_stored(scale_ptr, cols, mask), scale_ptr, IS_FACTOR)
+    gate = load_gate(gate_ptr, cols, mask)
+    # loads like a bias: 0 without one
+    shift = load_bias(shift_ptr, cols, mask)
+    return gate, shift, factor, load_bias(bias_ptr, cols, mask)
 
 
 @triton.jit
@@ -70,7 +76,7 @@ def _gated_residual_adaln_fwd_kernel(
     x_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
     bias_ptr,  # [D] or None
-    gate_ptr,  # [B, G, D], as are shift and scale; the last stride is 1
+    gate_ptr,  # [B, G, D] or None, as are shift and scale; the last stride is 1
     shift_ptr,
     scale_ptr,
     group_ptr,  # [B, T] integers, or None
@@ -93,17 +99,21 @@ def _gated_residual_adaln_fwd_kernel(
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
+    IS_FACTOR: tl.constexpr,
 ):
     pid, b, g, split, owned = locate(G, P)
     # modulation of this image and group, loaded once for all rows
-    gate_ptr += b * gate_b + g * gate_g
-    shift_ptr += b * shift_b + g * shift_g
-    scale_ptr += b * scale_b + g * scale_g
+    if gate_ptr is not None:
+        gate_ptr += b * gate_b + g * gate_g
+    if shift_ptr is not None:
+        shift_ptr += b * shift_b + g * shift_g
+    if scale_ptr is not None:
+        scale_ptr += b * scale_b + g * scale_g
     columns = row_columns(HEAD, TAIL)
     head_cols, tail_cols = columns
     modulation = (gate_ptr, shift_ptr, scale_ptr, bias_ptr)
-    gate_head, shift_head, w_head, bias_head = _load_modulation(modulation, head_cols, D)
-    gate_tail, shift_tail, w_tail, bias_tail = _load_modulation(modulation, tail_cols, D)
+    gate_head, shift_head, w_head, bias_head = _load_modulation(modulation, head_cols, D, IS_FACTOR)
+    gate_tail, shift_tail, w_tail, bias_tail = _load_modulation(modulation, tail_cols, D, IS_FACTOR)
 
     for t in range(split * num_rows, (split + 1) * num_rows, 2):
         # load two rows before either is used
@@ -177,7 +187,7 @@ def _load_bwd_row(pointers, stat_pointers, image, t, columns, D: tl.constexpr, T
 
 @triton.jit
 def _xhat_and_grads(half, w, mean, rstd):
-    """xhat, dh and the gradient of xhat, dh w with w = 1 + scale, in fp32."""
+    """xhat, dh and the gradient of xhat, dh w with its factor w, in fp32."""
     dh = half[3].to(tl.float32)
     xhat = (half[0].to(tl.float32) - mean) * rstd
     return xhat, dh, dh * w
@@ -186,7 +196,7 @@ def _xhat_and_grads(half, w, mean, rstd):
 @triton.jit
 def _store_bwd_half(loaded, half, modulation, row_data, sums, pointers, cols, D: tl.constexpr):
     """Store dx and dy of head or tail of a row, and h where it is recomputed; return the sums over
-    tokens.
+    tokens, also those that nothing stores and a compiler drops.
     """
     xhat, dh, dxhat = half
     gate, w = modulation
@@ -196,7 +206,7 @@ def _store_bwd_half(loaded, half, modulation, row_data, sums, pointers, cols, D:
     mask = live & (cols < D)
     if h_ptr is not None:
         # the shift of all rows of a program is the same: from the second row on it comes from L1
-        tl.store(h_ptr + offsets, xhat * w + load_fp32(shift_ptr, cols, mask), mask=mask)
+        tl.store(h_ptr + offsets, xhat * w + load_bias(shift_ptr, cols, mask), mask=mask)
     # gradient of the norm, plus what reaches x' along the residual stream
     dx = (dxhat - xhat * c1 - c2) * rstd
     if dx_new_ptr is not None:
@@ -209,17 +219,25 @@ def _store_bwd_half(loaded, half, modulation, row_data, sums, pointers, cols, D:
 
 
 @triton.jit
-def _store_sums(part_ptr, sums, gate, bias_ptr, cols, D: tl.constexpr, K: tl.constexpr):
-    """Store this program's partial sums of dgate, dshift, dscale, and with K = 4 of dbias."""
+def _store_sums(part_ptr, sums, gate, pointers, cols, D: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """Store this program's partial sums of dgate, dshift, dscale and dbias, those that there are."""
     dgate, dshift, dscale, sum_dx = sums
-    dgate_ptr = part_ptr + cols
-    # y + bias enters dgate: the bias times the sum of dx is added once, here
-    bias = load_bias(bias_ptr, cols, cols < D)
-    tl.store(dgate_ptr, dgate + sum_dx * bias, mask=cols < D)
-    tl.store(part_ptr + D + cols, dshift, mask=cols < D)
-    tl.store(part_ptr + 2 * D + cols, dscale, mask=cols < D)
-    if K == 4:
-        tl.store(part_ptr + 3 * D + cols, sum_dx * gate, mask=cols < D)
+    gate_ptr, scale_ptr, bias_ptr = pointers
+    next_ptr = part_ptr + cols
+    mask = cols < D
+    if gate_ptr is not None:
+        # y + bias enters dgate: the bias times the sum of dx is added once, here
+        dgate += sum_dx * load_bias(bias_ptr, cols, mask)
+        tl.store(next_ptr, dgate, mask=mask)
+        next_ptr += D
+    if HAS_SHIFT:
+        tl.store(next_ptr, dshift, mask=mask)
+        next_ptr += D
+    if scale_ptr is not None:
+        tl.store(next_ptr, dscale, mask=mask)
+        next_ptr += D
+    if bias_ptr is not None:
+        tl.store(next_ptr, sum_dx * gate, mask=mask)
 
 
 @triton.jit
@@ -227,7 +245,7 @@ def _gated_residual_adaln_bwd_kernel(
     x_new_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
     bias_ptr,  # [D] or None
-    gate_ptr,  # [B, G, D], as is scale; the last stride is 1
+    gate_ptr,  # [B, G, D] or None, as is scale; the last stride is 1
     scale_ptr,
     shift_ptr,  # as scale, or None if h is not recomputed
     group_ptr,  # [B, T] integers, or None
@@ -238,7 +256,7 @@ def _gated_residual_adaln_bwd_kernel(
     dx_ptr,  # [B, T, D]
     dy_ptr,  # [B, T, D]
     h_ptr,  # [B, T, D], the recomputed output of the norm, or None
-    part_ptr,  # [B, G, P, K, D] fp32: dgate, dshift, dscale, and for K = 4 the sum of dy
+    part_ptr,  # [B, G, P, K, D] fp32: dgate, dshift, dscale and the sum of dy, K of the four
     T,
     G,
     P,
@@ -253,19 +271,22 @@ def _gated_residual_adaln_bwd_kernel(
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     K: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    IS_FACTOR: tl.constexpr,
 ):
     pid, b, g, split, owned = locate(G, P)
-    # gate and 1 + scale of this image and group, loaded once for all rows
-    gate_ptr += b * gate_b + g * gate_g
-    scale_ptr += b * scale_b + g * scale_g
-    if h_ptr is not None:
+    # gate and factor of this image and group, loaded once for all rows
+    if gate_ptr is not None:
+        gate_ptr += b * gate_b + g * gate_g
+    if scale_ptr is not None:
+        scale_ptr += b * scale_b + g * scale_g
+    if shift_ptr is not None:
         shift_ptr += b * shift_b + g * shift_g
     columns = row_columns(HEAD, TAIL)
     head_cols, tail_cols = columns
-    gate_head = load_fp32(gate_ptr, head_cols, head_cols < D)
-    w_head = 1.0 + load_fp32(scale_ptr, head_cols, head_cols < D)
-    gate_tail = load_fp32(gate_ptr, tail_cols, tail_cols < D)
-    w_tail = 1.0 + load_fp32(scale_ptr, tail_cols, tail_cols < D)
+    modulation = (gate_ptr, None, scale_ptr, None)
+    gate_head, _, w_head, _ = _load_modulation(modulation, head_cols, D, IS_FACTOR)
+    gate_tail, _, w_tail, _ = _load_modulation(modulation, tail_cols, D, IS_FACTOR)
     mod_head = (gate_head, w_head)
     mod_tail = (gate_tail, w_tail)
 
@@ -302,22 +323,31 @@ def _gated_residual_adaln_bwd_kernel(
                 )
 
     # one partial sum of each gradient per program
-    _store_sums(part_ptr + pid * K * D, sums_head, gate_head, bias_ptr, head_cols, D, K)
-    if TAIL:
-        _store_sums(part_ptr + pid * K * D, sums_tail, gate_tail, bias_ptr, tail_cols, D, K)
+    if K > 0:
+        part_ptr += pid * K * D
+        vectors = (gate_ptr, scale_ptr, bias_ptr)
+        _store_sums(part_ptr, sums_head, gate_head, vectors, head_cols, D, HAS_SHIFT)
+        if TAIL:
+            _store_sums(part_ptr, sums_tail, gate_tail, vectors, tail_cols, D, HAS_SHIFT)
+
+
+def _num_groups(gate: Tensor | None, scale: Tensor | None) -> int:
+    vectors = gate if scale is None else scale
+    return vectors.shape[1] if vectors is not None and vectors.dim() == 3 else 1
 
 
 def gated_residual_adaln_fwd(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     group: Tensor | None,
     eps: float,
     rms: bool,
     dtype: torch.dtype | None = None,
+    is_factor: bool = False,
     h_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x', h, mean (empty for RMS) and rstd.
@@ -326,18 +356,20 @@ def gated_residual_adaln_fwd(
         x: ``[B, T, D]``, contiguous, as are y and group.
         y: ``[B, T, D]``.
         bias: ``[D]`` or None.
-        gate: ``[B, D]`` or ``[B, G, D]``, as are shift and scale; the last stride is 1.
-        shift: see ``gate``.
-        scale: see ``gate``.
+        gate: ``[B, D]`` or ``[B, G, D]``, as are shift and scale; the last stride is 1. None: 1.
+        shift: see ``gate``. None: 0.
+        scale: see ``gate``. None: 0, and the factor is 1; then there is no shift either.
         group: ``[B, T]`` integers or None.
         eps: added to the variance.
         rms: RMS norm instead of LayerNorm.
         dtype: of h; default: x's.
+        is_factor: the norm is multiplied with ``scale``, not with 1 + scale.
         h_scale: ``[B, T]`` fp32; h is then e4m3 and each row's scale is written here.
     """
     B, T, D = x.shape
     assert x.is_contiguous() and y.is_contiguous() and (group is None or group.is_contiguous())
-    G = gate.shape[1] if gate.dim() == 3 else 1
+    assert shift is None or scale is not None
+    G = _num_groups(gate, scale)
     P, rows = split_rows(x, G, 2)
     x_new = x.new_empty(x.shape)
     h = x.new_empty(x.shape, dtype=(dtype or x.dtype) if h_scale is None else E4M3)
@@ -345,6 +377,12 @@ def gated_residual_adaln_fwd(
     rstd = x.new_empty((B, T), dtype=torch.float32)
     config = width_config(D)
     columns_per_thread = (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
+    # without a limit ptxas 13 spills two registers for sm_100: at D=768 and 1536 (12 columns
+    # per thread) to fit 128, at D=640 and 1280 (10) to fit 96; 8 or 9 columns it fits in fewer
+    # by itself, but without a vector spills two for sm_80 to fit 64
+    max_registers = 144 if columns_per_thread >= 10 else None
+    if max_registers is None and (gate is None or scale is None):
+        max_registers = 96
     _gated_residual_adaln_fwd_kernel[(B * G * P,)](
         x,
         y,
@@ -366,11 +404,9 @@ def gated_residual_adaln_fwd(
         *mod_strides(shift),
         *mod_strides(scale),
         eps,
+        IS_FACTOR=is_factor,
         **config,
-        # without a limit ptxas 13 spills two registers for sm_100: at D=768 and 1536 (12 columns
-        # per thread) to fit 128, at D=640 and 1280 (10) to fit 96; 8 or 9 columns it fits in fewer
-        # by itself
-        maxnreg=144 if columns_per_thread >= 10 else None,
+        maxnreg=max_registers,
         enable_fp_fusion=True,
     )
     return x_new, h, mean, rstd
@@ -382,28 +418,33 @@ def gated_residual_adaln_bwd(
     x_new: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    gate: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None,
     group: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     shift: Tensor | None,
+    has_shift: bool = True,
+    is_factor: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, dgate, dshift, dscale, dbias (empty without a bias) and h (empty without ``shift``).
+    """dx, dy, dgate, dshift, dscale, dbias and h.
 
-    The [B, T, D] arrays and group are contiguous.
+    The [B, T, D] arrays and group are contiguous. h is empty without ``shift``, and the gradient
+    of what is absent is empty; dshift is that without ``has_shift`` or without a scale.
     """
     B, T, D = y.shape
     assert all(t is None or t.is_contiguous() for t in (dx_new, dh, x_new, y, group))
-    G = gate.shape[1] if gate.dim() == 3 else 1
-    # a bias adds a fourth partial sum
-    K = 3 if bias is None else 4
+    G = _num_groups(gate, scale)
+    has_shift = has_shift and scale is not None
     P, rows = split_rows(y, G, 4)
     dx = x_new.new_empty(y.shape)
     dy = y.new_empty(y.shape)
-    dgate = gate.new_empty(gate.shape)
-    dshift = scale.new_empty(scale.shape)
-    dscale = scale.new_empty(scale.shape)
+    dgate = y.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    dscale = y.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    dshift = dscale.new_empty(dscale.shape if has_shift else 0)
+    sums = [t for t in (dgate, dshift, dscale) if t.numel()]
+    # a bias adds one more partial sum
+    K = len(sums) + (bias is not None)
     part = y.new_empty(B * G, P, K, D, dtype=torch.float32)
     h = dh.new_empty(0 if shift is None else y.shape)
     _gated_residual_adaln_bwd_kernel[(B * G * P,)](
@@ -421,18 +462,21 @@ def gated_residual_adaln_bwd(
         dx,
         dy,
         None if shift is None else h,
-        part,
+        part if K else None,
         T,
         G,
         P,
         rows,
         *mod_strides(gate),
         *mod_strides(scale),
-        *mod_strides(scale if shift is None else shift),
+        *mod_strides(shift),
         K=K,
+        HAS_SHIFT=has_shift,
+        IS_FACTOR=is_factor,
         **width_config(D),
         enable_fp_fusion=True,
     )
     dbias = y.new_empty(0) if bias is None else bias.new_empty(D)
-    sum_partials(part, dgate, dshift, dscale, total=None if bias is None else dbias)
+    if K:
+        sum_partials(part, *sums, total=None if bias is None else dbias)
     return dx, dy, dgate, dshift, dscale, dbias, h

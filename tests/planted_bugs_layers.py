@@ -136,15 +136,15 @@ BUGS = [
     (
         "recomputed h without the scale",
         FUSED,
-        "xhat * w + load_fp32(shift_ptr",
-        "xhat + load_fp32(shift_ptr",
+        "xhat * w + load_bias(shift_ptr",
+        "xhat + load_bias(shift_ptr",
         T_LAYERS,
     ),
     (
         "recomputed h with the shift of image 0",
         FUSED,
-        "        shift_ptr += b * shift_b + g * shift_g\n",
-        "        shift_ptr += g * shift_g\n",
+        "        shift_ptr += b * shift_b + g * shift_g\n    columns",
+        "        shift_ptr += g * shift_g\n    columns",
         T_LAYERS,
     ),
     (
@@ -158,9 +158,16 @@ BUGS = [
     (
         "recomputed y with the shift of group 0",
         ADALN,
-        "        shift_ptr += b * shift_b + g * shift_g\n",
-        "        shift_ptr += b * shift_b\n",
+        "        shift_ptr += b * shift_b + g * shift_g\n    columns",
+        "        shift_ptr += b * shift_b\n    columns",
         T_LAYERS,
+    ),
+    (
+        "wide rows: the gradient of x' dropped",
+        HALF_BLOCK,
+        "dx if dx_new is None else dx + dx_new",
+        "dx",
+        "tests/ops/test_optional_vectors.py",
     ),
     ("total of image 0", ROWS, "first, M * P, K * D", "first, P, K * D", T_LAYERS),
     ("slope of GELU without its cube", GELU, "0.21406443847687905", "0.07135481282562635", T_GELU),
@@ -238,7 +245,7 @@ BUGS = [
         "return y, gate, None\n",
         T_LAYERS,
     ),
-    ("autocast unheard", HALF_BLOCK, "if empty or autocast(x) or not", "if empty or not", T_LAYERS),
+    ("autocast unheard", HALF_BLOCK, "if empty or autocast(x) or too", "if empty or too", T_LAYERS),
     (
         "second derivatives of weights in silence",
         LINEAR,

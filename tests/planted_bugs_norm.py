@@ -4,6 +4,7 @@ ROWS = "kernels/_rows.py"
 ADALN = "kernels/adaln.py"
 PLAIN = "kernels/gated_residual.py"
 FUSED = "kernels/gated_residual_adaln.py"
+TOKEN = "kernels/per_token.py"
 QUANTIZE = "kernels/quantize_rows.py"
 O_ADALN = "sra_fast/ops/adaln.py"
 O_GATED = "sra_fast/ops/gated_residual.py"
@@ -16,6 +17,7 @@ ATTENTION = "sra_fast/ops/attention.py"
 T_ADALN = "tests/ops/test_adaln.py"
 T_GATED = "tests/ops/test_gated_residual.py"
 T_FUSED = "tests/ops/test_gated_residual_adaln.py"
+T_OPTIONAL = "tests/ops/test_optional_vectors.py"
 T_ROWS = "tests/ops/test_rows.py"
 T_FAR = "tests/ops/test_far_rows.py"
 T_CONTRACTS = "tests/ops/test_contracts.py"
@@ -162,30 +164,30 @@ BUGS = [
     ),
     (
         "scale without the one",
-        ADALN,
-        "xhat * (1.0 + scale.to(tl.float32))",
-        "xhat * scale.to(tl.float32)",
+        ROWS,
+        "factor = 1.0 + scale.to(tl.float32)",
+        "factor = scale.to(tl.float32)",
         T_ADALN,
     ),
     (
         "shift and scale swapped",
         ADALN,
-        "scale.to(tl.float32)) + shift.to(tl.float32)",
-        "shift.to(tl.float32)) + scale.to(tl.float32)",
+        "shift, scale = mod\n",
+        "scale, shift = mod\n",
         T_ADALN,
     ),
     (
         "scale of the wrong image",
         ADALN,
-        "scale_ptr += b * scale_b + g * scale_g\n    if y_ptr",
-        "scale_ptr += split * scale_b + g * scale_g\n    if y_ptr",
+        "scale_ptr += b * scale_b + g * scale_g\n    if shift_ptr",
+        "scale_ptr += split * scale_b + g * scale_g\n    if shift_ptr",
         T_ADALN,
     ),
     (
         "one token's shift for all",
-        ADALN,
-        "load(shift_ptr, token_offsets[0] + cols, mask)",
-        "load(shift_ptr, cols, mask)",
+        TOKEN,
+        "_load_or(shift_ptr, token[1] + cols",
+        "_load_or(shift_ptr, cols",
         T_ADALN,
     ),
     ("dx without c1", ADALN, "(dxhat - xhat * c1 - c2) * rstd", "(dxhat - c2) * rstd", T_ADALN),
@@ -196,18 +198,18 @@ BUGS = [
         "(dxhat - xhat * c1 - c2)",
         T_ADALN,
     ),
-    ("dscale without xhat", ADALN, "sums[1] + dy * xhat", "sums[1] + dy", T_ADALN),
+    ("dscale without xhat", ADALN, "dscale += dy * xhat", "dscale += dy", T_ADALN),
     (
         "per-token dscale of dxhat",
-        ADALN,
-        "tl.store(dscale_ptr + offsets, dy * xhat",
-        "tl.store(dscale_ptr + offsets, dxhat * xhat",
+        TOKEN,
+        "row * D + cols, dh * normed",
+        "row * D + cols, dh * factor_of(half[3], scale_ptr, IS_FACTOR) * normed",
         T_ADALN,
     ),
     (
         "tail of dshift lost",
         ADALN,
-        "tl.store(dscale_ptr + tail_cols, tail_sums[0], mask=tail_cols < D)",
+        "tl.store(part_ptr + tail_cols, tail_sums[0], mask=tail_cols < D)",
         "pass",
         T_ADALN,
     ),
@@ -215,8 +217,8 @@ BUGS = [
         "plain: gate of the wrong image",
         PLAIN,
         "# gate of this image and group, and the bias, loaded once for all rows\n"
-        "    gate_ptr += b * gate_b",
-        "gate_ptr += (b // 2) * gate_b",
+        "    if gate_ptr is not None:\n        gate_ptr += b * gate_b",
+        "if gate_ptr is not None:\n        gate_ptr += (b // 2) * gate_b",
         T_GATED,
     ),
     (
@@ -300,15 +302,15 @@ BUGS = [
     (
         "fused: dgate without the bias",
         FUSED,
-        "dgate + sum_dx * bias, mask",
-        "dgate, mask",
+        "dgate += sum_dx * load_bias(bias_ptr, cols, mask)",
+        "pass",
         T_FUSED,
     ),
     (
         "fused: partial sums overlap",
         FUSED,
-        "part_ptr + pid * K * D, sums_head, gate_head",
-        "part_ptr + pid * D, sums_head, gate_head",
+        "part_ptr += pid * K * D",
+        "part_ptr += pid * D",
         T_FUSED,
     ),
     (
@@ -328,8 +330,8 @@ BUGS = [
     (
         "more bytes than stated",
         ADALN,
-        "load(x_ptr, row * D + cols, mask), shift",
-        "load(x_ptr, row * D + cols, mask) + 0 * load(x_ptr, row * D + cols, mask), shift",
+        "x_head = head[0].to(tl.float32)",
+        "x_head = head[0].to(tl.float32) + 0 * load(x_ptr, row * D + head_cols, live)",
         T_ROWS,
     ),
     (
@@ -413,20 +415,112 @@ BUGS = [
         T_FAR,
     ),
     (
-        "32-bit rows in adaln's forward",
-        ADALN,
-        "row = b * T + t\n    live = is_owned(group_ptr, row, t, owned, T)\n    offsets =",
-        "row = (b * T + t).to(tl.int32)\n    live = is_owned(group_ptr, row, t, owned, T)\n    offsets =",
+        "per token: 32-bit rows in the forward",
+        TOKEN,
+        "row = b * T + t\n        live = t < T\n        token = (b * gate_b + t * gate_t, b * shift_b",
+        "row = (b * T + t).to(tl.int32)\n        live = t < T\n"
+        "        token = (b * gate_b + t * gate_t, b * shift_b",
         T_FAR,
     ),
     (
-        "32-bit rows in adaln's backward",
-        ADALN,
-        "row = b * T + t\n    live = is_owned(group_ptr, row, t, owned, T)\n    offset =",
-        "row = (b * T + t).to(tl.int32)\n    live = is_owned(group_ptr, row, t, owned, T)\n    offset =",
+        "per token: 32-bit rows in the backward",
+        TOKEN,
+        "row = b * T + t\n        live = t < T\n        token = (b * gate_b + t * gate_t, b * scale_b",
+        "row = (b * T + t).to(tl.int32)\n        live = t < T\n"
+        "        token = (b * gate_b + t * gate_t, b * scale_b",
         T_FAR,
     ),
     ("fused: 32-bit rows", FUSED, "row = b * T + t\n", "row = (b * T + t).to(tl.int32)\n", T_FAR),
+    # absent vectors, weights of the norm, frames, tokens
+    ("weight without the scale", MODULATION, "weight.float() * factor", "weight * 1", T_OPTIONAL),
+    (
+        "norm's bias without the scale",
+        MODULATION,
+        "bias.float() * factor",
+        "bias.float()",
+        T_OPTIONAL,
+    ),
+    (
+        "one is added to a factor",
+        ROWS,
+        "factor = scale.to(tl.float32)\n",
+        "factor = 1.0 + scale.to(tl.float32)\n",
+        T_OPTIONAL,
+    ),
+    (
+        "a small weight as one plus the rest",
+        MODULATION,
+        "return shift, scale, weight is not None",
+        "return shift, scale if weight is None else scale.float() - 1, False",
+        T_OPTIONAL,
+    ),
+    (
+        "frames side by side",
+        MODULATION,
+        "modulation.repeat_interleave(T // F, dim=1)",
+        "modulation.repeat(1, T // F, 1)",
+        T_OPTIONAL,
+    ),
+    (
+        "frames beside tokens in turn",
+        MODULATION,
+        "vector.repeat_interleave(F // vector.shape[1], dim=1)",
+        "vector.repeat(1, F // vector.shape[1], 1)",
+        T_OPTIONAL,
+    ),
+    ("sandwich: the stream lost", ADALN, "y += added.to(tl.float32)", "pass", T_OPTIONAL),
+    ("dscale at the place of dshift", ADALN, "part_ptr + (K - 1) * D", "part_ptr", T_ADALN),
+    (
+        "plain: bias gradient of image 0",
+        O_GATED,
+        "dx_new.sum((0, 1))",
+        "dx_new[0].sum(0)",
+        T_OPTIONAL,
+    ),
+    ("per token: dweight from dh", TOKEN, "dnormed * xhat\n", "dh * xhat\n", T_OPTIONAL),
+    (
+        "per token: dnorm_bias from dh",
+        TOKEN,
+        "dnorm_bias += dnormed",
+        "dnorm_bias += dh",
+        T_OPTIONAL,
+    ),
+    ("per token: dbias without the gate", TOKEN, "dbias += dy", "dbias += dx", T_OPTIONAL),
+    (
+        "per token: dgate from dy",
+        TOKEN,
+        "offsets, dx * y, mask",
+        "offsets, dy * y, mask",
+        T_OPTIONAL,
+    ),
+    (
+        "per token: dgate without the bias",
+        TOKEN,
+        "y = half[1].to(tl.float32) + load_bias(bias_ptr, cols, mask)",
+        "y = half[1].to(tl.float32)",
+        T_OPTIONAL,
+    ),
+    (
+        "per token: dx without the residual's gradient",
+        TOKEN,
+        "            dx += half[4].to(tl.float32)\n",
+        "            dx += 0.0\n",
+        T_OPTIONAL,
+    ),
+    (
+        "per token: the gate of the next token",
+        TOKEN,
+        "(b * gate_b + t * gate_t, b * scale_b",
+        "(b * gate_b + (t ^ 1) * gate_t, b * scale_b",
+        T_OPTIONAL,
+    ),
+    (
+        "per token: sums of one program",
+        TOKEN,
+        "_store_sums(part_ptr + pid * K * D, sums_head",
+        "_store_sums(part_ptr + b * K * D, sums_head",
+        T_OPTIONAL,
+    ),
     # eps, statistics, tails
     (
         "fused: eps ignored",
@@ -476,8 +570,8 @@ BUGS = [
     (
         "y saved behind autograd's back",
         O_GATED,
-        "save_for_backward(y, bias",
-        "save_for_backward(y.data, bias",
+        "save_for_backward(None if gate is None else y, bias",
+        "save_for_backward(None if gate is None else y.data, bias",
         T_CONTRACTS,
     ),
     (

@@ -28,6 +28,16 @@ def rows(
     return *tokens, *projection.chunk(6, 1)[:vectors]
 
 
+def rows_per_token(
+    shape: Shape, dtype: torch.dtype, randn: Callable, arrays: int, vectors: int
+) -> tuple[Tensor, ...]:
+    """``arrays`` tensors [B, T, D], then ``vectors`` slices of one projection [B, T, 6 D]."""
+    T, D, _ = shape.sizes
+    projection = randn(shape.batch, T, 6 * D, dtype=dtype)
+    tokens = [randn(shape.batch, T, D, dtype=dtype) for _ in range(arrays)]
+    return *tokens, *projection.chunk(6, 2)[:vectors]
+
+
 def rows_and_weight(
     shape: Shape, dtype: torch.dtype, randn: Callable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -310,6 +310,39 @@ OPERATORS["gated_residual_norm"] = Operator(
 )
 
 
+# one vector per token
+
+
+def plain_adaln_per_token(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def plain_gated_residual_adaln_per_token(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    x = x + gate * y
+    return x, plain_adaln_per_token(x, shift, scale)
+
+
+OPERATORS["gated_residual_adaln_per_token"] = Operator(
+    make=functools.partial(inputs.rows_per_token, arrays=2, vectors=3),
+    ours=lambda *inputs: ops.gated_residual_adaln(*inputs, EPS),
+    reference=lambda *inputs: gated_residual_adaln_ref(*inputs, EPS),
+    eager=plain_gated_residual_adaln_per_token,
+    bytes=row_bytes(forward=(7, 0), backward=(10, 0), per_token=8),
+    grads=(0, 1, 2, 3, 4),
+)
+
+OPERATORS["adaln_per_token"] = Operator(
+    make=functools.partial(inputs.rows_per_token, arrays=1, vectors=2),
+    ours=lambda *inputs: ops.adaln(*inputs, EPS),
+    reference=lambda *inputs: adaln_ref(*inputs, EPS),
+    eager=plain_adaln_per_token,
+    bytes=row_bytes(forward=(4, 0), backward=(5, 0), per_token=8),
+    grads=(0, 1, 2),
+)
+
+
 # passes inside the backward of a half-block
 
 

@@ -20,6 +20,8 @@ from sra_fast.ops._register import wants_grad
 from sra_fast.ops.adaln import _bwd as _adaln_bwd
 from sra_fast.ops.adaln import _fwd as _adaln_fwd
 from sra_fast.ops.adaln import check_norm, run_adaln
+from sra_fast.ops.gated_residual import _bwd as _gated_bwd
+from sra_fast.ops.gated_residual import _fwd as _gated_fwd
 from sra_fast.ops.gated_residual_adaln import _bwd as _fused_bwd
 from sra_fast.ops.gated_residual_adaln import _fwd as _fused_fwd
 from sra_fast.ops.gated_residual_adaln import run_gated_residual_adaln
@@ -32,7 +34,13 @@ Residual = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 def norm_forward(
     x, y, y_bias, gate, shift, scale, group, eps, rms, dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x' (without y: x itself), h of ``dtype``, mean and rstd, with the kernels."""
+    """x' (without y: x itself), h of ``dtype``, mean and rstd, with the kernels.
+
+    Rows that are too wide for one pass take two.
+    """
+    if y is not None and x.shape[2] > fused_kernels.MAX_WIDTH:
+        x = _gated_fwd(x, y, y_bias, gate, group)
+        y = None
     if y is None:
         h, mean, rstd = _adaln_fwd(x, shift, scale, group, eps, rms, dtype)
         return x, h, mean, rstd
@@ -48,6 +56,11 @@ def norm_backward(
     if y is None:
         dx, dshift, dscale, h = _adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
         return (dx, None, None, None, dshift, dscale), h
+    if x_new.shape[2] > fused_kernels.MAX_WIDTH:
+        dx, dshift, dscale, h = _adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
+        dx = dx if dx_new is None else dx + dx_new
+        dy, dgate, dbias = _gated_bwd(dx, y, y_bias, gate, group)
+        return (dx, dy, None if y_bias is None else dbias, dgate, dshift, dscale), h
     dx, dy, dgate, dshift, dscale, dbias, h = _fused_bwd(
         dx_new, dh, x_new, y, y_bias, gate, scale, group, mean, rstd, shift
     )
@@ -243,8 +256,11 @@ def prepare(
     # whether the kernels take these tensors
     used = [t for t in (y, bias, gate, shift, scale, *layers) if t is not None]
     empty = any(t is not None and t.numel() == 0 for t in layers)
-    kernels = adaln_kernels if y is None else fused_kernels
-    if empty or autocast(x) or not runs_kernel(operator, kernels, backend, x, *used):
+    one_pass = y is not None and x.shape[2] <= fused_kernels.MAX_WIDTH
+    kernels = fused_kernels if one_pass else adaln_kernels
+    too_wide = recompute and not one_pass and x.shape[2] > adaln_kernels.RECOMPUTE_WIDTH
+    takes = runs_kernel(operator, kernels, backend, x, *used)
+    if empty or autocast(x) or too_wide or not takes:
         if recompute:
             log_once("recompute: without the kernels, or under autocast, every activation is kept")
         return None

@@ -194,32 +194,28 @@ def fold_affine(
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    like: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Shift and scale, in fp32, with which a plain norm gives ``(xhat w + b) (1 + scale) + shift``.
+    gate: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Shift and scale with which a plain norm gives ``(xhat w + b) (1 + scale) + shift``.
 
-    They have the shape of the modulation; without one that of ``like``, or ``[B, D]``. No row of x
-    is read.
+    No row of x is read: what is multiplied is as small as the modulation, and fp32. The vectors
+    have the shape of the modulation or, without one, that of the gate or ``[B, D]``.
+
+    Returns:
+        shift, scale, and whether the scale is the factor itself. As w (1 + scale) - 1 it would
+        lose the digits of a small weight. There is a scale if there is a shift.
     """
-    if weight is None and bias is None:
-        return shift, scale
-    given = [t for t in (shift, scale, like) if t is not None]
+    given = [t for t in (shift, scale, gate) if t is not None]
     shape = given[0].shape if given else (x.shape[0], x.shape[2])
-    factor = None if scale is None else 1 + scale.float()
+    factor = None if scale is None or (weight is None and bias is None) else 1 + scale.float()
     if bias is not None:
-        offset = bias.float() if factor is None else bias.float() * factor
-        shift = offset.expand(shape) if shift is None else offset + shift.float()
+        offset = bias if factor is None else bias.float() * factor
+        shift = offset.expand(shape) if shift is None else offset.float() + shift.float()
     if weight is not None:
-        product = weight.float() if factor is None else weight.float() * factor
-        scale = (product - 1).expand(shape)
-    return shift, scale
-
-
-def or_constant(vectors: Sequence[Tensor | None], x: Tensor, value: float) -> list[Tensor]:
-    """The vectors, with a constant in the place of None, in the shape of the others."""
-    B, _, D = x.shape
-    shape = next((t.shape for t in vectors if t is not None), (B, D))
-    return [x.new_full((D,), value).expand(shape) if t is None else t for t in vectors]
+        scale = weight.expand(shape) if factor is None else weight.float() * factor
+    elif shift is not None and scale is None:
+        scale = x.new_zeros(x.shape[2]).expand(shape)
+    return shift, scale, weight is not None
 
 
 def runs_kernel(

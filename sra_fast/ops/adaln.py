@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import adaln as kernels
+from sra_fast.kernels import per_token as per_token_kernels
 from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import (
     broadcast_to_tokens,
@@ -17,10 +18,10 @@ from sra_fast.ops._modulation import (
     fold_affine,
     frames_as_images,
     is_per_token,
-    or_constant,
     runs_kernel,
     with_dense_rows,
 )
+from sra_fast.ops._per_token import run_per_token
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
@@ -61,31 +62,32 @@ def adaln_ref(
     return h.to(dtype or x.dtype)
 
 
-def _fake_fwd(x, shift, scale, group, eps, rms, dtype=None):
+def _fake_fwd(x, shift, scale, group, eps, rms, dtype=None, is_factor=False, residual=None):
     y = x.new_empty(x.shape, dtype=dtype or x.dtype)
     mean = x.new_empty((0,) if rms else x.shape[:2], dtype=torch.float32)
     rstd = x.new_empty(x.shape[:2], dtype=torch.float32)
     return y, mean, rstd
 
 
-def _fake_bwd(dy, x, scale, group, mean, rstd, shift):
-    per_token = group is None and scale.dim() == 3
+def _fake_bwd(dy, x, scale, group, mean, rstd, shift, has_shift=True, is_factor=False):
     dx = x.new_empty(x.shape)
-    dshift = x.new_empty(0) if per_token else scale.new_empty(scale.shape)
-    dscale = scale.new_empty(scale.shape)
+    dscale = x.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    dshift = dscale.new_empty(dscale.shape if has_shift else 0)
     y = dy.new_empty(0 if shift is None else x.shape)
     return dx, dshift, dscale, y
 
 
 _fwd = register(
-    "adaln_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? group, float eps, bool rms,"
-    " ScalarType? dtype=None) -> (Tensor, Tensor, Tensor)",
+    "adaln_fwd(Tensor x, Tensor? shift, Tensor? scale, Tensor? group, float eps, bool rms,"
+    " ScalarType? dtype=None, bool is_factor=False, Tensor? residual=None)"
+    " -> (Tensor, Tensor, Tensor)",
     kernels.adaln_fwd,
     _fake_fwd,
 )
 _bwd = register(
-    "adaln_bwd(Tensor dy, Tensor x, Tensor scale, Tensor? group, Tensor mean, Tensor rstd,"
-    " Tensor? shift) -> (Tensor, Tensor, Tensor, Tensor)",
+    "adaln_bwd(Tensor dy, Tensor x, Tensor? scale, Tensor? group, Tensor mean, Tensor rstd,"
+    " Tensor? shift, bool has_shift=True, bool is_factor=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.adaln_bwd,
     _fake_bwd,
 )
@@ -93,24 +95,23 @@ _bwd = register(
 
 class _AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, group, eps, rms, dtype):
+    def forward(ctx, x, shift, scale, group, eps, rms, dtype, is_factor):
         x = x.contiguous()
-        y, mean, rstd = _fwd(x, shift, scale, group, eps, rms, dtype)
+        y, mean, rstd = _fwd(x, shift, scale, group, eps, rms, dtype, is_factor)
         # neither y nor shift: no gradient depends on them
         ctx.save_for_backward(x, scale, group, mean, rstd)
+        ctx.flags = (shift is not None, is_factor)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, scale, group, mean, rstd = ctx.saved_tensors
-        dy = dy.contiguous()
         dx, dshift, dscale, _ = guard_double_backward(
-            "adaln", _bwd, dy, x, scale, group, mean, rstd, None
+            "adaln", _bwd, dy.contiguous(), x, scale, group, mean, rstd, None, *ctx.flags
         )
-        # with one shift per token its gradient is dy itself, which the kernel does not copy
-        if group is None and scale.dim() == 3:
-            dshift = dy.to(scale.dtype)
-        return dx, dshift, dscale, None, None, None, None
+        dshift = dshift if ctx.flags[0] else None
+        dscale = None if scale is None else dscale
+        return dx, dshift, dscale, None, None, None, None, None
 
 
 def adaln(
@@ -135,7 +136,7 @@ def adaln(
 
     Args:
         x: ``[B, T, D]`` tokens, bf16/fp16/fp32; copied first unless contiguous. The kernel takes D
-            <= 5120. fp64 and wider rows run the reference; wider rows are logged once.
+            <= 8192. fp64 and wider rows run the reference; wider rows are logged once.
         shift: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, F,
             D]`` with F a divisor of T, one for each T / F tokens in a row (a frame of a video);
             ``[B, T, D]``, one per token; or ``[B, G, D]`` with ``group``. A column slice of the
@@ -144,8 +145,8 @@ def adaln(
         scale: as ``shift``; its strides may differ. None: 0.
         eps: added to the variance, or to the mean square of RMS.
         norm: ``"layer"`` or ``"rms"``, both without weights of their own.
-        norm_weight: ``[D]`` or None: 1. It and ``norm_bias`` are folded into scale and shift in
-            fp32: vectors per token then cost a pass over arrays of their size.
+        norm_weight: ``[D]`` or None: 1. It and ``norm_bias`` cost no pass over x: they are
+            multiplied with scale and shift in fp32.
         norm_bias: ``[D]`` or None: 0.
         group: ``[B, T]`` integers in [0, G): which of an image's G vectors a token takes (two
             noise levels per image: G = 2). Out of range the reference raises and the kernel takes
@@ -204,18 +205,29 @@ def run_adaln(
             group=group,
             dtype=dtype,
         )
+    if is_per_token((shift, scale), x, group):
+        is_factor = False
+        has_sums = any(t is not None for t in affine)
+        if has_sums and x.shape[2] > per_token_kernels.AFFINE_WIDTH:
+            # a pass over the vectors, where the sums for the two do not fit the registers
+            shift, scale, is_factor = fold_affine(x, shift, scale, *affine)
+            affine = (None, None)
+        options = {"affine": affine, "eps": eps, "norm": norm, "dtype": dtype}
+        options["is_factor"] = is_factor
+        return run_per_token(operator, x, None, None, None, shift, scale, **options)[1]
     # without vectors a group says nothing
     group = None if shift is None and scale is None else group
-    shift, scale = or_constant(fold_affine(x, shift, scale, *affine), x, 0.0)
+    shift, scale, is_factor = fold_affine(x, shift, scale, *affine)
     rows = x
-    if group is None and not is_per_token((shift, scale), x, group):
+    if group is None:
         (rows,), (shift, scale) = frames_as_images([x], [shift, scale])
     # the kernel takes any strides of the modulation but the last
     shift = with_dense_rows(shift)
     scale = with_dense_rows(scale)
     group = None if group is None else group.contiguous()
+    args = (shift, scale, group, eps, norm == "rms", dtype, is_factor)
     if wants_grad(x, shift, scale):
-        y = apply(_AdaLN, rows, shift, scale, group, eps, norm == "rms", dtype)
+        y = apply(_AdaLN, rows, *args)
     else:
-        y, _, _ = _fwd(rows.contiguous(), shift, scale, group, eps, norm == "rms", dtype)
+        y, _, _ = _fwd(rows.contiguous(), *args)
     return y.view_as(x) if y.shape != x.shape else y

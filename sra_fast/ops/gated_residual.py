@@ -10,10 +10,10 @@ from sra_fast.ops._modulation import (
     check_inputs,
     frames_as_images,
     is_per_token,
-    or_constant,
     runs_kernel,
     with_dense_rows,
 )
+from sra_fast.ops._per_token import run_per_token
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 
@@ -40,7 +40,7 @@ def _fake_bwd(dx_new, y, bias, gate, group):
 
 
 _fwd = register(
-    "gated_residual_fwd(Tensor x, Tensor y, Tensor? bias, Tensor gate, Tensor? group) -> Tensor",
+    "gated_residual_fwd(Tensor x, Tensor y, Tensor? bias, Tensor? gate, Tensor? group) -> Tensor",
     kernels.gated_residual_fwd,
     lambda x, y, bias, gate, group: x.new_empty(x.shape),
 )
@@ -56,13 +56,18 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, bias, gate, group):
         y = y.contiguous()
-        # not x: no gradient depends on it
-        ctx.save_for_backward(y, bias, gate, group)
+        # not x: no gradient depends on it, nor without a gate on y
+        ctx.save_for_backward(None if gate is None else y, bias, gate, group)
+        ctx.y_dtype = y.dtype
         return _fwd(x.contiguous(), y, bias, gate, group)
 
     @staticmethod
     def backward(ctx, dx_new):
         y, bias, gate, group = ctx.saved_tensors
+        if gate is None:
+            # a sum: every gradient is that of x' itself
+            dbias = None if bias is None else dx_new.sum((0, 1)).to(bias.dtype)
+            return dx_new, dx_new.to(ctx.y_dtype), dbias, None, None
         dx_new = dx_new.contiguous()
         dy, dgate, dbias = guard_double_backward(
             "gated_residual", _bwd, dx_new, y, bias, gate, group
@@ -84,7 +89,7 @@ def gated_residual(
 
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous. The
-            kernel takes D <= 6144. fp64 and wider rows run the reference; wider rows are logged
+            kernel takes D <= 8192. fp64 and wider rows run the reference; wider rows are logged
             once.
         y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes; copied first
             unless contiguous.
@@ -129,13 +134,13 @@ def run_gated_residual(
     backend: str | None,
 ) -> Tensor:
     """``gated_residual`` of inputs that ``operator`` has checked; errors begin with its name."""
-    takes = runs_kernel(operator, kernels, backend, x, y, gate)
-    # fp64, empty tensors, very wide rows and one gate per token
-    if not takes or is_per_token([gate], x, group):
+    # fp64, empty tensors and very wide rows
+    if not runs_kernel(operator, kernels, backend, x, y, gate):
         return gated_residual_ref(x, y, gate, bias=bias, group=group)
+    if is_per_token([gate], x, group):
+        return run_per_token(operator, x, y, bias, gate, None, None)[0]
     # without a gate a group says nothing
     group = None if gate is None else group
-    (gate,) = or_constant([gate], x, 1.0)
     rows = (x, y)
     if group is None:
         rows, (gate,) = frames_as_images(rows, [gate])

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import gated_residual_adaln as kernels
+from sra_fast.kernels import per_token as per_token_kernels
 from sra_fast.ops._modulation import (
     check_inputs,
     fold_affine,
     frames_as_images,
     is_per_token,
-    or_constant,
     runs_kernel,
     with_dense_rows,
 )
+from sra_fast.ops._per_token import run_per_token
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 from sra_fast.ops.adaln import adaln_ref, check_norm, run_adaln
 from sra_fast.ops.gated_residual import gated_residual_ref, run_gated_residual
@@ -48,7 +49,7 @@ def gated_residual_adaln_ref(
     return x, h
 
 
-def _fake_fwd(x, y, bias, gate, shift, scale, group, eps, rms, dtype=None):
+def _fake_fwd(x, y, bias, gate, shift, scale, group, eps, rms, dtype=None, is_factor=False):
     x_new = x.new_empty(x.shape)
     h = x.new_empty(x.shape, dtype=dtype or x.dtype)
     mean = x.new_empty((0,) if rms else x.shape[:2], dtype=torch.float32)
@@ -56,23 +57,42 @@ def _fake_fwd(x, y, bias, gate, shift, scale, group, eps, rms, dtype=None):
     return x_new, h, mean, rstd
 
 
-def _fake_bwd(dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd, shift):
-    dx, dy, dgate, dshift, dscale = (t.new_empty(t.shape) for t in (x_new, y, gate, scale, scale))
+def _fake_bwd(
+    dx_new,
+    dh,
+    x_new,
+    y,
+    bias,
+    gate,
+    scale,
+    group,
+    mean,
+    rstd,
+    shift,
+    has_shift=True,
+    is_factor=False,
+):
+    dx = x_new.new_empty(x_new.shape)
+    dy = y.new_empty(y.shape)
+    dgate = y.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    dscale = y.new_empty(0) if scale is None else scale.new_empty(scale.shape)
+    dshift = dscale.new_empty(dscale.shape if has_shift else 0)
     dbias = y.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     h = dh.new_empty(0 if shift is None else x_new.shape)
     return dx, dy, dgate, dshift, dscale, dbias, h
 
 
 _fwd = register(
-    "gated_residual_adaln_fwd(Tensor x, Tensor y, Tensor? bias, Tensor gate, Tensor shift,"
-    " Tensor scale, Tensor? group, float eps, bool rms, ScalarType? dtype=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "gated_residual_adaln_fwd(Tensor x, Tensor y, Tensor? bias, Tensor? gate, Tensor? shift,"
+    " Tensor? scale, Tensor? group, float eps, bool rms, ScalarType? dtype=None,"
+    " bool is_factor=False) -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.gated_residual_adaln_fwd,
     _fake_fwd,
 )
 _bwd = register(
     "gated_residual_adaln_bwd(Tensor? dx_new, Tensor dh, Tensor x_new, Tensor y, Tensor? bias,"
-    " Tensor gate, Tensor scale, Tensor? group, Tensor mean, Tensor rstd, Tensor? shift)"
+    " Tensor? gate, Tensor? scale, Tensor? group, Tensor mean, Tensor rstd, Tensor? shift,"
+    " bool has_shift=True, bool is_factor=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels.gated_residual_adaln_bwd,
     _fake_bwd,
@@ -81,12 +101,15 @@ _bwd = register(
 
 class _GatedResidualAdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, bias, gate, shift, scale, group, eps, rms, dtype):
+    def forward(ctx, x, y, bias, gate, shift, scale, group, eps, rms, dtype, is_factor):
         x = x.contiguous()
         y = y.contiguous()
-        x_new, h, mean, rstd = _fwd(x, y, bias, gate, shift, scale, group, eps, rms, dtype)
+        x_new, h, mean, rstd = _fwd(
+            x, y, bias, gate, shift, scale, group, eps, rms, dtype, is_factor
+        )
         # neither x nor h: the backward works from x'
         ctx.save_for_backward(x_new, y, bias, gate, scale, group, mean, rstd)
+        ctx.flags = (shift is not None, is_factor)
         # an unused output then has gradient None instead of zeros
         ctx.set_materialize_grads(False)
         return x_new, h
@@ -101,10 +124,13 @@ class _GatedResidualAdaLN(torch.autograd.Function):
             "gated_residual_adaln",
             _bwd,
             *(dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd),
-            None,
+            *(None, *ctx.flags),
         )
         dbias = None if bias is None else dbias
-        return dx, dy, dbias, dgate, dshift, dscale, None, None, None, None
+        dgate = None if gate is None else dgate
+        dshift = dshift if ctx.flags[0] else None
+        dscale = None if scale is None else dscale
+        return dx, dy, dbias, dgate, dshift, dscale, None, None, None, None, None
 
 
 def gated_residual_adaln(
@@ -133,7 +159,8 @@ def gated_residual_adaln(
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous. The
             kernel takes D <= 3072; wider rows take the kernels of ``gated_residual`` and
-            ``adaln``, which read x' once more each way. fp64 runs the reference.
+            ``adaln``, which read x' once more each way, and with x' their gradients. fp64 runs the
+            reference.
         y: ``[B, T, D]`` output of the half-block that ends, any of these dtypes; copied first
             unless contiguous.
         gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, F,
@@ -197,14 +224,21 @@ def run_gated_residual_adaln(
 
     ``affine`` is the norm's weight and bias.
     """
-    per_token = is_per_token([gate, shift, scale], x, group)
-    if per_token or x.shape[2] > kernels.MAX_WIDTH:
+    vectors = (gate, shift, scale, *affine)
+    per_token = is_per_token((gate, shift, scale), x, group)
+    widest = kernels.MAX_WIDTH
+    if per_token:
+        has_sums = any(t is not None for t in (bias, *affine))
+        widest = (
+            per_token_kernels.FUSED_WIDTH_WITH_SUMS if has_sums else per_token_kernels.FUSED_WIDTH
+        )
+    if x.shape[2] > widest:
         x = run_gated_residual(operator, x, y, bias, gate, group, backend)
         h = run_adaln(operator, x, shift, scale, group, eps, norm, dtype, backend, affine)
         return x, h
-    vectors = (gate, shift, scale, *affine)
-    # fp64 and empty tensors
-    if not runs_kernel(operator, kernels, backend, x, y, *vectors, dtype=dtype):
+    # fp64, empty tensors and very wide rows
+    limits = per_token_kernels if per_token else kernels
+    if not runs_kernel(operator, limits, backend, x, y, *vectors, dtype=dtype):
         weight, norm_bias = affine
         return gated_residual_adaln_ref(
             *(x, y, gate, shift, scale, eps),
@@ -215,21 +249,19 @@ def run_gated_residual_adaln(
             group=group,
             dtype=dtype,
         )
+    if per_token:
+        options = {"affine": affine, "eps": eps, "norm": norm, "dtype": dtype}
+        return run_per_token(operator, x, y, bias, gate, shift, scale, **options)
     # without vectors a group says nothing
     group = None if gate is None and shift is None and scale is None else group
-    shift, scale = fold_affine(x, shift, scale, *affine, like=gate)
-    shift, scale = or_constant([shift, scale, gate], x, 0.0)[:2]
-    (gate,) = or_constant([gate, shift], x, 1.0)[:1]
+    shift, scale, is_factor = fold_affine(x, shift, scale, *affine, gate)
     rows = (x, y)
     if group is None:
         rows, (gate, shift, scale) = frames_as_images(rows, [gate, shift, scale])
     # the kernel takes any strides of the modulation but the last
-    gate = with_dense_rows(gate)
-    shift = with_dense_rows(shift)
-    scale = with_dense_rows(scale)
-    bias = with_dense_rows(bias)
+    bias, gate, shift, scale = map(with_dense_rows, (bias, gate, shift, scale))
     group = None if group is None else group.contiguous()
-    args = (bias, gate, shift, scale, group, eps, norm == "rms", dtype)
+    args = (bias, gate, shift, scale, group, eps, norm == "rms", dtype, is_factor)
     if wants_grad(x, y, bias, gate, shift, scale):
         x_new, h = apply(_GatedResidualAdaLN, *rows, *args)
     else:

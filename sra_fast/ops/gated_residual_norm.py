@@ -1,10 +1,23 @@
 """The residual update with a normed branch, "sandwich norm" (Lumina-Image 2.0, Z-Image)."""
 
+import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import upcast, use_triton
-from sra_fast.ops._modulation import broadcast_to_tokens, check_inputs
+from sra_fast.kernels import adaln as kernels
+from sra_fast.ops._backend import upcast
+from sra_fast.ops._modulation import (
+    broadcast_to_tokens,
+    check_inputs,
+    frames_as_images,
+    is_per_token,
+    runs_kernel,
+    with_dense_rows,
+)
+from sra_fast.ops._per_token import run_per_token
+from sra_fast.ops._register import apply, guard_double_backward, wants_grad
 from sra_fast.ops.adaln import NORMS, check_norm
+from sra_fast.ops.adaln import _bwd as _adaln_bwd
+from sra_fast.ops.adaln import _fwd as _adaln_fwd
 
 
 def gated_residual_norm_ref(
@@ -26,6 +39,31 @@ def gated_residual_norm_ref(
     return (upcast(x) + yhat).to(x.dtype)
 
 
+class _GatedResidualNorm(torch.autograd.Function):
+    """The kernels of ``adaln``, whose forward adds the stream to its output."""
+
+    @staticmethod
+    def forward(ctx, x, y, factor, group, eps, rms):
+        y = y.contiguous()
+        out, mean, rstd = _adaln_fwd(
+            y, None, factor, group, eps, rms, x.dtype, True, x.contiguous()
+        )
+        # not x: no gradient depends on it
+        ctx.save_for_backward(y, factor, group, mean, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        y, factor, group, mean, rstd = ctx.saved_tensors
+        dy, _, dfactor, _ = guard_double_backward(
+            "gated_residual_norm",
+            _adaln_bwd,
+            *(dout.contiguous(), y, factor, group, mean, rstd, None, False, True),
+        )
+        # the gradient of x is that of the output itself
+        return dout, dy, None if factor is None else dfactor, None, None, None
+
+
 def gated_residual_norm(
     x: Tensor,
     y: Tensor,
@@ -40,15 +78,18 @@ def gated_residual_norm(
     """``x + gate * (norm(y) * norm_weight)``, computed in fp32 and rounded once.
 
     Args:
-        x: ``[B, T, D]`` residual stream, bf16/fp16/fp32.
-        y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes.
+        x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous. The
+            kernel takes D <= 8192. fp64 and wider rows run the reference; wider rows are logged
+            once.
+        y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes; copied first
+            unless contiguous.
         gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, F,
             D]`` or ``[B, T, D]``, one per frame or token; or ``[B, G, D]`` with ``group``; see
             ``adaln``. A function of it, such as ``tanh(gate)``, costs one small operation on
             ``[B, D]``. None: 1.
         eps: added to the mean square, or to the variance of ``"layer"``.
         norm: ``"rms"`` or ``"layer"``, both without weights of their own.
-        norm_weight: ``[D]`` or None: 1.
+        norm_weight: ``[D]`` or None: 1. It costs no pass over y: it is multiplied with the gate.
         group: ``[B, T]`` integers in [0, G) or None; see ``gated_residual``.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
@@ -71,5 +112,32 @@ def gated_residual_norm(
         within_image=True,
     )
     check_norm(operator, norm, eps)
-    use_triton(operator, x, backend)
-    return gated_residual_norm_ref(x, y, gate, eps, norm=norm, norm_weight=norm_weight, group=group)
+    # fp64, empty tensors and very wide rows
+    if not runs_kernel(operator, kernels, backend, x, y, gate, norm_weight):
+        return gated_residual_norm_ref(
+            x, y, gate, eps, norm=norm, norm_weight=norm_weight, group=group
+        )
+    if is_per_token([gate], x, group):
+        affine = (norm_weight, None)
+        options = {"eps": eps, "norm": norm, "dtype": x.dtype, "residual": x, "is_factor": True}
+        return run_per_token(operator, y, None, None, None, None, gate, affine=affine, **options)[1]
+    # without a gate a group says nothing
+    group = None if gate is None else group
+    factor = gate
+    if norm_weight is not None:
+        # as small as the gate, and fp32: no row is read
+        factor = norm_weight if gate is None else norm_weight.float() * gate.float()
+        factor = factor.expand((x.shape[0], x.shape[2]) if gate is None else gate.shape)
+    stream, branch = x, y
+    if group is None:
+        (stream, branch), (factor,) = frames_as_images((x, y), [factor])
+    # the kernel takes any strides of the factor but the last
+    factor = with_dense_rows(factor)
+    group = None if group is None else group.contiguous()
+    options = (factor, group, eps, norm == "rms")
+    if wants_grad(x, y, factor):
+        out = apply(_GatedResidualNorm, stream, branch, *options)
+    else:
+        stream = stream.contiguous()
+        out, _, _ = _adaln_fwd(branch.contiguous(), None, *options, x.dtype, True, stream)
+    return out.view_as(x) if out.shape != x.shape else out

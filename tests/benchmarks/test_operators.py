@@ -44,11 +44,13 @@ def rows_of(path: Path) -> list[dict]:
 def test_every_operator_with_a_kernel_is_measured():
     # operators inside a half-block or the teacher, which nobody calls from outside
     inner = {"quantize_rows", "gelu", "concat_columns"}
-    assert set(OPERATORS) == {*ops.__all__, *inner}
+    variants = {"adaln_per_token", "gated_residual_adaln_per_token"}
+    assert set(OPERATORS) == {*ops.__all__, *inner, *variants}
     kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     # operators without a kernel file of their name
     products = {"attention", "linear_gelu", "adaln_linear", "adaln_mlp", "gated_residual_norm"}
-    assert kernels == {name.rstrip("_") for name in OPERATORS} - products
+    measured = {name.rstrip("_") for name in OPERATORS} - products - variants
+    assert kernels == measured | {"per_token"}
 
 
 def test_known_sizes():
@@ -84,29 +86,52 @@ def bytes_of_row_operator(name: str) -> tuple[int, int]:
     B, T, D = 32, 256, 1152
     x, y, dx, dh = (torch.empty(B, T, D, dtype=torch.bfloat16, device="meta") for _ in range(4))
     vector = torch.empty(B, D, dtype=torch.bfloat16, device="meta")
+    # of a token, as wide as x
+    gate, shift, scale = (torch.empty_like(x) for _ in range(3))
+    none = (None,) * 4
     mean, rstd = (torch.empty(B, T, device="meta") for _ in range(2))
     forward = {
         "adaln": (x, vector, vector, None, 1e-6, False),
         "gated_residual": (x, y, None, vector, None),
         "gated_residual_adaln": (x, y, None, vector, vector, vector, None, 1e-6, False),
         "align_distance": (x, y, "smooth_l1", 0.05, True),
+        # the kernel of adaln adds the stream
+        "gated_residual_norm": (y, None, vector, None, 1e-6, True, None, True, x),
+        "adaln_per_token": (x, *none, None, shift, scale, None, 1e-6, False, True),
+        "gated_residual_adaln_per_token": (
+            *(x, y, None, gate, None, None, shift, scale, None, 1e-6, False, True),
+        ),
     }[name]
     backward = {
         "adaln": (dx, x, vector, None, mean, rstd, None),
         "gated_residual": (x, y, None, vector, None),
         "gated_residual_adaln": (x, y, dx, dh, None, vector, vector, None, mean, rstd, None),
         "align_distance": (mean, x, True),
+        "gated_residual_norm": (dx, y, vector, None, mean[:0], rstd, None, False, True),
+        "adaln_per_token": (None, dh, x, *none, None, scale, mean, rstd),
+        "gated_residual_adaln_per_token": (
+            *(dx, dh, x, y, None, gate, None, None, scale, mean, rstd),
+        ),
     }[name]
+    operator = {"gated_residual_norm": "adaln"}.get(name, name)
+    operator = "per_token" if name.endswith("per_token") else operator
 
     def total(call, args: tuple) -> int:
         return size(args) + size(call(*args))
 
     op = torch.ops.sra_fast
-    return total(getattr(op, f"{name}_fwd"), forward), total(getattr(op, f"{name}_bwd"), backward)
+    return tuple(
+        total(getattr(op, f"{operator}_{which}"), args)
+        for which, args in (("fwd", forward), ("bwd", backward))
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["adaln", "gated_residual", "gated_residual_adaln", "align_distance"]
+    "name",
+    [
+        *("adaln", "gated_residual", "gated_residual_adaln", "align_distance"),
+        *("gated_residual_norm", "adaln_per_token", "gated_residual_adaln_per_token"),
+    ],
 )
 def test_bytes_of_row_operators(name):
     assert OPERATORS[name].bytes(XL, 2) == bytes_of_row_operator(name)
@@ -115,6 +140,18 @@ def test_bytes_of_row_operators(name):
 # in a kernel's docstring: what states its bytes per element
 ROW_PATTERNS = (r"forward +(\d) s B T D", r"backward +(\d) s B T D")
 PATTERNS = {
+    "gated_residual_norm": (
+        r"gated_residual_norm, RMS: forward +(\d) s B T D",
+        r"gated_residual_norm, RMS: forward .{1,70} backward +(\d) s B T D",
+    ),
+    "adaln_per_token": (
+        r" adaln +forward +(\d+) s B T D",
+        r" adaln +forward .{1,60} backward +(\d+) s B T D",
+    ),
+    "gated_residual_adaln_per_token": (
+        r"gated_residual_adaln forward +(\d+) s B T D",
+        r"gated_residual_adaln forward .{1,70} backward +(\d+) s B T D",
+    ),
     "gelu": (r"(\d) s M N \(dy, x; dx\)",),
     "concat_columns": (r"(\d) s M K D",),
     "qk_norm_rope": (r"forward +(\d) s N ", r"backward +(\d) s N "),
@@ -123,20 +160,22 @@ PATTERNS = {
     "ema_update_": (r"(\d+) bf16 with copy",),
     "adamw_ema_": (r"copy: (\d+) in all",),
 }
+# the files of operators without a kernel of their own
+FILES = {
+    "gated_residual_norm": "adaln",
+    "adaln_per_token": "per_token",
+    "gated_residual_adaln_per_token": "per_token",
+}
 IN_BYTES = ("noise_pair", "ema_update_", "adamw_ema_")
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in OPERATORS
-        if OPERATORS[name].bytes and name not in ("quantize_rows", "gated_residual_norm")
-    ],
+    "name", [name for name in OPERATORS if OPERATORS[name].bytes and name != "quantize_rows"]
 )
 def test_bytes_agree_with_the_kernels_docstrings(name):
     """Only the leading term; the others state it in elements of s = 2 bytes."""
-    text = (ROOT / "kernels" / f"{name.rstrip('_')}.py").read_text().split('"""')[1]
+    file = FILES.get(name, name.rstrip("_"))
+    text = (ROOT / "kernels" / f"{file}.py").read_text().split('"""')[1]
     # a sentence may continue in the next line
     text = " ".join(text.split())
     unit = 1 if name in IN_BYTES else 2

@@ -10,7 +10,7 @@ import torch
 from conftest import DEVICE, assert_kernel_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sra_fast.kernels import adaln, gated_residual, gated_residual_adaln
+from sra_fast.kernels import adaln, gated_residual, gated_residual_adaln, per_token
 
 WIDTHS = [64, 72, 384, 768, 1024, 1152, 1536]
 # the interpreter truncates to bf16 where the device rounds
@@ -121,6 +121,8 @@ def launchers(
     bias=False,
     rms=False,
     recompute=False,
+    absent=(),
+    affine=False,
     make=without_memory,
 ) -> dict[str, Callable]:
     """Every launcher by name, ready to be called.
@@ -134,6 +136,9 @@ def launchers(
         bias: with a bias.
         rms: RMS norm.
         recompute: the backward also recomputes the norm's output.
+        absent: which of "gate", "shift" and "scale" are left out; a scale only with the shift.
+        affine: the scale is the factor itself; with one vector per "token": weight and bias of the
+            norm.
         make: called as ``make(*shape, dtype=dtype)`` for every tensor.
     """
     x = make(B, T, D, dtype=dtype)
@@ -144,25 +149,69 @@ def launchers(
     mean = rstd[:0] if rms else rstd
     shape = {"image": (B, 6 * D), "group": (B, 2, 6 * D), "token": (B, T, 6 * D)}[variant]
     gate, shift, scale = make(*shape, dtype=modulation or dtype).chunk(6, dim=-1)[2:5]
-    group = make(B, T, dtype=torch.int64) if variant == "group" else None
-    found = {
-        "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms, h),
-        "adaln_bwd": lambda: adaln.adaln_bwd(
-            dh, x, scale, group, mean, rstd, shift if recompute else None
-        ),
-    }
     if variant == "token":
-        return found
+        weight = make(D, dtype=modulation or dtype) if affine else None
+        affine = (weight, weight)
+        return _per_token_launchers(x, y, dh, bias, gate, affine, shift, scale, mean, rstd, rms, h)
+    group = make(B, T, dtype=torch.int64) if variant == "group" else None
+    has_shift = "shift" not in absent
+    gate = None if "gate" in absent else gate
+    scale = None if "scale" in absent else scale
+    shift = shift if has_shift else None
+    flags = (has_shift, affine)
+    recomputed = shift if recompute else None
     plain = gated_residual
     fused = gated_residual_adaln
-    return found | {
+    found = {
+        "adaln_fwd": lambda: adaln.adaln_fwd(x, shift, scale, group, 1e-6, rms, h, affine),
+        "adaln_bwd": lambda: adaln.adaln_bwd(dh, x, scale, group, mean, rstd, recomputed, *flags),
         "gated_residual_fwd": lambda: plain.gated_residual_fwd(x, y, bias, gate, group),
         "gated_residual_bwd": lambda: plain.gated_residual_bwd(x, y, bias, gate, group),
         "gated_residual_adaln_fwd": lambda: fused.gated_residual_adaln_fwd(
-            x, y, bias, gate, shift, scale, group, 1e-6, rms, h
+            x, y, bias, gate, shift, scale, group, 1e-6, rms, h, affine
         ),
         "gated_residual_adaln_bwd": lambda: fused.gated_residual_adaln_bwd(
-            x, dh, x, y, bias, gate, scale, group, mean, rstd, shift if recompute else None
+            x, dh, x, y, bias, gate, scale, group, mean, rstd, recomputed, *flags
+        ),
+        "gated_residual_norm_fwd": lambda: adaln.adaln_fwd(
+            y, None, scale, group, 1e-6, rms, dtype, True, x
+        ),
+        "gated_residual_norm_bwd": lambda: adaln.adaln_bwd(
+            x, y, scale, group, mean, rstd, None, False, True
+        ),
+    }
+    # without a gate there is no pass
+    if gate is None:
+        del found["gated_residual_bwd"]
+    return found
+
+
+def _per_token_launchers(x, y, dh, bias, gate, affine, shift, scale, mean, rstd, rms, h):
+    """Both passes of every operator with one vector per token."""
+    fwd = per_token.per_token_fwd
+    bwd = per_token.per_token_bwd
+    none = (None, None)
+    norm = (1e-6, rms, True)
+    return {
+        "adaln_fwd": lambda: fwd(x, None, None, None, *affine, shift, scale, None, *norm, h),
+        "adaln_bwd": lambda: bwd(None, dh, x, None, None, None, *affine, scale, mean, rstd),
+        "gated_residual_fwd": lambda: fwd(
+            x, y, bias, gate, *none, None, None, None, 0.0, False, False
+        ),
+        "gated_residual_bwd": lambda: bwd(
+            x, None, None, y, bias, gate, *none, None, rstd[:0], rstd[:0]
+        ),
+        "gated_residual_adaln_fwd": lambda: fwd(
+            x, y, bias, gate, *affine, shift, scale, None, *norm, h
+        ),
+        "gated_residual_adaln_bwd": lambda: bwd(
+            x, dh, x, y, bias, gate, *affine, scale, mean, rstd
+        ),
+        "gated_residual_norm_fwd": lambda: fwd(
+            y, None, None, None, affine[0], None, None, scale, x, *norm, x.dtype, True
+        ),
+        "gated_residual_norm_bwd": lambda: bwd(
+            None, x, y, None, None, None, affine[0], None, scale, mean, rstd, True
         ),
     }
 

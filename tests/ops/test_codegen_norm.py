@@ -18,7 +18,13 @@ sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)]
 from codegen import compile_kernels, record_launches  # noqa: E402
 from rows import launchers  # noqa: E402
 
-from sra_fast.kernels import _rows, adaln, gated_residual, gated_residual_adaln  # noqa: E402
+from sra_fast.kernels import (  # noqa: E402
+    _rows,
+    adaln,
+    gated_residual,
+    gated_residual_adaln,
+    per_token,
+)
 
 ARCHS = (80, 90, 100)
 WIDTHS = (384, 768, 1024, 1152, 1536)
@@ -36,7 +42,12 @@ VARIANTS = [
             {"variant": "group"},
             {"variant": "group", "bias": True},
             {"variant": "token"},
+            {"variant": "token", "rms": True},
+            {"variant": "token", "affine": True, "bias": True},
             {"variant": "group", "rms": True},
+            {"absent": ("gate", "shift", "scale"), "rms": True},
+            {"absent": ("shift",), "affine": True, "rms": True},
+            {"absent": ("gate",), "bias": True},
             {"modulation": fp32},
             {"recompute": True},
             {"recompute": True, "bias": True},
@@ -69,8 +80,8 @@ SUMS = [
 
 # rows read in every iteration, read once per program, rows written, partial sums written
 ACCESSES = {
-    "_adaln_fwd_kernel": (["x"], ["shift", "scale"], ["y"], []),
-    "_adaln_bwd_kernel": (["dy", "x"], ["scale"], ["dx"], ["dscale"] * 2),
+    "_adaln_fwd_kernel": (["x", "residual"], ["shift", "scale"], ["y"], []),
+    "_adaln_bwd_kernel": (["dy", "x"], ["scale"], ["dx"], []),
     "_gated_residual_fwd_kernel": (["x", "y"], ["gate", "bias"], ["x_new"], []),
     "_gated_residual_bwd_kernel": (["dx_new", "y"], ["gate", "bias"], ["dy"], ["part"]),
     "_gated_residual_adaln_fwd_kernel": (
@@ -83,7 +94,20 @@ ACCESSES = {
         ["x_new", "y", "dx_new", "dh"],
         ["gate", "scale", "bias"],
         ["dx", "dy"],
-        ["part"] * 3,
+        [],
+    ),
+    # a row at a time; vectors [D] are read with it, for every use
+    "_per_token_fwd_kernel": (
+        ["x", "y", "bias", "gate", "weight", "norm_bias", "shift", "scale", "residual"],
+        [],
+        ["x_new", "h"],
+        [],
+    ),
+    "_per_token_bwd_kernel": (
+        ["dx_new", "dh", "z", "y", "gate", "weight", "norm_bias", "scale", "bias"],
+        [],
+        ["dx", "dy", "dgate", "dscale"],
+        [],
     ),
 }
 # the array that a backward can recompute
@@ -91,11 +115,12 @@ RECOMPUTED = {"_adaln_bwd_kernel": "y", "_gated_residual_adaln_bwd_kernel": "h"}
 
 
 def launches(D, dtype, **variant):
-    """The kernel launches of the three operators, forward and backward, on a device with 132
+    """The kernel launches of the four operators, forward and backward, on a device with 132
     processors.
     """
     h100 = mock.patch.object(_rows, "num_sms", lambda device: 132)
-    with h100, record_launches(_rows, adaln, gated_residual, gated_residual_adaln) as log:
+    modules = (_rows, adaln, gated_residual, gated_residual_adaln, per_token)
+    with h100, record_launches(*modules) as log:
         for launch in launchers(32, 256, D, dtype, **variant).values():
             launch()
     return log
@@ -119,6 +144,7 @@ def cases():
         for dtype in (bf16, fp32)
         for recompute in (False, True)
     ]
+    plain += [launches(D, dtype, variant="token") for D in WIDTHS for dtype in (bf16, fp32)]
     plain += [sums(*shape, bf16) for shape in SUMS]
     requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
     requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
@@ -160,31 +186,34 @@ def expected(request):
     """Loads and stores of an iteration of two rows, of the prologue and of the epilogue."""
     args = request.args
     rows_in, once_in, rows_out, once_out = ACCESSES[request.kernel]
-    # one vector per token is read with its row, and its gradient written with it
-    if args.get("PER_TOKEN"):
-        rows_in = rows_in + once_in
-        rows_out = rows_out + once_out[:1]
-        once_in = []
-        once_out = []
-    # the gradient of a bias is one partial sum more
-    if args.get("bias_ptr"):
-        once_out = once_out + once_out[:1]
+    rows = 1 if "per_token" in request.kernel else args.get("ROWS", 2)
+    # how many partial sums the launch asks for
+    if args.get("part_ptr"):
+        once_out = ["part"] * args["K"]
     if recomputes(request):
         rows_in = [*rows_in, "shift"]
         rows_out = [*rows_out, RECOMPUTED[request.kernel]]
-    read = [name for name in rows_in * 2 + once_in if request.bits(name)]
+    # only the gradient of a gate reads y and bias
+    if "_bwd" in request.kernel and not args.get("gate_ptr"):
+        rows_in = [name for name in rows_in if name not in ("y", "bias")]
+        once_in = [name for name in once_in if name != "bias"]
+    read = [name for name in rows_in * rows + once_in if request.bits(name)]
+    written = [name for name in rows_out * rows + once_out if request.bits(name)]
     loads = sum((accesses(request, name) for name in read), Counter())
-    stores = sum((accesses(request, name) for name in rows_out * 2 + once_out), Counter())
+    stores = sum((accesses(request, name) for name in written), Counter())
     # a backward reads mean and rstd, a forward writes them
-    statistics = loads if once_out or "dscale_ptr" in args else stores
-    statistics[32] += 2 * sum(args.get(name) is not None for name in ("mean_ptr", "rstd_ptr"))
-    loads[64] += 2 * (args["group_ptr"] is not None)
+    statistics = loads if "_bwd" in request.kernel else stores
+    count = rows * sum(args.get(name) is not None for name in ("mean_ptr", "rstd_ptr"))
+    if count:
+        statistics[32] += count
+    if args.get("group_ptr") is not None:
+        loads[64] += 2
     return loads, stores
 
 
 def recomputes(request):
     """Whether a backward also writes the output of the norm."""
-    return "_bwd" in request.kernel and request.args.get("shift_ptr") is not None
+    return request.kernel in RECOMPUTED and request.args["shift_ptr"] is not None
 
 
 def expected_of_sums(request):
@@ -244,19 +273,46 @@ def test_every_load_and_store_is_as_wide_as_it_can_be(compiled):
         assert (report.loads, report.stores) == wanted, label(request)
 
 
+# width and options of the widest launches of every kernel
+WIDEST = [
+    (adaln.MAX_WIDTH, {"variant": "group"}),
+    (adaln.RECOMPUTE_WIDTH, {"recompute": True}),
+    (adaln.TWO_ROWS_WIDTH, {"variant": "group"}),
+    (adaln.TWO_ROWS_WIDTH_RECOMPUTE, {"variant": "group", "recompute": True}),
+    # the first width above
+    (adaln.TWO_ROWS_WIDTH, {"recompute": True}),
+    (gated_residual.MAX_WIDTH, {"variant": "group", "bias": True}),
+    (gated_residual.TWO_ROWS_WIDTH, {"variant": "group", "bias": True}),
+    (gated_residual_adaln.MAX_WIDTH, {"variant": "group", "bias": True, "recompute": True}),
+    (per_token.MAX_WIDTH, {"variant": "token"}),
+    (per_token.AFFINE_WIDTH, {"variant": "token", "affine": True}),
+    (per_token.FUSED_WIDTH, {"variant": "token"}),
+    (per_token.FUSED_WIDTH_WITH_SUMS, {"variant": "token", "affine": True, "bias": True}),
+]
+
+
+def is_launched(width, request):
+    """Whether the operators launch the kernel at this width, or split it into two."""
+    args = request.args
+    if request.kernel.startswith("_gated_residual_adaln"):
+        return width <= gated_residual_adaln.MAX_WIDTH
+    if "per_token" not in request.kernel:
+        return True
+    with_sums = any(args[name] for name in ("bias_ptr", "weight_ptr", "norm_bias_ptr"))
+    # with y and scale it is the update and the norm in one pass
+    if args["y_ptr"] and args["scale_ptr"]:
+        return width <= (per_token.FUSED_WIDTH_WITH_SUMS if with_sums else per_token.FUSED_WIDTH)
+    return width <= (per_token.AFFINE_WIDTH if with_sums else per_token.MAX_WIDTH)
+
+
 def test_the_widest_rows_do_not_spill():
-    requests = []
-    for module in (adaln, gated_residual, gated_residual_adaln):
-        widest = [(module.MAX_WIDTH, module is not adaln), (gated_residual_adaln.MAX_WIDTH, True)]
-        log = [
-            r
-            for dtype in (bf16, fp32)
-            for D, recompute in widest
-            for r in launches(D, dtype, variant="group", bias=True, recompute=recompute)
-        ]
-        requests += [
-            replace(r, arch=arch) for arch in ARCHS for r in log if r.module == module.__name__
-        ]
+    found = {}
+    for D, options in WIDEST:
+        for dtype in (bf16, fp32):
+            for request in launches(D, dtype, **options):
+                if request.kernel != "sum_partials_kernel" and is_launched(D, request):
+                    found |= {(repr(request), arch): replace(request, arch=arch) for arch in ARCHS}
+    requests = [*found.values()]
     for request, report in zip(requests, compile_kernels(requests), strict=True):
         assert report.spills == 0 and fits_a_program(request, report), label(request)
 
@@ -277,7 +333,7 @@ if __name__ == "__main__":
         kind = "image"
         if request.args.get("group_ptr"):
             kind = "group"
-        if request.args.get("PER_TOKEN"):
+        if "per_token" in request.kernel:
             kind = "token"
         widths = lambda c: " ".join(f"{n}x{bits}" for bits, n in sorted(c.items()))
         usage = (

@@ -303,11 +303,11 @@ def test_bias_of_any_layout(device, layout):
 # the most elements that each kernel's registers hold, and a call over so many
 LARGEST = {
     "adaln": (
-        5120,
+        8192,
         lambda D: ops.adaln(torch.ones(1, 2, D), *torch.ones(2, 1, D), backend="triton"),
     ),
     "gated_residual": (
-        6144,
+        8192,
         lambda D: ops.gated_residual(*torch.ones(2, 1, 2, D), torch.ones(1, D), backend="triton"),
     ),
     "l1": (16384, lambda D: ops.align_distance(*torch.ones(2, 1, 2, D), "l1", backend="triton")),

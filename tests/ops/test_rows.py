@@ -154,20 +154,37 @@ def test_bytes_adaln(D, monkeypatch):
         assert total == moved("adaln_bwd", B, T, D, S, P) + rows * S * D
 
 
-@counted
-def test_bytes_adaln_per_token(monkeypatch):
-    """One vector per token: only arrays move.
+# arrays that each pass moves with one vector per token, and bytes of statistics
+PER_TOKEN = {
+    "adaln_fwd": (4, 8),
+    "adaln_bwd": (5, 8),
+    "gated_residual_fwd": (4, 0),
+    "gated_residual_bwd": (5, 0),
+    "gated_residual_adaln_fwd": (7, 8),
+    "gated_residual_adaln_bwd": (10, 8),
+    "gated_residual_norm_fwd": (4, 8),
+    "gated_residual_norm_bwd": (5, 8),
+}
 
-    The loads before the loop are unused, and a compiler drops them.
-    """
-    D = 72
-    x, dy, shift, scale = arrays(D, *[(B, T)] * 4)
-    total, P, (_, mean, rstd) = bytes_of(
-        monkeypatch, "adaln_fwd", x, shift, scale, None, 1e-6, False
-    )
-    assert total == 4 * S * B * T * D + 8 * B * T + 2 * S * P * B * D
-    total, P, _ = bytes_of(monkeypatch, "adaln_bwd", dy, x, scale, None, mean, rstd, None)
-    assert total == 5 * S * B * T * D + 8 * B * T + S * P * B * D
+
+@counted
+@pytest.mark.parametrize("op", PER_TOKEN)
+def test_bytes_per_token(op, monkeypatch):
+    """One vector per token: only arrays move, each once, as the docstring of the kernels states."""
+    arrays, statistics = PER_TOKEN[op]
+    make = lambda *shape, dtype: torch.ones(shape, dtype=dtype, device=DEVICE)
+    launch = launchers(B, T, 72, torch.float32, variant="token", make=make)[op]
+    with count_bytes(monkeypatch) as total:
+        launch()
+    assert sum(total.values()) == B * T * (arrays * S * 72 + statistics)
+    # weight and bias of the norm are read in every row, and their gradients are summed
+    launch = launchers(B, T, 72, torch.float32, variant="token", affine=True, make=make)[op]
+    with count_bytes(monkeypatch) as total, chosen_splits() as splits:
+        launch()
+    vectors = {"gated_residual_norm": 1, "gated_residual": 0}.get(op[:-4], 2)
+    # dscale reads the norm's bias, and each program writes its sums, which are read and added
+    sums = vectors * ((4 + 4) * splits[0] * B + S) * 72 if op.endswith("bwd") else 0
+    assert sum(total.values()) == B * T * ((arrays + vectors) * S * 72 + statistics) + sums
 
 
 @counted

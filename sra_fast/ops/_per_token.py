@@ -1,0 +1,178 @@
+"""The row operators with one gate, shift or scale per token: one kernel each way for all of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sra_fast.kernels import per_token as kernels
+from sra_fast.ops._modulation import with_dense_rows
+from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
+
+
+def _fake_fwd(
+    x,
+    y,
+    bias,
+    gate,
+    weight,
+    norm_bias,
+    shift,
+    scale,
+    residual,
+    eps,
+    rms,
+    has_norm,
+    dtype=None,
+    is_factor=False,
+):
+    x_new = x.new_empty(0 if y is None else x.shape)
+    h = x.new_empty(x.shape if has_norm else 0, dtype=dtype or x.dtype)
+    mean = x.new_empty(x.shape[:2] if has_norm and not rms else 0, dtype=torch.float32)
+    rstd = x.new_empty(x.shape[:2] if has_norm else 0, dtype=torch.float32)
+    return x_new, h, mean, rstd
+
+
+def _fake_bwd(dx_new, dh, z, y, bias, gate, weight, norm_bias, scale, mean, rstd, is_factor=False):
+    first = next(t for t in (dx_new, dh) if t is not None)
+    return tuple(
+        first.new_empty(0) if t is None else t.new_empty(t.shape)
+        for t in (z, y, gate, scale, weight, norm_bias, bias)
+    )
+
+
+_fwd = register(
+    "per_token_fwd(Tensor x, Tensor? y, Tensor? bias, Tensor? gate, Tensor? weight,"
+    " Tensor? norm_bias, Tensor? shift, Tensor? scale, Tensor? residual, float eps, bool rms,"
+    " bool has_norm, ScalarType? dtype=None, bool is_factor=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    kernels.per_token_fwd,
+    _fake_fwd,
+)
+_bwd = register(
+    "per_token_bwd(Tensor? dx_new, Tensor? dh, Tensor? z, Tensor? y, Tensor? bias, Tensor? gate,"
+    " Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor mean, Tensor rstd,"
+    " bool is_factor=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernels.per_token_bwd,
+    _fake_bwd,
+)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+class _PerToken(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        y,
+        bias,
+        gate,
+        weight,
+        norm_bias,
+        shift,
+        scale,
+        residual,
+        eps,
+        rms,
+        has_norm,
+        dtype,
+        is_factor,
+        operator,
+    ):
+        x = x.contiguous()
+        y = _contiguous(y)
+        x_new, h, mean, rstd = _fwd(
+            *(x, y, bias, gate, weight, norm_bias, shift, scale, _contiguous(residual)),
+            *(eps, rms, has_norm, dtype, is_factor),
+        )
+        # neither h nor shift: no gradient depends on them, nor without a norm on x'
+        z = x if y is None else x_new
+        z = z if has_norm else None
+        ctx.save_for_backward(z, y, bias, gate, weight, norm_bias, scale, mean, rstd)
+        ctx.dtypes = [None if t is None else t.dtype for t in (shift, residual)]
+        ctx.is_factor = is_factor
+        ctx.operator = operator
+        # an unused output then has gradient None instead of zeros
+        ctx.set_materialize_grads(False)
+        if y is None:
+            return h
+        return (x_new, h) if has_norm else x_new
+
+    @staticmethod
+    def backward(ctx, *grads):
+        z, y, *vectors, mean, rstd = ctx.saved_tensors
+        dx_new = None if y is None else _contiguous(grads[0])
+        dh = None
+        if z is not None:
+            # the kernel can do without dx', not without dh
+            dh = torch.zeros_like(z) if grads[-1] is None else grads[-1].contiguous()
+        dx, dy, dgate, dscale, dweight, dnorm_bias, dbias = guard_double_backward(
+            ctx.operator, _bwd, dx_new, dh, z, y, *vectors, mean, rstd, ctx.is_factor
+        )
+        bias, gate, weight, norm_bias, scale = vectors
+        # the gradients of what is only added are those of the sums
+        dx = dx_new if z is None else dx
+        dshift, dresidual = (
+            None if dh is None or dtype is None else dh.to(dtype) for dtype in ctx.dtypes
+        )
+        found = zip(
+            (y, bias, gate, weight, norm_bias),
+            (dy, dbias, dgate, dweight, dnorm_bias),
+            strict=True,
+        )
+        return (
+            dx,
+            *(None if given is None else gradient for given, gradient in found),
+            dshift,
+            None if scale is None else dscale,
+            dresidual,
+            # eps, rms, has_norm, dtype, is_factor and operator have none
+            *[None] * 6,
+        )
+
+
+def run_per_token(
+    operator: str,
+    x: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    affine: tuple[Tensor | None, Tensor | None] = (None, None),
+    eps: float = 0.0,
+    norm: str | None = None,
+    dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    is_factor: bool = False,
+) -> tuple[Any, Any]:
+    """x' and h with the kernels; x' is None without y, h without a norm.
+
+    Args:
+        operator: whose errors these are.
+        x: ``[B, T, D]``, as are y and residual.
+        y: output of the half-block that ends, or None.
+        bias: ``[D]``, added to y, or None.
+        gate: ``[B, T, D]`` or None, as are shift and scale.
+        shift: see ``gate``.
+        scale: see ``gate``.
+        affine: weight and bias ``[D]`` of the norm.
+        eps: added to the variance.
+        norm: None for no norm.
+        dtype: of h; default: x's.
+        residual: added to h, or None.
+        is_factor: the norm is multiplied with ``scale``, not with 1 + scale.
+    """
+    vectors = [with_dense_rows(t) for t in (bias, gate, *affine, shift, scale)]
+    options = (eps, norm == "rms", norm is not None, dtype, is_factor)
+    if wants_grad(x, y, *vectors, residual):
+        out = apply(_PerToken, x, y, *vectors, residual, *options, operator)
+        if y is None or norm is None:
+            return (out, None) if norm is None else (None, out)
+        return out
+    x_new, h, _, _ = _fwd(x.contiguous(), _contiguous(y), *vectors, _contiguous(residual), *options)
+    return x_new if y is not None else None, h if norm is not None else None
