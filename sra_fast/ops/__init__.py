@@ -13,6 +13,7 @@ from sra_fast.ops.ema_update import ema_update_
 from sra_fast.ops.gated_residual import gated_residual
 from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sra_fast.ops.linear_gelu import linear_gelu
+from sra_fast.ops.linear_swiglu import linear_swiglu
 from sra_fast.ops.noise_pair import noise_pair
 from sra_fast.ops.qk_norm_rope import qk_norm_rope
 
@@ -27,6 +28,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_adaln",
     "linear_gelu",
+    "linear_swiglu",
     "noise_pair",
     "qk_norm_rope",
 ]

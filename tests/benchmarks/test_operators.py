@@ -43,11 +43,11 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_every_operator_with_a_kernel_is_measured():
     # operators inside a half-block or the teacher, which nobody calls from outside
-    inner = {"quantize_rows", "gelu", "concat_columns"}
+    inner = {"quantize_rows", "gelu", "swiglu", "concat_columns"}
     assert set(OPERATORS) == {*ops.__all__, *inner}
     kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     # operators without a kernel file of their name
-    products = {"attention", "linear_gelu", "adaln_linear", "adaln_mlp"}
+    products = {"attention", "linear_gelu", "linear_swiglu", "adaln_linear", "adaln_mlp"}
     assert kernels == {name.rstrip("_") for name in OPERATORS} - products
 
 
@@ -116,6 +116,7 @@ def test_bytes_of_row_operators(name):
 ROW_PATTERNS = (r"forward +(\d) s B T D", r"backward +(\d) s B T D")
 PATTERNS = {
     "gelu": (r"(\d) s M N \(dy, x; dx\)",),
+    "swiglu": (r"forward +(\d) s M N ", r"backward +(\d) s M N "),
     "concat_columns": (r"(\d) s M K D",),
     "qk_norm_rope": (r"forward +(\d) s N ", r"backward +(\d) s N "),
     "align_distance": (r"elements of \[B, T, D\]: forward (\d) ", r"backward (\d); "),
