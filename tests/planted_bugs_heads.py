@@ -1,9 +1,14 @@
-"""Bugs of the norm and the rotation of queries and keys, for tests/planted_bugs.py."""
+"""Bugs of the norm and the rotation of queries and keys, and of SwiGLU, for tests/planted_bugs.py."""
 
 KERNEL = "kernels/qk_norm_rope.py"
 OPERATOR = "sra_fast/ops/qk_norm_rope.py"
 
+SWIGLU = "kernels/swiglu.py"
+O_SWIGLU = "sra_fast/ops/swiglu.py"
+MLP = "sra_fast/ops/adaln_mlp.py"
+
 T_HEADS = "tests/ops/test_qk_norm_rope.py"
+T_SWIGLU = "tests/ops/test_swiglu.py"
 
 BUGS = [
     (
@@ -147,5 +152,63 @@ BUGS = [
         "ctx.save_for_backward(q, k, cos,",
         "ctx.save_for_backward(q + 0, k, cos,",
         T_HEADS,
+    ),
+    (
+        "swiglu: the halves exchanged",
+        SWIGLU,
+        "tl.store(y_ptr + row * N + cols, x1 * tl.sigmoid(x1) * x2, mask=mask)",
+        "tl.store(y_ptr + row * N + cols, x2 * tl.sigmoid(x2) * x1, mask=mask)",
+        T_SWIGLU,
+    ),
+    (
+        "swiglu: halves of the wrong row",
+        SWIGLU,
+        "x2 = tl.load(x_ptr + (row * 2 + 1) * N + cols,",
+        "x2 = tl.load(x_ptr + row * 2 * N + (N - 1 - cols),",
+        T_SWIGLU,
+    ),
+    (
+        "swiglu: the slope of the sigmoid",
+        SWIGLU,
+        "dx1 = dy * x2 * (sigmoid + silu * (1.0 - sigmoid))",
+        "dx1 = dy * x2 * (sigmoid * (1.0 - sigmoid))",
+        T_SWIGLU,
+    ),
+    ("swiglu: dx2 of the gate", SWIGLU, "dx2 = dy * silu", "dx2 = dy * sigmoid", T_SWIGLU),
+    ("swiglu: a sum forgets rows", SWIGLU, "sums2 += dx2", "sums2 = dx2", T_SWIGLU),
+    (
+        "swiglu: one place for both sums",
+        SWIGLU,
+        "tl.store(part_ptr + N + cols, tl.sum(sums2",
+        "tl.store(part_ptr + cols, tl.sum(sums2",
+        T_SWIGLU,
+    ),
+    (
+        "swiglu: the recomputed output without its half",
+        SWIGLU,
+        "tl.store(y_ptr + row * N + cols, silu * x2, mask=mask)",
+        "tl.store(y_ptr + row * N + cols, silu, mask=mask)",
+        T_SWIGLU,
+    ),
+    (
+        "swiglu: the output is kept",
+        O_SWIGLU,
+        "        ctx.save_for_backward(x)\n        return swiglu_fwd(x)\n",
+        "        y = swiglu_fwd(x)\n        ctx.save_for_backward(x, y)\n        return y\n",
+        T_SWIGLU,
+    ),
+    (
+        "swiglu: the hidden layer is kept",
+        MLP,
+        "        kept_hidden = hidden if needs_weight2 and not recompute else None\n",
+        "        kept_hidden = hidden if needs_weight2 else None\n",
+        T_SWIGLU,
+    ),
+    (
+        "swiglu: GELU in its place",
+        MLP,
+        "first_half = run_linear_swiglu if swiglu else run_linear_gelu",
+        "first_half = run_linear_gelu",
+        T_SWIGLU,
     ),
 ]

@@ -67,6 +67,17 @@ def hidden_pair(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tens
     return randn(*size, dtype=dtype), randn(*size, dtype=dtype)
 
 
+def hidden_halves(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor]:
+    """Both halves of SwiGLU's input in a row [B T, 8 D]: a hidden layer of 4 D, as for GELU."""
+    T, D, _ = shape.sizes
+    return (randn(shape.batch * T, 8 * D, dtype=dtype),)
+
+
+def linear_halves(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    """Tokens [B, T, D] and both first layers of an MLP with SwiGLU, as one matrix."""
+    return *rows(shape, dtype, randn, 1, 0), *layer(shape, dtype, randn, 8)
+
+
 def three_matrices(
     shape: Shape, dtype: torch.dtype, randn: Callable
 ) -> tuple[Tensor, Tensor, Tensor]:

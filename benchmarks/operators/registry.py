@@ -37,9 +37,11 @@ from sra_fast.ops.gated_residual_adaln import gated_residual_adaln_ref
 from sra_fast.ops.gated_residual_norm import gated_residual_norm_ref
 from sra_fast.ops.gelu import gelu_bwd, gelu_bwd_ref
 from sra_fast.ops.linear_gelu import linear_gelu_ref
+from sra_fast.ops.linear_swiglu import linear_swiglu_ref
 from sra_fast.ops.noise_pair import noise_pair_ref
 from sra_fast.ops.qk_norm_rope import qk_norm_rope_ref
 from sra_fast.ops.quantize_rows import quantize_rows, quantize_rows_ref
+from sra_fast.ops.swiglu import run_swiglu, swiglu_ref
 
 # larger than in training: a term that is missing then shows in fp32; the time does not depend on them
 DECAY = 0.99
@@ -373,6 +375,28 @@ OPERATORS["gelu"] = Operator(
 )
 
 
+def plain_swiglu(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return F.silu(first) * second
+
+
+def _swiglu_bytes(shape: Shape, element_size: int) -> tuple[int, int]:
+    """Both halves read and the hidden layer written; its gradient and both halves read, and written."""
+    hidden = 4 * shape.elements * element_size
+    return 3 * hidden, 5 * hidden
+
+
+OPERATORS["swiglu"] = Operator(
+    make=inputs.hidden_halves,
+    ours=lambda x: run_swiglu("swiglu", x, None),
+    reference=swiglu_ref,
+    eager=plain_swiglu,
+    bytes=_swiglu_bytes,
+    elements=lambda shape: 4 * shape.elements,
+    grads=(0,),
+)
+
+
 def plain_concat_columns(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.cat([q, k, v], dim=1)
     return out, out.sum(0)
@@ -432,6 +456,21 @@ OPERATORS["linear_gelu"] = Operator(
     eager=linear_gelu_ref,
     flops=product_flops(forward=4, backward=0),
     elements=lambda shape: 4 * shape.elements,
+)
+
+
+def plain_linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return plain_swiglu(F.linear(x, weight, bias))
+
+
+OPERATORS["linear_swiglu"] = Operator(
+    make=inputs.linear_halves,
+    ours=lambda *inputs: ops.linear_swiglu(*inputs),
+    reference=linear_swiglu_ref,
+    eager=plain_linear_swiglu,
+    flops=product_flops(forward=8, backward=16),
+    elements=lambda shape: 4 * shape.elements,
+    grads=(0, 1, 2),
 )
 
 

@@ -14,6 +14,7 @@ from sra_fast.ops.gated_residual import gated_residual
 from sra_fast.ops.gated_residual_adaln import gated_residual_adaln
 from sra_fast.ops.gated_residual_norm import gated_residual_norm
 from sra_fast.ops.linear_gelu import linear_gelu
+from sra_fast.ops.linear_swiglu import linear_swiglu
 from sra_fast.ops.noise_pair import noise_pair
 from sra_fast.ops.qk_norm_rope import qk_norm_rope
 
@@ -29,6 +30,7 @@ __all__ = [
     "gated_residual_adaln",
     "gated_residual_norm",
     "linear_gelu",
+    "linear_swiglu",
     "noise_pair",
     "qk_norm_rope",
 ]

@@ -1,5 +1,5 @@
-"""The second half of a block up to its gate: residual update, modulated norm and MLP with
-tanh-GELU.
+"""The second half of a block up to its gate: residual update, modulated norm and MLP with tanh-GELU
+or SwiGLU.
 """
 
 from functools import partial
@@ -27,21 +27,32 @@ from sra_fast.ops._register import apply, guard_double_backward
 from sra_fast.ops.gelu import gelu_bwd
 from sra_fast.ops.gelu_products import linear_dgelu, linear_gelu_keep
 from sra_fast.ops.linear_gelu import run_linear_gelu
+from sra_fast.ops.linear_swiglu import run_linear_swiglu
+from sra_fast.ops.swiglu import swiglu_bwd, swiglu_fwd
+
+ACTIVATIONS = ("gelu_tanh", "swiglu")
 
 
-def _backward(needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
+def _backward(swiglu, needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
     """Gradients of every tensor input of ``_AdaLNMlp``, None for the group.
 
-    ``needs_grad`` says which of weight1, bias1, weight2 and bias2 want one. ``a`` is GELU's input.
-    ``h`` and ``hidden``, the inputs of the two layers, are None if the forward did not keep them.
+    ``needs_grad`` says which of weight1, bias1, weight2 and bias2 want one. ``a`` is the input of
+    the activation, SwiGLU or GELU. ``h`` and ``hidden``, the inputs of the two layers, are None if
+    the forward did not keep them.
     """
     needs_weight1, needs_bias1, needs_weight2, needs_bias2 = needs_grad
     x_new = saved[0]
     dout = dout.flatten(0, 1)
-    # second layer and GELU, which recomputes its output if it was not kept
+    # second layer and activation, which recomputes its output if it was not kept
     input2 = hidden
     recompute_hidden = hidden is None and needs_weight2
-    if _cublaslt.available(a) and not recompute_hidden:
+    if swiglu:
+        dhidden = (dout @ weight2).contiguous()
+        da, dbias1, recomputed_hidden = swiglu_bwd(dhidden, a, recompute_hidden, needs_bias1)
+        dbias1 = dbias1 if needs_bias1 else None
+        if recompute_hidden:
+            input2 = recomputed_hidden
+    elif _cublaslt.available(a) and not recompute_hidden:
         da = linear_dgelu(dout, weight2, a)
         # a pass of its own: the epilogues that also give this sum cost more
         dbias1 = da.sum(0) if needs_bias1 else None
@@ -82,17 +93,22 @@ class _AdaLNMlp(torch.autograd.Function):
         eps,
         rms,
         recompute,
+        swiglu,
     ):
         x_new, h, mean, rstd = norm_forward(
             x, y, y_bias, gate, shift, scale, group, eps, rms, weight1.dtype
         )
         # as rows: the products then need no reshape of their gradients
         rows = h.flatten(0, 1)
-        if bias1 is not None and _cublaslt.available(rows):
+        if swiglu:
+            a = F.linear(rows, weight1, bias1)
+            hidden = swiglu_fwd(a)
+        elif bias1 is not None and _cublaslt.available(rows):
             hidden, a = linear_gelu_keep(rows, weight1, bias1)
         else:
             a = F.linear(rows, weight1, bias1)
             hidden = F.gelu(a, approximate="tanh")
+        ctx.swiglu = swiglu
         # only the gradients of the weights read h and hidden
         ctx.layers_need_grad = ctx.needs_input_grad[7:11]
         needs_weight1, _, needs_weight2, _ = ctx.layers_need_grad
@@ -109,12 +125,12 @@ class _AdaLNMlp(torch.autograd.Function):
     def backward(ctx, *grads):
         weight1, weight2, a, kept_h, kept_hidden, x_new, *rest = ctx.saved_tensors
         upstream = upstream_gradients(grads, x_new, weight2)
-        backward = partial(_backward, ctx.layers_need_grad)
+        backward = partial(_backward, ctx.swiglu, ctx.layers_need_grad)
         gradients = guard_double_backward(
             "adaln_mlp", backward, *upstream, weight1, weight2, a, kept_h, kept_hidden, x_new, *rest
         )
-        # eps, rms and recompute have none
-        return *gradients, None, None, None
+        # eps, rms, recompute and swiglu have none
+        return *gradients, None, None, None, None
 
 
 def adaln_mlp(
@@ -130,16 +146,21 @@ def adaln_mlp(
     residual: Residual | None = None,
     norm: str = "layer",
     group: Tensor | None = None,
+    activation: str = "gelu_tanh",
     recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x' = x + gate (y + y_bias)`` and ``gelu_tanh(h @ weight1^T + bias1) @ weight2^T + bias2``.
 
-    h is the modulated norm of x'. In half precision on CUDA, GELU is the epilogue of the first product
+    h is the modulated norm of x'. With ``activation="swiglu"`` the hidden layer is ``silu(a1) * a2``
+    of ``[a1 | a2] = h @ weight1^T + bias1`` (arXiv 2002.05202): one pass over the product forward,
+    and one backward, which also gives the gradient of ``bias1``.
+
+    In half precision on CUDA, GELU is the epilogue of the first product
     and its derivative that of the second one's input gradient (``SRA_FAST_CUBLASLT=0`` switches both
     off); otherwise the gradient of ``bias1`` comes out of GELU's backward pass.
-    With ``recompute`` neither h nor GELU's output is kept: the backward passes over the norm and
-    over GELU recompute them, which moves 2 bytes per element more in half precision. An MLP of
+    With ``recompute`` neither h nor the activation's output is kept: the backward passes over the
+    norm and over the activation recompute them, which moves 2 bytes per element more in half precision. An MLP of
     four times the width keeps nine arrays ``[B, T, D]`` (h, GELU's input and output); recompute
     leaves four. Without a gradient GELU is the epilogue of the first product (``linear_gelu``).
 
@@ -148,8 +169,8 @@ def adaln_mlp(
         shift: see ``adaln_linear``.
         scale: see ``adaln_linear``.
         weight1: ``[K, D]`` of x's dtype, or of any dtype if x is fp32: everything inside then has
-            the weight's.
-        bias1: ``[K]`` or None.
+            the weight's. With SwiGLU ``[2 K, D]``, silu's half first, as LightningDiT's ``w12``.
+        bias1: ``[K]``, with SwiGLU ``[2 K]``, or None.
         weight2: ``[N, K]``.
         bias2: ``[N]``. Or None: whoever adds the output to the residual stream can add the bias
             too, and gets its gradient in the same pass.
@@ -157,7 +178,8 @@ def adaln_mlp(
         residual: see ``adaln_linear``.
         norm: see ``adaln_linear``.
         group: see ``adaln_linear``.
-        recompute: recompute h and GELU's output in the backward pass instead of keeping them.
+        activation: ``"gelu_tanh"`` or ``"swiglu"``.
+        recompute: recompute h and the activation's output in the backward pass instead of keeping them.
         backend: see ``adaln_linear``.
 
     Returns:
@@ -165,11 +187,19 @@ def adaln_mlp(
         autocast's).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm`` or
-            ``backend`` is unknown.
+        ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm``,
+            ``activation`` or ``backend`` is unknown.
     """
     operator = "adaln_mlp"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{operator}: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    swiglu = activation == "swiglu"
     K = check_layer(operator, x, None, weight1, bias1, number="1")
+    if swiglu and K % 2:
+        raise ValueError(
+            f"{operator}: expected weight1 [2 K, D] for swiglu, got {[*weight1.shape]}"
+        )
+    K = K // 2 if swiglu else K
     # the second layer has the dtype of the first
     dtype = None if autocast(x) else weight1.dtype
     check_layer(operator, x, K, weight2, bias2, dtype, number="2")
@@ -178,8 +208,9 @@ def adaln_mlp(
     prepared = prepare(operator, inputs, backend, recompute, *layers)
     if prepared is None:
         x, h = unfused(operator, inputs, eps, norm, h_dtype(x, weight1), backend)
-        hidden = run_linear_gelu(operator, h, weight1, bias1, backend)
+        first_half = run_linear_swiglu if swiglu else run_linear_gelu
+        hidden = first_half(operator, h, weight1, bias1, backend)
         return x, F.linear(hidden, weight2, bias2)
-    out = apply(_AdaLNMlp, *prepared, *layers, eps, norm == "rms", recompute)
+    out = apply(_AdaLNMlp, *prepared, *layers, eps, norm == "rms", recompute, swiglu)
     # with a residual the Function returns x' first
     return (x, out) if residual is None else out

@@ -43,12 +43,13 @@ def rows_of(path: Path) -> list[dict]:
 
 def test_every_operator_with_a_kernel_is_measured():
     # operators inside a half-block or the teacher, which nobody calls from outside
-    inner = {"quantize_rows", "gelu", "concat_columns"}
+    inner = {"quantize_rows", "gelu", "swiglu", "concat_columns"}
     variants = {"adaln_per_token", "gated_residual_adaln_per_token"}
     assert set(OPERATORS) == {*ops.__all__, *inner, *variants}
     kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     # operators without a kernel file of their name
-    products = {"attention", "linear_gelu", "adaln_linear", "adaln_mlp", "gated_residual_norm"}
+    products = {"attention", "linear_gelu", "linear_swiglu", "adaln_linear", "adaln_mlp"}
+    products |= {"gated_residual_norm"}
     measured = {name.rstrip("_") for name in OPERATORS} - products - variants
     assert kernels == measured | {"per_token"}
 
@@ -153,6 +154,7 @@ PATTERNS = {
         r"gated_residual_adaln forward .{1,70} backward +(\d+) s B T D",
     ),
     "gelu": (r"(\d) s M N \(dy, x; dx\)",),
+    "swiglu": (r"forward +(\d) s M N ", r"backward +(\d) s M N "),
     "concat_columns": (r"(\d) s M K D",),
     "qk_norm_rope": (r"forward +(\d) s N ", r"backward +(\d) s N "),
     "align_distance": (r"elements of \[B, T, D\]: forward (\d) ", r"backward (\d); "),

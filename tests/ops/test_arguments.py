@@ -33,7 +33,7 @@ def valid() -> dict[str, dict]:
     return {
         "adaln": norm | grouped | affine,
         "adaln_linear": norm | residual | {"weight": random(12, D), "bias": random(12), "parts": 3},
-        "adaln_mlp": norm | residual | mlp | {"bias2": random(D)},
+        "adaln_mlp": norm | residual | mlp | {"bias2": random(D), "activation": "gelu_tanh"},
         "adamw_ema_": {
             "param": flat(),
             "grad": flat(),
@@ -79,6 +79,7 @@ def valid() -> dict[str, dict]:
             **group,
         },
         "linear_gelu": {"x": x, "weight": random(12, D), "bias": random(12)},
+        "linear_swiglu": {"x": x, "weight": random(12, D), "bias": random(12)},
         "noise_pair": {
             "x0": random(B, 4, 3, 3),
             "noise": random(B, 2, 3, 3),
@@ -148,6 +149,7 @@ LEGAL = {
     ("adamw_ema_", "clip_scale", "complex numbers"),
     # the product takes any leading dimensions
     ("linear_gelu", "x", "a dimension more"),
+    ("linear_swiglu", "x", "a dimension more"),
     # a scale of either sign is a scale
     ("noise_pair", "scale", "negative"),
 }
@@ -360,6 +362,7 @@ def test_shared_vectors_compile():
 
 WITHOUT_BIAS = {
     "linear_gelu": lambda x, b1, b2, **o: ops.linear_gelu(x, W.to(x), b1, **o),
+    "linear_swiglu": lambda x, b1, b2, **o: ops.linear_swiglu(x, W.to(x), b1, **o),
     "adaln_linear": lambda x, b1, b2, **o: ops.adaln_linear(
         x, x[:, 0], x[:, 1], W.to(x), b1, parts=3, **o
     )[1],
@@ -380,7 +383,7 @@ def test_layers_without_a_bias(name, backend):
     assert_alike(found, outputs_and_gradients(lambda x: fn(x, *zeros, backend="torch"), [x]), 1e-4)
     with torch.no_grad():
         out = fn(x, None, None, backend=backend)
-    assert_alike([out] if name == "linear_gelu" else [*out], found[:-1], 1e-4)
+    assert_alike([out] if name.startswith("linear") else [*out], found[:-1], 1e-4)
 
 
 def test_numbers_that_compare_with_nothing_are_refused():

@@ -19,6 +19,7 @@ from sra_fast.kernels import concat_columns as concat_kernels
 from sra_fast.kernels import ema_update as ema_kernels
 from sra_fast.kernels import gelu as gelu_kernels
 from sra_fast.kernels import noise_pair as noise_kernels
+from sra_fast.kernels import swiglu as swiglu_kernels
 
 ARCHS = (80, 90, 100)
 WIDTHS = (384, 768, 1024, 1152, 1536)
@@ -96,6 +97,15 @@ def gelu_launches(dtype):
         gelu_kernels.gelu_bwd(*meta(2, 8192, N, dtype=dtype), recompute_y)
 
 
+def swiglu_launches(dtype):
+    # LightningDiT's widths
+    for N in (3072, 1024):
+        x = meta(8192, 2 * N, dtype=dtype)
+        swiglu_kernels.swiglu_fwd(x)
+        for flags in product((False, True), (False, True)):
+            swiglu_kernels.swiglu_bwd(meta(8192, N, dtype=dtype), x, *flags)
+
+
 def concat_launches(dtype):
     for D in (384, 1152):
         concat_kernels.concat_columns([*meta(3, 8192, D, dtype=dtype)])
@@ -121,6 +131,10 @@ CASES = {
     gelu_kernels: (
         [partial(gelu_launches, bf16), partial(gelu_launches, fp32)],
         [partial(gelu_launches, fp16)],
+    ),
+    swiglu_kernels: (
+        [partial(swiglu_launches, bf16), partial(swiglu_launches, fp32)],
+        [partial(swiglu_launches, fp16)],
     ),
     noise_kernels: (
         [partial(noise_launches, bf16), partial(noise_launches, fp32)],
@@ -201,6 +215,14 @@ def expected(request):
         stores = vectors(request, ["dx", *["y"] * (args["y_ptr"] is not None)], 16) + vectors(
             request, ["part"], 8
         )
+    elif request.kernel == "_swiglu_fwd_kernel":
+        loads = vectors(request, ["x", "x"], 16)
+        stores = vectors(request, ["y"], 16)
+    elif request.kernel == "_swiglu_bwd_kernel":
+        loads = vectors(request, ["dy", "x", "x"], 16)
+        stores = vectors(request, ["dx", "dx", *["y"] * (args["y_ptr"] is not None)], 16)
+        if args["part_ptr"] is not None:
+            stores += vectors(request, ["part", "part"], 8)
     elif request.kernel == "_concat_columns_kernel":
         loads = vectors(request, ["a"], 16)
         stores = vectors(request, ["out"], 16) + Counter({32: 1})
@@ -304,6 +326,20 @@ def test_gelu_bytes(recompute_y, monkeypatch):
     with count_bytes(monkeypatch) as seen:
         gelu_kernels.gelu_bwd(dy, x, recompute_y)
     assert sum(seen.values()) == (3 + recompute_y) * 2 * M * N + 2 * N + 8 * P * N
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+@pytest.mark.parametrize("recompute_y", [False, True])
+def test_swiglu_bytes(recompute_y, monkeypatch):
+    M, N, P = 24, 200, 3
+    monkeypatch.setattr(swiglu_kernels, "num_splits", lambda *args: P)
+    x = torch.randn(M, 2 * N).bfloat16()
+    with count_bytes(monkeypatch) as seen:
+        y = swiglu_kernels.swiglu_fwd(x)
+    assert sum(seen.values()) == 3 * 2 * M * N
+    with count_bytes(monkeypatch) as seen:
+        swiglu_kernels.swiglu_bwd(y, x, recompute_y, True)
+    assert sum(seen.values()) == (5 + recompute_y) * 2 * M * N + 2 * 2 * N + 16 * P * N
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
