@@ -43,15 +43,22 @@ def value(node: object) -> Tensor | None:
     Subclasses (DTensor, quantized weights) have rules of their own and count as unknown.
     """
     found = node.meta.get(VALUE) if isinstance(node, Node) else None
-    return found if type(found) is FakeTensor else None
+    return found if type(found) is FakeTensor and _has_strides(found) else None
 
 
 def tensors(node: Node) -> Iterator[Tensor]:
-    """Every fake tensor in a node's result, also inside tuples and lists."""
+    """Every fake tensor in a node's result, also inside tuples and lists; none that is sparse or
+    nested.
+    """
     found = node.meta.get(VALUE)
     for item in found if isinstance(found, tuple | list) else (found,):
-        if isinstance(item, Tensor):
+        if isinstance(item, Tensor) and _has_strides(item):
             yield item
+
+
+def _has_strides(tensor: Tensor) -> bool:
+    """Whether a tensor is an array in one storage."""
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def same(a: Any, b: Any) -> bool:
@@ -206,7 +213,8 @@ def changed_in_place(node: Node) -> list[Node]:
         return _nodes((node.args, node.kwargs)) if _has_mutable_schema(target) else []
     name = getattr(target, "__name__", "")
     if name.endswith("_") and not name.endswith("__") or _asks_for_in_place(node):
-        return _nodes(node.args[:1])
+        # the tensor may have been given by its name
+        return _nodes(node.args[:1] or tuple(node.kwargs.values()))
     return []
 
 
@@ -296,6 +304,12 @@ class Facts:
             self._grad_region[node] = grad_region
             self._region[node] = region
 
+    def replace(self, old: Node, new: Node) -> None:
+        """Let a node take the place of another."""
+        self.position[new] = self.position[old]
+        self._grad_region[new] = self._grad_region[old]
+        self._region[new] = self._region[old]
+
     def is_changed(self, node: Node) -> bool:
         """Whether anything changes the node's tensor in place."""
         return any(storage(tensor) in self.changed for tensor in tensors(node))
@@ -328,10 +342,11 @@ def replace_in_place(graph: Graph) -> None:
     """Turn ``x += y`` and ``x *= y`` into ``x + y`` and ``x * y`` where nothing can tell the two
     apart.
 
-    That is where x is no input of the graph, no other name of its storage is read afterwards, and
-    the sum has the dtype and shape of x.
+    That is where x is no input of the graph, no other name of its storage is read afterwards, the
+    sum has the dtype and shape of x, and autograd is on, or off, for both.
     """
-    position = {node: i for i, node in enumerate(graph.nodes)}
+    facts = Facts(graph)
+    position = facts.position
     names: dict[int, list[Node]] = {}
     for node in graph.nodes:
         for tensor in tensors(node):
@@ -350,13 +365,16 @@ def replace_in_place(graph: Graph) -> None:
         read_later = any(position[user] > position[node] for name in earlier for user in name.users)
         if not fresh or read_later or not _keeps_its_type(new_target, node):
             continue
+        # without autograd a change in place keeps the gradient of x, and a sum has none
+        if not facts.one_grad_mode([x, node]):
+            continue
         with graph.inserting_before(node):
             replacement = graph.call_function(new_target, node.args)
         # the fake tensor keeps the old storage: whatever shares it later still counts as the same
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-        position[replacement] = position[node]
+        facts.replace(node, replacement)
         names[storage(value(x))] = [  # pyright: ignore
             replacement if n is node else n
             for n in names[storage(value(x))]  # pyright: ignore

@@ -8,6 +8,7 @@ A pattern is found from its norm, or from its sum, and then followed through the
 like a pattern and ends differently is a near miss, and its reason goes into the report.
 """
 
+import math
 import operator
 from dataclasses import dataclass, field
 
@@ -30,6 +31,8 @@ from sra_fast.integrations.graph import (
     operands,
     same,
     same_shape,
+    storage,
+    tensors,
     uncast,
     value,
 )
@@ -156,8 +159,9 @@ def scale_of(node: object) -> tuple[Node, list[Node]] | None:
         node = node.args[0]  # pyright: ignore
     if is_add(node):
         for a, b in operands(node):  # pyright: ignore
-            if isinstance(a, int | float) and a == 1 and value(b) is not None:
-                return b, views
+            scale = value(b)
+            if isinstance(a, int | float) and a == 1 and scale is not None:
+                return (b, views) if scale.dtype in DTYPES else None
     return None
 
 
@@ -210,7 +214,7 @@ def _rms_norm(node: Node) -> Norm | Miss | None:
 def _norm_call(node: Node, given: dict, kind: str, eps: object) -> Norm | Miss:
     x = given.get("input")
     eps = number(eps)
-    if not isinstance(x, Node) or eps is None:
+    if not isinstance(x, Node) or eps is None or not 0 <= eps < math.inf:
         return Miss(node, "the norm's arguments are not the usual ones")
     if not _last_dimension(given.get("normalized_shape"), value(x)):
         return Miss(node, "it normalizes more than the last dimension")
@@ -229,9 +233,11 @@ def _rms_by_hand(node: Node) -> Norm | Miss | None:
         total = rstd.args[0]
         if not is_add(total):
             continue
-        for mean, eps in operands(total):
-            if number(eps) is not None and is_call(mean, (torch.mean,), ("mean",)):
-                return _mean_square(node, x, rstd, total, mean, number(eps))  # pyright: ignore
+        for mean, added in operands(total):
+            eps = number(added)
+            is_mean = is_call(mean, (torch.mean,), ("mean",))
+            if is_mean and eps is not None and 0 <= eps < math.inf:
+                return _mean_square(node, x, rstd, total, mean, eps)
     return None
 
 
@@ -366,6 +372,9 @@ def _sandwich(
     if not is_add(total):
         return None
     x = other(total, term)
+    # the operator has no bias of the norm
+    if norm.bias is not None:
+        return None
     if not is_tokens(value(x)) or not same_shape(value(x), value(norm.x)):  # pyright: ignore
         return None
     residual = Residual(total, x, norm.x, gate, norm, [*inside, total])  # pyright: ignore
@@ -450,24 +459,45 @@ def _in_dtype_of_x(found: Residual) -> Residual:
     return Residual(total, uncast(found.x, dtype), found.y, found.gate, found.norm, found.inside)
 
 
+def _reads(found: Modulated | Residual) -> list[Node]:
+    """The nodes that an operator in the place of the pattern would read."""
+    if isinstance(found, Modulated):
+        scale = None if found.scale is None else scale_of(found.scale)[0]  # pyright: ignore
+        norm = found.norm
+        read = [norm.x, scale, found.shift, norm.weight, norm.bias]
+    else:
+        weight = None if found.norm is None else found.norm.weight
+        read = [found.x, found.y, found.gate, weight]
+    return [node for node in read if node is not None]
+
+
+def _passed_over(found: Modulated | Residual, read: list[Node]) -> list[Node]:
+    """Casts, views and ``1 + scale`` between what is read and the pattern."""
+    known = {*found.inside, *read}
+    passed: list[Node] = []
+    waiting = [argument for node in found.inside for argument in node.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node in known or not (is_cast(node) or is_view(node) or scale_of(node)):
+            continue
+        known.add(node)
+        passed.append(node)
+        waiting += node.all_input_nodes
+    return passed
+
+
 def refusal(found: Modulated | Residual, facts: Facts) -> str | None:
     """Why a pattern may not be replaced, or None if it may."""
-    if isinstance(found, Modulated):
-        vectors = [found.scale, found.shift, found.norm.weight, found.norm.bias]
-        read = [found.norm.x, *vectors]
-    else:
-        weights = [] if found.norm is None else [found.norm.weight, found.norm.bias]
-        read = [found.x, found.y, found.gate, *weights]
-    present = [node for node in read if node is not None]
-    nodes = [*found.inside, *present]
-    if any(facts.is_changed(node) for node in nodes):
+    read = _reads(found)
+    inside = [*found.inside, *_passed_over(found, read)]
+    if any(facts.is_changed(node) for node in [*inside, *read]):
         return "a tensor that it reads is changed in place"
-    if not facts.one_grad_mode(found.inside):
+    if not facts.one_grad_mode(inside):
         return "autograd is switched on or off inside of it"
-    dtypes = {value(node).dtype for node in [*present, found.root]}  # pyright: ignore
+    dtypes = {value(node).dtype for node in [*read, found.root]}  # pyright: ignore
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "fp64 and other dtypes are mixed"
-    devices = {value(node).device for node in [*present, found.root]}  # pyright: ignore
+    devices = {value(node).device for node in [*read, found.root]}  # pyright: ignore
     if len(devices) > 1:
         return "its tensors are on several devices"
     if _depends_on_strides(found.root):
@@ -485,18 +515,38 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+# calls whose result depends on how their argument lies in memory
+_BY_STRIDES = ("view", "view_as", "stride", "is_contiguous", "unfold", "data_ptr")
+
+
 def _depends_on_strides(node: Node) -> bool:
-    """Whether a view reads a result that is not contiguous, as the operators' results are."""
+    """Whether something reads how a result lies in memory that is not contiguous, as the operators'
+    results are.
+
+    Pointwise calls hand strides on, so it may be a user of a user.
+    """
     if is_dense(value(node)):  # pyright: ignore
         return False
+    seen: set[Node] = set()
     waiting = list(node.users)
     while waiting:
         user = waiting.pop()
-        name = str(user.target if user.op == "call_method" else "")
-        if name in ("view", "view_as", "stride", "is_contiguous") or "as_strided" in str(
-            user.target
-        ):
+        if user in seen:
+            continue
+        seen.add(user)
+        target = user.target
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        if name in _BY_STRIDES or "as_strided" in name:
             return True
-        if is_view(user) or name in ("permute", "transpose", "t", "mT", "swapaxes", "movedim"):
+        if not _lies_by_itself(user):
             waiting += user.users
     return False
+
+
+def _lies_by_itself(node: Node) -> bool:
+    """Whether a result is contiguous in memory of its own, however its arguments lie."""
+    result = value(node)
+    if result is None or not is_dense(result):
+        return False
+    owned = {storage(tensor) for argument in node.all_input_nodes for tensor in tensors(argument)}
+    return storage(result) not in owned

@@ -126,8 +126,10 @@ class _Rewriter:
 
     def run(self) -> None:
         self._find()
+        self._drop_what_is_used_elsewhere()
         pairs = self._pair()
-        for found in [*self.modulated, *self.residuals.values()]:
+        paired = [residual for residual, _ in pairs]
+        for found in [*self.modulated, *self.residuals.values(), *paired]:
             self.taken.update(found.inside)
         # in the order of execution, so that operands are replaced before they are used
         position = self.facts.position
@@ -170,21 +172,51 @@ class _Rewriter:
             for found in follow_norm(norm):
                 if isinstance(found, Miss):
                     self._miss(found.node, found.reason)
-                elif self._accept(found):
+                elif found.root not in self._roots() and self._accept(found):
                     if isinstance(found, Modulated):
                         self.modulated.append(found)
                     else:
                         self.residuals[found.root] = found
-        inside = {node for found in self.residuals.values() for node in found.inside}
-        inside |= {node for found in self.modulated for node in found.inside}
+        inside = self._inside()
         for node in list(self.graph.nodes):
             if node in inside:
                 continue
             found = find_residual(node)
             if isinstance(found, Miss):
                 self._miss(found.node, found.reason)
-            elif found is not None and self._accept(found):
+            elif found is not None and not inside & set(found.inside) and self._accept(found):
                 self.residuals[found.root] = found
+
+    def _all(self) -> list[Modulated | Residual]:
+        return [*self.modulated, *self.residuals.values()]
+
+    def _roots(self) -> set[Node]:
+        return {found.root for found in self._all()}
+
+    def _inside(self) -> set[Node]:
+        """The calls of all patterns."""
+        return {node for found in self._all() for node in found.inside}
+
+    def _drop_what_is_used_elsewhere(self) -> None:
+        """Leave the patterns alone whose intermediate results something else reads, too.
+
+        Two modulations of one norm share its calls; if one of them stays, so must the other.
+        """
+        while True:
+            inside = self._inside()
+            shared = [
+                found
+                for found in self._all()
+                if any(set(node.users) - inside for node in found.inside if node is not found.root)
+            ]
+            if not shared:
+                return
+            for found in shared:
+                self._miss(found.root, "an intermediate result has another use")
+                if isinstance(found, Modulated):
+                    self.modulated.remove(found)
+                else:
+                    del self.residuals[found.root]
 
     def _pair(self) -> list[tuple[Residual, Modulated]]:
         """Residuals with the norm of their result: each residual once, with the first such norm."""
@@ -215,7 +247,10 @@ class _Rewriter:
         found = plain_residual(total)
         if found is None or found.root is not x or refusal(found, self.facts) is not None:
             return None
-        return found
+        # the sum may be part of another pattern, and its cast must be its only user
+        taken = self._inside() & set(found.inside)
+        others = [n for n in found.inside if n is not x and set(n.users) - set(found.inside)]
+        return None if taken or others else found
 
     def _now(self, node: Node | None) -> Node | None:
         """The node that holds a value now."""
@@ -228,7 +263,7 @@ class _Rewriter:
         with self.graph.inserting_before(root):
             if isinstance(found, Modulated):
                 x = self._now(found.norm.x)
-                vectors = self._norm_arguments(found)
+                vectors = self._norm_arguments(found, found.norm.x)
                 name = "adaln"
                 args = (x,)
             else:
@@ -259,7 +294,7 @@ class _Rewriter:
         with self.graph.inserting_before(anchor):
             x, y = self._operands(residual)
             gate = self._vector(residual.gate, residual.x)
-            arguments = self._norm_arguments(norm)
+            arguments = self._norm_arguments(norm, residual.x)
             both = (value(x_root), value(h_root))
             name = "gated_residual_adaln"
             call = self._call(name, (x, y, gate), arguments, h_root, both)
@@ -278,9 +313,7 @@ class _Rewriter:
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         inside = set(norm.inside)
         total = residual.root
-        users = [user for user in total.users if user not in inside]
-        # exact casts of x' that only the norm reads go with it
-        users = [user for user in users if not (is_cast(user) and set(user.users) <= inside)]
+        users = [user for user in total.users if not _goes_with(user, inside)]
         if all(order[user] > order[norm.root] for user in users):
             return norm.root
         needed = [norm.scale, norm.shift, norm.norm.weight, norm.norm.bias]
@@ -320,14 +353,14 @@ class _Rewriter:
             x = insert(self.graph, "to", x, dtype, like=found.root)
         return x, self._now(found.y)
 
-    def _norm_arguments(self, found: Modulated) -> dict[str, Any]:
-        """The keyword arguments of a modulated norm."""
+    def _norm_arguments(self, found: Modulated, tokens: Node) -> dict[str, Any]:
+        """The keyword arguments of a modulated norm; ``tokens`` has the shape of its input."""
         norm = found.norm
-        shift = self._vector(found.shift, norm.x)
+        shift = self._vector(found.shift, tokens)
         scale = None
         if found.scale is not None:
             base, views = scale_of(found.scale)  # pyright: ignore
-            scale = self._vector(self._view_again(base, views), norm.x)
+            scale = self._vector(self._view_again(base, views), tokens)
         arguments = {"shift": shift, "scale": scale, **self._affine(norm)}
         dtype = value(found.root).dtype  # pyright: ignore
         if dtype != value(norm.x).dtype:  # pyright: ignore
@@ -416,6 +449,13 @@ class _Rewriter:
             before = node.all_input_nodes
             self.graph.erase_node(node)
             waiting += before
+
+
+def _goes_with(node: Node, inside: set[Node]) -> bool:
+    """Whether a node is one of a pattern's, or a cast that only the pattern reads."""
+    if node in inside:
+        return True
+    return is_cast(node) and all(_goes_with(user, inside) for user in node.users)
 
 
 def _is_modulation(product: Node, norm: Node) -> bool:
