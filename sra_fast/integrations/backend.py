@@ -41,7 +41,7 @@ def _next_backend(then: str, mode: str | None, options: dict[str, Any]) -> Calla
 
         modes = list_mode_options()
         if mode not in modes:
-            known = ("default", *modes)
+            known = tuple(dict.fromkeys(("default", *modes)))
             raise ValueError(f"sra_fast backend: mode must be one of {known}, got {mode!r}")
         patches = {**modes[mode], **patches}
     if not patches:
@@ -122,7 +122,11 @@ def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
             "sra_fast compile: the backend is sra_fast; then= says what comes after it"
         )
     mode = options.get("mode")
-    further = dict(options.get("options") or {})
+    further = options.get("options") or {}
+    if not isinstance(further, dict):
+        raise ValueError(f"sra_fast compile: expected options as a dict, got {further!r}")
+    if mode is not None and further:
+        raise ValueError("sra_fast compile: expected mode or options, got both")
     _next_backend(then, None if mode == "default" else mode, further)
     if then != "inductor":
         options["options"] = {**further, "then": then}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
@@ -50,14 +51,15 @@ def tensors(node: Node) -> Iterator[Tensor]:
     """Every fake tensor in a node's result, also inside tuples and lists; none that is sparse or
     nested.
     """
-    found = node.meta.get(VALUE)
-    for item in found if isinstance(found, tuple | list) else (found,):
+    for item in _flat(node.meta.get(VALUE)):
         if isinstance(item, Tensor) and _has_strides(item):
             yield item
 
 
 def _has_strides(tensor: Tensor) -> bool:
     """Whether a tensor is an array in one storage."""
+    if is_functorch_wrapped_tensor(tensor):
+        return False
     return tensor.layout == torch.strided and not tensor.is_nested
 
 
@@ -269,6 +271,18 @@ def bodies(graph_module: GraphModule) -> Iterator[GraphModule]:
             wraps = isinstance(node.target, torch._ops.HigherOrderOperator)
             if wraps and node.target.name() in _WRAPPERS:
                 waiting += [graph for _, graph in subgraphs(node)]
+
+
+def is_transformed(graph: Graph) -> bool:
+    """Whether a part of the graph runs under ``torch.func`` (vmap, grad): its tensors have no
+    storage that could be followed.
+    """
+    values = (item for node in graph.nodes for item in _flat(node.meta.get(VALUE)))
+    return any(isinstance(v, Tensor) and is_functorch_wrapped_tensor(v) for v in values)
+
+
+def _flat(found: object) -> Iterable[object]:
+    return found if isinstance(found, tuple | list) else (found,)
 
 
 def storage(tensor: Tensor) -> int:

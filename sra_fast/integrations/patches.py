@@ -46,7 +46,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError) as error:
         raise ValueError(f"sra_fast patch: the source of {function!r} cannot be read") from error
-    if not isinstance(tree, ast.FunctionDef):
+    if not isinstance(tree, ast.FunctionDef) or hasattr(function, "__wrapped__"):
         raise ValueError(f"sra_fast patch: {function!r} is no plain function")
     if ast.get_docstring(tree) is not None:
         tree.body = tree.body[1:]
@@ -189,7 +189,20 @@ def _replacement(name: str, module: Module) -> Callable[..., Tensor]:
     if not callable(modulate) or fingerprint(modulate) not in MODULATE:
         raise ValueError(f"sra_fast patch: {name} calls a modulate() that is not the published one")
     for norm in norms:
-        if type(getattr(module, norm, None)) is not LayerNorm:
-            kind = type(getattr(module, norm, None)).__name__
-            raise ValueError(f"sra_fast patch: expected a LayerNorm as {name}.{norm}, got {kind}")
+        _check_norm(f"{name}.{norm}", getattr(module, norm, None))
     return replacement
+
+
+def _check_norm(name: str, norm: object) -> None:
+    """Raise ValueError unless an operator may take the place of a norm, whose call is left out."""
+    if type(norm) is not LayerNorm:
+        kind = type(norm).__name__
+        raise ValueError(f"sra_fast patch: expected a LayerNorm as {name}, got {kind}")
+    if len(norm.normalized_shape) != 1:
+        shape = norm.normalized_shape
+        raise ValueError(f"sra_fast patch: expected {name} over the width, got {shape}")
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
+    if any(hooks) or norm._backward_pre_hooks or "forward" in norm.__dict__:
+        raise ValueError(
+            f"sra_fast patch: {name} has hooks or another forward, which would not run"
+        )

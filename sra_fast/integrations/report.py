@@ -55,7 +55,10 @@ class Report:
 
     def __str__(self) -> str:
         if not self.graphs:
-            return "sra_fast: nothing was compiled yet for this model; run it once"
+            return (
+                "sra_fast: nothing was compiled yet for this model; run it once (a model that "
+                "shares the graph of another of its class, or has no parameters, is not known)"
+            )
         count = ", ".join(f"{number} {name}" for name, number in sorted(self.rewrites.items()))
         before = sum(call.bytes_before for call in self.calls)
         after = sum(call.bytes_after for call in self.calls)
@@ -72,7 +75,7 @@ class Report:
         return "\n".join(lines)
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """One compiled graph: what was done, and which parameters it reads.
 
@@ -98,19 +101,22 @@ class Record:
         return any(tensor is not None and id(tensor) in ids for tensor in alive)
 
     def fits(self, model: Module) -> bool:
-        """Whether a module of a model sharded by FSDP2 has the parameters that the graph reads.
+        """Whether the graph was made for a module like one of the model's.
 
-        FSDP2 puts other tensors in their place while the model runs.
+        Modules that are alike in everything share a graph, which reads the parameters of the first.
+        FSDP2 puts other tensors in the place of a module's parameters while it runs, and hooks
+        that break the graph: it is enough that a module has what the graph reads.
         """
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            return False
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         held = {name: tuple(p.shape) for name, p in model.named_parameters()}
         held |= {name: tuple(b.shape) for name, b in model.named_buffers()}
         prefixes = [f"{name}." if name else "" for name, _ in model.named_modules()]
-        return bool(self.shapes) and any(
-            all(held.get(prefix + name) == shape for name, shape in self.shapes.items())
-            for prefix in prefixes
-        )
+        for prefix in prefixes if self.shapes else ():
+            read = {prefix + name: shape for name, shape in self.shapes.items()}
+            inside = {name: shape for name, shape in held.items() if name.startswith(prefix)}
+            if read == inside or (is_sharded and read.items() <= inside.items()):
+                return True
+        return False
 
 
 # graphs that this process compiled, oldest first
@@ -145,13 +151,12 @@ def forget_all() -> None:
 
 
 def forget(model: Module) -> None:
-    """Drop what is known of a model's graphs."""
-    mine = _records_of(model)
-    _records[:] = [record for record in _records if record not in mine]
+    """Drop what is known of a model's graphs; models alike keep a graph that they share."""
+    _records[:] = [record for record in _records if not record.reads(model)]
 
 
 def _records_of(model: Module) -> list[Record]:
-    """The graphs that read a model's tensors; under FSDP2 those that fit its names and shapes."""
+    """The graphs that read a model's tensors; if none does, those of models like it."""
     mine = [record for record in _records if record.reads(model)]
     return mine or [record for record in _records if record.fits(model)]
 
@@ -178,9 +183,9 @@ def _shapes(graph_module: GraphModule) -> dict[str, tuple[int, ...]]:
 def report(model: Module) -> Report:
     """What the backend did to the graphs of a model that have been compiled so far.
 
-    A graph belongs to a model if it reads one of its parameters or buffers (under FSDP2: parameters
-    of their names and shapes). Blocks that are compiled one by one share the graph of the first, so
-    it counts once. ``str(report)`` is text to read;
+    A graph belongs to a model if it reads one of its parameters or buffers. Modules alike share the
+    graph of the first: it counts once for blocks that are compiled one by one, and belongs to a
+    second model of the class, too. ``str(report)`` is text to read;
     :class:`Report` has the numbers.
 
     Args:

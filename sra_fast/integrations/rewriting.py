@@ -21,6 +21,7 @@ from sra_fast.integrations.graph import (
     insert,
     is_cast,
     is_mul,
+    is_transformed,
     is_view,
     nbytes,
     replace_in_place,
@@ -103,6 +104,8 @@ def rewrite(graph_module: GraphModule) -> Result:
     """Rewrite a graph of Dynamo's, and the bodies of the checkpoints in it, in place."""
     result = Result()
     for body in bodies(graph_module):
+        if is_transformed(body.graph):
+            continue
         replace_in_place(body.graph)
         _Rewriter(body.graph, result).run()
         body.graph.lint()

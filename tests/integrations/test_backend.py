@@ -258,6 +258,27 @@ def test_a_report_is_about_one_model():
     assert "3 gated_residual_adaln" in text and "left alone: products, 6 calls" in text
 
 
+def test_undo_leaves_the_copy_of_a_model_compiled():
+    """A model and its frozen copy, as an EMA teacher: two graphs of one class."""
+    model = stack(depth=1)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    x, c = programs.inputs()
+    for network in (model, teacher):
+        integrations.compile(network, then="eager")
+        network(x, c)
+    integrations.undo(model)
+    assert integrations.report(teacher).rewrites[FUSED] == 1
+
+
+def test_the_second_model_of_a_class_has_the_graph_of_the_first():
+    first, second = stack(depth=1), Stack(depth=1)
+    x, c = programs.inputs()
+    for model in (first, second):
+        integrations.compile(model, then="eager")
+        model(x, c)
+        assert integrations.report(model).rewrites[FUSED] == 1
+
+
 def test_bytes_of_the_report():
     """Counted by hand for x + gate y and the norm after it, in fp32."""
 
@@ -319,6 +340,11 @@ def test_a_training_run_is_the_same():
         (
             lambda: integrations.compile(stack(), then="eager", mode="max-autotune"),
             "takes no options",
+        ),
+        (lambda: integrations.compile(stack(), options=3), "expected options as a dict, got 3"),
+        (
+            lambda: integrations.compile(stack(), mode="default", options={"x": 1}),
+            "expected mode or options, got both",
         ),
     ],
 )

@@ -5,6 +5,7 @@ own, and check what it refuses.
 """
 
 import copy
+import functools
 
 import programs
 import pytest
@@ -161,6 +162,21 @@ def test_the_fingerprint_is_of_the_code_and_not_of_its_looks():
     assert patches.fingerprint(Plain.forward) != patches.fingerprint(Other.forward)
 
 
+class Decorated(Block):
+    pass
+
+
+def double(forward):
+    @functools.wraps(forward)
+    def doubled(self, x, c):
+        return 2 * forward(self, x, c)
+
+    return doubled
+
+
+Decorated.forward = double(Block.forward)
+
+
 class Changed(Block):
     def forward(self, x, c):
         return super().forward(x, c) * 2
@@ -176,6 +192,7 @@ def test_refused(known, monkeypatch):
         return str(error.value)
 
     assert "got int" in message(3)
+    assert "is no plain function" in message(Decorated())
     assert "got Linear without one" in message(nn.Linear(2, 2))
     mixed = nn.ModuleList([Block(), Changed()])
     assert "got that of 1 (Changed, fingerprint" in message(mixed)
@@ -183,6 +200,15 @@ def test_refused(known, monkeypatch):
     rms = Block()
     rms.norm2 = nn.RMSNorm(D)
     assert "expected a LayerNorm as Block.norm2, got RMSNorm" in message(rms)
+    both = Block()
+    both.norm1 = nn.LayerNorm((programs.T, D), elementwise_affine=False)
+    assert "expected Block.norm1 over the width, got (6, 16)" in message(both)
+    hooked = Block()
+    hooked.norm1.register_forward_hook(lambda *arguments: None)
+    assert "Block.norm1 has hooks" in message(hooked)
+    replaced = Block()
+    replaced.norm2.forward = lambda x: x
+    assert "Block.norm2 has hooks or another forward" in message(replaced)
     twice = Block()
     integrations.patch(twice)
     assert "replaced already" in message(twice)

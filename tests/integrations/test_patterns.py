@@ -174,6 +174,81 @@ def fp32_gate_promotes(m, x, c):
     return x + gate.float() * m.first(x)
 
 
+def post_norm_with_bias(m, x, c):
+    (gate,) = m.vectors(c, 1)
+    return x + gate * F.layer_norm(m.first(x), (D,), m.weight, m.bias)
+
+
+def modulation_of_the_sum(m, x, c):
+    x = x + m.first(x)
+    shift, scale = m.condition(x).chunk(9, -1)[:2]
+    return norm(x) * (1 + scale) + shift
+
+
+def mean_square_used_again(m, x, c):
+    gate, shift, scale = m.vectors(c, 3)
+    x = x + gate * m.first(x)
+    mean_square = x.pow(2).mean(-1, keepdim=True)
+    return x, x * torch.rsqrt(mean_square + EPS) * (1 + scale) + shift, mean_square
+
+
+def one_of_two_modulations_changed(m, x, c):
+    gate, shift, scale, shift2, scale2 = m.vectors(c, 5)
+    x = x + gate * m.first(x)
+    h = norm(x)
+    second = h * (1 + scale2) + shift2
+    second[:, 0] = 0
+    return x, h * (1 + scale) + shift, second
+
+
+def norm_of_a_modulated_norm(m, x, c):
+    """The sum with a shift per token is no residual."""
+    shift, scale, shift2, scale2 = m.condition(x).chunk(9, -1)[:4]
+    y = norm(x) * (1 + scale) + shift
+    return norm(y) * (1 + scale2) + shift2
+
+
+def two_norms_in_one_sum(m, x, c):
+    scale, scale2 = m.vectors(c, 2)
+    return norm(x) * (1 + scale) + norm(m.first(x)) * (1 + scale2)
+
+
+def expanded_vectors(m, x, c):
+    shift, scale = m.vectors(c, 2)
+    x = x + m.first(x)
+    return x, norm(x) * (1 + scale).expand_as(x) + shift.expand_as(x)
+
+
+def changed_by_keyword(m, x, c):
+    gate, shift, scale = m.vectors(c, 3)
+    y = m.first(x)
+    x = x + gate.detach() * y
+    F.relu(input=y, inplace=True)
+    return x, norm(x) * (1 + scale) + shift
+
+
+def cast_changed_before(m, x, c):
+    (gate,) = m.vectors(c, 1)
+    wide = m.second(x).to(bf16).float()
+    wide.clamp_(min=0)
+    return (wide + gate.float() * m.first(x).float()).to(bf16)
+
+
+def scale_changed_after_the_sum(m, x, c):
+    shift, scale = m.vectors(c, 2)
+    scale = scale * 1
+    factor = 1 + scale
+    scale.zero_()
+    return norm(x) * factor + shift
+
+
+def copy_changed_before(m, x, c):
+    shift, scale = m.vectors(c, 2)
+    y = m.second(x).transpose(1, 2).contiguous().transpose(1, 2).contiguous()
+    y.clamp_(min=0)
+    return norm(y) * (1 + scale) + shift
+
+
 ADALN = {"adaln": 1}
 GATED = {"gated_residual": 1}
 FUSED = {"gated_residual_adaln": 1}
@@ -207,6 +282,17 @@ REWRITTEN = [
     (fp32_statistics, ADALN),
     (fp32_residual, FUSED),
     (fp32_gate_promotes, GATED),
+    (modulation_of_the_sum, ADALN),
+    (mean_square_used_again, GATED),
+    (one_of_two_modulations_changed, GATED),
+    (norm_of_a_modulated_norm, {"adaln": 2}),
+    (two_norms_in_one_sum, SANDWICH),
+    (expanded_vectors, ADALN),
+    (changed_by_keyword, FUSED),
+    (post_norm_with_bias, GATED),
+    (cast_changed_before, {}),
+    (scale_changed_after_the_sum, {}),
+    (copy_changed_before, {}),
 ]
 NAMES = [function.__name__ for function, _ in REWRITTEN]
 
@@ -315,6 +401,41 @@ def half_of_the_width(m, x, c):
     return norm(x) * (1 + scale[..., :1])
 
 
+def one_plus_scale_without_gradient(m, x, c):
+    shift, scale = m.vectors(c, 2)
+    with torch.no_grad():
+        factor = 1 + scale
+    return norm(x) * factor + shift
+
+
+def cast_without_gradient(m, x, c):
+    shift, scale = m.vectors(c, 2)
+    y = m.second(x).to(torch.float16)
+    with torch.no_grad():
+        y = y.to(m.weight.dtype)
+    return norm(y) * (1 + scale) + shift
+
+
+def changed_without_gradient(m, x, c):
+    """No pattern at all: the sum in place keeps the gradient of y, one out of place has none."""
+    y = m.second(x)
+    with torch.no_grad():
+        y += 1
+    return m.first(y)
+
+
+def integer_scale(m, x, c):
+    return norm(m.first(x)) * (1.0 + torch.arange(D))
+
+
+def boolean_scale(m, x, c):
+    return norm(m.first(x)) * (1.0 + (torch.arange(D) > 3))
+
+
+def under_vmap(m, x, c):
+    return torch.vmap(lambda row: norm(row) * 2.0)(m.first(x))
+
+
 UNTOUCHED = [
     (other_axis, "more than the last dimension"),
     (mean_over_tokens, "not over the last dimension"),
@@ -333,6 +454,12 @@ UNTOUCHED = [
     (four_dimensions, "[2, 6, 1, 16]"),
     (two_dimensions, "[2, 16]"),
     (half_of_the_width, "the scale is [2, 1, 1]"),
+    (one_plus_scale_without_gradient, "autograd is switched"),
+    (cast_without_gradient, "autograd is switched"),
+    (changed_without_gradient, None),
+    (integer_scale, None),
+    (boolean_scale, None),
+    (under_vmap, None),
 ]
 
 
