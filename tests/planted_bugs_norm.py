@@ -481,10 +481,10 @@ BUGS = [
         T_OPTIONAL,
     ),
     (
-        "per token: the gate of the next token",
+        "per token: the gate of another token",
         TOKEN,
         "(b * gate_b + t * gate_t, b * scale_b",
-        "(b * gate_b + (t ^ 1) * gate_t, b * scale_b",
+        "(b * gate_b + t // 2 * gate_t, b * scale_b",
         T_OPTIONAL,
     ),
     (

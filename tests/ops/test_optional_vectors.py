@@ -422,7 +422,16 @@ def test_operator_registration():
     torch.library.opcheck(adaln_bwd, (dh, y, None, None, mean, rstd, None, False))
 
 
-@pytest.mark.parametrize("case", [WITH_KERNELS[0], WITH_KERNELS[4], CASES[2]], ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [
+        WITH_KERNELS[0],
+        WITH_KERNELS[4],
+        ("adaln", {"scale": "image"}, "rms"),
+        ("gated_residual_adaln", {"gate": "channel", "scale": "frame", "norm_weight": ""}, "rms"),
+    ],
+    ids=name_of,
+)
 def test_compiles_without_graph_breaks(case):
     operator, kinds, norm = case
     inputs, douts = make(operator, kinds)
