@@ -414,6 +414,13 @@ BUGS = [
         T_OPTIONAL,
     ),
     (
+        "the gradient of a weight rounded for every image",
+        MODULATION,
+        "vector.float() if wants_grad(vector) else vector",
+        "vector",
+        "tests/ops/test_optional_vectors.py::test_gradients_of_weights_are_rounded_once",
+    ),
+    (
         "one is added to a factor",
         ROWS,
         "factor = scale.to(tl.float32)\n",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
+from sra_fast.ops._register import wants_grad
 
 
 def check_inputs(
@@ -196,6 +197,13 @@ def frames_as_images(
     return images, [None if t is None else t.reshape(B * F, D) for t in vectors]
 
 
+def summed_in_fp32(vector: Tensor) -> Tensor:
+    """A vector that all images share, in fp32 if it wants a gradient: the sum over images is then
+    rounded once.
+    """
+    return vector.float() if wants_grad(vector) else vector
+
+
 def fold_affine(
     x: Tensor,
     shift: Tensor | None,
@@ -219,10 +227,11 @@ def fold_affine(
     shape = given[0].shape if given else (x.shape[0], x.shape[2])
     factor = None if scale is None else 1 + scale.float()
     if bias is not None:
-        offset = bias if factor is None else bias.float() * factor
+        offset = summed_in_fp32(bias) if factor is None else bias.float() * factor
         shift = offset.expand(shape) if shift is None else offset.float() + shift.float()
     if weight is not None:
-        scale = weight.expand(shape) if factor is None else weight.float() * factor
+        product = summed_in_fp32(weight) if factor is None else weight.float() * factor
+        scale = product.expand(shape)
     elif shift is not None and scale is None:
         scale = x.new_zeros(x.shape[2]).expand(shape)
     return shift, scale, weight is not None
