@@ -1,7 +1,8 @@
 """What the row kernels share: how a width and a batch are split, and the sum of partial gradients.
 
 A program owns one image (or one group of its tokens) and walks some of its rows. It loads two rows
-before it uses either, so that the loads of both are in flight together.
+before it uses either, so that the loads of both are in flight together. Rows that are too wide for
+that, and those that bring vectors of their own (per_token.py), come one at a time.
 
 Head and tail. A width that is not a power of two is cut in two, 1152 = 1024 + 128: the head has
 HEAD columns, the tail TAIL columns, both powers of two. Padding 1152 to 2048 would leave 44 % of

@@ -24,12 +24,19 @@ import test_ema_update
 import test_gated_residual
 import test_gated_residual_adaln
 import test_noise_pair
+import test_optional_vectors
 
 fused = lambda device: test_gated_residual_adaln.test_variants(2, 3, 88, "layer", 0, True)
 plain = lambda device: test_gated_residual.test_forward_and_gradients(
     2, 5, 64, 0, True, torch.float32
 )
 adaln = lambda device: test_adaln.test_variants(2, 3, 88, "image", "layer")
+per_token = lambda device: test_optional_vectors.test_widths(
+    test_optional_vectors.WITH_KERNELS[4], (2, 5, 64), torch.float32
+)
+sandwich = lambda device: test_optional_vectors.test_widths(
+    test_optional_vectors.WITH_KERNELS[0], (2, 5, 64), torch.float32
+)
 layers = lambda op: (
     lambda device: test_adaln_linear.test_forward_and_gradients(
         op, 1, 17, 72, 100, torch.float32, True
@@ -55,6 +62,11 @@ CHECKS = {
     "fused: tail of h lost": fused,
     "fused: dgate from dh": fused,
     "fused: dshift forgets rows": fused,
+    "per token: dweight from dh": per_token,
+    "per token: dbias without the gate": per_token,
+    "per token: the gate of another token": per_token,
+    "sandwich: the stream lost": sandwich,
+    "one is added to a factor": sandwich,
     "recomputed h without the scale": layers("linear"),
     "recomputed h, its tail lost": layers("linear"),
     "slope of GELU without its cube": layers("mlp"),

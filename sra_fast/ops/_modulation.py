@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
+from sra_fast.ops._register import wants_grad
 
 
 def check_inputs(
@@ -50,11 +51,16 @@ def check_inputs(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or an argument is no tensor.
     """
-    channels = channels or {}
     # by name, so that a message can say which tensor is wrong
     named: dict[str, Any] = {"x": x, **arrays}
-    named |= {name: t for name, t in modulation.items() if t is not None or name not in optional}
-    named |= {name: t for name, t in channels.items() if t is not None}
+    for name, t in modulation.items():
+        if t is not None or name not in optional:
+            named[name] = t
+    vectors_of_channels = []
+    for name, t in (channels or {}).items():
+        if t is not None:
+            named[name] = t
+            vectors_of_channels.append(t)
     check_tensors(operator, named if group is None else {**named, "group": group})
     vectors = None
     if x.dim() == 3 and all(t.shape == x.shape for t in arrays.values()):
@@ -63,11 +69,9 @@ def check_inputs(
             vectors = _in_one_shape(given, x, within_image)
         elif _are_grouped(given, x, group):
             vectors = given
-    if vectors is None or any(
-        named[name].shape != x.shape[2:] for name in channels if name in named
-    ):
+    if vectors is None or any(t.shape != x.shape[2:] for t in vectors_of_channels):
         got = named if group is None else {**named, "group": group}
-        expected = _describe(arrays, modulation, channels, within_image, takes_group)
+        expected = _describe(arrays, modulation, channels or {}, within_image, takes_group)
         raise ValueError(
             f"{operator}: expected {expected}; "
             "got " + ", ".join(f"{name} {[*t.shape]}" for name, t in got.items())
@@ -128,7 +132,10 @@ def _in_one_shape(
     """All vectors as ``[B, D]``, or as ``[B, F, D]`` with the largest F; None if one does not
     fit.
     """
-    T = x.shape[1]
+    B, T, D = x.shape
+    # by far the most frequent; dim() first, because comparing symbolic sizes adds guards
+    if all(t is None or t.dim() == 2 and t.shape == (B, D) for t in vectors):
+        return vectors
     # a list: while a compiler traces with dynamic shapes, sizes have no hash
     counts = [_count_per_image(t, x) for t in vectors if t is not None]
     # the largest, and with empty images T = 0 itself
@@ -169,12 +176,14 @@ def _spread(vector: Tensor, x: Tensor, F: int) -> Tensor:
 
 def is_per_token(vectors: Sequence[Tensor | None], x: Tensor, group: Tensor | None) -> bool:
     """Whether vectors of one shape (``check_inputs``) are one per token."""
-    return group is None and any(t is not None and t.shape == x.shape for t in vectors)
+    return group is None and any(
+        t is not None and t.dim() == 3 and t.shape == x.shape for t in vectors
+    )
 
 
 def frames_as_images(
     arrays: Sequence[Tensor], vectors: Sequence[Tensor | None]
-) -> tuple[list[Tensor], list[Tensor | None]]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """``[B, T, D]`` arrays as ``[B F, T / F, D]`` and their ``[B, F, D]`` vectors as ``[B F, D]``.
 
     Vectors that are column slices of one projection remain views. Anything else than one vector
@@ -182,10 +191,17 @@ def frames_as_images(
     """
     F = next((t.shape[1] for t in vectors if t is not None and t.dim() == 3), 1)
     if F == 1:
-        return [*arrays], [*vectors]
+        return arrays, vectors
     B, T, D = arrays[0].shape
     images = [t.reshape(B * F, T // F, D) for t in arrays]
     return images, [None if t is None else t.reshape(B * F, D) for t in vectors]
+
+
+def summed_in_fp32(vector: Tensor) -> Tensor:
+    """A vector that all images share, in fp32 if it wants a gradient: the sum over images is then
+    rounded once.
+    """
+    return vector.float() if wants_grad(vector) else vector
 
 
 def fold_affine(
@@ -205,14 +221,17 @@ def fold_affine(
         shift, scale, and whether the scale is the factor itself. As w (1 + scale) - 1 it would
         lose the digits of a small weight. There is a scale if there is a shift.
     """
+    if weight is None and bias is None and (shift is None or scale is not None):
+        return shift, scale, False
     given = [t for t in (shift, scale, gate) if t is not None]
     shape = given[0].shape if given else (x.shape[0], x.shape[2])
-    factor = None if scale is None or (weight is None and bias is None) else 1 + scale.float()
+    factor = None if scale is None else 1 + scale.float()
     if bias is not None:
-        offset = bias if factor is None else bias.float() * factor
+        offset = summed_in_fp32(bias) if factor is None else bias.float() * factor
         shift = offset.expand(shape) if shift is None else offset.float() + shift.float()
     if weight is not None:
-        scale = weight.expand(shape) if factor is None else weight.float() * factor
+        product = summed_in_fp32(weight) if factor is None else weight.float() * factor
+        scale = product.expand(shape)
     elif shift is not None and scale is None:
         scale = x.new_zeros(x.shape[2]).expand(shape)
     return shift, scale, weight is not None

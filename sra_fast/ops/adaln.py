@@ -131,8 +131,8 @@ def adaln(
     ``x``; statistics in fp32.
 
     A vector that is None is left out: without any, this is the plain norm. Vectors per image or
-    frame may be any expression, such as ``table + temb`` or ``tanh(gate)``: it costs one small
-    operation on ``[B, D]``, a thousandth of the bytes at 256 tokens.
+    frame may be any expression, such as ``table + temb``: it costs one small operation on ``[B,
+    D]``, a thousandth of the bytes at 256 tokens. An expression per token is a pass of its own.
 
     Args:
         x: ``[B, T, D]`` tokens, bf16/fp16/fp32; copied first unless contiguous. The kernel takes D

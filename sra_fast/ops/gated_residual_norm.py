@@ -11,6 +11,7 @@ from sra_fast.ops._modulation import (
     frames_as_images,
     is_per_token,
     runs_kernel,
+    summed_in_fp32,
     with_dense_rows,
 )
 from sra_fast.ops._per_token import run_per_token
@@ -126,8 +127,10 @@ def gated_residual_norm(
     factor = gate
     if norm_weight is not None:
         # as small as the gate, and fp32: no row is read
-        factor = norm_weight if gate is None else norm_weight.float() * gate.float()
-        factor = factor.expand((x.shape[0], x.shape[2]) if gate is None else gate.shape)
+        if gate is None:
+            factor = summed_in_fp32(norm_weight).expand(x.shape[0], x.shape[2])
+        else:
+            factor = norm_weight.float() * gate.float()
     stream, branch = x, y
     if group is None:
         (stream, branch), (factor,) = frames_as_images((x, y), [factor])

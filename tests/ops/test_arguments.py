@@ -268,9 +268,10 @@ def test_a_second_derivative_names_the_operator():
     if DEVICE == "cuda":
         pytest.skip("the interpreter's")
     given = valid()
-    for name in ("adaln", "gated_residual", "gated_residual_adaln", "adaln_linear", "adaln_mlp"):
-        # the gradient of the gated addition's x is a copy
-        which = "y" if name == "gated_residual" else "x"
+    branch = ("gated_residual", "gated_residual_norm")
+    for name in (*branch, "adaln", "gated_residual_adaln", "adaln_linear", "adaln_mlp"):
+        # the gradient of the x of an addition is a copy
+        which = "y" if name in branch else "x"
         arguments = given[name] | {which: given[name][which].requires_grad_()}
         out = getattr(ops, name)(**arguments, backend="triton")
         while isinstance(out, tuple):

@@ -26,6 +26,10 @@ FULL = {
     "gated_residual_adaln": lambda x, y, g, s, c: ops.gated_residual_adaln(
         x, y, g, s, c, backend="triton"
     ),
+    "gated_residual_norm": lambda x, y, g, s, c: ops.gated_residual_norm(x, y, g, backend="triton"),
+    "per token": lambda x, y, g, s, c: ops.gated_residual_adaln(
+        x, y, y.sin(), s[:, None] * y, c, norm_weight=g[0], backend="triton"
+    ),
     "align_distance": lambda x, y, g, s, c: ops.align_distance(x, y, "smooth_l1", backend="triton"),
     # four heads; the last result is that of x
     "qk_norm_rope": lambda x, y, g, s, c: ops.qk_norm_rope(
@@ -48,7 +52,8 @@ LAYERS = {
     ),
 }
 CALLS = {name: lambda x, fn=fn: as_tuple(fn(x, Y, *VECTORS))[-1] for name, fn in FULL.items()} | {
-    "gated_residual": lambda y: ops.gated_residual(X, y, VECTORS[0] * y.mean(1), backend="triton")
+    "gated_residual": lambda y: ops.gated_residual(X, y, VECTORS[0] * y.mean(1), backend="triton"),
+    "gated_residual_norm": lambda y: ops.gated_residual_norm(X, y, VECTORS[0], backend="triton"),
 }
 WITHOUT_BACKWARD = {
     "noise_pair": lambda t: ops.noise_pair(t[:, None], t[:, None], t, t, backend="triton"),
@@ -211,7 +216,13 @@ def test_autocast_changes_nothing_in_place(name):
 @needs_interpreter
 @pytest.mark.parametrize(
     "name, saved",
-    [("adaln", [0, 4]), ("gated_residual", [1, 2]), ("gated_residual_adaln", [1, 2, 4, "output"])],
+    [
+        ("adaln", [0, 4]),
+        ("gated_residual", [1, 2]),
+        ("gated_residual_adaln", [1, 2, 4, "output"]),
+        ("gated_residual_norm", [1, 2]),
+        ("per token", [1, 4, "output"]),
+    ],
 )
 def test_a_saved_tensor_that_changes_before_the_backward_raises(name, saved):
     for which in saved:
