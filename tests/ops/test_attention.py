@@ -153,7 +153,7 @@ def test_a_query_without_keys_gets_zeros(floats, backend):
 
 
 def test_a_backend_without_grouped_heads_gets_them_repeated(monkeypatch):
-    """Neighbouring heads of the queries share a head of the keys; PyTorch's own order is the same."""
+    """Neighbouring heads of queries share a head of keys; PyTorch's own order is the same."""
     if DEVICE == "cpu":
         monkeypatch.setattr(module, "sdpa_kernel", lambda backend: contextlib.nullcontext())
     q, dout = torch.randn(2, 2, 9, 4, 16, device=DEVICE)

@@ -253,7 +253,7 @@ def test_layouts(layout):
 
 @pytest.mark.parametrize("layout", ["bthd", "bhtd"])
 def test_the_projection_is_used_in_place(layout):
-    """Views reach the kernel as they are: only our own operator runs, and the graph keeps no copy."""
+    """Views reach the kernel as they are: only our own operator runs, and no copy is kept."""
     inputs, tables, _ = make(layout=layout)
     with OpLog() as log:
         kernel(tables, layout=layout)(*inputs)
@@ -363,7 +363,7 @@ def test_one_gradient_is_wanted():
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter loads and stores")
 @pytest.mark.parametrize("tables, style", [("pair", "interleaved"), ("element", "half")])
 def test_bytes(tables, style, monkeypatch):
-    """Each array once; a table once for all heads of the queries, and once for those of the keys."""
+    """Each array once; a table once for all heads of queries, and once for those of keys."""
     B, T, H, H_kv, d = 1, 40, 4, 2, 72
     monkeypatch.setattr(kernels, "num_sms", lambda device: 1)
     (q, k, *weights), angles, douts = make(B, T, H, H_kv, d, torch.float16, tables)
