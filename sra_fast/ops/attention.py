@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +87,14 @@ def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
         return out[0] if isinstance(out, tuple) else out
     # PyTorch wants heads before tokens
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped_heads = k.shape[1] != q.shape[1]
-    if grouped_heads and backend == "efficient":
-        # the one backend of PyTorch that takes as many keys as queries only
-        k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
-        grouped_heads = False
-    options = {"attn_mask": mask, "enable_gqa": grouped_heads}
+    options: dict[str, Any] = {"attn_mask": mask}
+    # a branch: of dynamic shapes the comparison is no bool, which PyTorch wants
+    if k.shape[1] != q.shape[1]:
+        if backend == "efficient":
+            # the one backend of PyTorch that takes as many keys as queries only
+            k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
+        else:
+            options["enable_gqa"] = True
     if _SDPA[backend] is None:
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
     with sdpa_kernel(_SDPA[backend]):

@@ -322,7 +322,6 @@ def _check_tables(
         return
     named = {"cos": cos, "sin": sin}
     check_tensors("qk_norm_rope", named)
-    got = ", ".join(f"{name} {[*t.shape]} {t.dtype}" for name, t in named.items())
     if offset is not None and (type(offset) is not int or offset < 0):
         raise ValueError(f"qk_norm_rope: expected an integer offset >= 0, got {offset!r}")
     axis = 1 if layout == "bthd" else 2
@@ -344,6 +343,7 @@ def _check_tables(
         and all(t.dtype in FLOAT_DTYPES for t in named.values())
     )
     if not fits:
+        got = ", ".join(f"{name} {[*t.shape]} {t.dtype}" for name, t in named.items())
         tokens = f"T = {T} rows" if offset is None else f"at most {T} - {offset} rows"
         raise ValueError(
             f"qk_norm_rope: expected cos and sin of {tokens}, [T, d] or [T, d / 2] for d = {d}, "
