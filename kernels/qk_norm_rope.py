@@ -4,19 +4,19 @@
 
 for every pair (1, 2) of a head's d elements; the norm is RMS, LayerNorm or none. Pairs are
 neighbours (interleaved), or element i of either half of the head. A program owns some tokens of one
-image and walks their heads, first those of q, then those of k, so that cosines and sines are read
-once for all heads and stay in registers. It loads several heads before it uses any. The backward
-recomputes the statistics. A program leaves one fp32 partial sum per weight; they are added in a
-fixed order, without atomics, so the result is bitwise repeatable.
+image and walks their heads in q or in k, so that it reads cosines and sines once and keeps them in
+registers. It loads several heads before it uses any. The backward recomputes the statistics. A
+program leaves one fp32 partial sum; they are added in a fixed order, without atomics, so the result
+is bitwise repeatable.
 Reference: sra_fast/ops/qk_norm_rope.py::qk_norm_rope_ref.
 
 Bytes, everything moved once, s per element, N elements of q and k together (2 in bf16), R rows of a
 table with c columns (d or d/2) of 4 bytes:
     forward   2 s N (x; y) + 8 R c (cos, sin) + 2 s d (weights)
     backward  3 s N (x, dy; dx) + 8 R c + 4 s d (weights; their gradients)
-Each of the P programs reads its rows of the tables, once for every image and every share of the
-heads; the second-level cache has them. The backward moves 16 P d bytes more (two fp32 sums written
-and read).
+The tables are read once per image, for q, for k and for every share of the heads; from the second
+time on the second-level cache has them. The backward moves 16 P d bytes more, an fp32 sum per
+weight and program written and read, with P programs for q and as many for k.
 """
 
 from typing import Any
@@ -45,17 +45,11 @@ REGISTERS = {"_qk_norm_rope_fwd_kernel": 128, "_qk_norm_rope_bwd_kernel": 168}
 
 
 @triton.jit
-def _pair_columns(D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Columns of the first and of the second element of every pair."""
-    pair = tl.arange(0, HALF)
-    return (2 * pair, 2 * pair + 1) if INTERLEAVED else (pair, D // 2 + pair)
-
-
-@triton.jit
 def _pair_masks(D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Which pairs have a first, and which a second element: a head may have an odd width."""
-    first, second = _pair_columns(D, HALF, INTERLEAVED)
-    return (first < D, second < D) if INTERLEAVED else (first < D // 2, first < D // 2)
+    pair = tl.arange(0, HALF)
+    in_half = pair < D // 2
+    return (2 * pair < D, 2 * pair + 1 < D) if INTERLEAVED else (in_half, in_half)
 
 
 @triton.jit
@@ -184,7 +178,7 @@ def _normalize(
     rstd = 1.0
     if NORM:
         squares = tl.sum(first * first + second * second, axis=1, keep_dims=True)
-        # rows past the end are zeros: with eps = 0 they would be NaN, and enter the sums over tokens
+        # rows past the end are zeros: with eps = 0 they would be NaN and enter the sums
         rstd = 1.0 / tl.sqrt(tl.where(live, squares / D + eps, 1.0))
     return first * rstd, second * rstd, rstd
 
@@ -368,7 +362,7 @@ SHAPE_ARGUMENTS = ("T", "S", "H", "H_kv", "P", "C", "num_tokens", "num_heads")
 def _qk_norm_rope_fwd_kernel(
     q_ptr,  # [B, T, H, D], strides in units of UNIT elements; the last is 1, as for all arrays
     k_ptr,  # [B, S, H_kv, D]
-    cos_ptr,  # [B, table_rows, D or D / 2], strides in units of TABLE_UNIT, or None, as sin
+    cos_ptr,  # [B or 1, table_rows, D or D / 2], strides in units of TABLE_UNIT, or None, as sin
     sin_ptr,
     q_weight_ptr,  # [D] or None
     k_weight_ptr,
@@ -478,7 +472,7 @@ def _qk_norm_rope_bwd_kernel(
     k_ptr,  # [B, S, H_kv, D]
     q_out_ptr,  # the gradients of the outputs, shaped as q and k
     k_out_ptr,
-    cos_ptr,  # [B, table_rows, D or D / 2], strides in units of TABLE_UNIT, or None, as sin
+    cos_ptr,  # [B or 1, table_rows, D or D / 2], strides in units of TABLE_UNIT, or None, as sin
     sin_ptr,
     q_weight_ptr,  # [D] or None
     k_weight_ptr,

@@ -1,5 +1,5 @@
-"""SwiGLU (arXiv 2002.05202, Eq. 6) of two halves side by side, and its backward with the gradient of
-the bias before it; the backward can recompute the output.
+"""SwiGLU (arXiv 2002.05202, Eq. 6) of two halves side by side, and its backward with the gradient
+of the bias before it; the backward can recompute the output.
 
     y = silu(x1) x2, x = [x1 | x2];   dx1 = dy x2 silu'(x1);   dx2 = dy silu(x1);
     dbias = sum over rows of [dx1 | dx2]
@@ -13,7 +13,7 @@ Bytes, everything moved once, s per element, x [M, 2 N] and y [M, N] (2 in bf16)
     forward   3 s M N (x; y)
     backward  5 s M N (dy, x; dx), s M N more if y is recomputed, and 2 s N (dbias)
 PyTorch's two operators move 5 s M N forward, and 9 s M N backward without the sum.
-P programs share the rows of a column: 16 P N bytes more (an fp32 sum of each half written and read).
+P programs share the rows of a column: 16 P N bytes more (an fp32 sum per half written and read).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Bugs of the norm and the rotation of queries and keys, and of SwiGLU, for tests/planted_bugs.py."""
+"""Bugs of the norm and rotation of queries and keys, and of SwiGLU, for tests/planted_bugs.py."""
 
 KERNEL = "kernels/qk_norm_rope.py"
 OPERATOR = "sra_fast/ops/qk_norm_rope.py"

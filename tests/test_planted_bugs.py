@@ -25,6 +25,8 @@ import test_gated_residual
 import test_gated_residual_adaln
 import test_noise_pair
 import test_optional_vectors
+import test_qk_norm_rope
+import test_swiglu
 
 fused = lambda device: test_gated_residual_adaln.test_variants(2, 3, 88, "layer", 0, True)
 plain = lambda device: test_gated_residual.test_forward_and_gradients(
@@ -76,6 +78,13 @@ CHECKS = {
     "distances of image 0 overwritten": align("cosine_token"),
     "gradient scaled by the wrong length": align("cosine_token"),
     "channel gradient divided by D": align("cosine_token"),
+    "heads: rotated the other way": lambda device: test_qk_norm_rope.test_forward_and_gradients(
+        16, "half", torch.float32
+    ),
+    "heads: dx without c1": lambda device: test_qk_norm_rope.test_forward_and_gradients(
+        16, "interleaved", torch.float32
+    ),
+    "swiglu: dx2 of the gate": lambda device: test_swiglu.test_both_passes(1, 16, torch.float32),
     "velocity with the wrong sign": lambda device: test_noise_pair.test_forward(
         (3, 3, 7, 5), "linear", False, device
     ),

@@ -381,7 +381,7 @@ def plain_swiglu(x: Tensor) -> Tensor:
 
 
 def _swiglu_bytes(shape: Shape, element_size: int) -> tuple[int, int]:
-    """Both halves read and the hidden layer written; its gradient and both halves read, and written."""
+    """Forward: halves, hidden layer. Backward: its gradient, halves read, halves written."""
     hidden = 4 * shape.elements * element_size
     return 3 * hidden, 5 * hidden
 

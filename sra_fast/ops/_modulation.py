@@ -153,10 +153,12 @@ def _count_per_image(vector: Tensor, x: Tensor) -> int:
     """How many vectors an image has; -1 if the shape does not fit."""
     B, _, D = x.shape
     shape = vector.shape
-    if shape in ((D,), (1, D), (B, D)):
-        return 1
-    fits = len(shape) == 3 and shape[0] in (1, B) and shape[2] == D
-    return shape[1] if fits else -1
+    # the number of dimensions and the width first: a comparison of symbolic sizes is a guard
+    if not 1 <= len(shape) <= 3 or shape[-1] != D:
+        return -1
+    if len(shape) > 1 and shape[0] != 1 and shape[0] != B:
+        return -1
+    return shape[1] if len(shape) == 3 else 1
 
 
 def _spread(vector: Tensor, x: Tensor, F: int) -> Tensor:

@@ -152,17 +152,19 @@ def adaln_mlp(
 ) -> tuple[Tensor, Tensor]:
     """``x' = x + gate (y + y_bias)`` and ``gelu_tanh(h @ weight1^T + bias1) @ weight2^T + bias2``.
 
-    h is the modulated norm of x'. With ``activation="swiglu"`` the hidden layer is ``silu(a1) * a2``
-    of ``[a1 | a2] = h @ weight1^T + bias1`` (arXiv 2002.05202): one pass over the product forward,
-    and one backward, which also gives the gradient of ``bias1``.
+    h is the modulated norm of x'. With ``activation="swiglu"`` the hidden layer is
+    ``silu(a1) * a2`` of ``[a1 | a2] = h @ weight1^T + bias1`` (arXiv 2002.05202): one pass over the
+    product forward, and one backward, which also gives the gradient of ``bias1``.
 
-    In half precision on CUDA, GELU is the epilogue of the first product
-    and its derivative that of the second one's input gradient (``SRA_FAST_CUBLASLT=0`` switches both
-    off); otherwise the gradient of ``bias1`` comes out of GELU's backward pass.
+    In half precision on CUDA, GELU is the epilogue of the first product and its derivative that of
+    the second one's input gradient (``SRA_FAST_CUBLASLT=0`` switches both off); otherwise the
+    gradient of ``bias1`` comes out of GELU's backward pass. Without a gradient GELU is the epilogue
+    of the first product (``linear_gelu``).
+
     With ``recompute`` neither h nor the activation's output is kept: the backward passes over the
-    norm and over the activation recompute them, which moves 2 bytes per element more in half precision. An MLP of
-    four times the width keeps nine arrays ``[B, T, D]`` (h, GELU's input and output); recompute
-    leaves four. Without a gradient GELU is the epilogue of the first product (``linear_gelu``).
+    norm and over the activation recompute them, which moves 2 bytes per element more in half
+    precision. An MLP of four times the width keeps nine arrays ``[B, T, D]`` with GELU (h, GELU's
+    input and output); recompute leaves four.
 
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32.
@@ -179,7 +181,8 @@ def adaln_mlp(
         norm: see ``adaln_linear``.
         group: see ``adaln_linear``.
         activation: ``"gelu_tanh"`` or ``"swiglu"``.
-        recompute: recompute h and the activation's output in the backward pass instead of keeping them.
+        recompute: recompute h and the activation's output in the backward pass instead of keeping
+            them.
         backend: see ``adaln_linear``.
 
     Returns:

@@ -2,13 +2,14 @@
 fastest of those installed.
 
 Inside this file queries are ``[B, T, H, d]``, keys and values ``[B, S, H_kv, d]``; the other layout
-is a view of it. A mask is ``[B, H, T, S]`` with any of B, H and T replaced by 1, as PyTorch takes it.
+is a view of it. A mask is ``[B, H, T, S]``, any of B, H and T replaced by 1, as PyTorch takes it.
 """
 
 import importlib
 import logging
 import os
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def attention_ref(
     groups: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The definition: PyTorch's scaled_dot_product_attention, masked if there are groups or a mask."""
+    """The definition: PyTorch's scaled_dot_product_attention, with a mask if there are groups."""
     q, k, v = _tokens_first(layout, q, k, v)
     return _in_layout(layout, _run("sdpa", q, k, v, _full_mask(q, groups, mask)))
 
@@ -86,12 +87,14 @@ def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
         return out[0] if isinstance(out, tuple) else out
     # PyTorch wants heads before tokens
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped_heads = k.shape[1] != q.shape[1]
-    if grouped_heads and backend == "efficient":
-        # the one backend of PyTorch that takes as many keys as queries only
-        k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
-        grouped_heads = False
-    options = {"attn_mask": mask, "enable_gqa": grouped_heads}
+    options: dict[str, Any] = {"attn_mask": mask}
+    # a branch: of dynamic shapes the comparison is no bool, which PyTorch wants
+    if k.shape[1] != q.shape[1]:
+        if backend == "efficient":
+            # the one backend of PyTorch that takes as many keys as queries only
+            k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
+        else:
+            options["enable_gqa"] = True
     if _SDPA[backend] is None:
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
     with sdpa_kernel(_SDPA[backend]):
@@ -260,8 +263,9 @@ def attention(
 ) -> Tensor:
     """Attention of ``[B, T, H, d]``, tokens before heads; of ``[B, H, T, d]`` with layout="bhtd".
 
-    That is ``softmax(q k^T / sqrt(d)) v`` for every head. PyTorch's ``scaled_dot_product_attention``
-    has heads before tokens, and neither layout can be told from the other by its shape.
+    That is ``softmax(q k^T / sqrt(d)) v`` for every head. PyTorch's
+    ``scaled_dot_product_attention`` has heads before tokens, and neither layout can be told from
+    the other by its shape.
 
     Keys and values may be those of other tokens (cross attention: S of them) and have fewer heads
     (grouped-query attention, arXiv 2305.13245: H_kv of them). Head h of the queries then takes head
@@ -282,7 +286,7 @@ def attention(
         v: shaped as ``k``.
         layout: ``"bthd"`` or ``"bhtd"``, of inputs and output; nothing is copied for either.
         groups: ``[B, T]`` integers or None; a token attends to the tokens of its own group, groups
-            of any size. Only where queries and keys are the same tokens, T = S, and without ``mask``.
+            of any size. Only where queries and keys are the same tokens, T = S; not with ``mask``.
         mask: ``[B, S]``, which keys exist, or ``[B, H, T, S]``, which keys each query attends to; B
             may be 1, H and T too. True: attends. Or floats, rounded to q's dtype and added to the
             scaled scores; they may want a gradient. A query that attends to no key (every value
@@ -401,7 +405,7 @@ def _check(
 
 
 def _shapes_fit(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
-    """Whether images and width are the same, and the heads of the keys divide those of the queries."""
+    """Whether images and width are the same, and H_kv divides H."""
     if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
         return False
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -438,6 +442,7 @@ def _check_mask(q: Tensor, k: Tensor, layout: str, mask: Tensor) -> None:
     fits = fits and all(size in (1, full) for size, full in zip(mask.shape, wanted, strict=True))
     if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
-            f"attention: expected mask [B, S] = {[B, S]} or [B, H, T, S] = {[B, H, T, S]} (B, H or T "
-            f"may be 1), bool or floating-point, got {[*mask.shape]} {mask.dtype}"
+            f"attention: expected mask [B, S] = {[B, S]} or [B, H, T, S] = {[B, H, T, S]} "
+            "(B, H or T may be 1), bool or floating-point, "
+            f"got {[*mask.shape]} {mask.dtype}"
         )

@@ -15,7 +15,7 @@ def linear_swiglu_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def linear_swiglu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
-    """``silu(a1) * a2`` of ``[a1 | a2] = x @ weight^T + bias``, SwiGLU in one pass over the product.
+    """``silu(a1) * a2`` of ``[a1 | a2] = x @ weight^T + bias``: one pass over the product.
 
     The backward pass is one more, over the product and the gradient. Both layers are one matrix, as
     LightningDiT's ``w12``; two matrices are concatenated before, ``torch.cat([w1, w2])``, silu's

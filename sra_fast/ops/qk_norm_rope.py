@@ -171,7 +171,8 @@ def qk_norm_rope(
         norm: ``"rms"``, ``"layer"`` (LayerNorm without bias) or None, which takes no weights.
         style: which elements are a pair. ``"half"``: i and i + d / 2 (GPT-NeoX, LLaMA; diffusers'
             ``use_real_unbind_dim=-2``). ``"interleaved"``: 2 i and 2 i + 1 (RoFormer, GPT-J, Flux,
-            Wan, LightningDiT; diffusers' ``use_real_unbind_dim=-1`` and complex tables).
+            Wan, LightningDiT; diffusers' ``use_real_unbind_dim=-1``, and the real and imaginary
+            parts of complex tables).
         offset: None: every token is rotated. A number: the tables belong to tokens offset to offset
             + R, and the others, text before or after an image, are only normed.
         layout: ``"bthd"`` or ``"bhtd"``, of inputs and outputs.
@@ -203,12 +204,11 @@ def qk_norm_rope(
             offset=offset,
             layout=layout,
         )
-    # tokens before heads, and images in the tables: views
+    # tokens before heads, and tables with images, or one for all: views
     heads_first = layout == "bhtd"
     q, k = (_dense_columns(x.transpose(1, 2) if heads_first else x) for x in (q, k))
     if cos is not None and sin is not None:
         cos, sin = (_dense_columns(x if x.dim() == 3 else x[None]) for x in (cos, sin))
-        cos, sin = (x.expand(q.shape[0], -1, -1) for x in (cos, sin))
     q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     options = (
         eps,
@@ -322,7 +322,6 @@ def _check_tables(
         return
     named = {"cos": cos, "sin": sin}
     check_tensors("qk_norm_rope", named)
-    got = ", ".join(f"{name} {[*t.shape]} {t.dtype}" for name, t in named.items())
     if offset is not None and (type(offset) is not int or offset < 0):
         raise ValueError(f"qk_norm_rope: expected an integer offset >= 0, got {offset!r}")
     axis = 1 if layout == "bthd" else 2
@@ -344,6 +343,7 @@ def _check_tables(
         and all(t.dtype in FLOAT_DTYPES for t in named.values())
     )
     if not fits:
+        got = ", ".join(f"{name} {[*t.shape]} {t.dtype}" for name, t in named.items())
         tokens = f"T = {T} rows" if offset is None else f"at most {T} - {offset} rows"
         raise ValueError(
             f"qk_norm_rope: expected cos and sin of {tokens}, [T, d] or [T, d / 2] for d = {d}, "

@@ -116,7 +116,7 @@ def test_traces_whole_with_the_kernels_on_cuda_tensors(monkeypatch):
                 module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
         x = torch.empty(2, 16, 64, dtype=torch.bfloat16)
         c = torch.empty(2, 64, dtype=torch.bfloat16)
-        key = (x.device, x.dtype, 2, 16, 4, 16, (False,) * 3, False, False)
+        key = (x.device, x.dtype, 2, 16, 4, 16, 16, 4, (False,) * 3, None, False)
         # the others want to see a device even for fake tensors, where torch is built for one
         monkeypatch.setitem(attention.__globals__["_chosen"], key, "math")
         keep_graph = lambda graph, example: graphs.append(graph) or graph.forward

@@ -153,7 +153,7 @@ def test_a_query_without_keys_gets_zeros(floats, backend):
 
 
 def test_a_backend_without_grouped_heads_gets_them_repeated(monkeypatch):
-    """Neighbouring heads of the queries share a head of the keys; PyTorch's own order is the same."""
+    """Neighbouring heads of queries share a head of keys; PyTorch's own order is the same."""
     if DEVICE == "cpu":
         monkeypatch.setattr(module, "sdpa_kernel", lambda backend: contextlib.nullcontext())
     q, dout = torch.randn(2, 2, 9, 4, 16, device=DEVICE)
@@ -188,9 +188,11 @@ def test_compiles_without_graph_breaks():
     groups = torch.arange(9, device=DEVICE).expand(2, 9) % 2
     mask = groups[:, None, None] == 0
     options = ({"groups": groups}, {"mask": mask}, {"backend": "math"}, {"layout": "bhtd"})
-    for kwargs in ({}, *options):
+    for kwargs in ({}, *options, {"dynamic": True}):
+        # sizes that are symbols while tracing
+        dynamic = kwargs.pop("dynamic", None)
         fn = lambda *a, kwargs=kwargs: attention(*a, **kwargs).sin()
-        compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         # on a GPU the compiled function may take another backend than the one that is measured
         for a, b in zip(run(compiled, inputs, dout), run(fn, inputs, dout), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -309,6 +311,14 @@ def test_the_choice_is_read_while_compiling(fake_clock):
     choose(q, None, False)
     torch._dynamo.reset()
     assert fn(q)[1] == "flash"
+    # a mask is part of what is known
+    mask = torch.rand(2, 1, 9, 9, device=DEVICE) > 0.5
+    masked = lambda q, mask: (q, choose(q, mask, False))
+    masked = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    assert masked(q, mask)[1] == "sdpa"
+    choose(q, ~mask, False)
+    torch._dynamo.reset()
+    assert masked(q, mask)[1] == "flash"
     module._chosen.update(dict.fromkeys(module._chosen, "fa2"))
     torch._dynamo.reset()
     assert fn(q)[1] == "sdpa", "a package is no part of a compiled graph"

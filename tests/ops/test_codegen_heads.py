@@ -71,7 +71,7 @@ def requests():
 
 
 def accesses(request, name, columns=None):
-    """Accesses of a thread to its pairs of one head, or of one row of a table: as wide as can be."""
+    """Accesses of a thread to its pairs of one head, or of a row of a table: as wide as can be."""
     args = request.args
     bits = request.bits(name)
     pairs = args["ROWS"] * args["HALF"] // (32 * request.num_warps)

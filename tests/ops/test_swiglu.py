@@ -1,4 +1,4 @@
-"""SwiGLU: its two kernels, with a linear layer before it, and as the activation of ``adaln_mlp``."""
+"""SwiGLU: its two kernels, after a linear layer, and as the activation of ``adaln_mlp``."""
 
 import pytest
 import torch
