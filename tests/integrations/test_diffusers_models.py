@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from one_line import check, enough, rewrites
+from one_line import EQUAL, check, enough, rewrites
 
 from benchmarks.other_models.diffusers_models import RECIPES, TINY, build
-from benchmarks.other_models.results import distance, in_dtype, run
+from benchmarks.other_models.results import difference, distance, in_dtype, run
 from sra_fast import integrations
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
@@ -87,3 +87,39 @@ def test_bf16(name):
     fused = run(model, inputs)
     assert distance(fused, truth) <= 1.5 * distance(original, truth)
     assert enough(rewrites(model), COUNTS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        # a pair of a residual and the norm of the next block would cross a checkpoint
+        ("FluxTransformer2DModel", (7, 6, 4, 0)),
+        ("WanTransformer3DModel", (3, 2, 4, 0)),
+    ],
+)
+def test_checkpoints(name, counts):
+    """The bodies of checkpoints are graphs of their own, which are rewritten too."""
+    model, inputs = build(name, True, TINY, "cpu", torch.float32)
+    original = run(model, inputs)
+    model.enable_gradient_checkpointing()
+    # diffusers has checkpoints in training only; these models drop nothing
+    model.train()
+    integrations.compile(model, then="aot_eager")
+    assert difference(run(model, inputs), original) <= EQUAL
+    assert enough(rewrites(model), counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("FluxTransformer2DModel", (4, 4, 2, 0)), ("WanTransformer3DModel", (1, 1, 2, 0))],
+)
+def test_blocks_compiled_one_by_one(name, counts):
+    """diffusers' own way to compile every kind of block once."""
+    model, inputs = build(name, True, TINY, "cpu", torch.float32)
+    original = run(model, inputs)
+    backend = {"backend": integrations.backend, "options": {"then": "eager"}}
+    model.compile_repeated_blocks(fullgraph=True, **backend)
+    assert difference(run(model, inputs), original) <= EQUAL
+    assert enough(rewrites(model), counts)
+    integrations.undo(model)
+    assert difference(run(model, inputs), original) == 0
