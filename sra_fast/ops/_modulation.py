@@ -139,7 +139,7 @@ def _in_one_shape(
     # a list: while a compiler traces with dynamic shapes, sizes have no hash
     counts = [_count_per_image(t, x) for t in vectors if t is not None]
     # the largest, and with empty images T = 0 itself
-    most = T if T in counts else max(counts, default=1)
+    most = T if T in counts else max([1, *counts])
     for F in counts:
         varies = F != 1
         # F vectors for T tokens, and for the largest number of vectors
@@ -265,6 +265,20 @@ def runs_kernel(
             kernels.MAX_WIDTH,
         )
     return D <= kernels.MAX_WIDTH
+
+
+def in_one_dtype(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Shift and scale in the wider of their dtypes: the kernels make both gradients in the dtype of
+    the scale, or without one in that of x.
+    """
+    if shift is None or shift.dtype == (x if scale is None else scale).dtype:
+        return shift, scale
+    if scale is None:
+        return shift, torch.zeros_like(shift)
+    dtype = torch.promote_types(shift.dtype, scale.dtype)
+    return shift.to(dtype), scale.to(dtype)
 
 
 def broadcast_to_tokens(modulation: Tensor, x: Tensor, group: Tensor | None) -> Tensor:

@@ -113,6 +113,12 @@ class _PerToken(torch.autograd.Function):
             ctx.operator, _bwd, dx_new, dh, z, y, *vectors, mean, rstd, ctx.is_factor
         )
         bias, gate, weight, norm_bias, scale = vectors
+        if grads[-1] is None and z is not None:
+            # nobody used h, into which alone these enter
+            dh = None
+            dweight = None
+            dnorm_bias = None
+            dscale = None
         # the gradients of what is only added are those of the sums
         dx = dx_new if z is None else dx
         dshift, dresidual = (

@@ -17,6 +17,7 @@ from sra_fast.ops._modulation import (
     check_inputs,
     fold_affine,
     frames_as_images,
+    in_one_dtype,
     is_per_token,
     runs_kernel,
     with_dense_rows,
@@ -197,7 +198,7 @@ def run_adaln(
     # fp64, empty tensors and very wide rows
     if not runs_kernel(operator, kernels, backend, x, shift, scale, *affine, dtype=dtype):
         weight, bias = affine
-        return adaln_ref(
+        y = adaln_ref(
             *(x, shift, scale, eps),
             norm=norm,
             norm_weight=weight,
@@ -205,6 +206,8 @@ def run_adaln(
             group=group,
             dtype=dtype,
         )
+        # as a kernel would return it, whatever strides x has
+        return y.contiguous()
     if is_per_token((shift, scale), x, group):
         is_factor = False
         has_sums = any(t is not None for t in affine)
@@ -218,6 +221,7 @@ def run_adaln(
     # without vectors a group says nothing
     group = None if shift is None and scale is None else group
     shift, scale, is_factor = fold_affine(x, shift, scale, *affine)
+    shift, scale = in_one_dtype(x, shift, scale)
     rows = x
     if group is None:
         (rows,), (shift, scale) = frames_as_images([x], [shift, scale])

@@ -136,7 +136,8 @@ def run_gated_residual(
     """``gated_residual`` of inputs that ``operator`` has checked; errors begin with its name."""
     # fp64, empty tensors and very wide rows
     if not runs_kernel(operator, kernels, backend, x, y, gate):
-        return gated_residual_ref(x, y, gate, bias=bias, group=group)
+        # as a kernel would return it, whatever strides x has
+        return gated_residual_ref(x, y, gate, bias=bias, group=group).contiguous()
     if is_per_token([gate], x, group):
         return run_per_token(operator, x, y, bias, gate, None, None)[0]
     # without a gate a group says nothing

@@ -11,6 +11,7 @@ from sra_fast.ops._modulation import (
     check_inputs,
     fold_affine,
     frames_as_images,
+    in_one_dtype,
     is_per_token,
     runs_kernel,
     with_dense_rows,
@@ -119,6 +120,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         x_new, y, bias, gate, scale, group, mean, rstd = ctx.saved_tensors
         # an output that nobody used has no gradient: the kernel can do without dx', not without dh
         dx_new = None if dx_new is None else dx_new.contiguous()
+        has_h = dh is not None
         dh = torch.zeros_like(x_new) if dh is None else dh.contiguous()
         dx, dy, dgate, dshift, dscale, dbias, _ = guard_double_backward(
             "gated_residual_adaln",
@@ -128,8 +130,9 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         )
         dbias = None if bias is None else dbias
         dgate = None if gate is None else dgate
-        dshift = dshift if ctx.flags[0] else None
-        dscale = None if scale is None else dscale
+        # shift and scale only enter h
+        dshift = dshift if ctx.flags[0] and has_h else None
+        dscale = dscale if scale is not None and has_h else None
         return dx, dy, dbias, dgate, dshift, dscale, None, None, None, None, None
 
 
@@ -240,7 +243,7 @@ def run_gated_residual_adaln(
     limits = per_token_kernels if per_token else kernels
     if not runs_kernel(operator, limits, backend, x, y, *vectors, dtype=dtype):
         weight, norm_bias = affine
-        return gated_residual_adaln_ref(
+        x_new, h = gated_residual_adaln_ref(
             *(x, y, gate, shift, scale, eps),
             norm=norm,
             norm_weight=weight,
@@ -249,12 +252,15 @@ def run_gated_residual_adaln(
             group=group,
             dtype=dtype,
         )
+        # as a kernel would return them, whatever strides x has
+        return x_new.contiguous(), h.contiguous()
     if per_token:
         options = {"affine": affine, "eps": eps, "norm": norm, "dtype": dtype}
         return run_per_token(operator, x, y, bias, gate, shift, scale, **options)
     # without vectors a group says nothing
     group = None if gate is None and shift is None and scale is None else group
     shift, scale, is_factor = fold_affine(x, shift, scale, *affine, gate)
+    shift, scale = in_one_dtype(x, shift, scale)
     rows = (x, y)
     if group is None:
         rows, (gate, shift, scale) = frames_as_images(rows, [gate, shift, scale])

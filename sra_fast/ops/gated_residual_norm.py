@@ -115,9 +115,11 @@ def gated_residual_norm(
     check_norm(operator, norm, eps)
     # fp64, empty tensors and very wide rows
     if not runs_kernel(operator, kernels, backend, x, y, gate, norm_weight):
-        return gated_residual_norm_ref(
+        out = gated_residual_norm_ref(
             x, y, gate, eps, norm=norm, norm_weight=norm_weight, group=group
         )
+        # as a kernel would return it, whatever strides x has
+        return out.contiguous()
     if is_per_token([gate], x, group):
         affine = (norm_weight, None)
         options = {"eps": eps, "norm": norm, "dtype": x.dtype, "residual": x, "is_factor": True}
