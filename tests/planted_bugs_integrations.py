@@ -15,7 +15,7 @@ BUGS = [
     (
         "backend: tensors that change are read late",
         PATTERNS,
-        "if any(facts.is_changed(node) for node in nodes):",
+        "if any(facts.is_changed(node) for node in [*inside, *read]):",
         "if False:",
         T_PATTERNS,
     ),
@@ -38,6 +38,34 @@ BUGS = [
         GRAPH,
         "or _asks_for_in_place(node):",
         "or False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: what is passed over may change",
+        PATTERNS,
+        "inside = [*found.inside, *_passed_over(found, read)]",
+        "inside = [*found.inside]",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a change under no_grad is a sum",
+        GRAPH,
+        "if not facts.one_grad_mode([x, node]):",
+        "if False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: other uses of what is inside do not count",
+        REWRITING,
+        "if not shared:",
+        "if True:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: vectors of tokens are vectors of frames",
+        PATTERNS,
+        "return fits and same(tokens, 1) and same(width, x.shape[2])",
+        "return fits and same(width, x.shape[2])",
         T_PATTERNS,
     ),
     (
@@ -71,8 +99,8 @@ BUGS = [
     (
         "backend: 2 + scale is 1 + scale",
         PATTERNS,
-        "if isinstance(a, int | float) and a == 1 and value(b) is not None:",
-        "if isinstance(a, int | float) and value(b) is not None:",
+        "if isinstance(a, int | float) and a == 1 and scale is not None:",
+        "if isinstance(a, int | float) and scale is not None:",
         T_PATTERNS,
     ),
     (

@@ -162,9 +162,14 @@ def _adds_dimensions(index: object) -> bool:
 
 
 def is_part(node: Node) -> bool:
-    """Whether a node, before views and casts, is a part of a larger tensor (chunk, unbind, index)."""
+    """Whether a node, before views and casts, is a part of a larger tensor (chunk, unbind, index).
+
+    An input of the graph may be one, made by who calls it.
+    """
     while is_view(node) or is_cast(node):
         node = node.args[0]  # pyright: ignore
+    if node.op == "placeholder":
+        return True
     if not is_call(node, (operator.getitem,), ("select", "narrow")):
         return False
     source = node.args[0]

@@ -11,6 +11,7 @@ like a pattern and ends differently is a near miss, and its reason goes into the
 import math
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,13 +102,11 @@ def is_tokens(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.dim() == 3 and tensor.dtype in DTYPES
 
 
-def vector_kind(node: object, x: Tensor, source: object = None) -> str | None:
+def vector_kind(node: object, x: Tensor) -> str | None:
     """Whether a node is one vector per image, ``"image"``, or per token, ``"token"``, of x.
 
     The shape decides, as broadcasting reads it: ``[T, D]`` is one vector per token that all images
-    share. An array ``[B, T, D]`` counts as vectors only if it (or ``source``, from which it is
-    computed) is a part of a larger tensor, as one chunk of a projection is: any two activations
-    could be multiplied.
+    share.
     """
     vector = value(node)
     if vector is None or vector.dim() > 3 or vector.dim() == 0 or vector.dtype not in DTYPES:
@@ -117,9 +116,38 @@ def vector_kind(node: object, x: Tensor, source: object = None) -> str | None:
         return None
     if same(tokens, 1):
         return "image"
-    if not same(tokens, x.shape[1]):
-        return None
-    return "token" if is_part(source or node) else None  # pyright: ignore
+    return "token" if same(tokens, x.shape[1]) else None
+
+
+def is_frame_vector(node: object, x: Tensor, frames: Any) -> bool:
+    """Whether a node is ``[B, F, 1, D]``, one vector per frame of x; B and F may be 1."""
+    vector = value(node)
+    if vector is None or vector.dim() != 4 or vector.dtype not in DTYPES:
+        return False
+    images, count, tokens, width = vector.shape
+    fits = same(images, 1) or same(images, x.shape[0])
+    fits = fits and (same(count, 1) or same(count, frames))
+    return fits and same(tokens, 1) and same(width, x.shape[2])
+
+
+def splits_frames(node: object) -> bool:
+    """Whether a node is tokens ``[B, T, D]`` seen as ``[B, F, T / F, D]``."""
+    return is_view(node) and _is_split(value(node), value(node.args[0]))  # pyright: ignore
+
+
+def merges_frames(node: object) -> bool:
+    """Whether a node is ``[B, F, T / F, D]`` seen as tokens ``[B, T, D]``."""
+    return is_view(node) and _is_split(value(node.args[0]), value(node))  # pyright: ignore
+
+
+def _is_split(frames: Tensor | None, tokens: Tensor | None) -> bool:
+    if frames is None or tokens is None or frames.dim() != 4 or not is_tokens(tokens):
+        return False
+    return (
+        same(frames.shape[0], tokens.shape[0])
+        and same(frames.shape[1] * frames.shape[2], tokens.shape[1])
+        and same(frames.shape[3], tokens.shape[2])
+    )
 
 
 def only_user(node: Node) -> Node | None:
@@ -311,12 +339,16 @@ def _follow_user(norm: Norm, user: Node, path: list[Node]) -> Modulated | Residu
     """The pattern that a user of the norm belongs to."""
     x: Tensor = value(norm.x)  # pyright: ignore
     inside = [*norm.inside, *path[1:]]
+    if splits_frames(user):
+        return _follow_frames(norm, user, [*inside, user])
     if not is_mul(user):
         return _sandwich(norm, user, path[-1], None, inside)
     factor = other(user, path[-1])
     one_plus = scale_of(factor)
-    # a sum is no part of a larger tensor, but its scale may be
-    kind = vector_kind(factor, x, one_plus and one_plus[0])
+    kind = vector_kind(factor, x)
+    # any two activations could be multiplied: a gate is a part of a larger tensor
+    if kind == "token" and one_plus is None and not is_part(factor):  # pyright: ignore
+        kind = None
     if kind is None or not is_tokens(value(user)):
         if value(factor) is None or one_plus is None:
             return None
@@ -332,6 +364,39 @@ def _follow_user(norm: Norm, user: Node, path: list[Node]) -> Modulated | Residu
             found = _sandwich(norm, result, last, factor, [*inside, *steps])  # pyright: ignore
         return found or Miss(user, "the scale is not added to 1")
     return _with_shift(norm, user, factor, kind, inside)  # pyright: ignore
+
+
+def _follow_frames(norm: Norm, split: Node, inside: list[Node]) -> Modulated | None:
+    """``norm(x)`` as frames, modulated with a vector for each, and as tokens again."""
+    x: Tensor = value(norm.x)  # pyright: ignore
+    frames = value(split).shape[1]  # pyright: ignore
+    steps = [split, *_only_users(split)]
+    products = [node for node in steps if is_mul(node)]
+    end = next((i for i, node in enumerate(steps) if merges_frames(node)), None)
+    if end is None or not products:
+        return None
+    factor = other(products[0], steps[steps.index(products[0]) - 1])
+    if scale_of(factor) is None or not is_frame_vector(factor, x, frames):
+        return None
+    shift = None
+    for before, node in zip(steps[:end], steps[1:end], strict=False):
+        if node is products[0] or is_cast(node):
+            continue
+        shift = other(node, before) if is_add(node) and shift is None else None
+        if shift is None or not is_frame_vector(shift, x, frames):
+            return None
+    return _rounded(Modulated(steps[end], norm, factor, shift, [*inside, *steps[1 : end + 1]]))  # pyright: ignore
+
+
+def _only_users(node: Node) -> list[Node]:
+    """The nodes after a node, as long as each is the only user of the one before."""
+    found = []
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        found.append(node)
+        if len(found) > 8:
+            break
+    return found
 
 
 def _with_shift(
@@ -396,6 +461,10 @@ def find_residual(total: Node) -> Residual | Miss | None:
         while is_cast(term) and len(term.users) == 1:
             steps.append(term)
             term = term.args[0]
+        if merges_frames(term) and len(term.users) == 1:
+            found = _gated_frames(total, x, term, [*steps, total])
+            if found is not None:
+                return found
         if not is_mul(term) or not is_tokens(value(x)) or len(term.args) != 2 or term.kwargs:
             continue
         found = _gated(total, x, term.args, [term, *steps[::-1], total])
@@ -405,6 +474,23 @@ def find_residual(total: Node) -> Residual | Miss | None:
             return found
         reason = reason or found
     return reason
+
+
+def _gated_frames(total: Node, x: object, merge: Node, inside: list[Node]) -> Residual | None:
+    """``x + gate y`` with y seen as frames, and a gate for each."""
+    tokens = value(x)
+    product = merge.args[0]
+    if not is_mul(product) or len(product.users) != 1 or not is_tokens(tokens):  # pyright: ignore
+        return None
+    if not same_shape(tokens, value(total)):  # pyright: ignore
+        return None
+    for gate, frames in operands(product):  # pyright: ignore
+        if not splits_frames(frames) or not same_shape(value(frames.args[0]), tokens):  # pyright: ignore
+            continue
+        if is_frame_vector(gate, tokens, value(frames).shape[1]):  # pyright: ignore
+            inside = [product, merge, *inside]  # pyright: ignore
+            return _in_dtype_of_x(Residual(total, x, frames.args[0], gate, None, inside))  # pyright: ignore
+    return None
 
 
 def _gated(total: Node, x: object, factors: object, inside: list[Node]) -> Residual | Miss | None:
@@ -421,7 +507,7 @@ def _gated(total: Node, x: object, factors: object, inside: list[Node]) -> Resid
             continue
         kind = vector_kind(gate, tokens)  # pyright: ignore
         # of two arrays of tokens the gate is the one that is a part of a larger tensor
-        if kind == "image" or (kind == "token" and vector_kind(y, tokens) is None):  # pyright: ignore
+        if kind == "image" or (kind == "token" and is_part(gate) and not is_part(y)):  # pyright: ignore
             return _in_dtype_of_x(Residual(total, x, y, gate, None, inside))  # pyright: ignore
         vector = value(gate)
         if vector is not None and vector.dim() in (2, 3) and not same_shape(vector, full):  # pyright: ignore

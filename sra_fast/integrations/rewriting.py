@@ -401,6 +401,9 @@ class _Rewriter:
             return None
         x = value(tokens)
         vector = value(node)
+        if vector.dim() == 4:  # pyright: ignore
+            # [B, F, 1, D], one per frame
+            return insert(self.graph, "squeeze", node, 2, like=node)
         if vector.dim() == 1 or vector.dim() == 3 and same(vector.shape[0], x.shape[0]):  # pyright: ignore
             return node
         if vector_kind(node, x) == "image":  # pyright: ignore

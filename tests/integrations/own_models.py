@@ -516,8 +516,7 @@ OWN_MODELS = {
     "a table and shared vectors": OwnModel(TableModel, prompted, (1, 2, 4, 0)),
     "video": OwnModel(VideoModel, prompted, (1, 0, 6, 0)),
     "video, a time per token": OwnModel(VideoModel, prompted_per_token, (1, 0, 6, 0)),
-    # tokens of four dimensions are left as they are
-    "video, a time per frame": OwnModel(FrameModel, framed, (0, 0, 0, 0)),
+    "video, a time per frame": OwnModel(FrameModel, framed, (1, 1, 3, 0)),
     "norms before and after": OwnModel(lambda: DiT(SandwichBlock), labelled, (7, 0, 0, 6)),
 }
 

@@ -249,6 +249,25 @@ def copy_changed_before(m, x, c):
     return norm(y) * (1 + scale) + shift
 
 
+def per_frame(m, x, c):
+    """Vectors ``[B, F, 1, D]`` of tokens that are seen as frames."""
+    gate, shift, scale = m.condition(c[:, None] * m.weight[:3, None]).chunk(9, -1)[:3]
+    frames = lambda y: y.unflatten(1, (3, T // 3))
+    x = x + (gate[:, :, None] * frames(m.first(x))).flatten(1, 2)
+    h = frames(norm(x)) * (1 + scale)[:, :, None] + shift.unsqueeze(2)
+    return x, h.reshape(B, T, D)
+
+
+def per_frame_without_shift(m, x, c):
+    scale = m.condition(c[:, None] * m.weight[:3, None]).chunk(9, -1)[0]
+    return (norm(x).view(B, 3, T // 3, D) * (scale[:, :, None] + 1)).flatten(1, 2)
+
+
+def per_token_arrays(m, x, c):
+    """As in a block that is compiled by itself: the vectors are no parts of anything."""
+    return norm(x) * (1 + m.first(x)) + m.second(x)
+
+
 ADALN = {"adaln": 1}
 GATED = {"gated_residual": 1}
 FUSED = {"gated_residual_adaln": 1}
@@ -290,6 +309,9 @@ REWRITTEN = [
     (expanded_vectors, ADALN),
     (changed_by_keyword, FUSED),
     (post_norm_with_bias, GATED),
+    (per_frame, FUSED),
+    (per_frame_without_shift, ADALN),
+    (per_token_arrays, ADALN),
     (cast_changed_before, {}),
     (scale_changed_after_the_sum, {}),
     (copy_changed_before, {}),
@@ -436,6 +458,17 @@ def under_vmap(m, x, c):
     return torch.vmap(lambda row: norm(row) * 2.0)(m.first(x))
 
 
+def frames_that_stay_frames(m, x, c):
+    scale = m.condition(c[:, None] * m.weight[:3, None]).chunk(9, -1)[0]
+    return norm(x).unflatten(1, (3, T // 3)) * (1 + scale)[:, :, None]
+
+
+def vectors_within_a_frame(m, x, c):
+    """One vector for every token of a frame, the same for all frames."""
+    scale = m.condition(c[:, None] * m.weight[:2, None]).chunk(9, -1)[0]
+    return (norm(x).unflatten(1, (3, 2)) * (1 + scale)[:, None]).flatten(1, 2)
+
+
 UNTOUCHED = [
     (other_axis, "more than the last dimension"),
     (mean_over_tokens, "not over the last dimension"),
@@ -457,6 +490,8 @@ UNTOUCHED = [
     (one_plus_scale_without_gradient, "autograd is switched"),
     (cast_without_gradient, "autograd is switched"),
     (changed_without_gradient, None),
+    (frames_that_stay_frames, None),
+    (vectors_within_a_frame, None),
     (integer_scale, None),
     (boolean_scale, None),
     (under_vmap, None),
