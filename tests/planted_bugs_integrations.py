@@ -201,11 +201,4 @@ BUGS = [
         "if digits not in KNOWN and (digits := next(iter(KNOWN))) is None:",
         T_PATCHES,
     ),
-    (
-        "patch: the dtype of x under autocast",
-        PATCHES,
-        "normed = norm(x[:0]).dtype if autocast else x.dtype",
-        "normed = x.dtype",
-        T_PATCHES,
-    ),
 ]

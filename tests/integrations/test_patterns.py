@@ -163,6 +163,11 @@ def fp32_statistics(m, x, c):
     return (norm(x.float()) * (1 + scale.float()) + shift.float()).type_as(x)
 
 
+def fp32_result(m, x, c):
+    shift, scale = m.vectors(c, 2)
+    return norm(x.float()) * (1 + scale.float()) + shift.float()
+
+
 def fp32_residual(m, x, c):
     gate, shift, scale = m.vectors(c, 3)
     x = (x.float() + m.first(x) * gate.float()).type_as(x)
@@ -299,6 +304,7 @@ REWRITTEN = [
     (tap_before_modulation, FUSED),
     (in_place, FUSED),
     (fp32_statistics, ADALN),
+    (fp32_result, ADALN),
     (fp32_residual, FUSED),
     (fp32_gate_promotes, GATED),
     (modulation_of_the_sum, ADALN),
