@@ -1,6 +1,10 @@
 """Bugs of the compiler backend, for tests/planted_bugs.py."""
 
 GRAPH = "sra_fast/integrations/graph.py"
+FACTS = "sra_fast/integrations/facts.py"
+NORMS = "sra_fast/integrations/norms.py"
+TOKENS = "sra_fast/integrations/tokens.py"
+REFUSALS = "sra_fast/integrations/refusals.py"
 PATTERNS = "sra_fast/integrations/patterns.py"
 REWRITING = "sra_fast/integrations/rewriting.py"
 REPORT = "sra_fast/integrations/report.py"
@@ -14,7 +18,7 @@ T_PATCHES = "tests/integrations/test_patches.py"
 BUGS = [
     (
         "backend: tensors that change are read late",
-        PATTERNS,
+        REFUSALS,
         "if any(facts.is_changed(node) for node in [*inside, *read]):",
         "if False:",
         T_PATTERNS,
@@ -28,28 +32,28 @@ BUGS = [
     ),
     (
         "backend: out= changes nothing",
-        GRAPH,
+        FACTS,
         'return _nodes(node.kwargs["out"])',
         "return []",
         T_PATTERNS,
     ),
     (
         "backend: inplace=True changes nothing",
-        GRAPH,
+        FACTS,
         "or _asks_for_in_place(node):",
         "or False:",
         T_PATTERNS,
     ),
     (
         "backend: what is passed over may change",
-        PATTERNS,
+        REFUSALS,
         "inside = [*found.inside, *_passed_over(found, read)]",
         "inside = [*found.inside]",
         T_PATTERNS,
     ),
     (
         "backend: a change under no_grad is a sum",
-        GRAPH,
+        FACTS,
         "if not facts.one_grad_mode([x, node]):",
         "if False:",
         T_PATTERNS,
@@ -63,28 +67,28 @@ BUGS = [
     ),
     (
         "backend: vectors of tokens are vectors of frames",
-        PATTERNS,
+        TOKENS,
         "return fits and same(tokens, 1) and same(width, x.shape[2])",
         "return fits and same(width, x.shape[2])",
         T_PATTERNS,
     ),
     (
         "backend: an input changed in place is a sum",
-        GRAPH,
+        FACTS,
         "if not fresh or read_later",
         "if read_later",
         T_PATTERNS,
     ),
     (
         "backend: a changed tensor is read as it was",
-        GRAPH,
+        FACTS,
         "if not fresh or read_later",
         "if not fresh",
         T_PATTERNS,
     ),
     (
         "backend: every eps is 1e-6",
-        PATTERNS,
+        NORMS,
         "return Norm(node, uncast(x), kind, eps, weight, bias, [node])",
         "return Norm(node, uncast(x), kind, 1e-6, weight, bias, [node])",
         T_PATTERNS,
@@ -98,35 +102,35 @@ BUGS = [
     ),
     (
         "backend: 2 + scale is 1 + scale",
-        PATTERNS,
+        TOKENS,
         "if isinstance(a, int | float) and a == 1 and scale is not None:",
         "if isinstance(a, int | float) and scale is not None:",
         T_PATTERNS,
     ),
     (
         "backend: a norm over several dimensions",
-        PATTERNS,
+        NORMS,
         "return x is not None and len(sizes) == 1 and same(sizes[0], x.shape[-1])",
         "return x is not None and same(sizes[-1], x.shape[-1])",
         T_PATTERNS,
     ),
     (
         "backend: a mean square over any dimension",
-        PATTERNS,
+        NORMS,
         "if sizes[0] not in (-1, source.dim() - 1):",
         "if False:",
         T_PATTERNS,
     ),
     (
         "backend: the mean square of another tensor",
-        PATTERNS,
+        NORMS,
         "if base is None or uncast(base) is not uncast(x):",
         "if base is None:",
         T_PATTERNS,
     ),
     (
         "backend: a norm under no_grad is fused with what has gradients",
-        GRAPH,
+        FACTS,
         "grad_region += not _is_autocast(node)",
         "grad_region += 0",
         T_PATTERNS,
@@ -147,7 +151,7 @@ BUGS = [
     ),
     (
         "backend: strides do not matter",
-        PATTERNS,
+        REFUSALS,
         "if _depends_on_strides(found.root):",
         "if False:",
         T_PATTERNS,

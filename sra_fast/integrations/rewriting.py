@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
 from sra_fast import ops
+from sra_fast.integrations.facts import Facts, replace_in_place
 from sra_fast.integrations.graph import (
-    Facts,
     bodies,
     insert,
     is_cast,
@@ -24,26 +24,21 @@ from sra_fast.integrations.graph import (
     is_transformed,
     is_view,
     nbytes,
-    replace_in_place,
     same,
     tensors,
     value,
     where,
 )
+from sra_fast.integrations.norms import Miss, find_norm
 from sra_fast.integrations.patterns import (
-    Miss,
     Modulated,
     Residual,
-    find_norm,
     find_residual,
     follow_norm,
-    other,
     plain_residual,
-    refusal,
-    scale_of,
-    users_after_casts,
-    vector_kind,
 )
+from sra_fast.integrations.refusals import refusal
+from sra_fast.integrations.tokens import other, scale_of, users_after_casts, vector_kind
 
 # calls that may be made earlier: their results depend on their arguments alone. No random numbers,
 # no collectives, nothing that waits for the device.

@@ -736,7 +736,7 @@ def test_mixed_dtypes_with_fp64_are_left_alone():
 
 def test_every_in_place_operator_is_known():
     """Python's own list: an operator that is missing here would be rewritten around."""
-    from sra_fast.integrations.graph import _IN_PLACE
+    from sra_fast.integrations.facts import _IN_PLACE
 
     in_place = {
         getattr(operator, name)
