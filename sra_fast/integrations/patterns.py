@@ -55,6 +55,11 @@ class Modulated:
     shift: Node | None
     inside: list[Node]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the norm is not modulated."""
+        return self.scale is None and self.shift is None
+
 
 @dataclass
 class Residual:

@@ -210,7 +210,8 @@ class _Rewriter:
             if not shared:
                 return
             for found in shared:
-                self._miss(found.root, "an intermediate result has another use")
+                if isinstance(found, Residual) or not found.is_plain:
+                    self._miss(found.root, "an intermediate result has another use")
                 if isinstance(found, Modulated):
                     self.modulated.remove(found)
                 else:
@@ -223,8 +224,7 @@ class _Rewriter:
         for norm in sorted(self.modulated, key=lambda found: self.facts.position[found.root]):
             x = norm.norm.x
             residual = self.residuals.get(x)
-            is_plain = norm.scale is None and norm.shift is None
-            if residual is None and not is_plain:
+            if residual is None and not norm.is_plain:
                 residual = self._plain_before(x)
             fits = residual is not None and residual.norm is None and x not in used
             if fits and self.facts.one_grad_mode([residual.root, norm.root]):  # pyright: ignore
@@ -233,9 +233,7 @@ class _Rewriter:
         paired = {id(norm) for _, norm in pairs}
         # a norm without modulation is PyTorch's, unless a residual takes it along
         self.modulated = [
-            found
-            for found in self.modulated
-            if id(found) in paired or found.scale is not None or found.shift is not None
+            found for found in self.modulated if id(found) in paired or not found.is_plain
         ]
         return pairs
 
@@ -280,12 +278,11 @@ class _Rewriter:
         anchor = self._place(residual, norm)
         if anchor is None:
             self._miss(norm.root, "its modulation cannot be computed before another use of x'")
-            is_gated = residual.gate is not None
-            singles: list[Modulated | Residual] = [residual] if is_gated else []
-            if norm.scale is not None or norm.shift is not None:
-                singles.append(norm)
-            for found in singles:
-                self._replace_one(found)
+            # each by itself, where that is worth a call
+            if residual.gate is not None:
+                self._replace_one(residual)
+            if not norm.is_plain:
+                self._replace_one(norm)
             return
         x_root = residual.root
         h_root = norm.root
