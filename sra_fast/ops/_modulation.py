@@ -267,16 +267,12 @@ def runs_kernel(
     return D <= kernels.MAX_WIDTH
 
 
-def in_one_dtype(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Shift and scale in the wider of their dtypes: the kernels make both gradients in the dtype of
-    the scale, or without one in that of x.
+def in_one_dtype(shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Shift and scale in the wider of their dtypes: the kernels make both gradients in that of the
+    scale. There is a scale if there is a shift (``fold_affine``).
     """
-    if shift is None or shift.dtype == (x if scale is None else scale).dtype:
+    if shift is None or scale is None or shift.dtype == scale.dtype:
         return shift, scale
-    if scale is None:
-        return shift, torch.zeros_like(shift)
     dtype = torch.promote_types(shift.dtype, scale.dtype)
     return shift.to(dtype), scale.to(dtype)
 

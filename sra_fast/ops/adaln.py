@@ -221,7 +221,7 @@ def run_adaln(
     # without vectors a group says nothing
     group = None if shift is None and scale is None else group
     shift, scale, is_factor = fold_affine(x, shift, scale, *affine)
-    shift, scale = in_one_dtype(x, shift, scale)
+    shift, scale = in_one_dtype(shift, scale)
     rows = x
     if group is None:
         (rows,), (shift, scale) = frames_as_images([x], [shift, scale])

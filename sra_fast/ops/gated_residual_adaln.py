@@ -260,7 +260,7 @@ def run_gated_residual_adaln(
     # without vectors a group says nothing
     group = None if gate is None and shift is None and scale is None else group
     shift, scale, is_factor = fold_affine(x, shift, scale, *affine, gate)
-    shift, scale = in_one_dtype(x, shift, scale)
+    shift, scale = in_one_dtype(shift, scale)
     rows = (x, y)
     if group is None:
         rows, (gate, shift, scale) = frames_as_images(rows, [gate, shift, scale])

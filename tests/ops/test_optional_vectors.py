@@ -423,6 +423,47 @@ def test_one_output_unused(used):
         torch.testing.assert_close(a.double(), c, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_the_gradient_of_a_wide_shift_keeps_its_digits(fused, with_scale):
+    """An fp32 shift beside a scale, or rows, in half precision."""
+    half = torch.float16
+    x, y = torch.randn(2, B, T, D, device=DEVICE, dtype=half)
+    shift = torch.randn(B, D, device=DEVICE, requires_grad=True)
+    scale = torch.randn(B, D, device=DEVICE, dtype=half) if with_scale else None
+    dh = torch.randn(B, T, D, device=DEVICE, dtype=half)
+    if fused:
+        _, h = ops.gated_residual_adaln(x, y, None, shift, scale, backend="triton")
+    else:
+        h = ops.adaln(x, shift, scale, backend="triton")
+    h.backward(dh)
+    torch.testing.assert_close(shift.grad, dh.float().sum(1), atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("vectors", ["image", "token"])
+def test_what_nobody_used_has_no_gradient(vectors, backend):
+    """As in PyTorch: an optimizer tells None from zeros."""
+    x, y = torch.randn(2, B, T, D, device=DEVICE)
+    given = [torch.randn(SHAPES[vectors], device=DEVICE, requires_grad=True) for _ in range(3)]
+    weight = torch.ones(D, device=DEVICE, requires_grad=True)
+    x_new, _ = ops.gated_residual_adaln(x, y, *given, norm_weight=weight, backend=backend)
+    x_new.square().sum().backward()
+    assert given[0].grad.abs().sum() > 0
+    assert all(t.grad is None for t in (*given[1:], weight))
+
+
+@pytest.mark.parametrize("operator", VECTORS)
+def test_results_are_contiguous(operator):
+    """With either backend, however x lies in memory: a compiler is told that they are."""
+    x, y = torch.randn(2, B, D, T, device=DEVICE).transpose(2, 3)
+    arrays = [x, y][: ARRAYS.get(operator, 2)]
+    vectors = [torch.randn(B, D, device=DEVICE) for _ in VECTORS[operator][0]]
+    for backend in ("torch", "triton"):
+        out = getattr(ops, operator)(*arrays, *vectors, backend=backend)
+        assert all(o.is_contiguous() for o in (out if isinstance(out, tuple) else (out,)))
+
+
 def test_operator_registration():
     x, y, dx, dh = torch.randn(4, B, T, D, device=DEVICE)
     gate, shift, scale = slices(B, T)[:3]
