@@ -8,6 +8,7 @@ A pattern is found from its norm, or from its sum, and then followed through the
 like a pattern and ends differently is a near miss, and its reason goes into the report.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -141,24 +142,31 @@ def _follow_user(norm: Norm, user: Node, path: list[Node]) -> Modulated | Residu
 
 def _follow_frames(norm: Norm, split: Node, inside: list[Node]) -> Modulated | None:
     """``norm(x)`` as frames, modulated with a vector for each, and as tokens again."""
+    chain = [split, *only_users(split)]
+    # the product, perhaps a sum, the view: in this order, with casts in between
+    calls = [i for i, node in enumerate(chain) if i > 0 and not is_cast(node)][:3]
+    factor = _other_in(chain, calls, 0, is_mul)
+    shift = _other_in(chain, calls, 1, is_add)
+    last = 1 if shift is None else 2
+    if scale_of(factor) is None or len(calls) <= last:
+        return None
+    merge = chain[calls[last]]
     x: Tensor = value(norm.x)  # pyright: ignore
     frames = value(split).shape[1]  # pyright: ignore
-    steps = [split, *only_users(split)]
-    products = [node for node in steps if is_mul(node)]
-    end = next((i for i, node in enumerate(steps) if merges_frames(node)), None)
-    if end is None or not products:
+    vectors = [vector for vector in (factor, shift) if vector is not None]
+    if not merges_frames(merge) or not all(is_frame_vector(v, x, frames) for v in vectors):
         return None
-    factor = other(products[0], steps[steps.index(products[0]) - 1])
-    if scale_of(factor) is None or not is_frame_vector(factor, x, frames):
+    inside = [*inside, *chain[1 : calls[last] + 1]]
+    return _rounded(Modulated(merge, norm, factor, shift, inside))  # pyright: ignore
+
+
+def _other_in(
+    chain: list[Node], calls: list[int], which: int, is_kind: Callable[[object], bool]
+) -> object:
+    """The operand that one of the calls of a chain adds or multiplies to what comes before it."""
+    if which >= len(calls) or not is_kind(chain[calls[which]]):
         return None
-    shift = None
-    for before, node in zip(steps[:end], steps[1:end], strict=False):
-        if node is products[0] or is_cast(node):
-            continue
-        shift = other(node, before) if is_add(node) and shift is None else None
-        if shift is None or not is_frame_vector(shift, x, frames):
-            return None
-    return _rounded(Modulated(steps[end], norm, factor, shift, [*inside, *steps[1 : end + 1]]))  # pyright: ignore
+    return other(chain[calls[which]], chain[calls[which] - 1])
 
 
 def _with_shift(

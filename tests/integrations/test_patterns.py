@@ -475,6 +475,19 @@ def vectors_within_a_frame(m, x, c):
     return (norm(x).unflatten(1, (3, 2)) * (1 + scale)[:, None]).flatten(1, 2)
 
 
+def frames_shifted_first(m, x, c):
+    shift, scale = m.condition(c[:, None] * m.weight[:3, None]).chunk(9, -1)[:2]
+    h = norm(x).unflatten(1, (3, T // 3)) + shift[:, :, None]
+    return (h * (1 + scale)[:, :, None]).flatten(1, 2)
+
+
+def frames_modulated_as_tokens(m, x, c):
+    """As tokens again before the product, which makes something else of them."""
+    scale = m.condition(c[:, None] * m.weight[:2, None]).chunk(9, -1)[0]
+    h = norm(x).unflatten(1, (2, T // 2)).flatten(1, 2)
+    return h * (1 + scale)[:, :, None]
+
+
 UNTOUCHED = [
     (other_axis, "more than the last dimension"),
     (mean_over_tokens, "not over the last dimension"),
@@ -497,6 +510,8 @@ UNTOUCHED = [
     (cast_without_gradient, "autograd is switched"),
     (changed_without_gradient, None),
     (frames_that_stay_frames, None),
+    (frames_shifted_first, None),
+    (frames_modulated_as_tokens, None),
     (vectors_within_a_frame, None),
     (integer_scale, None),
     (boolean_scale, None),
