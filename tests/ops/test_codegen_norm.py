@@ -144,10 +144,11 @@ def cases():
         for dtype in (bf16, fp32)
         for recompute in (False, True)
     ]
-    plain += [launches(D, dtype, variant="token") for D in WIDTHS for dtype in (bf16, fp32)]
+    plain += [launches(1152, dtype, variant="token") for dtype in (bf16, fp32)]
     plain += [sums(*shape, bf16) for shape in SUMS]
     requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
     requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
+    requests += [r for D in WIDTHS for r in launches(D, bf16, variant="token")]
     stream = [
         r
         for bias in (False, True)
