@@ -115,7 +115,8 @@ def _idle_children() -> queue.Queue[subprocess.Popen[str]]:
     env["OMP_NUM_THREADS"] = "1"
     # the workers of pytest-xdist share the cores; Triton's cache on disk shares the compiled code
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    count = min(max((os.cpu_count() or 1) // workers, 1), MAX_CHILDREN)
+    # one more than a worker's share: a worker that compiles waits, and near the end it is the last
+    count = min((os.cpu_count() or 1) // workers + 1, MAX_CHILDREN)
     children: queue.Queue[subprocess.Popen[str]] = queue.Queue(count)
     for _ in range(count):
         command = [sys.executable, __file__]

@@ -172,11 +172,10 @@ def test_one_output_unused(used):
     inputs, _, douts = make(2, 5, 72)
     leaves = [t.detach().requires_grad_() for t in inputs[:5]]
     wide = [t.detach().double().requires_grad_() for t in inputs[:5]]
-    ours = torch.autograd.grad(kernel()(*leaves, None)[used], leaves, douts[used])
+    unused = {"materialize_grads": True, "allow_unused": True}
+    ours = torch.autograd.grad(kernel()(*leaves, None)[used], leaves, douts[used], **unused)
     out = reference()(*wide, None)[used]
-    truth = torch.autograd.grad(
-        out, wide, douts[used].double(), materialize_grads=True, allow_unused=True
-    )
+    truth = torch.autograd.grad(out, wide, douts[used].double(), **unused)
     for a, c in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), c, atol=2e-5, rtol=1e-5)
 
