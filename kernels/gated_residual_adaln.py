@@ -220,7 +220,7 @@ def _store_bwd_half(loaded, half, modulation, row_data, sums, pointers, cols, D:
 
 @triton.jit
 def _store_sums(part_ptr, sums, gate, pointers, cols, D: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """Store this program's partial sums of dgate, dshift, dscale and dbias, those that there are."""
+    """Store this program's partial sums: dgate, dshift, dscale and dbias, where they exist."""
     dgate, dshift, dscale, sum_dx = sums
     gate_ptr, scale_ptr, bias_ptr = pointers
     next_ptr = part_ptr + cols

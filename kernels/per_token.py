@@ -66,7 +66,7 @@ def _load_or(ptr, offsets, mask, stand_in):
 
 @triton.jit
 def _load_fwd_half(pointers, token, row, live, cols, D: tl.constexpr):
-    """Head or tail of a row of every array that there is, as stored: x, y, gate, shift, scale, r."""
+    """Head or tail of a row of x, y, gate, shift, scale and r, as stored, where they exist."""
     x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, residual_ptr = pointers
     offsets = row * D + cols
     mask = live & (cols < D)

@@ -41,7 +41,7 @@ def rows_per_token(
 def rows_and_weight(
     shape: Shape, dtype: torch.dtype, randn: Callable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Residual stream and branch [B, T, D], gate [B, D], and the weight [D] of the branch's norm."""
+    """Residual stream and branch [B, T, D], gate [B, D], weight [D] of the branch's norm."""
     return *rows(shape, dtype, randn, 2, 1), randn(shape.sizes[1], dtype=dtype)
 
 

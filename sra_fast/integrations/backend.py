@@ -83,7 +83,7 @@ def backend(
 
 
 # torch._dynamo.reset() calls it
-backend.reset = forget_all  # pyright: ignore
+backend.reset = forget_all
 
 
 def _own_forward(module: Module) -> Callable[..., Any] | None:
@@ -97,9 +97,9 @@ def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
     """Compile a model in place with the operators of ``sra_fast`` in it.
 
     The same as ``model.compile(backend="sra_fast", ...)``, with its arguments checked now and not
-    when the model first runs. A ``forward`` that is decorated with ``@torch.compile`` (LightningDiT)
-    becomes part of the model's graph: with default arguments PyTorch 2.13 cannot trace through the
-    decorator.
+    when the model first runs. A ``forward`` that is decorated with ``@torch.compile``, as in
+    LightningDiT, becomes part of the model's graph: PyTorch 2.13 cannot trace through the decorator
+    if the function has default arguments.
 
     Args:
         model: any module. Norms with modulation and gated residuals of ``[B, T, D]`` tokens in it

@@ -61,7 +61,7 @@ def changed_in_place(node: Node) -> list[Node]:
 
 def _nodes(argument: object) -> list[Node]:
     found: list[Node] = []
-    map_arg(argument, found.append)  # pyright: ignore
+    map_arg(argument, found.append)
     return found
 
 
@@ -78,7 +78,7 @@ def _asks_for_in_place(node: Node) -> bool:
     if getattr(F, getattr(node.target, "__name__", ""), None) is not node.target:
         return False
     try:
-        names = list(inspect.signature(node.target).parameters)  # pyright: ignore
+        names = list(inspect.signature(node.target).parameters)
     except (TypeError, ValueError):
         return False
     return "inplace" in names[: len(node.args)] and bool(node.args[names.index("inplace")])
@@ -136,7 +136,7 @@ def _is_autocast(node: Node) -> bool:
 
 
 def _is_switch(node: Node) -> bool:
-    """Whether a call has no result that the graph could use: it switches a mode, as far as we know."""
+    """Whether a call has no result: as far as we know it switches a mode."""
     is_call_node = node.op in ("call_function", "call_method")
     return is_call_node and VALUE not in node.meta and not changed_in_place(node)
 
@@ -168,7 +168,7 @@ def replace_in_place(graph: Graph) -> None:
         x = node.args[0]
         if value(x) is None or value(node) is None:
             continue
-        earlier = [n for n in names[storage(value(x))] if position[n] < position[node]]  # pyright: ignore
+        earlier = [n for n in names[storage(value(x))] if position[n] < position[node]]
         fresh = all(n.op not in ("placeholder", "get_attr") for n in earlier)
         read_later = any(position[user] > position[node] for name in earlier for user in name.users)
         if not fresh or read_later or not _keeps_its_type(new_target, node):
@@ -183,15 +183,16 @@ def replace_in_place(graph: Graph) -> None:
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
         facts.replace(node, replacement)
-        names[storage(value(x))] = [  # pyright: ignore
-            replacement if n is node else n
-            for n in names[storage(value(x))]  # pyright: ignore
+        names[storage(value(x))] = [
+            replacement if n is node else n for n in names[storage(value(x))]
         ]
 
 
 def _keeps_its_type(target: Callable[..., Any], node: Node) -> bool:
     """Whether the call out of place has the dtype and shape of the one in place."""
-    result = target(*map_arg(node.args, lambda n: n.meta[VALUE]))
+    # autograd refuses views whose base was changed, and fake tensors remember that
+    with torch.no_grad():
+        result = target(*map_arg(node.args, lambda n: n.meta[VALUE]))
     expected = value(node)
     return (
         expected is not None

@@ -72,7 +72,7 @@ def number(argument: object) -> float | None:
     found = argument.meta.get(VALUE) if isinstance(argument, Node) else argument
     if isinstance(found, torch.SymFloat):
         return found.node.guard_float(__file__, 0)
-    return float(found) if type(found) in (int, float) else None  # pyright: ignore
+    return float(found) if type(found) in (int, float) else None
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -100,11 +100,11 @@ def arguments(node: Node, *names: str) -> dict[str, Any]:
 
 
 def is_cast(node: object) -> bool:
-    """Whether a node is its first argument in another dtype or memory format, on the same device."""
-    if not is_call(node, (), _CASTS) or not isinstance(node.args[0], Node):  # pyright: ignore
+    """Whether a node only changes the dtype or memory format of its first argument."""
+    if not is_call(node, (), _CASTS) or not isinstance(node.args[0], Node):
         return False
     result = value(node)
-    source = value(node.args[0])  # pyright: ignore
+    source = value(node.args[0])
     if result is None or source is None:
         return False
     return (
@@ -119,8 +119,8 @@ def is_exact_cast(node: object) -> bool:
     """Whether a cast keeps every value."""
     if not is_cast(node):
         return False
-    result = value(node).dtype  # pyright: ignore
-    source = value(node.args[0]).dtype  # pyright: ignore
+    result = value(node).dtype
+    source = value(node.args[0]).dtype
     return torch.promote_types(source, result) == result
 
 
@@ -135,14 +135,19 @@ def uncast(node: Node, dtype: torch.dtype | None = None) -> Node:
             found = node
         if not is_exact_cast(node):
             return found
-        node = node.args[0]  # pyright: ignore
+        node = node.args[0]
 
 
 def is_view(node: object) -> bool:
     """Whether a node is its first argument in another shape."""
     if is_call(node, (operator.getitem,), ()):
-        return value(node.args[0]) is not None and _adds_dimensions(node.args[1])  # pyright: ignore
-    return is_call(node, (torch.unsqueeze, torch.squeeze, torch.flatten), _VIEWS)
+        return value(node.args[0]) is not None and _adds_dimensions(node.args[1])
+    if not is_call(node, (torch.unsqueeze, torch.squeeze, torch.flatten), _VIEWS):
+        return False
+    # view(dtype) reads the same bits as other numbers
+    result = value(node)
+    source = value(node.args[0]) if node.args else None
+    return result is not None and source is not None and result.dtype == source.dtype
 
 
 def _adds_dimensions(index: object) -> bool:
@@ -157,7 +162,7 @@ def is_part(node: Node) -> bool:
     An input of the graph may be one, made by who calls it.
     """
     while is_view(node) or is_cast(node):
-        node = node.args[0]  # pyright: ignore
+        node = node.args[0]
     if node.op == "placeholder":
         return True
     if not is_call(node, (operator.getitem,), ("select", "narrow")):
@@ -258,7 +263,9 @@ def insert(
         node.meta = {key: held for key, held in like.meta.items() if key != VALUE}
     if result is None:
         fake = lambda argument: map_arg(argument, lambda n: n.meta[VALUE])
-        result = function(*fake(args), **fake(kwargs))
+        # autograd refuses views whose base was changed, and fake tensors remember that
+        with torch.no_grad():
+            result = function(*fake(args), **fake(kwargs))
     node.meta[VALUE] = result
     return node
 

@@ -64,7 +64,7 @@ def find_norm(node: Node) -> Norm | Miss | None:
         shape = "unknown" if found is None else f"{[*found.shape]} {found.dtype}"
         return Miss(node, f"the norm's input is {shape}, expected [B, T, D]")
     for vector in (norm.weight, norm.bias):
-        if vector is not None and not is_weight(vector, value(norm.x)):  # pyright: ignore
+        if vector is not None and not is_weight(vector, value(norm.x)):
             return Miss(node, "the norm's weight is not [D]")
     return norm
 
@@ -72,7 +72,7 @@ def find_norm(node: Node) -> Norm | Miss | None:
 def is_weight(node: object, x: Tensor) -> bool:
     vector = value(node)
     fits = vector is not None and vector.dim() == 1 and vector.dtype in DTYPES
-    return fits and same(vector.shape[0], x.shape[-1])  # pyright: ignore
+    return fits and same(vector.shape[0], x.shape[-1])
 
 
 def _last_dimension(shape: object, x: Tensor | None) -> bool:
@@ -95,7 +95,7 @@ def _rms_norm(node: Node) -> Norm | Miss | None:
     eps = given.get("eps")
     if eps is None and value(node) is not None:
         # PyTorch's default is that of the dtype it computes in
-        fp64 = value(node).dtype == torch.float64  # pyright: ignore
+        fp64 = value(node).dtype == torch.float64
         eps = torch.finfo(torch.float64 if fp64 else torch.float32).eps
     return _norm_call(node, given, "rms", eps)
 
@@ -152,10 +152,10 @@ def _mean_square(
 def _squared(node: object) -> Node | None:
     """x of ``x^2``, however it is written."""
     if is_call(node, (torch.pow, operator.pow), ("pow", "__pow__")):
-        base, exponent = (*node.args, None)[:2]  # pyright: ignore
-        return base if isinstance(base, Node) and exponent == 2 else None  # pyright: ignore
+        base, exponent = (*node.args, None)[:2]
+        return base if isinstance(base, Node) and exponent == 2 else None
     if is_call(node, (torch.square,), ("square",)):
-        return node.args[0]  # pyright: ignore
-    if is_mul(node) and len(node.args) == 2 and node.args[0] is node.args[1]:  # pyright: ignore
-        return node.args[0]  # pyright: ignore
+        return node.args[0]
+    if is_mul(node) and len(node.args) == 2 and node.args[0] is node.args[1]:
+        return node.args[0]
     return None

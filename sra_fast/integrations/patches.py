@@ -67,6 +67,12 @@ def _modulated(norm: Module, x: Tensor, shift: Tensor, scale: Tensor) -> torch.d
     return torch.promote_types(normed, _promoted(shift, scale))
 
 
+def _check_condition(c: Tensor) -> None:
+    """Raise ValueError unless c is ``[B, D]``, for which all the published forwards are one."""
+    if c.dim() != 2:
+        raise ValueError(f"sra_fast patch: expected a condition [B, D], got {[*c.shape]}")
+
+
 def _norm(norm: Module) -> dict[str, Any]:
     """Keyword arguments of a LayerNorm."""
     given = {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
@@ -75,6 +81,7 @@ def _norm(norm: Module) -> dict[str, Any]:
 
 def _block_forward(self, x: Tensor, c: Tensor) -> Tensor:
     """A block of adaLN-Zero (DiT, arXiv 2212.09748, Fig. 3)."""
+    _check_condition(c)
     vectors = self.adaLN_modulation(c).chunk(6, dim=-1)
     shift, scale, gate, shift2, scale2, gate2 = vectors
     dtype = _modulated(self.norm1, x, shift, scale)
@@ -89,6 +96,7 @@ def _block_forward(self, x: Tensor, c: Tensor) -> Tensor:
 
 def _final_forward(self, x: Tensor, c: Tensor) -> Tensor:
     """The layer after the blocks: modulated norm and projection."""
+    _check_condition(c)
     shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
     dtype = _modulated(self.norm_final, x, shift, scale)
     return self.linear(ops.adaln(x, shift, scale, dtype=dtype, **_norm(self.norm_final)))

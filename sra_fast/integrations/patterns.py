@@ -103,15 +103,15 @@ def _with_weight(norm: Norm) -> Norm | None:
         return None
     product, path = users[0]
     weight = other(product, path[-1])
-    if not is_weight(weight, value(norm.x)) or scale_of(weight) is not None:  # pyright: ignore
+    if not is_weight(weight, value(norm.x)) or scale_of(weight) is not None:
         return None
     inside = [*norm.inside, *path[1:], product]
-    return Norm(product, norm.x, norm.kind, norm.eps, weight, None, inside)  # pyright: ignore
+    return Norm(product, norm.x, norm.kind, norm.eps, weight, None, inside)
 
 
 def _follow_user(norm: Norm, user: Node, path: list[Node]) -> Modulated | Residual | Miss | None:
     """The pattern that a user of the norm belongs to."""
-    x: Tensor = value(norm.x)  # pyright: ignore
+    x: Tensor = value(norm.x)
     inside = [*norm.inside, *path[1:]]
     if splits_frames(user):
         return _follow_frames(norm, user, [*inside, user])
@@ -121,12 +121,12 @@ def _follow_user(norm: Norm, user: Node, path: list[Node]) -> Modulated | Residu
     one_plus = scale_of(factor)
     kind = vector_kind(factor, x)
     # any two activations could be multiplied: a gate is a part of a larger tensor
-    if kind == "token" and one_plus is None and not is_part(factor):  # pyright: ignore
+    if kind == "token" and one_plus is None and not is_part(factor):
         kind = None
     if kind is None or not is_tokens(value(user)):
         if value(factor) is None or one_plus is None:
             return None
-        return Miss(user, f"the scale is {[*value(factor).shape]}, of x {[*x.shape]}")  # pyright: ignore
+        return Miss(user, f"the scale is {[*value(factor).shape]}, of x {[*x.shape]}")
     inside.append(user)
     if one_plus is None:
         # norm(y) gate, then + x
@@ -135,9 +135,9 @@ def _follow_user(norm: Norm, user: Node, path: list[Node]) -> Modulated | Residu
         steps = [last] if last is not user else []
         found = None
         if result is not None:
-            found = _sandwich(norm, result, last, factor, [*inside, *steps])  # pyright: ignore
+            found = _sandwich(norm, result, last, factor, [*inside, *steps])
         return found or Miss(user, "the scale is not added to 1")
-    return _with_shift(norm, user, factor, kind, inside)  # pyright: ignore
+    return _with_shift(norm, user, factor, kind, inside)
 
 
 def _follow_frames(norm: Norm, split: Node, inside: list[Node]) -> Modulated | None:
@@ -151,13 +151,13 @@ def _follow_frames(norm: Norm, split: Node, inside: list[Node]) -> Modulated | N
     if scale_of(factor) is None or len(calls) <= last:
         return None
     merge = chain[calls[last]]
-    x: Tensor = value(norm.x)  # pyright: ignore
-    frames = value(split).shape[1]  # pyright: ignore
+    x: Tensor = value(norm.x)
+    frames = value(split).shape[1]
     vectors = [vector for vector in (factor, shift) if vector is not None]
     if not merges_frames(merge) or not all(is_frame_vector(v, x, frames) for v in vectors):
         return None
     inside = [*inside, *chain[1 : calls[last] + 1]]
-    return _rounded(Modulated(merge, norm, factor, shift, inside))  # pyright: ignore
+    return _rounded(Modulated(merge, norm, factor, shift, inside))
 
 
 def _other_in(
@@ -173,7 +173,7 @@ def _with_shift(
     norm: Norm, product: Node, factor: Node, kind: str, inside: list[Node]
 ) -> Modulated | Residual:
     """``norm(x) (1 + scale)``, with the shift if one is added to it and nothing else uses it."""
-    x: Tensor = value(norm.x)  # pyright: ignore
+    x: Tensor = value(norm.x)
     plain = Modulated(product, norm, factor, None, inside)
     users = users_after_casts(product)
     if len(users) != 1 or not is_add(users[0][0]):
@@ -182,7 +182,7 @@ def _with_shift(
     shift = other(total, path[-1])
     steps = [*inside, *path[1:]]
     if vector_kind(shift, x) == kind and is_tokens(value(total)):
-        return _rounded(Modulated(total, norm, factor, shift, [*steps, total]))  # pyright: ignore
+        return _rounded(Modulated(total, norm, factor, shift, [*steps, total]))
     # x + norm(y) (1 + gate)
     return _sandwich(norm, total, path[-1], factor, steps) or _rounded(plain)
 
@@ -196,8 +196,8 @@ def _rounded(found: Modulated) -> Modulated:
 
 
 def _is_narrower(cast: Node, source: Node) -> bool:
-    narrow = value(cast).dtype  # pyright: ignore
-    return narrow.itemsize < value(source).dtype.itemsize  # pyright: ignore
+    narrow = value(cast).dtype
+    return narrow.itemsize < value(source).dtype.itemsize
 
 
 def _sandwich(
@@ -210,9 +210,9 @@ def _sandwich(
     # the operator has no bias of the norm
     if norm.bias is not None:
         return None
-    if not is_tokens(value(x)) or not same_shape(value(x), value(norm.x)):  # pyright: ignore
+    if not is_tokens(value(x)) or not same_shape(value(x), value(norm.x)):
         return None
-    residual = Residual(total, x, norm.x, gate, norm, [*inside, total])  # pyright: ignore
+    residual = Residual(total, x, norm.x, gate, norm, [*inside, total])
     return _in_dtype_of_x(residual)
 
 
@@ -250,16 +250,16 @@ def _gated_frames(total: Node, x: object, merge: Node, inside: list[Node]) -> Re
     """``x + gate y`` with y seen as frames, and a gate for each."""
     tokens = value(x)
     product = merge.args[0]
-    if not is_mul(product) or len(product.users) != 1 or not is_tokens(tokens):  # pyright: ignore
+    if not is_mul(product) or len(product.users) != 1 or not is_tokens(tokens):
         return None
-    if not same_shape(tokens, value(total)):  # pyright: ignore
+    if not same_shape(tokens, value(total)):
         return None
-    for gate, frames in operands(product):  # pyright: ignore
-        if not splits_frames(frames) or not same_shape(value(frames.args[0]), tokens):  # pyright: ignore
+    for gate, frames in operands(product):
+        if not splits_frames(frames) or not same_shape(value(frames.args[0]), tokens):
             continue
-        if is_frame_vector(gate, tokens, value(frames).shape[1]):  # pyright: ignore
-            inside = [product, merge, *inside]  # pyright: ignore
-            return _in_dtype_of_x(Residual(total, x, frames.args[0], gate, None, inside))  # pyright: ignore
+        if is_frame_vector(gate, tokens, value(frames).shape[1]):
+            inside = [product, merge, *inside]
+            return _in_dtype_of_x(Residual(total, x, frames.args[0], gate, None, inside))
     return None
 
 
@@ -268,20 +268,20 @@ def _gated(total: Node, x: object, factors: object, inside: list[Node]) -> Resid
     tokens = value(x)
     if not is_tokens(tokens) or not is_tokens(value(total)):
         return None
-    if not same_shape(tokens, value(total)):  # pyright: ignore
+    if not same_shape(tokens, value(total)):
         return None
-    first, second = factors  # pyright: ignore
+    first, second = factors
     for gate, y in ((first, second), (second, first)):
         full = value(y)
-        if not is_tokens(full) or not same_shape(full, tokens):  # pyright: ignore
+        if not is_tokens(full) or not same_shape(full, tokens):
             continue
-        kind = vector_kind(gate, tokens)  # pyright: ignore
+        kind = vector_kind(gate, tokens)
         # of two arrays of tokens the gate is the one that is a part of a larger tensor
-        if kind == "image" or (kind == "token" and is_part(gate) and not is_part(y)):  # pyright: ignore
-            return _in_dtype_of_x(Residual(total, x, y, gate, None, inside))  # pyright: ignore
+        if kind == "image" or (kind == "token" and is_part(gate) and not is_part(y)):
+            return _in_dtype_of_x(Residual(total, x, y, gate, None, inside))
         vector = value(gate)
-        if vector is not None and vector.dim() in (2, 3) and not same_shape(vector, full):  # pyright: ignore
-            return Miss(total, f"the gate is {[*vector.shape]}, of x {[*tokens.shape]}")  # pyright: ignore
+        if vector is not None and vector.dim() in (2, 3) and not same_shape(vector, full):
+            return Miss(total, f"the gate is {[*vector.shape]}, of x {[*tokens.shape]}")
     return None
 
 
@@ -294,22 +294,22 @@ def plain_residual(total: Node) -> Residual | None:
     if not is_tokens(result) or x is y:
         return None
     for operand in (x, y):
-        if not is_tokens(value(operand)) or not same_shape(value(operand), result):  # pyright: ignore
+        if not is_tokens(value(operand)) or not same_shape(value(operand), result):
             return None
     # x is the operand in the dtype of the sum
-    if value(x).dtype != result.dtype:  # pyright: ignore
+    if value(x).dtype != result.dtype:
         x, y = y, x
-    return _in_dtype_of_x(Residual(total, x, y, None, None, [total]))  # pyright: ignore
+    return _in_dtype_of_x(Residual(total, x, y, None, None, [total]))
 
 
 def _in_dtype_of_x(found: Residual) -> Residual:
     """The sum is rounded once, to the dtype in which x is stored, if the model rounds it there."""
     total = found.root
-    dtype = value(total).dtype  # pyright: ignore
+    dtype = value(total).dtype
     users = list(total.users)
     if len(users) == 1 and is_cast(users[0]) and _is_narrower(users[0], total):
-        stored = uncast(found.x, value(users[0]).dtype)  # pyright: ignore
-        if value(stored).dtype == value(users[0]).dtype:  # pyright: ignore
+        stored = uncast(found.x, value(users[0]).dtype)
+        if value(stored).dtype == value(users[0]).dtype:
             found.inside.append(users[0])
             return Residual(users[0], stored, found.y, found.gate, found.norm, found.inside)
     return Residual(total, uncast(found.x, dtype), found.y, found.gate, found.norm, found.inside)

@@ -18,10 +18,10 @@ def refusal(found: Modulated | Residual, facts: Facts) -> str | None:
         return "a tensor that it reads is changed in place"
     if not facts.one_grad_mode(inside):
         return "autograd is switched on or off inside of it"
-    dtypes = {value(node).dtype for node in [*read, found.root]}  # pyright: ignore
+    dtypes = {value(node).dtype for node in [*read, found.root]}
     if torch.float64 in dtypes and len(dtypes) > 1:
         return "fp64 and other dtypes are mixed"
-    devices = {value(node).device for node in [*read, found.root]}  # pyright: ignore
+    devices = {value(node).device for node in [*read, found.root]}
     if len(devices) > 1:
         return "its tensors are on several devices"
     if _depends_on_strides(found.root):
@@ -30,9 +30,9 @@ def refusal(found: Modulated | Residual, facts: Facts) -> str | None:
 
 
 def _reads(found: Modulated | Residual) -> list[Node]:
-    """The nodes that an operator in the place of the pattern would read."""
+    """The inputs of the operator that would replace the pattern."""
     if isinstance(found, Modulated):
-        scale = None if found.scale is None else scale_of(found.scale)[0]  # pyright: ignore
+        scale = None if found.scale is None else scale_of(found.scale)[0]
         norm = found.norm
         read = [norm.x, scale, found.shift, norm.weight, norm.bias]
     else:
@@ -76,7 +76,7 @@ def _depends_on_strides(node: Node) -> bool:
 
     Pointwise calls hand strides on, so it may be a user of a user.
     """
-    if is_dense(value(node)):  # pyright: ignore
+    if is_dense(value(node)):
         return False
     seen: set[Node] = set()
     waiting = list(node.users)

@@ -104,8 +104,8 @@ class Record:
         """Whether the graph was made for a module like one of the model's.
 
         Modules that are alike in everything share a graph, which reads the parameters of the first.
-        FSDP2 puts other tensors in the place of a module's parameters while it runs, and hooks
-        that break the graph: it is enough that a module has what the graph reads.
+        Under FSDP2 a graph reads unsharded copies of the parameters, and hooks split the model into
+        several graphs: it is enough that a module has every parameter that the graph reads.
         """
         is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         held = {name: tuple(p.shape) for name, p in model.named_parameters()}

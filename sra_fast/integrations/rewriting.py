@@ -1,4 +1,4 @@
-"""Puts the operators in the place of the patterns, one graph after another.
+"""Replaces the patterns in a graph by calls of the operators.
 
 First every pattern is found, then what may be replaced is decided, then the graph is changed. A
 gated residual and the modulated norm of its result become one call, also across half-blocks,
@@ -227,7 +227,7 @@ class _Rewriter:
             if residual is None and not norm.is_plain:
                 residual = self._plain_before(x)
             fits = residual is not None and residual.norm is None and x not in used
-            if fits and self.facts.one_grad_mode([residual.root, norm.root]):  # pyright: ignore
+            if fits and self.facts.one_grad_mode([residual.root, norm.root]):
                 used.add(x)
                 pairs.append((residual, norm))
         paired = {id(norm) for _, norm in pairs}
@@ -343,8 +343,8 @@ class _Rewriter:
     def _operands(self, found: Residual) -> tuple[Node | None, Node | None]:
         """x, in the dtype of the sum, and y."""
         x = self._now(found.x)
-        dtype = value(found.root).dtype  # pyright: ignore
-        if value(found.x).dtype != dtype:  # pyright: ignore
+        dtype = value(found.root).dtype
+        if value(found.x).dtype != dtype:
             x = insert(self.graph, "to", x, dtype, like=found.root)
         return x, self._now(found.y)
 
@@ -354,11 +354,11 @@ class _Rewriter:
         shift = self._vector(found.shift, tokens)
         scale = None
         if found.scale is not None:
-            base, views = scale_of(found.scale)  # pyright: ignore
+            base, views = scale_of(found.scale)
             scale = self._vector(self._view_again(base, views), tokens)
         arguments = {"shift": shift, "scale": scale, **self._affine(norm)}
-        dtype = value(found.root).dtype  # pyright: ignore
-        if dtype != value(norm.x).dtype:  # pyright: ignore
+        dtype = value(found.root).dtype
+        if dtype != value(norm.x).dtype:
             arguments["dtype"] = dtype
         return arguments
 
@@ -382,9 +382,9 @@ class _Rewriter:
                     node,
                     *rest,
                     like=view,
-                    **view.kwargs,  # pyright: ignore
+                    **view.kwargs,
                 )
-        return node  # pyright: ignore
+        return node
 
     def _vector(self, node: Node | None, tokens: Node) -> Node | None:
         """A vector in a shape that the operators take."""
@@ -393,22 +393,22 @@ class _Rewriter:
             return None
         x = value(tokens)
         vector = value(node)
-        if vector.dim() == 4:  # pyright: ignore
+        if vector.dim() == 4:
             # [B, F, 1, D], one per frame
             return insert(self.graph, "squeeze", node, 2, like=node)
-        if vector.dim() == 1 or vector.dim() == 3 and same(vector.shape[0], x.shape[0]):  # pyright: ignore
+        if vector.dim() == 1 or vector.dim() == 3 and same(vector.shape[0], x.shape[0]):
             return node
-        if vector_kind(node, x) == "image":  # pyright: ignore
+        if vector_kind(node, x) == "image":
             # one vector for all images: [1, D] or [1, 1, D]
             return insert(self.graph, "flatten", node, like=node)
-        if vector.dim() == 2:  # pyright: ignore
+        if vector.dim() == 2:
             node = insert(self.graph, "unsqueeze", node, 0, like=node)
         images = self._size(tokens)
         return insert(self.graph, "expand", node, images, -1, -1, like=node)
 
     def _size(self, tokens: Node) -> Any:
         """The number of images, as an integer or a node."""
-        images = value(tokens).shape[0]  # pyright: ignore
+        images = value(tokens).shape[0]
         if isinstance(images, int):
             return images
         return insert(self.graph, "size", self._now(tokens), 0, like=tokens)

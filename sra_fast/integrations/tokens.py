@@ -46,12 +46,12 @@ def is_frame_vector(node: object, x: Tensor, frames: Any) -> bool:
 
 def splits_frames(node: object) -> bool:
     """Whether a node is tokens ``[B, T, D]`` seen as ``[B, F, T / F, D]``."""
-    return is_view(node) and _is_split(value(node), value(node.args[0]))  # pyright: ignore
+    return is_view(node) and _is_split(value(node), value(node.args[0]))
 
 
 def merges_frames(node: object) -> bool:
     """Whether a node is ``[B, F, T / F, D]`` seen as tokens ``[B, T, D]``."""
-    return is_view(node) and _is_split(value(node.args[0]), value(node))  # pyright: ignore
+    return is_view(node) and _is_split(value(node.args[0]), value(node))
 
 
 def _is_split(frames: Tensor | None, tokens: Tensor | None) -> bool:
@@ -109,9 +109,9 @@ def scale_of(node: object) -> tuple[Node, list[Node]] | None:
     views = []
     while is_cast(node) or is_view(node):
         views.append(node)
-        node = node.args[0]  # pyright: ignore
+        node = node.args[0]
     if is_add(node):
-        for a, b in operands(node):  # pyright: ignore
+        for a, b in operands(node):
             scale = value(b)
             if isinstance(a, int | float) and a == 1 and scale is not None:
                 return (b, views) if scale.dtype in DTYPES else None

@@ -1,4 +1,4 @@
-"""The row operators with one gate, shift or scale per token: one kernel each way for all of them."""
+"""The row operators with vectors per token: one kernel each way serves all of them."""
 
 from typing import Any
 

@@ -182,6 +182,12 @@ class Changed(Block):
         return super().forward(x, c) * 2
 
 
+def test_a_condition_per_token_is_refused(known):
+    model = Model()
+    with integrations.patch(model), pytest.raises(ValueError, match=r"\[B, D\], got \[2, 6, 16\]"):
+        model(torch.randn(2, 6, D), torch.randn(2, 6, D))
+
+
 def test_refused(known, monkeypatch):
     """Nothing is patched unless everything is known."""
 
