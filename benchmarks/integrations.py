@@ -8,12 +8,15 @@ Three programs run the same weights: as they are (eager), through torch.compile 
 through ``sra_fast.integrations.compile`` (ours). For each: milliseconds of the forward pass and of
 forward and backward pass, the memory of the latter, and the largest difference from the first,
 relative to the size of the result. A program whose outputs or gradients are too far from the truth
-is RED and has no time.
+is RED and has no time. On a GPU also how long the host needs to start a forward and backward pass,
+and the kernels that take longest in it.
 """
 
 import argparse
+import itertools
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +36,7 @@ from benchmarks.other_models.results import (
     run,
 )
 from benchmarks.record import RowFile, command_line, environment, make_row
+from benchmarks.step.kernel_families import kernel_times
 from benchmarks.timing import milliseconds, peak_bytes
 from sra_fast import integrations
 
@@ -60,7 +64,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the models of diffusers, and end")
     add("--checkout", type=Path, help="DiT, SiT, REPA, SRA or LightningDiT, cloned")
     add("--size", choices=("tiny", "default"), help="default: tiny on a CPU, default on a GPU")
-    add("--layers", type=int, help="blocks of each kind, 0 for all; default: 4, or those of tiny")
+    add(
+        "--layers", type=int, help="blocks of each kind, 0 for all; default: 4 of diffusers, or all"
+    )
     add("--batch", type=int, help="samples")
     add("--side", type=int, help="of the square latents")
     add("--frames", type=int, help="of the latents of a video")
@@ -70,6 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--then", choices=THEN, help="compiler after ours; default: inductor on a GPU")
     add("--device", choices=("cuda", "cpu"), default=default_device)
     add("--budget", type=float, default=1.0, help="seconds for one median (default 1)")
+    add("--kernels", type=int, default=12, help="of the longest to print, on a GPU (default 12)")
     add("--json", type=Path, help="default: benchmarks/results/<gpu>-<commit>.json")
     args = parser.parse_args(argv)
     on_cpu = args.device == "cpu"
@@ -119,6 +126,7 @@ def build(args: argparse.Namespace) -> Case:
             sizes.batch,
             args.device,
             args.dtype,
+            args.layers,
         )
         return Case(name, model, inputs, 8 * side, sizes.batch)
     layers = args.layers
@@ -196,6 +204,29 @@ def time_variant(case: Case, device: str, budget: float) -> dict[str, dict]:
     return fields
 
 
+def host_milliseconds(case: Case) -> float:
+    """What the host needs to start a forward and backward pass. If that is longer than the device
+    needs to run it, the device waits.
+    """
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        backward(*forward(case.model, case.inputs))
+        times.append(1e3 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return min(times)
+
+
+def print_kernels(case: Case, longest: int) -> None:
+    """Print what the longest kernels of a forward and backward pass take."""
+    both = lambda i: backward(*forward(case.model, case.inputs))
+    kernels, idle = kernel_times(both, range(2), True)
+    print(f"{'':8} host {host_milliseconds(case):.3f} ms, idle device {idle:.3f} ms")
+    for name, ms in itertools.islice(kernels.items(), longest):
+        print(f"{'':8} {ms:8.3f} ms  {name[:110]}")
+
+
 def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace) -> dict | None:
     """Check a program, then time it.
 
@@ -221,6 +252,8 @@ def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace
     if fields["both"]["peak_bytes"] is not None:
         line += f"   peak {fields['both']['peak_bytes'] / 2**30:7.3f} GiB"
     print(f"{line}   largest difference {difference_from_eager:.1e}")
+    if args.device == "cuda":
+        print_kernels(case, args.kernels)
     if variant == "ours":
         counts = integrations.report(case.model).rewrites
         words = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()) if count)
@@ -258,6 +291,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         print("on a CPU ours runs the references, and its times say nothing about the kernels")
     judge = Judge(case, args.dtype)
+    if args.device == "cuda":
+        # what the truth took
+        torch.cuda.empty_cache()
     file = RowFile(args.json, where)
     measured = {}
     for variant in args.variants:

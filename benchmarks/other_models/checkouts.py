@@ -143,6 +143,7 @@ def build(
     batch: int,
     device: str,
     dtype: torch.dtype,
+    layers: int | None = None,
 ) -> tuple[str, nn.Module, dict]:
     """A model with random weights, none of which is zero, and its inputs.
 
@@ -153,6 +154,7 @@ def build(
         batch: samples.
         device: "cpu" or "cuda".
         dtype: of weights and inputs.
+        layers: the first blocks, of a size that the codebase has; None or 0 for all.
 
     Returns:
         A name, the model in ``train`` mode without dropped labels, and the arguments of its
@@ -174,6 +176,9 @@ def build(
             if model not in sizes:
                 raise ValueError(f"--model: expected one of {', '.join(sizes)}; got {model!r}")
             network = sizes[model](**options)
+            if layers:
+                name += f", {layers} layers"
+                network.blocks = network.blocks[:layers]
     randomize(network)
     network = network.to(device=device, dtype=dtype).train()
     randn = make_randn(0, device)

@@ -14,8 +14,14 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
+
+try:
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+except ImportError:
+    # its name in torch 2.11
+    from torch.fx.experimental.symbolic_shapes import size_hint as optimization_hint
 
 # where Dynamo keeps a node's fake tensor
 VALUE = "example_value"

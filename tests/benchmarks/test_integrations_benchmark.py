@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import integrations as benchmark
-from benchmarks.other_models.checkouts import CHECKOUTS, recognise
+from benchmarks.other_models.checkouts import CHECKOUTS, build, recognise
 
 # a model in the place and with the arguments of DiT's
 MODEL = """
@@ -106,6 +106,22 @@ def test_a_checkout(rows, capsys, tmp_path):
     code, found = rows("--checkout", path, "--size", "default", "--model", "DiT-S")
     assert code == 0
     assert found[-1]["model"] == "DiT DiT-S" and found[-1]["resolution"] == 256
+
+
+def test_the_first_blocks_of_a_checkout(tmp_path):
+    folder = write_checkout(tmp_path / "DiT")
+    with open(folder / "models.py", "a") as file:
+        file.write(
+            "def deep(**options):\n"
+            "    model = DiT_S(**options)\n"
+            "    model.blocks = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))\n"
+            "    return model\n"
+            "DiT_models['DiT-D'] = deep\n"
+        )
+    for layers, left, name in ((2, 2, "DiT DiT-D, 2 layers"), (None, 3, "DiT DiT-D")):
+        found, model, _ = build(folder, "DiT-D", 4, 1, "cpu", torch.float32, layers)
+        assert found == name
+        assert len(model.blocks) == left
 
 
 def test_decorators_of_a_checkout_are_off(rows, tmp_path):
