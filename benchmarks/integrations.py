@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.other_models import checkouts, diffusers_models
 from benchmarks.other_models.diffusers_models import DEFAULT, RECIPES, TINY
@@ -96,13 +96,35 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its inputs, and how its rows call it."""
+    """A model, its inputs, and how its rows call it.
+
+    Attributes:
+        name: of the model.
+        model: to be measured.
+        inputs: arguments of its ``forward``.
+        resolution: pixels.
+        batch: samples.
+        autocast: dtype of ``torch.autocast``; None if the weights have the dtype of the rows.
+    """
 
     name: str
     model: nn.Module
     inputs: dict
     resolution: int
     batch: int
+    autocast: torch.dtype | None = None
+
+    def forward(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """A forward pass."""
+        return forward(self.model, self.inputs, self.autocast)
+
+    def both(self) -> dict[str, Tensor]:
+        """A forward and backward pass."""
+        return backward(*self.forward())
+
+    def run(self) -> Results:
+        """What a forward and backward pass gives."""
+        return run(self.model, self.inputs, self.autocast)
 
 
 def build(args: argparse.Namespace) -> Case:
@@ -125,10 +147,10 @@ def build(args: argparse.Namespace) -> Case:
             side,
             sizes.batch,
             args.device,
-            args.dtype,
             args.layers,
         )
-        return Case(name, model, inputs, 8 * side, sizes.batch)
+        autocast = None if args.dtype == torch.float32 else args.dtype
+        return Case(name, model, inputs, 8 * side, sizes.batch, autocast)
     layers = args.layers
     if layers is None and not tiny:
         layers = 4
@@ -149,7 +171,7 @@ class Judge:
 
     def __init__(self, case: Case, dtype: torch.dtype):
         self.dtype = dtype
-        self.eager = run(case.model, case.inputs)
+        self.eager = case.run()
         try:
             self.truth = run(*in_dtype(case.model, case.inputs, TRUTHS[dtype]))
         # some models fix the dtype of a part
@@ -189,17 +211,13 @@ def compile_variant(model: nn.Module, variant: str, then: str) -> None:
 
 def time_variant(case: Case, device: str, budget: float) -> dict[str, dict]:
     """``{pass: fields of its row}``"""
-    model = case.model
-    steps: dict[str, Callable] = {
-        "forward": lambda inputs: forward(model, inputs),
-        "both": lambda inputs: backward(*forward(model, inputs)),
-    }
-    unchanged = lambda inputs: inputs
+    steps: dict[str, Callable] = {"forward": Case.forward, "both": Case.both}
+    unchanged = lambda case: case
     fields = {}
     for which in PASSES:
         timed = steps[which]
-        ms = milliseconds([case.inputs], unchanged, timed, device, budget)
-        peak = peak_bytes(case.inputs, unchanged, timed, device)
+        ms = milliseconds([case], unchanged, timed, device, budget)
+        peak = peak_bytes(case, unchanged, timed, device)
         fields[which] = {"ms": ms, "peak_bytes": peak}
     return fields
 
@@ -212,7 +230,7 @@ def host_milliseconds(case: Case) -> float:
     for _ in range(3):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        backward(*forward(case.model, case.inputs))
+        case.both()
         times.append(1e3 * (time.perf_counter() - begin))
     torch.cuda.synchronize()
     return min(times)
@@ -220,8 +238,7 @@ def host_milliseconds(case: Case) -> float:
 
 def print_kernels(case: Case, longest: int) -> None:
     """Print what the longest kernels of a forward and backward pass take."""
-    both = lambda i: backward(*forward(case.model, case.inputs))
-    kernels, idle = kernel_times(both, range(2), True)
+    kernels, idle = kernel_times(lambda i: case.both(), range(2), True)
     print(f"{'':8} host {host_milliseconds(case):.3f} ms, idle device {idle:.3f} ms")
     for name, ms in itertools.islice(kernels.items(), longest):
         print(f"{'':8} {ms:8.3f} ms  {name[:110]}")
@@ -235,7 +252,7 @@ def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace
     """
     try:
         compile_variant(case.model, variant, args.then)
-        results = run(case.model, case.inputs)
+        results = case.run()
         complaint = judge.complaint(results)
         difference_from_eager = judge.difference(results)
         fields = None if complaint else time_variant(case, args.device, args.budget)

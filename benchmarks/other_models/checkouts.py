@@ -142,10 +142,11 @@ def build(
     side: int,
     batch: int,
     device: str,
-    dtype: torch.dtype,
     layers: int | None = None,
 ) -> tuple[str, nn.Module, dict]:
-    """A model with random weights, none of which is zero, and its inputs.
+    """A model with random weights in fp32, none of which is zero, and its inputs.
+
+    These codebases train in half precision by autocast; with such weights they do not run.
 
     Args:
         path: of the checkout.
@@ -153,7 +154,6 @@ def build(
         side: of the square latents.
         batch: samples.
         device: "cpu" or "cuda".
-        dtype: of weights and inputs.
         layers: the first blocks, of a size that the codebase has; None or 0 for all.
 
     Returns:
@@ -180,11 +180,11 @@ def build(
                 name += f", {layers} layers"
                 network.blocks = network.blocks[:layers]
     randomize(network)
-    network = network.to(device=device, dtype=dtype).train()
+    network = network.to(device=device).train()
     randn = make_randn(0, device)
     inputs = {
-        "x": randn(batch, network.in_channels, side, side, dtype=dtype),
-        "t": torch.linspace(0.2, 0.7, batch, device=device).to(dtype),
+        "x": randn(batch, network.in_channels, side, side),
+        "t": torch.linspace(0.2, 0.7, batch, device=device),
         "y": torch.arange(batch, device=device) % 10,
         **checkout.call,
     }

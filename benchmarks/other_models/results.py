@@ -38,10 +38,17 @@ class Results:
         return {name: max(size, least.get(name, 0.0)) or 1.0 for name, size in sizes.items()}
 
 
-def forward(model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], list[Tensor]]:
+def forward(
+    model: nn.Module, inputs: dict, autocast: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A forward pass.
 
     Every floating-point input that is a tensor by itself and no mask needs a gradient.
+
+    Args:
+        model: to run.
+        inputs: arguments of its ``forward``.
+        autocast: dtype of ``torch.autocast``, or None without it.
 
     Returns:
         What needs a gradient, inputs and parameters by name, and all floating-point tensors of the
@@ -54,7 +61,10 @@ def forward(model: nn.Module, inputs: dict) -> tuple[dict[str, Tensor], list[Ten
         if isinstance(value, Tensor) and value.is_floating_point() and not is_mask:
             leaves[name] = inputs[name] = value.detach().requires_grad_()
     leaves.update((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    outputs = [x for x in tree_leaves(model(**inputs)) if isinstance(x, Tensor)]
+    device = next(iter(leaves.values())).device.type
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        returned = model(**inputs)
+    outputs = [x for x in tree_leaves(returned) if isinstance(x, Tensor)]
     # labels may be among the outputs
     return leaves, [x for x in outputs if x.is_floating_point()]
 
@@ -70,9 +80,9 @@ def backward(leaves: dict[str, Tensor], outputs: list[Tensor]) -> dict[str, Tens
     return {name: gradient for name, gradient in found if gradient is not None}
 
 
-def run(model: nn.Module, inputs: dict) -> Results:
-    """Forward and backward pass."""
-    leaves, outputs = forward(model, inputs)
+def run(model: nn.Module, inputs: dict, autocast: torch.dtype | None = None) -> Results:
+    """Forward and backward pass; the arguments are those of ``forward``."""
+    leaves, outputs = forward(model, inputs, autocast)
     gradients = backward(leaves, outputs)
     return Results([x.detach() for x in outputs], gradients)
 

@@ -28,7 +28,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         x = self.embed(x.flatten(2).transpose(1, 2))
-        shift, scale, gate = self.modulation(t[:, None]).unsqueeze(1).chunk(3, dim=2)
+        shift, scale, gate = self.modulation(t[:, None].to(torch.promote_types(t.dtype, torch.float32))).unsqueeze(1).chunk(3, dim=2)
         x = x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
         return self.head(x), y
 
@@ -98,6 +98,11 @@ def test_wrong_results_have_no_time(rows, capsys, monkeypatch, tmp_path):
 
 def test_a_checkout(rows, capsys, tmp_path):
     path = str(write_checkout(tmp_path / "DiT"))
+    # in half precision by autocast: the codebases make tensors in fp32 themselves
+    code, found = rows("--checkout", path, "--dtype", "bfloat16")
+    assert code == 0
+    assert {row["dtype"] for row in found} == {"bfloat16"}
+
     code, found = rows("--checkout", path)
     assert code == 0
     assert {row["model"] for row in found} == {"DiT tiny DiT"}
@@ -119,7 +124,7 @@ def test_the_first_blocks_of_a_checkout(tmp_path):
             "DiT_models['DiT-D'] = deep\n"
         )
     for layers, left, name in ((2, 2, "DiT DiT-D, 2 layers"), (None, 3, "DiT DiT-D")):
-        found, model, _ = build(folder, "DiT-D", 4, 1, "cpu", torch.float32, layers)
+        found, model, _ = build(folder, "DiT-D", 4, 1, "cpu", layers)
         assert found == name
         assert len(model.blocks) == left
 

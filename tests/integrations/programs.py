@@ -35,11 +35,11 @@ class Program(nn.Module):
         return [v[:, None] for v in self.condition(c).chunk(9, dim=1)[:count]]
 
 
-def inputs(dtype=torch.float32):
+def inputs(dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(B, T, D, generator=generator)
     c = torch.randn(B, D, generator=generator)
-    return x.to(dtype), c.to(dtype)
+    return x.to(device, dtype), c.to(device, dtype)
 
 
 def run(module: nn.Module, x: Tensor, c: Tensor) -> list[Tensor]:
@@ -50,7 +50,7 @@ def run(module: nn.Module, x: Tensor, c: Tensor) -> list[Tensor]:
     outputs = list(out) if isinstance(out, tuple) else [out]
     parameters = list(module.parameters())
     generator = torch.Generator().manual_seed(2)
-    douts = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    douts = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
     wanted = [o for o in outputs if o.requires_grad]
     kept = [d for o, d in zip(outputs, douts, strict=True) if o.requires_grad]
     # not torch.autograd.grad, which reentrant checkpoints refuse

@@ -34,7 +34,7 @@ def check_equal(model, before, x, c, tolerance=1e-6):
 
 def check(model, compile_it, expected, tolerance=1e-6):
     """Compiled by ``compile_it`` the model gives the same outputs and gradients."""
-    x, c = programs.inputs()
+    x, c = programs.inputs(device=next(model.parameters()).device)
     before = programs.run(model, x, c)
     compile_it(model)
     check_equal(model, before, x, c, tolerance)
@@ -90,11 +90,11 @@ def test_inductor():
     )
 
 
-def test_the_kernels_run(monkeypatch):
+def test_the_kernels_run(monkeypatch, device):
     """Compiled with the interpreted kernels: their operators are in the graph that AOT traces."""
     monkeypatch.setenv("SRA_FAST_BACKEND", "triton")
     check(
-        stack(depth=2),
+        stack(depth=2).to(device),
         lambda model: integrations.compile(model, then="aot_eager", fullgraph=True),
         {"adaln": 1, FUSED: 3, "gated_residual": 1},
         tolerance=1e-5,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from one_line import assert_as_near, assert_bitwise, check, enough, rewrites
 from own_models import OWN_MODELS, build
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.other_models.results import difference, distance, in_dtype, run
 from sra_fast import integrations
@@ -31,7 +32,8 @@ def test_kernels(name, device, monkeypatch):
     """The kernels themselves, which the interpreter runs where there is no GPU."""
     monkeypatch.setenv("SRA_FAST_BACKEND", "triton")
     model, inputs = build(name)
-    check(model, inputs, OWN_MODELS[name].counts)
+    inputs = tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)
+    check(model.to(device), inputs, OWN_MODELS[name].counts)
 
 
 def test_inductor():

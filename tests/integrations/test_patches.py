@@ -76,12 +76,12 @@ def known(monkeypatch):
 
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_same_results(known, monkeypatch, backend, affine):
+def test_the_same_results(known, monkeypatch, device, backend, affine):
     monkeypatch.setenv("SRA_FAST_BACKEND", backend)
-    model = Model(affine)
+    model = Model(affine).to(device)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    x, c = programs.inputs()
+    x, c = programs.inputs(device=device)
     before = programs.run(model, x, c)
     names = list(model.state_dict())
     handle = integrations.patch(model)
