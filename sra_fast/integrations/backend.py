@@ -69,8 +69,9 @@ def backend(
         ValueError: ``then`` or ``mode`` is unknown, or ``then`` takes no options.
     """
     options = dict(options or {})
-    then = _next_backend(options.pop("then", "inductor"), mode, options)
-    result = rewrite(graph_module)
+    name = options.pop("then", "inductor")
+    then = _next_backend(name, mode, options)
+    result = rewrite(graph_module, vectors_per_token=name != "inductor")
     record = describe(result, graph_module, inputs)
     _logger.info(
         "%d rewrites, %d near misses in a graph of %d nodes",

@@ -61,6 +61,11 @@ class Modulated:
         """Whether the norm is not modulated."""
         return self.scale is None and self.shift is None
 
+    @property
+    def has_vector_per_token(self) -> bool:
+        """Whether scale or shift is ``[B, T, D]``."""
+        return _has_vector_per_token([self.scale, self.shift], self.norm.x)
+
 
 @dataclass
 class Residual:
@@ -72,6 +77,15 @@ class Residual:
     gate: Node | None
     norm: Norm | None
     inside: list[Node]
+
+    @property
+    def has_vector_per_token(self) -> bool:
+        """Whether the gate is ``[B, T, D]``."""
+        return _has_vector_per_token([self.gate], self.x)
+
+
+def _has_vector_per_token(vectors: list[Node | None], tokens: Node) -> bool:
+    return any(vector_kind(vector, value(tokens)) == "token" for vector in vectors)
 
 
 def follow_norm(norm: Norm) -> list[Modulated | Residual | Miss]:

@@ -353,8 +353,9 @@ def test_bad_arguments(call, message):
         call()
 
 
-def test_options_reach_inductor(monkeypatch):
-    """``mode`` and ``options`` become inductor's configuration."""
+@pytest.fixture
+def no_inductor(monkeypatch):
+    """The backend inductor runs graphs as they are; gives a list of the options that it got."""
     given = []
 
     def fake(graph, inputs, config_patches=None):
@@ -365,6 +366,35 @@ def test_options_reach_inductor(monkeypatch):
     monkeypatch.setattr(
         torch._dynamo, "lookup_backend", lambda name: fake if name == "inductor" else original(name)
     )
+    return given
+
+
+@pytest.mark.parametrize("part", ["norm", "gate"])
+def test_a_vector_per_token_is_left_to_inductor(no_inductor, part):
+    """What has a vector per image is replaced all the same."""
+
+    def program(m, x, c):
+        vectors = m.second(x) + c[:, None]
+        (image,) = m.vectors(c, 1)
+        scale, gate = (vectors, image) if part == "norm" else (image, vectors[:, :, :D])
+        x = x + gate * m.first(x)
+        return F.layer_norm(x, (D,)) * (1 + scale)
+
+    # without its gate's product x + gate y is a plain residual
+    expected = {"norm": {"gated_residual": 1}, "gate": {FUSED: 1}}[part]
+    torch._dynamo.reset()
+    report = check(Program(program), integrations.compile, expected)
+    assert [miss.reason for miss in report.near_misses] == [
+        "a vector per token: inductor's own kernels are as fast"
+    ]
+    assert no_inductor == [None]
+    torch._dynamo.reset()
+    aot = lambda model: integrations.compile(model, then="eager")
+    check(Program(program), aot, {FUSED: 1})
+
+
+def test_options_reach_inductor(no_inductor):
+    """``mode`` and ``options`` become inductor's configuration."""
     x, c = programs.inputs()
     for options in (
         {"mode": "max-autotune"},
@@ -372,8 +402,8 @@ def test_options_reach_inductor(monkeypatch):
         {"mode": "default"},
     ):
         integrations.compile(stack(depth=1), **options)(x, c)
-    assert given[0]["max_autotune"] is True
-    assert given[1:] == [{"epilogue_fusion": False}, None]
+    assert no_inductor[0]["max_autotune"] is True
+    assert no_inductor[1:] == [{"epilogue_fusion": False}, None]
 
 
 def test_imports_the_operators_alone():
