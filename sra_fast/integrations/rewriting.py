@@ -92,6 +92,27 @@ class NearMiss:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A residual, and the norm of its result with one modulation or two: one call."""
+
+    residual: Residual
+    norms: list[Modulated]
+
+    @property
+    def root(self) -> Node:
+        """The first call whose value is that of a modulated norm."""
+        return self.norms[0].root
+
+    @property
+    def inside(self) -> list[Node]:
+        """The calls that it replaces; two modulations share those of their norm."""
+        found = [*self.residual.inside]
+        for norm in self.norms:
+            found += [node for node in norm.inside if node not in found]
+        return found
+
+
 @dataclass
 class Result:
     """What was done to one graph, and what was not."""
@@ -137,19 +158,14 @@ class _Rewriter:
         self._find()
         self._drop_what_is_used_elsewhere()
         pairs = self._pair()
-        paired = [residual for residual, _ in pairs]
-        for found in [*self.modulated, *self.residuals.values(), *paired]:
+        for found in [*self._all(), *pairs]:
             self.taken.update(found.inside)
+        paired = {id(part) for pair in pairs for part in (pair.residual, *pair.norms)}
+        alone = [found for found in self._all() if id(found) not in paired]
         # in the order of execution, so that operands are replaced before they are used
-        position = self.facts.position
-        fused = {id(residual) for residual, _ in pairs} | {id(norm) for _, norm in pairs}
-        work: list[tuple[int, Any]] = [(position[norm.root], (res, norm)) for res, norm in pairs]
-        for found in [*self.modulated, *self.residuals.values()]:
-            if id(found) not in fused:
-                work.append((position[found.root], found))
-        for _, found in sorted(work, key=lambda item: item[0]):
-            if isinstance(found, tuple):
-                self._replace_pair(*found)
+        for found in sorted([*pairs, *alone], key=lambda found: self.facts.position[found.root]):
+            if isinstance(found, _Pair):
+                self._replace_pair(found)
             else:
                 self._replace_one(found)
 
@@ -230,11 +246,12 @@ class _Rewriter:
                 else:
                     del self.residuals[found.root]
 
-    def _pair(self) -> list[tuple[Residual, Modulated]]:
+    def _pair(self) -> list[_Pair]:
         """Residuals with the norm of their result: each residual once, with the first such norm."""
         pairs = []
         used: set[Node] = set()
-        for norm in sorted(self.modulated, key=lambda found: self.facts.position[found.root]):
+        in_order = sorted(self.modulated, key=lambda found: self.facts.position[found.root])
+        for norm in in_order:
             x = norm.norm.x
             residual = self.residuals.get(x)
             if residual is None and not norm.is_plain:
@@ -242,13 +259,25 @@ class _Rewriter:
             fits = residual is not None and residual.norm is None and x not in used
             if fits and self.facts.one_grad_mode([residual.root, norm.root]):
                 used.add(x)
-                pairs.append((residual, norm))
-        paired = {id(norm) for _, norm in pairs}
+                second = next((other for other in in_order if self._goes_along(other, norm)), None)
+                pairs.append(_Pair(residual, [norm] if second is None else [norm, second]))
+        paired = {id(norm) for pair in pairs for norm in pair.norms}
         # a norm without modulation is PyTorch's, unless a residual takes it along
         self.modulated = [
             found for found in self.modulated if id(found) in paired or not found.is_plain
         ]
         return pairs
+
+    def _goes_along(self, second: Modulated, first: Modulated) -> bool:
+        """Whether one call may compute both: modulations of one norm, with vectors per image."""
+        if second is first or second.norm is not first.norm:
+            return False
+        x = value(first.norm.x)
+        vectors = [first.scale, first.shift, second.scale, second.shift]
+        if any(vector_kind(vector, x) != "image" for vector in vectors):
+            return False
+        same_dtype = value(second.root).dtype == value(first.root).dtype
+        return same_dtype and self.facts.one_grad_mode([first.root, second.root])
 
     def _plain_before(self, x: Node) -> Residual | None:
         """The sum x of two arrays of tokens, if it may be replaced."""
@@ -287,8 +316,15 @@ class _Rewriter:
             new = self._call(name, args, vectors, root, value(root))
         self._finish(name, [(root, new)], found.inside, [*new.all_input_nodes, new])
 
-    def _replace_pair(self, residual: Residual, norm: Modulated) -> None:
-        anchor = self._place(residual, norm)
+    def _replace_pair(self, pair: _Pair) -> None:
+        residual = pair.residual
+        norm, *seconds = pair.norms
+        anchor = self._place(pair)
+        if anchor is None and seconds:
+            # the second by itself: it may be what cannot be computed earlier
+            self._replace_pair(_Pair(residual, [norm]))
+            self._replace_one(seconds[0])
+            return
         if anchor is None:
             self._miss(norm.root, "its modulation cannot be computed before another use of x'")
             # each by itself, where that is worth a call
@@ -297,39 +333,47 @@ class _Rewriter:
             if not norm.is_plain:
                 self._replace_one(norm)
             return
-        x_root = residual.root
-        h_root = norm.root
+        roots = [found.root for found in (residual, *pair.norms)]
         with self.graph.inserting_before(anchor):
             x, y = self._operands(residual)
             gate = self._vector(residual.gate, residual.x)
             arguments = self._norm_arguments(norm, residual.x)
-            both = (value(x_root), value(h_root))
+            for second in seconds:
+                vectors = self._norm_arguments(second, residual.x)
+                arguments["second"] = (vectors["shift"], vectors["scale"])
             name = "gated_residual_adaln"
-            call = self._call(name, (x, y, gate), arguments, h_root, both)
-            x_new = insert(self.graph, operator.getitem, call, 0, like=x_root, result=value(x_root))
-            h = insert(self.graph, operator.getitem, call, 1, like=h_root, result=value(h_root))
-        moved = [*call.all_input_nodes, x_new, h]
-        inside = [*residual.inside, *norm.inside]
-        self._finish(name, [(x_root, x_new), (h_root, h)], inside, moved)
+            results = tuple(value(root) for root in roots)
+            call = self._call(name, (x, y, gate), arguments, norm.root, results)
+            outputs = []
+            for i, root in enumerate(roots):
+                output = insert(
+                    self.graph, operator.getitem, call, i, like=root, result=value(root)
+                )
+                outputs.append((root, output))
+        moved = [*call.all_input_nodes, *(output for _, output in outputs)]
+        self._finish(name, outputs, pair.inside, moved)
 
-    def _place(self, residual: Residual, norm: Modulated) -> Node | None:
+    def _place(self, pair: _Pair) -> Node | None:
         """The node before which the call for a pair may stand, or None if there is no such place.
 
-        Before the norm's last call every argument is there. If x' is used earlier, the call must
-        stand where x' was computed, and the modulation must be moved there.
+        Before the norm's last call every argument is there, but for a second modulation's. If x' is
+        used earlier, the call must stand where x' was computed. What it needs and comes later must
+        be moved there.
         """
         order = {node: i for i, node in enumerate(self.graph.nodes)}
-        inside = set(norm.inside)
-        total = residual.root
+        inside = {node for norm in pair.norms for node in norm.inside}
+        total = pair.residual.root
+        anchor = pair.root
         users = [user for user in total.users if not _goes_with(user, inside)]
-        if all(order[user] > order[norm.root] for user in users):
-            return norm.root
-        needed = [norm.scale, norm.shift, norm.norm.weight, norm.norm.bias]
+        if any(order[user] < order[anchor] for user in users):
+            anchor = total
+        needed = [vector for norm in pair.norms for vector in (norm.scale, norm.shift)]
+        needed += [pair.norms[0].norm.weight, pair.norms[0].norm.bias]
         late: set[Node] = set()
         waiting = [self._now(node) for node in needed if node is not None]
         while waiting:
             node = waiting.pop()
-            if node is None or node in late or order[node] < order[total]:
+            if node is None or node in late or order[node] < order[anchor]:
                 continue
             late.add(node)
             waiting += node.all_input_nodes
@@ -341,8 +385,8 @@ class _Rewriter:
         if not self.facts.one_mode([node for node in between if node in self.facts.position]):
             return None
         for node in moved:
-            total.prepend(node)
-        return total
+            anchor.prepend(node)
+        return anchor
 
     def _is_movable(self, node: Node) -> bool:
         if node in self.taken or node not in self.facts.position or self.facts.is_changed(node):

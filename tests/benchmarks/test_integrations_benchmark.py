@@ -28,7 +28,9 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         x = self.embed(x.flatten(2).transpose(1, 2))
-        shift, scale, gate = self.modulation(t[:, None].to(torch.promote_types(t.dtype, torch.float32))).unsqueeze(1).chunk(3, dim=2)
+        # as a frequency embedding would be
+        t = t[:, None].to(torch.promote_types(t.dtype, torch.float32))
+        shift, scale, gate = self.modulation(t).unsqueeze(1).chunk(3, dim=2)
         x = x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
         return self.head(x), y
 

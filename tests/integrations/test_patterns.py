@@ -133,6 +133,48 @@ def two_modulations(m, x, c):
     return x, h * (1 + scale) + shift, h * (1 + scale2) + shift2
 
 
+def second_modulation_computed_late(m, x, c):
+    """As in SD3.5, but for the projection: it comes after the first modulation."""
+    gate, shift, scale = m.vectors(c, 3)
+    x = x + gate * m.first(x)
+    n = norm(x)
+    h = n * (1 + scale) + shift
+    shift2, scale2 = m.condition(c).chunk(9, dim=1)[:2]
+    return x, h, n * (1 + scale2[:, None]) + shift2[:, None]
+
+
+def second_modulation_of_the_first(m, x, c):
+    gate, shift, scale = m.vectors(c, 3)
+    x = x + gate * m.first(x)
+    n = norm(x)
+    h = n * (1 + scale) + shift
+    shift2, scale2 = m.condition(h.mean(1)).chunk(9, dim=1)[:2]
+    return x, h, n * (1 + scale2[:, None]) + shift2[:, None]
+
+
+def second_modulation_without_shift(m, x, c):
+    gate, shift, scale, scale2 = m.vectors(c, 4)
+    x = x + gate * m.first(x)
+    n = norm(x)
+    return x, n * (1 + scale) + shift, n * (1 + scale2)
+
+
+def second_modulation_per_token(m, x, c):
+    gate, shift, scale = m.vectors(c, 3)
+    shift2, scale2 = (m.second(x)[:, :, None] + c[:, None, None]).expand(-1, -1, 2, -1).unbind(2)
+    x = x + gate * m.first(x)
+    n = norm(x)
+    return x, n * (1 + scale) + shift, n * (1 + scale2) + shift2
+
+
+def three_modulations(m, x, c):
+    gate, *vectors = m.vectors(c, 7)
+    x = x + gate * m.first(x)
+    n = norm(x)
+    shift, scale, shift2, scale2, shift3, scale3 = vectors
+    return n * (1 + scale) + shift, n * (1 + scale2) + shift2, n * (1 + scale3) + shift3
+
+
 def block(m, x, c):
     shift, scale, gate, shift2, scale2, gate2 = m.vectors(c)
     x = x + gate * m.first(norm(x) * (1 + scale) + shift)
@@ -299,7 +341,12 @@ REWRITTEN = [
     (fused, FUSED),
     (ungated, FUSED),
     (plain_norm_after_gate, FUSED),
-    (two_modulations, {**FUSED, **ADALN}),
+    (two_modulations, FUSED),
+    (second_modulation_computed_late, FUSED),
+    (second_modulation_of_the_first, {**FUSED, **ADALN}),
+    (second_modulation_without_shift, {**FUSED, **ADALN}),
+    (second_modulation_per_token, {**FUSED, **ADALN}),
+    (three_modulations, {**FUSED, **ADALN}),
     (block, {**ADALN, **FUSED, **GATED}),
     (tap_before_modulation, FUSED),
     (in_place, FUSED),
@@ -566,6 +613,16 @@ def test_a_gate_of_another_tensor_is_that_tensors():
         return other + gate * m.first(x), norm(x) * (1 + scale) + shift
 
     check(program, {"gated_residual": 1, "adaln": 1})
+
+
+def test_two_modulations_of_two_dtypes_are_two_calls():
+    def program(m, x, c):
+        gate, shift, scale, shift2, scale2 = m.vectors(c, 5)
+        x = x + gate * m.first(x)
+        n = norm(x)
+        return x, n * (1 + scale) + shift, (n * (1 + scale2) + shift2).to(torch.float16)
+
+    check(program, {**FUSED, **ADALN})
 
 
 def test_modulation_that_depends_on_the_sum_is_not_moved_before_it():
