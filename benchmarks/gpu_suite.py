@@ -1,15 +1,18 @@
-"""Measure everything worth knowing on a fresh GPU machine, in two commands of about five minutes:
+"""Measure everything worth knowing on a fresh GPU machine, in commands of about five minutes:
 
     python -m benchmarks.gpu_suite first  --out DIR
     python -m benchmarks.gpu_suite second --out DIR --published PATH --caches FILE
+    python -m benchmarks.gpu_suite models --out DIR --checkout PATH
 
 first: every operator right or wrong and its percentage of the copy bandwidth, attention's backends,
 training steps of 32 images with the teacher run in every way, the CUDA tests, and a run that fills the
 compilers' caches.
 second: steps against the rivals at 32 and 256 images and with the engine's options, the tests that were
 red, and the operators against torch.compile.
+models: the operators without a row of a GPU against torch.compile, and other people's models with one
+line of ours, the kernels in them tested beforehand.
 
-Both end with a VERDICT. Every part is a process with a time limit. What it has written stays, and time that
+All end with a VERDICT. Every part is a process with a time limit. What it has written stays, and time that
 it leaves goes to the parts after it. DIR gets rows.json (the source of the tables), a log of every part, and
 after every part a new summary.json and verdict.txt; from first also caches.tgz. --archive FOLDER packs
 all of that every ten seconds, for a machine that may be taken away.
@@ -20,6 +23,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,16 +36,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, command_line, environment
+from benchmarks.operators.registry import OPERATORS
+from benchmarks.other_models.checkouts import recognise
+from benchmarks.record import ROOT, command_line, environment, load_results
 from benchmarks.report.verdict import failed_tests, predicted_rows, render
 from benchmarks.step.variants import PUBLISHED
 
 # seconds
-BUDGETS = {"first": 270, "second": 310}
+BUDGETS = {"first": 270, "second": 310, "models": 400}
 # programs that the parts run
 STEPS = ["-m", "benchmarks.step.train_step"]
-OPERATORS = ["-m", "benchmarks.operators.run"]
+OPERATOR_RUN = ["-m", "benchmarks.operators.run"]
 ATTENTION = ["-m", "benchmarks.operators.attention_backends"]
+OTHER_MODELS = ["-m", "benchmarks.integrations"]
 
 # tests that depend on the GPU; what compilers generate from the kernels does not
 TESTS = [
@@ -52,6 +59,31 @@ TESTS = [
     "tests/models",
 ]
 WITHOUT_CODEGEN = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_without_spills"]
+
+# tests of other people's models that launch kernels, and those of the operators that they need
+MODEL_TESTS = [
+    "tests/ops/test_optional_vectors.py",
+    "tests/ops/test_qk_norm_rope.py",
+    "tests/ops/test_swiglu.py",
+    "tests/ops/test_attention.py",
+    "tests/integrations/test_own_models.py::test_kernels",
+    "tests/integrations/test_backend.py::test_the_kernels_run",
+    "tests/integrations/test_patches.py::test_the_same_results",
+]
+# diffusers' models and a checkout's, by their options: large enough that the device, not its host, is
+# the limit. Two blocks of each kind, because a compiler needs time for every block.
+DIFFUSERS_MODELS = {
+    "sd3": ["--model", "SD3Transformer2DModel", "--batch", "8", "--layers", "2"],
+    "flux": ["--model", "FluxTransformer2DModel", "--batch", "4", "--layers", "2"],
+    "wan": ["--model", "WanTransformer3DModel", "--batch", "2", "--layers", "2"],
+    "lumina": ["--model", "Lumina2Transformer2DModel", "--batch", "4", "--layers", "2"],
+}
+CHECKOUT_MODELS = {
+    "DiT": ["--model", "DiT-XL/2"],
+    "SiT": ["--model", "SiT-XL/2"],
+    "LightningDiT": ["--model", "LightningDiT-XL/1", "--side", "16"],
+}
+CHECKOUT_SIZE = ["--batch", "32", "--layers", "4"]
 
 MODEL = "SiT-XL/2"
 PIXELS = "256"
@@ -133,11 +165,12 @@ def case(batch: int, variants: str, model: str = MODEL) -> list[str]:
     return ["--case", model, PIXELS, str(batch), variants]
 
 
-def operators_command(out: Path, variants: str) -> list[str]:
-    """Measure all operators at the headline's shape."""
+def operators_command(out: Path, variants: str, names: list[str] | None = None) -> list[str]:
+    """Measure operators at the headline's shape: those of the names, or all."""
     return [
-        *OPERATORS,
+        *OPERATOR_RUN,
         *("--json", str(out / "rows.json")),
+        *(["--ops", ",".join(names)] if names else []),
         *("--models", MODEL, "--resolution", PIXELS, "--batch", "32"),
         *("--variants", variants, "--passes", "forward,backward", "--budget", "0.05"),
     ]
@@ -217,13 +250,69 @@ def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]
     return found
 
 
+def unmeasured_operators() -> list[str]:
+    """Operators that no row of a GPU has timed."""
+    rows = load_results()
+    timed = {row["name"].partition(".")[0] for row in rows if row["kind"] == "op" and "ms" in row}
+    return [name for name in OPERATORS if name not in timed]
+
+
+def models_parts(out: Path, checkouts: list[Path]) -> list[Part]:
+    """Parts that answer: do other people's models become faster, and by which operators?
+
+    Args:
+        out: folder of the run.
+        checkouts: of DiT, SiT or LightningDiT.
+
+    Raises:
+        ValueError: a checkout is of none of them.
+    """
+    models = {}
+    for path in checkouts:
+        name = recognise(path).name
+        if name not in CHECKOUT_MODELS:
+            known = ", ".join(CHECKOUT_MODELS)
+            raise ValueError(f"--checkout: expected one of {known}; got {path}, which is {name}")
+        models[name] = ["--checkout", str(path), *CHECKOUT_MODELS[name], *CHECKOUT_SIZE]
+    models |= DIFFUSERS_MODELS
+    # compiles every model while the tests run
+    fill = Part(
+        "fill",
+        0,
+        " & ".join(
+            shlex.join([sys.executable, *OTHER_MODELS, *options, "--untimed"])
+            for options in models.values()
+        )
+        + " & wait",
+        environment={"TORCHINDUCTOR_COMPILE_THREADS": "2"},
+    )
+    tests = Part(
+        "tests",
+        90,
+        pytest_command(*MODEL_TESTS),
+        beside=fill,
+        environment={"TRITON_CACHE_DIR": str(out / "test_caches")},
+    )
+    rows = ["--json", str(out / "rows.json"), "--budget", "0.4"]
+    timed = [Part(name, 35, [*OTHER_MODELS, *rows, *models[name]]) for name in models]
+    ops = operators_command(out, "ours,compile", unmeasured_operators())
+    return [Part("ops", 60, ops), tests, *timed]
+
+
 def dry_parts(which: str, out: Path) -> list[Part]:
     """The same programs at the smallest sizes, on a CPU."""
     rows = ["--device", "cpu", "--json", str(out / "rows.json")]
+    if which == "models":
+        model = [*OTHER_MODELS, *rows, "--budget", "0", "--model", "DiTTransformer2DModel"]
+        fill = Part("fill", 0, shlex.join([sys.executable, *model, "--untimed"]) + " & wait")
+        return [
+            Part("tests", 60, pytest_command("tests/test_layout.py"), beside=fill),
+            Part("dit", 60, model),
+        ]
     small = lambda variants: ["--case", "SiT-S/8", "64", "1", variants]
     quick = ["--warmup", "1", "--steps", "1", "--profile", "0", "--shrink"]
     steps = [*STEPS, *rows, *quick]
-    ops = [*OPERATORS, *rows, "--ops", "gated_residual_adaln,noise_pair", "--budget", "0.002"]
+    ops = [*OPERATOR_RUN, *rows, "--ops", "gated_residual_adaln,noise_pair", "--budget", "0.002"]
     if which == "second":
         return [
             Part("steps", 230, [*steps, *small("plain,sra,swap_ema")]),
@@ -417,12 +506,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     default_out = ROOT / "runs" / "gpu_suite"
     add = parser.add_argument
-    add("which", choices=tuple(BUDGETS), help="the first command, or the second")
+    add("which", choices=tuple(BUDGETS), help="the command")
     add("--out", type=Path, default=default_out, help="default: runs/gpu_suite")
-    add("--budget", type=float, help="seconds for everything (default 270 and 310)")
+    add("--budget", type=float, help=f"seconds for everything (default {BUDGETS})")
+    add(
+        "--checkout",
+        type=Path,
+        action="append",
+        default=[],
+        help="models: of DiT, SiT, .. (may be repeated)",
+    )
     add("--published", type=Path, help="second: a checkout of the published code")
     add("--probe", type=Path, help="first: CUDA source to build and run with arguments 32 256")
-    add("--caches", type=Path, help="second: the caches.tgz that first has written, for this --out")
+    add("--caches", type=Path, help="caches.tgz that first or models has written, for this --out")
     add("--archive", type=Path, help="folder for found.tgz, renewed every 10 s, and caches.tgz")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, smallest sizes")
     args = parser.parse_args(argv)
@@ -430,7 +526,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         given = getattr(args, name)
         if given is not None and not given.exists():
             parser.error(f"--{name}: expected a path that exists, got {given}")
+    for path in args.checkout:
+        if not path.exists():
+            parser.error(f"--checkout: expected a path that exists, got {path}")
     # parts run in the root of the checkout
+    args.checkout = [path.resolve() for path in args.checkout]
     for name in ("out", "published", "probe", "caches", "archive"):
         given = getattr(args, name)
         if given is not None:
@@ -450,6 +550,12 @@ def main(argv: list[str] | None = None) -> int:
         parts = dry_parts(args.which, args.out)
     elif args.which == "first":
         parts = first_parts(args.out, str(args.probe) if args.probe else None)
+    elif args.which == "models":
+        try:
+            parts = models_parts(args.out, args.checkout)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
     else:
         parts = second_parts(args.out, str(args.published) if args.published else None, red)
 
@@ -458,8 +564,8 @@ def main(argv: list[str] | None = None) -> int:
     with archived(args.out, args.archive):
         budget = args.budget or BUDGETS[args.which]
         found = run_suite(args.which, parts, args.out, budget, args.device)
-        if args.which == "first":
-            # for second
+        if args.which != "second":
+            # for second, or for the same command on another machine
             (args.out / "red.txt").write_text("\n".join(failed_tests(args.out / "tests.log")))
             pack(args.out, args.out / "caches.tgz", ["caches", "red.txt"])
     print((args.out / "verdict.txt").read_text())

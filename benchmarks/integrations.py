@@ -9,7 +9,8 @@ through ``sra_fast.integrations.compile`` (ours). For each: milliseconds of the 
 forward and backward pass, the memory of the latter, and the largest difference from the first,
 relative to the size of the result. A program whose outputs or gradients are too far from the truth
 is RED and has no time. On a GPU also how long the host needs to start a forward and backward pass,
-and the kernels that take longest in it.
+and the kernels that take longest in it. With --untimed every program only runs once, which fills the
+compilers' caches.
 """
 
 import argparse
@@ -76,6 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--then", choices=THEN, help="compiler after ours; default: inductor on a GPU")
     add("--device", choices=("cuda", "cpu"), default=default_device)
     add("--budget", type=float, default=1.0, help="seconds for one median (default 1)")
+    add("--untimed", action="store_true", help="run every program once; no rows")
     add("--kernels", type=int, default=12, help="of the longest to print, on a GPU (default 12)")
     add("--json", type=Path, help="default: benchmarks/results/<gpu>-<commit>.json")
     args = parser.parse_args(argv)
@@ -245,14 +247,16 @@ def print_kernels(case: Case, longest: int) -> None:
 
 
 def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace) -> dict | None:
-    """Check a program, then time it.
+    """Check a program, then time it. The first pass compiles it.
 
     Returns:
         ``{pass: fields}``; None if it is wrong or cannot run.
     """
     try:
+        begin = time.perf_counter()
         compile_variant(case.model, variant, args.then)
         results = case.run()
+        seconds = time.perf_counter() - begin
         complaint = judge.complaint(results)
         difference_from_eager = judge.difference(results)
         fields = None if complaint else time_variant(case, args.device, args.budget)
@@ -268,6 +272,7 @@ def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace
     line += f"   forward and backward {fields['both']['ms']:10.3f} ms"
     if fields["both"]["peak_bytes"] is not None:
         line += f"   peak {fields['both']['peak_bytes'] / 2**30:7.3f} GiB"
+    line += f"   first pass {seconds:.1f} s"
     print(f"{line}   largest difference {difference_from_eager:.1e}")
     if args.device == "cuda":
         print_kernels(case, args.kernels)
@@ -276,6 +281,17 @@ def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace
         words = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()) if count)
         print(f"{'':8} put in: {words or 'nothing'}")
     return fields
+
+
+def run_untimed(case: Case, variant: str, then: str) -> bool:
+    """Run a program once. Returns whether it ran."""
+    try:
+        compile_variant(case.model, variant, then)
+        case.both()
+    except Exception as error:
+        print(f"{variant:8} cannot run: {type(error).__name__}: {str(error)[:200]}")
+        return False
+    return True
 
 
 def speedups(measured: dict[str, dict]) -> str:
@@ -307,6 +323,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{case.name}, {case.resolution} px, batch {case.batch}, {dtype}")
     if args.device == "cpu":
         print("on a CPU ours runs the references, and its times say nothing about the kernels")
+    if args.untimed:
+        ran = [run_untimed(case, variant, args.then) for variant in args.variants]
+        return 0 if all(ran) else 1
     judge = Judge(case, args.dtype)
     if args.device == "cuda":
         # what the truth took

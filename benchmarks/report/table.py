@@ -57,6 +57,12 @@ OPERATOR_TEXT = (
     "Measured and written by `python -m benchmarks.operators.run && python -m benchmarks.report.table`; "
     "[as a picture](images/operators.png).",
 )
+MODEL_TEXT = (
+    "Other people's models, unmodified, with random weights: as they are, through `torch.compile`, and with",
+    "[one line](use_the_ops.md) of ours. Device time; `N layers` are that many blocks of each kind.",
+    "Measured by `python -m benchmarks.gpu_suite models --checkout PATH` or "
+    "`python -m benchmarks.integrations --model NAME`.",
+)
 
 
 def _line(cells: list[str]) -> str:
@@ -346,13 +352,81 @@ def render_headline(rows: list[dict]) -> list[str]:
     return lines
 
 
+# the table of other people's models
+
+
+def _model_cells(own: dict[str, dict]) -> list[str]:
+    """Milliseconds of the three programs, how much faster ours is than the compiler's, and memory."""
+    ms = {variant: row.get("ms") for variant, row in own.items()}
+    cells = []
+    for variant in ("eager", "compile", "ours"):
+        if variant not in own:
+            cells.append("")
+        else:
+            cells.append("wrong" if ms[variant] is None else f"{ms[variant]:.2f}")
+    faster = ""
+    if ms.get("compile") and ms.get("ours"):
+        faster = f"{ms['compile'] / ms['ours']:.2f}x"
+    peaks = [own[v].get("peak_bytes") for v in ("compile", "ours") if v in own]
+    memory = ", ".join(f"{peak / 2**30:.2f} GiB" for peak in peaks if peak is not None)
+    return [*cells, faster, memory]
+
+
+def _model_table(runs: list[list[dict]]) -> list[str]:
+    heads = [
+        "model",
+        "batch",
+        "pass",
+        "eager, ms",
+        "torch.compile, ms",
+        "with the line, ms",
+        "against torch.compile",
+        "memory, of torch.compile and with the line",
+        "commit",
+    ]
+    lines = [_line(heads), _rule(len(heads))]
+    found: dict[tuple, dict[str, dict]] = {}
+    for run in runs:
+        own: dict[tuple, dict[str, dict]] = {}
+        for row in run:
+            key = (row["model"], row["batch"], row["dtype"], row["name"])
+            own.setdefault(key, {})[row["variant"]] = row
+        # all programs of a line from one run
+        for key, variants in own.items():
+            if "ours" in variants:
+                found.setdefault(key, variants)
+    passes = {"forward": "forward", "both": "forward and backward"}
+    for (model, batch, dtype, name), variants in sorted(found.items()):
+        cells = [f"{model}, {dtype}", f"{batch}", passes[name], *_model_cells(variants)]
+        lines.append(_line([*cells, variants["ours"]["commit"]]))
+    if not found:
+        lines.append(_line([MISSING, *[""] * (len(heads) - 1)]))
+    return lines
+
+
+def render_models(rows: list[dict]) -> list[str]:
+    """A table of other people's models for every GPU."""
+    wanted = [row for row in rows if row["kind"] == "model" and row["device"] != "cpu"]
+    lines = list(MODEL_TEXT)
+    devices = newest_runs(wanted)
+    if not devices:
+        return [*lines, "", *_model_table([])]
+    for title, runs in devices:
+        lines += ["", title, "", *_model_table(runs)]
+    return lines
+
+
 # documents
 
 Blocks = dict[str, Callable[[list[dict]], list[str]]]
 # which blocks a document has
 DOCUMENTS: dict[Path, Blocks] = {
     ROOT / "README.md": {"headline": render_headline},
-    ROOT / "docs" / "benchmarks.md": {"step": render_steps, "ops": render_operators},
+    ROOT / "docs" / "benchmarks.md": {
+        "step": render_steps,
+        "ops": render_operators,
+        "model": render_models,
+    },
 }
 
 

@@ -346,12 +346,31 @@ def host_and_kernel_lines(rows: Rows) -> list[str]:
     return lines
 
 
+def model_lines(rows: list[dict]) -> list[str]:
+    """Other people's models, forward and backward: what our line gains over torch.compile."""
+    ms: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        if row["kind"] == "model" and row["name"] == "both":
+            ms.setdefault(row["model"], {})[row["variant"]] = row.get("ms")
+    lines = []
+    for model, found in ms.items():
+        words = [
+            f"{variant} {time:.2f} ms" if time is not None else f"{variant} WRONG"
+            for variant, time in found.items()
+        ]
+        ours = found.get("ours")
+        compiled = found.get("compile")
+        ratio = f", {compiled / ours:.2f}x of torch.compile" if ours and compiled else ""
+        lines.append(f"  {model}: {', '.join(words)}{ratio}")
+    return ["other people's models, forward and backward:", *lines] if lines else []
+
+
 def render(folder: Path, which: str = "") -> str:
     """The verdict on what a folder holds so far.
 
     Args:
         folder: that the suite has written: rows.json and tests.log, if they exist.
-        which: "first" or "second", for the title.
+        which: the suite's command, for the title.
     """
     path = folder / "rows.json"
     rows = json.loads(path.read_text()) if path.exists() else []
@@ -372,6 +391,7 @@ def render(folder: Path, which: str = "") -> str:
         *operator_lines(rows),
         *test_lines(folder / "tests.log"),
         *step_lines(rows),
+        *model_lines(rows),
         *host_and_kernel_lines(Rows(rows)),
         "goals:",
         *goals,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_suite
+from benchmarks import gpu_suite, integrations
 from benchmarks.operators import attention_backends, run
+from benchmarks.other_models.checkouts import CHECKOUTS
 from benchmarks.record import ROOT
 from benchmarks.step import train_step
 
@@ -119,6 +121,24 @@ def test_parts_side_by_side(tmp_path):
     assert second["seconds"] < 4
 
 
+def test_dry_run_of_models(tmp_path, capsys):
+    pytest.importorskip("diffusers", reason="needs diffusers")
+    code = gpu_suite.main(["models", "--device", "cpu", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert code == 0, said
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [part["part"] for part in summary["parts"]] == ["tests", "fill", "dit"]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    # the run that fills caches has none
+    assert {(row["kind"], row["variant"]) for row in rows} == {
+        ("model", "eager"),
+        ("model", "ours"),
+    }
+    assert re.search(
+        r"^  DiTTransformer2DModel, tiny: eager \S+ ms, ours \S+ ms$", said, re.MULTILINE
+    )
+
+
 def test_time_that_a_part_leaves_goes_to_the_next(tmp_path, monkeypatch):
     limits = []
     now = 0.0
@@ -153,6 +173,8 @@ def test_the_parts_for_a_gpu_fit_their_budgets():
     second = gpu_suite.second_parts(OUT, "/published", RED)
     assert sum(part.share for part in first) <= 270
     assert sum(part.share for part in second) <= 310
+    models = gpu_suite.models_parts(OUT, [])
+    assert sum(part.share for part in models) <= 400
 
 
 def test_commands_for_a_gpu_are_understood():
@@ -181,8 +203,45 @@ def test_commands_for_a_gpu_are_understood():
     assert "tests" not in without
 
 
+def checkout_of(name: str, folder: Path) -> Path:
+    """The files by which a checkout is recognised."""
+    checkout = next(found for found in CHECKOUTS if found.name == name)
+    (folder / checkout.file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / checkout.file).touch()
+    (folder / checkout.root / checkout.beside).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_parts_of_models(tmp_path, monkeypatch):
+    dit = checkout_of("DiT", tmp_path / "a checkout")
+    parts = parts_by_name(gpu_suite.models_parts(OUT, [dit]))
+    assert list(parts) == ["ops", "tests", "DiT", *gpu_suite.DIFFUSERS_MODELS]
+    args = integrations.parse(parts["DiT"].command[2:])
+    assert args.checkout == dit and args.model == "DiT-XL/2" and args.layers == 4
+    for name in gpu_suite.DIFFUSERS_MODELS:
+        assert integrations.parse(parts[name].command[2:]).model in integrations.RECIPES
+    # every model is compiled beforehand
+    fill = parts["tests"].beside.command.split(" & ")
+    assert fill.pop() == "wait"
+    assert len(fill) == len(parts) - 2
+    assert all(line.endswith("--untimed") for line in fill)
+    assert integrations.parse(shlex.split(fill[0])[3:]).checkout == dit
+
+    # only operators without a row of a GPU
+    assert run.parse(parts["ops"].command[2:]).ops == gpu_suite.unmeasured_operators()
+    row = {"kind": "op", "name": "adaln.forward", "ms": 1.0}
+    monkeypatch.setattr(gpu_suite, "load_results", lambda: [row])
+    found = gpu_suite.unmeasured_operators()
+    assert "adaln" not in found and "gated_residual" in found
+
+    repa = checkout_of("REPA", tmp_path / "repa")
+    with pytest.raises(ValueError, match="expected one of DiT, SiT, LightningDiT; got .*REPA"):
+        gpu_suite.models_parts(OUT, [repa])
+
+
 def test_which_tests_run_on_a_gpu():
-    assert all((ROOT / path).exists() for path in gpu_suite.TESTS)
+    files = [name.partition("::")[0] for name in (*gpu_suite.TESTS, *gpu_suite.MODEL_TESTS)]
+    assert all((ROOT / path).exists() for path in files)
     command = parts_by_name(gpu_suite.first_parts(OUT, None))["tests"].command
     words = [sys.executable, *command, "--collect-only", "-q"]
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
@@ -198,6 +257,7 @@ def test_which_tests_run_on_a_gpu():
     [
         [],
         ["third"],
+        ["models", "--checkout", "/no/such/checkout"],
         ["second", "--caches", "/no/such/file.tgz"],
         ["first", "--published", "/no/such/folder"],
     ],

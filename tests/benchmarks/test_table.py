@@ -235,3 +235,41 @@ def test_plot_of_ladder_and_depths(tmp_path, monkeypatch):
     one_depth = [row for row in STEP_ROWS if "teacher_layer" not in row["variant"]]
     draw_steps(one_depth, tmp_path / "steps.png")
     assert len(drawn[1].axes) == 1
+
+
+# other people's models
+
+
+def model_row(variant: str, name: str = "both", **more) -> dict:
+    case = {"model": "DiT DiT-XL/2", "resolution": 256, "batch": 32, "dtype": "bfloat16"}
+    return {"kind": "model", **WHERE, **case, "name": name, "variant": variant, **more}
+
+
+MODEL_ROWS = [
+    model_row("eager", ms=9.0),
+    model_row("compile", ms=6.0, peak_bytes=2 * 2**30),
+    model_row("ours", ms=5.0, peak_bytes=2**30),
+    model_row("compile", "forward", ms=2.0),
+    # wrong, so without a time
+    model_row("ours", "forward"),
+]
+
+
+def test_table_of_models_follows_the_rows():
+    lines = table.render_models(MODEL_ROWS)
+    begin = "| DiT DiT-XL/2, bfloat16 | 32 |"
+    both = " forward and backward | 9.00 | 6.00 | 5.00 | 1.20x | 2.00 GiB, 1.00 GiB | abc |"
+    assert begin + both in lines
+    assert f"{begin} forward |  | 2.00 | wrong |  |  | abc |" in lines
+
+
+def test_table_of_models_takes_a_line_from_one_run():
+    """A newer run without ours changes nothing."""
+    newer = {**model_row("compile", ms=1.0), "commit": "new", "date": "2030"}
+    lines = table.render_models([*MODEL_ROWS, newer])
+    assert any("| 6.00 | 5.00 | 1.20x |" in line for line in lines)
+
+
+@pytest.mark.parametrize("rows", [[], on_cpu(MODEL_ROWS)])
+def test_without_a_gpu_no_model_is_measured(rows):
+    assert any(line.startswith("| not measured yet |") for line in table.render_models(rows))

@@ -183,3 +183,19 @@ def test_an_empty_folder_has_a_verdict_too(tmp_path):
     assert "tests: not run" in text
     assert "operators: not run" in text
     assert text.count("goal ") == len(verdict.GOALS)
+
+
+def test_other_peoples_models_have_a_line():
+    row = {"kind": "model", "name": "both", "model": "DiT"}
+    rows = [
+        {**row, "variant": "compile", "ms": 6.0},
+        {**row, "variant": "ours", "ms": 5.0},
+        {**row, "variant": "ours", "model": "SiT"},
+        {**row, "variant": "ours", "name": "forward", "ms": 1.0},
+    ]
+    assert verdict.model_lines(rows) == [
+        "other people's models, forward and backward:",
+        "  DiT: compile 6.00 ms, ours 5.00 ms, 1.20x of torch.compile",
+        "  SiT: ours WRONG",
+    ]
+    assert verdict.model_lines([]) == []
