@@ -180,8 +180,8 @@ BUGS = [
     (
         "backend: modulation is not moved above a tap",
         REWRITING,
-        "        for node in moved:\n            total.prepend(node)\n        return total",
-        "        return None",
+        "            anchor = total\n",
+        "            return None\n",
         T_PATTERNS,
     ),
     (
@@ -204,5 +204,33 @@ BUGS = [
         "if digits not in KNOWN:",
         "if digits not in KNOWN and (digits := next(iter(KNOWN))) is None:",
         T_PATCHES,
+    ),
+    (
+        "backend: inductor gets operators with a vector per token",
+        BACKEND,
+        'vectors_per_token=name != "inductor"',
+        "vectors_per_token=True",
+        T_BACKEND,
+    ),
+    (
+        "backend: the second modulation is the first",
+        REWRITING,
+        "vectors = self._norm_arguments(second, residual.x)",
+        "vectors = self._norm_arguments(norm, residual.x)",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a second modulation of any kind goes along",
+        REWRITING,
+        'if any(vector_kind(vector, x) != "image" for vector in vectors):',
+        "if False:",
+        T_PATTERNS,
+    ),
+    (
+        "backend: a second modulation of another dtype goes along",
+        REWRITING,
+        "same_dtype = value(second.root).dtype == value(first.root).dtype",
+        "same_dtype = True",
+        T_PATTERNS,
     ),
 ]
