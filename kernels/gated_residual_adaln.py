@@ -5,7 +5,8 @@
     h2 = norm(x') (1 + scale2) + shift2, if asked for
 
 or norm(x') scale + shift, where the scale is the factor itself: weights of the norm are folded into
-it. Each vector may be absent; what is absent is compiled out. One vector per token is per_token.py's.
+it. Each vector may be absent: what is absent is compiled out, h2 as well. One vector per token is
+per_token.py's.
 
 A program walks rows of one image, so that the modulation is read once and the sums over tokens
 stay in registers. It leaves one fp32 partial sum per gradient. The partial sums are added in a
@@ -25,9 +26,9 @@ With two modulations, h2 and its gradient are the only arrays that are added:
 
 The minimum has one program per image (P = 1, kernels/_rows.py) and no partial sums. With P
 programs the forward moves 3 s (P - 1) B D more, the backward (2 s (P - 1) + 24 P) B D (three fp32
-sums written and read), and 8 P B D more with a bias; with two modulations 5 s (P - 1) B D and
-(3 s (P - 1) + 40 P) B D. The backward can also recompute h, s B T D,
-for a weight gradient that needs it: this moves as many bytes as keeping h would.
+sums written and read), and 8 P B D more with a bias. With two modulations it is 5 s (P - 1) B D
+and (3 s (P - 1) + 40 P) B D. With one, the backward can also recompute h, s B T D, for a weight
+gradient that needs it: this moves as many bytes as keeping h would.
 """
 
 import torch
@@ -59,12 +60,13 @@ from ._rows import (
 # the widest rows that fit the registers of every architecture in every dtype: the backward spills
 # 112-168 bytes in fp32 at D=3584, 72-136 in bf16 at D=4608
 MAX_WIDTH = 3072
-# the widest rows with two modulations: wider than MAX_WIDTH one spills, too. With y or h in fp32 the
-# backward of D=2432 spills 8-16 bytes with 8 warps for sm_100, and 64-104 with 16 warps anywhere
+# the widest rows with two modulations, half precision: wider than MAX_WIDTH one spills, too
 TWO_WIDTH = MAX_WIDTH
+# with y or h in fp32: at D=2432 the backward spills 8-16 bytes with 8 warps for sm_100, and 64-104
+# with 16 warps for every architecture
 TWO_WIDTH_FP32 = 2304
-# upper limits of 32-bit registers per thread with one modulation: every launch up to D=1536, and SiT-XL's (D=1152, half
-# precision), where three programs of 128 threads then share an SM of Hopper
+# upper limits of 32-bit registers per thread with one modulation: every launch up to D=1536, and
+# SiT-XL's (D=1152, half precision), where three programs of 128 threads then share an SM of Hopper
 REGISTERS = {"_gated_residual_adaln_fwd_kernel": 144, "_gated_residual_adaln_bwd_kernel": 250}
 REGISTERS_XL = {"_gated_residual_adaln_fwd_kernel": 96, "_gated_residual_adaln_bwd_kernel": 168}
 
