@@ -336,9 +336,11 @@ def _sum_rows(part_ptr, first, count, stride, cols, live, ROWS: tl.constexpr):
 @triton.jit
 def sum_partials_kernel(
     part_ptr,  # [M, P, K, D] fp32
-    a_ptr,  # [M, D], the sum over P for k = 0; b and c for k = 1 and 2; or None
+    a_ptr,  # [M, D], the sum over P for k = 0; b to e for k = 1 to 4; or None
     b_ptr,
     c_ptr,
+    d_ptr,
+    e_ptr,
     total_ptr,  # [D], the sum over M and P for the last k, or None
     M,
     P,
@@ -383,10 +385,14 @@ def sum_partials_kernel(
                 tl.store(b_ptr + out, total, mask=live & (k == 1))
             if c_ptr is not None:
                 tl.store(c_ptr + out, total, mask=live & (k == 2))
+            if d_ptr is not None:
+                tl.store(d_ptr + out, total, mask=live & (k == 3))
+            if e_ptr is not None:
+                tl.store(e_ptr + out, total, mask=live & (k == 4))
 
 
 def sum_partials(part: Tensor, *outputs: Tensor, total: Tensor | None = None) -> None:
-    """Sum ``part [M, P, K, D]`` over P into K contiguous tensors ``[M, D]``.
+    """Sum ``part [M, P, K, D]`` over P into K <= 5 contiguous tensors ``[M, D]``.
 
     With ``total [D]`` the last k is summed over M as well and goes there; K - 1 outputs remain.
     """
@@ -402,12 +408,11 @@ def sum_partials(part: Tensor, *outputs: Tensor, total: Tensor | None = None) ->
     total_rows = min(max(triton.next_power_of_2(M * P), 64), 512)
     num_totals = 0 if total is None else triton.cdiv(D, total_block)
     num_sums = triton.cdiv(M, images) * triton.cdiv(D, block) * len(outputs)
-    a, b, c = [*outputs, None, None, None][:3]
+    # what is absent is compiled out
+    pointers = [*outputs, *(None,) * 5][:5]
     sum_partials_kernel[(num_totals + num_sums,)](
         part,
-        a,
-        b,
-        c,
+        *pointers,
         total,
         M,
         P,

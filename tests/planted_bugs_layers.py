@@ -143,8 +143,8 @@ BUGS = [
     (
         "recomputed h with the shift of image 0",
         FUSED,
-        "        shift_ptr += b * shift_b + g * shift_g\n    columns",
-        "        shift_ptr += g * shift_g\n    columns",
+        "        shift_ptr += b * shift_b + g * shift_g\n    if scale2_ptr",
+        "        shift_ptr += g * shift_g\n    if scale2_ptr",
         T_LAYERS,
     ),
     (

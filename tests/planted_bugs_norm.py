@@ -19,6 +19,7 @@ T_GATED = "tests/ops/test_gated_residual.py"
 T_FUSED = "tests/ops/test_gated_residual_adaln.py"
 T_OPTIONAL = "tests/ops/test_optional_vectors.py::test_forward_and_gradients"
 T_DIGITS = "tests/ops/test_optional_vectors.py::test_small_weights_keep_their_digits"
+T_TWO = "tests/ops/test_two_modulations.py"
 T_ROWS = "tests/ops/test_rows.py"
 T_FAR = "tests/ops/test_far_rows.py"
 T_CONTRACTS = "tests/ops/test_contracts.py"
@@ -267,8 +268,8 @@ BUGS = [
     (
         "fused: scale strides of shift",
         FUSED,
-        "scale_ptr += b * scale_b + g * scale_g\n    columns",
-        "scale_ptr += b * gate_b + g * scale_g\n    columns",
+        "scale_ptr += b * scale_b + g * scale_g\n    if h2_ptr",
+        "scale_ptr += b * gate_b + g * scale_g\n    if h2_ptr",
         T_FUSED,
     ),
     (
@@ -314,6 +315,50 @@ BUGS = [
         "part_ptr += pid * D",
         T_FUSED,
     ),
+    # two modulations
+    (
+        "two: h2 with the first scale",
+        FUSED,
+        "h2_head = xhat_head * w2_head + shift2_head",
+        "h2_head = xhat_head * w_head + shift2_head",
+        T_TWO,
+    ),
+    ("two: dx without h2", FUSED, "dxhat += dh2 * w2", "dxhat += 0.0 * w2", T_TWO),
+    (
+        "two: dscale2 from dh",
+        FUSED,
+        "dscale2 += dh2 * xhat",
+        "dscale2 += dh * xhat",
+        T_TWO,
+    ),
+    (
+        "two: dshift2 and dscale2 swapped",
+        ROWS,
+        "mask=live & (k == 3)",
+        "mask=live & (k == 4)",
+        T_SUMS,
+    ),
+    (
+        "two: the gradient of h2 with the scale of h",
+        O_FUSED,
+        "used_scale = scale if dh2 is None else scale2",
+        "used_scale = scale",
+        T_TWO,
+    ),
+    (
+        "two: y saved behind autograd's back",
+        O_FUSED,
+        "save_for_backward(x_new, y, bias, gate, scale, scale2",
+        "save_for_backward(x_new, y.data, bias, gate, scale, scale2",
+        T_CONTRACTS,
+    ),
+    (
+        "two: the weight's gradients rounded one by one",
+        O_FUSED,
+        "None if t is None else t.float() for t in affine",
+        "t for t in affine",
+        f"{T_TWO}::test_gradients_of_weights_are_rounded_once",
+    ),
     (
         "modulation copied",
         "sra_fast/ops/_modulation.py",
@@ -324,8 +369,8 @@ BUGS = [
     (
         "x saved as well",
         O_FUSED,
-        "save_for_backward(x_new, y,",
-        "save_for_backward(x_new, y + 0,",
+        "save_for_backward(x_new, y, bias, gate, scale, group",
+        "save_for_backward(x_new, y + 0, bias, gate, scale, group",
         T_FUSED,
     ),
     (
@@ -585,8 +630,8 @@ BUGS = [
     (
         "fused: y saved behind autograd's back",
         O_FUSED,
-        "save_for_backward(x_new, y,",
-        "save_for_backward(x_new, y.data,",
+        "save_for_backward(x_new, y, bias, gate, scale, group",
+        "save_for_backward(x_new, y.data, bias, gate, scale, group",
         T_CONTRACTS,
     ),
     (

@@ -27,11 +27,13 @@ import test_noise_pair
 import test_optional_vectors
 import test_qk_norm_rope
 import test_swiglu
+import test_two_modulations
 
 fused = lambda device: test_gated_residual_adaln.test_variants(2, 3, 88, "layer", 0, True)
 plain = lambda device: test_gated_residual.test_forward_and_gradients(
     2, 5, 64, 0, True, torch.float32
 )
+two = lambda device: test_two_modulations.test_forward_and_gradients(72, "rms", torch.float32)
 adaln = lambda device: test_adaln.test_variants(2, 3, 88, "image", "layer")
 per_token = lambda device: test_optional_vectors.test_widths(
     test_optional_vectors.WITH_KERNELS[4], (2, 5, 64), torch.float32
@@ -64,6 +66,8 @@ CHECKS = {
     "fused: tail of h lost": fused,
     "fused: dgate from dh": fused,
     "fused: dshift forgets rows": fused,
+    "two: h2 with the first scale": two,
+    "two: dx without h2": two,
     "per token: dweight from dh": per_token,
     "per token: dbias without the gate": per_token,
     "per token: the gate of another token": per_token,

@@ -345,6 +345,34 @@ OPERATORS["adaln_per_token"] = Operator(
 )
 
 
+# one norm with two modulations, for two attentions of one block
+
+
+def plain_gated_residual_adaln_two(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, shift2: Tensor, scale2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = plain_gated_residual(x, y, gate)
+    xhat = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    h = xhat * (1 + scale[:, None]) + shift[:, None]
+    return x, h, xhat * (1 + scale2[:, None]) + shift2[:, None]
+
+
+def _gated_residual_adaln_two(function: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator, or its definition, on the inputs."""
+    *first, shift2, scale2 = inputs
+    return function(*first, EPS, second=(shift2, scale2))
+
+
+OPERATORS["gated_residual_adaln_two"] = Operator(
+    make=functools.partial(inputs.rows, arrays=2, vectors=5),
+    ours=lambda *inputs: _gated_residual_adaln_two(ops.gated_residual_adaln, *inputs),
+    reference=functools.partial(_gated_residual_adaln_two, gated_residual_adaln_ref),
+    eager=plain_gated_residual_adaln_two,
+    bytes=row_bytes(forward=(5, 5), backward=(7, 8), per_token=8),
+    grads=(0, 1, 2, 3, 4, 5, 6),
+)
+
+
 # passes inside the backward of a half-block
 
 

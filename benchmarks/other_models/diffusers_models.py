@@ -581,7 +581,7 @@ RECIPES = {
     "SD3Transformer2DModel, dual attention": Recipe(
         "SD3Transformer2DModel",
         _sd3,
-        {**_SD3, "num_layers": 2, "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+        {**_SD3, "num_layers": 2, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
         {"dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
     ),
     "FluxTransformer2DModel": Recipe(

@@ -94,6 +94,27 @@ def check_inputs(
     return vectors
 
 
+def name_second(
+    operator: str, second: tuple[Tensor, Tensor] | None, *first: Tensor | None
+) -> dict[str, Tensor]:
+    """Shift and scale of a second modulation by name; nothing without one.
+
+    Raises:
+        ValueError: it is no pair, or one of the ``first`` shift and scale is missing beside it.
+    """
+    if second is None:
+        return {}
+    # a single tensor is a likely mistake
+    if not isinstance(second, tuple | list) or len(second) != 2:
+        kinds = type(second).__name__
+        if isinstance(second, tuple | list):
+            kinds = [type(t).__name__ for t in second]
+        raise ValueError(f"{operator}: expected second (shift, scale), got {kinds}")
+    if any(t is None for t in first):
+        raise ValueError(f"{operator}: expected shift and scale beside second, got None")
+    return {"second shift": second[0], "second scale": second[1]}
+
+
 def _describe(
     arrays: dict[str, Tensor],
     modulation: Mapping[str, Tensor | None],

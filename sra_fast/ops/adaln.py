@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from sra_fast.ops._modulation import (
     frames_as_images,
     in_one_dtype,
     is_per_token,
+    name_second,
     runs_kernel,
     with_dense_rows,
 )
@@ -49,18 +51,28 @@ def adaln_ref(
     norm_bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The definition, in fp32. Tests, benchmarks and backend="torch" all use this one function."""
-    h = NORMS[norm](upcast(x), x.shape[-1:], eps=eps)
+    second: tuple[Tensor, Tensor] | None = None,
+) -> Any:
+    """The definition, in fp32. Tests, benchmarks and backend="torch" all use this one function.
+
+    Returns h, with ``second`` (h, h2).
+    """
+    normed = NORMS[norm](upcast(x), x.shape[-1:], eps=eps)
     if norm_weight is not None:
-        h = h * upcast(norm_weight)
+        normed = normed * upcast(norm_weight)
     if norm_bias is not None:
-        h = h + upcast(norm_bias)
-    if scale is not None:
-        h = h * (1 + broadcast_to_tokens(scale, x, group))
-    if shift is not None:
-        h = h + broadcast_to_tokens(shift, x, group)
-    return h.to(dtype or x.dtype)
+        normed = normed + upcast(norm_bias)
+
+    def modulated(shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        h = normed
+        if scale is not None:
+            h = h * (1 + broadcast_to_tokens(scale, x, group))
+        if shift is not None:
+            h = h + broadcast_to_tokens(shift, x, group)
+        return h.to(dtype or x.dtype)
+
+    h = modulated(shift, scale)
+    return h if second is None else (h, modulated(*second))
 
 
 def _fake_fwd(x, shift, scale, group, eps, rms, dtype=None, is_factor=False, residual=None):
@@ -115,6 +127,7 @@ class _AdaLN(torch.autograd.Function):
         return dx, dshift, dscale, None, None, None, None, None
 
 
+@overload
 def adaln(
     x: Tensor,
     shift: Tensor | None = None,
@@ -126,8 +139,42 @@ def adaln(
     norm_bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    second: None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def adaln(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    group: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    second: tuple[Tensor, Tensor],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def adaln(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    group: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``(norm(x) * norm_weight + norm_bias) * (1 + scale) + shift`` with one read and one write of
     ``x``; statistics in fp32.
 
@@ -154,20 +201,25 @@ def adaln(
             the nearest vector. None: one vector per image, frame or token.
         dtype: of the output; default: x's. Half precision is for a product that reads the output
             of an fp32 residual stream.
+        second: shift and scale of a second modulation of the same norm, each as ``shift``, which
+            must be there too. This is two calls in one, each with a pass of its own: only the first
+            block of a model has no residual update before its norm. The others have
+            ``gated_residual_adaln``, where both modulations share a pass. None: one modulation.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
-        ``[B, T, D]`` in ``dtype``.
+        ``[B, T, D]`` in ``dtype``; with ``second`` two of them, one of each modulation.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm`` or
             ``backend`` is unknown.
     """
-    shift, scale = check_inputs(
+    others = name_second("adaln", second, shift, scale)
+    shift, scale, *second_vectors = check_inputs(
         "adaln",
         x,
         {},
-        {"shift": shift, "scale": scale},
+        {"shift": shift, "scale": scale, **others},
         group,
         channels={"norm_weight": norm_weight, "norm_bias": norm_bias},
         optional=("shift", "scale"),
@@ -175,8 +227,12 @@ def adaln(
         dtype=dtype,
     )
     check_norm("adaln", norm, eps)
-    affine = (norm_weight, norm_bias)
-    return run_adaln("adaln", x, shift, scale, group, eps, norm, dtype, backend, affine)
+    options = (group, eps, norm, dtype, backend, (norm_weight, norm_bias))
+    h = run_adaln("adaln", x, shift, scale, *options)
+    if second is None:
+        return h
+    shift2, scale2 = second_vectors
+    return h, run_adaln("adaln", x, shift2, scale2, *options)
 
 
 def run_adaln(

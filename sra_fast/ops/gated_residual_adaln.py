@@ -2,6 +2,9 @@
 2212.09748).
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from sra_fast.ops._modulation import (
     frames_as_images,
     in_one_dtype,
     is_per_token,
+    name_second,
     runs_kernel,
     with_dense_rows,
 )
@@ -36,8 +40,12 @@ def gated_residual_adaln_ref(
     bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The definition: x' is rounded to x's dtype, and the norm reads the rounded x'."""
+    second: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """The definition: x' is rounded to x's dtype, and the norm reads the rounded x'.
+
+    Returns (x', h), with ``second`` (x', h, h2).
+    """
     x = gated_residual_ref(x, y, gate, bias=bias, group=group)
     h = adaln_ref(
         *(x, shift, scale, eps),
@@ -46,8 +54,9 @@ def gated_residual_adaln_ref(
         norm_bias=norm_bias,
         group=group,
         dtype=dtype,
+        second=second,
     )
-    return x, h
+    return (x, h) if second is None else (x, *h)
 
 
 def _fake_fwd(x, y, bias, gate, shift, scale, group, eps, rms, dtype=None, is_factor=False):
@@ -83,6 +92,24 @@ def _fake_bwd(
     return dx, dy, dgate, dshift, dscale, dbias, h
 
 
+def _fake_two_fwd(
+    x, y, bias, gate, shift, scale, shift2, scale2, eps, rms, dtype=None, is_factor=False
+):
+    x_new, h, mean, rstd = _fake_fwd(x, y, bias, gate, shift, scale, None, eps, rms, dtype)
+    return x_new, h, h.new_empty(h.shape), mean, rstd
+
+
+def _fake_two_bwd(
+    dx_new, dh, dh2, x_new, y, bias, gate, scale, scale2, mean, rstd, is_factor=False
+):
+    dx, dy, dgate, dshift, dscale, dbias, _ = _fake_bwd(
+        dx_new, dh, x_new, y, bias, gate, scale, None, mean, rstd, None
+    )
+    dshift2 = scale2.new_empty(scale2.shape)
+    dscale2 = scale2.new_empty(scale2.shape)
+    return dx, dy, dgate, dshift, dscale, dshift2, dscale2, dbias
+
+
 _fwd = register(
     "gated_residual_adaln_fwd(Tensor x, Tensor y, Tensor? bias, Tensor? gate, Tensor? shift,"
     " Tensor? scale, Tensor? group, float eps, bool rms, ScalarType? dtype=None,"
@@ -97,6 +124,21 @@ _bwd = register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernels.gated_residual_adaln_bwd,
     _fake_bwd,
+)
+_two_fwd = register(
+    "gated_residual_adaln_two_fwd(Tensor x, Tensor y, Tensor? bias, Tensor? gate, Tensor shift,"
+    " Tensor scale, Tensor shift2, Tensor scale2, float eps, bool rms, ScalarType? dtype=None,"
+    " bool is_factor=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernels.gated_residual_adaln_two_fwd,
+    _fake_two_fwd,
+)
+_two_bwd = register(
+    "gated_residual_adaln_two_bwd(Tensor? dx_new, Tensor dh, Tensor dh2, Tensor x_new, Tensor y,"
+    " Tensor? bias, Tensor? gate, Tensor scale, Tensor scale2, Tensor mean, Tensor rstd,"
+    " bool is_factor=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernels.gated_residual_adaln_two_bwd,
+    _fake_two_bwd,
 )
 
 
@@ -136,6 +178,53 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         return dx, dy, dbias, dgate, dshift, dscale, None, None, None, None, None
 
 
+class _TwoModulations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, bias, gate, shift, scale, shift2, scale2, eps, rms, dtype, is_factor):
+        x = x.contiguous()
+        y = y.contiguous()
+        x_new, h, h2, mean, rstd = _two_fwd(
+            x, y, bias, gate, shift, scale, shift2, scale2, eps, rms, dtype, is_factor
+        )
+        ctx.save_for_backward(x_new, y, bias, gate, scale, scale2, mean, rstd)
+        ctx.is_factor = is_factor
+        ctx.set_materialize_grads(False)
+        return x_new, h, h2
+
+    @staticmethod
+    def backward(ctx, dx_new, dh, dh2):
+        x_new, y, bias, gate, scale, scale2, mean, rstd = ctx.saved_tensors
+        dx_new = None if dx_new is None else dx_new.contiguous()
+        run = partial(guard_double_backward, "gated_residual_adaln")
+        first = (None, None)
+        second = (None, None)
+        if dh is not None and dh2 is not None:
+            dx, dy, dgate, dshift, dscale, dshift2, dscale2, dbias = run(
+                _two_bwd,
+                *(dx_new, dh.contiguous(), dh2.contiguous(), x_new, y, bias, gate),
+                *(scale, scale2, mean, rstd, ctx.is_factor),
+            )
+            first = (dshift, dscale)
+            second = (dshift2, dscale2)
+        else:
+            # nobody used one of the two: what is left is the backward of one modulation
+            used = dh if dh2 is None else dh2
+            used_scale = scale if dh2 is None else scale2
+            used = torch.zeros_like(x_new) if used is None else used.contiguous()
+            dx, dy, dgate, dshift, dscale, dbias, _ = run(
+                _bwd,
+                *(dx_new, used, x_new, y, bias, gate, used_scale, None, mean, rstd),
+                *(None, True, ctx.is_factor),
+            )
+            if dh is not None:
+                first = (dshift, dscale)
+            if dh2 is not None:
+                second = (dshift, dscale)
+        dbias = None if bias is None else dbias
+        dgate = None if gate is None else dgate
+        return dx, dy, dbias, dgate, *first, *second, None, None, None, None
+
+
 def gated_residual_adaln(
     x: Tensor,
     y: Tensor,
@@ -150,10 +239,11 @@ def gated_residual_adaln(
     bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    second: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """``x' = x + gate * (y + bias)`` and ``h = (norm(x') * norm_weight + norm_bias) * (1 + scale) +
-    shift``, in one pass each way.
+    shift``, in one pass each way; with ``second`` also ``h2``, another modulation of the same norm.
 
     The gate belongs to the half-block that ends; shift and scale to the one that begins, in the
     same block or the next. The backward pass needs ``x'``, ``y`` and two numbers per token. A
@@ -179,21 +269,28 @@ def gated_residual_adaln(
         group: ``[B, T]`` integers in [0, G) or None; see ``gated_residual``.
         dtype: of h; default: x's. Half precision is for a product that reads the output of an fp32
             residual stream.
+        second: ``(shift2, scale2)``, each as ``shift``, of ``h2 = (norm(x') * norm_weight +
+            norm_bias) * (1 + scale2) + shift2``, as two attentions of one block read it (SD3.5);
+            shift and scale must be there too. The kernel takes vectors per image and per frame,
+            and D <= 3072, or 2304 where y or h is fp32. With a group, vectors per token or wider
+            rows, h2 is a pass of its own. None: no h2.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
-        ``(x', h)``, each ``[B, T, D]``, x' in ``x.dtype``, h in ``dtype``.
+        ``(x', h)``, each ``[B, T, D]``, x' in ``x.dtype``, h in ``dtype``; with ``second`` ``(x',
+        h, h2)``, h2 as h.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, ``eps`` is negative, or ``norm`` or
             ``backend`` is unknown.
     """
     operator = "gated_residual_adaln"
-    gate, shift, scale = check_inputs(
+    others = name_second(operator, second, shift, scale)
+    gate, shift, scale, *second_vectors = check_inputs(
         operator,
         x,
         {"y": y},
-        {"gate": gate, "shift": shift, "scale": scale},
+        {"gate": gate, "shift": shift, "scale": scale, **others},
         group,
         channels={"norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias},
         optional=("gate", "shift", "scale"),
@@ -202,9 +299,11 @@ def gated_residual_adaln(
     )
     check_norm(operator, norm, eps)
     affine = (norm_weight, norm_bias)
-    return run_gated_residual_adaln(
-        operator, x, y, bias, gate, shift, scale, group, eps, norm, dtype, backend, affine
-    )
+    options = (group, eps, norm, dtype, backend, affine)
+    if second is not None:
+        vectors = (gate, shift, scale, *second_vectors)
+        return _run_two(operator, x, y, bias, vectors, *options)
+    return run_gated_residual_adaln(operator, x, y, bias, gate, shift, scale, *options)
 
 
 def run_gated_residual_adaln(
@@ -275,3 +374,49 @@ def run_gated_residual_adaln(
     if x_new.shape != x.shape:
         return x_new.view_as(x), h.view_as(x)
     return x_new, h
+
+
+def _run_two(
+    operator: str,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    vectors: tuple[Any, ...],
+    group: Tensor | None,
+    eps: float,
+    norm: str,
+    dtype: torch.dtype | None,
+    backend: str | None,
+    affine: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x', h and h2 of ``gated_residual_adaln``, of inputs that it has checked.
+
+    ``vectors`` are the gate, and shift and scale of both modulations.
+    """
+    gate, shift, scale, shift2, scale2 = vectors
+    if (
+        group is not None
+        or is_per_token(vectors, x, group)
+        or x.shape[2] > kernels.widest_with_two(y.dtype, dtype or x.dtype)
+        or not runs_kernel(operator, kernels, backend, x, y, *vectors, *affine, dtype=dtype)
+    ):
+        options = (group, eps, norm, dtype, backend, affine)
+        x, h = run_gated_residual_adaln(operator, x, y, bias, gate, shift, scale, *options)
+        return x, h, run_adaln(operator, x, shift2, scale2, *options)
+    # both modulations multiply the weights: in fp32 the sum of their gradients is rounded once
+    weight, norm_bias = (None if t is None else t.float() for t in affine)
+    folded = fold_affine(x, shift, scale, weight, norm_bias)
+    folded2 = fold_affine(x, shift2, scale2, weight, norm_bias)
+    is_factor = folded[2]
+    modulation = [gate, *in_one_dtype(*folded[:2]), *in_one_dtype(*folded2[:2])]
+    rows, modulation = frames_as_images((x, y), modulation)
+    # the kernel takes any strides of the modulation but the last
+    given = [with_dense_rows(t) for t in (bias, *modulation)]
+    args = (*given, eps, norm == "rms", dtype, is_factor)
+    if wants_grad(x, y, *given):
+        x_new, h, h2 = apply(_TwoModulations, *rows, *args)
+    else:
+        x_new, h, h2, _, _ = _two_fwd(rows[0].contiguous(), rows[1].contiguous(), *args)
+    if x_new.shape != x.shape:
+        return x_new.view_as(x), h.view_as(x), h2.view_as(x)
+    return x_new, h, h2

@@ -44,7 +44,7 @@ def rows_of(path: Path) -> list[dict]:
 def test_every_operator_with_a_kernel_is_measured():
     # operators inside a half-block or the teacher, which nobody calls from outside
     inner = {"quantize_rows", "gelu", "swiglu", "concat_columns"}
-    variants = {"adaln_per_token", "gated_residual_adaln_per_token"}
+    variants = {"adaln_per_token", "gated_residual_adaln_per_token", "gated_residual_adaln_two"}
     assert set(OPERATORS) == {*ops.__all__, *inner, *variants}
     kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     # operators without a kernel file of their name
@@ -85,7 +85,8 @@ def size(*values) -> int:
 def bytes_of_row_operator(name: str) -> tuple[int, int]:
     """Bytes of all inputs and outputs of the operators below autograd, each read or written once, at XL."""
     B, T, D = 32, 256, 1152
-    x, y, dx, dh = (torch.empty(B, T, D, dtype=torch.bfloat16, device="meta") for _ in range(4))
+    rows = (torch.empty(B, T, D, dtype=torch.bfloat16, device="meta") for _ in range(5))
+    x, y, dx, dh, dh2 = rows
     vector = torch.empty(B, D, dtype=torch.bfloat16, device="meta")
     # of a token, as wide as x
     gate, shift, scale = (torch.empty_like(x) for _ in range(3))
@@ -95,6 +96,7 @@ def bytes_of_row_operator(name: str) -> tuple[int, int]:
         "adaln": (x, vector, vector, None, 1e-6, False),
         "gated_residual": (x, y, None, vector, None),
         "gated_residual_adaln": (x, y, None, vector, vector, vector, None, 1e-6, False),
+        "gated_residual_adaln_two": (x, y, None, *(vector,) * 5, 1e-6, False),
         "align_distance": (x, y, "smooth_l1", 0.05, True),
         # the kernel of adaln adds the stream
         "gated_residual_norm": (y, None, vector, None, 1e-6, True, None, True, x),
@@ -107,6 +109,7 @@ def bytes_of_row_operator(name: str) -> tuple[int, int]:
         "adaln": (dx, x, vector, None, mean, rstd, None),
         "gated_residual": (x, y, None, vector, None),
         "gated_residual_adaln": (x, y, dx, dh, None, vector, vector, None, mean, rstd, None),
+        "gated_residual_adaln_two": (x, y, dx, dh, dh2, None, *(vector,) * 3, mean, rstd),
         "align_distance": (mean, x, True),
         "gated_residual_norm": (dx, y, vector, None, mean[:0], rstd, None, False, True),
         "adaln_per_token": (None, dh, x, *none, None, scale, mean, rstd),
@@ -132,6 +135,7 @@ def bytes_of_row_operator(name: str) -> tuple[int, int]:
     [
         *("adaln", "gated_residual", "gated_residual_adaln", "align_distance"),
         *("gated_residual_norm", "adaln_per_token", "gated_residual_adaln_per_token"),
+        "gated_residual_adaln_two",
     ],
 )
 def test_bytes_of_row_operators(name):
@@ -153,6 +157,10 @@ PATTERNS = {
         r"gated_residual_adaln forward +(\d+) s B T D",
         r"gated_residual_adaln forward .{1,70} backward +(\d+) s B T D",
     ),
+    "gated_residual_adaln_two": (
+        r"With two modulations, .{1,70} forward +(\d) s B T D",
+        r"With two modulations, .{1,160} backward +(\d) s B T D",
+    ),
     "gelu": (r"(\d) s M N \(dy, x; dx\)",),
     "swiglu": (r"forward +(\d) s M N ", r"backward +(\d) s M N "),
     "concat_columns": (r"(\d) s M K D",),
@@ -167,6 +175,7 @@ FILES = {
     "gated_residual_norm": "adaln",
     "adaln_per_token": "per_token",
     "gated_residual_adaln_per_token": "per_token",
+    "gated_residual_adaln_two": "gated_residual_adaln",
 }
 IN_BYTES = ("noise_pair", "ema_update_", "adamw_ema_")
 

@@ -216,6 +216,30 @@ def _per_token_launchers(x, y, dh, bias, gate, affine, shift, scale, mean, rstd,
     }
 
 
+def launchers_of_two(
+    B, T, D, dtype, *, y=None, h=None, modulation=None, bias=False, make=without_memory
+) -> tuple[Callable, Callable]:
+    """Both passes of the fused kernel with two modulations, ready to be called; see
+    ``launchers``.
+    """
+    x = make(B, T, D, dtype=dtype)
+    y = make(B, T, D, dtype=y or dtype)
+    dh, dh2 = (make(B, T, D, dtype=h or dtype) for _ in range(2))
+    mean, rstd = (make(B, T, dtype=torch.float32) for _ in range(2))
+    bias = make(D, dtype=y.dtype) if bias else None
+    projection = make(B, 9 * D, dtype=modulation or dtype)
+    gate, shift, scale, shift2, scale2 = projection.chunk(9, dim=1)[2:7]
+    fused = gated_residual_adaln
+    return (
+        lambda: fused.gated_residual_adaln_two_fwd(
+            x, y, bias, gate, shift, scale, shift2, scale2, 1e-6, False, h
+        ),
+        lambda: fused.gated_residual_adaln_two_bwd(
+            x, dh, dh2, x, y, bias, gate, scale, scale2, mean, rstd
+        ),
+    )
+
+
 def noncontiguous(t):
     """The same values ``[B, T, D]`` in a permuted and sliced view."""
     return torch.stack([t, t], dim=-1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0]

@@ -16,7 +16,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)]
 from codegen import compile_kernels, record_launches  # noqa: E402
-from rows import launchers  # noqa: E402
+from rows import launchers, launchers_of_two  # noqa: E402
 
 from sra_fast.kernels import (  # noqa: E402
     _rows,
@@ -110,6 +110,11 @@ ACCESSES = {
         [],
     ),
 }
+# of a second modulation, in the same order
+SECOND = {
+    "_gated_residual_adaln_fwd_kernel": ([], ["shift2", "scale2"], ["h2"]),
+    "_gated_residual_adaln_bwd_kernel": (["dh2"], ["scale2"], []),
+}
 # the array that a backward can recompute
 RECOMPUTED = {"_adaln_bwd_kernel": "y", "_gated_residual_adaln_bwd_kernel": "h"}
 
@@ -191,6 +196,13 @@ def expected(request):
     # how many partial sums the launch asks for
     if args.get("part_ptr"):
         once_out = ["part"] * args["K"]
+    if args.get("scale2_ptr"):
+        rows_in, once_in, rows_out = (
+            [*first, *second]
+            for first, second in zip(
+                (rows_in, once_in, rows_out), SECOND[request.kernel], strict=True
+            )
+        )
     if recomputes(request):
         rows_in = [*rows_in, "shift"]
         rows_out = [*rows_out, RECOMPUTED[request.kernel]]
@@ -316,6 +328,32 @@ def test_the_widest_rows_do_not_spill():
     requests = [*found.values()]
     for request, report in zip(requests, compile_kernels(requests), strict=True):
         assert report.spills == 0 and fits_a_program(request, report), label(request)
+
+
+# both passes at the widths of SD3.5, the widest rows, and where ptxas comes closest to spilling:
+# pass, width, dtype, architecture
+TWO = [
+    (0, 1536, bf16, 90),
+    (1, 1536, bf16, 90),
+    (1, 1536, fp32, 80),
+    (0, 2432, bf16, 100),
+    (1, gated_residual_adaln.TWO_WIDTH, bf16, 80),
+    (1, gated_residual_adaln.TWO_WIDTH_FP32, fp32, 100),
+]
+
+
+def test_two_modulations():
+    """No spills, and every load and store as wide as it can be."""
+    requests = []
+    for which, D, dtype, arch in TWO:
+        h100 = mock.patch.object(_rows, "num_sms", lambda device: 132)
+        with h100, record_launches(gated_residual_adaln, _rows) as log:
+            launchers_of_two(32, 256, D, dtype, bias=True)[which]()
+        requests.append(replace(log[0], arch=arch))
+    for request, report in zip(requests, compile_kernels(requests), strict=True):
+        told = f"{label(request)}: {report.registers} registers, {report.spills} bytes spilled"
+        assert report.spills == 0 and fits_a_program(request, report), told
+        assert (report.loads, report.stores) == expected(request), told
 
 
 def test_widths_follow_alignment():

@@ -27,6 +27,9 @@ FULL = {
         x, y, g, s, c, backend="triton"
     ),
     "gated_residual_norm": lambda x, y, g, s, c: ops.gated_residual_norm(x, y, g, backend="triton"),
+    "two modulations": lambda x, y, g, s, c: ops.gated_residual_adaln(
+        x, y, g, s, c, second=(c, s), backend="triton"
+    ),
     "per token": lambda x, y, g, s, c: ops.gated_residual_adaln(
         x, y, y.sin(), s[:, None] * y, c, norm_weight=g[0], backend="triton"
     ),
@@ -93,7 +96,8 @@ def test_first_derivative_under_create_graph_is_right():
     [
         lambda x, v: ops.adaln(x, v, v, backend="triton"),
         lambda x, v: ops.gated_residual(x, x, v, backend="triton"),
-        lambda x, v: ops.gated_residual_adaln(x, x, v, v, v, backend="triton")[1],
+        # also as both modulations
+        lambda x, v: sum(ops.gated_residual_adaln(x, x, v, v, v, second=(v, v), backend="triton")),
     ],
     ids=["adaln", "gated_residual", "gated_residual_adaln"],
 )
@@ -221,6 +225,7 @@ def test_autocast_changes_nothing_in_place(name):
         ("gated_residual", [1, 2]),
         ("gated_residual_adaln", [1, 2, 4, "output"]),
         ("gated_residual_norm", [1, 2]),
+        ("two modulations", [1, 2, 3, 4, "output"]),
         ("per token", [1, 4, "output"]),
     ],
 )

@@ -12,6 +12,8 @@ SHAPES = [
     (5, 12, 4, 1152), (3, 19, 2, 200), (2, 43, 3, 130), (2, 70, 2, 256),
     # a total over more rows than one iteration takes, and over one image
     (130, 5, 2, 36), (1, 142, 1, 4608),
+    # two modulations
+    (3, 6, 6, 72), (2, 3, 5, 72),
 ]  # fmt: skip
 
 
@@ -31,12 +33,12 @@ def sums_of(part, has_total, dtype=torch.float32):
     return outputs + [total] * has_total
 
 
-# three sums beside a total at most
+# five sums beside a total at most
 CASES = [
     (shape, has_total)
     for shape in SHAPES
     for has_total in (False, True)
-    if shape[2] - has_total <= 3
+    if shape[2] - has_total <= 5
 ]
 
 
