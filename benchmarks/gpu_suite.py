@@ -166,7 +166,7 @@ def case(batch: int, variants: str, model: str = MODEL) -> list[str]:
 
 
 def operators_command(out: Path, variants: str, names: list[str] | None = None) -> list[str]:
-    """Measure operators at the headline's shape: those of the names, or all."""
+    """Measure operators at the headline's shape: those of the names; all without names."""
     return [
         *OPERATOR_RUN,
         *("--json", str(out / "rows.json")),
@@ -250,10 +250,21 @@ def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]
     return found
 
 
+def side_by_side(commands: list[list[str]]) -> str:
+    """A shell line that runs Python several times at once, and fails if one of the runs does."""
+    starts = [f'{shlex.join([sys.executable, *command])} & jobs="$jobs $!"' for command in commands]
+    end = "for job in $jobs; do wait $job || failed=1; done; exit ${failed:-0}"
+    return "\n".join([*starts, end])
+
+
 def unmeasured_operators() -> list[str]:
     """Operators that no row of a GPU has timed."""
     rows = load_results()
-    timed = {row["name"].partition(".")[0] for row in rows if row["kind"] == "op" and "ms" in row}
+    timed = {
+        row["name"].partition(".")[0]
+        for row in rows
+        if row["kind"] == "op" and row["device"] != "cpu" and "ms" in row
+    }
     return [name for name in OPERATORS if name not in timed]
 
 
@@ -265,7 +276,7 @@ def models_parts(out: Path, checkouts: list[Path]) -> list[Part]:
         checkouts: of DiT, SiT or LightningDiT.
 
     Raises:
-        ValueError: a checkout is of none of them.
+        ValueError: a checkout is of none of them, or of one that is there already.
     """
     models = {}
     for path in checkouts:
@@ -273,17 +284,15 @@ def models_parts(out: Path, checkouts: list[Path]) -> list[Part]:
         if name not in CHECKOUT_MODELS:
             known = ", ".join(CHECKOUT_MODELS)
             raise ValueError(f"--checkout: expected one of {known}; got {path}, which is {name}")
+        if name in models:
+            raise ValueError(f"--checkout: expected one checkout of {name}, got two")
         models[name] = ["--checkout", str(path), *CHECKOUT_MODELS[name], *CHECKOUT_SIZE]
     models |= DIFFUSERS_MODELS
     # compiles every model while the tests run
     fill = Part(
         "fill",
         0,
-        " & ".join(
-            shlex.join([sys.executable, *OTHER_MODELS, *options, "--untimed"])
-            for options in models.values()
-        )
-        + " & wait",
+        side_by_side([[*OTHER_MODELS, *options, "--untimed"] for options in models.values()]),
         environment={"TORCHINDUCTOR_COMPILE_THREADS": "2"},
     )
     tests = Part(
@@ -295,8 +304,9 @@ def models_parts(out: Path, checkouts: list[Path]) -> list[Part]:
     )
     rows = ["--json", str(out / "rows.json"), "--budget", "0.4"]
     timed = [Part(name, 35, [*OTHER_MODELS, *rows, *models[name]]) for name in models]
-    ops = operators_command(out, "ours,compile", unmeasured_operators())
-    return [Part("ops", 60, ops), tests, *timed]
+    unmeasured = unmeasured_operators()
+    ops = [Part("ops", 60, operators_command(out, "ours,compile", unmeasured))]
+    return [*(ops if unmeasured else []), tests, *timed]
 
 
 def dry_parts(which: str, out: Path) -> list[Part]:
@@ -304,7 +314,7 @@ def dry_parts(which: str, out: Path) -> list[Part]:
     rows = ["--device", "cpu", "--json", str(out / "rows.json")]
     if which == "models":
         model = [*OTHER_MODELS, *rows, "--budget", "0", "--model", "DiTTransformer2DModel"]
-        fill = Part("fill", 0, shlex.join([sys.executable, *model, "--untimed"]) + " & wait")
+        fill = Part("fill", 0, side_by_side([[*model, "--untimed"]]))
         return [
             Part("tests", 60, pytest_command("tests/test_layout.py"), beside=fill),
             Part("dit", 60, model),
@@ -526,6 +536,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         given = getattr(args, name)
         if given is not None and not given.exists():
             parser.error(f"--{name}: expected a path that exists, got {given}")
+    if args.checkout and args.which != "models":
+        parser.error(f"--checkout: expected with models alone, got it with {args.which}")
     for path in args.checkout:
         if not path.exists():
             parser.error(f"--checkout: expected a path that exists, got {path}")

@@ -51,6 +51,8 @@ SLACK = {torch.bfloat16: 2**-9, torch.float32: 2e-6}
 # where the truth cannot be computed: the largest difference from eager
 LARGEST = {torch.bfloat16: 0.1, torch.float32: 1e-4}
 THEN = ("inductor", "aot_eager", "eager")
+# options that are sizes of the inputs
+SIZES = ("batch", "side", "frames", "text")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,6 +92,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.variants if name not in VARIANTS]
     if unknown:
         parser.error(f"--variants: expected {', '.join(VARIANTS)}; got {', '.join(unknown)}")
+    # 0 layers are all layers
+    for name, least in (*((name, 1) for name in SIZES), ("layers", 0), ("kernels", 0)):
+        given = getattr(args, name)
+        if given is not None and given < least:
+            parser.error(f"--{name}: expected {least} or more, got {given}")
     if not args.list and args.model is None and args.checkout is None:
         parser.error("expected --model, --checkout or --list")
     args.command = command_line("benchmarks.integrations", sys.argv[1:] if argv is None else argv)
@@ -238,12 +245,18 @@ def host_milliseconds(case: Case) -> float:
     return min(times)
 
 
-def print_kernels(case: Case, longest: int) -> None:
-    """Print what the longest kernels of a forward and backward pass take."""
-    kernels, idle = kernel_times(lambda i: case.both(), range(2), True)
-    print(f"{'':8} host {host_milliseconds(case):.3f} ms, idle device {idle:.3f} ms")
+def kernels_of(case: Case, longest: int) -> str:
+    """What the host and the longest kernels of a forward and backward pass take, in lines."""
+    try:
+        kernels, idle = kernel_times(lambda i: case.both(), range(2), True)
+        host = host_milliseconds(case)
+    # the times that have been measured must not be lost
+    except Exception as error:
+        return f"{'':8} no kernels: {type(error).__name__}: {str(error)[:200]}"
+    lines = [f"{'':8} host {host:.3f} ms, idle device {idle:.3f} ms"]
     for name, ms in itertools.islice(kernels.items(), longest):
-        print(f"{'':8} {ms:8.3f} ms  {name[:110]}")
+        lines.append(f"{'':8} {ms:8.3f} ms  {name[:110]}")
+    return "\n".join(lines)
 
 
 def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace) -> dict | None:
@@ -275,7 +288,7 @@ def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace
     line += f"   first pass {seconds:.1f} s"
     print(f"{line}   largest difference {difference_from_eager:.1e}")
     if args.device == "cuda":
-        print_kernels(case, args.kernels)
+        print(kernels_of(case, args.kernels))
     if variant == "ours":
         counts = integrations.report(case.model).rewrites
         words = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()) if count)

@@ -136,6 +136,20 @@ def import_module(path: Path, checkout: Checkout) -> ModuleType:
         sys.path.remove(root)
 
 
+def keep_blocks(network: nn.Module, layers: int) -> None:
+    """Keep the first blocks of a network.
+
+    Raises:
+        ValueError: it has not so many, or needs more.
+    """
+    most = len(network.blocks)
+    # REPA's projection comes after this block
+    least = getattr(network, "encoder_depth", 1)
+    if not least <= layers <= most:
+        raise ValueError(f"--layers: expected {least} to {most} of this model, got {layers}")
+    network.blocks = network.blocks[:layers]
+
+
 def build(
     path: Path,
     model: str | None,
@@ -154,14 +168,15 @@ def build(
         side: of the square latents.
         batch: samples.
         device: "cpu" or "cuda".
-        layers: the first blocks, of a size that the codebase has; None or 0 for all.
+        layers: how many blocks, from the first; None or 0 for all.
 
     Returns:
         A name, the model in ``train`` mode without dropped labels, and the arguments of its
         ``forward``.
 
     Raises:
-        ValueError: an unknown checkout or model, or one that cannot be imported.
+        ValueError: an unknown checkout or model, one that cannot be imported, or one that cannot
+            have so many blocks or so few.
     """
     checkout = recognise(path)
     module = import_module(path, checkout)
@@ -176,9 +191,9 @@ def build(
             if model not in sizes:
                 raise ValueError(f"--model: expected one of {', '.join(sizes)}; got {model!r}")
             network = sizes[model](**options)
-            if layers:
-                name += f", {layers} layers"
-                network.blocks = network.blocks[:layers]
+    if layers:
+        name += f", {layers} layers"
+        keep_blocks(network, layers)
     randomize(network)
     network = network.to(device=device).train()
     randn = make_randn(0, device)

@@ -356,32 +356,38 @@ def render_headline(rows: list[dict]) -> list[str]:
 
 
 def _model_cells(own: dict[str, dict]) -> list[str]:
-    """Milliseconds of the three programs, how much faster ours is than the compiler's, and memory."""
+    """Milliseconds of the three programs, how much faster ours is than the compiler's, and memory.
+
+    A program that was wrong or could not run has no time.
+    """
     ms = {variant: row.get("ms") for variant, row in own.items()}
     cells = []
     for variant in ("eager", "compile", "ours"):
         if variant not in own:
             cells.append("")
         else:
-            cells.append("wrong" if ms[variant] is None else f"{ms[variant]:.2f}")
+            cells.append("failed" if ms[variant] is None else f"{ms[variant]:.2f}")
     faster = ""
     if ms.get("compile") and ms.get("ours"):
         faster = f"{ms['compile'] / ms['ours']:.2f}x"
-    peaks = [own[v].get("peak_bytes") for v in ("compile", "ours") if v in own]
-    memory = ", ".join(f"{peak / 2**30:.2f} GiB" for peak in peaks if peak is not None)
-    return [*cells, faster, memory]
+    for variant in ("compile", "ours"):
+        peak = own.get(variant, {}).get("peak_bytes")
+        cells.append("" if peak is None else f"{peak / 2**30:.2f} GiB")
+    return [*cells[:3], faster, *cells[3:]]
 
 
 def _model_table(runs: list[list[dict]]) -> list[str]:
     heads = [
         "model",
+        "pixels",
         "batch",
         "pass",
         "eager, ms",
         "torch.compile, ms",
         "with the line, ms",
         "against torch.compile",
-        "memory, of torch.compile and with the line",
+        "memory of torch.compile",
+        "memory with the line",
         "commit",
     ]
     lines = [_line(heads), _rule(len(heads))]
@@ -389,15 +395,16 @@ def _model_table(runs: list[list[dict]]) -> list[str]:
     for run in runs:
         own: dict[tuple, dict[str, dict]] = {}
         for row in run:
-            key = (row["model"], row["batch"], row["dtype"], row["name"])
+            key = (row["model"], row["dtype"], row["resolution"], row["batch"], row["name"])
             own.setdefault(key, {})[row["variant"]] = row
         # all programs of a line from one run
         for key, variants in own.items():
             if "ours" in variants:
                 found.setdefault(key, variants)
     passes = {"forward": "forward", "both": "forward and backward"}
-    for (model, batch, dtype, name), variants in sorted(found.items()):
-        cells = [f"{model}, {dtype}", f"{batch}", passes[name], *_model_cells(variants)]
+    for (model, dtype, resolution, batch, name), variants in sorted(found.items()):
+        case = [f"{model}, {dtype}", f"{resolution}", f"{batch}", passes[name]]
+        cells = [*case, *_model_cells(variants)]
         lines.append(_line([*cells, variants["ours"]["commit"]]))
     if not found:
         lines.append(_line([MISSING, *[""] * (len(heads) - 1)]))

@@ -351,11 +351,12 @@ def model_lines(rows: list[dict]) -> list[str]:
     ms: dict[str, dict[str, float | None]] = {}
     for row in rows:
         if row["kind"] == "model" and row["name"] == "both":
-            ms.setdefault(row["model"], {})[row["variant"]] = row.get("ms")
+            case = f"{row['model']}, {row['resolution']} px, batch {row['batch']}, {row['dtype']}"
+            ms.setdefault(case, {})[row["variant"]] = row.get("ms")
     lines = []
     for model, found in ms.items():
         words = [
-            f"{variant} {time:.2f} ms" if time is not None else f"{variant} WRONG"
+            f"{variant} {time:.2f} ms" if time is not None else f"{variant} FAILED"
             for variant, time in found.items()
         ]
         ours = found.get("ours")

@@ -135,7 +135,7 @@ def test_dry_run_of_models(tmp_path, capsys):
         ("model", "ours"),
     }
     assert re.search(
-        r"^  DiTTransformer2DModel, tiny: eager \S+ ms, ours \S+ ms$", said, re.MULTILINE
+        r"^  DiTTransformer2DModel, tiny, .*: eager \S+ ms, ours \S+ ms$", said, re.MULTILINE
     )
 
 
@@ -221,22 +221,35 @@ def test_parts_of_models(tmp_path, monkeypatch):
     for name in gpu_suite.DIFFUSERS_MODELS:
         assert integrations.parse(parts[name].command[2:]).model in integrations.RECIPES
     # every model is compiled beforehand
-    fill = parts["tests"].beside.command.split(" & ")
-    assert fill.pop() == "wait"
+    *fill, end = parts["tests"].beside.command.split("\n")
+    assert "wait" in end
     assert len(fill) == len(parts) - 2
-    assert all(line.endswith("--untimed") for line in fill)
-    assert integrations.parse(shlex.split(fill[0])[3:]).checkout == dit
+    assert all("--untimed & " in line for line in fill)
+    assert integrations.parse(shlex.split(fill[0].partition(" & ")[0])[3:]).checkout == dit
 
     # only operators without a row of a GPU
     assert run.parse(parts["ops"].command[2:]).ops == gpu_suite.unmeasured_operators()
-    row = {"kind": "op", "name": "adaln.forward", "ms": 1.0}
-    monkeypatch.setattr(gpu_suite, "load_results", lambda: [row])
+    row = {"kind": "op", "name": "adaln.forward", "ms": 1.0, "device": "NVIDIA X"}
+    on_cpu = {**row, "name": "gated_residual.forward", "device": "cpu"}
+    monkeypatch.setattr(gpu_suite, "load_results", lambda: [row, on_cpu])
     found = gpu_suite.unmeasured_operators()
     assert "adaln" not in found and "gated_residual" in found
+    everything = [{**row, "name": f"{name}.forward"} for name in gpu_suite.OPERATORS]
+    monkeypatch.setattr(gpu_suite, "load_results", lambda: everything)
+    assert "ops" not in parts_by_name(gpu_suite.models_parts(OUT, []))
 
+    with pytest.raises(ValueError, match="expected one checkout of DiT, got two"):
+        gpu_suite.models_parts(OUT, [dit, dit])
     repa = checkout_of("REPA", tmp_path / "repa")
     with pytest.raises(ValueError, match="expected one of DiT, SiT, LightningDiT; got .*REPA"):
         gpu_suite.models_parts(OUT, [repa])
+
+
+def test_side_by_side_fails_with_any_of_its_programs():
+    codes = lambda *given: [["-c", f"raise SystemExit({code})"] for code in given]
+    for given, expected in (((0, 0), 0), ((0, 3), 1), ((3, 0), 1)):
+        line = gpu_suite.side_by_side(codes(*given))
+        assert subprocess.run(["bash", "-c", line]).returncode == expected
 
 
 def test_which_tests_run_on_a_gpu():
@@ -268,6 +281,12 @@ def test_bad_arguments_are_refused(words, capsys):
     if len(words) == 3:
         expected = f"{words[1]}: expected a path that exists, got {words[2]}"
         assert expected in capsys.readouterr().err
+
+
+def test_a_checkout_of_a_command_that_takes_none(capsys):
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["first", "--checkout", "/"])
+    assert "--checkout: expected with models alone, got it with first" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -129,6 +129,28 @@ def test_the_first_blocks_of_a_checkout(tmp_path):
         found, model, _ = build(folder, "DiT-D", 4, 1, "cpu", layers)
         assert found == name
         assert len(model.blocks) == left
+    with pytest.raises(ValueError, match="--layers: expected 1 to 3 of this model, got 4"):
+        build(folder, "DiT-D", 4, 1, "cpu", 4)
+
+
+@pytest.mark.parametrize("option", ["layers", "kernels", "batch", "side", "frames", "text"])
+def test_negative_numbers_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--list", f"--{option}", "-1"])
+    assert f"--{option}: expected " in capsys.readouterr().err
+
+
+def test_a_program_that_cannot_be_profiled_keeps_its_times(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(benchmark, "kernel_times", fail)
+    assert "no kernels: RuntimeError: out of memory" in benchmark.kernels_of(None, 3)
+
+
+def test_untimed_runs_leave_no_rows(rows, tmp_path, capsys):
+    path = str(write_checkout(tmp_path / "DiT"))
+    assert rows("--checkout", path, "--untimed") == (0, [])
 
 
 def test_decorators_of_a_checkout_are_off(rows, tmp_path):

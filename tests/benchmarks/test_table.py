@@ -257,10 +257,20 @@ MODEL_ROWS = [
 
 def test_table_of_models_follows_the_rows():
     lines = table.render_models(MODEL_ROWS)
-    begin = "| DiT DiT-XL/2, bfloat16 | 32 |"
-    both = " forward and backward | 9.00 | 6.00 | 5.00 | 1.20x | 2.00 GiB, 1.00 GiB | abc |"
+    begin = "| DiT DiT-XL/2, bfloat16 | 256 | 32 |"
+    both = " forward and backward | 9.00 | 6.00 | 5.00 | 1.20x | 2.00 GiB | 1.00 GiB | abc |"
     assert begin + both in lines
-    assert f"{begin} forward |  | 2.00 | wrong |  |  | abc |" in lines
+    assert f"{begin} forward |  | 2.00 | failed |  |  |  | abc |" in lines
+
+
+def test_table_of_models_does_not_mix_sizes():
+    """The same model with other inputs in the same run."""
+    smaller = [{**model_row("eager", ms=1.0), "resolution": 128}]
+    smaller.append({**model_row("ours", ms=0.5), "resolution": 128})
+    lines = table.render_models([*MODEL_ROWS, *smaller])
+    begin = "| DiT DiT-XL/2, bfloat16 | 128 | 32 | forward and backward |"
+    assert f"{begin} 1.00 |  | 0.50 |  |  |  | abc |" in lines
+    assert any("| 6.00 | 5.00 | 1.20x |" in line for line in lines)
 
 
 def test_table_of_models_takes_a_line_from_one_run():

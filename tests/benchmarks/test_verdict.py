@@ -186,16 +186,19 @@ def test_an_empty_folder_has_a_verdict_too(tmp_path):
 
 
 def test_other_peoples_models_have_a_line():
-    row = {"kind": "model", "name": "both", "model": "DiT"}
+    row = {"kind": "model", "name": "both", "model": "DiT", "resolution": 256, "batch": 32}
+    row["dtype"] = "bfloat16"
     rows = [
         {**row, "variant": "compile", "ms": 6.0},
         {**row, "variant": "ours", "ms": 5.0},
         {**row, "variant": "ours", "model": "SiT"},
+        {**row, "variant": "ours", "ms": 1.0, "batch": 4},
         {**row, "variant": "ours", "name": "forward", "ms": 1.0},
     ]
     assert verdict.model_lines(rows) == [
         "other people's models, forward and backward:",
-        "  DiT: compile 6.00 ms, ours 5.00 ms, 1.20x of torch.compile",
-        "  SiT: ours WRONG",
+        "  DiT, 256 px, batch 32, bfloat16: compile 6.00 ms, ours 5.00 ms, 1.20x of torch.compile",
+        "  SiT, 256 px, batch 32, bfloat16: ours FAILED",
+        "  DiT, 256 px, batch 4, bfloat16: ours 1.00 ms",
     ]
     assert verdict.model_lines([]) == []
