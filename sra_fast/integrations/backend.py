@@ -104,7 +104,8 @@ def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
 
     Args:
         model: any module. Norms with modulation and gated residuals of ``[B, T, D]`` tokens in it
-            become calls of ``sra_fast.ops``; everything else stays.
+            become calls of ``sra_fast.ops``; everything else stays. So does, for inductor, what has
+            one vector per token.
         then: the backend that compiles the result: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         options: arguments of ``torch.compile``: ``fullgraph``, ``dynamic``, ``mode``, ``options``.
 
