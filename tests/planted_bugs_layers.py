@@ -152,7 +152,7 @@ BUGS = [
         FUSED,
         "tail, half_tail, mod_tail, row_data, sums_tail, stores, tail_cols, D",
         "tail, half_tail, mod_tail, row_data, sums_tail,"
-        " (shift_ptr, dx_new_ptr, dx_ptr, dy_ptr, None), tail_cols, D",
+        " (shift_ptr, dx_new_ptr, dx_ptr, dy_ptr, None, dh2_ptr), tail_cols, D",
         T_LAYERS,
     ),
     (
