@@ -9,11 +9,11 @@ training steps of 32 images with the teacher run in every way, the CUDA tests, a
 compilers' caches.
 second: steps against the rivals at 32 and 256 images and with the engine's options, the tests that were
 red, and the operators against torch.compile.
-models: the operators without a row of a GPU against torch.compile, and other people's models with one
-line of ours, the kernels in them tested beforehand.
+models: the operators without a row of a GPU against torch.compile, and other people's models with
+one line of ours, the kernels in them tested beforehand.
 
-All end with a VERDICT. Every part is a process with a time limit. What it has written stays, and time that
-it leaves goes to the parts after it. DIR gets rows.json (the source of the tables), a log of every part, and
+All end with a VERDICT. Every part is a process with a time limit. What it has written stays, and time
+that it leaves goes to the parts after it. DIR gets rows.json (the source of the tables), a log of every part, and
 after every part a new summary.json and verdict.txt; from first also caches.tgz. --archive FOLDER packs
 all of that every ten seconds, for a machine that may be taken away.
 """
@@ -63,6 +63,7 @@ WITHOUT_CODEGEN = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_w
 # tests of other people's models that launch kernels, and those of the operators that they need
 MODEL_TESTS = [
     "tests/ops/test_optional_vectors.py",
+    "tests/ops/test_two_modulations.py",
     "tests/ops/test_qk_norm_rope.py",
     "tests/ops/test_swiglu.py",
     "tests/ops/test_attention.py",
@@ -70,8 +71,8 @@ MODEL_TESTS = [
     "tests/integrations/test_backend.py::test_the_kernels_run",
     "tests/integrations/test_patches.py::test_the_same_results",
 ]
-# diffusers' models and a checkout's, by their options: large enough that the device, not its host, is
-# the limit. Two blocks of each kind, because a compiler needs time for every block.
+# diffusers' models and a checkout's, by their options, meant to be so large that the device and not
+# its host is the limit. Two blocks of each kind, because a compiler needs time for every block.
 DIFFUSERS_MODELS = {
     "sd3": ["--model", "SD3Transformer2DModel", "--batch", "8", "--layers", "2"],
     "flux": ["--model", "FluxTransformer2DModel", "--batch", "4", "--layers", "2"],
@@ -81,7 +82,7 @@ DIFFUSERS_MODELS = {
 CHECKOUT_MODELS = {
     "DiT": ["--model", "DiT-XL/2"],
     "SiT": ["--model", "SiT-XL/2"],
-    "LightningDiT": ["--model", "LightningDiT-XL/1", "--side", "16"],
+    "LightningDiT": ["--model", "LightningDiT-XL/1"],
 }
 CHECKOUT_SIZE = ["--batch", "32", "--layers", "4"]
 
@@ -515,10 +516,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default_out = ROOT / "runs" / "gpu_suite"
+    budgets = ", ".join(f"{name} {seconds}" for name, seconds in BUDGETS.items())
     add = parser.add_argument
     add("which", choices=tuple(BUDGETS), help="the command")
     add("--out", type=Path, default=default_out, help="default: runs/gpu_suite")
-    add("--budget", type=float, help=f"seconds for everything (default {BUDGETS})")
+    add("--budget", type=float, help=f"seconds for everything (default: {budgets})")
     add(
         "--checkout",
         type=Path,

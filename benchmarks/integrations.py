@@ -9,8 +9,8 @@ through ``sra_fast.integrations.compile`` (ours). For each: milliseconds of the 
 forward and backward pass, the memory of the latter, and the largest difference from the first,
 relative to the size of the result. A program whose outputs or gradients are too far from the truth
 is RED and has no time. On a GPU also how long the host needs to start a forward and backward pass,
-and the kernels that take longest in it. With --untimed every program only runs once, which fills the
-compilers' caches.
+and the kernels that take longest in it. With --untimed every program only runs once, which fills
+the compilers' caches.
 """
 
 import argparse
@@ -149,7 +149,8 @@ def build(args: argparse.Namespace) -> Case:
     sizes = replace(TINY if tiny else DEFAULT, **given)
     if args.checkout:
         # latents of 256 pixels, unless asked otherwise
-        side = args.side or (4 if tiny else 32)
+        stride = checkouts.recognise(args.checkout).stride
+        side = args.side or (4 if tiny else 256 // stride)
         name, model, inputs = checkouts.build(
             args.checkout,
             None if tiny else args.model,
@@ -159,7 +160,7 @@ def build(args: argparse.Namespace) -> Case:
             args.layers,
         )
         autocast = None if args.dtype == torch.float32 else args.dtype
-        return Case(name, model, inputs, 8 * side, sizes.batch, autocast)
+        return Case(name, model, inputs, stride * side, sizes.batch, autocast)
     layers = args.layers
     if layers is None and not tiny:
         layers = 4

@@ -32,6 +32,7 @@ class Checkout:
         options: arguments of every size.
         tiny: of the tiny one.
         call: further arguments of ``forward``.
+        stride: pixels per side of a latent.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Checkout:
     options: dict = field(default_factory=dict)
     tiny: dict = field(default_factory=dict)
     call: dict = field(default_factory=dict)
+    stride: int = 8
 
     @property
     def file(self) -> str:
@@ -60,6 +62,8 @@ CHECKOUTS = (
         "models",
         "LightningDiT",
         {"use_qknorm": False, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True},
+        # its autoencoder halves four times
+        stride=16,
     ),
     Checkout(
         "REPA",

@@ -58,8 +58,10 @@ OPERATOR_TEXT = (
     "[as a picture](images/operators.png).",
 )
 MODEL_TEXT = (
-    "Other people's models, unmodified, with random weights: as they are, through `torch.compile`, and with",
-    "[one line](use_the_ops.md) of ours. Device time; `N layers` are that many blocks of each kind.",
+    "Other people's models, unmodified, with random weights: as they are, through `torch.compile`, "
+    "and with",
+    "[one line](use_the_ops.md) of ours. Device time; "
+    "`N layers` are that many blocks of each kind.",
     "Measured by `python -m benchmarks.gpu_suite models --checkout PATH` or "
     "`python -m benchmarks.integrations --model NAME`.",
 )

@@ -100,7 +100,7 @@ def name_second(
     """Shift and scale of a second modulation by name; nothing without one.
 
     Raises:
-        ValueError: it is no pair, or one of the ``first`` shift and scale is missing beside it.
+        ValueError: ``second`` is not a pair, or the call has no first shift or no first scale.
     """
     if second is None:
         return {}

@@ -115,6 +115,22 @@ def test_a_checkout(rows, capsys, tmp_path):
     assert found[-1]["model"] == "DiT DiT-S" and found[-1]["resolution"] == 256
 
 
+def test_pixels_of_a_checkout_are_those_of_its_autoencoder(rows, tmp_path):
+    """LightningDiT's latents have 16 x 16 pixels each."""
+    folder = tmp_path / "LightningDiT" / "models"
+    folder.mkdir(parents=True)
+    options = "class_dropout_prob, use_qknorm, use_swiglu, use_rope, use_rmsnorm"
+    text = MODEL.format(imports="").replace("class_dropout_prob", options)
+    text = text.replace("DiT", "LightningDiT")
+    (folder / "lightningdit.py").write_text(text)
+    path = str(folder.parent)
+    code, found = rows("--checkout", path, "--size", "default", "--model", "LightningDiT-S")
+    assert code == 0
+    assert {row["resolution"] for row in found} == {256}
+    code, found = rows("--checkout", path, "--side", "4")
+    assert found[-1]["resolution"] == 64
+
+
 def test_the_first_blocks_of_a_checkout(tmp_path):
     folder = write_checkout(tmp_path / "DiT")
     with open(folder / "models.py", "a") as file:
