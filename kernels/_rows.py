@@ -336,11 +336,12 @@ def _sum_rows(part_ptr, first, count, stride, cols, live, ROWS: tl.constexpr):
 @triton.jit
 def sum_partials_kernel(
     part_ptr,  # [M, P, K, D] fp32
-    a_ptr,  # [M, D], the sum over P for k = 0; b to e for k = 1 to 4; or None
+    a_ptr,  # [M, D], the sum over P for k = 0; b to f for k = 1 to 5; or None
     b_ptr,
     c_ptr,
     d_ptr,
     e_ptr,
+    f_ptr,
     total_ptr,  # [D], the sum over M and P for the last k, or None
     M,
     P,
@@ -389,10 +390,12 @@ def sum_partials_kernel(
                 tl.store(d_ptr + out, total, mask=live & (k == 3))
             if e_ptr is not None:
                 tl.store(e_ptr + out, total, mask=live & (k == 4))
+            if f_ptr is not None:
+                tl.store(f_ptr + out, total, mask=live & (k == 5))
 
 
 def sum_partials(part: Tensor, *outputs: Tensor, total: Tensor | None = None) -> None:
-    """Sum ``part [M, P, K, D]`` over P into K <= 5 contiguous tensors ``[M, D]``.
+    """Sum ``part [M, P, K, D]`` over P into K <= 6 contiguous tensors ``[M, D]``.
 
     With ``total [D]`` the last k is summed over M as well and goes there; K - 1 outputs remain.
     """
@@ -409,7 +412,7 @@ def sum_partials(part: Tensor, *outputs: Tensor, total: Tensor | None = None) ->
     num_totals = 0 if total is None else triton.cdiv(D, total_block)
     num_sums = triton.cdiv(M, images) * triton.cdiv(D, block) * len(outputs)
     # what is absent is compiled out
-    pointers = [*outputs, *(None,) * 5][:5]
+    pointers = [*outputs, *(None,) * 6][:6]
     sum_partials_kernel[(num_totals + num_sums,)](
         part,
         *pointers,

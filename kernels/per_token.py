@@ -6,9 +6,12 @@
 Each part may be absent. Without y, z is x: adaln. Without h there is no norm: gated_residual. With
 both it is gated_residual_adaln; r, and a scale that is the factor itself, make gated_residual_norm.
 
+A gate, shift or scale may come with a table [D] that is added to it here, in fp32: PixArt-alpha
+(arXiv 2310.00426, Sec. 2.3) and Wan learn one per block and add it to the embedding of the time.
+
 A program walks rows of one image. It reads and writes each row once and keeps no vector between
-rows. Only weight, norm_bias and bias, [D], have partial sums, one per program in fp32, added in a
-fixed order without atomics, so the result is bitwise repeatable.
+rows. Only weight, norm_bias, bias and the tables, [D], have partial sums, one per program in fp32,
+added in a fixed order without atomics, so the result is bitwise repeatable.
 Reference: sra_fast/ops/gated_residual_adaln.py::gated_residual_adaln_ref.
 
 Bytes, s per element of the [B, T, D] arrays (2 in bf16), 8 B T of statistics besides:
@@ -20,7 +23,8 @@ Bytes, s per element of the [B, T, D] arrays (2 in bf16), 8 B T of statistics be
                           backward 10 s B T D (x', y, dx', dh, gate, scale; dx, dy, dgate, dscale)
     gated_residual_norm   forward  4 s B T D (r, x, scale; h)
                           backward 5 s B T D (x, dh, scale; dx, dscale): the gradient of r is dh
-weight, norm_bias and bias cost D elements each per row, from the cache, and partial sums.
+weight, norm_bias, bias and the tables cost D elements each per row, from the cache, and partial
+sums.
 """
 
 import torch
@@ -32,6 +36,7 @@ from ._rows import (
     factor_of,
     load,
     load_bias,
+    load_fp32,
     load_gate,
     locate,
     mod_strides,
@@ -48,8 +53,12 @@ from ._rows import (
 MAX_WIDTH = 8192
 # of a norm with weight or bias, whose sums take registers: at D=8192 fp32 spills 72-192 bytes
 AFFINE_WIDTH = 6144
+# of the update, or of a norm, with tables: fp32 spills 8-96 bytes at D=8192; of a norm with both,
+# 8-48 at D=5120
+TABLE_WIDTH = 6144
+TABLE_WIDTH_AFFINE = 4096
 # of the residual update and the norm in one pass: fp32 spills 112-144 bytes at D=8192; with sums
-# for weight and biases 8-88 at D=4096
+# for weight, biases or tables 8-88 at D=4096
 FUSED_WIDTH = 6144
 FUSED_WIDTH_WITH_SUMS = 3072
 # upper limits of 32-bit registers per thread: every launch up to D=1536, and SiT-XL's (D=1152, half
@@ -62,6 +71,15 @@ REGISTERS_XL = {"_per_token_fwd_kernel": 96, "_per_token_bwd_kernel": 168}
 def _load_or(ptr, offsets, mask, stand_in):
     """Load as stored; without a pointer the stand-in, which nothing reads."""
     return load(ptr, offsets, mask) if ptr is not None else stand_in
+
+
+@triton.jit
+def _with_table(vector, table_ptr, cols, mask):
+    """gate, shift or scale of head or tail of a row in fp32, and its table, if there is one."""
+    vector = vector.to(tl.float32)
+    if table_ptr is not None:
+        vector += load_fp32(table_ptr, cols, mask)
+    return vector
 
 
 @triton.jit
@@ -81,10 +99,12 @@ def _load_fwd_half(pointers, token, row, live, cols, D: tl.constexpr):
 @triton.jit
 def _update_half(half, pointers, row, live, cols, D: tl.constexpr):
     """z of head or tail of a row in fp32, stored if it is not x."""
-    y_ptr, gate_ptr, bias_ptr, x_new_ptr = pointers
+    y_ptr, gate_ptr, gate_table_ptr, bias_ptr, x_new_ptr = pointers
     if y_ptr is not None:
         mask = live & (cols < D)
-        gate = half[2].to(tl.float32) if gate_ptr is not None else 1.0
+        gate = 1.0
+        if gate_ptr is not None:
+            gate = _with_table(half[2], gate_table_ptr, cols, mask)
         bias = load_bias(bias_ptr, cols, mask)
         z = residual(half[0], half[1], gate, bias, x_new_ptr, row * D + cols, mask)
     else:
@@ -93,15 +113,18 @@ def _update_half(half, pointers, row, live, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _modulate_half(half, xhat, pointers, row, live, cols, D: tl.constexpr, IS_FACTOR: tl.constexpr):
+def _modulate_half(
+    half, xhat, pointers, tables, row, live, cols, D: tl.constexpr, IS_FACTOR: tl.constexpr
+):
     """Store h of head or tail of a row."""
     weight_ptr, norm_bias_ptr, shift_ptr, scale_ptr, residual_ptr, h_ptr = pointers
+    shift_table_ptr, scale_table_ptr = tables
     mask = live & (cols < D)
     # a weight loads like a gate: 1 without one
     h = xhat * load_gate(weight_ptr, cols, mask) + load_bias(norm_bias_ptr, cols, mask)
-    h *= factor_of(half[4], scale_ptr, IS_FACTOR)
+    h *= factor_of(_with_table(half[4], scale_table_ptr, cols, mask), scale_ptr, IS_FACTOR)
     if shift_ptr is not None:
-        h += half[3].to(tl.float32)
+        h += _with_table(half[3], shift_table_ptr, cols, mask)
     if residual_ptr is not None:
         h += half[5].to(tl.float32)
     tl.store(h_ptr + row * D + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
@@ -113,10 +136,13 @@ def _per_token_fwd_kernel(
     y_ptr,  # [B, T, D] or None
     bias_ptr,  # [D] or None, as are weight and norm_bias
     gate_ptr,  # [B, T, D] or None, as are shift and scale; the last stride is 1
+    gate_table_ptr,  # [D] or None, as are the other tables
     weight_ptr,
     norm_bias_ptr,
     shift_ptr,
+    shift_table_ptr,
     scale_ptr,
+    scale_table_ptr,
     residual_ptr,  # [B, T, D], added to h, or None
     x_new_ptr,  # [B, T, D], None without y
     h_ptr,  # [B, T, D], None without a norm
@@ -141,8 +167,9 @@ def _per_token_fwd_kernel(
     columns = row_columns(HEAD, TAIL)
     head_cols, tail_cols = columns
     loads = (x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, residual_ptr)
-    update = (y_ptr, gate_ptr, bias_ptr, x_new_ptr)
+    update = (y_ptr, gate_ptr, gate_table_ptr, bias_ptr, x_new_ptr)
     norm = (weight_ptr, norm_bias_ptr, shift_ptr, scale_ptr, residual_ptr, h_ptr)
+    tables = (shift_table_ptr, scale_table_ptr)
 
     for t in range(split * num_rows, (split + 1) * num_rows):
         # every load of the row before the first use
@@ -164,9 +191,9 @@ def _per_token_fwd_kernel(
             xhat_head, xhat_tail = norm_fwd(
                 z_head, z_tail, row, live, mean_ptr, rstd_ptr, eps, columns, D, HEAD, TAIL
             )
-            _modulate_half(head, xhat_head, norm, row, live, head_cols, D, IS_FACTOR)
+            _modulate_half(head, xhat_head, norm, tables, row, live, head_cols, D, IS_FACTOR)
             if TAIL:
-                _modulate_half(tail, xhat_tail, norm, row, live, tail_cols, D, IS_FACTOR)
+                _modulate_half(tail, xhat_tail, norm, tables, row, live, tail_cols, D, IS_FACTOR)
 
 
 @triton.jit
@@ -190,33 +217,42 @@ def _load_bwd_half(pointers, token, row, live, cols, D: tl.constexpr):
 
 @triton.jit
 def _norm_half(
-    half, stats, pointers, sums, row, live, cols, D: tl.constexpr, IS_FACTOR: tl.constexpr
+    half, stats, pointers, tables, sums, row, live, cols, D: tl.constexpr, IS_FACTOR: tl.constexpr
 ):
     """xhat of head or tail of a row and its gradient, in fp32, and the sums over tokens; stores
     dscale.
     """
     weight_ptr, norm_bias_ptr, scale_ptr, dscale_ptr = pointers
+    shift_table_ptr, scale_table_ptr = tables
     mask = live & (cols < D)
     dh = half[5].to(tl.float32)
     xhat = (half[0].to(tl.float32) - stats[0]) * stats[1]
     weight = load_gate(weight_ptr, cols, mask)
+    dweight, dnorm_bias, dshift_table, dscale_table = sums
     if dscale_ptr is not None:
         normed = xhat * weight + load_bias(norm_bias_ptr, cols, mask)
-        tl.store(dscale_ptr + row * D + cols, dh * normed, mask=mask)
+        dscale = dh * normed
+        tl.store(dscale_ptr + row * D + cols, dscale, mask=mask)
+        if scale_table_ptr is not None:
+            dscale_table += dscale
+    if shift_table_ptr is not None:
+        dshift_table += dh
     # the gradient of norm(z) weight + norm_bias
-    dnormed = dh * factor_of(half[3], scale_ptr, IS_FACTOR)
-    dweight, dnorm_bias, dbias = sums
+    scale = _with_table(half[3], scale_table_ptr, cols, mask)
+    dnormed = dh * factor_of(scale, scale_ptr, IS_FACTOR)
     if weight_ptr is not None:
         dweight += dnormed * xhat
     if norm_bias_ptr is not None:
         dnorm_bias += dnormed
-    return xhat, dnormed * weight, (dweight, dnorm_bias, dbias)
+    return xhat, dnormed * weight, (dweight, dnorm_bias, dshift_table, dscale_table)
 
 
 @triton.jit
 def _store_half(half, grads, stats, pointers, sums, row, live, cols, D: tl.constexpr):
     """Store dx, dy and dgate of head or tail of a row; return the sums over tokens."""
-    y_ptr, gate_ptr, bias_ptr, dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr = pointers
+    y_ptr, gate_ptr, gate_table_ptr, bias_ptr, dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr = (
+        pointers
+    )
     offsets = row * D + cols
     mask = live & (cols < D)
     # gradient of the norm, plus what reaches x' along the residual stream
@@ -228,32 +264,44 @@ def _store_half(half, grads, stats, pointers, sums, row, live, cols, D: tl.const
         tl.store(dx_ptr + offsets, dx, mask=mask)
     else:
         dx = half[4].to(tl.float32)
-    dweight, dnorm_bias, dbias = sums
+    dbias, dgate_table = sums
     if y_ptr is not None:
         dy = dx
         if gate_ptr is not None:
-            dy = dx * half[2].to(tl.float32)
+            dy = dx * _with_table(half[2], gate_table_ptr, cols, mask)
             y = half[1].to(tl.float32) + load_bias(bias_ptr, cols, mask)
-            tl.store(dgate_ptr + offsets, dx * y, mask=mask)
+            dgate = dx * y
+            tl.store(dgate_ptr + offsets, dgate, mask=mask)
+            if gate_table_ptr is not None:
+                dgate_table += dgate
         tl.store(dy_ptr + offsets, dy, mask=mask)
         if bias_ptr is not None:
             dbias += dy
-    return dweight, dnorm_bias, dbias
+    return dbias, dgate_table
 
 
 @triton.jit
-def _store_sums(part_ptr, sums, pointers, cols, D: tl.constexpr):
-    """Store this program's partial sums of dweight, dnorm_bias and dbias, those that there are."""
-    weight_ptr, norm_bias_ptr, bias_ptr = pointers
-    next_ptr = part_ptr + cols
-    if weight_ptr is not None:
-        tl.store(next_ptr, sums[0], mask=cols < D)
-        next_ptr += D
-    if norm_bias_ptr is not None:
-        tl.store(next_ptr, sums[1], mask=cols < D)
-        next_ptr += D
-    if bias_ptr is not None:
-        tl.store(next_ptr, sums[2], mask=cols < D)
+def _store_sum(part_ptr, total, vector_ptr, cols, D: tl.constexpr):
+    """Store this program's partial sum of a vector's gradient, if there is that vector; return
+    where the next one goes.
+    """
+    if vector_ptr is not None:
+        tl.store(part_ptr + cols, total, mask=cols < D)
+        part_ptr += D
+    return part_ptr
+
+
+@triton.jit
+def _store_sums(part_ptr, of_norm, of_update, norm, update, cols, D: tl.constexpr):
+    """Store the partial sums of head or tail, those that there are."""
+    weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr = norm
+    bias_ptr, gate_table_ptr = update
+    part_ptr = _store_sum(part_ptr, of_norm[0], weight_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, of_norm[1], norm_bias_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, of_update[0], bias_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, of_update[1], gate_table_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, of_norm[2], shift_table_ptr, cols, D)
+    _store_sum(part_ptr, of_norm[3], scale_table_ptr, cols, D)
 
 
 @triton.jit
@@ -264,16 +312,21 @@ def _per_token_bwd_kernel(
     y_ptr,  # [B, T, D] or None
     bias_ptr,  # [D] or None, as are weight and norm_bias
     gate_ptr,  # [B, T, D] or None, as is scale; the last stride is 1
+    gate_table_ptr,  # [D] or None, as are the other tables
     weight_ptr,
     norm_bias_ptr,
+    shift_table_ptr,  # only whether there is one
     scale_ptr,
+    scale_table_ptr,
     mean_ptr,  # [B, T] fp32, None for RMS
     rstd_ptr,  # [B, T] fp32, None without a norm
     dx_ptr,  # [B, T, D], None without a norm
     dy_ptr,  # [B, T, D] or None, as are dgate and dscale
     dgate_ptr,
     dscale_ptr,
-    part_ptr,  # [B, P, K, D] fp32: dweight, dnorm_bias and dbias, K of the three
+    # [B, P, K, D] fp32: K of the gradients of weight, norm_bias, bias and the tables of gate, shift
+    # and scale
+    part_ptr,
     T,
     P,
     num_rows,
@@ -289,14 +342,22 @@ def _per_token_bwd_kernel(
 ):
     pid, b, g, split, owned = locate(1, P)
     head_cols, tail_cols = row_columns(HEAD, TAIL)
-    # sums over this program's tokens: dweight, dnorm_bias, dbias
+    # sums over this program's tokens: of the norm dweight, dnorm_bias and those of both tables; of
+    # the update dbias and that of the gate's table
     zero_head = tl.zeros((HEAD,), tl.float32)
     zero_tail = tl.zeros((TAIL if TAIL else 1,), tl.float32)
-    sums_head = (zero_head, zero_head, zero_head)
-    sums_tail = (zero_tail, zero_tail, zero_tail)
+    norm_head = (zero_head, zero_head, zero_head, zero_head)
+    norm_tail = (zero_tail, zero_tail, zero_tail, zero_tail)
+    update_head = (zero_head, zero_head)
+    update_tail = (zero_tail, zero_tail)
     loads = (z_ptr, y_ptr, gate_ptr, scale_ptr, dx_new_ptr, dh_ptr)
     norm = (weight_ptr, norm_bias_ptr, scale_ptr, dscale_ptr)
-    stores = (y_ptr, gate_ptr, bias_ptr, dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr)
+    tables = (shift_table_ptr, scale_table_ptr)
+    # fmt: off
+    update = (
+        y_ptr, gate_ptr, gate_table_ptr, bias_ptr, dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr
+    )
+    # fmt: on
 
     for t in range(split * num_rows, (split + 1) * num_rows):
         # every load of the row before the first use
@@ -315,31 +376,35 @@ def _per_token_bwd_kernel(
         grads_tail = grads_head
         if dh_ptr is not None:
             # recompute xhat, and take the two means over the row
-            xhat_head, dxhat_head, sums_head = _norm_half(
-                head, stats, norm, sums_head, row, live, head_cols, D, IS_FACTOR
+            xhat_head, dxhat_head, norm_head = _norm_half(
+                head, stats, norm, tables, norm_head, row, live, head_cols, D, IS_FACTOR
             )
             xhat_tail = xhat_head
             dxhat_tail = dxhat_head
             if TAIL:
-                xhat_tail, dxhat_tail, sums_tail = _norm_half(
-                    tail, stats, norm, sums_tail, row, live, tail_cols, D, IS_FACTOR
+                xhat_tail, dxhat_tail, norm_tail = _norm_half(
+                    tail, stats, norm, tables, norm_tail, row, live, tail_cols, D, IS_FACTOR
                 )
             c1, c2 = norm_bwd(xhat_head, xhat_tail, dxhat_head, dxhat_tail, mean_ptr, D, HEAD, TAIL)
             grads_head = (xhat_head, dxhat_head, c1, c2)
             grads_tail = (xhat_tail, dxhat_tail, c1, c2)
         # dx, dy and dgate of this row
-        sums_head = _store_half(head, grads_head, stats, stores, sums_head, row, live, head_cols, D)
+        update_head = _store_half(
+            head, grads_head, stats, update, update_head, row, live, head_cols, D
+        )
         if TAIL:
-            sums_tail = _store_half(
-                tail, grads_tail, stats, stores, sums_tail, row, live, tail_cols, D
+            update_tail = _store_half(
+                tail, grads_tail, stats, update, update_tail, row, live, tail_cols, D
             )
 
     # one partial sum of each gradient [D] per program
     if K > 0:
-        vectors = (weight_ptr, norm_bias_ptr, bias_ptr)
-        _store_sums(part_ptr + pid * K * D, sums_head, vectors, head_cols, D)
+        of_norm = (weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr)
+        of_update = (bias_ptr, gate_table_ptr)
+        part_ptr += pid * K * D
+        _store_sums(part_ptr, norm_head, update_head, of_norm, of_update, head_cols, D)
         if TAIL:
-            _store_sums(part_ptr + pid * K * D, sums_tail, vectors, tail_cols, D)
+            _store_sums(part_ptr, norm_tail, update_tail, of_norm, of_update, tail_cols, D)
 
 
 def _are_dense(*arrays: Tensor | None) -> bool:
@@ -361,6 +426,9 @@ def per_token_fwd(
     has_norm: bool,
     dtype: torch.dtype | None = None,
     is_factor: bool = False,
+    gate_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' (empty without y), h, mean (empty for RMS) and rstd (all three empty without a norm).
 
@@ -379,6 +447,9 @@ def per_token_fwd(
         has_norm: whether there is a norm.
         dtype: of h; default: x's.
         is_factor: the norm is multiplied with ``scale``, not with 1 + scale.
+        gate_table: ``[D]``, added to gate, which is there; None: 0. So are the other two.
+        shift_table: see ``gate_table``.
+        scale_table: see ``gate_table``.
     """
     B, T, D = x.shape
     assert _are_dense(x, y, residual)
@@ -393,10 +464,13 @@ def per_token_fwd(
         y,
         bias,
         gate,
+        gate_table,
         weight,
         norm_bias,
         shift,
+        shift_table,
         scale,
+        scale_table,
         residual,
         None if y is None else x_new,
         h if has_norm else None,
@@ -429,8 +503,12 @@ def per_token_bwd(
     mean: Tensor,
     rstd: Tensor,
     is_factor: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, dgate, dscale, dweight, dnorm_bias and dbias; empty where there is nothing to differ.
+    gate_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """dx, dy, dgate, dscale, dweight, dnorm_bias, dbias and the gradients of the tables of gate,
+    shift and scale; empty where there is nothing to differ.
 
     The [B, T, D] arrays but gate and scale are contiguous. dh and z, what is normed (x' or x), are
     None without a norm; dx is then dx' and empty here. The gradient of the shift is dh.
@@ -442,8 +520,9 @@ def per_token_bwd(
     P, rows = split_rows(first, 1, len(arrays))
     like = lambda t: first.new_empty(0) if t is None else t.new_empty(t.shape)
     dx, dy, dgate, dscale = (like(t) for t in (z, y, gate, scale))
-    dweight, dnorm_bias, dbias = (like(t) for t in (weight, norm_bias, bias))
-    sums = [t for t in (dweight, dnorm_bias, dbias) if t.numel()]
+    tables = (gate_table, shift_table, scale_table)
+    of_vectors = [like(t) for t in (weight, norm_bias, bias, *tables)]
+    sums = [t for t in of_vectors if t.numel()]
     K = len(sums)
     part = first.new_empty(1, B * P, K, D, dtype=torch.float32)
     _per_token_bwd_kernel[(B * P,)](
@@ -453,9 +532,12 @@ def per_token_bwd(
         y,
         bias,
         gate,
+        gate_table,
         weight,
         norm_bias,
+        shift_table,
         scale,
+        scale_table,
         mean if mean.numel() else None,
         rstd if rstd.numel() else None,
         dx if dx.numel() else None,
@@ -475,4 +557,4 @@ def per_token_bwd(
     )
     if K:
         sum_partials(part, *sums)
-    return dx, dy, dgate, dscale, dweight, dnorm_bias, dbias
+    return dx, dy, dgate, dscale, *of_vectors

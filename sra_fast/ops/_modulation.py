@@ -12,12 +12,15 @@ from torch import Tensor
 from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
 from sra_fast.ops._register import wants_grad
 
+# a gate, shift or scale: vectors, or (vectors, table [D]), whose sum it is
+Vector = Tensor | tuple[Tensor, Tensor]
+
 
 def check_inputs(
     operator: str,
     x: Tensor,
     arrays: dict[str, Tensor],
-    modulation: Mapping[str, Tensor | None],
+    modulation: Mapping[str, Any],
     group: Tensor | None,
     *,
     channels: Mapping[str, Tensor | None] | None = None,
@@ -34,8 +37,9 @@ def check_inputs(
         arrays: tensors that must have the shape of x, by name.
         modulation: vectors by name: ``[B, D]``, ``[B, 1, D]``, ``[1, D]`` or ``[D]``; with
             ``within_image`` also ``[B, F, D]`` with F a divisor of T, one per T / F tokens in a
-            row, up to one per token; with a group ``[B, G, D]`` instead. Images and tokens that
-            share a vector may be left out of one and not of another.
+            row, up to one per token, and any of them as a pair ``(vectors, table [D])``; with a
+            group ``[B, G, D]`` instead. Images and tokens that share a vector may be left out of
+            one and not of another.
         group: ``[B, T]`` integers or None.
         channels: ``[D]`` or None, by name.
         optional: names in ``modulation`` that may be None.
@@ -46,30 +50,41 @@ def check_inputs(
     Returns:
         The modulation in one shape, None where it was None: ``[B, D]``, ``[B, F, D]`` or ``[B, G,
         D]``. All but a ``[B, F, D]`` beside a ``[B, T, D]`` are views, and gradients come back in
-        the shapes that were given.
+        the shapes that were given. A table is added here, in fp32, but to vectors per token,
+        which stay a pair.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or an argument is no tensor.
     """
     # by name, so that a message can say which tensor is wrong
     named: dict[str, Any] = {"x": x, **arrays}
+    given = []
+    tables = []
     for name, t in modulation.items():
+        table = None
+        if within_image and isinstance(t, tuple | list):
+            t, table = _pair(operator, name, t)
+            named[f"{name}'s table"] = table
         if t is not None or name not in optional:
             named[name] = t
+        given.append(t)
+        tables.append(table)
     vectors_of_channels = []
     for name, t in (channels or {}).items():
         if t is not None:
             named[name] = t
             vectors_of_channels.append(t)
     check_tensors(operator, named if group is None else {**named, "group": group})
-    vectors = None
-    if x.dim() == 3 and all(t.shape == x.shape for t in arrays.values()):
-        given = [*modulation.values()]
-        if group is None:
-            vectors = _in_one_shape(given, x, within_image)
-        elif _are_grouped(given, x, group):
-            vectors = given
-    if vectors is None or any(t.shape != x.shape[2:] for t in vectors_of_channels):
+    fits = x.dim() == 3 and all(t.shape == x.shape for t in arrays.values())
+    fits = fits and all(t.shape == x.shape[2:] for t in vectors_of_channels)
+    fits = fits and all(t is None or _is_table(t, x) for t in tables)
+    # vectors per image; -1 if one of them does not fit
+    count = -1
+    if fits and group is None:
+        count = _vectors_per_image(given, x, within_image)
+    elif fits and group is not None and _are_grouped(given, x, group):
+        count = 1
+    if count < 0:
         got = named if group is None else {**named, "group": group}
         expected = _describe(arrays, modulation, channels or {}, within_image, takes_group)
         raise ValueError(
@@ -91,12 +106,31 @@ def check_inputs(
         raise ValueError(
             f"{operator}: expected every tensor on one device, got {sorted(map(str, devices))}"
         )
-    return vectors
+    return [
+        _in_one_shape(vector, table, x, count, group)
+        for vector, table in zip(given, tables, strict=True)
+    ]
+
+
+def _pair(operator: str, name: str, given: Any) -> tuple[Any, Any]:
+    """Vectors and table; ValueError unless there are two of them."""
+    if len(given) != 2 or any(t is None for t in given):
+        kinds = [type(t).__name__ for t in given]
+        raise ValueError(
+            f"{operator}: expected {name} as a tensor or as (vectors, table), got {kinds}"
+        )
+    return given[0], given[1]
+
+
+def _is_table(table: Tensor, x: Tensor) -> bool:
+    """Whether a table is ``[D]``, ``[1, D]`` or ``[1, 1, D]``."""
+    shape = table.shape
+    return 1 <= len(shape) <= 3 and shape[-1] == x.shape[2] and all(n == 1 for n in shape[:-1])
 
 
 def name_second(
-    operator: str, second: tuple[Tensor, Tensor] | None, *first: Tensor | None
-) -> dict[str, Tensor]:
+    operator: str, second: tuple[Vector, Vector] | None, *first: Vector | None
+) -> dict[str, Vector]:
     """Shift and scale of a second modulation by name; nothing without one.
 
     Raises:
@@ -125,7 +159,7 @@ def _describe(
     """The shapes that an operator takes, for an error message."""
     vectors = f"{', '.join(modulation)} [B, D] or [B, 1, D], [1, D], [D]"
     if within_image:
-        vectors += ", [B, T, D] or [B, F, D] with F a divisor of T"
+        vectors += ", [B, T, D] or [B, F, D] with F a divisor of T, and a table [D]"
     if takes_group:
         vectors += ", with a group [B, T] instead [B, G, D]"
     if channels:
@@ -147,16 +181,12 @@ def _are_grouped(vectors: list[Tensor | None], x: Tensor, group: Tensor) -> bool
     )
 
 
-def _in_one_shape(
-    vectors: list[Tensor | None], x: Tensor, within_image: bool
-) -> list[Tensor | None] | None:
-    """All vectors as ``[B, D]``, or as ``[B, F, D]`` with the largest F; None if one does not
-    fit.
-    """
+def _vectors_per_image(vectors: list[Tensor | None], x: Tensor, within_image: bool) -> int:
+    """The largest number of vectors that an image has; -1 if one of them does not fit."""
     B, T, D = x.shape
     # by far the most frequent; dim() first, because comparing symbolic sizes adds guards
     if all(t is None or t.dim() == 2 and t.shape == (B, D) for t in vectors):
-        return vectors
+        return 1
     # a list: while a compiler traces with dynamic shapes, sizes have no hash
     counts = [_count_per_image(t, x) for t in vectors if t is not None]
     # the largest, and with empty images T = 0 itself
@@ -166,8 +196,8 @@ def _in_one_shape(
         # F vectors for T tokens, and for the largest number of vectors
         divides = most == F or (F > 0 and T % F == 0 and most % F == 0)
         if F < 0 or (varies and not (within_image and divides and (F == T or T % F == 0))):
-            return None
-    return [None if t is None else _spread(t, x, most) for t in vectors]
+            return -1
+    return most
 
 
 def _count_per_image(vector: Tensor, x: Tensor) -> int:
@@ -180,6 +210,38 @@ def _count_per_image(vector: Tensor, x: Tensor) -> int:
     if len(shape) > 1 and shape[0] != 1 and shape[0] != B:
         return -1
     return shape[1] if len(shape) == 3 else 1
+
+
+def _in_one_shape(
+    vector: Tensor | None, table: Tensor | None, x: Tensor, F: int, group: Tensor | None
+) -> Vector | None:
+    """A vector as ``[B, D]``, ``[B, F, D]`` or, with a group, as it is, its table added; vectors
+    per token with a table stay a pair.
+    """
+    if vector is None:
+        return None
+    if table is not None:
+        table = table.reshape(x.shape[2])
+        if group is None and F != 1 and vector.dim() == 3 and vector.shape[1] == x.shape[1]:
+            return _spread(vector, x, F), table
+        # as few as images, frames or groups: a small operation
+        vector = upcast(vector) + upcast(table)
+    return vector if group is not None else _spread(vector, x, F)
+
+
+def summed(vector: Any) -> Any:
+    """Vectors and their table in one, in fp32 or fp64; what has no table as it is."""
+    if isinstance(vector, tuple):
+        vectors, table = vector
+        # a table may be [1, D] where a reference is called by itself
+        return upcast(vectors) + upcast(table).flatten()
+    return vector
+
+
+def split_tables(vectors: Sequence[Any]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The vectors by themselves, and their tables; None where there is none."""
+    pairs = [vector if isinstance(vector, tuple) else (vector, None) for vector in vectors]
+    return [vector for vector, _ in pairs], [table for _, table in pairs]
 
 
 def _spread(vector: Tensor, x: Tensor, F: int) -> Tensor:
@@ -197,10 +259,11 @@ def _spread(vector: Tensor, x: Tensor, F: int) -> Tensor:
     return vector if vector.shape == (B, F, D) else vector.expand(B, F, D)
 
 
-def is_per_token(vectors: Sequence[Tensor | None], x: Tensor, group: Tensor | None) -> bool:
+def is_per_token(vectors: Sequence[Vector | None], x: Tensor, group: Tensor | None) -> bool:
     """Whether vectors of one shape (``check_inputs``) are one per token."""
+    found, _ = split_tables(vectors)
     return group is None and any(
-        t is not None and t.dim() == 3 and t.shape == x.shape for t in vectors
+        t is not None and t.dim() == 3 and t.shape == x.shape for t in found
     )
 
 
@@ -265,7 +328,7 @@ def runs_kernel(
     kernels: ModuleType,
     backend: str | None,
     x: Tensor,
-    *others: Tensor | None,
+    *others: Vector | None,
     dtype: torch.dtype | None = None,
 ) -> bool:
     """Whether ``operator`` runs the kernel, and the kernel takes ``x [B, T, D]``.
@@ -274,7 +337,9 @@ def runs_kernel(
     kernel's MAX_WIDTH; the last is logged once.
     """
     # None in the set stands for the default dtype of the output
-    dtypes = {dtype, *(t.dtype for t in (x, *others) if t is not None)}
+    dtypes = {dtype, x.dtype}
+    for found in split_tables(others):
+        dtypes.update(t.dtype for t in found if t is not None)
     if not use_triton(operator, x, backend) or x.numel() == 0 or torch.float64 in dtypes:
         return False
     D = x.shape[2]
@@ -298,11 +363,11 @@ def in_one_dtype(shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor | N
     return shift.to(dtype), scale.to(dtype)
 
 
-def broadcast_to_tokens(modulation: Tensor, x: Tensor, group: Tensor | None) -> Tensor:
+def broadcast_to_tokens(modulation: Vector, x: Tensor, group: Tensor | None) -> Tensor:
     """Upcast ``[B, D]``, ``[B, F, D]``, or ``[B, G, D]`` with its group; broadcasts to the ``[B,
     T, D]`` of x, as ``[B, 1, D]``, ``[1, D]`` and ``[D]`` do.
     """
-    modulation = upcast(modulation)
+    modulation = upcast(summed(modulation))
     if group is not None:
         # each token's vector by its group index; an index out of range raises
         index = group.long()[:, :, None].expand(-1, -1, modulation.shape[2])

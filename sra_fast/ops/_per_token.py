@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import per_token as kernels
-from sra_fast.ops._modulation import with_dense_rows
+from sra_fast.ops._modulation import Vector, split_tables, summed, with_dense_rows
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 
@@ -25,6 +25,9 @@ def _fake_fwd(
     has_norm,
     dtype=None,
     is_factor=False,
+    gate_table=None,
+    shift_table=None,
+    scale_table=None,
 ):
     x_new = x.new_empty(0 if y is None else x.shape)
     h = x.new_empty(x.shape if has_norm else 0, dtype=dtype or x.dtype)
@@ -33,18 +36,36 @@ def _fake_fwd(
     return x_new, h, mean, rstd
 
 
-def _fake_bwd(dx_new, dh, z, y, bias, gate, weight, norm_bias, scale, mean, rstd, is_factor=False):
+def _fake_bwd(
+    dx_new,
+    dh,
+    z,
+    y,
+    bias,
+    gate,
+    weight,
+    norm_bias,
+    scale,
+    mean,
+    rstd,
+    is_factor=False,
+    gate_table=None,
+    shift_table=None,
+    scale_table=None,
+):
+    tables = (gate_table, shift_table, scale_table)
     first = next(t for t in (dx_new, dh) if t is not None)
     return tuple(
         first.new_empty(0) if t is None else t.new_empty(t.shape)
-        for t in (z, y, gate, scale, weight, norm_bias, bias)
+        for t in (z, y, gate, scale, weight, norm_bias, bias, *tables)
     )
 
 
 _fwd = register(
     "per_token_fwd(Tensor x, Tensor? y, Tensor? bias, Tensor? gate, Tensor? weight,"
     " Tensor? norm_bias, Tensor? shift, Tensor? scale, Tensor? residual, float eps, bool rms,"
-    " bool has_norm, ScalarType? dtype=None, bool is_factor=False)"
+    " bool has_norm, ScalarType? dtype=None, bool is_factor=False, Tensor? gate_table=None,"
+    " Tensor? shift_table=None, Tensor? scale_table=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.per_token_fwd,
     _fake_fwd,
@@ -52,7 +73,9 @@ _fwd = register(
 _bwd = register(
     "per_token_bwd(Tensor? dx_new, Tensor? dh, Tensor? z, Tensor? y, Tensor? bias, Tensor? gate,"
     " Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor mean, Tensor rstd,"
-    " bool is_factor=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool is_factor=False, Tensor? gate_table=None, Tensor? shift_table=None,"
+    " Tensor? scale_table=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+    " Tensor, Tensor)",
     kernels.per_token_bwd,
     _fake_bwd,
 )
@@ -75,6 +98,9 @@ class _PerToken(torch.autograd.Function):
         shift,
         scale,
         residual,
+        gate_table,
+        shift_table,
+        scale_table,
         eps,
         rms,
         has_norm,
@@ -82,16 +108,18 @@ class _PerToken(torch.autograd.Function):
         is_factor,
         operator,
     ):
+        tables = (gate_table, shift_table, scale_table)
         x = x.contiguous()
         y = _contiguous(y)
         x_new, h, mean, rstd = _fwd(
             *(x, y, bias, gate, weight, norm_bias, shift, scale, _contiguous(residual)),
-            *(eps, rms, has_norm, dtype, is_factor),
+            *(eps, rms, has_norm, dtype, is_factor, *tables),
         )
         # neither h nor shift: no gradient depends on them, nor without a norm on x'
         z = x if y is None else x_new
         z = z if has_norm else None
-        ctx.save_for_backward(z, y, bias, gate, weight, norm_bias, scale, mean, rstd)
+        # of the shift's table the backward takes only the dtype
+        ctx.save_for_backward(z, y, bias, gate, weight, norm_bias, scale, *tables, mean, rstd)
         ctx.dtypes = [None if t is None else t.dtype for t in (shift, residual)]
         ctx.is_factor = is_factor
         ctx.operator = operator
@@ -103,15 +131,17 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        z, y, *vectors, mean, rstd = ctx.saved_tensors
+        z, y, *vectors, gate_table, shift_table, scale_table, mean, rstd = ctx.saved_tensors
         dx_new = None if y is None else _contiguous(grads[0])
         dh = None
         if z is not None:
             # the kernel can do without dx', not without dh
             dh = torch.zeros_like(z) if grads[-1] is None else grads[-1].contiguous()
-        dx, dy, dgate, dscale, dweight, dnorm_bias, dbias = guard_double_backward(
-            ctx.operator, _bwd, dx_new, dh, z, y, *vectors, mean, rstd, ctx.is_factor
+        dx, dy, dgate, dscale, dweight, dnorm_bias, dbias, *dtables = guard_double_backward(
+            *(ctx.operator, _bwd, dx_new, dh, z, y, *vectors, mean, rstd, ctx.is_factor),
+            *(gate_table, shift_table, scale_table),
         )
+        dgate_table, dshift_table, dscale_table = dtables
         bias, gate, weight, norm_bias, scale = vectors
         if grads[-1] is None and z is not None:
             # nobody used h, into which alone these enter
@@ -119,6 +149,8 @@ class _PerToken(torch.autograd.Function):
             dweight = None
             dnorm_bias = None
             dscale = None
+            dshift_table = None
+            dscale_table = None
         # the gradients of what is only added are those of the sums
         dx = dx_new if z is None else dx
         dshift, dresidual = (
@@ -135,9 +167,22 @@ class _PerToken(torch.autograd.Function):
             dshift,
             None if scale is None else dscale,
             dresidual,
+            None if gate_table is None else dgate_table,
+            None if shift_table is None else dshift_table,
+            None if scale_table is None else dscale_table,
             # eps, rms, has_norm, dtype, is_factor and operator have none
             *[None] * 6,
         )
+
+
+def with_tables_that_fit(
+    vectors: tuple[Vector | None, ...], x: Tensor, has_affine: bool
+) -> tuple[Vector | None, ...]:
+    """The vectors of a norm or of an update; where the sums for tables do not fit the registers,
+    the tables are added in a pass over the vectors.
+    """
+    widest = kernels.TABLE_WIDTH_AFFINE if has_affine else kernels.TABLE_WIDTH
+    return vectors if x.shape[2] <= widest else tuple(summed(vector) for vector in vectors)
 
 
 def run_per_token(
@@ -145,9 +190,9 @@ def run_per_token(
     x: Tensor,
     y: Tensor | None,
     bias: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
+    gate: Vector | None,
+    shift: Vector | None,
+    scale: Vector | None,
     *,
     affine: tuple[Tensor | None, Tensor | None] = (None, None),
     eps: float = 0.0,
@@ -163,7 +208,7 @@ def run_per_token(
         x: ``[B, T, D]``, as are y and residual.
         y: output of the half-block that ends, or None.
         bias: ``[D]``, added to y, or None.
-        gate: ``[B, T, D]`` or None, as are shift and scale.
+        gate: ``[B, T, D]``, or with its table ``[D]`` as a pair, or None, as are shift and scale.
         shift: see ``gate``.
         scale: see ``gate``.
         affine: weight and bias ``[D]`` of the norm.
@@ -173,12 +218,16 @@ def run_per_token(
         residual: added to h, or None.
         is_factor: the norm is multiplied with ``scale``, not with 1 + scale.
     """
+    (gate, shift, scale), tables = split_tables((gate, shift, scale))
     vectors = [with_dense_rows(t) for t in (bias, gate, *affine, shift, scale)]
+    tables = [with_dense_rows(t) for t in tables]
     options = (eps, norm == "rms", norm is not None, dtype, is_factor)
-    if wants_grad(x, y, *vectors, residual):
-        out = apply(_PerToken, x, y, *vectors, residual, *options, operator)
+    if wants_grad(x, y, *vectors, residual, *tables):
+        out = apply(_PerToken, x, y, *vectors, residual, *tables, *options, operator)
         if y is None or norm is None:
             return (out, None) if norm is None else (None, out)
         return out
-    x_new, h, _, _ = _fwd(x.contiguous(), _contiguous(y), *vectors, _contiguous(residual), *options)
+    x_new, h, _, _ = _fwd(
+        *(x.contiguous(), _contiguous(y), *vectors, _contiguous(residual)), *options, *tables
+    )
     return x_new if y is not None else None, h if norm is not None else None

@@ -14,6 +14,7 @@ from sra_fast.kernels import adaln as kernels
 from sra_fast.kernels import per_token as per_token_kernels
 from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import (
+    Vector,
     broadcast_to_tokens,
     check_inputs,
     fold_affine,
@@ -24,7 +25,7 @@ from sra_fast.ops._modulation import (
     runs_kernel,
     with_dense_rows,
 )
-from sra_fast.ops._per_token import run_per_token
+from sra_fast.ops._per_token import run_per_token, with_tables_that_fit
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
@@ -42,8 +43,8 @@ def check_norm(operator: str, norm: str, eps: float) -> None:
 
 def adaln_ref(
     x: Tensor,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
+    shift: Vector | None = None,
+    scale: Vector | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
@@ -51,7 +52,7 @@ def adaln_ref(
     norm_bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    second: tuple[Tensor, Tensor] | None = None,
+    second: tuple[Vector, Vector] | None = None,
 ) -> Any:
     """The definition, in fp32. Tests, benchmarks and backend="torch" all use this one function.
 
@@ -63,7 +64,7 @@ def adaln_ref(
     if norm_bias is not None:
         normed = normed + upcast(norm_bias)
 
-    def modulated(shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    def modulated(shift: Vector | None, scale: Vector | None) -> Tensor:
         h = normed
         if scale is not None:
             h = h * (1 + broadcast_to_tokens(scale, x, group))
@@ -130,8 +131,8 @@ class _AdaLN(torch.autograd.Function):
 @overload
 def adaln(
     x: Tensor,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
+    shift: Vector | None = None,
+    scale: Vector | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
@@ -147,8 +148,8 @@ def adaln(
 @overload
 def adaln(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Vector,
+    scale: Vector,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
@@ -156,15 +157,15 @@ def adaln(
     norm_bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    second: tuple[Tensor, Tensor],
+    second: tuple[Vector, Vector],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def adaln(
     x: Tensor,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
+    shift: Vector | None = None,
+    scale: Vector | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
@@ -172,7 +173,7 @@ def adaln(
     norm_bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    second: tuple[Tensor, Tensor] | None = None,
+    second: tuple[Vector, Vector] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(norm(x) * norm_weight + norm_bias) * (1 + scale) + shift`` with one read and one write of
@@ -180,7 +181,8 @@ def adaln(
 
     A vector that is None is left out: without any, this is the plain norm. Vectors per image or
     frame may be any expression, such as ``table + temb``: it costs one small operation on ``[B,
-    D]``, a thousandth of the bytes at 256 tokens. An expression per token is a pass of its own.
+    D]``, a thousandth of the bytes at 256 tokens. An expression per token is a pass of its own, but
+    for ``table + temb``, which is ``(temb, table)`` here.
 
     Args:
         x: ``[B, T, D]`` tokens, bf16/fp16/fp32; copied first unless contiguous. The kernel takes D
@@ -189,7 +191,10 @@ def adaln(
             D]`` with F a divisor of T, one for each T / F tokens in a row (a frame of a video);
             ``[B, T, D]``, one per token; or ``[B, G, D]`` with ``group``. A column slice of the
             6*D adaLN projection is used in place. Where shift and scale vary over different
-            numbers of tokens, the coarser is expanded. None: 0.
+            numbers of tokens, the coarser is expanded. A pair ``(vectors, table)`` is their sum in
+            fp32, with vectors as above, a table ``[D]`` or ``[1, D]`` that all tokens share, and
+            gradients for both. With vectors per token the kernel adds the table, and its gradient
+            is summed in the pass over the rows. None: 0.
         scale: as ``shift``; its strides may differ. None: 0.
         eps: added to the variance, or to the mean square of RMS.
         norm: ``"layer"`` or ``"rms"``, both without weights of their own.
@@ -238,8 +243,8 @@ def adaln(
 def run_adaln(
     operator: str,
     x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
+    shift: Any,
+    scale: Any,
     group: Tensor | None,
     eps: float,
     norm: str,
@@ -267,6 +272,7 @@ def run_adaln(
     if is_per_token((shift, scale), x, group):
         is_factor = False
         has_sums = any(t is not None for t in affine)
+        shift, scale = with_tables_that_fit((shift, scale), x, has_sums)
         if has_sums and x.shape[2] > per_token_kernels.AFFINE_WIDTH:
             # a pass over the vectors, where the sums for the two do not fit the registers
             shift, scale, is_factor = fold_affine(x, shift, scale, *affine)

@@ -1,11 +1,14 @@
 """The residual update of an adaLN-Zero block (DiT, arXiv 2212.09748, Sec. 3.2)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sra_fast.kernels import gated_residual as kernels
 from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import (
+    Vector,
     broadcast_to_tokens,
     check_inputs,
     frames_as_images,
@@ -13,14 +16,14 @@ from sra_fast.ops._modulation import (
     runs_kernel,
     with_dense_rows,
 )
-from sra_fast.ops._per_token import run_per_token
+from sra_fast.ops._per_token import run_per_token, with_tables_that_fit
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 
 def gated_residual_ref(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None,
+    gate: Vector | None,
     *,
     bias: Tensor | None = None,
     group: Tensor | None = None,
@@ -79,7 +82,7 @@ class _GatedResidual(torch.autograd.Function):
 def gated_residual(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None,
+    gate: Vector | None,
     *,
     bias: Tensor | None = None,
     group: Tensor | None = None,
@@ -97,7 +100,8 @@ def gated_residual(
             D]`` with F a divisor of T, one for each T / F tokens in a row (a frame of a video);
             ``[B, T, D]``, one per token; or ``[B, G, D]`` with ``group``. A column slice of the
             6*D adaLN projection is used in place. A function of it, such as ``tanh(gate)``, costs
-            one small operation on ``[B, D]``. None: 1, the plain residual.
+            one small operation on ``[B, D]``. Or a pair ``(vectors, table)``; see ``adaln``. None:
+            1, the plain residual.
         bias: ``[D]`` or None. The bias of the linear layer that made ``y``, if that layer left it
             out. Its gradient then comes out of the backward pass over ``y`` and needs no pass of
             its own.
@@ -129,7 +133,7 @@ def run_gated_residual(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    gate: Tensor | None,
+    gate: Any,
     group: Tensor | None,
     backend: str | None,
 ) -> Tensor:
@@ -139,6 +143,7 @@ def run_gated_residual(
         # as a kernel would return it, whatever strides x has
         return gated_residual_ref(x, y, gate, bias=bias, group=group).contiguous()
     if is_per_token([gate], x, group):
+        (gate,) = with_tables_that_fit((gate,), x, has_affine=False)
         return run_per_token(operator, x, y, bias, gate, None, None)[0]
     # without a gate a group says nothing
     group = None if gate is None else group

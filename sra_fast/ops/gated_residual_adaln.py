@@ -11,6 +11,7 @@ from torch import Tensor
 from sra_fast.kernels import gated_residual_adaln as kernels
 from sra_fast.kernels import per_token as per_token_kernels
 from sra_fast.ops._modulation import (
+    Vector,
     check_inputs,
     fold_affine,
     frames_as_images,
@@ -18,6 +19,7 @@ from sra_fast.ops._modulation import (
     is_per_token,
     name_second,
     runs_kernel,
+    split_tables,
     with_dense_rows,
 )
 from sra_fast.ops._per_token import run_per_token
@@ -29,9 +31,9 @@ from sra_fast.ops.gated_residual import gated_residual_ref, run_gated_residual
 def gated_residual_adaln_ref(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
+    gate: Vector | None = None,
+    shift: Vector | None = None,
+    scale: Vector | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
@@ -40,7 +42,7 @@ def gated_residual_adaln_ref(
     bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    second: tuple[Tensor, Tensor] | None = None,
+    second: tuple[Vector, Vector] | None = None,
 ) -> tuple[Tensor, ...]:
     """The definition: x' is rounded to x's dtype, and the norm reads the rounded x'.
 
@@ -228,9 +230,9 @@ class _TwoModulations(torch.autograd.Function):
 def gated_residual_adaln(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
+    gate: Vector | None = None,
+    shift: Vector | None = None,
+    scale: Vector | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "layer",
@@ -239,7 +241,7 @@ def gated_residual_adaln(
     bias: Tensor | None = None,
     group: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    second: tuple[Tensor, Tensor] | None = None,
+    second: tuple[Vector, Vector] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """``x' = x + gate * (y + bias)`` and ``h = (norm(x') * norm_weight + norm_bias) * (1 + scale) +
@@ -257,8 +259,9 @@ def gated_residual_adaln(
         y: ``[B, T, D]`` output of the half-block that ends, any of these dtypes; copied first
             unless contiguous.
         gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, F,
-            D]`` or ``[B, T, D]``, one per frame or token; or ``[B, G, D]`` with ``group``; see
-            ``adaln``. A column slice of the 6*D adaLN projection is used in place. None: 1.
+            D]`` or ``[B, T, D]``, one per frame or token; ``[B, G, D]`` with ``group``; or a pair
+            ``(vectors, table)``; see ``adaln``. A column slice of the 6*D adaLN projection is used
+            in place. None: 1.
         shift: as ``gate``; its strides may differ. None: 0.
         scale: as ``gate``; its strides may differ. None: 0.
         eps: added to the variance, or to the mean square of RMS.
@@ -311,9 +314,9 @@ def run_gated_residual_adaln(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
+    gate: Any,
+    shift: Any,
+    scale: Any,
     group: Tensor | None,
     eps: float,
     norm: str,
@@ -327,10 +330,11 @@ def run_gated_residual_adaln(
     ``affine`` is the norm's weight and bias.
     """
     vectors = (gate, shift, scale, *affine)
+    _, tables = split_tables((gate, shift, scale))
     per_token = is_per_token((gate, shift, scale), x, group)
     widest = kernels.MAX_WIDTH
     if per_token:
-        has_sums = any(t is not None for t in (bias, *affine))
+        has_sums = any(t is not None for t in (bias, *affine, *tables))
         widest = (
             per_token_kernels.FUSED_WIDTH_WITH_SUMS if has_sums else per_token_kernels.FUSED_WIDTH
         )

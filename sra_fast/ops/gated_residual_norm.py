@@ -6,6 +6,7 @@ from torch import Tensor
 from sra_fast.kernels import adaln as kernels
 from sra_fast.ops._backend import upcast
 from sra_fast.ops._modulation import (
+    Vector,
     broadcast_to_tokens,
     check_inputs,
     frames_as_images,
@@ -14,7 +15,7 @@ from sra_fast.ops._modulation import (
     summed_in_fp32,
     with_dense_rows,
 )
-from sra_fast.ops._per_token import run_per_token
+from sra_fast.ops._per_token import run_per_token, with_tables_that_fit
 from sra_fast.ops._register import apply, guard_double_backward, wants_grad
 from sra_fast.ops.adaln import NORMS, check_norm
 from sra_fast.ops.adaln import _bwd as _adaln_bwd
@@ -24,7 +25,7 @@ from sra_fast.ops.adaln import _fwd as _adaln_fwd
 def gated_residual_norm_ref(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None = None,
+    gate: Vector | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "rms",
@@ -68,7 +69,7 @@ class _GatedResidualNorm(torch.autograd.Function):
 def gated_residual_norm(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None = None,
+    gate: Vector | None = None,
     eps: float = 1e-6,
     *,
     norm: str = "rms",
@@ -85,9 +86,9 @@ def gated_residual_norm(
         y: ``[B, T, D]`` output of the attention or the MLP, any of these dtypes; copied first
             unless contiguous.
         gate: ``[B, D]`` or ``[B, 1, D]``; ``[1, D]`` or ``[D]``, shared by all images; ``[B, F,
-            D]`` or ``[B, T, D]``, one per frame or token; or ``[B, G, D]`` with ``group``; see
-            ``adaln``. A function of it, such as ``tanh(gate)``, costs one small operation on
-            ``[B, D]``. None: 1.
+            D]`` or ``[B, T, D]``, one per frame or token; ``[B, G, D]`` with ``group``; or a pair
+            ``(vectors, table)``; see ``adaln``. A function of it, such as ``tanh(gate)``, costs
+            one small operation on ``[B, D]``. None: 1.
         eps: added to the mean square, or to the variance of ``"layer"``.
         norm: ``"rms"`` or ``"layer"``, both without weights of their own.
         norm_weight: ``[D]`` or None: 1. It costs no pass over y: it is multiplied with the gate.
@@ -102,7 +103,7 @@ def gated_residual_norm(
             ``backend`` is unknown.
     """
     operator = "gated_residual_norm"
-    (gate,) = check_inputs(
+    (vectors,) = check_inputs(
         operator,
         x,
         {"y": y},
@@ -114,25 +115,28 @@ def gated_residual_norm(
     )
     check_norm(operator, norm, eps)
     # fp64, empty tensors and very wide rows
-    if not runs_kernel(operator, kernels, backend, x, y, gate, norm_weight):
+    if not runs_kernel(operator, kernels, backend, x, y, vectors, norm_weight):
         out = gated_residual_norm_ref(
-            x, y, gate, eps, norm=norm, norm_weight=norm_weight, group=group
+            x, y, vectors, eps, norm=norm, norm_weight=norm_weight, group=group
         )
         # as a kernel would return it, whatever strides x has
         return out.contiguous()
-    if is_per_token([gate], x, group):
+    if is_per_token([vectors], x, group):
         affine = (norm_weight, None)
+        (vectors,) = with_tables_that_fit((vectors,), x, has_affine=False)
         options = {"eps": eps, "norm": norm, "dtype": x.dtype, "residual": x, "is_factor": True}
-        return run_per_token(operator, y, None, None, None, None, gate, affine=affine, **options)[1]
+        return run_per_token(
+            operator, y, None, None, None, None, vectors, affine=affine, **options
+        )[1]
     # without a gate a group says nothing
-    group = None if gate is None else group
-    factor = gate
+    group = None if vectors is None else group
+    factor = vectors
     if norm_weight is not None:
         # as small as the gate, and fp32: no row is read
-        if gate is None:
+        if vectors is None:
             factor = summed_in_fp32(norm_weight).expand(x.shape[0], x.shape[2])
         else:
-            factor = norm_weight.float() * gate.float()
+            factor = norm_weight.float() * vectors.float()
     stream, branch = x, y
     if group is None:
         (stream, branch), (factor,) = frames_as_images((x, y), [factor])

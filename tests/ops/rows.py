@@ -123,6 +123,7 @@ def launchers(
     recompute=False,
     absent=(),
     affine=False,
+    tables=None,
     make=without_memory,
 ) -> dict[str, Callable]:
     """Every launcher by name, ready to be called.
@@ -139,6 +140,7 @@ def launchers(
         absent: which of "gate", "shift" and "scale" are left out; a scale only with the shift.
         affine: the scale is the factor itself; with one vector per "token": weight and bias of the
             norm.
+        tables: dtype of the tables of gate, shift and scale; only with one vector per "token".
         make: called as ``make(*shape, dtype=dtype)`` for every tensor.
     """
     x = make(B, T, D, dtype=dtype)
@@ -152,7 +154,9 @@ def launchers(
     if variant == "token":
         weight = make(D, dtype=modulation or dtype) if affine else None
         affine = (weight, weight)
-        return _per_token_launchers(x, y, dh, bias, gate, affine, shift, scale, mean, rstd, rms, h)
+        tables = [None if tables is None else make(D, dtype=tables) for _ in range(3)]
+        vectors = (gate, affine, shift, scale)
+        return _per_token_launchers(x, y, dh, bias, vectors, tables, mean, rstd, rms, h)
     group = make(B, T, dtype=torch.int64) if variant == "group" else None
     has_shift = "shift" not in absent
     gate = None if "gate" in absent else gate
@@ -186,32 +190,44 @@ def launchers(
     return found
 
 
-def _per_token_launchers(x, y, dh, bias, gate, affine, shift, scale, mean, rstd, rms, h):
+def _per_token_launchers(x, y, dh, bias, vectors, tables, mean, rstd, rms, h):
     """Both passes of every operator with one vector per token."""
     fwd = per_token.per_token_fwd
     bwd = per_token.per_token_bwd
+    gate, affine, shift, scale = vectors
+    of_gate, of_shift, of_scale = tables
+    # as arguments: the dtype of h, whether the scale is a factor, the tables
+    of_norm = (False, None, of_shift, of_scale)
+    of_update = (False, of_gate, None, None)
+    of_both = (False, *tables)
+    of_factor = (True, None, None, of_scale)
     none = (None, None)
     norm = (1e-6, rms, True)
+    empty = rstd[:0]
     return {
-        "adaln_fwd": lambda: fwd(x, None, None, None, *affine, shift, scale, None, *norm, h),
-        "adaln_bwd": lambda: bwd(None, dh, x, None, None, None, *affine, scale, mean, rstd),
+        "adaln_fwd": lambda: fwd(
+            x, None, None, None, *affine, shift, scale, None, *norm, h, *of_norm
+        ),
+        "adaln_bwd": lambda: bwd(
+            None, dh, x, None, None, None, *affine, scale, mean, rstd, *of_norm
+        ),
         "gated_residual_fwd": lambda: fwd(
-            x, y, bias, gate, *none, None, None, None, 0.0, False, False
+            x, y, bias, gate, *none, None, None, None, 0.0, False, False, None, *of_update
         ),
         "gated_residual_bwd": lambda: bwd(
-            x, None, None, y, bias, gate, *none, None, rstd[:0], rstd[:0]
+            x, None, None, y, bias, gate, *none, None, empty, empty, *of_update
         ),
         "gated_residual_adaln_fwd": lambda: fwd(
-            x, y, bias, gate, *affine, shift, scale, None, *norm, h
+            x, y, bias, gate, *affine, shift, scale, None, *norm, h, *of_both
         ),
         "gated_residual_adaln_bwd": lambda: bwd(
-            x, dh, x, y, bias, gate, *affine, scale, mean, rstd
+            x, dh, x, y, bias, gate, *affine, scale, mean, rstd, *of_both
         ),
         "gated_residual_norm_fwd": lambda: fwd(
-            y, None, None, None, affine[0], None, None, scale, x, *norm, x.dtype, True
+            y, None, None, None, affine[0], None, None, scale, x, *norm, x.dtype, *of_factor
         ),
         "gated_residual_norm_bwd": lambda: bwd(
-            None, x, y, None, None, None, affine[0], None, scale, mean, rstd, True
+            None, x, y, None, None, None, affine[0], None, scale, mean, rstd, *of_factor
         ),
     }
 
