@@ -28,7 +28,8 @@ VALUE = "example_value"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CASTS = ("to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous")
 _VIEWS = ("unsqueeze", "squeeze", "view", "reshape", "flatten", "unflatten", "expand", "expand_as")
-_PARTS = ("chunk", "split", "unbind", "tensor_split")
+PART_FUNCTIONS = (torch.chunk, torch.split, torch.unbind, torch.tensor_split)
+PARTS = ("chunk", "split", "unbind", "tensor_split")
 # calls with subgraphs that are run as they stand: activation checkpointing, and regions that were
 # compiled once for several calls
 _WRAPPERS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
@@ -174,8 +175,7 @@ def is_part(node: Node) -> bool:
     if not is_call(node, (operator.getitem,), ("select", "narrow")):
         return False
     source = node.args[0]
-    functions = (torch.chunk, torch.split, torch.unbind, torch.tensor_split)
-    return is_call(source, functions, _PARTS) or value(source) is not None
+    return is_call(source, PART_FUNCTIONS, PARTS) or value(source) is not None
 
 
 def operands(node: Node) -> list[tuple[Any, Any]]:

@@ -19,6 +19,7 @@ from sra_fast.integrations.facts import Facts, replace_in_place
 from sra_fast.integrations.graph import (
     bodies,
     insert,
+    is_add,
     is_cast,
     is_mul,
     is_transformed,
@@ -38,6 +39,7 @@ from sra_fast.integrations.patterns import (
     plain_residual,
 )
 from sra_fast.integrations.refusals import refusal
+from sra_fast.integrations.tables import Sum, find_sum, sizes_of_table, sizes_of_vectors
 from sra_fast.integrations.tokens import other, scale_of, users_after_casts, vector_kind
 
 # calls that may be made earlier: their results depend on their arguments alone. No random numbers,
@@ -154,6 +156,10 @@ class _Rewriter:
         self.taken: set[Node] = set()
         # what took the place of a node that was replaced
         self.replaced: dict[Node, Node] = {}
+        # of sums that were taken apart: the call that cuts an operand as another cuts the sum
+        self.cut_alike: dict[tuple[Node, Node], Node] = {}
+        # the calls of these sums, to be erased with their last user
+        self.taken_apart: set[Node] = set()
 
     def run(self) -> None:
         self._find()
@@ -307,7 +313,7 @@ class _Rewriter:
                 args = (x,)
             else:
                 x, y = self._operands(found)
-                gate = self._vector(found.gate, found.x)
+                gate = self._vector(found.gate, found.x, root)
                 name = "gated_residual"
                 args = (x, y, gate)
                 vectors = {}
@@ -337,7 +343,7 @@ class _Rewriter:
         roots = [found.root for found in (residual, *pair.norms)]
         with self.graph.inserting_before(anchor):
             x, y = self._operands(residual)
-            gate = self._vector(residual.gate, residual.x)
+            gate = self._vector(residual.gate, residual.x, residual.root)
             arguments = self._norm_arguments(norm, residual.x)
             for second in seconds:
                 vectors = self._norm_arguments(second, residual.x)
@@ -409,11 +415,11 @@ class _Rewriter:
     def _norm_arguments(self, found: Modulated, tokens: Node) -> dict[str, Any]:
         """The keyword arguments of a modulated norm; ``tokens`` has the shape of its input."""
         norm = found.norm
-        shift = self._vector(found.shift, tokens)
+        shift = self._vector(found.shift, tokens, found.root)
         scale = None
         if found.scale is not None:
             base, views = scale_of(found.scale)
-            scale = self._vector(self._view_again(base, views), tokens)
+            scale = self._vector(self._view_again(base, views), tokens, found.root)
         arguments = {"shift": shift, "scale": scale, **self._affine(norm)}
         dtype = value(found.root).dtype
         if dtype != value(norm.x).dtype:
@@ -444,11 +450,62 @@ class _Rewriter:
                 )
         return node
 
-    def _vector(self, node: Node | None, tokens: Node) -> Node | None:
-        """A vector in a shape that the operators take."""
+    def _vector(self, node: Node | None, tokens: Node, root: Node) -> Any:
+        """A vector in a shape that the operators take; of a sum of a table and vectors per token
+        the two as a pair.
+
+        Args:
+            node: the vector.
+            tokens: has the shape of x.
+            root: the pattern that reads it.
+        """
         node = self._now(node)
         if node is None:
             return None
+        found = None
+        if vector_kind(node, value(tokens)) == "token":
+            found = find_sum(node, [root], self.facts)
+        if found is None or found.total in self.taken:
+            return self._in_shape(node, tokens)
+        self.taken_apart.update([found.total, *found.steps])
+        vectors, table = self._operands_cut_alike(found)
+        return self._in_shape(vectors, tokens), table
+
+    def _operands_cut_alike(self, found: Sum) -> tuple[Node, Node]:
+        """Vectors per token and their table, cut as their sum was."""
+        shape = sizes_of_table(value(found.table), value(found.total))
+        expand = sizes_of_vectors(value(found.vectors), shape)
+        cut = []
+        for operand, method, sizes in (
+            (found.vectors, "expand", expand),
+            (found.table, "reshape", shape),
+        ):
+            node = self._now(operand)
+            if sizes is not None and sizes != [*value(operand).shape]:
+                node = self._again(found.total, operand, method, node, *sizes)
+            for step in found.steps:
+                if not is_cast(step):
+                    rest = step.args[1:]
+                    node = self._again(step, operand, step.target, node, *rest, **step.kwargs)
+            cut.append(node)
+        return cut[0], cut[1]
+
+    def _again(self, step: Node, operand: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A call right before a step of a sum, with its operand in its place; one for all vectors
+        that are cut out of it.
+        """
+        known = self.cut_alike.get((step, operand))
+        if known is None:
+            with self.graph.inserting_before(step):
+                known = insert(self.graph, target, *args, like=step, **kwargs)
+            self.cut_alike[step, operand] = known
+        else:
+            # the step may have been moved since
+            step.prepend(known)
+        return known
+
+    def _in_shape(self, node: Node, tokens: Node) -> Node:
+        """A vector in a shape that the operators take."""
         x = value(tokens)
         vector = value(node)
         if vector.dim() == 4:
@@ -485,26 +542,34 @@ class _Rewriter:
         before = sum(_traffic(node) for node in set(inside))
         first = where(outputs[-1][0])
         moved = sum(nbytes(tensor) for node in set(after) for tensor in tensors(node))
-        self.result.rewrites.append(Rewrite(name, first, before, moved))
         for old, new in outputs:
             old.replace_all_uses_with(new)
             self.replaced[old] = new
-        self._erase(inside)
+        before += self._erase(inside)
+        self.result.rewrites.append(Rewrite(name, first, before, moved))
 
-    def _erase(self, nodes: list[Node]) -> None:
-        """Erase nodes of patterns without users, and casts, views and ``1 + scale`` that only they
-        read.
+    def _erase(self, nodes: list[Node]) -> int:
+        """Erase nodes of patterns without users, and casts, views, ``1 + scale`` and sums with a
+        table that only they read.
+
+        Returns:
+            Bytes that these sums would have read and written.
         """
+        saved = 0
         waiting = list(nodes)
         while waiting:
             node = waiting.pop()
             if node.users or node._erased or node.op == "placeholder":
                 continue
-            if node not in nodes and not (is_cast(node) or is_view(node) or scale_of(node)):
+            between = is_cast(node) or is_view(node) or scale_of(node)
+            if node not in nodes and node not in self.taken_apart and not between:
                 continue
+            if node in self.taken_apart and is_add(node):
+                saved += _traffic(node)
             before = node.all_input_nodes
             self.graph.erase_node(node)
             waiting += before
+        return saved
 
 
 def _goes_with(node: Node, inside: set[Node]) -> bool:

@@ -18,7 +18,10 @@ KINDS = (
     *("image",) * 6,
     *("view", "parameter", "one image", "one row", "token", "stream", "tanh", "table"),
     *("column", "number", "tokens of one image"),
+    *("table and tokens",) * 3,
 )
+# vectors per token that are cut out of one sum with a table
+PARTS = 3
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class RandomProgram(nn.Module):
         self.condition = nn.Linear(D, VECTORS * D)
         self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
         self.parameter = nn.Parameter(0.5 * torch.randn(D))
+        self.table = nn.Parameter(0.5 * torch.randn(PARTS, D))
+        self.embedding = nn.Linear(D, PARTS * D)
+        self.parts = random.Random(seed).randrange(1000)
         self.norms = nn.ModuleList(
             (
                 nn.LayerNorm(D, eps=1e-6, elementwise_affine=False),
@@ -85,8 +91,10 @@ class RandomProgram(nn.Module):
             for p in self.norms.parameters():
                 p.add_(0.2 * torch.randn(D))
 
-    def vector(self, kind: str, vectors: tuple[Tensor, ...], number: int, x: Tensor) -> Tensor:
-        """Something that can be multiplied with tokens."""
+    def vector(self, kind: str, vectors, cut, number: int, x: Tensor) -> Tensor:
+        """Something that can be multiplied with tokens: of ``vectors [B, D]``, or of ``cut``, one
+        per token.
+        """
         v = vectors[number % VECTORS]
         if kind == "view":
             return v.view(-1, 1, D)
@@ -104,6 +112,8 @@ class RandomProgram(nn.Module):
             return v[:, None].tanh()
         if kind == "table":
             return self.parameter[None, None] + v[:, None]
+        if kind == "table and tokens":
+            return cut[number % PARTS]
         if kind == "column":
             return v[:, :T, None]
         if kind == "number":
@@ -111,6 +121,30 @@ class RandomProgram(nn.Module):
         if kind == "tokens of one image":
             return self.layers[1].weight[:T][None]
         return v[:, None]
+
+    def sums(self, c: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Vectors per token, cut out of the sum of a table and an embedding."""
+        e = self.embedding(x.detach() + c[:, None])
+        grid = e.unflatten(-1, (PARTS, D))
+        one = e[:, :, None, :D]
+        spellings = (
+            lambda: [p.squeeze(2) for p in (self.table[None, None] + grid).chunk(PARTS, dim=2)],
+            lambda: (grid.double().float() + self.table).unbind(2),
+            lambda: (e + self.table.view(-1)).chunk(PARTS, dim=-1),
+            lambda: [
+                p.squeeze(1) for p in (grid.transpose(1, 2) + self.table[:, None]).split(1, 1)
+            ],
+            lambda: [p.squeeze(2) for p in (self.table[None, None] + one).chunk(PARTS, dim=2)],
+            lambda: [(self.table + grid)[:, :, i] for i in range(PARTS)],
+            lambda: torch.add(grid, self.table, alpha=2).unbind(2),
+            lambda: (grid.detach() + self.table).detach().unbind(2),
+            lambda: (grid[:1] + self.table).unbind(2),
+            lambda: [
+                (self.table + grid).flatten(2)[..., i * D : (i + 1) * D] for i in range(PARTS)
+            ],
+            lambda: (self.table[None, :1].expand(1, PARTS, D) + grid).unbind(2),
+        )
+        return tuple(spellings[self.parts % len(spellings)]())
 
     def modulated(self, step: Step, n: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         spellings = (
@@ -142,6 +176,7 @@ class RandomProgram(nn.Module):
 
     def forward(self, x, c):
         vectors = self.condition(F.silu(c)).chunk(VECTORS, dim=1)
+        cut = self.sums(c, x)
         streams = [x]
         tapped = []
         y = x
@@ -150,7 +185,8 @@ class RandomProgram(nn.Module):
             norm = self.norms[step.which % len(self.norms)]
             x = streams[-1]
             scale, shift, gate = (
-                self.vector(kind, vectors, step.first + i, x) for i, kind in enumerate(step.kinds)
+                self.vector(kind, vectors, cut, step.first + i, x)
+                for i, kind in enumerate(step.kinds)
             )
             if step.name == "norm":
                 y = self.modulated(step, norm(x), scale, shift)
@@ -172,4 +208,5 @@ class RandomProgram(nn.Module):
             else:
                 # modulation that depends on the stream
                 vectors = self.condition(F.silu(c + layer(x.mean(1)))).chunk(VECTORS, dim=1)
+                cut = self.sums(c, x)
         return (streams[-1], *tapped)
