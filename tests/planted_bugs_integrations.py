@@ -9,9 +9,11 @@ PATTERNS = "sra_fast/integrations/patterns.py"
 REWRITING = "sra_fast/integrations/rewriting.py"
 REPORT = "sra_fast/integrations/report.py"
 BACKEND = "sra_fast/integrations/backend.py"
+TABLES = "sra_fast/integrations/tables.py"
 PATCHES = "sra_fast/integrations/patches.py"
 
 T_PATTERNS = "tests/integrations/test_patterns.py"
+T_TABLES = "tests/integrations/test_tables.py"
 T_BACKEND = "tests/integrations/test_backend.py"
 T_PATCHES = "tests/integrations/test_patches.py"
 
@@ -232,5 +234,68 @@ BUGS = [
         "same_dtype = value(second.root).dtype == value(first.root).dtype",
         "same_dtype = True",
         T_PATTERNS,
+    ),
+    (
+        "tables: never taken apart",
+        REWRITING,
+        "found = find_sum(node, [root], self.facts)",
+        "found = None",
+        T_TABLES,
+    ),
+    (
+        "tables: any sum",
+        TABLES,
+        "is_one_row = same(sizes[-1], whole.shape[-1]) and all(same(n, 1) for n in sizes[:-1])",
+        "is_one_row = True",
+        T_TABLES,
+    ),
+    (
+        "tables: an embedding that changes is read late",
+        TABLES,
+        "node not in facts.position or facts.is_changed(node)",
+        "node not in facts.position",
+        T_TABLES,
+    ),
+    (
+        "tables: gradients that the sum had not",
+        TABLES,
+        "return facts.one_grad_mode([*passed, *used_by])",
+        "return True",
+        T_TABLES,
+    ),
+    (
+        "tables: a sum in fp64",
+        TABLES,
+        "if whole.dtype != torch.float64 and torch.float64 in (vectors.dtype, table.dtype):",
+        "if False:",
+        T_TABLES,
+    ),
+    (
+        "tables: a cut for every vector",
+        REWRITING,
+        "known = self.cut_alike.get((step, operand))",
+        "known = None",
+        f"{T_TABLES}::test_one_cut_for_all_vectors",
+    ),
+    (
+        "tables: a cut stays where it was",
+        REWRITING,
+        "            step.prepend(known)\n",
+        "            pass\n",
+        f"{T_TABLES}::test_cuts_that_move_twice",
+    ),
+    (
+        "tables: sums stay in the graph",
+        REWRITING,
+        "self.taken_apart.update([found.total, *found.steps])",
+        "pass",
+        T_TABLES,
+    ),
+    (
+        "tables: one embedding is not expanded",
+        TABLES,
+        "return None if set(sizes) == {-1} else sizes",
+        "return None",
+        T_TABLES,
     ),
 ]

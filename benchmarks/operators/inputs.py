@@ -38,6 +38,13 @@ def rows_per_token(
     return *tokens, *projection.chunk(6, 2)[:vectors]
 
 
+def rows_and_tables(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    """Residual stream and branch [B, T, D], three slices of one projection [B, T, 6 D], and a row [D] of an
+    fp32 table for each of them.
+    """
+    return *rows_per_token(shape, dtype, randn, 2, 3), *randn(3, shape.sizes[1]).unbind(0)
+
+
 def rows_and_weight(
     shape: Shape, dtype: torch.dtype, randn: Callable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -345,6 +345,43 @@ OPERATORS["adaln_per_token"] = Operator(
 )
 
 
+# vectors per token that a table is added to, in fp32 as in Wan 2.2
+
+
+def plain_gated_residual_adaln_table(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    gate_table: Tensor,
+    shift_table: Tensor,
+    scale_table: Tensor,
+) -> tuple[Tensor, Tensor]:
+    gate = gate_table + gate.float()
+    shift = shift_table + shift.float()
+    scale = scale_table + scale.float()
+    x = (x.float() + y * gate).type_as(x)
+    return x, plain_adaln_per_token(x.float(), shift, scale).type_as(x)
+
+
+def _gated_residual_adaln_table(function: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Call the operator, or its definition, on the inputs."""
+    x, y, *vectors = inputs
+    return function(x, y, *zip(vectors[:3], vectors[3:], strict=True), EPS)
+
+
+OPERATORS["gated_residual_adaln_table"] = Operator(
+    make=inputs.rows_and_tables,
+    ours=lambda *inputs: _gated_residual_adaln_table(ops.gated_residual_adaln, *inputs),
+    reference=functools.partial(_gated_residual_adaln_table, gated_residual_adaln_ref),
+    eager=plain_gated_residual_adaln_table,
+    # the tables are three rows for all tokens
+    bytes=row_bytes(forward=(7, 0), backward=(10, 0), per_token=8),
+    grads=(0, 1, 2, 3, 4, 5, 6, 7),
+)
+
+
 # one norm with two modulations, for two attentions of one block
 
 

@@ -73,8 +73,8 @@ def find_sum(vector: Node, used_by: Iterable[Node], facts: Facts) -> Sum | None:
 
 
 def _is_step(node: Node) -> bool:
-    """Whether a call cuts a tensor along dimensions that it names, whatever the sizes of the
-    others, or is a cast.
+    """Whether a call cuts a tensor, whatever the sizes of dimensions that it leaves alone, or is a
+    cast.
     """
     if is_cast(node):
         return True
@@ -89,11 +89,8 @@ def _is_step(node: Node) -> bool:
         return all(isinstance(i, int | slice) or i is Ellipsis for i in index)
     if is_call(node, PART_FUNCTIONS, PARTS):
         return True
-    # without a dimension it would squeeze whatever has one element
-    with_dimension = len(node.args) == 2 or "dim" in node.kwargs
-    if is_call(node, (torch.squeeze, torch.unsqueeze), ("squeeze", "unsqueeze")):
-        return with_dimension
-    return is_call(node, (torch.select, torch.narrow), ("select", "narrow"))
+    functions = (torch.squeeze, torch.unsqueeze, torch.select, torch.narrow)
+    return is_call(node, functions, ("squeeze", "unsqueeze", "select", "narrow"))
 
 
 def _fits(found: Sum, vector: Node) -> bool:

@@ -44,7 +44,8 @@ def rows_of(path: Path) -> list[dict]:
 def test_every_operator_with_a_kernel_is_measured():
     # operators inside a half-block or the teacher, which nobody calls from outside
     inner = {"quantize_rows", "gelu", "swiglu", "concat_columns"}
-    variants = {"adaln_per_token", "gated_residual_adaln_per_token", "gated_residual_adaln_two"}
+    variants = {"adaln_per_token", "gated_residual_adaln_per_token", "gated_residual_adaln_table"}
+    variants |= {"gated_residual_adaln_two"}
     assert set(OPERATORS) == {*ops.__all__, *inner, *variants}
     kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     # operators without a kernel file of their name
@@ -153,6 +154,10 @@ PATTERNS = {
         r" adaln +forward +(\d+) s B T D",
         r" adaln +forward .{1,60} backward +(\d+) s B T D",
     ),
+    "gated_residual_adaln_table": (
+        r"gated_residual_adaln forward +(\d+) s B T D",
+        r"gated_residual_adaln forward .{1,70} backward +(\d+) s B T D",
+    ),
     "gated_residual_adaln_per_token": (
         r"gated_residual_adaln forward +(\d+) s B T D",
         r"gated_residual_adaln forward .{1,70} backward +(\d+) s B T D",
@@ -175,6 +180,7 @@ FILES = {
     "gated_residual_norm": "adaln",
     "adaln_per_token": "per_token",
     "gated_residual_adaln_per_token": "per_token",
+    "gated_residual_adaln_table": "per_token",
     "gated_residual_adaln_two": "gated_residual_adaln",
 }
 IN_BYTES = ("noise_pair", "ema_update_", "adamw_ema_")

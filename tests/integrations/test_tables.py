@@ -1,9 +1,11 @@
 """``table + embedding`` per token: which sums the backend takes apart, and which it must not."""
 
+import one_line
 import programs
 import pytest
 import torch
 import torch.nn.functional as F
+from own_models import build
 from programs import B, D, Program, T, check
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -108,7 +110,7 @@ def in_a_row(m, x, c):
 def rows_first(m, x, c):
     """As SkyReels-V2: ``[B, 3, T, D]``."""
     e = (table(m)[None].unsqueeze(2) + embedding(m, x, c).transpose(1, 2)).chunk(3, dim=1)
-    return block(m, x, *(part.squeeze(1) for part in e))
+    return block(m, x, *(part.squeeze() for part in e))
 
 
 def one_embedding(m, x, c):
@@ -218,6 +220,18 @@ def test_half_precision_keeps_more_digits(graph):
 
     check(program, {FUSED: 1}, dtype=bf16)
     assert pairs(graph) == ["gate", "scale", "shift"]
+
+
+def test_a_video_model(graph):
+    """All six vectors of every block and both of the last norm, as in Wan 2.2 with a time per
+    token, and nothing that adds a table.
+    """
+    model, inputs = build("video, a time per token")
+    one_line.check(model, inputs, (1, 0, 6, 0))
+    assert len(pairs(graph)) == 6 * len(model.blocks) + 2
+    width = model.norm.normalized_shape[0]
+    shapes = [node.meta["example_value"].shape for node in additions(graph)]
+    assert not [shape for shape in shapes if len(shape) == 4 and shape[-1] == width]
 
 
 def test_dynamic_shapes(graph):
