@@ -9,6 +9,7 @@ QUANTIZE = "kernels/quantize_rows.py"
 O_ADALN = "sra_fast/ops/adaln.py"
 O_GATED = "sra_fast/ops/gated_residual.py"
 O_FUSED = "sra_fast/ops/gated_residual_adaln.py"
+O_TOKEN = "sra_fast/ops/_per_token.py"
 MODULATION = "sra_fast/ops/_modulation.py"
 REGISTER = "sra_fast/ops/_register.py"
 BACKEND = "sra_fast/ops/_backend.py"
@@ -20,6 +21,7 @@ T_FUSED = "tests/ops/test_gated_residual_adaln.py"
 T_OPTIONAL = "tests/ops/test_optional_vectors.py::test_forward_and_gradients"
 T_DIGITS = "tests/ops/test_optional_vectors.py::test_small_weights_keep_their_digits"
 T_TWO = "tests/ops/test_two_modulations.py"
+T_TABLES = "tests/ops/test_tables.py"
 T_ROWS = "tests/ops/test_rows.py"
 T_FAR = "tests/ops/test_far_rows.py"
 T_CONTRACTS = "tests/ops/test_contracts.py"
@@ -204,8 +206,8 @@ BUGS = [
     (
         "per-token dscale of dxhat",
         TOKEN,
-        "row * D + cols, dh * normed",
-        "row * D + cols, dh * factor_of(half[3], scale_ptr, IS_FACTOR) * normed",
+        "dscale = dh * normed",
+        "dscale = dh * factor_of(half[3], scale_ptr, IS_FACTOR) * normed",
         T_ADALN,
     ),
     (
@@ -542,8 +544,8 @@ BUGS = [
     (
         "per token: dgate from dy",
         TOKEN,
-        "offsets, dx * y, mask",
-        "offsets, dy * y, mask",
+        "dgate = dx * y",
+        "dgate = dy * y",
         T_OPTIONAL,
     ),
     (
@@ -570,9 +572,164 @@ BUGS = [
     (
         "per token: sums of one program",
         TOKEN,
-        "_store_sums(part_ptr + pid * K * D, sums_head",
-        "_store_sums(part_ptr + b * K * D, sums_head",
+        "part_ptr += pid * K * D",
+        "part_ptr += b * K * D",
         T_OPTIONAL,
+    ),
+    # tables
+    (
+        "table: not added to the gate",
+        TOKEN,
+        "            gate = _with_table(half[2], gate_table_ptr, cols, mask)",
+        "            gate = half[2].to(tl.float32)",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: that of the scale for the shift",
+        TOKEN,
+        "h += _with_table(half[3], shift_table_ptr, cols, mask)",
+        "h += _with_table(half[3], scale_table_ptr, cols, mask)",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: not in the tail of h",
+        TOKEN,
+        "_modulate_half(tail, xhat_tail, norm, tables, row",
+        "_modulate_half(tail, xhat_tail, norm, (None, None), row",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: the scale's not added in the backward",
+        TOKEN,
+        "scale = _with_table(half[3], scale_table_ptr, cols, mask)",
+        "scale = half[3].to(tl.float32)",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: dy without the gate's",
+        TOKEN,
+        "dy = dx * _with_table(half[2], gate_table_ptr, cols, mask)",
+        "dy = dx * half[2].to(tl.float32)",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: dshift_table with xhat",
+        TOKEN,
+        "dshift_table += dh",
+        "dshift_table += dh * xhat",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: the gate's gradient from rounded ones",
+        TOKEN,
+        "dgate_table += dgate",
+        "dgate_table += dgate.to(dgate_ptr.dtype.element_ty).to(tl.float32)",
+        f"{T_TABLES}::test_gradients_of_tables_are_summed_unrounded",
+    ),
+    (
+        "table: the scale's gradient from rounded ones",
+        TOKEN,
+        "dscale_table += dscale",
+        "dscale_table += dscale.to(dscale_ptr.dtype.element_ty).to(tl.float32)",
+        f"{T_TABLES}::test_gradients_of_tables_are_summed_unrounded",
+    ),
+    (
+        "table: the sum of another slot",
+        TOKEN,
+        "_store_sum(part_ptr, of_norm[2], shift_table_ptr",
+        "_store_sum(part_ptr, of_norm[3], shift_table_ptr",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: sums in the order of the arguments",
+        TOKEN,
+        "tables = (gate_table, shift_table, scale_table)\n    of_vectors",
+        "tables = (shift_table, scale_table, gate_table)\n    of_vectors",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: a sixth sum that is lost",
+        ROWS,
+        "tl.store(f_ptr + out, total, mask=live & (k == 5))",
+        "pass",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: another table's gradient",
+        O_TOKEN,
+        "None if shift_table is None else dshift_table",
+        "None if shift_table is None else dscale_table",
+        f"{T_TABLES}::test_forward_and_gradients",
+    ),
+    (
+        "table: a gradient of an h that nobody used",
+        O_TOKEN,
+        "            dshift_table = None\n",
+        "",
+        f"{T_TABLES}::test_one_output_unused",
+    ),
+    (
+        "table: one that learns alone has no gradient",
+        O_TOKEN,
+        "wants_grad(x, y, *vectors, residual, *tables)",
+        "wants_grad(x, y, *vectors, residual)",
+        f"{T_TABLES}::test_frozen_tables_and_frozen_vectors",
+    ),
+    (
+        "table: a column read as a row",
+        O_TOKEN,
+        "tables = [with_dense_rows(t) for t in tables]",
+        "tables = [*tables]",
+        f"{T_TABLES}::test_tables_in_any_layout",
+    ),
+    (
+        "table: sums that do not fit the registers",
+        O_TOKEN,
+        "kernels.TABLE_WIDTH_AFFINE if has_affine else kernels.TABLE_WIDTH",
+        "kernels.TABLE_WIDTH",
+        f"{T_TABLES}::test_wide_rows",
+    ),
+    (
+        "table: no sums in one pass",
+        O_FUSED,
+        "(bias, *affine, *tables)",
+        "(bias, *affine)",
+        f"{T_TABLES}::test_wide_rows",
+    ),
+    (
+        "table: added in the vectors' dtype",
+        MODULATION,
+        "vector = upcast(vector) + upcast(table)",
+        "vector = vector + table.to(vector.dtype)",
+        f"{T_TABLES}::test_sums_outside_the_kernel_are_fp32",
+    ),
+    (
+        "table: added in the vectors' dtype to wide rows",
+        MODULATION,
+        "return upcast(vectors) + upcast(table).flatten()",
+        "return vectors + table.to(vectors.dtype).flatten()",
+        f"{T_TABLES}::test_sums_outside_the_kernel_are_fp32",
+    ),
+    (
+        "table: always a pass of its own",
+        MODULATION,
+        "            return _spread(vector, x, F), table\n",
+        "            pass\n",
+        f"{T_TABLES}::test_the_kernel_adds_the_tables",
+    ),
+    (
+        "table: one in fp64 goes to the kernel",
+        MODULATION,
+        "for found in split_tables(others):",
+        "for found in split_tables(others)[:1]:",
+        f"{T_TABLES}::test_an_fp64_table_runs_the_reference",
+    ),
+    (
+        "table: one per image is taken",
+        MODULATION,
+        "and all(n == 1 for n in shape[:-1])",
+        "",
+        f"{T_TABLES}::test_what_a_pair_may_not_be",
     ),
     # eps, statistics, tails
     (

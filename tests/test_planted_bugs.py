@@ -27,6 +27,7 @@ import test_noise_pair
 import test_optional_vectors
 import test_qk_norm_rope
 import test_swiglu
+import test_tables
 import test_two_modulations
 
 fused = lambda device: test_gated_residual_adaln.test_variants(2, 3, 88, "layer", 0, True)
@@ -40,6 +41,11 @@ per_token = lambda device: test_optional_vectors.test_widths(
 )
 sandwich = lambda device: test_optional_vectors.test_widths(
     test_optional_vectors.WITH_KERNELS[0], (2, 5, 64), torch.float32
+)
+table = lambda which: (
+    lambda device: test_tables.test_forward_and_gradients(
+        test_tables.IN_THE_KERNEL[which], "triton"
+    )
 )
 layers = lambda op: (
     lambda device: test_adaln_linear.test_forward_and_gradients(
@@ -71,6 +77,8 @@ CHECKS = {
     "per token: dweight from dh": per_token,
     "per token: dbias without the gate": per_token,
     "per token: the gate of another token": per_token,
+    "table: not added to the gate": table(1),
+    "table: the sum of another slot": table(0),
     "sandwich: the stream lost": sandwich,
     "one is added to a factor": sandwich,
     "recomputed h without the scale": layers("linear"),

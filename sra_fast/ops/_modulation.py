@@ -159,7 +159,7 @@ def _describe(
     """The shapes that an operator takes, for an error message."""
     vectors = f"{', '.join(modulation)} [B, D] or [B, 1, D], [1, D], [D]"
     if within_image:
-        vectors += ", [B, T, D] or [B, F, D] with F a divisor of T, and a table [D]"
+        vectors += ", [B, T, D] or [B, F, D] with F a divisor of T, any of them with a table [D]"
     if takes_group:
         vectors += ", with a group [B, T] instead [B, G, D]"
     if channels:

@@ -34,7 +34,7 @@ def run(fn, inputs, douts, dtype=None):
 
 def check_against_fp64(kernel, naive, reference, inputs, douts, floor=4e-6):
     """Outputs and gradients of the kernel: at most twice as far from the fp64 truth as plain
-    PyTorch is.
+    PyTorch is. Returns them.
     """
     ours = run(kernel, inputs, douts)
     theirs = run(naive, inputs, douts)
@@ -43,6 +43,7 @@ def check_against_fp64(kernel, naive, reference, inputs, douts, floor=4e-6):
         assert a.shape == c.shape and a.dtype == b.dtype, f"result {i}"
         assert a.isfinite().all(), f"result {i} has a value that was never written"
         assert_kernel_close(a, b, c, floor=floor * max(1.0, c.abs().max().item()))
+    return ours
 
 
 class OpLog(TorchDispatchMode):

@@ -54,6 +54,7 @@ VARIANTS = [
             {"variant": "group", "recompute": True, "bias": True},
         )
     ),
+    {"dtype": bf16, "variant": "token", "tables": fp32},
     {"dtype": fp16},
     {"dtype": fp32, "y": bf16},
     {"dtype": fp32, "y": bf16, "modulation": bf16},
@@ -96,15 +97,22 @@ ACCESSES = {
         ["dx", "dy"],
         [],
     ),
-    # a row at a time; vectors [D] are read with it, for every use
+    # a row at a time; vectors [D] and tables are read with it, for every use
     "_per_token_fwd_kernel": (
-        ["x", "y", "bias", "gate", "weight", "norm_bias", "shift", "scale", "residual"],
+        [
+            *("x", "y", "bias", "gate", "weight", "norm_bias", "shift", "scale", "residual"),
+            *("gate_table", "shift_table", "scale_table"),
+        ],
         [],
         ["x_new", "h"],
         [],
     ),
+    # the table of a shift, which no gradient depends on, is never read
     "_per_token_bwd_kernel": (
-        ["dx_new", "dh", "z", "y", "gate", "weight", "norm_bias", "scale", "bias"],
+        [
+            *("dx_new", "dh", "z", "y", "gate", "weight", "norm_bias", "scale", "bias"),
+            *("gate_table", "scale_table"),
+        ],
         [],
         ["dx", "dy", "dgate", "dscale"],
         [],
@@ -262,7 +270,17 @@ def has_tight_limit(request):
         fused = request.kernel == "_gated_residual_adaln_bwd_kernel"
         if not fused or request.args["group_ptr"] is not None or request.arch != 90:
             return False
-    return all(request.bits(name) == 16 for name in ACCESSES[request.kernel][0])
+    names = ACCESSES[request.kernel][0]
+    if "per_token" in request.kernel:
+        # parts of it may be absent; sums for tables and weights take more
+        if has_tables(request) and request.args["weight_ptr"]:
+            return False
+        names = [name for name in names if request.bits(name) and not name.endswith("table")]
+    return all(request.bits(name) == 16 for name in names)
+
+
+def has_tables(request):
+    return any(request.args[f"{name}_table_ptr"] for name in ("gate", "shift", "scale"))
 
 
 def test_registers_and_spills(compiled):
@@ -301,16 +319,35 @@ WIDEST = [
     (per_token.AFFINE_WIDTH, {"variant": "token", "affine": True}),
     (per_token.FUSED_WIDTH, {"variant": "token"}),
     (per_token.FUSED_WIDTH_WITH_SUMS, {"variant": "token", "affine": True, "bias": True}),
+    *(
+        (width, {"variant": "token", "bias": True, "tables": fp32} | options)
+        for width, options in (
+            (per_token.TABLE_WIDTH, {}),
+            # the norm of a branch has a weight and one table
+            (per_token.TABLE_WIDTH, {"affine": True}),
+            (per_token.TABLE_WIDTH_AFFINE, {"affine": True}),
+            (per_token.FUSED_WIDTH_WITH_SUMS, {"affine": True}),
+        )
+    ),
 ]
 
 
 def is_launched(width, request):
-    """Whether the operators launch the kernel at this width, or split it into two."""
+    """Whether the operators launch the kernel at this width, or split it into two. With tables:
+    whether it is the widest backward of its kind; forwards take far fewer registers.
+    """
     args = request.args
     if request.kernel.startswith("_gated_residual_adaln"):
         return width <= gated_residual_adaln.MAX_WIDTH
     if "per_token" not in request.kernel:
         return True
+    if has_tables(request):
+        if "_fwd" in request.kernel:
+            return False
+        if args["y_ptr"] and args["scale_ptr"]:
+            return width == per_token.FUSED_WIDTH_WITH_SUMS
+        with_affine = args["weight_ptr"] and not args["IS_FACTOR"]
+        return width == (per_token.TABLE_WIDTH_AFFINE if with_affine else per_token.TABLE_WIDTH)
     with_sums = any(args[name] for name in ("bias_ptr", "weight_ptr", "norm_bias_ptr"))
     # with y and scale it is the update and the norm in one pass
     if args["y_ptr"] and args["scale_ptr"]:
