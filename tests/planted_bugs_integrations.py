@@ -13,7 +13,7 @@ TABLES = "sra_fast/integrations/tables.py"
 PATCHES = "sra_fast/integrations/patches.py"
 
 T_PATTERNS = "tests/integrations/test_patterns.py"
-T_TABLES = "tests/integrations/test_tables.py"
+T_TABLES = "tests/integrations/test_table_sums.py"
 T_BACKEND = "tests/integrations/test_backend.py"
 T_PATCHES = "tests/integrations/test_patches.py"
 
