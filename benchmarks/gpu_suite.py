@@ -64,6 +64,7 @@ WITHOUT_CODEGEN = ["--ignore-glob", "*/test_codegen_*.py", "-k", "not compiles_w
 MODEL_TESTS = [
     "tests/ops/test_optional_vectors.py",
     "tests/ops/test_two_modulations.py",
+    "tests/ops/test_tables.py",
     "tests/ops/test_qk_norm_rope.py",
     "tests/ops/test_swiglu.py",
     "tests/ops/test_attention.py",
@@ -77,6 +78,10 @@ DIFFUSERS_MODELS = {
     "sd3": ["--model", "SD3Transformer2DModel", "--batch", "8", "--layers", "2"],
     "flux": ["--model", "FluxTransformer2DModel", "--batch", "4", "--layers", "2"],
     "wan": ["--model", "WanTransformer3DModel", "--batch", "2", "--layers", "2"],
+    "wan_tokens": [
+        *("--model", "WanTransformer3DModel, a time per token", "--batch", "2", "--layers", "2"),
+        "--per-token",
+    ],
     "lumina": ["--model", "Lumina2Transformer2DModel", "--batch", "4", "--layers", "2"],
 }
 CHECKOUT_MODELS = {

@@ -77,6 +77,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--variants", type=words, help=f"of {','.join(VARIANTS)}; default: all on a GPU")
     add("--then", choices=THEN, help="compiler after ours; default: inductor on a GPU")
+    per_token = "ours takes vectors per token from inductor, too"
+    add("--per-token", action="store_true", help=per_token)
     add("--device", choices=("cuda", "cpu"), default=default_device)
     add("--budget", type=float, default=1.0, help="seconds for one median (default 1)")
     add("--untimed", action="store_true", help="run every program once; no rows")
@@ -209,14 +211,18 @@ class Judge:
         return None
 
 
-def compile_variant(model: nn.Module, variant: str, then: str) -> None:
-    """Make the model the program of that name, in place."""
+def compile_variant(model: nn.Module, variant: str, then: str, per_token: bool = False) -> None:
+    """Make the model the program of that name, in place.
+
+    ``per_token``: ours replaces patterns with a vector per token whatever ``then`` is.
+    """
     torch._dynamo.reset()
     integrations.undo(model)
     if variant == "compile":
         model.compile(dynamic=False)
     elif variant == "ours":
-        integrations.compile(model, then=then, dynamic=False)
+        options = {"options": {"vectors_per_token": True}} if per_token else {}
+        integrations.compile(model, then=then, dynamic=False, **options)
 
 
 def time_variant(case: Case, device: str, budget: float) -> dict[str, dict]:
@@ -268,7 +274,7 @@ def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace
     """
     try:
         begin = time.perf_counter()
-        compile_variant(case.model, variant, args.then)
+        compile_variant(case.model, variant, args.then, args.per_token)
         results = case.run()
         seconds = time.perf_counter() - begin
         complaint = judge.complaint(results)
@@ -297,10 +303,10 @@ def run_variant(case: Case, judge: Judge, variant: str, args: argparse.Namespace
     return fields
 
 
-def run_untimed(case: Case, variant: str, then: str) -> bool:
+def run_untimed(case: Case, variant: str, args: argparse.Namespace) -> bool:
     """Run a program once. Returns whether it ran."""
     try:
-        compile_variant(case.model, variant, then)
+        compile_variant(case.model, variant, args.then, args.per_token)
         case.both()
     except Exception as error:
         print(f"{variant:8} cannot run: {type(error).__name__}: {str(error)[:200]}")
@@ -338,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         print("on a CPU ours runs the references, and its times say nothing about the kernels")
     if args.untimed:
-        ran = [run_untimed(case, variant, args.then) for variant in args.variants]
+        ran = [run_untimed(case, variant, args) for variant in args.variants]
         return 0 if all(ran) else 1
     judge = Judge(case, args.dtype)
     if args.device == "cuda":

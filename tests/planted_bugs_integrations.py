@@ -210,8 +210,8 @@ BUGS = [
     (
         "backend: inductor gets operators with a vector per token",
         BACKEND,
-        'vectors_per_token=name != "inductor"',
-        "vectors_per_token=True",
+        'options.pop("vectors_per_token", then != "inductor")',
+        'options.pop("vectors_per_token", True)',
         T_BACKEND,
     ),
     (

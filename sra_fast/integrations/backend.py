@@ -49,6 +49,20 @@ def _next_backend(then: str, mode: str | None, options: dict[str, Any]) -> Calla
     return lambda graph, inputs: inductor(graph, inputs, config_patches=patches)
 
 
+def _take_per_token(options: dict[str, Any], then: str) -> bool:
+    """Remove ``vectors_per_token`` from the options; its value, or the default.
+
+    Raises:
+        ValueError: it is neither True nor False.
+    """
+    given = options.pop("vectors_per_token", then != "inductor")
+    if not isinstance(given, bool):
+        raise ValueError(
+            f"sra_fast backend: expected vectors_per_token True or False, got {given!r}"
+        )
+    return given
+
+
 def backend(
     graph_module: GraphModule,
     inputs: Sequence[Any],
@@ -63,15 +77,19 @@ def backend(
         inputs: example inputs, the parameters included.
         mode: inductor's ``mode``, for example ``"max-autotune"``.
         options: ``{"then": "inductor" | "aot_eager" | "eager"}`` says which backend gets the
-            rewritten graph (default: inductor); everything else is inductor's.
+            rewritten graph (default: inductor); ``{"vectors_per_token": bool}`` whether patterns
+            with one vector per token become operators (default: not for inductor); everything
+            else is inductor's.
 
     Raises:
-        ValueError: ``then`` or ``mode`` is unknown, or ``then`` takes no options.
+        ValueError: ``then``, ``mode`` or ``vectors_per_token`` is unknown, or ``then`` takes no
+            options.
     """
     options = dict(options or {})
     name = options.pop("then", "inductor")
+    per_token = _take_per_token(options, name)
     then = _next_backend(name, mode, options)
-    result = rewrite(graph_module, vectors_per_token=name != "inductor")
+    result = rewrite(graph_module, vectors_per_token=per_token)
     record = describe(result, graph_module, inputs)
     _logger.info(
         "%d rewrites, %d near misses in a graph of %d nodes",
@@ -105,7 +123,7 @@ def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
     Args:
         model: any module. Norms with modulation and gated residuals of ``[B, T, D]`` tokens in it
             become calls of ``sra_fast.ops``; everything else stays. So does, for inductor, what has
-            one vector per token.
+            one vector per token, unless ``options={"vectors_per_token": True}`` asks for it.
         then: the backend that compiles the result: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         options: arguments of ``torch.compile``: ``fullgraph``, ``dynamic``, ``mode``, ``options``.
 
@@ -129,7 +147,9 @@ def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
         raise ValueError(f"sra_fast compile: expected options as a dict, got {further!r}")
     if mode is not None and further:
         raise ValueError("sra_fast compile: expected mode or options, got both")
-    _next_backend(then, None if mode == "default" else mode, further)
+    of_next = dict(further)
+    _take_per_token(of_next, then)
+    _next_backend(then, None if mode == "default" else mode, of_next)
     if then != "inductor":
         options["options"] = {**further, "then": then}
     for module in model.modules():

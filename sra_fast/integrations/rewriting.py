@@ -60,8 +60,9 @@ _MOVABLE_METHODS = {
 
 
 # nothing is summed over tokens, so inductor fuses norm, residual and what makes the vectors. In front
-# of an operator the vectors would be written and read: by bytes that costs more than is gained.
-# Which kernels are faster by themselves has not been measured.
+# of an operator the vectors are written and read, unless they are slices of a product or their sum
+# with a table, and then the operator moves as many bytes forward as inductor's kernel. Which is
+# faster has not been measured.
 LEFT_PER_TOKEN = "a vector per token: left to inductor, which fuses it with what makes it"
 
 

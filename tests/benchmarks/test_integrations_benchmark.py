@@ -85,8 +85,8 @@ def test_wrong_results_have_no_time(rows, capsys, monkeypatch, tmp_path):
     """A program that is wrong by a thousandth is noticed."""
     compile_variant = benchmark.compile_variant
 
-    def break_ours(model, variant, then):
-        compile_variant(model, variant, then)
+    def break_ours(model, variant, *options):
+        compile_variant(model, variant, *options)
         if variant == "ours":
             model.head.register_forward_hook(lambda module, args, out: 1.001 * out)
 

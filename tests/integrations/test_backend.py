@@ -343,6 +343,10 @@ def test_a_training_run_is_the_same():
         ),
         (lambda: integrations.compile(stack(), options=3), "expected options as a dict, got 3"),
         (
+            lambda: integrations.compile(stack(), options={"vectors_per_token": "yes"}),
+            "expected vectors_per_token True or False, got 'yes'",
+        ),
+        (
             lambda: integrations.compile(stack(), mode="default", options={"x": 1}),
             "expected mode or options, got both",
         ),
@@ -388,9 +392,14 @@ def test_a_vector_per_token_is_left_to_inductor(no_inductor, part):
         "a vector per token: left to inductor, which fuses it with what makes it"
     ]
     assert no_inductor == [None]
+    for other_way in ({"then": "eager"}, {"options": {"vectors_per_token": True}}):
+        torch._dynamo.reset()
+        taken = lambda model: integrations.compile(model, **other_way)  # noqa: B023, called here
+        check(Program(program), taken, {FUSED: 1})
     torch._dynamo.reset()
-    aot = lambda model: integrations.compile(model, then="eager")
-    check(Program(program), aot, {FUSED: 1})
+    kept = {"vectors_per_token": False, "then": "eager"}
+    left = lambda model: model.compile(backend="sra_fast", options=kept)
+    check(Program(program), left, expected)
 
 
 def test_options_reach_inductor(no_inductor):

@@ -77,7 +77,21 @@ def test_one_line_changes_only_roundings(name):
     check(model, inputs, COUNTS[name], has_truth=name not in NO_TRUTH)
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_ltx_with_a_time_per_token():
+    """Its table is added to an embedding per token then."""
+    model, inputs = build("LTXVideoTransformer3DModel", True, TINY, "cpu", torch.float32)
+    images, tokens, _ = inputs["hidden_states"].shape
+    inputs["timestep"] = torch.arange(100.0, 100.0 + tokens).repeat(images, 1)
+    check(model, inputs, COUNTS["LTXVideoTransformer3DModel"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("FluxTransformer2DModel", "WanTransformer3DModel"),
+        "WanTransformer3DModel, a time per token",
+    ],
+)
 def test_bf16(name):
     """As from_pretrained loads it: Wan's tables and norms stay in fp32."""
     model, inputs = build(name, True, TINY, "cpu", torch.bfloat16)
