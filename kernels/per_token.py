@@ -248,11 +248,10 @@ def _norm_half(
 
 
 @triton.jit
-def _store_half(half, grads, stats, pointers, sums, row, live, cols, D: tl.constexpr):
+def _store_half(half, grads, stats, update, stores, sums, row, live, cols, D: tl.constexpr):
     """Store dx, dy and dgate of head or tail of a row; return the sums over tokens."""
-    y_ptr, gate_ptr, gate_table_ptr, bias_ptr, dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr = (
-        pointers
-    )
+    y_ptr, gate_ptr, gate_table_ptr, bias_ptr = update
+    dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr = stores
     offsets = row * D + cols
     mask = live & (cols < D)
     # gradient of the norm, plus what reaches x' along the residual stream
@@ -353,11 +352,8 @@ def _per_token_bwd_kernel(
     loads = (z_ptr, y_ptr, gate_ptr, scale_ptr, dx_new_ptr, dh_ptr)
     norm = (weight_ptr, norm_bias_ptr, scale_ptr, dscale_ptr)
     tables = (shift_table_ptr, scale_table_ptr)
-    # fmt: off
-    update = (
-        y_ptr, gate_ptr, gate_table_ptr, bias_ptr, dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr
-    )
-    # fmt: on
+    update = (y_ptr, gate_ptr, gate_table_ptr, bias_ptr)
+    stores = (dx_new_ptr, dh_ptr, dx_ptr, dy_ptr, dgate_ptr)
 
     for t in range(split * num_rows, (split + 1) * num_rows):
         # every load of the row before the first use
@@ -390,11 +386,11 @@ def _per_token_bwd_kernel(
             grads_tail = (xhat_tail, dxhat_tail, c1, c2)
         # dx, dy and dgate of this row
         update_head = _store_half(
-            head, grads_head, stats, update, update_head, row, live, head_cols, D
+            head, grads_head, stats, update, stores, update_head, row, live, head_cols, D
         )
         if TAIL:
             update_tail = _store_half(
-                tail, grads_tail, stats, update, update_tail, row, live, tail_cols, D
+                tail, grads_tail, stats, update, stores, update_tail, row, live, tail_cols, D
             )
 
     # one partial sum of each gradient [D] per program
