@@ -112,11 +112,11 @@ class Facts:
             self._grad_region[node] = grad_region
             self._region[node] = region
 
-    def replace(self, old: Node, new: Node) -> None:
-        """Let a node take the place of another."""
-        self.position[new] = self.position[old]
-        self._grad_region[new] = self._grad_region[old]
-        self._region[new] = self._region[old]
+    def add(self, new: Node, like: Node) -> None:
+        """Let a new node stand where another does."""
+        self.position[new] = self.position[like]
+        self._grad_region[new] = self._grad_region[like]
+        self._region[new] = self._region[like]
 
     def is_changed(self, node: Node) -> bool:
         """Whether anything changes the node's tensor in place."""
@@ -182,7 +182,7 @@ def replace_in_place(graph: Graph) -> None:
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
-        facts.replace(node, replacement)
+        facts.add(replacement, node)
         names[storage(value(x))] = [
             replacement if n is node else n for n in names[storage(value(x))]
         ]

@@ -45,6 +45,11 @@ class Norm:
     bias: Node | None = None
     inside: list[Node] = field(default_factory=list)
 
+    @property
+    def reads(self) -> list[Node]:
+        """Its arguments."""
+        return [node for node in (self.x, self.weight, self.bias) if node is not None]
+
 
 @dataclass(frozen=True)
 class Miss:

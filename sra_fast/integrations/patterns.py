@@ -62,6 +62,17 @@ class Modulated:
         return self.scale is None and self.shift is None
 
     @property
+    def vectors(self) -> list[Node]:
+        """Shift and scale, as the operator reads them."""
+        scale = None if self.scale is None else scale_of(self.scale)[0]
+        return [vector for vector in (self.shift, scale) if vector is not None]
+
+    @property
+    def others(self) -> list[Node]:
+        """What the operator reads besides."""
+        return self.norm.reads
+
+    @property
     def has_vector_per_token(self) -> bool:
         """Whether scale or shift is ``[B, T, D]``."""
         return _has_vector_per_token([self.scale, self.shift], self.norm.x)
@@ -77,6 +88,16 @@ class Residual:
     gate: Node | None
     norm: Norm | None
     inside: list[Node]
+
+    @property
+    def vectors(self) -> list[Node]:
+        """The gate, if there is one."""
+        return [] if self.gate is None else [self.gate]
+
+    @property
+    def others(self) -> list[Node]:
+        """What the operator reads besides."""
+        return [self.x, self.y, *([] if self.norm is None else self.norm.reads)]
 
     @property
     def has_vector_per_token(self) -> bool:

@@ -12,7 +12,8 @@ from sra_fast.integrations.tokens import scale_of
 
 def refusal(found: Modulated | Residual, facts: Facts) -> str | None:
     """Why a pattern may not be replaced, or None if it may."""
-    read = _reads(found)
+    # the inputs of the operator that would replace the pattern
+    read = [*found.others, *found.vectors]
     inside = [*found.inside, *_passed_over(found, read)]
     if any(facts.is_changed(node) for node in [*inside, *read]):
         return "a tensor that it reads is changed in place"
@@ -27,18 +28,6 @@ def refusal(found: Modulated | Residual, facts: Facts) -> str | None:
     if _depends_on_strides(found.root):
         return "a view of its result depends on how it lies in memory"
     return None
-
-
-def _reads(found: Modulated | Residual) -> list[Node]:
-    """The inputs of the operator that would replace the pattern."""
-    if isinstance(found, Modulated):
-        scale = None if found.scale is None else scale_of(found.scale)[0]
-        norm = found.norm
-        read = [norm.x, scale, found.shift, norm.weight, norm.bias]
-    else:
-        weight = None if found.norm is None else found.norm.weight
-        read = [found.x, found.y, found.gate, weight]
-    return [node for node in read if node is not None]
 
 
 def _passed_over(found: Modulated | Residual, read: list[Node]) -> list[Node]:

@@ -19,7 +19,6 @@ from sra_fast.integrations.facts import Facts, replace_in_place
 from sra_fast.integrations.graph import (
     bodies,
     insert,
-    is_add,
     is_cast,
     is_mul,
     is_transformed,
@@ -39,7 +38,7 @@ from sra_fast.integrations.patterns import (
     plain_residual,
 )
 from sra_fast.integrations.refusals import refusal
-from sra_fast.integrations.tables import Sum, find_sum, sizes_of_table, sizes_of_vectors
+from sra_fast.integrations.tables import Part, find_part, is_step, steps_from_sum, take_apart
 from sra_fast.integrations.tokens import other, scale_of, users_after_casts, vector_kind
 
 # calls that may be made earlier: their results depend on their arguments alone. No random numbers,
@@ -157,10 +156,11 @@ class _Rewriter:
         self.taken: set[Node] = set()
         # what took the place of a node that was replaced
         self.replaced: dict[Node, Node] = {}
-        # of sums that were taken apart: the call that cuts an operand as another cuts the sum
-        self.cut_alike: dict[tuple[Node, Node], Node] = {}
-        # the calls of these sums, to be erased with their last user
-        self.taken_apart: set[Node] = set()
+        # vectors per token and a row of a table, in place of a vector
+        self.pairs: dict[Node, tuple[Node, Node]] = {}
+        # bytes that a sum moves, by the first of its vectors; those that the next call saves
+        self.sum_bytes: dict[Node, int] = {}
+        self.saved = 0
 
     def run(self) -> None:
         self._find()
@@ -168,6 +168,7 @@ class _Rewriter:
         pairs = self._pair()
         for found in [*self._all(), *pairs]:
             self.taken.update(found.inside)
+        sums = self._take_sums_apart(pairs)
         paired = {id(part) for pair in pairs for part in (pair.residual, *pair.norms)}
         alone = [found for found in self._all() if id(found) not in paired]
         # in the order of execution, so that operands are replaced before they are used
@@ -176,6 +177,9 @@ class _Rewriter:
                 self._replace_pair(found)
             else:
                 self._replace_one(found)
+        for node in reversed(list(self.graph.nodes)):
+            if node in sums and not node.users:
+                self.graph.erase_node(node)
 
     def _miss(self, node: Node, reason: str) -> None:
         miss = NearMiss(where(node), reason)
@@ -298,6 +302,58 @@ class _Rewriter:
         others = [n for n in found.inside if n is not x and set(n.users) - set(found.inside)]
         return None if taken or others else found
 
+    def _take_sums_apart(self, pairs: list[_Pair]) -> set[Node]:
+        """Prepare vectors and a row of a table in place of each vector per token that was cut out
+        of ``table + vectors``.
+
+        A sum is taken apart if the operators replace whatever reads it.
+
+        Returns:
+            The calls of these sums, to be erased once the patterns are replaced.
+        """
+        parts: dict[Node, Part] = {}
+        stay: set[Node] = set()
+        for found in self._all():
+            for vector in found.vectors:
+                source = steps_from_sum(vector)
+                if source is None:
+                    continue
+                part = None
+                if vector_kind(vector, value(found.root)) == "token" and not _is_viewed(found):
+                    part = find_part(vector, found.root, self.facts)
+                if part is None or not self.taken.isdisjoint([part.total, *part.steps]):
+                    stay.add(source[0])
+                else:
+                    parts[vector] = part
+        others = {
+            node
+            for found in [*self._all(), *(pair.residual for pair in pairs)]
+            for node in found.others
+        }
+        parts = {
+            vector: part
+            for vector, part in parts.items()
+            if part.total not in stay and self._goes_away(part.total, others)
+        }
+        self.pairs = take_apart(self.graph, parts, self.facts)
+        calls: set[Node] = set()
+        for vector, part in parts.items():
+            if part.total not in calls:
+                self.sum_bytes[vector] = _traffic(part.total)
+            calls.update([part.total, *part.steps, *part.casts])
+        return calls
+
+    def _goes_away(self, node: Node, others: set[Node]) -> bool:
+        """Whether only vectors of patterns are made of a node; ``others`` are what these read
+        besides.
+        """
+        return node not in others and all(
+            user in self.taken
+            or (is_step(user) or scale_of(user) is not None)
+            and self._goes_away(user, others)
+            for user in node.users
+        )
+
     def _now(self, node: Node | None) -> Node | None:
         """The node that holds a value now."""
         while node in self.replaced:
@@ -314,7 +370,7 @@ class _Rewriter:
                 args = (x,)
             else:
                 x, y = self._operands(found)
-                gate = self._vector(found.gate, found.x, root)
+                gate = self._vector(found.gate, found.x)
                 name = "gated_residual"
                 args = (x, y, gate)
                 vectors = {}
@@ -344,7 +400,7 @@ class _Rewriter:
         roots = [found.root for found in (residual, *pair.norms)]
         with self.graph.inserting_before(anchor):
             x, y = self._operands(residual)
-            gate = self._vector(residual.gate, residual.x, residual.root)
+            gate = self._vector(residual.gate, residual.x)
             arguments = self._norm_arguments(norm, residual.x)
             for second in seconds:
                 vectors = self._norm_arguments(second, residual.x)
@@ -375,7 +431,12 @@ class _Rewriter:
         users = [user for user in total.users if not _goes_with(user, inside)]
         if any(order[user] < order[anchor] for user in users):
             anchor = total
-        needed = [vector for norm in pair.norms for vector in (norm.scale, norm.shift)]
+        needed: list[Node | None] = []
+        for norm in pair.norms:
+            # what the operator reads
+            base = None if norm.scale is None else scale_of(norm.scale)[0]
+            needed += self.pairs.get(base, (norm.scale,))
+            needed += self.pairs.get(norm.shift, (norm.shift,))
         needed += [pair.norms[0].norm.weight, pair.norms[0].norm.bias]
         late: set[Node] = set()
         waiting = [self._now(node) for node in needed if node is not None]
@@ -416,11 +477,11 @@ class _Rewriter:
     def _norm_arguments(self, found: Modulated, tokens: Node) -> dict[str, Any]:
         """The keyword arguments of a modulated norm; ``tokens`` has the shape of its input."""
         norm = found.norm
-        shift = self._vector(found.shift, tokens, found.root)
+        shift = self._vector(found.shift, tokens)
         scale = None
         if found.scale is not None:
             base, views = scale_of(found.scale)
-            scale = self._vector(self._view_again(base, views), tokens, found.root)
+            scale = self._vector(self._view_again(base, views), tokens)
         arguments = {"shift": shift, "scale": scale, **self._affine(norm)}
         dtype = value(found.root).dtype
         if dtype != value(norm.x).dtype:
@@ -451,59 +512,16 @@ class _Rewriter:
                 )
         return node
 
-    def _vector(self, node: Node | None, tokens: Node, root: Node) -> Any:
-        """A vector in a shape that the operators take; of a sum of a table and vectors per token
-        the two as a pair.
-
-        Args:
-            node: the vector.
-            tokens: has the shape of x.
-            root: the pattern that reads it.
-        """
+    def _vector(self, node: Node | None, tokens: Node) -> Any:
+        """A vector in a shape that the operators take; with a table as a pair."""
         node = self._now(node)
         if node is None:
             return None
-        found = None
-        if vector_kind(node, value(tokens)) == "token":
-            found = find_sum(node, [root], self.facts)
-        if found is None or found.total in self.taken:
+        if node not in self.pairs:
             return self._in_shape(node, tokens)
-        self.taken_apart.update([found.total, *found.steps])
-        vectors, table = self._operands_cut_alike(found)
-        return self._in_shape(vectors, tokens), table
-
-    def _operands_cut_alike(self, found: Sum) -> tuple[Node, Node]:
-        """Vectors per token and their table, cut as their sum was."""
-        shape = sizes_of_table(value(found.table), value(found.total))
-        expand = sizes_of_vectors(value(found.vectors), shape)
-        cut = []
-        for operand, method, sizes in (
-            (found.vectors, "expand", expand),
-            (found.table, "reshape", shape),
-        ):
-            node = self._now(operand)
-            if sizes is not None and sizes != [*value(operand).shape]:
-                node = self._again(found.total, operand, method, node, *sizes)
-            for step in found.steps:
-                if not is_cast(step):
-                    rest = step.args[1:]
-                    node = self._again(step, operand, step.target, node, *rest, **step.kwargs)
-            cut.append(node)
-        return cut[0], cut[1]
-
-    def _again(self, step: Node, operand: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A call right before a step of a sum, with its operand in its place; one for all vectors
-        that are cut out of it.
-        """
-        known = self.cut_alike.get((step, operand))
-        if known is None:
-            with self.graph.inserting_before(step):
-                known = insert(self.graph, target, *args, like=step, **kwargs)
-            self.cut_alike[step, operand] = known
-        else:
-            # the step may have been moved since
-            step.prepend(known)
-        return known
+        self.saved += self.sum_bytes.pop(node, 0)
+        vectors, row = self.pairs[node]
+        return self._in_shape(vectors, tokens), row
 
     def _in_shape(self, node: Node, tokens: Node) -> Node:
         """A vector in a shape that the operators take."""
@@ -541,36 +559,30 @@ class _Rewriter:
     ) -> None:
         """Connect the users of the pattern to the operator, and erase what nobody uses now."""
         before = sum(_traffic(node) for node in set(inside))
+        before += self.saved
+        self.saved = 0
         first = where(outputs[-1][0])
         moved = sum(nbytes(tensor) for node in set(after) for tensor in tensors(node))
         for old, new in outputs:
             old.replace_all_uses_with(new)
             self.replaced[old] = new
-        before += self._erase(inside)
+        self._erase(inside)
         self.result.rewrites.append(Rewrite(name, first, before, moved))
 
-    def _erase(self, nodes: list[Node]) -> int:
-        """Erase nodes of patterns without users, and casts, views, ``1 + scale`` and sums with a
-        table that only they read.
-
-        Returns:
-            Bytes that these sums would have read and written.
+    def _erase(self, nodes: list[Node]) -> None:
+        """Erase nodes of patterns without users, and casts, views and ``1 + scale`` that only they
+        read.
         """
-        saved = 0
         waiting = list(nodes)
         while waiting:
             node = waiting.pop()
             if node.users or node._erased or node.op == "placeholder":
                 continue
-            between = is_cast(node) or is_view(node) or scale_of(node)
-            if node not in nodes and node not in self.taken_apart and not between:
+            if node not in nodes and not (is_cast(node) or is_view(node) or scale_of(node)):
                 continue
-            if node in self.taken_apart and is_add(node):
-                saved += _traffic(node)
             before = node.all_input_nodes
             self.graph.erase_node(node)
             waiting += before
-        return saved
 
 
 def _goes_with(node: Node, inside: set[Node]) -> bool:
@@ -578,6 +590,13 @@ def _goes_with(node: Node, inside: set[Node]) -> bool:
     if node in inside:
         return True
     return is_cast(node) and all(_goes_with(user, inside) for user in node.users)
+
+
+def _is_viewed(found: Modulated | Residual) -> bool:
+    """Whether ``1 + scale`` is read in another shape than the scale has."""
+    if isinstance(found, Residual) or found.scale is None:
+        return False
+    return any(is_view(node) for node in scale_of(found.scale)[1])
 
 
 def _is_modulation(product: Node, norm: Node) -> bool:
