@@ -291,16 +291,17 @@ def _store_sum(part_ptr, total, vector_ptr, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(part_ptr, of_norm, of_update, norm, update, cols, D: tl.constexpr):
-    """Store the partial sums of head or tail, those that there are."""
-    weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr = norm
-    bias_ptr, gate_table_ptr = update
-    part_ptr = _store_sum(part_ptr, of_norm[0], weight_ptr, cols, D)
-    part_ptr = _store_sum(part_ptr, of_norm[1], norm_bias_ptr, cols, D)
-    part_ptr = _store_sum(part_ptr, of_update[0], bias_ptr, cols, D)
-    part_ptr = _store_sum(part_ptr, of_update[1], gate_table_ptr, cols, D)
-    part_ptr = _store_sum(part_ptr, of_norm[2], shift_table_ptr, cols, D)
-    _store_sum(part_ptr, of_norm[3], scale_table_ptr, cols, D)
+def _store_sums(part_ptr, norm_sums, update_sums, pointers, cols, D: tl.constexpr):
+    """Store the partial sums of head or tail, those of the vectors that there are."""
+    weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr, bias_ptr, gate_table_ptr = pointers
+    dweight, dnorm_bias, dshift_table, dscale_table = norm_sums
+    dbias, dgate_table = update_sums
+    part_ptr = _store_sum(part_ptr, dweight, weight_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, dnorm_bias, norm_bias_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, dshift_table, shift_table_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, dscale_table, scale_table_ptr, cols, D)
+    part_ptr = _store_sum(part_ptr, dbias, bias_ptr, cols, D)
+    _store_sum(part_ptr, dgate_table, gate_table_ptr, cols, D)
 
 
 @triton.jit
@@ -323,8 +324,8 @@ def _per_token_bwd_kernel(
     dy_ptr,  # [B, T, D] or None, as are dgate and dscale
     dgate_ptr,
     dscale_ptr,
-    # [B, P, K, D] fp32: K of the gradients of weight, norm_bias, bias and the tables of gate, shift
-    # and scale
+    # [B, P, K, D] fp32: K of the gradients of weight, norm_bias, the tables of shift and scale,
+    # bias and the gate's table
     part_ptr,
     T,
     P,
@@ -395,12 +396,11 @@ def _per_token_bwd_kernel(
 
     # one partial sum of each gradient [D] per program
     if K > 0:
-        of_norm = (weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr)
-        of_update = (bias_ptr, gate_table_ptr)
         part_ptr += pid * K * D
-        _store_sums(part_ptr, norm_head, update_head, of_norm, of_update, head_cols, D)
+        vectors = (weight_ptr, norm_bias_ptr, *tables, bias_ptr, gate_table_ptr)
+        _store_sums(part_ptr, norm_head, update_head, vectors, head_cols, D)
         if TAIL:
-            _store_sums(part_ptr, norm_tail, update_tail, of_norm, of_update, tail_cols, D)
+            _store_sums(part_ptr, norm_tail, update_tail, vectors, tail_cols, D)
 
 
 def _are_dense(*arrays: Tensor | None) -> bool:
@@ -500,14 +500,15 @@ def per_token_bwd(
     rstd: Tensor,
     is_factor: bool = False,
     gate_table: Tensor | None = None,
-    shift_table: Tensor | None = None,
+    shift_table: torch.dtype | None = None,
     scale_table: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """dx, dy, dgate, dscale, dweight, dnorm_bias, dbias and the gradients of the tables of gate,
     shift and scale; empty where there is nothing to differ.
 
     The [B, T, D] arrays but gate and scale are contiguous. dh and z, what is normed (x' or x), are
-    None without a norm; dx is then dx' and empty here. The gradient of the shift is dh.
+    None without a norm; dx is then dx' and empty here. The gradient of the shift is dh. Of its
+    table nothing is read: ``shift_table`` is its dtype.
     """
     arrays = [t for t in (dx_new, dh, z, y, gate, scale) if t is not None]
     first = arrays[0]
@@ -516,9 +517,12 @@ def per_token_bwd(
     P, rows = split_rows(first, 1, len(arrays))
     like = lambda t: first.new_empty(0) if t is None else t.new_empty(t.shape)
     dx, dy, dgate, dscale = (like(t) for t in (z, y, gate, scale))
-    tables = (gate_table, shift_table, scale_table)
-    of_vectors = [like(t) for t in (weight, norm_bias, bias, *tables)]
-    sums = [t for t in of_vectors if t.numel()]
+    dweight, dnorm_bias, dbias = (like(t) for t in (weight, norm_bias, bias))
+    dgate_table, dscale_table = (like(t) for t in (gate_table, scale_table))
+    dshift_table = first.new_empty(0 if shift_table is None else D, dtype=shift_table)
+    # in the kernel's order
+    sums = [dweight, dnorm_bias, dshift_table, dscale_table, dbias, dgate_table]
+    sums = [t for t in sums if t.numel()]
     K = len(sums)
     part = first.new_empty(1, B * P, K, D, dtype=torch.float32)
     _per_token_bwd_kernel[(B * P,)](
@@ -531,7 +535,7 @@ def per_token_bwd(
         gate_table,
         weight,
         norm_bias,
-        shift_table,
+        dshift_table if dshift_table.numel() else None,
         scale,
         scale_table,
         mean if mean.numel() else None,
@@ -553,4 +557,5 @@ def per_token_bwd(
     )
     if K:
         sum_partials(part, *sums)
-    return dx, dy, dgate, dscale, *of_vectors
+    of_tables = (dgate_table, dshift_table, dscale_table)
+    return dx, dy, dgate, dscale, dweight, dnorm_bias, dbias, *of_tables

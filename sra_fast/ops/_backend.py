@@ -22,10 +22,13 @@ _said: set[str] = set()
 
 
 def check_tensors(operator: str, given: Mapping[str, object]) -> None:
-    """Raise ValueError unless every argument, given by name, is a tensor."""
+    """Raise ValueError unless every argument, given by name, is a tensor, and dense."""
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{operator}: expected {name} as a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            kind = "a nested one" if value.is_nested else value.layout
+            raise ValueError(f"{operator}: expected {name} as a dense tensor, got {kind}")
 
 
 def asked_backend(operator: str, backend: str | None) -> str:

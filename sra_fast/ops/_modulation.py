@@ -99,13 +99,11 @@ def check_inputs(
     if group is not None and not _is_integer(group):
         raise ValueError(f"{operator}: expected an integer group, got {group.dtype}")
     # Triton would read another device's address without an error
-    devices = {t.device for t in named.values()}
     if group is not None:
-        devices.add(group.device)
-    if len(devices) > 1:
-        raise ValueError(
-            f"{operator}: expected every tensor on one device, got {sorted(map(str, devices))}"
-        )
+        named["group"] = group
+    if len({t.device for t in named.values()}) > 1:
+        told = ", ".join(f"{name} {t.device}" for name, t in named.items())
+        raise ValueError(f"{operator}: expected every tensor on one device, got {told}")
     return [
         _in_one_shape(vector, table, x, count, group)
         for vector, table in zip(given, tables, strict=True)
@@ -159,7 +157,7 @@ def _describe(
     """The shapes that an operator takes, for an error message."""
     vectors = f"{', '.join(modulation)} [B, D] or [B, 1, D], [1, D], [D]"
     if within_image:
-        vectors += ", [B, T, D] or [B, F, D] with F a divisor of T, any of them with a table [D]"
+        vectors += ", [B, T, D] or [B, F, D] with F a divisor of T, or a pair (vectors, table [D])"
     if takes_group:
         vectors += ", with a group [B, T] instead [B, G, D]"
     if channels:

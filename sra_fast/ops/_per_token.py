@@ -53,12 +53,11 @@ def _fake_bwd(
     shift_table=None,
     scale_table=None,
 ):
-    tables = (gate_table, shift_table, scale_table)
     first = next(t for t in (dx_new, dh) if t is not None)
-    return tuple(
-        first.new_empty(0) if t is None else t.new_empty(t.shape)
-        for t in (z, y, gate, scale, weight, norm_bias, bias, *tables)
-    )
+    like = lambda t: first.new_empty(0) if t is None else t.new_empty(t.shape)
+    grads = [like(t) for t in (z, y, gate, scale, weight, norm_bias, bias, gate_table)]
+    dshift_table = first.new_empty(0 if shift_table is None else first.shape[2], dtype=shift_table)
+    return *grads, dshift_table, like(scale_table)
 
 
 _fwd = register(
@@ -73,7 +72,7 @@ _fwd = register(
 _bwd = register(
     "per_token_bwd(Tensor? dx_new, Tensor? dh, Tensor? z, Tensor? y, Tensor? bias, Tensor? gate,"
     " Tensor? weight, Tensor? norm_bias, Tensor? scale, Tensor mean, Tensor rstd,"
-    " bool is_factor=False, Tensor? gate_table=None, Tensor? shift_table=None,"
+    " bool is_factor=False, Tensor? gate_table=None, ScalarType? shift_table=None,"
     " Tensor? scale_table=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
     " Tensor, Tensor)",
     kernels.per_token_bwd,
@@ -118,9 +117,10 @@ class _PerToken(torch.autograd.Function):
         # neither h nor shift: no gradient depends on them, nor without a norm on x'
         z = x if y is None else x_new
         z = z if has_norm else None
-        # of the shift's table the backward takes only the dtype
-        ctx.save_for_backward(z, y, bias, gate, weight, norm_bias, scale, *tables, mean, rstd)
-        ctx.dtypes = [None if t is None else t.dtype for t in (shift, residual)]
+        vectors = (bias, gate, weight, norm_bias, scale)
+        ctx.save_for_backward(z, y, *vectors, gate_table, scale_table, mean, rstd)
+        # nothing but its dtype is needed of what is only added
+        ctx.dtypes = [None if t is None else t.dtype for t in (shift, residual, shift_table)]
         ctx.is_factor = is_factor
         ctx.operator = operator
         # an unused output then has gradient None instead of zeros
@@ -131,7 +131,8 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        z, y, *vectors, gate_table, shift_table, scale_table, mean, rstd = ctx.saved_tensors
+        z, y, *vectors, gate_table, scale_table, mean, rstd = ctx.saved_tensors
+        *added, shift_table = ctx.dtypes
         dx_new = None if y is None else _contiguous(grads[0])
         dh = None
         if z is not None:
@@ -154,7 +155,7 @@ class _PerToken(torch.autograd.Function):
         # the gradients of what is only added are those of the sums
         dx = dx_new if z is None else dx
         dshift, dresidual = (
-            None if dh is None or dtype is None else dh.to(dtype) for dtype in ctx.dtypes
+            None if dh is None or dtype is None else dh.to(dtype) for dtype in added
         )
         found = zip(
             (y, bias, gate, weight, norm_bias),

@@ -123,6 +123,7 @@ def gated_residual_norm(
         return out.contiguous()
     if is_per_token([vectors], x, group):
         affine = (norm_weight, None)
+        # a weight and one table: two sums, as of both tables of a modulation
         (vectors,) = with_tables_that_fit((vectors,), x, has_affine=False)
         options = {"eps": eps, "norm": norm, "dtype": x.dtype, "residual": x, "is_factor": True}
         return run_per_token(

@@ -201,6 +201,10 @@ def _per_token_launchers(x, y, dh, bias, vectors, tables, mean, rstd, rms, h):
     of_norm = (False, None, of_shift, of_scale)
     of_update = (False, of_gate, None, None)
     of_both = (False, *tables)
+    # a backward takes the dtype of the shift's table
+    dtype = None if of_shift is None else of_shift.dtype
+    back_of_norm = (False, None, dtype, of_scale)
+    back_of_both = (False, of_gate, dtype, of_scale)
     of_factor = (True, None, None, of_scale)
     none = (None, None)
     norm = (1e-6, rms, True)
@@ -210,7 +214,7 @@ def _per_token_launchers(x, y, dh, bias, vectors, tables, mean, rstd, rms, h):
             x, None, None, None, *affine, shift, scale, None, *norm, h, *of_norm
         ),
         "adaln_bwd": lambda: bwd(
-            None, dh, x, None, None, None, *affine, scale, mean, rstd, *of_norm
+            None, dh, x, None, None, None, *affine, scale, mean, rstd, *back_of_norm
         ),
         "gated_residual_fwd": lambda: fwd(
             x, y, bias, gate, *none, None, None, None, 0.0, False, False, None, *of_update
@@ -222,7 +226,7 @@ def _per_token_launchers(x, y, dh, bias, vectors, tables, mean, rstd, rms, h):
             x, y, bias, gate, *affine, shift, scale, None, *norm, h, *of_both
         ),
         "gated_residual_adaln_bwd": lambda: bwd(
-            x, dh, x, y, bias, gate, *affine, scale, mean, rstd, *of_both
+            x, dh, x, y, bias, gate, *affine, scale, mean, rstd, *back_of_both
         ),
         "gated_residual_norm_fwd": lambda: fwd(
             y, None, None, None, affine[0], None, None, scale, x, *norm, x.dtype, *of_factor

@@ -478,6 +478,8 @@ def test_operator_registration():
     torch.library.opcheck(_per_token._fwd, (*full, *options))
     x_new, _, mean, rstd = _per_token._fwd(*full, *options)
     vectors = (bias, gate, weight, norm_bias, scale)
+    gate_table, shift_table, scale_table = tables
+    tables = (gate_table, shift_table.dtype, scale_table)
     backward = (dx, dh, x_new, y, *vectors, mean, rstd, False, *tables)
     torch.library.opcheck(_per_token._bwd, backward)
 
@@ -494,6 +496,18 @@ def test_compiles_without_graph_breaks(case):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+def test_a_shift_and_its_table_may_change_before_the_backward():
+    """No gradient depends on what is only added."""
+    torch.manual_seed(0)
+    x, vectors = torch.randn(2, B, T, D, device=DEVICE, requires_grad=True)
+    table = torch.randn(D, device=DEVICE, requires_grad=True)
+    out = ops.adaln(x, (vectors, table), backend="triton")
+    with torch.no_grad():
+        table.add_(1)
+    (grad,) = torch.autograd.grad(out.sum(), [table])
+    assert torch.equal(grad, torch.full_like(table, B * T))
+
+
 # a vector with what is no table, and the end of the message
 BAD = [
     (lambda v, t: (v, t, t), r"expected {0} as .* \(vectors, table\), got \['Tensor', .*\]$"),
@@ -501,12 +515,17 @@ BAD = [
     (lambda v, t: (v, None), r"expected {0} as .*, got \['Tensor', 'NoneType'\]$"),
     (lambda v, t: (None, t), r"expected {0} as .*, got \['NoneType', 'Tensor'\]$"),
     (lambda v, t: (v, 0.5), r"expected {0}'s table as a tensor, got float$"),
-    (lambda v, t: (v, t[1:]), r"expected x.* with a table \[D\].*; got .*{0}'s table \[71\]"),
+    (lambda v, t: (v, t[1:]), r"expected x.* \(vectors, table \[D\]\).*; got .*{0}'s table \[71\]"),
     (lambda v, t: (v, t.expand(B, D)), r"expected x.*; got .*{0}'s table \[2, 72\]"),
     (lambda v, t: (v, t[0]), r"expected x.*; got .*{0}'s table \[\]"),
     (lambda v, t: (v[:, 1:], t), r"expected x.*; got .*{0} \[2, 2, 72\]"),
     (lambda v, t: (v, t.long()), r"expected floating-point tensors, got .*{0}'s table torch.int64"),
-    (lambda v, t: (v, t.to("meta")), r"expected every tensor on one device, got \[.*'meta'\]$"),
+    (lambda v, t: (v, t.to_sparse()), r"expected {0}'s table as a dense tensor, got .*sparse_coo$"),
+    (
+        lambda v, t: (torch.nested.nested_tensor([*v]), t),
+        r"expected {0} as a dense tensor, got a n",
+    ),
+    (lambda v, t: (v, t.to("meta")), r"expected every tensor on one device, got .*table meta"),
 ]
 
 
