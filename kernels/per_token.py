@@ -291,9 +291,10 @@ def _store_sum(part_ptr, total, vector_ptr, cols, D: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(part_ptr, norm_sums, update_sums, pointers, cols, D: tl.constexpr):
+def _store_sums(part_ptr, norm_sums, update_sums, of_norm, of_update, cols, D: tl.constexpr):
     """Store the partial sums of head or tail, those of the vectors that there are."""
-    weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr, bias_ptr, gate_table_ptr = pointers
+    weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr = of_norm
+    bias_ptr, gate_table_ptr = of_update
     dweight, dnorm_bias, dshift_table, dscale_table = norm_sums
     dbias, dgate_table = update_sums
     part_ptr = _store_sum(part_ptr, dweight, weight_ptr, cols, D)
@@ -397,10 +398,11 @@ def _per_token_bwd_kernel(
     # one partial sum of each gradient [D] per program
     if K > 0:
         part_ptr += pid * K * D
-        vectors = (weight_ptr, norm_bias_ptr, *tables, bias_ptr, gate_table_ptr)
-        _store_sums(part_ptr, norm_head, update_head, vectors, head_cols, D)
+        of_norm = (weight_ptr, norm_bias_ptr, shift_table_ptr, scale_table_ptr)
+        of_update = (bias_ptr, gate_table_ptr)
+        _store_sums(part_ptr, norm_head, update_head, of_norm, of_update, head_cols, D)
         if TAIL:
-            _store_sums(part_ptr, norm_tail, update_tail, vectors, tail_cols, D)
+            _store_sums(part_ptr, norm_tail, update_tail, of_norm, of_update, tail_cols, D)
 
 
 def _are_dense(*arrays: Tensor | None) -> bool:
