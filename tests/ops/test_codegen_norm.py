@@ -159,7 +159,13 @@ def cases():
     ]
     plain += [launches(1152, dtype, variant="token") for dtype in (bf16, fp32)]
     plain += [sums(*shape, bf16) for shape in SUMS]
-    requests = [replace(r, arch=arch) for arch in ARCHS for log in plain for r in log]
+    # every architecture at SiT-XL's width, Hopper at the others
+    requests = [
+        replace(r, arch=arch)
+        for log in plain
+        for r in log
+        for arch in (ARCHS if r.args["D"] == 1152 else (90,))
+    ]
     requests += [r for variant in VARIANTS for r in launches(1152, **variant)]
     requests += [r for D in WIDTHS for r in launches(D, bf16, variant="token")]
     stream = [
@@ -280,7 +286,7 @@ def has_tight_limit(request):
 
 
 def has_tables(request):
-    return any(request.args[f"{name}_table_ptr"] for name in ("gate", "shift", "scale"))
+    return any(request.args.get(f"{name}_table_ptr") for name in ("gate", "shift", "scale"))
 
 
 def test_registers_and_spills(compiled):
@@ -361,7 +367,9 @@ def test_the_widest_rows_do_not_spill():
         for dtype in (bf16, fp32):
             for request in launches(D, dtype, **options):
                 if request.kernel != "sum_partials_kernel" and is_launched(D, request):
-                    found |= {(repr(request), arch): replace(request, arch=arch) for arch in ARCHS}
+                    # with tables the other two take as many registers, and minutes
+                    archs = (90,) if has_tables(request) else ARCHS
+                    found |= {(repr(request), arch): replace(request, arch=arch) for arch in archs}
     requests = [*found.values()]
     for request, report in zip(requests, compile_kernels(requests), strict=True):
         assert report.spills == 0 and fits_a_program(request, report), label(request)
