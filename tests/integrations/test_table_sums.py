@@ -201,14 +201,14 @@ def test_a_sum_that_something_else_reads(graph, read):
     assert len(additions(graph)) == 1
 
 
-def test_a_part_that_is_also_a_branch(graph):
-    """One part of the sum is what another gates."""
+def test_a_part_that_is_also_normed(graph):
+    """One part of the sum modulates the norm of another."""
 
     def program(m, x, c):
-        gate, y = (table(m, 2) + embedding(m, x, c, 2)).chunk(2, dim=2)
-        return x + gate.squeeze(2) * y.sin().squeeze(2), m.first(x) + 0 * y.squeeze(2)
+        scale, y = (table(m, 2) + embedding(m, x, c, 2)).unbind(2)
+        return F.layer_norm(y, (D,)) * (1 + scale)
 
-    check(program, {"gated_residual": 1})
+    check(program, {"adaln": 1})
     assert not pairs(graph)
 
 
@@ -393,8 +393,8 @@ def two_numbers(m, x, c):
 
 def columns(m, x, c):
     """As many rows as columns, and the cut is along the columns."""
-    e = (table(m, D)[None] + embedding(m, x, c, 1)).squeeze().transpose(2, 3)
-    return block(m, x, *e.unbind(2)[:3])
+    e = table(m, D) + embedding(m, x, c, 1)
+    return block(m, x, e[..., 0], e[..., 1], e[..., 2])
 
 
 def one_number_for_each(m, x, c):
