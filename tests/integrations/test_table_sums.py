@@ -394,7 +394,8 @@ def two_numbers(m, x, c):
 def columns(m, x, c):
     """As many rows as columns, and the cut is along the columns."""
     e = table(m, D) + embedding(m, x, c, 1)
-    return block(m, x, e[..., 0], e[..., 1], e[..., 2])
+    # the first begins where the first row does
+    return block(m, x, e[..., 0], *m.vectors(c, 2))
 
 
 def one_number_for_each(m, x, c):
