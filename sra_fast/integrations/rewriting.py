@@ -58,10 +58,10 @@ _MOVABLE_METHODS = {
 }
 
 
-# nothing is summed over tokens, so inductor fuses norm, residual and what makes the vectors. In front
-# of an operator the vectors are written and read, unless they are slices of a product or their sum
-# with a table, and then the operator moves as many bytes forward as inductor's kernel. Which is
-# faster has not been measured.
+# nothing is summed over tokens, so inductor fuses norm, residual and what makes the vectors. An
+# operator reads vectors that were written before, unless they are slices of a product or a sum with
+# a table, and then it moves as many bytes forward as inductor's kernel. Which is faster has not
+# been measured.
 LEFT_PER_TOKEN = "a vector per token: left to inductor, which fuses it with what makes it"
 
 

@@ -59,16 +59,16 @@ def check_inputs(
     # by name, so that a message can say which tensor is wrong
     named: dict[str, Any] = {"x": x, **arrays}
     given = []
-    tables = []
+    # by the vector's place
+    tables: dict[int, Tensor] = {}
     for name, t in modulation.items():
-        table = None
-        if within_image and isinstance(t, tuple | list):
+        if within_image and isinstance(t, (tuple, list)):
             t, table = _pair(operator, name, t)
             named[f"{name}'s table"] = table
+            tables[len(given)] = table
         if t is not None or name not in optional:
             named[name] = t
         given.append(t)
-        tables.append(table)
     vectors_of_channels = []
     for name, t in (channels or {}).items():
         if t is not None:
@@ -77,10 +77,14 @@ def check_inputs(
     check_tensors(operator, named if group is None else {**named, "group": group})
     fits = x.dim() == 3 and all(t.shape == x.shape for t in arrays.values())
     fits = fits and all(t.shape == x.shape[2:] for t in vectors_of_channels)
-    fits = fits and all(t is None or _is_table(t, x) for t in tables)
+    fits = fits and all(_is_table(t, x) for t in tables.values())
     # vectors per image; -1 if one of them does not fit
     count = -1
-    if fits and group is None:
+    # by far the most frequent
+    per_image = fits and group is None and _are_per_image(given, x)
+    if per_image:
+        count = 1
+    elif fits and group is None:
         count = _vectors_per_image(given, x, within_image)
     elif fits and group is not None and _are_grouped(given, x, group):
         count = 1
@@ -91,6 +95,16 @@ def check_inputs(
             f"{operator}: expected {expected}; "
             "got " + ", ".join(f"{name} {[*t.shape]}" for name, t in got.items())
         )
+    _check_dtypes_and_devices(operator, named, group, dtype)
+    if not tables and (per_image or group is not None):
+        return given
+    return [_in_one_shape(t, tables.get(i), x, count, group) for i, t in enumerate(given)]
+
+
+def _check_dtypes_and_devices(
+    operator: str, named: dict[str, Tensor], group: Tensor | None, dtype: torch.dtype | None
+) -> None:
+    """Raise ValueError unless the kernels and the reference can read all of these tensors."""
     if not all(t.dtype in FLOAT_DTYPES for t in named.values()):
         dtypes = ", ".join(f"{name} {t.dtype}" for name, t in named.items())
         raise ValueError(f"{operator}: expected floating-point tensors, got {dtypes}")
@@ -99,15 +113,10 @@ def check_inputs(
     if group is not None and not _is_integer(group):
         raise ValueError(f"{operator}: expected an integer group, got {group.dtype}")
     # Triton would read another device's address without an error
-    if group is not None:
-        named["group"] = group
-    if len({t.device for t in named.values()}) > 1:
-        told = ", ".join(f"{name} {t.device}" for name, t in named.items())
+    everything = named if group is None else {**named, "group": group}
+    if len({t.device for t in everything.values()}) > 1:
+        told = ", ".join(f"{name} {t.device}" for name, t in everything.items())
         raise ValueError(f"{operator}: expected every tensor on one device, got {told}")
-    return [
-        _in_one_shape(vector, table, x, count, group)
-        for vector, table in zip(given, tables, strict=True)
-    ]
 
 
 def _pair(operator: str, name: str, given: Any) -> tuple[Any, Any]:
@@ -181,10 +190,7 @@ def _are_grouped(vectors: list[Tensor | None], x: Tensor, group: Tensor) -> bool
 
 def _vectors_per_image(vectors: list[Tensor | None], x: Tensor, within_image: bool) -> int:
     """The largest number of vectors that an image has; -1 if one of them does not fit."""
-    B, T, D = x.shape
-    # by far the most frequent; dim() first, because comparing symbolic sizes adds guards
-    if all(t is None or t.dim() == 2 and t.shape == (B, D) for t in vectors):
-        return 1
+    T = x.shape[1]
     # a list: while a compiler traces with dynamic shapes, sizes have no hash
     counts = [_count_per_image(t, x) for t in vectors if t is not None]
     # the largest, and with empty images T = 0 itself
@@ -196,6 +202,13 @@ def _vectors_per_image(vectors: list[Tensor | None], x: Tensor, within_image: bo
         if F < 0 or (varies and not (within_image and divides and (F == T or T % F == 0))):
             return -1
     return most
+
+
+def _are_per_image(vectors: list[Tensor | None], x: Tensor) -> bool:
+    """Whether all vectors are ``[B, D]``."""
+    # dim() first, because comparing symbolic sizes adds guards
+    shape = (x.shape[0], x.shape[2])
+    return all(t is None or t.dim() == 2 and t.shape == shape for t in vectors)
 
 
 def _count_per_image(vector: Tensor, x: Tensor) -> int:
@@ -258,10 +271,10 @@ def _spread(vector: Tensor, x: Tensor, F: int) -> Tensor:
 
 
 def is_per_token(vectors: Sequence[Vector | None], x: Tensor, group: Tensor | None) -> bool:
-    """Whether vectors of one shape (``check_inputs``) are one per token."""
-    found, _ = split_tables(vectors)
+    """Whether vectors of one shape (``check_inputs``) are one per token, as are all pairs."""
     return group is None and any(
-        t is not None and t.dim() == 3 and t.shape == x.shape for t in found
+        isinstance(t, tuple) or t is not None and t.dim() == 3 and t.shape == x.shape
+        for t in vectors
     )
 
 
@@ -336,8 +349,11 @@ def runs_kernel(
     """
     # None in the set stands for the default dtype of the output
     dtypes = {dtype, x.dtype}
-    for found in split_tables(others):
-        dtypes.update(t.dtype for t in found if t is not None)
+    for t in others:
+        if isinstance(t, tuple):
+            dtypes.update(half.dtype for half in t)
+        elif t is not None:
+            dtypes.add(t.dtype)
     if not use_triton(operator, x, backend) or x.numel() == 0 or torch.float64 in dtypes:
         return False
     D = x.shape[2]

@@ -19,7 +19,6 @@ from sra_fast.ops._modulation import (
     is_per_token,
     name_second,
     runs_kernel,
-    split_tables,
     with_dense_rows,
 )
 from sra_fast.ops._per_token import run_per_token
@@ -330,11 +329,11 @@ def run_gated_residual_adaln(
     ``affine`` is the norm's weight and bias.
     """
     vectors = (gate, shift, scale, *affine)
-    _, tables = split_tables((gate, shift, scale))
     per_token = is_per_token((gate, shift, scale), x, group)
     widest = kernels.MAX_WIDTH
     if per_token:
-        has_sums = any(t is not None for t in (bias, *affine, *tables))
+        has_tables = any(isinstance(t, tuple) for t in (gate, shift, scale))
+        has_sums = has_tables or any(t is not None for t in (bias, *affine))
         widest = (
             per_token_kernels.FUSED_WIDTH_WITH_SUMS if has_sums else per_token_kernels.FUSED_WIDTH
         )

@@ -320,7 +320,7 @@ def test_inside_a_checkpoint():
 
 
 def test_bytes_of_the_report(graph):
-    """A sum that is gone counts among the bytes before."""
+    """What the calls moved before the rewrite includes the sum, if that is gone."""
     found = check(unbound, {FUSED: 1})
 
     def summed(m, x, c):

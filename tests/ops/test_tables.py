@@ -521,10 +521,6 @@ BAD = [
     (lambda v, t: (v[:, 1:], t), r"expected x.*; got .*{0} \[2, 2, 72\]"),
     (lambda v, t: (v, t.long()), r"expected floating-point tensors, got .*{0}'s table torch.int64"),
     (lambda v, t: (v, t.to_sparse()), r"expected {0}'s table as a dense tensor, got .*sparse_coo$"),
-    (
-        lambda v, t: (torch.nested.nested_tensor([*v]), t),
-        r"expected {0} as a dense tensor, got a n",
-    ),
     (lambda v, t: (v, t.to("meta")), r"expected every tensor on one device, got .*table meta"),
 ]
 
