@@ -24,6 +24,7 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
 	@$(BIN)/codespell
+	@$(BIN)/python tests/planted_bugs.py --patterns
 
 # without the tests that tests/conftest.py lists as slow: two minutes on two cores
 test-fast: $(INSTALLED)
