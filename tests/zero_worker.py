@@ -17,6 +17,7 @@ from sra_fast.checkpoint import sources  # noqa: E402
 from sra_fast.checkpoint.manifest import Progress  # noqa: E402
 from sra_fast.config.cli import parse_train  # noqa: E402
 from sra_fast.data.dataset import make_dataset  # noqa: E402
+from sra_fast.plots import report  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
 from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.monitor import Monitor  # noqa: E402
@@ -202,6 +203,8 @@ def start_from_published(out: Path, device) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    # loss.png takes longer than the steps
+    report.plot_loss = lambda path, rows: None
     device = init_distributed()
     for stage, precision in CASES:
         run_case(out, f"{precision}_{stage}", device, stage, precision)

@@ -131,7 +131,7 @@ def pyplot(path: Path):
 
 @cache
 def _say_missing(name: str) -> None:
-    # once per picture: a run would draw it at every checkpoint
+    # once per picture: a run draws it again and again
     log.warning("matplotlib is not installed: no %s (pip install 'sra-fast[plots]')", name)
 
 
@@ -141,7 +141,7 @@ def plot_loss(path: Path, rows: list[dict]) -> None:
     A panel appears if the run has logged something for it.
 
     Args:
-        path: the PNG to write, atomically: a run draws it anew at every checkpoint.
+        path: the PNG to write, atomically: a run draws it anew again and again.
         rows: of ``stats.jsonl``.
     """
     plt = pyplot(path)

@@ -1,6 +1,8 @@
 """The training loop: SRA's algorithm (arXiv 2505.02831, Sec. 3) under DeepSpeed."""
 
 import logging
+import math
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ from sra_fast.utils.registry import CONDITIONINGS
 log = logging.getLogger("sra_fast")
 
 BEGINNING = Progress(0)
+# seconds between two drawings of loss.png: each takes half a second, and all processes wait for it
+REDRAW = 60.0
 
 
 def warm_up(step: int, warmup_steps: int) -> float:
@@ -277,6 +281,8 @@ class _Session:
     stream: ShuffledBatches
     monitor: Monitor | None
     watchdog: Watchdog | None
+    # when loss.png was drawn
+    drawn: float = -math.inf
 
     def save(self, progress: Progress, known: dict) -> None:
         """Begin a checkpoint, if the weights are worth one; collective."""
@@ -289,10 +295,16 @@ class _Session:
             self.saver.save(progress, epoch)
             self.control.saved()
             if self.trainer.rank == 0:
-                report.plot_loss(self.folder / "loss.png", read_rows(self.folder / STATS))
+                self._draw(progress.step)
             if self.control.asked:
                 self.control.finish(progress.step)
         self.logger.restart_clock()
+
+    def _draw(self, step: int) -> None:
+        """The course of the run as loss.png: at its last checkpoint, and not too often before."""
+        if self.control.is_last(step) or time.monotonic() - self.drawn >= REDRAW:
+            report.plot_loss(self.folder / "loss.png", read_rows(self.folder / STATS))
+            self.drawn = time.monotonic()
 
     def _is_worth_it(self, progress: Progress) -> bool:
         """Whether these weights are worth a checkpoint; collective. The device has been waited for.

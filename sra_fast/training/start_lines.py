@@ -144,7 +144,7 @@ def _steps_line(trainer: Trainer, data: TrainingData, start: int) -> str:
 
 
 def _curves_line(cfg: Config, folder: Path) -> str:
-    places = [f"{folder}/stats.jsonl", "loss.png at every checkpoint"]
+    places = [f"{folder}/stats.jsonl", "loss.png at checkpoints"]
     places += [LOGGERS[name].place(folder) for name in cfg.train.loggers]
     return "; ".join(places)
 

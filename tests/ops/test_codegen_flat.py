@@ -118,11 +118,15 @@ fp32 = torch.float32
 CASES = {
     align_kernels: (
         [
-            partial(align_launches, dtype, widths=(*WIDTHS, align_kernels.MAX_WIDTH))
+            partial(align_launches, dtype, widths=(1152, align_kernels.MAX_WIDTH))
             for dtype in (bf16, fp32)
         ]
         + [partial(align_launches, dtype, T=1024, grads=(True, False)) for dtype in (bf16, fp32)],
-        [partial(align_launches, fp16), partial(align_launches, fp32, bf16)],
+        [
+            partial(align_launches, bf16, widths=WIDTHS),
+            partial(align_launches, fp16),
+            partial(align_launches, fp32, bf16),
+        ],
     ),
     concat_kernels: (
         [partial(concat_launches, bf16), partial(concat_launches, fp32)],

@@ -151,10 +151,11 @@ def sums(M, P, K, D, has_total, dtype):
 
 def cases():
     """Every request that is checked, once."""
+    # fp32 at SiT-XL's width only: the widest rows are another test
     plain = [
         launches(D, dtype, recompute=recompute)
         for D in WIDTHS
-        for dtype in (bf16, fp32)
+        for dtype in ((bf16, fp32) if D == 1152 else (bf16,))
         for recompute in (False, True)
     ]
     plain += [launches(1152, dtype, variant="token") for dtype in (bf16, fp32)]

@@ -56,7 +56,7 @@ def test_the_six_lines_of_a_digits_run(monkeypatch):
         "steps    0 to 400 (2.2 epochs), batch 8 = 1 process x 8 images x 1 micro-step; "
         "checkpoint every 100 steps, every 30 minutes and at the end, the newest 3 kept, no samples "
         "while training",
-        "curves   runs/x/000/stats.jsonl; loss.png at every checkpoint; "
+        "curves   runs/x/000/stats.jsonl; loss.png at checkpoints; "
         "tensorboard --logdir runs/x/000/tensorboard",
     ]
 
@@ -78,7 +78,7 @@ def test_a_resumed_run_on_latents_with_other_loggers(monkeypatch):
     )
     assert "70 to 400000 (79.9 epochs), batch 256 = 2 processes x 32 images x 4 micro" in found[4]
     assert found[4].endswith("samples every 50 steps while training")
-    assert found[5].endswith("stats.jsonl; loss.png at every checkpoint; stats.csv; wandb")
+    assert found[5].endswith("stats.jsonl; loss.png at checkpoints; stats.csv; wandb")
     # stage 0 keeps the EMA whole
     assert start_lines(trainer(cfg, 2, 0), Latents(), FOLDER)[1].endswith("on each process")
     assert "shift" not in start_lines(trainer(cfg), Latents(), FOLDER)[2]
