@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 	@$(BIN)/codespell
 	@$(BIN)/python tests/planted_bugs.py --patterns
 
-# without the tests that tests/conftest.py lists as slow: two minutes on two cores
+# without the tests that tests/conftest.py lists as slow: five minutes on two cores
 test-fast: $(INSTALLED)
 	@$(PYTEST) -m "not slow"
 
