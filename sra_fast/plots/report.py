@@ -141,7 +141,7 @@ def plot_loss(path: Path, rows: list[dict]) -> None:
     A panel appears if the run has logged something for it.
 
     Args:
-        path: the PNG to write, atomically: a run draws it anew again and again.
+        path: the PNG to write, atomically: somebody may look while a run draws it anew.
         rows: of ``stats.jsonl``.
     """
     plt = pyplot(path)
