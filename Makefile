@@ -7,7 +7,6 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
-	@cat "$$(ls -t runs/digits/*/summary.json | head -n 1)"
 
 # from photographs to samples, scores and probes: the commands of docs/your_own_images.md
 photos: $(INSTALLED)

@@ -52,7 +52,7 @@ def once_per_dtype(np_dtype_of):
 
 
 def speed_up() -> None:
-    """For the rest of this process. A Triton that keeps no record of what it replaces stays slow."""
+    """For the rest of this process; a Triton that cannot restore what it replaces stays slow."""
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = once_per_launch(interpreter._patch_lang)
         interpreter._get_np_dtype = once_per_dtype(interpreter._get_np_dtype)

@@ -39,8 +39,8 @@ def rows_per_token(
 
 
 def rows_and_tables(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
-    """Residual stream and branch [B, T, D], three slices of one projection [B, T, 6 D], and for each
-    slice a row [D] of an fp32 table.
+    """Residual stream and branch [B, T, D], three slices of one projection [B, T, 6 D], and a row
+    [D] of an fp32 table for each slice.
     """
     return *rows_per_token(shape, dtype, randn, 2, 3), *randn(3, shape.sizes[1]).unbind(0)
 

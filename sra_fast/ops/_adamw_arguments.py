@@ -82,6 +82,9 @@ def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
     # one past the last element of the piece before
     end = 0
     for i, (begin, piece) in enumerate(pieces):
+        # there may be hundreds, and only a bad one needs its name
+        if piece.layout is not torch.strided or piece.is_nested:
+            check_tensors("adamw_ema_", {f"piece {i} of grad": piece})
         stop = begin + piece.numel()
         if begin < end or stop > N:
             raise ValueError(
@@ -107,7 +110,9 @@ def check_buffers(
     param: Tensor, full: dict[str, Tensor | None], grad: Gradient, half: dict[str, Tensor | None]
 ) -> None:
     """Raise ValueError unless the buffers have one layout and the dtypes of their kind."""
-    if not isinstance(grad, Tensor):
+    if isinstance(grad, Tensor):
+        check_tensors("adamw_ema_", {"grad": grad})
+    else:
         _check_pieces(grad, param)
     grad_dtype = dtype_of(grad)
     candidates = {"param": param, **full, **half}
@@ -141,6 +146,10 @@ def check_buffers(
 def check_fp8(copy: Fp8Copy, param: Tensor) -> None:
     """Raise ValueError unless the e4m3 copy fits the buffer."""
     values = copy.values
+    # one entry per segment in each of the small tensors
+    small = {"multiplier": copy.multiplier, "amax": copy.amax, "ends": copy.ends}
+    named = {f"ema_copy.{name}": x for name, x in {"values": values, **small}.items()}
+    check_tensors("adamw_ema_", named)
     if (
         values.dtype != E4M3
         or values.shape != param.shape
@@ -151,10 +160,8 @@ def check_fp8(copy: Fp8Copy, param: Tensor) -> None:
             "adamw_ema_: expected ema_copy.values as param, contiguous and e4m3, "
             f"got {[*values.shape]} {values.dtype} {values.device}"
         )
-    # one entry per segment in each of the small tensors
     S = len(copy.bounds)
-    small = (copy.multiplier, copy.amax, copy.ends)
-    got = [([*x.shape], x.dtype, x.device, x.is_contiguous()) for x in small]
+    got = [([*x.shape], x.dtype, x.device, x.is_contiguous()) for x in small.values()]
     dtypes = (torch.float32, torch.float32, torch.int64)
     if not 0 < S <= MAX_SEGMENTS or got != [([S], dtype, param.device, True) for dtype in dtypes]:
         raise ValueError(

@@ -16,20 +16,20 @@ OWN_BACKENDS = {"ema_update_": ("cuda",)}
 VARIABLE = "SRA_FAST_BACKEND"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_DENSE = torch.strided
-
 _logger = logging.getLogger("sra_fast.ops")
 # messages that this process has logged
 _said: set[str] = set()
 
 
 def check_tensors(operator: str, given: Mapping[str, object]) -> None:
-    """Raise ValueError unless every argument, given by name, is a tensor, and not a sparse one."""
+    """Raise ValueError unless every argument, given by name, is a dense tensor."""
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{operator}: expected {name} as a tensor, got {type(value).__name__}")
-        if value.layout is not _DENSE:
-            raise ValueError(f"{operator}: expected {name} as a dense tensor, got {value.layout}")
+        # a nested tensor may say that it is strided
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "a nested one" if value.is_nested else value.layout
+            raise ValueError(f"{operator}: expected {name} as a dense tensor, got {kind}")
 
 
 def asked_backend(operator: str, backend: str | None) -> str:

@@ -74,7 +74,8 @@ def check_inputs(
         if t is not None:
             named[name] = t
             vectors_of_channels.append(t)
-    check_tensors(operator, named if group is None else {**named, "group": group})
+    everything = named if group is None else {**named, "group": group}
+    check_tensors(operator, everything)
     fits = x.dim() == 3 and all(t.shape == x.shape for t in arrays.values())
     fits = fits and all(t.shape == x.shape[2:] for t in vectors_of_channels)
     fits = fits and all(_is_table(t, x) for t in tables.values())
@@ -89,19 +90,22 @@ def check_inputs(
     elif fits and group is not None and _are_grouped(given, x, group):
         count = 1
     if count < 0:
-        got = named if group is None else {**named, "group": group}
         expected = _describe(arrays, modulation, channels or {}, within_image, takes_group)
         raise ValueError(
             f"{operator}: expected {expected}; "
-            "got " + ", ".join(f"{name} {[*t.shape]}" for name, t in got.items())
+            "got " + ", ".join(f"{name} {[*t.shape]}" for name, t in everything.items())
         )
-    _check_dtypes_and_devices(operator, named, group, dtype)
+    _check_dtypes(operator, named, group, dtype)
+    # Triton would read another device's address without an error
+    if len({t.device for t in everything.values()}) > 1:
+        told = ", ".join(f"{name} {t.device}" for name, t in everything.items())
+        raise ValueError(f"{operator}: expected every tensor on one device, got {told}")
     if not tables and (per_image or group is not None):
         return given
     return [_in_one_shape(t, tables.get(i), x, count, group) for i, t in enumerate(given)]
 
 
-def _check_dtypes_and_devices(
+def _check_dtypes(
     operator: str, named: dict[str, Tensor], group: Tensor | None, dtype: torch.dtype | None
 ) -> None:
     """Raise ValueError unless the kernels and the reference can read all of these tensors."""
@@ -112,11 +116,6 @@ def _check_dtypes_and_devices(
         raise ValueError(f"{operator}: expected a floating-point dtype of the output, got {dtype}")
     if group is not None and not _is_integer(group):
         raise ValueError(f"{operator}: expected an integer group, got {group.dtype}")
-    # Triton would read another device's address without an error
-    everything = named if group is None else {**named, "group": group}
-    if len({t.device for t in everything.values()}) > 1:
-        told = ", ".join(f"{name} {t.device}" for name, t in everything.items())
-        raise ValueError(f"{operator}: expected every tensor on one device, got {told}")
 
 
 def _pair(operator: str, name: str, given: Any) -> tuple[Any, Any]:

@@ -320,7 +320,7 @@ def test_inside_a_checkpoint():
 
 
 def test_bytes_of_the_report(graph):
-    """What the calls moved before the rewrite includes the sum, if that is gone."""
+    """``bytes_before`` counts a sum that the rewrite removed, and not one that it left."""
     found = check(unbound, {FUSED: 1})
 
     def summed(m, x, c):

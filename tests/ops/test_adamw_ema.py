@@ -410,6 +410,15 @@ def test_rejects_bad_input(device):
             },
             "contiguous",
         ),
+        (
+            {
+                "ema": p.clone(),
+                "ema_copy": fp8_copy(10, [10], device)._replace(
+                    values=torch.nested.nested_tensor([p])
+                ),
+            },
+            "ema_copy.values as a dense tensor, got a nested one",
+        ),
         ({"step": 0}, "step >= 1"),
         ({"step": torch.ones((), device=device)}, "or a DeviceStep, got tensor"),
         ({"step": DeviceStep([1.0] * 4)}, "step.numbers as a tensor, got list"),

@@ -146,6 +146,11 @@ def test_pieces_that_share_a_vector(dtype, device):
         (lambda g: [(0, g[:8]), (8, g[8:].to("meta"))], "piece 1: .*meta"),
         (lambda g: [(0, g[::2])], "piece 0: .*contiguous False"),
         (lambda g: [(0, g.long())], "grad fp32, bf16 or fp16"),
+        (lambda g: [(0, g[:8]), (8, g[8:].to_sparse())], "piece 1 of grad as a dense tensor"),
+        (
+            lambda g: [(0, torch.nested.nested_tensor([g]))],
+            "piece 0 of grad as a dense tensor, got a nested one",
+        ),
     ],
 )
 def test_pieces_that_do_not_fit_are_named(pieces, message, device):

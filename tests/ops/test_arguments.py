@@ -112,6 +112,8 @@ TENSORS = {
     "a dimension more": lambda t: t[None],
     "complex numbers": lambda t: t.to(torch.complex64),
     "another device": lambda t: t.to("meta"),
+    "a sparse one": lambda t: t.to_sparse(),
+    "a nested one": lambda t: torch.nested.nested_tensor([t]),
 }
 NUMBERS = {
     "nan": lambda n: NOT_A_NUMBER,

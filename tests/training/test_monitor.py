@@ -1,6 +1,7 @@
 """The monitor makes pictures and scores of the EMA and leaves training undisturbed."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def run(folder, *args, watched=True):
 
 @pytest.mark.parametrize(
     "seconds, expected",
-    [(60.0, [[1], [1, 2, 3, 4]]), (0.0, [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]])],
+    [(math.inf, [[1], [1, 2, 3, 4]]), (0.0, [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]])],
 )
 def test_the_loss_is_drawn_at_the_last_checkpoint_and_not_too_often_before(
     seconds, expected, tmp_path, monkeypatch
