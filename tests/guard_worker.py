@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sra_fast.config.cli import parse_train
+from sra_fast.diffusion.micro_batch import MicroBatch, Times
 from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import Trainer, build, graphed_step
 from sra_fast.utils.registry import CONDITIONINGS
@@ -124,10 +125,11 @@ def take_step(
         labels = torch.randint(10, (micro,)).to(trainer.device)
         drop, uniform, gap = torch.rand(3, micro).to(trainer.device)
         condition = conditioning.from_tensors(labels).dropped(drop < 0.1)
-        times = trainer.engine.module.process.times(uniform, gap)
+        times = Times(*trainer.engine.module.process.times(uniform, gap))
+        weights = [weight] * len(trainer.cfg.alignments)
         if poison is not None:
             poison.value = value if micro_step == 0 else None
-        trainer.micro_step(x0, condition, noise, times, weight, micro_step == 0)
+        trainer.micro_step(MicroBatch(x0, condition, noise, times), weights, micro_step == 0)
         trainer.engine.step()
     if poison is not None:
         poison.value = None

@@ -118,9 +118,10 @@ def test_family_adds_its_input(documented):
     assert missing == ["skip"] and not unexpected
     x = torch.randn(3, 2, 8, 8)
     inputs = (x, torch.rand(3), torch.tensor([0, 1, 2]))
-    expected, expected_features = plain(*inputs, align_depth=1)
-    prediction, features = model(*inputs, align_depth=1)
-    assert torch.equal(prediction, expected) and torch.equal(features, expected_features)
+    expected, expected_features = plain(*inputs, depths=(1,))
+    prediction, features = model(*inputs, depths=(1,))
+    assert torch.equal(prediction, expected)
+    assert torch.equal(features.after[1], expected_features.after[1])
 
     share = torch.tensor([0.5, -2.0]).view(2, 1, 1)
     with torch.no_grad():

@@ -18,7 +18,8 @@ from benchmarks.step.steps import make_step
 from benchmarks.step.variants import Variant
 from benchmarks.timing import copy_bandwidth, matmul_rate
 from sra_fast.config.schema import Config
-from sra_fast.training.logger import peak_flops, training_flops
+from sra_fast.training.flops import training_flops
+from sra_fast.training.logger import peak_flops
 from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.zero.deepspeed_names import restore_linear
 from sra_fast.zero.process_group import init_distributed

@@ -179,9 +179,9 @@ class Program:
             # before the student: swapping weights would change what its backward pass reads
             target = self.features(noised.x_teacher, noised.t_teacher, condition)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            prediction, projected = self.student(
-                noised.x, noised.t, condition, align_depth=self.cfg.align.student_layer
-            )
+            layer = self.cfg.align.student_layer
+            prediction, found = self.student(noised.x, noised.t, condition, depths=(layer,))
+            projected = self.student.ap_head(found.after[layer])
         if target is None:
             target = self.features(noised.x_teacher, noised.t_teacher, condition)
         return self.losses(prediction, projected, target, noised)

@@ -3,7 +3,6 @@
 Only the blocks up to the teacher layer n exist and run.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,22 +10,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sra_fast.alignment.target import Target, default_layers
-from sra_fast.config.schema import AlignConfig, Config
-from sra_fast.diffusion.process import Noised
-from sra_fast.models import Backbone, Conditioning
+from sra_fast.alignment.target import AP_HEAD, Inputs, Target, check_layers, compare
+from sra_fast.config.schema import Config, DistanceConfig
+from sra_fast.models import Backbone, Conditioning, Features, SiT, TokenGroups
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.cuda_graph import Graphed
 from sra_fast.utils.registry import CONDITIONINGS, TARGETS
 
 
 @dataclass
-class EMATeacherConfig(AlignConfig):
-    """Alignment to the EMA teacher (SRA)."""
+class TeacherConfig(DistanceConfig):
+    """Options of every target that has an EMA teacher."""
 
     teacher_layer: int | None = None
     """n: the teacher stops after this block (1-based, at least m); default: the paper's for B, L
-    and XL, else three quarters of the depth"""
+    and XL, else its rule"""
+    head: Literal["mlp", "none"] = "mlp"
+    """what the student's features pass before they are compared: the projection head, or nothing"""
+    teacher_labels: Literal["dropped", "kept"] = "dropped"
+    """whether the teacher sees the student's labels with the dropped ones, or all labels"""
     teacher_dtype: Literal["auto", "fp32", "fp8"] = "auto"
     """precision of the teacher. auto: the training precision; fp32: as in the published code; fp8:
     bf16 with the three large products of a block in e4m3, their weights rounded in the optimizer's
@@ -38,22 +40,37 @@ class EMATeacherConfig(AlignConfig):
     where the step is one CUDA graph. Elsewhere a second stream costs the host more than it gains"""
 
 
+@dataclass
+class EMATeacherConfig(TeacherConfig):
+    """Alignment to the EMA teacher (SRA)."""
+
+    t_max: float = 0.2
+    """the teacher's time is earlier by U(0, t_max)"""
+
+    @property
+    def largest_gap(self) -> float:
+        return self.t_max
+
+
 @TARGETS.register("ema_teacher")
 class EMATeacher(Target):
     """Features after block n of the EMA teacher.
 
-    Without ``teacher_stream`` ``result`` computes them, after the student's forward: the all-gather
-    of the teacher's weights has that long to finish. With it they are computed during the student's
+    Without ``teacher_stream`` they are computed after the student's forward: the all-gather of the
+    teacher's weights has that long to finish. With it they are computed during the student's
     forward.
     """
 
     config = EMATeacherConfig
-    align: EMATeacherConfig
+    has_teacher = True
+    align: TeacherConfig
 
-    def __init__(self, align: EMATeacherConfig, network: Backbone):
+    def __init__(self, align: TeacherConfig, network: Backbone):
         super().__init__(align, network.requires_grad_(False))
+        # how the tokens of the teacher's input are grouped: its tensors are inputs of ``run``
+        self.groups: TokenGroups | None = None
         # one callable for both ways to run: eager, or replayed as a CUDA graph
-        self.run = functools.partial(_features, network)
+        self.run = self._features
         if align.teacher_graph:
             self.run = Graphed(self.run)
         # None: the teacher runs in the student's stream
@@ -65,29 +82,28 @@ class EMATeacher(Target):
         self.target: Tensor | None = None
 
     @classmethod
-    def network_depth(cls, align: EMATeacherConfig) -> int:
+    def network_depth(cls, align: TeacherConfig) -> int:
         return align.teacher_layer
 
     @classmethod
-    def fill_in(cls, cfg: Config) -> None:
-        super().fill_in(cfg)
-        if cfg.align.teacher_layer is None:
+    def head_name(cls, align: TeacherConfig) -> str | None:
+        return AP_HEAD if align.head == "mlp" else None
+
+    @classmethod
+    def fill_in(cls, align: TeacherConfig, cfg: Config) -> None:
+        super().fill_in(align, cfg)
+        if align.teacher_layer is None:
             # a student layer that was given may lie deeper than the rule's teacher layer
-            cfg.align.teacher_layer = max(default_layers(cfg.model)[1], cfg.align.student_layer)
+            align.teacher_layer = max(cls.layers(cfg.model)[1], align.student_layer)
 
     @classmethod
-    def check(cls, cfg: Config) -> None:
-        align = cfg.align
-        depth = cfg.model.arguments()["depth"]
-        require_that(
-            1 <= align.student_layer <= align.teacher_layer <= depth,
-            f"align needs 1 <= student_layer <= teacher_layer <= depth ({depth}), got "
-            f"student_layer {align.student_layer} and teacher_layer {align.teacher_layer}",
-        )
+    def check(cls, align: TeacherConfig, cfg: Config) -> None:
+        check_layers(align, cfg)
+        gap = align.largest_gap
+        require_that(0 <= gap <= 1, f"align.t_max must lie in [0, 1], got {gap}")
 
     @classmethod
-    def check_device(cls, cfg: Config, stage: int, cuda: bool) -> None:
-        align = cfg.align
+    def check_device(cls, align: TeacherConfig, cfg: Config, stage: int, cuda: bool) -> None:
         # both need weights that keep their address: ZeRO 3 gathers them anew for every forward
         for name in ("teacher_graph", "teacher_stream"):
             if getattr(align, name):
@@ -124,20 +140,33 @@ class EMATeacher(Target):
         if self.align.teacher_stream is None:
             self.stream = torch.cuda.Stream()
 
-    def start(
-        self, noised: Noised, sinusoid: Tensor, condition: Conditioning, images: Tensor | None
-    ) -> None:
-        self.inputs = (noised.x_teacher, sinusoid, *condition.tensors())
+    def start(self, inputs: Inputs) -> None:
+        batch = inputs.noisy.batch
+        condition: Conditioning = batch.condition
+        if self.align.teacher_labels == "kept":
+            none = torch.zeros(len(batch), dtype=torch.bool, device=batch.x0.device)
+            condition = condition.dropped(none)
+        groups = batch.times.teacher_groups
         # the teacher computes only the images that the loss compares
-        if images is not None:
-            self.inputs = tuple(item[images] for item in self.inputs)
+        if groups is not None and inputs.images is not None:
+            groups = groups.select(inputs.images, inputs.numbers)
+        self.groups = groups
+        rows = (inputs.noisy.x_teacher, inputs.sinusoid, *condition.tensors())
+        self.inputs = tuple(inputs.select(item) for item in rows)
+        if groups is not None:
+            self.inputs = (*groups.tensors(), *self.inputs)
         if self.stream is not None:
             # the inputs are made in the current stream: the second one must not read them earlier
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.target = self._compute()
 
+    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+        predicted = self.projected(student, features, inputs)
+        return compare(predicted, self.result(), self.align.distance, self.align.beta)
+
     def result(self) -> Tensor:
+        """``[b, T, D]`` target features, once for each ``start``."""
         if self.stream is None:
             target = self._compute()
         else:
@@ -157,9 +186,14 @@ class EMATeacher(Target):
         self.wait()
         return self.run(*self.inputs)
 
-
-@torch.no_grad()
-def _features(network: Backbone, x: Tensor, sinusoid: Tensor, *condition: Tensor) -> Tensor:
-    """The network's last features; a function of tensors only, as a CUDA graph needs it."""
-    kind = CONDITIONINGS[network.conditioning]
-    return network.features(x, sinusoid, kind.from_tensors(*condition))
+    @torch.no_grad()
+    def _features(self, *tensors: Tensor) -> Tensor:
+        """The network's last features; a function of tensors only, as a CUDA graph needs it."""
+        groups = None
+        if self.groups is not None:
+            count = len(self.groups.tensors())
+            groups = self.groups.with_tensors(*tensors[:count])
+            tensors = tensors[count:]
+        x, sinusoid, *condition = tensors
+        kind = CONDITIONINGS[self.network.conditioning]
+        return self.network.features(x, sinusoid, kind.from_tensors(*condition), groups=groups)

@@ -1,134 +1,192 @@
-"""The objective of SRA (Eq. 6): denoising, plus alignment of the student's shallow features."""
+"""The objective of SRA (Eq. 6): denoising, plus alignment of the student's features."""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sra_fast import ops
-from sra_fast.alignment.schedule import aligned_images
-from sra_fast.alignment.target import Target
-from sra_fast.config.schema import AlignConfig
-from sra_fast.diffusion.process import Noised, Process
-from sra_fast.models import Backbone, Conditioning, SiT
+from sra_fast.alignment.schedule import aligned_images, aligned_numbers
+from sra_fast.alignment.target import AP_HEAD, Inputs, Target, own_head
+from sra_fast.config.schema import Config
+from sra_fast.diffusion.draws import Draws
+from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages, Times
+from sra_fast.diffusion.process import Process, make_process
+from sra_fast.models import Backbone, Features, SiT
 from sra_fast.models.layers import timestep_features
+from sra_fast.utils.registry import TARGETS
 
 
 class SRAObjective(nn.Module):
-    """Student, alignment target and the loss of one micro-batch: the module that DeepSpeed wraps.
+    """Student, alignment targets and the loss of one micro-batch: the module that DeepSpeed wraps.
 
     Args:
-        student: the network that is trained.
-        target: what its features are aligned to.
+        student: the network that is trained, with the heads of the targets.
+        targets: what its features are aligned to; one, two, or none.
         process: noises both inputs and compares the prediction.
-        align: student layer m, head, distance, and the fraction of images that is aligned.
     """
 
-    def __init__(self, student: SiT, target: Target, process: Process, align: AlignConfig):
+    def __init__(self, student: SiT, targets: Iterable[Target], process: Process):
         super().__init__()
         self.student = student
-        self.target = target
+        self.targets = nn.ModuleList(targets)
         self.process = process
-        self.align = align
 
     @property
     def teacher(self) -> Backbone | None:
-        """The target's network that follows the EMA, if it has one."""
-        return self.target.network
+        """The network that follows the EMA, if a target has one."""
+        networks = [target.network for target in self.targets if target.network is not None]
+        return networks[0] if networks else None
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the tokens of an image belong to two groups."""
+        return any(target.has_groups for target in self.targets)
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether a target reads the means of the posterior."""
+        return any(target.needs_mean for target in self.targets)
+
+    def times(self, draws: Draws) -> Times:
+        """Student's and teacher's times of a micro-batch."""
+        # at most one target has a teacher or groups, the others take the times as they come
+        chosen = [target for target in self.targets if target.has_groups]
+        chosen += [target for target in self.targets if target.network is not None]
+        if chosen:
+            return chosen[0].times(self.process, draws)
+        return Times(*self.process.times(draws.uniform, draws.gap))
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """The student's heads by name. Only alignment losses train them."""
+        own = {own_head(name): head for name, head in self.student.align_heads.items()}
+        return {AP_HEAD: self.student.ap_head, **own}
 
     def forward(
-        self,
-        x0: Tensor,
-        condition: Conditioning,
-        noise: Tensor,
-        times: tuple[Tensor, Tensor],
-        weight: float | Tensor,
+        self, batch: MicroBatch, weights: Sequence[float | Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a micro-batch and its parts.
 
         Args:
-            x0: ``[B, C, H, W]`` clean latents.
-            condition: B of them, for both networks.
-            noise: ``[B, C, H, W]``, shared by both inputs.
-            times: student's and teacher's ``[B]``.
-            weight: lambda; at 0 the target is not computed. A tensor ``[]`` is not read on the
-                host: the target is computed whatever its value.
+            batch: images, conditioning, noise and times.
+            weights: lambda of each target; a target with 0 is not computed. A tensor ``[]`` is not
+                read on the host: its target is computed whatever the value.
 
         Returns:
-            ``(loss [], parts)``: fp32 scalars ``denoise``, ``vb`` (DiT), ``align``, and the mean
-            token norms ``student_norm`` (projected features) and ``teacher_norm``.
+            ``(loss [], parts)``: fp32 scalars ``denoise``, ``vb`` (DiT), and of each target that
+            was computed ``align``, ``student_norm`` (mean token norm of the features after the
+            head) and ``teacher_norm`` (of the target). Those of a second target have a 2 at the
+            end of their names.
 
         Raises:
             ValueError: in training, a conditioning that leaves dropping to the network.
         """
         # one noise for both inputs: they differ in their times only (SRA, Sec. 3.2)
-        if self.student.training and not condition.is_decided:
+        if self.student.training and not batch.condition.is_decided:
             # the student would draw its dropped entries, and the teacher would drop none
             raise ValueError(
                 "expected a conditioning that says which entries are dropped (`dropped`), "
                 "got one that leaves it to each network"
             )
-        noised = self.process.corrupt(x0, noise, *times)
+        noisy = NoisyImages.make(self.process, batch, self.student.patch_size)
+        sinusoid, of_teacher = _sinusoids(batch.times)
         # a tensor is not compared: that would wait for the device, and a CUDA graph cannot branch
-        if not isinstance(weight, Tensor) and weight == 0:
-            return self._plain(noised, condition)
+        active = {
+            i: target
+            for i, target in enumerate(self.targets)
+            if isinstance(weights[i], Tensor) or weights[i] != 0
+        }
+        inputs = {i: inputs_of(target, noisy, of_teacher) for i, target in active.items()}
+        # before the student's forward, so that a target may be computed at the same time
+        for i, target in active.items():
+            target.start(inputs[i])
+        prediction, features = self._student(noisy, sinusoid, active.values())
 
-        images = aligned_images(self.align.fraction, len(x0), x0.device)
-        t, t_teacher = _sinusoids(noised)
-        # before the student's forward, so that the target may be computed at the same time
-        self.target.start(noised, t_teacher, condition, images)
-        prediction, features = self.student(
-            noised.x,
-            t,
-            condition,
-            align_depth=self.align.student_layer,
-            align_images=images,
-            project=self.align.head == "mlp",
+        parts = noisy.losses(self.process, prediction)
+        loss = sum(parts.values())
+        for i, target in active.items():
+            found = target.loss(self.student, features, inputs[i])
+            # Eq. 6: denoising + lambda * alignment
+            loss = loss + weights[i] * found["align"]
+            # logged without lambda, which the log has as align_weight
+            suffix = "" if i == 0 else str(i + 1)
+            parts |= {f"{name}{suffix}": value for name, value in found.items()}
+        loss = loss + self._no_gradient_for_idle_heads(active.values())
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def _student(
+        self, noisy: NoisyImages, sinusoid: Tensor, active: Iterable[Target]
+    ) -> tuple[Tensor, Features | None]:
+        """The student's prediction, and its features where a target reads them."""
+        depths = {depth for target in active for depth in target.depths}
+        batch = noisy.batch
+        out = self.student(
+            noisy.x, sinusoid, batch.condition, depths=depths, groups=batch.times.groups
         )
-        target = self.target.result()
+        return out if depths else (out, None)
 
-        parts = self._denoising(prediction, noised)
-        distance = ops.align_distance(features, target, self.align.distance, beta=self.align.beta)
-        align = distance.mean()
-        # Eq. 6: denoising + lambda * alignment
-        loss = sum(parts.values()) + weight * align
-        if self.align.head == "none":
-            loss = loss + self._no_gradient_for_the_head(prediction)
-        # logged without lambda, which the log has as align_weight
-        parts["align"] = align
-        parts["student_norm"] = _mean_norm(features)
-        parts["teacher_norm"] = _mean_norm(target)
-        return loss, _detached(parts)
-
-    def _plain(self, noised: Noised, condition: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
-        """A step without alignment."""
-        prediction = self.student(noised.x, noised.t, condition)
-        parts = self._denoising(prediction, noised)
-        loss = sum(parts.values()) + self._no_gradient_for_the_head(prediction)
-        return loss, _detached(parts)
-
-    def _denoising(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
-        losses = self.process.losses(prediction, noised)
-        return {name: value.mean() for name, value in losses.items()}
-
-    def _no_gradient_for_the_head(self, prediction: Tensor) -> Tensor:
-        """Zero, with a zero gradient for the projection head.
+    def _no_gradient_for_idle_heads(self, active: Iterable[Target]) -> Tensor | float:
+        """Zero, with a zero gradient for every head that no target has trained.
 
         Every parameter then has a gradient in every step, which all ZeRO stages handle alike.
         """
-        # one token of zeros is enough to give every weight of the head a gradient
-        features = prediction.new_zeros(1, 1, self.student.hidden_size)
-        return 0.0 * self.student.ap_head(features).sum()
+        used = {target.head_name(target.align) for target in active}
+        idle = [module for name, module in self.heads.items() if name not in used]
+        student = self.student
+        # one image of zeros is enough to give every weight of a head a gradient
+        weight = student.x_embedder.proj.bias
+        tokens = weight.new_zeros(1, student.num_tokens, student.hidden_size)
+        condition = weight.new_zeros(1, student.hidden_size)
+        zero = 0.0
+        for module in idle:
+            if module is student.ap_head:
+                zero = zero + 0.0 * module(tokens[:, :1]).sum()
+            else:
+                zero = zero + 0.0 * module(tokens, condition).sum()
+        return zero
 
 
-def _sinusoids(noised: Noised) -> tuple[Tensor, Tensor]:
-    """``timestep_features`` ``[B, 256]`` of the student's and the teacher's times, in one pass."""
-    student, teacher = timestep_features(torch.cat([noised.t, noised.t_teacher])).chunk(2)
-    return student, teacher
+def add_heads(student: SiT, cfg: Config) -> None:
+    """Give the student the heads that only single targets have."""
+    for align in cfg.alignments.values():
+        head = TARGETS[align.target].make_head(align, cfg.model)
+        if head is not None:
+            head.initialise()
+            student.align_heads[align.target] = head
 
 
-def _mean_norm(features: Tensor) -> Tensor:
-    """Mean length of the tokens ``[b, T, D]``, fp32."""
-    return torch.linalg.vector_norm(features.detach(), dim=-1, dtype=torch.float32).mean()
+def make_objective(cfg: Config, student: SiT, network: Backbone | None) -> SRAObjective:
+    """The objective of a configuration.
+
+    Args:
+        cfg: filled in.
+        student: with the heads of ``add_heads``.
+        network: what follows the EMA, for the target that has one.
+    """
+    kinds = [(TARGETS[align.target], align) for align in cfg.alignments.values()]
+    targets = [kind(align, network if kind.has_teacher else None) for kind, align in kinds]
+    return SRAObjective(student, targets, make_process(cfg))
 
 
-def _detached(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in parts.items()}
+def inputs_of(target: Target, noisy: NoisyImages, sinusoid: Tensor | None = None) -> Inputs:
+    """What a target sees.
+
+    ``sinusoid``: of the teacher's times; None: it is computed.
+    """
+    if sinusoid is None:
+        _, sinusoid = _sinusoids(noisy.batch.times)
+    share = target.align.share
+    batch = len(noisy.batch)
+    return Inputs(
+        noisy,
+        sinusoid,
+        aligned_images(share, batch, noisy.x.device),
+        aligned_numbers(share, batch),
+    )
+
+
+def _sinusoids(times: Times) -> tuple[Tensor, Tensor]:
+    """``timestep_features`` of the student's and the teacher's times, in one pass."""
+    both = torch.cat([times.student.flatten(), times.teacher.flatten()])
+    student, teacher = timestep_features(both).split([times.student.numel(), times.teacher.numel()])
+    return student.view(*times.student.shape, -1), teacher.view(*times.teacher.shape, -1)

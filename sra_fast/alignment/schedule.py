@@ -1,12 +1,14 @@
 """When, how strongly and for which images the alignment loss counts."""
 
 import functools
+import itertools
+from collections.abc import Iterable
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from sra_fast.config.schema import AlignConfig
+from sra_fast.config.schema import AlignConfig, Config
 
 
 def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
@@ -22,6 +24,11 @@ def align_weight(cfg: AlignConfig, step: int, epoch: int) -> float:
         return 0.0
     # times ``every``: the mean over all steps is that of alignment in each step
     return cfg.every * _scheduled(cfg, step, epoch)
+
+
+def align_weights(cfg: Config, step: int, epoch: int) -> dict[str, float]:
+    """``align_weight`` of every target of a run, by its section."""
+    return {name: align_weight(align, step, epoch) for name, align in cfg.alignments.items()}
 
 
 def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:
@@ -52,7 +59,14 @@ def alignment_phases(cfg: AlignConfig) -> set[bool]:
     return phases
 
 
-def images_per_cycle(fraction: float, batch: int) -> tuple[int, int]:
+def phases_of(alignments: Iterable[AlignConfig]) -> list[tuple[bool, ...]]:
+    """Which of a run's targets may be computed in one step, for every kind of step."""
+    return sorted(itertools.product(*(alignment_phases(cfg) for cfg in alignments)))
+
+
+def images_per_cycle(
+    fraction: float, batch: int, option: str = "align.fraction"
+) -> tuple[int, int]:
     """``(p, q)``: the first p of every q images are aligned.
 
     They are the same images for every split of the batch into micro-batches.
@@ -65,17 +79,23 @@ def images_per_cycle(fraction: float, batch: int) -> tuple[int, int]:
     exact = abs(float(cycle) - fraction) <= 1e-6
     if not 0 < cycle <= 1 or batch % cycle.denominator or not exact:
         raise ValueError(
-            f"align.fraction of the {batch} images of a micro-batch must be a whole number of "
+            f"{option} of the {batch} images of a micro-batch must be a whole number of "
             f"images, got {fraction}"
         )
     return cycle.numerator, cycle.denominator
 
 
-@functools.cache
-def aligned_images(fraction: float, batch: int, device: torch.device) -> Tensor | None:
-    """Indices ``[batch * fraction]`` int64 of the images that are aligned; None: all of them."""
+def aligned_numbers(fraction: float, batch: int) -> list[int] | None:
+    """The images of a micro-batch that are aligned; None: all of them."""
     if fraction == 1:
         return None
     p, q = images_per_cycle(fraction, batch)
+    return [i for i in range(batch) if i % q < p]
+
+
+@functools.cache
+def aligned_images(fraction: float, batch: int, device: torch.device) -> Tensor | None:
+    """``aligned_numbers`` as int64 ``[batch * fraction]`` on the device."""
+    numbers = aligned_numbers(fraction, batch)
     # cached: a copy from the host in every step would wait, and a CUDA graph forbids it
-    return torch.tensor([i for i in range(batch) if i % q < p]).to(device)
+    return None if numbers is None else torch.tensor(numbers).to(device)

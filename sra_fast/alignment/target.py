@@ -1,12 +1,21 @@
 """What the student's features are aligned to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from sra_fast import ops
+from sra_fast.alignment.heads import Head
+from sra_fast.alignment.schedule import images_per_cycle
 from sra_fast.config.schema import AlignConfig, Config, ModelConfig
-from sra_fast.diffusion.process import Noised
-from sra_fast.models import Backbone, Conditioning
+from sra_fast.data.training_data import TrainingData
+from sra_fast.diffusion.draws import Draws
+from sra_fast.diffusion.micro_batch import NoisyImages, Times
+from sra_fast.diffusion.process import Process
+from sra_fast.models import ALIGN_HEADS, Backbone, Features, SiT
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 
 # (m, n) of the paper's models; its DiTs have a shallower teacher layer than its SiTs
@@ -20,28 +29,55 @@ PAPER_LAYERS = {
 }
 
 
+def named_size(model: ModelConfig) -> str | None:
+    """The size (S, B, L, XL) that a model's name says, unless it has another depth."""
+    return None if model.depth is not None else model.name.partition("-")[2].partition("/")[0]
+
+
 def default_layers(model: ModelConfig) -> tuple[int, int]:
     """The layers (m, n) of student and teacher: the paper's, else the authors' rule for other
     models: a quarter and three quarters of the depth.
     """
-    size = model.name.partition("-")[2].partition("/")[0]
-    pair = PAPER_LAYERS.get((model.family, size))
-    if pair is not None and model.depth is None:
-        return pair
-    depth = model.arguments()["depth"]
-    # halves are rounded up, and a single block is both
-    return max(1, (depth + 2) // 4), max(1, (3 * depth + 2) // 4)
+    pair = PAPER_LAYERS.get((model.family, named_size(model)))
+    return pair or (share_of_depth(model, 1 / 4), share_of_depth(model, 3 / 4))
+
+
+def share_of_depth(model: ModelConfig, share: float) -> int:
+    """A layer at this share of the depth, at least 1; halves are rounded up."""
+    return max(1, int(share * model.arguments()["depth"] + 0.5))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a target may see of a micro-batch.
+
+    Attributes:
+        noisy: the images with their noise; the target's network sees ``x_teacher [B, C, H, W]``.
+        sinusoid: ``timestep_features`` of the teacher's times, ``[B, 256]`` or ``[B, G, 256]``.
+        images: ``[b]`` int64, those that are aligned; None: all of them.
+        numbers: the same on the host.
+    """
+
+    noisy: NoisyImages
+    sinusoid: Tensor
+    images: Tensor | None = None
+    numbers: Sequence[int] | None = None
+
+    def select(self, rows: Tensor) -> Tensor:
+        """The rows ``[b, ...]`` of the aligned images, of ``[B, ...]``."""
+        return rows if self.images is None else rows[self.images]
 
 
 class Target(nn.Module):
-    """Target features of a micro-batch, without gradient.
+    """One alignment loss: target features of a micro-batch, and their distance from the student's.
 
     A target is registered in ``TARGETS``. Its options are a dataclass, ``config``, that inherits
     from ``AlignConfig``: the command line and YAML files then have them under ``align``.
 
     A target may own a network that follows the EMA of the student (``network_depth`` is then not
     None). The trainer builds that network, keeps its weights up to date in every ZeRO stage, and
-    hands it to the constructor.
+    hands it to the constructor. It may also have a head of its own, which the trainer makes
+    (``make_head``) and trains as a part of the student, ``student.align_heads[name]``.
 
     Args:
         align: the options, of the class ``config``.
@@ -49,6 +85,17 @@ class Target(nn.Module):
     """
 
     config: type[AlignConfig] = AlignConfig
+    # whether there is a network that follows the EMA
+    has_teacher = False
+    # whether the tokens of an image belong to two groups, for which more is drawn
+    has_groups = False
+    # whether batches must have features of another model
+    needs_external = False
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether batches must have the means of the posterior."""
+        return False
 
     def __init__(self, align: AlignConfig, network: Backbone | None):
         super().__init__()
@@ -62,18 +109,53 @@ class Target(nn.Module):
         return None
 
     @classmethod
-    def fill_in(cls, cfg: Config) -> None:
-        """Set the layers that were not given."""
-        if cfg.align.student_layer is None:
-            cfg.align.student_layer = default_layers(cfg.model)[0]
+    def make_head(cls, align: AlignConfig, model: ModelConfig) -> Head | None:
+        """A head that only this target has; None: there is none, or it is the student's
+        ``ap_head``.
+        """
+        return None
 
     @classmethod
-    def check(cls, cfg: Config) -> None:
+    def head_name(cls, align: AlignConfig) -> str | None:
+        """Name of the head among the student's submodules, None without a head."""
+        return None
+
+    @classmethod
+    def layers(cls, model: ModelConfig) -> tuple[int, int]:
+        """Default of student layer and, where the target has one, teacher layer."""
+        return default_layers(model)
+
+    @classmethod
+    def fill_in(cls, align: AlignConfig, cfg: Config) -> None:
+        """Set the layers that were not given."""
+        if align.student_layer is None:
+            align.student_layer = cls.layers(cfg.model)[0]
+
+    @classmethod
+    def fill_in_data(cls, align: AlignConfig, data: TrainingData) -> None:
+        """Set what depends on the data; ValueError if they lack what the target needs."""
+
+    @classmethod
+    def check(cls, align: AlignConfig, cfg: Config) -> None:
         """ValueError for options that do not fit the run."""
 
     @classmethod
-    def check_device(cls, cfg: Config, stage: int, cuda: bool) -> None:
+    def check_batch(cls, align: AlignConfig, micro: int) -> None:
+        """ValueError for a share of the images that ``micro`` images cannot have."""
+        images_per_cycle(align.share, micro)
+
+    @classmethod
+    def check_device(cls, align: AlignConfig, cfg: Config, stage: int, cuda: bool) -> None:
         """ValueError for options that this machine or the ZeRO stage does not allow."""
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of the student whose features the loss reads."""
+        return (self.align.student_layer,)
+
+    def times(self, process: Process, draws: Draws) -> Times:
+        """Student's and teacher's times, and the groups of tokens if there are any."""
+        return Times(*process.times(draws.uniform, draws.gap))
 
     def follow(self, wait: Callable[[], None]) -> None:
         """``wait`` returns once the weights of ``network`` are complete. Call it before a
@@ -83,22 +165,81 @@ class Target(nn.Module):
     def will_be_captured(self) -> None:
         """Forward and backward pass will be replayed as one CUDA graph: choose defaults for that."""
 
-    def start(
-        self, noised: Noised, sinusoid: Tensor, condition: Conditioning, images: Tensor | None
-    ) -> None:
-        """Take the inputs of a micro-batch, before the student's forward.
+    def start(self, inputs: Inputs) -> None:
+        """Take the inputs of a micro-batch, before the student's forward."""
+
+    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+        """The alignment loss, after the student's forward.
 
         Args:
-            noised: both noisy inputs; the target sees ``x_teacher [B, C, H, W]``.
-            sinusoid: ``[B, 256]`` ``timestep_features`` of ``noised.t_teacher``.
-            condition: B of them, as the student's.
-            images: ``[b]`` int64, those that are aligned; None: all of them.
+            student: whose head the features pass.
+            features: of the student, after ``depths``.
+            inputs: those of ``start``.
+
+        Returns:
+            ``"align"``, the loss without lambda, fp32 ``[]``, and what is logged besides.
         """
         raise NotImplementedError
 
-    def result(self) -> Tensor:
-        """``[b, T, D]`` target features, after the student's forward."""
-        raise NotImplementedError
+    def projected(self, student: SiT, features: Features, inputs: Inputs) -> Tensor:
+        """``[b, T, ...]``: the student's features of the aligned images after the target's head.
+
+        After a head that only this target has they are in the order of the image, else in that of
+        the student's sequence.
+        """
+        # the head runs only on the images that are compared
+        found = inputs.select(features.after[self.align.student_layer])
+        name = self.head_name(self.align)
+        if name is None:
+            return found
+        if name == AP_HEAD:
+            return student.ap_head(found)
+        head = student.get_submodule(name)
+        groups = features.groups
+        if groups is None:
+            return head(found, inputs.select(features.conditioning))
+        if inputs.images is not None:
+            groups = groups.select(inputs.images, inputs.numbers)
+        # what such a head is compared with has the order of the image
+        index = groups.restore(groups.index)
+        return head(groups.restore(found), inputs.select(features.conditioning), index)
+
+
+# the head that every model of the published code has
+AP_HEAD = "ap_head"
+
+
+def own_head(target: str) -> str:
+    """Name, among the student's submodules, of a head that only one target has."""
+    return f"{ALIGN_HEADS}{target}"
+
+
+def compare(predicted: Tensor, target: Tensor, distance: str, beta: float) -> dict[str, Tensor]:
+    """The mean distance of the student's from the target features ``[b, T, D]``, and the mean
+    lengths of their tokens.
+    """
+    distances = ops.align_distance(predicted, target, distance, beta=beta)
+    return {
+        "align": distances.mean(),
+        "student_norm": mean_norm(predicted),
+        "teacher_norm": mean_norm(target),
+    }
+
+
+def mean_norm(features: Tensor) -> Tensor:
+    """Mean length of the tokens ``[b, T, D]``, fp32."""
+    return torch.linalg.vector_norm(features.detach(), dim=-1, dtype=torch.float32).mean()
+
+
+def check_layers(align: AlignConfig, cfg: Config, name: str = "teacher_layer") -> None:
+    """ValueError unless student layer and the deeper layer lie in the model, in this order."""
+    depth = cfg.model.arguments()["depth"]
+    deeper = getattr(align, name)
+    require_that(
+        1 <= align.student_layer <= deeper <= depth,
+        f"align needs 1 <= student_layer <= {name} <= depth ({depth}), got "
+        f"student_layer {align.student_layer} and {name} {deeper}",
+    )
 
 
 @TARGETS.register("none")

@@ -21,7 +21,7 @@ from sra_fast.checkpoint.steps import named_by_latest, step_of
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.cli import load_config
 from sra_fast.config.schema import Config, ModelConfig
-from sra_fast.models import SiT
+from sra_fast.models import ALIGN_HEADS, SiT
 from sra_fast.utils.files import require
 
 # of a Hugging Face model folder
@@ -237,7 +237,10 @@ def model_of_settings(settings: Mapping, path: Path) -> SiT:
 def state_dict_of(model: SiT, flat: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A state dict under the published names, with the position embedding, from the flat tensors of
     a checkpoint; ValueError if they do not fit the model.
+
+    Heads that only an alignment target has are left out: they are no part of the model.
     """
+    flat = {name: value for name, value in flat.items() if not name.startswith(ALIGN_HEADS)}
     shapes = {name: p.shape for name, p in model.named_parameters()}
     wrong = sorted(
         name

@@ -6,6 +6,7 @@ a parser is built. The scripts do that.
 
 import sys
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_type_hints
 
@@ -18,12 +19,17 @@ from sra_fast.utils.registry import TARGETS, Registry
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+# the sections that have the options of an alignment target
+SECTIONS = ("align", "align2")
+
+
 def _load(text: str):
     """jsonargparse's YAML, with ``align: none`` as a short form of ``align: {target: none}``."""
     # jsonargparse's own YAML: it reads 1e-4 as a number, which YAML 1.1 does not
     value = jsonargparse.get_loader("yaml")(text)
-    if isinstance(value, dict) and value.get("align") == "none":
-        value["align"] = {"target": "none"}
+    for section in SECTIONS:
+        if isinstance(value, dict) and value.get(section) == "none":
+            value[section] = {"target": "none"}
     return value
 
 
@@ -32,6 +38,7 @@ SHORT_FORMS = {
     "--model": "model.name",
     "--data": "data.path",
     "--align": "align.target",
+    "--align2": "align2.target",
     "--cfg-scale": "sample.guidance",
 }
 
@@ -105,7 +112,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
         raise RuntimeError("no alignment target is registered: import sra_fast.alignment first")
     # the target has to be known first: the parser offers its options
     args = in_full(Config, sys.argv[1:] if args is None else args)
-    options = _with_target(_target_of(args))
+    options = _with_targets({section: _target_of(section, args) for section in SECTIONS})
     parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
     # DeepSpeed's launchers append these
     parser.add_argument(
@@ -141,34 +148,38 @@ def in_full(options: type, args: list[str]) -> list[str]:
     return full
 
 
-def _target_of(args: list[str]) -> str:
-    """The alignment target whose options the arguments may set: the last one that they name.
+def _target_of(section: str, args: list[str]) -> str:
+    """The alignment target whose options the arguments may set in a section: the last one that they
+    name.
 
     ``none`` only turns the alignment off. Options of the target stay valid.
     """
-    named = [AlignConfig.target]
+    # what a section has by default
+    named = [AlignConfig.target] if section == "align" else []
     # in order: a later argument wins over an earlier one, as in the parser
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
         if not equals:
             value = args[i + 1] if i + 1 < len(args) else ""
-        if option == "--align.target":
+        if option == f"--{section}.target":
             named.append(value)
         # a missing file is left to the parser, which has a message for it
         elif option == "--config" and Path(value).is_file():
-            named.append(_target_of_file(Path(value)))
+            named.append(_target_of_file(section, Path(value)))
     # so is a name that nothing is registered under
-    return [name for name in named if name != "none" and name in TARGETS][-1]
+    known = [name for name in named if name != "none" and name in TARGETS]
+    return known[-1] if known else "none"
 
 
-def _target_of_file(path: Path) -> str:
-    """The alignment target whose options a YAML file has; ``none`` where it names none.
+def _target_of_file(section: str, path: Path) -> str:
+    """The alignment target whose options a section of a YAML file has; ``none`` where it names
+    none.
 
     A file that turns the alignment off may still hold the options of a target, as the saved
     configuration of ``--align none`` does. Errors are left to the parser.
     """
     try:
-        align = yaml.safe_load(path.read_text())["align"]
+        align = yaml.safe_load(path.read_text())[section]
         name = str(align.get("target", "none"))
         options = set(align)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
@@ -185,13 +196,16 @@ def _option_names(config: type[AlignConfig]) -> set[str]:
     return {item.name for item in fields(config)}
 
 
-def _with_target(name: str) -> type[Config]:
-    """``Config`` with the options of an alignment target below ``align``."""
-    align = TARGETS[name].config
+def _with_targets(names: dict[str, str]) -> type[Config]:
+    """``Config`` with the options of an alignment target in each of these sections."""
+    sections = []
+    for section, name in names.items():
+        align = TARGETS[name].config
+        # no other section than `align` has a target unless it is named
+        default = align if section == "align" else partial(align, target="none")
+        sections.append((section, align, field(default_factory=default)))
     # a subclass: the other sections keep their defaults and descriptions
-    options = make_dataclass(
-        "Config", [("align", align, field(default_factory=align))], bases=(Config,)
-    )
+    options = make_dataclass("Config", sections, bases=(Config,))
     # the help shows it
     options.__doc__ = Config.__doc__
     return options

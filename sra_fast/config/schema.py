@@ -86,19 +86,14 @@ class AlignConfig:
     """What every alignment target has; `align: none` trains the plain model.
 
     A target has further options: a dataclass that inherits from this one (``alignment/target.py``).
+    An option that makes no sense for a target is none of its fields, so that it is refused by name.
     """
 
     target: str = choice(TARGETS, "ema_teacher")
     """where the target features come from"""
     student_layer: int | None = None
-    """m: the student's features after this block are projected and aligned (1-based); default: the
-    paper's for B, L and XL, else a quarter of the depth"""
-    head: Literal["mlp", "none"] = "mlp"
-    """what the student's features pass before they are compared: the projection head, or nothing"""
-    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
-    """distance between the features"""
-    beta: float = 0.05
-    """where smooth-L1 turns linear"""
+    """m: the student's features after this block are aligned (1-based); default: that of the
+    target's paper for B, L and XL, else its rule"""
     weight: float = 0.2
     """lambda: weight of the alignment loss"""
     schedule: Literal["constant", "epochs", "steps", "milestones"] = "constant"
@@ -112,11 +107,8 @@ class AlignConfig:
     milestones: dict[int, float] = field(default_factory=dict)
     """step -> lambda from that step on (schedule: milestones)"""
     stop_at_step: int | None = None
-    """no alignment from this step on: the target is not computed"""
-    t_max: float = 0.2
-    """the teacher's time is earlier by U(0, t_max)"""
-    fraction: float = 1.0
-    """share of the images that are aligned each step; the loss is the mean over these"""
+    """no alignment from this step on (HASTE, arXiv 2505.16792): the target is not computed. An
+    input with two times per image, or with separated groups, stays"""
     every: int = 1
     """alignment in each `every`-th step only, with lambda times `every`"""
 
@@ -124,6 +116,38 @@ class AlignConfig:
     def active(self) -> bool:
         """Whether there is an alignment loss."""
         return self.target != "none"
+
+    @property
+    def share(self) -> float:
+        """Share of the images that are aligned in a step with alignment."""
+        return 1.0
+
+    @property
+    def largest_gap(self) -> float:
+        """By how much the teacher's time is earlier than the student's at most, in [0, 1]."""
+        return 0.0
+
+
+@dataclass
+class TokenAlignConfig(AlignConfig):
+    """Options of a target that gives every token a feature: the student's are compared with it."""
+
+    fraction: float = 1.0
+    """share of the images that are aligned each step; the loss is the mean over these"""
+
+    @property
+    def share(self) -> float:
+        return self.fraction
+
+
+@dataclass
+class DistanceConfig(TokenAlignConfig):
+    """Options of a target whose distance from the student's features can be chosen."""
+
+    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
+    """distance between the features"""
+    beta: float = 0.05
+    """where smooth-L1 turns linear"""
 
 
 @dataclass
@@ -308,9 +332,17 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     # looked up when a Config is made: the target registers itself when its room is imported
     align: AlignConfig = field(default_factory=lambda: TARGETS["ema_teacher"].config())
+    # a second target, whose loss is added; it has the options of a target too
+    align2: AlignConfig = field(default_factory=lambda: AlignConfig(target="none"))
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    @property
+    def alignments(self) -> "dict[str, AlignConfig]":
+        """The alignment targets that are on, by their section."""
+        sections = {"align": self.align, "align2": self.align2}
+        return {name: align for name, align in sections.items() if align.active}

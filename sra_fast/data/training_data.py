@@ -1,6 +1,7 @@
 """What a data set has to be for a run to train on it."""
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -9,6 +10,8 @@ from sra_fast.data.facts import DataFacts
 
 # one image in five is held out of an analysis
 HELD_OUT = 5
+# images whose latents are measured for a target that compares with them
+LOOKED_AT = 4096
 
 
 class TrainingData(Dataset):
@@ -40,6 +43,7 @@ class TrainingData(Dataset):
     in_memory: bool = False
     fingerprint: str | None = None
     evaluation: str | None = None
+    features: object | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,6 +67,20 @@ class TrainingData(Dataset):
         ``noise``: standard normals like the latents, if the set has a ``posterior``.
         """
         return images
+
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of the latents in every channel, of at most ``LOOKED_AT`` images."""
+        step = max(1, len(self) // LOOKED_AT)
+        images, *_ = self.__getitems__(list(range(0, len(self), step))[:LOOKED_AT])
+        noise = None
+        if self.posterior:
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn((len(images), *self.shape), generator=generator)
+        latents = self.to_latent(images, noise).double().transpose(0, 1).flatten(1)
+        # a channel that is always the same is left as it is
+        std = latents.std(1)
+        std = torch.where(std > 0, std, 1.0)
+        return latents.mean(1).tolist(), std.tolist()
 
     def facts(self) -> DataFacts:
         """What the model's users have to know of these data.

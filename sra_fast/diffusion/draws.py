@@ -28,6 +28,8 @@ class Draws:
         gap: ``[B]`` in [0, 1): how much earlier the teacher's time is.
         drop: ``[B]`` bool: conditioning replaced by nothing.
         flip: ``[B]`` bool: images to mirror, or None.
+        second: ``[B, 2]`` in [0, 1): time and gap of the second group of tokens, or None.
+        tokens: ``[B, T]`` in [0, 1): how the tokens are dealt to the groups, or None.
     """
 
     noise: Tensor
@@ -36,6 +38,8 @@ class Draws:
     gap: Tensor
     drop: Tensor
     flip: Tensor | None = None
+    second: Tensor | None = None
+    tokens: Tensor | None = None
 
     def mirror(self, x0: Tensor) -> Tensor:
         """The images ``[B, C, H, W]``, those of ``flip`` mirrored."""
@@ -75,6 +79,7 @@ def draw(
     drop_prob: float,
     posterior: bool,
     flip: bool = False,
+    tokens: int = 0,
 ) -> Draws:
     """Draws of images ``first`` to ``first + B`` of an optimizer step.
 
@@ -87,6 +92,7 @@ def draw(
         drop_prob: probability that an image's label becomes the null class.
         posterior: also draw the noise of the VAE posterior.
         flip: also draw which images are mirrored, each with probability 1/2.
+        tokens: T, to draw what two groups of tokens need too; 0: they are not drawn.
     """
     batch, *latent = shape
     # key 0: time, gap and label dropping of each image
@@ -101,6 +107,13 @@ def draw(
         # key 2: a run without mirrored images has the same other numbers
         draw_coins = lambda g: torch.rand(BLOCK, generator=g, device=device)
         flips = _blocks(draw_coins, (seed, step, 2), first, batch, device) < 0.5
+    second = None
+    dealt = None
+    if tokens:
+        # key 3: a run with one time per image has the same other numbers
+        draw_groups = lambda g: torch.rand(BLOCK, 2 + tokens, generator=g, device=device)
+        groups = _blocks(draw_groups, (seed, step, 3), first, batch, device)
+        second, dealt = groups.split((2, tokens), dim=1)
     time, gap, drop = uniforms.unbind(1)
     return Draws(
         noise=normals[:, 0],
@@ -110,4 +123,6 @@ def draw(
         # drawn at probability 0 too: the time and the gap do not depend on it
         drop=drop < drop_prob,
         flip=flips,
+        second=second,
+        tokens=dealt,
     )

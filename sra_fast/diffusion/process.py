@@ -46,7 +46,7 @@ class Process(Protocol):
         ...
 
     def times(self, uniform: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's times ``[B]`` from two uniforms ``[B]`` (SRA, Sec. 3.2)."""
+        """Student's and teacher's times from two uniforms of one shape (SRA, Sec. 3.2)."""
         ...
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor) -> Noised:
@@ -60,4 +60,5 @@ class Process(Protocol):
 
 def make_process(cfg: Config) -> Process:
     """The diffusion process of the configured model family."""
-    return PROCESSES[cfg.model.process].from_config(cfg.diffusion, cfg.align.t_max)
+    gap = max((align.largest_gap for align in cfg.alignments.values()), default=0.0)
+    return PROCESSES[cfg.model.process].from_config(cfg.diffusion, gap)

@@ -8,15 +8,19 @@ from sra_fast.models.registry import (
     create_model,
     preset,
 )
-from sra_fast.models.transformer import Backbone, DiT, SiT
+from sra_fast.models.token_groups import TokenGroups
+from sra_fast.models.transformer import ALIGN_HEADS, Backbone, DiT, Features, SiT
 
 __all__ = [
+    "ALIGN_HEADS",
     "SIZES",
     "Backbone",
     "ClassLabels",
     "Conditioning",
     "DiT",
+    "Features",
     "SiT",
+    "TokenGroups",
     "arguments_from_state_dict",
     "arguments_of",
     "create_model",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sra_fast.models.layers import Block, Pending
+from sra_fast.models.token_groups import Segments
 from sra_fast.models.transformer import Backbone
 from sra_fast.ops.fp8 import (
     adaln_fp8,
@@ -70,22 +71,29 @@ class Fp8Block(Block):
             new.set_submodule(path, Fp8Linear(layer))
         return new.train(block.training)
 
-    def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
-        modulation = self.adaLN_modulation[1](c).chunk(6, dim=1)
+    def _forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        pending: Pending | None,
+        group: Tensor | None,
+        segments: Segments | None,
+    ) -> tuple[Tensor, Pending]:
+        modulation = self.adaLN_modulation[1](c).chunk(6, dim=-1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
 
         # attention: norm and modulation round their result to e4m3 themselves
         if pending is None:
-            h = adaln_fp8(x, shift_msa, scale_msa)
+            h = adaln_fp8(x, shift_msa, scale_msa, group=group)
         else:
             y, gate, bias = pending
             assert bias is None, "the block before is an Fp8Block, which adds its bias"
-            x, h = gated_residual_adaln_fp8(x, y, gate, shift_msa, scale_msa)
+            x, h = gated_residual_adaln_fp8(x, y, gate, shift_msa, scale_msa, group=group)
         q, k, v = self.attn.qkv(h).chunk(3, dim=2)
-        y = self.attn.proj(self.attn(q, k, v))
+        y = self.attn.proj(self.attn(q, k, v, segments))
 
         # MLP: so does GELU
-        x, h = gated_residual_adaln_fp8(x, y, gate_msa, shift_mlp, scale_mlp)
+        x, h = gated_residual_adaln_fp8(x, y, gate_msa, shift_mlp, scale_mlp, group=group)
         hidden = quantize_rows(self.mlp.fc1(h), gelu=True)
         return x, (self.mlp.fc2(hidden), gate_mlp, None)
 

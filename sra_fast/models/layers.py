@@ -12,7 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from sra_fast import ops
 from sra_fast.models.conditioning import ClassLabels
+from sra_fast.models.token_groups import Segments
 from sra_fast.ops._backend import autocast
+
+
+def patches_of(images: Tensor, patch_size: int) -> Tensor:
+    """``[B, C, H, W]`` -> ``[B, T, C, p, p]``, along the rows of an image."""
+    B, C, H, W = images.shape
+    p = patch_size
+    # [B, C, rows, p, columns, p] -> [B, rows, columns, C, p, p]
+    patches = images.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(B, (H // p) * (W // p), C, p, p)
 
 
 class PatchProjection(nn.Conv2d):
@@ -30,12 +40,8 @@ class PatchProjection(nn.Conv2d):
         super().__init__(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        p = self.kernel_size[0]
-        # [B, C, rows, p, columns, p] -> [B, rows, columns, C, p, p]
-        patches = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)
         # a patch in the order of the weight's last three dimensions
-        patches = patches.reshape(B, (H // p) * (W // p), C * p * p)
+        patches = patches_of(x, self.kernel_size[0]).flatten(2)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
@@ -59,18 +65,19 @@ def timestep_frequencies(count: int, device=None) -> Tensor:
 
 
 def timestep_features(t: Tensor, size: int = 256) -> Tensor:
-    """Cosines and sines of raw times, ``[B]`` -> ``[B, size]`` fp32: what the MLP of a
-    ``TimestepEmbedder`` sees.
+    """Cosines and sines of raw times, ``[B]`` -> ``[B, size]`` fp32 (``[B, G]`` -> ``[B, G,
+    size]``): what the MLP of a ``TimestepEmbedder`` sees.
     """
-    phase = t.float()[:, None] * timestep_frequencies(size // 2, t.device)
-    return torch.cat([phase.cos(), phase.sin()], dim=1)
+    phase = t.float()[..., None] * timestep_frequencies(size // 2, t.device)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
     """An MLP of two layers on the sinusoid of the time: ``[B]`` -> ``[B, D]``.
 
     Its input may also be the sinusoid itself, ``timestep_features`` ``[B, frequency_size]``:
-    student and teacher share one computation of it.
+    student and teacher share one computation of it. Of images with G times only the sinusoid is
+    taken, ``[B, G, frequency_size]`` -> ``[B, G, D]``.
     """
 
     def __init__(self, hidden_size: int, frequency_size: int = 256):
@@ -129,13 +136,18 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries, keys and values ``[B, T, D]`` -> ``[B, T, D]``."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+        """Queries, keys and values ``[B, T, D]`` -> ``[B, T, D]``.
+
+        ``segments``: lengths of the runs of tokens inside which attention stays.
+        """
         B, T, D = q.shape
         heads = (B, T, self.num_heads, D // self.num_heads)
         q = self.q_norm(q.view(heads))
         k = self.k_norm(k.view(heads))
-        return ops.attention(q, k, v.view(heads)).flatten(2)
+        return ops.attention(
+            q, k, v.view(heads), segments=segments
+        ).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -147,8 +159,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
 
-# what a half-block has yet to add to the residual stream: its output [B, T, D], its gate [B, D],
-# and the bias [D] of its last product, or None if the output already contains it
+# what a half-block has yet to add to the residual stream: its output [B, T, D], its gate [B, D]
+# (with groups [B, G, D]), and the bias [D] of its last product, or None if the output already
+# contains it
 Pending = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -189,27 +202,43 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
-        self, x: Tensor, c: Tensor, pending: Pending | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        pending: Pending | None = None,
+        group: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Tensor, Pending]:
         """Run the block.
 
         Args:
             x: ``[B, T, D]`` residual stream, in the weights' dtype or in fp32.
-            c: ``[B, D]`` conditioning, after the SiLU that all blocks share.
+            c: ``[B, D]`` conditioning, after the SiLU that all blocks share; with groups ``[B, G,
+                D]``.
             pending: what the block before has yet to add to ``x``.
+            group: ``[B, T]`` integers in [0, G): whose conditioning each token has; None: that of
+                its image.
+            segments: lengths of the runs of tokens inside which attention stays; see
+                ``TokenGroups``.
 
         Returns:
             The residual stream ``[B, T, D]`` and what is pending now.
         """
+        inputs = (x, c, pending, group, segments)
         if self.recompute != "full" or not torch.is_grad_enabled():
-            return self._forward(x, c, pending)
+            return self._forward(*inputs)
         # nothing in a block draws random numbers, so there is no generator state to restore
-        return checkpoint(
-            self._forward, x, c, pending, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    def _forward(self, x: Tensor, c: Tensor, pending: Pending | None) -> tuple[Tensor, Pending]:
-        modulation = self.adaLN_modulation[1](c).chunk(6, dim=1)
+    def _forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        pending: Pending | None,
+        group: Tensor | None,
+        segments: Segments | None,
+    ) -> tuple[Tensor, Pending]:
+        modulation = self.adaLN_modulation[1](c).chunk(6, dim=-1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         qkv, proj = self.attn.qkv, self.attn.proj
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
@@ -223,11 +252,12 @@ class Block(nn.Module):
             qkv.weight,
             qkv.bias,
             residual=pending,
+            group=group,
             recompute=recompute,
             parts=3,
         )
         # its bias is added together with its gate, by the next pass over the residual stream
-        attended = F.linear(self.attn(*heads), proj.weight)
+        attended = F.linear(self.attn(*heads, segments), proj.weight)
 
         # MLP: add the gated attention, norm, modulate, two products with GELU between them
         x, y = ops.adaln_mlp(
@@ -239,15 +269,16 @@ class Block(nn.Module):
             fc2.weight,
             None if self.defer_bias else fc2.bias,
             residual=(attended, gate_msa, proj.bias),
+            group=group,
             recompute=recompute,
         )
         return x, (y, gate_mlp, fc2.bias if self.defer_bias else None)
 
 
-def add_pending(x: Tensor, pending: Pending) -> Tensor:
+def add_pending(x: Tensor, pending: Pending, group: Tensor | None = None) -> Tensor:
     """The residual stream ``[B, T, D]`` with the pending output of the last half-block added."""
     y, gate, bias = pending
-    return ops.gated_residual(x, y, gate, bias=bias)
+    return ops.gated_residual(x, y, gate, bias=bias, group=group)
 
 
 class FinalLayer(nn.Module):
@@ -258,10 +289,18 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, pending: Pending | None = None) -> Tensor:
-        shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=1)
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        pending: Pending | None = None,
+        group: Tensor | None = None,
+    ) -> Tensor:
+        shift, scale = self.adaLN_modulation[1](c).chunk(2, dim=-1)
         weight, bias = self.linear.weight, self.linear.bias
-        _, prediction = ops.adaln_linear(x, shift, scale, weight, bias, residual=pending)
+        _, prediction = ops.adaln_linear(
+            x, shift, scale, weight, bias, residual=pending, group=group
+        )
         return cast(Tensor, prediction)
 
 

@@ -2,7 +2,9 @@
 projection head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,13 @@ from sra_fast.models.layers import (
     TimestepEmbedder,
     add_pending,
     sincos_pos_embed,
+    timestep_features,
 )
+from sra_fast.models.token_groups import TokenGroups
 from sra_fast.utils.registry import CONDITIONINGS, MODEL_FAMILIES
+
+# names of the heads that single alignment targets have begin with it: they are no part of the model
+ALIGN_HEADS = "align_heads."
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -155,56 +162,90 @@ class Backbone(nn.Module):
             return CONDITIONINGS[self.conditioning].from_tensors(condition)
         return condition
 
+    @property
+    def num_tokens(self) -> int:
+        """T, the patches of an image."""
+        return (self.input_size // self.patch_size) ** 2
+
     def embed(
-        self, x: Tensor, t: Tensor, condition: Conditioning | Tensor
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Conditioning | Tensor,
+        groups: TokenGroups | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, T, D]`` and the conditioning ``[B, D]`` after its SiLU. Arguments: see
-        ``features``.
+        """Tokens ``[B, T, D]`` and the conditioning after its SiLU, ``[B, D]`` or, with groups,
+        ``[B, G, D]``. Arguments: see ``features``.
         """
         condition = self.as_condition(condition)
-        self._check_inputs(x, t, condition)
+        self._check_inputs(x, t, condition, groups)
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         # mixed-precision wrappers may leave the buffer in fp32: the sum has the wider dtype of the
         # two
         tokens = tokens + self.pos_embed.to(self.residual_dtype or tokens.dtype)
+        label = self.y_embedder(condition)
+        if groups is not None:
+            # permuted once: the blocks see each group as runs of tokens
+            tokens = groups.arrange(tokens)
+            label = label[:, None]
+            t = t if t.dim() == 3 else timestep_features(t, self.t_embedder.frequency_size)
         # the modulations of all blocks begin with this SiLU: computed once
-        return tokens, F.silu(self.t_embedder(t) + self.y_embedder(condition))
+        return tokens, F.silu(self.t_embedder(t) + label)
 
-    def _check_inputs(self, x: Tensor, t: Tensor, condition: Conditioning) -> None:
+    def _check_inputs(
+        self, x: Tensor, t: Tensor, condition: Conditioning, groups: TokenGroups | None
+    ) -> None:
         image = (self.in_channels, self.input_size, self.input_size)
         frequencies = self.t_embedder.frequency_size
         batch = x.shape[:1]
+        times = "[B]"
         fits = x.dim() == 4 and x.shape[1:] == image and len(condition) == len(x)
+        if groups is not None:
+            # one time for each group of an image
+            batch = (*batch, t.shape[1] if t.dim() > 1 else 1)
+            times = "[B, G]"
+            fits = fits and groups.index.shape == (len(x), self.num_tokens)
         if not fits or t.shape not in (batch, (*batch, frequencies)):
+            index = "" if groups is None else f", groups of [B, {self.num_tokens}] tokens"
+            got = "" if groups is None else f", groups {[*groups.index.shape]}"
             raise ValueError(
-                f"expected x [B, {', '.join(map(str, image))}], t [B] or [B, {frequencies}] and "
-                f"B conditionings, got {[*x.shape]}, {[*t.shape]} and {len(condition)}"
+                f"expected x [B, {', '.join(map(str, image))}], t {times} or "
+                f"{times[:-1]}, {frequencies}]{index} and B conditionings, "
+                f"got {[*x.shape]}, {[*t.shape]}{got} and {len(condition)}"
             )
 
     def features(
-        self, x: Tensor, t: Tensor, condition: Conditioning | Tensor, depth: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Conditioning | Tensor,
+        depth: int | None = None,
+        groups: TokenGroups | None = None,
     ) -> Tensor:
         """The residual stream after block ``depth``; later blocks are not computed.
 
         Args:
             x: ``[B, C, H, W]`` noisy input, any float dtype (cast to the weights').
             t: ``[B]`` times: SiT in [0, 1] (0 is data), DiT integers in [0, 1000). Or their
-                sinusoid, ``timestep_features`` ``[B, 256]``.
+                sinusoid, ``timestep_features`` ``[B, 256]``. With groups ``[B, G]`` or ``[B, G,
+                256]``.
             condition: B of them; or ``[B]`` int64 labels.
             depth: 1-based; default: all blocks.
+            groups: of the tokens, each group with its time; None: one time per image.
 
         Returns:
-            ``[B, T, D]``.
+            ``[B, T, D]``, in the order of the groups' sequence.
         """
         depth = self.depth if depth is None else depth
         if not 1 <= depth <= self.depth:
             raise ValueError(f"depth must lie in [1, {self.depth}], got {depth}")
-        tokens, c = self.embed(x, t, condition)
+        tokens, c = self.embed(x, t, condition, groups)
+        how = _how(groups)
         pending = None
         for block in self.blocks[:depth]:
-            tokens, pending = block(tokens, c, pending)
+            tokens, pending = block(tokens, c, pending, **how)
         assert pending is not None, "depth is at least 1"
-        return add_pending(tokens, pending)
+        return add_pending(tokens, pending, how.get("group"))
 
     def all_features(
         self, x: Tensor, t: Tensor, condition: Conditioning | Tensor
@@ -219,6 +260,29 @@ class Backbone(nn.Module):
             yield add_pending(tokens, pending)
 
 
+def _how(groups: TokenGroups | None) -> dict[str, Any]:
+    """How the blocks treat the tokens. Without groups nothing is said: a block of another kind
+    need not know of them.
+    """
+    return {} if groups is None else {"group": groups.index, "segments": groups.segments}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a forward pass has computed besides its prediction.
+
+    Attributes:
+        after: ``{depth: [B, T, D]}``, the residual stream after blocks, in the order of the groups'
+            sequence.
+        conditioning: ``[B, D]`` after its SiLU, or ``[B, G, D]``.
+        groups: of the tokens, or None.
+    """
+
+    after: dict[int, Tensor]
+    conditioning: Tensor
+    groups: TokenGroups | None = None
+
+
 @MODEL_FAMILIES.register("SiT")
 class SiT(Backbone):
     """Velocity prediction ``[B, C, H, W]`` -> ``[B, C, H, W]`` (arXiv 2401.08740). Arguments: see
@@ -231,6 +295,8 @@ class SiT(Backbone):
         super().__init__(*args, **kwargs)
         self.out_channels = self._out_channels()
         self.ap_head = ProjectionHead(self.hidden_size)
+        # heads of other alignment targets than SRA's, by target: the trainer adds them
+        self.align_heads = nn.ModuleDict()
         self.final_layer = FinalLayer(self.hidden_size, self.patch_size**2 * self.out_channels)
         self.ap_head.apply(_init_linear)
         # the first prediction is zero
@@ -255,42 +321,40 @@ class SiT(Backbone):
         t: Tensor,
         condition: Conditioning | Tensor,
         *,
-        align_depth: int | None = None,
-        align_images: Tensor | None = None,
-        project: bool = True,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prediction, and with ``align_depth`` the features that are aligned.
+        depths: Collection[int] = (),
+        groups: TokenGroups | None = None,
+    ) -> Tensor | tuple[Tensor, Features]:
+        """The prediction, and with ``depths`` the features after these blocks.
 
         Args:
-            x, t, condition: see ``features``.
-            align_depth: m, 1-based: also return ``ap_head(h_m)``, h_m being the residual stream
-                after block m.
-            align_images: ``[b]`` int64, the images whose features are returned; default: all.
-            project: False returns h_m itself.
+            x, t, condition, groups: see ``features``.
+            depths: 1-based numbers of the blocks whose features are returned too.
 
         Returns:
-            ``[B, C_out, H, W]``, or ``([B, C_out, H, W], [b, T, D])``.
+            ``[B, C_out, H, W]``, or that and ``Features``.
 
         Raises:
-            ValueError: ``align_depth`` outside [1, L], or inputs of other shapes.
+            ValueError: a depth outside [1, L], or inputs of other shapes.
         """
-        if align_depth is not None and not 1 <= align_depth <= self.depth:
-            raise ValueError(f"align_depth must lie in [1, {self.depth}], got {align_depth}")
-        tokens, c = self.embed(x, t, condition)
+        if not all(1 <= depth <= self.depth for depth in depths):
+            raise ValueError(f"depths must lie in [1, {self.depth}], got {sorted(depths)}")
+        tokens, c = self.embed(x, t, condition, groups)
+        how = _how(groups)
         pending = None
-        aligned = None
+        found = {}
         for i, block in enumerate(self.blocks, start=1):
-            tokens, pending = block(tokens, c, pending)
-            if i == align_depth:
+            tokens, pending = block(tokens, c, pending, **how)
+            if i in depths:
                 # the features contain what is pending, so it is added here and not by the next
                 # block
-                tokens = add_pending(tokens, pending)
+                tokens = add_pending(tokens, pending, how.get("group"))
                 pending = None
-                # the head runs only on the images that are compared
-                aligned = tokens if align_images is None else tokens[align_images]
-                aligned = self.ap_head(aligned) if project else aligned
-        prediction = self.unpatchify(self.final_layer(tokens, c, pending))
-        return prediction if aligned is None else (prediction, aligned)
+                found[i] = tokens
+        patches = self.final_layer(tokens, c, pending, how.get("group"))
+        if groups is not None:
+            patches = groups.restore(patches)
+        prediction = self.unpatchify(patches)
+        return (prediction, Features(found, c, groups)) if depths else prediction
 
 
 @MODEL_FAMILIES.register("DiT")

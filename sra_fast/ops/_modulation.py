@@ -26,7 +26,6 @@ def check_inputs(
     channels: Mapping[str, Tensor | None] | None = None,
     optional: tuple[str, ...] = (),
     within_image: bool = False,
-    takes_group: bool = True,
     dtype: torch.dtype | None = None,
 ) -> list[Any]:
     """Check the inputs of a row operator, and give all vectors of the modulation one shape.
@@ -44,7 +43,6 @@ def check_inputs(
         channels: ``[D]`` or None, by name.
         optional: names in ``modulation`` that may be None.
         within_image: whether vectors may differ between the tokens of an image without a group.
-        takes_group: whether the operator has a ``group``.
         dtype: of an output, or None.
 
     Returns:
@@ -90,7 +88,7 @@ def check_inputs(
     elif fits and group is not None and _are_grouped(given, x, group):
         count = 1
     if count < 0:
-        expected = _describe(arrays, modulation, channels or {}, within_image, takes_group)
+        expected = _describe(arrays, modulation, channels or {}, within_image)
         raise ValueError(
             f"{operator}: expected {expected}; "
             "got " + ", ".join(f"{name} {[*t.shape]}" for name, t in everything.items())
@@ -160,14 +158,12 @@ def _describe(
     modulation: Mapping[str, Tensor | None],
     channels: Mapping[str, Tensor | None],
     within_image: bool,
-    takes_group: bool,
 ) -> str:
     """The shapes that an operator takes, for an error message."""
     vectors = f"{', '.join(modulation)} [B, D] or [B, 1, D], [1, D], [D]"
     if within_image:
         vectors += ", [B, T, D] or [B, F, D] with F a divisor of T, or a pair (vectors, table [D])"
-    if takes_group:
-        vectors += ", with a group [B, T] instead [B, G, D]"
+    vectors += ", with a group [B, T] instead [B, G, D]"
     if channels:
         vectors += f", and {', '.join(channels)} [D]"
     return f"{', '.join(['x', *arrays])} [B, T, D] and {vectors}"

@@ -91,46 +91,61 @@ def power_of_two_multiplier(amax: Tensor) -> Tensor:
     return ((exponent + 127) << 23).to(torch.int32).view(torch.float32)
 
 
-def _launch_adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _launch_adaln(
+    x: Tensor, shift: Tensor, scale: Tensor, group: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    h, _, _ = adaln_kernels.adaln_fwd(x, shift, scale, None, eps, False, y_scale=h_scale)
+    h, _, _ = adaln_kernels.adaln_fwd(x, shift, scale, group, eps, False, y_scale=h_scale)
     return h, h_scale
 
 
 def _launch_fused(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    group: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     h_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     x_new, h, _, _ = fused_kernels.gated_residual_adaln_fwd(
-        x, y, None, gate, shift, scale, None, eps, False, h_scale=h_scale
+        x, y, None, gate, shift, scale, group, eps, False, h_scale=h_scale
     )
     return x_new, h, h_scale
 
 
 _adaln_op = register(
-    "adaln_fp8(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    "adaln_fp8(Tensor x, Tensor shift, Tensor scale, Tensor? group, float eps) -> (Tensor, Tensor)",
     _launch_adaln,
-    lambda x, shift, scale, eps: empty_rows(x),
+    lambda x, shift, scale, group, eps: empty_rows(x),
 )
 _fused_op = register(
-    "gated_residual_adaln_fp8(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "gated_residual_adaln_fp8(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale,"
+    " Tensor? group, float eps) -> (Tensor, Tensor, Tensor)",
     _launch_fused,
-    lambda x, y, gate, shift, scale, eps: (x.new_empty(x.shape), *empty_rows(x)),
+    lambda x, y, gate, shift, scale, group, eps: (x.new_empty(x.shape), *empty_rows(x)),
 )
 
 
 @torch.no_grad()
 def adaln_fp8(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str | None = None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    group: Tensor | None = None,
+    backend: str | None = None,
 ) -> Rows:
     """``ops.adaln`` with its output in e4m3, in the same pass; no gradient.
 
     Args:
         x: ``[B, T, D]`` bf16/fp16/fp32; copied first unless contiguous.
-        shift: ``[B, D]``; a column slice is used in place.
+        shift: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice is used in place.
         scale: as ``shift``.
         eps: added to the variance.
+        group: ``[B, T]`` integers in [0, G) or None; see ``adaln``.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
@@ -140,10 +155,16 @@ def adaln_fp8(
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
     modulation = {"shift": shift, "scale": scale}
-    shift, scale = check_inputs("adaln_fp8", x, {}, modulation, None, takes_group=False)
+    shift, scale = check_inputs("adaln_fp8", x, {}, modulation, group)
     if not use_triton("adaln_fp8", x, backend) or x.numel() == 0:
-        return quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
-    values, h_scale = _adaln_op(x.contiguous(), with_dense_rows(shift), with_dense_rows(scale), eps)
+        return quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps, group=group))
+    values, h_scale = _adaln_op(
+        x.contiguous(),
+        with_dense_rows(shift),
+        with_dense_rows(scale),
+        None if group is None else group.contiguous(),
+        eps,
+    )
     return Rows(values, h_scale)
 
 
@@ -156,6 +177,7 @@ def gated_residual_adaln_fp8(
     scale: Tensor,
     eps: float = 1e-6,
     *,
+    group: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Rows]:
     """``ops.gated_residual_adaln`` with h in e4m3, in the same pass; no gradient.
@@ -163,10 +185,12 @@ def gated_residual_adaln_fp8(
     Args:
         x: ``[B, T, D]`` residual stream, bf16/fp16/fp32; copied first unless contiguous.
         y: ``[B, T, D]`` output of the half-block that ends; copied first unless contiguous.
-        gate: ``[B, D]``; a column slice is used in place, as of shift and scale.
-        shift: ``[B, D]``.
-        scale: ``[B, D]``.
+        gate: ``[B, D]``, or ``[B, G, D]`` with ``group``; a column slice is used in place, as of
+            shift and scale.
+        shift: as ``gate``.
+        scale: as ``gate``.
         eps: added to the variance.
+        group: ``[B, T]`` integers in [0, G) or None; see ``adaln``.
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:
@@ -177,16 +201,17 @@ def gated_residual_adaln_fp8(
     """
     operator = "gated_residual_adaln_fp8"
     modulation = {"gate": gate, "shift": shift, "scale": scale}
-    gate, shift, scale = check_inputs(operator, x, {"y": y}, modulation, None, takes_group=False)
+    gate, shift, scale = check_inputs(operator, x, {"y": y}, modulation, group)
     if not use_triton(operator, x, backend) or x.numel() == 0:
-        x = gated_residual_ref(x, y, gate)
-        return x, quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps))
+        x = gated_residual_ref(x, y, gate, group=group)
+        return x, quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps, group=group))
     x_new, values, h_scale = _fused_op(
         x.contiguous(),
         y.contiguous(),
         with_dense_rows(gate),
         with_dense_rows(shift),
         with_dense_rows(scale),
+        None if group is None else group.contiguous(),
         eps,
     )
     return x_new, Rows(values, h_scale)

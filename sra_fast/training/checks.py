@@ -4,12 +4,13 @@ Each failure is one ValueError that says what was expected and what came.
 """
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sra_fast.alignment.schedule import images_per_cycle
-from sra_fast.config.schema import Config
+from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.diffusion.process import make_process
 from sra_fast.diffusion.samplers import check_sampling
 from sra_fast.utils.checks import require_that
@@ -21,7 +22,9 @@ def check_config(cfg: Config) -> None:
     # the constructor checks its sizes; on meta it allocates nothing
     with torch.device("meta"):
         cfg.model.build()
-    _check_align(cfg)
+    for section, align in cfg.alignments.items():
+        named_as(section, lambda align=align: _check_align(align, cfg))
+    _check_two_targets(cfg)
     # raises for settings that the process does not have
     make_process(cfg)
     require_that(
@@ -39,8 +42,9 @@ def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
         not cfg.train.compile or stage < 3,
         f"train.compile needs a ZeRO stage below 3, got {stage}",
     )
-    if cfg.align.active:
-        TARGETS[cfg.align.target].check_device(cfg, stage, cuda)
+    for section, align in cfg.alignments.items():
+        check = TARGETS[align.target].check_device
+        named_as(section, lambda align=align, check=check: check(align, cfg, stage, cuda))
     if cfg.train.graph:
         require_that(cuda, "train.graph needs a CUDA device")
         require_that(
@@ -58,8 +62,8 @@ def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
 
 
 def has_own_graph(cfg: Config) -> bool:
-    """Whether the alignment target replays a CUDA graph itself: graphs do not nest."""
-    return cfg.align.active and getattr(cfg.align, "teacher_graph", False)
+    """Whether an alignment target replays a CUDA graph itself: graphs do not nest."""
+    return any(getattr(align, "teacher_graph", False) for align in cfg.alignments.values())
 
 
 def _check_numbers(cfg: Config) -> None:
@@ -94,8 +98,9 @@ def _check_numbers(cfg: Config) -> None:
         "train.spike": train.spike,
         "train.stall_minutes": train.stall_minutes,
         "data.num_workers": cfg.data.num_workers,
-        "align.hold": cfg.align.hold,
     }
+    for section, align in cfg.alignments.items():
+        not_negative[f"{section}.hold"] = align.hold
     for name, value in not_negative.items():
         require_that(
             0 <= value < math.inf,
@@ -115,27 +120,46 @@ def _check_numbers(cfg: Config) -> None:
     )
 
 
-def _check_align(cfg: Config) -> None:
-    align = cfg.align
-    if not align.active:
+def named_as(section: str, check: Callable[[], object]) -> None:
+    """Run checks of a target, whose messages say ``align``, for another section."""
+    try:
+        check()
+    except ValueError as error:
+        raise ValueError(re.sub(r"\balign\b", section, str(error))) from None
+
+
+def _check_two_targets(cfg: Config) -> None:
+    """What two alignment losses cannot have in common."""
+    if not cfg.align2.active:
         return
+    require_that(cfg.align.active, "align2 is a second target: it needs align, which is none")
+    targets = [cfg.align.target, cfg.align2.target]
+    require_that(targets[0] != targets[1], f"align and align2 are the same target {targets[0]}")
+    kinds = [TARGETS[name] for name in targets]
+    for what, both in {
+        "an EMA teacher": all(kind.has_teacher for kind in kinds),
+        "groups of tokens": all(kind.has_groups for kind in kinds),
+    }.items():
+        require_that(
+            not both, f"only one of two targets can have {what}, got {' and '.join(targets)}"
+        )
+
+
+def _check_align(align: AlignConfig, cfg: Config) -> None:
     depth = cfg.model.arguments()["depth"]
-    TARGETS[align.target].check(cfg)
+    TARGETS[align.target].check(align, cfg)
     require_that(
         1 <= align.student_layer <= depth,
         f"align.student_layer must lie in [1, {depth}], got {align.student_layer}",
     )
-    require_that(0 <= align.t_max <= 1, f"align.t_max must lie in [0, 1], got {align.t_max}")
     require_that(
         min(align.weight, *align.milestones.values(), math.inf) >= 0,
         "align.weight and align.milestones must not be negative, "
         f"got {align.weight} and {align.milestones}",
     )
-    require_that(align.beta > 0, f"align.beta must be positive, got {align.beta}")
-    require_that(
-        0 < align.fraction <= 1,
-        f"align.fraction must lie in (0, 1], got {align.fraction}",
-    )
+    beta = getattr(align, "beta", 1.0)
+    require_that(beta > 0, f"align.beta must be positive, got {beta}")
+    require_that(0 < align.share <= 1, f"align.fraction must lie in (0, 1], got {align.share}")
     require_that(align.every >= 1, f"align.every must be at least 1, got {align.every}")
     require_that(align.decay >= 1, f"align.decay must be at least 1, got {align.decay}")
     require_that(
@@ -190,5 +214,6 @@ def split_batch(cfg: Config, world_size: int) -> tuple[int, int]:
         f"got {total}",
     )
     # raises unless every micro-batch has the same whole number of aligned images
-    images_per_cycle(cfg.align.fraction, micro)
+    for section, align in cfg.alignments.items():
+        named_as(section, lambda align=align: TARGETS[align.target].check_batch(align, micro))
     return micro, total // (micro * world_size)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sra_fast.config.schema import Config
+from sra_fast.training.flops import training_flops
 from sra_fast.training.loggers import LoggedRun, RunLogger
 from sra_fast.training.step_values import StepValues, Table, means, to_host
 from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.utils.files import write_atomic
-from sra_fast.utils.registry import LOGGERS, TARGETS
+from sra_fast.utils.registry import LOGGERS
 
 # every run has this file; the other loggers are ``train.loggers``
 STATS = "stats.jsonl"
@@ -52,47 +52,6 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> floa
         if re.search(rf"\b{key}\b", name):
             return bf16 if precision == "bf16" else tf32_rate
     return None
-
-
-# FLOPs by configuration: counting those of SiT-XL/2 takes a core a second
-_training_flops: dict[str, tuple[float, float]] = {}
-
-
-def training_flops(cfg: Config) -> tuple[float, float]:
-    """FLOPs per image of ``(plain step, step with alignment)``.
-
-    A plain step is three forwards of the student. Alignment adds three of the projection head and
-    one of the target's network, as often as they run.
-    """
-    key = repr((cfg.model, cfg.align))
-    if key not in _training_flops:
-        _training_flops[key] = _count_training_flops(cfg)
-    return _training_flops[key]
-
-
-def _count_training_flops(cfg: Config) -> tuple[float, float]:
-    model = cfg.model
-    with torch.device("meta"):
-        student = model.build().eval()
-        x = torch.zeros(1, model.in_channels, model.input_size, model.input_size)
-        t = torch.zeros(1)
-        labels = torch.zeros(1, dtype=torch.int64)
-    plain = _flops(lambda: student(x, t, labels))
-    # a backward pass costs two forwards
-    if not cfg.align.active:
-        return 3 * plain, 3 * plain
-    aligned = _flops(lambda: student(x, t, labels, align_depth=cfg.align.student_layer))
-    depth = TARGETS[cfg.align.target].network_depth(cfg.align)
-    network = _flops(lambda: student.features(x, t, labels, depth)) if depth else 0
-    extra = 3 * (aligned - plain) + network
-    return 3 * plain, 3 * plain + extra * cfg.align.fraction / cfg.align.every
-
-
-@torch.no_grad()
-def _flops(forward: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        forward()
-    return counter.get_total_flops()
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -14,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sra_fast.alignment.schedule import align_weight
+from sra_fast.alignment.schedule import align_weights
 from sra_fast.checkpoint.manifest import Progress
 from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
-from sra_fast.models import Conditioning
+from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.plots import report
 from sra_fast.training.control import Control
 from sra_fast.training.logger import STATS, TrainLogger, read_rows
@@ -57,22 +57,24 @@ def set_lr(trainer: Trainer, step: int) -> float:
     return lr
 
 
-def loss_inputs(
+def micro_batch(
     trainer: Trainer,
     batch: tuple[Tensor, ...],
     stream: ShuffledBatches,
     data: TrainingData,
     position: int,
     micro_step: int,
-) -> tuple[Tensor, Conditioning, Tensor, tuple[Tensor, Tensor]]:
-    """What the loss of a micro-batch is computed from: ``(x0, condition, noise, times)``.
+) -> MicroBatch:
+    """What the loss of a micro-batch is computed from.
 
     ``position``: the step whose images these are; noise and times are drawn for it.
     """
     cfg = trainer.cfg
+    objective = trainer.engine.module
     conditioning = CONDITIONINGS[trainer.student.conditioning]
     # copied while the device still computes: the loader pins its batches
     images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
+    external = labels.pop() if data.features is not None else None
     # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
     draws = draw(
         cfg.train.seed,
@@ -83,12 +85,15 @@ def loss_inputs(
         drop_prob=cfg.model.class_dropout_prob,
         posterior=data.posterior,
         flip=data.flip,
+        tokens=trainer.student.num_tokens if objective.has_groups else 0,
     )
     x0 = draws.mirror(data.to_latent(images, draws.posterior))
+    mean = None
+    if objective.needs_mean and data.posterior:
+        mean = data.to_latent(images, torch.zeros_like(draws.posterior))
     # the same labels are dropped for student and teacher
     condition = conditioning.from_tensors(*labels).dropped(draws.drop)
-    times = trainer.engine.module.process.times(draws.uniform, draws.gap)
-    return x0, condition, draws.noise, times
+    return MicroBatch(x0, condition, draws.noise, objective.times(draws), external, mean)
 
 
 def optimizer_step(
@@ -106,33 +111,35 @@ def optimizer_step(
     ``shift``: the images, times and noise are those of step ``step + shift``.
 
     Returns:
-        What the host knows of the step: ``align_weight``, ``lr``, ``epoch``.
+        What the host knows of the step: ``align_weight`` (of a second target ``align2_weight``),
+        ``lr``, ``epoch``.
     """
     cfg = trainer.cfg
     engine = trainer.engine
     at = watchdog.at if watchdog is not None else lambda step, phase: None
     position = step + shift
     epoch = stream.epoch(position)
-    weight = align_weight(cfg.align, step, epoch)
+    weights = align_weights(cfg, step, epoch)
     lr = set_lr(trainer, step)
     for micro_step in range(trainer.plan.accumulation):
         at(step + 1, "next batch")
         batch = next(batches)
         at(step + 1, "gradients")
-        inputs = loss_inputs(trainer, batch, stream, data, position, micro_step)
-        values = trainer.micro_step(*inputs, weight, first=micro_step == 0)
+        drawn = micro_batch(trainer, batch, stream, data, position, micro_step)
+        values = trainer.micro_step(drawn, list(weights.values()), first=micro_step == 0)
         logger.add(values, step, micro_step)
         at(step + 1, "update")
         # DeepSpeed counts the micro-steps and takes the optimizer step at the last one
         engine.step()
     if engine.was_step_applied():
         # the teacher's all-gather starts here and overlaps with the next student forward
-        next_weight = align_weight(cfg.align, step + 1, stream.epoch(position + 1))
-        trainer.after_step(teacher_runs=next_weight > 0)
+        next_weights = align_weights(cfg, step + 1, stream.epoch(position + 1))
+        trainer.after_step(teacher_runs=any(next_weights.values()))
     # tensors on the device: they are not read here
     logger.add({"grad_norm": trainer.grad_norm}, step)
     logger.add({"skipped": ~trainer.guard.taken}, step)
-    return {"align_weight": weight, "lr": lr, "epoch": epoch}
+    lambdas = {f"{name}_weight": weight for name, weight in weights.items()}
+    return {"align_weight": 0.0, **lambdas, "lr": lr, "epoch": epoch}
 
 
 @torch.no_grad()
@@ -148,9 +155,9 @@ def is_sound(
     finite = torch.ones((), device=trainer.device)
     for micro_step in range(trainer.plan.accumulation):
         batch = data.__getitems__(stream.numbers(position, micro_step))
-        inputs = loss_inputs(trainer, batch, stream, data, position, micro_step)
+        drawn = micro_batch(trainer, batch, stream, data, position, micro_step)
         # without alignment: the student's weights are what is asked about
-        loss, _ = trainer.engine(*inputs, 0.0)
+        loss, _ = trainer.engine(drawn, [0.0] * len(trainer.cfg.alignments))
         finite *= loss.isfinite()
     if trainer.plan.world > 1:
         dist.all_reduce(finite, dist.ReduceOp.MIN)

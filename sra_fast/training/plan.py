@@ -69,7 +69,8 @@ class RunPlan:
 def fill_in(cfg: Config) -> None:
     """Give what the configuration leaves open its default, where the data have not done that."""
     cfg.model.fill_in()
-    TARGETS[cfg.align.target].fill_in(cfg)
+    for align in cfg.alignments.values():
+        TARGETS[align.target].fill_in(align, cfg)
 
 
 def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None) -> Plan:
@@ -111,6 +112,8 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     deepspeed_log_level()
     data = open_data(cfg.data)
     fill_in_model(cfg, data)
+    for align in cfg.alignments.values():
+        TARGETS[align.target].fill_in_data(align, data)
     plan = make_plan(cfg, ds_json)
     check_data(data, cfg)
     _choose_vae(cfg, data.facts())

@@ -3,14 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from sra_fast.checkpoint.manifest import Manifest, plain
 from sra_fast.checkpoint.reading import CONFIG, run_folder
-from sra_fast.config.cli import save_config
+from sra_fast.config.cli import SECTIONS, save_config
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts, differences
+from sra_fast.models import ALIGN_HEADS
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_atomic
+from sra_fast.utils.registry import TARGETS
 
 # sections and fields that the weights, or the images and noise of a step, depend on
 FIXED = ("model.", "diffusion.", "train.seed", "train.global_batch", "data.flip")
@@ -55,9 +58,10 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
     """
     different = changes(manifest.settings, asdict(cfg))
     refused = {name: pair for name, pair in different.items() if name.startswith(FIXED)}
-    # another target can be followed with the same head; another head was never trained
-    if "align.target" in different and "align.head" in different:
-        refused |= {name: different[name] for name in ("align.target", "align.head")}
+    # another target can be followed with the same heads; another head was never trained
+    if _needs_other_heads(manifest.settings, asdict(cfg)):
+        names = [f"{section}.{name}" for section in SECTIONS for name in ("target", "head")]
+        refused |= {name: different[name] for name in names if name in different}
     said = "; ".join(
         f"it was made with {name} {old}, this run has {new}" for name, (old, new) in refused.items()
     )
@@ -69,6 +73,23 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
             f"cannot resume {path} on other data: {'; '.join(other)}; to go on from its weights: "
             "train.init_from",
         )
+
+
+def _needs_other_heads(before: dict, after: dict) -> bool:
+    """Whether a run trains a head that the run before it, which had a target, did not train; or
+    the parameters of the heads differ.
+    """
+    old, new = (_heads(settings) for settings in (before, after))
+    own = [{name for name in heads if name.startswith(ALIGN_HEADS)} for heads in (old, new)]
+    return own[0] != own[1] or (bool(new - old) and before["align"]["target"] != "none")
+
+
+def _heads(settings: dict) -> set[str]:
+    """Names of the heads that a run's targets train."""
+    sections = [settings[section] for section in SECTIONS if section in settings]
+    options = [SimpleNamespace(**section) for section in sections if section["target"] != "none"]
+    names = [TARGETS[align.target].head_name(align) for align in options]
+    return {name for name in names if name is not None}
 
 
 def check_steps(path: Path, manifest: Manifest, cfg: Config) -> None:

@@ -9,7 +9,7 @@ import torch
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
-from sra_fast.training.logger import training_flops
+from sra_fast.training.flops import training_flops
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.registry import LOGGERS
 

@@ -1,6 +1,7 @@
 """From a plan to a DeepSpeed engine with its sharded EMA and the network that follows it."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -9,17 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sra_fast import ops
-from sra_fast.alignment.objective import SRAObjective
-from sra_fast.alignment.schedule import alignment_phases
+from sra_fast.alignment.objective import SRAObjective, add_heads, make_objective
+from sra_fast.alignment.schedule import phases_of
 from sra_fast.config.schema import Config
-from sra_fast.diffusion.process import make_process
-from sra_fast.models import Backbone, Conditioning, SiT
+from sra_fast.diffusion.micro_batch import MicroBatch
+from sra_fast.models import ALIGN_HEADS, Backbone, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import Block
 from sra_fast.training.checks import has_own_graph
 from sra_fast.training.plan import Plan
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators
-from sra_fast.utils.registry import CONDITIONINGS, TARGETS
+from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import clips_itself
 from sra_fast.zero.deepspeed_names import restore_linear
 from sra_fast.zero.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
@@ -71,11 +72,8 @@ class Trainer:
 
     def micro_step(
         self,
-        x0: Tensor,
-        condition: Conditioning,
-        noise: Tensor,
-        times: tuple[Tensor, Tensor],
-        weight: float,
+        batch: MicroBatch,
+        weights: Sequence[float],
         first: bool,
     ) -> dict[str, Tensor]:
         """Forward and backward pass of a micro-batch.
@@ -83,7 +81,7 @@ class Trainer:
         Its gradients are added to those of the optimizer step's earlier micro-batches.
 
         Args:
-            x0, condition, noise, times, weight: see ``SRAObjective.forward``.
+            batch, weights: see ``SRAObjective.forward``.
             first: whether it is the first of the optimizer step's micro-batches.
 
         Returns:
@@ -91,25 +89,27 @@ class Trainer:
         """
         if self.graphed is None:
             # engine.backward divides the loss by the number of micro-batches
-            loss, parts = self.engine(x0, condition, noise, times, weight)
+            loss, parts = self.engine(batch, weights)
             self.engine.backward(loss)
             return {"loss": loss.detach(), **parts}
 
-        # steps with and without alignment are two graphs, told apart by their inputs
-        plain = (x0, noise, *times, *condition.tensors())
-        aligned = (torch.full((), weight, device=self.device), *plain)
-        inputs = {False: plain, True: aligned}
-        phases = alignment_phases(self.cfg.align)
-        if self.teacher is not None and True in phases:
+        phases = phases_of(self.cfg.alignments.values())
+        if self.teacher is not None and any(any(phase) for phase in phases):
             # outside of the graph: a replay would not wait for the all-gather
             self.teacher.wait()
+        loss = self.graphed.fn
         if not self.graphed.captured:
             # capture every kind of step that this run will take
             accumulate = (False, True) if self.plan.accumulation > 1 else (False,)
             self.graphed.capture_all(
-                [(inputs[phase], later) for phase in phases for later in accumulate]
+                [
+                    (loss.inputs(batch, weights, phase), later)
+                    for phase in phases
+                    for later in accumulate
+                ]
             )
-        return self.graphed(*inputs[weight > 0], accumulate=not first)
+        phase = tuple(weight > 0 for weight in weights)
+        return self.graphed(*loss.inputs(batch, weights, phase), accumulate=not first)
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -141,11 +141,13 @@ class Trainer:
             torch.cuda.current_stream().synchronize()
 
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gathered parameters as a state dict in the published order, with the position
-        embedding.
+        """Gathered parameters as a state dict of the model, in the published order, with the
+        position embedding.
         """
         full = {**parameters, "pos_embed": self.student.make_pos_embed()}
-        return {name: full[name] for name in self.student.state_dict()}
+        # heads of single targets are no part of the model
+        names = [name for name in self.student.state_dict() if not name.startswith(ALIGN_HEADS)]
+        return {name: full[name] for name in names}
 
 
 def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = None) -> Trainer:
@@ -172,9 +174,8 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     # networks in fp32; DeepSpeed casts them to bf16 in place, so the fp32 values are copied
     student, network = make_networks(plan, weights, device)
     initial = _initial_masters(student, plan.stage) if cfg.train.precision == "bf16" else {}
-    # the module that DeepSpeed wraps: student, alignment target, loss
-    target = TARGETS[cfg.align.target](cfg.align, network)
-    objective = SRAObjective(student, target, make_process(cfg), cfg.align).to(device)
+    # the module that DeepSpeed wraps: student, alignment targets, loss
+    objective = make_objective(cfg, student, network).to(device)
     if plan.stage == 3:
         # a block's operators read the weights of several layers: gather and free them together
         deepspeed.utils.set_z3_leaf_modules(objective, [Block])
@@ -197,7 +198,8 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     ema = ShardedEMA(masters, cfg.train.ema_decay, optimizer, guard)
     teacher = _make_teacher(cfg, network, ema, optimizer)
     if teacher is not None:
-        target.follow(teacher.wait)
+        for target in objective.targets:
+            target.follow(teacher.wait)
     if cfg.train.compile:
         # after the fp8 blocks are made, which replace blocks. Compilation itself comes with the
         # first forward
@@ -208,7 +210,8 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     # last: a graph keeps the addresses of all that it reads
     graphed = _make_graphed(plan, engine, student)
     if graphed is not None:
-        target.will_be_captured()
+        for target in objective.targets:
+            target.will_be_captured()
     return Trainer(
         plan, engine, student, masters, guard, ema, teacher, device, dist.get_rank(), graphed
     )
@@ -233,9 +236,11 @@ def make_networks(
     network = None
     with device:
         student = cfg.model.build(recompute=cfg.train.recompute, **execution)
-        depth = TARGETS[cfg.align.target].network_depth(cfg.align)
-        if depth is not None:
-            network = cfg.model.build_teacher(depth, **execution).eval()
+        add_heads(student, cfg)
+        for align in cfg.alignments.values():
+            depth = TARGETS[align.target].network_depth(align)
+            if depth is not None:
+                network = cfg.model.build_teacher(depth, **execution).eval()
     if weights is not None:
         # what they lack keeps its fresh values: training/initial.py has listed it
         student.load_state_dict(weights, strict=False)
@@ -270,8 +275,9 @@ def _restore_fp32(masters: MasterWeights, engine, initial: dict[str, Tensor]) ->
 
 
 def _network_dtype(cfg: Config) -> str:
-    """``auto``, ``fp32`` or ``fp8``: ``align.teacher_dtype``, which not every target has."""
-    return getattr(cfg.align, "teacher_dtype", "auto")
+    """``auto``, ``fp32`` or ``fp8``: the option ``teacher_dtype``, which not every target has."""
+    found = [getattr(align, "teacher_dtype", "auto") for align in cfg.alignments.values()]
+    return next((dtype for dtype in found if dtype != "auto"), "auto")
 
 
 def _parameter_kinds(cfg: Config, network: Backbone | None) -> list[set[str]]:
@@ -317,7 +323,8 @@ def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
     heads = model["num_heads"]
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     # the teacher sees the aligned images only, and has no backward pass
-    for images, training in ((micro, True), (round(micro * cfg.align.fraction), False)):
+    share = max((align.share for align in cfg.alignments.values()), default=1.0)
+    for images, training in ((micro, True), (round(micro * share), False)):
         shape = (images, tokens, 3, heads, model["hidden_size"] // heads)
         qkv = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
         with torch.set_grad_enabled(training):
@@ -396,17 +403,47 @@ def graphed_step(
 
     Without ``graphs`` the same runs eagerly.
     """
-    conditioning = CONDITIONINGS[student.conditioning]
-
-    def fn(*inputs):
-        weight = 0.0
-        # lambda, which is a scalar, comes first in a step with alignment
-        if inputs[0].dim() == 0:
-            weight, *inputs = inputs
-        x0, noise, t, t_teacher, *tensors = inputs
-        condition = conditioning.from_tensors(*tensors)
-        loss, parts = objective(x0, condition, noise, (t, t_teacher), weight)
-        return loss / accumulation, {"loss": loss, **parts}
-
     parameters = list(student.parameters())
-    return GraphedGradients(fn, parameters, graphs, lambda: release_accumulators(parameters))
+    return GraphedGradients(
+        StepLoss(objective, accumulation),
+        parameters,
+        graphs,
+        lambda: release_accumulators(parameters),
+    )
+
+
+class StepLoss:
+    """The objective's loss as a function of tensors only, as a CUDA graph needs it.
+
+    Args:
+        objective: of the run.
+        accumulation: micro-batches over which the loss is a mean.
+    """
+
+    def __init__(self, objective: SRAObjective, accumulation: int):
+        self.objective = objective
+        self.accumulation = accumulation
+        # all batches of a run are of one kind: the last one tells what the tensors are
+        self.like: MicroBatch | None = None
+
+    def inputs(
+        self, batch: MicroBatch, weights: Sequence[float], phase: Sequence[bool]
+    ) -> tuple[Tensor, ...]:
+        """The tensors of a step.
+
+        ``phase``: which targets are computed. Their lambdas are scalars, and the others' have no
+        element: kinds of steps differ in shapes.
+        """
+        self.like = batch
+        device = batch.x0.device
+        lambdas = (
+            torch.full((), weight, device=device) if on else torch.empty(0, device=device)
+            for weight, on in zip(weights, phase, strict=True)
+        )
+        return (*lambdas, *batch.tensors())
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        count = len(self.objective.targets)
+        weights = [weight if weight.dim() == 0 else 0.0 for weight in inputs[:count]]
+        loss, parts = self.objective(self.like.with_tensors(inputs[count:]), weights)
+        return loss / self.accumulation, {"loss": loss, **parts}

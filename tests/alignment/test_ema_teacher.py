@@ -12,8 +12,10 @@ from test_objective import NO_DROP, objective, sit_loss
 from sra_fast import ops
 from sra_fast.alignment.ema_teacher import EMATeacher, EMATeacherConfig
 from sra_fast.alignment.schedule import align_weight, aligned_images
+from sra_fast.alignment.target import Inputs
 from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
+from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages, Times
 from sra_fast.diffusion.process import Noised
 from sra_fast.models import Backbone, ClassLabels
 from sra_fast.models.layers import timestep_features
@@ -134,7 +136,9 @@ def test_graph_and_stream_give_the_features_of_the_plain_call(graph, stream):
         images = aligned_images(0.5, 6, x.device)
         results = []
         for target in (plain, other):
-            target.start(Noised(x, t, x, t, x, x), timestep_features(t), labels, images)
+            batch = MicroBatch(x, labels, x, Times(t, t))
+            noisy = NoisyImages(batch, x, x, Noised(x, t, x, t, x, x), 2)
+            target.start(Inputs(noisy, timestep_features(t), images))
             results.append(target.result().clone())
         torch.testing.assert_close(*results, rtol=0, atol=0)
         teacher.blocks[0].mlp.fc1.weight.mul_(1.1)  # a replay reads the weights as they are now

@@ -10,6 +10,7 @@ from sra_fast.alignment.schedule import align_weight
 from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
 from sra_fast.diffusion.gaussian_diffusion import GaussianDiffusion
+from sra_fast.diffusion.micro_batch import MicroBatch, Times
 from sra_fast.models import Backbone, ClassLabels
 from sra_fast.models.layers import timestep_features
 
@@ -23,14 +24,14 @@ def objective(golden, process, **align):
     teacher = Backbone(8, 2, 4, 32, depth=3, num_heads=2, num_classes=10).eval()
     teacher.load_state_dict({k: ema[k] for k in teacher.state_dict()})
     cfg = EMATeacherConfig(student_layer=2, teacher_layer=3, **align)
-    return SRAObjective(student, EMATeacher(cfg, teacher), process, cfg).train()
+    return SRAObjective(student, [EMATeacher(cfg, teacher)], process).train()
 
 
 def sit_loss(model, golden, weight=0.2, drop=NO_DROP):
     # y_drop already contains the null class
     condition = ClassLabels(golden["y_drop"], drop)
-    times = (golden["t"], golden["t_teacher"])
-    return model(golden["x0"], condition, golden["noise"], times, weight)
+    times = Times(golden["t"], golden["t_teacher"])
+    return model(MicroBatch(golden["x0"], condition, golden["noise"], times), [weight])
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,8 @@ def test_dit_loss_matches_the_published_code():
     model = objective(golden, GaussianDiffusion(), weight=0.04)
     teacher_times = (golden["t"] - golden["gap"]).clamp(1, 999)
     condition = ClassLabels(golden["y_drop"], NO_DROP)
-    times = (golden["t"], teacher_times)
-    loss, parts = model(golden["x0"], condition, golden["noise"], times, 0.04)
+    times = Times(golden["t"], teacher_times)
+    loss, parts = model(MicroBatch(golden["x0"], condition, golden["noise"], times), [0.04])
     assert_matches(loss, golden["total_loss"])
     assert_matches(parts["align"], golden["align_sml1"])
 

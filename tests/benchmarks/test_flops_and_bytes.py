@@ -13,7 +13,7 @@ from benchmarks.step.variants import Variant
 from benchmarks.timing import make_randn
 from sra_fast import ops
 from sra_fast.config.schema import Config
-from sra_fast.training.logger import training_flops
+from sra_fast.training.flops import training_flops
 from sra_fast.zero.process_group import init_distributed
 
 BATCH = 2

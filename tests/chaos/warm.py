@@ -27,7 +27,7 @@ import sra_fast.train  # noqa: E402
 from sra_fast.config.cli import parse_train  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
 from sra_fast.training import endings, run  # noqa: E402, F401
-from sra_fast.training.logger import training_flops  # noqa: E402
+from sra_fast.training.flops import training_flops  # noqa: E402
 from sra_fast.training.plan import make_run_plan  # noqa: E402
 from sra_fast.zero import process_group  # noqa: E402
 

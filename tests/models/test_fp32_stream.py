@@ -32,7 +32,8 @@ def results(model, inputs, dout, autocast=False):
     """Prediction, gradients of all parameters, features of block 20, in fp32."""
     model.zero_grad()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        prediction, features = model.eval()(*inputs, align_depth=LAYER, project=False)
+        prediction, found = model.eval()(*inputs, depths=(LAYER,))
+        features = found.after[LAYER]
     torch.autograd.backward(
         [prediction, features],
         [dout.to(prediction.dtype), torch.ones_like(features) / features.numel()],
@@ -79,8 +80,8 @@ def test_features_are_fp32_and_predictions_bf16():
     model, inputs, _ = make(0)
     model.bfloat16()
     model.residual_dtype = torch.float32
-    prediction, projected = model.eval()(*inputs, align_depth=3)
-    assert prediction.dtype == projected.dtype == torch.bfloat16
+    prediction, found = model.eval()(*inputs, depths=(3,))
+    assert prediction.dtype == model.ap_head(found.after[3]).dtype == torch.bfloat16
     assert model.features(*inputs, 3).dtype == torch.float32
 
 

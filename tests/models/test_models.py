@@ -46,10 +46,10 @@ def test_sit_matches_the_published_code():
         golden["xt"],
         golden["t"],
         ClassLabels(golden["y_drop"], torch.zeros(6, dtype=bool)),
-        align_depth=2,
+        depths=(2,),
     )
     assert_matches(prediction, golden["v_pred"])
-    assert_matches(features, golden["student_feat"])
+    assert_matches(model.ap_head(features.after[2]), golden["student_feat"])
 
 
 def test_teacher_features_match_the_published_code():
@@ -158,10 +158,9 @@ def test_qk_norm_bounds_the_logits():
 def test_truncated_forward_is_exact_and_costs_nothing_more():
     model = randomise(SiT(**TINY)).eval()
     args = batch(model)
-    captured = {}
-    model.ap_head.register_forward_pre_hook(lambda m, i: captured.setdefault("h3", i[0]))
-    model(*args, align_depth=3)
-    assert torch.equal(model.features(*args, depth=3), captured["h3"])
+    _, found = model(*args, depths=(1, 3))
+    assert torch.equal(model.features(*args, depth=3), found.after[3])
+    assert torch.equal(model.features(*args, depth=1), found.after[1])
     embed = flops(lambda: model.embed(*args))
     per_block = (flops(lambda: model.features(*args, depth=4)) - embed) / 4
     for depth in (1, 2, 3):
@@ -185,11 +184,10 @@ def test_all_features_are_the_features_of_every_depth(family):
     assert flops(lambda: list(model.all_features(*args))) == once, "one pass"
 
 
-def test_head_runs_only_when_asked_for():
+def test_features_cost_no_product():
     model = randomise(SiT(**TINY)).eval()
     args = batch(model)
-    head = flops(lambda: model.ap_head(torch.zeros(4, 16, 32)))
-    assert flops(lambda: model(*args, align_depth=2)) == flops(lambda: model(*args)) + head > 0
+    assert flops(lambda: model(*args, depths=(1, 2))) == flops(lambda: model(*args)) > 0
 
 
 @pytest.mark.parametrize("prob, share", [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
@@ -237,14 +235,14 @@ def test_rejects_inputs_that_do_not_fit():
             model(*args)
     with pytest.raises(ValueError, match=r"expected labels \[B\], got \[4, 1\]"):
         model(x, t, y[:, None])
-    with pytest.raises(ValueError, match="align_depth"):
-        model(x, t, y, align_depth=9)
+    with pytest.raises(ValueError, match=r"depths must lie in \[1, \d\], got \[2, 9\]"):
+        model(x, t, y, depths=(9, 2))
 
 
 def test_aligning_does_not_change_the_prediction():
     model = randomise(SiT(**TINY)).eval()
     args = batch(model)
-    assert_matches(model(*args, align_depth=2)[0], model(*args), 1e-6)
+    assert_matches(model(*args, depths=(2,))[0], model(*args), 1e-6)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -255,7 +253,9 @@ def test_kernels_on_and_off_are_the_same_program(monkeypatch, device, qk_norm):
     results = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SRA_FAST_BACKEND", backend)
-        out = model(x, t, ClassLabels(y, torch.tensor([True, False], device=device)), align_depth=1)
+        condition = ClassLabels(y, torch.tensor([True, False], device=device))
+        prediction, found = model(x, t, condition, depths=(1,))
+        out = prediction, model.ap_head(found.after[1])
         gradients = torch.autograd.grad(
             sum(o.square().sum() for o in out), list(model.parameters())
         )

@@ -34,6 +34,21 @@ def test_modulated_norms_in_fp8(device, backend, D):
     assert_rounded(h, h_ref)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modulated_norms_of_groups_in_fp8(device, backend):
+    B, T, D = 2, 7, 384
+    x = random(B, T, D, device=device)
+    y = random(B, T, D, seed=1, device=device)
+    gate, shift, scale = random(B, 3, 6 * D, seed=2, device=device).chunk(6, dim=2)[2:5]
+    group = (torch.arange(B * T, device=device).view(B, T) * 5 % 3).int()
+    expected = ops.adaln(x, shift, scale, group=group, backend="torch")
+    assert_rounded(adaln_fp8(x, shift, scale, group=group, backend=backend), expected)
+    x_new, h = gated_residual_adaln_fp8(x, y, gate, shift, scale, group=group, backend=backend)
+    x_ref, h_ref = ops.gated_residual_adaln(x, y, gate, shift, scale, group=group, backend="torch")
+    torch.testing.assert_close(x_new, x_ref)
+    assert_rounded(h, h_ref)
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_multiplies_the_quantized_numbers(device, with_bias):
     x = quantize_rows(random(2, 5, 64, device=device), backend="torch")
@@ -71,9 +86,12 @@ def test_operator_registration(monkeypatch, device):
     mod = random(2, 32, device=device)
     tests = ("test_schema", "test_faketensor")
     adaln = torch.ops.sra_fast.adaln_fp8.default
-    torch.library.opcheck(adaln, (x, mod, mod, 1e-6), test_utils=tests)
+    torch.library.opcheck(adaln, (x, mod, mod, None, 1e-6), test_utils=tests)
     fused = torch.ops.sra_fast.gated_residual_adaln_fp8.default
-    torch.library.opcheck(fused, (x, x, mod, mod, mod, 1e-6), test_utils=tests)
+    torch.library.opcheck(fused, (x, x, mod, mod, mod, None, 1e-6), test_utils=tests)
+    mod = mod.view(2, 1, 32).expand(2, 3, 32).contiguous()
+    group = torch.zeros(2, 4, dtype=torch.int32, device=device)
+    torch.library.opcheck(fused, (x, x, mod, mod, mod, group, 1e-6), test_utils=tests)
 
 
 def test_compiles_without_spills_and_with_wide_accesses(monkeypatch):
@@ -88,6 +106,13 @@ def test_compiles_without_spills_and_with_wide_accesses(monkeypatch):
             fused_kernels.gated_residual_adaln_fwd(
                 x, x, None, mod, mod, mod, None, 1e-6, False, h_scale=scale
             )
+        # two groups of tokens per image
+        mod = meta(4, 2, 6 * D)[:, :, :D]
+        group = meta(4, 256, dtype=torch.int32)
+        adaln_kernels.adaln_fwd(x, mod, mod, group, 1e-6, False, y_scale=scale)
+        fused_kernels.gated_residual_adaln_fwd(
+            x, x, None, mod, mod, mod, group, 1e-6, False, h_scale=scale
+        )
     requests = [replace(launch, arch=arch) for launch in launches for arch in (90, 100)]
     for request, report in zip(requests, compile_kernels(requests), strict=True):
         told = (request.module, request.arch, request.args, report)

@@ -12,7 +12,8 @@ from tiny_config import config
 
 from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
-from sra_fast.training.logger import TrainLogger, peak_flops, read_rows, training_flops
+from sra_fast.training.flops import training_flops
+from sra_fast.training.logger import TrainLogger, peak_flops, read_rows
 from sra_fast.training.plan import fill_in
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_config import TINY
 
-from sra_fast.alignment.target import Target
+from sra_fast.alignment.target import AP_HEAD, Target, compare
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import parse_train
-from sra_fast.config.schema import AlignConfig
+from sra_fast.config.schema import DistanceConfig
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.samplers import sample
 from sra_fast.models import SiT
@@ -26,7 +26,7 @@ from sra_fast.zero.process_group import init_distributed
 
 
 @dataclass
-class ToyTargetConfig(AlignConfig):
+class ToyTargetConfig(DistanceConfig):
     """Alignment to fixed random features."""
 
     toy_scale: float = 1.0
@@ -39,14 +39,20 @@ class ToyTarget(Target):
     config = ToyTargetConfig
     calls = 0
 
-    def start(self, noised, sinusoid, condition, images):
-        x = noised.x_teacher if images is None else noised.x_teacher[images]
+    @classmethod
+    def head_name(cls, align):
+        return AP_HEAD
+
+    def start(self, inputs):
+        x = inputs.select(inputs.noisy.x_teacher)
         tokens = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
         self.target = self.align.toy_scale * tokens.repeat(1, 1, 8)
-        ToyTarget.calls += 1
+        # FLOPs are counted on tensors without data
+        ToyTarget.calls += not x.is_meta
 
-    def result(self):
-        return self.target
+    def loss(self, student, features, inputs):
+        predicted = self.projected(student, features, inputs)
+        return compare(predicted, self.target, self.align.distance, self.align.beta)
 
 
 class ToySiT(SiT):

@@ -10,7 +10,7 @@ from tiny_config import config
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.facts import DataFacts
 from sra_fast.training import start_lines as module
-from sra_fast.training.logger import training_flops
+from sra_fast.training.flops import training_flops
 from sra_fast.training.plan import Plan, make_plan
 from sra_fast.training.start_lines import say_start, start_lines
 

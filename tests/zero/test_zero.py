@@ -4,6 +4,7 @@ On the CPU, with one process and with two.
 """
 
 import argparse
+import copy
 import functools
 import os
 import subprocess
@@ -17,14 +18,14 @@ from golden import assert_matches, relative_error
 from PIL import Image
 from zero_worker import CASES, FP8, STEPS, VARIANTS, tiny
 
-from sra_fast.alignment.objective import SRAObjective
-from sra_fast.alignment.schedule import align_weight
+from sra_fast.alignment.objective import add_heads, make_objective
+from sra_fast.alignment.schedule import align_weights
 from sra_fast.checkpoint import sources
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.diffusion.draws import draw
-from sra_fast.diffusion.process import make_process
+from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.models import ClassLabels
 from sra_fast.training.loop import warm_up
 from sra_fast.utils.registry import TARGETS
@@ -63,16 +64,14 @@ def independent_run(*args):
     """The same training in plain PyTorch: one process, one batch, a whole EMA model in fp32."""
     cfg = tiny(1, "fp32", *args)
     data = make_dataset(cfg)
-    process = make_process(cfg)
     torch.manual_seed(cfg.train.seed)
     student = cfg.model.build()
-    ema = cfg.model.build().eval()
-    ema.load_state_dict(student.state_dict())
-    kind = TARGETS[cfg.align.target]
-    depth = kind.network_depth(cfg.align)
+    add_heads(student, cfg)
+    ema = copy.deepcopy(student).eval()
+    depths = [TARGETS[a.target].network_depth(a) for a in cfg.alignments.values()]
+    depth = next((depth for depth in depths if depth is not None), None)
     teacher = None if depth is None else cfg.model.build_teacher(depth).eval()
-    target = kind(cfg.align, teacher)
-    model = SRAObjective(student, target, process, cfg.align).train()
+    model = make_objective(cfg, student, teacher).train()
     optimizer = torch.optim.AdamW(
         student.parameters(), eps=cfg.optim.eps, weight_decay=cfg.optim.weight_decay
     )
@@ -84,11 +83,12 @@ def independent_run(*args):
             teacher.load_state_dict({name: state[name] for name in teacher.state_dict()})
         x0, y = data.__getitems__(indices)
         options = dict(drop_prob=cfg.model.class_dropout_prob, posterior=False)
-        d = draw(0, step, 0, x0.shape, torch.device("cpu"), **options)
+        tokens = student.num_tokens if model.has_groups else 0
+        d = draw(0, step, 0, x0.shape, torch.device("cpu"), tokens=tokens, **options)
         optimizer.zero_grad()
         condition = ClassLabels(y, d.drop)
-        times = process.times(d.uniform, d.gap)
-        loss, _ = model(x0, condition, d.noise, times, align_weight(cfg.align, step, 0))
+        batch = MicroBatch(x0, condition, d.noise, model.times(d))
+        loss, _ = model(batch, list(align_weights(cfg, step, 0).values()))
         loss.backward()
         if cfg.optim.clip:
             torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optim.clip)
