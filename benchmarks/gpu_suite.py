@@ -68,6 +68,7 @@ MODEL_TESTS = [
     "tests/ops/test_qk_norm_rope.py",
     "tests/ops/test_swiglu.py",
     "tests/ops/test_attention.py",
+    "tests/ops/test_attention_segments.py",
     "tests/integrations/test_own_models.py::test_kernels",
     "tests/integrations/test_backend.py::test_the_kernels_run",
     "tests/integrations/test_patches.py::test_the_same_results",

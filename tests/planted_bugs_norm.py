@@ -14,6 +14,9 @@ MODULATION = "sra_fast/ops/_modulation.py"
 REGISTER = "sra_fast/ops/_register.py"
 BACKEND = "sra_fast/ops/_backend.py"
 ATTENTION = "sra_fast/ops/attention.py"
+ATTENTION_ARGUMENTS = "sra_fast/ops/_attention_arguments.py"
+SEGMENTS = "sra_fast/ops/_attention_segments.py"
+VARLEN = "sra_fast/ops/_attention_varlen.py"
 
 T_ADALN = "tests/ops/test_adaln.py"
 T_GATED = "tests/ops/test_gated_residual.py"
@@ -26,6 +29,7 @@ T_ROWS = "tests/ops/test_rows.py"
 T_FAR = "tests/ops/test_far_rows.py"
 T_CONTRACTS = "tests/ops/test_contracts.py"
 T_ATTENTION = "tests/ops/test_attention.py"
+T_SEGMENTS = "tests/ops/test_attention_segments.py"
 T_ARGUMENTS = "tests/ops/test_arguments.py"
 T_SUMS = "tests/ops/test_sum_partials.py"
 T_FP8 = "tests/ops/test_fp8.py"
@@ -439,6 +443,76 @@ BUGS = [
         "key = (q.device, q.dtype, *shape, order,",
         "key = (q.device, q.dtype, *shape,",
         T_ATTENTION,
+    ),
+    (
+        "segments: a mask at full cost",
+        ATTENTION,
+        "return by_slices(lambda q, k, v: _run(backend, q, k, v, None), q, k, v, runs)",
+        "return _run(backend, q, k, v, _full_mask(q, token_runs(runs, len(q), q.device), None))",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: one choice for all lengths",
+        ATTENTION,
+        "key = (*key, index(q.shape[0]), runs)",
+        "key = (*key, index(q.shape[0]), len(runs))",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: one choice for batches of one power of two",
+        ATTENTION,
+        "key = (*key, index(q.shape[0]), runs)",
+        "key = (*key, runs)",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: the first image speaks for all",
+        ATTENTION_ARGUMENTS,
+        "runs == ((num_tokens,),)",
+        "len(runs[0]) == 1",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: images put back in the order of their groups",
+        SEGMENTS,
+        "outs[image] for image in range(len(runs))",
+        "outs[image] for image in outs",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: lengths of one size the wrong way round",
+        SEGMENTS,
+        "cut = (len(run), run[0])",
+        "cut = (run[0], len(run))",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: every image begins at the first token",
+        VARLEN,
+        "runs * num_images if len(runs) == 1 else runs",
+        "runs",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: the longest run of the first image",
+        VARLEN,
+        "q_longest = max(max(run) for run in q_runs)",
+        "q_longest = max(q_runs[0])",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: offsets copied to the device in every compiled call",
+        VARLEN,
+        "@torch.compiler.assume_constant_result\n",
+        "",
+        T_SEGMENTS,
+    ),
+    (
+        "segments: offsets that no training can keep",
+        VARLEN,
+        "with torch.inference_mode(False):",
+        "with torch.no_grad():",
+        T_SEGMENTS,
     ),
     (
         "one vector per image read as one per token",

@@ -3,6 +3,7 @@
 ``ops.attention`` measures the backends when it first meets a shape. This program writes those times
 down, for the forward pass and for forward plus backward. Queries, keys and values are views of one
 projection, and gradients end up as rows of tokens. So copies that a backend needs are in its time.
+With --segments tokens attend inside runs of these lengths only.
 
 Rows have the kind "probe". A backend that cannot run has none.
 """
@@ -17,24 +18,34 @@ from benchmarks.operators.entry import attention_flops
 from benchmarks.operators.shapes import Shape
 from benchmarks.record import RowFile, command_line, environment, make_row
 from benchmarks.timing import make_randn, matmul_rate
+from sra_fast.ops._attention_segments import checked_runs
 from sra_fast.ops.attention import backend_times
 
 
-def measure_model(shape: Shape, tflops: float, where: dict, file: RowFile) -> None:
+def measure_model(
+    shape: Shape, segments: list[int] | None, tflops: float, where: dict, file: RowFile
+) -> None:
     """Write and print a row for every pass and backend."""
     T, D, H = shape.sizes
+    runs = None
+    share = 1.0
+    kind = "attention_backend"
+    if segments:
+        runs = checked_runs(segments, shape.batch, T)
+        share = sum(length**2 for length in segments) / T**2
+        kind = f"attention_backend.segments_{'_'.join(map(str, segments))}"
     # one projection, as the block's linear layer writes it
     qkv = make_randn(0, "cuda")(shape.batch, T, 3, H, D // H, dtype=torch.bfloat16)
     forward_flops, backward_flops = attention_flops(shape)
-    flops = {"forward": forward_flops, "both": forward_flops + backward_flops}
+    flops = {"forward": share * forward_flops, "both": share * (forward_flops + backward_flops)}
     for name, count in flops.items():
-        times = backend_times(*qkv.unbind(2), None, name == "both")
+        times = backend_times(*qkv.unbind(2), None, name == "both", runs)
         for backend, ms in times.items():
             # FLOP/ms over TFLOP/s, in percent
             percent = count / ms / 1e7 / tflops
             row = make_row(
                 kind="probe",
-                name=f"attention_backend.{name}",
+                name=f"{kind}.{name}",
                 variant=backend,
                 model=shape.model,
                 resolution=shape.resolution,
@@ -62,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--models", nargs="+", default=["SiT-XL/2", "SiT-B/2"], help="default: SiT-XL/2 SiT-B/2")
     add("--resolution", type=int, default=256, help="pixels (default 256)")
     add("--batch", type=int, default=32, help="images (default 32)")
+    add("--segments", nargs="+", type=int, help="lengths of runs, such as 64 192; default: all")
     add("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -72,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     file = RowFile(args.json, where)
     _, tflops = matmul_rate("cuda", torch.bfloat16)
     for model in args.models:
-        measure_model(Shape(model, args.resolution, args.batch), tflops, where, file)
+        shape = Shape(model, args.resolution, args.batch)
+        measure_model(shape, args.segments, tflops, where, file)
     return 0
 
 

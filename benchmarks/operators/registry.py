@@ -630,6 +630,43 @@ OPERATORS["attention"] = Operator(
 )
 
 
+# attention inside a quarter of the tokens and inside the other three; without segments, a mask
+
+
+def _quarter(T: int) -> tuple[int, int]:
+    return T // 4, T - T // 4
+
+
+def plain_attention_segments(qkv: Tensor) -> Tensor:
+    T = qkv.shape[1]
+    first = torch.arange(T, device=qkv.device) < _quarter(T)[0]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    mask = first[:, None] == first
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _attention_segments(function: Callable, qkv: Tensor) -> Tensor:
+    """Call the operator, or its definition, on the inputs."""
+    return function(*qkv.unbind(2), segments=_quarter(qkv.shape[1]))
+
+
+def _segments_flops(shape: Shape) -> tuple[float, float]:
+    T = shape.sizes[0]
+    share = sum(length**2 for length in _quarter(T)) / T**2
+    forward, backward = attention_flops(shape)
+    return share * forward, share * backward
+
+
+OPERATORS["attention_segments"] = Operator(
+    make=inputs.qkv,
+    ours=functools.partial(_attention_segments, ops.attention),
+    reference=functools.partial(_attention_segments, attention_ref),
+    eager=plain_attention_segments,
+    flops=_segments_flops,
+    grads=(0,),
+)
+
+
 def cases(
     names: list[str] | None = None,
     models: list[str] | None = None,

@@ -3,12 +3,15 @@ fastest of those installed.
 
 Inside this file queries are ``[B, T, H, d]``, keys and values ``[B, S, H_kv, d]``; the other layout
 is a view of it. A mask is ``[B, H, T, S]``, any of B, H and T replaced by 1, as PyTorch takes it.
+``runs`` are the segments of ``_attention_segments.py``.
 """
 
 import importlib
 import logging
 import os
 import threading
+from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sra_fast.ops._attention_arguments import LAYOUTS, check_attention, check_segments
+from sra_fast.ops._attention_segments import Runs, by_slices, token_runs
 from sra_fast.ops._backend import autocast, check_tensors
 from sra_fast.ops._timing import milliseconds
 
@@ -31,14 +36,15 @@ _SDPA = {
 }
 # packages that may be installed: all take [B, T, H, d] in bf16 or fp16, none takes a mask
 _PACKAGES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
-BACKENDS = ("auto", "torch", *_SDPA, *_PACKAGES)
+# without a mask and in half precision only; "varlen" is PyTorch's kernel for segments
+_HALF_ONLY = ("varlen", *_PACKAGES)
+BACKENDS = ("auto", "torch", *_SDPA, *_HALF_ONLY)
 # those that compute on a CUDA device only
-_CUDA_ONLY = ("cudnn", "efficient", *_PACKAGES)
+_CUDA_ONLY = ("cudnn", "efficient", *_HALF_ONLY)
 HALF = (torch.float16, torch.bfloat16)
-LAYOUTS = {"bthd": "[B, T, H, d]", "bhtd": "[B, H, T, d]"}
-KEY_LAYOUTS = {"bthd": "[B, S, H_kv, d]", "bhtd": "[B, H_kv, S, d]"}
 
-# (device, dtype, bits of B, T, H, d, S, H_kv, order in memory, kind of mask, training) -> backend
+# (device, dtype, bits of B, T, H, d, S, H_kv, order in memory, kind of mask, training) -> backend;
+# with segments (..., B, runs)
 _chosen: dict[tuple[object, ...], str] = {}
 
 
@@ -50,9 +56,17 @@ def attention_ref(
     layout: str = "bthd",
     groups: Tensor | None = None,
     mask: Tensor | None = None,
+    segments: Sequence[int] | Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
-    """The definition: PyTorch's scaled_dot_product_attention, with a mask if there are groups."""
+    """The definition: PyTorch's scaled_dot_product_attention, with a mask if there are groups or
+    segments.
+    """
+    runs = None
+    if segments is not None:
+        runs = check_segments(q, k, layout, segments, [])
     q, k, v = _tokens_first(layout, q, k, v)
+    if runs is not None:
+        groups = token_runs(runs, q.shape[0], q.device)
     return _in_layout(layout, _run("sdpa", q, k, v, _full_mask(q, groups, mask)))
 
 
@@ -80,7 +94,16 @@ def _in_layout(layout: str, out: Tensor) -> Tensor:
     return out if layout == "bthd" else out.transpose(1, 2)
 
 
-def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _run(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, runs: Runs | None = None
+) -> Tensor:
+    if backend == "varlen" or backend in _PACKAGES and runs is not None:
+        # not above: it imports the compiler
+        from sra_fast.ops._attention_varlen import in_one_call
+
+        return in_one_call(_PACKAGES.get(backend), q, k, v, runs)
+    if runs is not None:
+        return by_slices(lambda q, k, v: _run(backend, q, k, v, None), q, k, v, runs)
     if backend in _PACKAGES:
         out = importlib.import_module(_PACKAGES[backend]).flash_attn_func(q, k, v)
         # some versions return the log-sum-exp too
@@ -106,10 +129,15 @@ def _repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
-def _installed(package: str) -> bool:
-    """Whether the package imports; if it is installed and does not, that is logged."""
+def _function(runs: Runs | None) -> str:
+    """What a FlashAttention package is called by."""
+    return "flash_attn_func" if runs is None else "flash_attn_varlen_func"
+
+
+def _installed(package: str, function: str) -> bool:
+    """Whether the package imports and has ``function``; an import that fails is logged."""
     try:
-        return hasattr(importlib.import_module(package), "flash_attn_func")
+        return hasattr(importlib.import_module(package), function)
     except Exception as error:
         # a wheel for another torch fails in many ways; attention must run without it
         if not isinstance(error, ModuleNotFoundError):
@@ -117,12 +145,15 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _candidates(q: Tensor, mask: Tensor | None) -> list[str]:
+def _candidates(q: Tensor, mask: Tensor | None, runs: Runs | None = None) -> list[str]:
     """The backends worth timing for these inputs."""
-    packages = []
+    candidates = ["sdpa", "cudnn", "flash", "efficient"]
     if mask is None and q.dtype in HALF:
-        packages = [name for name, package in _PACKAGES.items() if _installed(package)]
-    return ["sdpa", "cudnn", "flash", "efficient", *packages]
+        function = _function(runs)
+        candidates += [name for name in _PACKAGES if _installed(_PACKAGES[name], function)]
+        if runs is not None:
+            candidates.append("varlen")
+    return candidates
 
 
 def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -138,7 +169,12 @@ def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _timed_step(
-    name: str, inputs: list[Tensor], mask: Tensor | None, dout: Tensor, training: bool
+    name: str,
+    inputs: list[Tensor],
+    mask: Tensor | None,
+    dout: Tensor,
+    training: bool,
+    runs: Runs | None = None,
 ) -> list[Tensor]:
     """Forward, or forward and backward, with results as rows of tokens ``[B T, H d]``.
 
@@ -149,7 +185,7 @@ def _timed_step(
     """
     rows = lambda x: x.flatten(2).flatten(0, 1)
     q, k, v = inputs
-    out = rows(_run(name, q, k, v, mask))
+    out = rows(_run(name, q, k, v, mask, runs))
     if not training:
         return [out]
     leaves = inputs if mask is None or not mask.requires_grad else [*inputs, mask]
@@ -168,16 +204,24 @@ def _heads_first_in_memory(x: Tensor) -> bool:
     return x.stride(1) < x.stride(2)
 
 
-def _told(q: Tensor, k: Tensor) -> str:
+def _told(q: Tensor, k: Tensor, runs: Runs | None = None) -> str:
     """Shapes and dtype for a message; keys are named where they are not shaped as queries."""
     shapes = f"{[*q.shape]}"
     if k.shape != q.shape:
         shapes = f"{shapes} x {[*k.shape]}"
-    return f"{shapes} {q.dtype}"
+    if runs is None:
+        return f"{shapes} {q.dtype}"
+    cut = f"segments {runs[0]}" if len(runs) == 1 else "segments of their own"
+    return f"{shapes} {q.dtype} in {cut}"
 
 
 def backend_times(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, training: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    runs: Runs | None = None,
 ) -> dict[str, float]:
     """Milliseconds of every candidate that runs, on random data laid out as the inputs.
 
@@ -190,25 +234,27 @@ def backend_times(
     dout = torch.randn(B * T, H * d, dtype=q.dtype, device=q.device, generator=generator)
     # a candidate that cannot run these inputs raises and is left out
     times = {}
-    for name in _candidates(q, mask):
+    for name in _candidates(q, mask, runs):
         try:
             times[name] = milliseconds(
-                lambda name=name: _timed_step(name, inputs, mask, dout, training)
+                lambda name=name: _timed_step(name, inputs, mask, dout, training, runs)
             )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
-            log.info("attention: %s cannot run %s: %s", name, _told(q, k), reason)
+            log.info("attention: %s cannot run %s: %s", name, _told(q, k, runs), reason)
     return times
 
 
-def _measure(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, training: bool) -> str:
+def _measure(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, training: bool, runs: Runs | None
+) -> str:
     """The candidate with the least time for forward, or forward and backward."""
-    times = backend_times(q, k, v, mask, training)
+    times = backend_times(q, k, v, mask, training, runs)
     best = min(times, key=lambda name: times[name], default="sdpa")
     listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     listed = listed or "nothing could be measured"
     what = "forward and backward" if training else "forward"
-    log.info("attention: %s for %s of %s (%s)", best, what, _told(q, k), listed)
+    log.info("attention: %s for %s of %s (%s)", best, what, _told(q, k, runs), listed)
     return best
 
 
@@ -219,12 +265,22 @@ def _kind(mask: Tensor | None) -> tuple[object, ...] | None:
     return (mask.dtype, mask.requires_grad, tuple(size == 1 for size in mask.shape))
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, training: bool) -> str:
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    runs: Runs | None = None,
+) -> str:
     """The measured backend for this shape; measured now if it is new and measuring is possible."""
     # how a backend reads its inputs depends on their order in memory, not on the layout's name
     order = tuple(_heads_first_in_memory(x) for x in (q, k, v))
     shape = (q.shape[0].bit_length(), *q.shape[1:], *k.shape[1:3])
     key = (q.device, q.dtype, *shape, order, _kind(mask), training)
+    if runs is not None:
+        # the exact batch: a variable-length kernel that was measured has its offsets on the device
+        key = (*key, index(q.shape[0]), runs)
     compiling = torch.compiler.is_compiling()
     if key in _chosen:
         # under fullgraph compilation a package's import would break the graph
@@ -240,7 +296,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, training: bool
         alone = mask
         if mask is not None:
             alone = mask.detach().requires_grad_(training and mask.requires_grad)
-        _chosen[key] = _measure(q.detach(), k.detach(), v.detach(), alone, training)
+        _chosen[key] = _measure(q.detach(), k.detach(), v.detach(), alone, training, runs)
 
     # a new thread has none of the caller's saved-tensor hooks, autocast or no_grad: activation
     # checkpointing counts the saved tensors and must not see those of the measurement
@@ -259,6 +315,7 @@ def attention(
     layout: str = "bthd",
     groups: Tensor | None = None,
     mask: Tensor | None = None,
+    segments: Sequence[int] | Sequence[Sequence[int]] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of ``[B, T, H, d]``, tokens before heads; of ``[B, H, T, d]`` with layout="bhtd".
@@ -278,6 +335,12 @@ def attention(
     runs (a reentrant checkpoint). Run the shape once eagerly before, or PyTorch picks. PyTorch
     also picks in compiled code if a package was the fastest.
 
+    With ``segments`` every run of tokens attends to itself only, and costs no more: two runs of a
+    quarter and three quarters of the tokens take 62.5 % of the products (arXiv 2607.02508). On a
+    CUDA device in half precision that is one call of a variable-length kernel, or a call for each
+    run, whichever was faster. All other tensors take a call for each run, and runs of one length
+    share one. Every new tuple of lengths is a new shape, which is measured and traced anew.
+
     Args:
         q: ``[B, T, H, d]`` or, with ``layout="bhtd"``, ``[B, H, T, d]``, any float dtype; views of
             a fused qkv projection are used in place.
@@ -291,19 +354,24 @@ def attention(
             may be 1, H and T too. True: attends. Or floats, rounded to q's dtype and added to the
             scaled scores; they may want a gradient. A query that attends to no key (every value
             False or -inf) gets zeros, and gives no gradient, as in PyTorch.
+        segments: lengths of the runs of neighbouring tokens that attend among themselves, in order:
+            Python integers that sum to T, the same for every image, or B tuples of them. Only where
+            T = S; not with ``groups`` or ``mask``.
         backend: ``"auto"`` (measured), ``"sdpa"`` or ``"torch"`` (PyTorch picks), ``"cudnn"``,
-            ``"flash"``, ``"efficient"``, ``"math"`` (PyTorch's), ``"fa2"``, ``"fa3"``, ``"fa4"``
-            (FlashAttention, if installed); default: ``$SRA_FAST_ATTENTION``, else ``"torch"``
+            ``"flash"``, ``"efficient"``, ``"math"`` (PyTorch's, a call for each run), ``"varlen"``
+            (PyTorch's, one call for all runs), ``"fa2"``, ``"fa3"``, ``"fa4"`` (FlashAttention, if
+            installed, one call for all runs); default: ``$SRA_FAST_ATTENTION``, else ``"torch"``
             where ``$SRA_FAST_BACKEND`` says so, else auto.
 
     Returns:
         The shape of ``q``, in its layout and dtype (under autocast in autocast's).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; ``groups`` and ``mask`` are both given;
-            ``layout`` or ``backend`` is unknown; ``backend`` is not installed, cannot run on the
-            device or in the dtype, or takes no groups or mask.
-        RuntimeError: the named ``backend`` cannot run these inputs, for example their head width.
+        ValueError: shapes, dtypes or devices do not fit; two of ``groups``, ``mask`` and
+            ``segments`` are given; ``layout`` or ``backend`` is unknown; ``backend`` is not
+            installed, cannot run on the device or in the dtype, or takes no groups or mask.
+        RuntimeError: the named ``backend`` cannot run these inputs, for example their head width,
+            or segments that a CUDA graph meets before they ran once.
     """
     # a tuple: a list as a key of the dict would be a TypeError
     if layout not in tuple(LAYOUTS):
@@ -314,40 +382,49 @@ def attention(
     if autocast(q):
         # what autocast does to scaled_dot_product_attention
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    _check(q, k, v, layout, groups, mask)
-    backend = _check_backend(backend, q, [*given])
+    check_attention(q, k, v, layout, groups, mask)
+    runs = None
+    if segments is not None:
+        runs = check_segments(q, k, layout, segments, [*given])
+    backend = _check_backend(backend, q, [*given], runs)
     q, k, v = _tokens_first(layout, q, k, v)
     full_mask = _full_mask(q, groups, mask)
     if backend == "auto" and q.is_cuda and q.numel() and k.numel():
         wanted = [x.requires_grad for x in (q, k, v, full_mask) if x is not None]
         training = torch.is_grad_enabled() and any(wanted)
-        backend = _choose(q, k, v, full_mask, training)
+        backend = _choose(q, k, v, full_mask, training, runs)
     if backend in ("auto", "torch", "sdpa"):
-        out = _run("sdpa", q, k, v, full_mask)
+        out = _run("sdpa", q, k, v, full_mask, runs)
     else:
-        out = _run_named(backend, q, k, v, layout, full_mask)
+        out = _run_named(backend, q, k, v, layout, full_mask, runs)
     return _in_layout(layout, out)
 
 
 def _run_named(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, layout: str, mask: Tensor | None
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: str,
+    mask: Tensor | None,
+    runs: Runs | None,
 ) -> Tensor:
     """``_run`` with the backend that the caller named; if it fails, the message has that name and
     the shape in the caller's layout.
     """
     try:
-        return _run(backend, q, k, v, mask)
+        return _run(backend, q, k, v, mask, runs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        told = _told(_in_layout(layout, q), _in_layout(layout, k))
+        told = _told(_in_layout(layout, q), _in_layout(layout, k), runs)
         raise RuntimeError(
             f"attention: backend {backend!r} cannot run {LAYOUTS[layout]} = {told}: {reason}"
         ) from error
 
 
-def _check_backend(backend: str | None, q: Tensor, masks: list[str]) -> str:
+def _check_backend(backend: str | None, q: Tensor, masks: list[str], runs: Runs | None) -> str:
     """The backend that was asked for.
 
     Raises:
@@ -361,88 +438,16 @@ def _check_backend(backend: str | None, q: Tensor, masks: list[str]) -> str:
         raise ValueError(f"attention: backend must be one of {BACKENDS}, got {backend!r}")
     if backend in _CUDA_ONLY and not q.is_cuda:
         raise ValueError(f"attention: backend {backend!r} needs CUDA tensors, got {q.device}")
-    if backend in _PACKAGES:
+    if backend in _HALF_ONLY:
         if masks:
             raise ValueError(f"attention: backend {backend!r} takes no {masks[0]}")
         if q.dtype not in HALF:
             raise ValueError(
                 f"attention: backend {backend!r} needs bf16 or fp16 tensors, got {q.dtype}"
             )
-        if not _installed(_PACKAGES[backend]):
-            raise ValueError(
-                f"attention: backend {backend!r} needs the package {_PACKAGES[backend]}"
-            )
+    if backend in _PACKAGES and not _installed(_PACKAGES[backend], _function(runs)):
+        raise ValueError(
+            f"attention: backend {backend!r} needs the package {_PACKAGES[backend]}, "
+            f"with {_function(runs)}"
+        )
     return backend
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, layout: str, groups: Tensor | None, mask: Tensor | None
-) -> None:
-    """Raise ValueError unless shapes, dtypes and devices fit."""
-    if not _shapes_fit(q, k, v, layout):
-        raise ValueError(
-            f"attention: expected q {LAYOUTS[layout]} and k, v of one shape {KEY_LAYOUTS[layout]}, "
-            f"H_kv a divisor of H, got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
-        )
-    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            "attention: expected q, k, v of one floating-point dtype, "
-            f"got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    devices = {"k": k, "v": v, "groups": groups, "mask": mask}
-    devices = {name: x.device for name, x in devices.items() if x is not None}
-    if any(device != q.device for device in devices.values()):
-        raise ValueError(
-            f"attention: expected every tensor on {q.device}, got {', '.join(devices)} on "
-            f"{[*map(str, devices.values())]}"
-        )
-    if groups is not None and mask is not None:
-        raise ValueError("attention: expected groups or mask, got both")
-    if groups is not None:
-        _check_groups(q, k, layout, groups)
-    if mask is not None:
-        _check_mask(q, k, layout, mask)
-
-
-def _shapes_fit(q: Tensor, k: Tensor, v: Tensor, layout: str) -> bool:
-    """Whether images and width are the same, and H_kv divides H."""
-    if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
-        return False
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        return False
-    heads = 2 if layout == "bthd" else 1
-    num_heads = q.shape[heads]
-    num_key_heads = k.shape[heads]
-    return num_heads == num_key_heads or num_key_heads > 0 and num_heads % num_key_heads == 0
-
-
-def _check_groups(q: Tensor, k: Tensor, layout: str, groups: Tensor) -> None:
-    """Raise ValueError unless the groups are integers, one per token, of queries and of keys."""
-    axis = 1 if layout == "bthd" else 2
-    tokens = (q.shape[0], q.shape[axis])
-    if k.shape[axis] != q.shape[axis]:
-        raise ValueError(
-            "attention: expected groups with as many keys as queries, "
-            f"got T = {q.shape[axis]}, S = {k.shape[axis]}"
-        )
-    if groups.shape != tokens or groups.is_floating_point() or groups.is_complex():
-        raise ValueError(
-            f"attention: expected groups [B, T] = {[*tokens]} integers, "
-            f"got {[*groups.shape]} {groups.dtype}"
-        )
-
-
-def _check_mask(q: Tensor, k: Tensor, layout: str, mask: Tensor) -> None:
-    """Raise ValueError unless the mask is bool or floating and broadcasts to its full shape."""
-    heads, tokens = (2, 1) if layout == "bthd" else (1, 2)
-    B, H, T, S = q.shape[0], q.shape[heads], q.shape[tokens], k.shape[tokens]
-    # which of its sizes may be 1 instead; the keys are always written out
-    wanted = {2: (B, S), 4: (B, H, T, S)}.get(mask.dim(), ())
-    fits = bool(wanted) and mask.shape[-1] == S
-    fits = fits and all(size in (1, full) for size, full in zip(mask.shape, wanted, strict=True))
-    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise ValueError(
-            f"attention: expected mask [B, S] = {[B, S]} or [B, H, T, S] = {[B, H, T, S]} "
-            "(B, H or T may be 1), bool or floating-point, "
-            f"got {[*mask.shape]} {mask.dtype}"
-        )

@@ -210,7 +210,7 @@ def fake_clock(monkeypatch):
     times = {"sdpa": 3.0, "cudnn": 2.0, "flash": 1.0, "efficient": 4.0}
     measured = []
 
-    def run_named(name, q, k, v, mask):
+    def run_named(name, q, k, v, mask, runs=None):
         measured.append((name, threading.get_ident()))
         if times[name] is None:
             raise RuntimeError("No available kernel")
@@ -375,7 +375,7 @@ def test_what_is_timed_is_laid_out_as_in_a_block(monkeypatch):
     )
 
     def heads_first(
-        name, q, k, v, mask
+        name, q, k, v, mask, runs=None
     ):  # its output, and the gradients that autograd hands on, have heads before tokens
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -480,7 +480,7 @@ def test_a_backend_that_cannot_run_is_named(monkeypatch):
             ):
                 attention(*half, backend=name)
     monkeypatch.setattr(module, "_CUDA_ONLY", ())
-    monkeypatch.setattr(module, "_installed", lambda package: False)
+    monkeypatch.setattr(module, "_installed", lambda package, function: False)
     for given, options, message in (
         (half, {"groups": groups}, "takes no groups"),
         (half, {"mask": groups.bool()}, "takes no mask"),
