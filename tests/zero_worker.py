@@ -38,7 +38,7 @@ VARIANTS = {
         3,
         "--train.micro_batch {micro} --optim.clip 0 --optim.weight_decay 0.1",
     ),
-    "plain": (2, "--align none"),
+    "plain": (2, "--align.target none"),
     "late_alignment": (
         1,
         '--align.schedule milestones --align.milestones {{"0":0.0,"2":0.4,"5":0.1}}',
@@ -61,12 +61,45 @@ VARIANTS = {
     "monitored": (2, "--monitor.every 3 --monitor.count 5 --sample.steps 2"),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
 }
+# every other alignment target, with the options that change what runs
+_LAYER = "--align.student_layer 2"
+_LAYERS = f"{_LAYER} --align.teacher_layer 3"
+TARGETS = {
+    "self_flow_0": (0, f"--align self_flow {_LAYERS} --align.fraction 0.5"),
+    "self_flow_3": (3, f"--align self_flow {_LAYERS} --train.recompute full"),
+    "dual_time_1": (1, f"--align dual_time {_LAYERS} --train.micro_batch {{micro}}"),
+    "dual_time_2": (
+        2,
+        f"--align dual_time {_LAYERS} --align.full_share 0.3333333 --align.teacher_labels kept "
+        "--align.stop_at_step 4",
+    ),
+    "dual_time_3": (3, f"--align dual_time {_LAYERS} --align.every 2 --train.recompute norm"),
+    "dual_time_dit": (0, f"--model.name DiT-S/2 --align dual_time {_LAYERS} --sample.method ddim"),
+    "vae_latent_1": (1, f"--align vae_latent {_LAYER} --align.every 2"),
+    "vae_latent_3": (3, f"--align vae_latent {_LAYER} --align.last_layer linear"),
+    "layer_sync_2": (2, f"--align layer_sync {_LAYER} --align.deep_layer 3"),
+    "layer_sync_3": (3, f"--align layer_sync {_LAYER} --align.deep_layer 4 --align.fraction 0.5"),
+    "dispersive_0": (0, f"--align dispersive {_LAYER} --align.over all"),
+    "dispersive_3": (3, f"--align dispersive {_LAYER} --align.over all"),
+    "two_1": (1, f"--align self_flow {_LAYERS} --align2 vae_latent --align2.student_layer 1"),
+    "two_3": (
+        3,
+        f"--align dual_time {_LAYERS} --align2 dispersive --align2.student_layer 3 "
+        "--align2.over all --align2.stop_at_step 3",
+    ),
+}
+TARGETS_BF16 = {
+    "bf16_dual_time_1": (1, f"--align dual_time {_LAYERS}"),
+    "bf16_vae_latent_2": (2, f"--align vae_latent {_LAYER}"),
+    "bf16_self_flow_3": (3, f"--align self_flow {_LAYERS}"),
+}
 FP8 = {  # in bf16
     "fp8_0": (0, "--align.teacher_dtype fp8"),
     "fp8_1": (1, "--align.teacher_dtype fp8"),
     "fp8_2": (2, "--align.teacher_dtype fp8 --align.every 2 --train.micro_batch {micro}"),
     "fp8_torch_0": (0, "--align.teacher_dtype fp8 --optim.implementation torch"),
     "fp8_torch_1": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
+    "fp8_dual_time": (1, f"--align dual_time {_LAYERS} --align.teacher_dtype fp8"),
     # steps so large that each changes the scales, resumed where the scales in use are not those of
     # the EMA
     "fp8_moving": (
@@ -82,6 +115,10 @@ FP8 = {  # in bf16
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
 
+# SRA's options: another target has other ones
+ALIGN = "--align.student_layer 2 --align.teacher_layer 3 --align.weight 0.2"
+
+
 def tiny(stage: int, precision: str, *args: str):
     """Four blocks of width 32 on digits.
 
@@ -91,13 +128,13 @@ def tiny(stage: int, precision: str, *args: str):
     base = (
         "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 "
         "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 "
-        "--align.student_layer 2 --align.teacher_layer 3 --align.weight 0.2 "
         "--data.name digits --optim.lr 0.003 --optim.eps 1e-5 "
         f"--train.steps {STEPS} --train.save_every {HALF} --train.log_every 1 "
         "--train.global_batch 24 --train.ema_decay 0.9 "
         f"--train.zero_stage {stage} --train.precision {precision}"
     )
-    return parse_train([*base.split(), *args])[0]
+    align = () if "--align" in args else ALIGN.split()
+    return parse_train([*base.split(), *align, *args])[0]
 
 
 def gathered_teacher(trainer) -> dict:
@@ -209,8 +246,9 @@ def main() -> None:
     for stage, precision in CASES:
         run_case(out, f"{precision}_{stage}", device, stage, precision)
     micro = 24 // (4 * dist.get_world_size())
-    for name, (stage, args) in {**VARIANTS, **FP8}.items():
-        precision = "bf16" if name in FP8 else "fp32"
+    others = {**VARIANTS, **TARGETS, **FP8, **TARGETS_BF16}
+    for name, (stage, args) in others.items():
+        precision = "bf16" if name in {**FP8, **TARGETS_BF16} else "fp32"
         run_case(out, name, device, stage, precision, *args.format(micro=micro).split())
     start_from_published(out, device)
 

@@ -62,7 +62,6 @@ class EMATeacher(Target):
     """
 
     config = EMATeacherConfig
-    has_teacher = True
     align: TeacherConfig
 
     def __init__(self, align: TeacherConfig, network: Backbone):

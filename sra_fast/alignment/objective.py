@@ -164,7 +164,7 @@ def make_objective(cfg: Config, student: SiT, network: Backbone | None) -> SRAOb
         network: what follows the EMA, for the target that has one.
     """
     kinds = [(TARGETS[align.target], align) for align in cfg.alignments.values()]
-    targets = [kind(align, network if kind.has_teacher else None) for kind, align in kinds]
+    targets = [kind(align, network if kind.has_network(align) else None) for kind, align in kinds]
     return SRAObjective(student, targets, make_process(cfg))
 
 

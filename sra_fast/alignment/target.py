@@ -1,7 +1,8 @@
 """What the student's features are aligned to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,6 @@ class Target(nn.Module):
     """
 
     config: type[AlignConfig] = AlignConfig
-    # whether there is a network that follows the EMA
-    has_teacher = False
     # whether the tokens of an image belong to two groups, for which more is drawn
     has_groups = False
     # whether batches must have features of another model
@@ -107,6 +106,11 @@ class Target(nn.Module):
     def network_depth(cls, align: AlignConfig) -> int | None:
         """Blocks of the network that follows the EMA; None: the target has no such network."""
         return None
+
+    @classmethod
+    def has_network(cls, align: AlignConfig) -> bool:
+        """Whether the target has a network that follows the EMA."""
+        return cls.network_depth(align) is not None
 
     @classmethod
     def make_head(cls, align: AlignConfig, model: ModelConfig) -> Head | None:
@@ -212,6 +216,15 @@ AP_HEAD = "ap_head"
 def own_head(target: str) -> str:
     """Name, among the student's submodules, of a head that only one target has."""
     return f"{ALIGN_HEADS}{target}"
+
+
+def trained_heads(alignments: Iterable[Any]) -> set[str]:
+    """Names of the heads that targets train.
+
+    ``alignments``: options of targets that are on, or objects with the same attributes.
+    """
+    names = {TARGETS[align.target].head_name(align) for align in alignments}
+    return {name for name in names if name is not None}
 
 
 def compare(predicted: Tensor, target: Tensor, distance: str, beta: float) -> dict[str, Tensor]:

@@ -145,9 +145,7 @@ class Attention(nn.Module):
         heads = (B, T, self.num_heads, D // self.num_heads)
         q = self.q_norm(q.view(heads))
         k = self.k_norm(k.view(heads))
-        return ops.attention(
-            q, k, v.view(heads), segments=segments
-        ).flatten(2)
+        return ops.attention(q, k, v.view(heads), segments=segments).flatten(2)
 
 
 class Mlp(nn.Module):

@@ -133,16 +133,15 @@ def _check_two_targets(cfg: Config) -> None:
     if not cfg.align2.active:
         return
     require_that(cfg.align.active, "align2 is a second target: it needs align, which is none")
-    targets = [cfg.align.target, cfg.align2.target]
+    sections = (cfg.align, cfg.align2)
+    targets = [align.target for align in sections]
     require_that(targets[0] != targets[1], f"align and align2 are the same target {targets[0]}")
-    kinds = [TARGETS[name] for name in targets]
-    for what, both in {
-        "an EMA teacher": all(kind.has_teacher for kind in kinds),
-        "groups of tokens": all(kind.has_groups for kind in kinds),
-    }.items():
-        require_that(
-            not both, f"only one of two targets can have {what}, got {' and '.join(targets)}"
-        )
+    # every target with groups of tokens has a teacher too
+    teachers = [TARGETS[align.target].has_network(align) for align in sections]
+    require_that(
+        not all(teachers),
+        f"only one of two targets can have an EMA teacher, got {' and '.join(targets)}",
+    )
 
 
 def _check_align(align: AlignConfig, cfg: Config) -> None:

@@ -48,7 +48,7 @@ def forward_flops(cfg: Config) -> dict[str, int]:
     for section, target in zip(cfg.alignments, objective.targets, strict=True):
         inputs = inputs_of(target, noisy)
         teacher = 0
-        if target.has_teacher:
+        if target.network is not None:
             target.start(inputs)
             teacher = count_flops(target.result)
         target.start(inputs)

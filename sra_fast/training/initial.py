@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sra_fast import models
+from sra_fast.alignment.target import trained_heads
 from sra_fast.checkpoint.load_model import CLASS_TABLE, HEAD, facts_of, from_config
 from sra_fast.checkpoint.names import KNOWN_PARAMETER
 from sra_fast.checkpoint.optimizer_state import match_optimizer
@@ -17,7 +18,7 @@ from sra_fast.checkpoint.sources import read_weights
 from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
-from sra_fast.models import SiT
+from sra_fast.models import ALIGN_HEADS, SiT
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -72,7 +73,9 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
     _check_interpolant(source, cfg, model, initial)
     shapes = {name: [*value.shape] for name, value in model.state_dict().items()}
     parameters = {name: p.shape for name, p in model.named_parameters()}
-    remark = _continued(source, initial, parameters, bool(fresh))
+    heads = trained_heads(cfg.alignments.values())
+    own_heads = any(name.startswith(ALIGN_HEADS) for name in heads)
+    remark = _continued(source, initial, parameters, bool(fresh) or own_heads)
     initial["origin"] = _described(source, shapes, fresh, initial)
     _warn_of_the_rest(source, shapes, fresh, remark)
     _check_steps(source, cfg, initial.get("steps", 0))

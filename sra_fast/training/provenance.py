@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+from sra_fast.alignment.target import trained_heads
 from sra_fast.checkpoint.manifest import Manifest, plain
 from sra_fast.checkpoint.reading import CONFIG, run_folder
 from sra_fast.config.cli import SECTIONS, save_config
@@ -13,7 +14,6 @@ from sra_fast.data.facts import DataFacts, differences
 from sra_fast.models import ALIGN_HEADS
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_atomic
-from sra_fast.utils.registry import TARGETS
 
 # sections and fields that the weights, or the images and noise of a step, depend on
 FIXED = ("model.", "diffusion.", "train.seed", "train.global_batch", "data.flip")
@@ -87,9 +87,9 @@ def _needs_other_heads(before: dict, after: dict) -> bool:
 def _heads(settings: dict) -> set[str]:
     """Names of the heads that a run's targets train."""
     sections = [settings[section] for section in SECTIONS if section in settings]
-    options = [SimpleNamespace(**section) for section in sections if section["target"] != "none"]
-    names = [TARGETS[align.target].head_name(align) for align in options]
-    return {name for name in names if name is not None}
+    return trained_heads(
+        SimpleNamespace(**section) for section in sections if section["target"] != "none"
+    )
 
 
 def check_steps(path: Path, manifest: Manifest, cfg: Config) -> None:

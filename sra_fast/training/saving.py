@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.manifest import Manifest, Progress, step_name
@@ -18,6 +19,7 @@ from sra_fast.checkpoint.published import published_args, published_optimizer
 from sra_fast.checkpoint.reading import manifest_of
 from sra_fast.checkpoint.shards import Shards
 from sra_fast.data.facts import DataFacts
+from sra_fast.models import ALIGN_HEADS
 from sra_fast.training import provenance
 from sra_fast.training.run_folder import collective_fault
 from sra_fast.training.saver import Saver
@@ -156,12 +158,20 @@ def export_published(
     checkpoint = {
         "model": trainer.state_dict(weights),
         "ema": trainer.state_dict(ema),
-        "opt": published_optimizer(moments, count, asdict(cfg.optim)),
+        "opt": published_optimizer(of_model(moments), count, asdict(cfg.optim)),
         "args": published_args(cfg.model, cfg.diffusion.path, facts),
         "epoch": epoch,
         "steps": step,
     }
     write_atomic(path, lambda p: torch.save(checkpoint, p))
+
+
+def of_model(moments: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The moments of the model's parameters, without those of heads that single targets have."""
+    return {
+        key: {name: value for name, value in found.items() if not name.startswith(ALIGN_HEADS)}
+        for key, found in moments.items()
+    }
 
 
 def export_safetensors(

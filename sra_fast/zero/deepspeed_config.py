@@ -181,8 +181,8 @@ def zero_stage(ds_config: dict, cfg: Config) -> int:
         raise ValueError(
             "zero_optimization.stage3_param_persistence_threshold must be 0: the teacher would go stale"
         )
-    has_teacher = any(TARGETS[a.target].has_teacher for a in cfg.alignments.values())
-    if has_teacher and (
+    has_network = any(TARGETS[a.target].has_network(a) for a in cfg.alignments.values())
+    if has_network and (
         zero.get("zero_hpz_partition_size", 1) > 1
         or zero.get("zero_quantized_nontrainable_weights")
     ):

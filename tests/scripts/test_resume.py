@@ -331,7 +331,7 @@ def test_another_stage_is_recorded_for_deepspeed_too(out, caplog):
         (("--train.global_batch", 32), "it was made with train.global_batch 16, this run has 32"),
         (("--model.depth", 5), "it was made with model.depth 4, this run has 5"),
         (("--diffusion.path", "cosine"), "made with diffusion.path linear, this run has cosine"),
-        (("--align.target", "none", "--align.head", "none"), "made with align.head mlp"),
+        (("--align2", "vae_latent"), "made with align2.target none, this run has vae_latent"),
         (("--train.steps", 4), "train.steps 4 is not above step 4 of"),
         (("--train.steps", 3), "--out FILE.safetensors writes its weights"),
     ],

@@ -16,7 +16,7 @@ import pytest
 import torch
 from golden import assert_matches, relative_error
 from PIL import Image
-from zero_worker import CASES, FP8, STEPS, VARIANTS, tiny
+from zero_worker import CASES, FP8, STEPS, TARGETS, TARGETS_BF16, VARIANTS, tiny
 
 from sra_fast.alignment.objective import add_heads, make_objective
 from sra_fast.alignment.schedule import align_weights
@@ -28,7 +28,7 @@ from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.models import ClassLabels
 from sra_fast.training.loop import warm_up
-from sra_fast.utils.registry import TARGETS
+from sra_fast.utils import registry
 
 HERE = Path(__file__).parents[1]
 NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
@@ -68,7 +68,7 @@ def independent_run(*args):
     student = cfg.model.build()
     add_heads(student, cfg)
     ema = copy.deepcopy(student).eval()
-    depths = [TARGETS[a.target].network_depth(a) for a in cfg.alignments.values()]
+    depths = [registry.TARGETS[a.target].network_depth(a) for a in cfg.alignments.values()]
     depth = next((depth for depth in depths if depth is not None), None)
     teacher = None if depth is None else cfg.model.build_teacher(depth).eval()
     model = make_objective(cfg, student, teacher).train()
@@ -106,11 +106,12 @@ def independent():
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", [*(n for n in NAMES if n.startswith("fp32")), *VARIANTS])
+@pytest.mark.parametrize("name", [*(n for n in NAMES if n.startswith("fp32")), *VARIANTS, *TARGETS])
 def test_fp32_is_the_independent_run(results, independent, world, name):
     """Weights, EMA and losses of every stage, process count and variant against PyTorch alone."""
     # with accumulation, too: the independent run sees one batch
-    weights, ema, losses = independent(*VARIANTS.get(name, (0, ""))[1].format(micro=24).split())
+    args = {**VARIANTS, **TARGETS}.get(name, (0, ""))[1]
+    weights, ema, losses = independent(*args.format(micro=24).split())
     ours = read(results, world, name)["whole"]
     for key in weights:
         assert_matches(ours["master"][key], weights[key].data, 1e-5)
@@ -207,7 +208,7 @@ def test_ema_is_sharded(results, name):
     assert total <= sum(held) <= 1.05 * total and max(held) <= 0.55 * total
 
 
-@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *STEADY])
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *TARGETS, *STEADY, *TARGETS_BF16])
 def test_two_processes_give_the_losses_of_one(results, name):
     one, two = (read(results, world, name)["whole"] for world in WORLDS)
     tolerance = 2e-3 if name.startswith("bf16") or name in FP8 else 1e-5
@@ -240,7 +241,7 @@ def test_all_stages_agree(results, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *FP8])
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *TARGETS, *FP8, *TARGETS_BF16])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
     for rank in range(world):
         both = read(results, world, name, rank)
@@ -248,7 +249,8 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, world, name):
         resumed = both["resumed"]
         parts = {"master", "ema", "teacher", "exp_avg", "exp_avg_sq"}
         # after the stop nothing reads the teacher, and only loading still refreshes it
-        for part in parts - ({"teacher"} if name == "stopped_alignment" else set()):
+        stopped = name in ("stopped_alignment", "dual_time_2")
+        for part in parts - ({"teacher"} if stopped else set()):
             for key, value in whole[part].items():
                 assert torch.equal(resumed[part][key], value), (part, key)
         first = {"fp8_moving": 2, "fp8_moving_every": 4}.get(name, STEPS // 2)
