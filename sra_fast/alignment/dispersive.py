@@ -40,6 +40,7 @@ class Dispersive(Target):
     """
 
     config = DispersiveConfig
+    may_be_negative = True
     align: DispersiveConfig
 
     @classmethod

@@ -72,6 +72,12 @@ class ModelConfig:
         overrides = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         return {**models.preset(self.name)[1], **overrides}
 
+    @property
+    def num_tokens(self) -> int:
+        """T, the patches of an image; the sizes must be known."""
+        arguments = self.arguments()
+        return (arguments["input_size"] // arguments["patch_size"]) ** 2
+
     def build(self, **execution) -> models.SiT:
         """The student. ``execution``: how it runs, e.g. ``recompute``; see ``Backbone``."""
         return models.preset(self.name)[0](**self.arguments(), **execution)
