@@ -36,7 +36,8 @@ class Part:
         number: of the part.
         first: number of its first image.
         count: its images; fewer are written if some cannot be read.
-        batches: what to write, ``[B, C, H, W]`` each, with the numbers of the images.
+        batches: what to write, ``[B, C, H, W]`` each (features: ``[B, T, D]``), with the numbers of
+            the images.
     """
 
     number: int
@@ -68,16 +69,17 @@ class Statistics:
         self.square = self.sum.clone()
 
     def update(self, rows: Tensor) -> None:
-        """Add rows ``[B, channels, H, W]``."""
+        """Add rows ``[B, channels, ...]``."""
         rows = rows.double()
         values = rows
         square = rows.square()
         if self.moments:
             values, std = rows.chunk(2, dim=1)
             square = values.square() + std.square()
+        others = (0, *range(2, rows.ndim))
         self.count += values[:, 0].numel()
-        self.sum += values.sum((0, 2, 3))
-        self.square += square.sum((0, 2, 3))
+        self.sum += values.sum(others)
+        self.square += square.sum(others)
 
     def as_json(self) -> dict:
         return {"count": self.count, "sum": self.sum.tolist(), "square": self.square.tolist()}
@@ -102,7 +104,7 @@ class Layout:
         out: folder of the data set.
         recipe: see ``PackingJob``.
         labels: int64 ``[N]``, of all images of the source.
-        folder: where in ``out`` the moments go.
+        folder: where in ``out`` the rows go.
     """
 
     out: Path
@@ -111,9 +113,14 @@ class Layout:
     folder = "."
 
     @property
+    def kind(self) -> str:
+        """``moments``, ``pixels`` or ``features``."""
+        return self.recipe.get("kind", "moments")
+
+    @property
     def moments(self) -> bool:
-        """Whether moments are written, and no pixels."""
-        return self.recipe.get("kind", "moments") == "moments"
+        """Whether moments are written."""
+        return self.kind == "moments"
 
     def complete(self, record: dict) -> bool:
         """Whether the files that a part's record describes are still there."""
@@ -137,9 +144,11 @@ class PackedLayout(Layout):
         dtype = getattr(torch, self.recipe["dtype"])
         storage = np.dtype(STORAGE[self.recipe["dtype"]])
         row_shape = tuple(self.recipe["shape"])
-        statistics = Statistics(row_shape[0], self.moments)
+        # features [T, D] have their channels last
+        channel = 1 if self.kind == "features" else 0
+        statistics = Statistics(row_shape[channel], self.moments)
         last = part.first + part.count - 1
-        images = f"moments of images {part.first} .. {last}"
+        images = f"{self.kind} of images {part.first} .. {last}"
         written: list[int] = []
 
         def write_header(f, rows: int) -> None:
@@ -156,7 +165,7 @@ class PackedLayout(Layout):
                         raise ValueError(f"{images} are not finite in {dtype}")
                     if self.moments:
                         check_moments(batch, images)
-                    statistics.update(batch)
+                    statistics.update(batch.movedim(channel + 1, 1))
                     f.write(stored.view(torch.uint8).numpy())
                     written.extend(numbers)
                 if len(written) < part.count:

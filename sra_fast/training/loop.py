@@ -72,7 +72,8 @@ def loss_inputs(
     cfg = trainer.cfg
     conditioning = CONDITIONINGS[trainer.student.conditioning]
     # copied while the device still computes: the loader pins its batches
-    images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
+    on_device = [item.to(trainer.device, non_blocking=True) for item in batch]
+    images, labels, _ = data.split(on_device)
     # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
     draws = draw(
         cfg.train.seed,
