@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.features import FEATURES_FOLDER, check_name
-from sra_fast.data.options import CROP_OPTIONS, FEATURE_OPTIONS, Options, default, refuse
+from sra_fast.data.options import FEATURE_OPTIONS, READ_AS, Options, default, refuse
 from sra_fast.data.packed import INDEX, LABELS, Shards, check_finished, read_index
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.vision import features_shape, load_vision_model, make_extractor
@@ -55,19 +55,18 @@ def made_like(options: Options, folder: Path) -> Options:
         f"there are none in {folder}",
     )
     index = read_index(folder)
-    held = {**index}
+    # moments that were made of moments do not tell how their images were read
+    held = {name: index[name] for name in READ_AS if name in index}
+    # an array has the channels that it has
     if index.get("kind") == "pixels" and not options.source.endswith(".npz"):
         held["channels"] = index["shape"][0]
-    changes = {}
-    # data of other layouts do not tell how their images were cropped
-    for name in (name for name in (*CROP_OPTIONS, "num_classes") if name in held):
+    for name, value in held.items():
         given = getattr(options, name)
         require_that(
-            given in (default(name), held[name]),
-            f"{folder} was made with {name} {held[name]}, got {given}: leave --{name} out",
+            given in (default(name), value),
+            f"{folder} was made with {name} {value}, got {given}: leave --{name} out",
         )
-        changes[name] = held[name]
-    return replace(options, **changes)
+    return replace(options, **held)
 
 
 def check_same_images(source: ImageSource, folder: Path) -> None:

@@ -20,7 +20,7 @@ FEATURES_FOLDER = "features"
 def check_name(name: str, option: str) -> None:
     """ValueError unless features can have this name, which is that of a folder."""
     require_that(
-        Path(name).name == name and not name.startswith("."),
+        bool(name) and Path(name).name == name and not name.startswith("."),
         f"{option} must be the name of a folder, got {name!r}",
     )
 

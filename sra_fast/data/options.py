@@ -66,10 +66,12 @@ class Options:
     """threads per process that read, decode and crop"""
 
 
+# how images are read: an index keeps these under their names
+READ_AS = ("resolution", "mirror", "background", "orientation", "bad", "holdout", "num_classes")
 # options of a source of images, and those of the decoding of their files
 DECODING_OPTIONS = ("channels", "background", "orientation", "bad")
-CROP_OPTIONS = ("mirror", "holdout", "resolution", *DECODING_OPTIONS)
-IMAGE_OPTIONS = ("vae", "pixels", "precision", "features", *CROP_OPTIONS)
+SOURCE_OPTIONS = ("vae", "pixels", "mirror", "holdout", "resolution", *DECODING_OPTIONS)
+IMAGE_OPTIONS = ("features", "precision", *SOURCE_OPTIONS)
 # how a vision model is used
 FEATURE_OPTIONS = ("features_name", "features_grid", "features_dtype")
 

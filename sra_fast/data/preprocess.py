@@ -25,9 +25,10 @@ from sra_fast.data.huggingface import PREFIX, is_saved, open_huggingface
 from sra_fast.data.images import MODES, Crop
 from sra_fast.data.latents import MomentDataset, open_latents
 from sra_fast.data.options import (
-    CROP_OPTIONS,
     DECODING_OPTIONS,
     IMAGE_OPTIONS,
+    READ_AS,
+    SOURCE_OPTIONS,
     Options,
     refuse,
 )
@@ -214,15 +215,9 @@ def _image_jobs(options: Options) -> list[PackingJob]:
 
 def _read_as(options: Options, images: ImageSource) -> dict:
     """How images are read, which a restart must have in common."""
-    return {
-        "resolution": options.resolution,
-        "mirror": images.copies == 2,
-        "background": options.background,
-        "orientation": options.orientation,
-        "bad": options.bad,
-        "holdout": options.holdout,
-        "num_classes": images.num_classes,
-    }
+    asked = {name: getattr(options, name) for name in READ_AS}
+    # of held-out images there are no mirror images
+    return {**asked, "mirror": images.copies == 2, "num_classes": images.num_classes}
 
 
 def _feature_jobs(
@@ -254,8 +249,7 @@ def _feature_jobs(
 
 def _pixel_jobs(options: Options) -> list[PackingJob]:
     """Features of packed pixels, beside them."""
-    options_of_images = ("vae", "pixels", *CROP_OPTIONS, "num_classes")
-    refuse(options, options_of_images, "is for images", "holds packed pixels")
+    refuse(options, (*SOURCE_OPTIONS, "num_classes"), "is for images", "holds packed pixels")
     folders = [Path(options.source) / HELD_OUT_FOLDER, Path(options.source)]
     # a shard that was altered would have features of its own
     parts = [(PackedPixels(path, verify=True), path) for path in folders if path.is_dir()]

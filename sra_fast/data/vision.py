@@ -95,9 +95,14 @@ def _load(path: str) -> tuple[nn.Module, list[str]]:
             )
     except Exception as error:
         # transformers, safetensors and torch each raise their own types
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"--features {path} holds no readable model: {reason}") from None
+        raise ValueError(
+            f"--features {path} holds no readable model: {_first_line(error)}"
+        ) from None
     return model.float().eval().requires_grad_(False), sorted(info["missing_keys"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @contextmanager
@@ -187,7 +192,8 @@ def make_extractor(
 
     @torch.no_grad()
     def extract(pixels: Tensor) -> Tensor:
-        images = pixels.to(device).float() * vision.scale
+        # in one order in memory: files have channels last, and rounding would differ
+        images = pixels.to(device).contiguous().float() * vision.scale
         if images.shape[-1] != side:
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
         # a single channel becomes three here
@@ -208,8 +214,7 @@ def _check_tokens(tokens: Tensor, vision: VisionModel, grid: int) -> None:
     others = (0, registers + 1, registers + 2)
     if tokens.ndim != 3 or tokens.shape[1] - grid * grid not in others:
         raise ValueError(
-            f"--features {vision.path}: a token for each of {grid} x {grid} patches was expected, "
-            f"got {[*tokens.shape[1:]]}"
+            f"a token for each of {grid} x {grid} patches was expected, got {[*tokens.shape[1:]]}"
         )
 
 
@@ -228,9 +233,10 @@ def features_shape(
     side = grid * vision.patch
     try:
         tokens = extract(black)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # every model raises its own types
         raise ValueError(
-            f"--features {vision.path} takes no images of {side} x {side} pixels: {reason}"
+            f"--features {vision.path} has no use for images of {side} x {side} pixels: "
+            f"{_first_line(error)}"
         ) from None
     return tuple(tokens.shape[1:])
