@@ -70,16 +70,18 @@ class Statistics:
 
     def update(self, rows: Tensor) -> None:
         """Add rows ``[B, channels, ...]``."""
-        rows = rows.double()
-        values = rows
-        square = rows.square()
-        if self.moments:
-            values, std = rows.chunk(2, dim=1)
-            square = values.square() + std.square()
-        others = (0, *range(2, rows.ndim))
-        self.count += values[:, 0].numel()
-        self.sum += values.sum(others)
-        self.square += square.sum(others)
+        # row by row: a whole batch of features in float64 takes six times as long (CPU), and the
+        # sums would depend on its size
+        for row in rows.flatten(2):
+            values = row.double()
+            square = values.square()
+            if self.moments:
+                values = values.chunk(2)[0]
+                mean_square, variance = square.chunk(2)
+                square = mean_square + variance
+            self.count += values.shape[1]
+            self.sum += values.sum(1)
+            self.square += square.sum(1)
 
     def as_json(self) -> dict:
         return {"count": self.count, "sum": self.sum.tolist(), "square": self.square.tolist()}
@@ -161,7 +163,8 @@ class PackedLayout(Layout):
                 write_header(f, part.count)
                 for batch, numbers in part.batches:
                     stored = batch.to(dtype).contiguous()
-                    if not stored.isfinite().all():
+                    # a NaN is both; isfinite of every number takes 30 times as long (CPU)
+                    if not torch.stack(stored.aminmax()).isfinite().all():
                         raise ValueError(f"{images} are not finite in {dtype}")
                     if self.moments:
                         check_moments(batch, images)
