@@ -172,24 +172,26 @@ def _stored(options: Options, images: ImageSource) -> Conversion:
 
 def _image_jobs(options: Options) -> list[PackingJob]:
     """Images to moments or pixels, to features, or to both."""
+    both = options.pixels and bool(options.vae)
     makes_data = options.pixels or bool(options.vae)
+    require_that(
+        not both and (makes_data or bool(options.features)),
+        "images need either vae, the folder of an AutoencoderKL (its latents), or pixels true (no "
+        f"VAE), got {'both' if both else 'neither'}",
+    )
     out = Path(options.out)
     if options.features and not makes_data:
         options = made_like(options, out)
     if options.resolution is None:
         options = replace(options, resolution=default_resolution(options))
-    require_that(
-        options.pixels != bool(options.vae) or (bool(options.features) and not makes_data),
-        "images need either vae, the folder of an AutoencoderKL (its latents), or pixels true (no "
-        f"VAE), got {'both' if options.pixels else 'neither'}",
-    )
     # the folder first: a mistake in it shows before a model is loaded
     train, held_out = open_images(options)
     folder = out / HELD_OUT_FOLDER
     # training images would be among them
+    remedy = "delete it or choose another out" if makes_data else "give the images of both"
     require_that(
         held_out is not None or not folder.exists(),
-        f"{folder} was made by another command: delete it or choose another out",
+        f"{folder} was made by another command: {remedy}",
     )
     # the training data are complete last
     parts = [(train, out)] if held_out is None else [(held_out, folder), (train, out)]
