@@ -241,6 +241,30 @@ def test_interrupted_they_resume_bit_for_bit(made, tmp_path):
         list(run_jobs(make_jobs(changed)))
 
 
+def test_images_that_were_skipped_have_no_features(made, tmp_path):
+    """And one that can be read by now has no row that its features could belong to."""
+    shutil.copytree(made / "images", tmp_path / "images")
+    bad = tmp_path / "images/b/2.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:300])
+    out = tmp_path / "out"
+    args = ("--source", tmp_path / "images", "--out", out, "--features", made / "dino")
+    preprocess(*args, "--pixels", "true", "--resolution", 16, "--bad", "skip")
+    train = opened(out)
+    pixels, (labels,), features = train.split(train.__getitems__([5, 6, 10]))
+    assert labels.tolist() == [1, 1, 2]
+    vision = load_vision_model(str(made / "dino"))
+    expected = make_extractor(vision, 8, "fp32", CPU)(pixels)
+    assert torch.allclose(features.float(), expected, atol=2e-3, rtol=2e-3)
+    preprocess(*args, "--features_name", "again")
+    assert opened(out, "again").features.fingerprint == train.features.fingerprint
+    bad.write_bytes(whole)
+    done = call("preprocess", *args, "--features_name", "late")
+    assert "out holds 11 images, features were made of 12" in error_of(done)
+    with pytest.raises(ValueError, match="features/late is not finished"):
+        opened(out, "late")
+
+
 def test_beside_latents_the_grid_is_that_of_patches_of_two(made, tmp_path):
     vae = write_vae(tmp_path / "vae")
     out = tmp_path / "latents"
