@@ -57,6 +57,9 @@ PHOTO_RUN = "deepspeed sra_fast/train.py --config configs/photos.yaml"
 PHOTO_SAMPLES = "python sra_fast/sample.py --checkpoint runs/photos/000"
 IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
 INCEPTION = ParseOnly("needs Inception's weights")
+FEATURES = ParseOnly(
+    "needs a published vision model; tests/data/test_stored_features.py has small ones"
+)
 CHECKPOINT = ParseOnly("needs a published checkpoint and its VAE; tests/sampling has both, small")
 BENCHMARK = ParseOnly("measures for minutes; tests/benchmarks has its parts")
 MAKE = ParseOnly("is how these tests, and the rest of .ci/run, are started")
@@ -146,6 +149,8 @@ CLASSES = {
     "python sra_fast/train.py --model SiT-S/4 --data data/mine": ParseOnly(
         "README.md's command under another name"
     ),
+    "sra-fast preprocess --source data/mine --features": FEATURES,
+    f"{OWN_RUN} --data.features": FEATURES,
     "sra-fast sample --checkpoint runs/default/000": Execute(
         "--count 4 --sample.steps 2 --sample.method euler --out own",
         (OWN_RUN,),

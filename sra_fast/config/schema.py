@@ -186,6 +186,9 @@ class DataConfig:
     flip: bool = False
     """mirror half of the images, drawn anew in every step (pixels only; the option `mirror` of
     preprocess.py adds mirrored images to latents)"""
+    features: str | None = None
+    """name of stored features below `<path>/features` (preprocess.py makes them), which come with
+    every batch: for align.target cached_features"""
     num_workers: int = 4
     """loader processes, at most one per CPU"""
 
