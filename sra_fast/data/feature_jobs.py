@@ -1,4 +1,4 @@
-"""How preprocess.py makes features: of which images, with which model, and that they fit the data set."""
+"""How preprocess.py makes features: of which images, with which model, for which data set."""
 
 from collections.abc import Callable
 from dataclasses import replace

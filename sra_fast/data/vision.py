@@ -45,8 +45,9 @@ class VisionModel:
 
 
 def load_vision_model(path: str) -> VisionModel:
-    """The vision model in a folder that ``save_pretrained`` wrote. Nothing is downloaded, and no code
-    of the folder runs.
+    """The vision model in a folder that ``save_pretrained`` wrote.
+
+    Nothing is downloaded, and no code of the folder runs.
 
     Of a model of images and texts (CLIP, SigLIP) it is the part that sees images.
 
