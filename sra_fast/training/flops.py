@@ -29,6 +29,7 @@ def training_flops(cfg: Config) -> tuple[float, float]:
     return _training_flops[key]
 
 
+@torch.no_grad()
 def forward_flops(cfg: Config) -> dict[str, int]:
     """FLOPs per image of one forward: of the ``student`` without heads, and of each target by its
     section, ``align`` (head and loss) and ``align_teacher`` (its network).
