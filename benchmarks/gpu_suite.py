@@ -359,7 +359,7 @@ def dry_parts(which: str, out: Path) -> list[Part]:
     steps = [*STEPS, *rows, *quick]
     if which == "alignments":
         # four tokens, so that they can be cut into groups
-        variants = ["--case", "SiT-S/4", "64", "2", "plain,dual_time,cached_features"]
+        variants = ["--case", "SiT-S/4", "64", "2", "plain,dual_time"]
         return [
             Part("tests", 60, pytest_command("tests/test_layout.py")),
             Part("steps", 120, [*steps, *variants]),

@@ -147,7 +147,7 @@ def test_dry_run_of_alignments(tmp_path, capsys):
     assert "VERDICT alignments: cpu" in said
     rows = json.loads((tmp_path / "rows.json").read_text())
     steps = {row["variant"]: row for row in rows if row["name"] == "step"}
-    assert list(steps) == ["plain", "dual_time", "cached_features"]
+    assert list(steps) == ["plain", "dual_time"]
 
 
 def test_time_that_a_part_leaves_goes_to_the_next(tmp_path, monkeypatch):
