@@ -47,5 +47,5 @@ docs: $(INSTALLED)
 # runs again only when the requirements change
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae,hub,photos,docs,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae,features,hub,photos,docs,dev]"
 	touch $@

@@ -1,4 +1,4 @@
-"""Images -> packed VAE moments or pixels, or one layout of moments -> another:
+"""Images -> packed VAE moments, pixels or features, or one layout of moments -> another:
 
 deepspeed sra_fast/preprocess.py --source imagenet/train --vae sd-vae-ft-mse --resolution 256 --out
 data/imagenet256
@@ -16,7 +16,8 @@ def fail(error: Exception) -> None:
 
 def main() -> None:
     from sra_fast.config.cli import make_parser, parse
-    from sra_fast.data.preprocess import Options, list_bad, make_jobs, summary
+    from sra_fast.data.preprocess import Options, list_bad, make_jobs
+    from sra_fast.data.summary import summary
     from sra_fast.data.writer import run_jobs
     from sra_fast.utils.launcher import read_launcher
 

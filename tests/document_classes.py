@@ -57,6 +57,9 @@ PHOTO_RUN = "deepspeed sra_fast/train.py --config configs/photos.yaml"
 PHOTO_SAMPLES = "python sra_fast/sample.py --checkpoint runs/photos/000"
 IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
 INCEPTION = ParseOnly("needs Inception's weights")
+FEATURES = ParseOnly(
+    "needs a published vision model; tests/data/test_stored_features.py has small ones"
+)
 CHECKPOINT = ParseOnly("needs a published checkpoint and its VAE; tests/sampling has both, small")
 BENCHMARK = ParseOnly("measures for minutes; tests/benchmarks has its parts")
 MAKE = ParseOnly("is how these tests, and the rest of .ci/run, are started")
@@ -70,6 +73,10 @@ CLASSES = {
     'python -c "import sra_fast': Execute(says="configs$"),
     DEMO: Execute(TINY_RUN, makes=("runs/digits/000/ema.safetensors", "runs/digits/000/loss.png")),
     "deepspeed sra_fast/train.py --config configs/sit_xl2_256.yaml": IMAGENET,
+    "deepspeed sra_fast/train.py --config configs/alignment/": IMAGENET,
+    "deepspeed sra_fast/train.py --align self_flow": Execute(
+        f"{TINY_RUN} --train.out runs/self_flow", makes=("runs/self_flow/000/ema.safetensors",)
+    ),
     "deepspeed --num_gpus 8 sra_fast/train.py --config configs/dit_b2_256.yaml": IMAGENET,
     "deepspeed sra_fast/preprocess.py --source imagenet/train": IMAGENET,
     "python sra_fast/preprocess.py --source data/imagenet256": IMAGENET,
@@ -146,6 +153,8 @@ CLASSES = {
     "python sra_fast/train.py --model SiT-S/4 --data data/mine": ParseOnly(
         "README.md's command under another name"
     ),
+    "sra-fast preprocess --source data/mine --features": FEATURES,
+    f"{OWN_RUN} --data.features": FEATURES,
     "sra-fast sample --checkpoint runs/default/000": Execute(
         "--count 4 --sample.steps 2 --sample.method euler --out own",
         (OWN_RUN,),

@@ -73,6 +73,40 @@ def write_vae(folder: Path, seed: int = 0, **config) -> Path:
     return folder
 
 
+# mean and deviation of DINOv2's inputs
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+def write_vision_model(folder: Path, name: str = "Dinov2", seed: int = 0, **config) -> Path:
+    """A small vision model with random weights and patches of 4 pixels, and its preprocessor's
+    configuration.
+
+    Args:
+        folder: to make.
+        name: of its class in transformers, without ``Model``.
+        seed: of the weights.
+        config: other sizes, or other options.
+    """
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    width = {"mlp_ratio": 2} if name.startswith("Dinov2") else {"intermediate_size": 64}
+    sizes = {**sizes, **width, "patch_size": 4, "image_size": 16, **config}
+    if name in ("CLIP", "Siglip"):
+        text = {**sizes, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+        sizes = {"vision_config": sizes, "text_config": text}
+    settings = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}Model")(settings)
+    for parameter in model.parameters():
+        # tokens differ by their place as well: some models begin with zeros there
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    held = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(held))
+    return folder
+
+
 def tree(root: Path) -> dict[str, bytes]:
     """Name -> content of every file below ``root``."""
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()}

@@ -36,9 +36,7 @@ def per_token_cost(model: str) -> Fraction:
     """
     cfg = configuration("none", model)
     part = forward_flops(cfg)
-    arguments = cfg.model.arguments()
-    tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
-    return 3 * (part["student"] + (tokens - 1) * part["modulation"])
+    return 3 * (part["student"] + (cfg.model.num_tokens - 1) * part["modulation"])
 
 
 def render(rows: list[dict]) -> list[str]:

@@ -144,7 +144,7 @@ def predicted(cfg: Config) -> Times:
     """
     arguments = cfg.model.arguments()
     images = cfg.train.global_batch
-    tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
+    tokens = cfg.model.num_tokens
     elements = images * tokens * arguments["hidden_size"]
     blocks = arguments["depth"]
     flops = step_flops(cfg)

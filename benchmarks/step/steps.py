@@ -61,7 +61,7 @@ class OneBatch(TrainingData):
         widths = [getattr(align, "feature_width", None) for align in cfg.alignments.values()]
         width = next((width for width in widths if width), None)
         if width is not None:
-            tokens = (side // cfg.model.arguments()["patch_size"]) ** 2
+            tokens = cfg.model.num_tokens
             self.features = RandomFeatures("random", tokens, width)
             # of mean 0 and deviation 1, as those of a vision model after its last norm
             features = torch.randn(size, tokens, width, device=device, generator=generator)
@@ -89,7 +89,7 @@ class EngineStep:
     def __init__(self, cfg: Config, data: OneBatch, device: torch.device):
         # as in a run: before the plan
         for align in cfg.alignments.values():
-            TARGETS[align.target].fill_in_data(align, data)
+            TARGETS[align.target].fill_in_data(align, cfg, data)
         self.trainer = build(make_plan(cfg), device)
         self.data = data
         self.batches = itertools.repeat(data.batch)

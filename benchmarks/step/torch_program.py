@@ -84,7 +84,8 @@ class Program:
         self.loss_sum = torch.zeros((), device=device)
 
         if switches.measured_attention:
-            choose_attention(cfg, cfg.train.global_batch, device)
+            images = cfg.train.global_batch
+            choose_attention(cfg, [(images, None, True), (images, None, False)], device)
         self._compile()
         self.graphed = None
         if switches.graph:

@@ -77,7 +77,7 @@ class CachedFeatures(Target):
         return own_head("cached_features")
 
     @classmethod
-    def fill_in_data(cls, align: CachedFeaturesConfig, data: TrainingData) -> None:
+    def fill_in_data(cls, align: CachedFeaturesConfig, cfg: Config, data: TrainingData) -> None:
         stored = data.features
         require_that(
             stored is not None,
@@ -88,6 +88,12 @@ class CachedFeatures(Target):
             align.feature_width in (None, stored.width),
             f"align.feature_width must be that of the stored features, {stored.width}, "
             f"got {align.feature_width}",
+        )
+        tokens = cfg.model.num_tokens
+        require_that(
+            stored.tokens == tokens,
+            f"align.target cached_features needs stored features of the model's {tokens} tokens, "
+            f"{stored.name} has {stored.tokens} (preprocess.py --features_grid)",
         )
         align.feature_width = stored.width
 

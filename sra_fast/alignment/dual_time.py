@@ -64,7 +64,7 @@ class DualTime(EMATeacher):
             0 <= align.full_share < 1,
             f"align.full_share must lie in [0, 1), got {align.full_share}",
         )
-        tokens = _num_tokens(cfg)
+        tokens = cfg.model.num_tokens
         first = _first_group(align, tokens)
         require_that(
             0 < first < tokens,
@@ -86,23 +86,21 @@ class DualTime(EMATeacher):
         student, teacher = process.times(uniform, gap)
         return Times(student, teacher, self._groups(draws))
 
+    def segments(self, batch: int, tokens: int) -> Segments | None:
+        if not self.align.separate:
+            return None
+        return _segments(_first_group(self.align, tokens), batch, tokens, self.align.full_share)
+
     def _groups(self, draws: Draws) -> TokenGroups:
         """The first group holds the tokens with the smallest numbers of their image."""
         B, T = draws.tokens.shape
-        device = draws.tokens.device
-        align = self.align
-        layout = _group_of_rank(_first_group(align, T), B, T, align.full_share, device)
+        first = _first_group(self.align, T)
+        layout = _group_of_rank(first, B, T, self.align.full_share, draws.tokens.device)
         order = draws.tokens.argsort(1)
-        if align.separate:
-            segments = _segments(_first_group(align, T), B, T, align.full_share)
-            return TokenGroups(layout, order, segments)
+        if self.align.separate:
+            return TokenGroups(layout, order, self.segments(B, T))
         # full attention needs no permutation
         return TokenGroups(torch.empty_like(layout).scatter_(1, order, layout))
-
-
-def _num_tokens(cfg: Config) -> int:
-    arguments = cfg.model.arguments()
-    return (arguments["input_size"] // arguments["patch_size"]) ** 2
 
 
 def _first_group(align: DualTimeConfig, tokens: int) -> int:

@@ -13,6 +13,7 @@ from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages, Times
 from sra_fast.diffusion.process import Process, make_process
 from sra_fast.models import Backbone, Features, SiT
 from sra_fast.models.layers import timestep_features
+from sra_fast.models.token_groups import Segments
 from sra_fast.utils.registry import TARGETS
 
 
@@ -46,6 +47,14 @@ class SRAObjective(nn.Module):
     def needs_mean(self) -> bool:
         """Whether a target reads the means of the posterior."""
         return any(target.needs_mean for target in self.targets)
+
+    def segments(self, batch: int) -> Segments | None:
+        """Runs of tokens inside which attention stays, in a micro-batch of ``batch`` images; see
+        ``TokenGroups``.
+        """
+        tokens = self.student.num_tokens
+        found = (target.segments(batch, tokens) for target in self.targets)
+        return next((segments for segments in found if segments is not None), None)
 
     def times(self, draws: Draws) -> Times:
         """Student's and teacher's times of a micro-batch."""

@@ -16,6 +16,7 @@ from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import NoisyImages, Times
 from sra_fast.diffusion.process import Process
 from sra_fast.models import ALIGN_HEADS, Backbone, Features, SiT
+from sra_fast.models.token_groups import Segments
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 
@@ -88,6 +89,8 @@ class Target(nn.Module):
     config: type[AlignConfig] = AlignConfig
     # whether the tokens of an image belong to two groups, for which more is drawn
     has_groups = False
+    # whether the loss may be negative
+    may_be_negative = False
     # whether batches must have features of another model
     needs_external = False
 
@@ -136,7 +139,7 @@ class Target(nn.Module):
             align.student_layer = cls.layers(cfg.model)[0]
 
     @classmethod
-    def fill_in_data(cls, align: AlignConfig, data: TrainingData) -> None:
+    def fill_in_data(cls, align: AlignConfig, cfg: Config, data: TrainingData) -> None:
         """Set what depends on the data; ValueError if they lack what the target needs."""
 
     @classmethod
@@ -156,6 +159,12 @@ class Target(nn.Module):
     def depths(self) -> tuple[int, ...]:
         """Blocks of the student whose features the loss reads."""
         return (self.align.student_layer,)
+
+    def segments(self, batch: int, tokens: int) -> Segments | None:
+        """Runs of tokens inside which attention stays, in student and teacher; see
+        ``TokenGroups``.
+        """
+        return None
 
     def times(self, process: Process, draws: Draws) -> Times:
         """Student's and teacher's times, and the groups of tokens if there are any."""

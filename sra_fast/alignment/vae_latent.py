@@ -71,7 +71,7 @@ class VAELatent(Target):
         return own_head("vae_latent")
 
     @classmethod
-    def fill_in_data(cls, align: VAELatentConfig, data: TrainingData) -> None:
+    def fill_in_data(cls, align: VAELatentConfig, cfg: Config, data: TrainingData) -> None:
         if align.zscore and align.channel_mean is None and align.channel_std is None:
             align.channel_mean, align.channel_std = data.channel_statistics()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sra_fast.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.facts import DataFacts, differences
+from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import block_seed, draw
 from sra_fast.models import Conditioning, SiT
 from sra_fast.utils.checks import require_that
@@ -37,7 +37,7 @@ class Images:
 class Part:
     """The training or the held-out images of a data set."""
 
-    dataset: Dataset
+    dataset: TrainingData
     rows: np.ndarray
     """which of its images"""
     number: int
@@ -54,7 +54,8 @@ class Part:
         generator = np.random.default_rng(block_seed(seed, self.number))
         rows = generator.permutation(self.rows)[:count]
         # what the data set stores: pixels, or the VAE's moments
-        raw, labels = self.dataset.__getitems__(rows.tolist())
+        batch = self.dataset.__getitems__(rows.tolist())
+        raw, (labels,), _ = self.dataset.split(batch)
         shape = (len(rows), *self.dataset.shape)
         posterior = self.dataset.posterior
         # 2 i + number: the two parts share no noise

@@ -258,6 +258,11 @@ def _check_facts(data: dict) -> None:
         raise ValueError(f"data: shape should be three sizes, got {data['shape']}")
     for name, kind in FACT_KINDS.items():
         _is(data, name, kind)
+    # a run whose data had no features may be of before there were any
+    if data.get("features") is not None:
+        _is(data, "features", dict)
+        for name in ("name", "fingerprint"):
+            _is(data["features"], name, str)
     if not all(math.isfinite(data[name]) for name in ("scale", "shift")):
         raise ValueError(f"data: scale {data['scale']} and shift {data['shift']} should be finite")
 

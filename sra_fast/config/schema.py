@@ -72,6 +72,12 @@ class ModelConfig:
         overrides = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
         return {**models.preset(self.name)[1], **overrides}
 
+    @property
+    def num_tokens(self) -> int:
+        """T, the patches of an image; the sizes must be known."""
+        arguments = self.arguments()
+        return (arguments["input_size"] // arguments["patch_size"]) ** 2
+
     def build(self, **execution) -> models.SiT:
         """The student. ``execution``: how it runs, e.g. ``recompute``; see ``Backbone``."""
         return models.preset(self.name)[0](**self.arguments(), **execution)
@@ -180,6 +186,9 @@ class DataConfig:
     flip: bool = False
     """mirror half of the images, drawn anew in every step (pixels only; the option `mirror` of
     preprocess.py adds mirrored images to latents)"""
+    features: str | None = None
+    """name of stored features below `<path>/features` (preprocess.py makes them), which come with
+    every batch: for align.target cached_features"""
     num_workers: int = 4
     """loader processes, at most one per CPU"""
 

@@ -87,6 +87,13 @@ def open_data(data: DataConfig) -> TrainingData:
     if isinstance(found, MomentDataset):
         data.latent_scale = found.scale
         data.latent_shift = found.shift
+    if data.features is not None:
+        require_that(
+            not found.flip,
+            f"data.flip would mirror images and not their features {data.features}: "
+            "preprocess.py --mirror true stores both",
+        )
+        found.open_features(data.features, data.verify)
     return found
 
 

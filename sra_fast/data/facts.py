@@ -29,6 +29,8 @@ class DataFacts:
     """where that VAE was"""
     fingerprint: str | None = None
     """SHA-256 that tells the images apart from others, wherever they lie"""
+    features: dict | None = None
+    """``StoredFeatures.facts`` of the features that came with every batch"""
 
     def as_json(self) -> dict:
         return asdict(self)
@@ -58,6 +60,10 @@ def differences(found: DataFacts, expected: DataFacts) -> list[str]:
     vaes = [(facts.vae or {}).get("sha256") for facts in (found, expected)]
     if None not in vaes and vaes[0] != vaes[1]:
         different.append("latents of another VAE")
+    features = [facts.features or {} for facts in (found, expected)]
+    prints = [held.get("fingerprint") for held in features]
+    if None not in prints and prints[0] != prints[1]:
+        different.append(f"other features ({features[0]['name']}, it had {features[1]['name']})")
     prints = (found.fingerprint, expected.fingerprint)
     if not different and None not in prints and prints[0] != prints[1]:
         different.append("other images")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, Shards, check_finished, load_npy
 from sra_fast.data.training_data import TrainingData
 
@@ -92,6 +93,7 @@ class MomentDataset(TrainingData):
             vae=self.vae,
             vae_path=self.vae_path,
             fingerprint=self.fingerprint,
+            features=self.features and self.features.facts,
         )
 
     @property
@@ -109,6 +111,8 @@ class MomentDataset(TrainingData):
             return super().held_out_split()
         # every row of both: no run trains on these images
         held_out = open_latents(str(folder), self.scale, self.shift)
+        if self.features is not None:
+            held_out.open_features(self.features.name)
         return [(part, np.arange(len(part))) for part in (self, held_out)]
 
 
@@ -294,9 +298,14 @@ class PackedLatents(MomentDataset):
     def locate(self, number: int) -> str:
         return f"image {number} ({self.shards.locate(number)})"
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Moments ``[B, 2C, H, W]`` in the stored dtype and labels ``[B]``, in the order of ``indices``."""
-        return self.shards.read(indices), self.labels[indices]
+    def open_features(self, name: str, verify: bool = False) -> None:
+        self.features = StoredFeatures(self.root, name, self.fingerprint, verify)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        """Moments ``[B, 2C, H, W]`` in the stored dtype, labels ``[B]`` and features, in the order of
+        ``indices``.
+        """
+        return self.with_features(indices, self.shards.read(indices), self.labels[indices])
 
 
 def open_latents(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, Shards
 from sra_fast.data.training_data import TrainingData
 
@@ -39,14 +40,18 @@ class Pixels(TrainingData):
             class_names=self.class_names,
             pixels=True,
             fingerprint=self.fingerprint,
+            features=self.features and self.features.facts,
         )
 
     def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
         folder = self.path / HELD_OUT_FOLDER
         if not folder.is_dir():
             return super().held_out_split()
+        held_out = PackedPixels(folder)
+        if self.features is not None:
+            held_out.open_features(self.features.name)
         # every row of both: no run trains on these images
-        return [(part, np.arange(len(part))) for part in (self, PackedPixels(folder))]
+        return [(part, np.arange(len(part))) for part in (self, held_out)]
 
 
 class PackedPixels(Pixels):
@@ -74,9 +79,12 @@ class PackedPixels(Pixels):
     def locate(self, number: int) -> str:
         return f"image {number} ({self.shards.locate(number)})"
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """uint8 ``[B, C, H, W]`` and labels ``[B]``, in the order of ``indices``."""
-        return self.shards.read(indices), self.labels[indices]
+    def open_features(self, name: str, verify: bool = False) -> None:
+        self.features = StoredFeatures(self.path, name, self.fingerprint, verify)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        """uint8 ``[B, C, H, W]``, labels ``[B]`` and features, in the order of ``indices``."""
+        return self.with_features(indices, self.shards.read(indices), self.labels[indices])
 
 
 class PixelArray(Pixels):

@@ -1,97 +1,55 @@
-"""The body of preprocess.py: images to VAE moments or pixels, or one layout of moments to another."""
+"""The body of preprocess.py: images to VAE moments, pixels or features, or one layout of moments to
+another.
+"""
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import ImageColor
 from torch import Tensor
 
 from sra_fast.data.arrays import ArraySource
-from sra_fast.data.batch import Report
+from sra_fast.data.feature_jobs import (
+    belongs_to,
+    check_feature_options,
+    check_same_images,
+    extracted,
+    features_folder,
+    made_like,
+)
 from sra_fast.data.folders import open_folder
 from sra_fast.data.huggingface import PREFIX, is_saved, open_huggingface
 from sra_fast.data.images import MODES, Crop
-from sra_fast.data.latents import PLAUSIBLE_DEVIATION, MomentDataset, open_latents
+from sra_fast.data.latents import MomentDataset, open_latents
+from sra_fast.data.options import (
+    DECODING_OPTIONS,
+    IMAGE_OPTIONS,
+    READ_AS,
+    SOURCE_OPTIONS,
+    Options,
+    refuse,
+)
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, VERSIONS, read_index
-from sra_fast.data.pixels import read_image_array
+from sra_fast.data.pixels import PackedPixels, read_image_array
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.tars import TarSource, holds_tars
 from sra_fast.data.vae import load_vae, make_encoder, moments_shape, vae_identity
-from sra_fast.data.writer import Finished, PackingJob, read_ahead
+from sra_fast.data.writer import PackingJob, read_ahead
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.launcher import cuda_index
 
 
-@dataclass
-class Options:
-    """What to make of what. Interrupted, the same command resumes, on any number of processes."""
-
-    source: str
-    """images: a folder or .zip (class folders, train/ and val/, a dataset.json, or no classes),
-    WebDataset tars (one, a folder, or name-{000..010}.tar), a Hugging Face data set (a saved folder,
-    or hf:NAME), or an .npz (arr_0 uint8 [N, H, W, C], arr_1 labels); moments: a folder with vae-sd/
-    or index.json"""
-    out: str | None = None
-    """folder to make; with `bad list` nothing is written"""
-    vae: str | None = None
-    """folder of a diffusers AutoencoderKL: images become its moments"""
-    pixels: bool = False
-    """keep the images themselves, in uint8, for models without a VAE"""
-    layout: Literal["packed", "published"] = "packed"
-    """what to write: shards, or the published code's vae-sd/**/*.npy and vae-sd/dataset.json"""
-    resolution: int | None = None
-    """side of the images' centre crop; default: 256 with a VAE, 64 for pixels, and for the images of
-    an .npz their own"""
-    channels: int = 3
-    """of pixels: 1 (grey), 3 or 4 (with alpha); an .npz keeps its own"""
-    num_classes: int | None = None
-    """how many classes there must be; default: as many as there are"""
-    holdout: float = 0.0
-    """share of every class, at least one image, that is held out: OUT/held_out is then a data set of
-    its own"""
-    mirror: bool = False
-    """add the mirror image of every training image"""
-    background: str = "white"
-    """colour under transparent pixels: a name or #rrggbb"""
-    orientation: bool = False
-    """rotate images as their EXIF orientation says (ImageNet's were ignored by all published work)"""
-    bad: Literal["stop", "skip", "list"] = "stop"
-    """an image that cannot be read: stops the command, is left out and counted, or is listed, without
-    making anything"""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """of the shards of moments; float16 is eight times as fine as bfloat16"""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """of the encoder"""
-    shard_size: int = 8192
-    """images per shard, and the most that a restart makes again"""
-    batch: int = 64
-    """images per call of the encoder"""
-    threads: int = 8
-    """threads per process that read, decode and crop"""
-
-
-# options of a source of images, and those of the decoding of their files
-DECODING_OPTIONS = ("channels", "background", "orientation", "bad")
-IMAGE_OPTIONS = ("vae", "pixels", "mirror", "holdout", "resolution", "precision", *DECODING_OPTIONS)
-
-
-def _refuse(options: Options, names: tuple[str, ...], are: str, source_is: str) -> None:
-    """ValueError for options that were given and would have no effect on this source."""
-    defaults = {field.name: field.default for field in fields(Options)}
-    for name in names:
-        require_that(
-            getattr(options, name) == defaults[name],
-            f"--{name} {are}, {options.source} {source_is}",
-        )
-
-
-def holds_moments(source: Path) -> bool:
-    """Whether there are moments at ``source``, and no images."""
+def holds_data(source: Path) -> bool:
+    """Whether there is a data set at ``source``, and no images."""
     return (source / INDEX).exists() or (source / "vae-sd").is_dir()
+
+
+def holds_pixels(source: Path) -> bool:
+    """Whether there are packed pixels at ``source``."""
+    return (source / INDEX).exists() and read_index(source).get("kind") == "pixels"
 
 
 def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
@@ -106,7 +64,7 @@ def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
     elif holds_tars(path):
         train, held_out = TarSource(source, *common), None
     elif path.suffix == ".npz":
-        _refuse(options, DECODING_OPTIONS, "is for image files", "is an array")
+        refuse(options, DECODING_OPTIONS, "is for image files", "is an array")
         train = ArraySource(source, crop, options.num_classes, options.mirror)
         held_out = None
     else:
@@ -145,18 +103,20 @@ def _check_options(options: Options) -> None:
         raise ValueError(
             f"background must be a colour, a name or #rrggbb, got {options.background}"
         ) from None
+    check_feature_options(options)
     if options.out is None:
         require_that(options.bad == "list", "out must name the folder to make, got nothing")
         return
     source = Path(options.source)
     out = Path(options.out)
-    require_that(
-        source.resolve() != out.resolve(),
-        f"out must be another folder than source, got {out} for both",
-    )
+    same = source.resolve() == out.resolve()
+    if options.features and holds_pixels(source):
+        require_that(same, f"features of packed pixels lie beside them, in {source}, got out {out}")
+        return
+    require_that(not same, f"out must be another folder than source, got {out} for both")
     # the next run would take the output for a class
     require_that(
-        holds_moments(source) or source.resolve() not in out.resolve().parents,
+        holds_data(source) or source.resolve() not in out.resolve().parents,
         f"out must not lie in the folder of the images, got {out} in {source}",
     )
 
@@ -210,46 +170,104 @@ def _stored(options: Options, images: ImageSource) -> Conversion:
     return _as_they_are, {"kind": "pixels", "shape": shape, "vae": None, "dtype": "uint8"}, {}
 
 
-def _image_jobs(options: Options) -> list[tuple[ImageSource, Conversion, dict, Path]]:
+def _image_jobs(options: Options) -> list[PackingJob]:
+    """Images to moments or pixels, to features, or to both."""
+    both = options.pixels and bool(options.vae)
+    makes_data = options.pixels or bool(options.vae)
     require_that(
-        options.pixels != bool(options.vae),
+        not both and (makes_data or bool(options.features)),
         "images need either vae, the folder of an AutoencoderKL (its latents), or pixels true (no "
-        f"VAE), got {'both' if options.pixels else 'neither'}",
+        f"VAE), got {'both' if both else 'neither'}",
     )
-    # the folder first: a mistake in it shows before the VAE is loaded
+    out = Path(options.out)
+    if options.features and not makes_data:
+        options = made_like(options, out)
+    if options.resolution is None:
+        options = replace(options, resolution=default_resolution(options))
+    # the folder first: a mistake in it shows before a model is loaded
     train, held_out = open_images(options)
-    encode, recipe, extra = _stored(options, train) if options.pixels else _encoded(options, train)
-    recipe |= {
-        "resolution": options.resolution,
-        "mirror": options.mirror,
-        "background": options.background,
-        "orientation": options.orientation,
-        "bad": options.bad,
-        "holdout": options.holdout,
-        "num_classes": train.num_classes,
-    }
-    extra |= {"classes": train.class_names}
-    jobs = [(train, (encode, recipe, extra), Path(options.out))]
-    folder = Path(options.out) / HELD_OUT_FOLDER
+    folder = out / HELD_OUT_FOLDER
     # training images would be among them
+    remedy = "delete it or choose another out" if makes_data else "give the images of both"
     require_that(
         held_out is not None or not folder.exists(),
-        f"{folder} was made by another command: delete it or choose another out",
+        f"{folder} was made by another command: {remedy}",
     )
-    if held_out is not None:
-        jobs.insert(0, (held_out, (encode, {**recipe, "mirror": False}, extra), folder))
+    # the training data are complete last
+    parts = [(train, out)] if held_out is None else [(held_out, folder), (train, out)]
+    if makes_data:
+        convert = _stored if options.pixels else _encoded
+        encode, recipe, extra = convert(options, train)
+        side = recipe["shape"][-1]
+        extra["classes"] = train.class_names
+        jobs = [
+            _make_job(options, part, (encode, {**recipe, **_read_as(options, part)}, extra), where)
+            for part, where in parts
+        ]
+    else:
+        for part, where in parts:
+            check_same_images(part, where)
+        side = read_index(out)["shape"][-1]
+        jobs = []
+    if options.features:
+        channels = train.crop.channels
+        jobs += _feature_jobs(options, parts, channels, options.resolution, side)
     return jobs
 
 
-def _moment_jobs(options: Options) -> list[tuple[MomentDataset, Conversion, Path]]:
+def _read_as(options: Options, images: ImageSource) -> dict:
+    """How images are read, which a restart must have in common."""
+    asked = {name: getattr(options, name) for name in READ_AS}
+    # of held-out images there are no mirror images
+    return {**asked, "mirror": images.copies == 2, "num_classes": images.num_classes}
+
+
+def _feature_jobs(
+    options: Options,
+    parts: list[tuple[ImageSource | PackedPixels, Path]],
+    channels: int,
+    size: int,
+    side: int,
+) -> list[PackingJob]:
+    """Features of images beside the data sets that are made of them.
+
+    Args:
+        options: with ``features``.
+        parts: images, and the folder of their data set.
+        channels, size: of the images.
+        side: of a row of the data sets.
+    """
+    extract, recipe, extra = extracted(options, channels, size, side, _choose_device())
+    jobs = []
+    for part, folder in parts:
+        from_files = isinstance(part, ImageSource)
+        read = _read_as(options, part) if from_files else {"num_classes": part.num_classes}
+        conversion = (extract, {**recipe, **read}, extra)
+        job = _make_job(options, part, conversion, features_folder(options, folder))
+        job.at_end = belongs_to(folder)
+        jobs.append(job)
+    return jobs
+
+
+def _pixel_jobs(options: Options) -> list[PackingJob]:
+    """Features of packed pixels, beside them."""
+    refuse(options, (*SOURCE_OPTIONS, "num_classes"), "is for images", "holds packed pixels")
+    folders = [Path(options.source) / HELD_OUT_FOLDER, Path(options.source)]
+    # a shard that was altered would have features of its own
+    parts = [(PackedPixels(path, verify=True), path) for path in folders if path.is_dir()]
+    channels, size, _ = parts[-1][0].shape
+    return _feature_jobs(options, parts, channels, size, size)
+
+
+def _moment_jobs(options: Options) -> list[PackingJob]:
     """Moments that are there already, in another layout.
 
     Raises:
         ValueError: options for images, pixels, or labels outside the range.
     """
     source = Path(options.source)
-    _refuse(options, IMAGE_OPTIONS, "is for images", "holds no images but a data set")
-    if (source / INDEX).exists() and read_index(source).get("kind") == "pixels":
+    refuse(options, IMAGE_OPTIONS, "is for images", "holds no images but a data set")
+    if holds_pixels(source):
         raise ValueError(f"{options.source} holds packed pixels, which have one layout only")
     jobs = []
     for folder, out in (
@@ -273,7 +291,7 @@ def _moment_jobs(options: Options) -> list[tuple[MomentDataset, Conversion, Path
             "dtype": options.dtype if options.layout == "packed" else "float32",
         }
         extra = {"vae_path": data.vae_path, "classes": data.class_names}
-        jobs.append((data, (_as_they_are, recipe, extra), out))
+        jobs.append(_make_job(options, data, (_as_they_are, recipe, extra), out))
     return jobs
 
 
@@ -281,20 +299,27 @@ def make_jobs(options: Options) -> list[PackingJob]:
     """Check everything and describe the jobs; nothing is written yet.
 
     Returns:
-        The job of the held-out images, if there are any, and that of the training images.
+        The job of the held-out images, if there are any, and that of the training images; then
+        those of their features.
 
     Raises:
-        ValueError: the options, the source or the VAE cannot be used.
+        ValueError: the options, the source or a model cannot be used.
     """
+    source = Path(options.source)
+    of_pixels = bool(options.features) and holds_pixels(source)
+    if of_pixels and options.out is None:
+        options = replace(options, out=options.source)
     _check_options(options)
-    if options.resolution is None and not holds_moments(Path(options.source)):
-        options = replace(options, resolution=default_resolution(options))
-    jobs = _moment_jobs(options) if holds_moments(Path(options.source)) else _image_jobs(options)
-    return [_make_job(options, *job) for job in jobs]
+    if of_pixels:
+        return _pixel_jobs(options)
+    return _moment_jobs(options) if holds_data(source) else _image_jobs(options)
 
 
 def _make_job(
-    options: Options, source: ImageSource | MomentDataset, conversion: Conversion, out: Path
+    options: Options,
+    source: ImageSource | MomentDataset | PackedPixels,
+    conversion: Conversion,
+    out: Path,
 ) -> PackingJob:
     encode, recipe, extra = conversion
     # what a restart must have in common with this run
@@ -329,7 +354,7 @@ def list_bad(options: Options) -> Iterator[str]:
     """
     _check_options(options)
     require_that(
-        not holds_moments(Path(options.source)), f"bad list is for images, got {options.source}"
+        not holds_data(Path(options.source)), f"bad list is for images, got {options.source}"
     )
     size = options.resolution or default_resolution(options)
     for source in open_images(replace(options, mirror=False, resolution=size)):
@@ -339,46 +364,3 @@ def list_bad(options: Options) -> Iterator[str]:
         chunks = [[*numbers[i : i + options.batch]] for i in range(0, len(source), options.batch)]
         for batch in read_ahead(source.read, chunks, options.threads):
             yield from batch.report.skipped
-
-
-def summary(job: PackingJob, finished: Finished) -> list[str]:
-    """What was made, and what a user should know of it."""
-    recipe = job.recipe
-    classes = recipe["num_classes"]
-    kind = "moments" if recipe["kind"] == "moments" else "pixels"
-    shape = " x ".join(map(str, recipe["shape"]))
-    lines = [
-        f"{job.out}: {finished.images} images of {classes} class{'es' if classes > 1 else ''}, "
-        f"{kind} {shape}"
-    ]
-    lines += getattr(job.source, "notes", [])
-    report: Report = finished.report
-    lines += report.lines()
-    lines += _statistics_lines(recipe, finished.statistics)
-    return lines
-
-
-def _statistics_lines(recipe: dict, statistics: dict) -> list[str]:
-    numbers = lambda values: ", ".join(f"{value:.4g}" for value in values)
-    mean = numbers(statistics["mean"])
-    std = numbers(statistics["std"])
-    if recipe["kind"] == "pixels":
-        return [f"pixels 0 to 255: mean {mean}; standard deviation {std}"]
-    lines = [f"latents: mean {mean}; standard deviation {std}"]
-    vae = recipe["vae"] or {}
-    if "scaling_factor" not in vae:
-        return lines
-    scale = vae["scaling_factor"]
-    # as a whole: the root of the mean variance
-    deviation = (sum(value**2 for value in statistics["std"]) / len(statistics["std"])) ** 0.5
-    if deviation == 0:
-        return [*lines, "warning: all latents are equal"]
-    lines.append(
-        f"times the VAE's scaling_factor {scale:g}: standard deviation {scale * deviation:.3g}"
-    )
-    low, high = PLAUSIBLE_DEVIATION
-    if not low <= scale * deviation <= high:
-        lines.append(
-            f"warning: a model expects about 1; train with --data.latent_scale {1 / deviation:.4g}"
-        )
-    return lines

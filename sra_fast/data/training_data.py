@@ -1,5 +1,7 @@
 """What a data set has to be for a run to train on it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch.utils.data import Dataset
 
 from sra_fast.data.batch import Batch
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.features import StoredFeatures
 
 # one image in five is held out of an analysis
 HELD_OUT = 5
@@ -30,6 +33,7 @@ class TrainingData(Dataset):
         in_memory: a batch costs nothing to fetch: no loader processes.
         fingerprint: SHA-256 of the images in their order and the labels, the same wherever they lie:
             a run is only resumed on data of the same one. None: it is not known.
+        features: stored features that come with every batch, or None.
         evaluation: name in ``EVALUATIONS`` of how samples are scored at the end of a run, or None.
     """
 
@@ -42,15 +46,37 @@ class TrainingData(Dataset):
     flip: bool = False
     in_memory: bool = False
     fingerprint: str | None = None
+    features: StoredFeatures | None = None
     evaluation: str | None = None
-    features: object | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """One batch: the images, then the tensors that the conditioning is made from (labels)."""
+        """One batch: the images, the tensors that the conditioning is made from (labels), and the
+        features ``[B, T, D]`` if there are any; ``split`` takes it apart.
+        """
         raise NotImplementedError
+
+    def open_features(self, name: str, verify: bool = False) -> None:
+        """From now on every batch comes with the stored features of this name.
+
+        Raises:
+            ValueError: there are none, or none that belong to these images.
+        """
+        raise ValueError(
+            f"data.features is for packed data (index.json), got {name} for data of another layout"
+        )
+
+    def with_features(self, indices: list[int], *batch: Tensor) -> tuple[Tensor, ...]:
+        """A batch without features, and then the features of its images if there are any."""
+        return batch if self.features is None else (*batch, self.features.read(indices))
+
+    def split(self, batch: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """A batch's images, the tensors of its conditioning, and its features or None."""
+        images, *condition = batch
+        features = None if self.features is None else condition.pop()
+        return images, condition, features
 
     def locate(self, number: int) -> str:
         """Where an image lies, for messages: ``image 123``, and its file if it has one."""

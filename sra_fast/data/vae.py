@@ -52,18 +52,26 @@ def vae_identity(vae) -> dict:
 
     The decoder is left out: decoders are fine-tuned and swapped without a change of the latents.
     """
-    # names and shapes as well: the same numbers under other names are another encoder
-    digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(f"{name} {[*weight.shape]} ".encode())
-            digest.update(weight.detach().cpu().float().contiguous().numpy())
+    weights = vae.state_dict().items()
+    decisive = {
+        name: weight for name, weight in weights if name.startswith(("encoder.", "quant_conv."))
+    }
     return {
-        "sha256": digest.hexdigest(),
+        "sha256": weights_digest(decisive).hexdigest(),
         "scaling_factor": vae.config.scaling_factor,
         # None in a VAE that has no shift
         "shift_factor": getattr(vae.config, "shift_factor", None) or 0.0,
     }
+
+
+def weights_digest(weights: dict[str, Tensor]):
+    """SHA-256 (hashlib's) of weights in fp32, whatever their order."""
+    # names and shapes as well: the same numbers under other names are another encoder
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {[*weight.shape]} ".encode())
+        digest.update(weight.detach().cpu().float().contiguous().numpy())
+    return digest
 
 
 def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -85,7 +93,7 @@ def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor]
         # uint8 to [-1, 1]
         images = pixels.to(device).float() / 127.5 - 1
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        with _repeatable(tf32=precision == "tf32"), autocast:
+        with repeatable(tf32=precision == "tf32"), autocast:
             posterior = vae.encode(images).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1).cpu()
 
@@ -93,7 +101,7 @@ def make_encoder(vae, precision: str, device: torch.device) -> Callable[[Tensor]
 
 
 @contextmanager
-def _repeatable(tf32: bool) -> Iterator[None]:
+def repeatable(tf32: bool) -> Iterator[None]:
     """Deterministic convolutions, and TF32 as asked for. The process's own settings are restored afterwards."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32

@@ -1,4 +1,4 @@
-"""Writing moments or pixels by any number of processes that may be killed and restarted.
+"""Writing moments, pixels or features by any number of processes that may be killed and restarted.
 
 The images are cut into parts of ``shard_size``. Process r of n makes the parts r, r + n, ... When a
 part is complete, its record is written. When all records are there, the first process to see that
@@ -30,8 +30,8 @@ class Finished:
 
     Attributes:
         images: how many were written.
-        statistics: ``{"mean": [C], "std": [C]}`` per channel: of the latents, before any scale, or
-            of the pixels.
+        statistics: ``{"mean": [C], "std": [C]}`` per channel: of the latents, before any scale, of
+            the pixels, or of the features.
         report: what was done to the images.
     """
 
@@ -47,7 +47,7 @@ class PackingJob:
     Attributes:
         source: has ``__len__``, ``labels`` and ``read`` (thread-safe): an ``ImageSource``, or a
             ``TrainingData``.
-        encode: turns its images into what is stored, ``[B, 2C, H, W]`` or pixels.
+        encode: turns its images into what is stored, ``[B, 2C, H, W]``, pixels or features.
         recipe: what is made from what, and how. It is written to ``preprocess.json`` at the start,
             and a restart must have the same.
         out: folder of the data set.
@@ -55,6 +55,8 @@ class PackingJob:
         batch: images per call of ``encode``.
         threads: how many threads read ahead.
         rank, world: this process and the number of processes.
+        at_end: from the labels of the images that were written to what the index says besides and
+            only the end can tell. A ValueError of it leaves the data set unfinished.
     """
 
     source: object
@@ -66,6 +68,7 @@ class PackingJob:
     rank: int = 0
     world: int = 1
     extra: dict = field(default_factory=dict)
+    at_end: Callable[[Tensor], dict] = lambda labels: {}
 
     def __post_init__(self):
         layout = LAYOUTS[self.recipe["layout"]]
@@ -135,7 +138,8 @@ def run_jobs(jobs: list[PackingJob]) -> Iterator[tuple[PackingJob, Finished | No
 
     All folders are opened first: if one is refused, nothing has been written to the others.
     """
-    for job in reversed(jobs):
+    # a folder in another one comes after it
+    for job in sorted(jobs, key=lambda job: len(job.out.parts)):
         try:
             job.open_folder()
         except OSError as error:
@@ -193,12 +197,13 @@ def _run_job(job: PackingJob) -> Finished | None:
     report = Report()
     for record in records:
         report.add(Report.from_json(record["report"]))
-    images = len(all_numbers(records))
-    if not images:
+    numbers = all_numbers(records)
+    if not numbers:
         raise ValueError(f"no image could be read, the first is {report.skipped[0]}")
     statistics = Statistics.combine([record["statistics"] for record in records])
-    job.layout.finish(records, {**job.extra, "channels": statistics, "report": report.as_json()})
-    return Finished(images, statistics, report)
+    summary = {**job.extra, **job.at_end(job.layout.labels[numbers])}
+    job.layout.finish(records, {**summary, "channels": statistics, "report": report.as_json()})
+    return Finished(len(numbers), statistics, report)
 
 
 def _rows(

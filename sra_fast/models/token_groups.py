@@ -6,6 +6,7 @@ stay inside a group (arXiv 2607.02508, attention separation).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -53,10 +54,7 @@ class TokenGroups:
             numbers: the same on the host: lengths of segments must not wait for the device.
         """
         order = None if self.order is None else self.order[images]
-        segments = self.segments
-        if segments is not None and not isinstance(segments[0], int):
-            segments = tuple(segments[number] for number in numbers)
-        return TokenGroups(self.index[images], order, segments)
+        return TokenGroups(self.index[images], order, segments_of(self.segments, numbers))
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """``[B or 1, T, ...]`` in the image's order -> ``[B, T, ...]`` in the sequence's."""
@@ -76,6 +74,14 @@ class TokenGroups:
         order.
         """
         return self.restore(_gather(values, self.index.long()))
+
+
+def segments_of(segments: Segments | None, numbers: Sequence[int]) -> Segments | None:
+    """The segments of some of the images."""
+    if segments is None or isinstance(segments[0], int):
+        return segments
+    per_image = cast("tuple[tuple[int, ...], ...]", segments)
+    return tuple(per_image[number] for number in numbers)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

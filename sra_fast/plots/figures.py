@@ -11,7 +11,17 @@ from sra_fast.plots.report import STEP, UNITS, pyplot, save_figure
 from sra_fast.utils.files import write_atomic
 
 # the columns of stats.jsonl that are drawn
-CURVES = ("denoise", "vb", "align", "student_norm", "teacher_norm", "grad_norm")
+CURVES = (
+    "denoise",
+    "vb",
+    "align",
+    "align2",
+    "student_norm",
+    "teacher_norm",
+    "student_norm2",
+    "teacher_norm2",
+    "grad_norm",
+)
 
 
 def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:

@@ -31,14 +31,27 @@ class Panel:
 PANELS = (
     Panel(
         "loss terms",
-        {"denoise": "mean squared error", "vb": "bits per dimension", "align": "mean distance"},
+        {
+            "denoise": "mean squared error",
+            "vb": "bits per dimension",
+            "align": "mean distance",
+            "align2": "of the second target",
+        },
     ),
-    Panel("weight of the alignment", {"align_weight": "lambda"}),
+    Panel(
+        "weight of the alignment",
+        {"align_weight": "lambda", "align2_weight": "of the second target"},
+    ),
     Panel("learning rate", {"lr": "AdamW"}),
     Panel("gradient norm", {"grad_norm": "before clipping"}),
     Panel(
         "length of a token's features",
-        {"student_norm": "student, projected", "teacher_norm": "teacher"},
+        {
+            "student_norm": "student, projected",
+            "teacher_norm": "target",
+            "student_norm2": "student, for the second target",
+            "teacher_norm2": "second target",
+        },
     ),
     Panel("speed", {"images_per_s": "images / s, all processes"}),
 )

@@ -73,8 +73,8 @@ def micro_batch(
     objective = trainer.engine.module
     conditioning = CONDITIONINGS[trainer.student.conditioning]
     # copied while the device still computes: the loader pins its batches
-    images, *labels = (item.to(trainer.device, non_blocking=True) for item in batch)
-    external = labels.pop() if data.features is not None else None
+    on_device = [item.to(trainer.device, non_blocking=True) for item in batch]
+    images, labels, external = data.split(on_device)
     # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
     draws = draw(
         cfg.train.seed,

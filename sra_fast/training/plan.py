@@ -110,10 +110,12 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     check_loggers(cfg)
     # raises if the variable names no level: a process group that is half made would hang
     deepspeed_log_level()
+    if not cfg.align.active:
+        # options of a target that is turned off stay valid, and its features are not read
+        cfg.data.features = None
     data = open_data(cfg.data)
     fill_in_model(cfg, data)
-    for align in cfg.alignments.values():
-        TARGETS[align.target].fill_in_data(align, data)
+    _fill_in_targets(cfg, data)
     plan = make_plan(cfg, ds_json)
     check_data(data, cfg)
     _choose_vae(cfg, data.facts())
@@ -133,6 +135,18 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     # a job that is restarted with the same command resumes, whatever it was started from
     initial = read_initial(cfg, data.facts()) if cfg.train.init_from and not resume else {}
     return RunPlan(plan, data, resume, initial, exact)
+
+
+def _fill_in_targets(cfg: Config, data: TrainingData) -> None:
+    """Give the alignment targets what they need of the data."""
+    kinds = [TARGETS[align.target] for align in cfg.alignments.values()]
+    require_that(
+        data.features is None or any(kind.needs_external for kind in kinds),
+        f"data.features {cfg.data.features} is for align.target cached_features, "
+        "which this run does not have",
+    )
+    for align in cfg.alignments.values():
+        TARGETS[align.target].fill_in_data(align, cfg, data)
 
 
 def _choose_vae(cfg: Config, facts: DataFacts) -> None:

@@ -1,7 +1,7 @@
 """From a plan to a DeepSpeed engine with its sharded EMA and the network that follows it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from sra_fast import ops
 from sra_fast.alignment.objective import SRAObjective, add_heads, make_objective
-from sra_fast.alignment.schedule import phases_of
+from sra_fast.alignment.schedule import aligned_numbers, phases_of
 from sra_fast.config.schema import Config
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.models import ALIGN_HEADS, Backbone, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import Block
+from sra_fast.models.token_groups import Segments, segments_of
 from sra_fast.training.checks import has_own_graph
 from sra_fast.training.plan import Plan
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators
@@ -203,7 +204,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     if cfg.train.compile:
         # after the fp8 blocks are made, which replace blocks. Compilation itself comes with the
         # first forward
-        choose_attention(cfg, plan.micro, device)
+        choose_attention(cfg, _attention_calls(objective, plan.micro), device)
         student.compile_blocks()
         if network is not None:
             network.compile_blocks()
@@ -312,23 +313,32 @@ def _make_teacher(
     return ReplicatedTeacher(network, ema, optimizer, dtype, fp8)
 
 
-def choose_attention(cfg: Config, micro: int, device: torch.device) -> None:
-    """Measure attention's backends for the shapes of student and teacher, before a compiler traces
-    them.
+# a shape of attention: images, runs of tokens inside which it stays, whether there is a backward pass
+AttentionCall = tuple[int, Segments | None, bool]
 
-    ``micro``: images per forward pass.
-    """
+
+def choose_attention(cfg: Config, calls: Iterable[AttentionCall], device: torch.device) -> None:
+    """Measure attention's backends for these shapes of the model, before a compiler traces them."""
     model = cfg.model.arguments()
-    tokens = (model["input_size"] // model["patch_size"]) ** 2
     heads = model["num_heads"]
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    # the teacher sees the aligned images only, and has no backward pass
-    share = max((align.share for align in cfg.alignments.values()), default=1.0)
-    for images, training in ((micro, True), (round(micro * share), False)):
-        shape = (images, tokens, 3, heads, model["hidden_size"] // heads)
+    for images, segments, training in calls:
+        shape = (images, cfg.model.num_tokens, 3, heads, model["hidden_size"] // heads)
         qkv = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
         with torch.set_grad_enabled(training):
-            ops.attention(*qkv.unbind(2))
+            ops.attention(*qkv.unbind(2), segments=segments)
+
+
+def _attention_calls(objective: SRAObjective, micro: int) -> list[AttentionCall]:
+    """The calls of student and teacher in a micro-batch of ``micro`` images."""
+    segments = objective.segments(micro)
+    calls: list[AttentionCall] = [(micro, segments, True)]
+    for target in objective.targets:
+        if target.network is not None:
+            # the teacher sees the aligned images only, and has no backward pass
+            numbers = aligned_numbers(target.align.share, micro) or range(micro)
+            calls.append((len(numbers), segments_of(segments, numbers), False))
+    return calls
 
 
 def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer, guard: UpdateGuard) -> None:

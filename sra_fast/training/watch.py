@@ -17,6 +17,7 @@ from sra_fast.config.schema import Config
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training.step_values import Table
+from sra_fast.utils.registry import TARGETS
 
 log = logging.getLogger("sra_fast")
 
@@ -27,7 +28,11 @@ ENOUGH = 20
 SHOWN = 8
 MOST_LINES = 5
 # what is compared with its running median
-WATCHED = ("loss", "student_norm", "teacher_norm")
+NORMS = ("student_norm", "teacher_norm", "student_norm2", "teacher_norm2")
+# the loss is watched as a whole; where a target's part of it may be negative, so that nothing can be
+# said of its size, only the denoising loss
+LOSSES = ("loss", "denoise")
+WATCHED = (*LOSSES, *NORMS)
 
 
 class RollBack(Exception):
@@ -106,6 +111,8 @@ class StepWatch:
         history: History | None = None,
     ):
         self.train = cfg.train
+        kinds = [TARGETS[align.target] for align in cfg.alignments.values()]
+        self.loss = LOSSES[any(kind.may_be_negative for kind in kinds)]
         self.stream = stream
         self.data = data
         self.rank = rank
@@ -128,7 +135,7 @@ class StepWatch:
         skipped: list[int] = []
         losses: dict[int, list[tuple[int, float]]] = {}
         for (step, micro_step), values in sorted(found.items()):
-            for name in WATCHED:
+            for name in (self.loss, *NORMS):
                 if name in values:
                     self._compare(name, values[name], step, micro_step)
             if "loss" in values:
@@ -185,7 +192,7 @@ class StepWatch:
             if step - self.last_spike.get(name, -2) > 1:
                 self._warn_of_spike(name, value, usual, step, micro_step)
             self.last_spike[name] = step
-            if name == "loss" and self.train.on_spike == "rollback":
+            if name == self.loss and self.train.on_spike == "rollback":
                 self._roll_back(step)
         # spikes too: what stays high is the new normal
         self.history.values[name].append((step, value))

@@ -1,0 +1,54 @@
+"""What preprocess.py prints at the end."""
+
+from sra_fast.data.batch import Report
+from sra_fast.data.latents import PLAUSIBLE_DEVIATION
+from sra_fast.data.writer import Finished, PackingJob
+
+
+def summary(job: PackingJob, finished: Finished) -> list[str]:
+    """What was made, and what a user should know of it."""
+    recipe = job.recipe
+    classes = recipe["num_classes"]
+    kind = recipe["kind"]
+    shape = " x ".join(map(str, recipe["shape"]))
+    lines = [
+        f"{job.out}: {finished.images} images of {classes} class{'es' if classes > 1 else ''}, "
+        f"{kind} {shape}"
+    ]
+    # what was done to the images was said of the data set
+    if kind != "features":
+        lines += getattr(job.source, "notes", [])
+        report: Report = finished.report
+        lines += report.lines()
+    lines += _statistics_lines(recipe, finished.statistics)
+    return lines
+
+
+def _statistics_lines(recipe: dict, statistics: dict) -> list[str]:
+    numbers = lambda values: ", ".join(f"{value:.4g}" for value in values)
+    mean = numbers(statistics["mean"])
+    std = numbers(statistics["std"])
+    if recipe["kind"] == "features":
+        # of hundreds of channels: from the least to the most
+        low, high = min(statistics["std"]), max(statistics["std"])
+        return [f"features of {recipe['model']['class']}: deviations {low:.4g} to {high:.4g}"]
+    if recipe["kind"] == "pixels":
+        return [f"pixels 0 to 255: mean {mean}; standard deviation {std}"]
+    lines = [f"latents: mean {mean}; standard deviation {std}"]
+    vae = recipe["vae"] or {}
+    if "scaling_factor" not in vae:
+        return lines
+    scale = vae["scaling_factor"]
+    # as a whole: the root of the mean variance
+    deviation = (sum(value**2 for value in statistics["std"]) / len(statistics["std"])) ** 0.5
+    if deviation == 0:
+        return [*lines, "warning: all latents are equal"]
+    lines.append(
+        f"times the VAE's scaling_factor {scale:g}: standard deviation {scale * deviation:.3g}"
+    )
+    low, high = PLAUSIBLE_DEVIATION
+    if not low <= scale * deviation <= high:
+        lines.append(
+            f"warning: a model expects about 1; train with --data.latent_scale {1 / deviation:.4g}"
+        )
+    return lines
