@@ -57,6 +57,7 @@ class CachedFeatures(Target):
     """Features that come with the batch."""
 
     config = CachedFeaturesConfig
+    head_options = ("head", "head_width", "feature_width")
     needs_external = True
     align: CachedFeaturesConfig
 

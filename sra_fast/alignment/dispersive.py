@@ -29,8 +29,9 @@ class DispersiveConfig(AlignConfig):
     """tau: squared distances, as means over the features' elements, are divided by it (the authors'
     PyTorch code: 1)"""
     over: Literal["process", "all"] = "process"
-    """the images that repel each other: a process's micro-batch, as published, or those of all
-    processes"""
+    """the images that repel each other: a process's micro-batch, as published, or the micro-batches
+    of all processes. More images are another loss, so that the number of processes matters, for
+    `all` the split into micro-batches"""
 
 
 @TARGETS.register("dispersive")
@@ -50,6 +51,13 @@ class Dispersive(Target):
         return layer, layer
 
     @classmethod
+    def check_batch(cls, align: DispersiveConfig, micro: int) -> None:
+        require_that(
+            micro > 1,
+            f"align.target dispersive needs at least 2 images per micro-batch, got {micro}",
+        )
+
+    @classmethod
     def check(cls, align: DispersiveConfig, cfg: Config) -> None:
         require_that(
             0 < align.temperature < float("inf"),
@@ -58,6 +66,9 @@ class Dispersive(Target):
 
     def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
         h = self.projected(student, features, inputs)
+        if features.groups is not None:
+            # each image's tokens are permuted by themselves: patches are compared with patches
+            h = features.groups.restore(h)
         over_all = self.align.over == "all" and dist.is_initialized() and dist.get_world_size() > 1
         value = dispersion(h, self.align.temperature, dist.group.WORLD if over_all else None)
         return {"align": value, "student_norm": mean_norm(h)}

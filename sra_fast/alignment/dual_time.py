@@ -35,12 +35,13 @@ class DualTimeConfig(EMATeacherConfig):
     first_share: float = 0.25
     """share of the tokens in the first group, exactly; which ones is drawn for each image"""
     two_times: bool = True
-    """the groups have independent times; false: the time of their image"""
+    """the groups have independent times; false: the time of their image (the teacher's are earlier
+    by two gaps all the same, as published)"""
     separate: bool = True
     """attention stays inside a group, in student and teacher"""
     full_share: float = 0.0
     """share of the images, the same number in every micro-batch, that are not cut: one group, one
-    time, full attention (0.25 in the paper's variant)"""
+    time, full attention (0.25 in the paper's variant); with all images aligned only"""
 
 
 @TARGETS.register("dual_time")
@@ -63,6 +64,12 @@ class DualTime(EMATeacher):
         require_that(
             0 <= align.full_share < 1,
             f"align.full_share must lie in [0, 1), got {align.full_share}",
+        )
+        # both would take the first images of a cycle
+        whole = all(other.share == 1 for other in cfg.alignments.values())
+        require_that(
+            not align.full_share or whole,
+            f"align.full_share {align.full_share} needs all images to be aligned (fraction 1)",
         )
         tokens = cfg.model.num_tokens
         first = _first_group(align, tokens)

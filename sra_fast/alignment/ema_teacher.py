@@ -148,7 +148,7 @@ class EMATeacher(Target):
         groups = batch.times.teacher_groups
         # the teacher computes only the images that the loss compares
         if groups is not None and inputs.images is not None:
-            groups = groups.select(inputs.images, inputs.numbers)
+            groups = groups.select(inputs.images)
         self.groups = groups
         rows = (inputs.noisy.x_teacher, inputs.sinusoid, *condition.tensors())
         self.inputs = tuple(inputs.select(item) for item in rows)

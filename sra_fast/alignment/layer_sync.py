@@ -10,6 +10,7 @@ from torch import Tensor
 from sra_fast.alignment.target import Inputs, Target, check_layers, compare, share_of_depth
 from sra_fast.config.schema import Config, DistanceConfig, ModelConfig, choice
 from sra_fast.models import Features, SiT
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 
 
@@ -48,6 +49,11 @@ class LayerSync(Target):
     @classmethod
     def check(cls, align: LayerSyncConfig, cfg: Config) -> None:
         check_layers(align, cfg, "deep_layer")
+        require_that(
+            align.student_layer < align.deep_layer,
+            f"align.deep_layer must be deeper than align.student_layer {align.student_layer}, "
+            f"got {align.deep_layer}",
+        )
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sra_fast.alignment.schedule import aligned_images, aligned_numbers
+from sra_fast.alignment.schedule import aligned_images
 from sra_fast.alignment.target import AP_HEAD, Inputs, Target, own_head
 from sra_fast.config.schema import Config
 from sra_fast.diffusion.draws import Draws
@@ -184,14 +184,8 @@ def inputs_of(target: Target, noisy: NoisyImages, sinusoid: Tensor | None = None
     """
     if sinusoid is None:
         _, sinusoid = _sinusoids(noisy.batch.times)
-    share = target.align.share
-    batch = len(noisy.batch)
-    return Inputs(
-        noisy,
-        sinusoid,
-        aligned_images(share, batch, noisy.x.device),
-        aligned_numbers(share, batch),
-    )
+    images = aligned_images(target.align.share, len(noisy.batch), noisy.x.device)
+    return Inputs(noisy, sinusoid, images)
 
 
 def _sinusoids(times: Times) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What the student's features are aligned to."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +57,11 @@ class Inputs:
         noisy: the images with their noise; the target's network sees ``x_teacher [B, C, H, W]``.
         sinusoid: ``timestep_features`` of the teacher's times, ``[B, 256]`` or ``[B, G, 256]``.
         images: ``[b]`` int64, those that are aligned; None: all of them.
-        numbers: the same on the host.
     """
 
     noisy: NoisyImages
     sinusoid: Tensor
     images: Tensor | None = None
-    numbers: Sequence[int] | None = None
 
     def select(self, rows: Tensor) -> Tensor:
         """The rows ``[b, ...]`` of the aligned images, of ``[B, ...]``."""
@@ -93,6 +91,8 @@ class Target(nn.Module):
     may_be_negative = False
     # whether batches must have features of another model
     needs_external = False
+    # options that decide about the parameters of a head that only this target has
+    head_options: tuple[str, ...] = ()
 
     @property
     def needs_mean(self) -> bool:
@@ -212,7 +212,7 @@ class Target(nn.Module):
         if groups is None:
             return head(found, inputs.select(features.conditioning))
         if inputs.images is not None:
-            groups = groups.select(inputs.images, inputs.numbers)
+            groups = groups.select(inputs.images)
         # what such a head is compared with has the order of the image
         index = groups.restore(groups.index)
         return head(groups.restore(found), inputs.select(features.conditioning), index)

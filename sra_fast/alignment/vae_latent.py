@@ -2,6 +2,7 @@
 student's features. No teacher.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +40,8 @@ class VAELatentConfig(DistanceConfig):
     latent: Literal["sampled", "mean"] = "sampled"
     """of the VAE's posterior: the draw that the student's input is made from, or the mean"""
     zscore: bool = True
-    """compare latents of mean 0 and deviation 1 in every channel, whatever the VAE's are"""
+    """compare latents of mean 0 and deviation 1 in every channel, whatever the VAE's are; measured
+    on latents that are drawn, also for `latent mean`"""
     last_layer: Literal["adaln", "linear"] = "adaln"
     """of the head: with SiT's modulated norm, or linear only"""
     channel_mean: list[float] | None = None
@@ -53,6 +55,7 @@ class VAELatent(Target):
     """Latents of the patches, z-scored per channel."""
 
     config = VAELatentConfig
+    head_options = ("last_layer",)
     align: VAELatentConfig
 
     @classmethod
@@ -86,9 +89,11 @@ class VAELatent(Target):
             return
         channels = cfg.model.in_channels
         require_that(
-            all(len(numbers) == channels for numbers in given) and min(given[1]) > 0,
-            f"align.channel_mean and align.channel_std must hold {channels} numbers, deviations "
-            f"above 0, got {given[0]} and {given[1]}",
+            all(len(numbers) == channels for numbers in given)
+            and all(math.isfinite(number) for number in (*given[0], *given[1]))
+            and min(given[1]) > 0,
+            f"align.channel_mean and align.channel_std must hold {channels} finite numbers, "
+            f"deviations above 0, got {given[0]} and {given[1]}",
         )
 
     def __init__(self, align: VAELatentConfig, network: None = None):

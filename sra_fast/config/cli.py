@@ -4,6 +4,8 @@ The choices of a field come from a registry, so the rooms that register them mus
 a parser is built. The scripts do that.
 """
 
+import logging
+import os
 import sys
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
 from functools import partial
@@ -16,6 +18,8 @@ import yaml
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.utils.registry import TARGETS, Registry
 
+log = logging.getLogger("sra_fast")
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -23,14 +27,31 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 SECTIONS = ("align", "align2")
 
 
+# section -> the target of the command line that is being read
+_chosen: dict[str, str] = {}
+
+
 def _load(text: str):
-    """jsonargparse's YAML, with ``align: none`` as a short form of ``align: {target: none}``."""
+    """jsonargparse's YAML, with ``align: NAME`` as a short form of ``align: {target: NAME}``, and
+    without the options of targets that the command line replaces by others.
+    """
     # jsonargparse's own YAML: it reads 1e-4 as a number, which YAML 1.1 does not
     value = jsonargparse.get_loader("yaml")(text)
+    if not isinstance(value, dict):
+        return value
     for section in SECTIONS:
-        if isinstance(value, dict) and value.get(section) == "none":
-            value[section] = {"target": "none"}
+        options = value.get(section)
+        if isinstance(options, str):
+            value[section] = {"target": options}
+        elif isinstance(options, dict) and _is_replaced(section, options.get("target")):
+            # lambda, layers and distance of one method are no choice for another
+            value[section] = {}
     return value
+
+
+def _is_replaced(section: str, target: str | None) -> bool:
+    """Whether a file's target is another one than that of the command line."""
+    return target in TARGETS and target not in ("none", _chosen.get(section, target))
 
 
 # what users of other projects type -> the field
@@ -112,7 +133,8 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
         raise RuntimeError("no alignment target is registered: import sra_fast.alignment first")
     # the target has to be known first: the parser offers its options
     args = in_full(Config, sys.argv[1:] if args is None else args)
-    options = _with_targets({section: _target_of(section, args) for section in SECTIONS})
+    _chosen.update({section: _target_of(section, args) for section in SECTIONS})
+    options = _with_targets(_chosen)
     parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
     # DeepSpeed's launchers append these
     parser.add_argument(
@@ -129,6 +151,15 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     cfg, parsed = parse(options, parser, args)
     # `options` was made for this parser only: two of them never compare as equal
     cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
+    for section, name in _chosen.items():
+        for file in _config_files(args):
+            found = _target_of_file(section, file)
+            if _is_replaced(section, found) and os.environ.get("RANK", "0") == "0":
+                log.warning(
+                    "%s: its options of %s are left out, the target is %s", file, found, name
+                )
+        if name == "none" and getattr(cfg, section) != AlignConfig(target="none"):
+            parser.error(f"options of {section} are given, and {section}.target names no target")
     for section, align in cfg.alignments.items():
         # the parser has taken a target whose options it was not made for
         if not isinstance(align, TARGETS[align.target].config):
@@ -178,6 +209,17 @@ def _target_of(section: str, args: list[str]) -> str:
     return known[-1] if known else "none"
 
 
+def _config_files(args: list[str]) -> list[Path]:
+    """The files that the arguments name with ``--config`` and that are there."""
+    words = [arg.partition("=") for arg in args]
+    named = [
+        value if equals else (args[i + 1] if i + 1 < len(args) else "")
+        for i, (option, equals, value) in enumerate(words)
+        if option == "--config"
+    ]
+    return [Path(name) for name in named if Path(name).is_file()]
+
+
 def _target_of_file(section: str, path: Path) -> str:
     """The alignment target whose options a section of a YAML file has; ``none`` where it names
     none.
@@ -187,6 +229,7 @@ def _target_of_file(section: str, path: Path) -> str:
     """
     try:
         align = yaml.safe_load(path.read_text())[section]
+        align = {"target": align} if isinstance(align, str) else align
         # a file that names no target has options of the one that is chosen elsewhere
         name = str(align["target"])
         options = set(align)

@@ -4,9 +4,7 @@ Self-Flow (arXiv 2603.06507) gives an image two times, and each token one of the
 stay inside a group (arXiv 2607.02508, attention separation).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -46,15 +44,13 @@ class TokenGroups:
         """The same segments with other tensors: the inverse of ``tensors``."""
         return TokenGroups(index, order, self.segments)
 
-    def select(self, images: Tensor, numbers: Sequence[int]) -> "TokenGroups":
-        """The groups of some of the images.
-
-        Args:
-            images: ``[b]`` int64 on the device.
-            numbers: the same on the host: lengths of segments must not wait for the device.
+    def select(self, images: Tensor) -> "TokenGroups":
+        """The groups of some of the images, ``[b]`` int64; all images must have the same
+        segments.
         """
+        assert self.segments is None or isinstance(self.segments[0], int)
         order = None if self.order is None else self.order[images]
-        return TokenGroups(self.index[images], order, segments_of(self.segments, numbers))
+        return TokenGroups(self.index[images], order, self.segments)
 
     def arrange(self, tokens: Tensor) -> Tensor:
         """``[B or 1, T, ...]`` in the image's order -> ``[B, T, ...]`` in the sequence's."""
@@ -74,14 +70,6 @@ class TokenGroups:
         order.
         """
         return self.restore(_gather(values, self.index.long()))
-
-
-def segments_of(segments: Segments | None, numbers: Sequence[int]) -> Segments | None:
-    """The segments of some of the images."""
-    if segments is None or isinstance(segments[0], int):
-        return segments
-    per_image = cast("tuple[tuple[int, ...], ...]", segments)
-    return tuple(per_image[number] for number in numbers)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:

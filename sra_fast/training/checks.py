@@ -55,10 +55,11 @@ def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
             cfg.optim.implementation == "fused",
             f"train.graph needs optim.implementation fused, got {cfg.optim.implementation}",
         )
-        require_that(
-            not has_own_graph(cfg),
-            "train.graph captures the teacher too: it excludes align.teacher_graph",
-        )
+        for section, align in cfg.alignments.items():
+            require_that(
+                not getattr(align, "teacher_graph", False),
+                f"train.graph captures the teacher too: it excludes {section}.teacher_graph",
+            )
 
 
 def has_own_graph(cfg: Config) -> bool:
@@ -132,7 +133,10 @@ def _check_two_targets(cfg: Config) -> None:
     """What two alignment losses cannot have in common."""
     if not cfg.align2.active:
         return
-    require_that(cfg.align.active, "align2 is a second target: it needs align, which is none")
+    require_that(
+        cfg.align.active,
+        "align2 is a second target: it needs align, which is none (a plain run: --align2 none)",
+    )
     sections = (cfg.align, cfg.align2)
     targets = [align.target for align in sections]
     require_that(targets[0] != targets[1], f"align and align2 are the same target {targets[0]}")
@@ -159,6 +163,8 @@ def _check_align(align: AlignConfig, cfg: Config) -> None:
     beta = getattr(align, "beta", 1.0)
     require_that(beta > 0, f"align.beta must be positive, got {beta}")
     require_that(0 < align.share <= 1, f"align.fraction must lie in (0, 1], got {align.share}")
+    stop = align.stop_at_step
+    require_that(stop is None or stop >= 1, f"align.stop_at_step must be at least 1, got {stop}")
     require_that(align.every >= 1, f"align.every must be at least 1, got {align.every}")
     require_that(align.decay >= 1, f"align.decay must be at least 1, got {align.decay}")
     require_that(

@@ -74,8 +74,10 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
     shapes = {name: [*value.shape] for name, value in model.state_dict().items()}
     parameters = {name: p.shape for name, p in model.named_parameters()}
     heads = trained_heads(cfg.alignments.values())
-    own_heads = any(name.startswith(ALIGN_HEADS) for name in heads)
-    remark = _continued(source, initial, parameters, bool(fresh) or own_heads)
+    own_heads = sorted(name for name in heads if name.startswith(ALIGN_HEADS))
+    remark = _continued(source, initial, parameters, bool(fresh) or bool(own_heads))
+    if own_heads:
+        remark += f"; fresh: the head {' and '.join(own_heads)}, which no model has"
     initial["origin"] = _described(source, shapes, fresh, initial)
     _warn_of_the_rest(source, shapes, fresh, remark)
     _check_steps(source, cfg, initial.get("steps", 0))

@@ -134,7 +134,7 @@ def optimizer_step(
     if engine.was_step_applied():
         # the teacher's all-gather starts here and overlaps with the next student forward
         next_weights = align_weights(cfg, step + 1, stream.epoch(position + 1))
-        trainer.after_step(teacher_runs=any(next_weights.values()))
+        trainer.after_step(trainer.teacher_runs(list(next_weights.values())))
     # tensors on the device: they are not read here
     logger.add({"grad_norm": trainer.grad_norm}, step)
     logger.add({"skipped": ~trainer.guard.taken}, step)

@@ -15,7 +15,7 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import vae_is_there
 from sra_fast.training import provenance
-from sra_fast.training.checks import check_config, check_device, split_batch
+from sra_fast.training.checks import check_config, check_device, named_as, split_batch
 from sra_fast.training.initial import read_initial
 from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
@@ -145,8 +145,9 @@ def _fill_in_targets(cfg: Config, data: TrainingData) -> None:
         f"data.features {cfg.data.features} is for align.target cached_features, "
         "which this run does not have",
     )
-    for align in cfg.alignments.values():
-        TARGETS[align.target].fill_in_data(align, cfg, data)
+    for section, align in cfg.alignments.items():
+        fill = TARGETS[align.target].fill_in_data
+        named_as(section, lambda align=align, fill=fill: fill(align, cfg, data))
 
 
 def _choose_vae(cfg: Config, facts: DataFacts) -> None:

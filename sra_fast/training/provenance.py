@@ -14,6 +14,7 @@ from sra_fast.data.facts import DataFacts, differences
 from sra_fast.models import ALIGN_HEADS
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_atomic
+from sra_fast.utils.registry import TARGETS
 
 # sections and fields that the weights, or the images and noise of a step, depend on
 FIXED = ("model.", "diffusion.", "train.seed", "train.global_batch", "data.flip")
@@ -43,8 +44,15 @@ def changes(before: dict, after: dict) -> dict[str, tuple]:
     old = _flat(before)
     new = _flat(plain(after))
     names = [*new, *(name for name in old if name not in new)]
+    if "align2" not in before and after["align2"]["target"] == "none":
+        # of an older version, which had no second target
+        names = [name for name in names if not name.startswith("align2.")]
     pairs = {name: (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in UNSAID}
+    return {
+        name: pair
+        for name, pair in pairs.items()
+        if pair[0] != pair[1] and pair != (ABSENT, None) and name not in UNSAID
+    }
 
 
 def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) -> None:
@@ -62,6 +70,10 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
     if _needs_other_heads(manifest.settings, asdict(cfg)):
         names = [f"{section}.{name}" for section in SECTIONS for name in ("target", "head")]
         refused |= {name: different[name] for name in names if name in different}
+    for section, align in cfg.alignments.items():
+        # the same head with other parameters
+        names = [f"{section}.{name}" for name in TARGETS[align.target].head_options]
+        refused |= {name: different[name] for name in names if name in different}
     said = "; ".join(
         f"it was made with {name} {old}, this run has {new}" for name, (old, new) in refused.items()
     )
@@ -77,7 +89,7 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
 
 def _needs_other_heads(before: dict, after: dict) -> bool:
     """Whether a run trains a head that the run before it, which had a target, did not train; or
-    the parameters of the heads differ.
+    has other heads of single targets.
     """
     old, new = (_heads(settings) for settings in (before, after))
     own = [{name for name in heads if name.startswith(ALIGN_HEADS)} for heads in (old, new)]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sra_fast import ops
 from sra_fast.alignment.objective import SRAObjective, add_heads, make_objective
-from sra_fast.alignment.schedule import aligned_numbers, phases_of
+from sra_fast.alignment.schedule import phases_of
 from sra_fast.config.schema import Config
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.models import ALIGN_HEADS, Backbone, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import Block
-from sra_fast.models.token_groups import Segments, segments_of
+from sra_fast.models.token_groups import Segments
 from sra_fast.training.checks import has_own_graph
 from sra_fast.training.plan import Plan
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators
@@ -95,7 +95,7 @@ class Trainer:
             return {"loss": loss.detach(), **parts}
 
         phases = phases_of(self.cfg.alignments.values())
-        if self.teacher is not None and any(any(phase) for phase in phases):
+        if any(self.teacher_runs(phase) for phase in phases):
             # outside of the graph: a replay would not wait for the all-gather
             self.teacher.wait()
         loss = self.graphed.fn
@@ -111,6 +111,14 @@ class Trainer:
             )
         phase = tuple(weight > 0 for weight in weights)
         return self.graphed(*loss.inputs(batch, weights, phase), accumulate=not first)
+
+    def teacher_runs(self, weights: Sequence[float]) -> bool:
+        """Whether the teacher runs in a step with these lambdas of the targets."""
+        targets = self.engine.module.targets
+        return any(
+            weight > 0 and target.network is not None
+            for weight, target in zip(weights, targets, strict=True)
+        )
 
     @property
     def grad_norm(self) -> Tensor | float:
@@ -336,8 +344,7 @@ def _attention_calls(objective: SRAObjective, micro: int) -> list[AttentionCall]
     for target in objective.targets:
         if target.network is not None:
             # the teacher sees the aligned images only, and has no backward pass
-            numbers = aligned_numbers(target.align.share, micro) or range(micro)
-            calls.append((len(numbers), segments_of(segments, numbers), False))
+            calls.append((round(micro * target.align.share), segments, False))
     return calls
 
 

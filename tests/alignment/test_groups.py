@@ -63,12 +63,10 @@ def test_values_of_groups_in_the_order_of_the_image():
 def test_selection_of_images():
     order = random_order()
     index = torch.randint(2, (B, T))
-    lengths = ((4, 12), (16,), (4, 12), (16,))
-    groups = TokenGroups(index, order, lengths).select(torch.tensor([1, 2]), [1, 2])
+    groups = TokenGroups(index, order, (4, 12)).select(torch.tensor([1, 2]))
     assert torch.equal(groups.index, index[1:3]) and torch.equal(groups.order, order[1:3])
-    assert groups.segments == ((16,), (4, 12))
-    same = TokenGroups(index, None, (4, 12)).select(torch.tensor([3]), [3])
-    assert same.segments == (4, 12) and same.order is None
+    assert groups.segments == (4, 12)
+    assert TokenGroups(index).select(torch.tensor([3])).order is None
 
 
 def test_groups_with_one_time_are_no_groups():

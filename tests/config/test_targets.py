@@ -112,3 +112,37 @@ def test_one_target_is_the_default():
     cfg, _ = parse_train([])
     assert list(cfg.alignments) == ["align"] and cfg.align.target == "ema_teacher"
     assert cfg.align2 == AlignConfig(target="none")
+
+
+def test_options_of_a_file_for_another_target_are_left_out(tmp_path, caplog):
+    """lambda, schedule and distance of one method would be a wrong choice for another."""
+    text = "align: {target: ema_teacher, weight: 0.2, schedule: epochs, teacher_layer: 4}\n"
+    file = write(tmp_path / "sra.yaml", text + "model: {name: SiT-B/2}")
+    cfg, _ = parse_train(["--config", file, "--align", "dual_time", "--align.t_max", "0.1"])
+    expected = TARGETS["dual_time"].config(t_max=0.1)
+    assert cfg.align == expected and cfg.model.name == "SiT-B/2"
+    assert "its options of ema_teacher are left out, the target is dual_time" in caplog.text
+
+
+def test_files_for_two_targets(tmp_path):
+    """The last one names the target, and its options are taken."""
+    first = write(tmp_path / "a.yaml", "align: {target: ema_teacher, weight: 0.1, t_max: 0.3}")
+    second = write(tmp_path / "b.yaml", "align: {target: layer_sync, deep_layer: 5}")
+    cfg, _ = parse_train(["--config", first, "--config", second])
+    assert cfg.align == TARGETS["layer_sync"].config(deep_layer=5)
+    # a name by itself is a short form
+    third = write(tmp_path / "c.yaml", "align: self_flow\nalign2: vae_latent")
+    cfg, _ = parse_train(["--config", first, "--config", third])
+    assert cfg.align == TARGETS["self_flow"].config()
+    assert cfg.align2 == TARGETS["vae_latent"].config()
+
+
+@pytest.mark.parametrize("text, args", [("", "--align2.weight 0.3"), ("align2: {every: 2}", "")])
+def test_options_of_no_second_target_are_refused(tmp_path, capsys, text, args):
+    file = write(tmp_path / "two.yaml", text or "{}")
+    with pytest.raises(SystemExit) as stopped:
+        parse_train(["--config", file, *args.split()])
+    assert stopped.value.code == 2
+    assert (
+        "options of align2 are given, and align2.target names no target" in capsys.readouterr().err
+    )

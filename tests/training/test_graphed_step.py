@@ -36,7 +36,7 @@ ARGUMENTS = [
     "--train.recompute norm --train.residual fp32",
     "--model.name DiT-S/2 --align.weight 0.04",
     "--align dual_time --align.student_layer 2 --align.teacher_layer 3 --align.full_share 0.25 "
-    "--align.fraction 0.5 --train.micro_batch 8",
+    "--train.micro_batch 8",
     "--align vae_latent --align.student_layer 2 --align.stop_at_step 3",
     # four kinds of step, two of which have one target each
     "--align self_flow --align.student_layer 2 --align.teacher_layer 3 --align.every 2 "

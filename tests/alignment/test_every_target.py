@@ -1,16 +1,18 @@
 """Options, heads and losses of every alignment target; a pair of targets; a whole run of each."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 import torch
 from golden import assert_matches
 from torch import nn
 
+from sra_fast import ops
 from sra_fast.alignment.cached_features import spatial_norm
 from sra_fast.alignment.heads import ConvHead, FeatureHead, LatentHead
-from sra_fast.alignment.objective import add_heads, make_objective
+from sra_fast.alignment.objective import add_heads, inputs_of, make_objective
+from sra_fast.alignment.schedule import align_weights
 from sra_fast.alignment.target import compare
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import load_config, parse_train
@@ -19,6 +21,7 @@ from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages
 from sra_fast.models import ClassLabels
 from sra_fast.training.plan import fill_in, make_plan, make_run_plan
+from sra_fast.training.provenance import changes
 from sra_fast.training.run import run
 from sra_fast.training.trainer import build
 from sra_fast.utils.registry import TARGETS
@@ -124,11 +127,29 @@ def test_options_that_make_no_sense_are_refused_by_name(args, capsys):
         ),
         ("--align dual_time --align.t_max 1.5", r"align.t_max must lie in \[0, 1\], got 1.5"),
         ("--align layer_sync --align.deep_layer 5", r"deep_layer <= depth \(4\)"),
+        (
+            "--align layer_sync --align.student_layer 2 --align.deep_layer 2",
+            "align.deep_layer must be deeper than align.student_layer 2, got 2",
+        ),
+        ("--align dispersive --train.micro_batch 1", "at least 2 images per micro-batch, got 1"),
+        ("--align vae_latent --align.stop_at_step -1", "align.stop_at_step must be at least 1"),
+        (
+            "--align dual_time --align.full_share 0.25 --align.fraction 0.5",
+            r"align.full_share 0.25 needs all images to be aligned",
+        ),
+        (
+            "--align dual_time --align.full_share 0.25 --align2 vae_latent --align2.fraction 0.5",
+            r"align.full_share 0.25 needs all images to be aligned",
+        ),
+        (
+            "--align vae_latent --align.channel_mean [.nan] --align.channel_std [1]",
+            "must hold 1 finite numbers",
+        ),
         ("--align dispersive --align.temperature 0", "align.temperature must be positive"),
         ("--align vae_latent --align.channel_mean [0.0]", "go together, got"),
         (
             "--align vae_latent --align.channel_mean [0,1] --align.channel_std [1,1]",
-            "must hold 1 numbers",
+            "must hold 1 finite numbers",
         ),
         ("--align cached_features", "align.feature_width must be at least 1, got None"),
         ("--align vae_latent --align.beta 0", "align.beta must be positive"),
@@ -248,8 +269,6 @@ def test_means_of_the_posterior_are_the_target_if_asked_for(posterior):
     mean = torch.randn_like(batch.x0) if posterior else None
     batch = MicroBatch(batch.x0, batch.condition, batch.noise, batch.times, None, mean)
     noisy = NoisyImages.make(objective.process, batch, 2)
-    from sra_fast.alignment.objective import inputs_of
-
     latents = objective.targets[0]._latents(inputs_of(objective.targets[0], noisy))
     expected = batch.x0 if mean is None else mean
     assert_matches(objective.student.unpatchify(latents), expected)
@@ -285,6 +304,31 @@ def test_own_heads_see_the_image_in_its_own_order(head):
         losses.append(parts["align2"])
         assert "align" not in parts
     assert_matches(*losses)
+
+
+def test_dispersive_loss_compares_patches_with_patches():
+    """Also where every image has its tokens in an order of its own."""
+    args = "--align dual_time --align.student_layer 2 --align.teacher_layer 3".split()
+    values = []
+    for separate in ("true", "false"):
+        words = [*args, "--align.separate", separate, "--align2", "dispersive"]
+        _, objective = objective_of(*words)
+        torch.manual_seed(1)
+        batch = batch_of(objective)
+        if separate == "true":
+            object.__setattr__(batch.times.groups, "segments", None)
+        values.append(objective(batch, [0.0, 1.0])[1]["align2"])
+    assert_matches(*values)
+
+
+@pytest.mark.parametrize("every, runs", [(1, [True] * 4), (2, [True, False] * 2)])
+def test_teacher_is_refreshed_for_its_own_steps_only(every, runs):
+    """A second target without a network does not make it gather its weights."""
+    args = f"--align self_flow --align.every {every} --align2 layer_sync".split()
+    cfg = parse_train([*MODEL, *args])[0]
+    trainer = build(make_plan(cfg), init_distributed())
+    found = [trainer.teacher_runs(list(align_weights(cfg, step, 0).values())) for step in range(4)]
+    assert found == runs
 
 
 def test_convolution_head_is_one_over_the_image():
@@ -397,7 +441,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_of_each_target(tmp_path, name):
+def test_a_run_of_each_target(tmp_path, caplog, name):
     """Training, resuming from the middle, samples and their scores, weights for other programs."""
     args = f"{RUNS[name]} --train.steps 6 --train.save_every 3 --train.log_every 1".split()
     args += ["--sample.method", "euler", "--sample.steps", "2"]
@@ -424,6 +468,17 @@ def test_a_run_of_each_target(tmp_path, name):
         assert not key.startswith("align_heads")
         assert torch.equal(value, from_checkpoint.model.state_dict()[key])
 
+    if name == "vae_latent":
+        middle = ["--train.resume", str(folder / "checkpoints/step_00000003")]
+        other = parse_train([*MODEL, *args, *out, *middle, "--align.last_layer", "linear"])[0]
+        with pytest.raises(ValueError, match="made with align.last_layer adaln, this run has lin"):
+            make_run_plan(other)
+        # a new run from its weights: the head is said to be fresh
+        start = ["--train.init_from", str(folder), "--train.out", str(tmp_path / "new")]
+        caplog.clear()
+        make_run_plan(parse_train([*MODEL, *args, *start])[0])
+        assert "fresh: the head align_heads.vae_latent, which no model has" in caplog.text
+
     # resumed from the middle: the same rows, bit for bit
     middle = str(folder / "checkpoints/step_00000003")
     again = parse_train([*MODEL, *args, *out, "--train.resume", middle])[0]
@@ -432,6 +487,16 @@ def test_a_run_of_each_target(tmp_path, name):
     for before, after in zip(rows[3:], resumed[3:], strict=True):
         for key in ("loss", "align", "grad_norm", "align2"):
             assert before.get(key) == after.get(key)
+
+
+def test_settings_of_a_version_with_one_target_are_the_same():
+    """Sections and options that did not exist had their defaults."""
+    after = asdict(config("--align", "self_flow"))
+    before = json.loads(json.dumps(after))
+    del before["align2"], before["data"]["features"]
+    assert changes(before, after) == {}
+    two = asdict(config("--align", "self_flow", "--align2", "layer_sync"))
+    assert changes(before, two)["align2.target"] == ("absent", "layer_sync")
 
 
 def test_a_graph_takes_groups_and_two_targets():
@@ -448,8 +513,6 @@ def test_a_graph_takes_groups_and_two_targets():
 def test_backend_measurement_has_the_segments(monkeypatch):
     """Attention is measured for the shapes that run, before a compiler traces the blocks."""
     seen = []
-    from sra_fast import ops
-
     attention = ops.attention
 
     def recorded(q, k, v, **options):
