@@ -146,7 +146,7 @@ setup(
     package_dir={"sra_fast.kernels": "kernels", "sra_fast.configs": "configs"},
     package_data={
         "sra_fast": ["py.typed"],
-        "sra_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json"],
+        "sra_fast.configs": ["*.yaml", "ablations/*.yaml", "alignment/*.yaml", "deepspeed/*.json"],
     },
     entry_points={
         "console_scripts": ["sra-fast=sra_fast.__main__:main"],
