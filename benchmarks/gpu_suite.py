@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_suite first  --out DIR
     python -m benchmarks.gpu_suite second --out DIR --published PATH --caches FILE
     python -m benchmarks.gpu_suite models --out DIR --checkout PATH
+    python -m benchmarks.gpu_suite alignments --out DIR
 
 first: every operator right or wrong and its percentage of the copy bandwidth, attention's backends,
 training steps of 32 images with the teacher run in every way, the CUDA tests, and a run that fills the
@@ -11,6 +12,7 @@ second: steps against the rivals at 32 and 256 images and with the engine's opti
 red, and the operators against torch.compile.
 models: the operators without a row of a GPU against torch.compile, and other people's models with
 one line of ours, the kernels in them tested beforehand.
+alignments: steps with every alignment target, of two models at 32 and 256 images, their tests beforehand.
 
 All end with a VERDICT. Every part is a process with a time limit. What it has written stays, and time
 that it leaves goes to the parts after it. DIR gets rows.json (the source of the tables), a log of every part, and
@@ -40,10 +42,10 @@ from benchmarks.operators.registry import OPERATORS
 from benchmarks.other_models.checkouts import recognise
 from benchmarks.record import ROOT, command_line, environment, load_results
 from benchmarks.report.verdict import failed_tests, predicted_rows, render
-from benchmarks.step.variants import PUBLISHED
+from benchmarks.step.variants import OTHER_TARGETS, PUBLISHED
 
 # seconds
-BUDGETS = {"first": 270, "second": 310, "models": 400}
+BUDGETS = {"first": 270, "second": 310, "models": 400, "alignments": 400}
 # programs that the parts run
 STEPS = ["-m", "benchmarks.step.train_step"]
 OPERATOR_RUN = ["-m", "benchmarks.operators.run"]
@@ -72,6 +74,13 @@ MODEL_TESTS = [
     "tests/integrations/test_own_models.py::test_kernels",
     "tests/integrations/test_backend.py::test_the_kernels_run",
     "tests/integrations/test_patches.py::test_the_same_results",
+]
+# tests of alignment targets that depend on the GPU
+ALIGNMENT_TESTS = [
+    "tests/alignment/test_ema_teacher.py",
+    "tests/alignment/test_golden_targets.py",
+    "tests/alignment/test_groups.py",
+    "tests/ops/test_attention_segments.py",
 ]
 # diffusers' models and a checkout's, by their options, meant to be so large that the device and not
 # its host is the limit. Two blocks of each kind, because a compiler needs time for every block.
@@ -257,6 +266,26 @@ def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]
     return found
 
 
+def alignments_parts(out: Path) -> list[Part]:
+    """Parts that answer: what does a step with each alignment target cost?"""
+    names = ["plain", "sra", *OTHER_TARGETS]
+    norm = [f"{name}+train.recompute=norm" for name in names]
+    # most valuable first; plain twice, for its spread
+    cases = [
+        case(32, ",".join([*names, "plain"])),
+        case(256, ",".join(norm)),
+        case(256, ",".join(names), SMALL_MODEL),
+        case(32, ",".join(names), SMALL_MODEL),
+    ]
+    steps = [*STEPS, "--json", str(out / "rows.json"), "--profile", "1"]
+    steps += ["--warmup", "5", "--steps", "30", "--seconds", "4", "--time-limit", "60", "--shrink"]
+    caches = {"TRITON_CACHE_DIR": str(out / "test_caches")}
+    return [
+        Part("tests", 50, pytest_command(*ALIGNMENT_TESTS), environment=caches),
+        Part("steps", 350, [*steps, *(word for words in cases for word in words)]),
+    ]
+
+
 def side_by_side(commands: list[list[str]]) -> str:
     """A shell line that runs Python several times at once, and fails if one of the runs does."""
     starts = [f'{shlex.join([sys.executable, *command])} & jobs="$jobs $!"' for command in commands]
@@ -326,9 +355,16 @@ def dry_parts(which: str, out: Path) -> list[Part]:
             Part("tests", 60, pytest_command("tests/test_layout.py"), beside=fill),
             Part("dit", 60, model),
         ]
-    small = lambda variants: ["--case", "SiT-S/8", "64", "1", variants]
     quick = ["--warmup", "1", "--steps", "1", "--profile", "0", "--shrink"]
     steps = [*STEPS, *rows, *quick]
+    if which == "alignments":
+        # four tokens, so that they can be cut into groups
+        variants = ["--case", "SiT-S/4", "64", "2", "plain,dual_time"]
+        return [
+            Part("tests", 60, pytest_command("tests/test_layout.py")),
+            Part("steps", 120, [*steps, *variants]),
+        ]
+    small = lambda variants: ["--case", "SiT-S/8", "64", "1", variants]
     ops = [*OPERATOR_RUN, *rows, "--ops", "gated_residual_adaln,noise_pair", "--budget", "0.002"]
     if which == "second":
         return [
@@ -570,6 +606,8 @@ def main(argv: list[str] | None = None) -> int:
         parts = dry_parts(args.which, args.out)
     elif args.which == "first":
         parts = first_parts(args.out, str(args.probe) if args.probe else None)
+    elif args.which == "alignments":
+        parts = alignments_parts(args.out)
     elif args.which == "models":
         try:
             parts = models_parts(args.out, args.checkout)

@@ -73,6 +73,10 @@ CLASSES = {
     'python -c "import sra_fast': Execute(says="configs$"),
     DEMO: Execute(TINY_RUN, makes=("runs/digits/000/ema.safetensors", "runs/digits/000/loss.png")),
     "deepspeed sra_fast/train.py --config configs/sit_xl2_256.yaml": IMAGENET,
+    "deepspeed sra_fast/train.py --config configs/alignment/": IMAGENET,
+    "deepspeed sra_fast/train.py --align self_flow": Execute(
+        f"{TINY_RUN} --train.out runs/self_flow", makes=("runs/self_flow/000/ema.safetensors",)
+    ),
     "deepspeed --num_gpus 8 sra_fast/train.py --config configs/dit_b2_256.yaml": IMAGENET,
     "deepspeed sra_fast/preprocess.py --source imagenet/train": IMAGENET,
     "python sra_fast/preprocess.py --source data/imagenet256": IMAGENET,

@@ -270,8 +270,9 @@ BUGS = [
     (
         "the block's MLP keeps everything",
         LAYERS,
-        "residual=(attended, gate_msa, proj.bias),\n            recompute=recompute,",
-        "residual=(attended, gate_msa, proj.bias),",
+        "residual=(attended, gate_msa, proj.bias),\n            group=group,\n"
+        "            recompute=recompute,",
+        "residual=(attended, gate_msa, proj.bias),\n            group=group,",
         T_BLOCK,
     ),
     (

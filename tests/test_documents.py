@@ -6,6 +6,7 @@ what makes it small.
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import documents
@@ -22,7 +23,8 @@ from documents import (
 )
 from launch import ROOT
 
-from sra_fast.config.cli import SHORT_FORMS
+from sra_fast.config.cli import SECTIONS, SHORT_FORMS
+from sra_fast.utils.registry import TARGETS
 
 
 def test_every_command_has_a_class():
@@ -74,10 +76,17 @@ OTHER_OPTIONS = {
 }
 
 
-def test_options_in_prose_exist(monkeypatch):
+def test_options_in_prose_exist(monkeypatch, rooms):
     """An option that a sentence or a table names is one of some program."""
     monkeypatch.chdir(ROOT)
-    known = set().union(*map(options_of, PROGRAMS), SHORT_FORMS, OTHER_OPTIONS)
+    # --help lists those of one target
+    of_targets = {
+        f"--{section}.{item.name}"
+        for section in SECTIONS
+        for part in dict(TARGETS.items()).values()
+        for item in fields(part.config)
+    }
+    known = set().union(*map(options_of, PROGRAMS), SHORT_FORMS, OTHER_OPTIONS, of_targets)
     named = [
         (path.name, number, option)
         for path in DOCUMENTS

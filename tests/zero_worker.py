@@ -6,6 +6,7 @@ more than the training.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from sra_fast.checkpoint import sources  # noqa: E402
 from sra_fast.checkpoint.manifest import Progress  # noqa: E402
 from sra_fast.config.cli import parse_train  # noqa: E402
 from sra_fast.data.dataset import make_dataset  # noqa: E402
+from sra_fast.data.digits import Digits  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
 from sra_fast.training.loop import train  # noqa: E402
@@ -75,8 +77,14 @@ TARGETS = {
     ),
     "dual_time_3": (3, f"--align dual_time {_LAYERS} --align.every 2 --train.recompute norm"),
     "dual_time_dit": (0, f"--model.name DiT-S/2 --align dual_time {_LAYERS} --sample.method ddim"),
-    "vae_latent_1": (1, f"--align vae_latent {_LAYER} --align.every 2"),
-    "vae_latent_3": (3, f"--align vae_latent {_LAYER} --align.last_layer linear"),
+    "vae_latent_1": (1, f"--align vae_latent {_LAYER} --align.every 2 --align.last_layer linear"),
+    "vae_latent_3": (3, f"--align vae_latent {_LAYER}"),
+    "repa_2": (2, f"--align cached_features {_LAYER} --align.feature_width 24"),
+    "irepa_3": (
+        3,
+        f"--align cached_features {_LAYER} --align.head conv --align.target_norm spatial "
+        "--align.feature_width 24 --align.fraction 0.5",
+    ),
     "layer_sync_2": (2, f"--align layer_sync {_LAYER} --align.deep_layer 3"),
     "layer_sync_3": (3, f"--align layer_sync {_LAYER} --align.deep_layer 4 --align.fraction 0.5"),
     "dispersive_0": (0, f"--align dispersive {_LAYER} --align.over all"),
@@ -187,6 +195,25 @@ def watch_ema(trainer) -> dict:
     return ema
 
 
+class DigitsWithFeatures(Digits):
+    """Digits with features of no model: each token's are a random projection of its image."""
+
+    features = SimpleNamespace(name="random", tokens=16, width=24, facts=None)
+
+    def __getitems__(self, indices):
+        images, labels = super().__getitems__(indices)
+        generator = torch.Generator().manual_seed(0)
+        projection = torch.randn(64, 16 * 24, generator=generator)
+        return images, labels, (images.flatten(1) @ projection).view(-1, 16, 24)
+
+
+def dataset(cfg):
+    """The configured data, with features if the target wants them."""
+    if cfg.align.target == "cached_features":
+        return DigitsWithFeatures()
+    return make_dataset(cfg)
+
+
 def outcome(trainer, rows) -> dict:
     masters = trainer.masters
     moments = {key: masters.gather(masters.state(key)) for key in ("exp_avg", "exp_avg_sq")}
@@ -204,7 +231,7 @@ def outcome(trainer, rows) -> dict:
 def run_case(out: Path, name: str, device, stage: int, precision: str, *args: str) -> None:
     """Uninterrupted run; then one that is resumed from its middle; their outcomes go to ``out``."""
     cfg = tiny(stage, precision, *args)
-    data = make_dataset(cfg)
+    data = dataset(cfg)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build(make_plan(cfg), device)

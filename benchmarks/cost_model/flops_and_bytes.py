@@ -9,8 +9,9 @@ import argparse
 
 from benchmarks.cost_model.flops import step_flops
 from benchmarks.cost_model.memory_traffic import bytes_by_phase, fuse_adamw
+from benchmarks.cost_model.one_gpu import Sizes
 from benchmarks.step.steps import make_step
-from benchmarks.step.variants import Variant
+from benchmarks.step.variants import OTHER_TARGETS, Variant
 from sra_fast.zero.process_group import init_distributed
 
 VARIANTS = (
@@ -19,6 +20,7 @@ VARIANTS = (
     "sra_fp8",
     "sra+optim.implementation=torch",
     "sra+align.fraction=0.5",
+    *OTHER_TARGETS,
     "fp32_teacher",
     "bf16_teacher",
     "truncated",
@@ -47,12 +49,13 @@ def main(argv: list[str] | None = None) -> None:
         # the first variant is plain
         plain = plain or flops
 
-        # bytes per parameter hardly depend on the size of the model
-        small = variant.configuration("SiT-S/8", 64, 2, "cuda")
+        # bytes per parameter hardly depend on the size of the model. Four tokens, so that they can be
+        # cut into groups
+        small = variant.configuration("SiT-S/4", 64, 2, "cuda")
         run = make_step(variant, small, device)
         fuse_adamw(run)
         moved = bytes_by_phase(run)
-        N = sum(p.numel() for p in small.model.build().parameters())
+        N = Sizes.of(small).student
         print(
             f"{name:30} {float(flops) / 1e9:9.1f} {float(flops / plain):7.3f} "
             f"{moved['optimizer'] / N:7.1f} {moved['backward'] / N:7.1f}",

@@ -5,8 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.cost_model.flops import step_flops
+from sra_fast.alignment.objective import add_heads
 from sra_fast.config.schema import Config
+from sra_fast.training.flops import aligned_share, forward_flops
 from sra_fast.training.logger import PEAK
+from sra_fast.utils.registry import TARGETS
 
 # assumed of an H100, not measured
 PEAK_FLOPS = PEAK["H100"][0]
@@ -16,6 +19,9 @@ PRODUCT_SHARE = 0.70
 PASS_SHARE = 0.85
 # FLOP/s of attention
 ATTENTION_RATE = 250e12
+# time of attention inside runs of a quarter and three quarters of the tokens over that of attention to
+# all, by their number: tiles of 128 tokens do not fit short runs. Predicted in docs/lab-notes.md
+RUNS_TIME = {256: 1.2, 1024: 0.9}
 # fp8 speeds up three of a block's four products; all four together become this much faster
 FP8_SPEED = 1.5
 # gaps between kernels
@@ -26,7 +32,7 @@ UPDATE_BYTES = 42
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the student (projection head included) and of the teacher."""
+    """Parameters of the student (all heads included) and of the teacher."""
 
     student: int
     teacher: int
@@ -34,11 +40,20 @@ class Sizes:
     @classmethod
     def of(cls, cfg: Config) -> "Sizes":
         with torch.device("meta"):
-            student = _num_parameters(cfg.model.build())
-            teacher = 0
-            if cfg.align.active:
-                teacher = _num_parameters(cfg.model.build_teacher(cfg.align.teacher_layer))
-        return cls(student, teacher)
+            student = cfg.model.build()
+            add_heads(student, cfg)
+            depths = teacher_depths(cfg).values()
+            teachers = [cfg.model.build_teacher(depth) for depth in depths]
+        return cls(_num_parameters(student), sum(map(_num_parameters, teachers)))
+
+
+def teacher_depths(cfg: Config) -> dict[str, int]:
+    """Blocks of the teacher by the section of its target; at most one target has a teacher."""
+    depths = {
+        section: TARGETS[align.target].network_depth(align)
+        for section, align in cfg.alignments.items()
+    }
+    return {section: depth for section, depth in depths.items() if depth is not None}
 
 
 def _num_parameters(model: torch.nn.Module) -> int:
@@ -125,11 +140,11 @@ def predicted(cfg: Config) -> Times:
 
     Bytes per element of [B, T, D] and block are those of the operators' docstrings: a half-block takes 8
     forward and 12 backward, GELU 16 and 24, and the gradients of queries, keys and values side by side 12.
-    A teacher's GELU is part of its product.
+    A teacher's GELU is part of its product. What heads and distances do besides products is left out.
     """
     arguments = cfg.model.arguments()
     images = cfg.train.global_batch
-    tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
+    tokens = cfg.model.num_tokens
     elements = images * tokens * arguments["hidden_size"]
     blocks = arguments["depth"]
     flops = step_flops(cfg)
@@ -137,15 +152,21 @@ def predicted(cfg: Config) -> Times:
     memory = PASS_SHARE * MEMORY_SPEED
 
     # attention's two products per block are slower than the others, with which they are counted
-    slow = 4 * tokens * elements * (1 / ATTENTION_RATE - 1 / products)
+    counted = images * float(forward_flops(cfg)["attention"]) / blocks
+    everything = 4 * tokens * elements
+    time_share = 1.0
+    if counted < everything:
+        time_share = RUNS_TIME.get(tokens, counted / everything)
+    slow = time_share * everything / ATTENTION_RATE - counted / products
     student = images * float(flops["student"]) / 3 / products
     forward = student + blocks * (elements * 32 / memory + slow)
     # five products in attention's backward pass
     backward = 2 * student + blocks * (elements * 60 / memory + 2.5 * slow)
     teacher = 0.0
-    if flops["teacher"]:
-        rate = products * (FP8_SPEED if cfg.align.teacher_dtype == "fp8" else 1)
-        passes = cfg.align.teacher_layer * (elements * 16 / memory + slow)
-        teacher = images * float(flops["teacher"]) / rate + passes
+    for section, depth in teacher_depths(cfg).items():
+        align = cfg.alignments[section]
+        rate = products * (FP8_SPEED if align.teacher_dtype == "fp8" else 1)
+        passes = depth * (elements * 16 / memory + slow)
+        teacher = images * float(flops["teacher"]) / rate + float(aligned_share(align)) * passes
     optimizer = UPDATE_BYTES * Sizes.of(cfg).student / memory
     return Times(forward, teacher, backward, optimizer, OTHER_SECONDS)

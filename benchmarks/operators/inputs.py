@@ -45,6 +45,20 @@ def rows_and_tables(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[
     return *rows_per_token(shape, dtype, randn, 2, 3), *randn(3, shape.sizes[1]).unbind(0)
 
 
+def rows_of_groups(shape: Shape, dtype: torch.dtype, randn: Callable) -> tuple[Tensor, ...]:
+    """Residual stream and branch [B, T, D], three slices of one projection [B, 2, 6 D], and the
+    group of each token [B, T]: a quarter of them, in the order of a random number, is the first.
+    """
+    B = shape.batch
+    T, D, _ = shape.sizes
+    arrays = [randn(B, T, D, dtype=dtype) for _ in range(2)]
+    vectors = randn(B, 2, 6 * D, dtype=dtype).chunk(6, dim=2)[2:5]
+    order = randn(B, T).argsort(1)
+    group = torch.ones(B, T, dtype=torch.int32, device=order.device)
+    group.scatter_(1, order[:, : T // 4], 0)
+    return *arrays, *vectors, group
+
+
 def rows_and_weight(
     shape: Shape, dtype: torch.dtype, randn: Callable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

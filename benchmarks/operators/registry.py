@@ -382,6 +382,34 @@ OPERATORS["gated_residual_adaln_table"] = Operator(
 )
 
 
+# two vectors per image, and the group of each token, as where an image has two noise levels
+
+
+def plain_gated_residual_adaln_groups(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, group: Tensor
+) -> tuple[Tensor, Tensor]:
+    index = group.long()[..., None].expand_as(x)
+    gate, shift, scale = (vectors.gather(1, index) for vectors in (gate, shift, scale))
+    return plain_gated_residual_adaln_per_token(x, y, gate, shift, scale)
+
+
+def _gated_residual_adaln_groups(function: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Call the operator, or its definition, on the inputs."""
+    *rows, group = inputs
+    return function(*rows, EPS, group=group)
+
+
+OPERATORS["gated_residual_adaln_groups"] = Operator(
+    make=inputs.rows_of_groups,
+    ours=lambda *inputs: _gated_residual_adaln_groups(ops.gated_residual_adaln, *inputs),
+    reference=functools.partial(_gated_residual_adaln_groups, gated_residual_adaln_ref),
+    eager=plain_gated_residual_adaln_groups,
+    # two vectors in place of each one; mean, rstd and the group of a token
+    bytes=row_bytes(forward=(4, 6), backward=(6, 10), per_token=12),
+    grads=(0, 1, 2, 3, 4),
+)
+
+
 # one norm with two modulations, for two attentions of one block
 
 

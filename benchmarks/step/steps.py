@@ -4,6 +4,7 @@ Each has ``step(i)``, ``loss_sum`` and ``phases``: (owner, attribute, phase) of 
 """
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 
@@ -17,13 +18,30 @@ from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import optimizer_step
 from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
+from sra_fast.utils.registry import TARGETS
+
+
+@dataclass(frozen=True)
+class RandomFeatures:
+    """What a data set says of the features of another model that come with its batches.
+
+    Attributes:
+        name: of the features.
+        tokens, width: T and D of an image's features ``[T, D]``.
+    """
+
+    name: str
+    tokens: int
+    width: int
 
 
 class OneBatch(TrainingData):
     """A data set of random VAE moments that gives the same batch forever.
 
+    For a target that needs them the batch also has random features of another model.
+
     Args:
-        cfg: batch size and shape of the latents are read.
+        cfg: batch size, shape of the latents and alignment are read.
         device: of the batch.
         world: processes that share the configured batch.
     """
@@ -40,6 +58,24 @@ class OneBatch(TrainingData):
         moments = torch.rand(size, 2 * channels, side, side, device=device, generator=generator)
         labels = torch.arange(size, device=device) % cfg.model.num_classes
         self.batch = (moments, labels)
+        widths = [getattr(align, "feature_width", None) for align in cfg.alignments.values()]
+        width = next((width for width in widths if width), None)
+        if width is not None:
+            tokens = cfg.model.num_tokens
+            self.features = RandomFeatures("random", tokens, width)
+            # of mean 0 and deviation 1, as those of a vision model after its last norm
+            features = torch.randn(size, tokens, width, device=device, generator=generator)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            self.batch = (moments, labels, features.to(dtype))
+
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of this batch's latents in every channel, drawn where the batch is."""
+        moments = self.batch[0]
+        generator = torch.Generator(moments.device).manual_seed(1)
+        shape = (len(moments), *self.shape)
+        noise = torch.randn(shape, device=moments.device, generator=generator)
+        channels = self.to_latent(moments, noise).transpose(0, 1).flatten(1)
+        return channels.mean(1).tolist(), channels.std(1).tolist()
 
     def to_latent(self, moments, noise):
         """A sample of the posterior, scaled as Stable Diffusion's latents are."""
@@ -51,6 +87,9 @@ class EngineStep:
     """The engine's step on one batch, from the draws to the refresh of the teacher."""
 
     def __init__(self, cfg: Config, data: OneBatch, device: torch.device):
+        # as in a run: before the plan
+        for align in cfg.alignments.values():
+            TARGETS[align.target].fill_in_data(align, cfg, data)
         self.trainer = build(make_plan(cfg), device)
         self.data = data
         self.batches = itertools.repeat(data.batch)
@@ -89,8 +128,8 @@ class EngineStep:
         if self.trainer.graphed is not None:
             return [(self.trainer, "micro_step", "graph"), optimizer]
         found = [(engine, "forward", "forward")]
-        if engine.module.teacher is not None:
-            found.append((engine.module.target, "run", "teacher"))
+        with_teacher = [each for each in engine.module.targets if each.network is not None]
+        found += [(target, "run", "teacher") for target in with_teacher]
         return [*found, (engine, "backward", "backward"), optimizer]
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 # these rooms register what a configuration may name
 from sra_fast import alignment, data, diffusion  # noqa: F401
 from sra_fast.config.cli import parse_train
-from sra_fast.config.schema import Config
+from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.models import preset
+from sra_fast.utils.registry import TARGETS
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,21 @@ LAYERS = {
     "DiT-L": (6, 14),
     "DiT-XL": (8, 16),
 }
+STUDENT_LAYER = "align.student_layer"
 TEACHER_LAYER = "align.teacher_layer"
+TARGET = "align.target"
+
+# alignment targets besides SRA's, each a variant of its own name
+OTHER_TARGETS = (
+    "self_flow",
+    "dual_time",
+    "vae_latent",
+    "layer_sync",
+    "dispersive",
+    "cached_features",
+)
+# channels of the stored features: those of DINOv2-B, which REPA and iREPA are aligned to
+FEATURE_WIDTH = 768
 
 # the published code under the name that its rows have had since the first measurement
 PUBLISHED = "reference"
@@ -67,13 +82,14 @@ _ONE_PASS = {"optim.implementation": "fused"}
 _COMPILED = {**_ONE_PASS, "train.compile": "true"}
 _GRAPH = {**_COMPILED, "train.graph": "true"}
 ENGINE = {
-    "plain": {"align.target": "none"},
+    "plain": {TARGET: "none"},
     "sra": {},
     "sra_fp8": {"align.teacher_dtype": "fp8"},
     "one_pass": {**_ONE_PASS, "train.compile": "false", "train.graph": "false"},
     "compile": {**_COMPILED, "train.graph": "false"},
     "graph": _GRAPH,
     "fp8": {**_GRAPH, "align.teacher_dtype": "fp8"},
+    **{name: {TARGET: name} for name in OTHER_TARGETS},
 }
 
 # what the operators read
@@ -160,6 +176,11 @@ def expand(names: list[str], model: str, has_published: bool) -> list[str]:
     return found
 
 
+def is_another_target(option: str) -> bool:
+    """Whether an option chooses what is aligned to."""
+    return option == TARGET or option.startswith("align2.")
+
+
 @dataclass(frozen=True)
 class Variant:
     """A parsed name.
@@ -204,6 +225,8 @@ class Variant:
                 f"variant {base} has no switch {unknown}; options of the engine have a dot, and its "
                 f"variables are {', '.join(VARIABLES)}"
             )
+        if base not in ENGINE and any(is_another_target(option) for option in options):
+            raise ValueError(f"variant {base} runs SRA and nothing else, got {name!r}")
         if base not in PROGRAMS:
             return cls(name, base, options, None, variables)
         words = {"true": True, "false": False}
@@ -233,22 +256,41 @@ class Variant:
             batch: images of the one process that there is.
             device: "cuda" trains in bf16, "cpu" in fp32.
         """
-        student, teacher, _ = layers(model)
-        # the student's layer may not lie above the teacher's
-        student = min(student, int(self.options.get(TEACHER_LAYER, student)))
         options = {
             "model.name": model,
             "model.input_size": resolution // 8,
             "train.global_batch": batch,
-            "align.student_layer": student,
-            TEACHER_LAYER: teacher,
             "train.precision": "bf16" if device == "cuda" else "fp32",
             # no log rows while steps are timed
             "train.log_every": 10**9,
+            **self._layer_options(model),
             **self.options,
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         cfg, _ = parse_train(words)
         # no data set is opened: channels and classes are those of ImageNet's latents
         cfg.model.fill_in()
+        for align in cfg.alignments.values():
+            fill_in(align, cfg)
         return cfg
+
+    def _layer_options(self, model: str) -> dict[str, int]:
+        """SRA's layers for every target with a teacher, so that their times compare. The others
+        have their own, which the engine fills in.
+        """
+        target = self.options.get(TARGET, AlignConfig.target)
+        # plain has the options of SRA, without effect
+        has_teacher = target == "none" or hasattr(TARGETS[target].config, "teacher_layer")
+        if not has_teacher:
+            return {}
+        student, teacher, _ = layers(model)
+        # the student's layer may not lie above the teacher's
+        student = min(student, int(self.options.get(TEACHER_LAYER, teacher)))
+        return {STUDENT_LAYER: student, TEACHER_LAYER: teacher}
+
+
+def fill_in(align: AlignConfig, cfg: Config) -> None:
+    """Give what is left open of a target its default."""
+    TARGETS[align.target].fill_in(align, cfg)
+    if hasattr(align, "feature_width") and align.feature_width is None:
+        align.feature_width = FEATURE_WIDTH

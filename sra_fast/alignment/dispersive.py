@@ -58,7 +58,7 @@ class Dispersive(Target):
 
     def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
         h = self.projected(student, features, inputs)
-        over_all = self.align.over == "all" and dist.is_initialized()
+        over_all = self.align.over == "all" and dist.is_initialized() and dist.get_world_size() > 1
         value = dispersion(h, self.align.temperature, dist.group.WORLD if over_all else None)
         return {"align": value, "student_norm": mean_norm(h)}
 

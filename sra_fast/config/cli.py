@@ -129,6 +129,13 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     cfg, parsed = parse(options, parser, args)
     # `options` was made for this parser only: two of them never compare as equal
     cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
+    for section, align in cfg.alignments.items():
+        # the parser has taken a target whose options it was not made for
+        if not isinstance(align, TARGETS[align.target].config):
+            parser.error(
+                f"{section}.target {align.target} was expected to be named by an argument or by the "
+                "file of its options"
+            )
     return cfg, parsed.deepspeed_config
 
 
@@ -180,7 +187,8 @@ def _target_of_file(section: str, path: Path) -> str:
     """
     try:
         align = yaml.safe_load(path.read_text())[section]
-        name = str(align.get("target", "none"))
+        # a file that names no target has options of the one that is chosen elsewhere
+        name = str(align["target"])
         options = set(align)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return "none"

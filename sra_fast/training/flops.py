@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,8 +13,18 @@ from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages
 from sra_fast.utils.registry import CONDITIONINGS, TARGETS
 
-# FLOPs by configuration: counting those of SiT-XL/2 takes a core a second
-_training_flops: dict[str, tuple[float, float]] = {}
+# of a forward, by configuration: counting those of SiT-XL/2 takes a core some seconds
+_forward_flops: dict[str, dict[str, Fraction]] = {}
+
+# parts of the student, by the ends of its modules' names
+PARTS = {
+    # inputs of these products are data and need no gradient
+    "inputs": (".x_embedder.proj", ".t_embedder.mlp.0"),
+    # queries with keys, probabilities with values
+    "attention": (".attn",),
+    # shift, scale and gate of all blocks and of the last layer
+    "modulation": (".adaLN_modulation.1",),
+}
 
 
 def training_flops(cfg: Config) -> tuple[float, float]:
@@ -23,28 +34,63 @@ def training_flops(cfg: Config) -> tuple[float, float]:
     and one of its network, as often as they run. A student that sees two times per image or
     separated groups does so in the plain step too.
     """
-    key = repr((cfg.model, cfg.align, cfg.align2))
-    if key not in _training_flops:
-        _training_flops[key] = _count_training_flops(cfg)
-    return _training_flops[key]
+    part = forward_flops(cfg)
+    # a backward pass costs two forwards
+    plain = 3 * part["student"]
+    extra = Fraction(0)
+    for section, align in cfg.alignments.items():
+        once = 3 * part[section] + part[f"{section}_teacher"]
+        extra += once * aligned_share(align)
+    return float(plain), float(plain + extra)
 
 
-def forward_flops(cfg: Config) -> dict[str, int]:
-    """FLOPs per image of one forward: of the ``student`` without heads, and of each target by its
-    section, ``align`` (head and loss) and ``align_teacher`` (its network).
+def aligned_share(align: AlignConfig) -> Fraction:
+    """Share of the images of all steps that a target is computed for while it is on."""
+    # 0.3 is no binary fraction
+    return Fraction(align.share).limit_denominator(1000) / align.every
+
+
+def forward_flops(cfg: Config) -> dict[str, Fraction]:
+    """FLOPs per image of one forward.
+
+    Returns:
+        ``student``, without heads, and what of it its ``PARTS`` are; of each target by its section
+        ``align``, head and loss, and ``align_teacher``, its network. Of images and steps in which
+        the target is computed.
     """
+    key = repr((cfg.model, cfg.align, cfg.align2))
+    if key not in _forward_flops:
+        cut = _count_forward_flops(cfg)
+        # images that are left whole cost more: a mean over both kinds
+        share = _whole_share(cfg)
+        whole = _count_forward_flops(_whole_images(cfg)) if share else cut
+        mean = {name: (1 - share) * cut[name] + share * whole[name] for name in cut}
+        _forward_flops[key] = mean
+    return _forward_flops[key]
+
+
+@torch.no_grad()
+def _count_forward_flops(cfg: Config) -> dict[str, int]:
+    """``forward_flops`` of images that are all cut into groups, if any are."""
     with torch.device("meta"):
         objective = _on_meta(cfg)
         batch = _one_image(objective, cfg)
         noisy = NoisyImages.make(objective.process, batch, objective.student.patch_size)
     student = objective.student
     depths = {depth for target in objective.targets for depth in target.depths}
-    times = batch.times
-    run = lambda: student(
-        noisy.x, times.student, batch.condition, depths=depths, groups=times.groups
-    )
-    found = {"student": count_flops(run)}
-    features = run()[1] if depths else None
+    outputs = []
+
+    def run() -> None:
+        times = batch.times
+        out = student(noisy.x, times.student, batch.condition, depths=depths, groups=times.groups)
+        outputs.append(out)
+
+    modules = flops_of_modules(run)
+    found = {"student": modules["Global"]}
+    for name, ends in PARTS.items():
+        found[name] = sum(flops for module, flops in modules.items() if module.endswith(ends))
+
+    features = outputs[0][1] if depths else None
     for section, target in zip(cfg.alignments, objective.targets, strict=True):
         inputs = inputs_of(target, noisy)
         teacher = 0
@@ -58,23 +104,38 @@ def forward_flops(cfg: Config) -> dict[str, int]:
     return found
 
 
-def _count_training_flops(cfg: Config) -> tuple[float, float]:
-    part = forward_flops(cfg)
-    # a backward pass costs two forwards
-    plain = 3.0 * part["student"]
-    extra = 0.0
-    for section, align in cfg.alignments.items():
-        once = 3 * part[section] + part[f"{section}_teacher"]
-        extra += once * align.share / align.every
-    return plain, plain + extra
+def count_flops(forward: Callable[[], object]) -> int:
+    """FLOPs of one call, 2 per multiply-add."""
+    return flops_of_modules(forward)["Global"]
 
 
 @torch.no_grad()
-def count_flops(forward: Callable[[], object]) -> int:
-    """FLOPs of one call, 2 per multiply-add."""
+def flops_of_modules(forward: Callable[[], object]) -> dict[str, int]:
+    """FLOPs of one call by the names of the modules that run in it, ``Global`` being all of it."""
     with FlopCounterMode(display=False) as counter:
         forward()
-    return counter.get_total_flops()
+    counts = counter.get_flop_counts()
+    found = {name: sum(by_operator.values()) for name, by_operator in counts.items()}
+    # a call without a product has no entry
+    return {"Global": 0, **found}
+
+
+def _whole_share(cfg: Config) -> Fraction:
+    """Share of the images that a target with groups leaves whole."""
+    shares = [getattr(align, "full_share", 0.0) for align in cfg.alignments.values()]
+    return Fraction(max(shares, default=0.0)).limit_denominator(1000)
+
+
+def _whole_images(cfg: Config) -> Config:
+    """The same without separation: whole images have the products of two groups that attend to
+    each other.
+    """
+    changes = {
+        section: replace(align, separate=False)
+        for section, align in cfg.alignments.items()
+        if hasattr(align, "separate")
+    }
+    return replace(cfg, **changes)
 
 
 def _on_meta(cfg: Config) -> SRAObjective:

@@ -71,10 +71,8 @@ def _alignment(cfg: Config) -> str:
     if not cfg.align.active:
         return "no alignment"
     plain, aligned = training_flops(cfg)
-    return (
-        f"target {cfg.align.target} and head add {aligned / plain - 1:.1%} to the FLOPs "
-        "of the plain step"
-    )
+    names = " and ".join(align.target for align in cfg.alignments.values())
+    return f"target {names} and head add {aligned / plain - 1:.1%} to the FLOPs of the plain step"
 
 
 def _ema(trainer: Trainer, count: int) -> str:

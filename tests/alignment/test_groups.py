@@ -273,3 +273,24 @@ def test_wrong_shapes_are_named():
         model(x, t[:, 0], LABELS, groups=groups)
     with pytest.raises(ValueError, match=r"groups \[4, 9\]"):
         model(x, t, LABELS, groups=TokenGroups(torch.zeros(B, 9)))
+
+
+def test_compiled_blocks_take_groups_and_segments():
+    """fullgraph, with groups that are separated in some of the images."""
+    torch.compiler.reset()
+    x, t = inputs()
+    index = torch.tensor([0] * 4 + [1] * 12, dtype=torch.int32).repeat(B, 1)
+    index[1] = 1
+    groups = TokenGroups(index, random_order(), ((4, 12), (16,), (4, 12), (4, 12)))
+    results = []
+    for compiled in (False, True):
+        model = network(defer_bias=True).train()
+        if compiled:
+            model.compile_blocks()
+        prediction = model(x, t, LABELS, groups=groups)
+        gradients = torch.autograd.grad(
+            prediction.square().sum(), [p for n, p in model.named_parameters() if "blocks" in n]
+        )
+        results.append([prediction, *gradients])
+    for eager, fused in zip(*results, strict=True):
+        assert_matches(fused, eager, 1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost_model.flops import forward_flops, step_flops
+from benchmarks.cost_model.flops import step_flops
 from benchmarks.cost_model.memory_traffic import bytes_by_phase, count_bytes
 from benchmarks.operators.registry import OPERATORS
 from benchmarks.operators.shapes import TINY, Shape, num_parameters
@@ -12,8 +12,9 @@ from benchmarks.step.steps import make_step
 from benchmarks.step.variants import Variant
 from benchmarks.timing import make_randn
 from sra_fast import ops
+from sra_fast.alignment.target import AP_HEAD, trained_heads
 from sra_fast.config.schema import Config
-from sra_fast.training.flops import training_flops
+from sra_fast.training.flops import forward_flops, training_flops
 from sra_fast.zero.process_group import init_distributed
 
 BATCH = 2
@@ -57,6 +58,15 @@ def device(monkeypatch):
         ("sra+align.fraction=0.5", False),
         ("truncated", False),
         ("bf16_teacher", True),
+        ("self_flow", False),
+        ("dual_time+align.fraction=0.5", False),
+        ("dual_time+align.full_share=0.5", False),
+        ("vae_latent", False),
+        ("layer_sync", False),
+        ("dispersive", False),
+        ("cached_features", False),
+        ("cached_features+align.head=conv", False),
+        ("self_flow+align2.target=vae_latent", False),
     ],
 )
 def test_a_step_does_what_the_formula_says(name, full_depth, device, monkeypatch):
@@ -67,19 +77,41 @@ def test_a_step_does_what_the_formula_says(name, full_depth, device, monkeypatch
     expected = step_flops(cfg, full_depth)
     with FlopCounterMode(display=False) as counter:
         run.step(0)
-    part = forward_flops(cfg)
     spare = 0
-    if name == "plain":
-        # without alignment the head sees one token, whose input needs no gradient, so that every parameter
-        # gets a (zero) gradient
-        spare = 2.5 * part["head"] / 4
+    width = cfg.model.hidden_size
+    if AP_HEAD not in trained_heads(cfg.alignments.values()):
+        # a projection head that no target trains sees one token, whose input needs no gradient, so that
+        # every parameter gets a (zero) gradient
+        spare += 2.5 * 8 * width**2
+    if name == "dispersive":
+        # the product of all pairs of images: two of three times, because one factor has no gradient
+        tokens = 4
+        spare += (2 * BATCH**2 - 3 * BATCH) * 2 * tokens * width
     assert counter.get_total_flops() == BATCH * sum(expected.values()) + spare
 
-    if full_depth or cfg.align.fraction < 1 or not expected["teacher"]:
-        return
-    # besides its blocks a truncated teacher needs only the embedders
-    assert expected["teacher"] - part["embed"] == cfg.align.teacher_layer * part["block"]
-    assert part["embed"] < 0.03 * expected["teacher"]
+
+def test_parts_of_the_student_and_a_truncated_teacher():
+    """Besides its blocks a truncated teacher needs only the embedders."""
+    _, cfg = small_case("sra")
+    _, deeper = small_case("sra+align.teacher_layer=12")
+    depth = 12
+    width = cfg.model.hidden_size
+    tokens = 4
+    part = forward_flops(cfg)
+    products = 12 * width**2 * tokens
+    modulation = 6 * width**2
+    attention = 2 * tokens**2 * width
+    block = 2 * (products + modulation + attention)
+    assert part["attention"] == depth * 2 * attention
+    assert part["modulation"] == depth * 2 * modulation + 2 * 2 * width**2
+    # patches of 4 x 4 x 4 and the sinusoid of the time
+    assert part["inputs"] == 2 * width * (tokens * 64 + 256)
+    last = 2 * width * (2 * width + tokens * 64)
+    embed = part["student"] - depth * block - last
+    assert embed == part["inputs"] + 2 * width**2
+    assert part["align_teacher"] == embed + cfg.align.teacher_layer * block
+    assert embed < 0.03 * part["align_teacher"]
+    assert forward_flops(deeper)["align_teacher"] == embed + 12 * block
 
 
 def test_flops_of_the_papers_models():

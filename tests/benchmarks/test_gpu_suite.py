@@ -18,6 +18,7 @@ from benchmarks.operators import attention_backends, run
 from benchmarks.other_models.checkouts import CHECKOUTS
 from benchmarks.record import ROOT
 from benchmarks.step import train_step
+from benchmarks.step.variants import OTHER_TARGETS
 
 
 def test_dry_run_of_both_commands(tmp_path, monkeypatch, capsys):
@@ -139,6 +140,16 @@ def test_dry_run_of_models(tmp_path, capsys):
     )
 
 
+def test_dry_run_of_alignments(tmp_path, capsys):
+    code = gpu_suite.main(["alignments", "--device", "cpu", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert "VERDICT alignments: cpu" in said
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    steps = {row["variant"]: row for row in rows if row["name"] == "step"}
+    assert list(steps) == ["plain", "dual_time"]
+
+
 def test_time_that_a_part_leaves_goes_to_the_next(tmp_path, monkeypatch):
     limits = []
     now = 0.0
@@ -175,6 +186,20 @@ def test_the_parts_for_a_gpu_fit_their_budgets():
     assert sum(part.share for part in second) <= 310
     models = gpu_suite.models_parts(OUT, [])
     assert sum(part.share for part in models) <= 400
+    assert sum(part.share for part in gpu_suite.alignments_parts(OUT)) <= 400
+
+
+def test_every_target_is_measured_for_two_models_and_batches():
+    parts = parts_by_name(gpu_suite.alignments_parts(OUT))
+    steps = train_step.parse(parts["steps"].command[2:])
+    assert sorted(case for case, _ in steps.cases) == [
+        ("SiT-B/2", 256, 32),
+        ("SiT-B/2", 256, 256),
+        ("SiT-XL/2", 256, 32),
+        ("SiT-XL/2", 256, 256),
+    ]
+    for _, variants in steps.cases:
+        assert {"plain", "sra", *OTHER_TARGETS} == {name.partition("+")[0] for name in variants}
 
 
 def test_commands_for_a_gpu_are_understood():
@@ -253,7 +278,8 @@ def test_side_by_side_fails_with_any_of_its_programs():
 
 
 def test_which_tests_run_on_a_gpu():
-    files = [name.partition("::")[0] for name in (*gpu_suite.TESTS, *gpu_suite.MODEL_TESTS)]
+    names = (*gpu_suite.TESTS, *gpu_suite.MODEL_TESTS, *gpu_suite.ALIGNMENT_TESTS)
+    files = [name.partition("::")[0] for name in names]
     assert all((ROOT / path).exists() for path in files)
     command = parts_by_name(gpu_suite.first_parts(OUT, None))["tests"].command
     words = [sys.executable, *command, "--collect-only", "-q"]

@@ -45,7 +45,7 @@ def test_every_operator_with_a_kernel_is_measured():
     # operators inside a half-block or the teacher, which nobody calls from outside
     inner = {"quantize_rows", "gelu", "swiglu", "concat_columns"}
     variants = {"adaln_per_token", "gated_residual_adaln_per_token", "gated_residual_adaln_table"}
-    variants |= {"gated_residual_adaln_two", "attention_segments"}
+    variants |= {"gated_residual_adaln_two", "gated_residual_adaln_groups", "attention_segments"}
     assert set(OPERATORS) == {*ops.__all__, *inner, *variants}
     kernels = {path.stem for path in (ROOT / "kernels").glob("[!_]*.py")}
     # operators without a kernel file of their name
@@ -182,6 +182,7 @@ FILES = {
     "gated_residual_adaln_per_token": "per_token",
     "gated_residual_adaln_table": "per_token",
     "gated_residual_adaln_two": "gated_residual_adaln",
+    "gated_residual_adaln_groups": "gated_residual_adaln",
 }
 IN_BYTES = ("noise_pair", "ema_update_", "adamw_ema_")
 

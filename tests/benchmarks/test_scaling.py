@@ -255,3 +255,54 @@ def test_what_arithmetic_says_of_one_gpu():
     # fp8 is 1.5 times as fast
     assert sra.teacher - times["sra_fp8"].teacher == pytest.approx(teacher_products / 3, rel=2e-3)
     assert times["plain"].teacher == 0
+
+
+@pytest.mark.parametrize(
+    "name, heads",
+    [
+        # the projection head is part of the model
+        ("plain", 0),
+        ("self_flow", 0),
+        # 1152 -> 2048 -> 2048 -> 768 with biases
+        ("cached_features", 1152 * 2048 + 2048 * 2048 + 2048 * 768 + 2 * 2048 + 768),
+    ],
+)
+def test_parameters_of_every_target(name, heads):
+    sra = Sizes.of(Variant.parse("sra").configuration("SiT-XL/2", 256, 32, "cuda"))
+    found = Sizes.of(Variant.parse(name).configuration("SiT-XL/2", 256, 32, "cuda"))
+    assert found.student - sra.student == heads
+    assert found.teacher == (sra.teacher if name == "self_flow" else 0)
+
+
+def test_what_arithmetic_says_of_other_targets():
+    """Against SRA's step of 32 images of SiT-XL/2, from the products that differ."""
+    times = {}
+    for name in (
+        "plain",
+        "sra",
+        "self_flow",
+        "dual_time",
+        "cached_features",
+        "dual_time+align.every=2",
+    ):
+        cfg = Variant.parse(name).configuration("SiT-XL/2", 256, 32, "cuda")
+        times[name] = one_gpu.predicted(cfg)
+    sra = times["sra"]
+    # a second conditioning: modulations of 28 blocks and the last layer, and the time's embedder
+    second = 32 * 2 * (170 * 1152**2 + 1152 * (256 + 1152)) / 692.3e12
+    assert times["self_flow"].forward - sra.forward == pytest.approx(second, rel=2e-2)
+    assert times["self_flow"].teacher == sra.teacher
+
+    # attention inside runs has fewer products, but takes 1.2 times as long
+    attention = 28 * 4 * 256 * 32 * 256 * 1152 / 250e12
+    difference = times["dual_time"].forward - sra.forward
+    assert difference == pytest.approx(second + 0.2 * attention, rel=2e-2)
+    assert times["dual_time"].teacher - sra.teacher == pytest.approx(20 / 28 * difference, rel=5e-2)
+    assert times["dual_time+align.every=2"].teacher == pytest.approx(times["dual_time"].teacher / 2)
+
+    # a head of three layers, of which the backward pass costs two forwards
+    plain = times["plain"]
+    head = 32 * 256 * 2 * (1152 * 2048 + 2048**2 + 2048 * 768) / 692.3e12
+    assert times["cached_features"].teacher == 0
+    assert times["cached_features"].forward - plain.forward == pytest.approx(head, rel=1e-3)
+    assert times["cached_features"].backward - plain.backward == pytest.approx(2 * head, rel=1e-3)

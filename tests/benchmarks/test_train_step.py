@@ -11,7 +11,11 @@ import torch
 from benchmarks.record import FIELDS
 from benchmarks.step import train_step
 from benchmarks.step.kernel_families import FAMILIES
+from benchmarks.step.phases import Phases
+from benchmarks.step.steps import OneBatch, make_step
+from benchmarks.step.variants import OTHER_TARGETS, Variant
 from benchmarks.step.worker import Failure, Worker
+from sra_fast.zero.process_group import init_distributed
 
 MODULE = "benchmarks.step.train_step"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -113,6 +117,72 @@ def test_programs_take_the_engines_steps_and_leave_nothing_behind(start_worker):
     fresh = start_worker()
     assert fresh(COMPILED) == found[COMPILED] == sums(COMPILED)
     assert fresh("sra") == engine
+
+
+# the engine with every target
+
+# four tokens, so that they can be cut into groups
+SMALL_ENGINE = "+model.hidden_size=32+model.num_heads=2+optim.lr=0.01"
+TARGET_VARIANTS = [
+    *OTHER_TARGETS,
+    "dual_time+align.full_share=0.5",
+    "self_flow+align.teacher_dtype=fp8+train.precision=bf16",
+    "cached_features+align.head=conv+align.target_norm=spatial",
+    "self_flow+align2.target=cached_features",
+]
+
+
+def small_target(name: str) -> tuple:
+    """``(variant, configuration)`` of a tiny SiT."""
+    variant = Variant.parse(name + SMALL_ENGINE)
+    return variant, variant.configuration("SiT-S/4", 64, 4, "cpu")
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """The device of a group of one process; the variables that say so are taken back."""
+    for name in (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    return init_distributed()
+
+
+@pytest.mark.parametrize("name", TARGET_VARIANTS)
+def test_the_engine_aligns_to_every_target(name, one_process):
+    variant, cfg = small_target(name)
+    run = make_step(variant, cfg, one_process)
+    phases = Phases(cuda=False)
+    for owner, attribute, phase in run.phases:
+        phases.around(owner, attribute, phase)
+    has_teacher = name.startswith(("self_flow", "dual_time"))
+    times = phases.measure(run.step, range(3))
+    assert set(times) == {"forward", "backward", "optimizer"} | (
+        {"teacher"} if has_teacher else set()
+    )
+    # every step adds its alignment losses: none has been left out
+    for section in cfg.alignments:
+        total = run.logger.values.total("align" if section == "align" else "align2")
+        assert torch.isfinite(total) and total != 0
+    run.close()
+
+
+def test_one_batch_has_what_a_target_needs(one_process):
+    _, cfg = small_target("cached_features+align.feature_width=24")
+    data = OneBatch(cfg, one_process)
+    moments, labels, features = data.batch
+    assert (data.features.tokens, data.features.width) == (4, 24)
+    assert features.shape == (4, 4, 24) and features.dtype == torch.float32
+    assert features.std() == pytest.approx(1, abs=0.2)
+    # equal configurations have equal batches, and features change nothing else
+    _, plain = small_target("plain")
+    same = OneBatch(plain, one_process)
+    assert same.features is None and len(same.batch) == 2
+    assert torch.equal(same.batch[0], moments) and torch.equal(same.batch[1], labels)
+
+    # mean + deviation * noise, both uniform in [0, 1): mean 1/2, variance 1/12 + 1/3
+    mean, std = data.channel_statistics()
+    assert mean == pytest.approx([0.5 * 0.18215] * 4, abs=0.03)
+    assert std == pytest.approx([(5 / 12) ** 0.5 * 0.18215] * 4, rel=0.2)
 
 
 # a run

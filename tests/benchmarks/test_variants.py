@@ -3,7 +3,16 @@
 import pytest
 
 from benchmarks.step import train_step
-from benchmarks.step.variants import Variant, expand, is_depth, layers, teacher_share
+from benchmarks.step.variants import (
+    FEATURE_WIDTH,
+    OTHER_TARGETS,
+    Variant,
+    expand,
+    is_depth,
+    layers,
+    teacher_share,
+)
+from sra_fast.utils.registry import TARGETS
 
 
 @pytest.mark.parametrize(
@@ -16,6 +25,8 @@ from benchmarks.step.variants import Variant, expand, is_depth, layers, teacher_
         ("sra+train.compile", "expected settings name=value"),
         ("sra+SRA_FAST_CUBLSLT=0", "its variables are SRA_FAST_BACKEND,"),
         ("strong+SRA_FAST_BACKEND=triton", "no switch SRA_FAST_BACKEND"),
+        ("strong+align.target=dual_time", "variant strong runs SRA and nothing else"),
+        ("strong+align2.target=vae_latent", "variant strong runs SRA and nothing else"),
     ],
 )
 def test_unknown_variants_are_refused(words, message, capsys):
@@ -57,6 +68,38 @@ def test_options_reach_the_engine():
     assert not cfg.train.compile
     assert cfg.train.precision == "bf16"
     assert Variant.parse("plain").configuration("SiT-B/2", 256, 8, "cpu").align.target == "none"
+
+
+def test_every_target_is_a_variant():
+    assert {"none", "ema_teacher", *OTHER_TARGETS} == set(TARGETS)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        # those with a teacher at SRA's layers, the others at their own
+        ("self_flow", {"student_layer": 8, "teacher_layer": 20, "weight": 0.8}),
+        ("self_flow+align.teacher_dtype=fp8", {"teacher_layer": 20, "teacher_dtype": "fp8"}),
+        ("self_flow+align.teacher_layer=5", {"student_layer": 5, "teacher_layer": 5}),
+        ("dual_time+align.full_share=0.25", {"teacher_layer": 20, "full_share": 0.25}),
+        ("vae_latent", {"student_layer": 8}),
+        ("layer_sync", {"student_layer": 8, "deep_layer": 16}),
+        ("dispersive", {"student_layer": 7}),
+        ("cached_features", {"student_layer": 8, "feature_width": FEATURE_WIDTH}),
+        ("sra+align.target=dispersive", {"student_layer": 7}),
+    ],
+)
+def test_options_of_a_target(name, expected):
+    align = Variant.parse(name).configuration("SiT-XL/2", 256, 8, "cpu").align
+    assert {field: getattr(align, field) for field in expected} == expected
+
+
+def test_a_second_target():
+    name = "self_flow+align2.target=cached_features+align2.feature_width=384"
+    cfg = Variant.parse(name).configuration("SiT-B/2", 256, 8, "cpu")
+    assert list(cfg.alignments) == ["align", "align2"]
+    assert (cfg.align.teacher_layer, cfg.align2.student_layer) == (8, 4)
+    assert cfg.align2.feature_width == 384
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,41 @@ def test_broken_or_missing_file_is_one_message(capsys, tmp_path, text):
         parse_train(["--config", str(file)])
     assert stopped.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--align self_flow --config FILE",
+        "--config FILE --align self_flow",
+        "--align=self_flow --config=FILE",
+    ],
+)
+def test_file_without_a_target_has_options_of_the_one_that_is_named(tmp_path, args):
+    """In any order, also where they are options of another target too."""
+    file = write(tmp_path / "layers.yaml", "align: {student_layer: 2, teacher_layer: 3}")
+    cfg, _ = parse_train(args.replace("FILE", file).split())
+    assert type(cfg.align) is TARGETS["self_flow"].config
+    assert (cfg.align.target, cfg.align.teacher_layer, cfg.align.weight) == ("self_flow", 3, 0.8)
+
+
+def test_second_target_has_options_of_its_own(tmp_path, capsys):
+    text = "align: {target: self_flow}\nalign2: {target: vae_latent, latent: mean}"
+    file = write(tmp_path / "two.yaml", text)
+    cfg, _ = parse_train(["--config", file, "--align2.weight", "0.5"])
+    assert type(cfg.align2) is TARGETS["vae_latent"].config
+    assert (cfg.align2.latent, cfg.align2.weight, cfg.align.weight) == ("mean", 0.5, 0.8)
+    assert list(cfg.alignments) == ["align", "align2"]
+    save_config(cfg, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == cfg
+    off, _ = parse_train(["--config", file, "--align2", "none"])
+    assert list(off.alignments) == ["align"] and off.align2.latent == "mean"
+    with pytest.raises(SystemExit):
+        parse_train(["--align2", "self_flow", "--align2.latent", "mean"])
+    assert "align2.latent" in capsys.readouterr().err
+
+
+def test_one_target_is_the_default():
+    cfg, _ = parse_train([])
+    assert list(cfg.alignments) == ["align"] and cfg.align.target == "ema_teacher"
+    assert cfg.align2 == AlignConfig(target="none")

@@ -35,6 +35,12 @@ ARGUMENTS = [
     "--train.recompute full",
     "--train.recompute norm --train.residual fp32",
     "--model.name DiT-S/2 --align.weight 0.04",
+    "--align dual_time --align.student_layer 2 --align.teacher_layer 3 --align.full_share 0.25 "
+    "--align.fraction 0.5 --train.micro_batch 8",
+    "--align vae_latent --align.student_layer 2 --align.stop_at_step 3",
+    # four kinds of step, two of which have one target each
+    "--align self_flow --align.student_layer 2 --align.teacher_layer 3 --align.every 2 "
+    "--align2 vae_latent --align2.student_layer 1 --align2.every 3",
 ]
 if CUDA:
     # several graphs, each with a second stream inside
@@ -60,6 +66,7 @@ def run(folder, graphed, stage, precision, args):
     folder.mkdir()
     rows = train(trainer, make_dataset(cfg), folder)
     names = ("loss", "align", "denoise", "vb", "grad_norm", "student_norm", "teacher_norm")
+    names += ("align2", "student_norm2", "teacher_norm2")
     logged = [{name: row[name] for name in names if name in row} for row in rows]
     state = [
         trainer.masters.flats,

@@ -16,13 +16,12 @@ import pytest
 import torch
 from golden import assert_matches, relative_error
 from PIL import Image
-from zero_worker import CASES, FP8, STEPS, TARGETS, TARGETS_BF16, VARIANTS, tiny
+from zero_worker import CASES, FP8, STEPS, TARGETS, TARGETS_BF16, VARIANTS, dataset, tiny
 
 from sra_fast.alignment.objective import add_heads, make_objective
 from sra_fast.alignment.schedule import align_weights
 from sra_fast.checkpoint import sources
 from sra_fast.checkpoint.load_model import load_model
-from sra_fast.data.dataset import make_dataset
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch
@@ -63,7 +62,7 @@ def read(results, world, name, rank=0):
 def independent_run(*args):
     """The same training in plain PyTorch: one process, one batch, a whole EMA model in fp32."""
     cfg = tiny(1, "fp32", *args)
-    data = make_dataset(cfg)
+    data = dataset(cfg)
     torch.manual_seed(cfg.train.seed)
     student = cfg.model.build()
     add_heads(student, cfg)
@@ -81,13 +80,13 @@ def independent_run(*args):
         if teacher is not None:
             state = ema.state_dict()
             teacher.load_state_dict({name: state[name] for name in teacher.state_dict()})
-        x0, y = data.__getitems__(indices)
+        x0, y, *external = data.__getitems__(indices)
         options = dict(drop_prob=cfg.model.class_dropout_prob, posterior=False)
         tokens = student.num_tokens if model.has_groups else 0
         d = draw(0, step, 0, x0.shape, torch.device("cpu"), tokens=tokens, **options)
         optimizer.zero_grad()
         condition = ClassLabels(y, d.drop)
-        batch = MicroBatch(x0, condition, d.noise, model.times(d))
+        batch = MicroBatch(x0, condition, d.noise, model.times(d), *external)
         loss, _ = model(batch, list(align_weights(cfg, step, 0).values()))
         loss.backward()
         if cfg.optim.clip:
