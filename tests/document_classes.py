@@ -128,6 +128,11 @@ CLASSES = {
         makes=("analysis/samples.png",),
     ),
     "python sra_fast/ablate.py configs/ablations/": ParseOnly("trains for an hour"),
+    "python examples/digits_features.py": Execute(
+        "--steps 2 --width 16 --depth 1",
+        makes=("data/digits/packed/features/vit/index.json",),
+        says="of the held-out digits",
+    ),
     "python sra_fast/import_weights.py --from SiT-XL-2-256x256.pt": Execute(
         "--num_heads 2", says=r"\.safetensors$"
     ),

@@ -1,9 +1,13 @@
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from sra_fast.config.schema import DataConfig
+from sra_fast.data.dataset import open_data
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/dit_block.py"
@@ -26,6 +30,39 @@ def test_one_line_is_the_plain_model(device, monkeypatch):
         difference, report = compare(device, then="eager")
         assert difference < 1e-4
         assert report.rewrites == {"adaln": 1, "gated_residual_adaln": 8}
+
+
+def run_features_example(monkeypatch, out):
+    """examples/digits_features.py at a tiny size, in this process."""
+    words = ("digits_features.py", out, "--steps", 2, "--width", 16, "--depth", 1)
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    runpy.run_path(str(ROOT / "examples/digits_features.py"), run_name="__main__")
+
+
+@pytest.mark.usefixtures("rooms")
+def test_features_of_the_digits_fit_the_demo(monkeypatch, tmp_path, capsys):
+    """What the example stores is what its model says of the digits, a feature for each token."""
+    transformers = pytest.importorskip("transformers")
+    run_features_example(monkeypatch, tmp_path)
+    assert re.search(r"the ViT knows \d+\.\d% of the held-out digits", capsys.readouterr().out)
+    path = str(tmp_path / "packed")
+    data = open_data(DataConfig(name="digits", path=path, features="vit"))
+    assert (data.features.tokens, data.features.width) == (16, 16)
+    rows = [0, 7, 1436]
+    images, _, features = data.split(data.__getitems__(rows))
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()
+    with torch.no_grad():
+        tokens = model.vit(images.expand(-1, 3, -1, -1)).last_hidden_state[:, 1:]
+    # stored in fp16; pixels in uint8
+    assert torch.allclose(features.float(), tokens, atol=0.02)
+
+
+def test_the_features_example_needs_transformers(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as stopped:
+        run_features_example(monkeypatch, tmp_path)
+    expected = "error: digits_features.py needs transformers: pip install 'sra-fast[features]'"
+    assert stopped.value.code == expected
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

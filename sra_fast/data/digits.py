@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.config.schema import DataConfig
+from sra_fast.data.features import StoredFeatures
+from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import DATASETS
@@ -17,6 +19,7 @@ class Digits(TrainingData):
 
     Args:
         held_out: the held-out images instead of the training ones.
+        path: folder of the same digits, packed in the same order, for ``open_features`` only.
     """
 
     name = "digits"
@@ -25,10 +28,11 @@ class Digits(TrainingData):
     in_memory = True
     evaluation = "digits"
 
-    def __init__(self, held_out: bool = False):
+    def __init__(self, held_out: bool = False, path: str | None = None):
         # only this data set needs scikit-learn
         from sklearn.datasets import load_digits
 
+        self.path = path
         digits = load_digits()
         keep = (np.arange(len(digits.target)) % 5 == 0) == held_out
         self.images = torch.from_numpy(digits.images[keep]).float()[:, None] / 8 - 1
@@ -37,8 +41,32 @@ class Digits(TrainingData):
         digest.update(self.labels.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
+    def open_features(self, name: str, verify: bool = False) -> None:
+        """Features that preprocess.py has stored beside the packed digits in ``path``.
+
+        Raises:
+            ValueError: there are none, or the folder holds other images.
+        """
+        require_that(
+            self.path is not None,
+            f"data.features {name} of the digits needs data.path, the folder of the packed digits "
+            "(examples/digits_features.py makes one), got nothing",
+        )
+        packed = PackedPixels(self.path)
+        require_that(
+            len(packed) == len(self),
+            f"data.path {self.path} must hold the {len(self)} training digits, it has "
+            f"{len(packed)} images",
+        )
+        require_that(
+            torch.equal(packed.labels, self.labels),
+            f"data.path {self.path} must hold the training digits in their order, it has other "
+            "labels",
+        )
+        self.features = StoredFeatures(packed.path, name, packed.fingerprint, verify)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return self.with_features(indices, self.images[indices], self.labels[indices])
 
     def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
         return [(part, np.arange(len(part))) for part in (self, Digits(held_out=True))]
@@ -46,7 +74,9 @@ class Digits(TrainingData):
 
 @DATASETS.register("digits")
 def make_digits(data: DataConfig) -> Digits:
-    for name in ("path", "flip", "latent_scale", "latent_shift"):
+    # they need no path, but stored features do
+    unused = ("flip", "latent_scale", "latent_shift") + ("path",) * (data.features is None)
+    for name in unused:
         value = getattr(data, name)
         require_that(not value, f"data.{name} is not for the digits, got {value}")
-    return Digits()
+    return Digits(path=data.path)

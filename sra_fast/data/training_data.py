@@ -120,6 +120,7 @@ class TrainingData(Dataset):
             self.num_classes,
             pixels=pixels,
             fingerprint=self.fingerprint,
+            features=self.features and self.features.facts,
         )
 
     def held_out_split(self) -> "list[tuple[TrainingData, np.ndarray]]":

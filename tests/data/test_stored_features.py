@@ -26,6 +26,7 @@ from toy_data import (
 from sra_fast.analysis.features import split
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
+from sra_fast.data.digits import Digits
 from sra_fast.data.facts import DataFacts, differences
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ShuffledBatches
@@ -323,6 +324,75 @@ def test_digits_with_features_from_an_array_to_batches(tmp_path):
     assert again.features.fingerprint == data.features.fingerprint
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The training digits, packed, with the features of a small ViT."""
+    root = tmp_path_factory.mktemp("digits")
+    vit = write_vision_model(root / "vit", "ViT", num_hidden_layers=1)
+    pack_digits(root, Digits())
+    preprocess("--source", root / "packed", "--features", vit, "--batch", 64)
+    return root
+
+
+def pack_digits(folder, digits, order=slice(None)):
+    images = ((digits.images[order] + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    np.savez(folder / "digits.npz", arr_0=images, arr_1=digits.labels[order])
+    args = ("--source", folder / "digits.npz", "--out", folder / "packed", "--pixels", "true")
+    preprocess(*args, "--batch", 64)
+
+
+def with_features(path, name="vit"):
+    return open_data(DataConfig(name="digits", path=str(path), features=name))
+
+
+def test_the_digits_in_memory_come_with_the_features_of_packed_ones(packed):
+    data = with_features(packed / "packed")
+    plain = open_data(DataConfig(name="digits"))
+    numbers = [1436, 5, 0]
+    images, (labels,), features = data.split(data.__getitems__(numbers))
+    assert torch.equal(images, plain.images[numbers])
+    assert torch.equal(labels, plain.labels[numbers])
+    model = load_vision_model(str(packed / "vit")).model
+    pixels = ((images + 1) * 127.5).round().byte()
+    # the ViT has patches of 4, and sees 16 x 16 pixels
+    tokens = seen_by(model, pixels, 16, interpolate_pos_encoding=True)[:, 1:]
+    assert torch.allclose(features.float(), tokens, atol=2e-3, rtol=2e-3)
+    # the held-out digits have none, which no analysis reads
+    held_out, rows = data.held_out_split()[1]
+    assert held_out.split(held_out.__getitems__(rows[:2].tolist()))[2] is None
+
+
+def test_digits_with_other_features_are_other_data(packed, tmp_path):
+    facts = with_features(packed / "packed").facts()
+    plain = open_data(DataConfig(name="digits")).facts()
+    assert plain.features is None and facts.features["model"]["class"] == "ViTModel"
+    assert facts.fingerprint == plain.fingerprint
+    assert differences(plain, facts) == differences(facts, plain) == []
+    other = write_vision_model(tmp_path / "other", "ViT", seed=1, num_hidden_layers=1)
+    shutil.copytree(packed / "packed", tmp_path / "packed")
+    preprocess("--source", tmp_path / "packed", "--features", other, "--batch", 64)
+    found = with_features(tmp_path / "packed", "other").facts()
+    assert differences(found, facts) == ["other features (other, it had vit)"]
+
+
+def test_features_of_other_digits_are_refused(packed, tmp_path):
+    with pytest.raises(ValueError, match="data.features dino: .*packed has none of this name, but"):
+        with_features(packed / "packed", "dino")
+    with pytest.raises(ValueError, match="no packed data set at .*nowhere"):
+        with_features(tmp_path / "nowhere")
+    # without features a path means nothing
+    with pytest.raises(ValueError, match="data.path is not for the digits"):
+        with_features(packed / "packed", None)
+    pack_digits(tmp_path, Digits(held_out=True))
+    message = "packed must hold the 1437 training digits, it has 360 images"
+    with pytest.raises(ValueError, match=message):
+        with_features(tmp_path / "packed")
+    shutil.rmtree(tmp_path / "packed")
+    pack_digits(tmp_path, Digits(), order=torch.arange(1436, -1, -1))
+    with pytest.raises(ValueError, match="the training digits in their order, it has other labels"):
+        with_features(tmp_path / "packed")
+
+
 def test_the_identity_is_that_of_weights_and_configuration(made, tmp_path):
     copy = shutil.copytree(made / "dino", tmp_path / "copy")
     identity = load_vision_model(str(made / "dino")).identity
@@ -416,7 +486,7 @@ def test_features_that_cannot_come_with_the_data_are_refused(data, tmp_path):
     write_latents(tmp_path / "files")
     with pytest.raises(ValueError, match="data.features is for packed data .*got dino"):
         opened(tmp_path / "files")
-    with pytest.raises(ValueError, match="data.features is for packed data"):
+    with pytest.raises(ValueError, match="dino of the digits needs data.path, .* got nothing"):
         open_data(DataConfig(name="digits", features="dino"))
 
 

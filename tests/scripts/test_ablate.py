@@ -1,9 +1,11 @@
 """A study runs, reports mean and standard deviation, and resumes after an interruption."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
-from launch import ROOT, call, error_of, launch
+from launch import ROOT, call, error_of, launch, run_python
 
 from sra_fast.analysis import study as studies
 from sra_fast.analysis.study import mean_and_std, outcome, read_study, run_one, table
@@ -23,12 +25,25 @@ variants:
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs/ablations").glob("*.yaml")), ids=lambda p: p.stem
 )
-def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path):
+def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path, tmp_path, monkeypatch):
     study = read_study(path)
     assert len(study.variants) > 1
     assert study.seeds
+    # paths of a study are relative to where it is started
+    monkeypatch.chdir(tmp_path)
+    if any("--data.features" in arguments for arguments in study.variants.values()):
+        pytest.importorskip("transformers", reason="needs transformers")
+        make_features(path)
     for arguments in study.variants.values():
         make_run_plan(parse_train(["--config", str(study.base), *arguments])[0], None)
+
+
+def make_features(path):
+    """Run the command that a study names for its features, in the working directory."""
+    (command,) = re.findall(r"^#   python (.+)$", path.read_text(), re.MULTILINE)
+    script, *args = command.split()
+    done = run_python(ROOT / script, *args, "--steps", 2, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_study_from_start_to_table(tmp_path):
