@@ -110,10 +110,10 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     check_loggers(cfg)
     # raises if the variable names no level: a process group that is half made would hang
     deepspeed_log_level()
+    data = open_data(cfg.data)
     if not cfg.align.active:
         # options of a target that is turned off stay valid, and its features are not read
-        cfg.data.features = None
-    data = open_data(cfg.data)
+        data.features = None
     fill_in_model(cfg, data)
     _fill_in_targets(cfg, data)
     plan = make_plan(cfg, ds_json)
