@@ -505,8 +505,10 @@ def test_other_features_are_other_data(made, data):
 def test_a_run_does_not_resume_with_other_features(made, data, tmp_path):
     preprocess("--source", data, "--features", made / "other", "--features_grid", 4)
     sizes = "--model SiT-S/4 --model.hidden_size 32 --model.depth 4 --model.num_heads 2".split()
+    target = "--align cached_features --align.head_width 16".split()
     args = (
         *("train", *sizes, "--data", data, "--data.num_workers", 0, "--train.precision", "fp32"),
+        *target,
         *("--train.global_batch", 4, "--train.out", tmp_path / "runs"),
     )
     done = call(*args, "--train.steps", 1, "--data.features", "dino")
@@ -515,6 +517,11 @@ def test_a_run_does_not_resume_with_other_features(made, data, tmp_path):
     done = call(*again, "--data.features", "other")
     assert done.returncode == 2
     assert "on other data: other features (other, it had dino)" in error_of(done)
+    # without a target they are of no use, and without alignment they are not read
+    unused = [word for word in again if word not in target]
+    done = call(*unused, "--data.features", "dino")
+    assert done.returncode == 2
+    assert "is for align.target cached_features, which this run does not have" in error_of(done)
     # the same ones under another name are no other features
     shutil.copytree(data / "features/dino", data / "features/copy")
     done = call(*again, "--data.features", "copy")
