@@ -198,13 +198,12 @@ def watch_ema(trainer) -> dict:
 class DigitsWithFeatures(Digits):
     """Digits with features of no model: each token's are a random projection of its image."""
 
-    features = SimpleNamespace(name="random", tokens=16, width=24, facts=None)
-
-    def __getitems__(self, indices):
-        images, labels = super().__getitems__(indices)
+    def __init__(self):
+        super().__init__()
         generator = torch.Generator().manual_seed(0)
         projection = torch.randn(64, 16 * 24, generator=generator)
-        return images, labels, (images.flatten(1) @ projection).view(-1, 16, 24)
+        features = (self.images.flatten(1) @ projection).view(-1, 16, 24)
+        self.features = SimpleNamespace(facts=None, read=lambda indices: features[indices])
 
 
 def dataset(cfg):
