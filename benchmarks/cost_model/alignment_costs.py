@@ -31,8 +31,8 @@ def step_cost(target: str, model: str) -> float:
 
 
 def per_token_cost(model: str) -> Fraction:
-    """FLOPs per image of the plain step if every token had a modulation of its own, as published codes
-    with more than one time per image have.
+    """FLOPs per image of the plain step if every token had a modulation of its own, as in published
+    codes with more than one time per image.
     """
     cfg = configuration("none", model)
     part = forward_flops(cfg)

@@ -1,4 +1,4 @@
-"""FLOPs of a training step as it runs: the engine's count of a forward, times what forward and backward do."""
+"""FLOPs of a training step as it runs: a forward as the engine counts it, and its backward."""
 
 from fractions import Fraction
 
@@ -14,8 +14,8 @@ def step_flops(cfg: Config, full_depth: bool = False) -> dict[str, Fraction]:
         full_depth: whether the teacher runs to its last layer.
 
     Returns:
-        ``student`` (forward and backward, the targets' heads and losses included) and ``teacher``. Heads
-        and teacher count for the share of images and steps that are aligned.
+        ``student`` (forward and backward, the targets' heads and losses included) and ``teacher``.
+        Heads and teacher count for the share of images and steps that are aligned.
     """
     part = forward_flops(cfg)
     # the backward pass is twice the forward pass, less the gradients of the inputs

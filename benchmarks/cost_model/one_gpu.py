@@ -19,8 +19,8 @@ PRODUCT_SHARE = 0.70
 PASS_SHARE = 0.85
 # FLOP/s of attention
 ATTENTION_RATE = 250e12
-# time of attention inside runs of a quarter and three quarters of the tokens over that of attention to
-# all, by their number: tiles of 128 tokens do not fit short runs. Predicted in docs/lab-notes.md
+# time of attention inside runs of a quarter and three quarters of the tokens over that of attention
+# to all, by their number: tiles of 128 tokens do not fit short runs. Predicted in docs/lab-notes.md
 RUNS_TIME = {256: 1.2, 1024: 0.9}
 # fp8 speeds up three of a block's four products; all four together become this much faster
 FP8_SPEED = 1.5
@@ -140,7 +140,7 @@ def predicted(cfg: Config) -> Times:
 
     Bytes per element of [B, T, D] and block are those of the operators' docstrings: a half-block takes 8
     forward and 12 backward, GELU 16 and 24, and the gradients of queries, keys and values side by side 12.
-    A teacher's GELU is part of its product. What heads and distances do besides products is left out.
+    A teacher's GELU is part of its product. Only the products of heads and distances are counted.
     """
     arguments = cfg.model.arguments()
     images = cfg.train.global_batch

@@ -3,8 +3,8 @@
 Variants; `ladder` and `depths` stand for several, and settings follow a +, as in sra+train.compile=true:
   plain, sra, sra_fp8   this engine: without alignment, with it, with an fp8 teacher
   self_flow, dual_time, vae_latent, layer_sync, dispersive, cached_features
-                        this engine with another alignment target; teachers have SRA's layers, and the stored
-                        features are random
+                        this engine with another alignment target; teachers have SRA's layers,
+                        and the stored features are random
   strong                plain PyTorch at its best: truncated bf16 teacher, torch.compile, fused AdamW, foreach EMA
   reference             the published code, from the checkout that --published names
   ladder                from the published code to the fp8 teacher, one change per row

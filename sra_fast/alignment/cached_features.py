@@ -13,9 +13,8 @@ from sra_fast.alignment.target import (
     Inputs,
     Target,
     compare,
-    named_size,
     own_head,
-    share_of_depth,
+    paper_layer,
 )
 from sra_fast.config.schema import AlignConfig, Config, DistanceConfig, ModelConfig, choice
 from sra_fast.data.training_data import TrainingData
@@ -63,7 +62,7 @@ class CachedFeatures(Target):
 
     @classmethod
     def layers(cls, model: ModelConfig) -> tuple[int, int]:
-        layer = PAPER_LAYERS.get(named_size(model) or "") or share_of_depth(model, 8 / 28)
+        layer = paper_layer(model, PAPER_LAYERS)
         return layer, layer
 
     @classmethod

@@ -120,7 +120,10 @@ class SRAObjective(nn.Module):
             # logged without lambda, which the log has as align_weight
             suffix = "" if i == 0 else str(i + 1)
             parts |= {f"{name}{suffix}": value for name, value in found.items()}
-        loss = loss + self._no_gradient_for_idle_heads(active.values())
+        used = {target.head_name(target.align) for target in active.values()}
+        idle = [head for name, head in self.heads.items() if name not in used]
+        if idle:
+            loss = loss + self._no_gradient_for(idle)
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def _student(
@@ -134,25 +137,21 @@ class SRAObjective(nn.Module):
         )
         return out if depths else (out, None)
 
-    def _no_gradient_for_idle_heads(self, active: Iterable[Target]) -> Tensor | float:
-        """Zero, with a zero gradient for every head that no target has trained.
+    def _no_gradient_for(self, idle: Iterable[nn.Module]) -> Tensor:
+        """Zero, with a zero gradient for heads that no target trains in this step.
 
         Every parameter then has a gradient in every step, which all ZeRO stages handle alike.
         """
-        used = {target.head_name(target.align) for target in active}
-        idle = [module for name, module in self.heads.items() if name not in used]
         student = self.student
         # one image of zeros is enough to give every weight of a head a gradient
         weight = student.x_embedder.proj.bias
         tokens = weight.new_zeros(1, student.num_tokens, student.hidden_size)
         condition = weight.new_zeros(1, student.hidden_size)
-        zero = 0.0
-        for module in idle:
-            if module is student.ap_head:
-                zero = zero + 0.0 * module(tokens[:, :1]).sum()
-            else:
-                zero = zero + 0.0 * module(tokens, condition).sum()
-        return zero
+        outputs = [
+            head(tokens[:, :1]) if head is student.ap_head else head(tokens, condition)
+            for head in idle
+        ]
+        return sum(0.0 * output.sum() for output in outputs)
 
 
 def add_heads(student: SiT, cfg: Config) -> None:

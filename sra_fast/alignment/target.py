@@ -44,6 +44,13 @@ def default_layers(model: ModelConfig) -> tuple[int, int]:
     return pair or (share_of_depth(model, 1 / 4), share_of_depth(model, 3 / 4))
 
 
+def paper_layer(model: ModelConfig, layers: dict[str, int]) -> int:
+    """The student layer that a paper gives for the size of a model; for others the share of the
+    depth that XL's layer 8 of 28 is.
+    """
+    return layers.get(named_size(model) or "") or share_of_depth(model, 8 / 28)
+
+
 def share_of_depth(model: ModelConfig, share: float) -> int:
     """A layer at this share of the depth, at least 1; halves are rounded up."""
     return max(1, int(share * model.arguments()["depth"] + 0.5))

@@ -15,6 +15,7 @@ from sra_fast.data.features import StoredFeatures
 HELD_OUT = 5
 # images whose latents are measured for a target that compares with them
 LOOKED_AT = 4096
+AT_ONCE = 64
 
 
 class TrainingData(Dataset):
@@ -97,16 +98,25 @@ class TrainingData(Dataset):
     def channel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of the latents in every channel, of at most ``LOOKED_AT`` images."""
         step = max(1, len(self) // LOOKED_AT)
-        images, *_ = self.__getitems__(list(range(0, len(self), step))[:LOOKED_AT])
-        noise = None
-        if self.posterior:
-            generator = torch.Generator().manual_seed(0)
-            noise = torch.randn((len(images), *self.shape), generator=generator)
-        latents = self.to_latent(images, noise).double().transpose(0, 1).flatten(1)
+        rows = list(range(0, len(self), step))[:LOOKED_AT]
+        generator = torch.Generator().manual_seed(0)
+        means = []
+        squares = []
+        # some images at a time: all of them in float64 may be gigabytes
+        for start in range(0, len(rows), AT_ONCE):
+            images, *_ = self.__getitems__(rows[start : start + AT_ONCE])
+            noise = None
+            if self.posterior:
+                noise = torch.randn((len(images), *self.shape), generator=generator)
+            latents = self.to_latent(images, noise).double().flatten(2)
+            # a row for each image, all of one size
+            means.append(latents.mean(2))
+            squares.append(latents.square().mean(2))
+        mean = torch.cat(means).mean(0)
+        std = (torch.cat(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
         # a channel that is always the same is left as it is
-        std = latents.std(1)
-        std = torch.where(std > 0, std, 1.0)
-        return latents.mean(1).tolist(), std.tolist()
+        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+        return mean.tolist(), std.tolist()
 
     def facts(self) -> DataFacts:
         """What the model's users have to know of these data.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sra_fast.diffusion.process import Noised, Process
 from sra_fast.models import Conditioning, TokenGroups
-from sra_fast.models.layers import patches_of
+from sra_fast.models.layers import images_of, patches_of
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ class NoisyImages:
         noised = process.corrupt(
             cut(batch.x0), cut(batch.noise), student.flatten(), teacher.flatten()
         )
-        x = _to_images(noised.x, batch.x0)
-        x_teacher = _to_images(noised.x_teacher, batch.x0)
+        x, x_teacher = (
+            images_of(patches.unflatten(0, student.shape))
+            for patches in (noised.x, noised.x_teacher)
+        )
         return cls(batch, x, x_teacher, noised, patch_size)
 
     def losses(self, process: Process, prediction: Tensor) -> dict[str, Tensor]:
@@ -133,11 +135,3 @@ class NoisyImages:
 def _to_patches(images: Tensor, patch_size: int) -> Tensor:
     """``[B, C, H, W]`` -> ``[B T, C, p, p]``."""
     return patches_of(images, patch_size).flatten(0, 1)
-
-
-def _to_images(patches: Tensor, like: Tensor) -> Tensor:
-    """``[B T, C, p, p]`` -> the shape ``[B, C, H, W]`` of ``like``."""
-    B, _, H, W = like.shape
-    _, C, p, _ = patches.shape
-    grid = patches.view(B, H // p, W // p, C, p, p)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)

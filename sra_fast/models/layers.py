@@ -25,6 +25,15 @@ def patches_of(images: Tensor, patch_size: int) -> Tensor:
     return patches.reshape(B, (H // p) * (W // p), C, p, p)
 
 
+def images_of(patches: Tensor) -> Tensor:
+    """The inverse of ``patches_of`` for square images: ``[B, T, C, p, p]`` -> ``[B, C, H, W]``."""
+    B, T, C, p, _ = patches.shape
+    grid = round(T**0.5)
+    # [B, rows, columns, C, p, p] -> [B, C, rows, p, columns, p]
+    images = patches.view(B, grid, grid, C, p, p).permute(0, 3, 1, 4, 2, 5)
+    return images.reshape(B, C, grid * p, grid * p)
+
+
 class PatchProjection(nn.Conv2d):
     """A convolution of patches that do not overlap, as one product: ``[B, C, H, W]`` -> ``[B, T,
     D]``, contiguous.

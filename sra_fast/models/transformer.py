@@ -19,6 +19,8 @@ from sra_fast.models.layers import (
     ProjectionHead,
     TimestepEmbedder,
     add_pending,
+    images_of,
+    patches_of,
     sincos_pos_embed,
     timestep_features,
 )
@@ -68,6 +70,7 @@ class Backbone(nn.Module):
 
     conditioning = "labels"
     process = "flow_matching"
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -179,14 +182,17 @@ class Backbone(nn.Module):
         """
         condition = self.as_condition(condition)
         self._check_inputs(x, t, condition, groups)
+        pos_embed = self.pos_embed
+        if groups is not None and groups.order is not None:
+            # permuted once, where nothing wants a gradient: the blocks see each group as a run
+            x = images_of(groups.arrange(patches_of(x, self.patch_size)))
+            pos_embed = groups.arrange(pos_embed)
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         # mixed-precision wrappers may leave the buffer in fp32: the sum has the wider dtype of the
         # two
-        tokens = tokens + self.pos_embed.to(self.residual_dtype or tokens.dtype)
+        tokens = tokens + pos_embed.to(self.residual_dtype or tokens.dtype)
         label = self.y_embedder(condition)
         if groups is not None:
-            # permuted once: the blocks see each group as runs of tokens
-            tokens = groups.arrange(tokens)
             label = label[:, None]
             t = t if t.dim() == 3 else timestep_features(t, self.t_embedder.frequency_size)
         # the modulations of all blocks begin with this SiLU: computed once

@@ -17,6 +17,8 @@ from sra_fast.alignment.target import compare
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import load_config, parse_train
 from sra_fast.config.schema import Config
+from sra_fast.data import training_data
+from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages
 from sra_fast.models import ClassLabels
@@ -274,12 +276,40 @@ def test_means_of_the_posterior_are_the_target_if_asked_for(posterior):
     assert_matches(objective.student.unpatchify(latents), expected)
 
 
+def test_statistics_of_latents_are_made_in_parts(monkeypatch):
+    """All images, with draws of their posterior, a few at a time."""
+    torch.manual_seed(0)
+    moments = torch.rand(10, 4, 4, 4) + torch.tensor([3.0, -1.0, 0.5, 1.0]).view(1, 4, 1, 1)
+
+    class Moments(TrainingData):
+        posterior = True
+        shape = (2, 4, 4)
+        labels = torch.zeros(10)
+
+        def __getitems__(self, indices):
+            return moments[indices], self.labels[indices]
+
+        def to_latent(self, images, noise):
+            mean, std = images.chunk(2, 1)
+            return mean + std * noise
+
+    monkeypatch.setattr(training_data, "AT_ONCE", 4)
+    means, deviations = Moments().channel_statistics()
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn((count, 2, 4, 4), generator=generator) for count in (4, 4, 2)]
+    latents = Moments().to_latent(moments, torch.cat(noise)).double()
+    assert means == pytest.approx(latents.mean((0, 2, 3)).tolist(), rel=1e-9)
+    expected = latents.std((0, 2, 3), correction=0).tolist()
+    assert deviations == pytest.approx(expected, rel=1e-9)
+
+
 def test_statistics_are_those_of_the_data():
     cfg = parse_train([*MODEL, "--align", "vae_latent"])[0]
     plan = make_run_plan(cfg)
     images, _ = plan.data.__getitems__(list(range(len(plan.data))))
     assert cfg.align.channel_mean == pytest.approx([images.double().mean().item()], rel=1e-6)
-    assert cfg.align.channel_std == pytest.approx([images.double().std().item()], rel=1e-6)
+    expected = images.double().std(correction=0).item()
+    assert cfg.align.channel_std == pytest.approx([expected], rel=1e-6)
 
 
 # heads in the order of the image
