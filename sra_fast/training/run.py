@@ -184,9 +184,7 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
 
     Collective; rank 0 writes.
     """
-    masters = trainer.masters
-    use_ema = trainer.cfg.sample.weights == "ema"
-    weights = trainer.ema.full() if use_ema else masters.gather(masters.flats)
+    weights = trainer.weights(trainer.cfg.sample.weights)
     if trainer.rank:
         return {}
     summary = {

@@ -149,6 +149,14 @@ class Trainer:
         if self.plan.stage == 3 and self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """``{parameter: fp32 tensor on the CPU}`` of the whole model; collective.
+
+        Args:
+            name: as in ``sample.weights``: ``ema``, or ``model`` for the student's own.
+        """
+        return self.ema.full() if name == "ema" else self.masters.gather(self.masters.flats)
+
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gathered parameters as a state dict of the model, in the published order, with the
         position embedding.
