@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo photos lint test-fast test bugs chaos docs
+.PHONY: demo photos fashion lint test-fast test bugs chaos docs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
@@ -17,6 +17,14 @@ photos: $(INSTALLED)
 	$(BIN)/python sra_fast/sample.py --checkpoint $$run --out data/photos/samples --count 200 --sample.method euler --sample.steps 25 --cfg-scale 1.5 && \
 	$(BIN)/python sra_fast/evaluate.py --samples data/photos/samples --features pixels --out data/photos/scores.json && \
 	$(BIN)/python sra_fast/probe.py --checkpoint $$run --times '[0.1, 0.5]' --out data/photos/probe
+
+# Fashion-MNIST (Debian's package dataset-fashion-mnist) as pixels, at its own size and at 16 px
+FASHION ?= /usr/share/datasets/fashion-mnist
+fashion: $(INSTALLED)
+	@test -d $(FASHION) || { echo "error: there is no $(FASHION): sudo apt-get install dataset-fashion-mnist (31 MB), or" \
+	"make fashion FASHION=FOLDER with train-images-idx3-ubyte.gz and the three other files of github.com/zalandoresearch/fashion-mnist" >&2; exit 2; }
+	@$(BIN)/python sra_fast/preprocess.py --source $(FASHION) --out data/fashion/28 --pixels true
+	@$(BIN)/python sra_fast/preprocess.py --source $(FASHION) --out data/fashion/16 --pixels true --resolution 16
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -13,8 +13,9 @@ class Options:
     source: str
     """images: a folder or .zip (class folders, train/ and val/, a dataset.json, or no classes),
     WebDataset tars (one, a folder, or name-{000..010}.tar), a Hugging Face data set (a saved folder,
-    or hf:NAME), or an .npz (arr_0 uint8 [N, H, W, C], arr_1 labels); moments: a folder with vae-sd/
-    or index.json; packed pixels, to add features to them"""
+    or hf:NAME), a folder of MNIST's files (train-images-idx3-ubyte.gz, ...), or an .npz (arr_0 uint8
+    [N, H, W, C], arr_1 labels); moments: a folder with vae-sd/ or index.json; packed pixels, to add
+    features to them"""
     out: str | None = None
     """folder to make; with `bad list` nothing is written, and features of packed pixels lie in
     SOURCE"""
@@ -36,10 +37,10 @@ class Options:
     layout: Literal["packed", "published"] = "packed"
     """what to write: shards, or the published code's vae-sd/**/*.npy and vae-sd/dataset.json"""
     resolution: int | None = None
-    """side of the images' centre crop; default: 256 with a VAE, 64 for pixels, and for the images of
-    an .npz their own"""
+    """side of the images' centre crop; default: 256 with a VAE, 64 for pixels, and for arrays (.npz,
+    MNIST's files) their own"""
     channels: int = 3
-    """of pixels: 1 (grey), 3 or 4 (with alpha); an .npz keeps its own"""
+    """of pixels: 1 (grey), 3 or 4 (with alpha); arrays keep their own"""
     num_classes: int | None = None
     """how many classes there must be; default: as many as there are"""
     holdout: float = 0.0

@@ -11,7 +11,7 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
-from sra_fast.data.arrays import ArraySource
+from sra_fast.data.arrays import open_array
 from sra_fast.data.feature_jobs import (
     belongs_to,
     check_feature_options,
@@ -22,6 +22,7 @@ from sra_fast.data.feature_jobs import (
 )
 from sra_fast.data.folders import open_folder
 from sra_fast.data.huggingface import PREFIX, is_saved, open_huggingface
+from sra_fast.data.idx import holds_idx, image_side, open_idx
 from sra_fast.data.images import MODES, Crop
 from sra_fast.data.latents import MomentDataset, open_latents
 from sra_fast.data.options import (
@@ -65,8 +66,11 @@ def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
         train, held_out = TarSource(source, *common), None
     elif path.suffix == ".npz":
         refuse(options, DECODING_OPTIONS, "is for image files", "is an array")
-        train = ArraySource(source, crop, options.num_classes, options.mirror)
+        train = open_array(source, crop, options.num_classes, options.mirror)
         held_out = None
+    elif holds_idx(path):
+        refuse(options, DECODING_OPTIONS, "is for image files", "holds arrays")
+        train, held_out = open_idx(source, crop, options.num_classes, options.mirror)
     else:
         train, held_out = open_folder(source, *common)
     if options.holdout:
@@ -85,6 +89,8 @@ def default_resolution(options: Options) -> int:
     """The side of the crop if none was asked for."""
     if options.source.endswith(".npz") and Path(options.source).is_file():
         return read_image_array(Path(options.source))[0].shape[1]
+    if holds_idx(Path(options.source)):
+        return image_side(Path(options.source))
     return 64 if options.pixels else 256
 
 

@@ -12,7 +12,7 @@ from toy_data import photographs, tree, write_images, write_latents
 
 from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import DataConfig
-from sra_fast.data.arrays import ArraySource
+from sra_fast.data.arrays import open_array
 from sra_fast.data.dataset import kind_of, open_data
 from sra_fast.data.images import Crop, center_crop
 from sra_fast.data.pixels import PackedPixels, PixelArray
@@ -233,12 +233,12 @@ def test_the_digits_have_no_options():
 def test_an_array_is_a_source(tmp_path):
     arrays = write_array(tmp_path / "x.npz", (9, 8, 8, 5))
     (tmp_path / "images").symlink_to(tmp_path / "x.npz")
-    source = ArraySource(tmp_path / "x.npz", Crop(8))
+    source = open_array(tmp_path / "x.npz", Crop(8))
     assert np.array_equal(source.read([4]).images[0].permute(1, 2, 0), arrays["arr_0"][4])
     with pytest.raises(ValueError, match="8 x 8 and 5 channels: with resolution 4 they must be"):
-        ArraySource(tmp_path / "x.npz", Crop(4))
+        open_array(tmp_path / "x.npz", Crop(4))
     arrays = write_array(tmp_path / "y.npz", (3, 8, 12, 3))
-    cropped = ArraySource(tmp_path / "y.npz", Crop(8)).read([1])
+    cropped = open_array(tmp_path / "y.npz", Crop(8)).read([1])
     assert np.array_equal(cropped.images[0].permute(1, 2, 0), arrays["arr_0"][1][:, 2:10])
     assert cropped.report.cut == pytest.approx(1 / 3)
 

@@ -1,0 +1,108 @@
+"""MNIST's files as a source: training and held-out images, and what a damaged file says."""
+
+import gzip
+
+import numpy as np
+import pytest
+
+from sra_fast.config.schema import DataConfig
+from sra_fast.data.dataset import open_data
+from sra_fast.data.idx import open_idx, read_idx
+from sra_fast.data.images import Crop
+from sra_fast.data.preprocess import Options, make_jobs
+from sra_fast.data.writer import run_jobs
+
+
+def idx(array):
+    """The bytes of an IDX file, written independently of the reader."""
+    header = b"\x00\x00\x08" + bytes([array.ndim])
+    return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def write(folder, part, count, seed=0, packed=True, side=6):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, side, side), dtype=np.uint8)
+    labels = (np.arange(count) % 3).astype(np.uint8)
+    folder.mkdir(exist_ok=True)
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        content = idx(array)
+        name = f"{part}-{kind}-ubyte"
+        if packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+    return images, labels
+
+
+def test_from_the_files_to_a_data_set(tmp_path):
+    images, labels = write(tmp_path / "raw", "train", 12)
+    unseen, _ = write(tmp_path / "raw", "t10k", 5, seed=1, packed=False)
+    options = Options(source=str(tmp_path / "raw"), out=str(tmp_path / "out"), pixels=True)
+    list(run_jobs(make_jobs(options)))
+    data = open_data(DataConfig(path=str(tmp_path / "out")))
+    # the resolution and the number of channels are those of the files
+    assert data.shape == (1, 6, 6)
+    assert data.num_classes == 3
+    pixels, read_labels = data.__getitems__(list(range(12)))
+    assert np.array_equal(pixels[:, 0], images)
+    assert np.array_equal(read_labels, labels)
+    (_, rows), (held_out, held_out_rows) = data.held_out_split()
+    assert len(rows) == 12
+    assert len(held_out_rows) == 5
+    assert np.array_equal(held_out.__getitems__([0, 4])[0][:, 0], unseen[[0, 4]])
+
+
+def test_another_size_is_resized(tmp_path):
+    write(tmp_path, "train", 4, side=8)
+    train, held_out = open_idx(tmp_path, Crop(4))
+    assert held_out is None
+    assert train.read([0, 3]).images.shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda c: c[:-1], r"must hold \[4, 6, 6\] bytes, 144, it has 143"),
+        (
+            lambda c: b"\x00\x00\x0d\x03" + c[4:],
+            r"begins with \[0, 0, 8, 3\], it begins with \[0, 0, 13, 3\]",
+        ),
+        (lambda c: c[:3], "it begins with"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path, damage, message):
+    write(tmp_path, "train", 4, packed=False)
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        open_idx(tmp_path, Crop(6))
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    write(tmp_path, "train", 4)
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(idx(np.zeros(3, np.uint8))))
+    with pytest.raises(
+        ValueError, match="a label for each image, got 4 training images of 6 x 6 and 3"
+    ):
+        open_idx(tmp_path, Crop(6))
+    labels.unlink()
+    with pytest.raises(ValueError, match="has train-images-idx3-ubyte.gz and no train-labels-idx1"):
+        open_idx(tmp_path, Crop(6))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_idx(tmp_path / "train-images-idx3-ubyte.gz", 3)
+
+
+def test_held_out_images_alone_are_no_data_set(tmp_path):
+    write(tmp_path, "t10k", 4)
+    with pytest.raises(ValueError, match="only held-out images"):
+        open_idx(tmp_path, Crop(6))
+
+
+def test_options_of_image_files_are_refused(tmp_path):
+    write(tmp_path / "raw", "train", 4)
+    source = str(tmp_path / "raw")
+    options = Options(source=source, out=str(tmp_path / "out"), pixels=True, channels=1)
+    with pytest.raises(ValueError, match="--channels is for image files, .* holds arrays"):
+        make_jobs(options)
