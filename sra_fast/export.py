@@ -38,6 +38,12 @@ def main() -> None:
         help="fit the time's first layer to the features of diffusers, which are not DiT's",
     )
     parser.add_argument(
+        "--weights",
+        default="ema",
+        help="which weights of a run: ema, model, the name of one of train.averages, or power:SIGMA; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
         "--push", metavar="USER/NAME", help="upload the folder to the Hugging Face hub"
     )
     args = parser.parse_args()
@@ -48,6 +54,7 @@ def main() -> None:
         args.num_heads,
         args.vae,
         args.fold_time,
+        args.weights,
         args.push,
     )
     try:

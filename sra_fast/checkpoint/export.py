@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_fast.checkpoint.load_model import LoadedModel
+from sra_fast.config.averages import EMA
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import arguments_of
 from sra_fast.utils.files import make_folder, write_atomic
@@ -19,6 +20,7 @@ def write_export(
     step: int | None,
     facts: DataFacts | None = None,
     digest: str | None = None,
+    weights: str | None = None,
 ) -> None:
     """Write an export. Its folder is made if it is not there.
 
@@ -30,6 +32,7 @@ def write_export(
         step: how many optimizer steps made the weights; None: not known.
         facts: about the data that the model was trained on, if they are known.
         digest: ``Manifest.digest`` of the checkpoint that holds the same weights, if there is one.
+        weights: which weights these are, as in ``LoadedModel``; None: nobody knows.
 
     Raises:
         ValueError: the folder cannot be made.
@@ -40,6 +43,9 @@ def write_export(
         metadata["step"] = str(step)
     if digest is not None:
         metadata["checkpoint"] = digest
+    if weights not in (None, EMA):
+        # an export is an EMA unless it says something else
+        metadata["weights"] = json.dumps(weights)
     if facts is not None:
         metadata["data"] = json.dumps(facts.as_json())
     # safetensors refuses views that are not contiguous
@@ -64,4 +70,11 @@ def state_of(loaded: LoadedModel) -> dict[str, Tensor]:
 
 def write_loaded(loaded: LoadedModel, path: Path) -> None:
     """Write loaded weights as an export; errors as ``write_export``'s."""
-    write_export(path, state_of(loaded), config_of(loaded), loaded.step, loaded.facts)
+    write_export(
+        path,
+        state_of(loaded),
+        config_of(loaded),
+        loaded.step,
+        loaded.facts,
+        weights=loaded.weights,
+    )

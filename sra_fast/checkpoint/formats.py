@@ -12,6 +12,7 @@ from sra_fast.checkpoint.names import in_short
 from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
 from sra_fast.checkpoint.published import published_of_checkpoint
 from sra_fast.checkpoint.sources import find_weights, read_weights
+from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import make_folder, write_atomic
 
@@ -41,6 +42,8 @@ class Options:
     """folder of the AutoencoderKL that decodes the latents (diffusers)"""
     fold_time: bool = False
     """fit the time's first layer to the features of diffusers (diffusers)"""
+    weights: str = "ema"
+    """which weights of a run, as in ``sample.weights``; the published code's form has student and EMA"""
     push: str | None = None
     """USER/NAME on the Hugging Face hub that the folder is uploaded to"""
 
@@ -74,6 +77,10 @@ def format_of(options: Options) -> str:
             f"{name} goes with format diffusers, got format {found}",
         )
     require_that(
+        options.weights == EMA or found != "published",
+        f"format published has student and EMA, got weights {options.weights}",
+    )
+    require_that(
         options.push is None or is_folder,
         f"push uploads a folder, of format huggingface or diffusers, got format {found}",
     )
@@ -106,14 +113,15 @@ def export(options: Options) -> Path:
         # before the weights are read: this takes no time
         huggingface.check_push(options.push)
     # an export of a run has neither student nor optimizer: its checkpoint has
-    source = find_weights(options.source, "model" if chosen == "published" else "ema")
+    source = find_weights(options.source, STUDENT if chosen == "published" else options.weights)
     if chosen in CONTENTS:
         _check_folder(Path(options.out), CONTENTS[chosen])
     try:
         if chosen == "published":
             write_published(source, Path(options.out), options.num_heads)
         else:
-            _write(load_model(str(source), num_heads=options.num_heads), chosen, options)
+            loaded = load_model(str(source), options.weights, options.num_heads)
+            _write(loaded, chosen, options)
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"out {options.out} cannot be written: {reason}") from None

@@ -18,6 +18,7 @@ CARD = "README.md"
 NOT_SCORES = ("images_per_s", "step")
 # how the card calls weights: LoadedModel.weights -> text
 WEIGHTS = {"ema": "the EMA of the weights", "model": "the student's weights", None: "the weights"}
+AVERAGE = "the average {name} of the weights"
 # sections of the configuration that say how the weights were made
 TRAINED_WITH = ("align", "diffusion", "optim")
 
@@ -43,6 +44,7 @@ def write_folder(loaded: LoadedModel, out: Path, name: str | None = None) -> Non
         "arguments": arguments_of(loaded.model),
         "config": config_of(loaded),
         "step": loaded.step,
+        "weights": loaded.weights,
         "data": loaded.facts.as_json() if loaded.facts else None,
     }
     write_json(out / "config.json", held)
@@ -59,14 +61,14 @@ def card(loaded: LoadedModel, name: str) -> str:
     }
     count = sum(p.numel() for n, p in model.named_parameters() if n not in loaded.fresh)
     made = f" after {loaded.step} optimizer steps" if loaded.step is not None else ""
+    which = WEIGHTS.get(loaded.weights, AVERAGE.format(name=loaded.weights))
     # weights of any origin can be written in this form
     is_run = has_run(loaded.config)
     origin = "trained with [sra-fast]" if is_run else "as [sra-fast] reads it"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"A {model.family} of {count:,} parameters, {origin}: {WEIGHTS[loaded.weights]}{made}, "
-        "in fp32.\n",
+        f"A {model.family} of {count:,} parameters, {origin}: {which}{made}, in fp32.\n",
         "## Sample\n",
         _how_to_sample(loaded, name),
         "## Network\n",

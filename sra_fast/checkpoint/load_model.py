@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint import version_0_1
-from sra_fast.checkpoint.sources import find_weights, read_found
+from sra_fast.checkpoint.sources import find_weights, held_key, read_found
 from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
+from sra_fast.config.averages import EMA, STUDENT, check_known
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import SiT
@@ -33,8 +34,8 @@ class LoadedModel:
         source: the file or checkpoint folder that was read.
         fresh: names of the parameters that the weights lack: a projection head, which only training
             reads. They are zero.
-        weights: which weights these are, ``"ema"`` or ``"model"`` (the student); None: the file
-            does not say.
+        weights: which weights these are, ``"ema"``, ``"model"`` (the student) or the name of an
+            average; None: the file does not say.
     """
 
     model: SiT
@@ -58,8 +59,9 @@ def load_model(
     Args:
         path: whatever ``read_weights`` takes: a run folder (its newest weights), a checkpoint
             folder, ``.safetensors``, shards, a Hugging Face model folder, a ``.pt``.
-        weights: ``"ema"``, or ``"model"`` (the student, which a checkpoint and the published code's
-            ``.pt`` hold).
+        weights: ``"ema"``; ``"model"`` (the student, which a checkpoint and the published code's
+            ``.pt`` hold); the name of one of ``train.averages``, which a checkpoint holds; or
+            ``"power:SIGMA"``, made from a run's snapshots.
         num_heads: for weights whose width is not one of the paper's sizes and that do not say it.
         input_size: for weights without a position embedding that do not say it.
 
@@ -69,11 +71,13 @@ def load_model(
     """
     source = find_weights(path, weights)
     old = source.is_dir() and version_0_1.is_checkpoint(source)
-    if weights == "model" and (old or source.suffix == ".safetensors"):
+    if weights == STUDENT and (old or source.suffix == ".safetensors"):
         raise ValueError(
             f"{source} holds EMA weights only; weights 'model' are in a run's checkpoints and in a "
             ".pt as the published code writes it"
         )
+    if old:
+        check_known(str(source), weights, [EMA])
     held, source = read_found(path, source, weights)
     return model_of(held, source, weights, num_heads, input_size)
 
@@ -166,15 +170,26 @@ def _facts_of_config(config: dict, model: SiT) -> DataFacts | None:
 
 
 def _chosen(held: dict, weights: str, source: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The EMA or the student, and which of them it is; a student without EMA stands for both."""
-    if weights in held:
+    """The weights of a name, and which they are; a student without EMA stands for both."""
+    key = held_key(weights)
+    # an export of other weights is that, also where nobody asks for them by name
+    named = held.get("weights", EMA)
+    if EMA in held and named != EMA and weights in (EMA, named):
+        return held[EMA], named
+    if key in held:
         # the only weights of a file that does not name them; those of a run are its EMA
         unnamed = held.get("unnamed", False) and not has_run(held.get("config"))
-        return held[weights], None if unnamed else weights
-    if weights == "ema":
+        return held[key], None if unnamed else weights
+    if weights == EMA:
         warn("%s holds no EMA: its only weights are taken", source)
-        return held["model"], "model"
-    raise ValueError(f"{source} holds no '{weights}' weights, only its EMA")
+        return held[STUDENT], STUDENT
+    if weights == STUDENT:
+        raise ValueError(f"{source} holds no '{weights}' weights, only its EMA")
+    known = [named] if named != EMA else [key for key in (EMA, STUDENT) if key in held]
+    raise ValueError(
+        f"{source} holds no weights {weights!r}, only {', '.join(known)}; averages of "
+        "train.averages are in a run's checkpoints"
+    )
 
 
 def from_config(config: dict, source: str | Path) -> SiT:

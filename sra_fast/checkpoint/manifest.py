@@ -18,8 +18,10 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 STEP_FOLDER = re.compile(r"step_\d{8,}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-# the EMA of this version; one day there may be more
+# the EMA that the teacher follows and that is sampled by default; ``train.averages`` are further ones
 EMA = "main"
+# how an average is made: the fields of which every entry of ``Manifest.emas`` has one
+RULES = ("decay", "sigma_rel")
 # whole numbers below this are exact in fp64
 MOST_COUNT = 2**53
 # fields of ``DataFacts`` besides its sizes
@@ -89,7 +91,8 @@ class Manifest:
     settings: dict
     """the configuration, as JSON has it"""
     emas: dict[str, dict]
-    """name of every EMA -> its ``decay``"""
+    """name of every average -> its ``decay`` or ``sigma_rel``, and ``since``: the updates that had been
+    taken when it began (absent: it began with the run)"""
     teacher: str | None = EMA
     """the EMA that the alignment's network follows; None: there is no such network"""
     sampled: str = EMA
@@ -268,13 +271,22 @@ def _check_facts(data: dict) -> None:
 
 
 def _check_emas(folder: Path, manifest: Manifest) -> None:
-    """ValueError for EMAs that this version would leave unread."""
-    known = set(manifest.emas) == {EMA} and manifest.sampled == EMA
+    """ValueError for EMAs that this version would leave unread, or read as something else."""
+    known = EMA in manifest.emas and manifest.sampled == EMA
     if not known or manifest.teacher not in (EMA, None):
         raise ValueError(
             f"{folder} has the EMAs {sorted(manifest.emas)} (sampled: {manifest.sampled}, teacher: "
-            f"{manifest.teacher}), this version of sra-fast reads only {EMA!r}"
+            f"{manifest.teacher}), this version of sra-fast samples and follows only {EMA!r}"
         )
+    for name, entry in manifest.emas.items():
+        values = [entry.get("since", 0), *(entry[rule] for rule in RULES if rule in entry)]
+        unknown = set(entry) - {*RULES, "since"}
+        numbers = all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values)
+        if unknown or len(values) != 2 or not numbers:
+            raise ValueError(
+                f"{folder} has the average {name} with {entry}, this version of sra-fast expects one "
+                f"number of {' and '.join(RULES)}, and since"
+            )
 
 
 def _sha256(held: dict, name: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from sra_fast.utils.files import ABSENT, require, sync_folder, temporary_beside,
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CHUNK = 8 << 20
+# names of safetensors
+DTYPES = {torch.float32: "F32", torch.float16: "F16"}
 
 
 def ema_kind(name: str) -> str:
@@ -43,7 +46,7 @@ def write_pieces(
 
     Args:
         path: of the file.
-        pieces: key -> contiguous 1-d fp32 tensor in host memory.
+        pieces: key -> contiguous 1-d tensor in host memory, fp32 or fp16.
         at_phase: called with ``file_begun``, ``file_half``, ``file_written`` and ``file_renamed``.
 
     Raises:
@@ -52,7 +55,7 @@ def write_pieces(
     temporary = temporary_beside(path)
     digest = hashlib.sha256()
     header = _header(pieces)
-    total = len(header) + sum(4 * piece.numel() for piece in pieces.values())
+    total = len(header) + sum(piece.nbytes for piece in pieces.values())
     written = 0
     half_said = False
     try:
@@ -82,10 +85,10 @@ def _header(pieces: Mapping[str, Tensor]) -> bytes:
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, piece in pieces.items():
-        assert piece.dtype == torch.float32 and piece.dim() == 1 and piece.is_contiguous()
-        end = offset + 4 * piece.numel()
+        assert piece.dim() == 1 and piece.is_contiguous()
+        end = offset + piece.nbytes
         entries[key] = {
-            "dtype": "F32",
+            "dtype": DTYPES[piece.dtype],
             "shape": [piece.numel()],
             "data_offsets": [offset, end],
         }
@@ -98,7 +101,7 @@ def _header(pieces: Mapping[str, Tensor]) -> bytes:
 def _chunks(header: bytes, pieces: Iterable[Tensor]):
     yield memoryview(header)
     for piece in pieces:
-        data = memoryview(piece.numpy()).cast("B")
+        data = memoryview(piece.numpy().view(np.uint8))
         for begin in range(0, len(data), CHUNK):
             yield data[begin : begin + CHUNK]
 
@@ -117,17 +120,19 @@ class Shards:
     Args:
         folder: of the checkpoint.
         names: of its files.
+        dtype: of the pieces.
 
     Raises:
         DamagedCheckpoint: a file is not there, or holds something else.
         ValueError: safetensors is not installed, or the file system could not read a file.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str]):
+    def __init__(self, folder: Path, names: Iterable[str], dtype: torch.dtype = torch.float32):
         require("safetensors", "safetensors", "train")
         from safetensors import SafetensorError, safe_open
 
         self.folder = folder
+        self.dtype = dtype
         self._files = {}
         # kind -> parameter -> its pieces in order
         self._pieces: dict[str, dict[str, list[_Piece]]] = {}
@@ -150,8 +155,9 @@ class Shards:
     def _add(self, file: str, key: str, held) -> None:
         kind, name, start = key.split("/")
         shape = held.get_shape()
-        if held.get_dtype() != "F32" or len(shape) != 1 or not start.isdecimal():
-            raise ValueError(f"{key} is no piece of a flat fp32 tensor")
+        expected = DTYPES[self.dtype]
+        if held.get_dtype() != expected or len(shape) != 1 or not start.isdecimal():
+            raise ValueError(f"{key} is no piece of a flat tensor of dtype {expected}")
         piece = _Piece(int(start), int(start) + shape[0], file, key)
         self._pieces.setdefault(kind, {}).setdefault(name, []).append(piece)
 
@@ -189,7 +195,7 @@ class Shards:
             )
 
     def read_into(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Copy elements ``start`` to ``start + len(out)`` of a parameter into ``out``, 1-d fp32.
+        """Copy elements ``start`` to ``start + len(out)`` of a parameter into ``out``, 1-d float.
 
         Call ``check`` before: elements that are not there would be left as they are.
         """

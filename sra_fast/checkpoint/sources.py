@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint.average_snapshots import FOLDER as SNAPSHOTS
+from sra_fast.checkpoint.average_snapshots import is_snapshot, reconstruct, snapshot_folders
 from sra_fast.checkpoint.manifest import STEP_FOLDER
 from sra_fast.checkpoint.names import in_short, unwrapped
 from sra_fast.checkpoint.shards import MASTER, ema_kind
 from sra_fast.checkpoint.steps import named_by_latest, step_of
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
+from sra_fast.config.averages import EMA, POWER, STUDENT, check_known, power_width
 from sra_fast.config.cli import load_config
 from sra_fast.config.schema import Config, ModelConfig
 from sra_fast.models import ALIGN_HEADS, SiT
@@ -39,19 +42,27 @@ def read_weights(path: str, weights: str = "ema") -> dict:
             written by ``sra-fast export``, or a file of ``torch.save`` (``.pt``, ``.pth``,
             ``.ckpt``, ``.bin``), of which nothing but tensors, containers and
             ``argparse.Namespace`` is unpickled.
-        weights: which of a run's weights are read, ``"ema"`` or ``"model"`` (the student).
+        weights: which of a run's weights are read: ``"ema"``, ``"model"`` (the student), the name
+            of one of ``train.averages``, or ``"power:SIGMA"``, an average of that relative width
+            made from the run's snapshots. Only a run has the last two.
 
     Returns:
         ``"ema"`` and ``"model"`` (the student): fp32 state dicts under the published names, as far
         as there are both; a single set of weights is ``"ema"`` unless the file names it otherwise.
-        What else is known: ``config`` (at least ``model`` and ``diffusion`` of a run's
-        configuration), ``data`` (facts about the data, as JSON), ``step``; ``opt``, ``args``,
-        ``epoch`` and ``steps`` of a published checkpoint.
+        Other weights of a run are ``held_key(weights)``. What else is known: ``config`` (at least
+        ``model`` and ``diffusion`` of a run's configuration), ``data`` (facts about the data, as
+        JSON), ``step``; ``weights``, which weights an export is of if not the EMA; ``opt``,
+        ``args``, ``epoch`` and ``steps`` of a published checkpoint.
 
     Raises:
         ValueError: it cannot be read, holds something else, or has weights that are no numbers.
     """
     return read_found(path, find_weights(path, weights), weights)[0]
+
+
+def held_key(weights: str) -> str:
+    """Where ``read_weights`` has weights of a name: names of averages may be anything."""
+    return weights if weights in (EMA, STUDENT) else ema_kind(weights)
 
 
 def read_found(path: str, found: Path, weights: str = "ema") -> tuple[dict, Path]:
@@ -64,13 +75,17 @@ def read_found(path: str, found: Path, weights: str = "ema") -> tuple[dict, Path
     try:
         return _read(found, weights), found
     except ValueError:
-        if found == Path(path) or found.is_file() or reading.is_checkpoint(found):
+        there = found.is_file() or reading.is_checkpoint(found) or is_snapshot(found)
+        if found == Path(path) or there:
             raise
     again = find_weights(path, weights)
     return _read(again, weights), again
 
 
 def _read(found: Path, weights: str) -> dict:
+    width = power_width(weights)
+    if width is not None:
+        return _of_snapshots(found, weights, width)
     removed = STEP_FOLDER.fullmatch(found.name) and not found.exists()
     if found.is_dir() or removed:
         return _of_checkpoint(found, weights)
@@ -85,29 +100,57 @@ def find_weights(path: str, weights: str = "ema") -> Path:
 
     Args:
         path: see ``read_weights``.
-        weights: ``"model"``: a run's export, which has no student, is passed over if there is a
-            checkpoint.
+        weights: see ``read_weights``. Other than ``"ema"``: a run's export, which has the EMA only,
+            is passed over if there is a checkpoint.
+
+    Returns:
+        For ``power:SIGMA`` the folder of the newest snapshot, of a checkpoint's step or before if
+        ``path`` is a checkpoint.
 
     Raises:
-        ValueError: nothing is there, or a folder of another kind.
+        ValueError: nothing is there, or a folder of another kind, or ``weights`` is no name.
     """
     found = Path(path)
+    width = power_width(weights)
+    if not found.exists():
+        raise ValueError(f"no checkpoint at {path}")
+    if width is not None:
+        return _newest_snapshot(found, weights)
     if not found.is_dir():
-        if not found.exists():
-            raise ValueError(f"no checkpoint at {path}")
         return found
+    if is_snapshot(found):
+        raise ValueError(f"{found} is a snapshot of averages: expected weights power:SIGMA of it")
     if reading.is_checkpoint(found):
         return found
     export = found / reading.EXPORT
     newest = reading.newest(found)
     # an export is as good as the checkpoint of its step, and quicker to read; a run that was
     # continued has newer checkpoints
-    exported = weights == "ema" and export.exists()
+    exported = weights == EMA and export.exists()
     if newest is not None and not (exported and _is_current(export, newest)):
         return newest
     if export.exists():
         return export
     return _in_model_folder(found)
+
+
+def _newest_snapshot(found: Path, weights: str) -> Path:
+    """The newest snapshot of averages that a path means: a run's, or that of a step or before."""
+    if is_snapshot(found):
+        return found
+    checkpoint = found.is_dir() and reading.is_checkpoint(found)
+    run = reading.run_folder(found.absolute()) if checkpoint else found
+    snapshots = snapshot_folders(run)
+    if checkpoint:
+        last = reading.step_of(found)
+        snapshots = [path for path in snapshots if step_of(path) <= last]
+    if not snapshots:
+        before = f" up to step {reading.step_of(found)}" if checkpoint else ""
+        raise ValueError(
+            f"{found} has no weights {weights}: expected a run folder with snapshots of averages in "
+            f"{run / SNAPSHOTS}{before} (train.average_snapshots writes them), found none"
+        )
+    return snapshots[0]
 
 
 def _is_current(export: Path, newest: Path) -> bool:
@@ -204,22 +247,46 @@ def run_config(checkpoint: Path) -> Config:
 
 
 def _of_checkpoint(path: Path, weights: str) -> dict:
-    """A training checkpoint: its EMA or its student, and the run's configuration."""
+    """A training checkpoint: its EMA, its student or an average, and the run's configuration."""
     if version_0_1.is_checkpoint(path):
         return _of_old_checkpoint(path)
     manifest = reading.manifest_of(path)
-    kind = MASTER if weights == "model" else ema_kind(manifest.sampled)
+    averages = {name: ema_kind(name) for name in manifest.emas if name != manifest.sampled}
+    kinds = {EMA: ema_kind(manifest.sampled), STUDENT: MASTER, **averages}
+    check_known(str(path), weights, [*kinds, *_power_names(path)])
+    kind = kinds[weights]
     _, held = reading.read_kinds(path, [kind])
     # config.yaml is what the run began with: these are the settings of this step
     settings = manifest.settings
     state = state_dict_of(model_of_settings(settings, path), held[kind], path)
     found = {
-        weights: checked(state, str(path)),
+        held_key(weights): checked(state, str(path)),
         "config": settings,
         "step": manifest.step,
     }
     if manifest.data is not None:
         found["data"] = manifest.data
+    return found
+
+
+def _power_names(checkpoint: Path) -> list[str]:
+    """What an error lists of the averages that could be made from snapshots."""
+    run = reading.run_folder(checkpoint.absolute())
+    return [f"{POWER}SIGMA"] if snapshot_folders(run) else []
+
+
+def _of_snapshots(path: Path, weights: str, width: float) -> dict:
+    """The average of a width that is made from a snapshot and the run's earlier ones."""
+    run = reading.run_folder(path.absolute())
+    snapshot, flat = reconstruct(run, width, step_of(path))
+    state = state_dict_of(model_of_settings(snapshot.settings, path), flat, path)
+    found = {
+        held_key(weights): checked(state, str(path)),
+        "config": snapshot.settings,
+        "step": snapshot.step,
+    }
+    if snapshot.data is not None:
+        found["data"] = snapshot.data
     return found
 
 
@@ -347,8 +414,8 @@ def _parsed(text: str):
 
 
 def _ours(told: dict) -> dict:
-    """``config``, ``data`` and ``step`` of what is told of weights, as far as they are of our form:
-    other projects write other things under these names, which say nothing here.
+    """``config``, ``data``, ``step`` and ``weights`` of what is told of weights, as far as they are of
+    our form: other projects write other things under these names, which say nothing here.
     """
     known = {}
     config = told.get("config")
@@ -361,6 +428,8 @@ def _ours(told: dict) -> dict:
         known["data"] = data
     if isinstance(told.get("step"), int):
         known["step"] = told["step"]
+    if isinstance(told.get("weights"), str) and "config" in known:
+        known["weights"] = told["weights"]
     return known
 
 

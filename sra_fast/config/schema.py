@@ -216,6 +216,23 @@ class OptimConfig:
 
 
 @dataclass
+class Average:
+    """An average of the weights that only evaluation reads: one of the two."""
+
+    decay: float | None = None
+    """of an exponential average, per update"""
+    sigma_rel: float | None = None
+    """relative width of a power-function average (EDM2, arXiv 2312.02696), in (0, 0.288]; 0.05 and 0.1
+    are the paper's"""
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What is given, by name, as a manifest has it."""
+        both = {"decay": self.decay, "sigma_rel": self.sigma_rel}
+        return {name: value for name, value in both.items() if value is not None}
+
+
+@dataclass
 class TrainConfig:
     """The run."""
 
@@ -247,7 +264,14 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage (a stage in DeepSpeed's JSON wins)"""
     ema_decay: float = 0.9999
-    """decay of the EMA of the weights, from step 0"""
+    """decay of the EMA of the weights that the teacher follows and that is sampled by default, from
+    step 0"""
+    averages: dict[str, Average] = field(default_factory=dict)
+    """further averages of the weights, by name: {slow: {decay: 0.9999}, narrow: {sigma_rel: 0.05}}; each
+    takes 4 bytes per parameter over all processes, and sample.weights names one"""
+    average_snapshots: int = 0
+    """steps between two snapshots of the power-function averages in the run's folder `ema`, from which
+    sample.weights power:SIGMA makes one of any width; 0: none"""
     seed: int = 0
     """of initialisation, data order, noise, times and dropped labels"""
     out: str = "runs/default"
@@ -326,8 +350,10 @@ class SampleConfig:
     """times in [0, 1] in which guidance applies"""
     guided_channels: int = 0
     """how many channels guidance applies to; 0: all (the official DiT and SiT samplers: 3)"""
-    weights: Literal["ema", "model"] = "ema"
-    """which weights sample (the published code samples from the student during training)"""
+    weights: str = "ema"
+    """which weights sample: ema; model, the student (the published code samples from it during
+    training); the name of one of train.averages; power:SIGMA, an average of that relative width made
+    from a run's snapshots"""
     labels: Literal["balanced", "random"] = "balanced"
     """every class equally often, or drawn at random"""
     rounding: Literal["round", "truncate"] = "round"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sra_fast.config.averages import check_averages, check_weights
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.diffusion.process import make_process
 from sra_fast.diffusion.samplers import check_sampling
@@ -32,6 +33,8 @@ def check_config(cfg: Config) -> None:
         f"sample.guidance {cfg.sample.guidance} needs model.class_dropout_prob > 0",
     )
     _check_numbers(cfg)
+    check_averages(cfg.train)
+    check_weights("sample.weights", cfg.sample.weights, cfg.train)
     _check_monitor(cfg)
     check_sampling(cfg.sample, cfg.model)
 

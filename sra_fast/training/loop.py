@@ -23,6 +23,7 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.plots import report
+from sra_fast.training import average_snapshots
 from sra_fast.training.control import Control
 from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.monitor import Monitor
@@ -260,6 +261,9 @@ def train(
             if looks:
                 # samples take long: what any process knows is acted on before
                 control.agree_now(step + 1)
+            if average_snapshots.is_due(cfg.train, step + 1):
+                # before the checkpoint: a run that goes on from it does not make them again
+                session.store_averages(step + 1, known)
             if control.due:
                 session.save(Progress(step + 1, start.shift), known)
             if control.asked:
@@ -276,7 +280,7 @@ def train(
 
 @dataclass
 class _Session:
-    """What training does besides its steps: checkpoints and samples."""
+    """What training does besides its steps: checkpoints, snapshots of averages and samples."""
 
     trainer: Trainer
     data: TrainingData
@@ -342,6 +346,13 @@ class _Session:
         if self.trainer.rank == 0:
             log.warning("the last updates were skipped, %d in a row up to step %d", skipped, done)
         return True
+
+    def store_averages(self, step: int, known: dict) -> None:
+        """Store the power-function averages; collective."""
+        self._at(step, "averages")
+        self.logger.flush(step, known)
+        average_snapshots.store(self.trainer, self.folder, step, self.data.facts())
+        self.logger.restart_clock()
 
     def look(self, step: int, known: dict) -> None:
         """Sample the EMA; collective."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sra_fast.alignment.target import trained_heads
-from sra_fast.checkpoint.manifest import Manifest, plain
+from sra_fast.checkpoint.manifest import EMA, RULES, Manifest, plain
 from sra_fast.checkpoint.reading import CONFIG, run_folder
 from sra_fast.config.cli import SECTIONS, save_config
 from sra_fast.config.schema import Config
@@ -23,6 +23,8 @@ UNSAID = ("train.resume", "train.out", "train.init_from")
 SUMMARY = "summary.json"
 DEEPSPEED = "deepspeed.json"
 ABSENT = "absent"
+# fields that older versions had not, with values that say nothing
+NEW = {"train.averages": {}, "train.average_snapshots": 0}
 
 
 def _flat(settings: dict) -> dict:
@@ -51,7 +53,10 @@ def changes(before: dict, after: dict) -> dict[str, tuple]:
     return {
         name: pair
         for name, pair in pairs.items()
-        if pair[0] != pair[1] and pair != (ABSENT, None) and name not in UNSAID
+        if pair[0] != pair[1]
+        and pair != (ABSENT, None)
+        and name not in UNSAID
+        and pair != (ABSENT, NEW.get(name, ABSENT))
     }
 
 
@@ -78,6 +83,7 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
         f"it was made with {name} {old}, this run has {new}" for name, (old, new) in refused.items()
     )
     require_that(not refused, f"cannot resume {path}: {said}")
+    _check_averages(path, manifest, cfg)
     if facts is not None and manifest.data is not None:
         other = differences(facts, DataFacts.from_json(manifest.data))
         require_that(
@@ -85,6 +91,42 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
             f"cannot resume {path} on other data: {'; '.join(other)}; to go on from its weights: "
             "train.init_from",
         )
+
+
+def _check_averages(path: Path, manifest: Manifest, cfg: Config) -> None:
+    """ValueError for an average that would go on by another rule under the same name.
+
+    An exponential one may get another decay, as the EMA may. A power-function average of another
+    width would have neither profile.
+    """
+    for name, average in cfg.train.averages.items():
+        before = {rule: manifest.emas.get(name, {}).get(rule) for rule in RULES}
+        same_kind = {rule for rule in RULES if before[rule] is not None} == set(average.given)
+        require_that(
+            name not in manifest.emas
+            or (same_kind and before["sigma_rel"] == average.given.get("sigma_rel")),
+            f"cannot resume {path}: train.averages.{name} was made with "
+            f"{ {rule: value for rule, value in before.items() if value is not None} }, this run has "
+            f"{average.given}: expected another name for another average",
+        )
+
+
+def average_lines(manifest: Manifest, cfg: Config) -> list[str]:
+    """A line for each average that a resumed run begins or drops."""
+    names = list(cfg.train.averages)
+    new = [name for name in names if name not in manifest.emas]
+    gone = [name for name in manifest.emas if name not in (EMA, *names)]
+    return [
+        *(
+            f"the average {name} begins with the weights of step {manifest.step}: the checkpoint has "
+            "none of this name"
+            for name in new
+        ),
+        *(
+            f"the average {name} of the checkpoint is dropped: the run has it no more"
+            for name in gone
+        ),
+    ]
 
 
 def _needs_other_heads(before: dict, after: dict) -> bool:

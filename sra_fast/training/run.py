@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sra_fast.checkpoint import reading
+from sra_fast.checkpoint.average_snapshots import reconstruct, remove_after
 from sra_fast.checkpoint.manifest import Progress, step_name
 from sra_fast.checkpoint.values import warn
+from sra_fast.config.averages import power_width
 from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
 from sra_fast.sampling.generate import choose_labels, generate
@@ -155,6 +158,8 @@ def _go_back(
             f"training went back to step {step} {limit} times without reaching the next checkpoint"
         )
     saving.load(trainer, saver.folder / step_name(step))
+    # what the run makes again must not be mixed with what it has given up
+    run_folder.agreed(lambda: remove_after(saver.folder.parent, step))
     # more each time: steps after the bad one may be bad, too
     left_out = (bad_step + 1 - step) << (returns[step] - 1)
     warn(
@@ -184,7 +189,7 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
 
     Collective; rank 0 writes.
     """
-    weights = trainer.weights(trainer.cfg.sample.weights)
+    weights = _weights_at_end(trainer, folder)
     if trainer.rank:
         return {}
     summary = {
@@ -199,6 +204,18 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
         summary |= evaluate_samples(trainer, data, weights, folder)
     write_atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(summary) + "\n"))
     return summary
+
+
+def _weights_at_end(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
+    """The parameters that ``sample.weights`` names; collective. Only rank 0 has those of snapshots."""
+    name = trainer.cfg.sample.weights
+    width = power_width(name)
+    if width is None:
+        return trainer.weights(name)
+    if trainer.rank:
+        return {}
+    flat = reconstruct(folder, width)[1]
+    return {key: flat[key].view(shape) for key, shape in trainer.masters.shapes.items()}
 
 
 def logged(rows: list[dict], global_batch: int) -> dict:

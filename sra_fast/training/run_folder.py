@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sra_fast.checkpoint import reading, steps, version_0_1
+from sra_fast.checkpoint.average_snapshots import remove_after
 from sra_fast.checkpoint.manifest import hash_fault, read_manifest
 from sra_fast.checkpoint.steps import Choice, step_folders
 from sra_fast.checkpoint.values import warn
@@ -199,7 +200,8 @@ def settle(folder: Path, chosen: Path, keep: int = 0, exact: bool = False) -> li
 
     ``latest`` comes first: a kill after it changes nothing any more. Other checkpoints than the
     chosen one and its ancestors, and what was written at the end of a run that went further, are
-    moved to ``checkpoints/abandoned``; what killed saves have left is removed.
+    moved to ``checkpoints/abandoned``; later snapshots of averages, which the run makes again, and
+    what killed saves have left are removed.
 
     Args:
         folder: of the run, locked.
@@ -234,6 +236,9 @@ def _settle(folder: Path, chosen: Path, keep: int, exact: bool) -> list[str]:
         lines.append(
             f"to restart this run use --train.resume auto: with {chosen} it goes back each time"
         )
+    removed = remove_after(folder, manifest.step)
+    if removed:
+        lines.append(f"snapshots of averages after step {manifest.step} are removed: {removed}")
     trim(checkpoints, keep, spared)
     for place in (folder, checkpoints, *step_folders(checkpoints)):
         for temporary in place.glob(".*.tmp"):

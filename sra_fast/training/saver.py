@@ -279,12 +279,17 @@ class Saver:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files={file_name(rank): stored for rank, stored in enumerate(files)},
             settings=self.settings,
-            emas={EMA: {"decay": self.trainer.cfg.train.ema_decay}},
+            emas={EMA: {"decay": self.trainer.cfg.train.ema_decay}, **self._averages()},
             teacher=None if self.trainer.teacher is None else EMA,
             data=None if self.facts is None else self.facts.as_json(),
             scales=scales,
             versions=_versions(),
         )
+
+    def _averages(self) -> dict[str, dict[str, float]]:
+        """What the manifest says of the averages besides the EMA."""
+        averages = self.trainer.averages.items()
+        return {name: {**average.rule.given, "since": average.since} for name, average in averages}
 
     def _gathered(self, value) -> list:
         """The value of every rank."""

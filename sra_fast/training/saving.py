@@ -17,7 +17,8 @@ from sra_fast.checkpoint.manifest import Manifest, Progress, step_name
 from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer
 from sra_fast.checkpoint.published import published_args, published_optimizer
 from sra_fast.checkpoint.reading import manifest_of
-from sra_fast.checkpoint.shards import Shards
+from sra_fast.checkpoint.shards import Shards, ema_kind
+from sra_fast.checkpoint.values import warn
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import ALIGN_HEADS
 from sra_fast.training import provenance
@@ -57,10 +58,10 @@ def save(
 
 
 def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:
-    """Restore weights, moments, EMA, teacher and step counts from a checkpoint; collective.
+    """Restore weights, moments, averages, teacher and step counts from a checkpoint; collective.
 
     Any number of processes and any ZeRO stage may have written it: the restored fp32 state is the
-    same bit for bit.
+    same bit for bit. An average that the checkpoint has not begins with the restored weights.
 
     Args:
         trainer: built, with a model of the same parameters.
@@ -77,7 +78,10 @@ def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:
         raise ValueError(f"checkpoint {path} is damaged: {fault}")
     manifest = manifest_of(path)
     provenance.check(path, manifest, trainer.cfg, None)
+    fresh = {name: a for name, a in trainer.averages.items() if name not in manifest.emas}
     kinds = flats_by_kind(trainer)
+    for name in fresh:
+        del kinds[ema_kind(name)]
     masters = trainer.masters
     shards = Shards(path, manifest.files)
     shards.check(kinds, {name: shape.numel() for name, shape in masters.shapes.items()})
@@ -87,6 +91,13 @@ def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:
                 shards.read_into(kind, segment.name, segment.start, segment.of(flats))
     masters.write_weights()
     trainer.guard.load(manifest.counts)
+    for name, average in trainer.averages.items():
+        if name in fresh:
+            average.restart()
+        else:
+            average.since = float(manifest.emas[name].get("since", 0))
+    for line in provenance.average_lines(manifest, trainer.cfg):
+        warn("%s", line)
     # what the user's DeepSpeed configuration counts by
     trainer.engine.global_steps = manifest.step
     trainer.engine.global_samples = manifest.step * trainer.cfg.train.global_batch
@@ -135,6 +146,8 @@ def start_from(trainer: Trainer, initial: dict) -> int:
         # one count for all parameters: each has taken every step
         count = float(next(iter(states.values()))["step"])
         trainer.guard.load([count, 0.0, 0.0])
+    for average in trainer.averages.values():
+        average.restart()
     trainer.refresh_teacher()
     return int(initial.get("steps", 0))
 

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sra_fast.checkpoint.manifest import EMA
 from sra_fast.checkpoint.shards import MASTER, MOMENTS, ema_kind, piece_key
 from sra_fast.training.trainer import Trainer
 
@@ -17,7 +18,8 @@ def flats_by_kind(trainer: Trainer) -> dict[str, list[Tensor]]:
     return {
         MASTER: masters.flats,
         **{key: masters.state(key) for key in MOMENTS},
-        ema_kind("main"): trainer.ema.flats,
+        ema_kind(EMA): trainer.ema.flats,
+        **{ema_kind(name): average.flats for name, average in trainer.averages.items()},
     }
 
 

@@ -15,7 +15,7 @@ from sra_fast.utils.registry import LOGGERS
 
 # columns that the names of the lines take
 NAME_WIDTH = 9
-# an EMA is fp32
+# an EMA or another average is fp32
 EMA_BYTES = 4
 
 
@@ -76,7 +76,9 @@ def _alignment(cfg: Config) -> str:
 
 
 def _ema(trainer: Trainer, count: int) -> str:
-    size = f"EMA {_bytes(EMA_BYTES * count)}"
+    more = len(trainer.averages)
+    what = f"EMA and {_count(more, 'average')}" if more else "EMA"
+    size = f"{what} {_bytes(EMA_BYTES * (1 + more) * count)}"
     world = trainer.plan.world
     if world == 1:
         return size

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import deepspeed
 import torch
@@ -24,7 +24,7 @@ from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators
 from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import clips_itself
 from sra_fast.zero.deepspeed_names import restore_linear
-from sra_fast.zero.ema import PartitionedTeacher, ReplicatedTeacher, ShardedEMA
+from sra_fast.zero.ema import PartitionedTeacher, ReplicatedTeacher, ShardedAverage, ShardedEMA
 from sra_fast.zero.fused_step import (
     PartitionedStep,
     ReplicatedStep,
@@ -49,11 +49,12 @@ class Trainer:
         student: the network that is trained.
         masters: where ZeRO keeps the fp32 weights.
         guard: decides on the device which updates are taken, and counts them.
-        ema: their sharded average.
+        ema: their sharded average, which the teacher follows.
         teacher: keeps the weights of the target's network up to date; None without such a network.
         device: of this process.
         rank: of this process.
         graphed: replays forward and backward pass as a CUDA graph; None: DeepSpeed runs them.
+        averages: ``train.averages``, for evaluation only.
     """
 
     plan: Plan
@@ -66,6 +67,7 @@ class Trainer:
     device: torch.device
     rank: int
     graphed: GraphedGradients | None = None
+    averages: dict[str, ShardedAverage] = field(default_factory=dict)
 
     @property
     def cfg(self) -> Config:
@@ -136,10 +138,13 @@ class Trainer:
         self._wait_for_partitions()
 
     def after_step(self, teacher_runs: bool) -> None:
-        """Update the EMA after an optimizer step, and the teacher if the next step runs it."""
+        """Update EMA and averages after an optimizer step, and the teacher if the next step runs it."""
         self.ema.update()
         if self.teacher is not None:
+            # first: an all-gather that it starts runs beside the other averages
             self.teacher.after_step(teacher_runs)
+        for average in self.averages.values():
+            average.update()
         self._wait_for_partitions()
 
     def _wait_for_partitions(self) -> None:
@@ -153,9 +158,20 @@ class Trainer:
         """``{parameter: fp32 tensor on the CPU}`` of the whole model; collective.
 
         Args:
-            name: as in ``sample.weights``: ``ema``, or ``model`` for the student's own.
+            name: as in ``sample.weights``: ``ema``, ``model`` for the student's own, or one of
+                ``train.averages``.
+
+        Raises:
+            ValueError: there are no such weights; ``power:SIGMA`` is made of a run's snapshots.
         """
-        return self.ema.full() if name == "ema" else self.masters.gather(self.masters.flats)
+        if name == "ema":
+            return self.ema.full()
+        if name == "model":
+            return self.masters.gather(self.masters.flats)
+        if name not in self.averages:
+            known = ", ".join(("ema", "model", *self.averages))
+            raise ValueError(f"expected weights of this training, {known}, got {name!r}")
+        return self.averages[name].full()
 
     def state_dict(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gathered parameters as a state dict of the model, in the published order, with the
@@ -211,8 +227,11 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     guard = UpdateGuard(masters, optimizer, cfg.optim.warmup_steps)
     # from here on engine.step() is the fused step, in the stages that have one
     _replace_step(plan, engine, optimizer, guard)
-    # both start from the unrounded masters
+    # all start from the unrounded masters
     ema = ShardedEMA(masters, cfg.train.ema_decay, optimizer, guard)
+    averages = {
+        name: ShardedAverage(masters, rule, guard) for name, rule in cfg.train.averages.items()
+    }
     teacher = _make_teacher(cfg, network, ema, optimizer)
     if teacher is not None:
         for target in objective.targets:
@@ -229,8 +248,9 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     if graphed is not None:
         for target in objective.targets:
             target.will_be_captured()
+    rank = dist.get_rank()
     return Trainer(
-        plan, engine, student, masters, guard, ema, teacher, device, dist.get_rank(), graphed
+        plan, engine, student, masters, guard, ema, teacher, device, rank, graphed, averages
     )
 
 

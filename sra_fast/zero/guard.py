@@ -136,3 +136,11 @@ class UpdateGuard:
         """``decay``, 0-d fp64 on the device; 1 if the last update was not taken."""
         kept = torch.ones_like(self.counts[0])
         return torch.where(self.taken, kept * decay, kept)
+
+    def power_decay(self, gamma: float) -> Tensor:
+        """``(1 - 1 / t)^(gamma + 1)`` after the ``t``-th update that was taken, 0-d fp64 on the device
+        (EDM2, arXiv 2312.02696, appendix); 1 if the last update was not taken.
+        """
+        # no update has been taken yet: the power is that of 0, and is not used
+        t = self.counts[0].clamp(min=1)
+        return torch.where(self.taken, (1 - 1 / t) ** (gamma + 1), torch.ones_like(t))

@@ -249,7 +249,7 @@ def test_the_card_says_which_weights_these_are(tmp_path):
     export(Options(str(tmp_path / "student.pt"), str(tmp_path / "folder")))
     export(Options(str(tmp_path / "folder"), str(tmp_path / "again")))
     text = (tmp_path / "again/README.md").read_text()
-    assert "the weights after 3 optimizer steps" in text and "EMA" not in text
+    assert "the student's weights after 3 optimizer steps" in text and "EMA" not in text
 
 
 def test_other_tools_may_drop_the_metadata(tmp_path):

@@ -26,6 +26,7 @@ def trainer(cfg, world: int = 1, stage: int = 1, micro: int = 8, accumulation: i
         masters=SimpleNamespace(shapes=shapes),
         device=torch.device("cpu"),
         graphed=None,
+        averages=cfg.train.averages,
     )
 
 
@@ -82,6 +83,17 @@ def test_a_resumed_run_on_latents_with_other_loggers(monkeypatch):
     # stage 0 keeps the EMA whole
     assert start_lines(trainer(cfg, 2, 0), Latents(), FOLDER)[1].endswith("on each process")
     assert "shift" not in start_lines(trainer(cfg), Latents(), FOLDER)[2]
+
+
+@pytest.mark.parametrize(
+    "stage, where", [(0, "192.9 KiB on each process"), (1, "192.9 KiB over all processes")]
+)
+def test_averages_are_counted(stage, where):
+    """12345 fp32 parameters four times: the EMA and three further averages."""
+    averages = "{a: {decay: 0.9}, b: {sigma_rel: 0.05}, c: {sigma_rel: 0.1}}"
+    cfg = config("--train.averages", averages)
+    lines = start_lines(trainer(cfg, world=2, stage=stage), make_dataset(cfg), FOLDER)
+    assert lines[1].endswith(f"; EMA and 3 averages {where}")
 
 
 def test_bf16_on_a_cpu_is_one_warning(capsys):

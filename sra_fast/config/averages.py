@@ -1,0 +1,92 @@
+"""The names of weights: ``ema``, ``model``, those of ``train.averages``, and ``power:SIGMA``."""
+
+import re
+from collections.abc import Iterable
+
+from sra_fast.config.schema import TrainConfig
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.power_profile import check_width
+
+EMA = "ema"
+STUDENT = "model"
+# begins the name of an average that is made from a run's snapshots
+POWER = "power:"
+# names that mean something else; `main` is what checkpoints call the EMA
+TAKEN = (EMA, STUDENT, "main")
+NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+
+
+def power_width(name: str) -> float | None:
+    """SIGMA of ``power:SIGMA``; None for every other name of weights.
+
+    Raises:
+        ValueError: it is no width that a power function has.
+    """
+    if not name.startswith(POWER):
+        return None
+    text = name.removeprefix(POWER)
+    try:
+        width = float(text)
+        check_width(width)
+    except ValueError as error:
+        raise ValueError(f"weights {name}: {error}") from None
+    return width
+
+
+def check_averages(train: TrainConfig) -> None:
+    """ValueError for averages that are not what their names or numbers should be."""
+    for name, average in train.averages.items():
+        option = f"train.averages.{name}"
+        require_that(
+            NAME.fullmatch(name) is not None and name not in TAKEN,
+            "expected names of train.averages of letters, digits and ._-, and none of "
+            f"{', '.join(TAKEN)}, got {name!r}",
+        )
+        require_that(
+            len(average.given) == 1,
+            f"{option} needs decay or sigma_rel, one of them, got {average.given or 'neither'}",
+        )
+        decay = average.decay
+        require_that(
+            decay is None or 0 <= decay <= 1, f"{option}.decay must lie in [0, 1], got {decay}"
+        )
+        if average.sigma_rel is not None:
+            try:
+                check_width(average.sigma_rel)
+            except ValueError as error:
+                raise ValueError(f"{option}.sigma_rel: {error}") from None
+    every = train.average_snapshots
+    require_that(every >= 0, f"train.average_snapshots must not be negative, got {every}")
+    require_that(
+        not every or bool(power_averages(train)),
+        f"train.average_snapshots {every} needs an average with sigma_rel in train.averages, as in "
+        "{narrow: {sigma_rel: 0.05}, wide: {sigma_rel: 0.1}}",
+    )
+
+
+def power_averages(train: TrainConfig) -> list[str]:
+    """The names of the power-function averages."""
+    return [name for name, average in train.averages.items() if average.sigma_rel is not None]
+
+
+def check_weights(option: str, name: str, train: TrainConfig) -> None:
+    """ValueError unless a run has these weights at its end.
+
+    Args:
+        option: the one that names them, for the message.
+        name: of the weights.
+        train: configuration of the run.
+    """
+    if power_width(name) is not None:
+        require_that(
+            train.average_snapshots > 0,
+            f"{option} {name} is made from snapshots: it needs train.average_snapshots",
+        )
+        return
+    check_known(option, name, [EMA, STUDENT, *train.averages])
+
+
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+    """ValueError, which lists the known weights, unless a name is one of them."""
+    known = list(known)
+    require_that(name in known, f"{what}: expected weights of {', '.join(known)}, got {name!r}")
