@@ -1,21 +1,25 @@
 """Studies: variants of one configuration, several seeds each; a table and a plot with mean and standard deviation."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import yaml
 
+from sra_fast.analysis.jobs import Outcome, Pool, Task, threads_of
 from sra_fast.training.logger import read_rows
+from sra_fast.training.run_lock import RunLock
 from sra_fast.utils.files import write_atomic, write_json
 
 # in the folder of a variant's run: what it was made with
 MADE_WITH = "study.json"
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+# in the same folder: what the run has printed
+LOG = "log.txt"
+# what a worker does with a run
+RUNS = "sra_fast.analysis.study_runs:start"
 KEYS = {"base", "args", "seeds", "variants"}
 # columns of the table: key of a row -> title
 COLUMNS = {
@@ -31,12 +35,17 @@ COLUMNS = {
 class Study:
     """A study that was read from a file."""
 
-    name: str
+    path: Path
+    """the file"""
     base: Path
     """configuration that all variants share"""
     seeds: list[int]
     variants: dict[str, list[str]]
     """name -> arguments of train.py; the others are compared with the first"""
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
 
 
 def _arguments(fields: dict) -> list[str]:
@@ -80,7 +89,7 @@ def read_study(path: Path) -> Study:
     variants = {
         name: [*_arguments(common), *_arguments(fields)] for name, fields in changes.items()
     }
-    return Study(path.stem, base, held["seeds"], variants)
+    return Study(path, base, held["seeds"], variants)
 
 
 def _finished_run(runs: Path) -> Path | None:
@@ -88,55 +97,32 @@ def _finished_run(runs: Path) -> Path | None:
     return next((file.parent for file in sorted(runs.glob("*/summary.json"))), None)
 
 
-def run_one(study: Study, variant: str, seed: int, folder: Path) -> Path:
-    """Train one variant with one seed, unless that has been done.
-
-    Args:
-        study: the variant's.
-        variant: its name.
-        seed: of the run.
-        folder: of the study's runs.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        ValueError: it was trained before, with other arguments or another base.
-        RuntimeError: training failed.
-    """
+def runs_folder(study: Study, variant: str, seed: int, folder: Path) -> Path:
+    """Where the run of a variant with a seed lies, in the folder of the study."""
     # by number: a variant's name may have characters that a folder's must not
-    number = list(study.variants).index(variant)
-    runs = folder / f"{number:02d}_seed{seed}"
-    made_with = {
+    return folder / f"{list(study.variants).index(variant):02d}_seed{seed}"
+
+
+def _check_made_with(runs: Path, variant: str, now: dict) -> None:
+    """ValueError if what lies in ``runs`` was made with something else than ``now``."""
+    file = runs / MADE_WITH
+    if not file.exists():
+        return
+    held = json.loads(file.read_text())
+    # through JSON and back, as the file was written
+    for key, value in json.loads(json.dumps(now)).items():
+        if held.get(key) != value:
+            raise ValueError(
+                f"{runs} was made with {key} {held.get(key)}, {variant} now has {value}: "
+                "delete it or choose another --out"
+            )
+
+
+def _made_with(study: Study, variant: str) -> dict:
+    return {
         "arguments": study.variants[variant],
         "base": yaml.safe_load(study.base.read_text()),
     }
-    file = runs / MADE_WITH
-    if file.exists():
-        held = json.loads(file.read_text())
-        # through JSON and back, as the file was written
-        for key, value in json.loads(json.dumps(made_with)).items():
-            if held[key] != value:
-                raise ValueError(
-                    f"{runs} was made with {key} {held[key]}, {variant} now has {value}: "
-                    "delete it or choose another --out"
-                )
-    done = _finished_run(runs)
-    if done:
-        return done
-
-    runs.mkdir(parents=True, exist_ok=True)
-    write_json(file, made_with)
-    # in a separate process, as a user would start it
-    command = [sys.executable, str(TRAIN), "--config", str(study.base)]
-    command += study.variants[variant]
-    command += ["--train.seed", str(seed), "--train.out", str(runs)]
-    child = subprocess.run(command, capture_output=True, text=True)
-    done = _finished_run(runs)
-    if not done:
-        reason = (child.stderr.strip().splitlines() or ["?"])[-1]
-        raise RuntimeError(f"{study.name}: {variant}, seed {seed} failed: {reason}")
-    return done
 
 
 def outcome(run: Path, first: Path) -> dict[str, float]:
@@ -171,35 +157,129 @@ def outcome(run: Path, first: Path) -> dict[str, float]:
     return scores
 
 
-def run_study(study: Study, folder: Path, report: Callable[[dict], object] = print) -> list[dict]:
-    """Run every variant with every seed, one after the other.
+@dataclass
+class Result:
+    """What ``run_study`` leaves.
 
-    ``rows.json`` and ``table.md`` in ``folder`` are written anew after each run. Runs that are
-    finished are not repeated.
+    Attributes:
+        rows: one per finished run whose seed's first variant is finished too: ``variant``, ``seed``
+            and its ``outcome``.
+        failed: a line for each run that failed.
+        left: how many runs are not finished and have not failed.
+    """
+
+    rows: list[dict]
+    failed: list[str]
+    left: int
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    jobs: int = 1,
+    asked: Callable[[], object] = lambda: None,
+    report: Callable[[str], object] = print,
+    start: str = RUNS,
+    path: Sequence[Path] = (),
+) -> Result:
+    """Run every variant with every seed: all variants of a seed, then those of the next.
+
+    Finished runs are not repeated, and a run that has a checkpoint goes on from it. A run that fails
+    takes no other one along. ``rows.json`` and ``table.md`` in ``folder`` are written anew after
+    each run.
 
     Args:
         study: what to run.
         folder: of its runs.
-        report: called with every row.
+        jobs: runs at once, each in a process.
+        asked: whether to stop: runs that have begun write a checkpoint and end.
+        report: called with a line after every run.
+        start, path: of ``jobs.Pool``.
 
-    Returns:
-        One row per run: ``variant``, ``seed`` and its ``outcome``.
+    Raises:
+        ValueError: runs in ``folder`` were made by another study or in another way.
+        RuntimeError: no worker can be started.
     """
+    threads = threads_of(jobs)
     folder.mkdir(parents=True, exist_ok=True)
+    runs = {
+        (variant, seed): runs_folder(study, variant, seed, folder)
+        for seed in study.seeds
+        for variant in study.variants
+    }
+    made_with = {variant: _made_with(study, variant) for variant in study.variants}
+    for (variant, _), place in runs.items():
+        _check_made_with(place, variant, made_with[variant])
+    names = {f"{variant}, seed {seed}": (variant, seed) for variant, seed in runs}
+    failed = []
+
+    def check(about: dict) -> None:
+        """Before the first run is trained: those that are there must be comparable with it."""
+        for (variant, seed), place in runs.items():
+            _check_made_with(place, f"{variant}, seed {seed},", {"machine": about})
+            made_with[variant]["machine"] = about
+
+    def tasks() -> Iterator[Task]:
+        for name, (variant, seed) in names.items():
+            place = runs[variant, seed]
+            if _finished_run(place) is None:
+                place.mkdir(parents=True, exist_ok=True)
+                yield Task(name, place / LOG, {"train": _command(study, variant, seed, place)})
+
+    def note(outcome: Outcome) -> None:
+        if outcome.state == "failed":
+            failed.append(f"{study.name}: {outcome.task.name} failed: {outcome.reason}")
+        report(f"{outcome.task.name}: {outcome.reason or outcome.state}")
+        write_results(folder, gather(study, runs))
+
+    with lock(folder), Pool(start, jobs, threads, [study.path.parent, *path], check) as pool:
+        pool.run(tasks(), note, asked, before=lambda task: _begin(task, names, made_with))
+    rows = gather(study, runs)
+    left = sum(_finished_run(place) is None for place in runs.values()) - len(failed)
+    write_results(folder, rows)
+    return Result(rows, failed, left)
+
+
+def _begin(task: Task, names: dict, made_with: dict) -> None:
+    """Note what a run is made with, when it begins."""
+    variant, _ = names[task.name]
+    write_json(task.log.parent / MADE_WITH, made_with[variant])
+
+
+def _command(study: Study, variant: str, seed: int, place: Path) -> list[str]:
+    """Arguments of ``train.py``."""
+    common = ["--config", str(study.base), *study.variants[variant]]
+    return [*common, "--train.seed", str(seed), "--train.out", str(place)]
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One command at a time works on a study; ValueError if another one does."""
+    held = RunLock(folder)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def gather(study: Study, runs: dict[tuple[str, int], Path]) -> list[dict]:
+    """A row for each run that can be compared with the first variant's of the same seed."""
+    first = next(iter(study.variants))
     rows = []
-    first_variant = next(iter(study.variants))
-    for seed in study.seeds:
-        for variant in study.variants:
-            run = run_one(study, variant, seed, folder)
-            # a look-up: the first variant has been trained when its turn came
-            first = run_one(study, first_variant, seed, folder)
-            row = {"variant": variant, "seed": seed, **outcome(run, first)}
-            rows.append(row)
-            report(row)
-            text = json.dumps(rows, indent=1) + "\n"
-            write_atomic(folder / "rows.json", lambda p, text=text: p.write_text(text))
-            write_atomic(folder / "table.md", lambda p: p.write_text(table(rows)))
+    for (variant, seed), place in runs.items():
+        run = _finished_run(place)
+        base = _finished_run(runs[first, seed])
+        if run is not None and base is not None:
+            rows.append({"variant": variant, "seed": seed, **outcome(run, base)})
     return rows
+
+
+def write_results(folder: Path, rows: list[dict]) -> None:
+    """``rows.json`` and ``table.md``; nothing without rows."""
+    if rows:
+        text = json.dumps(rows, indent=1) + "\n"
+        write_atomic(folder / "rows.json", lambda p: p.write_text(text))
+        write_atomic(folder / "table.md", lambda p: p.write_text(table(rows)))
 
 
 def mean_and_std(values: list[float]) -> str:

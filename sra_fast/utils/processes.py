@@ -37,6 +37,13 @@ ADOPTERS = {"catatonit", "conmon", "dumb-init", "init", "slurmstepd", "systemd",
 PYTHON = re.compile(r"python[\d.]*t?|pypy[\d.]*")
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Process:
     """A process by number and start time: numbers are used again."""
@@ -115,6 +122,12 @@ def launchers() -> list[Process]:
     return found
 
 
+def _parents() -> list[Process]:
+    """The parent of this process; none without /proc."""
+    known = _status(os.getppid())
+    return [] if known is None else [known[0]]
+
+
 def was_orphaned() -> bool:
     """Whether a launcher started this process and had already ended when this was called.
 
@@ -140,10 +153,13 @@ class LauncherWatch:
 
     Made in the first lines of a program: of a launcher that ended before, only some traces are left
     (``was_orphaned``). Without /proc only the parent is known, and whether it is a launcher is not.
+
+    Args:
+        parent: the parent launched this process, whatever its name.
     """
 
-    def __init__(self):
-        self.launchers = launchers()
+    def __init__(self, parent: bool = False):
+        self.launchers = [*_parents(), *launchers()] if parent else launchers()
         # after that look, during which one may have ended
         self.orphaned = was_orphaned()
         # without /proc, a parent that ends shows as another one

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sra_fast.utils.launcher import cuda_index, read_launcher
+from sra_fast.utils.processes import num_cores
 
 LOG_VARIABLE = "SRA_FAST_DEEPSPEED_LOG"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -49,7 +50,7 @@ def init_distributed(tf32: bool = False) -> torch.device:
         _skip_shm_build()
         if "OMP_NUM_THREADS" not in os.environ:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(1, _num_cores() // processes))
+            torch.set_num_threads(max(1, num_cores() // processes))
     backend = "nccl" if cuda else "gloo"
     if not dist.is_initialized():
         _join(backend)
@@ -106,13 +107,6 @@ def _why_apart(text: str, host: str, port: str) -> str:
     return (
         f"the processes do not find each other at MASTER_ADDR {host}, MASTER_PORT {port}: {reason}"
     )
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def deepspeed_log_level() -> int:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from launch import ROOT, call, error_of, launch, run_python
 
-from sra_fast.analysis import study as studies
-from sra_fast.analysis.study import mean_and_std, outcome, read_study, run_one, table
+from sra_fast.analysis.study import mean_and_std, outcome, read_study, run_study, table
 from sra_fast.config.cli import parse_train
 from sra_fast.training.plan import make_run_plan
 
@@ -48,12 +47,24 @@ def make_features(path):
 
 def test_study_from_start_to_table(tmp_path):
     path = tmp_path / "weights.yaml"
-    path.write_text(STUDY.format(base=ROOT / "configs/digits.yaml"))
+    # a stage 3 leaves the most behind in its process
+    first_variant = "given: {{train.zero_stage: 3}}"
+    text = STUDY.replace("given: {{}}", first_variant).format(base=ROOT / "configs/digits.yaml")
+    path.write_text(text)
     first = launch("ablate", path, "--out", tmp_path, "--seeds", 0)
     assert first.returncode == 0, first.stderr[-2000:]
     assert len(json.loads((tmp_path / "weights/rows.json").read_text())) == 2
+    # the second run of its worker, and the same one in a process of its own
+    args = "--align.weight 2.0 --train.steps 4 --train.export [] --sample.steps 2".split()
+    config = ["--config", ROOT / "configs/digits.yaml", *args]
+    alone = launch("train", *config, "--train.seed", 0, "--train.out", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    shard = "000/checkpoints/step_00000004/rank_00000.safetensors"
+    ours = (tmp_path / "weights/01_seed0" / shard).read_bytes()
+    assert ours == (tmp_path / "alone" / shard).read_bytes()
+
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("weights/*/*/summary.json")}
-    second = call("ablate", path, "--out", tmp_path)
+    second = launch("ablate", path, "--out", tmp_path, "--jobs", 2)
     rows = json.loads((tmp_path / "weights/rows.json").read_text())
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("given", 0),
@@ -102,39 +113,51 @@ def test_bad_study_is_named(tmp_path, text, message):
     assert message in error_of(done)
 
 
-def test_runs_of_an_edited_study_are_not_reused(tmp_path, monkeypatch):
-    def child(command, **_):
-        (tmp_path / "out/01_seed0/000").mkdir(parents=True)
-        (tmp_path / "out/01_seed0/000/summary.json").write_text("{}")
-
-    monkeypatch.setattr(studies.subprocess, "run", child)
+def study_of(tmp_path, text=STUDY):
+    """A study whose runs are fake."""
     path = tmp_path / "study.yaml"
     base = tmp_path / "base.yaml"
-    base.write_text("train: {steps: 4}")
-    path.write_text(STUDY.format(base=base))
-    done = run_one(read_study(path), "heavier", 0, tmp_path / "out")
-    assert run_one(read_study(path), "heavier", 0, tmp_path / "out") == done
-    path.write_text(STUDY.format(base=base).replace("2.0", "3.0"))
-    with pytest.raises(
-        ValueError,
-        match="01_seed0 was made with arguments .*2.0.*, heavier now has .*3.0.*choose another --out",
-    ):
-        run_one(read_study(path), "heavier", 0, tmp_path / "out")
-    path.write_text(STUDY.format(base=base))
-    base.write_text("train: {steps: 5}")
-    with pytest.raises(ValueError, match="was made with base .*4.*now has .*5"):
-        run_one(read_study(path), "heavier", 0, tmp_path / "out")
+    if not base.exists():
+        base.write_text("train: {steps: 4}")
+    path.write_text(text.format(base=base))
+    return read_study(path)
 
 
-def test_a_failed_run_is_one_line(tmp_path):
-    path = tmp_path / "bad.yaml"
-    path.write_text(
-        STUDY.format(base=ROOT / "configs/digits.yaml").replace("train.steps: 4", "train.steps: 0")
+def run_fake(study, folder, **options):
+    return run_study(study, folder, start="fake_work:start", path=[ROOT / "tests"], **options)
+
+
+def test_runs_of_an_edited_study_are_not_reused(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    study = study_of(tmp_path)
+    first = run_fake(study, folder)
+    assert (len(first.rows), first.failed, first.left) == (4, [], 0)
+    assert run_fake(study, folder).rows == first.rows
+    message = (
+        "01_seed0 was made with arguments .*2.0.*, heavier now has .*3.0.*choose another --out"
     )
-    done = call("ablate", path, "--out", tmp_path / "out")
-    assert done.returncode == 1
-    expected = "error: bad: given, seed 0 failed: error: train.steps must be at least 1"
-    assert error_of(done).startswith(expected)
+    with pytest.raises(ValueError, match=message):
+        run_fake(study_of(tmp_path, STUDY.replace("2.0", "3.0")), folder)
+    monkeypatch.setenv("FAKE_WORK_ABOUT", '{"device": "cpu", "threads": 2, "torch": "0"}')
+    more = study_of(tmp_path, STUDY.replace("[0, 1]", "[0, 1, 2]"))
+    with pytest.raises(ValueError, match="made with machine .*'threads': 1.*'threads': 2"):
+        run_fake(more, folder)
+    assert not (folder / "00_seed2/000").exists()
+    (tmp_path / "base.yaml").write_text("train: {steps: 5}")
+    with pytest.raises(ValueError, match="was made with base .*4.*now has .*5"):
+        run_fake(study_of(tmp_path), folder)
+
+
+def test_a_failed_run_is_one_line_and_takes_nothing_along(tmp_path):
+    study = study_of(tmp_path, STUDY.replace("2.0", "-1.0"))
+    result = run_fake(study, tmp_path / "out", jobs=2)
+    assert result.failed == [
+        f"study: heavier, seed {seed} failed: error: align.weight must be positive"
+        for seed in (0, 1)
+    ]
+    assert [(row["variant"], row["seed"]) for row in result.rows] == [("given", 0), ("given", 1)]
+    assert result.left == 0
+    assert "the reason" in (tmp_path / "out/01_seed0/log.txt").read_text()
 
 
 def test_curves_of_different_lengths_are_refused(tmp_path):
