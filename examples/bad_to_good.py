@@ -18,6 +18,8 @@ import torch
 from sra_fast.analysis.features import check_times, data_of, split
 from sra_fast.analysis.linear_probe import probe_layers
 from sra_fast.checkpoint.load_model import load_model
+from sra_fast.checkpoint.manifest import step_name
+from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.checkpoint.steps import step_folders, step_of
 from sra_fast.config.schema import DataConfig
 from sra_fast.plots.report import pyplot, save_figure
@@ -29,12 +31,12 @@ NETWORKS = {"plain": (0, "model"), "SRA, student": (1, "model"), "SRA, teacher":
 
 def common_steps(runs: list[Path]) -> list[int]:
     """Steps of which every run has a checkpoint, ascending; ValueError if there are none."""
-    found = [{step_of(path) for path in step_folders(run / "checkpoints")} for run in runs]
-    steps = sorted(set.intersection(*found))
+    found = {run: sorted(step_of(path) for path in step_folders(run / CHECKPOINTS)) for run in runs}
+    steps = sorted(set.intersection(*map(set, found.values())))
     if not steps:
+        got = " and ".join(f"{of_run} in {run}" for run, of_run in found.items())
         raise ValueError(
-            f"expected checkpoints of the same steps (train.keep 0 keeps all), got {found[0] or 'none'} "
-            f"in {runs[0]} and {found[1] or 'none'} in {runs[1]}"
+            f"expected checkpoints of the same steps (train.keep 0 keeps all), got {got}"
         )
     return steps
 
@@ -95,7 +97,9 @@ def main() -> None:
     parser.add_argument("--times", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
     parser.add_argument("--images", type=int, default=5000, help="a fifth of them is held out")
     parser.add_argument("--seed", type=int, default=0, help="of the images and the noise")
-    parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; default: all of both runs")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="checkpoints; default: all of both runs"
+    )
     args = parser.parse_args()
     runs = [args.plain, args.aligned]
     try:
@@ -108,7 +112,7 @@ def main() -> None:
         rows = []
         for step in args.steps or steps:
             for network, (run, weights) in NETWORKS.items():
-                folder = runs[run] / "checkpoints" / f"step_{step:08d}"
+                folder = runs[run] / CHECKPOINTS / step_name(step)
                 found = probe(folder, weights, args.times, args.images, args.seed)
                 rows += [{"network": network, "step": step, **row} for row in found]
                 best = max(found, key=lambda row: row["accuracy"])
