@@ -24,9 +24,11 @@ def power_width(name: str) -> float | None:
     """
     if not name.startswith(POWER):
         return None
-    text = name.removeprefix(POWER)
     try:
-        width = float(text)
+        width = float(name.removeprefix(POWER))
+    except ValueError:
+        raise ValueError(f"expected weights power:SIGMA, as power:0.1, got {name!r}") from None
+    try:
         check_width(width)
     except ValueError as error:
         raise ValueError(f"weights {name}: {error}") from None
