@@ -72,6 +72,11 @@ def test_names_that_a_run_may_sample_from(name):
             "sample.weights: expected weights of ema, model, got 'slow'",
         ),
         (("--sample.weights", "power:0.1"), "it needs train.average_snapshots"),
+        (
+            ("--train.averages", "{narrow: {sigma_rel: 0.05}}", "--train.average_snapshots", "100")
+            + ("--train.steps", "400", "--sample.weights", "power:0.1"),
+            "power:0.1 cannot be made from this run's snapshots: .* wrong by 49%, expected at most 10%",
+        ),
         (("--sample.weights", "power:1"), "weights power:1: expected a relative width"),
         (
             ("--sample.weights", "power:"),
