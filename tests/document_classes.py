@@ -244,6 +244,9 @@ CLASSES = {
         "--num_heads 2", makes=("dit.safetensors",)
     ),
     "python sra_fast/preprocess.py --source imagenet/train": IMAGENET,
+    "python sra_fast/sample.py --checkpoint runs/mine/000 --sample.weights power": ParseOnly(
+        "tests/checkpoint/test_average_snapshots.py samples from such averages"
+    ),
     "python sra_fast/sample.py --checkpoint runs/xl2/000": Execute(
         "--count 4 --sample.steps 2 --out xl2",
         (DEMO,),

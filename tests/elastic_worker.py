@@ -39,7 +39,8 @@ SAVED = 2
 # the batch can be divided by 1, 2 and 3; eps as in zero_worker.py
 ARGS = (
     f"--train.steps 4 --train.save_every {SAVED} --train.log_every 1 --train.global_batch 12 "
-    "--train.precision fp32 --optim.eps 1e-5 --optim.lr 0.003 --train.ema_decay 0.9"
+    "--train.precision fp32 --optim.eps 1e-5 --optim.lr 0.003 --train.ema_decay 0.9 "
+    '--train.averages {"slow":{"decay":0.8},"wide":{"sigma_rel":0.1}}'
 )
 
 

@@ -29,7 +29,8 @@ TINY = (
     "--model.name SiT-S/2 --model.input_size 8 --model.in_channels 1 --model.num_classes 10 "
     "--model.hidden_size 32 --model.depth 2 --model.num_heads 2 --align.student_layer 1 "
     f"--align.teacher_layer 2 --data.name digits --train.global_batch {BATCH} --optim.lr 0.01 "
-    "--optim.weight_decay 0.1 --train.ema_decay 0.6 --train.steps 100 --train.graph false"
+    "--optim.weight_decay 0.1 --train.ema_decay 0.6 --train.steps 100 --train.graph false "
+    "--train.averages '{slow: {decay: 0.7}, wide: {sigma_rel: 0.1}}'"
 )
 # name: (ZeRO stage, precision, further arguments); {micro} makes two micro-batches
 CASES = {}
@@ -146,6 +147,8 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     for i, (flat, state) in enumerate(zip(masters.flats, masters.optimizer_states(), strict=True)):
         found[f"{i}.master"] = flat
         found |= {f"{i}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq", "ema", "step")}
+    for name, average in trainer.averages.items():
+        found |= {f"{i}.{name}": flat for i, flat in enumerate(average.flats)}
     networks = {"student": trainer.student}
     if trainer.teacher is not None:
         networks["teacher"] = trainer.engine.module.teacher
@@ -216,7 +219,7 @@ def check(
     with_bad = copy_of(trainer)
     assert trainer.guard.counts.tolist() == [4, 4, 0]
     moved = differences(before, with_bad)
-    expected = ["master", "ema", *["multiplier", "in_use"] * ("fp8" in name)]
+    expected = ["master", "ema", "slow", "wide", *["multiplier", "in_use"] * ("fp8" in name)]
     assert all(any(kind in key for key in moved) for kind in expected), (name, moved)
 
     # the same gradients without the bad ones; the teacher that followed a bad update follows the

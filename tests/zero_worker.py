@@ -139,6 +139,7 @@ def tiny(stage: int, precision: str, *args: str):
         "--data.name digits --optim.lr 0.003 --optim.eps 1e-5 "
         f"--train.steps {STEPS} --train.save_every {HALF} --train.log_every 1 "
         "--train.global_batch 24 --train.ema_decay 0.9 "
+        '--train.averages {"slow":{"decay":0.8},"wide":{"sigma_rel":0.1}} '
         f"--train.zero_stage {stage} --train.precision {precision}"
     )
     align = () if "--align" in args else ALIGN.split()
@@ -180,19 +181,40 @@ def whole_masters(trainer) -> dict:
     return {name: masters[id(p)].detach().cpu().clone() for name, p in named.items()}
 
 
-def watch_ema(trainer) -> dict:
-    """Recompute the EMA of every whole parameter from whole masters in each step."""
+def watch_ema(trainer, history: list[dict]) -> dict:
+    """Recompute the EMA of every whole parameter from whole masters in each step, which are added to
+    ``history``.
+    """
     ema = whole_masters(trainer)
     update = trainer.ema.update
     decay = trainer.cfg.train.ema_decay
 
     def update_both():
         update()
-        for name, master in whole_masters(trainer).items():
+        history.append(whole_masters(trainer))
+        for name, master in history[-1].items():
             ema[name] = decay * ema[name] + (1 - decay) * master
 
     trainer.ema.update = update_both
     return ema
+
+
+# of the initial weights and those after each step, by the definitions: an exponential average, and the
+# part of tau^gamma that falls on a step. sigma_rel 0.1 is gamma 6.94 (EDM2, Sec. 3.1)
+SHARES = {
+    "slow": [0.8**STEPS, *(0.2 * 0.8 ** (STEPS - i) for i in range(1, STEPS + 1))],
+    "wide": [
+        0.0,
+        *((i**7.937 - (i - 1) ** 7.937) / STEPS**7.937 for i in range(1, STEPS + 1)),
+    ],
+}
+
+
+def sum_of(shares: list[float], tensors: list) -> torch.Tensor:
+    """The sum of tensors, each times its share, in fp64."""
+    return sum(
+        share * tensor.double() for share, tensor in zip(shares, tensors, strict=True)
+    ).float()
 
 
 class DigitsWithFeatures(Digits):
@@ -221,6 +243,7 @@ def outcome(trainer, rows) -> dict:
         "ema": trainer.ema.full(),
         "teacher": gathered_teacher(trainer),
         "ema_bytes": sum(flat.numel() * flat.element_size() for flat in trainer.ema.flats),
+        **{f"average {name}": average.full() for name, average in trainer.averages.items()},
         "loss": [row["loss"] for row in rows],
         "grad_norm": [row["grad_norm"] for row in rows],
         **moments,
@@ -235,11 +258,16 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build(make_plan(cfg), device)
     initial = whole_masters(trainer)
-    watched = watch_ema(trainer)
+    history: list[dict] = []
+    watched = watch_ema(trainer, history)
     monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
     whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
     whole["watched_ema"] = watched
     whole["initial"] = initial
+    whole["expected averages"] = {
+        average: {key: sum_of(shares, [w[key] for w in (initial, *history)]) for key in initial}
+        for average, shares in SHARES.items()
+    }
     resumed = build(make_plan(cfg), device)
     first = cfg.train.save_every
     start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
@@ -270,7 +298,10 @@ def main() -> None:
     report.plot_loss = lambda path, rows: None
     device = init_distributed()
     for stage, precision in CASES:
-        run_case(out, f"{precision}_{stage}", device, stage, precision)
+        # snapshots after steps 4 and 6, which the resumed run makes once more
+        run_case(
+            out, f"{precision}_{stage}", device, stage, precision, "--train.average_snapshots", "4"
+        )
     micro = 24 // (4 * dist.get_world_size())
     others = {**VARIANTS, **TARGETS, **FP8, **TARGETS_BF16}
     for name, (stage, args) in others.items():

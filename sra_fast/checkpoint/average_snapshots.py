@@ -30,14 +30,12 @@ from sra_fast.checkpoint.shards import Shards, ema_kind
 from sra_fast.checkpoint.steps import step_folders, step_of
 from sra_fast.checkpoint.values import warn
 from sra_fast.utils.files import ABSENT, unreadable, write_atomic
-from sra_fast.utils.power_profile import Profile, fit
+from sra_fast.utils.power_profile import LARGEST_ERROR, Profile, fit
 
 FOLDER = "ema"
 SNAPSHOT = "snapshot.json"
 FORMAT = 1
 DTYPE = torch.float16
-# the profile's error from which on no average is made; a line says the error of every one
-LARGEST_ERROR = 0.1
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,8 @@ def _newest_snapshot(found: Path, weights: str) -> Path:
     if not snapshots:
         before = f" up to step {reading.step_of(found)}" if checkpoint else ""
         raise ValueError(
-            f"{found} has no weights {weights}: expected a run folder with snapshots of averages in "
-            f"{run / SNAPSHOTS}{before} (train.average_snapshots writes them), found none"
+            f"{found} has no weights {weights}: expected a run folder whose folder {SNAPSHOTS} has "
+            f"snapshots of averages{before} (train.average_snapshots writes them), found none"
         )
     return snapshots[0]
 

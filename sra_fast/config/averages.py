@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from sra_fast.config.schema import TrainConfig
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.power_profile import check_width
+from sra_fast.utils.power_profile import LARGEST_ERROR, Profile, check_width, fit
 
 EMA = "ema"
 STUDENT = "model"
@@ -13,6 +13,8 @@ STUDENT = "model"
 POWER = "power:"
 # names that mean something else; `main` is what checkpoints call the EMA
 TAKEN = (EMA, STUDENT, "main")
+# snapshots that are thought of when a run is checked
+MOST_PLANNED = 200
 NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 
 
@@ -24,9 +26,11 @@ def power_width(name: str) -> float | None:
     """
     if not name.startswith(POWER):
         return None
-    text = name.removeprefix(POWER)
     try:
-        width = float(text)
+        width = float(name.removeprefix(POWER))
+    except ValueError:
+        raise ValueError(f"expected weights power:SIGMA, as power:0.1, got {name!r}") from None
+    try:
         check_width(width)
     except ValueError as error:
         raise ValueError(f"weights {name}: {error}") from None
@@ -77,13 +81,32 @@ def check_weights(option: str, name: str, train: TrainConfig) -> None:
         name: of the weights.
         train: configuration of the run.
     """
-    if power_width(name) is not None:
+    width = power_width(name)
+    if width is not None:
         require_that(
             train.average_snapshots > 0,
             f"{option} {name} is made from snapshots: it needs train.average_snapshots",
         )
+        error = _planned_error(train, width)
+        require_that(
+            error <= LARGEST_ERROR,
+            f"{option} {name} cannot be made from this run's snapshots: its profile would be wrong by "
+            f"{error:.0%}, expected at most {LARGEST_ERROR:.0%}; two widths around it in train.averages, "
+            "or more snapshots (train.average_snapshots), come nearer",
+        )
         return
     check_known(option, name, [EMA, STUDENT, *train.averages])
+
+
+def _planned_error(train: TrainConfig, width: float) -> float:
+    """The error of a profile at the end of a run whose updates are all taken."""
+    every = train.average_snapshots
+    times = [*range(every, train.steps, every), train.steps]
+    # fewer snapshots make the error larger, and so many already make it small
+    times = times[:: -max(1, len(times) // MOST_PLANNED)]
+    widths = {train.averages[name].sigma_rel for name in power_averages(train)}
+    held = [Profile(sigma_rel, t) for sigma_rel in widths if sigma_rel for t in times]
+    return fit(held, Profile(width, train.steps)).error
 
 
 def check_known(what: str, name: str, known: Iterable[str]) -> None:

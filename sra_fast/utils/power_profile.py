@@ -17,6 +17,8 @@ import numpy as np
 
 # the width at gamma = 0, where all weights have equal shares; a wider one would favour the oldest
 WIDEST = 12**-0.5
+# the error from which on a sum of profiles does not pass for the wanted one
+LARGEST_ERROR = 0.1
 # added to the products of profiles whose own are 1: two that are nearly alike stay solvable
 RIDGE = 1e-10
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny_config import config
 
+from sra_fast.checkpoint import average_snapshots
+from sra_fast.checkpoint.average_snapshots import read_snapshot, snapshot_folders
 from sra_fast.checkpoint.manifest import Progress, read_manifest
 from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.data.dataset import make_dataset
@@ -144,12 +146,28 @@ def test_a_signal_after_bad_images_saves(tmp_path):
     assert manifest.counts == [1, 2, 2]
 
 
-def test_rollback_leaves_the_images_out(tmp_path, caplog):
-    """Back to step 2, on with the images after the bad step; the same as such a run by hand."""
-    trainer, data = made()
+def test_rollback_leaves_the_images_out(tmp_path, caplog, monkeypatch):
+    """Back to step 2, on with the images after the bad step; the same as such a run by hand.
+
+    Averages are among what is restored, and snapshots of them after step 2 are not kept.
+    """
+    averages = (
+        "--train.averages",
+        "{slow: {decay: 0.5}, narrow: {sigma_rel: 0.05}, wide: {sigma_rel: 0.1}}",
+    )
+    trainer, data = made(*averages)
     poison(data, trainer, 3)
+    removed = []
+
+    def remove_after(run, step):
+        removed.append((step, average_snapshots.remove_after(run, step)))
+        assert [path.name for path in snapshot_folders(run)] == ["step_00000002", "step_00000001"]
+        return removed[-1][1]
+
+    monkeypatch.setattr("sra_fast.training.run.remove_after", remove_after)
+    more = ("--train.average_snapshots", "1", "--sample.weights", "power:0.08")
     with caplog.at_level(logging.WARNING):
-        whole_run(tmp_path / "run", data, "--train.on_nan", "rollback")
+        summary = whole_run(tmp_path / "run", data, "--train.on_nan", "rollback", *averages, *more)
     said = "back to the checkpoint of step 2; the images of the 2 steps after it are left out"
     assert said in caplog.messages
     folder = tmp_path / "run/000"
@@ -158,15 +176,26 @@ def test_rollback_leaves_the_images_out(tmp_path, caplog):
     assert manifest.progress == Progress(6, 2)
     assert manifest.counts == [6, 0, 0], "the state before the bad step has no skipped update"
     assert [row["step"] for row in read_rows(folder / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in removed] == [2] and removed[0][1] >= 1
+    snapshots = [read_snapshot(path) for path in snapshot_folders(folder)]
+    assert [(held.step, held.updates) for held in snapshots] == [(s, s) for s in range(6, 0, -1)]
+    # the summary is of weights that were made of them
+    assert summary["weights"] == "power:0.08"
+    assert "power:0.08 of step 6 is made from 12 averages of width 0.05, 0.1" in caplog.text
 
     clean = make_dataset(trainer.cfg)
-    other, _ = made()
+    other, _ = made(*averages)
     saving.load(other, folder / CHECKPOINTS / "step_00000002")
     (tmp_path / "by_hand").mkdir()
     train(other, clean, tmp_path / "by_hand", Progress(2, 2))
-    resumed, _ = made()
+    resumed, _ = made(*averages)
     assert saving.load(resumed, last) == Progress(6, 2)
     assert same(state(other), state(resumed))
+    assert all(
+        torch.equal(resumed.weights(name)[key], value)
+        for name in other.averages
+        for key, value in other.weights(name).items()
+    )
 
 
 def test_the_start_is_a_checkpoint_to_go_back_to(tmp_path):

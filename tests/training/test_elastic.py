@@ -55,7 +55,8 @@ def test_another_world_and_stage_restores_the_same_bits(results, before, world, 
     ours = results[world][f"from_{stage}"]["restored"]
     folder = results["folder"] / f"world{before}_stage{stage}"
     saved = saved_state(folder / "checkpoints/step_00000002")
-    assert set(saved) == {"master", "exp_avg", "exp_avg_sq", "ema.main"}
+    averages = {"ema.main", "ema.slow", "ema.wide"}
+    assert set(saved) == {"master", "exp_avg", "exp_avg_sq", *averages}
     for kind, parameters in saved.items():
         assert parameters.keys() == ours[kind].keys()
         for name, value in parameters.items():
@@ -68,7 +69,7 @@ def test_the_run_that_goes_on_is_the_uninterrupted_one(results, before, world, s
     whole = results[before][f"whole_{stage}"]
     ours = results[world][f"from_{stage}"]
     assert ours["loss"] == pytest.approx(whole["loss"][2:], rel=1e-6)
-    for kind in ("master", "ema.main"):
+    for kind in ("master", "ema.main", "ema.slow", "ema.wide"):
         for name, value in whole["final"][kind].items():
             assert torch.allclose(ours["final"][kind][name], value, rtol=1e-5, atol=1e-6), name
 
@@ -76,13 +77,15 @@ def test_the_run_that_goes_on_is_the_uninterrupted_one(results, before, world, s
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("stage", range(4))
 def test_nothing_is_stored_twice(results, world, stage):
-    """Four fp32 numbers of every parameter over all ranks, no padding, and every rank its part."""
+    """Six fp32 numbers of every parameter over all ranks, no padding, and every rank its part: weight,
+    moments, EMA and two averages.
+    """
     name = f"world{world}_stage{stage}" if world != WORLDS[-1] else f"world{world}_from_{stage}"
     folder = results["folder"] / name / "checkpoints/step_00000004"
     sizes = [sum(v.numel() for v in load_file(f).values()) for f in folder.glob("rank_*")]
     masters = results[WORLDS[0]]["whole_0"]["final"]["master"]
     assert len(sizes) == world
-    assert sum(sizes) == 4 * sum(v.numel() for v in masters.values())
+    assert sum(sizes) == 6 * sum(v.numel() for v in masters.values())
     assert max(sizes) <= 1.1 * sum(sizes) / world
 
 
