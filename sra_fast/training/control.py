@@ -152,7 +152,12 @@ class Control:
             self._raise_error(done)
 
     def diverged(self, done: int) -> FloatingPointError:
-        """The error of a run whose gradients do not become finite again."""
+        """The error of a run whose gradients do not become finite again.
+
+        All processes raise it, so the save that has begun is finished first: it may be the checkpoint
+        to resume.
+        """
+        self.saver.wait()
         step = self.saver.parent
         if step is None:
             stands = "there is no checkpoint yet: begin anew with"

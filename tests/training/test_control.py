@@ -84,7 +84,11 @@ def test_one_bad_image_costs_one_update(tmp_path, caplog):
     assert read_manifest(tmp_path / CHECKPOINTS / "step_00000006").counts == [5, 1, 0]
 
 
-def test_stop_at_the_first(tmp_path):
+@pytest.mark.parametrize("slow", [False, True])
+def test_stop_at_the_first(tmp_path, monkeypatch, slow):
+    """Also while the checkpoint is still being written: the error waits for it and names it."""
+    if slow:
+        monkeypatch.setattr(saver, "at_phase", lambda name: time.sleep(0.3))
     trainer, data = made("--train.on_nan", "stop")
     poison(data, trainer, 3)
     said = "1 update was skipped up to step 4; the checkpoint of step 2 is whole: resume it with"
