@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,11 @@ def test_a_claim_of_a_study_that_is_not_finished():
     assert verdict(replace(found, rows=[]), known) == (None, "not finished")
     with pytest.raises(ValueError, match="'some words' is about the score probe, which no run has"):
         verdict(found, claim("better", "lower", "probe"))
+    # runs that are trained and not scored yet
+    trained = results("own_frechet", rounding=None)
+    assert verdict(trained, claim("better", "lower", "probe")) == (None, "not finished")
+    with pytest.raises(ValueError, match="score own_other, which no run has"):
+        verdict(trained, claim("better", "lower", "own_other"))
 
 
 def test_table_says_everything_in_words():
@@ -263,6 +269,21 @@ def test_what_is_no_score(tmp_path, monkeypatch, returned, message):
     leave_run(tmp_path / "000", [1.0])
     with pytest.raises(ValueError, match=message):
         score_one(tmp_path, "some_scores:score", {}, own=True, cache="unused")
+
+
+def test_a_stop_ends_the_process_while_it_scores(monkeypatch, capfd):
+    codes = []
+    monkeypatch.setattr(study_runs.os, "_exit", codes.append)
+    stop = types.SimpleNamespace(code=0, asked="SIGTERM")
+    with study_runs.ending_at(stop):
+        assert codes == []
+        stop.code = 15
+        end = time.monotonic() + 30
+        while not codes and time.monotonic() < end:
+            time.sleep(0.05)
+    # the process lives on in this test alone
+    assert codes[0] == 75
+    assert "stopped by SIGTERM while the run was scored" in capfd.readouterr().err
 
 
 def test_a_function_that_is_not_there():
