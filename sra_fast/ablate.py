@@ -16,53 +16,75 @@ def main() -> None:
 
     launchers = LauncherWatch()
     began = time.monotonic()
-    from sra_fast.analysis.study import read_study, run_study, table
-    from sra_fast.plots.report import plot_study
-    from sra_fast.training.signals import INTERRUPTED, STOPPED, StopSignals
+    from sra_fast.analysis.study import check_seeds, read_study
+    from sra_fast.training.signals import STOPPED, StopSignals
 
     args, parser = _parse()
     try:
         studies = [read_study(path) for path in args.study]
+        check_seeds(args.seeds or [])
     except ValueError as error:
         parser.error(str(error))
     failed = []
     code = 0
     with StopSignals(launchers) as stop:
-        over = lambda: args.minutes and time.monotonic() - began > 60 * args.minutes
+
+        def why() -> str | None:
+            """Why to stop, or None."""
+            if stop.asked:
+                return f"stopped by {stop.asked}"
+            over = args.minutes is not None and time.monotonic() - began > 60 * args.minutes
+            return f"{args.minutes:g} minutes are over" if over else None
+
         for study in studies:
             if args.seeds:
                 study.seeds[:] = args.seeds
-            folder = args.out / study.name
-            try:
-                result = run_study(study, folder, args.jobs, lambda: stop.asked or over())
-            except (ValueError, RuntimeError, OSError) as error:
-                sys.exit(f"error: {error}")
-            except KeyboardInterrupt:
-                print("interrupted; the same command resumes", file=sys.stderr)
-                sys.exit(INTERRUPTED)
-            failed += result.failed
-            if result.rows:
-                plot_study(folder / "plot.png", result.rows)
-                print(f"\n{study.name}\n\n{table(result.rows)}")
-            if stop.asked or over():
-                why = (
-                    f"stopped by {stop.asked}"
-                    if stop.asked
-                    else f"{args.minutes:g} minutes are over"
-                )
-                runs = f"{result.left} run{'' if result.left == 1 else 's'} left"
-                print(f"{study.name}: {why}: {runs}; the same command resumes")
+            failures, left = _run(study, args, why)
+            failed += failures
+            reason = why()
+            runs = f"{left} run{'' if left == 1 else 's'} left"
+            if reason is not None and (left or study is not studies[-1]):
+                print(f"{study.name}: {reason}, {runs}; the same command goes on", flush=True)
+                # time that is over was planned
                 code = STOPPED if stop.asked else 0
                 break
+            if left:
+                # they were only to be scored
+                print(f"{study.name}: {runs} to train", flush=True)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     sys.exit(1 if failed else code)
 
 
+def _run(study, args: argparse.Namespace, why) -> tuple[list[str], int]:
+    """Run one study, show its table, and return a line for each failure and how many runs are left."""
+    from sra_fast.analysis.study_schedule import Options, run_study
+    from sra_fast.analysis.study_table import panels, table
+    from sra_fast.plots.study import plot_study
+    from sra_fast.training.signals import INTERRUPTED
+
+    folder = args.out / study.name
+    options = Options(args.jobs, args.score_only, args.dry_run)
+    # a line after every run, also where nobody looks at a terminal
+    report = lambda line: print(line, flush=True)
+    try:
+        ended = run_study(study, folder, options, why, report)
+        results = ended.results
+        if results.rows:
+            plot_study(folder / "plot.png", panels(results))
+            print(f"\n{study.name}\n\n{table(results)}")
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the checkpoints", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    return ended.failed, ended.left
+
+
 def _parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(description=__doc__.partition(":  ")[0])
     parser.add_argument(
-        "study", type=Path, nargs="+", help="YAML file: base, args, seeds, variants"
+        "study", type=Path, nargs="+", help="YAML file: base, args, seeds, variants, and more"
     )
     parser.add_argument(
         "--out",
@@ -80,12 +102,22 @@ def _parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="stop after so many minutes, with a checkpoint of each run; the same command resumes",
+        help="stop after so many minutes, with a checkpoint of each run; the same command goes on",
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument(
+        "--score-only", action="store_true", help="score finished runs, and train nothing"
+    )
+    only.add_argument(
+        "--dry-run",
+        "--cost",
+        action="store_true",
+        help="say what is left to do: runs, images, FLOPs and hours",
     )
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    if args.minutes is not None and args.minutes <= 0:
+    if args.minutes is not None and not args.minutes > 0:
         parser.error(f"--minutes must be more than 0, got {args.minutes:g}")
     return args, parser
 

@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO
 
+from sra_fast.training.signals import STOPPED
 from sra_fast.utils.processes import num_cores
 
 log = logging.getLogger("sra_fast")
@@ -75,11 +76,15 @@ class Outcome:
         task: the task.
         state: ``done``; ``failed``; or ``stopped``, as was asked for.
         reason: why it was not done, in one line.
+        result: what the work has returned.
+        seconds: that it took.
     """
 
     task: Task
     state: str
     reason: str = ""
+    result: object = None
+    seconds: float = 0.0
 
 
 @dataclass
@@ -91,6 +96,7 @@ class _Worker:
         connection: to it.
         errors: what it prints while it has no task.
         task: what it does now.
+        began: when it began that.
         ready: it has imported everything.
         ending: it ends by itself and takes no task any more.
         told: it was asked to stop.
@@ -100,6 +106,7 @@ class _Worker:
     connection: Connection
     errors: IO[bytes]
     task: Task | None = None
+    began: float = 0.0
     ready: bool = False
     ending: bool = False
     told: bool = False
@@ -207,8 +214,8 @@ class Pool:
                 if outcome is None:
                     continue
                 if outcome.state == "stopped" and not _notices(asked):
-                    outcome = Outcome(outcome.task, "failed", outcome.reason)
-                report(outcome)
+                    outcome = replace(outcome, state="failed")
+                report(replace(outcome, seconds=time.monotonic() - worker.began))
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.task is not None]
@@ -226,6 +233,7 @@ class Pool:
                     worker.ending = True
                     continue
                 worker.task = task
+                worker.began = time.monotonic()
 
     def _tell_to_stop(self) -> None:
         for worker in self._busy():
@@ -249,7 +257,7 @@ class Pool:
         try:
             # something that it sent before it ended comes first
             if worker.connection.poll():
-                kind, said = worker.connection.recv()
+                kind, said, result = worker.connection.recv()
             elif worker.process.poll() is not None:
                 raise EOFError
             else:
@@ -257,7 +265,7 @@ class Pool:
         except (EOFError, OSError):
             return self._bury(worker, asked)
         if kind == "ready":
-            self.check(said)
+            self.check(result)
             worker.ready = True
             return None
         task = worker.task
@@ -265,7 +273,7 @@ class Pool:
         if kind != "done":
             # what a task that failed has left behind must not reach another one
             worker.ending = True
-        return Outcome(task, kind, said)
+        return Outcome(task, kind, said, result)
 
     def _bury(self, worker: _Worker, asked: Callable[[], object]) -> Outcome | None:
         """Take a worker that has ended off the list; an outcome if it had a task."""
@@ -277,9 +285,9 @@ class Pool:
             worker.errors.seek(0)
             said = worker.errors.read().decode(errors="replace")
         if worker.task is not None:
-            if worker.told and code >= 0:
-                return Outcome(worker.task, "stopped", "stopped before its end")
             last = _last_line(worker.task.log.read_text(errors="replace"))
+            if code == STOPPED:
+                return Outcome(worker.task, "stopped", last.removeprefix(": "))
             return Outcome(worker.task, "failed", f"its process {_ended(code)}{last}")
         if not worker.ready and not _notices(asked):
             raise RuntimeError(f"a worker {_ended(code)} at its start{_last_line(said)}")

@@ -1,51 +1,201 @@
-"""Studies: variants of one configuration, several seeds each; a table and a plot with mean and standard deviation."""
+"""A study: variants of one configuration with several seeds, read from a YAML file."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 
 import yaml
 
-from sra_fast.analysis.jobs import Outcome, Pool, Task, threads_of
-from sra_fast.training.logger import read_rows
-from sra_fast.training.run_lock import RunLock
-from sra_fast.utils.files import write_atomic, write_json
+from sra_fast.analysis.study_scores import OF_TRAINING, SCORES, SUMMARY
 
-# in the folder of a variant's run: what it was made with
-MADE_WITH = "study.json"
-# in the same folder: what the run has printed
-LOG = "log.txt"
-# what a worker does with a run
-RUNS = "sra_fast.analysis.study_runs:start"
-KEYS = {"base", "args", "seeds", "variants"}
-# columns of the table: key of a row -> title
-COLUMNS = {
-    "denoise": "denoising loss",
-    "curve": "largest difference of the curve",
-    "label_accuracy": "label accuracy",
-    "frechet": "Fréchet distance",
-    "images_per_s": "images/s",
-}
+REQUIRED = {"base", "args", "seeds", "variants"}
+OPTIONAL = {"baseline", "rounding", "score", "scores", "claims"}
+CLAIM_KEYS = {"claim", "variant", "score", "expect"}
+# what scores a run, unless a study names another function
+SCORE = "sra_fast.evaluation.run_scores:score_run"
+# options that a study sets for every run
+SET_BY_STUDY = ("train.seed", "train.out", "train.resume")
+LOWER = "lower"
+HIGHER = "higher"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that a study is to show, or to contradict.
+
+    Attributes:
+        claim: in words.
+        variant: whose score it is about.
+        baseline: the variant that it is compared with.
+        score: a name in ``SCORES``, or of the study's own.
+        expect: ``lower`` or ``higher``, than the baseline's.
+    """
+
+    claim: str
+    variant: str
+    baseline: str
+    score: str
+    expect: str
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the runs of a study are scored after their training.
+
+    Attributes:
+        function: ``module:function``.
+        options: of ``run_scores.ScoreOptions``; empty for a function of the study's own.
+    """
+
+    function: str = SCORE
+    options: dict = field(default_factory=dict)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the function is the study's own: called with the run folder, and nothing else."""
+        return self.function != SCORE
+
+    @property
+    def weights(self) -> str:
+        """Which weights are scored, unless an own function chooses."""
+        return self.options.get("weights", "ema")
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study that was read from a file."""
+    """A study that was read from a file.
+
+    Attributes:
+        path: the file.
+        base: configuration that all variants share.
+        seeds: of the runs of every variant.
+        variants: name -> arguments of train.py.
+        baseline: name of the variant that the others are compared with.
+        rounding: name of a variant that does the baseline's arithmetic by other means, or None.
+        scoring: None: runs are not scored.
+        claims: what the study is to show.
+    """
 
     path: Path
-    """the file"""
     base: Path
-    """configuration that all variants share"""
     seeds: list[int]
     variants: dict[str, list[str]]
-    """name -> arguments of train.py; the others are compared with the first"""
+    baseline: str
+    rounding: str | None = None
+    scoring: Scoring | None = field(default_factory=Scoring)
+    claims: list[Claim] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.path.stem
+
+    def folder_of(self, variant: str, seed: int, folder: Path) -> Path:
+        """Where the run of a variant with a seed lies, in the folder of the study."""
+        # by number: a variant's name may have characters that a folder's must not
+        return folder / f"{list(self.variants).index(variant):02d}_seed{seed}"
+
+    def made_with(self, variant: str) -> dict:
+        """What a variant's runs follow from, beside the seed."""
+        return {
+            "arguments": self.variants[variant],
+            "base": yaml.safe_load(self.base.read_text()),
+        }
+
+    def command(self, variant: str, seed: int, folder: Path) -> list[str]:
+        """The arguments of ``train.py`` for a run; ``folder``: of the study."""
+        out = str(self.folder_of(variant, seed, folder))
+        common = ["--config", str(self.base), *self.variants[variant]]
+        return [*common, "--train.seed", str(seed), "--train.out", out]
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a mapping has every key once: of two variants of one name one would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, Hashable) and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study from YAML; docs/make_a_study.md explains its keys.
+
+    Raises:
+        ValueError: the file cannot be read, a key is missing, unknown or of another type, a name is
+            no variant's, or seeds or variants are empty.
+    """
+    try:
+        held = yaml.load(path.read_text(), _OnceLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # YAML's text has several lines
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no readable YAML file: {reason}") from None
+    complete = isinstance(held, dict) and REQUIRED <= set(held) <= REQUIRED | OPTIONAL
+    if not complete or not held["seeds"] or not held["variants"]:
+        raise ValueError(
+            f"{path} must have {sorted(REQUIRED)}, may have {sorted(OPTIONAL)}, and none of seeds "
+            f"and variants may be empty, got {held}"
+        )
+    try:
+        return _study_of(path, held)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _study_of(path: Path, held: dict) -> Study:
+    """The study of a file's keys; ValueError without the file's name."""
+    # an empty mapping in YAML is None
+    common = held["args"] or {}
+    mappings = [common, held["variants"]]
+    if isinstance(held["variants"], dict):
+        mappings += [fields or {} for fields in held["variants"].values()]
+    if not all(isinstance(part, dict) for part in mappings):
+        raise ValueError(f"args, variants and each variant must be mappings, got {held}")
+    names = [*held["variants"]]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names of variants must be text (in quotes), got {names}")
+    for option in SET_BY_STUDY:
+        if any(option in part for part in mappings if part is not held["variants"]):
+            raise ValueError(
+                f"{option} is set for each run by the study, got it in args or variants"
+            )
+    check_seeds(held["seeds"])
+    base = path.parent / str(held["base"])
+    if not base.is_file():
+        raise ValueError(f"there is no base configuration {base}")
+
+    baseline = _variant(held.get("baseline", names[0]), names, "baseline")
+    rounding = held.get("rounding")
+    if rounding is not None and _variant(rounding, names, "rounding") == baseline:
+        raise ValueError(f"rounding must be another variant than the baseline {baseline}")
+    scoring = _scoring(held)
+    claims = held.get("claims") or []
+    if not isinstance(claims, list):
+        raise ValueError(f"claims must be a list, got {claims}")
+    return Study(
+        path=path,
+        base=base,
+        seeds=list(held["seeds"]),
+        variants={
+            name: [*_arguments(common), *_arguments(fields or {})]
+            for name, fields in held["variants"].items()
+        },
+        baseline=baseline,
+        rounding=rounding,
+        scoring=scoring,
+        claims=[_claim(claim, names, baseline, scoring) for claim in claims],
+    )
+
+
+def check_seeds(seeds: object) -> None:
+    """ValueError unless these are seeds, each once."""
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"seeds whole numbers in a list expected, got {seeds}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"each of the seeds must be there once, got {seeds}")
 
 
 def _arguments(fields: dict) -> list[str]:
@@ -56,247 +206,45 @@ def _arguments(fields: dict) -> list[str]:
     return words
 
 
-def read_study(path: Path) -> Study:
-    """Read a study from YAML: ``base`` (a configuration, relative to the file), ``args``, ``seeds``, ``variants``.
+def _variant(name: object, names: list[str], role: str) -> str:
+    if name not in names:
+        raise ValueError(f"{role} must name a variant, one of {names}, got {name!r}")
+    return str(name)
 
-    Raises:
-        ValueError: the file cannot be read, a key is missing, unknown or of another type, or seeds
-            or variants are empty.
-    """
-    try:
-        held = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        # YAML's text has several lines
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is no readable YAML file: {reason}") from None
-    complete = isinstance(held, dict) and set(held) == KEYS
-    if not complete or not held["seeds"] or not held["variants"]:
+
+def _scoring(held: dict) -> Scoring | None:
+    options = held.get("scores", {})
+    if options in (None, "none"):
+        if "score" in held:
+            raise ValueError("score names a function and scores says none: expected one of them")
+        return None
+    if not isinstance(options, dict):
+        raise ValueError(f"scores must be a mapping of options, or none, got {options!r}")
+    function = held.get("score", SCORE)
+    if not isinstance(function, str) or function.count(":") != 1:
+        raise ValueError(f"score must be module:function, got {function!r}")
+    scoring = Scoring(function, options)
+    if scoring.is_own and options:
+        raise ValueError(f"scores are no options of {function}, got {options}")
+    return scoring
+
+
+def _claim(held: object, names: list[str], baseline: str, scoring: Scoring | None) -> Claim:
+    """A claim that names variants and, as far as that is known, a score."""
+    if not isinstance(held, dict) or not CLAIM_KEYS <= set(held) <= CLAIM_KEYS | {"baseline"}:
         raise ValueError(
-            f"{path} must have {sorted(KEYS)}, none of seeds and variants empty, got {held}"
+            f"a claim must have {sorted(CLAIM_KEYS)} and may have baseline, got {held}"
         )
-    # an empty mapping in YAML is None
-    common = held["args"] or {}
-    changes = {name: fields or {} for name, fields in dict(held["variants"]).items()}
-    mappings = [common, held["variants"], *changes.values()]
-    all_mappings = all(isinstance(part, dict) for part in mappings)
-    if not all_mappings or not all(type(seed) is int for seed in held["seeds"]):
-        raise ValueError(
-            f"{path}: args, variants and each variant must be mappings, seeds whole numbers, got {held}"
-        )
-    base = path.parent / held["base"]
-    if not base.is_file():
-        raise ValueError(f"{path}: there is no base configuration {base}")
-    variants = {
-        name: [*_arguments(common), *_arguments(fields)] for name, fields in changes.items()
-    }
-    return Study(path, base, held["seeds"], variants)
-
-
-def _finished_run(runs: Path) -> Path | None:
-    """The run folder in ``runs`` that has a summary, if any."""
-    return next((file.parent for file in sorted(runs.glob("*/summary.json"))), None)
-
-
-def runs_folder(study: Study, variant: str, seed: int, folder: Path) -> Path:
-    """Where the run of a variant with a seed lies, in the folder of the study."""
-    # by number: a variant's name may have characters that a folder's must not
-    return folder / f"{list(study.variants).index(variant):02d}_seed{seed}"
-
-
-def _check_made_with(runs: Path, variant: str, now: dict) -> None:
-    """ValueError if what lies in ``runs`` was made with something else than ``now``."""
-    file = runs / MADE_WITH
-    if not file.exists():
-        return
-    held = json.loads(file.read_text())
-    # through JSON and back, as the file was written
-    for key, value in json.loads(json.dumps(now)).items():
-        if held.get(key) != value:
-            raise ValueError(
-                f"{runs} was made with {key} {held.get(key)}, {variant} now has {value}: "
-                "delete it or choose another --out"
-            )
-
-
-def _made_with(study: Study, variant: str) -> dict:
-    return {
-        "arguments": study.variants[variant],
-        "base": yaml.safe_load(study.base.read_text()),
-    }
-
-
-def outcome(run: Path, first: Path) -> dict[str, float]:
-    """Scores of one run.
-
-    Args:
-        run: a run folder.
-        first: run folder of the first variant with the same seed.
-
-    Returns:
-        ``denoise``: the mean of the last tenth of the logged denoising losses.
-        ``curve``: the largest relative difference of any logged loss from the first variant's.
-        ``label_accuracy``, ``frechet``, ``images_per_s``: of the summary, if it has them.
-
-    Raises:
-        ValueError: the two runs have not logged the same number of steps.
-    """
-    summary = json.loads((run / "summary.json").read_text())
-    losses = [row["denoise"] for row in read_rows(run / "stats.jsonl")]
-    first_losses = [row["denoise"] for row in read_rows(first / "stats.jsonl")]
-    if len(losses) != len(first_losses):
-        raise ValueError(
-            f"variants must log the same steps: {run} logged {len(losses)}, {first} {len(first_losses)}"
-        )
-    # one loss is noisy: the mean of the last tenth, at least of the last one
-    last = max(1, len(losses) // 10)
-    differences = [abs(a - b) / abs(b) for a, b in zip(losses, first_losses, strict=True)]
-    scores = {"denoise": mean(losses[-last:]), "curve": max(differences)}
-    for key in ("label_accuracy", "frechet", "images_per_s"):
-        if key in summary:
-            scores[key] = summary[key]
-    return scores
-
-
-@dataclass
-class Result:
-    """What ``run_study`` leaves.
-
-    Attributes:
-        rows: one per finished run whose seed's first variant is finished too: ``variant``, ``seed``
-            and its ``outcome``.
-        failed: a line for each run that failed.
-        left: how many runs are not finished and have not failed.
-    """
-
-    rows: list[dict]
-    failed: list[str]
-    left: int
-
-
-def run_study(
-    study: Study,
-    folder: Path,
-    jobs: int = 1,
-    asked: Callable[[], object] = lambda: None,
-    report: Callable[[str], object] = print,
-    start: str = RUNS,
-    path: Sequence[Path] = (),
-) -> Result:
-    """Run every variant with every seed: all variants of a seed, then those of the next.
-
-    Finished runs are not repeated, and a run that has a checkpoint goes on from it. A run that fails
-    takes no other one along. ``rows.json`` and ``table.md`` in ``folder`` are written anew after
-    each run.
-
-    Args:
-        study: what to run.
-        folder: of its runs.
-        jobs: runs at once, each in a process.
-        asked: whether to stop: runs that have begun write a checkpoint and end.
-        report: called with a line after every run.
-        start, path: of ``jobs.Pool``.
-
-    Raises:
-        ValueError: runs in ``folder`` were made by another study or in another way.
-        RuntimeError: no worker can be started.
-    """
-    threads = threads_of(jobs)
-    folder.mkdir(parents=True, exist_ok=True)
-    runs = {
-        (variant, seed): runs_folder(study, variant, seed, folder)
-        for seed in study.seeds
-        for variant in study.variants
-    }
-    made_with = {variant: _made_with(study, variant) for variant in study.variants}
-    for (variant, _), place in runs.items():
-        _check_made_with(place, variant, made_with[variant])
-    names = {f"{variant}, seed {seed}": (variant, seed) for variant, seed in runs}
-    failed = []
-
-    def check(about: dict) -> None:
-        """Before the first run is trained: those that are there must be comparable with it."""
-        for (variant, seed), place in runs.items():
-            _check_made_with(place, f"{variant}, seed {seed},", {"machine": about})
-            made_with[variant]["machine"] = about
-
-    def tasks() -> Iterator[Task]:
-        for name, (variant, seed) in names.items():
-            place = runs[variant, seed]
-            if _finished_run(place) is None:
-                place.mkdir(parents=True, exist_ok=True)
-                yield Task(name, place / LOG, {"train": _command(study, variant, seed, place)})
-
-    def note(outcome: Outcome) -> None:
-        if outcome.state == "failed":
-            failed.append(f"{study.name}: {outcome.task.name} failed: {outcome.reason}")
-        report(f"{outcome.task.name}: {outcome.reason or outcome.state}")
-        write_results(folder, gather(study, runs))
-
-    with lock(folder), Pool(start, jobs, threads, [study.path.parent, *path], check) as pool:
-        pool.run(tasks(), note, asked, before=lambda task: _begin(task, names, made_with))
-    rows = gather(study, runs)
-    left = sum(_finished_run(place) is None for place in runs.values()) - len(failed)
-    write_results(folder, rows)
-    return Result(rows, failed, left)
-
-
-def _begin(task: Task, names: dict, made_with: dict) -> None:
-    """Note what a run is made with, when it begins."""
-    variant, _ = names[task.name]
-    write_json(task.log.parent / MADE_WITH, made_with[variant])
-
-
-def _command(study: Study, variant: str, seed: int, place: Path) -> list[str]:
-    """Arguments of ``train.py``."""
-    common = ["--config", str(study.base), *study.variants[variant]]
-    return [*common, "--train.seed", str(seed), "--train.out", str(place)]
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One command at a time works on a study; ValueError if another one does."""
-    held = RunLock(folder)
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def gather(study: Study, runs: dict[tuple[str, int], Path]) -> list[dict]:
-    """A row for each run that can be compared with the first variant's of the same seed."""
-    first = next(iter(study.variants))
-    rows = []
-    for (variant, seed), place in runs.items():
-        run = _finished_run(place)
-        base = _finished_run(runs[first, seed])
-        if run is not None and base is not None:
-            rows.append({"variant": variant, "seed": seed, **outcome(run, base)})
-    return rows
-
-
-def write_results(folder: Path, rows: list[dict]) -> None:
-    """``rows.json`` and ``table.md``; nothing without rows."""
-    if rows:
-        text = json.dumps(rows, indent=1) + "\n"
-        write_atomic(folder / "rows.json", lambda p: p.write_text(text))
-        write_atomic(folder / "table.md", lambda p: p.write_text(table(rows)))
-
-
-def mean_and_std(values: list[float]) -> str:
-    """The mean, with the standard deviation if there are several values."""
-    deviation = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{mean(values):.4g}{deviation}"
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table: mean and standard deviation over the seeds."""
-    # only scores that every run has
-    keys = [key for key in COLUMNS if all(key in row for row in rows)]
-    # a line per variant, in the order of the study
-    titles = ["variant", "seeds", *(COLUMNS[key] for key in keys)]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        seeds = [row for row in rows if row["variant"] == variant]
-        scores = [mean_and_std([row[key] for row in seeds]) for key in keys]
-        lines.append(f"| {' | '.join([variant, str(len(seeds)), *scores])} |")
-    return "\n".join(lines) + "\n"
+    if held["expect"] not in (LOWER, HIGHER):
+        raise ValueError(f"expect of a claim must be lower or higher, got {held['expect']!r}")
+    compared = _variant(held.get("baseline", baseline), names, "baseline of a claim")
+    variant = _variant(held["variant"], names, "variant of a claim")
+    if variant == compared:
+        raise ValueError(f"a claim must be about two variants, got {variant} twice")
+    score = str(held["score"])
+    own = scoring is not None and scoring.is_own
+    later = set() if scoring is None else set(SCORES) - OF_TRAINING
+    if not own and score not in OF_TRAINING | later and not score.startswith(SUMMARY):
+        there = sorted(OF_TRAINING | later)
+        raise ValueError(f"score of a claim must be one of {there}, got {score!r}")
+    return Claim(str(held["claim"]), variant, compared, score, held["expect"])

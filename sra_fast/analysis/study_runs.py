@@ -1,30 +1,43 @@
-"""What a worker of a study does: it trains a run in its own process, as ``train.py`` does.
+"""What a worker of a study does: it trains and scores a run in its own process, as ``train.py`` does.
 
 A run must not differ from the same run in a new process: what one leaves behind is put back after it.
 """
 
+import fcntl
 import gc
-import io
+import math
+import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from sra_fast.analysis.worker import Failed
-from sra_fast.config.cli import parse_train
-from sra_fast.config.schema import Config
+from sra_fast.analysis.study_plans import parsed
+from sra_fast.analysis.study_scores import RECORD, finished_run, made_like
+from sra_fast.analysis.worker import Failed, find_function
 from sra_fast.training.endings import ending_of
-from sra_fast.training.plan import make_run_plan
+from sra_fast.training.loop import train
+from sra_fast.training.plan import RunPlan, make_run_plan
 from sra_fast.training.run import run
-from sra_fast.training.signals import Stopped, StopSignals
+from sra_fast.training.signals import STOPPED, Stopped, StopSignals
+from sra_fast.training.trainer import build
+from sra_fast.utils.files import write_json
 from sra_fast.zero.deepspeed_names import restore_linear
 from sra_fast.zero.process_group import init_distributed
 
+# steps of a trial, and of what is logged: the first rows hold the warm-up
+TRIAL_STEPS = 20
+TRIAL_LOG = 5
+# seconds between two looks for a stop while a run is scored
+LOOK_EVERY = 0.3
 
-def start() -> tuple[dict, Callable[[dict, StopSignals], None]]:
-    """``(about, work)`` for ``analysis.jobs``: what a run's rounding depends on, and ``train_run``."""
+
+def start() -> tuple[dict, Callable[[dict, StopSignals], dict | None]]:
+    """``(about, work)`` for ``analysis.jobs``: what a run's rounding depends on, and ``do_run``."""
     device = init_distributed()
     on_gpu = device.type == "cuda"
     about = {
@@ -33,53 +46,172 @@ def start() -> tuple[dict, Callable[[dict, StopSignals], None]]:
         "threads": None if on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return about, train_run
+    return about, do_run
 
 
-def parsed(arguments: list[str]) -> tuple[Config, str | None]:
-    """``parse_train``, with a ValueError of one line in place of the end of the process."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return parse_train(arguments)
-    except SystemExit:
-        lines = said.getvalue().strip().splitlines() or ["?"]
-        raise ValueError(lines[-1].removeprefix("error: ")) from None
-
-
-def train_run(arguments: dict, stop: StopSignals) -> None:
-    """Train one run to its summary, from its last checkpoint if it has one.
+def do_run(arguments: dict, stop: StopSignals) -> dict | None:
+    """Train one run to its summary, from its last checkpoint if it has one, and score it.
 
     Args:
-        arguments: ``train``, the arguments of ``train.py`` with ``--train.out``.
+        arguments: ``runs``, the folder of the run. ``train``, the arguments of ``train.py`` with this
+            folder as ``--train.out``: absent if it is only scored. ``score``, arguments of
+            ``score_one``: absent if it is not. Or ``trial``, arguments of ``train.py`` for a trial.
         stop: open signals.
+
+    Returns:
+        Of a trial ``{"seconds": ..., "images": ...}``, else None.
 
     Raises:
         Failed: what ``train.py`` would have said in one line.
         Stopped: it was asked to stop; its checkpoint is whole.
     """
     try:
-        _train(arguments["train"], stop)
+        if "trial" in arguments:
+            return _one_line(lambda: _trial(arguments["trial"], stop))
+        if "train" in arguments:
+            _one_line(lambda: _train(arguments["train"], stop))
+        if "score" in arguments:
+            stop.check()
+            with ending_at(stop):
+                _one_line(
+                    lambda: score_one(Path(arguments["runs"]), **arguments["score"]), "scoring "
+                )
+        return None
     finally:
         _put_back()
 
 
-def _train(arguments: list[str], stop: StopSignals) -> None:
-    out = None
+def _one_line(work: Callable, what: str = ""):
+    """What ``work`` returns; ``Failed`` for an error that ``train.py`` would tell in one line."""
     try:
-        # a new run if there is no checkpoint
-        cfg, ds_json = parsed([*arguments, "--train.resume", "auto"])
-        out = Path(cfg.train.out)
-        plan = make_run_plan(cfg, ds_json)
-        stop.check()
-        run(plan, init_distributed(cfg.train.tf32), stop)
-    except Stopped:
+        return work()
+    except (Stopped, Failed):
         raise
     except Exception as error:
-        ending = ending_of(error, out)
+        ending = ending_of(error)
         if ending is None:
             raise
-        raise Failed(ending.line) from None
+        line = ending.line.removeprefix("error: ")
+        raise Failed(f"{what}failed: {line}" if what else line) from None
+
+
+def _planned(arguments: list[str], stop: StopSignals) -> tuple[RunPlan, torch.device]:
+    cfg, ds_json = parsed(arguments)
+    plan = make_run_plan(cfg, ds_json)
+    stop.check()
+    return plan, init_distributed(cfg.train.tf32)
+
+
+def _train(arguments: list[str], stop: StopSignals) -> None:
+    # a new run if there is no checkpoint
+    plan, device = _planned([*arguments, "--train.resume", "auto"], stop)
+    run(plan, device, stop)
+
+
+def _trial(arguments: list[str], stop: StopSignals) -> dict:
+    """Time some steps, in a folder that is removed."""
+    short = f"--train.steps {TRIAL_STEPS} --train.log_every {TRIAL_LOG} --train.loggers []"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [*arguments, *short.split(), "--monitor.every", "0", "--train.out", folder]
+        plan, device = _planned(arguments, stop)
+        trainer = build(plan.plan, device)
+        rows = train(trainer, plan.data, Path(folder), stop=stop)
+    return {
+        "seconds": rows[-1]["ms_per_step"] / 1e3,
+        "images": plan.plan.cfg.train.global_batch,
+    }
+
+
+def score_one(runs: Path, function: str, options: dict, own: bool, cache: str) -> None:
+    """Score a finished run and record its scores.
+
+    Args:
+        runs: the folder that holds the run folder.
+        function: ``module:function``.
+        options: of ``ScoreOptions``.
+        own: whether the function is the study's own, and called with the run folder alone.
+        cache: where the networks that score lie.
+
+    Raises:
+        ValueError: the run cannot be scored, or what the function returned is no scores.
+    """
+    done = finished_run(runs)
+    if done is None:
+        raise ValueError(f"expected a finished run in {runs}, found none")
+    score = find_function(function)
+    if own:
+        scores = score(done)
+    else:
+        made = find_function(options_of(function))(**options)
+        with networks(Path(cache)):
+            scores = score(done, made, Path(cache), init_distributed())
+    how = {"function": function, "options": options}
+    write_json(
+        runs / RECORD, {"made_with": made_like(done, how), "scores": _numbers(function, scores)}
+    )
+
+
+def options_of(function: str) -> str:
+    """Where the options of the built-in scores are: in the function's module."""
+    return f"{function.partition(':')[0]}:ScoreOptions"
+
+
+def _numbers(function: str, scores: object) -> dict[str, float]:
+    """The scores that are numbers; the built-in ones also have lists, which stay in their file."""
+    if isinstance(scores, dict) and all(isinstance(name, str) for name in scores):
+        numbers = {
+            name: float(value)
+            for name, value in scores.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if numbers:
+            bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+            if bad:
+                raise ValueError(
+                    f"{function} returned scores that are not finite: {', '.join(bad)}"
+                )
+            return numbers
+    raise ValueError(f"{function} must return numbers by name, got {str(scores)[:100]}")
+
+
+@contextmanager
+def networks(cache: Path) -> Iterator[None]:
+    """Let one worker make the networks that score: the others wait, and read them."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as file:
+        if not _has_networks(cache):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            if _has_networks(cache):
+                # another worker has made them meanwhile
+                fcntl.lockf(file, fcntl.LOCK_UN)
+        # the end of the file is the end of the lock
+        yield
+
+
+def _has_networks(cache: Path) -> bool:
+    return any(cache.glob("*.safetensors"))
+
+
+@contextmanager
+def ending_at(stop: StopSignals) -> Iterator[None]:
+    """End this process when somebody asks to stop: scores are made anew, not in parts."""
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(LOOK_EVERY):
+            if stop.code:
+                print(
+                    f"stopped by {stop.asked} while the run was scored", file=sys.stderr, flush=True
+                )
+                os._exit(STOPPED)
+
+    thread = threading.Thread(target=watch, name="stop of scores", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
 def _put_back() -> None:

@@ -70,24 +70,24 @@ def _next_task(connection: Connection, stop) -> tuple[str, dict] | None:
         return None
 
 
-def _do(work: Callable, log: Path, arguments: dict, stop) -> tuple[str, str]:
-    """What became of a task: ``done``, ``stopped`` or ``failed``, and why."""
+def _do(work: Callable, log: Path, arguments: dict, stop) -> tuple[str, str, object]:
+    """What became of a task: ``done``, ``stopped`` or ``failed``, why, and what it returned."""
     from sra_fast.training.signals import Stopped
 
     with printing_to(log):
         try:
-            work(arguments, stop)
+            result = work(arguments, stop)
         except Stopped as error:
             print(error, file=sys.stderr)
-            return "stopped", str(error)
+            return "stopped", str(error), None
         except Failed as error:
             print(error, file=sys.stderr)
-            return "failed", str(error)
+            return "failed", str(error), None
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
-            return "failed", f"{type(error).__name__}: {lines[0][:300]}"
-    return "done", ""
+            return "failed", f"{type(error).__name__}: {lines[0][:300]}", None
+    return "done", "", result
 
 
 def main() -> None:
@@ -103,13 +103,13 @@ def main() -> None:
     connection = Connection(int(descriptor))
     with StopSignals(launchers) as stop:
         about, work = find_function(start)()
-        connection.send(("ready", about))
+        connection.send(("ready", "", about))
         while (task := _next_task(connection, stop)) is not None:
             log, arguments = task
-            state, reason = _do(work, Path(log), arguments, stop)
+            state, *rest = _do(work, Path(log), arguments, stop)
             # the parent may be gone
             with suppress(OSError):
-                connection.send((state, reason))
+                connection.send((state, *rest))
             if state != "done":
                 break
     sys.stdout.flush()

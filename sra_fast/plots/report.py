@@ -1,4 +1,4 @@
-"""Pictures of a run and of a study: image grids, loss curves, scores by variant."""
+"""Pictures of a run: image grids and loss curves."""
 
 import logging
 from dataclasses import dataclass
@@ -201,34 +201,3 @@ def save_figure(plt, figure, path: Path) -> None:
     """Write a figure as PNG, atomically: an interruption leaves no half picture."""
     write_atomic(path, lambda p: figure.savefig(p, dpi=120, bbox_inches="tight", format="png"))
     plt.close(figure)
-
-
-def plot_study(path: Path, rows: list[dict]) -> None:
-    """A panel per score; in it a dot per seed, and a bar at the mean of every variant.
-
-    Args:
-        path: the PNG to write.
-        rows: of ``analysis.study.run_study``.
-    """
-    plt = pyplot(path)
-    if plt is None:
-        return
-    scores = ("denoise", "frechet", "label_accuracy")
-    keys = [key for key in scores if all(key in row for row in rows)]
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    size = (4 * len(keys) + 1, 0.35 * len(variants) + 1.2)
-    figure, axes = plt.subplots(1, len(keys), figsize=size, squeeze=False, sharey=True)
-    for axis, key in zip(axes[0], keys, strict=True):
-        for i, variant in enumerate(variants):
-            values = [row[key] for row in rows if row["variant"] == variant]
-            mean = sum(values) / len(values)
-            axis.plot(values, [i] * len(values), "o", color="tab:blue", alpha=0.6)
-            axis.plot([mean], [i], "|", color="black", markersize=14)
-        axis.set_xlabel(key)
-        axis.locator_params(axis="x", nbins=5)
-        axis.grid(axis="x", linewidth=0.4)
-    # the first variant at the top
-    axes[0, 0].set_yticks(range(len(variants)), variants)
-    axes[0, 0].invert_yaxis()
-    figure.tight_layout()
-    save_figure(plt, figure, path)

@@ -35,6 +35,8 @@ def test_a_worker_does_many_tasks_with_its_threads(pool, tmp_path):
     assert {outcome.state for outcome in outcomes} == {"done"}
     pids, threads = zip(*(file.read_text().split() for file in files), strict=True)
     assert len(set(pids)) <= 2
+    assert {str(outcome.result) for outcome in outcomes} == set(pids)
+    assert all(0 < outcome.seconds < 60 for outcome in outcomes)
     assert set(threads) == {"3"}
     assert (tmp_path / "task5.txt").read_text() == "begins note\n"
 
@@ -72,6 +74,14 @@ def test_a_stop_ends_what_runs_and_begins_nothing(pool, tmp_path):
     ]
     assert outcomes[0].reason.startswith("stopped by SIGTERM after step 7; checkpoint")
     assert not begun[2].exists()
+
+
+def test_a_worker_that_ends_at_a_stop_has_stopped(pool, tmp_path):
+    begun = tmp_path / "begun"
+    outcomes = []
+    leave = task(tmp_path, "leave", kind="leave", begun=str(begun))
+    pool.run([leave], outcomes.append, asked=begun.exists)
+    assert [(each.state, each.reason) for each in outcomes] == [("stopped", "left the scores")]
 
 
 def test_a_worker_that_nobody_asked_to_stop_has_failed(pool, tmp_path):

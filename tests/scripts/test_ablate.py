@@ -1,4 +1,4 @@
-"""A study runs, reports mean and standard deviation, and resumes after an interruption."""
+"""A study runs its variants, several at once, goes on after an interruption, and says what it shows."""
 
 import json
 import re
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from launch import ROOT, call, error_of, launch, run_python
 
-from sra_fast.analysis.study import mean_and_std, outcome, read_study, run_study, table
-from sra_fast.config.cli import parse_train
-from sra_fast.training.plan import make_run_plan
+from sra_fast.analysis.study import read_study
+from sra_fast.analysis.study_plans import plan_variants
+from sra_fast.analysis.study_schedule import Options, run_study
+from sra_fast.analysis.study_table import table
 
 STUDY = """
 base: {base}
@@ -18,31 +19,34 @@ seeds: [0, 1]
 variants:
   given: {{}}
   heavier: {{align.weight: 2.0}}
+scores: none
+"""
+OWN = STUDY.replace("scores: none", "score: fake_work:quality")
+CLAIMS = """
+claims:
+- {{claim: more is better, variant: heavier, score: quality, expect: higher}}
+- {{claim: more is worse, variant: heavier, score: own_frechet, expect: higher}}
 """
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs/ablations").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path, tmp_path, monkeypatch):
-    study = read_study(path)
-    assert len(study.variants) > 1
-    assert study.seeds
-    # paths of a study are relative to where it is started
-    monkeypatch.chdir(tmp_path)
-    if any("--data.features" in arguments for arguments in study.variants.values()):
-        pytest.importorskip("transformers", reason="needs transformers")
-        make_features(path)
-    for arguments in study.variants.values():
-        make_run_plan(parse_train(["--config", str(study.base), *arguments])[0], None)
+def study_of(tmp_path, text=STUDY, base=ROOT / "configs/digits.yaml"):
+    path = tmp_path / "study.yaml"
+    path.write_text(text.format(base=base))
+    return read_study(path)
 
 
-def make_features(path):
-    """Run the command that a study names for its features, in the working directory."""
-    (command,) = re.findall(r"^#   python (.+)$", path.read_text(), re.MULTILINE)
-    script, *args = command.split()
-    done = run_python(ROOT / script, *args, "--steps", 2, cwd=Path.cwd())
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture
+def run_fake(tmp_path, monkeypatch):
+    """Run a study whose runs are fake, in ``tmp_path/out``."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(study, asked=lambda: None, **options):
+        said = []
+        fake = {"start": "fake_work:start", "path": [ROOT / "tests"]}
+        ended = run_study(study, tmp_path / "out", Options(**options, **fake), asked, said.append)
+        return ended, said
+
+    return run
 
 
 def test_study_from_start_to_table(tmp_path):
@@ -53,6 +57,8 @@ def test_study_from_start_to_table(tmp_path):
     path.write_text(text)
     first = launch("ablate", path, "--out", tmp_path, "--seeds", 0)
     assert first.returncode == 0, first.stderr[-2000:]
+    assert "2 of 2 runs left, 512 images" in first.stdout
+    assert "(from a trial of a few steps of given: training alone)" in first.stdout
     assert len(json.loads((tmp_path / "weights/rows.json").read_text())) == 2
     # the second run of its worker, and the same one in a process of its own
     args = "--align.weight 2.0 --train.steps 4 --train.export [] --sample.steps 2".split()
@@ -65,29 +71,180 @@ def test_study_from_start_to_table(tmp_path):
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("weights/*/*/summary.json")}
     second = launch("ablate", path, "--out", tmp_path, "--jobs", 2)
+    assert second.returncode == 0, second.stderr[-2000:]
     rows = json.loads((tmp_path / "weights/rows.json").read_text())
-    assert [(row["variant"], row["seed"]) for row in rows] == [
-        ("given", 0),
-        ("heavier", 0),
-        ("given", 1),
-        ("heavier", 1),
+    assert sorted((row["seed"], row["variant"]) for row in rows) == [
+        (0, "given"),
+        (0, "heavier"),
+        (1, "given"),
+        (1, "heavier"),
     ]
     # finished runs were not repeated
     assert all(p.stat().st_mtime_ns == time for p, time in before.items())
     assert [row["curve"] == 0 for row in rows] == [True, False, True, False]
-    assert second.stdout.endswith(table(rows) + "\n")
+    assert second.stdout.endswith((tmp_path / "weights/table.md").read_text() + "\n")
     assert (tmp_path / "weights/plot.png").exists()
+    assert "4/4" in (tmp_path / "weights/01_seed1/log.txt").read_text()
 
 
-def test_mean_and_deviation():
-    assert mean_and_std([1.0, 2.0, 3.0]) == "2 ± 1"
-    assert mean_and_std([0.5]) == "0.5"
-    rows = [{"variant": "a", "seed": s, "denoise": 1.0 + s, "curve": 0.0} for s in (0, 1)]
-    assert table(rows).splitlines() == [
-        "| variant | seeds | denoising loss | largest difference of the curve |",
-        "|---|---|---|---|",
-        "| a | 2 | 1.5 ± 0.71 | 0 ± 0 |",
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/ablations").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path, tmp_path, monkeypatch):
+    study = read_study(path)
+    assert len(study.variants) > 1
+    # paths of a study are relative to where it is started
+    monkeypatch.chdir(tmp_path)
+    if any("--data.features" in arguments for arguments in study.variants.values()):
+        pytest.importorskip("transformers", reason="needs transformers")
+        make_features(path)
+    planned = plan_variants(study, tmp_path)
+    assert all(each.flops > 0 for each in planned.values())
+
+
+def make_features(path):
+    """Run the command that a study names for its features, in the working directory."""
+    (command,) = re.findall(r"^#   python (.+)$", path.read_text(), re.MULTILINE)
+    script, *args = command.split()
+    done = run_python(ROOT / script, *args, "--steps", 2, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_scores_and_claims(tmp_path, run_fake):
+    study = study_of(tmp_path, OWN + CLAIMS)
+    ended, said = run_fake(study, jobs=2)
+    assert (ended.failed, ended.left) == ([], 0)
+    assert said[0].startswith("study: 4 of 4 runs left, 1,024 images, ")
+    # a trial says 2 * 0.5 s for 2 * 64 images, and both variants cost the same
+    assert said[0].endswith("about 0.0011 hours with 2 jobs (from a trial of a few steps of given: "
+                            "training alone)")  # fmt: skip
+    assert sorted(said[1:]) == [
+        f"{name}, seed {seed}: done" for name in ("given", "heavier") for seed in (0, 1)
     ]
+    # seed by seed
+    assert [(row["seed"], row["variant"]) for row in ended.results.rows] == [
+        (0, "given"),
+        (0, "heavier"),
+        (1, "given"),
+        (1, "heavier"),
+    ]
+    text = (tmp_path / "out/table.md").read_text()
+    assert text == table(ended.results)
+    claims = re.findall(r"^\| more is .*\| (.*) \|$", text, re.MULTILINE)
+    assert claims == ["contradicted", "shown"]
+
+    # other training options are not scored anew, other scores are
+    again, said = run_fake(study)
+    assert said == []
+    assert again.results.rows == ended.results.rows
+    (tmp_path / "other_scores.py").write_text("def one(run):\n    return {'quality': 1.0}\n")
+    other = study_of(tmp_path, OWN.replace("fake_work:quality", "other_scores:one"))
+    scored, said = run_fake(other, score_only=True)
+    assert said[0].startswith("study: 0 of 4 runs left, 4 more to score, 0 images")
+    assert {row["quality"] for row in scored.results.rows} == {1.0}
+    assert (tmp_path / "out/00_seed0/scored").read_text() == "x"
+
+
+def test_score_only_trains_nothing(tmp_path, run_fake):
+    run_fake(study_of(tmp_path), jobs=2)
+    study = study_of(tmp_path, OWN.replace("[0, 1]", "[0, 1, 2]"))
+    ended, _ = run_fake(study, score_only=True)
+    assert ended.left == 2
+    assert all("quality" in row for row in ended.results.rows)
+    assert not (tmp_path / "out/00_seed2").exists()
+
+
+def test_a_dry_run_only_tells(tmp_path, run_fake):
+    ended, said = run_fake(study_of(tmp_path), dry_run=True)
+    assert len(said) == 1
+    assert not (tmp_path / "out").exists()
+    assert ended.results.rows == []
+    run_fake(study_of(tmp_path))
+    more = study_of(tmp_path, STUDY.replace("[0, 1]", "[0, 1, 2]"))
+    _, said = run_fake(more, dry_run=True)
+    assert said[0].startswith("study: 2 of 6 runs left, 512 images, ")
+    assert said[0].endswith("hours with 1 job (from the speed of its runs)")
+
+
+def test_a_stop_leaves_runs_and_the_same_command_goes_on(tmp_path, run_fake):
+    study = study_of(tmp_path, STUDY.replace("2.0", "9"))
+    begun = tmp_path / "out/01_seed0/000"
+    ended, said = run_fake(study, asked=begun.exists)
+    assert (ended.failed, ended.left) == ([], 3)
+    assert said[-1].startswith("heavier, seed 0: stopped by SIGTERM after step 7; checkpoint")
+    assert len(ended.results.rows) == 1
+    # the fake run of seed 1 stops once more
+    (tmp_path / "out/01_seed1/000").mkdir(parents=True)
+    ended, _ = run_fake(study)
+    assert (ended.failed, ended.left) == ([], 0)
+
+
+def test_a_failed_run_is_one_line_and_takes_nothing_along(tmp_path, run_fake):
+    ended, _ = run_fake(study_of(tmp_path, STUDY.replace("2.0", "7")), jobs=2)
+    assert sorted(ended.failed) == [
+        f"study: heavier, seed {seed} failed: no such weight" for seed in (0, 1)
+    ]
+    assert [(row["variant"], row["seed"]) for row in ended.results.rows] == [
+        ("given", 0),
+        ("given", 1),
+    ]
+    assert ended.left == 0
+    assert "the reason" in (tmp_path / "out/01_seed0/log.txt").read_text()
+
+
+def test_runs_of_an_edited_study_are_not_reused(tmp_path, run_fake, monkeypatch):
+    base = tmp_path / "base.yaml"
+    base.write_text((ROOT / "configs/digits.yaml").read_text())
+    run_fake(study_of(tmp_path, base=base))
+    message = (
+        "01_seed0 was made with arguments .*2.0.*, heavier now has .*3.0.*choose another --out"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_fake(study_of(tmp_path, STUDY.replace("2.0", "3.0"), base))
+    monkeypatch.setenv("FAKE_WORK_ABOUT", '{"device": "cpu", "threads": 2, "torch": "0"}')
+    more = study_of(tmp_path, STUDY.replace("[0, 1]", "[0, 1, 2]"), base)
+    with pytest.raises(ValueError, match="was made with threads 1, now there are threads 2: runs"):
+        run_fake(more)
+    assert not (tmp_path / "out/00_seed2").exists()
+    file = tmp_path / "out/01_seed1/study.json"
+    file.write_text(file.read_text().replace('"threads": 1', '"threads": 4'))
+    with pytest.raises(
+        ValueError, match="00_seed0 was made with threads 1, .*seed1 with threads 4"
+    ):
+        run_fake(more)
+    base.write_text(base.read_text().replace("depth: 6", "depth: 5"))
+    with pytest.raises(ValueError, match="was made with base .*6.*now has .*5"):
+        run_fake(more)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("train.steps: 8", "must share train.steps: heavier has 8, given 4"),
+        ("train.global_batch: 32", "must share train.global_batch: heavier has 32, given 64"),
+        ("model.class_dropout_prob: 0.2", "must share model.class_dropout_prob: heavier has 0.2"),
+        ("train.log_every: 1", "must share train.log_every: heavier has 1, given 2"),
+        ("data.name: other_digits", "must share their data: heavier has other images"),
+        ("diffusion.path: cosine", "must share diffusion.path: heavier has cosine, given linear"),
+        ("train.steps: 0", "study: heavier: train.steps must be at least 1, got 0"),
+        ("train.stepps: 8", "study: heavier: .*train.stepps"),
+        ("data.path: nowhere", "study: heavier: "),
+    ],
+)
+def test_variants_that_cannot_be_compared_or_trained(tmp_path, change, message, monkeypatch):
+    from sra_fast.data.digits import Digits
+    from sra_fast.utils.registry import DATASETS
+
+    def other(data):
+        found = Digits()
+        found.fingerprint = "another"
+        return found
+
+    monkeypatch.setitem(DATASETS._parts, "other_digits", other)
+    # with scores, of which the held-out loss is one
+    text = STUDY.replace("align.weight: 2.0", change).replace("scores: none", "")
+    with pytest.raises(ValueError, match=message):
+        plan_variants(study_of(tmp_path, text), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +252,31 @@ def test_mean_and_deviation():
     [
         ("[", "readable YAML"),
         ("base: x", "must have"),
+        (STUDY + "more: 1", "may have"),
+        (STUDY.replace("heavier", "given"), "given is there twice"),
+        (STUDY.replace("heavier", "2"), "names of variants must be text"),
         (STUDY.replace("[0, 1]", "[]"), "none of seeds"),
         (STUDY.replace("[0, 1]", "[a]"), "seeds whole numbers"),
+        (STUDY.replace("[0, 1]", "[1, 1]"), "each of the seeds must be there once, got [1, 1]"),
         (STUDY.replace("{{align.weight: 2.0}}", "2.0"), "each variant must be mappings"),
+        (STUDY.replace("align.weight: 2.0", "train.seed: 2"), "train.seed is set for each run"),
         (STUDY.replace("{base}", "nowhere.yaml"), "there is no base configuration"),
+        (STUDY + "baseline: x", "baseline must name a variant, one of ['given', 'heavier'], got"),
+        (STUDY + "rounding: x", "rounding must name a variant"),
+        (STUDY + "rounding: given", "rounding must be another variant than the baseline given"),
+        (STUDY.replace("none", "some"), "scores must be a mapping of options, or none, got 'some'"),
+        (OWN + "scores: {{samples: 1}}", "scores are no options of fake_work:quality"),
+        (STUDY + "score: a:b", "expected one of them"),
+        (OWN.replace("fake_work:quality", "fake"), "score must be module:function, got 'fake'"),
+        (
+            OWN.replace("fake_work:quality", "absent:f"),
+            "scores: absent:f: No module named 'absent'",
+        ),
+        (STUDY + CLAIMS, "score of a claim must be one of"),
+        (OWN + CLAIMS.replace("expect: higher", "expect: more"), "must be lower or higher, got 'm"),
+        (OWN + CLAIMS.replace("variant: heavier", "variant: x"), "variant of a claim must name"),
+        (OWN + CLAIMS.replace("variant: heavier", "variant: given"), "about two variants, got giv"),
+        (OWN + "claims: [{{claim: x}}]", "a claim must have"),
     ],
 )
 def test_bad_study_is_named(tmp_path, text, message):
@@ -108,62 +286,23 @@ def test_bad_study_is_named(tmp_path, text, message):
         .replace("{{", "{")
         .replace("}}", "}")
     )
-    done = call("ablate", path, "--out", tmp_path)
-    assert done.returncode == 2
+    done = call("ablate", path, "--out", tmp_path / "out")
+    assert done.returncode in (1, 2)
     assert message in error_of(done)
+    assert not (tmp_path / "out").exists()
 
 
-def study_of(tmp_path, text=STUDY):
-    """A study whose runs are fake."""
-    path = tmp_path / "study.yaml"
-    base = tmp_path / "base.yaml"
-    if not base.exists():
-        base.write_text("train: {steps: 4}")
-    path.write_text(text.format(base=base))
-    return read_study(path)
-
-
-def run_fake(study, folder, **options):
-    return run_study(study, folder, start="fake_work:start", path=[ROOT / "tests"], **options)
-
-
-def test_runs_of_an_edited_study_are_not_reused(tmp_path, monkeypatch):
-    folder = tmp_path / "out"
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--minutes", "0"], "--minutes must be more than 0, got 0"),
+        (["--seeds", "1", "1"], "each of the seeds must be there once"),
+        (["--dry-run", "--score-only"], "not allowed with"),
+        (["--score-only"], "scores says none: nothing to do"),
+    ],
+)
+def test_bad_arguments(tmp_path, args, message):
     study = study_of(tmp_path)
-    first = run_fake(study, folder)
-    assert (len(first.rows), first.failed, first.left) == (4, [], 0)
-    assert run_fake(study, folder).rows == first.rows
-    message = (
-        "01_seed0 was made with arguments .*2.0.*, heavier now has .*3.0.*choose another --out"
-    )
-    with pytest.raises(ValueError, match=message):
-        run_fake(study_of(tmp_path, STUDY.replace("2.0", "3.0")), folder)
-    monkeypatch.setenv("FAKE_WORK_ABOUT", '{"device": "cpu", "threads": 2, "torch": "0"}')
-    more = study_of(tmp_path, STUDY.replace("[0, 1]", "[0, 1, 2]"))
-    with pytest.raises(ValueError, match="made with machine .*'threads': 1.*'threads': 2"):
-        run_fake(more, folder)
-    assert not (folder / "00_seed2/000").exists()
-    (tmp_path / "base.yaml").write_text("train: {steps: 5}")
-    with pytest.raises(ValueError, match="was made with base .*4.*now has .*5"):
-        run_fake(study_of(tmp_path), folder)
-
-
-def test_a_failed_run_is_one_line_and_takes_nothing_along(tmp_path):
-    study = study_of(tmp_path, STUDY.replace("2.0", "-1.0"))
-    result = run_fake(study, tmp_path / "out", jobs=2)
-    assert result.failed == [
-        f"study: heavier, seed {seed} failed: error: align.weight must be positive"
-        for seed in (0, 1)
-    ]
-    assert [(row["variant"], row["seed"]) for row in result.rows] == [("given", 0), ("given", 1)]
-    assert result.left == 0
-    assert "the reason" in (tmp_path / "out/01_seed0/log.txt").read_text()
-
-
-def test_curves_of_different_lengths_are_refused(tmp_path):
-    for name, rows in (("a", 2), ("b", 3)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text("{}")
-        (tmp_path / name / "stats.jsonl").write_text('{"step": 1, "denoise": 1.0}\n' * rows)
-    with pytest.raises(ValueError, match="must log the same steps: .*b logged 3, .*a 2"):
-        outcome(tmp_path / "b", tmp_path / "a")
+    done = call("ablate", study.path, "--out", tmp_path / "out", *args)
+    assert message in error_of(done)
