@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_config import config
 
-from sra_fast.analysis import run_scores
+from sra_fast.analysis import probing, run_scores
 from sra_fast.analysis.alignment_rows import distance_rows, norm_rows
 from sra_fast.analysis.features import split
 from sra_fast.analysis.linear_probe import probe_layers
@@ -204,6 +204,30 @@ def test_scores_are_read_back_for_the_same_weights_and_options(runs, cache, monk
     assert len(calls) == 4
 
 
+def test_student_and_teacher_of_a_checkpoint_are_probed(runs, tmp_path, monkeypatch):
+    """probe.py sees the weights and the step that were asked for: six steps hardly change rows."""
+    probed = []
+    measure = probing.probe_layers
+    monkeypatch.setattr(
+        probing,
+        "probe_layers",
+        lambda model, *a, **k: (probed.append(model), measure(model, *a, **k))[1],
+    )
+    for weights in ("ema", "model"):
+        for step in (3, 6):
+            checkpoint = str(runs["sra"] / f"checkpoints/step_{step:08d}")
+            options = probing.Options(checkpoint, weights, str(tmp_path))
+            report = probing.run(
+                replace(options, times=[0.2], layers=[2], images=20, draws=1, batch=16)
+            )
+            assert (report["weights"], report["step"]) == (weights, step)
+            expected = load_model(checkpoint, weights).model.state_dict()
+            found = probed[-1].state_dict()
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+    sums = {model.blocks[0].mlp.fc1.weight.sum().item() for model in probed}
+    assert len(sums) == 4
+
+
 def test_scores_do_not_depend_on_what_was_drawn_before(runs, cache):
     found = []
     for seed in (1, 2):
@@ -241,7 +265,7 @@ def test_data_without_a_held_out_share_are_refused(tmp_path, cache):
 @pytest.mark.parametrize(
     "held, message",
     [
-        ({"sampels": 3}, "scores has the options weights, seed, .*, got sampels"),
+        ({"sampled": 3}, "scores has the options weights, seed, .*, got sampled"),
         ({"samples": "3"}, "scores.samples must be int, got '3'"),
         ({"samples": True}, "scores.samples must be int, got True"),
         ({"weights": 1}, "scores.weights must be str, got 1"),

@@ -26,6 +26,7 @@ from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check_config
 from sra_fast.training.logger import read_rows
 from sra_fast.training.plan import make_plan, make_run_plan
+from sra_fast.training.run import run as whole_run
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -134,6 +135,23 @@ def test_what_was_given_up_is_dropped(tmp_path):
     for name in ("samples.jsonl", "held_out.jsonl"):
         assert (tmp_path / name).read_text() == '{"step": 2, "mean": null}\n'
     assert [path.name for path in (tmp_path / "held_out").iterdir()] == ["step_00000002.npz"]
+
+
+def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(tmp_path):
+    args = f"--train.out {tmp_path} --train.save_every 2 --monitor.count 0 --monitor.held_out 5"
+    plan = make_run_plan(config(*ARGS, *args.split()))
+    # the digits' own scores at the end take longer than the run
+    plan.data.evaluation = None
+    whole_run(plan, init_distributed())
+    folder = tmp_path / "000"
+    first = (folder / "held_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in first] == [2, 4]
+    args += f" --train.steps 3 --train.resume {folder}/checkpoints/step_00000002"
+    plan = make_run_plan(config(*ARGS, *args.split()))
+    plan.data.evaluation = None
+    whole_run(plan, init_distributed())
+    assert (folder / "held_out.jsonl").read_text().splitlines() == first[:1]
+    assert [path.name for path in (folder / "held_out").iterdir()] == ["step_00000002.npz"]
 
 
 def test_images_of_the_held_out_loss_by_default(tmp_path):
