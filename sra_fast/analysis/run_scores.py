@@ -71,54 +71,40 @@ class ScoreOptions:
     """images per model call"""
 
     def check(self) -> None:
-        """ValueError for options out of range."""
-        counts = ("held_out_images", "samples", "probe_images", "distance_images")
-        for name in counts:
+        """ValueError for options of another type or out of range: a study's file may have any."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            kind = str if item.name in ("weights", "probe_pool") else int
+            if item.name == "probe_times":
+                numbers = isinstance(value, list) and all(
+                    isinstance(time, int | float) and not isinstance(time, bool) for time in value
+                )
+                require_that(numbers, f"scores.probe_times must be numbers, got {value!r}")
+            else:
+                # a bool is an int to isinstance
+                require_that(
+                    type(value) is kind,
+                    f"scores.{item.name} must be {kind.__name__}, got {value!r}",
+                )
+        least = {"time_bins": 1, "batch": 1, "held_out_images": 0, "distance_images": 0}
+        for name, smallest in least.items():
             value = getattr(self, name)
-            require_that(value >= 0, f"scores.{name} must not be negative, got {value}")
-        for name in ("time_bins", "batch"):
+            require_that(
+                value >= smallest, f"scores.{name} must be at least {smallest}, got {value}"
+            )
+        # a covariance needs two images, a probe some for each side
+        for name, smallest in {"samples": 2, "probe_images": 10}.items():
             value = getattr(self, name)
-            require_that(value >= 1, f"scores.{name} must be at least 1, got {value}")
-        require_that(
-            self.probe_images == 0 or self.probe_images >= 10,
-            f"scores.probe_images must be 0 or at least 10, got {self.probe_images}",
-        )
-        require_that(
-            self.samples == 0 or self.samples >= 2,
-            f"scores.samples must be 0 or at least 2, got {self.samples}",
-        )
+            require_that(
+                value == 0 or value >= smallest,
+                f"scores.{name} must be 0 or at least {smallest}, got {value}",
+            )
         check_times(self.probe_times)
         known = ("auto", "mean", "patch", "all")
         require_that(
             self.probe_pool in known,
             f"scores.probe_pool must be one of {', '.join(known)}, got {self.probe_pool}",
         )
-
-
-def options_of(held: dict) -> ScoreOptions:
-    """Options from the mapping ``scores`` of a study's file; ValueError for what they have not."""
-    known = {item.name: item for item in fields(ScoreOptions)}
-    unknown = [name for name in held if name not in known]
-    require_that(
-        not unknown,
-        f"scores has the options {', '.join(known)}, got {', '.join(map(str, unknown))}",
-    )
-    defaults = ScoreOptions()
-    for name, value in held.items():
-        default = getattr(defaults, name)
-        if name == "probe_times":
-            numbers = isinstance(value, list) and all(
-                isinstance(item, int | float) and not isinstance(item, bool) for item in value
-            )
-            require_that(numbers, f"scores.{name} must be a list of numbers, got {value!r}")
-        else:
-            kind = type(default)
-            require_that(
-                type(value) is kind, f"scores.{name} must be {kind.__name__}, got {value!r}"
-            )
-    options = ScoreOptions(**held)
-    options.check()
-    return options
 
 
 def score_run(
@@ -142,8 +128,8 @@ def score_run(
         first quarter of the depth; ``feature_norm``, the mean over layers and times;
         ``align_distance``, the mean over times. Lists: ``held_out_bins``, ``probe_rows`` (time, layer,
         accuracy; layer 0 is the noisy input), ``norm_rows`` (time, layer, norm), ``distance_rows``
-        (time, distance). And ``step``, ``digest`` of the weights, ``options``, ``chance``, ``align``
-        (what the distance is between).
+        (time, distance, cosine). And ``made_of``: the step and a digest of the weights, the options,
+        the chance of the probes, and what the distance is between (``align``).
 
     Raises:
         ValueError: an option, the run or its data cannot be used; the data have no held-out share;
@@ -165,13 +151,8 @@ def score_run(
 
     data = _data_of_run(loaded, run)
     loaded.model.to(device)
-    scores: dict = {
-        "version": VERSION,
-        "step": loaded.step,
-        "weights": options.weights,
-        "digest": digest,
-        "options": asked,
-    }
+    made_of = {"version": VERSION, "step": loaded.step, "digest": digest, "options": asked}
+    scores: dict = {"made_of": made_of}
     loss = None
     if options.held_out_images:
         loss = _held_out(loaded, data, options, device, run)
@@ -179,9 +160,11 @@ def score_run(
     if options.samples:
         scores |= _samples(loaded, data, options, cache, device)
     if options.probe_images:
-        scores |= _probes(loaded, data, options)
+        found, made_of["chance"] = _probes(loaded, data, options)
+        scores |= found
     if options.distance_images:
-        scores |= _distances(loaded, data, options, run, device)
+        found, made_of["align"] = _distances(loaded, data, options, run, device)
+        scores |= found
     folder.mkdir(parents=True, exist_ok=True)
     if loss is not None:
         loss.save(folder / LOSSES)
@@ -215,7 +198,9 @@ def _held(folder: Path, asked: dict, digest: str) -> dict | None:
     """The scores of an earlier call with these options and weights, if there are any."""
     try:
         held = json.loads((folder / SCORES).read_text())
-        ours = (held["version"], held["options"], held["digest"]) == (VERSION, asked, digest)
+        made_of = held["made_of"]
+        found = (made_of["version"], made_of["options"], made_of["digest"])
+        ours = found == (VERSION, asked, digest)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     losses = folder / LOSSES
@@ -291,7 +276,8 @@ def _parts(data: TrainingData) -> tuple[Part, Part]:
     return Part(train, rows, 0), Part(held_out, held_out_rows, 1)
 
 
-def _probes(loaded: LoadedModel, data: TrainingData, options: ScoreOptions) -> dict:
+def _probes(loaded: LoadedModel, data: TrainingData, options: ScoreOptions) -> tuple[dict, float]:
+    """The scores, and the accuracy of always naming the most frequent class."""
     model = loaded.model
     _, patches, width = model.pos_embed.shape
     probed = probe_layers(
@@ -311,12 +297,12 @@ def _probes(loaded: LoadedModel, data: TrainingData, options: ScoreOptions) -> d
         for layer in range(1, model.depth + 1)
     }
     early = range(1, max(1, math.ceil(model.depth / 4)) + 1)
-    return {
+    scores = {
         "probe": max(means.values()),
         "probe_early": max(means[layer] for layer in early),
-        "chance": probed.chance,
         "probe_rows": probed.rows,
     }
+    return scores, probed.chance
 
 
 def _distances(
@@ -325,7 +311,8 @@ def _distances(
     options: ScoreOptions,
     run: Path,
     device: torch.device,
-) -> dict:
+) -> tuple[dict, dict]:
+    """The scores, and what the distance is between."""
     images = _parts(data)[1].read(options.distance_images, options.seed)
     shared = (images, options.probe_times, options.batch)
     norms = norm_rows(loaded.model, loaded.path, *shared)
@@ -333,10 +320,10 @@ def _distances(
     for other in (student, teacher):
         other.model.to(device)
     align, distances = distance_rows(student, teacher, *shared, seed=options.seed)
-    return {
+    scores = {
         "feature_norm": mean_of(row["norm"] for row in norms),
         "norm_rows": norms,
         "align_distance": mean_of(row["distance"] for row in distances),
         "distance_rows": distances,
-        "align": align,
     }
+    return scores, align

@@ -293,7 +293,7 @@ class TrainConfig:
 @dataclass
 class MonitorConfig:
     """Samples and the held-out loss of `sample.weights` during training, made by all processes
-    together."""
+    together. An average `power:SIGMA` exists at the end only: the EMA is looked at instead."""
 
     every: int = 0
     """steps between two looks at the weights; 0: never"""

@@ -26,10 +26,13 @@ from sra_fast.utils.files import write_atomic
 
 SAMPLES = "samples.jsonl"
 HELD_OUT = "held_out.jsonl"
+# begins the name of weights that are made from a run's snapshots
+POWER = "power:"
 
 
 class Monitor:
-    """Looks at the weights ``sample.weights`` every ``monitor.every`` steps.
+    """Looks at the weights ``sample.weights`` every ``monitor.every`` steps; at the EMA where these
+    are ``power:SIGMA``, which are made at the end.
 
     Args:
         cfg: configuration.
@@ -50,6 +53,9 @@ class Monitor:
         self.cfg = cfg
         self.device = device
         self.folder = folder
+        # an average of snapshots is made when training is over
+        named = cfg.sample.weights
+        self.weights = "ema" if named.startswith(POWER) else named
         self.vae = None
         if monitor.vae and monitor.count:
             self.vae = load_vae(monitor.vae, cfg.model.in_channels).to(device)
@@ -93,7 +99,7 @@ class Monitor:
         with torch.random.fork_rng(devices):
             # another network: the student's weights must not change, and stage 3 partitions them
             model = self.cfg.model.build().to(self.device).eval()
-        model.load_state_dict(trainer.state_dict(trainer.weights(self.cfg.sample.weights)))
+        model.load_state_dict(trainer.state_dict(trainer.weights(self.weights)))
         scores = {"step": step}
         if self.held_out is not None:
             scores |= self._measure(trainer, model, step)
@@ -103,7 +109,6 @@ class Monitor:
 
     def _measure(self, trainer: Trainer, model: SiT, step: int) -> dict:
         """The held-out loss; collective, rank 0 writes."""
-        weights = self.cfg.sample.weights
         loss = held_out_loss(
             model,
             self.cfg.diffusion.path,
@@ -112,14 +117,14 @@ class Monitor:
             device=self.device,
             rank=trainer.rank,
             world=trainer.plan.world,
-            about={"weights": weights, "step": step},
+            about={"weights": self.weights, "step": step},
         )
         if trainer.rank == 0:
             file = self.folder / "held_out" / f"step_{step:08d}.npz"
             file.parent.mkdir(exist_ok=True)
             loss.save(file)
             row = {"step": step, "mean": loss.mean(), "bins": loss.bins().tolist()}
-            row |= {"weights": weights, "images": len(loss.images), "key": loss.key}
+            row |= {"weights": self.weights, "images": len(loss.images), "key": loss.key}
             self._append(HELD_OUT, row)
         return {"held_out": loss.mean()}
 

@@ -12,7 +12,7 @@ from sra_fast.analysis import probing, run_scores
 from sra_fast.analysis.alignment_rows import distance_rows, norm_rows
 from sra_fast.analysis.features import split
 from sra_fast.analysis.linear_probe import probe_layers
-from sra_fast.analysis.run_scores import ScoreOptions, options_of, score_run
+from sra_fast.analysis.run_scores import ScoreOptions, score_run
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.digits import Digits
@@ -76,7 +76,7 @@ def test_every_score_is_what_it_says(runs, cache):
     held = HeldOutLoss.load(folder / "held_out.npz")
     assert np.array_equal(held.losses, expected.losses)
     assert found["held_out"] == expected.mean() and found["held_out_bins"] == [*expected.bins()]
-    assert held.about["step"] == found["step"] == 6
+    assert held.about["step"] == found["made_of"]["step"] == 6
 
     assert found["frechet"] > found["frechet_floor"] > 0
     assert 0 <= found["label_accuracy"] <= 1 and 0.5 < found["classifier_accuracy"] <= 1
@@ -98,7 +98,8 @@ def test_every_score_is_what_it_says(runs, cache):
     assert found["feature_norm"] == pytest.approx(
         np.mean([row["norm"] for row in found["norm_rows"]])
     )
-    assert found["align"] == {
+    assert found["made_of"]["chance"] == probed.chance
+    assert found["made_of"]["align"] == {
         "target": "ema_teacher",
         "student_layer": 2,
         "teacher_layer": 3,
@@ -153,7 +154,7 @@ def test_the_teacher_sees_an_earlier_time(runs):
 def test_a_plain_run_is_compared_by_the_rule_and_without_a_head(runs, cache):
     options = replace(OPTIONS, held_out_images=0, samples=0, probe_images=0)
     found = score_run(runs["plain"], options, cache)
-    assert found["align"] == {
+    assert found["made_of"]["align"] == {
         "target": "none",
         "student_layer": 1,
         "teacher_layer": 3,
@@ -171,7 +172,9 @@ def test_scores_are_read_back_for_the_same_weights_and_options(runs, cache, monk
     checkpoints = runs["plain"] / "checkpoints"
     first = score_run(checkpoints / "step_00000003", options, cache)
     folder = runs["plain"] / "scores/ema/step_00000003"
-    assert first["step"] == 3 and json.loads((folder / "scores.json").read_text()) == first
+    assert (
+        first["made_of"]["step"] == 3 and json.loads((folder / "scores.json").read_text()) == first
+    )
     assert {path.name for path in (checkpoints / "step_00000003").iterdir()} == {
         "manifest.json",
         "rank_00000.safetensors",
@@ -195,7 +198,9 @@ def test_scores_are_read_back_for_the_same_weights_and_options(runs, cache, monk
     # other options, other weights in the folder, or losses that are gone: made anew
     score_run(runs["plain"], replace(options, seed=1), cache)
     assert len(calls) == 1
-    (folder / "scores.json").write_text(json.dumps({**first, "digest": "another"}))
+    (folder / "scores.json").write_text(
+        json.dumps({**first, "made_of": {**first["made_of"], "digest": "another"}})
+    )
     assert score_run(checkpoints / "step_00000003", options, cache) == first
     (folder / "held_out.npz").unlink()
     assert score_run(checkpoints / "step_00000003", options, cache) == first
@@ -265,28 +270,36 @@ def test_data_without_a_held_out_share_are_refused(tmp_path, cache):
 @pytest.mark.parametrize(
     "held, message",
     [
-        ({"sampled": 3}, "scores has the options weights, seed, .*, got sampled"),
         ({"samples": "3"}, "scores.samples must be int, got '3'"),
         ({"samples": True}, "scores.samples must be int, got True"),
         ({"weights": 1}, "scores.weights must be str, got 1"),
         ({"samples": 1}, "scores.samples must be 0 or at least 2, got 1"),
         ({"batch": 0}, "scores.batch must be at least 1, got 0"),
         ({"probe_images": 3}, "scores.probe_images must be 0 or at least 10"),
-        ({"held_out_images": -1}, "scores.held_out_images must not be negative, got -1"),
+        ({"held_out_images": -1}, "scores.held_out_images must be at least 0, got -1"),
         ({"probe_times": [0.5, 1.5]}, r"times must lie in \[0, 1\]"),
-        ({"probe_times": 0.5}, "scores.probe_times must be a list of numbers, got 0.5"),
+        ({"probe_times": 0.5}, "scores.probe_times must be numbers, got 0.5"),
         ({"probe_pool": "max"}, "scores.probe_pool must be one of auto, mean"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(held, message):
     with pytest.raises(ValueError, match=message):
-        options_of(held)
+        ScoreOptions(**held).check()
+    with pytest.raises(ValueError, match=message):
+        score_run("anywhere", ScoreOptions(**held))
 
 
-def test_options_come_from_a_mapping():
-    assert options_of({"samples": 5, "probe_times": [0, 0.5]}) == ScoreOptions(
-        samples=5, probe_times=[0, 0.5]
-    )
+def test_numbers_beside_lists_and_what_they_are_made_of(runs, cache):
+    """A study takes every number for a score: there is none of another kind."""
+    found = score_run(runs["sra"], OPTIONS, cache)
+    numbers = {name for name, value in found.items() if isinstance(value, int | float)}
+    assert numbers == {
+        *("held_out", "frechet", "frechet_floor", "label_accuracy", "classifier_accuracy"),
+        *("probe", "probe_early", "align_distance", "feature_norm"),
+    }
+    assert found.keys() - numbers == {
+        *("held_out_bins", "probe_rows", "norm_rows", "distance_rows", "made_of"),
+    }
 
 
 def test_what_is_no_run_is_one_line(tmp_path):

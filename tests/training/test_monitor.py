@@ -110,6 +110,16 @@ def test_the_held_out_loss_is_that_of_the_sampled_weights(weights, tmp_path):
     assert not (tmp_path / "samples.jsonl").exists() and not (tmp_path / "samples").exists()
 
 
+def test_an_average_of_snapshots_is_not_there_yet(tmp_path):
+    """The EMA is looked at, and the row says so."""
+    cfg = config(*ARGS, "--monitor.held_out", "5", "--monitor.count", "0")
+    device = init_distributed()
+    trainer = build(make_plan(cfg), device)
+    cfg.sample.weights = "power:0.1"
+    monitors.Monitor(cfg, device, tmp_path, make_dataset(cfg)).look(trainer, 2)
+    assert read_rows(tmp_path / "held_out.jsonl")[0]["weights"] == "ema"
+
+
 def test_a_look_draws_no_number_of_the_run(tmp_path):
     cfg = config(*ARGS, "--monitor.held_out", "5")
     device = init_distributed()
