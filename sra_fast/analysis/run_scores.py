@@ -256,7 +256,12 @@ def _samples(
     device: torch.device,
 ) -> dict:
     """Scores of samples, made as the run's own settings say."""
-    sample = SampleConfig(**_sample_settings(loaded))
+    try:
+        sample = SampleConfig(**_sample_settings(loaded))
+    except TypeError as error:
+        raise ValueError(
+            f"the sample settings of the run are of another version: {error}"
+        ) from None
     check_sampling(sample, loaded.model)
     network = feature_network(data, cache, device)
     # as many of every class as there can be: random labels would make the scores vary more
@@ -318,6 +323,12 @@ def _distances(
     norms = norm_rows(loaded.model, loaded.path, *shared)
     student, teacher = (load_model(str(run), name) for name in ("model", "ema"))
     for other in (student, teacher):
+        # a run that goes on has newer weights every now and then
+        require_that(
+            other.step == loaded.step,
+            f"{run} went on while it was scored: expected step {loaded.step}, got {other.step}; "
+            "score one of its checkpoints",
+        )
         other.model.to(device)
     align, distances = distance_rows(student, teacher, *shared, seed=options.seed)
     scores = {

@@ -302,6 +302,19 @@ def test_numbers_beside_lists_and_what_they_are_made_of(runs, cache):
     }
 
 
+def test_a_run_that_goes_on_is_not_mixed(runs, cache, monkeypatch):
+    """The student of another step than the weights that were scored."""
+    load = run_scores.load_model
+
+    def later(path, weights):
+        return replace(load(path, weights), step=9 if weights == "model" else 6)
+
+    monkeypatch.setattr(run_scores, "load_model", later)
+    options = replace(OPTIONS, seed=4, held_out_images=0, samples=0, probe_images=0)
+    with pytest.raises(ValueError, match="went on while it was scored: expected step 6, got 9"):
+        score_run(runs["sra"], options, cache)
+
+
 def test_what_is_no_run_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="expected a run folder or a checkpoint folder, got"):
         score_run(tmp_path / "absent", OPTIONS)
