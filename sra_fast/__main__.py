@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train SiT or DiT with SRA",
     "sample": "sample images from a run, a checkpoint or an export",
     "evaluate": "FID, sFID, Inception score, precision and recall of samples",
+    "held-out": "the denoising loss on images that no run trains on",
     "preprocess": "images to packed VAE moments or pixels, or one layout of moments to another",
     "probe": "linear probes of every layer at several times",
     "visualize": "PCA maps of features, curves of runs, samples side by side",

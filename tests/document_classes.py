@@ -127,6 +127,19 @@ CLASSES = {
         stand_ins={"[samples_sra, samples_plain]": "[samples, samples/samples.npz]"},
         makes=("analysis/samples.png",),
     ),
+    "python sra_fast/held_out.py --checkpoint runs/sra/000": Execute(
+        "--images 20",
+        (DEMO,),
+        {"runs/sra/000": "runs/digits/000"},
+        makes=("sra.npz",),
+        says="^held-out loss",
+    ),
+    "python sra_fast/held_out.py --checkpoint runs/plain/000": Execute(
+        "--images 20",
+        ("python sra_fast/held_out.py --checkpoint runs/sra/000",),
+        {"runs/plain/000": "runs/digits/000"},
+        says="^minus sra.npz: [+]0.00000",
+    ),
     "python sra_fast/ablate.py configs/ablations/": ParseOnly("trains for an hour"),
     "python examples/digits_features.py": Execute(
         "--steps 2 --width 16 --depth 1",

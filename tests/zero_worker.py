@@ -60,7 +60,11 @@ VARIANTS = {
     "compiled": (1, "--train.compile true --train.recompute norm"),
     "recompute_norm": (2, "--train.recompute norm"),  # after stage 3 has run in this process
     "recompute_full": (3, "--train.recompute full"),
-    "monitored": (2, "--monitor.every 3 --monitor.count 5 --sample.steps 2"),
+    "monitored": (2, "--monitor.every 3 --monitor.count 5 --monitor.held_out 0 --sample.steps 2"),
+    "monitored_loss": (
+        3,
+        "--monitor.every 3 --monitor.count 0 --monitor.held_out 40 --monitor.batch 16",
+    ),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
 }
 # every other alignment target, with the options that change what runs
@@ -260,7 +264,7 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     initial = whole_masters(trainer)
     history: list[dict] = []
     watched = watch_ema(trainer, history)
-    monitor = Monitor(cfg, device, folder) if cfg.monitor.every else None
+    monitor = Monitor(cfg, device, folder, data) if cfg.monitor.every else None
     whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
     whole["watched_ema"] = watched
     whole["initial"] = initial

@@ -100,21 +100,18 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
     return data
 
 
-def split(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> tuple[Part, Part]:
-    """Training and held-out images of ``data``.
+def open_for(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> TrainingData:
+    """The data set, checked against a model.
 
     ``facts``: about the data that the model was trained on. A warning says if these are others.
 
-    No run trains on the held-out digits, nor on what `preprocess.py` holds out. Of other data every
-    fifth image counts as held out, which a run may have trained on; a warning says so.
-
     Raises:
-        ValueError: the data cannot be read, does not fit the model, or is a single image.
+        ValueError: the data cannot be read, do not fit the model, or are a single image.
     """
     shape = ModelConfig(
         input_size=model.input_size, in_channels=model.in_channels, num_classes=model.num_classes
     )
-    # a batch of 2, so that both parts have an image
+    # a batch of 2, so that training and held-out part have an image
     cfg = Config(model=shape, data=data, train=TrainConfig(global_batch=2))
     found = make_dataset(cfg)
     if facts and differences(found.facts(), facts):
@@ -123,6 +120,16 @@ def split(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> tuple
             data.path,
             "; ".join(differences(found.facts(), facts)),
         )
+    return found
+
+
+def split(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> tuple[Part, Part]:
+    """Training and held-out images of ``data``; arguments and errors: see ``open_for``.
+
+    No run trains on the held-out digits, nor on what `preprocess.py` holds out. Of other data every
+    fifth image counts as held out, which a run may have trained on; a warning says so.
+    """
+    found = open_for(data, model, facts)
     (train, train_rows), (held_out, held_out_rows) = found.held_out_split()
     if train is held_out:
         log.warning(

@@ -23,7 +23,9 @@ class Options:
     """What to probe."""
 
     checkpoint: str
-    """weights, as for sample.py: a run folder, an export, a .pt, ...; the EMA is probed"""
+    """weights, as for sample.py: a run folder, a checkpoint folder in one, an export, a .pt, ..."""
+    weights: str = "ema"
+    """which of a run's weights: ema (the teacher's), or model (the student)"""
     out: str = "analysis"
     """folder for probe.json and probe.png"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -65,7 +67,7 @@ def run(options: Options) -> dict:
     """
     _check(options)
     out = make_folder(options.out)
-    loaded = load_model(options.checkpoint, num_heads=options.num_heads)
+    loaded = load_model(options.checkpoint, options.weights, options.num_heads)
     model, path = loaded.model, loaded.path
     # errors in layers and data before the first pass of the model
     layers = choose_layers(options.layers, model.depth)
@@ -90,12 +92,14 @@ def run(options: Options) -> dict:
     report = {
         "options": asdict(options),
         "pool": how,
+        "weights": loaded.weights,
+        "step": loaded.step,
         "chance": probed.chance,
         "best": best(probed.rows),
         "rows": probed.rows,
     }
     write_json(out / "probe.json", report)
-    title = f"linear probes ({how} of the patches), {options.checkpoint}"
+    title = f"linear probes ({how} of the patches), {options.checkpoint}, {options.weights}"
     plot_probe(out / "probe.png", probed.rows, title, probed.chance)
     show_in_tensorboard(Path(options.checkpoint), probed, out / "probe.png")
     return report

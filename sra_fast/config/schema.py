@@ -316,16 +316,20 @@ class TrainConfig:
 
 @dataclass
 class MonitorConfig:
-    """Samples of the EMA during training, made by all processes together."""
+    """Samples and the held-out loss of `sample.weights` during training, made by all processes
+    together. An average `power:SIGMA` exists at the end only: the EMA is looked at instead."""
 
     every: int = 0
-    """steps between two looks at the EMA; 0: never"""
+    """steps between two looks at the weights; 0: never"""
     count: int = 100
-    """images each time"""
+    """images that are sampled each time; 0: none"""
+    held_out: int | None = None
+    """images on which the held-out loss is measured each time; 0: none; default: 1024 if the data
+    have a held-out share (preprocess.py --holdout; the digits have one)"""
     grid: int = 100
     """images in the picture, the first ones"""
     batch: int = 64
-    """images per process and model call"""
+    """images per process and model call; another value rounds the held-out loss differently"""
     vae: str | None = None
     """folder of a diffusers AutoencoderKL, for latents of 4 channels"""
     reference: str | None = None

@@ -7,6 +7,7 @@ of processes, and nothing comes from the host.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,3 +127,48 @@ def draw(
         second=second,
         tokens=dealt,
     )
+
+
+@dataclass
+class StratifiedDraws:
+    """The random numbers with which B images are measured at one time of each of K bins.
+
+    Attributes:
+        noise: ``[B, K, C, H, W]`` standard normals, others in every bin.
+        posterior: ``[B, C, H, W]`` standard normals for the VAE posterior, the same in all bins, or
+            None.
+        uniform: ``[B, K]`` in [0, 1]: that of bin j lies in ``[j / K, (j + 1) / K]``.
+    """
+
+    noise: Tensor
+    posterior: Tensor | None
+    uniform: Tensor
+
+
+def draw_stratified(
+    seed: int, images: Sequence[int], shape: tuple[int, int, int], bins: int, posterior: bool
+) -> StratifiedDraws:
+    """Draws of images by their numbers, whatever the batch they are in.
+
+    They are made on the CPU, so that every device measures with the same ones.
+
+    Args:
+        seed: any whole number; no run draws these numbers, whatever its seed.
+        images: numbers of the images.
+        shape: (C, H, W) of an image.
+        bins: K.
+        posterior: also draw the noise of the VAE posterior.
+    """
+    noise = torch.empty(len(images), bins, *shape)
+    sample = torch.empty(len(images), *shape) if posterior else None
+    uniform = torch.empty(len(images), bins, dtype=torch.float64)
+    for i, image in enumerate(images):
+        # -4: training and sampling have other keys
+        generator = torch.Generator().manual_seed(block_seed(int(seed), int(image), -4))
+        if sample is not None:
+            sample[i].normal_(generator=generator)
+        uniform[i].uniform_(generator=generator)
+        noise[i].normal_(generator=generator)
+    # float64 until here: the sum would round away a part of the uniforms
+    times = (torch.arange(bins, dtype=torch.float64) + uniform) / bins
+    return StratifiedDraws(noise, sample, times.float())

@@ -182,9 +182,24 @@ def _check_monitor(cfg: Config) -> None:
     require_that(monitor.every >= 0, f"monitor.every must not be negative, got {monitor.every}")
     if monitor.every == 0:
         return
-    for name, least in {"count": 2, "grid": 1, "batch": 1}.items():
+    # one image has no statistics, and no picture to speak of
+    require_that(
+        monitor.count == 0 or monitor.count >= 2,
+        f"monitor.count must be at least 2, or 0 for no samples, got {monitor.count}",
+    )
+    for name, least in {"grid": 1, "batch": 1, "held_out": 0}.items():
         value = getattr(monitor, name)
-        require_that(value >= least, f"monitor.{name} must be at least {least}, got {value}")
+        require_that(
+            value is None or value >= least, f"monitor.{name} must be at least {least}, got {value}"
+        )
+    require_that(
+        monitor.count > 0 or monitor.held_out != 0,
+        "monitor.every needs something to look at, got monitor.count 0 and monitor.held_out 0",
+    )
+    require_that(
+        monitor.count > 0 or monitor.reference is None,
+        "monitor.reference is for samples, got monitor.count 0",
+    )
     require_that(
         (monitor.reference is None) == (monitor.inception is None),
         "monitor.reference and monitor.inception go together, "

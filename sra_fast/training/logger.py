@@ -215,10 +215,13 @@ class TrainLogger:
             self._send(step, known)
         self._receive(wait=True)
 
-    def show(self, name: str, step: int, picture: Path, scores: dict[str, float] | None = None):
-        """Hand a picture, and scores with their ``step``, to the loggers."""
+    def show(
+        self, name: str, step: int, picture: Path | None, scores: dict[str, float] | None = None
+    ) -> None:
+        """Hand a picture, if there is one, and scores with their ``step``, to the loggers."""
         for logger in self.loggers:
-            logger.picture(name, step, picture)
+            if picture is not None:
+                logger.picture(name, step, picture)
             if scores:
                 logger.scores(scores)
 

@@ -198,7 +198,7 @@ def train(
         data: from ``make_dataset``.
         folder: run folder.
         start: what was trained already.
-        monitor: looks at the EMA every ``monitor.every`` steps; None: no one does.
+        monitor: looks at the weights every ``monitor.every`` steps; None: no one does.
         logger: stays open, for what is shown after training; None: one that is closed at the end.
         saver: writes the checkpoints; None: one of its own.
         stop: open signals that end the run early; None: nothing does.
@@ -355,11 +355,12 @@ class _Session:
         self.logger.restart_clock()
 
     def look(self, step: int, known: dict) -> None:
-        """Sample the EMA; collective."""
+        """Sample, and measure the held-out loss; collective."""
         self._at(step, "samples")
         self.logger.flush(step, known)
         scores = self.monitor.look(self.trainer, step)
-        self.logger.show("samples/monitor", step, self.monitor.picture(step), scores)
+        picture = self.monitor.picture(step) if self.trainer.cfg.monitor.count else None
+        self.logger.show("samples/monitor", step, picture, scores)
         self.logger.restart_clock()
 
     def _at(self, step: int, phase: str) -> None:

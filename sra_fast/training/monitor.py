@@ -1,106 +1,156 @@
-"""Samples of the EMA during training, made by all processes: a picture and, on request, their
-FID.
+"""What is looked at during training, by all processes: samples as a picture and, on request, their
+FID; and the held-out loss.
 """
 
 import json
-from itertools import pairwise
+import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sra_fast.config.schema import Config
+from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import decode, load_vae
 from sra_fast.evaluation.adm_suite import summarize_reference
 from sra_fast.evaluation.extractors import Extractor, inception_extractor
+from sra_fast.evaluation.held_out import HeldOutImages, held_out_loss
 from sra_fast.evaluation.scores import RunningGaussian, frechet_distance
+from sra_fast.models import SiT
 from sra_fast.plots import report
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.training.logger import read_rows
 from sra_fast.training.trainer import Trainer
+from sra_fast.utils.collectives import gather_rows, share_of
 from sra_fast.utils.files import write_atomic
 
-
-def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """Rows ``[counts[rank], ...]`` of every rank, in the order of the ranks, on each;
-    collective.
-    """
-    if len(counts) == 1:
-        return rows
-    # all_gather takes equal shapes only
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    everyone = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded)
-    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
+SAMPLES = "samples.jsonl"
+HELD_OUT = "held_out.jsonl"
+# begins the name of weights that are made from a run's snapshots
+POWER = "power:"
 
 
 class Monitor:
-    """Looks at the EMA every ``monitor.every`` steps.
+    """Looks at the weights ``sample.weights`` every ``monitor.every`` steps; at the EMA where these
+    are ``power:SIGMA``, which are made at the end.
 
     Args:
         cfg: configuration.
         device: of this process.
-        folder: run folder: ``samples/step_XXXXXXXX.png`` and ``samples.jsonl`` go there.
+        folder: run folder: ``samples/step_XXXXXXXX.png`` and ``samples.jsonl`` go there, and
+            ``held_out/step_XXXXXXXX.npz`` and ``held_out.jsonl``.
+        data: the training set, for the held-out loss; None: there is none.
 
     Raises:
-        ValueError: no VAE, Inception weights or FID reference at the given paths.
+        ValueError: no VAE, Inception weights or FID reference at the given paths, or no held-out
+            images where ``monitor.held_out`` asks for some.
     """
 
-    def __init__(self, cfg: Config, device: torch.device, folder: Path):
+    def __init__(
+        self, cfg: Config, device: torch.device, folder: Path, data: TrainingData | None = None
+    ):
         monitor = cfg.monitor
         self.cfg = cfg
         self.device = device
         self.folder = folder
+        # an average of snapshots is made when training is over
+        named = cfg.sample.weights
+        self.weights = "ema" if named.startswith(POWER) else named
         self.vae = None
-        if monitor.vae:
+        if monitor.vae and monitor.count:
             self.vae = load_vae(monitor.vae, cfg.model.in_channels).to(device)
         self.extractor: Extractor | None = None
         if monitor.reference:
             self.extractor = inception_extractor(monitor.inception, device)
             reference = summarize_reference(monitor.reference, self.extractor, monitor.batch)
             self.fid_reference = reference.pool
+        # the seed is not the run's: runs of all seeds are measured on the same images and noise
+        self.held_out: HeldOutImages | None = None
+        if data is not None and monitor.held_out:
+            self.held_out = HeldOutImages(data, monitor.held_out)
 
     def picture(self, step: int) -> Path:
         """Where the picture of a step is."""
         return self.folder / "samples" / f"step_{step:08d}.png"
 
+    def begin(self, step: int) -> None:
+        """Training goes on after ``step``: rows of later steps, which were given up, are dropped.
+
+        For rank 0 only.
+        """
+        for name in (SAMPLES, HELD_OUT):
+            file = self.folder / name
+            if file.exists():
+                _write_rows(file, _rows_before(file, step + 1))
+        for file in self.folder.glob("held_out/step_*.npz"):
+            number = file.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) > step:
+                file.unlink()
+
     @torch.no_grad()
     def look(self, trainer: Trainer, step: int) -> dict | None:
-        """Sample after ``step`` optimizer steps; collective.
+        """Look at the weights after ``step`` optimizer steps; collective.
 
         Returns:
             The scores on rank 0, None elsewhere.
         """
+        # training's random numbers must not depend on whether somebody looks
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            # another network: the student's weights must not change, and stage 3 partitions them
+            model = self.cfg.model.build().to(self.device).eval()
+        model.load_state_dict(trainer.state_dict(trainer.weights(self.weights)))
+        scores = {"step": step}
+        if self.held_out is not None:
+            scores |= self._measure(trainer, model, step)
+        if self.cfg.monitor.count:
+            scores |= self._sample(trainer, model, step)
+        return None if trainer.rank else scores
+
+    def _measure(self, trainer: Trainer, model: SiT, step: int) -> dict:
+        """The held-out loss; collective, rank 0 writes."""
+        loss = held_out_loss(
+            model,
+            self.cfg.diffusion.path,
+            self.held_out,
+            batch=self.cfg.monitor.batch,
+            device=self.device,
+            rank=trainer.rank,
+            world=trainer.plan.world,
+            about={"weights": self.weights, "step": step},
+        )
+        if trainer.rank == 0:
+            file = self.folder / "held_out" / f"step_{step:08d}.npz"
+            file.parent.mkdir(exist_ok=True)
+            loss.save(file)
+            row = {"step": step, "mean": loss.mean(), "bins": loss.bins().tolist()}
+            row |= {"weights": self.weights, "images": len(loss.images), "key": loss.key}
+            self._append(HELD_OUT, row)
+        return {"held_out": loss.mean()}
+
+    def _sample(self, trainer: Trainer, model: SiT, step: int) -> dict:
+        """Samples and their scores; collective, rank 0 writes."""
         monitor = self.cfg.monitor
         world = trainer.plan.world
-        # this rank's share of the images, and everyone's
-        bounds = [monitor.count * rank // world for rank in range(world + 1)]
-        counts = [end - begin for begin, end in pairwise(bounds)]
-        pixels = self._sample(trainer, bounds[trainer.rank], bounds[trainer.rank + 1])
+        shares = [share_of(monitor.count, rank, world) for rank in range(world)]
+        counts = [len(share) for share in shares]
+        pixels = self._generate(model, shares[trainer.rank])
 
-        scores = {"step": step, "images": monitor.count}
+        scores = {"images": monitor.count}
         if self.extractor is not None:
             scores["fid"] = self._fid(pixels, counts)
         shown = gather_rows(pixels, counts)[: monitor.grid].cpu().numpy()
-        if trainer.rank:
-            return None
-        file = self.picture(step)
-        file.parent.mkdir(exist_ok=True)
-        scale = 4 if shown.shape[1] < 32 else 1
-        report.save_grid(file, shown, columns=10, scale=scale)
-        self._log(scores)
+        if trainer.rank == 0:
+            file = self.picture(step)
+            file.parent.mkdir(exist_ok=True)
+            scale = 4 if shown.shape[1] < 32 else 1
+            report.save_grid(file, shown, columns=10, scale=scale)
+            self._append(SAMPLES, {"step": step, **scores})
         return scores
 
-    def _sample(self, trainer: Trainer, first: int, end: int) -> Tensor:
-        """Images ``first`` to ``end`` of the EMA, uint8 ``[n, H, W, C]`` on the device;
-        collective.
-        """
+    def _generate(self, model: SiT, share: range) -> Tensor:
+        """Images of a share, uint8 ``[n, H, W, C]`` on the device."""
         cfg = self.cfg
-        # another network: the student's weights must not change, and stage 3 partitions them
-        model = cfg.model.build().to(self.device).eval()
-        model.load_state_dict(trainer.state_dict(trainer.ema.full()))
         # the labels of all images: an image does not depend on the rank that makes it
         labels = choose_labels(
             cfg.monitor.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed
@@ -108,13 +158,13 @@ class Monitor:
         batch = cfg.monitor.batch
         latents = generate(
             model,
-            labels[first:end],
+            labels[share.start : share.stop],
             cfg.sample,
             cfg.diffusion.path,
             cfg.train.seed,
             batch,
             self.device,
-            first=first,
+            first=share.start,
         )
         data = cfg.data
         images = decode(latents, self.vae, data.latent_scale, data.latent_shift, batch, self.device)
@@ -130,10 +180,26 @@ class Monitor:
         moments.update(gather_rows(torch.cat(features), counts))
         return frechet_distance(moments.gaussian(), self.fid_reference)
 
-    def _log(self, scores: dict) -> None:
-        """Append a row to ``samples.jsonl``."""
-        file = self.folder / "samples.jsonl"
+    def _append(self, name: str, row: dict) -> None:
+        """Append a row to a file of the run folder."""
+        file = self.folder / name
         # an interrupted run may have been further: its later rows are made again
-        rows = [row for row in read_rows(file) if row["step"] < scores["step"]]
-        text = "".join(json.dumps(row) + "\n" for row in [*rows, scores])
-        write_atomic(file, lambda p: p.write_text(text))
+        _write_rows(file, [*_rows_before(file, row["step"]), row])
+
+
+def _rows_before(file: Path, step: int) -> list[dict]:
+    return [row for row in read_rows(file) if row["step"] < step]
+
+
+def _write_rows(file: Path, rows: list[dict]) -> None:
+    text = "".join(json.dumps(_finite(row)) + "\n" for row in rows)
+    write_atomic(file, lambda p: p.write_text(text))
+
+
+def _finite(value):
+    """JSON has no NaN: null stands for what is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

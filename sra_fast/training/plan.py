@@ -14,6 +14,7 @@ from sra_fast.data.dataset import check_data, fill_in_model, open_data
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import vae_is_there
+from sra_fast.evaluation.held_out import HeldOutImages, has_held_out
 from sra_fast.training import provenance
 from sra_fast.training.checks import check_config, check_device, named_as, split_batch
 from sra_fast.training.initial import read_initial
@@ -23,6 +24,9 @@ from sra_fast.utils.files import is_there
 from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 from sra_fast.zero.process_group import deepspeed_log_level
+
+# on which the monitor measures the held-out loss, unless another number is asked for
+HELD_OUT_IMAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,9 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     plan = make_plan(cfg, ds_json)
     check_data(data, cfg)
     _choose_vae(cfg, data.facts())
+    _choose_held_out(cfg, data)
     require_that(
-        not cfg.monitor.every or cfg.monitor.count >= plan.world,
+        not cfg.monitor.every or cfg.monitor.count == 0 or cfg.monitor.count >= plan.world,
         f"monitor.count must be at least 1 for each of the {plan.world} processes, "
         f"got {cfg.monitor.count}",
     )
@@ -153,7 +158,7 @@ def _fill_in_targets(cfg: Config, data: TrainingData) -> None:
 def _choose_vae(cfg: Config, facts: DataFacts) -> None:
     """Samples during training are decoded by the VAE that made the data, unless another is given."""
     monitor = cfg.monitor
-    if monitor.every and not facts.pixels and monitor.vae is None:
+    if monitor.every and monitor.count and not facts.pixels and monitor.vae is None:
         require_that(
             facts.vae_path is not None and vae_is_there(facts.vae_path),
             "monitor.every needs monitor.vae, the VAE that decodes the latents",
@@ -163,6 +168,24 @@ def _choose_vae(cfg: Config, facts: DataFacts) -> None:
         not (facts.pixels and monitor.vae),
         f"monitor.vae is for latents, the data are pixels; got {monitor.vae}",
     )
+
+
+def _choose_held_out(cfg: Config, data: TrainingData) -> None:
+    """How many held-out images the monitor measures the loss on, where that was not given."""
+    monitor = cfg.monitor
+    if not monitor.every:
+        return
+    if monitor.held_out is None:
+        monitor.held_out = HELD_OUT_IMAGES if has_held_out(data) else 0
+        require_that(
+            monitor.count > 0 or monitor.held_out > 0,
+            "monitor.count 0 needs a held-out share (preprocess.py --holdout), the data have none",
+        )
+    if monitor.held_out:
+        # raises for data without such a share, or one that does not fit the model
+        model = cfg.model
+        size = (model.in_channels, model.input_size, model.input_size)
+        HeldOutImages(data, monitor.held_out).check(size, model.num_classes)
 
 
 def _check_writable(out: Path) -> None:

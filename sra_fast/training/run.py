@@ -109,7 +109,7 @@ def _train(
     """
     cfg = trainer.cfg
     # before the first step: a missing file of the monitor stops the run at once
-    monitor = Monitor(cfg, trainer.device, folder) if cfg.monitor.every else None
+    monitor = Monitor(cfg, trainer.device, folder, data) if cfg.monitor.every else None
     written = folder if trainer.rank == 0 else None
     # how often training has gone back to a step
     returns: Counter[int] = Counter()
@@ -127,6 +127,8 @@ def _train(
             saver.wait()
         while True:
             logger = TrainLogger(written, cfg, trainer.device, trainer.plan.world, start.step)
+            if monitor is not None and trainer.rank == 0:
+                monitor.begin(start.step)
             try:
                 train(trainer, data, folder, start, monitor, logger, saver, stop, watchdog, history)
                 break

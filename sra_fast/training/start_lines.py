@@ -136,7 +136,9 @@ def _steps_line(trainer: Trainer, data: TrainingData, start: int) -> str:
     saved = ", ".join(often) + " and at the end" if often else "at the end"
     if train.keep:
         saved += f", the newest {train.keep} kept"
-    looks = f"samples every {cfg.monitor.every} steps" if cfg.monitor.every else "no samples"
+    what = ["samples"] * (cfg.monitor.count > 0) + ["held-out loss"] * bool(cfg.monitor.held_out)
+    looks = f"{' and '.join(what)} every {cfg.monitor.every} steps"
+    looks = looks if cfg.monitor.every else "no samples"
     return (
         f"{start} to {train.steps} ({epochs:.1f} epochs), {batch}; "
         f"checkpoint {saved}, {looks} while training"

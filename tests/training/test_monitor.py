@@ -1,4 +1,4 @@
-"""The monitor makes pictures and scores of the EMA and leaves training undisturbed."""
+"""The monitor makes pictures and scores of the weights and leaves training undisturbed."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.digits import Digits
 from sra_fast.evaluation.extractors import Extractor
+from sra_fast.evaluation.held_out import HeldOutImages, HeldOutLoss, held_out_loss
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
 from sra_fast.plots import report
 
@@ -23,7 +24,9 @@ from sra_fast.plots.report import plot_loss
 from sra_fast.training import loop
 from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check_config
+from sra_fast.training.logger import read_rows
 from sra_fast.training.plan import make_plan, make_run_plan
+from sra_fast.training.run import run as whole_run
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -38,8 +41,9 @@ def run(folder, *args, watched=True):
     cfg = config(*ARGS, *args)
     device = init_distributed()
     trainer = build(make_plan(cfg), device)
-    monitor = monitors.Monitor(cfg, device, folder) if watched else None
-    return [row["loss"] for row in loop.train(trainer, make_dataset(cfg), folder, monitor=monitor)]
+    data = make_dataset(cfg)
+    monitor = monitors.Monitor(cfg, device, folder, data) if watched else None
+    return [row["loss"] for row in loop.train(trainer, data, folder, monitor=monitor)]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_the_loss_is_drawn_at_the_last_checkpoint_and_not_too_often_before(
 
 def test_pictures_and_an_undisturbed_run(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "plot_loss", plot_loss)
-    watched = run(tmp_path / "watched", "--train.save_every", "3")
+    watched = run(tmp_path / "watched", "--train.save_every", "3", "--monitor.held_out", "12")
     assert Image.open(tmp_path / "watched/loss.png").size == (1320, 600)
     assert watched == run(tmp_path / "alone", watched=False)
     pictures = [Image.open(path) for path in sorted((tmp_path / "watched/samples").glob("*.png"))]
@@ -71,6 +75,8 @@ def test_pictures_and_an_undisturbed_run(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in lines]
     assert rows == [{"step": 2, "images": 12}, {"step": 4, "images": 12}]
     assert not (tmp_path / "alone/samples").exists()
+    losses = read_rows(tmp_path / "watched/held_out.jsonl")
+    assert [row["step"] for row in losses] == [2, 4]
 
     events = EventAccumulator(str(tmp_path / "watched/tensorboard"))
     events.Reload()
@@ -78,6 +84,98 @@ def test_pictures_and_an_undisturbed_run(tmp_path, monkeypatch):
     assert [(image.step, image.width, image.height) for image in shown] == [
         (step, *pictures[0].size) for step in (2, 4)
     ]
+    found = [(event.step, event.value) for event in events.Scalars("samples/held_out")]
+    assert found == [(row["step"], pytest.approx(row["mean"])) for row in losses]
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_the_held_out_loss_is_that_of_the_sampled_weights(weights, tmp_path):
+    """Measured anew from the trainer's weights; no samples are made where none are asked for."""
+    args = f"--monitor.count 0 --monitor.held_out 21 --sample.weights {weights} --train.seed 4"
+    cfg = config(*ARGS, *args.split())
+    device = init_distributed()
+    trainer = build(make_plan(cfg), device)
+    data = make_dataset(cfg)
+    torch.manual_seed(9)
+    loop.train(trainer, data, tmp_path, monitor=monitors.Monitor(cfg, device, tmp_path, data))
+    model = cfg.model.build().eval()
+    model.load_state_dict(trainer.state_dict(trainer.weights(weights)))
+    expected = held_out_loss(model, "linear", HeldOutImages(data, 21), batch=5)
+    found = HeldOutLoss.load(tmp_path / "held_out/step_00000004.npz")
+    assert np.array_equal(found.losses, expected.losses) and found.key == expected.key
+    assert found.about == {"weights": weights, "step": 4}
+    row = read_rows(tmp_path / "held_out.jsonl")[-1]
+    assert (row["step"], row["mean"]) == (4, expected.mean())
+    assert row["bins"] == expected.bins().tolist() and row["images"] == 21
+    assert not (tmp_path / "samples.jsonl").exists() and not (tmp_path / "samples").exists()
+
+
+def test_an_average_of_snapshots_is_not_there_yet(tmp_path):
+    """The EMA is looked at, and the row says so."""
+    cfg = config(*ARGS, "--monitor.held_out", "5", "--monitor.count", "0")
+    device = init_distributed()
+    trainer = build(make_plan(cfg), device)
+    cfg.sample.weights = "power:0.1"
+    monitors.Monitor(cfg, device, tmp_path, make_dataset(cfg)).look(trainer, 2)
+    assert read_rows(tmp_path / "held_out.jsonl")[0]["weights"] == "ema"
+
+
+def test_a_look_draws_no_number_of_the_run(tmp_path):
+    cfg = config(*ARGS, "--monitor.held_out", "5")
+    device = init_distributed()
+    trainer = build(make_plan(cfg), device)
+    monitor = monitors.Monitor(cfg, device, tmp_path, make_dataset(cfg))
+    before = torch.get_rng_state()
+    scores = monitor.look(trainer, 2)
+    assert torch.equal(before, torch.get_rng_state()) and torch.is_grad_enabled()
+    assert scores.keys() == {"step", "held_out", "images"}
+    assert trainer.engine.module.training
+
+
+def test_what_was_given_up_is_dropped(tmp_path):
+    """A run that goes back to step 2 has no later rows, though it may never get as far again."""
+    (tmp_path / "held_out").mkdir()
+    for step in (2, 4):
+        (tmp_path / f"held_out/step_{step:08d}.npz").touch()
+        for name in ("samples.jsonl", "held_out.jsonl"):
+            with open(tmp_path / name, "a") as f:
+                f.write(json.dumps({"step": step, "mean": None}) + "\n")
+    cfg = config(*ARGS)
+    monitors.Monitor(cfg, init_distributed(), tmp_path).begin(2)
+    for name in ("samples.jsonl", "held_out.jsonl"):
+        assert (tmp_path / name).read_text() == '{"step": 2, "mean": null}\n'
+    assert [path.name for path in (tmp_path / "held_out").iterdir()] == ["step_00000002.npz"]
+
+
+def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(tmp_path):
+    args = f"--train.out {tmp_path} --train.save_every 2 --monitor.count 0 --monitor.held_out 5"
+    plan = make_run_plan(config(*ARGS, *args.split()))
+    # the digits' own scores at the end take longer than the run
+    plan.data.evaluation = None
+    whole_run(plan, init_distributed())
+    folder = tmp_path / "000"
+    first = (folder / "held_out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in first] == [2, 4]
+    args += f" --train.steps 3 --train.resume {folder}/checkpoints/step_00000002"
+    plan = make_run_plan(config(*ARGS, *args.split()))
+    plan.data.evaluation = None
+    whole_run(plan, init_distributed())
+    assert (folder / "held_out.jsonl").read_text().splitlines() == first[:1]
+    assert [path.name for path in (folder / "held_out").iterdir()] == ["step_00000002.npz"]
+
+
+def test_images_of_the_held_out_loss_by_default(tmp_path):
+    """As many as there may be, none for data without a held-out share, an error if asked for."""
+    args = f"--train.out {tmp_path}/runs"
+    assert make_run_plan(config(*ARGS, *args.split())).plan.cfg.monitor.held_out == 1024
+    pixels = np.zeros((20, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=pixels, arr_1=np.arange(20) % 10)
+    args += f" --data.name pixels --data.path {tmp_path}/x.npz"
+    assert make_run_plan(config(*ARGS, *args.split())).plan.cfg.monitor.held_out == 0
+    with pytest.raises(ValueError, match=r"no run trains on \(preprocess.py --holdout\)"):
+        make_run_plan(config(*ARGS, *f"{args} --monitor.held_out 5".split()))
+    with pytest.raises(ValueError, match="monitor.count 0 needs a held-out share"):
+        make_run_plan(config(*ARGS, *f"{args} --monitor.count 0".split()))
 
 
 def test_distance_to_an_fid_reference(tmp_path, monkeypatch):
@@ -129,7 +227,10 @@ def test_every_process_needs_an_image(monkeypatch, tmp_path):
     "args, message",
     [
         ("--monitor.every -1", "monitor.every must not be negative"),
-        ("--monitor.count 1", "monitor.count must be at least 2, got 1"),
+        ("--monitor.count 1", "monitor.count must be at least 2, or 0 for no samples, got 1"),
+        ("--monitor.held_out -1", "monitor.held_out must be at least 0, got -1"),
+        ("--monitor.count 0 --monitor.held_out 0", "monitor.every needs something to look at"),
+        ("--monitor.count 0 --monitor.reference x --monitor.inception y", "is for samples"),
         ("--monitor.reference x", "reference and monitor.inception go together"),
         ("--monitor.reference x --monitor.inception y", "there is no x"),
     ],

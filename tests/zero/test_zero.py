@@ -26,7 +26,9 @@ from sra_fast.checkpoint.load_model import load_model
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch
+from sra_fast.evaluation.held_out import HeldOutLoss
 from sra_fast.models import ClassLabels
+from sra_fast.training.logger import read_rows
 from sra_fast.training.loop import warm_up
 from sra_fast.utils import registry
 
@@ -263,6 +265,24 @@ def test_two_processes_share_the_samples_of_one(results):
         for w in WORLDS
     ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and len(np.unique(pictures[0])) > 20
+
+
+def test_two_processes_measure_the_held_out_loss_of_one(results):
+    """Of the EMA, with its weights partitioned; the resumed half measures nothing here."""
+    for step in (3, 6):
+        one, two = (
+            HeldOutLoss.load(results[w] / f"monitored_loss/held_out/step_{step:08d}.npz")
+            for w in WORLDS
+        )
+        assert one.key == two.key and len(one.losses) == 40
+        # the weights differ by rounding
+        np.testing.assert_allclose(one.losses, two.losses, rtol=1e-4)
+        rows = [
+            read_rows(results[w] / "monitored_loss/held_out.jsonl")[step // 3 - 1] for w in WORLDS
+        ]
+        assert rows[0]["step"] == rows[1]["step"] == step
+        assert rows[0]["mean"] == one.mean() and rows[0]["bins"] == one.bins().tolist()
+    assert not (results[1] / "monitored_loss/samples").exists()
 
 
 def test_accumulation_gives_the_losses_of_one_batch(results):

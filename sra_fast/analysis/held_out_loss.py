@@ -1,0 +1,154 @@
+"""The body of held_out.py: the loss of one checkpoint, and its paired difference from another."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sra_fast.analysis.features import data_of, open_for
+from sra_fast.analysis.intervals import bootstrap_interval
+from sra_fast.checkpoint.load_model import load_model
+from sra_fast.config.schema import DataConfig
+from sra_fast.evaluation.held_out import (
+    BLOCK,
+    TIME_BINS,
+    HeldOutImages,
+    HeldOutLoss,
+    held_out_loss,
+)
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.launcher import cuda_index, read_launcher
+
+# of the intervals
+LEVEL = 0.95
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    checkpoint: str
+    """weights, as for sample.py: a run folder, a checkpoint folder, an export, a .pt, ..."""
+    weights: str = "ema"
+    """which of a run's weights: ema, or model (the student)"""
+    data: DataConfig = field(default_factory=DataConfig)
+    out: str | None = None
+    """an .npz for the loss of every image and bin, for --against"""
+    against: str | None = None
+    """an .npz of other weights, measured on the same images: the difference of each image is taken"""
+    images: int | None = None
+    """most images, drawn at random; default: all of the held-out share"""
+    bins: int = TIME_BINS
+    """times of an image, one in each of so many equal parts of [0, 1]"""
+    seed: int = 0
+    """of the choice of images, the times and the noise"""
+    batch: int = BLOCK
+    """images per model call; another value rounds differently"""
+    trained: bool = False
+    """take every fifth image of data that have no held-out share: a run trains on these"""
+    num_heads: int | None = None
+    """for weights that do not say it and whose width is no paper size"""
+
+
+def run(options: Options) -> dict:
+    """Measure and write; collective under a launcher.
+
+    Returns:
+        What ``table`` shows; empty on other ranks than 0.
+
+    Raises:
+        ValueError: an option, the weights or the data cannot be used, or the loss is not finite.
+        OSError: ``out`` cannot be written.
+    """
+    read_launcher()
+    # read first: nothing is computed for a file that is none
+    other = HeldOutLoss.load(options.against) if options.against is not None else None
+    if options.out is not None:
+        folder = Path(options.out).absolute().parent
+        require_that(
+            folder.is_dir() and not Path(options.out).is_dir(),
+            f"out must be a file in a folder that exists, got {options.out}",
+        )
+    loaded = load_model(options.checkpoint, options.weights, options.num_heads)
+    data = open_for(data_of(options.data, loaded.facts), loaded.model, loaded.facts)
+    images = HeldOutImages(data, options.images, options.bins, options.seed, options.trained)
+    if other is not None:
+        # raises before anything is computed, if the two cannot be compared
+        settings = images.settings(loaded.model.process, loaded.path)
+        HeldOutLoss(other.losses, other.times, other.images, settings).paired(other)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", cuda_index()) if cuda else torch.device("cpu")
+    about = {
+        "checkpoint": str(Path(options.checkpoint).absolute()),
+        "weights": loaded.weights,
+        "step": loaded.step,
+    }
+    with _process_group() as (rank, world):
+        loss = held_out_loss(
+            loaded.model.to(device),
+            loaded.path,
+            images,
+            batch=options.batch,
+            device=device,
+            rank=rank,
+            world=world,
+            about=about,
+        )
+    loss.check_finite(options.checkpoint)
+    if rank:
+        return {}
+    if options.out is not None:
+        loss.save(options.out)
+    report = {
+        **about,
+        "held_out": loss.mean(),
+        "interval": bootstrap_interval(loss.per_image(), LEVEL),
+        "bins": loss.bins().tolist(),
+        "images": len(loss.images),
+        "key": loss.key,
+    }
+    if other is not None:
+        difference = loss.paired(other)
+        report["against"] = options.against
+        report["difference"] = float(difference.mean())
+        report["difference_interval"] = bootstrap_interval(difference, LEVEL)
+    return report
+
+
+@contextmanager
+def _process_group() -> Iterator[tuple[int, int]]:
+    """Rank and number of the launcher's processes, which can talk to each other meanwhile."""
+    rank = int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
+    if world == 1 or dist.is_initialized():
+        yield rank, world
+        return
+    # a few numbers on the host are exchanged: no NCCL
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        yield rank, world
+    finally:
+        dist.destroy_process_group()
+
+
+def table(report: dict) -> str:
+    """The loss with its interval, a line per bin, and the difference."""
+    low, high = report["interval"]
+    lines = [
+        f"held-out loss {report['held_out']:.5f}  [{low:.5f}, {high:.5f}] "
+        f"({LEVEL:.0%}, {report['images']} images, weights {report['weights']}, "
+        f"step {report['step']})"
+    ]
+    count = len(report["bins"])
+    for i, value in enumerate(report["bins"]):
+        lines.append(f"t {i / count:.2f} to {(i + 1) / count:.2f}  {value:.5f}")
+    if "difference" in report:
+        low, high = report["difference_interval"]
+        lines.append(
+            f"minus {report['against']}: {report['difference']:+.5f}  [{low:+.5f}, {high:+.5f}]"
+        )
+    return "\n".join(lines)
