@@ -64,7 +64,7 @@ def _run(study, args: argparse.Namespace, why) -> tuple[list[str], int]:
     from sra_fast.training.signals import INTERRUPTED
 
     folder = args.out / study.name
-    options = Options(args.jobs, args.score_only, args.dry_run)
+    options = Options(args.jobs, args.score_only, args.dry_run, args.variants or ())
     # a line after every run, also where nobody looks at a terminal
     report = lambda line: print(line, flush=True)
     try:
@@ -93,6 +93,11 @@ def _parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         help="a folder for each study is made in here",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        help="only these of the file's; the table has all that are finished",
+    )
     parser.add_argument(
         "--jobs",
         type=int,

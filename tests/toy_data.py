@@ -1,5 +1,6 @@
 """Small data sets on disk, and the photographs that come with scikit-learn and matplotlib."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -110,3 +111,25 @@ def write_vision_model(folder: Path, name: str = "Dinov2", seed: int = 0, **conf
 def tree(root: Path) -> dict[str, bytes]:
     """Name -> content of every file below ``root``."""
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+def idx(array):
+    """The bytes of an IDX file, written independently of the reader."""
+    header = b"\x00\x00\x08" + bytes([array.ndim])
+    return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def write_idx(folder, part, count, seed=0, packed=True, side=6, classes=3):
+    """Random images and labels as MNIST's files; returns both."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (count, side, side), dtype=np.uint8)
+    labels = (np.arange(count) % classes).astype(np.uint8)
+    folder.mkdir(exist_ok=True)
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        content = idx(array)
+        name = f"{part}-{kind}-ubyte"
+        if packed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+    return images, labels

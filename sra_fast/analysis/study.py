@@ -13,7 +13,7 @@ REQUIRED = {"base", "args", "seeds", "variants"}
 OPTIONAL = {"baseline", "rounding", "score", "scores", "claims"}
 CLAIM_KEYS = {"claim", "variant", "score", "expect"}
 # what scores a run, unless a study names another function
-SCORE = "sra_fast.evaluation.run_scores:score_run"
+SCORE = "sra_fast.analysis.run_scores:score_run"
 # options that a study sets for every run
 SET_BY_STUDY = ("train.seed", "train.out", "train.resume")
 LOWER = "lower"

@@ -8,8 +8,8 @@ import gc
 import math
 import os
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +19,10 @@ import torch
 from sra_fast.analysis.study_plans import parsed
 from sra_fast.analysis.study_scores import RECORD, finished_run, made_like
 from sra_fast.analysis.worker import Failed, find_function
+from sra_fast.data.loader import Batches
 from sra_fast.training.endings import ending_of
-from sra_fast.training.loop import train
+from sra_fast.training.logger import TrainLogger
+from sra_fast.training.loop import BEGINNING, image_order, optimizer_step
 from sra_fast.training.plan import RunPlan, make_run_plan
 from sra_fast.training.run import run
 from sra_fast.training.signals import STOPPED, Stopped, StopSignals
@@ -29,9 +31,9 @@ from sra_fast.utils.files import write_json
 from sra_fast.zero.deepspeed_names import restore_linear
 from sra_fast.zero.process_group import init_distributed
 
-# steps of a trial, and of what is logged: the first rows hold the warm-up
+# the most steps of a trial, and seconds after which it takes no further one
 TRIAL_STEPS = 20
-TRIAL_LOG = 5
+TRIAL_SECONDS = 10.0
 # seconds between two looks for a stop while a run is scored
 LOOK_EVERY = 0.3
 
@@ -109,17 +111,26 @@ def _train(arguments: list[str], stop: StopSignals) -> None:
 
 
 def _trial(arguments: list[str], stop: StopSignals) -> dict:
-    """Time some steps, in a folder that is removed."""
-    short = f"--train.steps {TRIAL_STEPS} --train.log_every {TRIAL_LOG} --train.loggers []"
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [*arguments, *short.split(), "--monitor.every", "0", "--train.out", folder]
-        plan, device = _planned(arguments, stop)
-        trainer = build(plan.plan, device)
-        rows = train(trainer, plan.data, Path(folder), stop=stop)
-    return {
-        "seconds": rows[-1]["ms_per_step"] / 1e3,
-        "images": plan.plan.cfg.train.global_batch,
-    }
+    """Time some steps; nothing is written."""
+    plan, device = _planned(arguments, stop)
+    trainer = build(plan.plan, device)
+    cfg = trainer.cfg
+    logger = TrainLogger(None, cfg, device, trainer.plan.world)
+    # one for the loader, which is ahead
+    stream, ahead = (image_order(trainer, len(plan.data), BEGINNING) for _ in range(2))
+    seconds: list[float] = []
+    with Batches(plan.data, ahead, cfg.data.num_workers, device.type == "cuda") as batches:
+        trainer.engine.train()
+        while len(seconds) < min(TRIAL_STEPS, cfg.train.steps) and sum(seconds) < TRIAL_SECONDS:
+            stop.check()
+            began = time.perf_counter()
+            optimizer_step(trainer, batches, stream, plan.data, len(seconds), logger)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+    # the first half warms everything up; a step that takes very long is alone
+    steady = seconds[len(seconds) // 2 :]
+    return {"seconds": sum(steady) / len(steady), "images": cfg.train.global_batch}
 
 
 def score_one(runs: Path, function: str, options: dict, own: bool, cache: str) -> None:

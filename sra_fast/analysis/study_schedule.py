@@ -46,12 +46,14 @@ class Options:
         jobs: runs at once, each in a process.
         score_only: nothing is trained.
         dry_run: only the cost is told.
+        variants: names of those that are trained and scored; empty: all.
         start, path: of ``jobs.Pool``.
     """
 
     jobs: int = 1
     score_only: bool = False
     dry_run: bool = False
+    variants: Sequence[str] = ()
     start: str = RUNS
     path: Sequence[Path] = ()
 
@@ -100,6 +102,11 @@ def run_study(
     # not after hours of training
     require("scipy", "SciPy", "eval")
     _check_scoring(study, options)
+    unknown = [name for name in options.variants if name not in study.variants]
+    if unknown:
+        raise ValueError(
+            f"{study.name}: variants must be among {[*study.variants]}, got {unknown[0]}"
+        )
     session = _Session(study, folder, options, report)
     if options.dry_run and not folder.exists():
         session.tell_cost(asked)
@@ -227,13 +234,21 @@ class _Session:
     def _is_left(self, place: Path) -> bool:
         return finished_run(place) is None or not self._is_scored(place)
 
+    def _left(self) -> dict[tuple[str, int], Path]:
+        """Asked runs that are not finished, or not scored."""
+        asked = self.options.variants or self.study.variants
+        return {
+            run: place
+            for run, place in self.runs.items()
+            if run[0] in asked and self._is_left(place)
+        }
+
     def tasks(self) -> list[tuple[str, int]]:
         """Variant and seed of what this command has to do."""
         return [
             run
-            for run, place in self.runs.items()
-            if self._is_left(place)
-            and not (self.options.score_only and finished_run(place) is None)
+            for run, place in self._left().items()
+            if not (self.options.score_only and finished_run(place) is None)
         ]
 
     def _pool(self) -> Pool:
@@ -348,7 +363,7 @@ class _Session:
         self, pool: Pool, asked: Callable[[], object]
     ) -> tuple[Mapping[str, list[dict]], str]:
         """The first variant's speed with all jobs at work, and where it is from."""
-        variant = next(iter(self.study.variants))
+        variant = next(iter(self.options.variants or self.study.variants))
         arguments = {"trial": self.study.command(variant, self.study.seeds[0], self.folder)}
         # nobody reads what a trial prints, but for its error
         log_file = Path("/dev/null")
@@ -399,8 +414,7 @@ class _Session:
         return results
 
     def end(self) -> Ended:
-        left = sum(self._is_left(place) for place in self.runs.values()) - len(self.failed)
-        return Ended(self.write(), self.failed, left)
+        return Ended(self.write(), self.failed, len(self._left()) - len(self.failed))
 
 
 def _difference(one: dict | None, other: dict | None) -> str:

@@ -4,6 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
+from toy_data import idx, write_idx
 
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
@@ -13,30 +14,9 @@ from sra_fast.data.preprocess import Options, make_jobs
 from sra_fast.data.writer import run_jobs
 
 
-def idx(array):
-    """The bytes of an IDX file, written independently of the reader."""
-    header = b"\x00\x00\x08" + bytes([array.ndim])
-    return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
-
-
-def write(folder, part, count, seed=0, packed=True, side=6):
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (count, side, side), dtype=np.uint8)
-    labels = (np.arange(count) % 3).astype(np.uint8)
-    folder.mkdir(exist_ok=True)
-    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-        content = idx(array)
-        name = f"{part}-{kind}-ubyte"
-        if packed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
-    return images, labels
-
-
 def test_from_the_files_to_a_data_set(tmp_path):
-    images, labels = write(tmp_path / "raw", "train", 12)
-    unseen, _ = write(tmp_path / "raw", "t10k", 5, seed=1, packed=False)
+    images, labels = write_idx(tmp_path / "raw", "train", 12)
+    unseen, _ = write_idx(tmp_path / "raw", "t10k", 5, seed=1, packed=False)
     options = Options(source=str(tmp_path / "raw"), out=str(tmp_path / "out"), pixels=True)
     list(run_jobs(make_jobs(options)))
     data = open_data(DataConfig(path=str(tmp_path / "out")))
@@ -53,7 +33,7 @@ def test_from_the_files_to_a_data_set(tmp_path):
 
 
 def test_another_size_is_resized(tmp_path):
-    write(tmp_path, "train", 4, side=8)
+    write_idx(tmp_path, "train", 4, side=8)
     train, held_out = open_idx(tmp_path, Crop(4))
     assert held_out is None
     assert train.read([0, 3]).images.shape == (2, 1, 4, 4)
@@ -71,7 +51,7 @@ def test_another_size_is_resized(tmp_path):
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, damage, message):
-    write(tmp_path, "train", 4, packed=False)
+    write_idx(tmp_path, "train", 4, packed=False)
     file = tmp_path / "train-images-idx3-ubyte"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=message):
@@ -79,7 +59,7 @@ def test_a_damaged_file_is_one_line(tmp_path, damage, message):
 
 
 def test_files_that_do_not_belong_together(tmp_path):
-    write(tmp_path, "train", 4)
+    write_idx(tmp_path, "train", 4)
     labels = tmp_path / "train-labels-idx1-ubyte.gz"
     labels.write_bytes(gzip.compress(idx(np.zeros(3, np.uint8))))
     with pytest.raises(
@@ -95,13 +75,13 @@ def test_files_that_do_not_belong_together(tmp_path):
 
 
 def test_held_out_images_alone_are_no_data_set(tmp_path):
-    write(tmp_path, "t10k", 4)
+    write_idx(tmp_path, "t10k", 4)
     with pytest.raises(ValueError, match="only held-out images"):
         open_idx(tmp_path, Crop(6))
 
 
 def test_options_of_image_files_are_refused(tmp_path):
-    write(tmp_path / "raw", "train", 4)
+    write_idx(tmp_path / "raw", "train", 4)
     source = str(tmp_path / "raw")
     options = Options(source=source, out=str(tmp_path / "out"), pixels=True, channels=1)
     with pytest.raises(ValueError, match="--channels is for image files, .* holds arrays"):

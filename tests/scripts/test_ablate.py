@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, call, error_of, launch, run_python
+from toy_data import write_idx
 
 from sra_fast.analysis.study import read_study
 from sra_fast.analysis.study_plans import plan_variants
 from sra_fast.analysis.study_schedule import Options, run_study
 from sra_fast.analysis.study_table import table
+from sra_fast.data.preprocess import Options as Preprocessing
+from sra_fast.data.preprocess import make_jobs
+from sra_fast.data.writer import run_jobs
 
 STUDY = """
 base: {base}
@@ -98,6 +102,8 @@ def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path, tmp
     if any("--data.features" in arguments for arguments in study.variants.values()):
         pytest.importorskip("transformers", reason="needs transformers")
         make_features(path)
+    if study.base.stem.startswith("fashion"):
+        make_fashion()
     planned = plan_variants(study, tmp_path)
     assert all(each.flops > 0 for each in planned.values())
 
@@ -108,6 +114,30 @@ def make_features(path):
     script, *args = command.split()
     done = run_python(ROOT / script, *args, "--steps", 2, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_part_of_the_variants(tmp_path, run_fake):
+    study = study_of(tmp_path, OWN)
+    ended, said = run_fake(study, variants=["heavier"])
+    assert ended.left == 0
+    assert said[1:] == ["heavier, seed 0: done", "heavier, seed 1: done"]
+    # what was done before is in the table of the rest
+    ended, said = run_fake(study)
+    assert said[1:] == ["given, seed 0: done", "given, seed 1: done"]
+    assert len(ended.results.rows) == 4
+    with pytest.raises(
+        ValueError, match=r"variants must be among \['given', 'heavier'\], got lighter"
+    ):
+        run_fake(study, variants=["given", "lighter"])
+
+
+def make_fashion():
+    """Random images of Fashion-MNIST's sizes, as `make fashion` leaves its data."""
+    for part in ("train", "t10k"):
+        write_idx(Path("raw"), part, 256, side=28, classes=10)
+    for side in (16, 28):
+        options = Preprocessing("raw", f"data/fashion/{side}", pixels=True, resolution=side)
+        list(run_jobs(make_jobs(options)))
 
 
 def test_scores_and_claims(tmp_path, run_fake):
