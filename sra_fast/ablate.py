@@ -37,8 +37,6 @@ def main() -> None:
             return f"{args.minutes:g} minutes are over" if over else None
 
         for study in studies:
-            if args.seeds:
-                study.seeds[:] = args.seeds
             failures, left = _run(study, args, why)
             failed += failures
             reason = why()
@@ -64,7 +62,9 @@ def _run(study, args: argparse.Namespace, why) -> tuple[list[str], int]:
     from sra_fast.training.signals import INTERRUPTED
 
     folder = args.out / study.name
-    options = Options(args.jobs, args.score_only, args.dry_run, args.variants or ())
+    options = Options(
+        args.jobs, args.score_only, args.dry_run, args.variants or (), args.seeds or ()
+    )
     # a line after every run, also where nobody looks at a terminal
     report = lambda line: print(line, flush=True)
     try:
@@ -92,7 +92,12 @@ def _parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         default=Path("runs/ablations"),
         help="a folder for each study is made in here",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="only these, or further ones than the file's; the table has all that are finished",
+    )
     parser.add_argument(
         "--variants",
         nargs="+",

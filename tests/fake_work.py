@@ -82,6 +82,7 @@ def train(words: list[str], stop) -> None:
     # seeds differ more than variants do, and the difference of variants hardly differs
     level = weight + seed + 0.001 * weight * seed
     rows = [{"step": step, "denoise": level + 1 / step} for step in (1, 2, 3)]
+    (run / "config.yaml").write_text("train: {log_every: 1}")
     (run / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {"images_per_s": 100.0, "label_accuracy": 0.5, "frechet": 2.0 * level}
     (run / "summary.json").write_text(json.dumps({**summary, "checkpoint": f"{weight} {seed}"}))
@@ -90,9 +91,8 @@ def train(words: list[str], stop) -> None:
 def score(runs: Path, arguments: dict) -> None:
     """As ``study_runs.score_one``, with a function of this module."""
     run = finished_run(runs)
-    how = {"function": arguments["function"], "options": arguments["options"]}
     scores = find_function(arguments["function"])(run)
-    record = {"made_with": made_like(run, how), "scores": scores}
+    record = {"made_with": made_like(run, arguments["how"]), "scores": scores}
     (runs / "scores.json").write_text(json.dumps(record))
 
 

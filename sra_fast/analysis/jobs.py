@@ -25,8 +25,11 @@ from sra_fast.utils.processes import num_cores
 log = logging.getLogger("sra_fast")
 
 ROOT = Path(__file__).resolve().parents[2]
-# not `-m`, which would make a second copy of the module and its classes
-WORKER = "from sra_fast.analysis.worker import main; main()"
+# not `-m`, which would make a second copy of the module and its classes. The first place where modules
+# are looked for is the current folder, which may hold another sra_fast
+WORKER = (
+    f"import sys; sys.path[0] = {str(ROOT)!r}; from sra_fast.analysis.worker import main; main()"
+)
 # the variable that OpenMP, MKL and torch read for their number of threads
 THREADS = "OMP_NUM_THREADS"
 # a worker is alone, whatever has started the parent
@@ -96,6 +99,7 @@ class _Worker:
         connection: to it.
         errors: what it prints while it has no task.
         task: what it does now.
+        log_begins: how long the log of its task was before.
         began: when it began that.
         ready: it has imported everything.
         ending: it ends by itself and takes no task any more.
@@ -106,6 +110,7 @@ class _Worker:
     connection: Connection
     errors: IO[bytes]
     task: Task | None = None
+    log_begins: int = 0
     began: float = 0.0
     ready: bool = False
     ending: bool = False
@@ -225,6 +230,7 @@ class Pool:
             if waiting and worker.ready and not worker.ending and worker.task is None:
                 task = waiting.popleft()
                 before(task)
+                worker.log_begins = len(_content(task.log))
                 try:
                     worker.connection.send((str(task.log), task.arguments))
                 except OSError:
@@ -285,7 +291,8 @@ class Pool:
             worker.errors.seek(0)
             said = worker.errors.read().decode(errors="replace")
         if worker.task is not None:
-            last = _last_line(worker.task.log.read_text(errors="replace"))
+            printed = _content(worker.task.log)[worker.log_begins :]
+            last = _last_line(printed.decode(errors="replace"))
             if code == STOPPED:
                 return Outcome(worker.task, "stopped", last.removeprefix(": "))
             return Outcome(worker.task, "failed", f"its process {_ended(code)}{last}")
@@ -310,6 +317,14 @@ def _ended(code: int) -> str:
         memory = " (is the machine out of memory?)" if code == -signal.SIGKILL else ""
         return f"was ended by {signal.Signals(-code).name}{memory}"
     return f"ended with exit code {code}"
+
+
+def _content(log: Path) -> bytes:
+    """What a log holds; nothing if it is not there, or no file."""
+    try:
+        return log.read_bytes()
+    except OSError:
+        return b""
 
 
 def _last_line(text: str) -> str:

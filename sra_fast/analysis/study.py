@@ -1,8 +1,10 @@
 """A study: variants of one configuration with several seeds, read from a YAML file."""
 
+import hashlib
 import json
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import yaml
@@ -56,10 +58,19 @@ class Scoring:
         """Whether the function is the study's own: called with the run folder, and nothing else."""
         return self.function != SCORE
 
-    @property
-    def weights(self) -> str:
-        """Which weights are scored, unless an own function chooses."""
-        return self.options.get("weights", "ema")
+    def identity(self) -> dict:
+        """What scores follow from, besides the run: the function, and what it does.
+
+        The function must be importable. An own one is known by its file, the built-in one by its
+        version and all of its options, also those that are left at their defaults.
+        """
+        module = import_module(self.function.partition(":")[0])
+        held: dict = {"function": self.function}
+        if self.is_own:
+            content = Path(str(module.__file__)).read_bytes()
+            return {**held, "source": hashlib.sha256(content).hexdigest()}
+        options = asdict(module.ScoreOptions(**self.options))
+        return {**held, "options": options, "version": module.VERSION}
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,10 @@ def _claim(held: object, names: list[str], baseline: str, scoring: Scoring | Non
     score = str(held["score"])
     own = scoring is not None and scoring.is_own
     later = set() if scoring is None else set(SCORES) - OF_TRAINING
+    if score in SCORES and not SCORES[score].compared:
+        raise ValueError(
+            f"score of a claim must be one that variants are compared by, got {score!r}"
+        )
     if not own and score not in OF_TRAINING | later and not score.startswith(SUMMARY):
         there = sorted(OF_TRAINING | later)
         raise ValueError(f"score of a claim must be one of {there}, got {score!r}")

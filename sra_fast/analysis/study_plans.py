@@ -6,18 +6,24 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from sra_fast.alignment.schedule import align_weight
+from sra_fast.analysis.run_scores import ScoreOptions, check_for
 from sra_fast.analysis.study import Study
 from sra_fast.checkpoint import reading
+from sra_fast.checkpoint.manifest import plain
 from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.data.facts import DataFacts, differences
 from sra_fast.training.endings import ending_of
 from sra_fast.training.flops import aligned_share, forward_flops, training_flops
 from sra_fast.training.plan import find_resume, make_run_plan
+from sra_fast.training.provenance import DEEPSPEED, changes
+from sra_fast.utils.files import read_json
 
 # what variants must share to have the same images, noise and labels in every step
 DRAWS = {
@@ -27,6 +33,9 @@ DRAWS = {
 }
 # what they must share to have one held-out loss
 LOSS = {"model": ("process",), "diffusion": ("path",)}
+# sections whose settings a run's training follows from, and what in them makes no difference
+TRAINED = ("model", "align", "align2", "diffusion", "data", "optim", "train")
+FREE = ("train.seed", "data.path", "data.num_workers", "train.loggers")
 # in the folder of a variant's run: how long its parts took
 TIMING = "timing.json"
 
@@ -37,11 +46,13 @@ class Planned:
 
     Attributes:
         cfg: filled in.
+        ds_config: DeepSpeed's configuration.
         facts: about its data.
         flops: of a whole run.
     """
 
     cfg: Config
+    ds_config: dict
     facts: DataFacts
     flops: float
 
@@ -72,7 +83,7 @@ def plan_variants(study: Study, folder: Path) -> dict[str, Planned]:
     planned = {}
     for variant in study.variants:
         try:
-            planned[variant] = _plan(study.command(variant, study.seeds[0], folder))
+            planned[variant] = _plan(study, study.command(variant, study.seeds[0], folder))
         except Exception as error:
             ending = ending_of(error)
             if ending is None:
@@ -83,27 +94,32 @@ def plan_variants(study: Study, folder: Path) -> dict[str, Planned]:
     return planned
 
 
-def _plan(arguments: list[str]) -> Planned:
+def _plan(study: Study, arguments: list[str]) -> Planned:
     cfg, ds_json = parsed(arguments)
     plan = make_run_plan(cfg, ds_json)
-    return Planned(plan.plan.cfg, plan.data.facts(), flops_of_run(plan.plan.cfg))
+    cfg = plan.plan.cfg
+    scoring = study.scoring
+    if scoring is not None and not scoring.is_own:
+        check_for(ScoreOptions(**scoring.options), cfg, plan.data)
+    return Planned(cfg, plan.plan.ds_config, plan.data.facts(), flops_of_run(cfg))
 
 
 def _check_alike(study: Study, planned: Mapping[str, Planned]) -> None:
     """ValueError unless all variants share data and draws with the baseline."""
     base = planned[study.baseline]
+    for variant, other in planned.items():
+        different = other_data(other.facts, base.facts)
+        if different:
+            reason = different.replace("it was", f"{study.baseline} has")
+            raise ValueError(
+                f"{study.name}: variants must share their data: {variant} has {reason}"
+            )
     # an own function may compare what it likes
     is_own = study.scoring is None or study.scoring.is_own
     with_loss = not is_own and study.scoring.options.get("held_out_images") != 0
     alike = [DRAWS, LOSS] if with_loss else [DRAWS]
     for variant, other in planned.items():
         where = f"{study.name}: variants must share"
-        # features are read by a target, and are no data of the student's
-        found = replace(other.facts, features=None)
-        different = differences(found, replace(base.facts, features=None))
-        if different:
-            reason = different[0].replace("it was", f"{study.baseline} has")
-            raise ValueError(f"{where} their data: {variant} has {reason}")
         for section, names in [item for part in alike for item in part.items()]:
             for name in names:
                 ours = getattr(getattr(other.cfg, section), name)
@@ -112,6 +128,40 @@ def _check_alike(study: Study, planned: Mapping[str, Planned]) -> None:
                     raise ValueError(
                         f"{where} {section}.{name}: {variant} has {ours}, {study.baseline} {theirs}"
                     )
+
+
+def other_data(found: DataFacts, expected: DataFacts) -> str | None:
+    """The first way in which data differ; None: they are the same."""
+    # features are read by a target, and are no data of the student's
+    different = differences(replace(found, features=None), replace(expected, features=None))
+    return next(iter(different), None)
+
+
+def check_made_like(planned: Planned, run: Path) -> None:
+    """ValueError if a run that has begun was made with other settings or data than a variant has now.
+
+    The variant's arguments and base may be the same: a second file may be named in them, and what
+    lies at a path may have changed.
+
+    Args:
+        planned: the variant.
+        run: a run folder.
+    """
+    began = yaml.safe_load((run / reading.CONFIG).read_text())
+    settings = [
+        (name, pair)
+        for name, pair in changes(began, asdict(planned.cfg)).items()
+        if name.partition(".")[0] in TRAINED and name not in FREE
+    ]
+    for name, (old, new) in settings:
+        raise ValueError(f"{run} was made with {name} {old}, now it is {new}")
+    if read_json(run / DEEPSPEED) != plain(planned.ds_config):
+        raise ValueError(
+            f"{run} was made with another configuration of DeepSpeed than there is now"
+        )
+    different = other_data(planned.facts, DataFacts.from_json(read_json(run / reading.FACTS)))
+    if different:
+        raise ValueError(f"{run} was made with other data than there are now: {different}")
 
 
 def flops_of_run(cfg: Config) -> float:

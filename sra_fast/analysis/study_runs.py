@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 
 import torch
 
+from sra_fast.analysis.run_scores import LOSSES, ScoreOptions, scores_folder
 from sra_fast.analysis.study_plans import parsed
 from sra_fast.analysis.study_scores import RECORD, finished_run, made_like
 from sra_fast.analysis.worker import Failed, find_function
@@ -133,7 +135,7 @@ def _trial(arguments: list[str], stop: StopSignals) -> dict:
     return {"seconds": sum(steady) / len(steady), "images": cfg.train.global_batch}
 
 
-def score_one(runs: Path, function: str, options: dict, own: bool, cache: str) -> None:
+def score_one(runs: Path, function: str, options: dict, own: bool, cache: str, how: dict) -> None:
     """Score a finished run and record its scores.
 
     Args:
@@ -142,6 +144,7 @@ def score_one(runs: Path, function: str, options: dict, own: bool, cache: str) -
         options: of ``ScoreOptions``.
         own: whether the function is the study's own, and called with the run folder alone.
         cache: where the networks that score lie.
+        how: what the scores are recorded with, ``Scoring.identity``.
 
     Raises:
         ValueError: the run cannot be scored, or what the function returned is no scores.
@@ -153,28 +156,33 @@ def score_one(runs: Path, function: str, options: dict, own: bool, cache: str) -
     if own:
         scores = score(done)
     else:
-        made = find_function(options_of(function))(**options)
-        with networks(Path(cache)):
+        made = ScoreOptions(**options)
+        with networks(Path(cache), made.samples > 0):
             scores = score(done, made, Path(cache), init_distributed())
-    how = {"function": function, "options": options}
-    write_json(
-        runs / RECORD, {"made_with": made_like(done, how), "scores": _numbers(function, scores)}
-    )
+    numbers = _numbers(function, scores, lists=not own)
+    record = {"made_with": made_like(done, how), "scores": numbers}
+    key = None if own else scores["made_of"].get("held_out_key")
+    if key is not None:
+        file = scores_folder(done, made.weights) / LOSSES
+        record["held_out"] = {"file": str(file.relative_to(runs)), "key": key}
+    write_json(runs / RECORD, record)
 
 
-def options_of(function: str) -> str:
-    """Where the options of the built-in scores are: in the function's module."""
-    return f"{function.partition(':')[0]}:ScoreOptions"
+def _numbers(function: str, scores: object, lists: bool) -> dict[str, float]:
+    """The scores by name.
 
+    ``lists``: there may be lists and mappings among them, which stay in the function's own file.
 
-def _numbers(function: str, scores: object) -> dict[str, float]:
-    """The scores that are numbers; the built-in ones also have lists, which stay in their file."""
+    Raises:
+        ValueError: something else is among them, a score is not finite, or there is none.
+    """
     if isinstance(scores, dict) and all(isinstance(name, str) for name in scores):
-        numbers = {
-            name: float(value)
+        held = {
+            name: value
             for name, value in scores.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if not (lists and isinstance(value, list | dict))
         }
+        numbers = {name: _number(function, name, value) for name, value in held.items()}
         if numbers:
             bad = [name for name, value in numbers.items() if not math.isfinite(value)]
             if bad:
@@ -185,9 +193,23 @@ def _numbers(function: str, scores: object) -> dict[str, float]:
     raise ValueError(f"{function} must return numbers by name, got {str(scores)[:100]}")
 
 
+def _number(function: str, name: str, value: object) -> float:
+    # a tensor or an array of one element
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(
+            f"{function} must return numbers by name, got {name} of type {type(value).__name__}"
+        )
+    return float(value)
+
+
 @contextmanager
-def networks(cache: Path) -> Iterator[None]:
+def networks(cache: Path, needed: bool) -> Iterator[None]:
     """Let one worker make the networks that score: the others wait, and read them."""
+    if not needed:
+        yield
+        return
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as file:
         if not _has_networks(cache):

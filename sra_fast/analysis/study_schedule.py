@@ -5,26 +5,33 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sra_fast.analysis.jobs import Outcome, Pool, Task, threads_of
+from sra_fast.analysis.run_scores import ScoreOptions
 from sra_fast.analysis.study import Study
 from sra_fast.analysis.study_plans import (
     Cost,
     Planned,
+    check_made_like,
     note_time,
     plan_variants,
     seconds_left,
     steps_done,
     times_of,
 )
-from sra_fast.analysis.study_scores import finished_run, recorded_scores, training_scores
+from sra_fast.analysis.study_scores import (
+    finished_run,
+    held_out_file,
+    recorded_scores,
+    training_scores,
+)
 from sra_fast.analysis.study_table import Results, table
 from sra_fast.analysis.worker import find_function
-from sra_fast.checkpoint.reading import CHECKPOINTS
+from sra_fast.checkpoint.reading import CHECKPOINTS, FACTS
 from sra_fast.training.run_lock import RunLock
-from sra_fast.utils.files import require, write_atomic, write_json
+from sra_fast.utils.files import read_json, require, write_atomic, write_json
 
 log = logging.getLogger("sra_fast")
 
@@ -46,7 +53,7 @@ class Options:
         jobs: runs at once, each in a process.
         score_only: nothing is trained.
         dry_run: only the cost is told.
-        variants: names of those that are trained and scored; empty: all.
+        variants, seeds: those that are trained and scored; empty: all of the study.
         start, path: of ``jobs.Pool``.
     """
 
@@ -54,6 +61,7 @@ class Options:
     score_only: bool = False
     dry_run: bool = False
     variants: Sequence[str] = ()
+    seeds: Sequence[int] = ()
     start: str = RUNS
     path: Sequence[Path] = ()
 
@@ -134,8 +142,7 @@ def _check_scoring(study: Study, options: Options) -> None:
     try:
         find_function(scoring.function)
         if not scoring.is_own:
-            module = scoring.function.partition(":")[0]
-            find_function(f"{module}:ScoreOptions")(**scoring.options)
+            ScoreOptions(**scoring.options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{study.name}: scores: {error}") from None
     finally:
@@ -162,7 +169,10 @@ class _Session:
     """
 
     def __init__(self, study: Study, folder: Path, options: Options, report: Callable):
-        self.study = study
+        # further seeds than the file's are the study's too
+        more = [seed for seed in options.seeds if seed not in study.seeds]
+        self.study = study = replace(study, seeds=[*study.seeds, *more])
+        self.how = {} if study.scoring is None else study.scoring.identity()
         self.folder = folder
         self.options = options
         self.report = report
@@ -207,7 +217,7 @@ class _Session:
         """What a run was made with that has trained something; None: there is none."""
         file = place / MADE_WITH
         trained = finished_run(place) or any(place.glob(f"*/{CHECKPOINTS}/*"))
-        return json.loads(file.read_text()) if trained and file.exists() else None
+        return read_json(file) if trained and file.exists() else None
 
     def _check_machine(self, about: dict) -> None:
         """Before the first run is trained: those that are there must be comparable with it."""
@@ -222,12 +232,6 @@ class _Session:
                     "(OMP_NUM_THREADS sets the threads)"
                 )
 
-    @property
-    def how(self) -> dict:
-        """What scores are recorded with."""
-        scoring = self.study.scoring
-        return {"function": scoring.function, "options": scoring.options}
-
     def _is_scored(self, place: Path) -> bool:
         return self.study.scoring is None or recorded_scores(place, self.how) is not None
 
@@ -236,11 +240,12 @@ class _Session:
 
     def _left(self) -> dict[tuple[str, int], Path]:
         """Asked runs that are not finished, or not scored."""
-        asked = self.options.variants or self.study.variants
+        variants = self.options.variants or self.study.variants
+        seeds = self.options.seeds or self.study.seeds
         return {
-            run: place
-            for run, place in self.runs.items()
-            if run[0] in asked and self._is_left(place)
+            (variant, seed): place
+            for (variant, seed), place in self.runs.items()
+            if variant in variants and seed in seeds and self._is_left(place)
         }
 
     def tasks(self) -> list[tuple[str, int]]:
@@ -284,6 +289,9 @@ class _Session:
 
     def _plan(self) -> None:
         self.planned = plan_variants(self.study, self.folder)
+        for (variant, _), place in self.runs.items():
+            for facts in sorted(place.glob(f"*/{FACTS}")):
+                check_made_like(self.planned[variant], facts.parent)
 
     def _name(self, variant: str, seed: int) -> str:
         return f"{variant}, seed {seed}"
@@ -296,7 +304,13 @@ class _Session:
         scoring = self.study.scoring
         if scoring is not None:
             cache = str(self.folder.parent / NETWORKS)
-            arguments["score"] = {**self.how, "own": scoring.is_own, "cache": cache}
+            arguments["score"] = {
+                "function": scoring.function,
+                "options": scoring.options,
+                "own": scoring.is_own,
+                "cache": cache,
+                "how": self.how,
+            }
         return Task(self._name(variant, seed), place / LOG, arguments)
 
     def _begin(self, run: tuple[str, int]) -> None:
@@ -392,16 +406,14 @@ class _Session:
 
     def _held_out_files(self) -> dict[tuple[str, int], Path]:
         """Where each scored run has the held-out losses of its images."""
-        scoring = self.study.scoring
-        files = {}
-        for run, place in self.runs.items():
-            done = finished_run(place)
-            if scoring is None or done is None or recorded_scores(place, self.how) is None:
-                continue
-            file = done / "scores" / scoring.weights / "held_out.npz"
-            if file.exists():
-                files[run] = file
-        return files
+        if self.study.scoring is None:
+            return {}
+        files = {
+            run: held_out_file(place)
+            for run, place in self.runs.items()
+            if recorded_scores(place, self.how) is not None
+        }
+        return {run: file for run, file in files.items() if file is not None}
 
     def write(self) -> Results:
         """``rows.json`` and ``table.md``; nothing without rows."""

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+import yaml
+
+from sra_fast.checkpoint.reading import CONFIG
 from sra_fast.training.logger import STATS, read_rows
+from sra_fast.utils.files import read_json
 
 # before a score that a run's own evaluation has left in its summary (the digits': EVALUATIONS)
 SUMMARY = "own_"
@@ -34,8 +39,8 @@ SCORES = {
     "label_accuracy": Score("label accuracy", "higher"),
     "probe": Score("probe", "higher"),
     "probe_early": Score("probe, first quarter", "higher"),
-    # comparable between runs of one target only
-    "align_distance": Score("alignment distance"),
+    # not the same distance in a plain run, with a head, or with other layers
+    "align_distance": Score("alignment distance", compared=False),
     "feature_norm": Score("feature norm"),
     # of the data and the classifier, to read the scores by
     "frechet_floor": Score("Fréchet distance of real images", compared=False),
@@ -72,15 +77,17 @@ def finished_run(runs: Path) -> Path | None:
 
 
 def summary_of(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
+    """The summary of a finished run; ValueError if it cannot be read."""
+    return read_json(run / "summary.json")
 
 
 def recorded_scores(runs: Path, how: Mapping) -> dict[str, float] | None:
-    """The scores of a finished run; None if there are none that were made like this.
+    """The scores of a finished run; None if there are none that were made like this, or the held-out
+    losses that belong to them were made anew by somebody else.
 
     Args:
         runs: folder of a variant's run.
-        how: function and options.
+        how: what scores are made with, see ``Scoring.identity``.
     """
     run = finished_run(runs)
     try:
@@ -89,7 +96,26 @@ def recorded_scores(runs: Path, how: Mapping) -> dict[str, float] | None:
         return None
     if run is None or held.get("made_with") != made_like(run, how):
         return None
+    losses = held.get("held_out")
+    if losses is not None and _key_of(runs / losses["file"]) != losses["key"]:
+        return None
     return held["scores"]
+
+
+def held_out_file(runs: Path) -> Path | None:
+    """Where a scored run has the held-out losses of its images, if it has some."""
+    losses = read_json(runs / RECORD).get("held_out")
+    return None if losses is None else runs / losses["file"]
+
+
+def _key_of(path: Path) -> str | None:
+    """``HeldOutLoss.key`` of a file; None if it has none."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return str(held["key"])
+    except Exception:
+        # numpy and zipfile raise many types
+        return None
 
 
 def made_like(run: Path, how: Mapping) -> dict:
@@ -106,19 +132,18 @@ def training_scores(run: Path, base: Path | None) -> dict[str, float]:
         base: run folder of the baseline with the same seed; None: it is not finished.
 
     Returns:
-        ``denoise``: the mean of the last tenth of the logged denoising losses.
-        ``curve``: the largest relative difference of any logged loss from the baseline's, if that
-        is there.
+        ``denoise``: the mean denoising loss of the last tenth of the steps. ``curve``: the largest
+        relative difference of any ``log_every`` steps from the baseline's, if that is there.
         ``images_per_s``; and what the run's own evaluation has left in the summary, with ``SUMMARY``
         before its name.
 
     Raises:
-        ValueError: the two runs have not logged the same number of steps.
+        ValueError: the two runs have not logged the same steps.
     """
-    losses = [row["denoise"] for row in read_rows(run / STATS)]
+    losses = logged_losses(run)
     # one loss is noisy: the mean of the last tenth, at least of the last one
     last = max(1, len(losses) // 10)
-    scores = {"denoise": mean(losses[-last:])}
+    scores = {"denoise": mean([*losses.values()][-last:])}
     if base is not None:
         scores["curve"] = _curve(run, losses, base)
     summary = summary_of(run)
@@ -130,10 +155,37 @@ def training_scores(run: Path, base: Path | None) -> dict[str, float]:
     return scores
 
 
-def _curve(run: Path, losses: list[float], base: Path) -> float:
-    base_losses = [row["denoise"] for row in read_rows(base / STATS)]
-    if len(losses) != len(base_losses):
+def logged_losses(run: Path) -> dict[int, float]:
+    """Denoising loss by steps: the last of every ``log_every`` steps -> the mean over them.
+
+    A run has more rows than these: one at each checkpoint, stop and look of the monitor, of the steps
+    since the row before. Where they are follows from interruptions, which must not change a score.
+
+    Raises:
+        ValueError: the run does not say how often it has logged.
+    """
+    try:
+        every = int(yaml.safe_load((run / CONFIG).read_text())["train"]["log_every"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / CONFIG} does not say train.log_every: {error}") from None
+    sums: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    before = 0
+    for row in read_rows(run / STATS):
+        count = row["step"] - before
+        before = row["step"]
+        # the number of the steps' group
+        end = -(-row["step"] // every) * every
+        sums[end] = sums.get(end, 0.0) + count * row["denoise"]
+        counts[end] = counts.get(end, 0) + count
+    return {end: sums[end] / counts[end] for end in sums}
+
+
+def _curve(run: Path, losses: dict[int, float], base: Path) -> float:
+    base_losses = logged_losses(base)
+    if losses.keys() != base_losses.keys():
         raise ValueError(
-            f"variants must log the same steps: {run} logged {len(losses)}, {base} {len(base_losses)}"
+            f"variants must log the same steps: {run} logged {len(losses)} times up to step "
+            f"{max(losses)}, {base} {len(base_losses)} up to {max(base_losses)}"
         )
-    return max(abs(a - b) / abs(b) for a, b in zip(losses, base_losses, strict=True))
+    return max(abs(losses[end] - base_losses[end]) / abs(base_losses[end]) for end in losses)

@@ -16,6 +16,8 @@ from sra_fast.plots.study import StudyPanel
 
 HELD_OUT = "held_out"
 ONE_SEED = "one seed: no interval"
+# Student's t of differences that do not vary would be certain of their mean
+EQUAL = "the same in every seed: no interval"
 # the difference that a study should be able to see, as a part of the baseline's mean
 RELATIVE = 0.05
 NONE = "–"
@@ -63,7 +65,8 @@ class Difference:
 
     Attributes:
         by_seed: seed -> difference, of the seeds that both have.
-        interval: of the mean over the seeds (Student's t, 95 %); None with one seed.
+        interval: of the mean over the seeds (Student's t, 95 %); None with one seed, or if all
+            differences are the same and not 0.
     """
 
     by_seed: dict[int, float]
@@ -73,12 +76,17 @@ class Difference:
     def mean(self) -> float:
         return mean(self.by_seed.values())
 
+    @property
+    def no_interval(self) -> str:
+        """Why there is no interval."""
+        return ONE_SEED if len(self.by_seed) == 1 else EQUAL
+
     def text(self) -> str:
         """``+0.01 [-0.02, +0.04]``."""
         if not any(self.by_seed.values()):
             return "0 in every seed"
         if self.interval is None:
-            return f"{signed(self.mean)} ({ONE_SEED})"
+            return f"{signed(self.mean)} ({self.no_interval})"
         return f"{signed(self.mean)} {bounds(self.interval)}"
 
 
@@ -100,7 +108,8 @@ def difference(results: Results, variant: str, baseline: str, key: str) -> Diffe
     values = paired([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
     if not seeds or not np.isfinite(values).all():
         return None
-    interval = t_interval(values) if len(seeds) > 1 else None
+    varies = values.std() > CANCELLED * np.abs(values).max() or not values.any()
+    interval = t_interval(values) if len(seeds) > 1 and varies else None
     return Difference(dict(zip(seeds, values.tolist(), strict=True)), interval)
 
 
@@ -141,7 +150,7 @@ def verdict(results: Results, claim: Claim) -> tuple[Difference | None, str]:
         shared = _shared_seeds(results, claim.variant, claim.baseline, claim.score)
         return None, NOT_FINITE if shared else "not finished"
     if found.interval is None:
-        return found, ONE_SEED
+        return found, found.no_interval
     low, high = found.interval
     sign = {LOWER: high < 0, HIGHER: low > 0}
     against = {LOWER: low > 0, HIGHER: high < 0}
@@ -214,6 +223,14 @@ def mean_and_std(values: list[float]) -> str:
     return f"{np.mean(values):.4g}{deviation}"
 
 
+def _mean_of_seeds(values: list[float], seeds: int) -> str:
+    """``mean_and_std``, and how many seeds it is of if not of all ``seeds``."""
+    if not values:
+        return NONE
+    count = "" if len(values) == seeds else f" ({len(values)} of {seeds} seeds)"
+    return mean_and_std(values) + count
+
+
 def _overview(results: Results) -> str:
     """Mean and standard deviation over the seeds, of every score."""
     rows = []
@@ -221,7 +238,7 @@ def _overview(results: Results) -> str:
         seeds = [row for row in results.rows if row["variant"] == variant]
         if seeds:
             scores = [[*results.by_seed(variant, key).values()] for key in results.keys]
-            cells = [mean_and_std(values) if values else NONE for values in scores]
+            cells = [_mean_of_seeds(values, len(seeds)) for values in scores]
             rows.append([variant, str(len(seeds)), *cells])
     titles = ["variant", "seeds", *(score_named(key).title for key in results.keys)]
     note = ""
@@ -245,9 +262,10 @@ def _differences(results: Results, key: str) -> str:
     for variant in study.variants:
         values = [*results.by_seed(variant, key).values()]
         if variant == study.baseline:
-            rows.append([variant, mean_and_std(values), "", "", "baseline"])
+            rows.append([variant, _mean_of_seeds(values, len(study.seeds)), "", "", "baseline"])
         elif values:
-            rows.append([variant, mean_and_std(values), *_compared(results, variant, key, base)])
+            mean_of_all = _mean_of_seeds(values, len(study.seeds))
+            rows.append([variant, mean_of_all, *_compared(results, variant, key, base)])
     titles = [
         "variant",
         "mean ± deviation",
@@ -275,7 +293,9 @@ def _compared(results: Results, variant: str, key: str, base: list[float]) -> li
     finding = _finding(results, found, key)
     if variant == results.study.rounding:
         finding = "what rounding alone does"
-    return [found.text(), needed, finding]
+    pairs, seeds = len(found.by_seed), len(results.study.seeds)
+    of_some = "" if pairs == seeds else f" ({pairs} of {seeds} seeds)"
+    return [found.text() + of_some, needed, finding]
 
 
 def _finding(results: Results, found: Difference, key: str) -> str:
@@ -283,7 +303,7 @@ def _finding(results: Results, found: Difference, key: str) -> str:
     if not any(found.by_seed.values()):
         return "no difference"
     if found.interval is None:
-        word = ONE_SEED
+        word = found.no_interval
     elif found.interval[0] <= 0 <= found.interval[1]:
         word = "no difference shown"
     else:

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,7 +74,11 @@ def _do(work: Callable, log: Path, arguments: dict, stop) -> tuple[str, str, obj
     """What became of a task: ``done``, ``stopped`` or ``failed``, why, and what it returned."""
     from sra_fast.training.signals import Stopped
 
-    with printing_to(log):
+    with ExitStack() as streams:
+        try:
+            streams.enter_context(printing_to(log))
+        except OSError as error:
+            return "failed", f"{log} cannot be written: {error.strerror}", None
         try:
             result = work(arguments, stop)
         except Stopped as error:

@@ -74,6 +74,16 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path):
+    """The value of a JSON file; ValueError, which names the file, if it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable JSON file: {error}; remove it") from None
+
+
 def write_json(path: Path, value) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1)))
 

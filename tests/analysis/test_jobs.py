@@ -63,6 +63,36 @@ def test_what_fails_takes_nothing_along(pool, tmp_path):
     assert "Traceback" not in (tmp_path / "refuse.txt").read_text()
 
 
+def test_a_log_that_cannot_be_written_is_the_fault_of_its_task(pool, tmp_path):
+    (tmp_path / "bad.txt").mkdir()
+    note = str(tmp_path / "note")
+    tasks = [task(tmp_path, name, kind="note", file=note) for name in ("bad", "good")]
+    outcomes = []
+    pool.run(tasks, outcomes.append)
+    found = {outcome.task.name: (outcome.state, outcome.reason) for outcome in outcomes}
+    expected = f"{tmp_path / 'bad.txt'} cannot be written: Is a directory"
+    assert found == {"bad": ("failed", expected), "good": ("done", "")}
+
+
+def test_modules_of_the_current_folder_are_not_taken(tmp_path, monkeypatch):
+    """There may be another sra_fast, or a yaml.py."""
+    for name in ("yaml.py", "sra_fast.py"):
+        (tmp_path / name).write_text("raise SystemExit('taken')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAKE_WORK_ABOUT", '{"threads": 1}')
+    outcomes = []
+    with Pool("fake_work:start", jobs=1, threads=1, path=[ROOT / "tests"]) as pool:
+        pool.run([task(tmp_path, "one", kind="note", file=str(tmp_path / "note"))], outcomes.append)
+    assert [outcome.state for outcome in outcomes] == ["done"]
+
+
+def test_the_last_line_is_not_that_of_an_earlier_attempt(pool, tmp_path):
+    (tmp_path / "die.txt").write_text("an earlier end\n")
+    outcomes = []
+    pool.run([task(tmp_path, "die", kind="die")], outcomes.append)
+    assert outcomes[0].reason.endswith(": begins die")
+
+
 def test_a_stop_ends_what_runs_and_begins_nothing(pool, tmp_path):
     begun = [tmp_path / f"begun{i}" for i in range(3)]
     tasks = [task(tmp_path, f"wait{i}", kind="wait", begun=str(f)) for i, f in enumerate(begun)]

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from sra_fast.alignment.schedule import align_weight
 from sra_fast.analysis import study_runs
 from sra_fast.analysis.intervals import bootstrap_interval
+from sra_fast.analysis.run_scores import ScoreOptions
 from sra_fast.analysis.study import Claim, Study
 from sra_fast.analysis.study_plans import flops_of_run, parsed, seconds_left, share_of_steps
 from sra_fast.analysis.study_runs import score_one
-from sra_fast.analysis.study_scores import recorded_scores, training_scores
+from sra_fast.analysis.study_scores import held_out_file, recorded_scores, training_scores
 from sra_fast.analysis.study_table import (
     Results,
     difference,
@@ -27,6 +29,7 @@ from sra_fast.analysis.study_table import (
     verdict,
 )
 from sra_fast.analysis.worker import find_function
+from sra_fast.evaluation.held_out import HeldOutLoss
 from sra_fast.plots.study import plot_study
 from sra_fast.training.flops import training_flops
 
@@ -131,6 +134,31 @@ def test_table_says_everything_in_words():
     assert not any("*" in line for line in lines)
 
 
+def test_a_score_of_some_seeds_says_so():
+    """Means over different seeds stand beside each other."""
+    found = results()
+    found.rows = [row for row in found.rows if (row["variant"], row["seed"]) != ("better", 2)]
+    text = table(found)
+    assert (
+        "| better | 1.395 ± 0.71 (2 of 3 seeds) | -0.105 [-0.169, -0.0415] (2 of 3 seeds) |" in text
+    )
+    found = results()
+    for row in found.rows:
+        row["probe"] = 0.5
+    del found.rows[0]["probe"]
+    assert "| plain | 3 | 2 ± 1 | 0.5 ± 0 (2 of 3 seeds) |" in table(found)
+
+
+def test_differences_that_do_not_vary_have_no_interval():
+    """Student's t would be certain of them, whatever their number."""
+    found = results()
+    for row in found.rows:
+        row["probe"] = 0.1 * row["seed"] + 0.005 * (row["variant"] == "better")
+    word = "the same in every seed: no interval"
+    assert verdict(found, claim("better", "higher", "probe"))[1] == word
+    assert f"+0.005 ({word})" in table(found)
+
+
 def test_table_of_one_seed_has_no_interval():
     text = table(results(seeds=[0]))
     assert (
@@ -199,10 +227,13 @@ def test_mean_and_deviation():
     assert mean_and_std([0.5]) == "0.5"
 
 
-def leave_run(folder, losses, **summary):
+def leave_run(folder, losses, every=1, **summary):
+    """A finished run; ``losses``: of steps 1, 2, ..., or pairs of a step and the loss up to it."""
     folder.mkdir(parents=True)
-    rows = [json.dumps({"step": i, "denoise": loss}) + "\n" for i, loss in enumerate(losses)]
+    pairs = [loss if isinstance(loss, tuple) else (i, loss) for i, loss in enumerate(losses, 1)]
+    rows = [json.dumps({"step": step, "denoise": loss}) + "\n" for step, loss in pairs]
     (folder / "stats.jsonl").write_text("".join(rows))
+    (folder / "config.yaml").write_text(f"train: {{log_every: {every}}}")
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -221,8 +252,33 @@ def test_scores_of_training(tmp_path):
     assert training_scores(run, base) == {"denoise": 1.1, "curve": pytest.approx(0.1)}
     assert training_scores(run, None) == {"denoise": 1.1}
     longer = leave_run(tmp_path / "c", [1.0] * 3)
-    with pytest.raises(ValueError, match="must log the same steps: .*c logged 3, .*a 2"):
+    with pytest.raises(
+        ValueError, match="must log the same steps: .*c logged 3 times up to step 3"
+    ):
         training_scores(longer, base)
+
+
+def test_rows_of_interruptions_change_no_score(tmp_path):
+    """A checkpoint, a stop or the monitor leaves a row of the steps since the row before."""
+    by_step = [float(step % 7) for step in range(1, 41)]
+    mean_of = lambda first, end: sum(by_step[first:end]) / (end - first)
+    whole = [(1, mean_of(0, 1)), *((end, mean_of(end - 10, end)) for end in (20, 30, 40))]
+    whole.insert(1, (10, mean_of(1, 10)))
+    ends = [1, 7, 10, 13, 17, 20, 30, 39, 40]
+    cut = [(end, mean_of(first, end)) for first, end in zip([0, *ends], ends, strict=False)]
+    base = leave_run(tmp_path / "whole", whole, every=10)
+    run = leave_run(tmp_path / "cut", cut, every=10)
+    scores = training_scores(run, base)
+    assert scores["curve"] == pytest.approx(0, abs=1e-12)
+    assert scores["denoise"] == pytest.approx(mean_of(30, 40))
+    assert training_scores(base, None)["denoise"] == pytest.approx(mean_of(30, 40))
+
+
+def test_a_summary_that_cannot_be_read_is_named(tmp_path):
+    run = leave_run(tmp_path / "a", [1.0])
+    (run / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match="a/summary.json is no readable JSON file"):
+        training_scores(run, None)
 
 
 def scores_of(returned, monkeypatch):
@@ -230,37 +286,57 @@ def scores_of(returned, monkeypatch):
     calls = []
     module = types.ModuleType("some_scores")
     module.score = lambda *args: calls.append(args) or returned
-    module.ScoreOptions = lambda **options: options
     monkeypatch.setitem(sys.modules, "some_scores", module)
     return calls
 
 
 def test_a_run_is_scored_once(tmp_path, monkeypatch):
-    calls = scores_of({"held_out": 0.5, "held_out_bins": [1.0], "whole": True}, monkeypatch)
+    losses = HeldOutLoss(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32), np.arange(3), {})
+    returned = {"held_out": 0.5, "held_out_bins": [1.0], "made_of": {"held_out_key": losses.key}}
+    calls = scores_of(returned, monkeypatch)
     monkeypatch.setattr(study_runs, "init_distributed", lambda: "device")
     runs = tmp_path / "00_seed0"
-    how = {"function": "some_scores:score", "options": {"samples": 3}}
+    how = {"function": "some_scores:score", "options": {"samples": 0}}
+    given = {**how, "own": False, "cache": str(tmp_path / "cache"), "how": how}
     with pytest.raises(ValueError, match="expected a finished run"):
-        score_one(runs, **how, own=False, cache=str(tmp_path / "cache"))
+        score_one(runs, **given)
     run = leave_run(runs / "000", [1.0], checkpoint="abc")
     assert recorded_scores(runs, how) is None
-    score_one(runs, **how, own=False, cache=str(tmp_path / "cache"))
-    assert calls == [(run, {"samples": 3}, tmp_path / "cache", "device")]
+    score_one(runs, **given)
+    assert calls == [(run, ScoreOptions(samples=0), tmp_path / "cache", "device")]
+    # the losses of the images are not there yet
+    assert recorded_scores(runs, how) is None
+    file = run / "scores/ema/held_out.npz"
+    file.parent.mkdir(parents=True)
+    losses.save(file)
     assert recorded_scores(runs, how) == {"held_out": 0.5}
+    assert held_out_file(runs) == file
+    # somebody has measured others there
+    replace(losses, settings={"seed": 1}).save(file)
+    assert recorded_scores(runs, how) is None
+    losses.save(file)
     # neither of other options nor of other weights
     assert recorded_scores(runs, {**how, "options": {}}) is None
     (run / "summary.json").write_text('{"checkpoint": "other"}')
     assert recorded_scores(runs, how) is None
     # a study's own function knows nothing but the run
-    score_one(runs, "some_scores:score", {}, own=True, cache="unused")
+    returned.clear()
+    returned["a"] = np.float32(2)
+    returned["b"] = torch.tensor(3)
+    score_one(runs, "some_scores:score", {}, own=True, cache="unused", how=how)
     assert calls[1:] == [(run,)]
+    assert recorded_scores(runs, how) == {"a": 2.0, "b": 3.0}
+    assert held_out_file(runs) is None
 
 
 @pytest.mark.parametrize(
     "returned, message",
     [
         ([1.0], r"must return numbers by name, got \[1.0\]"),
-        ({"a": "text"}, "must return numbers by name"),
+        ({"a": 1.0, "b": "text"}, "must return numbers by name, got b of type str"),
+        ({"a": 1.0, "b": [1.0]}, "must return numbers by name, got b of type list"),
+        ({"a": True}, "must return numbers by name, got a of type bool"),
+        ({}, "must return numbers by name, got {}"),
         ({"a": 1.0, "b": float("nan")}, "returned scores that are not finite: b"),
     ],
 )
@@ -268,7 +344,7 @@ def test_what_is_no_score(tmp_path, monkeypatch, returned, message):
     scores_of(returned, monkeypatch)
     leave_run(tmp_path / "000", [1.0])
     with pytest.raises(ValueError, match=message):
-        score_one(tmp_path, "some_scores:score", {}, own=True, cache="unused")
+        score_one(tmp_path, "some_scores:score", {}, own=True, cache="unused", how={})
 
 
 def test_a_stop_ends_the_process_while_it_scores(monkeypatch, capfd):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ from launch import ROOT, call, error_of, launch, run_python
 from toy_data import write_idx
 
 from sra_fast.analysis.study import read_study
-from sra_fast.analysis.study_plans import plan_variants
+from sra_fast.analysis.study_plans import check_made_like, plan_variants
 from sra_fast.analysis.study_schedule import Options, run_study
 from sra_fast.analysis.study_table import table
 from sra_fast.data.preprocess import Options as Preprocessing
 from sra_fast.data.preprocess import make_jobs
 from sra_fast.data.writer import run_jobs
+from sra_fast.training import provenance
+from sra_fast.utils.files import write_json
 
 STUDY = """
 base: {base}
@@ -61,7 +64,7 @@ def test_study_from_start_to_table(tmp_path):
     path.write_text(text)
     first = launch("ablate", path, "--out", tmp_path, "--seeds", 0)
     assert first.returncode == 0, first.stderr[-2000:]
-    assert "2 of 2 runs left, 512 images" in first.stdout
+    assert "2 of 4 runs left, 512 images" in first.stdout
     assert "(from a trial of a few steps of given: training alone)" in first.stdout
     assert len(json.loads((tmp_path / "weights/rows.json").read_text())) == 2
     # the second run of its worker, and the same one in a process of its own
@@ -129,6 +132,50 @@ def test_a_part_of_the_variants(tmp_path, run_fake):
         ValueError, match=r"variants must be among \['given', 'heavier'\], got lighter"
     ):
         run_fake(study, variants=["given", "lighter"])
+
+
+def test_a_part_of_the_seeds(tmp_path, run_fake, monkeypatch):
+    """The table has all that is finished, and all runs are made in one way."""
+    study = study_of(tmp_path, OWN + CLAIMS)
+    whole, _ = run_fake(study)
+    part, said = run_fake(study, seeds=[0])
+    assert (said, part.left) == ([], 0)
+    assert part.results.rows == whole.results.rows
+    more, said = run_fake(study, seeds=[5])
+    assert said[1:] == ["given, seed 5: done", "heavier, seed 5: done"]
+    assert {row["seed"] for row in more.results.rows} == {0, 1, 5}
+    monkeypatch.setenv("FAKE_WORK_ABOUT", '{"device": "cpu", "threads": 2, "torch": "0"}')
+    with pytest.raises(ValueError, match="was made with threads 1, now there are threads 2"):
+        run_fake(study, seeds=[6])
+
+
+def test_a_function_that_has_changed_scores_again(tmp_path, run_fake):
+    study = study_of(tmp_path, OWN.replace("fake_work:quality", "changing_scores:one"))
+    for value in (1.0, 2.0):
+        text = f"def one(run):\n    return {{'quality': {value}}}\n"
+        (tmp_path / "changing_scores.py").write_text(text)
+        ended, _ = run_fake(study)
+        assert {row["quality"] for row in ended.results.rows} == {value}
+
+
+def test_settings_and_data_that_change_within_a_study(tmp_path, rooms):
+    study = study_of(tmp_path)
+    planned = plan_variants(study, tmp_path)["heavier"]
+    run = tmp_path / "000"
+    run.mkdir()
+    provenance.record(run, planned.cfg, planned.ds_config, None)
+    write_json(run / "data.json", planned.facts.as_json())
+    check_made_like(planned, run)
+    other = replace(planned, facts=replace(planned.facts, fingerprint="another"))
+    with pytest.raises(ValueError, match="000 was made with other data than there are now"):
+        check_made_like(other, run)
+    other = replace(planned, ds_config={**planned.ds_config, "gradient_clipping": 7})
+    with pytest.raises(ValueError, match="another configuration of DeepSpeed"):
+        check_made_like(other, run)
+    # in a file that an argument names, say
+    planned.cfg.optim.lr = 7.0
+    with pytest.raises(ValueError, match=r"was made with optim.lr 0.003, now it is 7.0"):
+        check_made_like(planned, run)
 
 
 def make_fashion():
@@ -259,6 +306,7 @@ def test_runs_of_an_edited_study_are_not_reused(tmp_path, run_fake, monkeypatch)
         ("train.steps: 0", "study: heavier: train.steps must be at least 1, got 0"),
         ("train.stepps: 8", "study: heavier: .*train.stepps"),
         ("data.path: nowhere", "study: heavier: "),
+        ("model.class_dropout_prob: 0", "study: .*class_dropout_prob"),
     ],
 )
 def test_variants_that_cannot_be_compared_or_trained(tmp_path, change, message, monkeypatch):
@@ -303,6 +351,11 @@ def test_variants_that_cannot_be_compared_or_trained(tmp_path, change, message, 
             "scores: absent:f: No module named 'absent'",
         ),
         (STUDY + CLAIMS, "score of a claim must be one of"),
+        (
+            STUDY + CLAIMS.replace("score: quality", "score: align_distance"),
+            "score of a claim must be one that variants are compared by, got 'align_distance'",
+        ),
+        (STUDY.replace("none", "{{samples: -5}}"), "scores.samples must be"),
         (OWN + CLAIMS.replace("expect: higher", "expect: more"), "must be lower or higher, got 'm"),
         (OWN + CLAIMS.replace("variant: heavier", "variant: x"), "variant of a claim must name"),
         (OWN + CLAIMS.replace("variant: heavier", "variant: given"), "about two variants, got giv"),
