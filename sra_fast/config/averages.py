@@ -15,7 +15,8 @@ POWER = "power:"
 TAKEN = (EMA, STUDENT, "main")
 # snapshots that are thought of when a run is checked
 MOST_PLANNED = 200
-NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+# a folder may have it: none of `.` and `..`, nor a hidden one
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
 
 def power_width(name: str) -> float | None:
@@ -43,8 +44,8 @@ def check_averages(train: TrainConfig) -> None:
         option = f"train.averages.{name}"
         require_that(
             NAME.fullmatch(name) is not None and name not in TAKEN,
-            "expected names of train.averages of letters, digits and ._-, and none of "
-            f"{', '.join(TAKEN)}, got {name!r}",
+            "expected names of train.averages of letters, digits and ._-, which begin with a letter or "
+            f"a digit, and none of {', '.join(TAKEN)}, got {name!r}",
         )
         require_that(
             len(average.given) == 1,
