@@ -169,11 +169,12 @@ def test_an_export_passes_for_no_other_average(run, tmp_path):
     assert load_model(str(tmp_path / "slow.safetensors"), "slow").weights == "slow"
     assert load_model(str(tmp_path / "folder")).weights == "power:0.08"
     assert "the average power:0.08 of the weights" in (tmp_path / "folder/README.md").read_text()
-    for name, message in (("wide", "no weights 'wide', only slow"), ("model", "EMA weights only")):
-        with pytest.raises(ValueError, match=message):
+    for name in ("wide", "model", "power:0.08"):
+        with pytest.raises(ValueError, match=f"holds no weights '{name}', only slow; "):
             load_model(str(tmp_path / "slow.safetensors"), name)
-    with pytest.raises(ValueError, match="no weights 'wide', only ema"):
-        load_model(str(run / "ema.safetensors"), "wide")
+    for name in ("wide", "model"):
+        with pytest.raises(ValueError, match=f"no weights '{name}', only ema; "):
+            load_model(str(run / "ema.safetensors"), name)
     with pytest.raises(ValueError, match="format published has student and EMA, got weights slow"):
         export(Options(str(run), str(tmp_path / "w.pt"), weights="slow"))
 
@@ -339,6 +340,19 @@ def test_a_trainer_has_no_other_weights(trained):
             ValueError, match="expected weights of this training, ema, model, slow, "
         ):
             trained[2].weights(name)
+
+
+@pytest.mark.parametrize("name", ["model", "power:0.08"])
+@pytest.mark.parametrize("form", ["w.safetensors", "folder"])
+def test_an_export_is_read_under_the_name_of_its_weights(run, tmp_path, name, form):
+    export(Options(str(run), str(tmp_path / form), weights=name))
+    loaded = load_model(str(tmp_path / form), name)
+    assert (loaded.weights, loaded.step) == (name, STEPS)
+    expected = load_model(str(run), name).model.state_dict()
+    assert all(torch.equal(loaded.model.state_dict()[key], expected[key]) for key in expected)
+    for other in ("slow", "power:0.1"):
+        with pytest.raises(ValueError, match=f"holds no weights '{other}', only {name}; "):
+            load_model(str(tmp_path / form), other)
 
 
 def test_sampling_takes_a_name(trained, tmp_path):
