@@ -135,6 +135,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
         manifest = reading.manifest_of(resume)
         provenance.check(resume, manifest, cfg, data.facts())
         provenance.check_steps(resume, manifest, cfg)
+        provenance.check_weights(resume, manifest, cfg)
         exact = cfg.train.resume != "auto" and _named_step(Path(cfg.train.resume)) == resume
         _say_where(resume, Path(cfg.train.out))
     # a job that is restarted with the same command resumes, whatever it was started from

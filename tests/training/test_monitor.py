@@ -21,10 +21,11 @@ from sra_fast.plots import report
 
 # as it is before a test replaces it
 from sra_fast.plots.report import plot_loss
-from sra_fast.training import loop
+from sra_fast.training import loop, run_folder
 from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check_config
 from sra_fast.training.logger import read_rows
+from sra_fast.training.monitor_files import losses_of, picture_of
 from sra_fast.training.plan import make_plan, make_run_plan
 from sra_fast.training.run import run as whole_run
 from sra_fast.training.trainer import build
@@ -134,20 +135,25 @@ def test_a_look_draws_no_number_of_the_run(tmp_path):
 
 def test_what_was_given_up_is_dropped(tmp_path):
     """A run that goes back to step 2 has no later rows, though it may never get as far again."""
-    (tmp_path / "held_out").mkdir()
+    for folder in ("held_out", "samples"):
+        (tmp_path / folder).mkdir()
     for step in (2, 4):
-        (tmp_path / f"held_out/step_{step:08d}.npz").touch()
+        losses_of(tmp_path, step).touch()
+        picture_of(tmp_path, step).touch()
         for name in ("samples.jsonl", "held_out.jsonl"):
             with open(tmp_path / name, "a") as f:
                 f.write(json.dumps({"step": step, "mean": None}) + "\n")
-    cfg = config(*ARGS)
-    monitors.Monitor(cfg, init_distributed(), tmp_path).begin(2)
+    for text in ("samples and held-out losses after step 2 are removed: 1", None):
+        assert run_folder.remove_after(tmp_path, 2) == ([] if text is None else [text])
     for name in ("samples.jsonl", "held_out.jsonl"):
         assert (tmp_path / name).read_text() == '{"step": 2, "mean": null}\n'
     assert [path.name for path in (tmp_path / "held_out").iterdir()] == ["step_00000002.npz"]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_00000002.png"]
 
 
-def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(tmp_path):
+@pytest.mark.parametrize("every", ["2", "0"])
+def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(every, tmp_path):
+    """Also where nobody looks any more."""
     args = f"--train.out {tmp_path} --train.save_every 2 --monitor.count 0 --monitor.held_out 5"
     plan = make_run_plan(config(*ARGS, *args.split()))
     # the digits' own scores at the end take longer than the run
@@ -157,6 +163,7 @@ def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(tmp_path):
     first = (folder / "held_out.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in first] == [2, 4]
     args += f" --train.steps 3 --train.resume {folder}/checkpoints/step_00000002"
+    args += f" --monitor.every {every}"
     plan = make_run_plan(config(*ARGS, *args.split()))
     plan.data.evaluation = None
     whole_run(plan, init_distributed())
