@@ -185,6 +185,17 @@ def test_images_of_the_held_out_loss_by_default(tmp_path):
         make_run_plan(config(*ARGS, *f"{args} --monitor.count 0".split()))
 
 
+def test_a_single_held_out_image_is_none_by_default(tmp_path, monkeypatch):
+    args = f"--train.out {tmp_path}/runs"
+    split = Digits.held_out_split
+    monkeypatch.setattr(
+        Digits, "held_out_split", lambda data: [(part, rows[:1]) for part, rows in split(data)]
+    )
+    assert make_run_plan(config(*ARGS, *args.split())).plan.cfg.monitor.held_out == 0
+    with pytest.raises(ValueError, match="needs at least 2 images, digits holds out 1"):
+        make_run_plan(config(*ARGS, *f"{args} --monitor.held_out 5".split()))
+
+
 def test_distance_to_an_fid_reference(tmp_path, monkeypatch):
     """The logged FID is that of the pictures' features: here their pixels, against the digits'."""
     seen = []
@@ -235,7 +246,9 @@ def test_every_process_needs_an_image(monkeypatch, tmp_path):
     [
         ("--monitor.every -1", "monitor.every must not be negative"),
         ("--monitor.count 1", "monitor.count must be at least 2, or 0 for no samples, got 1"),
-        ("--monitor.held_out -1", "monitor.held_out must be at least 0, got -1"),
+        ("--monitor.held_out -1", "monitor.held_out must be at least 2, or 0 for no held-out loss"),
+        ("--monitor.held_out 1", "monitor.held_out must be at least 2, or 0 .*, got 1"),
+        ("--monitor.grid 0", "monitor.grid must be at least 1, got 0"),
         ("--monitor.count 0 --monitor.held_out 0", "monitor.every needs something to look at"),
         ("--monitor.count 0 --monitor.reference x --monitor.inception y", "is for samples"),
         ("--monitor.reference x", "reference and monitor.inception go together"),
