@@ -197,7 +197,7 @@ class HeldOutImages:
         self.data, rows = data.held_out_split()[1]
         require_that(
             len(rows) >= LEAST_IMAGES,
-            f"a held-out loss needs at least {LEAST_IMAGES} images, {_place(data)} holds out {len(rows)}",
+            f"a held-out loss needs at least {LEAST_IMAGES} images, {place_of(data)} holds out {len(rows)}",
         )
         self.bins = bins
         self.seed = seed
@@ -282,14 +282,15 @@ def check_counts(images: int | None, bins: int) -> None:
     )
 
 
-def _place(data: TrainingData) -> str:
+def place_of(data: TrainingData) -> str:
+    """Where data lie, or what they are, for messages."""
     return getattr(data, "path", None) or data.name or type(data).__name__
 
 
 def _without_share(data: TrainingData) -> str:
     return (
         "a held-out loss needs images that no run trains on (preprocess.py --holdout), "
-        f"{_place(data)} has none"
+        f"{place_of(data)} has none"
     )
 
 
