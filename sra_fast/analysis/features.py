@@ -43,6 +43,11 @@ class Part:
     number: int
     """0: training images; 1: held-out images"""
 
+    def choose(self, count: int, seed: int) -> np.ndarray:
+        """The rows that ``read`` takes."""
+        generator = np.random.default_rng(block_seed(seed, self.number))
+        return generator.permutation(self.rows)[:count]
+
     def read(self, count: int, seed: int, draws: int = 1) -> Images:
         """Images with their noise.
 
@@ -51,8 +56,7 @@ class Part:
             seed: of the choice and of the noise.
             draws: noises per image. An image appears once for each.
         """
-        generator = np.random.default_rng(block_seed(seed, self.number))
-        rows = generator.permutation(self.rows)[:count]
+        rows = self.choose(count, seed)
         # what the data set stores: pixels, or the VAE's moments
         batch = self.dataset.__getitems__(rows.tolist())
         raw, (labels,), _ = self.dataset.split(batch)

@@ -18,6 +18,7 @@ from sra_fast.evaluation.held_out import (
     TIME_BINS,
     HeldOutImages,
     HeldOutLoss,
+    check_counts,
     held_out_loss,
 )
 from sra_fast.utils.checks import require_that
@@ -41,7 +42,7 @@ class Options:
     against: str | None = None
     """an .npz of other weights, measured on the same images: the difference of each image is taken"""
     images: int | None = None
-    """most images, drawn at random; default: all of the held-out share"""
+    """most images, at least 2, drawn at random; default: all of the held-out share"""
     bins: int = TIME_BINS
     """times of an image, one in each of so many equal parts of [0, 1]"""
     seed: int = 0
@@ -65,6 +66,7 @@ def run(options: Options) -> dict:
         OSError: ``out`` cannot be written.
     """
     read_launcher()
+    check_counts(options.images, options.bins)
     # read first: nothing is computed for a file that is none
     other = HeldOutLoss.load(options.against) if options.against is not None else None
     if options.out is not None:

@@ -93,6 +93,11 @@ class Probed:
     chance: float
 
 
+def train_count(count: int) -> int:
+    """How many of the images of a probe it is fitted to; a fifth is held out."""
+    return count - count // 5
+
+
 def probe_layers(
     model: SiT,
     path: str,
@@ -133,10 +138,9 @@ def probe_layers(
         raise ValueError(
             "a probe needs a model with a null class (model.class_dropout_prob > 0): a label would be the answer"
         )
-    # a fifth of the images is held out
-    held_out_count = count // 5
-    train = parts[0].read(count - held_out_count, seed, draws)
-    test = parts[1].read(held_out_count, seed, draws)
+    fitted = train_count(count)
+    train = parts[0].read(fitted, seed, draws)
+    test = parts[1].read(count - fitted, seed, draws)
     if len(train.labels.unique()) < 2:
         raise ValueError(
             f"a probe needs images of several classes, got only class {train.labels[0]}"

@@ -16,33 +16,46 @@ import torch
 
 from sra_fast.analysis.alignment_rows import distance_rows, mean_of, norm_rows
 from sra_fast.analysis.features import Part, check_times, choose_layers, data_of
-from sra_fast.analysis.linear_probe import choose_pool, probe_layers
+from sra_fast.analysis.linear_probe import choose_pool, probe_layers, train_count
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.checkpoint.manifest import STEP_FOLDER
+from sra_fast.config.averages import check_weights
 from sra_fast.config.schema import Config, DataConfig, ModelConfig, SampleConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.facts import differences
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.samplers import check_sampling
-from sra_fast.evaluation.classifier import feature_network, read_images, sample_scores
+from sra_fast.evaluation.classifier import (
+    Recipe,
+    feature_network,
+    least_images,
+    read_images,
+    sample_scores,
+)
 from sra_fast.evaluation.held_out import (
+    LEAST_IMAGES,
     TIME_BINS,
     HeldOutImages,
     HeldOutLoss,
     has_held_out,
     held_out_loss,
+    place_of,
 )
-from sra_fast.sampling.generate import choose_labels, generate
+from sra_fast.sampling.generate import generate, labels_like
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import write_json
+from sra_fast.utils.files import require, write_json
 
 SCORES = "scores.json"
 LOSSES = "held_out.npz"
 # of scores.json; files of another one are made anew
-VERSION = 1
+VERSION = 2
 # held-out images that samples are compared with, at most
 REFERENCE = 10000
+# samples, and images that they are compared with, at least
+LEAST_SAMPLES = least_images(Recipe().features)
+# the parts of the scores
+PARTS = ("held_out_images", "samples", "probe_images", "distance_images")
 
 
 @dataclass
@@ -54,11 +67,11 @@ class ScoreOptions:
     seed: int = 0
     """of the choice of images, of noise and times; not the run's"""
     held_out_images: int = 2000
-    """of the held-out loss"""
+    """of the held-out loss, at least 2"""
     time_bins: int = TIME_BINS
     """of the held-out loss"""
     samples: int = 2000
-    """generated images, with the run's own sampler"""
+    """generated images, with the run's own sampler; more than the classifier has features (128)"""
     probe_images: int = 2000
     """of the linear probes, a fifth of them held out"""
     probe_times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -86,24 +99,97 @@ class ScoreOptions:
                     type(value) is kind,
                     f"scores.{item.name} must be {kind.__name__}, got {value!r}",
                 )
-        least = {"time_bins": 1, "batch": 1, "held_out_images": 0, "distance_images": 0}
+        least = {"time_bins": 1, "batch": 1, "distance_images": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             require_that(
                 value >= smallest, f"scores.{name} must be at least {smallest}, got {value}"
             )
-        # a covariance needs two images, a probe some for each side
-        for name, smallest in {"samples": 2, "probe_images": 10}.items():
+        # a mean needs two images, a covariance more than it has rows, a probe some for each side
+        parts = {"held_out_images": LEAST_IMAGES, "samples": LEAST_SAMPLES, "probe_images": 10}
+        for name, smallest in parts.items():
             value = getattr(self, name)
             require_that(
                 value == 0 or value >= smallest,
                 f"scores.{name} must be 0 or at least {smallest}, got {value}",
             )
+        require_that(
+            any(getattr(self, name) for name in PARTS),
+            f"scores need some images, got 0 of {', '.join(PARTS)}",
+        )
         check_times(self.probe_times)
         known = ("auto", "mean", "patch", "all")
         require_that(
             self.probe_pool in known,
             f"scores.probe_pool must be one of {', '.join(known)}, got {self.probe_pool}",
+        )
+
+
+def check_for(options: ScoreOptions, cfg: Config, data: TrainingData) -> None:
+    """ValueError, one line, unless a run can be scored at its end: before hours of training.
+
+    Args:
+        options: what is scored.
+        cfg: of the run, with what the data fill in.
+        data: its training set.
+    """
+    options.check()
+    check_weights("scores.weights", options.weights, cfg.train)
+    model = cfg.model
+    shape = (model.in_channels, model.input_size, model.input_size)
+    _check_data(options, data, shape, model.num_classes, model.class_dropout_prob > 0)
+
+
+def _check_data(
+    options: ScoreOptions,
+    data: TrainingData,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    has_null: bool,
+) -> None:
+    """ValueError unless data have what is scored, of a model of such inputs and so many classes."""
+    where = place_of(data)
+    (train, rows), (held_out, held_out_rows) = data.held_out_split()
+    require_that(
+        has_held_out(data) and len(held_out_rows) > 0,
+        f"scores need images that no run trains on (preprocess.py --holdout), {where} has none",
+    )
+    largest = int(held_out.labels[held_out_rows].max())
+    require_that(
+        largest < num_classes,
+        f"the model knows {num_classes} classes, the held-out images of {where} have the label "
+        f"{largest}",
+    )
+    if options.held_out_images:
+        images = HeldOutImages(data, options.held_out_images, options.time_bins, options.seed)
+        images.check(shape, num_classes)
+    if options.samples:
+        require("scipy", "SciPy", "eval")
+        for what, count in {"training": len(rows), "held-out": len(held_out_rows)}.items():
+            require_that(
+                count >= LEAST_SAMPLES,
+                f"the Fréchet distance of samples needs at least {LEAST_SAMPLES} {what} images, {where} "
+                f"has {count}: scores: {{samples: 0}} leaves it out",
+            )
+        seen = train.labels[rows]
+        require_that(
+            len(seen.unique()) > 1,
+            "samples are scored by what tells classes apart: expected images of at least two, "
+            f"{where} has only class {int(seen[0])}: scores: {{samples: 0}} leaves them out",
+        )
+    if options.probe_images:
+        require("sklearn", "scikit-learn", "eval")
+        require_that(
+            has_null,
+            "a probe needs a model with a null class (model.class_dropout_prob > 0): scores: "
+            "{probe_images: 0} leaves it out",
+        )
+        part = _parts(data)[0]
+        seen = train.labels[part.choose(train_count(options.probe_images), options.seed)]
+        require_that(
+            len(seen.unique()) > 1,
+            f"a probe needs images of several classes, {where} has only class {int(seen[0])} among "
+            f"{len(seen)}: scores: {{probe_images: 0}} leaves it out",
         )
 
 
@@ -129,7 +215,8 @@ def score_run(
         ``align_distance``, the mean over times. Lists: ``held_out_bins``, ``probe_rows`` (time, layer,
         accuracy; layer 0 is the noisy input), ``norm_rows`` (time, layer, norm), ``distance_rows``
         (time, distance, cosine). And ``made_of``: the step and a digest of the weights, the options,
-        the chance of the probes, and what the distance is between (``align``).
+        the ``key`` of the held-out loss (``held_out_key``), the chance of the probes, and what the
+        distance is between (``align``); None for what is not made.
 
     Raises:
         ValueError: an option, the run or its data cannot be used; the data have no held-out share;
@@ -150,12 +237,17 @@ def score_run(
         return held
 
     data = _data_of_run(loaded, run)
-    loaded.model.to(device)
+    model = loaded.model
+    shape = (model.in_channels, model.input_size, model.input_size)
+    _check_data(options, data, shape, model.num_classes, model.has_null)
+    model.to(device)
     made_of = {"version": VERSION, "step": loaded.step, "digest": digest, "options": asked}
+    made_of |= dict.fromkeys(("held_out_key", "chance", "align"))
     scores: dict = {"made_of": made_of}
     loss = None
     if options.held_out_images:
         loss = _held_out(loaded, data, options, device, run)
+        made_of["held_out_key"] = loss.key
         scores |= {"held_out": loss.mean(), "held_out_bins": loss.bins().tolist()}
     if options.samples:
         scores |= _samples(loaded, data, options, cache, device)
@@ -166,6 +258,9 @@ def score_run(
         found, made_of["align"] = _distances(loaded, data, options, run, device)
         scores |= found
     folder.mkdir(parents=True, exist_ok=True)
+    # of other options or weights: what lies there belongs to the scores beside it
+    (folder / SCORES).unlink(missing_ok=True)
+    (folder / LOSSES).unlink(missing_ok=True)
     if loss is not None:
         loss.save(folder / LOSSES)
     # last: with it the scores are complete
@@ -201,12 +296,14 @@ def _held(folder: Path, asked: dict, digest: str) -> dict | None:
         made_of = held["made_of"]
         found = (made_of["version"], made_of["options"], made_of["digest"])
         ours = found == (VERSION, asked, digest)
+        if ours and asked["held_out_images"]:
+            losses = HeldOutLoss.load(folder / LOSSES)
+            # the key does not depend on the weights, the mean does
+            beside = (losses.key, losses.mean())
+            ours = beside == (made_of["held_out_key"], held["held_out"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    losses = folder / LOSSES
-    if not ours or (asked["held_out_images"] and not losses.exists()):
-        return None
-    return held
+    return held if ours else None
 
 
 def _data_of_run(loaded: LoadedModel, run: Path) -> TrainingData:
@@ -226,11 +323,6 @@ def _data_of_run(loaded: LoadedModel, run: Path) -> TrainingData:
         not different,
         f"{run} was trained on other data than there are now at {data.path or data.name}: "
         f"{'; '.join(different)}",
-    )
-    where = data.path or data.name
-    require_that(
-        has_held_out(found),
-        f"scores need images that no run trains on (preprocess.py --holdout), {where} has none",
     )
     return found
 
@@ -264,13 +356,14 @@ def _samples(
         ) from None
     check_sampling(sample, loaded.model)
     network = feature_network(data, cache, device)
-    # as many of every class as there can be: random labels would make the scores vary more
-    labels = choose_labels(options.samples, loaded.model.num_classes, "balanced", options.seed)
+    (train, rows), (held_out, held_out_rows) = data.held_out_split()
+    # what they are compared with has these classes, and as often: a model that knows the data well
+    # comes to the floor. Random labels would make the scores vary more
+    labels = labels_like(options.samples, held_out.labels[held_out_rows])
     made = generate(loaded.model, labels, sample, loaded.path, options.seed, options.batch, device)
     if data.facts().pixels:
         # an image has no values beyond these
         made = made.clamp(-1, 1)
-    (train, rows), (held_out, held_out_rows) = data.held_out_split()
     unseen, _ = read_images(held_out, held_out_rows, REFERENCE, options.seed)
     seen, _ = read_images(train, rows, options.samples, options.seed)
     return sample_scores(network, made, labels, unseen, seen)

@@ -61,7 +61,8 @@ def load_model(
             folder, ``.safetensors``, shards, a Hugging Face model folder, a ``.pt``.
         weights: ``"ema"``; ``"model"`` (the student, which a checkpoint and the published code's
             ``.pt`` hold); the name of one of ``train.averages``, which a checkpoint holds; or
-            ``"power:SIGMA"``, made from a run's snapshots.
+            ``"power:SIGMA"``, made from a run's snapshots. An export has the weights that it was
+            made of, under their name and as ``"ema"``.
         num_heads: for weights whose width is not one of the paper's sizes and that do not say it.
         input_size: for weights without a position embedding that do not say it.
 
@@ -71,11 +72,6 @@ def load_model(
     """
     source = find_weights(path, weights)
     old = source.is_dir() and version_0_1.is_checkpoint(source)
-    if weights == STUDENT and (old or source.suffix == ".safetensors"):
-        raise ValueError(
-            f"{source} holds EMA weights only; weights 'model' are in a run's checkpoints and in a "
-            ".pt as the published code writes it"
-        )
     if old:
         check_known(str(source), weights, [EMA])
     held, source = read_found(path, source, weights)
@@ -176,20 +172,19 @@ def _chosen(held: dict, weights: str, source: Path) -> tuple[dict[str, Tensor], 
     named = held.get("weights", EMA)
     if EMA in held and named != EMA and weights in (EMA, named):
         return held[EMA], named
+    # the only weights of a file that does not name them; those of a run are its EMA
+    unnamed = named == EMA and held.get("unnamed", False) and not has_run(held.get("config"))
     if key in held:
-        # the only weights of a file that does not name them; those of a run are its EMA
-        unnamed = held.get("unnamed", False) and not has_run(held.get("config"))
         return held[key], None if unnamed else weights
     if weights == EMA:
         warn("%s holds no EMA: its only weights are taken", source)
         return held[STUDENT], STUDENT
-    if weights == STUDENT:
-        raise ValueError(f"{source} holds no '{weights}' weights, only its EMA")
     known = [named] if named != EMA else [key for key in (EMA, STUDENT) if key in held]
-    raise ValueError(
-        f"{source} holds no weights {weights!r}, only {', '.join(known)}; averages of "
-        "train.averages are in a run's checkpoints"
-    )
+    only = "weights without a name" if unnamed else ", ".join(known)
+    where = "the student is in a run's checkpoints and in a .pt as the published code writes it"
+    if weights != STUDENT:
+        where = "averages of train.averages are in a run's checkpoints"
+    raise ValueError(f"{source} holds no weights {weights!r}, only {only}; {where}")
 
 
 def from_config(config: dict, source: str | Path) -> SiT:

@@ -84,7 +84,7 @@ def read_found(path: str, found: Path, weights: str = "ema") -> tuple[dict, Path
 
 def _read(found: Path, weights: str) -> dict:
     width = power_width(weights)
-    if width is not None:
+    if width is not None and not found.is_file():
         return _of_snapshots(found, weights, width)
     removed = STEP_FOLDER.fullmatch(found.name) and not found.exists()
     if found.is_dir() or removed:
@@ -105,7 +105,7 @@ def find_weights(path: str, weights: str = "ema") -> Path:
 
     Returns:
         For ``power:SIGMA`` the folder of the newest snapshot, of a checkpoint's step or before if
-        ``path`` is a checkpoint.
+        ``path`` is a checkpoint; an export, which may be of these weights.
 
     Raises:
         ValueError: nothing is there, or a folder of another kind, or ``weights`` is no name.
@@ -134,10 +134,18 @@ def find_weights(path: str, weights: str = "ema") -> Path:
     return _in_model_folder(found)
 
 
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder is one of a model, and no run's."""
+    files = [folder / MODEL_FILE, *folder.glob(f"*{INDEX}")]
+    return any(file.exists() for file in files)
+
+
 def _newest_snapshot(found: Path, weights: str) -> Path:
     """The newest snapshot of averages that a path means: a run's, or that of a step or before."""
-    if is_snapshot(found):
+    if found.is_file() or is_snapshot(found):
         return found
+    if _holds_model(found):
+        return _in_model_folder(found)
     checkpoint = found.is_dir() and reading.is_checkpoint(found)
     run = reading.run_folder(found.absolute()) if checkpoint else found
     snapshots = snapshot_folders(run)

@@ -1,7 +1,7 @@
 """The names of weights: ``ema``, ``model``, those of ``train.averages``, and ``power:SIGMA``."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sra_fast.config.schema import TrainConfig
 from sra_fast.utils.checks import require_that
@@ -15,7 +15,8 @@ POWER = "power:"
 TAKEN = (EMA, STUDENT, "main")
 # snapshots that are thought of when a run is checked
 MOST_PLANNED = 200
-NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+# a folder may have it: none of `.` and `..`, nor a hidden one
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
 
 def power_width(name: str) -> float | None:
@@ -43,8 +44,8 @@ def check_averages(train: TrainConfig) -> None:
         option = f"train.averages.{name}"
         require_that(
             NAME.fullmatch(name) is not None and name not in TAKEN,
-            "expected names of train.averages of letters, digits and ._-, and none of "
-            f"{', '.join(TAKEN)}, got {name!r}",
+            "expected names of train.averages of letters, digits and ._-, which begin with a letter or "
+            f"a digit, and none of {', '.join(TAKEN)}, got {name!r}",
         )
         require_that(
             len(average.given) == 1,
@@ -87,26 +88,44 @@ def check_weights(option: str, name: str, train: TrainConfig) -> None:
             train.average_snapshots > 0,
             f"{option} {name} is made from snapshots: it needs train.average_snapshots",
         )
-        error = _planned_error(train, width)
-        require_that(
-            error <= LARGEST_ERROR,
-            f"{option} {name} cannot be made from this run's snapshots: its profile would be wrong by "
-            f"{error:.0%}, expected at most {LARGEST_ERROR:.0%}; two widths around it in train.averages, "
-            "or more snapshots (train.average_snapshots), come nearer",
-        )
+        times = snapshot_times(train)
+        widths = {train.averages[held].sigma_rel for held in power_averages(train)}
+        held = [Profile(sigma_rel, t) for sigma_rel in widths if sigma_rel for t in times]
+        check_made(f"{option} {name}", width, held, train.steps)
         return
     check_known(option, name, [EMA, STUDENT, *train.averages])
 
 
-def _planned_error(train: TrainConfig, width: float) -> float:
-    """The error of a profile at the end of a run whose updates are all taken."""
+def snapshot_times(train: TrainConfig, after: int = 0) -> list[int]:
+    """The steps of a run's snapshots, the last first; of very many a part.
+
+    Args:
+        train: configuration of the run; it stores snapshots.
+        after: later ones than this step.
+    """
     every = train.average_snapshots
     times = [*range(every, train.steps, every), train.steps]
+    times = [time for time in times if time > after]
     # fewer snapshots make the error larger, and so many already make it small
-    times = times[:: -max(1, len(times) // MOST_PLANNED)]
-    widths = {train.averages[name].sigma_rel for name in power_averages(train)}
-    held = [Profile(sigma_rel, t) for sigma_rel in widths if sigma_rel for t in times]
-    return fit(held, Profile(width, train.steps)).error
+    return times[:: -max(1, len(times) // MOST_PLANNED)]
+
+
+def check_made(what: str, width: float, held: Sequence[Profile], end: float) -> None:
+    """ValueError unless an average can be made from those that a run stores.
+
+    Args:
+        what: names it, for the message.
+        width: of the average.
+        held: those that are stored, no two alike.
+        end: updates at the end of the run.
+    """
+    error = fit(held, Profile(width, end)).error
+    require_that(
+        error <= LARGEST_ERROR,
+        f"{what} cannot be made from this run's snapshots: its profile would be wrong by "
+        f"{error:.0%}, expected at most {LARGEST_ERROR:.0%}; two widths around it in train.averages, "
+        "or more snapshots (train.average_snapshots), come nearer",
+    )
 
 
 def check_known(what: str, name: str, known: Iterable[str]) -> None:

@@ -324,7 +324,7 @@ class MonitorConfig:
     count: int = 100
     """images that are sampled each time; 0: none"""
     held_out: int | None = None
-    """images on which the held-out loss is measured each time; 0: none; default: 1024 if the data
+    """images on which the held-out loss is measured each time, at least 2; 0: none; default: 1024 if the data
     have a held-out share, which preprocess.py sets aside; the digits have one"""
     grid: int = 100
     """images in the picture, the first ones"""

@@ -1,6 +1,7 @@
 """MNIST's file format (IDX) as a source of preprocessing: MNIST, Fashion-MNIST, KMNIST and their kin."""
 
 import gzip
+import math
 import re
 import zlib
 from pathlib import Path
@@ -39,17 +40,25 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         raise ValueError(f"{path} cannot be read: {error}") from None
     header = 4 + 4 * ndim
     magic = bytes([0, 0, UINT8, ndim])
-    if content[:4] != magic or len(content) < header:
+    if len(content) < header:
+        raise ValueError(
+            f"{path} must be an IDX file of {ndim} dimensions, whose header has {header} bytes, it has "
+            f"{len(content)} bytes in all"
+        )
+    if content[:4] != magic:
         raise ValueError(
             f"{path} must be an IDX file of unsigned bytes with {ndim} dimensions, which begins with "
             f"{[*magic]}, it begins with {[*content[:4]]}"
         )
     shape = np.frombuffer(content, ">u4", ndim, 4).tolist()
-    expected = int(np.prod(shape))
+    # NumPy's product wraps around
+    expected = math.prod(shape)
     if len(content) - header != expected:
         raise ValueError(
             f"{path} must hold {shape} bytes, {expected}, it has {len(content) - header}"
         )
+    if expected == 0:
+        raise ValueError(f"{path} holds nothing: its dimensions are {shape}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -69,7 +78,7 @@ def _read_part(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray] | None:
         raise ValueError(f"{folder} has {images_file.name} and no {labels_file.name}")
     images = read_idx(images_file, 3)
     labels = read_idx(labels_file, 1)
-    if not images.size or len(images) != len(labels):
+    if len(images) != len(labels):
         raise ValueError(
             f"{folder} must have a label for each image, got {len(images)} {PARTS[part]} images of "
             f"{images.shape[1]} x {images.shape[2]} and {len(labels)} labels"

@@ -282,6 +282,11 @@ def _read(
     return FeatureNetwork(network.to(device).eval().requires_grad_(False), accuracy, device)
 
 
+def least_images(features: int) -> int:
+    """Of how many images a Fréchet distance in so many features can tell anything."""
+    return features + 1
+
+
 def sample_scores(
     network: FeatureNetwork, samples: Tensor, labels: Tensor, held_out: Tensor, real: Tensor
 ) -> dict[str, float]:
@@ -300,12 +305,21 @@ def sample_scores(
         ``classifier_accuracy``: that of the held-out images.
 
     Raises:
-        ValueError: a sample is not finite, or a set has fewer than two images.
+        ValueError: a sample is not finite, or a set has no more images than there are features: its
+            covariance has no inverse then, and the distance says how few there are.
     """
     bad = int((~samples.isfinite().flatten(1).all(1)).sum())
     require_that(bad == 0, f"samples must be finite, {bad} of {len(samples)} are not")
     generated, logits = network(samples)
     unseen, seen = (network(images)[0] for images in (held_out, real))
+    least = least_images(generated.shape[1])
+    sets = {"samples": generated, "held-out images": unseen, "training images": seen}
+    for what, features in sets.items():
+        require_that(
+            len(features) >= least,
+            f"a Fréchet distance in {generated.shape[1]} features needs at least {least} {what}, got "
+            f"{len(features)}",
+        )
     reference = fit_gaussian(unseen.numpy())
     return {
         "frechet": frechet_distance(fit_gaussian(generated.numpy()), reference),

@@ -35,6 +35,8 @@ from sra_fast.utils.registry import CONDITIONINGS, PROCESSES
 
 # K, unless another number is asked for
 TIME_BINS = 10
+# a mean of one has no error that could be told
+LEAST_IMAGES = 2
 # images per model call
 BLOCK = 64
 # what the numbers of a file mean; another value makes older files incomparable
@@ -178,7 +180,8 @@ class HeldOutImages:
         trained: allow data that have no held-out share, of which a run trains on all images.
 
     Raises:
-        ValueError: ``data`` have no held-out share, or ``count`` or ``bins`` is below 1.
+        ValueError: ``data`` have no held-out share or one of less than 2 images, ``count`` is below
+            2, or ``bins`` below 1.
     """
 
     def __init__(
@@ -189,12 +192,13 @@ class HeldOutImages:
         seed: int = 0,
         trained: bool = False,
     ):
-        require_that(
-            bins >= 1 and (count is None or count >= 1),
-            f"a held-out loss needs at least 1 image and 1 bin, got {count} and {bins}",
-        )
+        check_counts(count, bins)
         require_that(trained or has_held_out(data), _without_share(data))
         self.data, rows = data.held_out_split()[1]
+        require_that(
+            len(rows) >= LEAST_IMAGES,
+            f"a held-out loss needs at least {LEAST_IMAGES} images, {place_of(data)} holds out {len(rows)}",
+        )
         self.bins = bins
         self.seed = seed
         # a data set may be sorted by class: -4 keeps the order apart from other draws
@@ -270,11 +274,23 @@ def has_held_out(data: TrainingData) -> bool:
     return held_out is not train
 
 
+def check_counts(images: int | None, bins: int) -> None:
+    """ValueError unless a held-out loss can be measured on so many images (None: all) and bins."""
+    require_that(
+        bins >= 1 and (images is None or images >= LEAST_IMAGES),
+        f"a held-out loss needs at least {LEAST_IMAGES} images and 1 bin, got {images} and {bins}",
+    )
+
+
+def place_of(data: TrainingData) -> str:
+    """Where data lie, or what they are, for messages."""
+    return getattr(data, "path", None) or data.name or type(data).__name__
+
+
 def _without_share(data: TrainingData) -> str:
-    where = getattr(data, "path", None) or data.name or type(data).__name__
     return (
         "a held-out loss needs images that no run trains on (preprocess.py --holdout), "
-        f"{where} has none"
+        f"{place_of(data)} has none"
     )
 
 

@@ -20,6 +20,27 @@ def choose_labels(count: int, num_classes: int, mode: str, seed: int) -> Tensor:
     return torch.randint(num_classes, (count,), generator=generator)
 
 
+def labels_like(count: int, labels: Tensor) -> Tensor:
+    """Labels ``[count]`` with the frequencies of others, nothing being drawn.
+
+    The classes take turns until each has its share, rounded by the largest remainders (of equal ones
+    the first classes'). Where all are equally frequent this is ``balanced`` among the classes that
+    there are.
+
+    Args:
+        count: how many.
+        labels: ``[N]`` int64, at least one.
+    """
+    classes, found = labels.unique(return_counts=True)
+    shares = count * found
+    quotas = shares // len(labels)
+    left = count - int(quotas.sum())
+    order = (shares % len(labels)).argsort(descending=True, stable=True)
+    quotas[order[:left]] += 1
+    turns = torch.cat([torch.arange(int(quota)) for quota in quotas])
+    return classes.repeat_interleave(quotas)[turns.argsort(stable=True)]
+
+
 class ImageNoise:
     """Standard normals with one generator per image, so that an image is the same in any batch.
 

@@ -183,15 +183,15 @@ def _check_monitor(cfg: Config) -> None:
     if monitor.every == 0:
         return
     # one image has no statistics, and no picture to speak of
-    require_that(
-        monitor.count == 0 or monitor.count >= 2,
-        f"monitor.count must be at least 2, or 0 for no samples, got {monitor.count}",
-    )
-    for name, least in {"grid": 1, "batch": 1, "held_out": 0}.items():
+    for name, what in {"count": "samples", "held_out": "held-out loss"}.items():
         value = getattr(monitor, name)
         require_that(
-            value is None or value >= least, f"monitor.{name} must be at least {least}, got {value}"
+            value in (None, 0) or value >= 2,
+            f"monitor.{name} must be at least 2, or 0 for no {what}, got {value}",
         )
+    for name in ("grid", "batch"):
+        value = getattr(monitor, name)
+        require_that(value >= 1, f"monitor.{name} must be at least 1, got {value}")
     require_that(
         monitor.count > 0 or monitor.held_out != 0,
         "monitor.every needs something to look at, got monitor.count 0 and monitor.held_out 0",

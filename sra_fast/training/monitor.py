@@ -2,13 +2,12 @@
 FID; and the held-out loss.
 """
 
-import json
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sra_fast.config.averages import POWER
 from sra_fast.config.schema import Config
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import decode, load_vae
@@ -19,15 +18,15 @@ from sra_fast.evaluation.scores import RunningGaussian, frechet_distance
 from sra_fast.models import SiT
 from sra_fast.plots import report
 from sra_fast.sampling.generate import choose_labels, generate
-from sra_fast.training.logger import read_rows
+from sra_fast.training.monitor_files import (
+    HELD_OUT,
+    SAMPLES,
+    append_row,
+    losses_of,
+    picture_of,
+)
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.collectives import gather_rows, share_of
-from sra_fast.utils.files import write_atomic
-
-SAMPLES = "samples.jsonl"
-HELD_OUT = "held_out.jsonl"
-# begins the name of weights that are made from a run's snapshots
-POWER = "power:"
 
 
 class Monitor:
@@ -71,21 +70,7 @@ class Monitor:
 
     def picture(self, step: int) -> Path:
         """Where the picture of a step is."""
-        return self.folder / "samples" / f"step_{step:08d}.png"
-
-    def begin(self, step: int) -> None:
-        """Training goes on after ``step``: rows of later steps, which were given up, are dropped.
-
-        For rank 0 only.
-        """
-        for name in (SAMPLES, HELD_OUT):
-            file = self.folder / name
-            if file.exists():
-                _write_rows(file, _rows_before(file, step + 1))
-        for file in self.folder.glob("held_out/step_*.npz"):
-            number = file.stem.removeprefix("step_")
-            if number.isdecimal() and int(number) > step:
-                file.unlink()
+        return picture_of(self.folder, step)
 
     @torch.no_grad()
     def look(self, trainer: Trainer, step: int) -> dict | None:
@@ -120,12 +105,12 @@ class Monitor:
             about={"weights": self.weights, "step": step},
         )
         if trainer.rank == 0:
-            file = self.folder / "held_out" / f"step_{step:08d}.npz"
+            file = losses_of(self.folder, step)
             file.parent.mkdir(exist_ok=True)
             loss.save(file)
             row = {"step": step, "mean": loss.mean(), "bins": loss.bins().tolist()}
             row |= {"weights": self.weights, "images": len(loss.images), "key": loss.key}
-            self._append(HELD_OUT, row)
+            append_row(self.folder / HELD_OUT, row)
         return {"held_out": loss.mean()}
 
     def _sample(self, trainer: Trainer, model: SiT, step: int) -> dict:
@@ -145,7 +130,7 @@ class Monitor:
             file.parent.mkdir(exist_ok=True)
             scale = 4 if shown.shape[1] < 32 else 1
             report.save_grid(file, shown, columns=10, scale=scale)
-            self._append(SAMPLES, {"step": step, **scores})
+            append_row(self.folder / SAMPLES, {"step": step, **scores})
         return scores
 
     def _generate(self, model: SiT, share: range) -> Tensor:
@@ -179,27 +164,3 @@ class Monitor:
         moments = RunningGaussian()
         moments.update(gather_rows(torch.cat(features), counts))
         return frechet_distance(moments.gaussian(), self.fid_reference)
-
-    def _append(self, name: str, row: dict) -> None:
-        """Append a row to a file of the run folder."""
-        file = self.folder / name
-        # an interrupted run may have been further: its later rows are made again
-        _write_rows(file, [*_rows_before(file, row["step"]), row])
-
-
-def _rows_before(file: Path, step: int) -> list[dict]:
-    return [row for row in read_rows(file) if row["step"] < step]
-
-
-def _write_rows(file: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(_finite(row)) + "\n" for row in rows)
-    write_atomic(file, lambda p: p.write_text(text))
-
-
-def _finite(value):
-    """JSON has no NaN: null stands for what is not finite."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ from sra_fast.data.dataset import check_data, fill_in_model, open_data
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import vae_is_there
-from sra_fast.evaluation.held_out import HeldOutImages, has_held_out
+from sra_fast.evaluation.held_out import LEAST_IMAGES, HeldOutImages, has_held_out
 from sra_fast.training import provenance
 from sra_fast.training.checks import check_config, check_device, named_as, split_batch
 from sra_fast.training.initial import read_initial
@@ -135,6 +135,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
         manifest = reading.manifest_of(resume)
         provenance.check(resume, manifest, cfg, data.facts())
         provenance.check_steps(resume, manifest, cfg)
+        provenance.check_weights(resume, manifest, cfg)
         exact = cfg.train.resume != "auto" and _named_step(Path(cfg.train.resume)) == resume
         _say_where(resume, Path(cfg.train.out))
     # a job that is restarted with the same command resumes, whatever it was started from
@@ -176,10 +177,12 @@ def _choose_held_out(cfg: Config, data: TrainingData) -> None:
     if not monitor.every:
         return
     if monitor.held_out is None:
-        monitor.held_out = HELD_OUT_IMAGES if has_held_out(data) else 0
+        enough = has_held_out(data) and len(data.held_out_split()[1][1]) >= LEAST_IMAGES
+        monitor.held_out = HELD_OUT_IMAGES if enough else 0
         require_that(
             monitor.count > 0 or monitor.held_out > 0,
-            "monitor.count 0 needs a held-out share (preprocess.py --holdout), the data have none",
+            "monitor.count 0 needs a held-out share (preprocess.py --holdout), the data have none of "
+            f"{LEAST_IMAGES} images or more",
         )
     if monitor.held_out:
         # raises for data without such a share, or one that does not fit the model

@@ -6,14 +6,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sra_fast.alignment.target import trained_heads
-from sra_fast.checkpoint.manifest import EMA, RULES, Manifest, plain
+from sra_fast.checkpoint.average_snapshots import read_snapshot, snapshot_folders
+from sra_fast.checkpoint.manifest import EMA, RULES, DamagedCheckpoint, Manifest, plain
 from sra_fast.checkpoint.reading import CONFIG, run_folder
+from sra_fast.checkpoint.steps import step_of
+from sra_fast.config.averages import (
+    MOST_PLANNED,
+    check_made,
+    power_averages,
+    power_width,
+    snapshot_times,
+)
 from sra_fast.config.cli import SECTIONS, save_config
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts, differences
 from sra_fast.models import ALIGN_HEADS
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_atomic
+from sra_fast.utils.power_profile import Profile
 from sra_fast.utils.registry import TARGETS
 
 # sections and fields that the weights, or the images and noise of a step, depend on
@@ -109,6 +119,63 @@ def _check_averages(path: Path, manifest: Manifest, cfg: Config) -> None:
             f"{ {rule: value for rule, value in before.items() if value is not None} }, this run has "
             f"{average.given}: expected another name for another average",
         )
+
+
+def check_weights(path: Path, manifest: Manifest, cfg: Config) -> None:
+    """ValueError unless a run that goes on has the weights ``power:SIGMA`` that it samples at its end.
+
+    An average that began later than others cannot be used with them, so that a run that goes on may
+    have fewer than a new one of the same options.
+
+    Args:
+        path: folder of the checkpoint.
+        manifest: of it.
+        cfg: of the run that goes on; as a new run it would have these weights.
+    """
+    name = cfg.sample.weights
+    width = power_width(name)
+    if width is None:
+        return
+    train = cfg.train
+    updates = manifest.counts[0]
+    # if all further updates are taken
+    ahead = [updates + time - manifest.step for time in snapshot_times(train, manifest.step)]
+    # (when it began, its name, its profile)
+    every = _stored(path, manifest)
+    for average in power_averages(train):
+        # a new one begins with this run
+        began = manifest.emas.get(average, {"since": updates}).get("since", 0)
+        sigma_rel = train.averages[average].sigma_rel or 0.0
+        every += [(began, average, Profile(sigma_rel, time)) for time in ahead]
+    first = min((began for began, _, _ in every), default=0)
+    held = {profile for began, _, profile in every if began == first}
+    later = sorted({average for began, average, _ in every if began != first})
+    what = f"cannot resume {path}: sample.weights {name}"
+    require_that(bool(held), f"{what} is made from snapshots, and the run has none")
+    if later:
+        what += f", without {', '.join(later)}, which began later than others,"
+    check_made(what, width, list(held), updates + train.steps - manifest.step)
+
+
+def _stored(path: Path, manifest: Manifest) -> list[tuple[float, str, Profile]]:
+    """The averages in the snapshots that a run has at a checkpoint."""
+    folders = [
+        folder
+        for folder in snapshot_folders(run_folder(path.absolute()))
+        if step_of(folder) <= manifest.step
+    ]
+    found = []
+    for folder in folders[:: max(1, len(folders) // MOST_PLANNED)]:
+        try:
+            snapshot = read_snapshot(folder)
+        except DamagedCheckpoint:
+            # it is left out at the end, too
+            continue
+        found += [
+            (entry["since"], name, Profile(entry["sigma_rel"], snapshot.updates))
+            for name, entry in snapshot.averages.items()
+        ]
+    return found
 
 
 def average_lines(manifest: Manifest, cfg: Config) -> list[str]:

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sra_fast.checkpoint import reading
-from sra_fast.checkpoint.average_snapshots import reconstruct, remove_after
+from sra_fast.checkpoint import average_snapshots, reading
 from sra_fast.checkpoint.manifest import Progress, step_name
 from sra_fast.checkpoint.values import warn
 from sra_fast.config.averages import power_width
@@ -29,6 +28,7 @@ from sra_fast.training.start_lines import say_start
 from sra_fast.training.trainer import Trainer, build
 from sra_fast.training.watch import History, RollBack
 from sra_fast.training.watchdog import Watchdog
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_atomic, write_json
 from sra_fast.utils.registry import EVALUATIONS
 
@@ -61,6 +61,7 @@ def _run(
         # again: it may be another checkpoint than the plan's
         provenance.check(choice.path, choice.manifest, cfg, facts)
         provenance.check_steps(choice.path, choice.manifest, cfg)
+        provenance.check_weights(choice.path, choice.manifest, cfg)
     initial = run_plan.initial
     trainer = build(run_plan.plan, device, initial.get("model", initial.get("ema")))
     if choice is not None:
@@ -127,8 +128,6 @@ def _train(
             saver.wait()
         while True:
             logger = TrainLogger(written, cfg, trainer.device, trainer.plan.world, start.step)
-            if monitor is not None and trainer.rank == 0:
-                monitor.begin(start.step)
             try:
                 train(trainer, data, folder, start, monitor, logger, saver, stop, watchdog, history)
                 break
@@ -161,7 +160,7 @@ def _go_back(
         )
     saving.load(trainer, saver.folder / step_name(step))
     # what the run makes again must not be mixed with what it has given up
-    run_folder.agreed(lambda: remove_after(saver.folder.parent, step))
+    run_folder.agreed(lambda: run_folder.remove_after(saver.folder.parent, step))
     # more each time: steps after the bad one may be bad, too
     left_out = (bad_step + 1 - step) << (returns[step] - 1)
     warn(
@@ -209,14 +208,30 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
 
 
 def _weights_at_end(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
-    """The parameters that ``sample.weights`` names; collective. Only rank 0 has those of snapshots."""
+    """The parameters that ``sample.weights`` names; collective. Only rank 0 has those of snapshots.
+
+    Raises:
+        ValueError: there is no whole snapshot of the last step, or it cannot be made from them.
+    """
     name = trainer.cfg.sample.weights
     width = power_width(name)
     if width is None:
         return trainer.weights(name)
-    if trainer.rank:
-        return {}
-    flat = reconstruct(folder, width)[1]
+    made: dict[str, Tensor] = {}
+    # not returned: it would be sent to every process
+    run_folder.agreed(lambda: made.update(_of_snapshots(trainer, folder, width)))
+    return made
+
+
+def _of_snapshots(trainer: Trainer, folder: Path, width: float) -> dict[str, Tensor]:
+    snapshot, flat = average_snapshots.reconstruct(folder, width)
+    last = trainer.cfg.train.steps
+    # the newest may be damaged, or its averages were too large for fp16
+    require_that(
+        snapshot.step == last,
+        f"sample.weights {trainer.cfg.sample.weights} needs the snapshot of averages of step {last} in "
+        f"{folder / average_snapshots.FOLDER}, the newest that can be used is of step {snapshot.step}",
+    )
     return {key: flat[key].view(shape) for key, shape in trainer.masters.shapes.items()}
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sra_fast.checkpoint import reading, steps, version_0_1
-from sra_fast.checkpoint.average_snapshots import remove_after
+from sra_fast.checkpoint import average_snapshots, reading, steps, version_0_1
 from sra_fast.checkpoint.manifest import hash_fault, read_manifest
 from sra_fast.checkpoint.steps import Choice, step_folders
 from sra_fast.checkpoint.values import warn
+from sra_fast.training import monitor_files
 from sra_fast.training.abandoned import abandon, abandon_end, trim
 from sra_fast.training.run_lock import RunLock, token_in
 from sra_fast.utils.files import make_synced, sync_folder
@@ -200,8 +200,8 @@ def settle(folder: Path, chosen: Path, keep: int = 0, exact: bool = False) -> li
 
     ``latest`` comes first: a kill after it changes nothing any more. Other checkpoints than the
     chosen one and its ancestors, and what was written at the end of a run that went further, are
-    moved to ``checkpoints/abandoned``; later snapshots of averages, which the run makes again, and
-    what killed saves have left are removed.
+    moved to ``checkpoints/abandoned``; later snapshots of averages and what the monitor has seen
+    later, which the run makes again, and what killed saves have left are removed.
 
     Args:
         folder: of the run, locked.
@@ -236,11 +236,26 @@ def _settle(folder: Path, chosen: Path, keep: int, exact: bool) -> list[str]:
         lines.append(
             f"to restart this run use --train.resume auto: with {chosen} it goes back each time"
         )
-    removed = remove_after(folder, manifest.step)
-    if removed:
-        lines.append(f"snapshots of averages after step {manifest.step} are removed: {removed}")
+    lines += remove_after(folder, manifest.step)
     trim(checkpoints, keep, spared)
     for place in (folder, checkpoints, *step_folders(checkpoints)):
         for temporary in place.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
     return lines
+
+
+def remove_after(folder: Path, step: int) -> list[str]:
+    """Remove what a run makes again after a step, which must not be mixed with what it has given up.
+
+    For rank 0 only.
+
+    Returns:
+        A line for each kind of which there was something.
+    """
+    removed = {
+        "snapshots of averages": average_snapshots.remove_after(folder, step),
+        "samples and held-out losses": monitor_files.remove_after(folder, step),
+    }
+    return [
+        f"{what} after step {step} are removed: {count}" for what, count in removed.items() if count
+    ]

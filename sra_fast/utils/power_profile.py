@@ -17,6 +17,8 @@ import numpy as np
 
 # the width at gamma = 0, where all weights have equal shares; a wider one would favour the oldest
 WIDEST = 12**-0.5
+# the last of a million updates; a power of 1 / sigma_rel is a number as long as that is
+NARROWEST = 1e-6
 # the error from which on a sum of profiles does not pass for the wanted one
 LARGEST_ERROR = 0.1
 # added to the products of profiles whose own are 1: two that are nearly alike stay solvable
@@ -28,7 +30,7 @@ def exponent(sigma_rel: float) -> float:
     (12 - sigma^-2)``.
 
     Args:
-        sigma_rel: in ``(0, WIDEST]``.
+        sigma_rel: in ``[NARROWEST, WIDEST]``.
 
     Raises:
         ValueError: it is not.
@@ -42,9 +44,9 @@ def exponent(sigma_rel: float) -> float:
 
 def check_width(sigma_rel: float) -> None:
     """ValueError unless a relative width is one that a power function with ``gamma >= 0`` has."""
-    if not 0 < sigma_rel <= WIDEST:
+    if not NARROWEST <= sigma_rel <= WIDEST:
         raise ValueError(
-            f"expected a relative width in (0, {WIDEST:.4f}] (EDM2 uses 0.05 and 0.1), "
+            f"expected a relative width in [{NARROWEST:g}, {WIDEST:.4f}] (EDM2 uses 0.05 and 0.1), "
             f"got {sigma_rel}"
         )
 

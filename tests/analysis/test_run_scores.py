@@ -12,20 +12,21 @@ from sra_fast.analysis import probing, run_scores
 from sra_fast.analysis.alignment_rows import distance_rows, norm_rows
 from sra_fast.analysis.features import split
 from sra_fast.analysis.linear_probe import probe_layers
-from sra_fast.analysis.run_scores import ScoreOptions, score_run
+from sra_fast.analysis.run_scores import ScoreOptions, check_for, score_run
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.digits import Digits
+from sra_fast.data.training_data import TrainingData
 from sra_fast.evaluation import classifier
 from sra_fast.evaluation.held_out import HeldOutImages, HeldOutLoss, held_out_loss
-from sra_fast.training.plan import make_run_plan
+from sra_fast.training.plan import make_plan, make_run_plan
 from sra_fast.training.run import run
 from sra_fast.zero.process_group import init_distributed
 
 OPTIONS = ScoreOptions(
     held_out_images=30,
     time_bins=4,
-    samples=20,
+    samples=129,
     probe_images=200,
     probe_times=[0.2, 0.6],
     distance_images=12,
@@ -207,6 +208,25 @@ def test_scores_are_read_back_for_the_same_weights_and_options(runs, cache, monk
     (folder / "scores.json").write_text("{")
     assert score_run(checkpoints / "step_00000003", options, cache) == first
     assert len(calls) == 4
+    # losses of other images, of other weights, and none
+    whole = (folder / "held_out.npz").read_bytes()
+    assert first["made_of"]["held_out_key"] == HeldOutLoss.load(folder / "held_out.npz").key
+    measure(load_model(str(runs["plain"])).model, "linear", HeldOutImages(Digits(), 9)).save(
+        folder / "held_out.npz"
+    )
+    assert score_run(checkpoints / "step_00000003", options, cache) == first
+    for content in ((folder.parent / "held_out.npz").read_bytes(), whole[:-1], b""):
+        (folder / "held_out.npz").write_bytes(content)
+        assert score_run(checkpoints / "step_00000003", options, cache) == first
+        assert (folder / "held_out.npz").read_bytes() == whole
+    assert len(calls) == 8
+    assert score_run(checkpoints / "step_00000003", options, cache) == first
+    assert len(calls) == 8
+    # losses that are no part of the scores do not lie beside them
+    none = replace(options, held_out_images=0, distance_images=5)
+    made_of = score_run(checkpoints / "step_00000003", none, cache)["made_of"]
+    assert made_of["held_out_key"] is made_of["chance"] is None
+    assert not (folder / "held_out.npz").exists()
 
 
 def test_student_and_teacher_of_a_checkpoint_are_probed(runs, tmp_path, monkeypatch):
@@ -273,10 +293,14 @@ def test_data_without_a_held_out_share_are_refused(tmp_path, cache):
         ({"samples": "3"}, "scores.samples must be int, got '3'"),
         ({"samples": True}, "scores.samples must be int, got True"),
         ({"weights": 1}, "scores.weights must be str, got 1"),
-        ({"samples": 1}, "scores.samples must be 0 or at least 2, got 1"),
+        # a covariance of 128 features
+        ({"samples": 128}, "scores.samples must be 0 or at least 129, got 128"),
+        ({"samples": -1}, "scores.samples must be 0 or at least 129, got -1"),
         ({"batch": 0}, "scores.batch must be at least 1, got 0"),
         ({"probe_images": 3}, "scores.probe_images must be 0 or at least 10"),
-        ({"held_out_images": -1}, "scores.held_out_images must be at least 0, got -1"),
+        ({"held_out_images": 1}, "scores.held_out_images must be 0 or at least 2, got 1"),
+        ({"distance_images": -1}, "scores.distance_images must be at least 0, got -1"),
+        (dict.fromkeys(run_scores.PARTS, 0), "scores need some images, got 0 of held_out_images, "),
         ({"probe_times": [0.5, 1.5]}, r"times must lie in \[0, 1\]"),
         ({"probe_times": 0.5}, "scores.probe_times must be numbers, got 0.5"),
         ({"probe_pool": "max"}, "scores.probe_pool must be one of auto, mean"),
@@ -287,6 +311,129 @@ def test_options_that_make_no_sense_are_one_line(held, message):
         ScoreOptions(**held).check()
     with pytest.raises(ValueError, match=message):
         score_run("anywhere", ScoreOptions(**held))
+
+
+class Few(Digits):
+    """Digits of some classes, with another share."""
+
+    def __init__(self, keep=lambda labels: labels >= 0, held_out_keep=None, held_out=False):
+        super().__init__(held_out)
+        self.kept = (keep, held_out_keep or keep)
+        rows = self.kept[held_out](self.labels)
+        self.images, self.labels = self.images[rows], self.labels[rows]
+
+    def held_out_split(self):
+        parts = (self, Few(*self.kept, held_out=True))
+        return [(part, np.arange(len(part))) for part in parts]
+
+
+def test_what_a_run_cannot_be_scored_on_is_known_before_it():
+    cfg = make_plan(config(*STEPS, "--train.averages", "{slow: {decay: 0.9}}")).cfg
+    check_for(ScoreOptions(), cfg, Digits())
+    check_for(ScoreOptions(weights="slow"), cfg, Digits())
+    first = lambda count: lambda labels: torch.arange(len(labels)) < count
+    cases = [
+        (ScoreOptions(samples=3), Digits(), "scores.samples must be 0 or at least 129, got 3"),
+        (
+            ScoreOptions(weights="fast"),
+            Digits(),
+            "scores.weights: expected weights of ema, model, slow, got 'fast'",
+        ),
+        (ScoreOptions(weights="power:0.1"), Digits(), "scores.weights power:0.1 is made from snap"),
+        (
+            ScoreOptions(),
+            Few(held_out_keep=first(128)),
+            r"at least 129 held-out images, digits has 128: scores: \{samples: 0\} leaves it out",
+        ),
+        (ScoreOptions(), Few(first(128), first(300)), "129 training images, digits has 128: "),
+        (
+            ScoreOptions(),
+            Few(lambda labels: labels == 4, first(200)),
+            r"expected images of at least two, digits has only class 4: scores: \{samples: 0\}",
+        ),
+        (
+            ScoreOptions(samples=0),
+            Few(lambda labels: labels == 4),
+            r"a probe needs images of several classes, digits has only class 4 among .* \{probe_images",
+        ),
+        (ScoreOptions(samples=0), Few(held_out_keep=first(1)), "at least 2 images, digits holds"),
+        (ScoreOptions(samples=0), Few(held_out_keep=first(0)), "scores need images that no run"),
+        (ScoreOptions(), Unsplit(), "scores need images that no run trains on"),
+    ]
+    for options, data, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            check_for(options, cfg, data)
+        assert "\n" not in str(caught.value)
+    # left out, they are not asked for
+    check_for(ScoreOptions(samples=0, probe_images=0), cfg, Few(lambda labels: labels == 4))
+    cfg.model.class_dropout_prob = 0.0
+    with pytest.raises(ValueError, match=r"class_dropout_prob > 0\): scores: \{probe_images: 0\}"):
+        check_for(ScoreOptions(), cfg, Digits())
+    check_for(ScoreOptions(probe_images=0), cfg, Digits())
+    cfg.model.num_classes = 9
+    with pytest.raises(ValueError, match="knows 9 classes, .* of digits have the label 9"):
+        check_for(ScoreOptions(probe_images=0), cfg, Digits())
+
+
+class Unsplit(TrainingData):
+    """Data of which a run trains on all images."""
+
+    name = "unsplit"
+    labels = torch.arange(5)
+
+
+def test_a_run_is_checked_as_its_plan_is(runs, cache, monkeypatch):
+    few = Few(held_out_keep=lambda labels: torch.arange(len(labels)) < 100)
+    monkeypatch.setattr(run_scores, "make_dataset", lambda cfg: few)
+    with pytest.raises(ValueError, match="at least 129 held-out images, digits has 100"):
+        score_run(runs["sra"], replace(OPTIONS, seed=5), cache)
+
+
+@pytest.mark.parametrize("num_classes", [10, 20])
+def test_a_model_that_knows_the_data_comes_to_the_floor(num_classes, runs, cache, monkeypatch):
+    """Also where some classes are rare, and where the model has more of them than the data."""
+    share = 0.5 ** torch.arange(10.0)
+
+    def rare(labels):
+        places = [(labels[: i + 1] == label).sum() for i, label in enumerate(labels)]
+        counts = labels.bincount(minlength=10)
+        return torch.tensor(
+            [p <= max(1, c) for p, c in zip(places, (share * counts)[labels], strict=True)]
+        )
+
+    data = Few(rare)
+    model = config(*STEPS, "--model.num_classes", str(num_classes)).model
+    model.fill_in((1, 8, 8), num_classes)
+    loaded = replace(load_model(str(runs["plain"])), model=model.build().eval())
+    given = []
+
+    def perfect(model, labels, *args):
+        """Training images of the classes that are asked for; noise for what it has not seen."""
+        given.append(labels)
+        draw = torch.Generator().manual_seed(3)
+        found = []
+        for label in labels:
+            rows = (data.labels == label).nonzero().flatten()
+            noise = torch.randn(1, 8, 8, generator=draw)
+            chosen = torch.randint(max(1, len(rows)), (1,), generator=draw)
+            found.append(data.images[rows[chosen]][0] if len(rows) else noise)
+        return torch.stack(found)
+
+    monkeypatch.setattr(run_scores, "generate", perfect)
+    options = replace(OPTIONS, samples=200)
+    found = run_scores._samples(loaded, data, options, cache, torch.device("cpu"))
+    assert found["frechet"] < 2 * found["frechet_floor"]
+    held_out = data.held_out_split()[1][0].labels.bincount(minlength=10) / len(
+        Few(rare, held_out=True)
+    )
+    made = given[0].bincount(minlength=10) / 200
+    assert len(made) == 10 and (made - held_out).abs().max() <= 1 / 200
+    monkeypatch.setattr(
+        run_scores, "labels_like", lambda count, labels: torch.arange(count) % num_classes
+    )
+    balanced = run_scores._samples(loaded, data, options, cache, torch.device("cpu"))
+    assert balanced["frechet"] > 2 * found["frechet"]
+    assert balanced["frechet_floor"] == found["frechet_floor"]
 
 
 def test_numbers_beside_lists_and_what_they_are_made_of(runs, cache):

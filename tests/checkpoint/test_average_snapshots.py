@@ -26,7 +26,9 @@ from sra_fast.config.schema import Average, SampleConfig
 from sra_fast.data.digits import Digits
 from sra_fast.sampling import run as sampling
 from sra_fast.training import provenance, run_folder, saving
+from sra_fast.training import run as ends
 from sra_fast.training.average_snapshots import is_due, store
+from sra_fast.training.checks import check_config
 from sra_fast.training.plan import make_plan
 from sra_fast.training.saver import prune
 from sra_fast.training.trainer import build
@@ -169,11 +171,12 @@ def test_an_export_passes_for_no_other_average(run, tmp_path):
     assert load_model(str(tmp_path / "slow.safetensors"), "slow").weights == "slow"
     assert load_model(str(tmp_path / "folder")).weights == "power:0.08"
     assert "the average power:0.08 of the weights" in (tmp_path / "folder/README.md").read_text()
-    for name, message in (("wide", "no weights 'wide', only slow"), ("model", "EMA weights only")):
-        with pytest.raises(ValueError, match=message):
+    for name in ("wide", "model", "power:0.08"):
+        with pytest.raises(ValueError, match=f"holds no weights '{name}', only slow; "):
             load_model(str(tmp_path / "slow.safetensors"), name)
-    with pytest.raises(ValueError, match="no weights 'wide', only ema"):
-        load_model(str(run / "ema.safetensors"), "wide")
+    for name in ("wide", "model"):
+        with pytest.raises(ValueError, match=f"no weights '{name}', only ema; "):
+            load_model(str(run / "ema.safetensors"), name)
     with pytest.raises(ValueError, match="format published has student and EMA, got weights slow"):
         export(Options(str(run), str(tmp_path / "w.pt"), weights="slow"))
 
@@ -183,7 +186,7 @@ def test_an_export_passes_for_no_other_average(run, tmp_path):
     [
         ("", "fast", "expected weights of ema, model, narrow, slow, wide, power:SIGMA, got 'fast'"),
         ("", "main", "expected weights of ema, .* got 'main'"),
-        ("", "power:0.5", r"weights power:0.5: expected a relative width in \(0, 0.2887\]"),
+        ("", "power:0.5", r"weights power:0.5: expected a relative width in \[1e-06, 0.2887\]"),
         ("", "power:wide", "expected weights power:SIGMA, as power:0.1, got 'power:wide'"),
         ("", "power:0.01", "its profile would be wrong by .*%, expected at most 10%; two widths"),
         ("checkpoints", "power:0.1", "has no weights power:0.1: expected a run folder"),
@@ -333,12 +336,92 @@ def test_the_same_name_for_another_average_is_refused(trained, changed, message)
     assert str(caught.value).startswith("cannot resume") and "\n" not in str(caught.value)
 
 
+def going_on(averages: str):
+    """What the fixture's run goes on with, to twice the steps and with fewer snapshots."""
+    words = ("--train.steps", str(2 * STEPS), "--train.average_snapshots", "120")
+    return config("--train.averages", averages, "--sample.weights", "power:0.07", *words)
+
+
+def test_a_run_that_goes_on_has_what_it_samples(trained, run):
+    """As it would be found at its end: the averages of a snapshot count by when they began."""
+    narrow, wide = "narrow: {sigma_rel: 0.05}", "wide: {sigma_rel: 0.1}"
+    path = run / "checkpoints/step_00000240"
+    manifest = read_manifest(path)
+    as_before = going_on(f"{{{narrow}, {wide}}}")
+    provenance.check_weights(path, manifest, as_before)
+    # one of them was not there before, and the other does not do alone
+    for average in (narrow, wide):
+        other = average.replace("narrow", "new").replace("wide", "new")
+        kept = wide if average == narrow else narrow
+        cfg = going_on(f"{{{kept}, {other}}}")
+        check_config(cfg)
+        message = (
+            "cannot resume .*240: sample.weights power:0.07, without new, which began later than "
+            "others, cannot be made from this run's snapshots: its profile would be wrong by"
+        )
+        with pytest.raises(ValueError, match=message) as caught:
+            provenance.check_weights(path, manifest, cfg)
+        assert "\n" not in str(caught.value)
+    # of both there are only old snapshots
+    cfg = going_on("{a: {sigma_rel: 0.05}, b: {sigma_rel: 0.1}}")
+    with pytest.raises(ValueError, match="without a, b, which began later"):
+        provenance.check_weights(path, manifest, cfg)
+    # a run without snapshots begins with them: all that it has began at once
+    shutil.rmtree(run / "ema")
+    provenance.check_weights(path, manifest, cfg)
+    provenance.check_weights(path, manifest, as_before)
+    cfg.train.steps = STEPS
+    with pytest.raises(ValueError, match="is made from snapshots, and the run has none"):
+        provenance.check_weights(path, manifest, cfg)
+    cfg.sample.weights = "a"
+    provenance.check_weights(path, manifest, cfg)
+
+
+def test_what_is_foretold_of_a_run_is_what_it_finds(trained, run):
+    """The error at the end of a run that is there, from a checkpoint in its middle."""
+    path = run / "checkpoints/step_00000120"
+    cfg = going_on("{narrow: {sigma_rel: 0.05}, wide: {sigma_rel: 0.1}}")
+    cfg.train.steps, cfg.train.average_snapshots = STEPS, EVERY
+    cfg.sample.weights = "power:0.02"
+    with pytest.raises(ValueError) as found:
+        reconstruct(run, 0.02)
+    with pytest.raises(ValueError) as foretold:
+        provenance.check_weights(path, read_manifest(path), cfg)
+    errors = [str(e.value).split("wrong by ")[1].split(",")[0] for e in (found, foretold)]
+    assert errors[0] == errors[1]
+
+
+def test_older_weights_do_not_pass_for_those_of_the_last_step(trained, run):
+    trainer = trained[2]
+    trainer.cfg.sample.weights = "power:0.08"
+    expected = trainer.state_dict(ends._weights_at_end(trainer, run))
+    state = load_model(str(run), "power:0.08").model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    (run / "ema/step_00000240" / SNAPSHOT).unlink()
+    with pytest.raises(ValueError, match="of step 240 in .*/ema, the newest .* is of step 210"):
+        ends._weights_at_end(trainer, run)
+    trainer.cfg.sample.weights = "ema"
+
+
 def test_a_trainer_has_no_other_weights(trained):
     for name in ("fast", "main", "power:0.1"):
         with pytest.raises(
             ValueError, match="expected weights of this training, ema, model, slow, "
         ):
             trained[2].weights(name)
+
+
+@pytest.mark.parametrize("name", ["model", "power:0.08"])
+@pytest.mark.parametrize("form", ["w.safetensors", "folder"])
+def test_an_export_is_read_under_the_name_of_its_weights(run, tmp_path, name, form):
+    export(Options(str(run), str(tmp_path / form), weights=name))
+    loaded = load_model(str(tmp_path / form), name)
+    assert (loaded.weights, loaded.step) == (name, STEPS)
+    expected = load_model(str(run), name).model.state_dict()
+    assert all(torch.equal(loaded.model.state_dict()[key], expected[key]) for key in expected)
+    for other in ("slow", "power:0.1"):
+        with pytest.raises(ValueError, match=f"holds no weights '{other}', only {name}; "):
+            load_model(str(tmp_path / form), other)
 
 
 def test_sampling_takes_a_name(trained, tmp_path):

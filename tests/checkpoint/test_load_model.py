@@ -305,7 +305,7 @@ def test_only_the_student(tmp_path, caplog):
     assert_same_samples(load_model(str(tmp_path / "w.pt")).model, model)
     assert "holds no EMA: its only weights are taken" in caplog.text
     torch.save({"ema": weights(model), "args": args}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="holds no 'model' weights"):
+    with pytest.raises(ValueError, match="holds no weights 'model', only ema; the student is in"):
         load_model(str(tmp_path / "w.pt"), weights="model")
 
 

@@ -47,7 +47,22 @@ def test_another_size_is_resized(tmp_path):
             lambda c: b"\x00\x00\x0d\x03" + c[4:],
             r"begins with \[0, 0, 8, 3\], it begins with \[0, 0, 13, 3\]",
         ),
-        (lambda c: c[:3], "it begins with"),
+        *(
+            (
+                lambda c, size=size: c[:size],
+                f"whose header has 16 bytes, it has {size} bytes in all",
+            )
+            for size in (0, 3, 15)
+        ),
+        # 2^64 bytes, and none of an impossible shape
+        (
+            lambda c: c[:4] + np.array([2**31, 2**31, 4], ">u4").tobytes(),
+            r"must hold \[2147483648, 2147483648, 4\] bytes, 18446744073709551616, it has 0",
+        ),
+        (
+            lambda c: c[:4] + np.array([0, 2**32 - 1, 2**32 - 1], ">u4").tobytes(),
+            r"holds nothing: its dimensions are \[0, 4294967295, 4294967295\]",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path, damage, message):

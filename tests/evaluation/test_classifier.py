@@ -102,6 +102,12 @@ def test_scores_are_those_of_its_features(digits):
     noisy[3, 0, 2, 2] = torch.nan
     with pytest.raises(ValueError, match="samples must be finite, 1 of 400 are not"):
         sample_scores(network, noisy[:400], real.labels[:400], held_out.images, real.images)
+    sets = dict(samples=real.images[:400], held_out=held_out.images, real=real.images)
+    for name, what in dict(samples="samples", held_out="held-out", real="training").items():
+        message = f"in 128 features needs at least 129 {what}.*, got 128"
+        with pytest.raises(ValueError, match=message):
+            few = {**sets, name: sets[name][:128]}
+            sample_scores(network, **few, labels=real.labels[: len(few["samples"])])
 
 
 def test_training_is_repeatable_and_leaves_random_numbers_alone():

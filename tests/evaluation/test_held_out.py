@@ -11,6 +11,7 @@ from launch import call, error_of, free_port
 from ranks import run_ranks
 from toy_data import write_latents
 
+from sra_fast.analysis import held_out_loss as held_out_command
 from sra_fast.analysis.intervals import bootstrap_interval, t_interval
 from sra_fast.checkpoint.export import write_export
 from sra_fast.config.schema import Config, ModelConfig
@@ -220,9 +221,16 @@ def test_what_cannot_be_measured_is_one_line(tmp_path):
     few = SiT(input_size=8, in_channels=1, num_classes=3, **SIZES).eval()
     with pytest.raises(ValueError, match="knows 3 classes, the held-out images have the label 9"):
         held_out_loss(few, "linear", HeldOutImages(Digits()))
-    for arguments in ({"count": 0}, {"bins": 0}):
-        with pytest.raises(ValueError, match="at least 1 image and 1 bin"):
+    for arguments in ({"count": 0}, {"count": 1}, {"bins": 0}):
+        with pytest.raises(ValueError, match="at least 2 images and 1 bin"):
             HeldOutImages(Digits(), **arguments)
+    # before the weights are looked for
+    with pytest.raises(ValueError, match="at least 2 images and 1 bin, got 1 and 10"):
+        held_out_command.run(held_out_command.Options("nowhere", images=1))
+    one = NoFingerprint(0, NoFingerprint(1))
+    one.held_out_split = lambda: [(one, np.arange(9)), (one.held_out, np.arange(1))]
+    with pytest.raises(ValueError, match="needs at least 2 images, toy holds out 1"):
+        HeldOutImages(one)
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(math.nan)
     found = held_out_loss(model, "linear", images)

@@ -18,6 +18,7 @@ from sra_fast.plots.report import to_uint8
 from sra_fast.sampling import parts as sampling
 from sra_fast.sampling import run as script
 from sra_fast.sampling.decoder import Decoder
+from sra_fast.sampling.generate import choose_labels, labels_like
 from sra_fast.utils.files import write_atomic
 
 COUNT = 11
@@ -291,3 +292,24 @@ def test_rounding_and_the_published_truncation():
     images = torch.tensor([-2.0, -1.0, 0.9 / 127.5 - 1, 0.4 / 127.5 - 1, 1.0, 3.0]).view(1, 6, 1, 1)
     assert to_uint8(images).flatten().tolist() == [0, 0, 1, 0, 255, 255]
     assert to_uint8(images, "truncate").flatten().tolist() == [0, 0, 0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("count", [3, 10, 70, 73])
+def test_labels_like_balanced_ones_take_turns(count):
+    """In whatever order they are, the labels are those of a balanced choice."""
+    data = torch.arange(10).repeat(7)[
+        torch.randperm(70, generator=torch.Generator().manual_seed(0))
+    ]
+    assert torch.equal(labels_like(count, data), choose_labels(count, 10, "balanced", 0))
+
+
+def test_labels_like_others_have_their_frequencies():
+    # 6 : 3 : 1 of classes 0, 2 and 5; the largest remainder gets the seventh
+    data = torch.tensor([0] * 6 + [2] * 3 + [5])
+    assert labels_like(10, data).tolist() == [0, 2, 5, 0, 2, 0, 2, 0, 0, 0]
+    assert labels_like(7, data).tolist() == [0, 2, 5, 0, 2, 0, 0]
+    assert labels_like(1, data).tolist() == [0]
+    many = torch.randint(1000, (5000,), generator=torch.Generator().manual_seed(1)) ** 2 // 1000
+    found = labels_like(1234, many)
+    exact = many.bincount() * 1234 / 5000
+    assert len(found) == 1234 and (found.bincount(minlength=len(exact)) - exact).abs().max() < 1

@@ -254,7 +254,7 @@ def test_sampling_from_a_run_and_from_its_checkpoint(whole_run, tmp_path):
         (("--checkpoint", "{run}", "--classes", "[10]"), "classes must lie in [0, 10)"),
         (
             ("--checkpoint", "{run}/ema.safetensors", "--sample.weights", "model"),
-            "EMA weights only",
+            "holds no weights 'model', only ema; the student is in a run",
         ),
     ],
 )

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_config import config
 
-from sra_fast.checkpoint import average_snapshots
 from sra_fast.checkpoint.average_snapshots import read_snapshot, snapshot_folders
 from sra_fast.checkpoint.manifest import Progress, read_manifest
 from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.data.dataset import make_dataset
-from sra_fast.training import control, saver, saving
+from sra_fast.training import control, run_folder, saver, saving
 from sra_fast.training.logger import read_rows
 from sra_fast.training.loop import image_order, train
+from sra_fast.training.monitor_files import append_row
 from sra_fast.training.plan import RunPlan, make_plan
 from sra_fast.training.run import logged, run
 from sra_fast.training.signals import Stopped, StopSignals
@@ -153,7 +153,8 @@ def test_a_signal_after_bad_images_saves(tmp_path):
 def test_rollback_leaves_the_images_out(tmp_path, caplog, monkeypatch):
     """Back to step 2, on with the images after the bad step; the same as such a run by hand.
 
-    Averages are among what is restored, and snapshots of them after step 2 are not kept.
+    Averages are among what is restored, and snapshots of them after step 2 are not kept, nor what
+    was seen after it.
     """
     averages = (
         "--train.averages",
@@ -162,13 +163,15 @@ def test_rollback_leaves_the_images_out(tmp_path, caplog, monkeypatch):
     trainer, data = made(*averages)
     poison(data, trainer, 3)
     removed = []
+    remove = run_folder.remove_after
 
     def remove_after(run, step):
-        removed.append((step, average_snapshots.remove_after(run, step)))
+        append_row(run / "samples.jsonl", {"step": 3})
+        removed.append((step, remove(run, step)))
         assert [path.name for path in snapshot_folders(run)] == ["step_00000002", "step_00000001"]
         return removed[-1][1]
 
-    monkeypatch.setattr("sra_fast.training.run.remove_after", remove_after)
+    monkeypatch.setattr(run_folder, "remove_after", remove_after)
     more = ("--train.average_snapshots", "1", "--sample.weights", "power:0.08")
     with caplog.at_level(logging.WARNING):
         summary = whole_run(tmp_path / "run", data, "--train.on_nan", "rollback", *averages, *more)
@@ -180,7 +183,10 @@ def test_rollback_leaves_the_images_out(tmp_path, caplog, monkeypatch):
     assert manifest.progress == Progress(6, 2)
     assert manifest.counts == [6, 0, 0], "the state before the bad step has no skipped update"
     assert [row["step"] for row in read_rows(folder / "stats.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _ in removed] == [2] and removed[0][1] >= 1
+    ((step, lines),) = removed
+    assert step == 2 and lines[0].startswith("snapshots of averages after step 2 are removed: ")
+    assert lines[1:] == ["samples and held-out losses after step 2 are removed: 1"]
+    assert (folder / "samples.jsonl").read_text() == ""
     snapshots = [read_snapshot(path) for path in snapshot_folders(folder)]
     assert [(held.step, held.updates) for held in snapshots] == [(s, s) for s in range(6, 0, -1)]
     # the summary is of weights that were made of them

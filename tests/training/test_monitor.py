@@ -21,10 +21,11 @@ from sra_fast.plots import report
 
 # as it is before a test replaces it
 from sra_fast.plots.report import plot_loss
-from sra_fast.training import loop
+from sra_fast.training import loop, run_folder
 from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check_config
 from sra_fast.training.logger import read_rows
+from sra_fast.training.monitor_files import losses_of, picture_of
 from sra_fast.training.plan import make_plan, make_run_plan
 from sra_fast.training.run import run as whole_run
 from sra_fast.training.trainer import build
@@ -134,20 +135,25 @@ def test_a_look_draws_no_number_of_the_run(tmp_path):
 
 def test_what_was_given_up_is_dropped(tmp_path):
     """A run that goes back to step 2 has no later rows, though it may never get as far again."""
-    (tmp_path / "held_out").mkdir()
+    for folder in ("held_out", "samples"):
+        (tmp_path / folder).mkdir()
     for step in (2, 4):
-        (tmp_path / f"held_out/step_{step:08d}.npz").touch()
+        losses_of(tmp_path, step).touch()
+        picture_of(tmp_path, step).touch()
         for name in ("samples.jsonl", "held_out.jsonl"):
             with open(tmp_path / name, "a") as f:
                 f.write(json.dumps({"step": step, "mean": None}) + "\n")
-    cfg = config(*ARGS)
-    monitors.Monitor(cfg, init_distributed(), tmp_path).begin(2)
+    for text in ("samples and held-out losses after step 2 are removed: 1", None):
+        assert run_folder.remove_after(tmp_path, 2) == ([] if text is None else [text])
     for name in ("samples.jsonl", "held_out.jsonl"):
         assert (tmp_path / name).read_text() == '{"step": 2, "mean": null}\n'
     assert [path.name for path in (tmp_path / "held_out").iterdir()] == ["step_00000002.npz"]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_00000002.png"]
 
 
-def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(tmp_path):
+@pytest.mark.parametrize("every", ["2", "0"])
+def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(every, tmp_path):
+    """Also where nobody looks any more."""
     args = f"--train.out {tmp_path} --train.save_every 2 --monitor.count 0 --monitor.held_out 5"
     plan = make_run_plan(config(*ARGS, *args.split()))
     # the digits' own scores at the end take longer than the run
@@ -157,6 +163,7 @@ def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(tmp_path):
     first = (folder / "held_out.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in first] == [2, 4]
     args += f" --train.steps 3 --train.resume {folder}/checkpoints/step_00000002"
+    args += f" --monitor.every {every}"
     plan = make_run_plan(config(*ARGS, *args.split()))
     plan.data.evaluation = None
     whole_run(plan, init_distributed())
@@ -176,6 +183,17 @@ def test_images_of_the_held_out_loss_by_default(tmp_path):
         make_run_plan(config(*ARGS, *f"{args} --monitor.held_out 5".split()))
     with pytest.raises(ValueError, match="monitor.count 0 needs a held-out share"):
         make_run_plan(config(*ARGS, *f"{args} --monitor.count 0".split()))
+
+
+def test_a_single_held_out_image_is_none_by_default(tmp_path, monkeypatch):
+    args = f"--train.out {tmp_path}/runs"
+    split = Digits.held_out_split
+    monkeypatch.setattr(
+        Digits, "held_out_split", lambda data: [(part, rows[:1]) for part, rows in split(data)]
+    )
+    assert make_run_plan(config(*ARGS, *args.split())).plan.cfg.monitor.held_out == 0
+    with pytest.raises(ValueError, match="needs at least 2 images, digits holds out 1"):
+        make_run_plan(config(*ARGS, *f"{args} --monitor.held_out 5".split()))
 
 
 def test_distance_to_an_fid_reference(tmp_path, monkeypatch):
@@ -228,7 +246,9 @@ def test_every_process_needs_an_image(monkeypatch, tmp_path):
     [
         ("--monitor.every -1", "monitor.every must not be negative"),
         ("--monitor.count 1", "monitor.count must be at least 2, or 0 for no samples, got 1"),
-        ("--monitor.held_out -1", "monitor.held_out must be at least 0, got -1"),
+        ("--monitor.held_out -1", "monitor.held_out must be at least 2, or 0 for no held-out loss"),
+        ("--monitor.held_out 1", "monitor.held_out must be at least 2, or 0 .*, got 1"),
+        ("--monitor.grid 0", "monitor.grid must be at least 1, got 0"),
         ("--monitor.count 0 --monitor.held_out 0", "monitor.every needs something to look at"),
         ("--monitor.count 0 --monitor.reference x --monitor.inception y", "is for samples"),
         ("--monitor.reference x", "reference and monitor.inception go together"),
