@@ -142,7 +142,7 @@ def _check_scoring(study: Study, options: Options) -> None:
     try:
         find_function(scoring.function)
         if not scoring.is_own:
-            ScoreOptions(**scoring.options)
+            ScoreOptions(**scoring.options).check()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{study.name}: scores: {error}") from None
     finally:
