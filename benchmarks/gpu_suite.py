@@ -12,7 +12,7 @@ second: steps against the rivals at 32 and 256 images and with the engine's opti
 red, and the operators against torch.compile.
 models: the operators without a row of a GPU against torch.compile, and other people's models with
 one line of ours, the kernels in them tested beforehand.
-alignments: steps with every alignment target, of two models at 32 and 256 images, after their tests.
+alignments: the tests of every alignment target, then its step for two models at 32 and 256 images.
 
 All end with a VERDICT. Every part is a process with a time limit. What it has written stays, and time
 that it leaves goes to the parts after it. DIR gets rows.json (the source of the tables), a log of every part, and

@@ -2,9 +2,10 @@
 
 python examples/bad_to_good.py PLAIN_RUN SRA_RUN --out pictures
 
-The figure that motivates SRA: features get better with depth, and with less noise. For every checkpoint
-of the two runs, linear probes of every block at several times; of the plain model and of SRA's student
-(their weights), and of SRA's teacher (the EMA). Writes bad_to_good.json and bad_to_good.png.
+The figure that motivates SRA: features get better with depth, and with less noise. For every
+checkpoint of the two runs, linear probes of every block at several times; of the plain model and of
+SRA's student (their weights), and of SRA's teacher (the EMA). Writes bad_to_good.json and
+bad_to_good.png.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Run a study, variants of a configuration with several seeds:  python sra_fast/ablate.py configs/ablations/layers.yaml
+"""Train and compare variants with several seeds:  python sra_fast/ablate.py STUDY.yaml
 
 Writes runs/ablations/<study>/table.md, rows.json and plot.png. The same command resumes after an
 interruption.
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _run(study, args: argparse.Namespace, why) -> tuple[list[str], int]:
-    """Run one study, show its table, and return a line for each failure and how many runs are left."""
+    """Run a study and show its table; a line for each failure, and how many runs are left."""
     from sra_fast.analysis.study_schedule import Options, run_study
     from sra_fast.analysis.study_table import panels, table
     from sra_fast.plots.study import plot_study

@@ -1,4 +1,4 @@
-"""Work for the workers of ``analysis.jobs`` that trains nothing, named in the place of a study's own."""
+"""Work that trains nothing, for the workers of ``analysis.jobs`` and as a study's own function."""
 
 import ctypes
 import json

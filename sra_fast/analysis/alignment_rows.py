@@ -57,9 +57,9 @@ def distance_rows(
     """How far the student's features are from its EMA teacher's, with the images' own labels.
 
     In a run whose target has an EMA teacher, this is what its loss measures: the student's features
-    after the aligned layer and the head, if there is one, against the teacher's after its layer, at a
-    time that is earlier by U(0, t_max), in the target's own distance. Each image has one time, also
-    where the target trains with two.
+    after the aligned layer and the head, if there is one, against the teacher's after its layer, at
+    a time that is earlier by U(0, t_max), in the target's own distance. Each image has one time,
+    also where the target trains with two.
 
     In every other run, also a plain one, the layers, the distance and t_max are those that
     ``ema_teacher`` has by default, and no head is used: nothing has trained one. Such distances
@@ -74,8 +74,8 @@ def distance_rows(
 
     Returns:
         What was compared (``target``, layers, ``head``, ``distance``, ``t_max``), and rows
-        ``{"time", "distance", "cosine"}``; ``cosine`` is 1 minus the cosine of a token's two vectors,
-        which does not depend on their lengths.
+        ``{"time", "distance", "cosine"}``; ``cosine`` is 1 minus the cosine of a token's two
+        vectors, which does not depend on their lengths.
     """
     align, target = _teacher_options(student.config or {}, student.model)
     gap = align.largest_gap

@@ -1,4 +1,5 @@
-"""How far a difference between two variants can be trusted: intervals, and how many seeds would show it.
+"""How far a difference between two variants can be trusted: intervals, and how many seeds would
+show it.
 
 Two variants are compared in pairs, with the same seed or on the same images: what the pairs have in
 common cancels.
@@ -72,7 +73,8 @@ def t_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tup
 def bootstrap_interval(
     values: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of the mean from resampled means (Efron's percentile interval), whatever the distribution.
+    """Interval of the mean from resampled means (Efron's percentile interval), whatever the
+    distribution.
 
     For many values, such as the losses of images: of a few it is too narrow.
 
@@ -100,7 +102,8 @@ def bootstrap_interval(
 
 
 def power_of(count: int, effect: float, deviation: float, level: float = 0.95) -> float:
-    """Probability that the two-sided t test of ``count`` differences finds their mean to differ from 0.
+    """Probability that the two-sided t test of ``count`` differences finds their mean to differ
+    from 0.
 
     Args:
         count: differences, at least 2.

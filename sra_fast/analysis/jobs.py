@@ -1,7 +1,7 @@
 """Several tasks at once, each in a worker process that does one after another.
 
-A worker imports what it needs once. It is a process of its own, so a task that crashes takes no other
-one along, and the tasks that it had not begun go to another worker.
+A worker imports what it needs once. It is a process of its own, so a task that crashes takes no
+other one along, and the tasks that it had not begun go to another worker.
 """
 
 import logging
@@ -25,8 +25,8 @@ from sra_fast.utils.processes import num_cores
 log = logging.getLogger("sra_fast")
 
 ROOT = Path(__file__).resolve().parents[2]
-# not `-m`, which would make a second copy of the module and its classes. The first place where modules
-# are looked for is the current folder, which may hold another sra_fast
+# not `-m`, which would make a second copy of the module and its classes. Python looks for modules in
+# the current folder first, which may hold another sra_fast
 WORKER = (
     f"import sys; sys.path[0] = {str(ROOT)!r}; from sra_fast.analysis.worker import main; main()"
 )
@@ -43,7 +43,8 @@ NOTICE = 1.0
 
 
 def threads_of(jobs: int) -> int:
-    """Threads of each of ``jobs`` workers: an equal share of the cores, or what ``OMP_NUM_THREADS`` says.
+    """Threads of each of ``jobs`` workers: an equal share of the cores, or what ``OMP_NUM_THREADS``
+    says.
 
     Raises:
         ValueError: the variable is no number of threads.
@@ -123,8 +124,8 @@ class Pool:
 
     Attributes:
         start: ``module:function``. A worker calls it once, and it returns ``(about, work)``: facts
-            about the worker, and what is called for every task as ``work(arguments, stop)``, with open
-            ``StopSignals``. A task has failed if ``work`` raises, and was stopped if it raises
+            about the worker, and what is called for every task as ``work(arguments, stop)``, with
+            open ``StopSignals``. A task has failed if ``work`` raises, and was stopped if it raises
             ``Stopped``.
         jobs: the most tasks at once.
         threads: of each worker.
@@ -198,8 +199,8 @@ class Pool:
         Args:
             tasks: what to do.
             report: called with each outcome, in this process. What was never begun has none.
-            asked: whether to stop, looked at several times a second. Then no task is begun, and those
-                that run are told to stop (SIGTERM).
+            asked: whether to stop, looked at several times a second. Then no task is begun, and
+                those that run are told to stop (SIGTERM).
             before: called with each task when it begins.
 
         Raises:
@@ -249,7 +250,7 @@ class Pool:
                 worker.process.send_signal(signal.SIGTERM)
 
     def _look(self) -> list[_Worker]:
-        """Workers that have said something, or have ended; after a short while without any: none."""
+        """Workers that have said something or have ended, waiting for them a short while."""
         found = wait([worker.connection for worker in self._workers], LOOK_EVERY)
         # a pipe may be held open by the loader processes of a worker that was killed
         return [

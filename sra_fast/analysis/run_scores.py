@@ -1,8 +1,8 @@
 """All scores of a run's weights in one file: held-out loss, samples, probes, norms and distances.
 
 They lie in ``<run>/scores/<weights>/scores.json``, those of a checkpoint folder in
-``<run>/scores/<weights>/step_XXXXXXXX/scores.json``, with ``held_out.npz`` beside them. A second call
-with the same options and weights reads the file.
+``<run>/scores/<weights>/step_XXXXXXXX/scores.json``, with ``held_out.npz`` beside them. A second
+call with the same options and weights reads the file.
 """
 
 import hashlib
@@ -209,14 +209,14 @@ def score_run(
 
     Returns:
         What ``scores.json`` has. Scalars: ``held_out``; ``frechet``, ``frechet_floor``,
-        ``label_accuracy``, ``classifier_accuracy`` (see ``sample_scores``); ``probe``, the mean over
-        the times of the layer for which it is largest; ``probe_early``, that of the layers in the
-        first quarter of the depth; ``feature_norm``, the mean over layers and times;
-        ``align_distance``, the mean over times. Lists: ``held_out_bins``, ``probe_rows`` (time, layer,
-        accuracy; layer 0 is the noisy input), ``norm_rows`` (time, layer, norm), ``distance_rows``
-        (time, distance, cosine). And ``made_of``: the step and a digest of the weights, the options,
-        the ``key`` of the held-out loss (``held_out_key``), the chance of the probes, and what the
-        distance is between (``align``); None for what is not made.
+        ``label_accuracy``, ``classifier_accuracy`` (see ``sample_scores``); ``probe``, the mean
+        over the times of the layer for which it is largest; ``probe_early``, that of the layers in
+        the first quarter of the depth; ``feature_norm``, the mean over layers and times;
+        ``align_distance``, the mean over times. Lists: ``held_out_bins``, ``probe_rows`` (time,
+        layer, accuracy; layer 0 is the noisy input), ``norm_rows`` (time, layer, norm),
+        ``distance_rows`` (time, distance, cosine). And ``made_of``: the step and a digest of the
+        weights, the options, the ``key`` of the held-out loss (``held_out_key``), the chance of the
+        probes, and what the distance is between (``align``); None for what is not made.
 
     Raises:
         ValueError: an option, the run or its data cannot be used; the data have no held-out share;
@@ -258,7 +258,7 @@ def score_run(
         found, made_of["align"] = _distances(loaded, data, options, run, device)
         scores |= found
     folder.mkdir(parents=True, exist_ok=True)
-    # of other options or weights: what lies there belongs to the scores beside it
+    # losses that an earlier call has left would pass for those of these scores
     (folder / SCORES).unlink(missing_ok=True)
     (folder / LOSSES).unlink(missing_ok=True)
     if loss is not None:

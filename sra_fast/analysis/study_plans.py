@@ -138,7 +138,8 @@ def other_data(found: DataFacts, expected: DataFacts) -> str | None:
 
 
 def check_made_like(planned: Planned, run: Path) -> None:
-    """ValueError if a run that has begun was made with other settings or data than a variant has now.
+    """ValueError if a run that has begun was made with other settings or data than a variant has
+    now.
 
     The variant's arguments and base may be the same: a second file may be named in them, and what
     lies at a path may have changed.
@@ -153,7 +154,8 @@ def check_made_like(planned: Planned, run: Path) -> None:
         for name, pair in changes(began, asdict(planned.cfg)).items()
         if name.partition(".")[0] in TRAINED and name not in FREE
     ]
-    for name, (old, new) in settings:
+    if settings:
+        name, (old, new) = settings[0]
         raise ValueError(f"{run} was made with {name} {old}, now it is {new}")
     if read_json(run / DEEPSPEED) != plain(planned.ds_config):
         raise ValueError(

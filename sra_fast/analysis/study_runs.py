@@ -1,6 +1,8 @@
-"""What a worker of a study does: it trains and scores a run in its own process, as ``train.py`` does.
+"""What a worker of a study does: it trains and scores a run in its own process, as ``train.py``
+does.
 
-A run must not differ from the same run in a new process: what one leaves behind is put back after it.
+A run must not differ from the same run in a new process: what one leaves behind is put back after
+    it.
 """
 
 import fcntl
@@ -57,8 +59,8 @@ def do_run(arguments: dict, stop: StopSignals) -> dict | None:
     """Train one run to its summary, from its last checkpoint if it has one, and score it.
 
     Args:
-        arguments: ``runs``, the folder of the run. ``train``, the arguments of ``train.py`` with this
-            folder as ``--train.out``: absent if it is only scored. ``score``, arguments of
+        arguments: ``runs``, the folder of the run. ``train``, the arguments of ``train.py`` with
+            this folder as ``--train.out``: absent if it is only scored. ``score``, arguments of
             ``score_one``: absent if it is not. Or ``trial``, arguments of ``train.py`` for a trial.
         stop: open signals.
 

@@ -90,9 +90,9 @@ def run_study(
 ) -> Ended:
     """Run every variant with every seed: all variants of a seed, then those of the next.
 
-    Finished runs are not repeated, and a run that has a checkpoint goes on from it. A run that fails
-    takes no other one along. ``rows.json`` and ``table.md`` in ``folder`` are written anew after
-    each run.
+    Finished runs are not repeated, and a run that has a checkpoint goes on from it. A run that
+    fails takes no other one along. ``rows.json`` and ``table.md`` in ``folder`` are written anew
+    after each run.
 
     Args:
         study: what to run.

@@ -1,4 +1,6 @@
-"""The scores of a study's runs: which there are, which direction is better, and where they are kept."""
+"""The scores of a study's runs: which there are, which direction is better, and where they are
+kept.
+"""
 
 import json
 from collections.abc import Mapping
@@ -82,8 +84,8 @@ def summary_of(run: Path) -> dict:
 
 
 def recorded_scores(runs: Path, how: Mapping) -> dict[str, float] | None:
-    """The scores of a finished run; None if there are none that were made like this, or the held-out
-    losses that belong to them were made anew by somebody else.
+    """The scores of a finished run; None if there are none that were made like this, or the
+    held-out losses that belong to them were made anew by somebody else.
 
     Args:
         runs: folder of a variant's run.
@@ -134,8 +136,8 @@ def training_scores(run: Path, base: Path | None) -> dict[str, float]:
     Returns:
         ``denoise``: the mean denoising loss of the last tenth of the steps. ``curve``: the largest
         relative difference of any ``log_every`` steps from the baseline's, if that is there.
-        ``images_per_s``; and what the run's own evaluation has left in the summary, with ``SUMMARY``
-        before its name.
+        ``images_per_s``; and what the run's own evaluation has left in the summary, with
+        ``SUMMARY`` before its name.
 
     Raises:
         ValueError: the two runs have not logged the same steps.
@@ -158,8 +160,9 @@ def training_scores(run: Path, base: Path | None) -> dict[str, float]:
 def logged_losses(run: Path) -> dict[int, float]:
     """Denoising loss by steps: the last of every ``log_every`` steps -> the mean over them.
 
-    A run has more rows than these: one at each checkpoint, stop and look of the monitor, of the steps
-    since the row before. Where they are follows from interruptions, which must not change a score.
+    A run has more rows than these: one at each checkpoint, stop and look of the monitor, of the
+    steps since the row before. Where they are follows from interruptions, which must not change a
+    score.
 
     Raises:
         ValueError: the run does not say how often it has logged.

@@ -1,4 +1,4 @@
-"""What a study has found, as Markdown: scores, differences with intervals, verdicts on its claims."""
+"""What a study has found, as Markdown: scores, differences with intervals, verdicts."""
 
 import math
 from collections.abc import Iterable
@@ -187,8 +187,8 @@ def table(results: Results) -> str:
     """Everything that a study has found, as Markdown.
 
     Raises:
-        ValueError: held-out losses were measured in different ways, or a claim is about a score that
-            no run has.
+        ValueError: held-out losses were measured in different ways, or a claim is about a score
+            that no run has.
     """
     parts = [_claims(results), _overview(results)]
     parts += [_differences(results, key) for key in results.compared]
@@ -244,8 +244,8 @@ def _overview(results: Results) -> str:
     note = ""
     if any(key.startswith(SUMMARY) for key in results.keys):
         note = (
-            "\nOwn evaluation: what a run on these data always ends with, with other samples and "
-            "another classifier than the scores beside it.\n"
+            "\nOwn evaluation: what every run on these data ends with. Its samples and its "
+            "classifier are others than those of the scores.\n"
         )
     return "### Scores: mean ± standard deviation over the seeds\n\n" + _lines(titles, rows) + note
 

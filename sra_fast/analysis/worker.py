@@ -1,7 +1,7 @@
 """A worker process of ``analysis.jobs``.
 
-It gets tasks through a pipe and ends with the pipe, when it is told to stop, with its parent, and after
-a task that has failed.
+It gets tasks through a pipe and ends with the pipe, when it is told to stop, with its parent, and
+after a task that has failed.
 """
 
 import os
@@ -18,7 +18,9 @@ LOOK_EVERY = 0.5
 
 
 class Failed(Exception):
-    """A task has failed for a reason that one line tells; any other error has a traceback in the log."""
+    """A task has failed for a reason that one line tells; any other error has a traceback in the
+    log.
+    """
 
 
 def find_function(name: str) -> Callable:
@@ -95,7 +97,7 @@ def _do(work: Callable, log: Path, arguments: dict, stop) -> tuple[str, str, obj
 
 
 def main() -> None:
-    """Work with the arguments of the process: the pipe's descriptor, ``Pool.start``, ``Pool.path``."""
+    """Do tasks. Arguments of the process: the pipe's descriptor, ``Pool.start``, ``Pool.path``."""
     # before the imports, which take seconds: the parent may end meanwhile
     from sra_fast.utils.processes import LauncherWatch
 

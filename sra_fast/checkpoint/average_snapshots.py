@@ -1,8 +1,8 @@
 """Snapshots of a run's power-function averages, and an average of any width from them.
 
-``<run>/ema/step_00001000/`` holds ``rank_00000.safetensors`` of every rank, pieces as in a checkpoint
-but in fp16, and ``snapshot.json``, which is written last: a folder without it was not finished. It
-knows the size and the SHA-256 of every file, and its own.
+``<run>/ema/step_00001000/`` holds ``rank_00000.safetensors`` of every rank, pieces as in a
+checkpoint but in fp16, and ``snapshot.json``, which is written last: a folder without it was not
+finished. It knows the size and the SHA-256 of every file, and its own.
 
 fp16, as in EDM2, halves the disk space. Its rounding, at most 2^-11 of a weight, is not amplified:
 the coefficients that make another average have a norm of at most 2 between the stored widths.
@@ -47,8 +47,9 @@ class AverageSnapshot:
     updates: float
     """those of them that were taken: the time of the averages' profiles"""
     averages: dict[str, dict]
-    """name of every average -> its ``sigma_rel``, and ``since``: the updates that had been taken when
-    it began"""
+    """name of every average -> its ``sigma_rel``, and ``since``: the updates that had been taken
+    when it began
+    """
     files: dict[str, StoredFile]
     """name -> file, one of every rank"""
     settings: dict

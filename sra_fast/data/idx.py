@@ -1,4 +1,6 @@
-"""MNIST's file format (IDX) as a source of preprocessing: MNIST, Fashion-MNIST, KMNIST and their kin."""
+"""MNIST's file format (IDX) as a source of preprocessing: MNIST, Fashion-MNIST, KMNIST and their
+kin.
+"""
 
 import gzip
 import math
@@ -63,7 +65,8 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 
 
 def _read_part(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Images uint8 ``[N, H, W, 1]`` and labels int64 ``[N]`` of ``train`` or ``t10k``; None: not there.
+    """Images uint8 ``[N, H, W, 1]`` and labels int64 ``[N]`` of ``train`` or ``t10k``; None: not
+    there.
 
     Raises:
         ValueError: a file is damaged, there are no labels, or not one for each image.

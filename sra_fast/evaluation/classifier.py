@@ -1,9 +1,9 @@
 """Features without a published network: those of a small classifier of the data's own images.
 
-Inception's features are made for photographs of 299 pixels. For digits, clothes, latents or anything
-else that is small, a convolutional network that tells the data's classes apart says more, and takes a
-minute to train on one CPU core. It sees what the model sees: latents or pixels ``[C, H, W]``. Its
-numbers compare models of one data set with each other, and with nothing else.
+Inception's features are made for photographs of 299 pixels. For digits, clothes, latents or
+anything else that is small, a convolutional network that tells the data's classes apart says more,
+and takes a minute to train on one CPU core. It sees what the model sees: latents or pixels ``[C, H,
+W]``. Its numbers compare models of one data set with each other, and with nothing else.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Recipe:
 
 
 class ConvNet(nn.Module):
-    """Convolutions that halve the side down to 5 or less, a layer of D features, and the classes."""
+    """Convolutions that halve the side to 5 or less, a layer of D features, and the classes."""
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int, recipe: Recipe):
         super().__init__()
@@ -147,7 +147,8 @@ def feature_network(
     device: torch.device | str = "cpu",
     recipe: Recipe | None = None,
 ) -> FeatureNetwork:
-    """The classifier of a data set: from ``cache``, or trained on its training images and kept there.
+    """The classifier of a data set: from ``cache``, or trained on its training images and kept
+    there.
 
     Args:
         data: training set; its held-out share gives the accuracy.

@@ -322,7 +322,8 @@ def held_out_loss(
         about: kept with the losses.
 
     Raises:
-        ValueError: the images do not fit the model, it is in training mode, or ``batch`` is below 1.
+        ValueError: the images do not fit the model, it is in training mode, or ``batch`` is below
+            1.
     """
     require_that(not model.training, "a held-out loss needs a model in eval mode")
     require_that(batch >= 1, f"batch must be at least 1, got {batch}")

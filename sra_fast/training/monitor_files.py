@@ -1,4 +1,6 @@
-"""What a monitor leaves in the run's folder: rows of its looks, and the losses of every held-out image."""
+"""What a monitor leaves in the run's folder: rows of its looks, and the losses of every held-out
+image.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Intervals hold the mean as often as they say, and numbers of seeds are the smallest that are enough."""
+"""Intervals hold the mean as often as they say, and numbers of seeds are the smallest that are
+enough.
+"""
 
 import math
 

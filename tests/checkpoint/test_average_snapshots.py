@@ -1,4 +1,4 @@
-"""Named averages in checkpoints, snapshots of those of a power function, and what is made of them."""
+"""Named averages in checkpoints, snapshots of power-function averages, reconstruction."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def weights_of(step: int, trainer, base: list, directions: list) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """``(run folder, {step: parameters})`` of a run whose weights follow a path, all steps taken."""
+    """``(run folder, {step: parameters})`` of a run whose weights follow a given path."""
     trainer = make()
     run = tmp_path_factory.mktemp("run")
     save_config(trainer.cfg, run / "config.yaml")
@@ -115,7 +115,8 @@ def test_an_average_that_was_never_made(trained, sigma_rel):
     """Against the sum of the weights of all steps.
 
     Two errors are allowed: that of the profile, times its norm and that of the path around its mean
-    (Cauchy-Schwarz), and fp16's 2^-11 of each stored weight, times the coefficients. The second is an
+    (Cauchy-Schwarz), and fp16's 2^-11 of each stored weight, times the coefficients. The second is
+    an
     upper bound: roundings are not all alike.
     """
     run, history, _ = trained
@@ -337,7 +338,7 @@ def test_the_same_name_for_another_average_is_refused(trained, changed, message)
 
 
 def going_on(averages: str):
-    """What the fixture's run goes on with, to twice the steps and with fewer snapshots."""
+    """Arguments that continue the fixture's run to twice the steps, with fewer snapshots."""
     words = ("--train.steps", str(2 * STEPS), "--train.average_snapshots", "120")
     return config("--train.averages", averages, "--sample.weights", "power:0.07", *words)
 

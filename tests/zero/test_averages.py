@@ -21,8 +21,8 @@ def shares_of(name: str, updates: int) -> list[float]:
     "name", ["1-fp32-fused", "0-bf16-fused", "2-bf16-torch", "3-bf16-fused", "0-fp32-torch"]
 )
 def test_they_are_sums_of_the_weights_of_taken_updates(tmp_path, name):
-    """The time of the power function is the number of updates taken: those that are left out, also the
-    first of all, neither move an average nor count.
+    """The time of the power function is the number of updates taken: those that are left out, also
+    the first of all, neither move an average nor count.
     """
     trainer = make(name, tmp_path)
     poison = Poison(trainer, "blocks.1.mlp.fc1.weight")
