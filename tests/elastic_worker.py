@@ -163,6 +163,7 @@ def one_world(out: Path) -> None:
             folder = out / f"world{world}_from_{stage}"
             other = (stage + world) % len(STAGES)
             results[f"from_{stage}"] = resume(device, source, other, folder)
+    results["imported"] = "torch._inductor.compile_fx" in sys.modules
     if dist.get_rank() == 0:
         torch.save(results, out / f"results_{world}.pt")
     dist.barrier()

@@ -35,7 +35,7 @@ class Options:
     checkpoint: str
     """weights, as for sample.py: a run folder, a checkpoint folder, an export, a .pt, ..."""
     weights: str = "ema"
-    """which of a run's weights: ema, or model (the student)"""
+    """which of a run's weights: ema, model (the student), or the name of an average"""
     data: DataConfig = field(default_factory=DataConfig)
     out: str | None = None
     """an .npz for the loss of every image and bin, for --against"""

@@ -5,7 +5,11 @@ optimizers hold. None of it is a public interface. When DeepSpeed changes, ``che
 start which name is missing, and ``tests/zero/test_deepspeed_names.py`` says it before.
 """
 
+from contextlib import suppress
+from importlib import import_module
+
 import torch
+from deepspeed.runtime import compiler
 
 # attributes of engine.optimizer, by the class of ZeRO optimizer
 FP32_STAGE_0 = ("param_groups", "register_step_pre_hook", "step")
@@ -100,3 +104,21 @@ def restore_linear() -> None:
     """
     if torch.nn.functional.linear.__module__ == STAGE_3_LINEAR:
         torch.nn.functional.linear = torch._C._nn.linear
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon with its functions as they are.
+
+    DeepSpeed imports it to look at the type of any optimizer, and ``torch.compile`` in front of three
+    functions imports Inductor, which takes a second of every start. This engine does not train
+    with Muon.
+    """
+    decorator = getattr(compiler, "compile", None)
+    if decorator is None:
+        return
+    compiler.compile = lambda *args: lambda function: function
+    try:
+        with suppress(ImportError):
+            import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = decorator

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from launch import ROOT, call, error_of, launch, run_python
 from toy_data import write_idx
 
@@ -21,7 +22,10 @@ from sra_fast.utils.files import write_json
 
 STUDY = """
 base: {base}
-args: {{train.steps: 4, train.log_every: 2, train.save_every: 100, train.export: [], sample.steps: 2}}
+args:
+  {{model.hidden_size: 32, model.depth: 2, model.num_heads: 2, align.student_layer: 1, align.teacher_layer: 2,
+  optim.warmup_steps: 0, train.steps: 4, train.log_every: 2, train.save_every: 100, train.export: [],
+  sample.steps: 2}}
 seeds: [0, 1]
 variants:
   given: {{}}
@@ -56,20 +60,22 @@ def run_fake(tmp_path, monkeypatch):
     return run
 
 
-def test_study_from_start_to_table(tmp_path):
+def test_study_from_start_to_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = tmp_path / "weights.yaml"
     # a stage 3 leaves the most behind in its process
     first_variant = "given: {{train.zero_stage: 3}}"
     text = STUDY.replace("given: {{}}", first_variant).format(base=ROOT / "configs/digits.yaml")
     path.write_text(text)
-    first = launch("ablate", path, "--out", tmp_path, "--seeds", 0)
+    first = call("ablate", path, "--out", tmp_path, "--seeds", 0)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "2 of 4 runs left, 512 images" in first.stdout
     assert "(from a trial of a few steps of given: training alone)" in first.stdout
     assert len(json.loads((tmp_path / "weights/rows.json").read_text())) == 2
     # the second run of its worker, and the same one in a process of its own
-    args = "--align.weight 2.0 --train.steps 4 --train.export [] --sample.steps 2".split()
-    config = ["--config", ROOT / "configs/digits.yaml", *args]
+    settings = yaml.safe_load(text)["args"]
+    args = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    config = ["--config", ROOT / "configs/digits.yaml", *args, "--align.weight", 2.0]
     alone = launch("train", *config, "--train.seed", 0, "--train.out", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr[-2000:]
     shard = "000/checkpoints/step_00000004/rank_00000.safetensors"
@@ -77,7 +83,7 @@ def test_study_from_start_to_table(tmp_path):
     assert ours == (tmp_path / "alone" / shard).read_bytes()
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("weights/*/*/summary.json")}
-    second = launch("ablate", path, "--out", tmp_path, "--jobs", 2)
+    second = call("ablate", path, "--out", tmp_path, "--jobs", 2)
     assert second.returncode == 0, second.stderr[-2000:]
     rows = json.loads((tmp_path / "weights/rows.json").read_text())
     assert sorted((row["seed"], row["variant"]) for row in rows) == [

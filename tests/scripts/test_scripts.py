@@ -148,7 +148,7 @@ def test_checkpoint_does_not_store_the_teacher(whole_run):
 def test_a_killed_run_resumes(tmp_path):
     """SIGKILL in the middle: the resumed run ends with the same weights, bit for bit, and one log without gaps."""
     args = [*TINY, "--train.steps", "60", "--train.save_every", "4"]
-    assert launch("train", *args, "--train.out", tmp_path / "a").returncode == 0
+    assert call("train", *args, "--train.out", tmp_path / "a").returncode == 0
     killed = subprocess.Popen(
         [sys.executable, "sra_fast/train.py", *args, "--train.out", str(tmp_path / "b")],
         cwd=ROOT,
@@ -166,7 +166,7 @@ def test_a_killed_run_resumes(tmp_path):
     assert latest.exists()
     assert not (tmp_path / "b/000/summary.json").exists(), "it was killed too late"
 
-    done = launch("train", *args, "--train.out", tmp_path / "b", "--train.resume", "auto")
+    done = call("train", *args, "--train.out", tmp_path / "b", "--train.resume", "auto")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["000"]
     a = load_file(tmp_path / "a/000/ema.safetensors")
@@ -361,7 +361,7 @@ def test_dit_on_latents_from_disk(tmp_path):
         *("--sample.method", "auto", "--train.steps", 4, "--train.precision", "bf16"),
     ]
     export = ("--train.export", '["published","safetensors"]')
-    done = launch("train", *args, "--train.out", tmp_path / "runs", *export)
+    done = call("train", *args, "--train.out", tmp_path / "runs", *export)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs/000"
     last = rows_of(run)[-1]
@@ -370,7 +370,7 @@ def test_dit_on_latents_from_disk(tmp_path):
 
     # two more steps from the weights, the EMA and the optimizer's state
     start = ("--train.init_from", run / "published.pt")
-    done = launch("train", *args, "--train.steps", 6, "--train.out", tmp_path / "more", *start)
+    done = call("train", *args, "--train.steps", 6, "--train.out", tmp_path / "more", *start)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row["step"] for row in rows_of(tmp_path / "more/000")] == [6]
 

@@ -75,6 +75,11 @@ def test_the_run_that_goes_on_is_the_uninterrupted_one(results, before, world, s
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(results, world):
+    assert results[world]["imported"] is False
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("stage", range(4))
 def test_nothing_is_stored_twice(results, world, stage):
     """Six fp32 numbers of every parameter over all ranks, no padding, and every rank its part: weight,
