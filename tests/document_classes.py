@@ -141,6 +141,9 @@ CLASSES = {
         says="^minus sra.npz: [+]0.00000",
     ),
     "python sra_fast/ablate.py configs/ablations/": ParseOnly("trains for an hour"),
+    "python examples/bad_to_good.py": ParseOnly(
+        "reads runs of a study; tests/analysis/test_bad_to_good.py makes small ones"
+    ),
     "python examples/digits_features.py": Execute(
         "--steps 2 --width 16 --depth 1",
         makes=("data/digits/packed/features/vit/index.json",),

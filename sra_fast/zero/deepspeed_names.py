@@ -5,11 +5,11 @@ optimizers hold. None of it is a public interface. When DeepSpeed changes, ``che
 start which name is missing, and ``tests/zero/test_deepspeed_names.py`` says it before.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 
 import torch
-from deepspeed.runtime import compiler
 
 # attributes of engine.optimizer, by the class of ZeRO optimizer
 FP32_STAGE_0 = ("param_groups", "register_step_pre_hook", "step")
@@ -110,15 +110,20 @@ def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon with its functions as they are.
 
     DeepSpeed imports it to look at the type of any optimizer, and ``torch.compile`` in front of three
-    functions imports Inductor, which takes a second of every start. This engine does not train
-    with Muon.
+    functions imports Inductor, which takes a second of a start. This engine does not train with
+    Muon; other code of this process that does has it uncompiled.
     """
-    decorator = getattr(compiler, "compile", None)
-    if decorator is None:
-        return
-    compiler.compile = lambda *args: lambda function: function
-    try:
-        with suppress(ImportError):
+    # whatever is wrong with it, DeepSpeed says it when it imports it itself
+    with suppress(Exception):
+        compiler = import_module("deepspeed.runtime.compiler")
+        decorator = compiler.compile
+        compiler.compile = _leave
+        try:
             import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        compiler.compile = decorator
+        finally:
+            compiler.compile = decorator
+
+
+def _leave(*args, **kwargs) -> Callable:
+    """A decorator, with or without arguments, that returns the function as it is."""
+    return args[0] if args else lambda function: function

@@ -166,7 +166,7 @@ def test_a_killed_run_resumes(tmp_path):
     assert latest.exists()
     assert not (tmp_path / "b/000/summary.json").exists(), "it was killed too late"
 
-    done = call("train", *args, "--train.out", tmp_path / "b", "--train.resume", "auto")
+    done = launch("train", *args, "--train.out", tmp_path / "b", "--train.resume", "auto")
     assert done.returncode == 0, done.stderr[-2000:]
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["000"]
     a = load_file(tmp_path / "a/000/ema.safetensors")

@@ -1,12 +1,16 @@
 """The private names of DeepSpeed that the engine uses exist, and a missing one is named."""
 
+import sys
+
 import pytest
+import torch
+from deepspeed.runtime import compiler
 from tiny_config import config
 
 from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero import deepspeed_names
-from sra_fast.zero.deepspeed_names import check_names, names_of
+from sra_fast.zero.deepspeed_names import check_names, import_muon_uncompiled, names_of
 from sra_fast.zero.process_group import init_distributed
 
 STAGES = [
@@ -44,3 +48,22 @@ def test_a_missing_name_is_told(stage):
     message = f"stage {stage} optimizer of DeepSpeed 0.19, this version's OtherOptimizer has no "
     with pytest.raises(RuntimeError, match=message + "averaged_gradients, overflow"):
         check_names(optimizer, stage)
+
+
+def test_muon_is_imported_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled"))
+    before = compiler.compile
+    names = [name for name in sys.modules if "deepspeed.runtime.zero.muon." in name]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    import_muon_uncompiled()
+    assert "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules
+    assert compiler.compile is before
+    # another DeepSpeed may have no such name: then it imports what it likes
+    monkeypatch.delattr(compiler, "compile")
+    import_muon_uncompiled()
+
+
+@pytest.mark.parametrize("decorate", [deepspeed_names._leave, deepspeed_names._leave()])
+def test_functions_are_left_as_they_are(decorate):
+    assert decorate(names_of) is names_of
