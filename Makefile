@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo photos fashion lint test-fast test bugs chaos docs
+.PHONY: demo photos fashion lint test-fast test codegen bugs chaos docs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
@@ -39,6 +39,10 @@ test-fast: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(PYTEST)
+
+# kernels compiled for Ampere, Hopper and Blackwell; `make test` compiles them for Hopper
+codegen: $(INSTALLED)
+	@SRA_FAST_ARCHS="80 90 100" $(PYTEST) tests/ops -k "codegen or compiles_without_spills"
 
 # plants bugs in the operators one at a time; every one must turn a test red (half an hour)
 bugs: $(INSTALLED)

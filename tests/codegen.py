@@ -5,7 +5,7 @@
 
     with record_launches(kernels) as launches:  # what a launcher would run
         kernels.adaln_fwd(*meta_tensors)
-    compile_kernels([replace(launch, arch=arch) for launch in launches for arch in (80, 90, 100)])
+    compile_kernels([replace(launch, arch=arch) for launch in launches for arch in ARCHS])
 
 `args` gives every kernel argument in order. A string is a run-time argument: "*bf16", "*fp32",
 "*i64" (a pointer), "i32", "i64", "fp32". Pointers and integers are specialized as divisible by 16,
@@ -30,6 +30,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# for which kernels are compiled. `make codegen` says all of them; Hopper alone is a third of the time
+ALL_ARCHS = (80, 90, 100)
+ARCHS = tuple(map(int, os.environ.get("SRA_FAST_ARCHS", "90").split()))
 # child processes that compile at the same time
 MAX_CHILDREN = 4
 # names of dtypes in Triton's signatures where they differ from torch's
@@ -46,7 +49,7 @@ TRITON_DTYPES = {
 
 @dataclass(frozen=True)
 class Request:
-    """One kernel, one architecture (80, 90, 100), one set of arguments."""
+    """One kernel, one architecture of ``ALL_ARCHS``, one set of arguments."""
 
     module: str
     kernel: str

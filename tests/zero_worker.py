@@ -307,7 +307,8 @@ def main() -> None:
             out, f"{precision}_{stage}", device, stage, precision, "--train.average_snapshots", "4"
         )
     micro = 24 // (4 * dist.get_world_size())
-    others = {**VARIANTS, **TARGETS, **FP8, **TARGETS_BF16}
+    targets = TARGETS if dist.get_world_size() > 1 else {}
+    others = {**VARIANTS, **targets, **FP8, **TARGETS_BF16}
     for name, (stage, args) in others.items():
         precision = "bf16" if name in {**FP8, **TARGETS_BF16} else "fp32"
         run_case(out, name, device, stage, precision, *args.format(micro=micro).split())

@@ -6,12 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from codegen import compile_kernels, record_launches
+from codegen import ARCHS, compile_kernels, record_launches
 
 from sra_fast.kernels import _rows
 from sra_fast.kernels import qk_norm_rope as kernels
 
-ARCHS = (80, 90, 100)
 bf16 = torch.bfloat16
 fp16 = torch.float16
 fp32 = torch.float32

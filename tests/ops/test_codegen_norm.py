@@ -15,7 +15,7 @@ import pytest
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)]
-from codegen import compile_kernels, record_launches  # noqa: E402
+from codegen import ARCHS, compile_kernels, record_launches  # noqa: E402
 from rows import launchers, launchers_of_two  # noqa: E402
 
 from sra_fast.kernels import (  # noqa: E402
@@ -26,7 +26,6 @@ from sra_fast.kernels import (  # noqa: E402
     per_token,
 )
 
-ARCHS = (80, 90, 100)
 WIDTHS = (384, 768, 1024, 1152, 1536)
 bf16 = torch.bfloat16
 fp16 = torch.float16
