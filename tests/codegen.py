@@ -30,9 +30,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# for which kernels are compiled. `make codegen` says all of them; Hopper alone is a third of the time
 ALL_ARCHS = (80, 90, 100)
-ARCHS = tuple(map(int, os.environ.get("SRA_FAST_ARCHS", "90").split()))
+
+
+def chosen_archs(text: str) -> tuple[int, ...]:
+    """Architectures to compile for, as in "80 90": without Hopper some tests would look at nothing.
+
+    Raises:
+        ValueError: an architecture that the tests do not know, or no 90.
+    """
+    archs = text.split()
+    if "90" not in archs or not {*archs} <= {str(arch) for arch in ALL_ARCHS}:
+        raise ValueError(f"SRA_FAST_ARCHS must be 90 and others of {ALL_ARCHS}, got {text!r}")
+    return tuple(map(int, archs))
+
+
+# `make codegen` says all of them
+ARCHS = chosen_archs(os.environ.get("SRA_FAST_ARCHS", "90"))
 # child processes that compile at the same time
 MAX_CHILDREN = 4
 # names of dtypes in Triton's signatures where they differ from torch's

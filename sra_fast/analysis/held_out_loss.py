@@ -40,7 +40,7 @@ class Options:
     out: str | None = None
     """an .npz for the loss of every image and bin, for --against"""
     against: str | None = None
-    """what --out has written for other weights: the mean difference on the same images is printed"""
+    """what --out has written for other weights: the mean of the paired differences is printed"""
     images: int | None = None
     """most images, at least 2, drawn at random; default: all of the held-out share"""
     bins: int = TIME_BINS

@@ -25,8 +25,8 @@ from sra_fast.utils.processes import num_cores
 log = logging.getLogger("sra_fast")
 
 ROOT = Path(__file__).resolve().parents[2]
-# not `-m`, which would make a second copy of the module and its classes. Python looks for modules in
-# the current folder first, which may hold another sra_fast
+# not `-m`, which would make a second copy of the module and its classes. Python looks for modules
+# in the current folder first, which may hold another sra_fast
 WORKER = (
     f"import sys; sys.path[0] = {str(ROOT)!r}; from sra_fast.analysis.worker import main; main()"
 )

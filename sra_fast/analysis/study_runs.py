@@ -1,8 +1,7 @@
-"""What a worker of a study does: it trains and scores a run in its own process, as ``train.py``
-does.
+"""What a worker of a study does: it trains and scores runs in its process, as ``train.py`` does.
 
-A run must not differ from the same run in a new process: what one leaves behind is put back after
-    it.
+A run must not differ from the same run in a new process: what one leaves behind is put
+back after it.
 """
 
 import fcntl

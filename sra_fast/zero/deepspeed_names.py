@@ -109,9 +109,9 @@ def restore_linear() -> None:
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon with its functions as they are.
 
-    DeepSpeed imports it to look at the type of any optimizer, and ``torch.compile`` in front of three
-    functions imports Inductor, which takes a second of a start. This engine does not train with
-    Muon; other code of this process that does has it uncompiled.
+    DeepSpeed imports it to look at the type of any optimizer, and ``torch.compile`` in front of
+    three functions imports Inductor, which takes a second of a start. This engine does not train
+    with Muon; other code of this process that does has it uncompiled.
     """
     # whatever is wrong with it, DeepSpeed says it when it imports it itself
     with suppress(Exception):

@@ -116,8 +116,7 @@ def test_an_average_that_was_never_made(trained, sigma_rel):
 
     Two errors are allowed: that of the profile, times its norm and that of the path around its mean
     (Cauchy-Schwarz), and fp16's 2^-11 of each stored weight, times the coefficients. The second is
-    an
-    upper bound: roundings are not all alike.
+    an upper bound: roundings are not all alike.
     """
     run, history, _ = trained
     snapshot, found = reconstruct(run, sigma_rel)

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from codegen import ARCHS, compile_kernels, record_launches
+from codegen import ARCHS, chosen_archs, compile_kernels, record_launches
 
 from sra_fast.kernels import _rows
 from sra_fast.kernels import qk_norm_rope as kernels
@@ -130,3 +130,10 @@ def test_widths_follow_the_unit():
     assert request.args["UNIT"] == 8
     (report,) = compile_kernels([replace(request, args=request.args | {"UNIT": 1})])
     assert report.loads[128] < expected(request)[0][128]
+
+
+@pytest.mark.parametrize("text", ["", "80", "90 70", "hopper"])
+def test_architectures_that_would_leave_tests_with_nothing_are_refused(text):
+    assert chosen_archs("90 100") == (90, 100)
+    with pytest.raises(ValueError, match="SRA_FAST_ARCHS must be 90 and others of"):
+        chosen_archs(text)

@@ -23,9 +23,17 @@ from sra_fast.utils.files import write_json
 STUDY = """
 base: {base}
 args:
-  {{model.hidden_size: 32, model.depth: 2, model.num_heads: 2, align.student_layer: 1, align.teacher_layer: 2,
-  optim.warmup_steps: 0, train.steps: 4, train.log_every: 2, train.save_every: 100, train.export: [],
-  sample.steps: 2}}
+  model.hidden_size: 32
+  model.depth: 2
+  model.num_heads: 2
+  align.student_layer: 1
+  align.teacher_layer: 2
+  optim.warmup_steps: 0
+  train.steps: 4
+  train.log_every: 2
+  train.save_every: 100
+  train.export: []
+  sample.steps: 2
 seeds: [0, 1]
 variants:
   given: {{}}
