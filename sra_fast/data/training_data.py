@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from sra_fast.data.batch import Batch
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
+from sra_fast.models import ClassLabels, Conditioning
 
 # one image in five is held out of an analysis
 HELD_OUT = 5
@@ -78,6 +79,12 @@ class TrainingData(Dataset):
         images, *condition = batch
         features = None if self.features is None else condition.pop()
         return images, condition, features
+
+    def condition(self, tensors: Sequence[Tensor]) -> Conditioning:
+        """What the images of a batch are conditioned on, from the tensors that ``split`` found;
+        nothing is decided about dropping.
+        """
+        return ClassLabels(*tensors)
 
     def locate(self, number: int) -> str:
         """Where an image lies, for messages: ``image 123``, and its file if it has one."""
