@@ -125,7 +125,7 @@ def take_step(
         x0, noise = torch.randn(2, micro, 1, 8, 8).to(trainer.device)
         labels = torch.randint(10, (micro,)).to(trainer.device)
         drop, uniform, gap = torch.rand(3, micro).to(trainer.device)
-        condition = conditioning.from_tensors(labels).dropped(drop < 0.1)
+        condition = conditioning.from_tensor(labels).dropped(drop < 0.1)
         times = Times(*trainer.engine.module.process.times(uniform, gap))
         weights = [weight] * len(trainer.cfg.alignments)
         if poison is not None:

@@ -18,7 +18,7 @@ from sra_fast.alignment.target import (
 )
 from sra_fast.config.schema import AlignConfig, Config, DistanceConfig, ModelConfig, choice
 from sra_fast.data.training_data import TrainingData
-from sra_fast.models import Features, SiT
+from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 
@@ -105,7 +105,9 @@ class CachedFeatures(Target):
                 value is not None and value >= 1, f"align.{name} must be at least 1, got {value}"
             )
 
-    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(
+        self, student: DiffusionTransformer, features: Features, inputs: Inputs
+    ) -> dict[str, Tensor]:
         predicted = self.projected(student, features, inputs)
         target = inputs.select(inputs.noisy.batch.external)
         if self.align.target_norm == "spatial":

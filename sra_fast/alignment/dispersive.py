@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sra_fast.alignment.target import Inputs, Target, mean_norm
 from sra_fast.config.schema import AlignConfig, Config, ModelConfig, choice
-from sra_fast.models import Features, SiT
+from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 
@@ -64,7 +64,9 @@ class Dispersive(Target):
             f"align.temperature must be positive and finite, got {align.temperature}",
         )
 
-    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(
+        self, student: DiffusionTransformer, features: Features, inputs: Inputs
+    ) -> dict[str, Tensor]:
         h = self.projected(student, features, inputs)
         if features.groups is not None:
             # each image's tokens are permuted by themselves: patches are compared with patches

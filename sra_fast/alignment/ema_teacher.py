@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sra_fast.alignment.target import AP_HEAD, Inputs, Target, check_layers, compare
 from sra_fast.config.schema import Config, DistanceConfig
-from sra_fast.models import Backbone, Conditioning, Features, SiT, TokenGroups
+from sra_fast.models import Backbone, Conditioning, DiffusionTransformer, Features, TokenGroups
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.cuda_graph import Graphed
-from sra_fast.utils.registry import CONDITIONINGS, TARGETS
+from sra_fast.utils.registry import TARGETS
 
 
 @dataclass
@@ -66,7 +66,9 @@ class EMATeacher(Target):
 
     def __init__(self, align: TeacherConfig, network: Backbone):
         super().__init__(align, network.requires_grad_(False))
-        # how the tokens of the teacher's input are grouped: its tensors are inputs of ``run``
+        # what the teacher is told, and how the tokens of its input are grouped: their tensors are
+        # inputs of ``run``
+        self.condition: Conditioning | None = None
         self.groups: TokenGroups | None = None
         # one callable for both ways to run: eager, or replayed as a CUDA graph
         self.run = self._features
@@ -147,11 +149,13 @@ class EMATeacher(Target):
             condition = condition.dropped(none)
         groups = batch.times.teacher_groups
         # the teacher computes only the images that the loss compares
-        if groups is not None and inputs.images is not None:
-            groups = groups.select(inputs.images)
+        if inputs.images is not None:
+            condition = condition.select(inputs.images)
+            groups = None if groups is None else groups.select(inputs.images)
+        self.condition = condition
         self.groups = groups
-        rows = (inputs.noisy.x_teacher, inputs.sinusoid, *condition.tensors())
-        self.inputs = tuple(inputs.select(item) for item in rows)
+        rows = [inputs.select(item) for item in (inputs.noisy.x_teacher, inputs.sinusoid)]
+        self.inputs = (*rows, *condition.tensors())
         if groups is not None:
             self.inputs = (*groups.tensors(), *self.inputs)
         if self.stream is not None:
@@ -160,7 +164,9 @@ class EMATeacher(Target):
             with torch.cuda.stream(self.stream):
                 self.target = self._compute()
 
-    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(
+        self, student: DiffusionTransformer, features: Features, inputs: Inputs
+    ) -> dict[str, Tensor]:
         predicted = self.projected(student, features, inputs)
         return compare(predicted, self.result(), self.align.distance, self.align.beta)
 
@@ -194,5 +200,5 @@ class EMATeacher(Target):
             groups = self.groups.with_tensors(*tensors[:count])
             tensors = tensors[count:]
         x, sinusoid, *condition = tensors
-        kind = CONDITIONINGS[self.network.conditioning]
-        return self.network.features(x, sinusoid, kind.from_tensors(*condition), groups=groups)
+        told = self.condition.with_tensors(*condition)
+        return self.network.features(x, sinusoid, told, groups=groups)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sra_fast.alignment.target import Inputs, Target, check_layers, compare, share_of_depth
 from sra_fast.config.schema import Config, DistanceConfig, ModelConfig, choice
-from sra_fast.models import Features, SiT
+from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
 
@@ -59,7 +59,9 @@ class LayerSync(Target):
     def depths(self) -> tuple[int, ...]:
         return (self.align.student_layer, self.align.deep_layer)
 
-    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(
+        self, student: DiffusionTransformer, features: Features, inputs: Inputs
+    ) -> dict[str, Tensor]:
         target = inputs.select(features.after[self.align.deep_layer]).detach()
         predicted = self.projected(student, features, inputs)
         return compare(predicted, target, self.align.distance, self.align.beta)

@@ -11,8 +11,7 @@ from sra_fast.config.schema import Config
 from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages, Times
 from sra_fast.diffusion.process import Process, make_process
-from sra_fast.models import Backbone, Features, SiT
-from sra_fast.models.layers import timestep_features
+from sra_fast.models import Backbone, DiffusionTransformer, Features
 from sra_fast.models.token_groups import Segments
 from sra_fast.utils.registry import TARGETS
 
@@ -26,7 +25,7 @@ class SRAObjective(nn.Module):
         process: noises both inputs and compares the prediction.
     """
 
-    def __init__(self, student: SiT, targets: Iterable[Target], process: Process):
+    def __init__(self, student: DiffusionTransformer, targets: Iterable[Target], process: Process):
         super().__init__()
         self.student = student
         self.targets = nn.ModuleList(targets)
@@ -98,7 +97,7 @@ class SRAObjective(nn.Module):
                 "got one that leaves it to each network"
             )
         noisy = NoisyImages.make(self.process, batch, self.student.patch_size)
-        sinusoid, of_teacher = _sinusoids(batch.times)
+        sinusoid, of_teacher = _sinusoids(self.student, batch.times)
         # a tensor is not compared: that would wait for the device, and a CUDA graph cannot branch
         active = {
             i: target
@@ -154,7 +153,7 @@ class SRAObjective(nn.Module):
         return sum(0.0 * output.sum() for output in outputs)
 
 
-def add_heads(student: SiT, cfg: Config) -> None:
+def add_heads(student: DiffusionTransformer, cfg: Config) -> None:
     """Give the student the heads that only single targets have."""
     for align in cfg.alignments.values():
         head = TARGETS[align.target].make_head(align, cfg.model)
@@ -163,7 +162,9 @@ def add_heads(student: SiT, cfg: Config) -> None:
             student.align_heads[align.target] = head
 
 
-def make_objective(cfg: Config, student: SiT, network: Backbone | None) -> SRAObjective:
+def make_objective(
+    cfg: Config, student: DiffusionTransformer, network: Backbone | None
+) -> SRAObjective:
     """The objective of a configuration.
 
     Args:
@@ -176,19 +177,18 @@ def make_objective(cfg: Config, student: SiT, network: Backbone | None) -> SRAOb
     return SRAObjective(student, targets, make_process(cfg))
 
 
-def inputs_of(target: Target, noisy: NoisyImages, sinusoid: Tensor | None = None) -> Inputs:
+def inputs_of(target: Target, noisy: NoisyImages, sinusoid: Tensor) -> Inputs:
     """What a target sees.
 
-    ``sinusoid``: of the teacher's times; None: it is computed.
+    ``sinusoid``: of the teacher's times.
     """
-    if sinusoid is None:
-        _, sinusoid = _sinusoids(noisy.batch.times)
     images = aligned_images(target.align.share, len(noisy.batch), noisy.x.device)
     return Inputs(noisy, sinusoid, images)
 
 
-def _sinusoids(times: Times) -> tuple[Tensor, Tensor]:
-    """``timestep_features`` of the student's and the teacher's times, in one pass."""
+def _sinusoids(student: Backbone, times: Times) -> tuple[Tensor, Tensor]:
+    """Sinusoids of the student's and the teacher's times, in one pass."""
     both = torch.cat([times.student.flatten(), times.teacher.flatten()])
-    student, teacher = timestep_features(both).split([times.student.numel(), times.teacher.numel()])
+    sizes = [times.student.numel(), times.teacher.numel()]
+    student, teacher = student.sinusoid(both).split(sizes)
     return student.view(*times.student.shape, -1), teacher.view(*times.teacher.shape, -1)

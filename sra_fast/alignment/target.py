@@ -15,7 +15,7 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import NoisyImages, Times
 from sra_fast.diffusion.process import Process
-from sra_fast.models import ALIGN_HEADS, Backbone, Features, SiT
+from sra_fast.models import ALIGN_HEADS, Backbone, DiffusionTransformer, Features
 from sra_fast.models.token_groups import Segments
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
@@ -188,7 +188,9 @@ class Target(nn.Module):
     def start(self, inputs: Inputs) -> None:
         """Take the inputs of a micro-batch, before the student's forward."""
 
-    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(
+        self, student: DiffusionTransformer, features: Features, inputs: Inputs
+    ) -> dict[str, Tensor]:
         """The alignment loss, after the student's forward.
 
         Args:
@@ -201,7 +203,9 @@ class Target(nn.Module):
         """
         raise NotImplementedError
 
-    def projected(self, student: SiT, features: Features, inputs: Inputs) -> Tensor:
+    def projected(
+        self, student: DiffusionTransformer, features: Features, inputs: Inputs
+    ) -> Tensor:
         """``[b, T, ...]``: the student's features of the aligned images after the target's head.
 
         After a head that only this target has they are in the order of the image, else in that of

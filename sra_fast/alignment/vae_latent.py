@@ -19,7 +19,7 @@ from sra_fast.alignment.target import (
 )
 from sra_fast.config.schema import AlignConfig, Config, DistanceConfig, ModelConfig, choice
 from sra_fast.data.training_data import TrainingData
-from sra_fast.models import Features, SiT
+from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.models.layers import patches_of
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
@@ -107,7 +107,9 @@ class VAELatent(Target):
     def needs_mean(self) -> bool:
         return self.align.latent == "mean"
 
-    def loss(self, student: SiT, features: Features, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(
+        self, student: DiffusionTransformer, features: Features, inputs: Inputs
+    ) -> dict[str, Tensor]:
         predicted = self.projected(student, features, inputs)
         return compare(predicted, self._latents(inputs), self.align.distance, self.align.beta)
 

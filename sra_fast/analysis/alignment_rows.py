@@ -14,7 +14,7 @@ from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.config.schema import DiffusionConfig, ModelConfig
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.diffusion.process import Noised
-from sra_fast.models import SiT
+from sra_fast.models import DiffusionTransformer
 from sra_fast.utils.registry import PROCESSES, TARGETS
 
 
@@ -24,7 +24,9 @@ def mean_of(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def norm_rows(model: SiT, path: str, images: Images, times: list[float], batch: int) -> list[dict]:
+def norm_rows(
+    model: DiffusionTransformer, path: str, images: Images, times: list[float], batch: int
+) -> list[dict]:
     """Mean length of the tokens after every block, with the images' own labels.
 
     Args:
@@ -108,7 +110,7 @@ def distance_rows(
     return what, rows
 
 
-def _teacher_options(config: dict, model: SiT) -> tuple[TeacherConfig, str]:
+def _teacher_options(config: dict, model: DiffusionTransformer) -> tuple[TeacherConfig, str]:
     """The options of the run's target with an EMA teacher, or the default ones without a head; and
     the target's name.
     """
@@ -133,7 +135,11 @@ def _teacher_options(config: dict, model: SiT) -> tuple[TeacherConfig, str]:
 
 @torch.no_grad()
 def _compared(
-    student: SiT, teacher: SiT, noised: Noised, labels: Tensor, align: TeacherConfig
+    student: DiffusionTransformer,
+    teacher: DiffusionTransformer,
+    noised: Noised,
+    labels: Tensor,
+    align: TeacherConfig,
 ) -> list[Tensor]:
     """Two distances of every image, each ``[B]`` fp32."""
     device = student.pos_embed.device

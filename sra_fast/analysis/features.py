@@ -14,7 +14,7 @@ from sra_fast.data.dataset import make_dataset
 from sra_fast.data.facts import DataFacts, differences
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import block_seed, draw
-from sra_fast.models import Conditioning, SiT
+from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import PROCESSES
 
@@ -104,7 +104,9 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
     return data
 
 
-def open_for(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> TrainingData:
+def open_for(
+    data: DataConfig, model: DiffusionTransformer, facts: DataFacts | None = None
+) -> TrainingData:
     """The data set, checked against a model.
 
     ``facts``: about the data that the model was trained on. A warning says if these are others.
@@ -127,7 +129,9 @@ def open_for(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> Tr
     return found
 
 
-def split(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> tuple[Part, Part]:
+def split(
+    data: DataConfig, model: DiffusionTransformer, facts: DataFacts | None = None
+) -> tuple[Part, Part]:
     """Training and held-out images of ``data``; arguments and errors: see ``open_for``.
 
     No run trains on the held-out digits, nor on what `preprocess.py` holds out. Of other data every
@@ -146,7 +150,7 @@ def split(data: DataConfig, model: SiT, facts: DataFacts | None = None) -> tuple
 
 @torch.no_grad()
 def noisy_features(
-    model: SiT,
+    model: DiffusionTransformer,
     path: str,
     images: Images,
     condition: Conditioning | Tensor,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.analysis.features import Images, Part, noisy_features
-from sra_fast.models import SiT
+from sra_fast.models import DiffusionTransformer
 
 # the most features of an image that `auto` puts side by side: a probe has one weight for each and class
 SIDE_BY_SIDE = 4096
@@ -99,7 +99,7 @@ def train_count(count: int) -> int:
 
 
 def probe_layers(
-    model: SiT,
+    model: DiffusionTransformer,
     path: str,
     parts: tuple[Part, Part],
     times: list[float],
@@ -161,7 +161,13 @@ def probe_layers(
 
 
 def _samples(
-    model: SiT, path: str, images: Images, time: float, layers: list[int], how: str, batch: int
+    model: DiffusionTransformer,
+    path: str,
+    images: Images,
+    time: float,
+    layers: list[int],
+    how: str,
+    batch: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Samples of the noisy input and of every layer, each ``[N, ...]``, and their labels ``[N]``."""
     # the null class: a label would give the answer away

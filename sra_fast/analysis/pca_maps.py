@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.analysis.features import Images, noisy_features
-from sra_fast.models import SiT
+from sra_fast.models import DiffusionTransformer
 
 
 def components(features: Tensor, signs_of: np.ndarray | None = None) -> np.ndarray:
@@ -54,7 +54,7 @@ def as_colours(x: Tensor) -> np.ndarray:
 
 
 def draw_maps(
-    model: SiT, path: str, images: Images, times: list[float], layers: list[int]
+    model: DiffusionTransformer, path: str, images: Images, times: list[float], layers: list[int]
 ) -> np.ndarray:
     """Maps of every image, time and layer, each enlarged to the size of the input.
 

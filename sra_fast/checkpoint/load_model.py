@@ -13,7 +13,7 @@ from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
 from sra_fast.config.averages import EMA, STUDENT, check_known
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
-from sra_fast.models import SiT
+from sra_fast.models import DiffusionTransformer
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -38,7 +38,7 @@ class LoadedModel:
             average; None: the file does not say.
     """
 
-    model: SiT
+    model: DiffusionTransformer
     path: str
     facts: DataFacts | None = None
     config: dict | None = None
@@ -131,7 +131,7 @@ def model_of(
     return LoadedModel(model.eval(), path, facts, config, step, source, fresh, role)
 
 
-def facts_of(held: dict, model: SiT | None) -> DataFacts | None:
+def facts_of(held: dict, model: DiffusionTransformer | None) -> DataFacts | None:
     """What is known of the data that weights were trained on.
 
     Args:
@@ -150,7 +150,7 @@ def has_run(config: dict | None) -> bool:
     return config is not None and "optim" in config
 
 
-def _facts_of_config(config: dict, model: SiT) -> DataFacts | None:
+def _facts_of_config(config: dict, model: DiffusionTransformer) -> DataFacts | None:
     """What the configuration of a run tells about its data, where an older version has kept no more."""
     data = config.get("data", {})
     if data.get("latent_scale") is None:
@@ -187,7 +187,7 @@ def _chosen(held: dict, weights: str, source: Path) -> tuple[dict[str, Tensor], 
     raise ValueError(f"{source} holds no weights {weights!r}, only {only}; {where}")
 
 
-def from_config(config: dict, source: str | Path) -> SiT:
+def from_config(config: dict, source: str | Path) -> DiffusionTransformer:
     """The model of a run's configuration, or of the ``architecture`` that an export of other
     weights has instead; ValueError, which names the source, if this version does not know it.
     """
@@ -208,7 +208,7 @@ def _from_shapes(
     num_heads: int | None,
     num_classes: int | None,
     input_size: int | None,
-) -> SiT:
+) -> DiffusionTransformer:
     """A model of the size that the weights' shapes show.
 
     ``args`` of a published checkpoint say what shapes do not: heads, classes apart from the null
@@ -229,7 +229,7 @@ def _from_shapes(
     return cls(**arguments)
 
 
-def fill(model: SiT, state: dict[str, Tensor]) -> tuple[str, ...]:
+def fill(model: DiffusionTransformer, state: dict[str, Tensor]) -> tuple[str, ...]:
     """Load weights into a model. What the model computes itself, or only training reads, may be
     absent: the position embedding and the projection head.
 

@@ -19,7 +19,7 @@ from sra_fast.checkpoint.load_model import fill
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.checkpoint.values import checked, family_in, official_family
 from sra_fast.config.schema import ModelConfig
-from sra_fast.models import SiT
+from sra_fast.models import DiffusionTransformer
 from sra_fast.models.layers import timestep_frequencies
 from sra_fast.utils.checks import require_that
 
@@ -87,7 +87,7 @@ def model_config(
     return ModelConfig(name, **{key: found[key] for key in kept})
 
 
-def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> SiT:
+def convert(state: dict[str, Tensor], cfg: ModelConfig, seed: int = 0) -> DiffusionTransformer:
     """A model of ``cfg`` with the official weights, in eval mode, fp32, on the CPU.
 
     Args:

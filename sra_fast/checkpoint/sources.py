@@ -24,7 +24,7 @@ from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.averages import EMA, POWER, STUDENT, check_known, power_width
 from sra_fast.config.cli import load_config
 from sra_fast.config.schema import Config, ModelConfig
-from sra_fast.models import ALIGN_HEADS, SiT
+from sra_fast.models import ALIGN_HEADS, DiffusionTransformer
 from sra_fast.utils.files import require
 
 # of a Hugging Face model folder
@@ -298,7 +298,7 @@ def _of_snapshots(path: Path, weights: str, width: float) -> dict:
     return found
 
 
-def model_of_settings(settings: Mapping, path: Path) -> SiT:
+def model_of_settings(settings: Mapping, path: Path) -> DiffusionTransformer:
     """The model of a run's settings, without memory for its weights; ValueError, which names the
     checkpoint, if this version does not know it.
     """
@@ -309,7 +309,9 @@ def model_of_settings(settings: Mapping, path: Path) -> SiT:
         raise ValueError(f"the settings of {path} are those of another version: {error}") from None
 
 
-def state_dict_of(model: SiT, flat: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def state_dict_of(
+    model: DiffusionTransformer, flat: dict[str, Tensor], path: Path
+) -> dict[str, Tensor]:
     """A state dict under the published names, with the position embedding, from the flat tensors of
     a checkpoint; ValueError if they do not fit the model.
 

@@ -4,8 +4,11 @@ A field made by ``choice`` takes a name from a registry. ``config/cli.py`` offer
 when the parser is built.
 """
 
-from dataclasses import asdict, dataclass, field
+import inspect
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
+
+import torch
 
 from sra_fast import models
 from sra_fast.utils.registry import DATASETS, SAMPLERS, TARGETS, Registry
@@ -22,17 +25,26 @@ class ModelConfig:
     """Network."""
 
     name: str = "SiT-XL/2"
-    """{SiT,DiT}-{S,B,L,XL}/{2,4,8}"""
+    """{SiT,DiT,MMDiT}-{S,B,L,XL}/{2,4,8}, or MMDiT-REPA/2"""
     input_size: int | None = None
     """side of the square input (image side / 8 for VAE latents); default: that of the data"""
     in_channels: int | None = None
     """channels of the input; default: those of the data"""
     num_classes: int | None = None
     """number of labels; default: that of the data"""
+    context_tokens: int | None = None
+    """of MMDiT: tokens of a caption; default: those of the data's text features"""
+    context_size: int | None = None
+    """of MMDiT: width of a caption's tokens; default: that of the data's text features"""
+    pooled_size: int | None = None
+    """of MMDiT: width of a caption's pooled feature, which is added to the time, 0: it is not used;
+    default: that of the data's text features"""
+    time_scale: float | None = None
+    """of MMDiT: what times are multiplied by before their sinusoid: 1 (default), or 1000 as in SD3"""
     class_dropout_prob: float = 0.1
-    """share of labels dropped for classifier-free guidance; 0 builds no null class"""
+    """share of labels or captions dropped for classifier-free guidance; 0 builds no null class"""
     qk_norm: bool = False
-    """LayerNorm on queries and keys"""
+    """norm of queries and keys: LayerNorm, of MMDiT RMSNorm"""
     patch_size: int | None = None
     """replaces the named size's"""
     hidden_size: int | None = None
@@ -52,6 +64,11 @@ class ModelConfig:
         """Name of the diffusion process that the family is trained with."""
         return models.preset(self.name)[0].process
 
+    @property
+    def conditioning(self) -> str:
+        """Name of what the family is conditioned on."""
+        return models.preset(self.name)[0].conditioning
+
     def fill_in(self, shape: tuple[int, int, int] = (4, 32, 32), num_classes: int = 1000) -> None:
         """Set what was not given.
 
@@ -63,14 +80,56 @@ class ModelConfig:
             self.in_channels = shape[0]
         if self.input_size is None:
             self.input_size = shape[1]
-        if self.num_classes is None:
+        if self.num_classes is None and self.conditioning == "labels":
             self.num_classes = num_classes
 
+    def fill_in_text(self, tokens: int = 77, width: int = 768, pooled: int = 0) -> None:
+        """Set what was not given of captions.
+
+        Args:
+            tokens, width: of a caption's features; by default those of CLIP ViT-L/14.
+            pooled: width of its pooled feature; 0: it has none.
+        """
+        if self.context_tokens is None:
+            self.context_tokens = tokens
+        if self.context_size is None:
+            self.context_size = width
+        # a name may say that the pooled feature is not used
+        if self.pooled_size is None and "pooled_size" not in models.preset(self.name)[1]:
+            self.pooled_size = pooled
+
     def arguments(self) -> dict:
-        """Constructor arguments of the student."""
+        """Constructor arguments of the student.
+
+        Raises:
+            ValueError: a field was given that the family has no use for.
+        """
+        family, sizes = models.preset(self.name)
         # None keeps what the name stands for, or the constructor's default
-        overrides = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
-        return {**models.preset(self.name)[1], **overrides}
+        given = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
+        taken = inspect.signature(family.backbone).parameters
+        foreign = [name for name in given if name not in taken]
+        if foreign:
+            raise ValueError(
+                f"model.{foreign[0]} means nothing to a {family.family}, got {given[foreign[0]]}: "
+                "leave it out"
+            )
+        return {**sizes, **given}
+
+    def any_condition(self, count: int) -> models.Conditioning:
+        """A conditioning of ``count`` images that says nothing in particular, with none dropped:
+        for counting and measuring.
+        """
+        none = torch.zeros(count, dtype=torch.bool)
+        if self.conditioning == "labels":
+            return models.ClassLabels(torch.arange(count) % self.num_classes, none)
+        arguments = self.arguments()
+        pooled = arguments.get("pooled_size")
+        make = lambda batch: models.TextFeatures(
+            torch.zeros(batch, arguments["context_tokens"], arguments["context_size"]),
+            torch.zeros(batch, pooled) if pooled else None,
+        )
+        return replace(make(count), empty=make(1), drop=none)
 
     @property
     def num_tokens(self) -> int:
@@ -78,13 +137,18 @@ class ModelConfig:
         arguments = self.arguments()
         return (arguments["input_size"] // arguments["patch_size"]) ** 2
 
-    def build(self, **execution) -> models.SiT:
+    def build(self, **execution) -> models.DiffusionTransformer:
         """The student. ``execution``: how it runs, e.g. ``recompute``; see ``Backbone``."""
         return models.preset(self.name)[0](**self.arguments(), **execution)
 
     def build_teacher(self, depth: int, **execution) -> models.Backbone:
         """The student's first ``depth`` blocks, without an output."""
-        return models.Backbone(**{**self.arguments(), "depth": depth}, **execution)
+        arguments = self.arguments()
+        backbone = models.preset(self.name)[0].backbone
+        # captions of the last block of all go no further: only a family that has them asks for it
+        if "model_depth" in inspect.signature(backbone).parameters:
+            arguments["model_depth"] = arguments["depth"]
+        return backbone(**{**arguments, "depth": depth}, **execution)
 
 
 @dataclass

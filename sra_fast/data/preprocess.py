@@ -62,7 +62,7 @@ from sra_fast.data.text_jobs import (
 )
 from sra_fast.data.vae import load_vae, make_encoder, moments_shape, vae_identity
 from sra_fast.data.writer import PackingJob, read_ahead
-from sra_fast.models.conditioning import TextFeatures
+from sra_fast.models import TextFeatures
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.launcher import cuda_index
 

@@ -22,7 +22,7 @@ from sra_fast.data.features import check_name
 from sra_fast.data.order import ImageNumbers
 from sra_fast.data.packed import INDEX, RECIPE, Shards, load_npy, sha256
 from sra_fast.diffusion.draws import block_seed
-from sra_fast.models.conditioning import TextFeatures
+from sra_fast.models import TextFeatures
 from sra_fast.utils.checks import require_that
 
 # folder of all text features of a data set

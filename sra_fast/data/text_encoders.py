@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sra_fast.data.vae import repeatable, weights_digest
 from sra_fast.data.vision import first_line, quiet
-from sra_fast.models.conditioning import TextFeatures
+from sra_fast.models import TextFeatures
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import require
 

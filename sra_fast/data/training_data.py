@@ -11,7 +11,7 @@ from sra_fast.data.batch import Batch
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
 from sra_fast.data.stored_text import StoredText
-from sra_fast.models.conditioning import ClassLabels, Conditioning
+from sra_fast.models import ClassLabels, Conditioning
 
 # one image in five is held out of an analysis
 HELD_OUT = 5

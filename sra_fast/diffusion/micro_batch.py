@@ -75,7 +75,7 @@ class MicroBatch:
             rest = rest[count:]
         external = None if self.external is None else rest.pop(0)
         mean = None if self.mean is None else rest.pop(0)
-        condition = type(self.condition).from_tensors(*rest)
+        condition = self.condition.with_tensors(*rest)
         return MicroBatch(x0, condition, noise, Times(student, teacher, groups), external, mean)
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sra_fast.config.schema import ModelConfig, SampleConfig
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES, respaced
-from sra_fast.models import Conditioning, SiT
-from sra_fast.models.conditioning import concatenate
+from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.ops.noise_pair import interpolant
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import PROCESSES, SAMPLERS
@@ -37,7 +36,7 @@ class Guidance:
 
     def __init__(
         self,
-        model: SiT,
+        model: DiffusionTransformer,
         condition: Conditioning | Tensor,
         scale: float = 1.0,
         interval: tuple[float, float] = (0.0, 1.0),
@@ -50,8 +49,9 @@ class Guidance:
             )
         self.call = call or model
         self.condition = model.as_condition(condition)
-        # one model call for both: conditional first, unconditional second
-        self.both = concatenate(self.condition, self.condition.null())
+        if scale != 1:
+            # one model call for both: conditional first, unconditional second
+            self.both = self.condition.concatenated(self.condition.null())
         self.scale = scale
         self.interval = interval
         self.channels = channels or model.in_channels
@@ -240,7 +240,7 @@ def resolve_sampler(method: str, process: str) -> str:
     return method
 
 
-def check_sampling(settings: SampleConfig, model: ModelConfig | SiT) -> None:
+def check_sampling(settings: SampleConfig, model: ModelConfig | DiffusionTransformer) -> None:
     """ValueError for sampler settings that do not fit the model's process and channels."""
     method = resolve_sampler(settings.method, model.process)
     least, most = SAMPLERS[method].steps
@@ -262,7 +262,7 @@ def check_sampling(settings: SampleConfig, model: ModelConfig | SiT) -> None:
 
 @torch.no_grad()
 def sample(
-    model: SiT,
+    model: DiffusionTransformer,
     z: Tensor,
     condition: Conditioning | Tensor,
     method: str,

@@ -27,11 +27,11 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import repeatable
 from sra_fast.diffusion.draws import block_seed, draw_stratified
 from sra_fast.diffusion.process import Process
-from sra_fast.models import SiT
+from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.collectives import gather_rows, share_of
 from sra_fast.utils.files import write_atomic
-from sra_fast.utils.registry import CONDITIONINGS, PROCESSES
+from sra_fast.utils.registry import PROCESSES
 
 # K, unless another number is asked for
 TIME_BINS = 10
@@ -151,13 +151,13 @@ class Block:
 
     Attributes:
         x0: ``[B, C, H, W]`` clean latents.
-        labels: what the conditioning is made from, each ``[B]``.
+        condition: B of them.
         noise: ``[B, K, C, H, W]``.
         times: ``[B, K]`` in [0, 1].
     """
 
     x0: Tensor
-    labels: list[Tensor]
+    condition: Conditioning
     noise: Tensor
     times: Tensor
 
@@ -248,8 +248,8 @@ class HeldOutImages:
         digest = hashlib.sha256()
         for start in range(0, len(self.rows), BLOCK):
             batch = self.data.__getitems__(self.rows[start : start + BLOCK].tolist())
-            images, labels, _ = self.data.split(batch)
-            for tensor in (images, *labels):
+            images, told, _ = self.data.split(batch)
+            for tensor in (images, *told):
                 digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -260,12 +260,12 @@ class HeldOutImages:
         """
         rows = self.rows[number * size : (number + 1) * size]
         rows = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
-        raw, labels, _ = self.data.split(self.data.__getitems__(rows.tolist()))
+        raw, told, _ = self.data.split(self.data.__getitems__(rows.tolist()))
         drawn = draw_stratified(
             self.seed, rows.tolist(), self.data.shape, self.bins, self.data.posterior
         )
         x0 = self.data.to_latent(raw, drawn.posterior).float()
-        return Block(x0, labels, drawn.noise, drawn.uniform)
+        return Block(x0, self.data.condition(told), drawn.noise, drawn.uniform)
 
 
 def has_held_out(data: TrainingData) -> bool:
@@ -295,7 +295,7 @@ def _without_share(data: TrainingData) -> str:
 
 
 def held_out_loss(
-    model: SiT,
+    model: DiffusionTransformer,
     path: str,
     images: HeldOutImages,
     *,
@@ -351,12 +351,13 @@ def held_out_loss(
     return HeldOutLoss(*arrays, settings, about or {})
 
 
-def _losses(model: SiT, process: Process, block: Block, device: torch.device | str) -> Tensor:
+def _losses(
+    model: DiffusionTransformer, process: Process, block: Block, device: torch.device | str
+) -> Tensor:
     """``[B, K]`` fp32 on the CPU."""
     x0 = block.x0.to(device)
-    kind = CONDITIONINGS[model.conditioning]
     kept = torch.zeros(len(x0), dtype=torch.bool)
-    condition = kind.from_tensors(*block.labels).dropped(kept).to(device)
+    condition = block.condition.dropped(kept).to(device)
     # a call has one time of every image
     no_gap = torch.zeros(len(x0), device=device)
     losses = []

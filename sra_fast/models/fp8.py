@@ -1,11 +1,12 @@
 """A frozen network whose blocks run their three large products in fp8: SRA's teacher."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
-from sra_fast.models.layers import Block, Pending
-from sra_fast.models.token_groups import Segments
-from sra_fast.models.transformer import Backbone
+from sra_fast.models.backbone import Backbone, layers_of
+from sra_fast.models.layers import Block, Pending, StreamBlock
 from sra_fast.ops.fp8 import (
     adaln_fp8,
     gated_residual_adaln_fp8,
@@ -46,8 +47,8 @@ class Fp8Linear(nn.Module):
         return linear_fp8(x, Rows(self.weight, self.weight_scale), self.bias)
 
 
-class Fp8Block(Block):
-    """A ``Block`` with qkv, fc1 and fc2 in e4m3, for inference in bf16.
+class Fp8Stream(StreamBlock):
+    """A ``StreamBlock`` with qkv, fc1 and fc2 in e4m3, for inference in bf16.
 
     There is one scale per token and one per weight matrix. The inputs are quantised by the pass
     that produces them: the modulated norm, or GELU. The projection after attention stays in bf16,
@@ -55,61 +56,79 @@ class Fp8Block(Block):
     """
 
     @classmethod
-    def from_block(cls, block: Block) -> "Fp8Block":
+    def from_block(cls, block: StreamBlock) -> Self:
         """The same block in fp8. It takes over the block's layers, which must be bf16 already."""
         # without __init__, which would allocate and draw the weights of a whole block
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.recompute = "none"
         new.defer_bias = False
-        new.attn = block.attn
-        new.mlp = block.mlp
-        new.adaLN_modulation = block.adaLN_modulation
-        for path in LAYERS:
-            layer = new.get_submodule(path)
+        new.modulations = block.modulations
+        for name, module in block.named_children():
+            new.add_module(name, module)
+        for path, layer in layers_of(new, LAYERS).items():
             assert isinstance(layer, nn.Linear), "the block is in fp8 already"
             new.set_submodule(path, Fp8Linear(layer))
         return new.train(block.training)
 
-    def _forward(
+    def heads(
         self,
         x: Tensor,
-        c: Tensor,
+        shift: Tensor,
+        scale: Tensor,
         pending: Pending | None,
-        group: Tensor | None,
-        segments: Segments | None,
-    ) -> tuple[Tensor, Pending]:
-        modulation = self.adaLN_modulation[1](c).chunk(6, dim=-1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-
-        # attention: norm and modulation round their result to e4m3 themselves
+        group: Tensor | None = None,
+        queries: bool = True,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # norm and modulation round their result to e4m3 themselves
         if pending is None:
-            h = adaln_fp8(x, shift_msa, scale_msa, group=group)
+            h = adaln_fp8(x, shift, scale, group=group)
         else:
             y, gate, bias = pending
-            assert bias is None, "the block before is an Fp8Block, which adds its bias"
-            x, h = gated_residual_adaln_fp8(x, y, gate, shift_msa, scale_msa, group=group)
+            assert bias is None, "the block before is an Fp8Stream, which adds its bias"
+            x, h = gated_residual_adaln_fp8(x, y, gate, shift, scale, group=group)
         q, k, v = self.attn.qkv(h).chunk(3, dim=2)
-        y = self.attn.proj(self.attn(q, k, v, segments))
+        return x, (q, k, v) if queries else (k, v)
 
-        # MLP: so does GELU
+    def outputs(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        modulation: tuple[Tensor, ...],
+        group: Tensor | None = None,
+    ) -> tuple[Tensor, Pending]:
+        _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        y = self.attn.proj(attended)
+        # so does GELU
         x, h = gated_residual_adaln_fp8(x, y, gate_msa, shift_mlp, scale_mlp, group=group)
         hidden = quantize_rows(self.mlp.fc1(h), gelu=True)
         return x, (self.mlp.fc2(hidden), gate_mlp, None)
 
 
+class Fp8Block(Fp8Stream, Block):
+    """A ``Block`` in fp8."""
+
+
+def _streams(block: nn.Module) -> dict[str, StreamBlock]:
+    """The streams of a block, by the prefix of their names: itself, or those that it holds."""
+    if isinstance(block, StreamBlock):
+        return {"": block}
+    return {f"{name}.": stream for name, stream in block.named_children()}
+
+
 def fp8_layers(model: Backbone) -> dict[str, nn.Module]:
-    """``{name of the weight: layer}`` of the layers that an ``Fp8Block`` runs in e4m3."""
+    """``{name of the weight: layer}`` of the layers that an ``Fp8Stream`` runs in e4m3."""
     return {
-        f"blocks.{i}.{path}.weight": block.get_submodule(path)
+        f"{model.block_list}.{i}.{prefix}{path}.weight": layer
         for i, block in enumerate(model.blocks)
-        for path in LAYERS
+        for prefix, stream in _streams(block).items()
+        for path, layer in layers_of(stream, LAYERS).items()
     }
 
 
 @torch.no_grad()
 def use_fp8(model: Backbone) -> None:
-    """Replace the blocks of a frozen network by ``Fp8Block``, in place.
+    """Replace the streams of a frozen network's blocks by ``Fp8Stream``, in place.
 
     The network must be bf16 and on its device already.
 
@@ -121,5 +140,10 @@ def use_fp8(model: Backbone) -> None:
             f"fp8 needs a hidden_size that is a multiple of 16, got {model.hidden_size}"
         )
     for i, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        model.blocks[i] = Fp8Block.from_block(block)
+        if isinstance(block, Block):
+            model.blocks[i] = Fp8Block.from_block(block)
+            continue
+        # the block's own attention stays: only its streams change
+        for prefix, stream in _streams(block).items():
+            block.set_submodule(prefix.removesuffix("."), Fp8Stream.from_block(stream))
+        block.recompute = "none"

@@ -1,8 +1,9 @@
-"""Layers of SiT and DiT under the published parameter names (DiT, arXiv 2212.09748; SiT, arXiv
-2401.08740).
+"""Layers under the published parameter names (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740; SD3,
+arXiv 2403.03206).
 """
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -133,7 +134,7 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention between its two projections.
 
-    The projections are only held here: ``Block`` fuses them with the norm before and the gate
+    The projections are only held here: ``StreamBlock`` fuses them with the norm before and the gate
     after.
     """
 
@@ -172,25 +173,133 @@ class Mlp(nn.Module):
 Pending = tuple[Tensor, Tensor, Tensor | None]
 
 
-class Block(nn.Module):
-    """adaLN-Zero transformer block.
+class StreamBlock(nn.Module):
+    """One stream of tokens in an adaLN-Zero transformer block: everything but attention itself,
+    which comes between ``heads`` and ``outputs``.
 
     A block does not add its last half-block to the residual stream. It returns that output as
     pending, and the next block adds it. The gate of one half-block, the addition and the norm of
     the next one are therefore a single pass over memory, across blocks too.
 
     Args:
+        attn: has ``qkv`` and, if there is an output, ``proj``.
         hidden_size: width D.
-        num_heads: attention heads.
         mlp_ratio: MLP width over D.
-        qk_norm: LayerNorm on the queries and keys of each head.
         recompute: what the backward pass recomputes: ``"none"``; ``"norm"``, the outputs of the
             norms and of GELU, which the kernels write again in passes that run anyway; ``"full"``,
             everything inside the block.
         defer_bias: leave the MLP's last bias to the pass that adds the pending output, where its
             gradient costs nothing. The parameter must be whole at that point: true under ZeRO 0 to
             2, false where blocks are gathered one by one (ZeRO 3, FSDP).
+        has_output: whether the tokens go on after attention; if not, there is no MLP.
+        modulations: vectors [D] that the conditioning gives: shift, scale and gate of both
+            half-blocks, or the first two of them alone.
     """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        hidden_size: int,
+        mlp_ratio: float,
+        recompute: str = "none",
+        defer_bias: bool = False,
+        has_output: bool = True,
+        modulations: int = 6,
+    ):
+        super().__init__()
+        self.recompute = recompute
+        self.defer_bias = defer_bias
+        self.modulations = modulations
+        self.attn = attn
+        if has_output:
+            self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        projection = nn.Linear(hidden_size, modulations * hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), projection)
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of attention, then of the MLP, each ``[B, D]`` (groups: ``[B, G,
+        D]``), from the conditioning after the SiLU that all blocks share.
+        """
+        return self.adaLN_modulation[1](c).chunk(self.modulations, dim=-1)
+
+    def heads(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        pending: Pending | None,
+        group: Tensor | None = None,
+        queries: bool = True,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Add what is pending, norm, modulate, project: the stream ``[B, T, D]``, and queries, keys
+        and values ``[B, T, D]``, without ``queries`` only the last two.
+        """
+        qkv = self.attn.qkv
+        weight, bias = qkv.weight, qkv.bias
+        if not queries:
+            # the rows of keys and values
+            weight, bias = (rows[x.shape[-1] :] for rows in (weight, bias))
+        return ops.adaln_linear(
+            x,
+            shift,
+            scale,
+            weight,
+            bias,
+            residual=pending,
+            group=group,
+            recompute=self.recompute == "norm",
+            parts=3 if queries else 2,
+        )
+
+    def outputs(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        modulation: tuple[Tensor, ...],
+        group: Tensor | None = None,
+    ) -> tuple[Tensor, Pending]:
+        """The output of attention ``[B, T, D]`` and the MLP: the stream and what is pending."""
+        _, _, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        proj = self.attn.proj
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        # the projection's bias is added together with its gate, by the next pass over the stream
+        attended = F.linear(attended, proj.weight)
+        # add the gated attention, norm, modulate, two products with GELU between them
+        x, y = ops.adaln_mlp(
+            x,
+            shift_mlp,
+            scale_mlp,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            None if self.defer_bias else fc2.bias,
+            residual=(attended, gate_msa, proj.bias),
+            group=group,
+            recompute=self.recompute == "norm",
+        )
+        return x, (y, gate_mlp, fc2.bias if self.defer_bias else None)
+
+
+def recomputed(recompute: str, forward: Callable, *inputs):
+    """``forward(*inputs)``, whose backward pass runs it again if ``recompute`` is ``"full"``."""
+    if recompute != "full" or not torch.is_grad_enabled():
+        return forward(*inputs)
+    # nothing in a block draws random numbers, so there is no generator state to restore
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Block(StreamBlock):
+    """adaLN-Zero transformer block of one stream, whose tokens attend to each other.
+
+    Args:
+        hidden_size: width D.
+        num_heads: attention heads.
+        mlp_ratio: MLP width over D.
+        qk_norm: LayerNorm on the queries and keys of each head.
+        recompute, defer_bias: see ``StreamBlock``.
+    """
+
+    attn: Attention
 
     def __init__(
         self,
@@ -201,12 +310,8 @@ class Block(nn.Module):
         recompute: str = "none",
         defer_bias: bool = False,
     ):
-        super().__init__()
-        self.recompute = recompute
-        self.defer_bias = defer_bias
-        self.attn = Attention(hidden_size, num_heads, qk_norm)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        attn = Attention(hidden_size, num_heads, qk_norm)
+        super().__init__(attn, hidden_size, mlp_ratio, recompute, defer_bias)
 
     def forward(
         self,
@@ -231,11 +336,7 @@ class Block(nn.Module):
         Returns:
             The residual stream ``[B, T, D]`` and what is pending now.
         """
-        inputs = (x, c, pending, group, segments)
-        if self.recompute != "full" or not torch.is_grad_enabled():
-            return self._forward(*inputs)
-        # nothing in a block draws random numbers, so there is no generator state to restore
-        return checkpoint(self._forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return recomputed(self.recompute, self._forward, x, c, pending, group, segments)
 
     def _forward(
         self,
@@ -245,41 +346,9 @@ class Block(nn.Module):
         group: Tensor | None,
         segments: Segments | None,
     ) -> tuple[Tensor, Pending]:
-        modulation = self.adaLN_modulation[1](c).chunk(6, dim=-1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        qkv, proj = self.attn.qkv, self.attn.proj
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        recompute = self.recompute == "norm"
-
-        # attention: add what is pending, norm, modulate, project to queries, keys and values
-        x, heads = ops.adaln_linear(
-            x,
-            shift_msa,
-            scale_msa,
-            qkv.weight,
-            qkv.bias,
-            residual=pending,
-            group=group,
-            recompute=recompute,
-            parts=3,
-        )
-        # its bias is added together with its gate, by the next pass over the residual stream
-        attended = F.linear(self.attn(*heads, segments), proj.weight)
-
-        # MLP: add the gated attention, norm, modulate, two products with GELU between them
-        x, y = ops.adaln_mlp(
-            x,
-            shift_mlp,
-            scale_mlp,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            None if self.defer_bias else fc2.bias,
-            residual=(attended, gate_msa, proj.bias),
-            group=group,
-            recompute=recompute,
-        )
-        return x, (y, gate_mlp, fc2.bias if self.defer_bias else None)
+        modulation = self.modulation(c)
+        x, heads = self.heads(x, modulation[0], modulation[1], pending, group)
+        return self.outputs(x, self.attn(*heads, segments), modulation, group)
 
 
 def add_pending(x: Tensor, pending: Pending, group: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from sra_fast.config.schema import SampleConfig
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.diffusion.samplers import Call, sample
-from sra_fast.models import Conditioning, SiT
+from sra_fast.models import Conditioning, DiffusionTransformer
 
 
 def choose_labels(count: int, num_classes: int, mode: str, seed: int) -> Tensor:
@@ -69,7 +69,7 @@ class ImageNoise:
 
 
 def generate(
-    model: SiT,
+    model: DiffusionTransformer,
     condition: Conditioning | Tensor,
     cfg: SampleConfig,
     path: str,

@@ -20,7 +20,7 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.vae import decode
 from sra_fast.diffusion.samplers import Call, check_sampling
 from sra_fast.evaluation.packed import ORIGIN
-from sra_fast.models import Conditioning, SiT
+from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.plots.report import save_grid, to_uint8
 from sra_fast.sampling.decoder import Decoder, choose_decoder
 from sra_fast.sampling.generate import choose_labels, generate
@@ -28,7 +28,6 @@ from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_part
 from sra_fast.utils.cuda_graph import Graphed
 from sra_fast.utils.files import make_folder, write_json
 from sra_fast.utils.launcher import cuda_index
-from sra_fast.utils.registry import CONDITIONINGS
 
 log = logging.getLogger("sra_fast")
 
@@ -108,7 +107,7 @@ class SamplingJob:
     """
 
     options: Options
-    model: SiT
+    model: DiffusionTransformer
     path: str
     labels: Tensor
     facts: DataFacts | None
@@ -186,7 +185,7 @@ def class_numbers(
     return numbers
 
 
-def identity(options: Options, model: SiT, decoder: Decoder) -> dict:
+def identity(options: Options, model: DiffusionTransformer, decoder: Decoder) -> dict:
     """What the images depend on, and whether they are also written as PNGs.
 
     Parts of samples with another identity are not reused.
@@ -202,12 +201,15 @@ def identity(options: Options, model: SiT, decoder: Decoder) -> dict:
     return {"weights": digest.hexdigest()[:16], **decisive}
 
 
-def graphed_call(model: SiT) -> Call:
+def graphed_call(model: DiffusionTransformer) -> Call:
     """The model as a CUDA graph, whose inputs are tensors only."""
-    kind = CONDITIONINGS[model.conditioning]
-    graphed = Graphed(lambda x, t, *tensors: model(x, t, kind.from_tensors(*tensors)))
+    told: Conditioning | None = None
+    graphed = Graphed(lambda x, t, *tensors: model(x, t, told.with_tensors(*tensors)))
 
     def call(x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
+        nonlocal told
+        # what kind of conditioning the tensors are
+        told = condition
         return graphed(x, t, *condition.tensors())
 
     return call

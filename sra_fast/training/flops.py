@@ -11,7 +11,7 @@ from sra_fast.alignment.objective import SRAObjective, add_heads, inputs_of, mak
 from sra_fast.config.schema import AlignConfig, Config, TokenAlignConfig
 from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages
-from sra_fast.utils.registry import CONDITIONINGS, TARGETS
+from sra_fast.utils.registry import TARGETS
 
 # of a forward, by configuration: counting those of SiT-XL/2 takes a core some seconds
 _forward_flops: dict[str, dict[str, Fraction]] = {}
@@ -92,7 +92,7 @@ def _count_forward_flops(cfg: Config) -> dict[str, int]:
 
     features = outputs[0][1] if depths else None
     for section, target in zip(cfg.alignments, objective.targets, strict=True):
-        inputs = inputs_of(target, noisy)
+        inputs = inputs_of(target, noisy, student.sinusoid(batch.times.teacher))
         teacher = 0
         if target.network is not None:
             target.start(inputs)
@@ -175,9 +175,7 @@ def _one_image(objective: SRAObjective, cfg: Config) -> MicroBatch:
         second=torch.zeros(1, 2),
         tokens=torch.zeros(1, tokens),
     )
-    labels = torch.zeros(1, dtype=torch.int64)
-    condition = CONDITIONINGS[objective.student.conditioning].from_tensors(labels, draws.drop)
     widths = [getattr(target.align, "feature_width", None) for target in objective.targets]
     width = next((width for width in widths if width), None)
     external = None if width is None else torch.zeros(1, tokens, width)
-    return MicroBatch(x0, condition, x0, objective.times(draws), external)
+    return MicroBatch(x0, model.any_condition(1), x0, objective.times(draws), external)

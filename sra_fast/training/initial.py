@@ -18,7 +18,7 @@ from sra_fast.checkpoint.sources import read_weights
 from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
-from sra_fast.models import ALIGN_HEADS, SiT
+from sra_fast.models import ALIGN_HEADS, DiffusionTransformer
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -96,7 +96,9 @@ def _check_steps(source: str, cfg: Config, steps) -> None:
     )
 
 
-def _check_heads(source: str, model: SiT, theirs: SiT | None, args) -> None:
+def _check_heads(
+    source: str, model: DiffusionTransformer, theirs: DiffusionTransformer | None, args
+) -> None:
     """The number of heads is the one property of a model that the shapes of its weights do not
     show.
     """
@@ -110,7 +112,9 @@ def _check_heads(source: str, model: SiT, theirs: SiT | None, args) -> None:
     )
 
 
-def _check_interpolant(source: str, cfg: Config, model: SiT, initial: dict) -> None:
+def _check_interpolant(
+    source: str, cfg: Config, model: DiffusionTransformer, initial: dict
+) -> None:
     """ValueError for weights that were trained with another path from data to noise. Shapes do not
     show it either.
     """
@@ -119,13 +123,13 @@ def _check_interpolant(source: str, cfg: Config, model: SiT, initial: dict) -> N
     found = told.get("path", getattr(initial.get("args"), "path_type", ours))
     # the other processes have no choice of it
     require_that(
-        found == ours or model.process != SiT.process,
+        found == ours or model.process != "flow_matching",
         f"train.init_from {source} was trained with the interpolant {found}, the run has "
         f"--diffusion.path {ours}",
     )
 
 
-def _other_classes(model: SiT, told) -> str:
+def _other_classes(model: DiffusionTransformer, told) -> str:
     """Why a class table does not fit whose weights were made for another number of classes, or
     nothing.
     """
@@ -159,7 +163,7 @@ def _warn_of_other_inputs(source: str, ours: DataFacts, theirs: DataFacts) -> No
             )
 
 
-def _process_of(theirs: SiT | None, args) -> str | None:
+def _process_of(theirs: DiffusionTransformer | None, args) -> str | None:
     """The diffusion process that the weights were trained with; None: not known."""
     if theirs is not None:
         return theirs.process
@@ -167,7 +171,9 @@ def _process_of(theirs: SiT | None, args) -> str | None:
     return None if family is None else MODEL_FAMILIES[family].process
 
 
-def _check_process(source: str, model: SiT, process: str | None, state: dict[str, Tensor]) -> None:
+def _check_process(
+    source: str, model: DiffusionTransformer, process: str | None, state: dict[str, Tensor]
+) -> None:
     """ValueError for weights of another diffusion process, whose times mean something else."""
     require_that(
         process in (None, model.process),
@@ -188,7 +194,9 @@ def _check_process(source: str, model: SiT, process: str | None, state: dict[str
     )
 
 
-def _not_fitting(source: str, model: SiT, state: dict[str, Tensor]) -> dict[str, str]:
+def _not_fitting(
+    source: str, model: DiffusionTransformer, state: dict[str, Tensor]
+) -> dict[str, str]:
     """Parameters of the model's ends that the weights do not have, each with what they have; and
     the position embedding, if it is that of another resolution.
 

@@ -32,7 +32,6 @@ from sra_fast.training.signals import StopSignals, stopped
 from sra_fast.training.trainer import Trainer
 from sra_fast.training.watch import History, StepWatch
 from sra_fast.training.watchdog import Watchdog
-from sra_fast.utils.registry import CONDITIONINGS
 
 log = logging.getLogger("sra_fast")
 
@@ -72,10 +71,9 @@ def micro_batch(
     """
     cfg = trainer.cfg
     objective = trainer.engine.module
-    conditioning = CONDITIONINGS[trainer.student.conditioning]
     # copied while the device still computes: the loader pins its batches
     on_device = [item.to(trainer.device, non_blocking=True) for item in batch]
-    images, labels, external = data.split(on_device)
+    images, told, external = data.split(on_device)
     # numbers of (seed, step, image): any split into ranks and micro-batches draws the same
     draws = draw(
         cfg.train.seed,
@@ -92,8 +90,8 @@ def micro_batch(
     mean = None
     if objective.needs_mean and data.posterior:
         mean = data.to_latent(images, torch.zeros_like(draws.posterior))
-    # the same labels are dropped for student and teacher
-    condition = conditioning.from_tensors(*labels).dropped(draws.drop)
+    # the same labels or captions are dropped for student and teacher
+    condition = data.condition(told).dropped(draws.drop)
     return MicroBatch(x0, condition, draws.noise, objective.times(draws), external, mean)
 
 

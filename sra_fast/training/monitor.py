@@ -15,7 +15,7 @@ from sra_fast.evaluation.adm_suite import summarize_reference
 from sra_fast.evaluation.extractors import Extractor, inception_extractor
 from sra_fast.evaluation.held_out import HeldOutImages, held_out_loss
 from sra_fast.evaluation.scores import RunningGaussian, frechet_distance
-from sra_fast.models import SiT
+from sra_fast.models import DiffusionTransformer
 from sra_fast.plots import report
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.training.monitor_files import (
@@ -92,7 +92,7 @@ class Monitor:
             scores |= self._sample(trainer, model, step)
         return None if trainer.rank else scores
 
-    def _measure(self, trainer: Trainer, model: SiT, step: int) -> dict:
+    def _measure(self, trainer: Trainer, model: DiffusionTransformer, step: int) -> dict:
         """The held-out loss; collective, rank 0 writes."""
         loss = held_out_loss(
             model,
@@ -113,7 +113,7 @@ class Monitor:
             append_row(self.folder / HELD_OUT, row)
         return {"held_out": loss.mean()}
 
-    def _sample(self, trainer: Trainer, model: SiT, step: int) -> dict:
+    def _sample(self, trainer: Trainer, model: DiffusionTransformer, step: int) -> dict:
         """Samples and their scores; collective, rank 0 writes."""
         monitor = self.cfg.monitor
         world = trainer.plan.world
@@ -133,7 +133,7 @@ class Monitor:
             append_row(self.folder / SAMPLES, {"step": step, **scores})
         return scores
 
-    def _generate(self, model: SiT, share: range) -> Tensor:
+    def _generate(self, model: DiffusionTransformer, share: range) -> Tensor:
         """Images of a share, uint8 ``[n, H, W, C]`` on the device."""
         cfg = self.cfg
         # the labels of all images: an image does not depend on the rank that makes it

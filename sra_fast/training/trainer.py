@@ -14,9 +14,10 @@ from sra_fast.alignment.objective import SRAObjective, add_heads, make_objective
 from sra_fast.alignment.schedule import phases_of
 from sra_fast.config.schema import Config
 from sra_fast.diffusion.micro_batch import MicroBatch
-from sra_fast.models import ALIGN_HEADS, Backbone, SiT
+from sra_fast.models import ALIGN_HEADS, Backbone, DiffusionTransformer
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import Block
+from sra_fast.models.mmdit import JointBlock
 from sra_fast.models.token_groups import Segments
 from sra_fast.training.checks import has_own_graph
 from sra_fast.training.plan import Plan
@@ -59,7 +60,7 @@ class Trainer:
 
     plan: Plan
     engine: deepspeed.DeepSpeedEngine
-    student: SiT
+    student: DiffusionTransformer
     masters: MasterWeights
     guard: UpdateGuard
     ema: ShardedEMA
@@ -211,7 +212,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     objective = make_objective(cfg, student, network).to(device)
     if plan.stage == 3:
         # a block's operators read the weights of several layers: gather and free them together
-        deepspeed.utils.set_z3_leaf_modules(objective, [Block])
+        deepspeed.utils.set_z3_leaf_modules(objective, [Block, JointBlock])
     # what the teacher keeps in one dtype is one parameter group, and one all-gather
     kinds = _parameter_kinds(cfg, network)
     optimizer = make_optimizer(cfg, student, kinds)
@@ -257,7 +258,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
 
 def make_networks(
     plan: Plan, weights: dict[str, Tensor] | None, device: torch.device
-) -> tuple[SiT, Backbone | None]:
+) -> tuple[DiffusionTransformer, Backbone | None]:
     """The student, and the network that follows its EMA if the alignment target needs one; fp32.
 
     Both have the same weights, on every process. They are initialised on the device: on one CPU
@@ -282,7 +283,7 @@ def make_networks(
     if weights is not None:
         # what they lack keeps its fresh values: training/initial.py has listed it
         student.load_state_dict(weights, strict=False)
-    if dist.get_world_size() > 1:
+    if plan.world > 1:
         # GPUs of two kinds draw different numbers from one seed
         for p in student.parameters():
             dist.broadcast(p.data, 0)
@@ -293,7 +294,7 @@ def make_networks(
     return student, network
 
 
-def _initial_masters(student: SiT, stage: int) -> dict[str, Tensor]:
+def _initial_masters(student: DiffusionTransformer, stage: int) -> dict[str, Tensor]:
     """A copy of the fp32 weights, which DeepSpeed replaces by bf16.
 
     In stage 3 it is in host memory: a GPU need not hold all of them.
@@ -396,7 +397,7 @@ def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer, guard: U
         GuardedStep(engine, cfg.optim.clip if clips_itself(plan.stage, cfg) else 0.0, guard)
 
 
-def _make_graphed(plan: Plan, engine, student: SiT) -> GraphedGradients | None:
+def _make_graphed(plan: Plan, engine, student: DiffusionTransformer) -> GraphedGradients | None:
     """What replays forward and backward pass as a graph, or None where DeepSpeed runs them.
 
     Raises:
@@ -443,7 +444,7 @@ def _graph_obstacle(engine, plan: Plan, graphed: GraphedGradients) -> str | None
 
 
 def graphed_step(
-    objective: SRAObjective, student: SiT, accumulation: int, graphs: bool = True
+    objective: SRAObjective, student: DiffusionTransformer, accumulation: int, graphs: bool = True
 ) -> GraphedGradients:
     """The objective's loss, as a mean over ``accumulation`` micro-batches, and its gradients.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sra_fast import ops
 from sra_fast.config.schema import Config
-from sra_fast.models import SiT
+from sra_fast.models import DiffusionTransformer
 from sra_fast.ops.adamw_ema import DeviceStep, Gradient
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
     }
 
 
-def make_optimizer(cfg: Config, student: SiT, kinds: list[set[str]]) -> torch.optim.Optimizer:
+def make_optimizer(
+    cfg: Config, student: DiffusionTransformer, kinds: list[set[str]]
+) -> torch.optim.Optimizer:
     """The configured optimizer.
 
     Args:

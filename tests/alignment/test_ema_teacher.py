@@ -17,7 +17,7 @@ from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages, Times
 from sra_fast.diffusion.process import Noised
-from sra_fast.models import Backbone, ClassLabels
+from sra_fast.models import ClassBackbone, ClassLabels
 from sra_fast.models.layers import timestep_features
 from sra_fast.utils.cuda_graph import Graphed
 
@@ -95,7 +95,7 @@ def test_a_capture_restricts_only_its_own_thread(monkeypatch):
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_a_graph_of_the_step_has_a_second_stream_by_default(asked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
-    target = EMATeacher(EMATeacherConfig(teacher_stream=asked), Backbone(8, 2, 4, 64, 1, 2))
+    target = EMATeacher(EMATeacherConfig(teacher_stream=asked), ClassBackbone(8, 2, 4, 64, 1, 2))
     assert (target.stream is not None) == (asked is True)
     target.will_be_captured()
     assert (target.stream is not None) == (asked is not False)
@@ -120,7 +120,7 @@ def test_memory_is_pinned_while_a_graph_is_captured():
 def test_graph_and_stream_give_the_features_of_the_plain_call(graph, stream):
     torch.manual_seed(0)
     teacher = (
-        Backbone(8, 2, 4, 64, depth=3, num_heads=2, num_classes=10)
+        ClassBackbone(8, 2, 4, 64, depth=3, num_heads=2, num_classes=10)
         .cuda()
         .bfloat16()
         .requires_grad_(False)

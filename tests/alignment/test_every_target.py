@@ -271,7 +271,9 @@ def test_means_of_the_posterior_are_the_target_if_asked_for(posterior):
     mean = torch.randn_like(batch.x0) if posterior else None
     batch = MicroBatch(batch.x0, batch.condition, batch.noise, batch.times, None, mean)
     noisy = NoisyImages.make(objective.process, batch, 2)
-    latents = objective.targets[0]._latents(inputs_of(objective.targets[0], noisy))
+    latents = objective.targets[0]._latents(
+        inputs_of(objective.targets[0], noisy, torch.zeros(len(noisy.batch), 256))
+    )
     expected = batch.x0 if mean is None else mean
     assert_matches(objective.student.unpatchify(latents), expected)
 

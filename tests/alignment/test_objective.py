@@ -11,7 +11,7 @@ from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
 from sra_fast.diffusion.gaussian_diffusion import GaussianDiffusion
 from sra_fast.diffusion.micro_batch import MicroBatch, Times
-from sra_fast.models import Backbone, ClassLabels
+from sra_fast.models import ClassBackbone, ClassLabels
 from sra_fast.models.layers import timestep_features
 
 NO_DROP = torch.zeros(6, dtype=bool)
@@ -21,7 +21,7 @@ def objective(golden, process, **align):
     """Student with the weights ``sd``, teacher with ``ema``, truncated at block 3."""
     student = golden.model()
     ema = golden.tree("ema")
-    teacher = Backbone(8, 2, 4, 32, depth=3, num_heads=2, num_classes=10).eval()
+    teacher = ClassBackbone(8, 2, 4, 32, depth=3, num_heads=2, num_classes=10).eval()
     teacher.load_state_dict({k: ema[k] for k in teacher.state_dict()})
     cfg = EMATeacherConfig(student_layer=2, teacher_layer=3, **align)
     return SRAObjective(student, [EMATeacher(cfg, teacher)], process).train()

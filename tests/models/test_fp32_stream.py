@@ -9,7 +9,7 @@ from conftest import DEVICE
 from golden import relative_error
 
 from sra_fast.config.cli import parse_train
-from sra_fast.models import Backbone, SiT
+from sra_fast.models import ClassBackbone, SiT
 from sra_fast.models.fp8 import use_fp8
 
 SIZES = dict(input_size=8, hidden_size=96, depth=28, num_heads=4, num_classes=10)
@@ -89,7 +89,7 @@ def test_the_fp8_teacher_has_one_too():
     """An fp32 stream leaves it no farther from the exact features; the rest is fp8's rounding."""
     torch.manual_seed(0)
     exact, inputs = make(0)[:2]
-    teacher = Backbone(**{**SIZES, "depth": LAYER}).to(DEVICE).eval().requires_grad_(False)
+    teacher = ClassBackbone(**{**SIZES, "depth": LAYER}).to(DEVICE).eval().requires_grad_(False)
     teacher.load_state_dict({name: exact.state_dict()[name] for name in teacher.state_dict()})
     truth = teacher.features(*inputs)
     use_fp8(teacher.bfloat16())

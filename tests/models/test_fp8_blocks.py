@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_models import TINY, batch, randomise
 
-from sra_fast.models import Backbone, SiT
+from sra_fast.models import ClassBackbone, SiT
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 
 
@@ -22,7 +22,7 @@ def error(features, exact):
 def test_features_in_fp8(depth, device):
     """Relative error of h_n: under 1 % in bf16, under 6 % in fp8. Other weights are unchanged."""
     network = (
-        randomise(Backbone(**{**TINY, "hidden_size": 64, "depth": 4}))
+        randomise(ClassBackbone(**{**TINY, "hidden_size": 64, "depth": 4}))
         .requires_grad_(False)
         .eval()
         .to(device)

@@ -1,0 +1,425 @@
+"""MMDiT: tokens of an image and of its caption in two streams with weights of their own, which meet
+in joint attention (SD3, arXiv 2403.03206, Sec. 4), under SD3's parameter names.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sra_fast import ops
+from sra_fast.models.backbone import Backbone, DiffusionTransformer, Stream
+from sra_fast.models.conditioning import Conditioning, TextFeatures
+from sra_fast.models.layers import Pending, StreamBlock, recomputed
+from sra_fast.models.token_groups import Segments, TokenGroups
+from sra_fast.utils.registry import MODEL_FAMILIES
+
+
+class StreamAttention(nn.Module):
+    """What joint attention has of one stream: its projections and its norms of queries and keys.
+
+    Args:
+        hidden_size: width D.
+        num_heads: attention heads.
+        qk_norm: RMSNorm with a weight on the queries and keys of each head.
+        has_output: whether the stream reads the result of attention; if not, it has no queries. (The
+            published parameters ``qkv`` have rows for them all the same, ``ln_q`` is left out.)
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, has_output: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qk_norm = qk_norm
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        if has_output:
+            self.proj = nn.Linear(hidden_size, hidden_size)
+        make_norm = lambda: nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        if qk_norm and has_output:
+            self.ln_q = make_norm()
+        if qk_norm:
+            self.ln_k = make_norm()
+
+    def forward(self, heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Queries, keys and values ``[B, T, D]``, or keys and values -> ``[B, T, H, d]``,
+        normed.
+        """
+        B, T, D = heads[0].shape
+        *queries, k, v = (x.view(B, T, self.num_heads, D // self.num_heads) for x in heads)
+        if not self.qk_norm:
+            return (*queries, k, v)
+        if queries:
+            weights = {"q_weight": self.ln_q.weight, "k_weight": self.ln_k.weight}
+            q, k = ops.qk_norm_rope(queries[0], k, **weights)
+            return q, k, v
+        # the operator norms a pair: without queries, one of the keys stands in for them
+        k, _ = ops.qk_norm_rope(k, k[:, :1], q_weight=self.ln_k.weight)
+        return k, v
+
+
+class JointBlock(nn.Module):
+    """A block of both streams: adaLN-Zero in each, and one attention over the tokens of both.
+
+    Args:
+        hidden_size: width D of both streams.
+        num_heads: attention heads.
+        mlp_ratio: MLP width over D.
+        qk_norm: see ``StreamAttention``.
+        recompute, defer_bias: see ``StreamBlock``.
+        context_output: whether the caption's tokens go on after this block.
+        context_modulations: see ``StreamBlock``; 2 in the last block of a model.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        recompute: str = "none",
+        defer_bias: bool = False,
+        context_output: bool = True,
+        context_modulations: int = 6,
+    ):
+        super().__init__()
+        self.recompute = recompute
+
+        def make_stream(has_output: bool, modulations: int) -> StreamBlock:
+            attn = StreamAttention(hidden_size, num_heads, qk_norm, has_output)
+            how = (recompute, defer_bias, has_output, modulations)
+            return StreamBlock(attn, hidden_size, mlp_ratio, *how)
+
+        self.context_block = make_stream(context_output, context_modulations)
+        self.x_block = make_stream(True, 6)
+
+    @property
+    def context_output(self) -> bool:
+        """Whether the caption's tokens can go on after this block."""
+        return hasattr(self.context_block, "mlp")
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        pending: Pending | None,
+        context: Tensor,
+        context_c: Tensor,
+        context_pending: Pending | None = None,
+        mask: Tensor | None = None,
+        last: bool = False,
+        group: Tensor | None = None,
+        segments: Segments | None = None,
+    ) -> tuple[Tensor, Pending, Tensor | None, Pending | None]:
+        """Run the block.
+
+        Args:
+            x: ``[B, T, D]`` residual stream of the image tokens.
+            c: ``[B, D]`` conditioning, after the SiLU that all blocks share; with groups ``[B, G,
+                D]``.
+            pending: what the block before has yet to add to ``x``.
+            context: ``[B, L, D]`` residual stream of the caption's tokens.
+            context_c: ``[B, D]``, their conditioning.
+            context_pending: what the block before has yet to add to ``context``.
+            mask: ``[B, L]`` bool, the caption's tokens that are there; None: all.
+            last: nothing reads the caption's tokens after this block: neither their queries nor
+                their output half is computed.
+            group: ``[B, T]``, whose conditioning each image token has; see ``Block``.
+            segments: runs of image tokens inside which attention stays. Every run attends to the
+                caption too, which then attends to itself only: nothing passes through it.
+
+        Returns:
+            The stream of the image and what is pending there, then those of the caption, which are
+            None after the last block.
+        """
+        inputs = (x, c, pending, context, context_c, context_pending, mask, last, group, segments)
+        return recomputed(self.recompute, self._forward, *inputs)
+
+    def _forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        pending: Pending | None,
+        context: Tensor,
+        context_c: Tensor,
+        context_pending: Pending | None,
+        mask: Tensor | None,
+        last: bool,
+        group: Tensor | None,
+        segments: Segments | None,
+    ) -> tuple[Tensor, Pending, Tensor | None, Pending | None]:
+        goes_on = self.context_output and not last
+        text, image = self.context_block, self.x_block
+        text_modulation = text.modulation(context_c)
+        image_modulation = image.modulation(c)
+        context, text_heads = text.heads(
+            context, *text_modulation[:2], context_pending, queries=goes_on
+        )
+        x, image_heads = image.heads(x, *image_modulation[:2], pending, group)
+        attended, text_attended = joint_attention(
+            image.attn(image_heads), text.attn(text_heads), mask, segments
+        )
+        x, pending = image.outputs(x, attended, image_modulation, group)
+        if not goes_on:
+            return x, pending, None, None
+        context, context_pending = text.outputs(context, text_attended, text_modulation)
+        return x, pending, context, context_pending
+
+
+def joint_attention(
+    image: tuple[Tensor, ...],
+    text: tuple[Tensor, ...],
+    mask: Tensor | None = None,
+    segments: Segments | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the tokens of both streams.
+
+    Args:
+        image: queries, keys and values ``[B, T, H, d]``.
+        text: the same ``[B, L, H, d]``, or keys and values only.
+        mask: ``[B, L]`` bool, tokens of the text that may be attended to; None: all.
+        segments: runs of image tokens that attend to themselves and the text; the text then attends
+            to itself.
+
+    Returns:
+        ``[B, T, D]`` and ``[B, L, D]``, the latter None without queries of the text.
+    """
+    q, k, v = image
+    *text_q, text_k, text_v = text
+    B, T = q.shape[:2]
+    length = text_k.shape[1]
+    # the text comes first, as in SD3
+    keys = torch.cat([text_k, k], dim=1)
+    values = torch.cat([text_v, v], dim=1)
+    readable = None
+    if mask is not None:
+        readable = torch.cat([mask, mask.new_ones(B, T)], dim=1)
+    if segments is not None:
+        text_out = None
+        if text_q:
+            text_out = ops.attention(text_q[0], text_k, text_v, mask=mask).flatten(2)
+        runs = _run_mask(segments, B, T, length, q.device)
+        if readable is not None:
+            runs = runs & readable[:, None, None]
+        return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
+    if not text_q:
+        return ops.attention(q, keys, values, mask=readable).flatten(2), None
+    out = ops.attention(torch.cat([text_q[0], q], dim=1), keys, values, mask=readable).flatten(2)
+    text_out, image_out = out.split([length, T], dim=1)
+    return image_out, text_out
+
+
+def _run_mask(segments: Segments, batch: int, tokens: int, length: int, device) -> Tensor:
+    """``[B or 1, 1, T, L + T]`` bool: each image token sees the text and the tokens of its run."""
+    per_image = segments if isinstance(segments[0], tuple) else (segments,)
+    rows = []
+    for runs in per_image:
+        lengths = torch.tensor(runs)
+        rows.append(torch.arange(len(runs)).repeat_interleave(lengths))
+    run = torch.stack(rows).to(device)
+    same = run[:, :, None] == run[:, None, :]
+    text = same.new_ones(len(run), tokens, length)
+    return torch.cat([text, same], dim=2)[:, None]
+
+
+class JointStream(Stream):
+    """The tokens of images and captions on their way through the blocks.
+
+    Args:
+        tokens, conditioning, groups: of the images, see ``Stream``.
+        context: ``[B, L, D]`` residual stream of the captions.
+        mask: ``[B, L]`` bool, tokens of the captions that are there; None: all.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        conditioning: Tensor,
+        groups: TokenGroups | None,
+        context: Tensor,
+        mask: Tensor | None,
+    ):
+        super().__init__(tokens, conditioning, groups)
+        self.context: Tensor | None = context
+        self.context_pending: Pending | None = None
+        self.mask = mask
+        # a caption belongs to all groups of its image
+        self.context_c = conditioning if groups is None else conditioning.mean(1)
+
+    def through(self, block: nn.Module, last: bool = False) -> None:
+        self.tokens, self.pending, self.context, self.context_pending = block(
+            self.tokens,
+            self.conditioning,
+            self.pending,
+            self.context,
+            self.context_c,
+            self.context_pending,
+            self.mask,
+            last,
+            **self.how,
+        )
+
+
+class VectorEmbedder(nn.Module):
+    """An MLP of two layers on a pooled text feature: ``[B, P]`` -> ``[B, D]``."""
+
+    def __init__(self, pooled_size: int, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(pooled_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.mlp(pooled.to(self.mlp[0].weight.dtype))
+
+
+class TextBackbone(Backbone):
+    """Embedders and the first ``depth`` blocks of an MMDiT.
+
+    Args:
+        mlp_ratio: MLP width over D.
+        class_dropout_prob: probability that a caption is replaced by the empty prompt in training;
+            0: the network does not know the empty prompt.
+        context_size: width E of the features of the text's tokens.
+        context_tokens: L, how many of them there are; None: any number.
+        pooled_size: width P of the pooled text feature, which is added to the time; 0: there is
+            none.
+        qk_norm: RMSNorm on the queries and keys of each head, in both streams.
+        time_scale: what a time in [0, 1] is multiplied by before its sinusoid: 1 as SiT and REPA,
+            1000 as SD3.
+        model_depth: depth of the whole model. In its last block the captions have keys and values
+            only. Default: ``depth``.
+        recompute, defer_bias: see ``StreamBlock``.
+        input_size, patch_size, in_channels, hidden_size, depth, num_heads, residual_dtype: see
+            ``Backbone``.
+
+    Raises:
+        ValueError: see ``Backbone``.
+    """
+
+    conditioning = "text"
+    block_list = "joint_blocks"
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 768,
+        depth: int = 24,
+        num_heads: int = 24,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        context_size: int = 768,
+        context_tokens: int | None = None,
+        pooled_size: int = 0,
+        qk_norm: bool = False,
+        time_scale: float = 1.0,
+        model_depth: int | None = None,
+        residual_dtype: torch.dtype | None = None,
+        recompute: str = "none",
+        defer_bias: bool = False,
+    ):
+        sizes = (input_size, patch_size, in_channels, hidden_size, depth, num_heads)
+        super().__init__(*sizes, class_dropout_prob, residual_dtype)
+        if context_size < 1 or pooled_size < 0 or context_tokens is not None and context_tokens < 1:
+            raise ValueError(
+                "expected context_size and context_tokens of at least 1 and pooled_size of at "
+                f"least 0, got {context_size}, {context_tokens} and {pooled_size}"
+            )
+        self.class_dropout_prob = class_dropout_prob
+        self.context_size = context_size
+        self.context_tokens = context_tokens
+        self.pooled_size = pooled_size
+        self.qk_norm = qk_norm
+        self.mlp_ratio = mlp_ratio
+        self.time_scale = time_scale
+        self._make_embedders()
+        if pooled_size:
+            self.y_embedder = VectorEmbedder(pooled_size, hidden_size)
+        self.context_embedder = nn.Linear(context_size, hidden_size)
+        self._make_pos_embed()
+        whole = depth if model_depth is None else model_depth
+
+        def make_block(number: int) -> JointBlock:
+            # after the last block that is there, nothing reads the captions
+            goes_on = number < depth
+            modulations = 6 if number < whole else 2
+            how = (recompute, defer_bias, goes_on, modulations)
+            return JointBlock(hidden_size, num_heads, mlp_ratio, qk_norm, *how)
+
+        self.joint_blocks = nn.ModuleList(make_block(i + 1) for i in range(depth))
+        self._init_backbone()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.joint_blocks
+
+    def _init_condition(self) -> None:
+        if self.pooled_size:
+            for parameter in self.y_embedder.mlp.parameters():
+                if parameter.dim() == 2:
+                    nn.init.normal_(parameter, std=0.02)
+
+    def own_arguments(self) -> dict:
+        return dict(
+            mlp_ratio=self.mlp_ratio,
+            class_dropout_prob=self.class_dropout_prob,
+            context_size=self.context_size,
+            context_tokens=self.context_tokens,
+            pooled_size=self.pooled_size,
+            qk_norm=self.qk_norm,
+            time_scale=self.time_scale,
+        )
+
+    @property
+    def has_null(self) -> bool:
+        return self.class_dropout_prob > 0
+
+    def _check_text(self, text: TextFeatures) -> None:
+        """ValueError unless captions have the sizes that the network takes."""
+        tokens, width = text.tokens.shape[1:]
+        pooled = 0 if text.pooled is None else text.pooled.shape[1]
+        length = tokens if self.context_tokens is None else self.context_tokens
+        # a network that takes no pooled feature leaves it alone
+        fits = (tokens, width) == (length, self.context_size)
+        if not fits or self.pooled_size not in (0, pooled):
+            raise ValueError(
+                f"expected captions of {length} tokens of {self.context_size} and a pooled feature "
+                f"of {self.pooled_size}, got {tokens} tokens of {width} and {pooled}"
+            )
+
+    def begin(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Conditioning | Tensor,
+        groups: TokenGroups | None = None,
+    ) -> JointStream:
+        condition = self.as_condition(condition)
+        self._check_inputs(x, t, condition, groups)
+        assert isinstance(condition, TextFeatures), "checked"
+        self._check_text(condition)
+        text = condition.seen()
+        tokens = self._image_tokens(x, groups)
+        context = self.context_embedder(text.tokens.to(self.context_embedder.weight.dtype))
+        context = context.to(self.residual_dtype or context.dtype)
+        c = self.t_embedder(self._time(t, groups))
+        if self.pooled_size:
+            pooled = self.y_embedder(text.pooled)
+            c = c + (pooled if groups is None else pooled[:, None])
+        # the modulations of all blocks begin with this SiLU: computed once
+        return JointStream(tokens, F.silu(c), groups, context, text.mask)
+
+
+@MODEL_FAMILIES.register("MMDiT")
+class MMDiT(DiffusionTransformer, TextBackbone):
+    """Velocity prediction ``[B, C, H, W]`` -> ``[B, C, H, W]`` from images and captions. Arguments:
+    see ``TextBackbone``.
+    """
+
+    family = "MMDiT"
+    backbone = TextBackbone
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._make_output()
