@@ -100,6 +100,8 @@ class StoredText:
             "paths": index.get("text_paths"),
         }
         self._captions: list[str] | None = None
+        # on the devices that a batch has been on
+        self._empty = {self.empty.tokens.device: self.empty}
 
     def _read_layout(self, index: dict) -> None:
         file = self.root / INDEX
@@ -149,8 +151,12 @@ class StoredText:
         return len(self.counts) * self.copies
 
     def __getstate__(self) -> dict:
-        # a loader process reads no captions
-        return {**self.__dict__, "_captions": None}
+        # a loader process reads no captions, and may not touch another device
+        return {
+            **self.__dict__,
+            "_captions": None,
+            "_empty": {self.empty.tokens.device: self.empty},
+        }
 
     def count(self, image: int) -> int:
         """How many captions an image has."""
@@ -191,11 +197,14 @@ class StoredText:
         return tuple(t for t in (found.tokens, found.pooled, found.mask) if t is not None)
 
     def condition(self, tensors: Sequence[Tensor]) -> TextFeatures:
-        """The features that ``tensors`` were made of, with the empty prompt."""
+        """The features that ``tensors`` were made of, with the empty prompt on their device."""
         tokens, *rest = tensors
         pooled = rest.pop(0) if self.pooled else None
         mask = rest.pop(0) if self.masked else None
-        return TextFeatures(tokens, pooled, mask, self.empty, None)
+        device = tokens.device
+        if device not in self._empty:
+            self._empty[device] = self.empty.to(device)
+        return TextFeatures(tokens, pooled, mask, self._empty[device], None)
 
     @property
     def texts(self) -> bool:
