@@ -100,8 +100,8 @@ class StoredText:
             "paths": index.get("text_paths"),
         }
         self._captions: list[str] | None = None
-        # on the devices that a batch has been on
-        self._empty = {self.empty.tokens.device: self.empty}
+        # the empty prompt on each device that has asked for it
+        self._empty_on: dict[torch.device, TextFeatures] = {}
 
     def _read_layout(self, index: dict) -> None:
         file = self.root / INDEX
@@ -151,12 +151,8 @@ class StoredText:
         return len(self.counts) * self.copies
 
     def __getstate__(self) -> dict:
-        # a loader process reads no captions, and may not touch another device
-        return {
-            **self.__dict__,
-            "_captions": None,
-            "_empty": {self.empty.tokens.device: self.empty},
-        }
+        # a loader process reads no captions and has no device
+        return {**self.__dict__, "_captions": None, "_empty_on": {}}
 
     def count(self, image: int) -> int:
         """How many captions an image has."""
@@ -199,12 +195,12 @@ class StoredText:
     def condition(self, tensors: Sequence[Tensor]) -> TextFeatures:
         """The features that ``tensors`` were made of, with the empty prompt on their device."""
         tokens, *rest = tensors
+        if tokens.device not in self._empty_on:
+            # once: a copy in every step would wait for it
+            self._empty_on[tokens.device] = self.empty.to(tokens.device)
         pooled = rest.pop(0) if self.pooled else None
         mask = rest.pop(0) if self.masked else None
-        device = tokens.device
-        if device not in self._empty:
-            self._empty[device] = self.empty.to(device)
-        return TextFeatures(tokens, pooled, mask, self._empty[device], None)
+        return TextFeatures(tokens, pooled, mask, self._empty_on[tokens.device], None)
 
     @property
     def texts(self) -> bool:
