@@ -52,6 +52,67 @@ class StreamAttention(Projections):
         return k, v
 
 
+def run_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    """``[B, 1, T, L + T]`` bool: an image token sees the text and the tokens of its own group.
+
+    Args:
+        group: ``[B, T]``, that of each image token.
+        length: L, tokens of the text.
+        mask: ``[B, L]`` bool, those of the text that are there; None: all.
+    """
+    same = group[:, :, None] == group[:, None, :]
+    text = same.new_ones(*group.shape, length)
+    if mask is not None:
+        text = mask[:, None].expand_as(text)
+    return torch.cat([text, same], dim=2)[:, None]
+
+
+class JointAttention(nn.Module):
+    """Attention over the tokens of both streams. It has no parameters: the streams have them."""
+
+    def forward(
+        self,
+        image: tuple[Tensor, ...],
+        text: tuple[Tensor, ...],
+        mask: Tensor | None = None,
+        runs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run it.
+
+        Args:
+            image: queries, keys and values ``[B, T, H, d]``.
+            text: the same ``[B, L, H, d]``, or keys and values only.
+            mask: ``[B, L]`` bool, tokens of the text that may be attended to; None: all.
+            runs: ``[B, 1, T, L + T]`` bool, what each image token may attend to (see ``run_mask``);
+                the text then attends to itself, so that nothing passes through it. None:
+                everything.
+
+        Returns:
+            ``[B, T, D]`` and ``[B, L, D]``, the latter None without queries of the text.
+        """
+        q, k, v = image
+        *text_q, text_k, text_v = text
+        B, T = q.shape[:2]
+        length = text_k.shape[1]
+        # the text comes first, as in SD3
+        keys = torch.cat([text_k, k], dim=1)
+        values = torch.cat([text_v, v], dim=1)
+        if runs is not None:
+            text_out = None
+            if text_q:
+                text_out = ops.attention(text_q[0], text_k, text_v, mask=mask).flatten(2)
+            return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
+        readable = None
+        if mask is not None:
+            readable = torch.cat([mask, mask.new_ones(B, T)], dim=1)
+        if not text_q:
+            return ops.attention(q, keys, values, mask=readable).flatten(2), None
+        queries = torch.cat([text_q[0], q], dim=1)
+        out = ops.attention(queries, keys, values, mask=readable).flatten(2)
+        text_out, image_out = out.split([length, T], dim=1)
+        return image_out, text_out
+
+
 class JointBlock(nn.Module):
     """A block of both streams: adaLN-Zero in each, and one attention over the tokens of both.
 
@@ -88,6 +149,7 @@ class JointBlock(nn.Module):
         self.context_output = context_output
         self.context_block = make_stream(context_output, context_modulations)
         self.x_block = make_stream(True, 6)
+        self.joint = JointAttention()
 
     def forward(
         self,
@@ -112,7 +174,7 @@ class JointBlock(nn.Module):
             context: ``[B, L, D]`` residual stream of the caption's tokens.
             context_c: ``[B, D]``, their conditioning.
             context_pending: what the block before has yet to add to ``context``.
-            mask, runs: see ``joint_attention``.
+            mask, runs: see ``JointAttention``.
             last: nothing reads the caption's tokens after this block: neither their queries nor
                 their output half is computed.
             group: ``[B, T]``, whose conditioning each image token has; see ``Block``.
@@ -145,7 +207,7 @@ class JointBlock(nn.Module):
         context, text_heads = text.heads(context, shift, scale, context_pending, queries=goes_on)
         shift, scale = image_modulation[:2]
         x, image_heads = image.heads(x, shift, scale, pending, group)
-        attended, text_attended = joint_attention(
+        attended, text_attended = self.joint(
             image.attn(image_heads), text.attn(text_heads), mask, runs
         )
         x, pending = image.outputs(x, attended, image_modulation, group)
@@ -153,61 +215,6 @@ class JointBlock(nn.Module):
             return x, pending, None, None
         context, context_pending = text.outputs(context, text_attended, text_modulation)
         return x, pending, context, context_pending
-
-
-def joint_attention(
-    image: tuple[Tensor, ...],
-    text: tuple[Tensor, ...],
-    mask: Tensor | None = None,
-    runs: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention over the tokens of both streams.
-
-    Args:
-        image: queries, keys and values ``[B, T, H, d]``.
-        text: the same ``[B, L, H, d]``, or keys and values only.
-        mask: ``[B, L]`` bool, tokens of the text that may be attended to; None: all.
-        runs: ``[B, 1, T, L + T]`` bool, what each image token may attend to (see ``run_mask``); the
-            text then attends to itself, so that nothing passes through it. None: everything.
-
-    Returns:
-        ``[B, T, D]`` and ``[B, L, D]``, the latter None without queries of the text.
-    """
-    q, k, v = image
-    *text_q, text_k, text_v = text
-    B, T = q.shape[:2]
-    length = text_k.shape[1]
-    # the text comes first, as in SD3
-    keys = torch.cat([text_k, k], dim=1)
-    values = torch.cat([text_v, v], dim=1)
-    readable = None
-    if mask is not None:
-        readable = torch.cat([mask, mask.new_ones(B, T)], dim=1)
-    if runs is not None:
-        text_out = None
-        if text_q:
-            text_out = ops.attention(text_q[0], text_k, text_v, mask=mask).flatten(2)
-        return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
-    if not text_q:
-        return ops.attention(q, keys, values, mask=readable).flatten(2), None
-    out = ops.attention(torch.cat([text_q[0], q], dim=1), keys, values, mask=readable).flatten(2)
-    text_out, image_out = out.split([length, T], dim=1)
-    return image_out, text_out
-
-
-def run_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
-    """``[B, 1, T, L + T]`` bool: an image token sees the text and the tokens of its own group.
-
-    Args:
-        group: ``[B, T]``, that of each image token.
-        length: L, tokens of the text.
-        mask: ``[B, L]`` bool, those of the text that are there; None: all.
-    """
-    same = group[:, :, None] == group[:, None, :]
-    text = same.new_ones(*group.shape, length)
-    if mask is not None:
-        text = mask[:, None].expand_as(text)
-    return torch.cat([text, same], dim=2)[:, None]
 
 
 class JointStream(Stream):
