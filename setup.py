@@ -25,6 +25,7 @@ EXTRAS = {
     "eval": ["numpy>=1.26", "scipy>=1.11", "scikit-learn>=1.4"],
     "vae": ["diffusers>=0.30"],
     "features": ["transformers>=5"],
+    "text": ["transformers>=5"],
     "hub": ["datasets>=3", "huggingface_hub>=0.30"],
     "plots": ["matplotlib>=3.8"],
     "photos": ["scikit-image>=0.26", "scikit-learn>=1.4"],

@@ -4,6 +4,7 @@ The choices of a field come from a registry, so the rooms that register them mus
 a parser is built. The scripts do that.
 """
 
+import json
 import logging
 import os
 import sys
@@ -173,6 +174,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
 def in_full(options: type, args: list[str]) -> list[str]:
     """The arguments with short forms written out, as far as ``options`` has what they stand for."""
     hints = get_type_hints(options)
+    args = _with_lists(hints, args)
     full = list(args)
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
@@ -183,6 +185,29 @@ def in_full(options: type, args: list[str]) -> list[str]:
         whole_section = option == f"--{section}" and value.endswith((".yaml", "}"))
         if section in hints and not whole_section:
             full[i] = f"--{section}.{name}{equals}{value if equals else ''}"
+    return full
+
+
+def _with_lists(hints: dict, args: list[str]) -> list[str]:
+    """The arguments with each list of strings as one value: ``--captions a b`` becomes
+    ``--captions ["a", "b"]``. A dash in the name of such an option may stand for an underscore.
+    """
+    lists = {name for name, hint in hints.items() if hint in (list[str], list[str] | None)}
+    full = []
+    waiting = list(args)
+    while waiting:
+        arg = waiting.pop(0)
+        option, equals, value = arg.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in lists:
+            full.append(arg)
+            continue
+        values = [value] if equals else []
+        while not equals and waiting and not waiting[0].startswith("--"):
+            values.append(waiting.pop(0))
+        # a single value may be a list already, in the parser's own form
+        whole = len(values) == 1 and values[0].startswith("[")
+        full += [f"--{name}", values[0] if whole else json.dumps(values)]
     return full
 
 

@@ -253,6 +253,9 @@ class DataConfig:
     features: str | None = None
     """name of stored features below `<path>/features` (preprocess.py makes them), which come with
     every batch: for align.target cached_features"""
+    text: str | None = None
+    """name of stored text features below `<path>/text` (preprocess.py --captions makes them), for
+    models of text; default: the only ones there are"""
     num_workers: int = 4
     """loader processes, at most one per CPU"""
 

@@ -56,6 +56,9 @@ class ArraySource(ImageSource):
             self.notes.append("no labels, or all 0: all images are of one class")
         self._set_labels(labels.tolist(), num_classes, counted=True)
 
+    def _captions(self, where: list[str]) -> list:
+        raise ValueError(f"captions are for image files, {self.place} is an array")
+
     def _pixels(self, number: int) -> tuple[np.ndarray, Report]:
         pixels = self.images[self._places[number]]
         report = Report()

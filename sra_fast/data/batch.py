@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+# characters of a caption in a message
+SHOWN = 80
+
 
 @dataclass
 class Report:
@@ -18,24 +21,29 @@ class Report:
     """the largest share that was cut off an image"""
     skipped: list[str] = field(default_factory=list)
     """images that could not be read, each with the reason"""
+    too_long: str | None = None
+    """the first of the captions that were cut, which ``counts`` counts"""
 
     def add(self, other: "Report") -> None:
         self.counts.update(other.counts)
         self.cut += other.cut
         self.most_cut = max(self.most_cut, other.most_cut)
         self.skipped += other.skipped
+        self.too_long = self.too_long or other.too_long
 
     def as_json(self) -> dict:
-        return {
+        said = {
             "counts": dict(sorted(self.counts.items())),
             "cut": self.cut,
             "most_cut": self.most_cut,
             "skipped": self.skipped,
         }
+        return said if self.too_long is None else {**said, "too_long": self.too_long}
 
     @classmethod
     def from_json(cls, held: dict) -> "Report":
-        return cls(Counter(held["counts"]), held["cut"], held["most_cut"], held["skipped"])
+        counts = Counter(held["counts"])
+        return cls(counts, held["cut"], held["most_cut"], held["skipped"], held.get("too_long"))
 
     def lines(self) -> list[str]:
         """The summary, in words."""
@@ -59,6 +67,12 @@ class Report:
         lines += [f"{counts[key]} images {words}" for key, words in worded.items() if counts[key]]
         if self.skipped:
             lines.append(f"{len(self.skipped)} images skipped, the first is {self.skipped[0]}")
+        if self.too_long is not None:
+            shown = self.too_long if len(self.too_long) <= SHOWN else self.too_long[:SHOWN] + "..."
+            lines.append(
+                f"warning: {counts['too_long']} captions are too long for the text encoder, their "
+                f"end is cut off; the first is {shown!r}"
+            )
         return lines
 
 

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.config.schema import Config, DataConfig
+from sra_fast import models
+from sra_fast.config.schema import Config, DataConfig, ModelConfig
+from sra_fast.data.coco_features import holds_coco_features
 from sra_fast.data.huggingface import is_saved
 from sra_fast.data.images import holds_images
 from sra_fast.data.latents import MomentDataset, open_latents, warn_of_deviation
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, RECIPE, check_finished, read_index
 from sra_fast.data.pixels import PackedPixels, PixelArray, Pixels
+from sra_fast.data.stored_text import StoredText
 from sra_fast.data.tars import holds_tars
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.checks import require_that
@@ -63,6 +66,11 @@ def kind_of(path: str | None) -> str:
         return "pixels" if read_index(root).get("kind") == "pixels" else "latents"
     if root.suffix == ".npz":
         return "pixels"
+    if holds_coco_features(root):
+        raise ValueError(
+            f"{path} holds latents and text features of MS-COCO; pack them first: sra-fast preprocess "
+            f"--source {path} --out data/NAME; then --data data/NAME"
+        )
     is_latents = (root / "vae-sd").is_dir()
     begun = (root / RECIPE).exists() or (root / HELD_OUT_FOLDER / RECIPE).exists()
     is_source = root.exists() and (is_saved(root) or holds_tars(root) or holds_images(root))
@@ -97,19 +105,43 @@ def open_data(data: DataConfig) -> TrainingData:
     return found
 
 
-def fill_in_model(cfg: Config, data: TrainingData) -> None:
-    """Give the model the sizes and classes of the data, where it has none of its own.
+def open_condition(cfg: Config, data: TrainingData) -> None:
+    """Open the text features of the data if the model is one of text.
 
     Raises:
-        ValueError: labels that are numbered from 1, which would make a class 0 without images.
+        ValueError: there are none, or several and no name; or a name that no model asks for.
     """
+    conditioning = models.preset(cfg.model.name)[0].conditioning
+    if conditioning == "text":
+        data.open_text(cfg.data.text, cfg.data.verify)
+        return
+    require_that(
+        cfg.data.text is None,
+        f"data.text is for models of text, {cfg.model.name} takes {conditioning}; got "
+        f"{cfg.data.text}",
+    )
+
+
+def fill_in_model(cfg: Config, data: TrainingData) -> None:
+    """Open the text that the model needs, and give it the sizes and classes of the data, where it
+    has none of its own.
+
+    Raises:
+        ValueError: labels that are numbered from 1, which would make a class 0 without images; see
+            ``open_condition``.
+    """
+    open_condition(cfg, data)
     _, height, width = data.shape
     require_that(
         height == width,
         f"images must be square, the data's are {height} x {width}: preprocess.py crops images",
     )
+    text = data.text
+    if text is not None:
+        cfg.model.fill_in_text(text.tokens, text.width, text.pooled)
     smallest = int(data.labels.min())
-    if cfg.model.num_classes is None and data.counted_classes and smallest > 0:
+    counted = data.counted_classes and text is None
+    if cfg.model.num_classes is None and counted and smallest > 0:
         raise ValueError(
             f"labels must be numbered from 0, the data has {smallest} .. {data.num_classes - 1}; "
             f"if classes without images are meant, give model.num_classes {data.num_classes}"
@@ -126,22 +158,48 @@ def check_data(data: TrainingData, cfg: Config) -> None:
             f"the model takes latents {expected} (in_channels, input_size), "
             f"the data has {data.shape}"
         )
-    smallest = int(data.labels.min())
-    if smallest < 0 or data.num_classes > model.num_classes:
-        raise ValueError(
-            f"labels must lie in [0, {model.num_classes}) (model.num_classes), "
-            f"the data has {smallest} .. {data.num_classes - 1}"
-        )
-    empty = (torch.bincount(data.labels, minlength=model.num_classes) == 0).nonzero().flatten()
-    if len(empty):
-        log.warning(
-            "%d of the model's %d classes have no image, the first is %d: nothing trains them",
-            *(len(empty), model.num_classes, empty[0]),
-        )
+    if data.text is None:
+        _check_labels(data, model.num_classes)
+    else:
+        _check_text(data.text, model)
     if len(data) < cfg.train.global_batch:
         raise ValueError(
             f"train.global_batch {cfg.train.global_batch} is larger than the data set "
             f"({len(data)} images)"
+        )
+
+
+def _check_labels(data: TrainingData, num_classes: int) -> None:
+    """ValueError unless the labels are ``num_classes`` at most; a warning if a class is empty."""
+    smallest = int(data.labels.min())
+    if smallest < 0 or data.num_classes > num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}) (model.num_classes), "
+            f"the data has {smallest} .. {data.num_classes - 1}"
+        )
+    empty = (torch.bincount(data.labels, minlength=num_classes) == 0).nonzero().flatten()
+    if len(empty):
+        log.warning(
+            "%d of the model's %d classes have no image, the first is %d: nothing trains them",
+            *(len(empty), num_classes, empty[0]),
+        )
+
+
+def _check_text(text: StoredText, model: ModelConfig) -> None:
+    """ValueError unless the features have the sizes that the model takes."""
+    takes = model.arguments()
+    sizes = {
+        "context_tokens": text.tokens,
+        "context_size": text.width,
+        "pooled_size": text.pooled,
+    }
+    for option, found in sizes.items():
+        expected = takes.get(option)
+        # a model may leave the pooled vector aside
+        unused = option == "pooled_size" and not expected
+        require_that(
+            unused or expected == found,
+            f"the model takes text features of model.{option} {expected}, {text.root} has {found}",
         )
 
 

@@ -66,7 +66,7 @@ class Digits(TrainingData):
         self.features = StoredFeatures(packed.path, name, packed.fingerprint, verify)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        return self.with_features(indices, self.images[indices], self.labels[indices])
+        return self.complete(indices, self.images[indices])
 
     def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
         return [(part, np.arange(len(part))) for part in (self, Digits(held_out=True))]

@@ -31,6 +31,8 @@ class DataFacts:
     """SHA-256 that tells the images apart from others, wherever they lie"""
     features: dict | None = None
     """``StoredFeatures.facts`` of the features that came with every batch"""
+    text: dict | None = None
+    """``StoredText.facts`` of the captions that came with every batch"""
 
     def as_json(self) -> dict:
         return asdict(self)
@@ -64,10 +66,25 @@ def differences(found: DataFacts, expected: DataFacts) -> list[str]:
     prints = [held.get("fingerprint") for held in features]
     if None not in prints and prints[0] != prints[1]:
         different.append(f"other features ({features[0]['name']}, it had {features[1]['name']})")
+    different += _other_text(found.text or {}, expected.text or {})
     prints = (found.fingerprint, expected.fingerprint)
     if not different and None not in prints and prints[0] != prints[1]:
         different.append("other images")
     return different
+
+
+def _other_text(found: dict, expected: dict) -> list[str]:
+    """How features of captions differ from those that are expected."""
+    encoders = [
+        [encoder["sha256"] for encoder in held["encoders"]] if held.get("encoders") else None
+        for held in (found, expected)
+    ]
+    if None not in encoders and encoders[0] != encoders[1]:
+        return [f"features of another text encoder ({found['name']}, it had {expected['name']})"]
+    prints = [held.get("fingerprint") for held in (found, expected)]
+    if None not in prints and prints[0] != prints[1]:
+        return [f"other captions ({found['name']}, it had {expected['name']})"]
+    return []
 
 
 def _short(value: object) -> str:

@@ -49,10 +49,11 @@ def made_like(options: Options, folder: Path) -> Options:
         ValueError: the data set is not finished, or an option was given that contradicts it.
     """
     check_finished(folder)
+    what = "features" if options.features else "captions"
     require_that(
         (folder / INDEX).exists(),
-        "features need vae or pixels true, or an out that is finished packed data; "
-        f"there are none in {folder}",
+        f"{what} need vae or pixels true, or an out that is finished packed data; there are none in "
+        f"{folder}",
     )
     index = read_index(folder)
     # moments that were made of moments do not tell how their images were read
@@ -87,23 +88,24 @@ def check_same_images(source: ImageSource, folder: Path) -> None:
     require_that(same, f"{folder} was made of other images than those of {source.place}")
 
 
-def belongs_to(folder: Path) -> Callable[[Tensor], dict]:
+def belongs_to(folder: Path, labels: Tensor, what: str = "features") -> dict:
     """What the index of features says of the data set in ``folder``, once both are there.
 
-    Returns:
-        A function of the labels of the features' images. ValueError: they are not the data set's.
+    Args:
+        folder: of the data set.
+        labels: of the features' images.
+        what: was made of them.
+
+    Raises:
+        ValueError: they are not the data set's.
     """
-
-    def at_end(labels: Tensor) -> dict:
-        data = Shards(folder, read_index(folder).get("kind", "moments"))
-        require_that(
-            torch.equal(labels, data.labels),
-            f"{folder} holds {data.length} images, features were made of {len(labels)}, or of "
-            "images of other classes: have the images changed?",
-        )
-        return {"data_sha256": data.fingerprint}
-
-    return at_end
+    data = Shards(folder, read_index(folder).get("kind", "moments"))
+    require_that(
+        torch.equal(labels, data.labels),
+        f"{folder} holds {data.length} images, {what} were made of {len(labels)}, or of images of "
+        "other classes: have the images changed?",
+    )
+    return {"data_sha256": data.fingerprint}
 
 
 def extracted(

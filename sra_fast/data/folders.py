@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
+from sra_fast.data.captions import SUFFIX, lines_of, read_all
 from sra_fast.data.images import Crop, image_suffixes
 from sra_fast.data.sources import VALIDATION, ImageSource, suffix_note
 
@@ -91,6 +92,8 @@ class ImageFolder(ImageSource):
         class_names: names of the class folders, in the order of the labels; default: those that are
             there.
 
+    The captions of ``a/0.png`` are in ``a/0.txt``, one a line.
+
     Raises:
         ValueError: there are no images, a class is empty, the number of classes is another, a label
             is missing or outside [0, num_classes). ``read`` raises it for a file that is no readable
@@ -121,7 +124,8 @@ class ImageFolder(ImageSource):
         if not self.names:
             raise ValueError(f"{self.place} holds no images that Pillow opens")
         self._places = [self.root + name for name in self.names]
-        if note := suffix_note(files, {*self.names, LIST}):
+        self._others = sorted({*files} - {*self.names, LIST})
+        if note := suffix_note(self._others, set()):
             self.notes.append(note)
         listed = LIST in names
         labels = (
@@ -226,6 +230,31 @@ class ImageFolder(ImageSource):
 
     def _content(self, number: int) -> bytes:
         return self.files.read(self._places[number])
+
+    def _captions_beside(self) -> list[list[str] | None]:
+        files = [str(PurePosixPath(name).with_suffix(SUFFIX)) for name in self.names]
+        there = [name for name in self._others if name.endswith(SUFFIX)]
+        known = set(there)
+        found = read_all(lambda name: self._lines(name) if name in known else None, files)
+        # they are no longer files that nothing is known of
+        if (before := suffix_note(self._others, set())) in self.notes:
+            self.notes.remove(before)
+        if note := suffix_note(self._others, known):
+            self.notes.append(note)
+        if strangers := sorted(known.difference(files)):
+            self.notes.append(
+                f"{len(strangers)} files of captions belong to no image, the first is {strangers[0]}"
+            )
+        return found
+
+    def _lines(self, name: str) -> list[str]:
+        """The captions in a text file."""
+        try:
+            content = self.files.read(self.root + name)
+        except Exception as error:
+            # zip files and network drives raise many types
+            raise ValueError(f"{self.place}/{name} cannot be read: {error!r}") from None
+        return lines_of(content, f"{self.place}/{name}")
 
 
 def _checked_names(names: object, index: str) -> list[str] | None:

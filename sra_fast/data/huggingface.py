@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sra_fast.data.captions import as_captions
 from sra_fast.data.images import Crop
 from sra_fast.data.sources import VALIDATION, ImageSource
 from sra_fast.utils.files import require
@@ -88,10 +89,8 @@ class HuggingFaceSource(ImageSource):
         classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         self.class_names = features[classes[0]].names if classes else None
         labelled = classes or [name for name in ("label",) if name in features]
-        taken = [self.column, *labelled[:1]]
-        others = [name for name in features if name not in taken]
-        if others:
-            self.notes.append(f"columns {', '.join(taken)} are read, not {', '.join(others)}")
+        self._taken = [self.column, *labelled[:1]]
+        self._note_columns()
         if not labelled:
             self.notes.append("no labels: all images are of one class")
             labels = [0] * len(dataset)
@@ -108,6 +107,27 @@ class HuggingFaceSource(ImageSource):
                 f"num_classes {num_classes} was asked for, {place} has {known} classes"
             )
         self._set_labels(labels, num_classes or known, counted=bool(labelled))
+
+    def _note_columns(self) -> None:
+        """A note about the columns that are not read, in the place of the last one."""
+        others = [name for name in self.dataset.features if name not in self._taken]
+        begin = "columns "
+        self.notes = [note for note in self.notes if not note.startswith(begin)]
+        if others:
+            self.notes.append(f"{begin}{', '.join(self._taken)} are read, not {', '.join(others)}")
+
+    def _captions(self, where: list[str]) -> list:
+        """Captions in a column, texts or lists of texts."""
+        columns = [name for name in self.dataset.features if name not in self._taken]
+        if len(where) != 1 or where[0] not in columns:
+            raise ValueError(
+                f"captions must name a column of {self.place}, one of {', '.join(columns)}; got "
+                f"{' '.join(where)}"
+            )
+        texts = list(self.dataset[where[0]])
+        self._taken.append(where[0])
+        self._note_columns()
+        return [as_captions(texts[number]) for number in self._places]
 
     def _content(self, number: int) -> bytes:
         held = self.dataset[self._places[number]][self.column]

@@ -14,6 +14,7 @@ from torch import Tensor
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, Shards, check_finished, load_npy
+from sra_fast.data.stored_text import StoredText
 from sra_fast.data.training_data import TrainingData
 
 log = logging.getLogger("sra_fast")
@@ -94,6 +95,7 @@ class MomentDataset(TrainingData):
             vae_path=self.vae_path,
             fingerprint=self.fingerprint,
             features=self.features and self.features.facts,
+            text=self.text and self.text.facts,
         )
 
     @property
@@ -113,6 +115,8 @@ class MomentDataset(TrainingData):
         held_out = open_latents(str(folder), self.scale, self.shift)
         if self.features is not None:
             held_out.open_features(self.features.name)
+        if self.text is not None:
+            held_out.open_text(self.text.name)
         return [(part, np.arange(len(part))) for part in (self, held_out)]
 
 
@@ -301,11 +305,14 @@ class PackedLatents(MomentDataset):
     def open_features(self, name: str, verify: bool = False) -> None:
         self.features = StoredFeatures(self.root, name, self.fingerprint, verify)
 
+    def open_text(self, name: str | None = None, verify: bool = False) -> None:
+        self.text = StoredText(self.root, name, self.fingerprint, verify)
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """Moments ``[B, 2C, H, W]`` in the stored dtype, labels ``[B]`` and features, in the order of
-        ``indices``.
+        """Moments ``[B, 2C, H, W]`` in the stored dtype, labels ``[B]`` or text, and features, in the
+        order of ``indices``.
         """
-        return self.with_features(indices, self.shards.read(indices), self.labels[indices])
+        return self.complete(indices, self.shards.read(indices))
 
 
 def open_latents(

@@ -36,8 +36,8 @@ class Part:
         number: of the part.
         first: number of its first image.
         count: its images; fewer are written if some cannot be read.
-        batches: what to write, ``[B, C, H, W]`` each (features: ``[B, T, D]``), with the numbers of
-            the images.
+        batches: what to write, ``[B, C, H, W]`` each (features: ``[B, T, D]``, text: ``[B, R]``),
+            with the numbers of the images (text: of the captions).
     """
 
     number: int
@@ -116,7 +116,7 @@ class Layout:
 
     @property
     def kind(self) -> str:
-        """``moments``, ``pixels`` or ``features``."""
+        """``moments``, ``pixels``, ``features`` or ``text``."""
         return self.recipe.get("kind", "moments")
 
     @property
@@ -146,11 +146,10 @@ class PackedLayout(Layout):
         dtype = getattr(torch, self.recipe["dtype"])
         storage = np.dtype(STORAGE[self.recipe["dtype"]])
         row_shape = tuple(self.recipe["shape"])
-        # features [T, D] have their channels last
-        channel = 1 if self.kind == "features" else 0
-        statistics = Statistics(row_shape[channel], self.moments)
+        statistics = Statistics(self._num_channels(), self.moments)
         last = part.first + part.count - 1
-        images = f"{self.kind} of images {part.first} .. {last}"
+        of = "captions" if self.kind == "text" else "images"
+        images = f"{self.kind} of {of} {part.first} .. {last}"
         written: list[int] = []
 
         def write_header(f, rows: int) -> None:
@@ -168,7 +167,7 @@ class PackedLayout(Layout):
                         raise ValueError(f"{images} are not finite in {dtype}")
                     if self.moments:
                         check_moments(batch, images)
-                    statistics.update(batch.movedim(channel + 1, 1))
+                    statistics.update(self._channels_first(batch))
                     f.write(stored.view(torch.uint8).numpy())
                     written.extend(numbers)
                 if len(written) < part.count:
@@ -180,6 +179,19 @@ class PackedLayout(Layout):
         entry = {**file_entry(self.out, shard_name(part.number)), "images": len(written)}
         return {"shard": entry, **part.record(written), "statistics": statistics.as_json()}
 
+    def _num_channels(self) -> int:
+        if self.kind == "text":
+            return self.recipe["width"]
+        # features [T, D] have their channels last
+        return self.recipe["shape"][1 if self.kind == "features" else 0]
+
+    def _channels_first(self, rows: Tensor) -> Tensor:
+        """Rows ``[B, channels, ...]`` of a batch; of text its tokens."""
+        if self.kind == "text":
+            tokens, width = self.recipe["tokens"], self.recipe["width"]
+            rows = rows[:, : tokens * width].unflatten(1, (tokens, width))
+        return rows.movedim(2, 1) if self.kind in ("features", "text") else rows
+
     def complete(self, record: dict) -> bool:
         entry = record["shard"]
         path = self.out / entry["file"]
@@ -189,6 +201,9 @@ class PackedLayout(Layout):
         """Write the labels, then the index, which makes the folder a data set."""
         remove_temporary_files(self.out / "shards", self.out / "parts")
         labels = self.labels[all_numbers(records)].numpy()
+        if self.kind == "text":
+            # numbers of images, which move up where one was left out
+            labels = np.unique(labels, return_inverse=True)[1].astype(np.int64)
         write_atomic(self.out / LABELS, lambda p: save_npy(p, labels))
         index = {
             **self.recipe,

@@ -1,10 +1,26 @@
 """The order of the images during training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from sra_fast.data.permutation import Permutation
+
+
+class ImageNumbers(list[int]):
+    """The images of a micro-batch, and what decides anything else that is drawn for them, such as
+    which of its captions an image gets.
+
+    Args:
+        numbers: of the images.
+        seed: of the run.
+        step: optimizer step that they are for.
+    """
+
+    def __init__(self, numbers: Iterable[int] = (), seed: int = 0, step: int = 0):
+        super().__init__(numbers)
+        self.seed = seed
+        self.step = step
 
 
 class ShuffledBatches:
@@ -61,16 +77,17 @@ class ShuffledBatches:
     def __len__(self) -> int:
         return (self.steps - self.step) * self.accumulation
 
-    def numbers(self, step: int, micro_step: int) -> list[int]:
+    def numbers(self, step: int, micro_step: int) -> ImageNumbers:
         """The images of this process in a micro-step of an optimizer step."""
         epoch = self.epoch(step)
         if self._epoch != epoch:
             self._epoch = epoch
             self._order = Permutation(self.num_images, self.seed, epoch, -1)
         first = step % self.steps_per_epoch * self.global_batch + self.first(micro_step)
-        return self._order(np.arange(first, first + self.micro)).tolist()
+        numbers = self._order(np.arange(first, first + self.micro)).tolist()
+        return ImageNumbers(numbers, self.seed, step)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[ImageNumbers]:
         for step in range(self.step, self.steps):
             for micro_step in range(self.accumulation):
                 yield self.numbers(step, micro_step)

@@ -4,7 +4,8 @@ A packed data set is ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and `
 ``shards/00001.npy``, ... A shard holds as many rows as its entry in the index says: moments
 ``[n, 2C, H, W]``, the mean and then the standard deviation, pixels ``[n, C, H, W]`` in uint8, or
 features ``[n, T, D]`` (see ``features.py``). The index is written last. It records how the rows were
-made, and the size and SHA-256 of every other file. The .npy format has no bf16, so bf16 is stored as
+made, and the size and SHA-256 of every other file. Rows of kind text are flat and belong to
+captions (see ``stored_text.py``); ``images`` then counts captions. The .npy format has no bf16, so bf16 is stored as
 its bits in uint16.
 """
 
@@ -95,7 +96,7 @@ class Shards:
 
     Args:
         path: folder that holds ``index.json``.
-        kind: ``"moments"``, ``"pixels"`` or ``"features"``, what the rows must be.
+        kind: ``"moments"``, ``"pixels"``, ``"features"`` or ``"text"``, what the rows must be.
         verify: compare a shard's SHA-256 with the index when a batch first uses it. This happens
             once, however many loader processes there are.
 

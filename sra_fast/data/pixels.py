@@ -10,6 +10,7 @@ from torch import Tensor
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, Shards
+from sra_fast.data.stored_text import StoredText
 from sra_fast.data.training_data import TrainingData
 
 
@@ -41,6 +42,7 @@ class Pixels(TrainingData):
             pixels=True,
             fingerprint=self.fingerprint,
             features=self.features and self.features.facts,
+            text=self.text and self.text.facts,
         )
 
     def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
@@ -50,6 +52,8 @@ class Pixels(TrainingData):
         held_out = PackedPixels(folder)
         if self.features is not None:
             held_out.open_features(self.features.name)
+        if self.text is not None:
+            held_out.open_text(self.text.name)
         # every row of both: no run trains on these images
         return [(part, np.arange(len(part))) for part in (self, held_out)]
 
@@ -82,9 +86,14 @@ class PackedPixels(Pixels):
     def open_features(self, name: str, verify: bool = False) -> None:
         self.features = StoredFeatures(self.path, name, self.fingerprint, verify)
 
+    def open_text(self, name: str | None = None, verify: bool = False) -> None:
+        self.text = StoredText(self.path, name, self.fingerprint, verify)
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """uint8 ``[B, C, H, W]``, labels ``[B]`` and features, in the order of ``indices``."""
-        return self.with_features(indices, self.shards.read(indices), self.labels[indices])
+        """uint8 ``[B, C, H, W]``, labels ``[B]`` or text, and features, in the order of
+        ``indices``.
+        """
+        return self.complete(indices, self.shards.read(indices))
 
 
 class PixelArray(Pixels):

@@ -1,5 +1,5 @@
-"""The body of preprocess.py: images to VAE moments, pixels or features, or one layout of moments to
-another.
+"""The body of preprocess.py: images to VAE moments, pixels or features, captions to text features, or
+one layout of moments to another.
 """
 
 import os
@@ -12,6 +12,15 @@ from PIL import ImageColor
 from torch import Tensor
 
 from sra_fast.data.arrays import open_array
+from sra_fast.data.coco_features import (
+    TRAIN,
+    VAL,
+    CocoContexts,
+    CocoMoments,
+    CocoPart,
+    holds_coco_features,
+    read_empty,
+)
 from sra_fast.data.feature_jobs import (
     belongs_to,
     check_feature_options,
@@ -20,7 +29,7 @@ from sra_fast.data.feature_jobs import (
     features_folder,
     made_like,
 )
-from sra_fast.data.folders import open_folder
+from sra_fast.data.folders import ImageFolder, open_folder
 from sra_fast.data.huggingface import PREFIX, is_saved, open_huggingface
 from sra_fast.data.idx import holds_idx, image_side, open_idx
 from sra_fast.data.images import MODES, Crop
@@ -36,9 +45,24 @@ from sra_fast.data.options import (
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, VERSIONS, read_index
 from sra_fast.data.pixels import PackedPixels, read_image_array
 from sra_fast.data.sources import ImageSource
+from sra_fast.data.stored_text import as_rows
 from sra_fast.data.tars import TarSource, holds_tars
+from sra_fast.data.text_jobs import (
+    Captions,
+    TextSource,
+    check_source_options,
+    check_text_options,
+    encoded_text,
+    end_of_text,
+    load_encoders,
+    rows_per_shard,
+    text_folder,
+    text_name,
+    text_recipe,
+)
 from sra_fast.data.vae import load_vae, make_encoder, moments_shape, vae_identity
 from sra_fast.data.writer import PackingJob, read_ahead
+from sra_fast.models import TextFeatures
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.launcher import cuda_index
 
@@ -54,7 +78,9 @@ def holds_pixels(source: Path) -> bool:
 
 
 def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
-    """Training and held-out images. ValueError: they cannot be opened."""
+    """Training and held-out images, with their captions if these are asked for. ValueError: they
+    cannot be opened.
+    """
     crop = Crop(options.resolution, options.channels, options.background, options.orientation)
     source = options.source
     bad = "stop" if options.bad == "stop" else "skip"
@@ -73,6 +99,9 @@ def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
         train, held_out = open_idx(source, crop, options.num_classes, options.mirror)
     else:
         train, held_out = open_folder(source, *common)
+    for part in (train, held_out):
+        if part is not None and options.captions:
+            part.open_captions(options.captions)
     if options.holdout:
         require_that(
             held_out is None,
@@ -110,6 +139,10 @@ def _check_options(options: Options) -> None:
             f"background must be a colour, a name or #rrggbb, got {options.background}"
         ) from None
     check_feature_options(options)
+    if holds_coco_features(Path(options.source)):
+        check_source_options(options)
+    else:
+        check_text_options(options)
     if options.out is None:
         require_that(options.bad == "list", "out must name the folder to make, got nothing")
         return
@@ -177,16 +210,17 @@ def _stored(options: Options, images: ImageSource) -> Conversion:
 
 
 def _image_jobs(options: Options) -> list[PackingJob]:
-    """Images to moments or pixels, to features, or to both."""
+    """Images to moments or pixels, to features, captions to text features, or all of that."""
     both = options.pixels and bool(options.vae)
     makes_data = options.pixels or bool(options.vae)
+    adds = bool(options.features or options.captions)
     require_that(
-        not both and (makes_data or bool(options.features)),
+        not both and (makes_data or adds),
         "images need either vae, the folder of an AutoencoderKL (its latents), or pixels true (no "
         f"VAE), got {'both' if both else 'neither'}",
     )
     out = Path(options.out)
-    if options.features and not makes_data:
+    if adds and not makes_data:
         options = made_like(options, out)
     if options.resolution is None:
         options = replace(options, resolution=default_resolution(options))
@@ -218,6 +252,8 @@ def _image_jobs(options: Options) -> list[PackingJob]:
     if options.features:
         channels = train.crop.channels
         jobs += _feature_jobs(options, parts, channels, options.resolution, side)
+    if options.captions:
+        jobs += _text_jobs(options, parts, notes=not makes_data)
     return jobs
 
 
@@ -250,9 +286,114 @@ def _feature_jobs(
         read = _read_as(options, part) if from_files else {"num_classes": part.num_classes}
         conversion = (extract, {**recipe, **read}, extra)
         job = _make_job(options, part, conversion, features_folder(options, folder))
-        job.at_end = belongs_to(folder)
+        labels = job.layout.labels
+        job.at_end = lambda numbers, folder=folder, labels=labels: belongs_to(
+            folder, labels[numbers]
+        )
         jobs.append(job)
     return jobs
+
+
+def _text_jobs(
+    options: Options, parts: list[tuple[ImageSource, Path]], notes: bool
+) -> list[PackingJob]:
+    """Features of captions beside the data sets that are made of their images.
+
+    Args:
+        options: with ``captions``.
+        parts: images with captions, and the folder of their data set.
+        notes: whether the jobs say what a user should know of the images.
+    """
+    encoders = load_encoders(options, _choose_device())
+    encode, recipe, extra = encoded_text(options, encoders)
+    null = lambda: encode(encoders.tokenize([""])[0])
+    jobs = []
+    for part, folder in parts:
+        captions = Captions(part, encoders, part.notes if notes else [])
+        read = {**_read_as(options, part), "num_classes": captions.num_classes}
+        conversion = (encode, {**recipe, **read}, extra)
+        out = text_folder(folder, text_name(options))
+        jobs.append(_text_job(options, captions, conversion, null, folder, out))
+    return jobs
+
+
+def _text_job(
+    options: Options,
+    source: TextSource,
+    conversion: Conversion,
+    null: Callable[[], Tensor],
+    folder: Path,
+    out: Path,
+) -> PackingJob:
+    """The job of the captions of the data set in ``folder``."""
+    rows = rows_per_shard(conversion[1], options.shard_size)
+    job = _make_job(replace(options, shard_size=rows), source, conversion, out)
+    job.at_end = end_of_text(source, null, job.recipe, folder, out)
+    return job
+
+
+def _coco_jobs(options: Options) -> list[PackingJob]:
+    """Moments, text features and perhaps images as U-ViT and REPA have them.
+
+    Raises:
+        ValueError: options for images that would have no effect, or files that are missing.
+    """
+    used = ("features", "precision", "resolution") if options.features else ()
+    unused = tuple(name for name in (*IMAGE_OPTIONS, "num_classes") if name not in used)
+    refuse(options, unused, "is for images", "holds latents and features of their captions")
+    root = Path(options.source)
+    empty = read_empty(root)
+    out = Path(options.out)
+    places = [(root / VAL, out / HELD_OUT_FOLDER), (root / TRAIN, out)]
+    parts = [(CocoPart(place), folder) for place, folder in places if place.is_dir()]
+    _choose_device()
+    jobs = []
+    side = 0
+    for part, folder in parts:
+        moments = CocoMoments(part)
+        side = moments.moments_shape[-1]
+        recipe = {
+            "kind": "moments",
+            "shape": [*moments.moments_shape],
+            "num_classes": 1,
+            "vae": None,
+            "dtype": options.dtype,
+        }
+        conversion = (_as_they_are, recipe, {"vae_path": None, "classes": None})
+        jobs.append(_make_job(options, moments, conversion, folder))
+    if options.features:
+        images = [(_coco_images(options, part, 8 * side), folder) for part, folder in parts]
+        size = images[0][0].crop.size
+        jobs += _feature_jobs(options, images, 3, size, side)
+    recipe = {**text_recipe(options, *empty.shape, 0, False), "encoders": None}
+    for part, folder in parts:
+        contexts = CocoContexts(part, empty)
+        of_part = {**recipe, "num_classes": contexts.num_classes}
+        place = text_folder(folder, text_name(options, "clip"))
+        null = lambda: _context_rows(empty[None])
+        conversion = (_context_rows, of_part, {"text_paths": None})
+        jobs.append(_text_job(options, contexts, conversion, null, folder, place))
+    return jobs
+
+
+def _context_rows(tokens: Tensor) -> Tensor:
+    return as_rows(TextFeatures(tokens, None, None, None, None))
+
+
+def _coco_images(options: Options, part: CocoPart, size: int) -> ImageFolder:
+    """The images beside a part's moments, in the same order.
+
+    Raises:
+        ValueError: there is not one image for every file of moments.
+    """
+    images = ImageFolder(part.folder, Crop(options.resolution or size), 1)
+    found = [Path(name).stem for name in images.names]
+    require_that(
+        found == [str(number) for number in part.images],
+        f"{part.folder} must hold an image of every number for --features, it has {len(found)} "
+        f"images and {len(part.images)} moments",
+    )
+    return images
 
 
 def _pixel_jobs(options: Options) -> list[PackingJob]:
@@ -306,7 +447,7 @@ def make_jobs(options: Options) -> list[PackingJob]:
 
     Returns:
         The job of the held-out images, if there are any, and that of the training images; then
-        those of their features.
+        those of their features, and those of their captions.
 
     Raises:
         ValueError: the options, the source or a model cannot be used.
@@ -318,12 +459,14 @@ def make_jobs(options: Options) -> list[PackingJob]:
     _check_options(options)
     if of_pixels:
         return _pixel_jobs(options)
+    if holds_coco_features(source):
+        return _coco_jobs(options)
     return _moment_jobs(options) if holds_data(source) else _image_jobs(options)
 
 
 def _make_job(
     options: Options,
-    source: ImageSource | MomentDataset | PackedPixels,
+    source: ImageSource | MomentDataset | PackedPixels | CocoMoments | TextSource,
     conversion: Conversion,
     out: Path,
 ) -> PackingJob:

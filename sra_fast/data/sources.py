@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.batch import Batch, Report
+from sra_fast.data.captions import BESIDE, checked, from_lists
 from sra_fast.data.images import Crop
 
 # names of folders and splits of images that no run should train on; the first that is there counts
@@ -30,6 +31,7 @@ class ImageSource:
         num_classes: labels lie in [0, num_classes).
         class_names: of every class, or None.
         fingerprint: SHA-256 of names, labels and ``content_digest``.
+        captions: of every name, at least one; None until ``open_captions``.
         notes: what a user should know, one line each.
     """
 
@@ -40,6 +42,7 @@ class ImageSource:
     _labels: list[int]
     num_classes: int
     class_names: list[str] | None
+    captions: list[list[str]] | None = None
     notes: list[str]
     # what else tells these images apart from others of the same names
     content_digest: str = ""
@@ -85,6 +88,31 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self.names) * self.copies
 
+    def open_captions(self, where: list[str]) -> None:
+        """Read the captions of all images.
+
+        Args:
+            where: ``["txt"]``: beside each image; JSON files (``captions.read_lists``); or a column
+                of a Hugging Face data set.
+
+        Raises:
+            ValueError: an image has none, or they cannot be read.
+        """
+        self.captions = checked(self._captions(where), self.names, self.place)
+
+    def _captions(self, where: list[str]) -> list:
+        """What ``open_captions`` has to check: captions of every image, None or [] for none."""
+        if where == [BESIDE]:
+            return self._captions_beside()
+        found, note = from_lists(where, self.names, self.place)
+        if note:
+            self.notes.append(note)
+        return found
+
+    def _captions_beside(self) -> list:
+        """Captions in text files of the images' names."""
+        raise NotImplementedError
+
     def _content(self, number: int) -> bytes:
         """The file of image ``number``."""
         raise NotImplementedError
@@ -98,6 +126,16 @@ class ImageSource:
             # zip files and network drives raise many types
             raise ValueError(f"{name} is no readable image: {error!r}") from None
         return self.crop.decode(content, name)
+
+    def is_readable(self, number: int) -> bool:
+        """Whether image ``number`` (mirror images not counted) can be read, or ``bad`` stops if not."""
+        if self.bad == "stop":
+            return True
+        try:
+            self._pixels(number)
+        except ValueError:
+            return False
+        return True
 
     def read(self, numbers: list[int]) -> Batch:
         """uint8 images ``[B, channels, size, size]`` (channels last in memory).
@@ -142,6 +180,8 @@ class ImageSource:
         part.names = [self.names[number] for number in numbers]
         part._labels = [self._labels[number] for number in numbers]
         part._places = [self._places[number] for number in numbers]
+        if self.captions is not None:
+            part.captions = [self.captions[number] for number in numbers]
         return part
 
     def hold_out(self, share: float) -> "tuple[ImageSource, ImageSource]":

@@ -2,12 +2,15 @@
 
 from sra_fast.data.batch import Report
 from sra_fast.data.latents import PLAUSIBLE_DEVIATION
+from sra_fast.data.packed import read_index
 from sra_fast.data.writer import Finished, PackingJob
 
 
 def summary(job: PackingJob, finished: Finished) -> list[str]:
     """What was made, and what a user should know of it."""
     recipe = job.recipe
+    if recipe["kind"] == "text":
+        return _text_lines(job, finished)
     classes = recipe["num_classes"]
     kind = recipe["kind"]
     shape = " x ".join(map(str, recipe["shape"]))
@@ -22,6 +25,22 @@ def summary(job: PackingJob, finished: Finished) -> list[str]:
         lines += report.lines()
     lines += _statistics_lines(recipe, finished.statistics)
     return lines
+
+
+def _text_lines(job: PackingJob, finished: Finished) -> list[str]:
+    index = read_index(job.out)
+    pooled = f", pooled {index['pooled']}" if index["pooled"] else ""
+    masked = ", masked" if index["masked"] else ""
+    classes = [encoder["class"] for encoder in index["encoders"] or []]
+    low, high = min(finished.statistics["std"]), max(finished.statistics["std"])
+    return [
+        f"{job.out}: {finished.images} captions of {index['num_classes'] * index['copies']} images, "
+        f"text {index['tokens']} x {index['width']}{pooled}{masked}",
+        *getattr(job.source, "notes", []),
+        *finished.report.lines(),
+        f"text features of {', '.join(classes) or 'an encoder that is not known'}: deviations "
+        f"{low:.4g} to {high:.4g}",
+    ]
 
 
 def _statistics_lines(recipe: dict, statistics: dict) -> list[str]:

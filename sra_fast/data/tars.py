@@ -6,11 +6,14 @@ import re
 import tarfile
 from pathlib import Path
 
+from sra_fast.data.captions import SUFFIX, as_captions, lines_of, read_all
 from sra_fast.data.images import Crop, holds_images, image_suffixes
 from sra_fast.data.sources import ImageSource, suffix_note
 
 # suffixes of the files that hold a sample's label, the first that is there counts
 LABELS = (".cls", ".json")
+# entries of a sample's .json that may hold its captions
+CAPTIONS = ("caption", "captions", "text")
 
 
 def expand(pattern: str) -> list[Path]:
@@ -58,7 +61,8 @@ class TarSource(ImageSource):
     """Images and labels of WebDataset tars. Opening reads the headers only.
 
     The label of a sample is its ``.cls`` (a number as text), or ``label`` or ``cls`` in its
-    ``.json``. Without any label all images are of one class.
+    ``.json``. Without any label all images are of one class. Its captions are the lines of its
+    ``.txt``, or ``caption``, ``captions`` or ``text`` in its ``.json``, a text or a list of them.
 
     Args:
         pattern: see ``expand``.
@@ -84,6 +88,8 @@ class TarSource(ImageSource):
         self.class_names = None
         self.suffixes = image_suffixes()
         self.tars = expand(pattern)
+        # name of an image -> suffix -> place of a file that may hold its captions
+        self._texts: dict[str, dict[str, tuple[int, int, int]]] = {}
         # opened once: os.pread needs no position, so threads can share a file
         self.descriptors = [os.open(tar, os.O_RDONLY) for tar in self.tars]
         samples = [sample for tar in range(len(self.tars)) for sample in self._samples(tar)]
@@ -136,17 +142,20 @@ class TarSource(ImageSource):
             if images:
                 label = self._label(tar, key, files)
                 place = (tar, *files[images[0]])
-                samples.append((f"{path.name}/{key}{images[0]}", place, label))
+                name = f"{path.name}/{key}{images[0]}"
+                samples.append((name, place, label))
+                self._texts[name] = {
+                    suffix: (tar, *files[suffix]) for suffix in (SUFFIX, ".json") if suffix in files
+                }
         return samples
 
     def _count_others(self, path: Path, members: dict[str, dict[str, tuple[int, int]]]) -> None:
-        """Notes about the files of a tar that are neither images nor labels."""
-        others = [
-            key + suffix
-            for key, files in members.items()
-            for suffix in files
-            if suffix not in self.suffixes and suffix not in LABELS
-        ]
+        """Notes about the files of a tar that are neither images nor their labels or captions."""
+        others = []
+        for key, files in members.items():
+            has_image = any(suffix in self.suffixes for suffix in files)
+            known = {*self.suffixes, *LABELS, *((SUFFIX,) if has_image else ())}
+            others += [key + suffix for suffix in files if suffix not in known]
         dotted = {name for name in others if Path(name).suffix in self.suffixes}
         if dotted:
             self.notes.append(
@@ -187,3 +196,21 @@ class TarSource(ImageSource):
 
     def _content(self, number: int) -> bytes:
         return self._read(self._places[number])
+
+    def _captions_beside(self) -> list:
+        return read_all(self._text, self.names)
+
+    def _text(self, name: str) -> object:
+        """What a sample has as captions, or None."""
+        files = self._texts[name]
+        where = f"{self.place}: the captions of {name}"
+        if SUFFIX in files:
+            return lines_of(self._read(files[SUFFIX]), where)
+        if ".json" not in files:
+            return None
+        try:
+            content = json.loads(self._read(files[".json"]))
+        except ValueError as error:
+            raise ValueError(f"{where} must be in a readable .json: {error}") from None
+        held = content if isinstance(content, dict) else {}
+        return as_captions(next((held[key] for key in CAPTIONS if key in held), None))

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from sra_fast.data.batch import Batch
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
+from sra_fast.data.stored_text import StoredText
 from sra_fast.models import ClassLabels, Conditioning
 
 # one image in five is held out of an analysis
@@ -36,6 +37,7 @@ class TrainingData(Dataset):
         fingerprint: SHA-256 of the images in their order and the labels, the same wherever they lie:
             a run is only resumed on data of the same one. None: it is not known.
         features: stored features that come with every batch, or None.
+        text: stored features of captions that come with every batch instead of labels, or None.
         evaluation: name in ``EVALUATIONS`` of how samples are scored at the end of a run, or None.
     """
 
@@ -49,14 +51,18 @@ class TrainingData(Dataset):
     in_memory: bool = False
     fingerprint: str | None = None
     features: StoredFeatures | None = None
+    text: StoredText | None = None
     evaluation: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """One batch: the images, the tensors that the conditioning is made from (labels), and the
-        features ``[B, T, D]`` if there are any; ``split`` takes it apart.
+        """One batch: the images, the tensors that the conditioning is made from (labels, or those of
+        text), and the features ``[B, T, D]`` if there are any; ``split`` takes it apart.
+
+        With text, ``ImageNumbers`` decide which of its captions an image gets; it is the first one
+        of other lists.
         """
         raise NotImplementedError
 
@@ -70,21 +76,40 @@ class TrainingData(Dataset):
             f"data.features is for packed data (index.json), got {name} for data of another layout"
         )
 
-    def with_features(self, indices: list[int], *batch: Tensor) -> tuple[Tensor, ...]:
-        """A batch without features, and then the features of its images if there are any."""
-        return batch if self.features is None else (*batch, self.features.read(indices))
+    def open_text(self, name: str | None = None, verify: bool = False) -> None:
+        """From now on every batch comes with stored text features instead of labels.
+
+        ``name``: of the features; None: the only ones that there are.
+
+        Raises:
+            ValueError: there are none, several and no name, or none that belong to these images.
+        """
+        raise ValueError(
+            "text features are for packed data (index.json), these data have another layout"
+        )
+
+    @property
+    def conditioning(self) -> str:
+        """Name in ``CONDITIONINGS`` of what ``condition`` makes."""
+        return "labels" if self.text is None else "text"
+
+    def condition(self, tensors: Sequence[Tensor]) -> Conditioning:
+        """The conditioning that ``split`` has given the tensors of; nothing is decided about
+        dropping.
+        """
+        return ClassLabels(*tensors) if self.text is None else self.text.condition(tensors)
+
+    def complete(self, indices: list[int], images: Tensor) -> tuple[Tensor, ...]:
+        """A batch of these images: with labels or text, and with features if there are any."""
+        condition = (self.labels[indices],) if self.text is None else self.text.tensors(indices)
+        features = () if self.features is None else (self.features.read(indices),)
+        return (images, *condition, *features)
 
     def split(self, batch: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """A batch's images, the tensors of its conditioning, and its features or None."""
         images, *condition = batch
         features = None if self.features is None else condition.pop()
         return images, condition, features
-
-    def condition(self, tensors: Sequence[Tensor]) -> Conditioning:
-        """What the images of a batch are conditioned on, from the tensors that ``split`` found;
-        nothing is decided about dropping.
-        """
-        return ClassLabels(*tensors)
 
     def locate(self, number: int) -> str:
         """Where an image lies, for messages: ``image 123``, and its file if it has one."""
@@ -138,6 +163,7 @@ class TrainingData(Dataset):
             pixels=pixels,
             fingerprint=self.fingerprint,
             features=self.features and self.features.facts,
+            text=self.text and self.text.facts,
         )
 
     def held_out_split(self) -> "list[tuple[TrainingData, np.ndarray]]":

@@ -90,24 +90,24 @@ def _load(path: str) -> tuple[nn.Module, list[str]]:
             "--features needs transformers: pip install 'sra-fast[features]'"
         ) from None
     try:
-        with _quiet(logging):
+        with quiet(logging):
             model, info = AutoModel.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:
         # transformers, safetensors and torch each raise their own types
         raise ValueError(
-            f"--features {path} holds no readable model: {_first_line(error)}"
+            f"--features {path} holds no readable model: {first_line(error)}"
         ) from None
     return model.float().eval().requires_grad_(False), sorted(info["missing_keys"])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 @contextmanager
-def _quiet(logging) -> Iterator[None]:
+def quiet(logging) -> Iterator[None]:
     """No bar and no table: what matters of them is checked, and said in one line."""
     verbosity = logging.get_verbosity()
     bar = logging.is_progress_bar_enabled()
@@ -238,6 +238,6 @@ def features_shape(
         # every model raises its own types
         raise ValueError(
             f"--features {vision.path} has no use for images of {side} x {side} pixels: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
     return tuple(tokens.shape[1:])

@@ -1,4 +1,4 @@
-"""Writing moments, pixels or features by any number of processes that may be killed and restarted.
+"""Writing moments, pixels, features or text by any number of processes that may be killed and restarted.
 
 The images are cut into parts of ``shard_size``. Process r of n makes the parts r, r + n, ... When a
 part is complete, its record is written. When all records are there, the first process to see that
@@ -45,8 +45,8 @@ class PackingJob:
     """A checked job: which images go where.
 
     Attributes:
-        source: has ``__len__``, ``labels`` and ``read`` (thread-safe): an ``ImageSource``, or a
-            ``TrainingData``.
+        source: has ``__len__``, ``labels`` and ``read`` (thread-safe): an ``ImageSource``, a
+            ``TrainingData``, or the captions of one.
         encode: turns its images into what is stored, ``[B, 2C, H, W]``, pixels or features.
         recipe: what is made from what, and how. It is written to ``preprocess.json`` at the start,
             and a restart must have the same.
@@ -55,7 +55,7 @@ class PackingJob:
         batch: images per call of ``encode``.
         threads: how many threads read ahead.
         rank, world: this process and the number of processes.
-        at_end: from the labels of the images that were written to what the index says besides and
+        at_end: from the numbers of the images that were written to what the index says besides and
             only the end can tell. A ValueError of it leaves the data set unfinished.
     """
 
@@ -68,7 +68,7 @@ class PackingJob:
     rank: int = 0
     world: int = 1
     extra: dict = field(default_factory=dict)
-    at_end: Callable[[Tensor], dict] = lambda labels: {}
+    at_end: Callable[[list[int]], dict] = lambda numbers: {}
 
     def __post_init__(self):
         layout = LAYOUTS[self.recipe["layout"]]
@@ -178,7 +178,7 @@ def _run_job(job: PackingJob) -> Finished | None:
     bar = tqdm(
         total=sum(map(len, spans)),
         desc=f"process 1 of {job.world}",
-        unit="image",
+        unit="caption" if job.layout.kind == "text" else "image",
         disable=job.rank > 0,
         dynamic_ncols=True,
     )
@@ -201,7 +201,7 @@ def _run_job(job: PackingJob) -> Finished | None:
     if not numbers:
         raise ValueError(f"no image could be read, the first is {report.skipped[0]}")
     statistics = Statistics.combine([record["statistics"] for record in records])
-    summary = {**job.extra, **job.at_end(job.layout.labels[numbers])}
+    summary = {**job.extra, **job.at_end(numbers)}
     job.layout.finish(records, {**summary, "channels": statistics, "report": report.as_json()})
     return Finished(len(numbers), statistics, report)
 
