@@ -72,6 +72,11 @@ def create_model(name: str, **overrides) -> DiffusionTransformer:
     return family(**{**arguments, **overrides})
 
 
+def has_joint_blocks(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of an MMDiT."""
+    return any(name.startswith(JOINT) for name in state)
+
+
 def arguments_from_state_dict(
     state: Mapping[str, Tensor],
     num_heads: int | None = None,
@@ -97,7 +102,7 @@ def arguments_from_state_dict(
             given, or there is neither ``pos_embed`` nor ``input_size``; or the table of an MMDiT is
             too small or no fixed function.
     """
-    if family == "MMDiT" or family is None and any(name.startswith(JOINT) for name in state):
+    if family == "MMDiT" or family is None and has_joint_blocks(state):
         return MMDiT, _text_arguments(state, num_heads, input_size)
     hidden_size, in_channels, patch_size = _image_sizes(state, SHAPES_FROM, "SiT or DiT")
     qk_norm = "blocks.0.attn.q_norm.weight" in state
