@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from sra_fast import ops
 from sra_fast.models.backbone import Backbone, DiffusionTransformer, Stream
 from sra_fast.models.conditioning import Conditioning, TextFeatures
-from sra_fast.models.layers import Pending, Projections, StreamBlock, recomputed
+from sra_fast.models.layers import (
+    Pending,
+    Projections,
+    StreamBlock,
+    recomputed,
+    sincos_pos_embed,
+)
 from sra_fast.models.token_groups import TokenGroups
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -290,6 +296,9 @@ class TextBackbone(Backbone):
         qk_norm: RMSNorm on the queries and keys of each head, in both streams.
         time_scale: what a time in [0, 1] is multiplied by before its sinusoid: 1 as SiT and REPA,
             1000 as SD3.
+        position_start, position_step: place of the first patch along an axis in the position
+            embedding, and from one patch to the next. SD3's table is that of a larger image than
+            those it was first trained on, of which each size takes the middle.
         model_depth: depth of the whole model. In its last block the captions have keys and values
             only. Default: ``depth``.
         recompute, defer_bias: see ``StreamBlock``.
@@ -318,6 +327,8 @@ class TextBackbone(Backbone):
         pooled_size: int = 0,
         qk_norm: bool = False,
         time_scale: float = 1.0,
+        position_start: float = 0.0,
+        position_step: float = 1.0,
         model_depth: int | None = None,
         residual_dtype: torch.dtype | None = None,
         recompute: str = "none",
@@ -337,6 +348,8 @@ class TextBackbone(Backbone):
         self.qk_norm = qk_norm
         self.mlp_ratio = mlp_ratio
         self.time_scale = time_scale
+        self.position_start = position_start
+        self.position_step = position_step
         self._make_embedders()
         if pooled_size:
             self.y_embedder = VectorEmbedder(pooled_size, hidden_size)
@@ -364,6 +377,10 @@ class TextBackbone(Backbone):
                 if parameter.dim() == 2:
                     nn.init.normal_(parameter, std=0.02)
 
+    def make_pos_embed(self) -> Tensor:
+        grid = self.input_size // self.patch_size
+        return sincos_pos_embed(grid, self.hidden_size, self.position_start, self.position_step)
+
     def own_arguments(self) -> dict:
         return dict(
             mlp_ratio=self.mlp_ratio,
@@ -373,6 +390,8 @@ class TextBackbone(Backbone):
             pooled_size=self.pooled_size,
             qk_norm=self.qk_norm,
             time_scale=self.time_scale,
+            position_start=self.position_start,
+            position_step=self.position_step,
         )
 
     @property
