@@ -10,8 +10,10 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.packed import HELD_OUT_FOLDER
 from sra_fast.data.pixels import PackedPixels
 
-# what sample.py writes beside samples.npz
+# what sample.py writes beside samples.npz; the prompts, a JSON string for each image, only for models
+# of text
 ORIGIN = "samples.json"
+PROMPTS = "prompts.jsonl"
 
 
 class PackedImages:
