@@ -133,3 +133,54 @@ def write_idx(folder, part, count, seed=0, packed=True, side=6, classes=3):
         else:
             (folder / name).write_bytes(content)
     return images, labels
+
+
+def write_text_encoder(folder: Path, name: str = "CLIPTextModel", seed: int = 0, **config) -> Path:
+    """A small text encoder with random weights, and a tokenizer that has a token for each letter.
+
+    Args:
+        folder: to make.
+        name: of its class in transformers.
+        seed: of the weights.
+        config: other sizes, or other options.
+    """
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    if name.startswith("CLIP"):
+        vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
+        vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+        numbers = {token: number for number, token in enumerate(vocabulary)}
+        tokenizer = transformers.CLIPTokenizer(vocab=numbers, merges=[], model_max_length=20)
+        sizes = {
+            "vocab_size": len(vocabulary),
+            "bos_token_id": len(vocabulary) - 2,
+            "eos_token_id": len(vocabulary) - 1,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 20,
+            "projection_dim": 8,
+        }
+        settings = transformers.CLIPTextConfig(**{**sizes, **config})
+    else:
+        words = ["<pad>", "</s>", "<unk>", "\u2581", *letters]
+        scores = [(word, 0.0 if word.startswith("<") else -2.0) for word in words]
+        tokenizer = transformers.T5Tokenizer(vocab=scores, extra_ids=0)
+        sizes = {
+            "vocab_size": 48,
+            "d_model": 24,
+            "d_kv": 8,
+            "d_ff": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+        }
+        settings = transformers.T5Config(**{**sizes, **config})
+    model = getattr(transformers, name)(settings)
+    for parameter in model.parameters():
+        # tokens differ by their place as well
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -179,7 +179,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
 def in_full(options: type, args: list[str]) -> list[str]:
     """The arguments with short forms written out, as far as ``options`` has what they stand for."""
     hints = get_type_hints(options)
-    args = _with_lists(hints, args)
+    args = _with_lists(hints, _with_underscores(hints, args))
     full = list(args)
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
@@ -193,9 +193,20 @@ def in_full(options: type, args: list[str]) -> list[str]:
     return full
 
 
+def _with_underscores(hints: dict, args: list[str]) -> list[str]:
+    """The arguments with ``--text-name`` as ``--text_name``, where there is such an option."""
+    full = []
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        known = option.startswith("--") and name in hints
+        full.append(f"--{name}{equals}{value}" if known else arg)
+    return full
+
+
 def _with_lists(hints: dict, args: list[str]) -> list[str]:
     """The arguments with each list of strings as one value: ``--captions a b`` becomes
-    ``--captions ["a", "b"]``. A dash in the name of such an option may stand for an underscore.
+    ``--captions ["a", "b"]``.
     """
     lists = {name for name, hint in hints.items() if hint in (list[str], list[str] | None)}
     full = []
@@ -203,8 +214,7 @@ def _with_lists(hints: dict, args: list[str]) -> list[str]:
     while waiting:
         arg = waiting.pop(0)
         option, equals, value = arg.partition("=")
-        name = option.removeprefix("--").replace("-", "_")
-        if not option.startswith("--") or name not in lists:
+        if not option.startswith("--") or option[2:] not in lists:
             full.append(arg)
             continue
         values = [value] if equals else []
@@ -212,7 +222,7 @@ def _with_lists(hints: dict, args: list[str]) -> list[str]:
             values.append(waiting.pop(0))
         # a single value may be a list already, in the parser's own form
         whole = len(values) == 1 and values[0].startswith("[")
-        full += [f"--{name}", values[0] if whole else json.dumps(values)]
+        full += [option, values[0] if whole else json.dumps(values)]
     return full
 
 
