@@ -6,8 +6,6 @@ the images. Models of labels get ``SampledLabels``, models of text ``StoredCapti
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from sra_fast.config.schema import SampleConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.prompts import digest_of
 from sra_fast.data.stored_text import StoredText
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import block_seed
@@ -127,16 +126,6 @@ class StoredCaptions:
             "prompts_sha256": None if self.prompts is None else digest_of(self.prompts),
             "text_encoders": self.text.facts["encoders"],
         }
-
-
-def digest_of(prompts: Sequence[str]) -> str:
-    """SHA-256 of the prompts of all images, in their order: that of ``prompts.jsonl``."""
-    return hashlib.sha256(as_lines(prompts).encode()).hexdigest()
-
-
-def as_lines(prompts: Sequence[str]) -> str:
-    """The content of ``prompts.jsonl``: a JSON string in a line, for each image."""
-    return "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
 
 
 def conditions_of(

@@ -1,6 +1,5 @@
-"""Prompts of a user as what images are sampled for: read, checked against the model, encoded."""
+"""Prompts of a user as what images are sampled for: checked against the model and encoded."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +10,13 @@ from sra_fast.checkpoint.values import warn
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.prompts import digest_of, read_prompts
 from sra_fast.data.stored_text import StoredText, text_names
 from sra_fast.data.text_encoders import TextEncoders, load_text_encoders
 from sra_fast.models import DiffusionTransformer, TextFeatures
-from sra_fast.sampling.conditions import SampleConditions, StoredCaptions, digest_of
+from sra_fast.sampling.conditions import SampleConditions, StoredCaptions
 from sra_fast.utils.checks import require_that
 
-# files of prompts; others are a prompt in each line too, but must be there
-SUFFIXES = (".txt", ".json", ".jsonl")
 # prompts that an encoder sees at once. always as many, so that the features of a prompt hardly
 # depend on the others
 AT_ONCE = 16
@@ -27,77 +25,6 @@ STORED = 100
 # how far the empty prompt of the right encoder may be from that of the training data, which may be
 # stored in half precision
 NEAR = 0.05
-
-
-def read_prompts(given: list[str]) -> list[str]:
-    """The prompts that a user has given.
-
-    Args:
-        given: the path of a file (a prompt in each line, or in JSON or JSONL strings), or prompts.
-
-    Raises:
-        ValueError: there is no such file, it cannot be read, or a prompt is missing.
-    """
-    require_that(
-        bool(given), "prompts must be the name of a file, or at least one prompt, got none"
-    )
-    if len(given) == 1 and Path(given[0]).is_file():
-        return _read_file(Path(given[0]))
-    for text in given:
-        # a file that is missing must not become a picture of its name
-        is_file = text.lower().endswith(SUFFIXES) or _is_there(text)
-        require_that(
-            not is_file,
-            f"prompts must be the name of one file, or prompts, got {text}: "
-            + ("it is no file" if len(given) == 1 else f"one of {len(given)} arguments"),
-        )
-        require_that(bool(text.strip()), "prompts must not be empty, got an empty argument")
-    return list(given)
-
-
-def _is_there(text: str) -> bool:
-    """Whether a prompt is the name of something that exists."""
-    try:
-        return Path(text).exists()
-    except OSError:
-        # too long for a name
-        return False
-
-
-def _read_file(file: Path) -> list[str]:
-    try:
-        # some editors put a mark before the first line
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts {file} cannot be read: {error}") from None
-    suffix = file.suffix.lower()
-    if suffix in (".json", ".jsonl"):
-        prompts = _of_json(file, text, lines=suffix == ".jsonl")
-    else:
-        # not splitlines: a prompt may hold the line ends of other alphabets
-        prompts = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
-        blank = [number for number, prompt in enumerate(prompts, start=1) if not prompt]
-        require_that(
-            not blank,
-            f"prompts {file} must have a prompt in each line, {len(blank)} are blank, the first is "
-            f"line {blank[0] if blank else 0} (a JSON file may have empty prompts)",
-        )
-    require_that(bool(prompts), f"prompts {file} holds no prompts")
-    return prompts
-
-
-def _of_json(file: Path, text: str, lines: bool) -> list[str]:
-    """The strings of a JSON list, or of JSON ``lines``."""
-    try:
-        parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
-        held = [json.loads(part) for part in parts]
-    except ValueError as error:
-        raise ValueError(f"prompts {file} is no JSON: {error}") from None
-    prompts = held if lines else held[0]
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        what = "a string in each line" if lines else "a list of strings"
-        raise ValueError(f"prompts {file} must hold {what}, it holds something else")
-    return prompts
 
 
 class EncodedPrompts:

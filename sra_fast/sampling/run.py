@@ -17,12 +17,13 @@ from tqdm import tqdm
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import SampleConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.prompts import as_lines
 from sra_fast.data.vae import decode
 from sra_fast.diffusion.samplers import Call, check_sampling
 from sra_fast.evaluation.packed import ORIGIN, PROMPTS
 from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.plots.report import save_grid, to_uint8
-from sra_fast.sampling.conditions import SampleConditions, SampledLabels, as_lines
+from sra_fast.sampling.conditions import SampleConditions, SampledLabels
 from sra_fast.sampling.decoder import Decoder, choose_decoder
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
