@@ -271,7 +271,7 @@ BUGS = [
         "the block's MLP keeps everything",
         LAYERS,
         "residual=(attended, gate_msa, proj.bias),\n            group=group,\n"
-        "            recompute=recompute,",
+        '            recompute=self.recompute == "norm",',
         "residual=(attended, gate_msa, proj.bias),\n            group=group,",
         T_BLOCK,
     ),

@@ -13,11 +13,15 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "tests"))
+
+from toy_text import MODEL as MMDIT  # noqa: E402
+from toy_text import DigitsWithText  # noqa: E402
 
 from sra_fast.checkpoint import sources  # noqa: E402
 from sra_fast.checkpoint.manifest import Progress  # noqa: E402
 from sra_fast.config.cli import parse_train  # noqa: E402
-from sra_fast.data.dataset import make_dataset  # noqa: E402
+from sra_fast.data.dataset import check_data, fill_in_model, make_dataset  # noqa: E402
 from sra_fast.data.digits import Digits  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
@@ -66,6 +70,8 @@ VARIANTS = {
         "--monitor.every 3 --monitor.count 0 --monitor.held_out 40 --monitor.batch 16",
     ),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
+    "mmdit_1": (1, f"{MMDIT} --model.qk_norm true --train.micro_batch {{micro}}"),
+    "mmdit_3": (3, f"{MMDIT} --align.fraction 0.5 --align.teacher_layer 4 --train.recompute full"),
 }
 # every other alignment target, with the options that change what runs
 _LAYER = "--align.student_layer 2"
@@ -93,6 +99,8 @@ TARGETS = {
     "layer_sync_3": (3, f"--align layer_sync {_LAYER} --align.deep_layer 4 --align.fraction 0.5"),
     "dispersive_0": (0, f"--align dispersive {_LAYER} --align.over all"),
     "dispersive_3": (3, f"--align dispersive {_LAYER} --align.over all"),
+    "mmdit_dual_time_2": (2, f"{MMDIT} --align dual_time {_LAYERS} --align.teacher_labels kept"),
+    "mmdit_self_flow_0": (0, f"{MMDIT} --align self_flow {_LAYERS} --train.recompute norm"),
     "two_1": (1, f"--align self_flow {_LAYERS} --align2 vae_latent --align2.student_layer 1"),
     "two_3": (
         3,
@@ -112,6 +120,7 @@ FP8 = {  # in bf16
     "fp8_torch_0": (0, "--align.teacher_dtype fp8 --optim.implementation torch"),
     "fp8_torch_1": (1, "--align.teacher_dtype fp8 --optim.implementation torch"),
     "fp8_dual_time": (1, f"--align dual_time {_LAYERS} --align.teacher_dtype fp8"),
+    "fp8_mmdit": (2, f"{MMDIT} --align.teacher_dtype fp8"),
     # steps so large that each changes the scales, resumed where the scales in use are not those of
     # the EMA
     "fp8_moving": (
@@ -236,6 +245,11 @@ def dataset(cfg):
     """The configured data, with features if the target wants them."""
     if cfg.align.target == "cached_features":
         return DigitsWithFeatures()
+    if cfg.model.conditioning == "text":
+        data = DigitsWithText()
+        fill_in_model(cfg, data)
+        check_data(data, cfg)
+        return data
     return make_dataset(cfg)
 
 

@@ -80,7 +80,9 @@ class ModelConfig:
             self.in_channels = shape[0]
         if self.input_size is None:
             self.input_size = shape[1]
-        if self.num_classes is None and self.conditioning == "labels":
+        if self.conditioning == "text":
+            self.fill_in_text()
+        elif self.num_classes is None:
             self.num_classes = num_classes
 
     def fill_in_text(self, tokens: int = 77, width: int = 768, pooled: int = 0) -> None:
@@ -118,7 +120,7 @@ class ModelConfig:
 
     def any_condition(self, count: int) -> models.Conditioning:
         """A conditioning of ``count`` images that says nothing in particular, with none dropped:
-        for counting and measuring.
+        for counting and measuring. The sizes must be known.
         """
         none = torch.zeros(count, dtype=torch.bool)
         if self.conditioning == "labels":
@@ -136,6 +138,13 @@ class ModelConfig:
         """T, the patches of an image; the sizes must be known."""
         arguments = self.arguments()
         return (arguments["input_size"] // arguments["patch_size"]) ** 2
+
+    @property
+    def joint_tokens(self) -> int:
+        """Tokens that attend to each other: those of an image, and of its caption if there is one;
+        the sizes must be known.
+        """
+        return self.num_tokens + (self.context_tokens or 0)
 
     def build(self, **execution) -> models.DiffusionTransformer:
         """The student. ``execution``: how it runs, e.g. ``recompute``; see ``Backbone``."""

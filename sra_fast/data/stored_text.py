@@ -100,6 +100,8 @@ class StoredText:
             "paths": index.get("text_paths"),
         }
         self._captions: list[str] | None = None
+        # the empty prompt on each device that has asked for it
+        self._empty_on: dict[torch.device, TextFeatures] = {}
 
     def _read_layout(self, index: dict) -> None:
         file = self.root / INDEX
@@ -149,8 +151,8 @@ class StoredText:
         return len(self.counts) * self.copies
 
     def __getstate__(self) -> dict:
-        # a loader process reads no captions
-        return {**self.__dict__, "_captions": None}
+        # a loader process reads no captions and has no device
+        return {**self.__dict__, "_captions": None, "_empty_on": {}}
 
     def count(self, image: int) -> int:
         """How many captions an image has."""
@@ -191,11 +193,14 @@ class StoredText:
         return tuple(t for t in (found.tokens, found.pooled, found.mask) if t is not None)
 
     def condition(self, tensors: Sequence[Tensor]) -> TextFeatures:
-        """The features that ``tensors`` were made of, with the empty prompt."""
+        """The features that ``tensors`` were made of, with the empty prompt on their device."""
         tokens, *rest = tensors
+        if tokens.device not in self._empty_on:
+            # once: a copy in every step would wait for it
+            self._empty_on[tokens.device] = self.empty.to(tokens.device)
         pooled = rest.pop(0) if self.pooled else None
         mask = rest.pop(0) if self.masked else None
-        return TextFeatures(tokens, pooled, mask, self.empty, None)
+        return TextFeatures(tokens, pooled, mask, self._empty_on[tokens.device], None)
 
     @property
     def texts(self) -> bool:

@@ -248,8 +248,7 @@ class TextFeatures:
         return replace(self, **own, drop=drop)
 
     def to(self, device: torch.device | str) -> "TextFeatures":
-        move = lambda value: None if value is None else value.to(device, non_blocking=True)
+        own = {name: value.to(device, non_blocking=True) for name, value in self._own().items()}
         empty = None if self.empty is None else self.empty.to(device)
-        return TextFeatures(
-            move(self.tokens), move(self.pooled), move(self.mask), empty, move(self.drop)
-        )
+        drop = None if self.drop is None else self.drop.to(device, non_blocking=True)
+        return replace(self, **own, empty=empty, drop=drop)

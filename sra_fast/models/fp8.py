@@ -113,7 +113,8 @@ def _streams(block: nn.Module) -> dict[str, StreamBlock]:
     """The streams of a block, by the prefix of their names: itself, or those that it holds."""
     if isinstance(block, StreamBlock):
         return {"": block}
-    return {f"{name}.": stream for name, stream in block.named_children()}
+    children = block.named_children()
+    return {f"{name}.": child for name, child in children if isinstance(child, StreamBlock)}
 
 
 def fp8_layers(model: Backbone) -> dict[str, nn.Module]:
@@ -146,4 +147,3 @@ def use_fp8(model: Backbone) -> None:
         # the block's own attention stays: only its streams change
         for prefix, stream in _streams(block).items():
             block.set_submodule(prefix.removesuffix("."), Fp8Stream.from_block(stream))
-        block.recompute = "none"

@@ -131,17 +131,36 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention between its two projections.
+class Projections(nn.Module):
+    """The products before and after multi-head attention.
 
-    The projections are only held here: ``StreamBlock`` fuses them with the norm before and the gate
-    after.
+    They are only held here: ``StreamBlock`` fuses them with the norm before and the gate after.
+
+    Args:
+        hidden_size: width D.
+        num_heads: attention heads.
+
+    Attributes:
+        proj: made by whoever has norms, in the order of the published state dict.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
+    proj: nn.Linear
+
+    def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """``[B, T, D]`` -> ``[B, T, H, d]``, a view."""
+        return x.unflatten(2, (self.num_heads, -1))
+
+
+class Attention(Projections):
+    """Multi-head self-attention between its two projections."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
+        super().__init__(hidden_size, num_heads)
         self.q_norm = nn.LayerNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
@@ -151,11 +170,9 @@ class Attention(nn.Module):
 
         ``segments``: lengths of the runs of tokens inside which attention stays.
         """
-        B, T, D = q.shape
-        heads = (B, T, self.num_heads, D // self.num_heads)
-        q = self.q_norm(q.view(heads))
-        k = self.k_norm(k.view(heads))
-        return ops.attention(q, k, v.view(heads), segments=segments).flatten(2)
+        q = self.q_norm(self.by_head(q))
+        k = self.k_norm(self.by_head(k))
+        return ops.attention(q, k, self.by_head(v), segments=segments).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -198,7 +215,7 @@ class StreamBlock(nn.Module):
 
     def __init__(
         self,
-        attn: nn.Module,
+        attn: Projections,
         hidden_size: int,
         mlp_ratio: float,
         recompute: str = "none",
@@ -220,7 +237,8 @@ class StreamBlock(nn.Module):
         """Shift, scale and gate of attention, then of the MLP, each ``[B, D]`` (groups: ``[B, G,
         D]``), from the conditioning after the SiLU that all blocks share.
         """
-        return self.adaLN_modulation[1](c).chunk(self.modulations, dim=-1)
+        _, projection = self.adaLN_modulation
+        return projection(c).chunk(self.modulations, dim=-1)
 
     def heads(
         self,
@@ -238,8 +256,8 @@ class StreamBlock(nn.Module):
         weight, bias = qkv.weight, qkv.bias
         if not queries:
             # the rows of keys and values
-            weight, bias = (rows[x.shape[-1] :] for rows in (weight, bias))
-        return ops.adaln_linear(
+            weight, bias = weight[x.shape[-1] :], bias[x.shape[-1] :]
+        x, found = ops.adaln_linear(
             x,
             shift,
             scale,
@@ -250,6 +268,7 @@ class StreamBlock(nn.Module):
             recompute=self.recompute == "norm",
             parts=3 if queries else 2,
         )
+        return x, cast(tuple[Tensor, ...], found)
 
     def outputs(
         self,

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from sra_fast import ops
 from sra_fast.models.backbone import Backbone, DiffusionTransformer, Stream
 from sra_fast.models.conditioning import Conditioning, TextFeatures
-from sra_fast.models.layers import Pending, StreamBlock, recomputed
-from sra_fast.models.token_groups import Segments, TokenGroups
+from sra_fast.models.layers import Pending, Projections, StreamBlock, recomputed
+from sra_fast.models.token_groups import TokenGroups
 from sra_fast.utils.registry import MODEL_FAMILIES
 
 
-class StreamAttention(nn.Module):
+class StreamAttention(Projections):
     """What joint attention has of one stream: its projections and its norms of queries and keys.
 
     Args:
@@ -26,10 +26,8 @@ class StreamAttention(nn.Module):
     """
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, has_output: bool):
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(hidden_size, num_heads)
         self.qk_norm = qk_norm
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         if has_output:
             self.proj = nn.Linear(hidden_size, hidden_size)
         make_norm = lambda: nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
@@ -42,13 +40,12 @@ class StreamAttention(nn.Module):
         """Queries, keys and values ``[B, T, D]``, or keys and values -> ``[B, T, H, d]``,
         normed.
         """
-        B, T, D = heads[0].shape
-        *queries, k, v = (x.view(B, T, self.num_heads, D // self.num_heads) for x in heads)
+        *queries, k, v = (self.by_head(x) for x in heads)
         if not self.qk_norm:
             return (*queries, k, v)
         if queries:
-            weights = {"q_weight": self.ln_q.weight, "k_weight": self.ln_k.weight}
-            q, k = ops.qk_norm_rope(queries[0], k, **weights)
+            weights = self.ln_q.weight, self.ln_k.weight
+            q, k = ops.qk_norm_rope(queries[0], k, q_weight=weights[0], k_weight=weights[1])
             return q, k, v
         # the operator norms a pair: without queries, one of the keys stands in for them
         k, _ = ops.qk_norm_rope(k, k[:, :1], q_weight=self.ln_k.weight)
@@ -84,16 +81,13 @@ class JointBlock(nn.Module):
 
         def make_stream(has_output: bool, modulations: int) -> StreamBlock:
             attn = StreamAttention(hidden_size, num_heads, qk_norm, has_output)
-            how = (recompute, defer_bias, has_output, modulations)
-            return StreamBlock(attn, hidden_size, mlp_ratio, *how)
+            return StreamBlock(
+                attn, hidden_size, mlp_ratio, recompute, defer_bias, has_output, modulations
+            )
 
+        self.context_output = context_output
         self.context_block = make_stream(context_output, context_modulations)
         self.x_block = make_stream(True, 6)
-
-    @property
-    def context_output(self) -> bool:
-        """Whether the caption's tokens can go on after this block."""
-        return hasattr(self.context_block, "mlp")
 
     def forward(
         self,
@@ -104,9 +98,9 @@ class JointBlock(nn.Module):
         context_c: Tensor,
         context_pending: Pending | None = None,
         mask: Tensor | None = None,
+        runs: Tensor | None = None,
         last: bool = False,
         group: Tensor | None = None,
-        segments: Segments | None = None,
     ) -> tuple[Tensor, Pending, Tensor | None, Pending | None]:
         """Run the block.
 
@@ -118,18 +112,16 @@ class JointBlock(nn.Module):
             context: ``[B, L, D]`` residual stream of the caption's tokens.
             context_c: ``[B, D]``, their conditioning.
             context_pending: what the block before has yet to add to ``context``.
-            mask: ``[B, L]`` bool, the caption's tokens that are there; None: all.
+            mask, runs: see ``joint_attention``.
             last: nothing reads the caption's tokens after this block: neither their queries nor
                 their output half is computed.
             group: ``[B, T]``, whose conditioning each image token has; see ``Block``.
-            segments: runs of image tokens inside which attention stays. Every run attends to the
-                caption too, which then attends to itself only: nothing passes through it.
 
         Returns:
             The stream of the image and what is pending there, then those of the caption, which are
             None after the last block.
         """
-        inputs = (x, c, pending, context, context_c, context_pending, mask, last, group, segments)
+        inputs = (x, c, pending, context, context_c, context_pending, mask, runs, last, group)
         return recomputed(self.recompute, self._forward, *inputs)
 
     def _forward(
@@ -141,23 +133,23 @@ class JointBlock(nn.Module):
         context_c: Tensor,
         context_pending: Pending | None,
         mask: Tensor | None,
+        runs: Tensor | None,
         last: bool,
         group: Tensor | None,
-        segments: Segments | None,
     ) -> tuple[Tensor, Pending, Tensor | None, Pending | None]:
         goes_on = self.context_output and not last
         text, image = self.context_block, self.x_block
         text_modulation = text.modulation(context_c)
         image_modulation = image.modulation(c)
-        context, text_heads = text.heads(
-            context, *text_modulation[:2], context_pending, queries=goes_on
-        )
-        x, image_heads = image.heads(x, *image_modulation[:2], pending, group)
+        shift, scale = text_modulation[:2]
+        context, text_heads = text.heads(context, shift, scale, context_pending, queries=goes_on)
+        shift, scale = image_modulation[:2]
+        x, image_heads = image.heads(x, shift, scale, pending, group)
         attended, text_attended = joint_attention(
-            image.attn(image_heads), text.attn(text_heads), mask, segments
+            image.attn(image_heads), text.attn(text_heads), mask, runs
         )
         x, pending = image.outputs(x, attended, image_modulation, group)
-        if not goes_on:
+        if text_attended is None:
             return x, pending, None, None
         context, context_pending = text.outputs(context, text_attended, text_modulation)
         return x, pending, context, context_pending
@@ -167,7 +159,7 @@ def joint_attention(
     image: tuple[Tensor, ...],
     text: tuple[Tensor, ...],
     mask: Tensor | None = None,
-    segments: Segments | None = None,
+    runs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the tokens of both streams.
 
@@ -175,8 +167,8 @@ def joint_attention(
         image: queries, keys and values ``[B, T, H, d]``.
         text: the same ``[B, L, H, d]``, or keys and values only.
         mask: ``[B, L]`` bool, tokens of the text that may be attended to; None: all.
-        segments: runs of image tokens that attend to themselves and the text; the text then attends
-            to itself.
+        runs: ``[B, 1, T, L + T]`` bool, what each image token may attend to (see ``run_mask``); the
+            text then attends to itself, so that nothing passes through it. None: everything.
 
     Returns:
         ``[B, T, D]`` and ``[B, L, D]``, the latter None without queries of the text.
@@ -191,13 +183,10 @@ def joint_attention(
     readable = None
     if mask is not None:
         readable = torch.cat([mask, mask.new_ones(B, T)], dim=1)
-    if segments is not None:
+    if runs is not None:
         text_out = None
         if text_q:
             text_out = ops.attention(text_q[0], text_k, text_v, mask=mask).flatten(2)
-        runs = _run_mask(segments, B, T, length, q.device)
-        if readable is not None:
-            runs = runs & readable[:, None, None]
         return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
     if not text_q:
         return ops.attention(q, keys, values, mask=readable).flatten(2), None
@@ -206,16 +195,18 @@ def joint_attention(
     return image_out, text_out
 
 
-def _run_mask(segments: Segments, batch: int, tokens: int, length: int, device) -> Tensor:
-    """``[B or 1, 1, T, L + T]`` bool: each image token sees the text and the tokens of its run."""
-    per_image = segments if isinstance(segments[0], tuple) else (segments,)
-    rows = []
-    for runs in per_image:
-        lengths = torch.tensor(runs)
-        rows.append(torch.arange(len(runs)).repeat_interleave(lengths))
-    run = torch.stack(rows).to(device)
-    same = run[:, :, None] == run[:, None, :]
-    text = same.new_ones(len(run), tokens, length)
+def run_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    """``[B, 1, T, L + T]`` bool: an image token sees the text and the tokens of its own group.
+
+    Args:
+        group: ``[B, T]``, that of each image token.
+        length: L, tokens of the text.
+        mask: ``[B, L]`` bool, those of the text that are there; None: all.
+    """
+    same = group[:, :, None] == group[:, None, :]
+    text = same.new_ones(*group.shape, length)
+    if mask is not None:
+        text = mask[:, None].expand_as(text)
     return torch.cat([text, same], dim=2)[:, None]
 
 
@@ -237,6 +228,11 @@ class JointStream(Stream):
         mask: Tensor | None,
     ):
         super().__init__(tokens, conditioning, groups)
+        # by group, and not by segments: those are for attention of one stream
+        segments = self.how.pop("segments", None)
+        self.runs = None
+        if segments is not None:
+            self.runs = run_mask(self.how["group"], context.shape[1], mask)
         self.context: Tensor | None = context
         self.context_pending: Pending | None = None
         self.mask = mask
@@ -252,6 +248,7 @@ class JointStream(Stream):
             self.context_c,
             self.context_pending,
             self.mask,
+            self.runs,
             last,
             **self.how,
         )
@@ -269,7 +266,7 @@ class VectorEmbedder(nn.Module):
         )
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.mlp(pooled.to(self.mlp[0].weight.dtype))
+        return self.mlp(pooled.to(next(self.mlp.parameters()).dtype))
 
 
 class TextBackbone(Backbone):

@@ -171,7 +171,8 @@ def _image_sizes(
             f"the weights are none of a {family}: x_embedder.proj.weight should be [D, C, p, p], "
             f"it is {[*patches]}"
         )
-    return patches[:3]
+    hidden_size, in_channels, patch_size = patches[:3]
+    return hidden_size, in_channels, patch_size
 
 
 def _known_heads(found: int | None, width: int) -> int:

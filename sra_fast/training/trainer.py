@@ -361,10 +361,16 @@ def choose_attention(cfg: Config, calls: Iterable[AttentionCall], device: torch.
     heads = model["num_heads"]
     dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
     for images, segments, training in calls:
-        shape = (images, cfg.model.num_tokens, 3, heads, model["hidden_size"] // heads)
+        shape = (images, cfg.model.joint_tokens, 3, heads, model["hidden_size"] // heads)
         qkv = torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
         with torch.set_grad_enabled(training):
-            ops.attention(*qkv.unbind(2), segments=segments)
+            q, k, v = qkv.unbind(2)
+            if cfg.model.context_tokens is None:
+                ops.attention(q, k, v, segments=segments)
+                continue
+            ops.attention(q, k, v)
+            # in a network's last block the caption has no queries
+            ops.attention(q[:, cfg.model.context_tokens :], k, v)
 
 
 def _attention_calls(objective: SRAObjective, micro: int) -> list[AttentionCall]:

@@ -27,7 +27,6 @@ from sra_fast.data.order import ShuffledBatches
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.evaluation.held_out import HeldOutLoss
-from sra_fast.models import ClassLabels
 from sra_fast.training.logger import read_rows
 from sra_fast.training.loop import warm_up
 from sra_fast.utils import registry
@@ -89,13 +88,13 @@ def independent_run(*args):
         if teacher is not None:
             state = ema.state_dict()
             teacher.load_state_dict({name: state[name] for name in teacher.state_dict()})
-        x0, y, *external = data.__getitems__(indices)
+        x0, told, external = data.split(data.__getitems__(indices))
         options = dict(drop_prob=cfg.model.class_dropout_prob, posterior=False)
         tokens = student.num_tokens if model.has_groups else 0
         d = draw(0, step, 0, x0.shape, torch.device("cpu"), tokens=tokens, **options)
         optimizer.zero_grad()
-        condition = ClassLabels(y, d.drop)
-        batch = MicroBatch(x0, condition, d.noise, model.times(d), *external)
+        condition = data.condition(told).dropped(d.drop)
+        batch = MicroBatch(x0, condition, d.noise, model.times(d), external)
         loss, _ = model(batch, list(align_weights(cfg, step, 0).values()))
         loss.backward()
         if cfg.optim.clip:
