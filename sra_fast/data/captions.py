@@ -64,6 +64,9 @@ def checked(found: list, names: list[str], place: str) -> list[list[str]]:
             )
         # they would be the prompt that stands for no caption
         empty += [name for text in captions if not text.strip()]
+        # JSON can hold halves of characters, which no tokenizer takes
+        if any("\ud800" <= sign <= "\udfff" for text in captions for sign in text):
+            raise ValueError(f"{place}: a caption of {name} is no valid Unicode text")
     if empty:
         raise ValueError(f"{place} has {len(empty)} empty captions, the first is of {empty[0]}")
     return [[text.strip() for text in captions] for captions in found]

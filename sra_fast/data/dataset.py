@@ -114,6 +114,8 @@ def open_condition(cfg: Config, data: TrainingData) -> None:
     conditioning = models.preset(cfg.model.name)[0].conditioning
     if conditioning == "text":
         data.open_text(cfg.data.text, cfg.data.verify)
+        # saved with the run: another set beside this one makes no difference later
+        cfg.data.text = data.text.name
         return
     require_that(
         cfg.data.text is None,

@@ -16,7 +16,7 @@ from sra_fast.data.feature_jobs import belongs_to
 from sra_fast.data.features import check_name
 from sra_fast.data.layouts import save_npy
 from sra_fast.data.options import CAPTION_OPTIONS, ENCODER_OPTIONS, TEXT_OPTIONS, Options, refuse
-from sra_fast.data.packed import STORAGE, file_entry
+from sra_fast.data.packed import INDEX, STORAGE, file_entry, read_index, sha256
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.stored_text import CAPTIONS, NULL, TEXT_FOLDER, as_rows, row_length
 from sra_fast.data.text_encoders import TextEncoders, load_text_encoders
@@ -217,7 +217,9 @@ def end_of_text(
         images = source.labels[numbers].unique()
         labels = source.image_labels[images].repeat_interleave(source.copies)
         said = belongs_to(data, labels, "captions")
-        write_atomic(out / NULL, lambda p: save_npy(p, _stored(null(), recipe["dtype"])))
+        if not _is_complete(out):
+            # on another device it would differ a little from the one that runs have seen
+            write_atomic(out / NULL, lambda p: save_npy(p, _stored(null(), recipe["dtype"])))
         captions = None
         if source.texts is not None:
             texts = [source.texts[number] for number in numbers]
@@ -234,6 +236,14 @@ def end_of_text(
         }
 
     return at_end
+
+
+def _is_complete(out: Path) -> bool:
+    """Whether an earlier run has written the row of the empty prompt, and nobody has altered it."""
+    if not (out / INDEX).exists():
+        return False
+    entry = read_index(out)["null"]
+    return (out / NULL).exists() and sha256(out / NULL) == entry["sha256"]
 
 
 def _stored(row: Tensor, dtype: str) -> np.ndarray:

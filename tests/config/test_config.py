@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from sra_fast.config.cli import load_config, parse_train, save_config
+from sra_fast.config.cli import load_config, make_parser, parse_train, save_config
+from sra_fast.config.cli import parse as parse_options
 from sra_fast.config.schema import Config
+from sra_fast.data.options import Options
 from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.training.plan import fill_in
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
@@ -319,3 +321,22 @@ def test_short_forms():
     # a whole section is still one
     cfg = parse("--model", "{name: SiT-S/8, depth: 3}")
     assert (cfg.model.name, cfg.model.depth) == ("SiT-S/8", 3)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--captions a.json b.json --text-encoders clip t5 --text-name x",
+        "--text_name=x --captions [a.json,b.json] --text_encoders [clip,t5]",
+        "--text-name x --text-encoders clip t5 --captions a.json b.json",
+    ],
+)
+def test_lists_and_dashes_of_a_program(args):
+    parser = make_parser(Options, "")
+    options, _ = parse_options(Options, parser, ["--source", "s", *args.split(), "--pixels=true"])
+    assert options.captions == ["a.json", "b.json"]
+    assert options.text_encoders == ["clip", "t5"]
+    assert (options.source, options.text_name, options.pixels) == ("s", "x", True)
+    # one value that looks like no list is one name
+    options, _ = parse_options(Options, parser, ["--source=s", "--text-encoders=a, b"])
+    assert options.text_encoders == ["a, b"]

@@ -215,6 +215,7 @@ def test_images_without_captions_are_counted(images):
         ),
         ({"a/0.jpg": []}, "images has no caption for 12 images, the first is a/0.jpg$"),
         ("empty", "images has 2 empty captions, the first is of b/2.jpg$"),
+        ("half", "a caption of b/2.jpg is no valid Unicode text$"),
         ("number", r"expected a caption or a list of them for c/1.png, got '\[3\]'$"),
     ],
 )
@@ -223,6 +224,8 @@ def test_lists_that_cannot_be_are_one_line(made, tmp_path, content, message):
     names = opened(made / "images").names
     if content == "empty":
         content = {name: ["x"] for name in names} | {"b/2.jpg": ["", "y", " "]}
+    elif content == "half":
+        content = {name: "x" for name in names} | {"b/2.jpg": "\ud83d"}
     elif content == "number":
         content = {name: "x" for name in names} | {"c/1.png": [3]}
     if content is not None:

@@ -21,12 +21,14 @@ from sra_fast.data.facts import DataFacts, differences
 from sra_fast.data.latents import PackedLatents
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ImageNumbers, ShuffledBatches
+from sra_fast.data.packed import file_entry
 from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.preprocess import Options, make_jobs
 from sra_fast.data.stored_text import StoredText
 from sra_fast.data.text_encoders import load_text_encoders
 from sra_fast.data.writer import run_jobs
 from sra_fast.diffusion.draws import block_seed
+from sra_fast.utils.files import write_json
 
 pytestmark = [
     pytest.mark.usefixtures("rooms"),
@@ -362,7 +364,7 @@ def config(path, pooled=None, **options) -> Config:
 def test_a_model_of_text_opens_it_and_takes_its_sizes(made):
     cfg = config(made / "data")
     data = make_dataset(cfg)
-    assert data.text.name == "clip"
+    assert data.text.name == cfg.data.text == "clip"
     sizes = (cfg.model.context_tokens, cfg.model.context_size, cfg.model.pooled_size)
     assert sizes == (20, 16, 16)
     model = cfg.model.build()
@@ -460,7 +462,7 @@ def damage(folder, change):
         (folder / "null.npy").unlink()
     else:
         index = json.loads((folder / "index.json").read_text())
-        (folder / "index.json").write_text(json.dumps({**index, **change}))
+        write_json(folder / "index.json", {**index, **change})
 
 
 @pytest.mark.parametrize(
@@ -484,10 +486,7 @@ def test_damaged_text_is_named_before_training(data, change, message):
 def test_captions_of_images_in_another_order_are_refused(data):
     labels = np.load(data / "text/clip/labels.npy")
     np.save(data / "text/clip/labels.npy", labels[::-1].copy())
-    path = data / "text/clip/labels.npy"
-    from sra_fast.data.packed import file_entry
-
-    damage(data / "text/clip", {"labels": file_entry(path.parent, "labels.npy")})
+    damage(data / "text/clip", {"labels": file_entry(data / "text/clip", "labels.npy")})
     with pytest.raises(ValueError, match="must have the images of the captions in their order"):
         opened(data)
 
@@ -504,6 +503,25 @@ def test_altered_shards_and_captions_are_named_when_they_are_read(data):
     assert text.texts
     with pytest.raises(ValueError, match="clip/captions.jsonl was altered .*its SHA-256"):
         text.caption(0, 0)
+
+
+def test_the_same_command_mends_what_was_altered(made, data):
+    packing(made, data)
+    before = tree(made / "data")
+    assert tree(data) == before
+    for name in ("null.npy", "captions.jsonl"):
+        damage(data / "text/clip", name)
+    damage(data / "held_out/text/clip", "cut")
+    packing(made, data)
+    assert tree(data) == before
+    # the empty prompt is not made anew as long as it is whole: runs know it, and another device
+    # would give other bits
+    folder = data / "text/clip"
+    damage(folder, "null.npy")
+    damage(folder, {"null": file_entry(folder, "null.npy")})
+    other = tree(data)
+    packing(made, data)
+    assert tree(data) == other != before
 
 
 def test_features_that_are_not_finite_stop_the_job(made, tmp_path):
