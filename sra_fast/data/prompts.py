@@ -23,26 +23,36 @@ def read_prompts(given: list[str]) -> list[str]:
     require_that(
         bool(given), "prompts must be the name of a file, or at least one prompt, got none"
     )
-    if len(given) == 1 and Path(given[0]).is_file():
-        return _read_file(Path(given[0]))
+    if len(given) == 1 and _is_there(given[0]) and Path(given[0]).is_file():
+        return _checked(_read_file(Path(given[0])))
     for text in given:
+        require_that(bool(text.strip()), "prompts must not be empty, got an empty argument")
         # a file that is missing must not become a picture of its name
         is_file = text.lower().endswith(SUFFIXES) or _is_there(text)
         require_that(
             not is_file,
             f"prompts must be the name of one file, or prompts, got {text}: "
-            + ("it is no file" if len(given) == 1 else f"one of {len(given)} arguments"),
+            + ("there is no such file" if len(given) == 1 else f"one of {len(given)} arguments"),
         )
-        require_that(bool(text.strip()), "prompts must not be empty, got an empty argument")
-    return list(given)
+    return _checked(list(given))
+
+
+def _checked(prompts: list[str]) -> list[str]:
+    """The prompts; ValueError for halves of characters, which JSON can hold and no tokenizer takes."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"prompts must be valid Unicode text, got {prompt!a}") from None
+    return prompts
 
 
 def _is_there(text: str) -> bool:
     """Whether a prompt is the name of something that exists."""
     try:
         return Path(text).exists()
-    except OSError:
-        # too long for a name
+    except (OSError, ValueError):
+        # too long for a name, or with a character that no name has
         return False
 
 

@@ -82,9 +82,13 @@ class EncodedPrompts:
         """Features of at most ``AT_ONCE`` prompts, on the CPU."""
         count = len(ids)
         filled = torch.cat([ids, ids[:1].expand(AT_ONCE - count, -1)])
-        found = self.encoders.to(self.device).encode(filled).select(slice(count)).to("cpu")
-        pooled = None if found.pooled is None else found.pooled.to(self.dtype)
-        return replace(found, tokens=found.tokens.to(self.dtype), pooled=pooled)
+        found = self.encoders.to(self.device).encode(filled).select(slice(count))
+        # a copy that is waited for, which that of Conditioning.to is not
+        host = [
+            tensor.to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+            for tensor in found.tensors()
+        ]
+        return found.with_tensors(*host)
 
     @property
     def prompts(self) -> list[str]:

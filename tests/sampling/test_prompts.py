@@ -383,10 +383,15 @@ def test_files_of_prompts(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
     for given, message in [
         ([str(tmp_path / "x.txt")], "x.txt cannot be read: .*utf-8"),
-        (["gone.txt"], "must be the name of one file, or prompts, got gone.txt: it is no file"),
-        ([str(tmp_path)], "it is no file"),
+        (
+            ["gone.txt"],
+            "must be the name of one file, or prompts, got gone.txt: there is no such file",
+        ),
+        ([str(tmp_path)], "there is no such file"),
+        ([""], "must not be empty"),
         (["a cat", "x.txt"], "got x.txt: one of 2 arguments"),
         (["a cat", " "], "must not be empty"),
+        (["a \ud83d"], r"must be valid Unicode text, got 'a .ud83d'"),
         ([], "at least one prompt, got none"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
@@ -399,7 +404,7 @@ def test_files_of_prompts(tmp_path):
     [
         ({"classes": [1]}, "classes are for models of class labels, .* takes prompts"),
         ({"prompts": None}, "makes images from text: give --prompts .*, or --text"),
-        ({"prompts": ["x.txt"]}, "got x.txt: it is no file"),
+        ({"prompts": ["x.txt"]}, "got x.txt: there is no such file"),
         ({"text": "DATA"}, "text takes the captions of a data set, expected no prompts"),
         ({"prompts": None, "text": "nowhere:x"}, "FOLDER:NAME .*, there is no nowhere"),
         ({"prompts": None, "text": "DATA:x"}, "x: .* has none of this name, but clip"),
