@@ -267,8 +267,8 @@ class DataConfig:
     """name of stored features below `<path>/features` (preprocess.py makes them), which come with
     every batch: for align.target cached_features"""
     text: str | None = None
-    """name of stored text features below `<path>/text` (preprocess.py --captions makes them), for
-    models of text; default: the only ones there are"""
+    """name of stored text features below `<path>/text` (the option `captions` of preprocess.py makes
+    them), for models of text; default: the only ones there are"""
     num_workers: int = 4
     """loader processes, at most one per CPU"""
 
