@@ -8,7 +8,9 @@ def main() -> None:
     from sra_fast.config.cli import make_parser, parse
     from sra_fast.evaluation.run import Options, run, table
 
-    description = "FID, sFID, Inception score, precision and recall of samples."
+    description = (
+        "FID, sFID, Inception score, precision, recall, CLIP score and PickScore of samples."
+    )
     options, _ = parse(Options, make_parser(Options, description))
     try:
         report = run(options)

@@ -57,6 +57,8 @@ PHOTO_RUN = "deepspeed sra_fast/train.py --config configs/photos.yaml"
 PHOTO_SAMPLES = "python sra_fast/sample.py --checkpoint runs/photos/000"
 IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
 INCEPTION = ParseOnly("needs Inception's weights")
+CLIP = ParseOnly("needs published CLIP models; tests/evaluation/test_text_scores.py has small ones")
+PROMPTS = ParseOnly("needs a model of text; tests/sampling/test_prompts.py has a small one")
 FEATURES = ParseOnly(
     "needs a published vision model; tests/data/test_stored_features.py has small ones"
 )
@@ -88,6 +90,9 @@ CLASSES = {
     "python sra_fast/sample.py --checkpoint step-400000.pt": CHECKPOINT,
     "deepspeed --num_gpus 8 sra_fast/sample.py --checkpoint runs": IMAGENET,
     "python sra_fast/evaluate.py --samples": INCEPTION,
+    "python sra_fast/evaluate.py --samples samples --clip-score": CLIP,
+    "python sra_fast/evaluate.py --samples my_images --prompts": CLIP,
+    "python sra_fast/sample.py --checkpoint runs/captions/000": PROMPTS,
     "python sra_fast/evaluate.py --samples samples --reference real_images": Execute(
         "--out pixels.json", (SAMPLES,), makes=("pixels.json",), says="^fid "
     ),

@@ -4,16 +4,19 @@ Each has ``step(i)``, ``loss_sum`` and ``phases``: (owner, attribute, phase) of 
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from benchmarks.step.published_step import PublishedStep
 from benchmarks.step.torch_program import Program
 from benchmarks.step.variants import PUBLISHED, Variant
-from sra_fast.config.schema import Config
+from sra_fast.config.schema import Config, ModelConfig
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.training_data import TrainingData
+from sra_fast.models import TextFeatures
 from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import optimizer_step
 from sra_fast.training.plan import make_plan
@@ -33,6 +36,36 @@ class RandomFeatures:
     name: str
     tokens: int
     width: int
+
+
+class RandomText:
+    """Random features of captions, of the sizes that a model takes, on a device."""
+
+    facts = None
+
+    def __init__(self, model: ModelConfig, count: int, device: torch.device):
+        generator = torch.Generator(device).manual_seed(2)
+        # as they are stored on the disk, but for a CPU, which has no fast half precision
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+
+        def draw(zeros: TextFeatures) -> TextFeatures:
+            own = [
+                None
+                if part is None
+                else torch.randn(part.shape, device=device, generator=generator)
+                for part in (zeros.tokens, zeros.pooled)
+            ]
+            return TextFeatures(*(None if part is None else part.to(dtype) for part in own))
+
+        kind = model.any_condition(count)
+        self.captions = replace(draw(kind), empty=draw(kind.empty))
+        self.tensors = tuple(
+            part for part in (self.captions.tokens, self.captions.pooled) if part is not None
+        )
+
+    def condition(self, tensors: Sequence[Tensor]) -> TextFeatures:
+        """The captions with the empty prompt: there is one batch of them."""
+        return self.captions
 
 
 class OneBatch(TrainingData):
@@ -56,8 +89,11 @@ class OneBatch(TrainingData):
         generator = torch.Generator(device).manual_seed(0)
         # mean and standard deviation of every channel
         moments = torch.rand(size, 2 * channels, side, side, device=device, generator=generator)
-        labels = torch.arange(size, device=device) % cfg.model.num_classes
-        self.batch = (moments, labels)
+        if cfg.model.conditioning == "text":
+            self.text = RandomText(cfg.model, size, device)
+            self.batch = (moments, *self.text.tensors)
+        else:
+            self.batch = (moments, torch.arange(size, device=device) % cfg.model.num_classes)
         widths = [getattr(align, "feature_width", None) for align in cfg.alignments.values()]
         width = next((width for width in widths if width), None)
         if width is not None:
@@ -66,7 +102,7 @@ class OneBatch(TrainingData):
             # of mean 0 and deviation 1, as those of a vision model after its last norm
             features = torch.randn(size, tokens, width, device=device, generator=generator)
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            self.batch = (moments, labels, features.to(dtype))
+            self.batch = (*self.batch, features.to(dtype))
 
     def channel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of this batch's latents in every channel, drawn where the batch is."""

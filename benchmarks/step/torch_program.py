@@ -17,8 +17,7 @@ from sra_fast import ops
 from sra_fast.config.schema import Config
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.process import make_process
-from sra_fast.models import ClassLabels, SiT
-from sra_fast.models.layers import add_pending
+from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.training.trainer import choose_attention
 from sra_fast.utils.cuda_graph import GraphedGradients
 
@@ -27,19 +26,18 @@ ADAMW = {"fused": {"fused": True}, "foreach": {"foreach": True}}
 
 
 def full_depth_features(
-    model: SiT, x: Tensor, t: Tensor, condition: ClassLabels, depth: int
+    model: DiffusionTransformer, x: Tensor, t: Tensor, condition: Conditioning, depth: int
 ) -> Tensor:
     """The residual stream [B, T, D] after block ``depth`` of a model that runs to its last layer.
 
     The published teacher does the same: it computes the prediction and throws it away.
     """
-    tokens, c = model.embed(x, t, condition)
-    pending = None
+    stream = model.begin(x, t, condition)
     for i, block in enumerate(model.blocks, start=1):
-        tokens, pending = block(tokens, c, pending)
+        stream.through(block, last=i == model.depth)
         if i == depth:
-            features = add_pending(tokens, pending)
-    model.final_layer(tokens, c, pending)
+            features = stream.features()
+    model.final_layer(stream.tokens, stream.conditioning, stream.pending)
     return features
 
 
@@ -87,6 +85,7 @@ class Program:
             images = cfg.train.global_batch
             choose_attention(cfg, [(images, None, True), (images, None, False)], device)
         self._compile()
+        self.condition: Conditioning | None = None
         self.graphed = None
         if switches.graph:
             self.graphed = GraphedGradients(self.loss_of, self.params, device.type == "cuda")
@@ -142,7 +141,7 @@ class Program:
                 module.compile(**settings)
             self.losses = torch.compile(self.losses, **settings)
 
-    def features(self, x: Tensor, t: Tensor, condition: ClassLabels) -> Tensor:
+    def features(self, x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         """The teacher's features [B, T, D] after the aligned block."""
         if self.switches.swap:
             return self.swapped_features(x, t, condition)
@@ -154,7 +153,7 @@ class Program:
             return full_depth_features(self.teacher, x, t, condition, layer)
 
     @torch.no_grad()
-    def swapped_features(self, x: Tensor, t: Tensor, condition: ClassLabels) -> Tensor:
+    def swapped_features(self, x: Tensor, t: Tensor, condition: Conditioning) -> Tensor:
         """Features of the student with the EMA's weights, run to its last layer under autocast."""
         torch._foreach_copy_(self.backup, self.params)
         torch._foreach_copy_(self.params, self.averages)
@@ -173,7 +172,7 @@ class Program:
         distance = ops.align_distance(projected, features, align.distance, beta=align.beta)
         return denoise + align.weight * distance.mean()
 
-    def forward(self, noised, condition: ClassLabels) -> Tensor:
+    def forward(self, noised, condition: Conditioning) -> Tensor:
         """The loss of one batch."""
         target = None
         if self.switches.swap:
@@ -188,11 +187,11 @@ class Program:
         return self.losses(prediction, projected, target, noised)
 
     def loss_of(
-        self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, y: Tensor, drop: Tensor
+        self, x0: Tensor, noise: Tensor, t: Tensor, t_teacher: Tensor, *told: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the same detached."""
+        """The loss, and the same detached. ``told``: the tensors of the conditioning."""
         noised = self.process.corrupt(x0, noise, t, t_teacher)
-        loss = self.forward(noised, ClassLabels(y, drop))
+        loss = self.forward(noised, self.condition.with_tensors(*told))
         return loss, loss.detach()
 
     def backward(self, loss: Tensor) -> None:
@@ -221,19 +220,21 @@ class Program:
     def step(self, i: int) -> None:
         """Optimizer step ``i`` on the engine's draws."""
         cfg = self.cfg
-        batch, y = self.data.batch
+        batch, told, _ = self.data.split(self.data.batch)
         draws = draw(
             cfg.train.seed,
             i,
             0,
-            (len(y), *self.data.shape),
+            (len(batch), *self.data.shape),
             self.device,
             drop_prob=cfg.model.class_dropout_prob,
             posterior=self.data.posterior,
         )
         x0 = self.data.to_latent(batch, draws.posterior)
         t, t_teacher = self.process.times(draws.uniform, draws.gap)
-        inputs = (x0, draws.noise, t, t_teacher, y, draws.drop)
+        # a graph needs the kind of conditioning beside its tensors
+        self.condition = self.data.condition(told).dropped(draws.drop)
+        inputs = (x0, draws.noise, t, t_teacher, *self.condition.tensors())
         if self.graphed is not None:
             loss = self.graphed(*inputs)
         else:

@@ -128,11 +128,13 @@ LADDER = (
 def layers(model: str) -> tuple[int, int, int]:
     """Student layer, teacher layer and depth.
 
-    A quarter and two thirds of the depth are taken for sizes that the paper does not have.
+    For sizes that the paper does not have, a quarter and two thirds of the depth are taken, of an
+    MMDiT a quarter and three quarters.
     """
-    depth = preset(model)[1]["depth"]
-    family = model.partition("/")[0]
-    student, teacher = LAYERS.get(family, (depth // 4, depth * 2 // 3))
+    family, sizes = preset(model)
+    depth = sizes["depth"]
+    rule = (depth // 4, depth * 3 // 4 if family.family == "MMDiT" else depth * 2 // 3)
+    student, teacher = LAYERS.get(model.partition("/")[0], rule)
     return student, teacher, depth
 
 

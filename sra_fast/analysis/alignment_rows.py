@@ -14,7 +14,7 @@ from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.config.schema import DiffusionConfig, ModelConfig
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.diffusion.process import Noised
-from sra_fast.models import DiffusionTransformer
+from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.utils.registry import PROCESSES, TARGETS
 
 
@@ -27,7 +27,7 @@ def mean_of(values: Iterable[float]) -> float:
 def norm_rows(
     model: DiffusionTransformer, path: str, images: Images, times: list[float], batch: int
 ) -> list[dict]:
-    """Mean length of the tokens after every block, with the images' own labels.
+    """Mean length of the tokens after every block, with the images' own labels or captions.
 
     Args:
         model, path, images, batch: see ``noisy_features``.
@@ -40,7 +40,8 @@ def norm_rows(
     length = lambda tokens: tokens.float().norm(dim=-1).mean(1)
     rows = []
     for time in times:
-        _, found = noisy_features(model, path, images, images.labels, time, layers, length, batch)
+        told = images.condition
+        _, found = noisy_features(model, path, images, told, time, layers, length, batch)
         rows += [
             {"time": time, "layer": layer, "norm": float(norms.double().mean())}
             for layer, norms in zip(layers, found, strict=True)
@@ -56,7 +57,8 @@ def distance_rows(
     batch: int,
     seed: int = 0,
 ) -> tuple[dict, list[dict]]:
-    """How far the student's features are from its EMA teacher's, with the images' own labels.
+    """How far the student's features are from its EMA teacher's, with the images' own labels or
+    captions.
 
     In a run whose target has an EMA teacher, this is what its loss measures: the student's features
     after the aligned layer and the head, if there is one, against the teacher's after its layer, at
@@ -95,7 +97,8 @@ def distance_rows(
             noised = process.corrupt(
                 images.x0[part], images.noise[part], *process.times(uniform, gaps[part])
             )
-            compared = _compared(student.model, teacher.model, noised, images.labels[part], align)
+            told = images.condition.select(part)
+            compared = _compared(student.model, teacher.model, noised, told, align)
             found.append(torch.stack(compared, 1).double().cpu())
         distance, cosine = torch.cat(found).mean(0).tolist()
         rows.append({"time": time, "distance": distance, "cosine": cosine})
@@ -138,19 +141,19 @@ def _compared(
     student: DiffusionTransformer,
     teacher: DiffusionTransformer,
     noised: Noised,
-    labels: Tensor,
+    condition: Conditioning,
     align: TeacherConfig,
 ) -> list[Tensor]:
     """Two distances of every image, each ``[B]`` fp32."""
     device = student.pos_embed.device
-    labels = labels.to(device)
+    condition = condition.to(device)
     predicted = student.features(
-        noised.x.to(device), noised.t.to(device), labels, align.student_layer
+        noised.x.to(device), noised.t.to(device), condition, align.student_layer
     )
     if align.head == "mlp":
         predicted = student.ap_head(predicted)
     target = teacher.features(
-        noised.x_teacher.to(device), noised.t_teacher.to(device), labels, align.teacher_layer
+        noised.x_teacher.to(device), noised.t_teacher.to(device), condition, align.teacher_layer
     )
     return [
         ops.align_distance(predicted, target, kind, beta=align.beta, reduction="none")

@@ -31,6 +31,8 @@ class Images:
     """``[N, C, H, W]`` fp32"""
     labels: Tensor
     """``[N]`` int64"""
+    condition: Conditioning
+    """N of them, the images' own: their labels, or their first captions"""
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Part:
         rows = self.choose(count, seed)
         # what the data set stores: pixels, or the VAE's moments
         batch = self.dataset.__getitems__(rows.tolist())
-        raw, (labels,), _ = self.dataset.split(batch)
+        raw, told, _ = self.dataset.split(batch)
         shape = (len(rows), *self.dataset.shape)
         posterior = self.dataset.posterior
         # 2 i + number: the two parts share no noise
@@ -70,7 +72,10 @@ class Part:
         # one sample of the VAE's posterior per image, whatever the number of noises
         x0 = self.dataset.to_latent(raw, drawn[0].posterior).float()
         noise = torch.cat([d.noise for d in drawn])
-        return Images(x0.repeat(draws, 1, 1, 1), noise, labels.repeat(draws))
+        again = torch.arange(len(rows)).repeat(draws)
+        labels = self.dataset.labels[torch.from_numpy(rows)][again]
+        condition = self.dataset.condition(told).select(again)
+        return Images(x0[again], noise, labels, condition)
 
 
 def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
@@ -93,6 +98,8 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
         )
         data.name = facts.name
         data.path = facts.path
+        if facts.text is not None and data.text is None:
+            data.text = facts.text["name"]
     if not facts.pixels:
         for name, trained in (("latent_scale", facts.scale), ("latent_shift", facts.shift)):
             value = getattr(data, name)
@@ -102,6 +109,22 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
             )
             setattr(data, name, trained)
     return data
+
+
+def sizes_of(model: DiffusionTransformer) -> ModelConfig:
+    """What a model asks of its data, as ``make_dataset`` takes it; only that of its depth and width
+    is not the model's.
+    """
+    sizes = ModelConfig(
+        name=f"{model.family}-S/2", input_size=model.input_size, in_channels=model.in_channels
+    )
+    asked = {
+        "labels": ("num_classes",),
+        "text": ("context_tokens", "context_size", "pooled_size"),
+    }
+    for name in asked[model.conditioning]:
+        setattr(sizes, name, getattr(model, name))
+    return sizes
 
 
 def open_for(
@@ -114,11 +137,8 @@ def open_for(
     Raises:
         ValueError: the data cannot be read, do not fit the model, or are a single image.
     """
-    shape = ModelConfig(
-        input_size=model.input_size, in_channels=model.in_channels, num_classes=model.num_classes
-    )
     # a batch of 2, so that training and held-out part have an image
-    cfg = Config(model=shape, data=data, train=TrainConfig(global_batch=2))
+    cfg = Config(model=sizes_of(model), data=data, train=TrainConfig(global_batch=2))
     found = make_dataset(cfg)
     if facts and differences(found.facts(), facts):
         log.warning(

@@ -114,7 +114,8 @@ def probe_layers(
 ) -> Probed:
     """Accuracies of linear probes, and of the same probe on the noisy input.
 
-    The model gets the null class: with a label, its features would contain the answer.
+    The model gets the null class, or the empty prompt: with a label, or a caption that names it, its
+    features would contain the answer.
 
     Args:
         model, path: see ``noisy_features``.
@@ -132,11 +133,13 @@ def probe_layers(
         Accuracies in the order of times and layers.
 
     Raises:
-        ValueError: the model has no null class, or the images are all of one class.
+        ValueError: the model knows no null class or empty prompt, or the images are all of one
+            class.
     """
     if not model.has_null:
         raise ValueError(
-            "a probe needs a model with a null class (model.class_dropout_prob > 0): a label would be the answer"
+            "a probe needs a model with a null class, or one that knows the empty prompt "
+            "(model.class_dropout_prob > 0): a label would be the answer"
         )
     fitted = train_count(count)
     train = parts[0].read(fitted, seed, draws)
@@ -170,8 +173,8 @@ def _samples(
     batch: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Samples of the noisy input and of every layer, each ``[N, ...]``, and their labels ``[N]``."""
-    # the null class: a label would give the answer away
-    null = model.as_condition(images.labels).null()
+    # nothing: a label, or a caption that names it, would give the answer away
+    null = images.condition.null()
     pooled = lambda tokens: pool(tokens, how)
     x, features = noisy_features(model, path, images, null, time, layers, pooled, batch)
     samples = [pixels(x, model.patch_size, how), *features]

@@ -60,7 +60,7 @@ def draw_maps(
 
     Args:
         model, path, layers: see ``noisy_features``.
-        images: a few; the model gets their labels.
+        images: a few; the model gets their labels or captions.
         times: in [0, 1].
 
     Returns:
@@ -74,7 +74,7 @@ def draw_maps(
     maps = []
     for time in times:
         x, features = noisy_features(
-            model, path, images, images.labels, time, layers, everything, len(images.labels)
+            model, path, images, images.condition, time, layers, everything, len(images.labels)
         )
         cells = [as_colours(x)]
         for tokens in features:

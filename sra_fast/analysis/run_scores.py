@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 
 from sra_fast.analysis.alignment_rows import distance_rows, mean_of, norm_rows
-from sra_fast.analysis.features import Part, check_times, choose_layers, data_of
+from sra_fast.analysis.features import Part, check_times, choose_layers, data_of, sizes_of
 from sra_fast.analysis.linear_probe import choose_pool, probe_layers, train_count
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.checkpoint.manifest import STEP_FOLDER
 from sra_fast.config.averages import check_weights
-from sra_fast.config.schema import Config, DataConfig, ModelConfig, SampleConfig
+from sra_fast.config.schema import Config, DataConfig, SampleConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.facts import differences
 from sra_fast.data.training_data import TrainingData
@@ -42,7 +42,7 @@ from sra_fast.evaluation.held_out import (
     held_out_loss,
     place_of,
 )
-from sra_fast.sampling.generate import generate, labels_like
+from sra_fast.sampling.conditions import conditions_like, generate_for
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import require, write_json
 
@@ -144,10 +144,12 @@ def _check_data(
     options: ScoreOptions,
     data: TrainingData,
     shape: tuple[int, int, int],
-    num_classes: int,
+    num_classes: int | None,
     has_null: bool,
 ) -> None:
-    """ValueError unless data have what is scored, of a model of such inputs and so many classes."""
+    """ValueError unless data have what is scored, of a model of such inputs and so many classes, or
+    None.
+    """
     where = place_of(data)
     (train, rows), (held_out, held_out_rows) = data.held_out_split()
     require_that(
@@ -156,7 +158,7 @@ def _check_data(
     )
     largest = int(held_out.labels[held_out_rows].max())
     require_that(
-        largest < num_classes,
+        num_classes is None or largest < num_classes,
         f"the model knows {num_classes} classes, the held-out images of {where} have the label "
         f"{largest}",
     )
@@ -181,8 +183,8 @@ def _check_data(
         require("sklearn", "scikit-learn", "eval")
         require_that(
             has_null,
-            "a probe needs a model with a null class (model.class_dropout_prob > 0): scores: "
-            "{probe_images: 0} leaves it out",
+            "a probe needs a model with a null class, or one that knows the empty prompt "
+            "(model.class_dropout_prob > 0): scores: {probe_images: 0} leaves it out",
         )
         part = _parts(data)[0]
         seen = train.labels[part.choose(train_count(options.probe_images), options.seed)]
@@ -310,11 +312,7 @@ def _data_of_run(loaded: LoadedModel, run: Path) -> TrainingData:
     """The data that a run was trained on, and no others."""
     require_that(loaded.facts is not None, f"{run} does not say what it was trained on")
     data = data_of(DataConfig(), loaded.facts)
-    model = loaded.model
-    shape = ModelConfig(
-        input_size=model.input_size, in_channels=model.in_channels, num_classes=model.num_classes
-    )
-    cfg = Config(model=shape, data=data)
+    cfg = Config(model=sizes_of(loaded.model), data=data)
     # no batch is made of them
     cfg.train.global_batch = 1
     found = make_dataset(cfg)
@@ -357,10 +355,11 @@ def _samples(
     check_sampling(sample, loaded.model)
     network = feature_network(data, cache, device)
     (train, rows), (held_out, held_out_rows) = data.held_out_split()
-    # what they are compared with has these classes, and as often: a model that knows the data well
-    # comes to the floor. Random labels would make the scores vary more
-    labels = labels_like(options.samples, held_out.labels[held_out_rows])
-    made = generate(loaded.model, labels, sample, loaded.path, options.seed, options.batch, device)
+    # what they are compared with has these classes or captions, and as often: a model that knows the
+    # data well comes to the floor. Random labels would make the scores vary more
+    conditions, labels = conditions_like(held_out, held_out_rows, options.samples)
+    settings = (sample, loaded.path, options.seed, options.batch, device)
+    made = generate_for(loaded.model, conditions, range(options.samples), *settings)
     if data.facts().pixels:
         # an image has no values beyond these
         made = made.clamp(-1, 1)

@@ -1,5 +1,5 @@
-"""A DiT as a folder that ``DiTPipeline.from_pretrained`` of diffusers loads, and such folders as
-exports.
+"""A DiT as a folder that ``DiTPipeline.from_pretrained`` of diffusers loads, and such folders, and
+those of SD3 (``checkpoint/sd3_folder.py``), as exports.
 
 ``checkpoint/diffusers_weights.py`` says what differs between the two.
 """
@@ -25,6 +25,7 @@ from sra_fast.checkpoint.diffusers_weights import (
 )
 from sra_fast.checkpoint.export import state_of, write_export
 from sra_fast.checkpoint.load_model import CLASS_TABLE, LoadedModel, fill
+from sra_fast.checkpoint.sd3_folder import SD3, import_transformer, write_sd3
 from sra_fast.checkpoint.sources import read_tensors, transformer_folder
 from sra_fast.checkpoint.values import checked, warn, warn_of_foreign_heads
 from sra_fast.config.schema import ModelConfig
@@ -57,7 +58,7 @@ SIZES = (
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 
-def refuse_unless_diffusers(model: models.SiT) -> None:
+def refuse_unless_diffusers(model: models.DiffusionTransformer) -> None:
     """ValueError for a model that ``DiTTransformer2DModel`` cannot be."""
     found = models.arguments_of(model)
     require_that(
@@ -83,10 +84,11 @@ def refuse_unless_diffusers(model: models.SiT) -> None:
 def write_pipeline(
     loaded: LoadedModel, out: Path, vae: str | None = None, fold: bool = False
 ) -> None:
-    """Write a folder for ``DiTPipeline.from_pretrained``.
+    """Write a folder for ``DiTPipeline.from_pretrained``, or of an MMDiT one for
+    ``StableDiffusion3Pipeline``.
 
     Args:
-        loaded: a DiT.
+        loaded: a DiT or an MMDiT.
         out: the folder; made if it is not there.
         vae: folder of the AutoencoderKL that decodes the latents; default: the one that made the
             training data. Weights of which no data are known may do without: the pipeline then has
@@ -99,6 +101,10 @@ def write_pipeline(
         OSError: a file cannot be written.
     """
     model = loaded.model
+    if model.conditioning == "text":
+        require_that(not fold, "fold_time is for a DiT: SD3's features of the time are ours")
+        write_sd3(loaded, out, vae)
+        return
     refuse_unless_diffusers(model)
     require("diffusers", "diffusers", "vae")
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -206,8 +212,10 @@ def _fitting_vae(path: str, loaded: LoadedModel):
     return decoder
 
 
-def import_pipeline(source: str, out: str, seed: int = 0, fold: bool = False) -> None:
-    """Convert a DiT of diffusers to an export.
+def import_pipeline(
+    source: str, out: str, seed: int = 0, fold: bool = False, input_size: int | None = None
+) -> None:
+    """Convert a DiT or SD3 of diffusers to an export.
 
     Args:
         source: folder of a pipeline, or of its transformer.
@@ -215,14 +223,24 @@ def import_pipeline(source: str, out: str, seed: int = 0, fold: bool = False) ->
         seed: of the projection head, which diffusers' DiT does not have.
         fold: ``fold_time``, for a DiT that was trained with diffusers' features. The releases were
             not.
+        input_size: of an SD3: side of the latents, if it is not the folder's ``sample_size``.
 
     Raises:
-        ValueError: it is no DiT that can be one here.
+        ValueError: it is no DiT or SD3 that can be one here.
     """
     folder = transformer_folder(Path(source))
     require_that(folder is not None, f"expected a folder of diffusers with a DiT, got {source}")
     assert folder is not None
     config = json.loads((folder / "config.json").read_text())
+    if config["_class_name"] == SD3:
+        require_that(not fold, "--fold-time is for a DiT: SD3's features of the time are ours")
+        state = _read_transformer(folder)
+        import_transformer(folder, config, checked(state, str(folder)), out, seed, input_size)
+        return
+    require_that(
+        input_size is None,
+        f"a DiT of diffusers says its size itself: expected no --input_size {input_size}",
+    )
     _check_config(config, folder)
     state = _read_transformer(folder)
     warn_of_foreign_heads([state], str(folder))
@@ -243,7 +261,8 @@ def import_pipeline(source: str, out: str, seed: int = 0, fold: bool = False) ->
 def _check_config(config: dict, folder: Path) -> None:
     require_that(
         config.get("_class_name") in CLASSES and config.get("norm_type") == "ada_norm_zero",
-        f"expected a DiT (DiTTransformer2DModel) in {folder}, got {config.get('_class_name')}",
+        f"expected a DiT (DiTTransformer2DModel) or an SD3 ({SD3}) in {folder}, got "
+        f"{config.get('_class_name')}",
     )
     for name in SIZES:
         require_that(

@@ -9,11 +9,16 @@ from torch import Tensor
 from sra_fast import models
 from sra_fast.checkpoint import version_0_1
 from sra_fast.checkpoint.sources import find_weights, held_key, read_found
-from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
+from sra_fast.checkpoint.values import (
+    family_in,
+    refuse_reversed_time,
+    refuse_unknown_times,
+    warn,
+)
 from sra_fast.config.averages import EMA, STUDENT, check_known
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
-from sra_fast.models import DiffusionTransformer
+from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -101,7 +106,9 @@ def model_of(
     num_classes = getattr(args, "num_classes", None)
     if config is None:
         refuse_reversed_time(state, args, str(source))
-    if not any(name.startswith("y_embedder.") for name in state):
+        refuse_unknown_times(state, args, str(source))
+    has_classes = any(name.startswith("y_embedder.") for name in state)
+    if not has_classes and not has_joint_blocks(state):
         warn("%s has no class embedding: its model is unconditional, one class", source)
         # one class whose embedding adds nothing
         num_classes = 1
@@ -158,7 +165,8 @@ def _facts_of_config(config: dict, model: DiffusionTransformer) -> DataFacts | N
     return DataFacts(
         name=data["name"],
         shape=(model.in_channels, model.input_size, model.input_size),
-        num_classes=model.num_classes,
+        # captions have none
+        num_classes=getattr(model, "num_classes", 1),
         path=data["path"],
         pixels=data["name"] == "digits",
         scale=data["latent_scale"],
@@ -212,7 +220,7 @@ def _from_shapes(
     """A model of the size that the weights' shapes show.
 
     ``args`` of a published checkpoint say what shapes do not: heads, classes apart from the null
-    class, SiT or DiT.
+    class, SiT or DiT; of an MMDiT also what ``_told_of_text`` knows.
     """
     if "pos_embed" not in state and input_size is None:
         input_size = getattr(args, "input_size", None)
@@ -226,7 +234,25 @@ def _from_shapes(
         family_in(args),
         input_size,
     )
+    if cls.conditioning == "text":
+        arguments |= _told_of_text(args, "pos_embed" in state)
     return cls(**arguments)
+
+
+def _told_of_text(args, has_table: bool) -> dict:
+    """Arguments of an MMDiT that a published checkpoint of ours tells, and its shapes do not.
+
+    ``has_table``: the weights have a position table, which shows the positions.
+    """
+    names = {
+        "context_tokens": "context_tokens",
+        "time_scale": "time_scale",
+        "cfg_prob": "class_dropout_prob",
+    }
+    if not has_table:
+        names |= {name: name for name in ("position_start", "position_step")}
+    told = {name: getattr(args, key, None) for key, name in names.items()}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def fill(model: DiffusionTransformer, state: dict[str, Tensor]) -> tuple[str, ...]:
@@ -253,5 +279,12 @@ def fill(model: DiffusionTransformer, state: dict[str, Tensor]) -> tuple[str, ..
             )
     # a table of another resolution was checked, and is computed anew
     fitting = {name: state[name] for name in found if found[name] == expected.get(name)}
+    table = fitting.get("pos_embed")
+    # it may have been rounded to half precision
+    if table is not None and not torch.allclose(table, model.pos_embed, rtol=0, atol=1e-2):
+        raise ValueError(
+            "the weights do not fit the model: their position table pos_embed is that of other "
+            "positions"
+        )
     model.load_state_dict(fitting, strict=False)
     return fresh

@@ -266,6 +266,14 @@ def _check_facts(data: dict) -> None:
         _is(data, "features", dict)
         for name in ("name", "fingerprint"):
             _is(data["features"], name, str)
+    # as may one whose data had no captions
+    if data.get("text") is not None:
+        _is(data, "text", dict)
+        for name in ("name", "fingerprint"):
+            _is(data["text"], name, str)
+        for name in ("tokens", "width", "pooled"):
+            _count(data["text"], name)
+        _is(data["text"], "encoders", list | None)
     if not all(math.isfinite(data[name]) for name in ("scale", "shift")):
         raise ValueError(f"data: scale {data['scale']} and shift {data['shift']} should be finite")
 

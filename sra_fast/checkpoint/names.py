@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# a parameter that every SiT and DiT has: what stands before it is a prefix
+# a parameter that every SiT, DiT and MMDiT has: what stands before it is a prefix
 KNOWN_PARAMETER = "x_embedder.proj.weight"
 # words that wrappers put before or between the names of modules
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# heads that other training methods add to a SiT or DiT; nothing that samples reads them
+# what SD3's files call their network, whichever weights it has
+SD3_NETWORK = ("model", "diffusion_model")
+# heads that other training methods add to a network; nothing that samples reads them
 FOREIGN_HEADS = ("projectors.",)
 # what a training checkpoint of the published code has besides weights
 BESIDES = ("opt", "args", "epoch", "steps")
@@ -32,7 +34,10 @@ class _Weights:
     @property
     def words(self) -> set[str]:
         """``("state_dict", "ema_model")`` -> ``{"state", "dict", "ema", "model"}``."""
-        return {word for part in self.place for word in re.split(r"[^a-z]+", part.lower())}
+        place = self.place
+        if place[-2:] == SD3_NETWORK:
+            place = place[:-2]
+        return {word for part in place for word in re.split(r"[^a-z]+", part.lower())}
 
 
 def unwrapped(held, source: str) -> dict:
@@ -49,7 +54,7 @@ def unwrapped(held, source: str) -> dict:
         checkpoint.
 
     Raises:
-        ValueError: no weights of a SiT or DiT, or more than two sets of them.
+        ValueError: no weights of a SiT, DiT or MMDiT, or more than two sets of them.
     """
     found = list(_find(held, ()))
     if not found:
@@ -77,7 +82,7 @@ def unwrapped(held, source: str) -> dict:
 
 
 def _find(held, place: tuple[str, ...]) -> Iterator[_Weights]:
-    """Every state dict of a SiT or DiT in nested dictionaries."""
+    """Every state dict of a SiT, DiT or MMDiT in nested dictionaries."""
     if not isinstance(held, Mapping):
         return
     tensors = _without_wrappers(held)
@@ -135,8 +140,11 @@ def _foreign(held, source: str) -> str:
     if any("transformer_blocks." in name for name in names):
         return (
             f"{source} holds weights under the names of diffusers: "
-            "import-weights --from FOLDER --out FILE.safetensors converts a DiT, FOLDER being "
-            "the pipeline's"
+            "import-weights --from FOLDER --out FILE.safetensors converts a DiT or an SD3, FOLDER "
+            "being the pipeline's"
         )
-    line = f"{source} holds neither a SiT or DiT state dict nor a checkpoint of the published code"
+    line = (
+        f"{source} holds neither a SiT or DiT state dict nor one of an MMDiT nor a checkpoint of the "
+        "published code"
+    )
     return f"{line}: its weights are {in_short(names)}" if names else f"{line}: it has no weights"

@@ -16,10 +16,11 @@ from torch import Tensor
 from sra_fast import models
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.load_model import fill
+from sra_fast.checkpoint.sd3_file import import_state
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.checkpoint.values import checked, family_in, official_family
 from sra_fast.config.schema import ModelConfig
-from sra_fast.models import DiffusionTransformer
+from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.models.layers import timestep_frequencies
 from sra_fast.utils.checks import require_that
 
@@ -169,29 +170,45 @@ def _check_family(state: dict[str, Tensor], args, name: str, source: str) -> Non
 
 def import_file(
     source: str,
-    name: str,
+    name: str | None,
     out: str,
     num_heads: int | None = None,
     seed: int = 0,
     input_size: int | None = None,
+    time_scale: float | None = None,
 ) -> None:
-    """Convert an official ``.pt`` to an export.
+    """Convert an official file to an export.
 
     Args:
         source: a release's state dict, or a training checkpoint, of which the EMA is taken.
-        name, num_heads, input_size: see ``model_config``.
+        name, num_heads, input_size: see ``model_config``; an MMDiT needs no name.
         out: the ``.safetensors`` file to write.
         seed: of the projection head.
+        time_scale: of an MMDiT, see ``import_state``.
 
     Raises:
         ValueError: the file cannot be read, or holds other weights, of the other family for
             example.
     """
     held = read_weights(source)
+    is_text = has_joint_blocks(held.get("ema", held.get("model")))
+    require_that(
+        name is not None or is_text,
+        "--model must say what the weights are, {SiT,DiT}-{S,B,L,XL}/{2,4,8}, got none",
+    )
     # its time already runs as ours: converted again it would run backwards
     require_that("config" not in held, f"{source} is an export of sra-fast: it needs no conversion")
     # a training checkpoint holds the student and its EMA; samples come from the EMA
     state = held.get("ema", held.get("model"))
+    if is_text:
+        sizes = (num_heads, seed, input_size, time_scale)
+        import_state(state, held.get("args"), source, name, out, *sizes)
+        return
+    assert name is not None, "checked"
+    require_that(
+        time_scale is None,
+        f"--time-scale is for an MMDiT, {source} holds a network of labels; got {time_scale}",
+    )
     _check_family(state, held.get("args"), name, source)
     cfg = model_config(state, name, num_heads, input_size)
     config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}

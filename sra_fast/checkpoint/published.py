@@ -14,6 +14,9 @@ from sra_fast.checkpoint.sources import model_of_settings, state_dict_of
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
 
+# arguments of an MMDiT that its shapes do not show, and what they are unless given
+OF_TEXT = {"context_tokens": None, "time_scale": 1.0, "position_start": 0.0, "position_step": 1.0}
+
 
 def published_args(
     model: ModelConfig, path: str, facts: DataFacts | None = None
@@ -21,7 +24,7 @@ def published_args(
     """The published code's arguments that describe a model.
 
     ``num_heads`` is ours, because the published code has it in the model's name; so are
-    ``input_size`` and ``data``, the facts about the training data.
+    ``input_size``, ``OF_TEXT`` of an MMDiT, and ``data``, the facts about the training data.
 
     Args:
         model: of the run, filled in.
@@ -40,6 +43,10 @@ def published_args(
         num_heads=model.arguments()["num_heads"],
         input_size=model.input_size,
     )
+    if model.conditioning == "text":
+        given = model.arguments()
+        for name, default in OF_TEXT.items():
+            setattr(args, name, given.get(name, default))
     if facts is not None:
         args.data = facts.as_json()
     return args

@@ -191,7 +191,7 @@ def _in_model_folder(folder: Path) -> Path:
     if transformer_folder(folder) is not None:
         raise ValueError(
             f"{folder} is a folder of diffusers: "
-            f"import-weights --from {folder} --out FILE.safetensors converts a DiT"
+            f"import-weights --from {folder} --out FILE.safetensors converts a DiT or an SD3"
         )
     # first the single file: shards beside it would be a second copy
     files = [folder / MODEL_FILE] if (folder / MODEL_FILE).exists() else []

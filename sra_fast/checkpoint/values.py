@@ -4,17 +4,21 @@ name.
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from sra_fast.checkpoint.names import FOREIGN_HEADS, KNOWN_PARAMETER, in_short
-from sra_fast.models.layers import sincos_pos_embed
+from sra_fast.models import has_joint_blocks
+from sra_fast.models.positions import grid_positions
 from sra_fast.utils.registry import MODEL_FAMILIES
 
 log = logging.getLogger("sra_fast")
 
+# in the last block of an MMDiT nothing reads the result of these queries
+LAST_QUERIES = re.compile(r"joint_blocks\.(\d+)\.context_block\.attn\.ln_q\.weight")
 # whose values fp32 represents, or rounds
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -34,7 +38,8 @@ def warn_of_foreign_heads(states: Iterable[Mapping[str, Tensor]], source: str) -
 
 
 def checked(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The same weights in fp32, without the heads of other training methods.
+    """The same weights in fp32, without the heads of other training methods and the norm of queries
+    that nothing reads.
 
     Args:
         state: under the published names (``checkpoint/names.py``); it is not changed.
@@ -42,16 +47,17 @@ def checked(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 
     Raises:
         ValueError: weights that are integers, complex, in 8 bits, not finite, sparse or without
-            values, patches that are no image's, or a position table that is not the fixed function
-            of its size. The first such name is given.
+            values, patches that are no image's, or a position table that is no fixed function: of
+            its size, or for an MMDiT of any places along an axis. The first such name is given.
     """
     kept = {name: value for name, value in state.items() if not name.startswith(FOREIGN_HEADS)}
+    kept = _without_last_queries(kept)
     for name, value in kept.items():
         if not is_dense(value):
             kind = "on the meta device" if value.is_meta else str(value.layout).rpartition(".")[2]
             raise ValueError(f"expected dense weights with values in {source}, {name} is {kind}")
     if "pos_embed" in kept:
-        _check_table(kept["pos_embed"], source)
+        _check_table(kept["pos_embed"], source, has_joint_blocks(kept))
     weights = {}
     for name, value in kept.items():
         if value.dtype not in FLOATS:
@@ -72,18 +78,25 @@ def is_dense(value: Tensor) -> bool:
     return value.layout == torch.strided and not value.is_meta
 
 
-def _check_table(table: Tensor, source: str) -> None:
-    """ValueError unless a position table is the fixed function of its own size.
+def _without_last_queries(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights without the norm of the captions' queries in the last block, which SD3.5
+    has and no model here.
+    """
+    blocks = [int(name.split(".")[1]) for name in state if name.startswith("joint_blocks.")]
+    last = str(max(blocks, default=0))
+    unread = {name for name in state if (m := LAST_QUERIES.fullmatch(name)) and m[1] == last}
+    return {name: value for name, value in state.items() if name not in unread}
+
+
+def _check_table(table: Tensor, source: str, anywhere: bool) -> None:
+    """ValueError unless a position table is the fixed function of its own size, or with
+    ``anywhere`` of other places than 0, 1, 2, ...
 
     A model computes its table itself, so another one would be lost silently.
     """
-    grid = round(table.shape[1] ** 0.5) if table.dim() == 3 else 0
-    if table.dim() == 3 and table.dtype in FLOATS and table.shape[2] % 4 == 0:
-        fixed = sincos_pos_embed(grid, table.shape[2])
-        # a table that was saved in half precision is rounded to it
-        rounding = max(1e-5, torch.finfo(table.dtype).eps)
-        if table.shape == fixed.shape and torch.allclose(table.float(), fixed, atol=rounding):
-            return
+    found = grid_positions(table) if table.dtype in FLOATS else None
+    if found is not None and (anywhere or found[1:] == (0.0, 1.0)):
+        return
     raise ValueError(
         f"the position embedding of {source} is not the fixed 2-d sine-cosine one: "
         f"pos_embed is {[*table.shape]}"
@@ -112,7 +125,7 @@ def official_family(state: dict[str, Tensor], args) -> str | None:
         args: of the checkpoint, or None.
     """
     # only what was trained here has the head, with our direction of time
-    if any(name.startswith("ap_head.") for name in state):
+    if any(name.startswith("ap_head.") for name in state) or has_joint_blocks(state):
         return None
     # the official SiT spells its interpolants with capitals
     if str(getattr(args, "path_type", "")) in ("Linear", "GVP", "VP"):
@@ -141,4 +154,21 @@ def refuse_reversed_time(state: dict[str, Tensor], args, source: str) -> None:
         raise ValueError(
             f"{source} looks like an official SiT, whose time runs backwards: "
             f"import-weights --from {source} --model SiT-XL/2 --out FILE.safetensors converts it"
+        )
+
+
+def refuse_unknown_times(state: dict[str, Tensor], args, source: str) -> None:
+    """ValueError for weights of an MMDiT with a pooled feature that do not say what its times are
+    multiplied by: it may be SD3, and the predictions would be those of wrong times.
+
+    Args:
+        state: under the published names.
+        args: of the checkpoint, or None.
+        source: where the weights were read from, for messages.
+    """
+    is_pooled = has_joint_blocks(state) and "y_embedder.mlp.0.weight" in state
+    if is_pooled and getattr(args, "time_scale", None) is None:
+        raise ValueError(
+            f"{source} looks like SD3 and does not say what its times are multiplied by: "
+            f"import-weights --from {source} --out FILE.safetensors converts it"
         )

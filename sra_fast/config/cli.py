@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,10 @@ def _load(text: str):
     """jsonargparse's YAML, with ``align: NAME`` as a short form of ``align: {target: NAME}``, and
     without the options of targets that the command line replaces by others.
     """
+    if text.startswith('["'):
+        # what _with_lists has written: how JSON escapes an emoji is no YAML
+        with suppress(ValueError):
+            return json.loads(text)
     # jsonargparse's own YAML: it reads 1e-4 as a number, which YAML 1.1 does not
     value = jsonargparse.get_loader("yaml")(text)
     if not isinstance(value, dict):

@@ -41,6 +41,10 @@ class ModelConfig:
     default: that of the data's text features"""
     time_scale: float | None = None
     """of MMDiT: what times are multiplied by before their sinusoid: 1 (default), or 1000 as in SD3"""
+    position_start: float | None = None
+    """of MMDiT: place of the first patch in the position embedding; default: 0"""
+    position_step: float | None = None
+    """of MMDiT: from one patch to the next in the position embedding; default: 1"""
     class_dropout_prob: float = 0.1
     """share of labels or captions dropped for classifier-free guidance; 0 builds no null class"""
     qk_norm: bool = False

@@ -268,8 +268,8 @@ def _load(folder: Path, family: str, tokens: int | None) -> Encoder:
             f"{folder} lacks {len(missing)} weights of its {kind.__name__}, the first is {missing[0]}"
         )
     model = model.float().eval().requires_grad_(False)
-    tokenizer = _load_tokenizer(folder)
-    _check_tokenizer(tokenizer, model.config, family, folder)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, model.config, family, folder)
     if family == "t5":
         length = T5_TOKENS if tokens is None else tokens
         width, pooled, most = model.config.d_model, 0, length
@@ -293,7 +293,7 @@ def _load(folder: Path, family: str, tokens: int | None) -> Encoder:
     return Encoder(model, tokenizer, family, length, width, pooled, identity)
 
 
-def _load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path):
     import transformers
 
     number = folder.name.removeprefix(ENCODER_FOLDER)
@@ -311,7 +311,7 @@ def _load_tokenizer(folder: Path):
         raise ValueError(f"{found[0]} holds no readable tokenizer: {first_line(error)}") from None
 
 
-def _check_tokenizer(tokenizer, config, family: str, folder: Path) -> None:
+def check_tokenizer(tokenizer, config, family: str, folder: Path) -> None:
     """ValueError for a tokenizer of another model."""
     require_that(
         len(tokenizer) <= config.vocab_size and tokenizer.pad_token_id is not None,

@@ -60,7 +60,7 @@ def load_vision_model(path: str) -> VisionModel:
         (folder / CONFIG).is_file(),
         f"--features must name the folder of a vision model, there is no {CONFIG} in {path}",
     )
-    scale, mean, std = _read_preprocessor(folder / PREPROCESSOR)
+    scale, mean, std = read_preprocessor(folder / PREPROCESSOR)
     whole, missing = _load(path)
     model = getattr(whole, "vision_model", whole)
     patch = _patch_of(model, path)
@@ -121,7 +121,7 @@ def quiet(logging) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_preprocessor(file: Path) -> tuple[float, list[float], list[float]]:
+def read_preprocessor(file: Path) -> tuple[float, list[float], list[float]]:
     """Scale, mean and deviation. The file is read as it is: the classes that it names need packages
     that the model does not.
     """

@@ -91,7 +91,8 @@ class FolderImages:
                 if image.size != size:
                     raise ValueError(
                         f"images must have one size: {self.files[0]} is {_text(size)}, "
-                        f"{file} is {_text(image.size)}"
+                        f"{file} is {_text(image.size)}; preprocess.py --source {self.path} "
+                        "--pixels true --resolution N crops them as papers do"
                     )
         width, height = size
         return [height, width, 1 if grey else 3]

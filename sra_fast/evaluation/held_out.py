@@ -209,15 +209,17 @@ class HeldOutImages:
         """N."""
         return len(self.rows)
 
-    def check(self, shape: tuple[int, int, int], num_classes: int) -> None:
-        """ValueError unless the images fit a model of (C, H, W) inputs and so many classes."""
+    def check(self, shape: tuple[int, int, int], num_classes: int | None) -> None:
+        """ValueError unless the images fit a model of (C, H, W) inputs and so many classes; None: it
+        knows no classes.
+        """
         require_that(
             self.data.shape == shape,
             f"the model takes latents {shape}, the held-out images have {self.data.shape}",
         )
         largest = int(self.data.labels[self.rows].max())
         require_that(
-            largest < num_classes,
+            num_classes is None or largest < num_classes,
             f"the model knows {num_classes} classes, the held-out images have the label {largest}",
         )
 
@@ -229,6 +231,8 @@ class HeldOutImages:
             path: its interpolant (SiT).
         """
         facts = self.data.facts()
+        # of the captions; files of labels have no such entry
+        text = {"text": facts.text["fingerprint"]} if facts.text else {}
         return {
             "version": VERSION,
             "data": self.data.fingerprint or self._digest(),
@@ -241,6 +245,7 @@ class HeldOutImages:
             "bins": self.bins,
             "process": process,
             "path": path,
+            **text,
         }
 
     def _digest(self) -> str:
@@ -309,7 +314,8 @@ def held_out_loss(
 
     The images go through the model in blocks of ``batch``, which do not depend on the number of
     processes: each takes whole blocks. With the same ``batch``, device and number of threads per
-    process, the losses are the same bit for bit. The real labels are given, none is dropped.
+    process, the losses are the same bit for bit. The real labels, or the first captions, are given,
+    none is dropped.
 
     Args:
         model: in eval mode, on ``device``, in fp32.

@@ -9,9 +9,12 @@ import numpy as np
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.packed import HELD_OUT_FOLDER
 from sra_fast.data.pixels import PackedPixels
+from sra_fast.data.prompts import digest_of, read_prompts
 
-# what sample.py writes beside samples.npz
+# what sample.py writes beside samples.npz; the prompts, a JSON string for each image, only for models
+# of text
 ORIGIN = "samples.json"
+PROMPTS = "prompts.jsonl"
 
 
 class PackedImages:
@@ -58,6 +61,37 @@ def made_of(samples: str) -> dict:
     file = (path if path.is_dir() else path.parent) / ORIGIN
     held = json.loads(file.read_text()) if file.exists() else {}
     return {key: held.get(key) for key in ("step", "weights")}
+
+
+def prompts_of(samples: str, given: str | None, count: int) -> list[str]:
+    """The prompts of samples, one for each image.
+
+    Args:
+        samples: an ``.npz`` or a folder, as for ``open_images``.
+        given: a file of prompts, instead of the one beside the samples.
+        count: of the images.
+
+    Raises:
+        ValueError: there is no such file, it is of other samples, or has more or fewer prompts.
+    """
+    path = Path(samples)
+    folder = path if path.is_dir() else path.parent
+    file = folder / PROMPTS if given is None else Path(given)
+    if not file.is_file():
+        what = "prompts must be a file" if given else "give --prompts, a file"
+        raise ValueError(f"{what} with a prompt for each image: there is no {file}")
+    prompts = read_prompts([str(file)])
+    if len(prompts) != count:
+        raise ValueError(
+            f"a prompt for each image was expected: {samples} has {count} images, {file} has "
+            f"{len(prompts)} prompts"
+        )
+    origin = folder / ORIGIN
+    if given is None and origin.exists():
+        expected = json.loads(origin.read_text()).get("prompts_sha256")
+        if expected not in (None, digest_of(prompts)):
+            raise ValueError(f"{file} has other prompts than those that {origin} tells of")
+    return prompts
 
 
 def reference_of(samples: str | None) -> str:

@@ -1,4 +1,6 @@
-"""The body of evaluate.py: open both sides, extract features, score, report what may be compared."""
+"""The body of evaluate.py: open both sides, extract features, score, report what may be compared; and
+how well samples fit their prompts.
+"""
 
 import logging
 import os
@@ -9,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from sra_fast.data.prompts import digest_of
 from sra_fast.evaluation.adm_suite import (
     Summary,
     comparability,
@@ -28,9 +31,16 @@ from sra_fast.evaluation.extractors import (
 )
 from sra_fast.evaluation.folder import FolderImages, open_images
 from sra_fast.evaluation.inception import SOURCE
-from sra_fast.evaluation.npz import NpzImages
-from sra_fast.evaluation.packed import PackedImages, made_of, reference_of
+from sra_fast.evaluation.npz import NpzImages, save_arrays
+from sra_fast.evaluation.packed import PackedImages, made_of, prompts_of, reference_of
 from sra_fast.evaluation.scores import NEIGHBOURS
+from sra_fast.evaluation.text_scores import (
+    TextScorer,
+    check_order,
+    cosines_of,
+    load_text_scorer,
+    text_scores,
+)
 from sra_fast.utils.files import write_json
 
 log = logging.getLogger(__name__)
@@ -51,6 +61,16 @@ class Options:
     features: str | None = None
     """instead: pixels (averaged to 8 x 8: a check without weights, no FID), a TorchScript file, or
     module:function, uint8 [N, C, H, W] -> [N, D], or that and logits [N, K]"""
+    clip_score: str | None = None
+    """folder of a CLIPModel: how well the samples fit their prompts (CLIP score)"""
+    pick_score: str | None = None
+    """folder of PickScore_v1, a CLIPModel of what people prefer: the samples' PickScore"""
+    prompts: str | None = None
+    """file with a prompt for each sample (.txt, .json, .jsonl); default: prompts.jsonl beside the
+    samples, which sample.py has written"""
+    per_image: str | None = None
+    """write the cosines of all images with their prompts to this .npz: clip_score [N], pick_score
+    [N]"""
     write_reference: str | None = None
     """write the statistics of the reference's images to this .npz, an FID reference for later"""
     out: str = "scores.json"
@@ -80,14 +100,51 @@ class Inputs:
     extractor: Extractor
 
 
+@dataclass
+class TextInputs:
+    """Samples, their prompts and the models that compare them.
+
+    Attributes:
+        samples: in the order of the prompts.
+        prompts: one for each.
+        scorers: by the names of their scores.
+    """
+
+    samples: NpzImages | FolderImages | PackedImages
+    prompts: list[str]
+    scorers: dict[str, TextScorer]
+
+
+def _text_models(options: Options) -> dict[str, str]:
+    """The folders of the models that compare samples with prompts, by their scores."""
+    given = {"clip_score": options.clip_score, "pick_score": options.pick_score}
+    return {name: path for name, path in given.items() if path is not None}
+
+
+def _has_extractor(options: Options) -> bool:
+    return options.inception is not None or options.features is not None
+
+
 def _check_options(options: Options) -> None:
-    if (options.inception is None) == (options.features is None):
+    text = _text_models(options)
+    both = options.inception is not None and options.features is not None
+    if both or not _has_extractor(options) and not text:
         raise ValueError(
             "give either features (pixels, a TorchScript file or module:function) or inception, the "
-            f"path of {SOURCE}"
+            f"path of {SOURCE}; or clip_score or pick_score, the folder of a CLIPModel"
         )
-    if options.samples is None and options.write_reference is None:
+    for name in ("reference", "write_reference"):
+        if getattr(options, name) is not None and not _has_extractor(options):
+            raise ValueError(f"{name} is compared by features or inception, neither is given")
+    if options.samples is None and (text or options.write_reference is None):
         raise ValueError("expected samples to score, or write_reference")
+    for name in ("prompts", "per_image"):
+        if getattr(options, name) is not None and not text:
+            raise ValueError(f"{name} is for clip_score or pick_score, neither is given")
+    if options.per_image is not None:
+        _check_output("per_image", options.per_image)
+        if Path(options.per_image).suffix != ".npz":
+            raise ValueError(f"per_image must end in .npz, got {options.per_image}")
     if options.batch < 1:
         raise ValueError(f"batch must be at least 1, got {options.batch}")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -144,6 +201,37 @@ def _check_widths(options: Options, inputs: Inputs) -> None:
         )
 
 
+def _device(options: Options) -> torch.device:
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def open_text_inputs(options: Options) -> TextInputs | None:
+    """What is scored against prompts; None: nothing.
+
+    Raises:
+        ValueError: a model or the prompts cannot be used, or they are not those of the images.
+    """
+    models = _text_models(options)
+    if not models:
+        return None
+    assert options.samples is not None, "checked"
+    samples = open_images(options.samples)
+    check_order(samples)
+    prompts = prompts_of(options.samples, options.prompts, samples.count)
+    device = _device(options)
+    scorers = {name: load_text_scorer(path, device) for name, path in models.items()}
+    for name, scorer in scorers.items():
+        cut = scorer.too_long(prompts)
+        if cut:
+            log.warning(
+                "%d of %d prompts are longer than the %d tokens of %s, their ends are not seen; the "
+                "first is %r",
+                *(len(cut), len(prompts), scorer.tokens, name, prompts[cut[0]]),
+            )
+    return TextInputs(samples, prompts, scorers)
+
+
 def open_inputs(options: Options) -> Inputs:
     """Check everything before the first feature is computed.
 
@@ -151,11 +239,9 @@ def open_inputs(options: Options) -> Inputs:
         ValueError: an option, a file or the extractor cannot be used, or the two sides do not
             belong together.
     """
-    _check_options(options)
     samples = open_images(options.samples) if options.samples is not None else None
     reference = open_images(options.reference) if has_images(options.reference) else None
-    on_gpu = options.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = _device(options)
     # statistics alone have no shape: the extractor is tried on an image of either side
     tried = samples or reference
     if options.inception:
@@ -180,6 +266,21 @@ def run(options: Options) -> dict:
         ValueError: see ``open_inputs``, or a file turns out to be damaged.
         OSError: an output cannot be written.
     """
+    _check_options(options)
+    text = open_text_inputs(options)
+    report = _compare_sides(options) if _has_extractor(options) else _without_reference(options)
+    if text is not None:
+        _compare_with_prompts(options, text, report)
+    for warning in report["warnings"]:
+        log.warning("%s", warning)
+    if options.samples is not None:
+        with _writing(options.out):
+            write_json(Path(options.out), report)
+    return report
+
+
+def _compare_sides(options: Options) -> dict:
+    """The report on samples and reference, as far as they are there."""
     if options.reference is None:
         options = replace(options, reference=reference_of(options.samples))
     inputs = open_inputs(options)
@@ -205,18 +306,36 @@ def run(options: Options) -> dict:
         samples = summarize(inputs.samples, extractor, options.batch, options.manifold_images)
         warnings.append(few_images(options.samples, samples.count, len(samples.pool.mean)))
         report = {**_scores(inputs, samples, reference), **report, **made_of(options.samples)}
-        report["samples"] = {
-            "path": options.samples,
-            "images": samples.count,
-            "shape": inputs.samples.shape,
-        }
+        report["samples"] = _about(options, inputs.samples)
     report["warnings"] = [warning for warning in warnings if warning]
-    for warning in report["warnings"]:
-        log.warning("%s", warning)
-    if inputs.samples is not None:
-        with _writing(options.out):
-            write_json(Path(options.out), report)
     return report
+
+
+def _about(options: Options, samples: NpzImages | FolderImages | PackedImages) -> dict:
+    return {"path": options.samples, "images": samples.count, "shape": samples.shape}
+
+
+def _without_reference(options: Options) -> dict:
+    """The report on samples that are compared with their prompts only."""
+    return {"comparable": {}, "warnings": [], **made_of(options.samples)}
+
+
+def _compare_with_prompts(options: Options, text: TextInputs, report: dict) -> None:
+    """Add the scores against prompts to a report."""
+    cosines = cosines_of(text.scorers, text.samples, text.prompts, options.batch)
+    scores = text_scores(cosines, text.scorers)
+    report |= scores
+    report["samples"] = _about(options, text.samples)
+    report["text_models"] = {name: scorer.identity for name, scorer in text.scorers.items()}
+    report["prompts_sha256"] = digest_of(text.prompts)
+    for name in scores:
+        scorer = text.scorers.get(name, text.scorers.get("clip_score"))
+        report["comparable"][name] = (
+            f"comparable for the same prompts and the same model ({scorer.identity['sha256'][:8]})"
+        )
+    if options.per_image is not None:
+        with _writing(options.per_image):
+            save_arrays(Path(options.per_image), cosines)
 
 
 @contextmanager
@@ -237,9 +356,15 @@ def _scores(inputs: Inputs, samples: Summary, reference: Summary) -> dict:
 
 
 def table(report: dict) -> str:
-    """The extractor, then one line per score: name, value and what it may be compared with."""
-    extractor = report["extractor"]
-    lines = [f"extractor: {extractor['name']} ({extractor['dimensions']} features)"]
+    """The extractor and the models of text, then one line per score: name, value and what it may be
+    compared with.
+    """
+    lines = []
+    if "extractor" in report:
+        extractor = report["extractor"]
+        lines.append(f"extractor: {extractor['name']} ({extractor['dimensions']} features)")
+    for name, model in report.get("text_models", {}).items():
+        lines.append(f"{name} by {model['path']}")
     for name, verdict in report.get("comparable", {}).items():
         value = "-" if report[name] is None else f"{report[name]:.4f}"
         lines.append(f"{name:16}{value:>12}  {verdict}")

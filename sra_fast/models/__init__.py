@@ -8,6 +8,7 @@ from sra_fast.models.registry import (
     arguments_from_state_dict,
     arguments_of,
     create_model,
+    has_joint_blocks,
     preset,
 )
 from sra_fast.models.token_groups import TokenGroups
@@ -31,5 +32,6 @@ __all__ = [
     "arguments_from_state_dict",
     "arguments_of",
     "create_model",
+    "has_joint_blocks",
     "preset",
 ]

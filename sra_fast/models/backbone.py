@@ -114,6 +114,7 @@ class Backbone(nn.Module):
 
     Attributes:
         conditioning: name in ``CONDITIONINGS`` of what the network is conditioned on.
+        num_classes: labels lie in [0, num_classes); None: it knows no classes.
         process: name in ``PROCESSES`` of the diffusion process that the network is trained with.
         time_scale: what a time is multiplied by before its sinusoid.
         blocks: the blocks, which the state dict has under the name ``block_list``.
@@ -123,6 +124,7 @@ class Backbone(nn.Module):
     """
 
     conditioning = "labels"
+    num_classes: int | None = None
     process = "flow_matching"
     time_scale = 1.0
     block_list = "blocks"

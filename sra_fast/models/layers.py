@@ -417,17 +417,26 @@ class ProjectionHead(nn.Module):
         return self.linear2(self.act(self.linear1(x)))
 
 
-def sincos_pos_embed(grid_size: int, hidden_size: int) -> Tensor:
-    """Fixed 2-d sine-cosine position embedding ``[1, grid_size^2, D]`` fp32.
-
-    The first half of the channels encodes the column, the second the row; in each, sines then
-    cosines.
+def sincos_line(grid_size: int, hidden_size: int, start: float = 0.0, step: float = 1.0) -> Tensor:
+    """Sines, then cosines of the places ``start + i step`` along one axis, ``[grid_size, D/2]``
+    float64.
     """
     quarter = hidden_size // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    phase = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
-    line = torch.cat([phase.sin(), phase.cos()], dim=1)  # [grid, D/2]
+    positions = start + step * torch.arange(grid_size, dtype=torch.float64)
+    phase = positions[:, None] * omega
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def sincos_pos_embed(
+    grid_size: int, hidden_size: int, start: float = 0.0, step: float = 1.0
+) -> Tensor:
+    """Fixed 2-d sine-cosine position embedding ``[1, grid_size^2, D]`` fp32.
+
+    The first half of the channels encodes the column, the second the row; see ``sincos_line``.
+    """
+    line = sincos_line(grid_size, hidden_size, start, step).float()
     # tokens run along the rows of the image: the column changes fastest
     column = line.repeat(grid_size, 1)
     row = line.repeat_interleave(grid_size, dim=0)
-    return torch.cat([column, row], dim=1).float()[None]
+    return torch.cat([column, row], dim=1)[None]

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from sra_fast import ops
 from sra_fast.models.backbone import Backbone, DiffusionTransformer, Stream
 from sra_fast.models.conditioning import Conditioning, TextFeatures
-from sra_fast.models.layers import Pending, Projections, StreamBlock, recomputed
+from sra_fast.models.layers import (
+    Pending,
+    Projections,
+    StreamBlock,
+    recomputed,
+    sincos_pos_embed,
+)
 from sra_fast.models.token_groups import TokenGroups
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -52,6 +58,67 @@ class StreamAttention(Projections):
         return k, v
 
 
+def run_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    """``[B, 1, T, L + T]`` bool: an image token sees the text and the tokens of its own group.
+
+    Args:
+        group: ``[B, T]``, that of each image token.
+        length: L, tokens of the text.
+        mask: ``[B, L]`` bool, those of the text that are there; None: all.
+    """
+    same = group[:, :, None] == group[:, None, :]
+    text = same.new_ones(*group.shape, length)
+    if mask is not None:
+        text = mask[:, None].expand_as(text)
+    return torch.cat([text, same], dim=2)[:, None]
+
+
+class JointAttention(nn.Module):
+    """Attention over the tokens of both streams. It has no parameters: the streams have them."""
+
+    def forward(
+        self,
+        image: tuple[Tensor, ...],
+        text: tuple[Tensor, ...],
+        mask: Tensor | None = None,
+        runs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run it.
+
+        Args:
+            image: queries, keys and values ``[B, T, H, d]``.
+            text: the same ``[B, L, H, d]``, or keys and values only.
+            mask: ``[B, L]`` bool, tokens of the text that may be attended to; None: all.
+            runs: ``[B, 1, T, L + T]`` bool, what each image token may attend to (see ``run_mask``);
+                the text then attends to itself, so that nothing passes through it. None:
+                everything.
+
+        Returns:
+            ``[B, T, D]`` and ``[B, L, D]``, the latter None without queries of the text.
+        """
+        q, k, v = image
+        *text_q, text_k, text_v = text
+        B, T = q.shape[:2]
+        length = text_k.shape[1]
+        # the text comes first, as in SD3
+        keys = torch.cat([text_k, k], dim=1)
+        values = torch.cat([text_v, v], dim=1)
+        if runs is not None:
+            text_out = None
+            if text_q:
+                text_out = ops.attention(text_q[0], text_k, text_v, mask=mask).flatten(2)
+            return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
+        readable = None
+        if mask is not None:
+            readable = torch.cat([mask, mask.new_ones(B, T)], dim=1)
+        if not text_q:
+            return ops.attention(q, keys, values, mask=readable).flatten(2), None
+        queries = torch.cat([text_q[0], q], dim=1)
+        out = ops.attention(queries, keys, values, mask=readable).flatten(2)
+        text_out, image_out = out.split([length, T], dim=1)
+        return image_out, text_out
+
+
 class JointBlock(nn.Module):
     """A block of both streams: adaLN-Zero in each, and one attention over the tokens of both.
 
@@ -88,6 +155,7 @@ class JointBlock(nn.Module):
         self.context_output = context_output
         self.context_block = make_stream(context_output, context_modulations)
         self.x_block = make_stream(True, 6)
+        self.joint = JointAttention()
 
     def forward(
         self,
@@ -112,7 +180,7 @@ class JointBlock(nn.Module):
             context: ``[B, L, D]`` residual stream of the caption's tokens.
             context_c: ``[B, D]``, their conditioning.
             context_pending: what the block before has yet to add to ``context``.
-            mask, runs: see ``joint_attention``.
+            mask, runs: see ``JointAttention``.
             last: nothing reads the caption's tokens after this block: neither their queries nor
                 their output half is computed.
             group: ``[B, T]``, whose conditioning each image token has; see ``Block``.
@@ -145,7 +213,7 @@ class JointBlock(nn.Module):
         context, text_heads = text.heads(context, shift, scale, context_pending, queries=goes_on)
         shift, scale = image_modulation[:2]
         x, image_heads = image.heads(x, shift, scale, pending, group)
-        attended, text_attended = joint_attention(
+        attended, text_attended = self.joint(
             image.attn(image_heads), text.attn(text_heads), mask, runs
         )
         x, pending = image.outputs(x, attended, image_modulation, group)
@@ -153,61 +221,6 @@ class JointBlock(nn.Module):
             return x, pending, None, None
         context, context_pending = text.outputs(context, text_attended, text_modulation)
         return x, pending, context, context_pending
-
-
-def joint_attention(
-    image: tuple[Tensor, ...],
-    text: tuple[Tensor, ...],
-    mask: Tensor | None = None,
-    runs: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention over the tokens of both streams.
-
-    Args:
-        image: queries, keys and values ``[B, T, H, d]``.
-        text: the same ``[B, L, H, d]``, or keys and values only.
-        mask: ``[B, L]`` bool, tokens of the text that may be attended to; None: all.
-        runs: ``[B, 1, T, L + T]`` bool, what each image token may attend to (see ``run_mask``); the
-            text then attends to itself, so that nothing passes through it. None: everything.
-
-    Returns:
-        ``[B, T, D]`` and ``[B, L, D]``, the latter None without queries of the text.
-    """
-    q, k, v = image
-    *text_q, text_k, text_v = text
-    B, T = q.shape[:2]
-    length = text_k.shape[1]
-    # the text comes first, as in SD3
-    keys = torch.cat([text_k, k], dim=1)
-    values = torch.cat([text_v, v], dim=1)
-    readable = None
-    if mask is not None:
-        readable = torch.cat([mask, mask.new_ones(B, T)], dim=1)
-    if runs is not None:
-        text_out = None
-        if text_q:
-            text_out = ops.attention(text_q[0], text_k, text_v, mask=mask).flatten(2)
-        return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
-    if not text_q:
-        return ops.attention(q, keys, values, mask=readable).flatten(2), None
-    out = ops.attention(torch.cat([text_q[0], q], dim=1), keys, values, mask=readable).flatten(2)
-    text_out, image_out = out.split([length, T], dim=1)
-    return image_out, text_out
-
-
-def run_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
-    """``[B, 1, T, L + T]`` bool: an image token sees the text and the tokens of its own group.
-
-    Args:
-        group: ``[B, T]``, that of each image token.
-        length: L, tokens of the text.
-        mask: ``[B, L]`` bool, those of the text that are there; None: all.
-    """
-    same = group[:, :, None] == group[:, None, :]
-    text = same.new_ones(*group.shape, length)
-    if mask is not None:
-        text = mask[:, None].expand_as(text)
-    return torch.cat([text, same], dim=2)[:, None]
 
 
 class JointStream(Stream):
@@ -283,6 +296,9 @@ class TextBackbone(Backbone):
         qk_norm: RMSNorm on the queries and keys of each head, in both streams.
         time_scale: what a time in [0, 1] is multiplied by before its sinusoid: 1 as SiT and REPA,
             1000 as SD3.
+        position_start, position_step: place of the first patch along an axis in the position
+            embedding, and from one patch to the next. SD3's table is that of a larger image than
+            those it was first trained on, of which each size takes the middle.
         model_depth: depth of the whole model. In its last block the captions have keys and values
             only. Default: ``depth``.
         recompute, defer_bias: see ``StreamBlock``.
@@ -311,6 +327,8 @@ class TextBackbone(Backbone):
         pooled_size: int = 0,
         qk_norm: bool = False,
         time_scale: float = 1.0,
+        position_start: float = 0.0,
+        position_step: float = 1.0,
         model_depth: int | None = None,
         residual_dtype: torch.dtype | None = None,
         recompute: str = "none",
@@ -330,6 +348,8 @@ class TextBackbone(Backbone):
         self.qk_norm = qk_norm
         self.mlp_ratio = mlp_ratio
         self.time_scale = time_scale
+        self.position_start = position_start
+        self.position_step = position_step
         self._make_embedders()
         if pooled_size:
             self.y_embedder = VectorEmbedder(pooled_size, hidden_size)
@@ -357,6 +377,10 @@ class TextBackbone(Backbone):
                 if parameter.dim() == 2:
                     nn.init.normal_(parameter, std=0.02)
 
+    def make_pos_embed(self) -> Tensor:
+        grid = self.input_size // self.patch_size
+        return sincos_pos_embed(grid, self.hidden_size, self.position_start, self.position_step)
+
     def own_arguments(self) -> dict:
         return dict(
             mlp_ratio=self.mlp_ratio,
@@ -366,6 +390,8 @@ class TextBackbone(Backbone):
             pooled_size=self.pooled_size,
             qk_norm=self.qk_norm,
             time_scale=self.time_scale,
+            position_start=self.position_start,
+            position_step=self.position_step,
         )
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sra_fast.models.backbone import DiffusionTransformer
 from sra_fast.models.mmdit import MMDiT
+from sra_fast.models.positions import grid_positions
 from sra_fast.models.transformer import DiT
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -71,6 +72,11 @@ def create_model(name: str, **overrides) -> DiffusionTransformer:
     return family(**{**arguments, **overrides})
 
 
+def has_joint_blocks(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is that of an MMDiT."""
+    return any(name.startswith(JOINT) for name in state)
+
+
 def arguments_from_state_dict(
     state: Mapping[str, Tensor],
     num_heads: int | None = None,
@@ -88,13 +94,15 @@ def arguments_from_state_dict(
         num_classes: default: all rows of the embedding but one, the null class.
         family: ``"SiT"``, ``"DiT"`` or ``"MMDiT"``; default: joint blocks make an MMDiT, 2C output
             channels a DiT.
-        input_size: default: that of the position table ``pos_embed``.
+        input_size: default: that of the position table ``pos_embed``. An MMDiT of a smaller input
+            has the middle of the table, as in SD3.
 
     Raises:
         ValueError: a parameter is missing, or the width is no paper size and ``num_heads`` is not
-            given, or there is neither ``pos_embed`` nor ``input_size``.
+            given, or there is neither ``pos_embed`` nor ``input_size``; or the table of an MMDiT is
+            too small or no fixed function.
     """
-    if family == "MMDiT" or family is None and any(name.startswith(JOINT) for name in state):
+    if family == "MMDiT" or family is None and has_joint_blocks(state):
         return MMDiT, _text_arguments(state, num_heads, input_size)
     hidden_size, in_channels, patch_size = _image_sizes(state, SHAPES_FROM, "SiT or DiT")
     qk_norm = "blocks.0.attn.q_norm.weight" in state
@@ -143,9 +151,17 @@ def _text_arguments(
             # SD3's own rule
             heads[depth, hidden_size] = depth
         num_heads = _known_heads(heads.get((depth, hidden_size)), hidden_size)
+    second = next((name for name in state if ".attn2." in name), None)
+    if second is not None:
+        raise ValueError(
+            "blocks with a second attention, as SD3.5-medium has, are not known here: expected no "
+            f"{second}"
+        )
     pooled = state.get("y_embedder.mlp.0.weight")
+    input_size = _side(state, patch_size, input_size)
+    start, step = _middle(state.get("pos_embed"), input_size // patch_size)
     return dict(
-        input_size=_side(state, patch_size, input_size),
+        input_size=input_size,
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
@@ -155,7 +171,25 @@ def _text_arguments(
         context_size=state["context_embedder.weight"].shape[1],
         pooled_size=0 if pooled is None else pooled.shape[1],
         qk_norm=norm in state,
+        position_start=start,
+        position_step=step,
     )
+
+
+def _middle(table: Tensor | None, side: int) -> tuple[float, float]:
+    """Start and step of the positions in the middle of a table, ``side`` patches along an axis."""
+    if table is None:
+        return 0.0, 1.0
+    found = grid_positions(table)
+    if found is None:
+        raise ValueError("expected a position table pos_embed that is the fixed function of a grid")
+    grid, start, step = found
+    if side > grid:
+        raise ValueError(
+            f"expected an input of at most {grid} x {grid} patches, of which the position table "
+            f"is, got {side} x {side}"
+        )
+    return start + (grid - side) // 2 * step, step
 
 
 def _image_sizes(

@@ -1,13 +1,14 @@
 """Pictures of a run: image grids and loss curves."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sra_fast.utils.files import write_atomic
@@ -15,6 +16,10 @@ from sra_fast.utils.files import write_atomic
 log = logging.getLogger(__name__)
 
 STEP = "optimizer steps"
+# pixels of a line of text below an image, and the most lines
+LINE = 12
+MOST_LINES = 3
+DOTS = "..."
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def save_grid(
         columns: images in a row.
         scale: enlargement of every pixel.
         gap_after: a wider white gap follows this column.
-        captions: one line of text below each image, cut to its width.
+        captions: a text below each image, in at most three lines of its width; what does not fit is
+            cut, and ends in dots.
     """
     count, _, width, channels = images.shape
     images = images[..., :3] if channels >= 3 else images[..., :1]
@@ -114,15 +120,55 @@ def save_grid(
 
 
 def _captions(captions: list[str], images: np.ndarray) -> np.ndarray:
-    """Lines of text, black on white: uint8 ``[N, 12, W, C]`` for images ``[N, H, W, C]``."""
-    height = 12
+    """Texts, black on white: uint8 ``[N, 12 L, W, C]`` for images ``[N, H, W, C]``, L being the
+    number of lines of the longest.
+    """
     _, _, width, channels = images.shape
-    lines = []
-    for caption in captions:
-        line = Image.new("L", (width, height), "white")
-        ImageDraw.Draw(line).text((1, 0), caption, fill="black", font_size=height - 2)
-        lines.append(np.asarray(line)[..., None].repeat(channels, axis=2))
-    return np.stack(lines)
+    font = ImageFont.load_default(LINE - 2)
+    # a pixel is left free on each side
+    wrapped = [wrap(caption, width - 2, font.getlength) for caption in captions]
+    height = LINE * max(1, *map(len, wrapped))
+    pictures = []
+    for lines in wrapped:
+        picture = Image.new("L", (width, height), "white")
+        draw = ImageDraw.Draw(picture)
+        for i, line in enumerate(lines):
+            draw.text((1, i * LINE), line, fill="black", font=font)
+        pictures.append(np.asarray(picture)[..., None].repeat(channels, axis=2))
+    return np.stack(pictures)
+
+
+def wrap(text: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """A text in at most ``MOST_LINES`` lines. A word that is too wide is broken.
+
+    Args:
+        text: any; line ends are spaces.
+        width: of a line.
+        length: of a piece of a line.
+
+    Returns:
+        Lines that fit, unless a single letter does not. The last one ends in dots if there is more.
+    """
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and length(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and length(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+        if len(lines) > MOST_LINES:
+            # the rest of a long text is not measured
+            break
+    if len(lines) > MOST_LINES:
+        last = lines[MOST_LINES - 1]
+        while last and length(last + DOTS) > width:
+            last = last[:-1]
+        lines[MOST_LINES - 1] = last.rstrip() + DOTS
+    return lines[:MOST_LINES]
 
 
 def pyplot(path: Path):

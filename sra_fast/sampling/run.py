@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,16 +17,20 @@ from tqdm import tqdm
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import SampleConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.prompts import as_lines
 from sra_fast.data.vae import decode
 from sra_fast.diffusion.samplers import Call, check_sampling
-from sra_fast.evaluation.packed import ORIGIN
+from sra_fast.evaluation.packed import ORIGIN, PROMPTS
 from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.plots.report import save_grid, to_uint8
+from sra_fast.sampling.conditions import SampleConditions, SampledLabels
 from sra_fast.sampling.decoder import Decoder, choose_decoder
 from sra_fast.sampling.generate import choose_labels, generate
 from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
+from sra_fast.sampling.prompts import choose_text
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.cuda_graph import Graphed
-from sra_fast.utils.files import make_folder, write_json
+from sra_fast.utils.files import make_folder, write_atomic, write_json
 from sra_fast.utils.launcher import cuda_index
 
 log = logging.getLogger("sra_fast")
@@ -40,12 +44,21 @@ class Options:
     """run folder, checkpoint folder, .safetensors (sharded too), Hugging Face folder, or a .pt of the
     published code or others"""
     out: str = "samples"
-    """folder for samples.png, samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels) and
-    samples.json (of which model they are)"""
-    count: int = 100
-    """number of images"""
+    """folder for samples.png, samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels, or numbers of
+    the prompts), samples.json (of which model they are), and prompts.jsonl for models of text"""
+    count: int | None = None
+    """number of images; default: one for each prompt, otherwise 100"""
     classes: list[int | str] | None = None
     """classes to sample, in turn, by number or by name; default: all of the model's"""
+    prompts: list[str] | None = None
+    """for models of text: a file (.txt: a prompt in each line; .json: a list of strings; .jsonl), or
+    the prompts themselves; they take turns"""
+    text_encoders: list[str] | None = None
+    """folders of the text encoders that see the prompts; default: those of the training data, if they
+    are still there"""
+    text: str | None = None
+    """instead of prompts, FOLDER or FOLDER:NAME: the stored features of the first captions of a data
+    set's images"""
     batch: int = 64
     """images per model call (twice that with guidance)"""
     columns: int = 10
@@ -77,7 +90,8 @@ class Options:
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-# options that change how images are made or shown, but not which images they are
+# options that change how images are made or shown, but not which images they are; and those of which
+# the conditions know more
 FREE_OPTIONS = {
     "checkpoint",
     "out",
@@ -88,7 +102,14 @@ FREE_OPTIONS = {
     "compile",
     "graph",
     "num_heads",
+    "prompts",
+    "text_encoders",
+    "text",
 }
+
+
+# images of classes, unless another number is asked for
+DEFAULT_COUNT = 100
 
 
 @dataclass
@@ -96,10 +117,10 @@ class SamplingJob:
     """A checked job.
 
     Attributes:
-        options: as given.
+        options: as given; ``count`` is known.
         model: in eval mode, fp32, on the CPU.
         path: the interpolant it was trained with.
-        labels: ``[count]`` int64.
+        conditions: of every image.
         facts: about the data that the model was trained on, if they are known.
         decoder: what turns latents into images.
         device: where this process samples.
@@ -109,7 +130,7 @@ class SamplingJob:
     options: Options
     model: DiffusionTransformer
     path: str
-    labels: Tensor
+    conditions: SampleConditions
     facts: DataFacts | None
     decoder: Decoder
     device: torch.device
@@ -135,30 +156,80 @@ def load_job(options: Options) -> SamplingJob:
             read.
     """
     device = _choose_device(options.graph)
-    if min(options.count, options.batch, options.columns, options.grid, options.scale) < 1:
+    numbers = [options.batch, options.columns, options.grid, options.scale]
+    if min(numbers) < 1 or options.count is not None and options.count < 1:
         raise ValueError("count, batch, columns, grid and scale must be at least 1")
     # the model's sizes decide what else must be given
     loaded = load_model(options.checkpoint, options.sample.weights, options.num_heads)
     model, facts = loaded.model, loaded.facts
-    names = facts.class_names if facts else None
-    classes = torch.tensor(class_numbers(options.classes, model.num_classes, names))
     check_sampling(options.sample, model)
     if options.sample.guidance != 1 and not model.has_null:
+        what = {"labels": "a null class", "text": "the empty prompt (model.class_dropout_prob > 0)"}
         raise ValueError(
-            f"sample.guidance {options.sample.guidance} needs a model with a null class"
+            f"sample.guidance {options.sample.guidance} needs a model with "
+            f"{what[model.conditioning]}"
         )
     if options.png and (facts is None or facts.pixels) and model.in_channels not in (1, 3, 4):
         raise ValueError(
             f"png needs images of 1, 3 or 4 channels, the model's have {model.in_channels}"
         )
-    # balanced: the classes take turns
-    turns = choose_labels(options.count, len(classes), options.sample.labels, options.seed)
+    conditions = CHOICES[model.conditioning](options, model, facts, device)
     decoder = choose_decoder(
         options.vae, options.latent_scale, options.latent_shift, model.in_channels, facts
     )
+    options = replace(options, count=len(conditions))
     made_of = {"step": loaded.step, "weights": loaded.weights}
-    labels = classes[turns]
-    return SamplingJob(options, model, loaded.path, labels, facts, decoder, device, made_of)
+    return SamplingJob(options, model, loaded.path, conditions, facts, decoder, device, made_of)
+
+
+def _dtype(options: Options) -> torch.dtype:
+    return torch.bfloat16 if options.precision == "bf16" else torch.float32
+
+
+def _choose_labels(
+    options: Options, model: DiffusionTransformer, facts: DataFacts | None, device: torch.device
+) -> SampleConditions:
+    """Labels of the asked classes, which take turns or are drawn."""
+    for name in ("prompts", "text_encoders", "text"):
+        value = getattr(options, name)
+        require_that(
+            value is None,
+            f"{name} is for models of text, this one takes class labels (classes); got {value}",
+        )
+    names = facts.class_names if facts else None
+    classes = torch.tensor(class_numbers(options.classes, model.num_classes, names))
+    count = DEFAULT_COUNT if options.count is None else options.count
+    turns = choose_labels(count, len(classes), options.sample.labels, options.seed)
+    return SampledLabels(classes[turns], facts)
+
+
+def _choose_text(
+    options: Options, model: DiffusionTransformer, facts: DataFacts | None, device: torch.device
+) -> SampleConditions:
+    """Prompts, or captions of a data set."""
+    require_that(
+        options.classes is None,
+        f"classes are for models of class labels, this one takes prompts; got {options.classes}",
+    )
+    require_that(
+        options.sample.labels == "balanced",
+        f"sample.labels {options.sample.labels} is for models of class labels, this one takes "
+        "prompts",
+    )
+    return choose_text(
+        options.prompts,
+        options.text_encoders,
+        options.text,
+        options.count,
+        model,
+        facts,
+        device,
+        _dtype(options),
+    )
+
+
+# what a model is conditioned on -> how its conditions are chosen
+CHOICES = {"labels": _choose_labels, "text": _choose_text}
 
 
 def class_numbers(
@@ -226,7 +297,7 @@ def image_maker(
     """
     options = job.options
     device = job.device
-    model = job.model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    model = job.model.to(device, _dtype(options))
     decoder = job.decoder
     vae = decoder.vae.to(device) if decoder.vae else None
     if options.compile:
@@ -237,7 +308,7 @@ def image_maker(
     def make(first: int, end: int) -> np.ndarray:
         latents = generate(
             model,
-            job.labels[first:end],
+            job.conditions.read(first, end),
             options.sample,
             job.path,
             options.seed,
@@ -268,7 +339,8 @@ def run(job: SamplingJob) -> dict | None:
         OSError: the disk is full. Finished parts are kept.
     """
     options = job.options
-    count = options.count
+    conditions = job.conditions
+    count = len(conditions)
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     # more processes than parts
@@ -277,7 +349,7 @@ def run(job: SamplingJob) -> dict | None:
 
     out = make_folder(options.out)
     parts = out / "parts"
-    open_parts(parts, identity(options, job.model, job.decoder))
+    open_parts(parts, {**identity(options, job.model, job.decoder), **conditions.facts})
     png = out / "png" if options.png else None
     if png:
         open_pngs(png, count)
@@ -298,15 +370,23 @@ def run(job: SamplingJob) -> dict | None:
         "data": job.facts.as_json() if job.facts else None,
         "sample": asdict(options.sample),
         "seed": options.seed,
+        **conditions.facts,
         **job.made_of,
     }
     write_json(out / ORIGIN, origin)
+    _write_prompts(out / PROMPTS, conditions.prompts)
     # the first process joins the parts of all
     npz = out / "samples.npz"
-    shown = join_parts(parts, count, job.labels.numpy(), npz, options.grid)
-    captions = None
-    if job.facts and job.facts.class_names:
-        captions = [job.facts.name_of(label) for label in job.labels[: len(shown)].tolist()]
+    shown = join_parts(parts, count, conditions.numbers.numpy(), npz, options.grid)
     columns = min(options.columns, len(shown))
+    captions = conditions.captions(len(shown))
     save_grid(out / "samples.png", shown, columns, options.scale, captions=captions)
     return {"out": str(out), "count": count, "images_per_s_per_process": round(rate, 2)}
+
+
+def _write_prompts(file: Path, prompts: list[str] | None) -> None:
+    """A prompt for each image, where they are known; those of earlier samples go."""
+    if prompts is None:
+        file.unlink(missing_ok=True)
+        return
+    write_atomic(file, lambda path: path.write_text(as_lines(prompts), encoding="utf-8"))

@@ -21,7 +21,7 @@ PARTS = {
     # inputs of these products are data and need no gradient
     "inputs": (".x_embedder.proj", ".t_embedder.mlp.0"),
     # queries with keys, probabilities with values
-    "attention": (".attn",),
+    "attention": (".attn", ".joint"),
     # shift, scale and gate of all blocks and of the last layer
     "modulation": (".adaLN_modulation.1",),
 }

@@ -1,9 +1,9 @@
 """The weights that ``train.init_from`` names, fitted to the run's model.
 
-Weights of another task fit in part: with other classes, another resolution, other channels or
-patches, or without a projection head. What fits is taken by name and shape. The rest keeps the
-values of a fresh model of the run's seed, and is listed. The blocks and the time's embedder must
-fit as a whole.
+Weights of another task fit in part: with other classes, captions by another text encoder, another
+resolution, other channels or patches, or without a projection head. What fits is taken by name and
+shape. The rest keeps the values of a fresh model of the run's seed, and is listed. The blocks and
+the time's embedder must fit as a whole.
 """
 
 import torch
@@ -14,16 +14,25 @@ from sra_fast.alignment.target import trained_heads
 from sra_fast.checkpoint.load_model import CLASS_TABLE, HEAD, facts_of, from_config
 from sra_fast.checkpoint.names import KNOWN_PARAMETER
 from sra_fast.checkpoint.optimizer_state import match_optimizer
+from sra_fast.checkpoint.published import OF_TEXT
 from sra_fast.checkpoint.sources import read_weights
-from sra_fast.checkpoint.values import family_in, refuse_reversed_time, warn
+from sra_fast.checkpoint.values import (
+    family_in,
+    refuse_reversed_time,
+    refuse_unknown_times,
+    warn,
+)
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
-from sra_fast.models import ALIGN_HEADS, DiffusionTransformer
+from sra_fast.models import ALIGN_HEADS, DiffusionTransformer, has_joint_blocks
+from sra_fast.models.positions import grid_positions
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import MODEL_FAMILIES
 
 # parameters that another task may have in another shape, or not at all
-ENDS = ("x_embedder.", "y_embedder.", "pos_embed", "final_layer.", HEAD)
+ENDS = ("x_embedder.", "y_embedder.", "context_embedder.", "pos_embed", "final_layer.", HEAD)
+# of an MMDiT: what reads the features of captions
+TEXT_ENDS = ("y_embedder.", "context_embedder.")
 # what continues a training run, and needs weights that fit as a whole
 CONTINUED = ("opt", "steps", "epoch")
 
@@ -54,20 +63,23 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
         theirs = from_config(initial["config"], source) if "config" in initial else None
     args = initial.get("args")
     _check_heads(source, model, theirs, args)
-    other_classes = _other_classes(model, theirs or args)
+    _check_times(source, model, theirs or args)
+    reasons = _other_classes(model, theirs or args)
     their_facts = facts_of(initial, theirs)
     if facts is not None and their_facts is not None:
         _warn_of_other_inputs(source, facts, their_facts)
-        other_classes = other_classes or _other_names(facts, their_facts)
+        reasons = reasons or _other_names(facts, their_facts)
+        reasons |= _other_encoder(model, facts, their_facts)
     fresh: dict[str, str] = {}
     for key in {"model", "ema"} & set(initial):
         state = initial[key]
         if theirs is None:
             refuse_reversed_time(state, args, source)
+            refuse_unknown_times(state, args, source)
+        _check_conditioning(source, model, state)
         _check_process(source, model, _process_of(theirs, args), state)
-        missing = _not_fitting(source, model, state)
-        if other_classes:
-            missing.setdefault(CLASS_TABLE, other_classes)
+        _check_positions(source, model, state)
+        missing = reasons | _not_fitting(source, model, state)
         initial[key] = {name: value for name, value in state.items() if name not in missing}
         fresh |= missing
     _check_interpolant(source, cfg, model, initial)
@@ -129,22 +141,81 @@ def _check_interpolant(
     )
 
 
-def _other_classes(model: DiffusionTransformer, told) -> str:
-    """Why a class table does not fit whose weights were made for another number of classes, or
-    nothing.
+def _check_conditioning(source: str, model: DiffusionTransformer, state: dict) -> None:
+    """ValueError for weights of class labels where the model takes captions, and the inverse."""
+    found = "text" if has_joint_blocks(state) else "labels"
+    require_that(
+        found == model.conditioning,
+        f"train.init_from {source} holds a network of {found}, a {model.family} takes "
+        f"{model.conditioning}",
+    )
+
+
+def _check_times(source: str, model: DiffusionTransformer, told) -> None:
+    """ValueError for weights whose times are multiplied by another number, which shapes do not
+    show.
     """
+    found = getattr(told, "time_scale", OF_TEXT["time_scale"])
+    require_that(
+        found == model.time_scale,
+        f"train.init_from {source} multiplies times by {found:g}, the model by "
+        f"{model.time_scale:g}: expected model.time_scale {found:g}",
+    )
+
+
+def _check_positions(source: str, model: DiffusionTransformer, state: dict[str, Tensor]) -> None:
+    """ValueError for weights whose patches have other places in the position embedding, though it
+    is as large as the model's.
+    """
+    table = state.get("pos_embed")
+    if table is None or table.shape != model.pos_embed.shape:
+        return
+    # it may have been rounded to half precision
+    if torch.allclose(table, model.make_pos_embed(), rtol=0, atol=1e-2):
+        return
+    found = grid_positions(table)
+    assert found is not None, "weights with another table are not read"
+    _, start, step = found
+    raise ValueError(
+        f"train.init_from {source} has other positions than the model: expected "
+        f"model.position_start {start!r} and model.position_step {step!r}"
+    )
+
+
+def _other_classes(model: DiffusionTransformer, told) -> dict[str, str]:
+    """The class table and why it does not fit, if the weights were made for another number of
+    classes.
+    """
+    if model.conditioning != "labels":
+        return {}
     # a null class less may hide a class more: shapes do not tell
     found = getattr(told, "num_classes", model.num_classes)
-    return "" if found == model.num_classes else f"it is of {found} classes"
+    return {} if found == model.num_classes else {CLASS_TABLE: f"it is of {found} classes"}
 
 
-def _other_names(ours: DataFacts, theirs: DataFacts) -> str:
-    """Why a class table does not fit whose rows stand for other classes, or nothing."""
+def _other_names(ours: DataFacts, theirs: DataFacts) -> dict[str, str]:
+    """The class table and why it does not fit, if its rows stand for other classes."""
     if not ours.class_names or not theirs.class_names or ours.class_names == theirs.class_names:
-        return ""
+        return {}
     pairs = zip(theirs.class_names, ours.class_names, strict=False)
     first = next((f", {a} for {b}" for a, b in pairs if a != b), "")
-    return f"its classes have other names{first}"
+    return {CLASS_TABLE: f"its classes have other names{first}"}
+
+
+def _other_encoder(
+    model: DiffusionTransformer, ours: DataFacts, theirs: DataFacts
+) -> dict[str, str]:
+    """What reads captions and why it does not fit, if other text encoders have made their
+    features.
+    """
+    encoders = [(facts.text or {}).get("encoders") for facts in (ours, theirs)]
+    if None in encoders:
+        return {}
+    hashes = [[encoder["sha256"] for encoder in held] for held in encoders]
+    if hashes[0] == hashes[1]:
+        return {}
+    names = [name for name in model.state_dict() if name.startswith(TEXT_ENDS)]
+    return dict.fromkeys(names, "its captions have the features of another text encoder")
 
 
 def _warn_of_other_inputs(source: str, ours: DataFacts, theirs: DataFacts) -> None:

@@ -17,7 +17,7 @@ from sra_fast.evaluation.held_out import HeldOutImages, held_out_loss
 from sra_fast.evaluation.scores import RunningGaussian, frechet_distance
 from sra_fast.models import DiffusionTransformer
 from sra_fast.plots import report
-from sra_fast.sampling.generate import choose_labels, generate
+from sra_fast.sampling.conditions import SampleConditions, conditions_of, generate_for
 from sra_fast.training.monitor_files import (
     HELD_OUT,
     SAMPLES,
@@ -38,16 +38,15 @@ class Monitor:
         device: of this process.
         folder: run folder: ``samples/step_XXXXXXXX.png`` and ``samples.jsonl`` go there, and
             ``held_out/step_XXXXXXXX.npz`` and ``held_out.jsonl``.
-        data: the training set, for the held-out loss; None: there is none.
+        data: the training set: for the held-out loss, and for the captions that a model of text
+            samples, which are the same in every look.
 
     Raises:
         ValueError: no VAE, Inception weights or FID reference at the given paths, or no held-out
             images where ``monitor.held_out`` asks for some.
     """
 
-    def __init__(
-        self, cfg: Config, device: torch.device, folder: Path, data: TrainingData | None = None
-    ):
+    def __init__(self, cfg: Config, device: torch.device, folder: Path, data: TrainingData):
         monitor = cfg.monitor
         self.cfg = cfg
         self.device = device
@@ -63,9 +62,14 @@ class Monitor:
             self.extractor = inception_extractor(monitor.inception, device)
             reference = summarize_reference(monitor.reference, self.extractor, monitor.batch)
             self.fid_reference = reference.pool
+        self.conditions: SampleConditions | None = None
+        if monitor.count:
+            # of all images: an image does not depend on the rank that makes it
+            settings = (cfg.sample.labels, cfg.train.seed, cfg.model.num_classes)
+            self.conditions = conditions_of(data, monitor.count, *settings)
         # the seed is not the run's: runs of all seeds are measured on the same images and noise
         self.held_out: HeldOutImages | None = None
-        if data is not None and monitor.held_out:
+        if monitor.held_out:
             self.held_out = HeldOutImages(data, monitor.held_out)
 
     def picture(self, step: int) -> Path:
@@ -129,28 +133,17 @@ class Monitor:
             file = self.picture(step)
             file.parent.mkdir(exist_ok=True)
             scale = 4 if shown.shape[1] < 32 else 1
-            report.save_grid(file, shown, columns=10, scale=scale)
+            captions = self.conditions.captions(len(shown))
+            report.save_grid(file, shown, columns=10, scale=scale, captions=captions)
             append_row(self.folder / SAMPLES, {"step": step, **scores})
         return scores
 
     def _generate(self, model: DiffusionTransformer, share: range) -> Tensor:
         """Images of a share, uint8 ``[n, H, W, C]`` on the device."""
         cfg = self.cfg
-        # the labels of all images: an image does not depend on the rank that makes it
-        labels = choose_labels(
-            cfg.monitor.count, cfg.model.num_classes, cfg.sample.labels, cfg.train.seed
-        )
         batch = cfg.monitor.batch
-        latents = generate(
-            model,
-            labels[share.start : share.stop],
-            cfg.sample,
-            cfg.diffusion.path,
-            cfg.train.seed,
-            batch,
-            self.device,
-            first=share.start,
-        )
+        settings = (cfg.sample, cfg.diffusion.path, cfg.train.seed, batch, self.device)
+        latents = generate_for(model, self.conditions, share, *settings)
         data = cfg.data
         images = decode(latents, self.vae, data.latent_scale, data.latent_shift, batch, self.device)
         return torch.from_numpy(report.to_uint8(images, cfg.sample.rounding)).to(self.device)

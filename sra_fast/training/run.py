@@ -15,7 +15,7 @@ from sra_fast.checkpoint.values import warn
 from sra_fast.config.averages import power_width
 from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
-from sra_fast.sampling.generate import choose_labels, generate
+from sra_fast.sampling.conditions import conditions_of, generate_for
 from sra_fast.training import provenance, run_folder, saving
 from sra_fast.training.logger import STATS, TrainLogger, read_rows
 from sra_fast.training.loop import train
@@ -252,23 +252,16 @@ def logged(rows: list[dict], global_batch: int) -> dict:
 
 
 def evaluate_samples(trainer: Trainer, data: TrainingData, weights: dict, folder: Path) -> dict:
-    """Samples of every class, next to real images in ``samples.png``, and their scores."""
+    """Samples of what the data are about, next to real images in ``samples.png``, and their scores."""
     cfg = trainer.cfg
     evaluation = EVALUATIONS[data.evaluation]()
     model = cfg.model.build().to(trainer.device).eval()
     model.load_state_dict(trainer.state_dict(weights))
-    labels = choose_labels(
-        evaluation.num_images, data.num_classes, cfg.sample.labels, cfg.train.seed
-    )
-    images = generate(
-        model,
-        labels,
-        cfg.sample,
-        cfg.diffusion.path,
-        cfg.train.seed,
-        len(labels),
-        trainer.device,
-    )
+    count = evaluation.num_images
+    conditions = conditions_of(data, count, cfg.sample.labels, cfg.train.seed)
+    labels = conditions.numbers
+    settings = (cfg.sample, cfg.diffusion.path, cfg.train.seed, count, trainer.device)
+    images = generate_for(model, conditions, range(count), *settings)
     pixels = report.to_uint8(evaluation.picture(images, labels), cfg.sample.rounding)
     report.save_grid(
         folder / "samples.png",

@@ -7,6 +7,8 @@ import pytest
 import torch
 from golden import assert_matches
 from torch import nn
+from toy_text import MODEL as TEXT_MODEL
+from toy_text import ToyText
 
 from sra_fast import ops
 from sra_fast.alignment.cached_features import spatial_norm
@@ -37,6 +39,8 @@ MODEL = (
     "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 "
     "--data.name digits --train.global_batch 8 --train.precision fp32"
 ).split()
+# of labels, and of captions
+FAMILIES = {"SiT": (), "MMDiT": tuple(TEXT_MODEL.split())}
 WITHOUT_STORED = ["self_flow", "dual_time", "vae_latent", "layer_sync", "dispersive"]
 
 
@@ -202,10 +206,15 @@ def objective_of(*args: str):
 
 def batch_of(objective, count: int = 8) -> MicroBatch:
     draws = draw(0, 0, 0, (count, 1, 8, 8), "cpu", drop_prob=0.1, posterior=False, tokens=16)
-    labels = ClassLabels(torch.arange(count) % 10, draws.drop)
+    labels = torch.arange(count) % 10
+    condition = ClassLabels(labels)
+    if objective.student.conditioning == "text":
+        text = ToyText(labels)
+        condition = text.condition(text.tensors(range(count)))
     x0 = torch.randn(count, 1, 8, 8)
     external = torch.randn(count, 16, 24)
-    return MicroBatch(x0, labels, draws.noise, objective.times(draws), external)
+    told = condition.dropped(draws.drop)
+    return MicroBatch(x0, told, draws.noise, objective.times(draws), external)
 
 
 # the latent head
@@ -387,10 +396,11 @@ def test_spatial_norm_of_a_constant_channel_is_finite():
 # the objective with one target and with two
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [*WITHOUT_STORED, "cached_features"])
-def test_without_weight_it_is_the_plain_loss_and_no_head_is_trained(name):
+def test_without_weight_it_is_the_plain_loss_and_no_head_is_trained(name, family):
     more = ["--align.feature_width", "24"] if name == "cached_features" else []
-    _, objective = objective_of("--align", name, *more)
+    _, objective = objective_of(*FAMILIES[family], "--align", name, *more)
     batch = batch_of(objective)
     loss, parts = objective(batch, [0.0])
     assert set(parts) == {"denoise"} and loss == parts["denoise"]
@@ -401,10 +411,11 @@ def test_without_weight_it_is_the_plain_loss_and_no_head_is_trained(name):
     assert all(p.grad is not None for p in objective.student.parameters())
 
 
-@pytest.mark.parametrize("name", [*WITHOUT_STORED, "cached_features"])
-def test_every_parameter_has_a_gradient_and_lambda_scales_the_loss(name):
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["ema_teacher", *WITHOUT_STORED, "cached_features"])
+def test_every_parameter_has_a_gradient_and_lambda_scales_the_loss(name, family):
     more = ["--align.feature_width", "24"] if name == "cached_features" else []
-    _, objective = objective_of("--align", name, *more)
+    _, objective = objective_of(*FAMILIES[family], "--align", name, *more)
     batch = batch_of(objective)
     once, parts = objective(batch, [1.0])
     twice, _ = objective(batch, [torch.tensor(2.0)])
@@ -415,9 +426,10 @@ def test_every_parameter_has_a_gradient_and_lambda_scales_the_loss(name):
     assert bool(own) == (name in ("vae_latent", "cached_features"))
 
 
-def test_fraction_takes_the_first_images_of_a_cycle():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fraction_takes_the_first_images_of_a_cycle(family):
     for name in ("vae_latent", "layer_sync", "dual_time"):
-        common = ["--align", name, "--align.student_layer", "2"]
+        common = [*FAMILIES[family], "--align", name, "--align.student_layer", "2"]
         _, whole = objective_of(*common)
         _, half = objective_of(*common, "--align.fraction", "0.5")
         torch.manual_seed(3)
@@ -531,9 +543,11 @@ def test_settings_of_a_version_with_one_target_are_the_same():
     assert changes(before, two)["align2.target"] == ("absent", "layer_sync")
 
 
-def test_a_graph_takes_groups_and_two_targets():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_takes_groups_and_two_targets(family):
     """The tensors of a batch, and back."""
-    _, objective = objective_of(*RUNS["two"].split(), "--align2.student_layer", "1")
+    words = [*FAMILIES[family], *RUNS["two"].split(), "--align2.student_layer", "1"]
+    _, objective = objective_of(*words)
     batch = batch_of(objective)
     back = batch.with_tensors(batch.tensors())
     assert back.times.groups.segments == batch.times.groups.segments

@@ -19,6 +19,7 @@ from sra_fast.data.digits import Digits
 from sra_fast.data.training_data import TrainingData
 from sra_fast.evaluation import classifier
 from sra_fast.evaluation.held_out import HeldOutImages, HeldOutLoss, held_out_loss
+from sra_fast.sampling import conditions as what_to_sample
 from sra_fast.training.plan import make_plan, make_run_plan
 from sra_fast.training.run import run
 from sra_fast.zero.process_group import init_distributed
@@ -407,8 +408,9 @@ def test_a_model_that_knows_the_data_comes_to_the_floor(num_classes, runs, cache
     loaded = replace(load_model(str(runs["plain"])), model=model.build().eval())
     given = []
 
-    def perfect(model, labels, *args):
+    def perfect(model, conditions, *args):
         """Training images of the classes that are asked for; noise for what it has not seen."""
+        labels = conditions.numbers
         given.append(labels)
         draw = torch.Generator().manual_seed(3)
         found = []
@@ -419,7 +421,7 @@ def test_a_model_that_knows_the_data_comes_to_the_floor(num_classes, runs, cache
             found.append(data.images[rows[chosen]][0] if len(rows) else noise)
         return torch.stack(found)
 
-    monkeypatch.setattr(run_scores, "generate", perfect)
+    monkeypatch.setattr(run_scores, "generate_for", perfect)
     options = replace(OPTIONS, samples=200)
     found = run_scores._samples(loaded, data, options, cache, torch.device("cpu"))
     assert found["frechet"] < 2 * found["frechet_floor"]
@@ -429,7 +431,7 @@ def test_a_model_that_knows_the_data_comes_to_the_floor(num_classes, runs, cache
     made = given[0].bincount(minlength=10) / 200
     assert len(made) == 10 and (made - held_out).abs().max() <= 1 / 200
     monkeypatch.setattr(
-        run_scores, "labels_like", lambda count, labels: torch.arange(count) % num_classes
+        what_to_sample, "labels_like", lambda count, labels: torch.arange(count) % num_classes
     )
     balanced = run_scores._samples(loaded, data, options, cache, torch.device("cpu"))
     assert balanced["frechet"] > 2 * found["frechet"]

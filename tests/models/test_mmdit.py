@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from golden import assert_matches, relative_error
 from test_models import flops, randomise
 
+from sra_fast.config.cli import parse_train
 from sra_fast.models import MMDiT, TextBackbone, TextFeatures, TokenGroups, create_model, preset
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import sincos_pos_embed, timestep_features
+from sra_fast.training.flops import forward_flops
+from sra_fast.training.plan import fill_in
 
 L, E, P = 5, 12, 7
 TINY = dict(
@@ -212,6 +215,27 @@ def test_teacher_costs_exactly_its_share():
         expected = embed + (depth - 1) * block(last=False) + block(last=True)
         assert flops(lambda teacher=teacher: teacher.features(*args)) == expected
         assert flops(lambda depth=depth: model.features(*args, depth=depth)) == expected
+
+
+def test_flops_of_a_step_are_those_of_the_formula():
+    """REPA's model at 256 pixels, with SRA: the student, and a teacher of 18 of its 24 blocks."""
+    cfg = parse_train(["--model", "MMDiT-REPA/2", "--align", "ema_teacher"])[0]
+    fill_in(cfg)
+    assert (cfg.align.student_layer, cfg.align.teacher_layer) == (6, 18)
+    D, T, text = 768, 256, 77
+    stream = lambda tokens, products: 2 * tokens * products * D * D
+    attention = lambda queries: 4 * queries * (T + text) * D
+    modulation = 2 * 6 * D * D
+    embed = 2 * T * 16 * D + 2 * D * (256 + D) + 2 * text * 768 * D
+    block = stream(T + text, 12) + 2 * modulation + attention(T + text)
+    # nothing reads the caption after the last block
+    unread = stream(text, 10) + attention(text)
+    found = forward_flops(cfg)
+    assert found["align_teacher"] == embed + 18 * block - unread
+    # the student's last block has two modulations of the caption
+    output = 2 * T * 16 * D + 2 * 2 * D * D
+    assert found["student"] == embed + 24 * block - unread - 2 * 4 * D * D + output
+    assert found["attention"] == 23 * attention(T + text) + attention(T)
 
 
 def test_what_is_masked_or_dropped_is_not_seen():

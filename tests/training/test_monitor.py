@@ -227,7 +227,8 @@ def test_scores_that_are_made_again_are_not_there_twice(tmp_path):
     )
     cfg = config(*ARGS)
     device = init_distributed()
-    monitors.Monitor(cfg, device, tmp_path).look(build(make_plan(cfg), device), 4)
+    monitor = monitors.Monitor(cfg, device, tmp_path, make_dataset(cfg))
+    monitor.look(build(make_plan(cfg), device), 4)
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
 

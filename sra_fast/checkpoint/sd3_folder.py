@@ -1,0 +1,263 @@
+"""An MMDiT as a folder of diffusers' ``StableDiffusion3Pipeline``, and such folders as exports.
+
+``checkpoint/sd3_weights.py`` says what differs between the names. The text encoders are no part of
+the folder: the pipeline is given them, or the features of prompts.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sra_fast import models
+from sra_fast.checkpoint.export import state_of
+from sra_fast.checkpoint.load_model import LoadedModel
+from sra_fast.checkpoint.sd3_file import TIME_SCALE, export_state
+from sra_fast.checkpoint.sd3_weights import TABLE, from_diffusers, to_diffusers
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.vae import load_vae
+from sra_fast.models import MMDiT
+from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import make_folder, require, write_json
+
+SD3 = "SD3Transformer2DModel"
+# numbers that its configuration has to say
+SIZES = (
+    "sample_size",
+    "patch_size",
+    "in_channels",
+    "out_channels",
+    "num_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "caption_projection_dim",
+    "pooled_projection_dim",
+)
+# parts of the pipeline that a folder of ours does not have
+ABSENT = (
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+    "image_encoder",
+    "feature_extractor",
+)
+
+
+def import_transformer(
+    folder: Path,
+    config: dict,
+    state: dict[str, Tensor],
+    out: str,
+    seed: int = 0,
+    input_size: int | None = None,
+) -> None:
+    """Convert an SD3 of diffusers to an export.
+
+    Args:
+        folder: of the transformer.
+        config: its ``config.json``.
+        state: its weights, checked.
+        out: the ``.safetensors`` file to write.
+        seed: of the projection head, which SD3 does not have.
+        input_size: side of the latents; default: ``sample_size``.
+
+    Raises:
+        ValueError: it is no MMDiT that can be one here.
+    """
+    _check_config(config, folder)
+    state = from_diffusers(state, config["num_layers"])
+    require_that(
+        "pos_embed" in state, f"expected the weights in {folder} with {TABLE[1]}, they have none"
+    )
+    side = config["sample_size"] if input_size is None else input_size
+    heads = config["num_attention_heads"]
+    _, arguments = models.arguments_from_state_dict(state, heads, input_size=side)
+    told = {
+        "patch_size": config["patch_size"],
+        "in_channels": config["in_channels"],
+        "hidden_size": heads * config["attention_head_dim"],
+        "context_size": config["joint_attention_dim"],
+        "pooled_size": config["pooled_projection_dim"],
+        "qk_norm": config.get("qk_norm") is not None,
+    }
+    for name, value in told.items():
+        require_that(
+            arguments[name] == value,
+            f"the weights in {folder} are not those of its config.json: {name} should be {value}, "
+            f"it is {arguments[name]}",
+        )
+    facts = _facts(folder.parent, arguments) if folder.name == "transformer" else None
+    export_state(state, {**arguments, "time_scale": TIME_SCALE}, out, seed, facts=facts)
+
+
+def _check_config(config: dict, folder: Path) -> None:
+    """ValueError unless a configuration is that of an MMDiT here."""
+    for name in SIZES:
+        require_that(
+            isinstance(config.get(name), int),
+            f"expected a number {name} in {folder}/config.json, got {config.get(name)}",
+        )
+    dual = config.get("dual_attention_layers") or ()
+    require_that(
+        not dual,
+        "blocks with a second attention, as SD3.5-medium has, are not known here: expected no "
+        f"dual_attention_layers in {folder}, got {[*dual]}",
+    )
+    norm = config.get("qk_norm")
+    require_that(
+        norm in (None, "rms_norm"), f"expected qk_norm rms_norm or none in {folder}, got {norm}"
+    )
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    same = {"out_channels": config["in_channels"], "caption_projection_dim": width}
+    for name, value in same.items():
+        require_that(
+            config[name] == value, f"expected {name} {value} in {folder}, got {config[name]}"
+        )
+
+
+def _facts(pipeline: Path, arguments: dict) -> DataFacts | None:
+    """What a pipeline's folder says about the data: scale and shift of its VAE."""
+    try:
+        held = json.loads((pipeline / "vae/config.json").read_text())
+        scale, shift = held["scaling_factor"], held.get("shift_factor")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    side = arguments["input_size"]
+    return DataFacts(
+        name="latents",
+        shape=(arguments["in_channels"], side, side),
+        # captions are no classes
+        num_classes=1,
+        scale=scale,
+        shift=shift or 0.0,
+        vae_path=str(pipeline / "vae"),
+    )
+
+
+def refuse_unless_sd3(loaded: LoadedModel) -> None:
+    """ValueError for a model that ``SD3Transformer2DModel`` cannot be."""
+    model, facts = loaded.model, loaded.facts
+    require_that(type(model) is MMDiT, f"diffusers has no class for an {model.family} of captions")
+    assert isinstance(model, MMDiT)
+    require_that(
+        model.pooled_size > 0,
+        f"{SD3} takes a pooled feature of the captions, the model takes none (model.pooled_size)",
+    )
+    require_that(
+        model.time_scale == TIME_SCALE,
+        f"{SD3} has times up to {TIME_SCALE:g}, the model multiplies them by "
+        f"{model.time_scale:g} (model.time_scale)",
+    )
+    require_that(
+        model.mlp_ratio == 4, f"{SD3} has an mlp_ratio of 4, the model has {model.mlp_ratio:g}"
+    )
+    require_that(
+        loaded.path == "linear",
+        f"StableDiffusion3Pipeline has the interpolant linear, the model {loaded.path}",
+    )
+    if facts is None:
+        return
+    require_that(
+        not facts.pixels,
+        "the model makes images, StableDiffusion3Pipeline decodes latents: expected another "
+        "--format",
+    )
+    require_that(
+        not (facts.text or {}).get("masked"),
+        f"{SD3} attends to all tokens of a caption, the model's captions have masks: expected "
+        "another --format",
+    )
+
+
+def write_sd3(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
+    """Write a folder for ``StableDiffusion3Pipeline.from_pretrained``.
+
+    Args:
+        loaded: an MMDiT with SD3's times and a pooled feature.
+        out: the folder; made if it is not there.
+        vae: folder of the AutoencoderKL that decodes the latents; default: the one that made the
+            training data. Weights of which no data are known may do without.
+
+    Raises:
+        ValueError: the model is none of diffusers', the VAE is not known or does not fit, or
+            diffusers is missing.
+        OSError: a file cannot be written.
+    """
+    refuse_unless_sd3(loaded)
+    require("diffusers", "diffusers", "vae")
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    decoder = _decoder(loaded, vae)
+    require_that(
+        decoder is not None or not (out / "vae").exists(),
+        f"{out} has a VAE of before: expected --vae, or another folder",
+    )
+    found = models.arguments_of(loaded.model)
+    width = found["hidden_size"]
+    side = found["input_size"] // found["patch_size"]
+    config = dict(
+        sample_size=found["input_size"],
+        patch_size=found["patch_size"],
+        in_channels=found["in_channels"],
+        out_channels=found["in_channels"],
+        num_layers=found["depth"],
+        attention_head_dim=width // found["num_heads"],
+        num_attention_heads=found["num_heads"],
+        joint_attention_dim=found["context_size"],
+        caption_projection_dim=width,
+        pooled_projection_dim=found["pooled_size"],
+        # the table is the model's own, nothing is cut from it
+        pos_embed_max_size=side,
+        qk_norm="rms_norm" if found["qk_norm"] else None,
+    )
+    weights = to_diffusers(state_of(loaded), found["depth"])
+    weights[TABLE[1]] = loaded.model.pos_embed
+    # its own initialisation would only cost time
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**config)
+    # clones: queries, keys and values are parts of one tensor, and safetensors refuses shared memory
+    clones = {name: value.clone() for name, value in weights.items()}
+    transformer.load_state_dict(clones, strict=True, assign=True)
+    make_folder(out)
+    transformer.save_pretrained(out / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(out / "scheduler")
+    if decoder is not None:
+        decoder.save_pretrained(out / "vae")
+    _write_index(out, decoder is not None)
+
+
+def _decoder(loaded: LoadedModel, vae: str | None):
+    """The VAE with the scale and the shift of the model's latents; None: neither is known."""
+    facts = loaded.facts
+    if vae is None and facts is not None:
+        require_that(
+            facts.vae_path is not None and Path(facts.vae_path).exists(),
+            f"the VAE carries the scale of the latents, {facts.scale:g}: expected --vae, the VAE "
+            "that made the data",
+        )
+        vae = facts.vae_path
+    if vae is None:
+        return None
+    decoder = load_vae(vae, loaded.model.in_channels)
+    if facts is not None:
+        # the pipeline decodes latent / scale + shift
+        decoder.register_to_config(scaling_factor=facts.scale, shift_factor=facts.shift)
+    elif decoder.config.shift_factor is None:
+        # the pipeline adds it
+        decoder.register_to_config(shift_factor=0.0)
+    return decoder
+
+
+def _write_index(out: Path, has_vae: bool) -> None:
+    """``model_index.json``: the classes of the pipeline's parts."""
+    import diffusers
+
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", SD3],
+        "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
+        **{part: [None, None] for part in ABSENT},
+    }
+    write_json(out / "model_index.json", index)

@@ -1,0 +1,269 @@
+"""Prompts of a user as what images are sampled for: checked against the model and encoded."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sra_fast.checkpoint.values import warn
+from sra_fast.config.schema import DataConfig
+from sra_fast.data.dataset import open_data
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.prompts import digest_of, read_prompts
+from sra_fast.data.stored_text import StoredText, text_names
+from sra_fast.data.text_encoders import TextEncoders, load_text_encoders
+from sra_fast.models import DiffusionTransformer, TextFeatures
+from sra_fast.sampling.conditions import SampleConditions, StoredCaptions
+from sra_fast.utils.checks import require_that
+
+# prompts that an encoder sees at once. always as many, so that the features of a prompt hardly
+# depend on the others
+AT_ONCE = 16
+# images of stored captions, unless another number is asked for
+STORED = 100
+# how far the empty prompt of the right encoder may be from that of the training data, which may be
+# stored in half precision
+NEAR = 0.05
+
+
+class EncodedPrompts:
+    """Prompts that are encoded when they are needed; see ``SampleConditions``.
+
+    Args:
+        prompts: at least one; the images take them in turn.
+        encoders: are moved to ``device``.
+        count: N.
+        device: where the encoders run.
+        dtype: of the features: that of the model's weights loses nothing.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        encoders: TextEncoders,
+        count: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.numbers = torch.arange(count) % len(prompts)
+        self.encoders = encoders
+        self.device = device
+        self.dtype = dtype
+        self._texts = prompts
+        self._ids, too_long = encoders.tokenize(prompts)
+        self._empty: TextFeatures | None = None
+        if too_long:
+            warn(
+                "%d of %d prompts are longer than the text encoder's %d tokens, their ends are not "
+                "seen; the first is %r",
+                *(len(too_long), len(prompts), encoders.tokens, prompts[too_long[0]]),
+            )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, first: int, end: int) -> TextFeatures:
+        # a prompt of several images is encoded once
+        wanted, places = self.numbers[first:end].unique(return_inverse=True)
+        found, *more = [self._encode(self._ids[numbers]) for numbers in wanted.split(AT_ONCE)]
+        for part in more:
+            found = found.concatenated(part)
+        return replace(found.select(places), empty=self.empty)
+
+    @property
+    def empty(self) -> TextFeatures:
+        """The empty prompt, one entry."""
+        if self._empty is None:
+            self._empty = self._encode(self.encoders.tokenize([""])[0])
+        return self._empty
+
+    def _encode(self, ids: Tensor) -> TextFeatures:
+        """Features of at most ``AT_ONCE`` prompts, on the CPU."""
+        count = len(ids)
+        filled = torch.cat([ids, ids[:1].expand(AT_ONCE - count, -1)])
+        found = self.encoders.to(self.device).encode(filled).select(slice(count))
+        # a copy that is waited for, which that of Conditioning.to is not
+        host = [
+            tensor.to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+            for tensor in found.tensors()
+        ]
+        return found.with_tensors(*host)
+
+    @property
+    def prompts(self) -> list[str]:
+        return self._first(len(self))
+
+    def captions(self, count: int) -> list[str]:
+        return self._first(count)
+
+    def _first(self, count: int) -> list[str]:
+        return [self._texts[number] for number in self.numbers[:count].tolist()]
+
+    @property
+    def facts(self) -> dict:
+        return {
+            "prompts_sha256": digest_of(self.prompts),
+            "text_encoders": self.encoders.identity,
+        }
+
+
+def choose_text(
+    prompts: list[str] | None,
+    encoders: list[str] | None,
+    text: str | None,
+    count: int | None,
+    model: DiffusionTransformer,
+    trained: DataFacts | None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> SampleConditions:
+    """What a model of text samples for.
+
+    Args:
+        prompts, encoders, text: as given by the user, None: not given. ``encoders`` and ``text``
+            exclude each other.
+        count: images; None: one for each prompt, of stored captions at most 100.
+        model: what takes the features.
+        trained: facts about the data that the model was trained on, if they are known.
+        device, dtype: see ``EncodedPrompts``.
+
+    Raises:
+        ValueError: too little or too much was given, a file cannot be read, or the features are
+            not those that the model was trained with.
+    """
+    if text is not None:
+        for name, value in {"prompts": prompts, "text_encoders": encoders}.items():
+            require_that(
+                value is None,
+                f"text takes the captions of a data set, expected no {name}, got {value}",
+            )
+        stored = open_stored(text, trained)
+        _check_sizes(model, str(stored.root), stored)
+        count = min(STORED, len(stored)) if count is None else count
+        return StoredCaptions(stored, torch.arange(count) % len(stored))
+    require_that(
+        prompts is not None,
+        "the model makes images from text: give --prompts (a file, or prompts), or --text, a data "
+        "set with text features",
+    )
+    # before the encoders are loaded, which takes longer
+    read = read_prompts(prompts)
+    found = choose_encoders(encoders, trained)
+    _check_sizes(model, " and ".join(found.paths), found)
+    count = len(read) if count is None else count
+    return EncodedPrompts(read, found, count, device, dtype)
+
+
+def open_stored(where: str, trained: DataFacts | None) -> StoredText:
+    """The stored text features that a user names, as ``FOLDER`` or ``FOLDER:NAME``.
+
+    Raises:
+        ValueError: there are none, several and no name, or they are of other encoders than those
+            of the training data.
+    """
+    path, name = where, None
+    if not Path(where).exists() and ":" in where:
+        path, _, name = where.rpartition(":")
+    require_that(
+        Path(path).is_dir(),
+        f"text must be FOLDER or FOLDER:NAME of packed data with text features, there is no {path}",
+    )
+    known = (trained.text if trained else None) or {}
+    if name is None and known.get("name") in text_names(Path(path)):
+        name = known["name"]
+    data = open_data(DataConfig(path=path))
+    data.open_text(name)
+    assert data.text is not None, "opened"
+    ours = data.text.facts["encoders"]
+    _check_encoders(str(data.text.root), ours, known)
+    return data.text
+
+
+def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextEncoders:
+    """The text encoders of a model, on the CPU: those given, else those of its training data.
+
+    Raises:
+        ValueError: none are known or there, they cannot be loaded, or they are others than those
+            of the training data.
+    """
+    known = (trained.text if trained else None) or {}
+    encoders = known.get("encoders")
+    paths = given
+    if paths is None:
+        paths = known.get("paths")
+        if not paths or not all(Path(path).exists() for path in paths):
+            was = f" (it was {' '.join(paths)})" if paths else ""
+            raise ValueError(
+                f"prompts need --text-encoders, the folder of the model's text encoder{was}, or "
+                "several"
+            )
+    found = load_text_encoders(paths, _tokens_of(encoders))
+    if encoders is None:
+        _check_empty(found, trained)
+    else:
+        _check_encoders(" ".join(found.paths), found.identity, known)
+    return found
+
+
+def _tokens_of(encoders: list[dict] | None) -> int | None:
+    """What ``load_text_encoders`` takes as ``tokens``, to have as many as the training data."""
+    if not encoders:
+        return None
+    of_t5 = [encoder["tokens"] for encoder in encoders if encoder["class"].startswith("T5")]
+    return (of_t5 or [encoder["tokens"] for encoder in encoders])[0]
+
+
+def _check_encoders(place: str, found: list[dict] | None, trained: dict) -> None:
+    """ValueError for other encoders than those of the training data, where both are known."""
+    expected = trained.get("encoders")
+    if found is None or expected is None:
+        return
+    hashes = [[encoder["sha256"] for encoder in held] for held in (found, expected)]
+    if hashes[0] != hashes[1]:
+        paths = " ".join(trained.get("paths") or [trained.get("name", "not known")])
+        raise ValueError(
+            f"the text features of {place} ({_names(found)}) are of another encoder than those of "
+            f"the training data, {paths} ({_names(expected)})"
+        )
+
+
+def _names(encoders: list[dict]) -> str:
+    return ", ".join(f"{encoder['class']} {encoder['sha256'][:8]}" for encoder in encoders)
+
+
+def _check_empty(encoders: TextEncoders, trained: DataFacts | None) -> None:
+    """Where nothing says which encoder made the training data's features: compare what they have
+    of the empty prompt, if they are there. ValueError if that is another; a warning if they are not
+    there.
+    """
+    known = (trained.text if trained else None) or {}
+    if not known or not Path(trained.path or "").is_dir() or trained.path is None:
+        warn("it is not known which text encoder the model was trained with: it may be another one")
+        return
+    stored = open_stored(f"{trained.path}:{known['name']}", None)
+    expected = stored.empty.tokens.float()
+    found = encoders.encode(encoders.tokenize([""])[0]).tokens.cpu()
+    fits = found.shape == expected.shape
+    off = float((found - expected).norm() / expected.norm()) if fits else float("inf")
+    require_that(
+        off <= NEAR,
+        f"the text encoder {' '.join(encoders.paths)} is not that of the training data {stored.root}: "
+        f"the empty prompt differs by {off:.3g} of its length",
+    )
+
+
+def _check_sizes(model: DiffusionTransformer, place: str, found: TextEncoders | StoredText) -> None:
+    """ValueError unless text features have the sizes that a model takes."""
+    takes = {
+        "tokens": model.context_tokens,
+        "width": model.context_size,
+        # a model may leave the pooled vector aside
+        "pooled": model.pooled_size or None,
+    }
+    for name, expected in takes.items():
+        value = getattr(found, name)
+        require_that(
+            expected in (None, value),
+            f"the model takes text features with {name} {expected}, those of {place} have {value}",
+        )
