@@ -19,6 +19,8 @@ NOT_SCORES = ("images_per_s", "step")
 # how the card calls weights: LoadedModel.weights -> text
 WEIGHTS = {"ema": "the EMA of the weights", "model": "the student's weights", None: "the weights"}
 AVERAGE = "the average {name} of the weights"
+# what a network makes images from -> the hub's name of it
+TASKS = {"labels": "image-generation", "text": "text-to-image"}
 # sections of the configuration that say how the weights were made
 TRAINED_WITH = ("align", "diffusion", "optim")
 
@@ -57,7 +59,7 @@ def card(loaded: LoadedModel, name: str) -> str:
     model = loaded.model
     front = {
         "library_name": LIBRARY,
-        "tags": ["diffusion", model.family.lower(), "image-generation"],
+        "tags": ["diffusion", model.family.lower(), TASKS[model.conditioning]],
     }
     count = sum(p.numel() for n, p in model.named_parameters() if n not in loaded.fresh)
     made = f" after {loaded.step} optimizer steps" if loaded.step is not None else ""
@@ -96,7 +98,10 @@ def _how_to_sample(loaded: LoadedModel, name: str) -> str:
         first = f"    hf download {name} --local-dir {folder}\n"
     else:
         folder, first = name, ""
-    return f"{first}    sra-fast sample --checkpoint {folder} --count 100 --out samples{decoder}\n"
+    what = "--count 100"
+    if loaded.model.conditioning == "text":
+        what = "--prompts prompts.txt --text-encoders FOLDER"
+    return f"{first}    sra-fast sample --checkpoint {folder} {what} --out samples{decoder}\n"
 
 
 def _facts_shown(loaded: LoadedModel) -> dict:
@@ -105,6 +110,14 @@ def _facts_shown(loaded: LoadedModel) -> dict:
     assert facts is not None
     held = facts.as_json()
     shown = {key: held[key] for key in ("name", "shape", "num_classes", "pixels", "scale", "shift")}
+    text = facts.text
+    if text is not None:
+        # captions are no classes
+        del shown["num_classes"]
+        shown["captions"] = f"{text['name']}: {text['tokens']} tokens of {text['width']}"
+        for i, encoder in enumerate(text.get("encoders") or [], start=1):
+            key = "text encoder" if i == 1 else f"text encoder {i}"
+            shown[key] = f"{encoder['class']}, sha256 {encoder['sha256']}"
     if facts.class_names:
         shown["class names"] = ", ".join(facts.class_names)
     return shown

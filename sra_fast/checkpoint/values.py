@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sra_fast.checkpoint.names import FOREIGN_HEADS, KNOWN_PARAMETER, in_short
 from sra_fast.models import has_joint_blocks
+from sra_fast.models.layers import sincos_pos_embed
 from sra_fast.models.positions import grid_positions
 from sra_fast.utils.registry import MODEL_FAMILIES
 
@@ -57,7 +58,7 @@ def checked(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
             kind = "on the meta device" if value.is_meta else str(value.layout).rpartition(".")[2]
             raise ValueError(f"expected dense weights with values in {source}, {name} is {kind}")
     if "pos_embed" in kept:
-        _check_table(kept["pos_embed"], source, has_joint_blocks(kept))
+        kept["pos_embed"] = _exact(kept["pos_embed"], source, has_joint_blocks(kept))
     weights = {}
     for name, value in kept.items():
         if value.dtype not in FLOATS:
@@ -88,15 +89,19 @@ def _without_last_queries(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in unread}
 
 
-def _check_table(table: Tensor, source: str, anywhere: bool) -> None:
-    """ValueError unless a position table is the fixed function of its own size, or with
-    ``anywhere`` of other places than 0, 1, 2, ...
+def _exact(table: Tensor, source: str, anywhere: bool) -> Tensor:
+    """A position table as it was before it was rounded to half precision, if it was.
 
-    A model computes its table itself, so another one would be lost silently.
+    Raises:
+        ValueError: it is not the fixed function of its own size, or with ``anywhere`` of other
+            places than 0, 1, 2, ... A model computes its table itself, so another one would be lost
+            silently.
     """
     found = grid_positions(table) if table.dtype in FLOATS else None
     if found is not None and (anywhere or found[1:] == (0.0, 1.0)):
-        return
+        side, start, step = found
+        is_rounded = table.dtype in (torch.float16, torch.bfloat16)
+        return sincos_pos_embed(side, table.shape[2], start, step) if is_rounded else table
     raise ValueError(
         f"the position embedding of {source} is not the fixed 2-d sine-cosine one: "
         f"pos_embed is {[*table.shape]}"

@@ -178,7 +178,8 @@ def _text_arguments(
 
 def _middle(table: Tensor | None, side: int) -> tuple[float, float]:
     """Start and step of the positions in the middle of a table, ``side`` patches along an axis."""
-    if table is None:
+    # without values its shape has been read already
+    if table is None or table.is_meta:
         return 0.0, 1.0
     found = grid_positions(table)
     if found is None:

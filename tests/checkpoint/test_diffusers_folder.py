@@ -240,7 +240,14 @@ def test_unequal_embedders_and_other_weights_are_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(_class_name="SD3Transformer2DModel"), "expected a DiT .* got SD3Transformer2DModel"),
+        (
+            dict(_class_name="FluxTransformer2DModel"),
+            "expected a DiT .* got FluxTransformer2DModel",
+        ),
+        (
+            dict(_class_name="SD3Transformer2DModel"),
+            "expected a number joint_attention_dim .* None",
+        ),
         (dict(activation_fn="geglu"), "expected activation_fn gelu-approximate .* got geglu"),
         (dict(norm_elementwise_affine=True), "expected norm_elementwise_affine False"),
         (dict(norm_eps=1e-2), "expected norm_eps of at most 1e-5 .* got 0.01"),
