@@ -89,8 +89,10 @@ def _data_line(data: TrainingData) -> str:
     facts = data.facts()
     # the path says which of several data sets it is; digits come with scikit-learn
     source = f"{facts.name} of {facts.path}" if facts.path else facts.name
-    classes = _count(facts.num_classes, "class", "classes")
-    return f"{source}: {_count(len(data), 'image')}, {classes}; {_input(facts)}"
+    told = _count(facts.num_classes, "class", "classes")
+    if data.text is not None:
+        told = f"captions of {data.text.tokens} x {data.text.width} ({data.text.name})"
+    return f"{source}: {_count(len(data), 'image')}, {told}; {_input(facts)}"
 
 
 def _input(facts: DataFacts) -> str:
