@@ -121,7 +121,7 @@ def test_the_command_says_what_was_compared(made, tmp_path, caplog):
     np.savez(tmp_path / "reference.npz", arr_0=images(9, SIDE, SIDE))
     done = call(
         *("evaluate", "--samples", folder, "--reference", tmp_path / "reference.npz"),
-        *("--features", "pixels", "--clip-score", made / "clip", "--device", "cpu"),
+        *("--features", "pixels", "--clip_score", made / "clip", "--device", "cpu"),
         *("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "scores.json"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -201,6 +201,6 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
             run(Options(out=str(tmp_path / "x.json"), **given))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "x.json").exists()
-    done = call("evaluate", "--samples", few, "--pick-score", made / "pick", cwd=tmp_path)
+    done = call("evaluate", "--samples", few, "--pick_score", made / "pick", cwd=tmp_path)
     assert done.returncode == 2
     assert error_of(done).startswith("error: a prompt for each image was expected")
