@@ -181,6 +181,9 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
     for name in ("a", "b"):
         (classes / name).mkdir(parents=True)
         Image.fromarray(images()[0]).save(classes / name / "0.png")
+    (tmp_path / "unpadded").mkdir()
+    for name in (2, 10):
+        Image.fromarray(images()[0]).save(tmp_path / f"unpadded/{name}.png")
     clip = {"clip_score": str(made / "clip")}
     cases = [
         ({"samples": few, **clip}, "5 images, .*few/prompts.jsonl has 7 prompts"),
@@ -188,6 +191,10 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
         ({"samples": changed, **clip}, "has other prompts than those that .*samples.json tells"),
         ({"samples": samples, "prompts": "a cat", **clip}, "prompts must be a file .* no a cat"),
         ({"samples": str(classes), "prompts": "x", **clip}, "classes has several folders"),
+        (
+            {"samples": str(tmp_path / "unpadded"), "prompts": "x", **clip},
+            "has numbers of different",
+        ),
         ({"samples": samples, "clip_score": str(made / "encoder")}, "its model_type is clip_text"),
         ({"samples": samples, "clip_score": "nowhere"}, "a CLIP model needs nowhere/config.json"),
         (clip, "expected samples to score"),
