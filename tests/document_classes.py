@@ -252,6 +252,9 @@ CLASSES = {
     "sra-fast import-weights --from pipeline": Execute(after=(PIPELINE,), makes=("w.safetensors",)),
     IMPORT_SIT: Execute("--num_heads 2", makes=("sit_xl2.safetensors",)),
     IMPORT_DIT: Execute("--num_heads 2", makes=("dit_xl2.safetensors",)),
+    "sra-fast import-weights --from sd3_medium.safetensors": ParseOnly(
+        "tests/checkpoint/test_sd3.py imports such a file"
+    ),
     "sra-fast export --checkpoint OLD_RUN": ParseOnly(
         "tests/checkpoint/test_version_0_1.py exports such a run"
     ),
