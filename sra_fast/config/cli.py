@@ -4,6 +4,7 @@ The choices of a field come from a registry, so the rooms that register them mus
 a parser is built. The scripts do that.
 """
 
+import functools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import jsonargparse
 import yaml
 
 from sra_fast.config.schema import AlignConfig, Config
+from sra_fast.utils import registry
 from sra_fast.utils.registry import TARGETS, Registry
 
 log = logging.getLogger("sra_fast")
@@ -80,15 +82,15 @@ def _offer_choices(options: type) -> None:
     # the annotations as types, also those that are written as strings
     hints = get_type_hints(options)
     for item in fields(options):
-        registry: Registry | None = item.metadata.get("registry")
+        parts: Registry | None = item.metadata.get("registry")
         if is_dataclass(hints[item.name]):
             _offer_choices(hints[item.name])
-        elif registry is not None:
-            names = [*item.metadata["more"], *registry]
+        elif parts is not None:
+            names = [*item.metadata["more"], *parts]
             # an empty choice would refuse every value, and its message would not name the cause
             if len(names) == len(item.metadata["more"]):
                 raise RuntimeError(
-                    f"no {registry.kind} is registered: import the package that holds them "
+                    f"no {parts.kind} is registered: import the package that holds them "
                     "before the parser is built"
                 )
             # jsonargparse may read the type from the field or from the constructor: change both
@@ -140,20 +142,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     # the target has to be known first: the parser offers its options
     args = in_full(Config, sys.argv[1:] if args is None else args)
     _chosen.update({section: _target_of(section, args) for section in SECTIONS})
-    options = _with_targets(_chosen)
-    parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
-    # DeepSpeed's launchers append these
-    parser.add_argument(
-        "--deepspeed",
-        action="store_true",
-        help="accepted for launch scripts; DeepSpeed always runs",
-    )
-    parser.add_argument(
-        "--deepspeed_config",
-        type=str | None,
-        help="DeepSpeed JSON; wins over the defaults set here",
-    )
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    options, parser = _train_parser(tuple(_chosen.items()), _registered(), sys.argv[0])
     cfg, parsed = parse(options, parser, args)
     # `options` was made for this parser only: two of them never compare as equal
     cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
@@ -174,6 +163,43 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
                 "file of its options"
             )
     return cfg, parsed.deepspeed_config
+
+
+# what registries hold, and the names that it has there
+Registered = tuple[tuple[tuple[str, object], ...], ...]
+
+
+def _registered() -> Registered:
+    """Everything that a parser may offer or read options of."""
+    registries = [part for part in vars(registry).values() if isinstance(part, Registry)]
+    return tuple(tuple(part.items()) for part in registries)
+
+
+@functools.lru_cache(maxsize=32)
+def _train_parser(
+    chosen: tuple[tuple[str, str], ...], registered: Registered, program: str
+) -> tuple[type[Config], jsonargparse.ArgumentParser]:
+    """The training options with those of the chosen targets, and their parser.
+
+    Kept, because the descriptions of all options are read from their sources, which takes a tenth
+    of a second, and a study reads hundreds of configurations. ``registered`` and ``program`` are
+    what a parser depends on besides.
+    """
+    options = _with_targets(dict(chosen))
+    parser = make_parser(options, "Train SiT, DiT or MMDiT with SRA under DeepSpeed ZeRO.")
+    # DeepSpeed's launchers append these
+    parser.add_argument(
+        "--deepspeed",
+        action="store_true",
+        help="accepted for launch scripts; DeepSpeed always runs",
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=str | None,
+        help="DeepSpeed JSON; wins over the defaults set here",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    return options, parser
 
 
 def in_full(options: type, args: list[str]) -> list[str]:
