@@ -154,7 +154,7 @@ def test_a_run_there_and_back(tmp_path, qk_norm):
 
 def test_the_card_says_what_the_captions_are():
     text = card(LoadedModel(network(), "linear", FACTS), "me/captions")
-    assert "text-to-image" in text and "num_classes" not in text
+    assert "text-to-image" in text and "num_classes" not in text and "An MMDiT of" in text
     assert "| captions | clip: 3 tokens of 12 |" in text
     assert f"| text encoder | CLIPTextModel, sha256 {'a' * 64} |" in text
     assert "--prompts" in text and "/home/me" not in text
@@ -226,9 +226,13 @@ def test_other_networks_are_refused(tmp_path, sizes, message):
 def test_labels_and_captions_are_two_networks(tmp_path):
     labels = exported(tmp_path / "labels.safetensors", foreign.network())
     captions = exported(tmp_path / "captions.safetensors", network())
-    with pytest.raises(ValueError, match="holds a network of labels, a MMDiT takes text"):
+    with pytest.raises(
+        ValueError, match=r"holds a network of labels, the model \(MMDiT\) takes text"
+    ):
         read_initial(config(network(), labels))
-    with pytest.raises(ValueError, match="holds a network of text, a SiT takes labels"):
+    with pytest.raises(
+        ValueError, match=r"holds a network of text, the model \(SiT\) takes labels"
+    ):
         read_initial(tiny_config.config("--train.init_from", str(captions)))
 
 
