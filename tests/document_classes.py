@@ -59,6 +59,8 @@ IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
 INCEPTION = ParseOnly("needs Inception's weights")
 CLIP = ParseOnly("needs published CLIP models; tests/evaluation/test_text_scores.py has small ones")
 PROMPTS = ParseOnly("needs a model of text; tests/sampling/test_prompts.py has a small one")
+COCO = ParseOnly("needs MS-COCO, and to train a GPU for days")
+CAPTIONS = ParseOnly("needs published text encoders; tests/data has small ones")
 FEATURES = ParseOnly(
     "needs a published vision model; tests/data/test_stored_features.py has small ones"
 )
@@ -76,6 +78,12 @@ CLASSES = {
     DEMO: Execute(TINY_RUN, makes=("runs/digits/000/ema.safetensors", "runs/digits/000/loss.png")),
     "deepspeed sra_fast/train.py --config configs/sit_xl2_256.yaml": IMAGENET,
     "deepspeed sra_fast/train.py --config configs/alignment/": IMAGENET,
+    "deepspeed sra_fast/train.py --config configs/mmdit_coco_256.yaml": COCO,
+    "sra-fast preprocess --source coco256_features": COCO,
+    "python sra_fast/preprocess.py --source coco/val2014": COCO,
+    "sra-fast preprocess --source my_images --out data/mine --captions": CAPTIONS,
+    "sra-fast preprocess --source my_images --out data/mine --vae sd-vae-ft-mse --resolution 256 "
+    "--captions": CAPTIONS,
     "python sra_fast/train.py --config configs/digits.yaml --align": Execute(
         f"{TINY_RUN} --train.out runs/self_flow", makes=("runs/self_flow/000/ema.safetensors",)
     ),
@@ -90,7 +98,7 @@ CLASSES = {
     "python sra_fast/sample.py --checkpoint step-400000.pt": CHECKPOINT,
     "deepspeed --num_gpus 8 sra_fast/sample.py --checkpoint runs": IMAGENET,
     "python sra_fast/evaluate.py --samples": INCEPTION,
-    "python sra_fast/evaluate.py --samples samples --clip-score": CLIP,
+    "python sra_fast/evaluate.py --samples samples --clip_score": CLIP,
     "python sra_fast/evaluate.py --samples my_images --prompts": CLIP,
     "python sra_fast/sample.py --checkpoint runs/captions/000": PROMPTS,
     "python sra_fast/evaluate.py --samples samples --reference real_images": Execute(

@@ -101,7 +101,7 @@ def _how_to_sample(loaded: LoadedModel, name: str) -> str:
         folder, first = name, ""
     what = "--count 100"
     if loaded.model.conditioning == "text":
-        what = "--prompts prompts.txt --text-encoders FOLDER"
+        what = "--prompts prompts.txt --text_encoders FOLDER"
     return f"{first}    sra-fast sample --checkpoint {folder} {what} --out samples{decoder}\n"
 
 

@@ -184,11 +184,20 @@ def _check_preprocessor(file: Path, size: int) -> None:
 
 def check_order(images: NpzImages | FolderImages | PackedImages) -> None:
     """ValueError for images that are not read in an order that prompts could have."""
-    folders = isinstance(images, FolderImages) and len({file.parent for file in images.files}) > 1
+    if isinstance(images, NpzImages):
+        return
+    files = images.files if isinstance(images, FolderImages) else []
+    fault = "packed images"
+    if files:
+        fault = "several folders" if len({file.parent for file in files}) > 1 else None
+        names = [file.stem for file in files]
+        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+            # 10 comes before 9
+            fault = fault or "numbers of different lengths"
     require_that(
-        not folders and not isinstance(images, PackedImages),
-        f"images of prompts must be those of an .npz, or files of one folder in the order of their "
-        f"names; {images.path} has {'several folders' if folders else 'packed images'}",
+        fault is None,
+        "images of prompts must be those of an .npz, or files of one folder whose names sort in the "
+        f"order of the prompts (000.png, 001.png, ..); {images.path} has {fault}",
     )
 
 

@@ -195,7 +195,7 @@ def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextE
         if not paths or not all(Path(path).exists() for path in paths):
             was = f" (it was {' '.join(paths)})" if paths else ""
             raise ValueError(
-                f"prompts need --text-encoders, the folder of the model's text encoder{was}, or "
+                f"prompts need --text_encoders, the folder of the model's text encoder{was}, or "
                 "several"
             )
     found = load_text_encoders(paths, _tokens_of(encoders))

@@ -121,7 +121,7 @@ def test_the_command_says_what_was_compared(made, tmp_path, caplog):
     np.savez(tmp_path / "reference.npz", arr_0=images(9, SIDE, SIDE))
     done = call(
         *("evaluate", "--samples", folder, "--reference", tmp_path / "reference.npz"),
-        *("--features", "pixels", "--clip-score", made / "clip", "--device", "cpu"),
+        *("--features", "pixels", "--clip_score", made / "clip", "--device", "cpu"),
         *("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "scores.json"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -181,6 +181,9 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
     for name in ("a", "b"):
         (classes / name).mkdir(parents=True)
         Image.fromarray(images()[0]).save(classes / name / "0.png")
+    (tmp_path / "unpadded").mkdir()
+    for name in (2, 10):
+        Image.fromarray(images()[0]).save(tmp_path / f"unpadded/{name}.png")
     clip = {"clip_score": str(made / "clip")}
     cases = [
         ({"samples": few, **clip}, "5 images, .*few/prompts.jsonl has 7 prompts"),
@@ -188,6 +191,10 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
         ({"samples": changed, **clip}, "has other prompts than those that .*samples.json tells"),
         ({"samples": samples, "prompts": "a cat", **clip}, "prompts must be a file .* no a cat"),
         ({"samples": str(classes), "prompts": "x", **clip}, "classes has several folders"),
+        (
+            {"samples": str(tmp_path / "unpadded"), "prompts": "x", **clip},
+            "has numbers of different",
+        ),
         ({"samples": samples, "clip_score": str(made / "encoder")}, "its model_type is clip_text"),
         ({"samples": samples, "clip_score": "nowhere"}, "a CLIP model needs nowhere/config.json"),
         (clip, "expected samples to score"),
@@ -201,6 +208,6 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
             run(Options(out=str(tmp_path / "x.json"), **given))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "x.json").exists()
-    done = call("evaluate", "--samples", few, "--pick-score", made / "pick", cwd=tmp_path)
+    done = call("evaluate", "--samples", few, "--pick_score", made / "pick", cwd=tmp_path)
     assert done.returncode == 2
     assert error_of(done).startswith("error: a prompt for each image was expected")

@@ -69,7 +69,7 @@ def made(tmp_path_factory):
     done = call(
         *("preprocess", "--source", root / "images", "--out", root / "data", "--pixels", "true"),
         *("--resolution", 8, "--holdout", 0.25, "--captions", "txt", "--threads", 1),
-        *("--text-encoders", root / "clip"),
+        *("--text_encoders", root / "clip"),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     cfg = parse_train([*TRAIN, "--data", str(root / "data"), "--train.out", str(root / "runs")])[0]
@@ -314,7 +314,7 @@ def test_the_encoder_of_the_training_data_is_found_or_asked_for(made):
     facts = load_model(str(made / "runs/000")).facts
     assert choose_encoders(None, facts).paths == [str(made / "clip")]
     gone = replace(facts, text={**facts.text, "paths": ["/gone/clip"]})
-    with pytest.raises(ValueError, match=r"need --text-encoders, .* \(it was /gone/clip\)"):
+    with pytest.raises(ValueError, match=r"need --text_encoders, .* \(it was /gone/clip\)"):
         choose_encoders(None, gone)
     assert choose_encoders([str(made / "clip")], gone).paths == [str(made / "clip")]
     other = str(made / "other")
@@ -334,7 +334,7 @@ def test_nothing_is_known_of_foreign_weights(made, caplog):
     assert caplog.messages == [
         "it is not known which text encoder the model was trained with: it may be another one"
     ]
-    with pytest.raises(ValueError, match="need --text-encoders, the folder of the model's"):
+    with pytest.raises(ValueError, match="need --text_encoders, the folder of the model's"):
         choose_encoders(None, None)
 
 
@@ -450,7 +450,7 @@ def test_a_model_of_labels_has_no_use_for_prompts(tmp_path):
         "--out",
         tmp_path / "out",
     ]
-    for name in ("--prompts", "--text", "--text-encoders"):
+    for name in ("--prompts", "--text", "--text_encoders"):
         done = call("sample", *checkpoint, name, "a cat")
         assert done.returncode == 2
         name = name[2:].replace("-", "_")
