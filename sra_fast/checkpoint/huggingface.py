@@ -115,10 +115,9 @@ def _facts_shown(loaded: LoadedModel) -> dict:
     if text is not None:
         # captions are no classes
         del shown["num_classes"]
-        sizes = [str(text[key]) for key in ("tokens", "width") if key in text]
-        shown["captions"] = ": ".join(
-            [text["name"], *([" tokens of ".join(sizes)] if sizes else [])]
-        )
+        shown["captions"] = text["name"]
+        if "tokens" in text:
+            shown["captions"] += f": {text['tokens']} tokens of {text['width']}"
         for i, encoder in enumerate(text.get("encoders") or [], start=1):
             key = "text encoder" if i == 1 else f"text encoder {i}"
             shown[key] = f"{encoder['class']}, sha256 {encoder['sha256']}"
