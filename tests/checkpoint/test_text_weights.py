@@ -20,6 +20,7 @@ from sra_fast.checkpoint.formats import Options, export
 from sra_fast.checkpoint.huggingface import card
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.checkpoint.manifest import plain
+from sra_fast.checkpoint.official_weights import import_file
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.config.cli import parse_train, save_config
 from sra_fast.config.schema import ModelConfig
@@ -77,8 +78,10 @@ def test_a_checkpoint_of_repa_predicts_as_there(tmp_path, caplog):
     assert all(name.startswith("ap_head.") for name in loaded.fresh) and loaded.fresh
     # it is exported with the number of heads that the file does not say
     wanted = {name: value for name, value in ema.items() if not name.startswith("projectors.")}
-    for out in ("w.safetensors", "folder"):
-        export(Options(path, str(tmp_path / out), num_heads=2))
+    import_file(path, None, str(tmp_path / "imported.safetensors"), num_heads=2)
+    for out in ("w.safetensors", "folder", "imported.safetensors"):
+        if out != "imported.safetensors":
+            export(Options(path, str(tmp_path / out), num_heads=2))
         again = load_model(str(tmp_path / out))
         assert same(weights(again.model, ["ap_head."]), wanted)
         assert arguments_of(again.model) == arguments_of(loaded.model)
