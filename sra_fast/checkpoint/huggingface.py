@@ -67,10 +67,11 @@ def card(loaded: LoadedModel, name: str) -> str:
     # weights of any origin can be written in this form
     is_run = has_run(loaded.config)
     origin = "trained with [sra-fast]" if is_run else "as [sra-fast] reads it"
+    article = "An" if model.family.startswith("M") else "A"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"A {model.family} of {count:,} parameters, {origin}: {which}{made}, in fp32.\n",
+        f"{article} {model.family} of {count:,} parameters, {origin}: {which}{made}, in fp32.\n",
         "## Sample\n",
         _how_to_sample(loaded, name),
         "## Network\n",
@@ -114,7 +115,9 @@ def _facts_shown(loaded: LoadedModel) -> dict:
     if text is not None:
         # captions are no classes
         del shown["num_classes"]
-        shown["captions"] = f"{text['name']}: {text['tokens']} tokens of {text['width']}"
+        shown["captions"] = text["name"]
+        if "tokens" in text:
+            shown["captions"] += f": {text['tokens']} tokens of {text['width']}"
         for i, encoder in enumerate(text.get("encoders") or [], start=1):
             key = "text encoder" if i == 1 else f"text encoder {i}"
             shown[key] = f"{encoder['class']}, sha256 {encoder['sha256']}"

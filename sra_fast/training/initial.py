@@ -146,7 +146,7 @@ def _check_conditioning(source: str, model: DiffusionTransformer, state: dict) -
     found = "text" if has_joint_blocks(state) else "labels"
     require_that(
         found == model.conditioning,
-        f"train.init_from {source} holds a network of {found}, a {model.family} takes "
+        f"train.init_from {source} holds a network of {found}, the model ({model.family}) takes "
         f"{model.conditioning}",
     )
 

@@ -20,6 +20,7 @@ from sra_fast.checkpoint.formats import Options, export
 from sra_fast.checkpoint.huggingface import card
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.checkpoint.manifest import plain
+from sra_fast.checkpoint.official_weights import import_file
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.config.cli import parse_train, save_config
 from sra_fast.config.schema import ModelConfig
@@ -77,8 +78,10 @@ def test_a_checkpoint_of_repa_predicts_as_there(tmp_path, caplog):
     assert all(name.startswith("ap_head.") for name in loaded.fresh) and loaded.fresh
     # it is exported with the number of heads that the file does not say
     wanted = {name: value for name, value in ema.items() if not name.startswith("projectors.")}
-    for out in ("w.safetensors", "folder"):
-        export(Options(path, str(tmp_path / out), num_heads=2))
+    import_file(path, None, str(tmp_path / "imported.safetensors"), num_heads=2)
+    for out in ("w.safetensors", "folder", "imported.safetensors"):
+        if out != "imported.safetensors":
+            export(Options(path, str(tmp_path / out), num_heads=2))
         again = load_model(str(tmp_path / out))
         assert same(weights(again.model, ["ap_head."]), wanted)
         assert arguments_of(again.model) == arguments_of(loaded.model)
@@ -154,7 +157,7 @@ def test_a_run_there_and_back(tmp_path, qk_norm):
 
 def test_the_card_says_what_the_captions_are():
     text = card(LoadedModel(network(), "linear", FACTS), "me/captions")
-    assert "text-to-image" in text and "num_classes" not in text
+    assert "text-to-image" in text and "num_classes" not in text and "An MMDiT of" in text
     assert "| captions | clip: 3 tokens of 12 |" in text
     assert f"| text encoder | CLIPTextModel, sha256 {'a' * 64} |" in text
     assert "--prompts" in text and "/home/me" not in text
@@ -226,9 +229,13 @@ def test_other_networks_are_refused(tmp_path, sizes, message):
 def test_labels_and_captions_are_two_networks(tmp_path):
     labels = exported(tmp_path / "labels.safetensors", foreign.network())
     captions = exported(tmp_path / "captions.safetensors", network())
-    with pytest.raises(ValueError, match="holds a network of labels, a MMDiT takes text"):
+    with pytest.raises(
+        ValueError, match=r"holds a network of labels, the model \(MMDiT\) takes text"
+    ):
         read_initial(config(network(), labels))
-    with pytest.raises(ValueError, match="holds a network of text, a SiT takes labels"):
+    with pytest.raises(
+        ValueError, match=r"holds a network of text, the model \(SiT\) takes labels"
+    ):
         read_initial(tiny_config.config("--train.init_from", str(captions)))
 
 
