@@ -60,6 +60,12 @@ class Conditioning(Protocol):
     def to(self, device: torch.device | str) -> "Conditioning": ...
 
 
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, where the device's next work waits for it."""
+    # on the host nothing would wait for a copy that is still under way
+    return tensor.to(device, non_blocking=torch.device(device).type != "cpu")
+
+
 @CONDITIONINGS.register("labels")
 @dataclass(frozen=True)
 class ClassLabels:
@@ -112,8 +118,8 @@ class ClassLabels:
         return ClassLabels(*(torch.cat(pair) for pair in pairs))
 
     def to(self, device: torch.device | str) -> "ClassLabels":
-        drop = None if self.drop is None else self.drop.to(device, non_blocking=True)
-        return ClassLabels(self.labels.to(device, non_blocking=True), drop)
+        drop = None if self.drop is None else _moved(self.drop, device)
+        return ClassLabels(_moved(self.labels, device), drop)
 
 
 @CONDITIONINGS.register("text")
@@ -248,7 +254,7 @@ class TextFeatures:
         return replace(self, **own, drop=drop)
 
     def to(self, device: torch.device | str) -> "TextFeatures":
-        own = {name: value.to(device, non_blocking=True) for name, value in self._own().items()}
+        own = {name: _moved(value, device) for name, value in self._own().items()}
         empty = None if self.empty is None else self.empty.to(device)
-        drop = None if self.drop is None else self.drop.to(device, non_blocking=True)
+        drop = None if self.drop is None else _moved(self.drop, device)
         return replace(self, **own, empty=empty, drop=drop)
