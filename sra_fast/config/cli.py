@@ -246,10 +246,17 @@ def _with_lists(hints: dict, args: list[str]) -> list[str]:
         values = [value] if equals else []
         while not equals and waiting and not waiting[0].startswith("--"):
             values.append(waiting.pop(0))
-        # a single value may be a list already, in the parser's own form
-        whole = len(values) == 1 and values[0].startswith("[")
+        whole = len(values) == 1 and _is_list(values[0])
         full += [option, values[0] if whole else json.dumps(values)]
     return full
+
+
+def _is_list(value: str) -> bool:
+    """Whether a value is a list already, in the parser's own form; ``[1].json`` is a name."""
+    try:
+        return value.startswith("[") and isinstance(_load(value), list)
+    except yaml.YAMLError:
+        return False
 
 
 def _target_of(section: str, args: list[str]) -> str:

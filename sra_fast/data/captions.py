@@ -24,7 +24,9 @@ def lines_of(content: bytes, name: str) -> list[str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} must be UTF-8 text: {error}") from None
-    return [line for line in text.splitlines() if line.strip()]
+    # not splitlines: a caption may hold the line ends of other alphabets
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def read_all(read: Callable[[str], list[str] | None], names: Iterable[str]) -> list:
@@ -98,7 +100,7 @@ def _read_list(file: Path) -> dict[str, list]:
             f"is no file {file}"
         )
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes(), object_pairs_hook=_once)
         if not isinstance(content, dict):
             raise ValueError(f"an object was expected, got {type(content).__name__}")
         if "annotations" in content:
@@ -111,43 +113,43 @@ def _read_list(file: Path) -> dict[str, list]:
         ) from None
 
 
+def _once(pairs: list[tuple], twice: str = "{} is there twice") -> dict:
+    """Pairs as a dictionary; ValueError, ``twice``, if one would replace another."""
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(twice.format(name))
+    return held
+
+
 def _of_coco(content: dict) -> dict[str, list]:
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    listed: dict[str, list] = {name: [] for name in names.values()}
-    if len(listed) < len(names):
-        (name, _), *_ = Counter(names.values()).most_common(1)
-        raise ValueError(f"two images are named {name}")
+    images = [(image["id"], image["file_name"]) for image in content["images"]]
+    names = _once(images, "two images have the id {}")
+    listed: dict[str, list] = _once([(name, []) for _, name in images], "two images are named {}")
     for annotation in content["annotations"]:
         listed[names[annotation["image_id"]]].append(annotation["caption"])
     return listed
 
 
-def from_lists(files: list[str], names: list[str], place: str) -> tuple[list, str | None]:
+def from_lists(
+    files: list[str], names: list[str], root: str, place: str
+) -> tuple[list, set[str], str | None]:
     """The captions of images in JSON files, by the names of the images' files.
-
-    A name in a list is that below the folder of the images; if the folder differs, the last part
-    of the name decides, as far as it is the name of one image.
 
     Args:
         files: see ``read_lists``.
         names: of the images.
+        root: the folder that the names are below, with a slash, or nothing.
         place: where the images are.
 
     Returns:
-        The captions of every image, None if it has none, and a note or None.
+        The captions of every image, None if it has none; the names in the lists that these are of;
+        and a note or None.
     """
     listed = read_lists(files)
-    by_base = _by_base(listed)
-    bases = Counter(PurePosixPath(name).name for name in names)
-    found = []
-    used = set()
-    for name in names:
-        key: str | None = name
-        if name not in listed:
-            base = PurePosixPath(name).name
-            key = by_base.get(base) if bases[base] == 1 else None
-        found.append(None if key is None else listed[key])
-        used.add(key)
+    keys = _names_in(listed, names, root)
+    found = [None if key is None else listed[key] for key in keys]
+    used = {key for key in keys if key is not None}
     others = [name for name in listed if name not in used]
     note = None
     if others:
@@ -155,7 +157,24 @@ def from_lists(files: list[str], names: list[str], place: str) -> tuple[list, st
             f"captions of {len(others)} images that are not in {place} are left out, the first is "
             f"{others[0]}"
         )
-    return found, note
+    return found, used, note
+
+
+def _names_in(listed: dict[str, list], names: list[str], root: str) -> list[str | None]:
+    """What lists call each image, or None.
+
+    That is its name below the folder of the images, with ``root`` or without. If the lists have no
+    such name, their folders are others: then the last part decides, where only one image and one
+    entry has it.
+    """
+    for folder in (root, ""):
+        keys = [folder + name if folder + name in listed else None for name in names]
+        if any(keys):
+            return keys
+    by_base = _by_base(listed)
+    bases = [PurePosixPath(name).name for name in names]
+    counts = Counter(bases)
+    return [by_base.get(base) if counts[base] == 1 else None for base in bases]
 
 
 def _by_base(listed: dict[str, list]) -> dict[str, str]:

@@ -44,7 +44,7 @@ from sra_fast.data.options import (
 )
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, VERSIONS, read_index
 from sra_fast.data.pixels import PackedPixels, read_image_array
-from sra_fast.data.sources import ImageSource
+from sra_fast.data.sources import ImageSource, check_apart
 from sra_fast.data.stored_text import as_rows
 from sra_fast.data.tars import TarSource, holds_tars
 from sra_fast.data.text_jobs import (
@@ -99,9 +99,11 @@ def open_images(options: Options) -> tuple[ImageSource, ImageSource | None]:
         train, held_out = open_idx(source, crop, options.num_classes, options.mirror)
     else:
         train, held_out = open_folder(source, *common)
-    for part in (train, held_out):
-        if part is not None and options.captions:
+    if options.captions:
+        parts = [part for part in (train, held_out) if part is not None]
+        for part in parts:
             part.open_captions(options.captions)
+        check_apart(parts)
     if options.holdout:
         require_that(
             held_out is None,

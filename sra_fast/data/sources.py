@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +33,21 @@ class ImageSource:
         class_names: of every class, or None.
         fingerprint: SHA-256 of names, labels and ``content_digest``.
         captions: of every name, at least one; None until ``open_captions``.
+        listed: names in the lists that these captions are of, if they are from lists.
         notes: what a user should know, one line each.
     """
 
     place: str
     names: list[str]
+    # the folder that the names are below, with a slash, as far as ``place`` has several
+    root: str = ""
     # where each image lies, for ``_content``
     _places: list
     _labels: list[int]
     num_classes: int
     class_names: list[str] | None
     captions: list[list[str]] | None = None
+    listed: frozenset[str] | set[str] = frozenset()
     notes: list[str]
     # what else tells these images apart from others of the same names
     content_digest: str = ""
@@ -104,7 +109,7 @@ class ImageSource:
         """What ``open_captions`` has to check: captions of every image, None or [] for none."""
         if where == [BESIDE]:
             return self._captions_beside()
-        found, note = from_lists(where, self.names, self.place)
+        found, self.listed, note = from_lists(where, self.names, self.root, self.place)
         if note:
             self.notes.append(note)
         return found
@@ -210,6 +215,21 @@ class ImageSource:
 
     def _hash(self, number: int) -> bytes:
         return hashlib.blake2b(self.names[number].encode()).digest()
+
+
+def check_apart(parts: Iterable[ImageSource]) -> None:
+    """ValueError if images of two parts, such as train/0.png and val/0.png, have their captions from
+    one entry of a list.
+    """
+    places: dict[str, str] = {}
+    for part in parts:
+        twice = min(part.listed & places.keys(), default=None)
+        if twice is not None:
+            raise ValueError(
+                f"captions list {twice} once, which could be an image of {places[twice]} and of "
+                f"{part.place}: expected an entry for each, whose name begins with its folder"
+            )
+        places |= dict.fromkeys(part.listed, part.place)
 
 
 def suffix_note(names: list[str], kept: set[str]) -> str | None:

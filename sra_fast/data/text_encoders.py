@@ -230,7 +230,10 @@ def _read_config(folder: Path) -> dict:
     )
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        return {"model_type": config["model_type"], "architectures": config.get("architectures")}
+        return {
+            "model_type": str(config["model_type"]),
+            "architectures": config.get("architectures"),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is no configuration of a model: {error!r}") from None
 

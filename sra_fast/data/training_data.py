@@ -85,7 +85,8 @@ class TrainingData(Dataset):
             ValueError: there are none, several and no name, or none that belong to these images.
         """
         raise ValueError(
-            "text features are for packed data (index.json), these data have another layout"
+            "the model takes captions, which packed data (index.json) may have; these data, "
+            f"{self.name}, have another layout"
         )
 
     @property

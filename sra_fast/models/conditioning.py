@@ -42,7 +42,9 @@ class Conditioning(Protocol):
 
     @property
     def is_decided(self) -> bool:
-        """Whether it says which entries are dropped; if not, a network in training draws them."""
+        """Whether it says which entries are dropped; if not, a network in training draws those of
+        labels, and drops no captions.
+        """
         ...
 
     def null(self) -> "Conditioning":

@@ -2,6 +2,8 @@
 in joint attention (SD3, arXiv 2403.03206, Sec. 4), under SD3's parameter names.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -306,7 +308,7 @@ class TextBackbone(Backbone):
             ``Backbone``.
 
     Raises:
-        ValueError: see ``Backbone``.
+        ValueError: see ``Backbone``; a size, scale or position that cannot be.
     """
 
     conditioning = "text"
@@ -340,6 +342,18 @@ class TextBackbone(Backbone):
             raise ValueError(
                 "expected context_size and context_tokens of at least 1 and pooled_size of at "
                 f"least 0, got {context_size}, {context_tokens} and {pooled_size}"
+            )
+        # with 0 all times, or all patches, would be the same
+        if not 0 < time_scale < math.inf:
+            raise ValueError(f"expected a time_scale that is positive, got {time_scale}")
+        if (
+            not math.isfinite(position_start)
+            or not math.isfinite(position_step)
+            or not position_step
+        ):
+            raise ValueError(
+                "expected a finite position_start and a finite position_step other than 0, got "
+                f"{position_start} and {position_step}"
             )
         self.class_dropout_prob = class_dropout_prob
         self.context_size = context_size

@@ -42,7 +42,7 @@ def _candidates(table: Tensor, side: int):
         return
     half = table.shape[2] // 2
     first, last = (_position(table[0, column, :half]) for column in (0, side - 1))
-    found = first, (last - first) / max(side - 1, 1)
+    found = first, (last - first) / (side - 1) if side > 1 else 1.0
     # nobody chose 0.33333328
     start, step = (float(Fraction(value).limit_denominator(100)) for value in found)
     yield start, step

@@ -337,6 +337,7 @@ def test_lists_and_dashes_of_a_program(args):
     assert options.captions == ["a.json", "b.json"]
     assert options.text_encoders == ["clip", "t5"]
     assert (options.source, options.text_name, options.pixels) == ("s", "x", True)
-    # one value that looks like no list is one name
-    options, _ = parse_options(Options, parser, ["--source=s", "--text-encoders=a, b"])
-    assert options.text_encoders == ["a, b"]
+    # one value that is no list is one name
+    for name in ("a, b", "[1].json", "[a", "[a] \U0001f600"):
+        options, _ = parse_options(Options, parser, ["--source=s", "--text-encoders", name])
+        assert options.text_encoders == [name]

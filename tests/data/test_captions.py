@@ -10,8 +10,11 @@ import pytest
 from toy_data import write_images
 
 from sra_fast.data.arrays import open_array
+from sra_fast.data.captions import lines_of
 from sra_fast.data.folders import ImageFolder, open_folder
 from sra_fast.data.images import Crop
+from sra_fast.data.options import Options
+from sra_fast.data.preprocess import open_images
 from sra_fast.data.tars import TarSource
 
 
@@ -118,6 +121,33 @@ def test_the_last_part_of_a_name_that_is_two_images_decides_nothing(images):
         opened(images, [list_file])
 
 
+def test_a_caption_is_not_another_folders(images):
+    # c/0.jpg is no image here, and dogs do not get its caption
+    (images / "c/0.jpg").rename(images / "c/9.jpg")
+    (images / "a/0.jpg").unlink()
+    list_file = images.parent / "captions.json"
+    names = [name for name in ImageFolder(images, Crop(16)).names if name != "b/0.jpg"]
+    list_file.write_text(json.dumps(dict.fromkeys([*names, "c/0.jpg"], "x")))
+    with pytest.raises(ValueError, match="has no caption for 1 images, the first is b/0.jpg$"):
+        opened(images, [list_file])
+
+
+@pytest.mark.parametrize("listed", ["b/0.jpg", "train/b/0.jpg", "x/0.jpg"])
+def test_held_out_images_do_not_have_the_captions_of_others(made, tmp_path, listed):
+    for part in ("train", "val"):
+        (tmp_path / "images" / part / "b").mkdir(parents=True)
+        shutil.copy(made / "images/b/0.jpg", tmp_path / "images" / part / "b")
+    options = Options(str(tmp_path / "images"), captions=[str(tmp_path / "list.json")])
+    options.resolution = 16
+    (tmp_path / "list.json").write_text(json.dumps({listed: "of one of them"}))
+    message = f"captions list {listed} once, which could be an image of .*/train and of .*/val: "
+    with pytest.raises(ValueError, match=message):
+        open_images(options)
+    both = {f"{part}/b/0.jpg": part for part in ("train", "val")}
+    (tmp_path / "list.json").write_text(json.dumps(both))
+    assert [part.captions for part in open_images(options)] == [[["train"]], [["val"]]]
+
+
 def write_member(archive, name, content):
     member = tarfile.TarInfo(name)
     member.size = len(content)
@@ -181,6 +211,12 @@ def test_a_column_of_a_hugging_face_data_set(made, tmp_path):
         source.open_captions(["label"])
 
 
+def test_captions_end_where_lines_end():
+    # as files of prompts: other alphabets have line ends of their own
+    content = "a \u2028 b\r\nc \x0c \x85 d\r\r e \n".encode()
+    assert lines_of(content, "0.txt") == ["a \u2028 b", "c \x0c \x85 d", " e "]
+
+
 def test_files_of_captions_without_an_image_are_said(images):
     (images / "a/9.txt").write_text("nobody's")
     (images / "mask.npy").write_text("")
@@ -213,6 +249,14 @@ def test_images_without_captions_are_counted(images):
             },
             "two images are named a/0.jpg",
         ),
+        (
+            {
+                "images": [{"id": 1, "file_name": "a/0.jpg"}, {"id": 1, "file_name": "a/1.jpg"}],
+                "annotations": [],
+            },
+            "two images have the id 1",
+        ),
+        ('{"a/0.jpg": "lost", "a/0.jpg": "kept"}', "a/0.jpg is there twice"),
         ({"a/0.jpg": []}, "images has no caption for 12 images, the first is a/0.jpg$"),
         ("empty", "images has 2 empty captions, the first is of b/2.jpg$"),
         ("half", "a caption of b/2.jpg is no valid Unicode text$"),

@@ -417,7 +417,9 @@ def test_text_that_is_not_there_or_not_asked_for_is_one_line(made, data, tmp_pat
     with pytest.raises(ValueError, match="for models of text, SiT-S/2 takes labels; got clip"):
         make_dataset(cfg)
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8))
-    with pytest.raises(ValueError, match="text features are for packed data"):
+    with pytest.raises(
+        ValueError, match="the model takes captions, which packed data .* may have; these"
+    ):
         make_dataset(config(tmp_path / "x.npz"))
 
 

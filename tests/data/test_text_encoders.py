@@ -255,6 +255,7 @@ def test_the_identity_is_that_of_weights_settings_and_vocabulary(made, tmp_path)
         ("nowhere", "must name folders of text encoders, there is no config.json in .*nowhere$"),
         ("vision", "must hold a text encoder, CLIP or T5, its model_type is vit$"),
         ("no type", "config.json is no configuration of a model: KeyError"),
+        ("two types", "CLIP or T5, its model_type is \\['t5'\\]$"),
         ("no tokenizer", "there is no tokenizer in .*no tokenizer$"),
         ("broken", "broken holds no readable CLIPTextModel: "),
         ("lacking", "lacks 1 weights of its CLIPTextModel, the first is final_layer_norm.bias$"),
@@ -271,6 +272,8 @@ def test_what_is_no_text_encoder_is_one_line(made, tmp_path, change, message):
         (folder / "config.json").write_text('{"model_type": "vit"}')
     elif change == "no type":
         (folder / "config.json").write_text("{}")
+    elif change == "two types":
+        (folder / "config.json").write_text('{"model_type": ["t5"]}')
     elif change == "no tokenizer":
         for file in folder.glob("tokenizer*"):
             file.unlink()

@@ -1,6 +1,7 @@
 """MMDiT against its definition in plain PyTorch (SD3, arXiv 2403.03206), and its conditioning."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -328,6 +329,13 @@ def test_conditioning_keeps_its_promises():
             "expected a conditioning of ClassLabels, got TextFeatures",
         ),
         (lambda: MMDiT(**{**TINY, "context_tokens": 0}), "context_tokens of at least 1"),
+        (lambda: MMDiT(**{**TINY, "time_scale": 0.0}), "time_scale that is positive, got 0.0"),
+        (lambda: MMDiT(**{**TINY, "position_step": math.inf}), "other than 0, got 0.0 and inf"),
+        (lambda: MMDiT(**{**TINY, "position_step": 0.0}), "other than 0, got 0.0 and 0.0"),
+        (
+            lambda: MMDiT(**{**TINY, "position_start": math.nan}),
+            "finite position_start .*, got nan and 1",
+        ),
         (lambda: preset("SiT-REPA/2"), r"expected a model name \{.*\}-\{S,B,L,XL\}/"),
         (lambda: preset("MMDiT-XXL/2"), r"-\{S,B,L,XL,REPA\}/\{2,4,8\}, got 'MMDiT-XXL/2'"),
     ],
