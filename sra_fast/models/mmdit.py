@@ -2,6 +2,8 @@
 in joint attention (SD3, arXiv 2403.03206, Sec. 4), under SD3's parameter names.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -341,6 +343,8 @@ class TextBackbone(Backbone):
                 "expected context_size and context_tokens of at least 1 and pooled_size of at "
                 f"least 0, got {context_size}, {context_tokens} and {pooled_size}"
             )
+        if not 0 < time_scale < math.inf:
+            raise ValueError(f"time_scale must be a positive number, got {time_scale}")
         self.class_dropout_prob = class_dropout_prob
         self.context_size = context_size
         self.context_tokens = context_tokens

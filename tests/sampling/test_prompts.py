@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import logging
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -324,7 +325,7 @@ def test_the_encoder_of_the_training_data_is_found_or_asked_for(made):
     # features that say nothing of their encoder are compared by the empty prompt
     unknown = replace(facts, text={**facts.text, "encoders": None, "paths": None})
     assert choose_encoders([str(made / "clip")], unknown)
-    with pytest.raises(ValueError, match="other is not that of the training data .* differs by"):
+    with pytest.raises(ValueError, match="other are of another encoder .* prompt differs by"):
         choose_encoders([other], unknown)
 
 
@@ -332,7 +333,8 @@ def test_nothing_is_known_of_foreign_weights(made, caplog):
     with caplog.at_level(logging.WARNING, "sra_fast"):
         choose_encoders([str(made / "clip")], None)
     assert caplog.messages == [
-        "it is not known which text encoder the model was trained with: it may be another one"
+        f"it is not known whether the text features of {made}/clip are of the encoder that the "
+        "model was trained with"
     ]
     with pytest.raises(ValueError, match="need --text_encoders, the folder of the model's"):
         choose_encoders(None, None)
@@ -423,7 +425,7 @@ def test_what_does_not_fit_a_model_of_text_is_one_line(changed, message, made):
     assert "\n" not in str(error.value)
 
 
-def test_features_of_other_sizes_or_encoders_are_refused(made, monkeypatch):
+def test_features_of_other_sizes_or_encoders_are_refused(made, tmp_path, monkeypatch, caplog):
     loaded = load_model(str(made / "runs/000"))
     loaded.model.context_tokens = 77
     monkeypatch.setattr(script, "load_model", lambda *args: loaded)
@@ -437,6 +439,31 @@ def test_features_of_other_sizes_or_encoders_are_refused(made, monkeypatch):
     facts = replace(loaded.facts, text={**loaded.facts.text, "encoders": encoders})
     with pytest.raises(ValueError, match="data/text/clip .* another encoder than"):
         of_prompts.open_stored(str(made / "data"), facts)
+    # with another set of text features, by other projects' encoders: the empty prompt tells
+    unknown = replace(facts, text={**facts.text, "encoders": None})
+    assert of_prompts.open_stored(f"{made}/data/held_out:clip", unknown).name == "clip"
+    shutil.copytree(made / "data", tmp_path / "data")
+    done = call(
+        *(
+            "preprocess",
+            "--source",
+            made / "images",
+            "--out",
+            tmp_path / "data",
+            "--captions",
+            "txt",
+        ),
+        *("--text_encoders", made / "other", "--threads", 1),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    other = f"{tmp_path}/data:other"
+    with pytest.raises(ValueError, match="text/other are of another encoder .* prompt differs"):
+        of_prompts.open_stored(other, unknown)
+    with caplog.at_level(logging.WARNING, "sra_fast"):
+        of_prompts.open_stored(other, replace(unknown, path="/gone"))
+    assert "text/other are of the encoder that the model was trained with" in caplog.text
+    with pytest.raises(ValueError, match="clip, other: text must name one .*data:clip for"):
+        of_prompts.open_stored(str(tmp_path / "data"), None)
 
 
 def test_a_model_of_labels_has_no_use_for_prompts(tmp_path):
