@@ -23,7 +23,7 @@ from sra_fast.analysis.run_scores import ScoreOptions, score_run
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import make_parser, parse, parse_train
 from sra_fast.config.schema import DataConfig, SampleConfig
-from sra_fast.data.dataset import open_data
+from sra_fast.data.dataset import make_dataset, open_data
 from sra_fast.data.prompts import read_prompts
 from sra_fast.data.text_encoders import load_text_encoders
 from sra_fast.evaluation.held_out import HeldOutImages, HeldOutLoss, held_out_loss
@@ -35,6 +35,7 @@ from sra_fast.sampling import run as script
 from sra_fast.sampling.conditions import conditions_like, conditions_of, generate_for, spread
 from sra_fast.sampling.generate import generate
 from sra_fast.sampling.prompts import EncodedPrompts, choose_encoders
+from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import make_run_plan
 from sra_fast.training.run import run as whole_run
 from sra_fast.zero.process_group import init_distributed
@@ -239,6 +240,16 @@ def test_the_monitor_samples_captions_of_held_out_images(made):
         for path in (made / "expected.png", made / "runs/000/samples/step_00000008.png")
     ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_altered_captions_stop_a_run_before_its_first_step(made, tmp_path):
+    shutil.copytree(made / "data", tmp_path / "data")
+    with (tmp_path / "data/held_out/text/clip/captions.jsonl").open("a") as file:
+        file.write('"altered"')
+    cfg = parse_train([*TRAIN, "--data", str(tmp_path / "data")])[0]
+    data = make_dataset(cfg)
+    with pytest.raises(ValueError, match="captions.jsonl was altered or cannot be read"):
+        Monitor(cfg, torch.device("cpu"), tmp_path, data)
 
 
 def test_conditions_are_spread_or_drawn(made):
