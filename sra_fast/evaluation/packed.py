@@ -10,6 +10,7 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.packed import HELD_OUT_FOLDER
 from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.prompts import digest_of, read_prompts
+from sra_fast.utils.checks import require_that
 
 # what sample.py writes beside samples.npz; the prompts, a JSON string for each image, only for models
 # of text
@@ -57,10 +58,27 @@ def made_of(samples: str) -> dict:
     """``step`` and ``weights`` of the model that samples are of, as far as sample.py has written
     them: a model card shows only the scores of its own weights.
     """
-    path = Path(samples)
-    file = (path if path.is_dir() else path.parent) / ORIGIN
-    held = json.loads(file.read_text()) if file.exists() else {}
+    held = _origin_of(samples) or {}
     return {key: held.get(key) for key in ("step", "weights")}
+
+
+def _folder_of(samples: str) -> Path:
+    """Where sample.py has written: ``samples`` is that folder, or an ``.npz`` in it."""
+    path = Path(samples)
+    return path if path.is_dir() else path.parent
+
+
+def _origin_of(samples: str) -> dict | None:
+    """What sample.py has written of samples; None: nothing. ValueError if the file is damaged."""
+    file = _folder_of(samples) / ORIGIN
+    if not file.exists():
+        return None
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    require_that(isinstance(held, dict), f"{file} must hold an object, it holds something else")
+    return held
 
 
 def prompts_of(samples: str, given: str | None, count: int) -> list[str]:
@@ -74,8 +92,7 @@ def prompts_of(samples: str, given: str | None, count: int) -> list[str]:
     Raises:
         ValueError: there is no such file, it is of other samples, or has more or fewer prompts.
     """
-    path = Path(samples)
-    folder = path if path.is_dir() else path.parent
+    folder = _folder_of(samples)
     file = folder / PROMPTS if given is None else Path(given)
     if not file.is_file():
         what = "prompts must be a file" if given else "give --prompts, a file"
@@ -86,11 +103,12 @@ def prompts_of(samples: str, given: str | None, count: int) -> list[str]:
             f"a prompt for each image was expected: {samples} has {count} images, {file} has "
             f"{len(prompts)} prompts"
         )
-    origin = folder / ORIGIN
-    if given is None and origin.exists():
-        expected = json.loads(origin.read_text()).get("prompts_sha256")
-        if expected not in (None, digest_of(prompts)):
-            raise ValueError(f"{file} has other prompts than those that {origin} tells of")
+    if given is None:
+        expected = (_origin_of(samples) or {}).get("prompts_sha256")
+        require_that(
+            expected in (None, digest_of(prompts)),
+            f"{file} has other prompts than those that {folder / ORIGIN} tells of",
+        )
     return prompts
 
 
@@ -106,11 +124,10 @@ def reference_of(samples: str | None) -> str:
     Raises:
         ValueError: it is not known what they are samples of, or those data are latents or gone.
     """
-    path = Path(samples or "")
-    file = (path if path.is_dir() else path.parent) / ORIGIN
-    if samples is None or not file.exists():
+    origin = None if samples is None else _origin_of(samples)
+    if origin is None:
         raise ValueError("give --reference: what the samples are compared with")
-    held = json.loads(file.read_text())["data"]
+    held = origin.get("data")
     facts = DataFacts.from_json(held) if held else None
     if facts is None:
         raise ValueError("give --reference: it is not known what the samples' model was trained on")

@@ -11,6 +11,7 @@ Both are cosines of an image's and its prompt's vectors, from a ``CLIPModel`` of
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,9 @@ def _check_preprocessor(file: Path, size: int) -> None:
     held = _read_json(file)
     for name in ("size", "crop_size"):
         sides = held.get(name, size)
-        sides = {*sides.values()} if isinstance(sides, dict) else {sides}
+        sides = [*sides.values()] if isinstance(sides, dict) else [sides]
         require_that(
-            sides == {size},
+            bool(sides) and all(side == size for side in sides),
             f"{file} must have {name} {size}, the side that the model sees, got {held.get(name)}",
         )
     resample = held.get("resample", BICUBIC)
@@ -190,15 +191,20 @@ def check_order(images: NpzImages | FolderImages | PackedImages) -> None:
     fault = "packed images"
     if files:
         fault = "several folders" if len({file.parent for file in files}) > 1 else None
-        names = [file.stem for file in files]
-        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        names = [file.name for file in files]
+        if names != sorted(names, key=_counted):
             # 10 comes before 9
-            fault = fault or "numbers of different lengths"
+            fault = fault or "numbers of different lengths in their names"
     require_that(
         fault is None,
         "images of prompts must be those of an .npz, or files of one folder whose names sort in the "
         f"order of the prompts (000.png, 001.png, ..); {images.path} has {fault}",
     )
+
+
+def _counted(name: str) -> list[str | int]:
+    """A key that sorts names by the numbers in them: texts and numbers in turn."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def cosines_of(

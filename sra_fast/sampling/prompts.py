@@ -1,5 +1,6 @@
 """Prompts of a user as what images are sampled for: checked against the model and encoded."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,15 +170,38 @@ def open_stored(where: str, trained: DataFacts | None) -> StoredText:
         Path(path).is_dir(),
         f"text must be FOLDER or FOLDER:NAME of packed data with text features, there is no {path}",
     )
-    known = (trained.text if trained else None) or {}
-    if name is None and known.get("name") in text_names(Path(path)):
-        name = known["name"]
+    if name is None:
+        name = _name_in(Path(path), _known(trained).get("name"))
+    found = _stored(path, name)
+    _check_trained(str(found.root), found.facts["encoders"], lambda: found.empty, trained)
+    return found
+
+
+def _name_in(path: Path, known: str | None) -> str | None:
+    """The name of the text features of a data set that a user means who gives none: that of the
+    training data's, if the set has it; else None, the only ones there are.
+    """
+    names = text_names(path)
+    if known in names:
+        return known
+    require_that(
+        len(names) < 2,
+        f"{path} has the text features {', '.join(names)}: text must name one of them, "
+        f"{path}:{''.join(names[:1])} for example",
+    )
+    return None
+
+
+def _stored(path: str, name: str | None) -> StoredText:
     data = open_data(DataConfig(path=path))
     data.open_text(name)
     assert data.text is not None, "opened"
-    ours = data.text.facts["encoders"]
-    _check_encoders(str(data.text.root), ours, known)
     return data.text
+
+
+def _known(trained: DataFacts | None) -> dict:
+    """What is known of the text features that a model was trained with."""
+    return (trained.text if trained else None) or {}
 
 
 def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextEncoders:
@@ -187,7 +211,7 @@ def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextE
         ValueError: none are known or there, they cannot be loaded, or they are others than those
             of the training data.
     """
-    known = (trained.text if trained else None) or {}
+    known = _known(trained)
     encoders = known.get("encoders")
     paths = given
     if paths is None:
@@ -199,10 +223,8 @@ def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextE
                 "several"
             )
     found = load_text_encoders(paths, _tokens_of(encoders))
-    if encoders is None:
-        _check_empty(found, trained)
-    else:
-        _check_encoders(" ".join(found.paths), found.identity, known)
+    empty = lambda: found.encode(found.tokenize([""])[0])
+    _check_trained(" ".join(found.paths), found.identity, empty, trained)
     return found
 
 
@@ -214,14 +236,30 @@ def _tokens_of(encoders: list[dict] | None) -> int | None:
     return (of_t5 or [encoder["tokens"] for encoder in encoders])[0]
 
 
-def _check_encoders(place: str, found: list[dict] | None, trained: dict) -> None:
-    """ValueError for other encoders than those of the training data, where both are known."""
-    expected = trained.get("encoders")
+def _check_trained(
+    place: str,
+    found: list[dict] | None,
+    empty: Callable[[], TextFeatures],
+    trained: DataFacts | None,
+) -> None:
+    """ValueError for text features of other encoders than those of the training data. Where one of
+    the two does not say which encoders it is from, the features of the empty prompt are compared; a
+    warning says if they are not there either.
+
+    Args:
+        place: of the features, or of what makes them.
+        found: their encoders, if they are known.
+        empty: gives those of the empty prompt, one entry.
+        trained: facts about the data that the model was trained on, if they are known.
+    """
+    known = _known(trained)
+    expected = known.get("encoders")
     if found is None or expected is None:
+        _check_empty(place, empty(), trained)
         return
     hashes = [[encoder["sha256"] for encoder in held] for held in (found, expected)]
     if hashes[0] != hashes[1]:
-        paths = " ".join(trained.get("paths") or [trained.get("name", "not known")])
+        paths = " ".join(known.get("paths") or [known.get("name", "not known")])
         raise ValueError(
             f"the text features of {place} ({_names(found)}) are of another encoder than those of "
             f"the training data, {paths} ({_names(expected)})"
@@ -232,24 +270,26 @@ def _names(encoders: list[dict]) -> str:
     return ", ".join(f"{encoder['class']} {encoder['sha256'][:8]}" for encoder in encoders)
 
 
-def _check_empty(encoders: TextEncoders, trained: DataFacts | None) -> None:
-    """Where nothing says which encoder made the training data's features: compare what they have
-    of the empty prompt, if they are there. ValueError if that is another; a warning if they are not
-    there.
-    """
-    known = (trained.text if trained else None) or {}
-    if not known or not Path(trained.path or "").is_dir() or trained.path is None:
-        warn("it is not known which text encoder the model was trained with: it may be another one")
+def _check_empty(place: str, empty: TextFeatures, trained: DataFacts | None) -> None:
+    """See ``_check_trained``."""
+    known = _known(trained)
+    path = trained.path if trained else None
+    if path is None or known.get("name") not in text_names(Path(path)):
+        warn(
+            "it is not known whether the text features of %s are of the encoder that the model was "
+            "trained with",
+            place,
+        )
         return
-    stored = open_stored(f"{trained.path}:{known['name']}", None)
+    stored = _stored(path, known["name"])
     expected = stored.empty.tokens.float()
-    found = encoders.encode(encoders.tokenize([""])[0]).tokens.cpu()
+    found = empty.tokens.cpu().float()
     fits = found.shape == expected.shape
     off = float((found - expected).norm() / expected.norm()) if fits else float("inf")
     require_that(
         off <= NEAR,
-        f"the text encoder {' '.join(encoders.paths)} is not that of the training data {stored.root}: "
-        f"the empty prompt differs by {off:.3g} of its length",
+        f"the text features of {place} are of another encoder than those of the training data "
+        f"{stored.root}: the empty prompt differs by {off:.3g} of its length",
     )
 
 

@@ -62,6 +62,13 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
         model = cfg.model.build()
         theirs = from_config(initial["config"], source) if "config" in initial else None
     args = initial.get("args")
+    states = {key: initial[key] for key in ("model", "ema") if key in initial}
+    # what kind of weights they are, before their details
+    for state in states.values():
+        if theirs is None:
+            refuse_reversed_time(state, args, source)
+            refuse_unknown_times(state, args, source)
+        _check_conditioning(source, model, state)
     _check_heads(source, model, theirs, args)
     _check_times(source, model, theirs or args)
     reasons = _other_classes(model, theirs or args)
@@ -71,12 +78,7 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
         reasons = reasons or _other_names(facts, their_facts)
         reasons |= _other_encoder(model, facts, their_facts)
     fresh: dict[str, str] = {}
-    for key in {"model", "ema"} & set(initial):
-        state = initial[key]
-        if theirs is None:
-            refuse_reversed_time(state, args, source)
-            refuse_unknown_times(state, args, source)
-        _check_conditioning(source, model, state)
+    for key, state in states.items():
         _check_process(source, model, _process_of(theirs, args), state)
         _check_positions(source, model, state)
         missing = reasons | _not_fitting(source, model, state)

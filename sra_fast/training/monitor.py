@@ -67,6 +67,8 @@ class Monitor:
             # of all images: an image does not depend on the rank that makes it
             settings = (cfg.sample.labels, cfg.train.seed, cfg.model.num_classes)
             self.conditions = conditions_of(data, monitor.count, *settings)
+            # read before the first step: an altered file must not stop a run in its middle
+            self.captions = self.conditions.captions(monitor.grid)
         # the seed is not the run's: runs of all seeds are measured on the same images and noise
         self.held_out: HeldOutImages | None = None
         if monitor.held_out:
@@ -133,8 +135,7 @@ class Monitor:
             file = self.picture(step)
             file.parent.mkdir(exist_ok=True)
             scale = 4 if shown.shape[1] < 32 else 1
-            captions = self.conditions.captions(len(shown))
-            report.save_grid(file, shown, columns=10, scale=scale, captions=captions)
+            report.save_grid(file, shown, columns=10, scale=scale, captions=self.captions)
             append_row(self.folder / SAMPLES, {"step": step, **scores})
         return scores
 

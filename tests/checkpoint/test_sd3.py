@@ -117,6 +117,12 @@ def test_a_file_of_sd3(tmp_path):
             dict(input_size=8),
             "second attention, as SD3.5-medium has, .* expected no joint_blocks.0.x_block.attn2",
         ),
+        (
+            {},
+            dict(input_size=8, time_scale=float("nan")),
+            "time_scale must be a positive number, got nan",
+        ),
+        ({}, dict(input_size=8, time_scale=0.0), "time_scale must be a positive number, got 0.0"),
         ({"pos_embed": torch.zeros(1, 144, 16)}, dict(input_size=8), "position embedding"),
         (
             {"joint_blocks.0.context_block.attn.ln_q.weight": torch.zeros(3)},

@@ -226,8 +226,17 @@ def test_other_networks_are_refused(tmp_path, sizes, message):
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_may_be_sd3_are_converted_first(tmp_path):
+    """Whatever the run multiplies its times by."""
+    torch.save({"ema": network().state_dict()}, tmp_path / "w.pt")
+    for time_scale in (1.0, 1000.0):
+        with pytest.raises(ValueError, match="looks like SD3 .* import-weights --from"):
+            read_initial(config(network(time_scale=time_scale), tmp_path / "w.pt"))
+
+
 def test_labels_and_captions_are_two_networks(tmp_path):
-    labels = exported(tmp_path / "labels.safetensors", foreign.network())
+    # the number of heads is another one too, and matters less
+    labels = exported(tmp_path / "labels.safetensors", foreign.network(num_heads=4))
     captions = exported(tmp_path / "captions.safetensors", network())
     with pytest.raises(
         ValueError, match=r"holds a network of labels, the model \(MMDiT\) takes text"

@@ -158,6 +158,7 @@ def test_the_identity_is_that_of_the_model(made, tmp_path):
     [
         ({"size": {"shortest_edge": 224}}, "must have size 12, the side that the model sees"),
         ({"crop_size": {"height": 12, "width": 10}}, "must have crop_size 12"),
+        ({"size": [12]}, r"must have size 12, the side that the model sees, got \[12\]"),
         ({"resample": 2}, r"must have resample 3 \(bicubic\), got 2"),
         ({"image_mean": None}, "must hold image_mean and image_std"),
     ],
@@ -181,9 +182,12 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
     for name in ("a", "b"):
         (classes / name).mkdir(parents=True)
         Image.fromarray(images()[0]).save(classes / name / "0.png")
-    (tmp_path / "unpadded").mkdir()
-    for name in (2, 10):
-        Image.fromarray(images()[0]).save(tmp_path / f"unpadded/{name}.png")
+    damaged = write_samples(tmp_path / "damaged", images())
+    (tmp_path / "damaged/samples.json").write_text("[]")
+    for folder, names in (("unpadded", ("2", "10")), ("named", ("image_2", "image_10"))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.fromarray(images()[0]).save(tmp_path / f"{folder}/{name}.png")
     clip = {"clip_score": str(made / "clip")}
     cases = [
         ({"samples": few, **clip}, "5 images, .*few/prompts.jsonl has 7 prompts"),
@@ -195,6 +199,11 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
             {"samples": str(tmp_path / "unpadded"), "prompts": "x", **clip},
             "has numbers of different",
         ),
+        (
+            {"samples": str(tmp_path / "named"), "prompts": "x", **clip},
+            "has numbers of different",
+        ),
+        ({"samples": damaged, **clip}, "samples.json must hold an object"),
         ({"samples": samples, "clip_score": str(made / "encoder")}, "its model_type is clip_text"),
         ({"samples": samples, "clip_score": "nowhere"}, "a CLIP model needs nowhere/config.json"),
         (clip, "expected samples to score"),

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import logging
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -22,7 +23,7 @@ from sra_fast.analysis.run_scores import ScoreOptions, score_run
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import make_parser, parse, parse_train
 from sra_fast.config.schema import DataConfig, SampleConfig
-from sra_fast.data.dataset import open_data
+from sra_fast.data.dataset import make_dataset, open_data
 from sra_fast.data.prompts import read_prompts
 from sra_fast.data.text_encoders import load_text_encoders
 from sra_fast.evaluation.held_out import HeldOutImages, HeldOutLoss, held_out_loss
@@ -34,6 +35,7 @@ from sra_fast.sampling import run as script
 from sra_fast.sampling.conditions import conditions_like, conditions_of, generate_for, spread
 from sra_fast.sampling.generate import generate
 from sra_fast.sampling.prompts import EncodedPrompts, choose_encoders
+from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import make_run_plan
 from sra_fast.training.run import run as whole_run
 from sra_fast.zero.process_group import init_distributed
@@ -240,6 +242,16 @@ def test_the_monitor_samples_captions_of_held_out_images(made):
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_altered_captions_stop_a_run_before_its_first_step(made, tmp_path):
+    shutil.copytree(made / "data", tmp_path / "data")
+    with (tmp_path / "data/held_out/text/clip/captions.jsonl").open("a") as file:
+        file.write('"altered"')
+    cfg = parse_train([*TRAIN, "--data", str(tmp_path / "data")])[0]
+    data = make_dataset(cfg)
+    with pytest.raises(ValueError, match="captions.jsonl was altered or cannot be read"):
+        Monitor(cfg, torch.device("cpu"), tmp_path, data)
+
+
 def test_conditions_are_spread_or_drawn(made):
     data = open_data(DataConfig(path=str(made / "data")))
     data.open_text()
@@ -324,7 +336,7 @@ def test_the_encoder_of_the_training_data_is_found_or_asked_for(made):
     # features that say nothing of their encoder are compared by the empty prompt
     unknown = replace(facts, text={**facts.text, "encoders": None, "paths": None})
     assert choose_encoders([str(made / "clip")], unknown)
-    with pytest.raises(ValueError, match="other is not that of the training data .* differs by"):
+    with pytest.raises(ValueError, match="other are of another encoder .* prompt differs by"):
         choose_encoders([other], unknown)
 
 
@@ -332,7 +344,8 @@ def test_nothing_is_known_of_foreign_weights(made, caplog):
     with caplog.at_level(logging.WARNING, "sra_fast"):
         choose_encoders([str(made / "clip")], None)
     assert caplog.messages == [
-        "it is not known which text encoder the model was trained with: it may be another one"
+        f"it is not known whether the text features of {made}/clip are of the encoder that the "
+        "model was trained with"
     ]
     with pytest.raises(ValueError, match="need --text_encoders, the folder of the model's"):
         choose_encoders(None, None)
@@ -423,7 +436,7 @@ def test_what_does_not_fit_a_model_of_text_is_one_line(changed, message, made):
     assert "\n" not in str(error.value)
 
 
-def test_features_of_other_sizes_or_encoders_are_refused(made, monkeypatch):
+def test_features_of_other_sizes_or_encoders_are_refused(made, tmp_path, monkeypatch, caplog):
     loaded = load_model(str(made / "runs/000"))
     loaded.model.context_tokens = 77
     monkeypatch.setattr(script, "load_model", lambda *args: loaded)
@@ -437,6 +450,31 @@ def test_features_of_other_sizes_or_encoders_are_refused(made, monkeypatch):
     facts = replace(loaded.facts, text={**loaded.facts.text, "encoders": encoders})
     with pytest.raises(ValueError, match="data/text/clip .* another encoder than"):
         of_prompts.open_stored(str(made / "data"), facts)
+    # with another set of text features, by other projects' encoders: the empty prompt tells
+    unknown = replace(facts, text={**facts.text, "encoders": None})
+    assert of_prompts.open_stored(f"{made}/data/held_out:clip", unknown).name == "clip"
+    shutil.copytree(made / "data", tmp_path / "data")
+    done = call(
+        *(
+            "preprocess",
+            "--source",
+            made / "images",
+            "--out",
+            tmp_path / "data",
+            "--captions",
+            "txt",
+        ),
+        *("--text_encoders", made / "other", "--threads", 1),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    other = f"{tmp_path}/data:other"
+    with pytest.raises(ValueError, match="text/other are of another encoder .* prompt differs"):
+        of_prompts.open_stored(other, unknown)
+    with caplog.at_level(logging.WARNING, "sra_fast"):
+        of_prompts.open_stored(other, replace(unknown, path="/gone"))
+    assert "text/other are of the encoder that the model was trained with" in caplog.text
+    with pytest.raises(ValueError, match="clip, other: text must name one .*data:clip for"):
+        of_prompts.open_stored(str(tmp_path / "data"), None)
 
 
 def test_a_model_of_labels_has_no_use_for_prompts(tmp_path):
