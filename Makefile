@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo photos fashion lint test-fast test codegen bugs chaos docs
+.PHONY: demo photos captions fashion lint test-fast test codegen bugs chaos docs
 
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
@@ -17,6 +17,21 @@ photos: $(INSTALLED)
 	$(BIN)/python sra_fast/sample.py --checkpoint $$run --out data/photos/samples --count 200 --sample.method euler --sample.steps 25 --cfg-scale 1.5 && \
 	$(BIN)/python sra_fast/evaluate.py --samples data/photos/samples --features pixels --out data/photos/scores.json && \
 	$(BIN)/python sra_fast/probe.py --checkpoint $$run --times '[0.1, 0.5]' --out data/photos/probe
+
+# from captions in words to samples of prompts: the commands of docs/text_to_image.md. One thread: the
+# networks are so small that a second one gains little, and waits long if something else runs as well
+captions: export OMP_NUM_THREADS = 1
+captions: $(INSTALLED)
+	@$(BIN)/python examples/captions.py make data/captions
+	@$(BIN)/python sra_fast/preprocess.py --source data/captions/images --out data/captions/pixels --pixels true --channels 1 --resolution 8 \
+	--captions txt --text-encoders data/captions/text_encoder
+	@$(BIN)/python sra_fast/train.py --config configs/captions.yaml
+	@run=$$(ls -td runs/captions/*/ | head -n 1) && \
+	$(BIN)/python sra_fast/sample.py --checkpoint $$run --prompts data/captions/prompts/seen.txt --out $${run}seen --count 220 --grid 110 --scale 12 \
+	--sample.method euler --sample.steps 25 --cfg-scale 2 && \
+	$(BIN)/python sra_fast/sample.py --checkpoint $$run --prompts data/captions/prompts/held_out.txt --out $${run}held_out --count 200 --grid 50 --scale 12 \
+	--sample.method euler --sample.steps 25 --cfg-scale 2 && \
+	$(BIN)/python examples/captions.py score $$run
 
 # Fashion-MNIST (Debian's package dataset-fashion-mnist) as pixels, at its own size and at 16 px
 FASHION ?= /usr/share/datasets/fashion-mnist
@@ -59,5 +74,5 @@ docs: $(INSTALLED)
 # runs again only when the requirements change
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae,features,hub,photos,docs,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,eval,plots,test,vae,features,text,hub,photos,docs,dev]"
 	touch $@
