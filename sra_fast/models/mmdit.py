@@ -345,7 +345,7 @@ class TextBackbone(Backbone):
             )
         # with 0 all times, or all patches, would be the same
         if not 0 < time_scale < math.inf:
-            raise ValueError(f"expected a time_scale that is positive, got {time_scale}")
+            raise ValueError(f"time_scale must be a positive number, got {time_scale}")
         if (
             not math.isfinite(position_start)
             or not math.isfinite(position_step)
