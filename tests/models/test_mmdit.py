@@ -329,7 +329,10 @@ def test_conditioning_keeps_its_promises():
             "expected a conditioning of ClassLabels, got TextFeatures",
         ),
         (lambda: MMDiT(**{**TINY, "context_tokens": 0}), "context_tokens of at least 1"),
-        (lambda: MMDiT(**{**TINY, "time_scale": 0.0}), "time_scale must be a positive number, got 0.0"),
+        (
+            lambda: MMDiT(**{**TINY, "time_scale": 0.0}),
+            "time_scale must be a positive number, got 0.0",
+        ),
         (lambda: MMDiT(**{**TINY, "position_step": math.inf}), "other than 0, got 0.0 and inf"),
         (lambda: MMDiT(**{**TINY, "position_step": 0.0}), "other than 0, got 0.0 and 0.0"),
         (
