@@ -51,7 +51,7 @@ def checked(found: list, names: list[str], place: str) -> list[list[str]]:
     Raises:
         ValueError: an image has no caption, or one that is empty or no text.
     """
-    without = [name for name, captions in zip(names, found, strict=True) if not captions]
+    without = [name for name, held in zip(names, found, strict=True) if held in (None, [])]
     if without:
         raise ValueError(
             f"{place} has no caption for {len(without)} images, the first is {without[0]}"

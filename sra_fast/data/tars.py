@@ -213,4 +213,4 @@ class TarSource(ImageSource):
         except ValueError as error:
             raise ValueError(f"{where} must be in a readable .json: {error}") from None
         held = content if isinstance(content, dict) else {}
-        return as_captions(next((held[key] for key in CAPTIONS if key in held), None))
+        return as_captions(next((held[key] for key in CAPTIONS if held.get(key) is not None), None))

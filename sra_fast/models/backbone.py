@@ -341,6 +341,8 @@ class DiffusionTransformer(Backbone):
     """
 
     family: str
+    # what a teacher is built from
+    backbone: type[Backbone]
 
     def _make_output(self) -> None:
         """Called by a family when its backbone is complete."""

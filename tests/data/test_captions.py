@@ -165,8 +165,9 @@ def write_tar(root, images, how):
             if how == "txt":
                 write_member(archive, f"{key}.txt", "\n".join(texts).encode())
             else:
-                held = texts[0] if how == "text" else texts
-                write_member(archive, f"{key}.json", json.dumps({how: held}).encode())
+                # an entry may be there without a value
+                held = {"caption": None} | {how: texts[0] if how == "text" else texts}
+                write_member(archive, f"{key}.json", json.dumps(held).encode())
     return path, names
 
 
@@ -261,6 +262,7 @@ def test_images_without_captions_are_counted(images):
         ("empty", "images has 2 empty captions, the first is of b/2.jpg$"),
         ("half", "a caption of b/2.jpg is no valid Unicode text$"),
         ("number", r"expected a caption or a list of them for c/1.png, got '\[3\]'$"),
+        ("zero", r"expected a caption or a list of them for c/1.png, got '0'$"),
     ],
 )
 def test_lists_that_cannot_be_are_one_line(made, tmp_path, content, message):
@@ -270,6 +272,8 @@ def test_lists_that_cannot_be_are_one_line(made, tmp_path, content, message):
         content = {name: ["x"] for name in names} | {"b/2.jpg": ["", "y", " "]}
     elif content == "half":
         content = {name: "x" for name in names} | {"b/2.jpg": "\ud83d"}
+    elif content == "zero":
+        content = {name: "x" for name in names} | {"c/1.png": 0}
     elif content == "number":
         content = {name: "x" for name in names} | {"c/1.png": [3]}
     if content is not None:
