@@ -212,7 +212,6 @@ def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextE
             of the training data.
     """
     known = _known(trained)
-    encoders = known.get("encoders")
     paths = given
     if paths is None:
         paths = known.get("paths")
@@ -222,16 +221,18 @@ def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextE
                 f"prompts need --text_encoders, the folder of the model's text encoder{was}, or "
                 "several"
             )
-    found = load_text_encoders(paths, _tokens_of(encoders))
+    found = load_text_encoders(paths, _tokens_of(known, paths))
     empty = lambda: found.encode(found.tokenize([""])[0])
     _check_trained(" ".join(found.paths), found.identity, empty, trained)
     return found
 
 
-def _tokens_of(encoders: list[dict] | None) -> int | None:
+def _tokens_of(trained: dict, paths: list[str]) -> int | None:
     """What ``load_text_encoders`` takes as ``tokens``, to have as many as the training data."""
+    encoders = trained.get("encoders")
     if not encoders:
-        return None
+        # of several encoders it is not known which has how many
+        return trained.get("tokens") if len(paths) == 1 else None
     of_t5 = [encoder["tokens"] for encoder in encoders if encoder["class"].startswith("T5")]
     return (of_t5 or [encoder["tokens"] for encoder in encoders])[0]
 
@@ -284,8 +285,12 @@ def _check_empty(place: str, empty: TextFeatures, trained: DataFacts | None) -> 
     stored = _stored(path, known["name"])
     expected = stored.empty.tokens.float()
     found = empty.tokens.cpu().float()
-    fits = found.shape == expected.shape
-    off = float((found - expected).norm() / expected.norm()) if fits else float("inf")
+    require_that(
+        found.shape == expected.shape,
+        f"expected text features {[*expected.shape[1:]]} as those of the training data "
+        f"{stored.root}, those of {place} are {[*found.shape[1:]]}",
+    )
+    off = float((found - expected).norm() / expected.norm())
     require_that(
         off <= NEAR,
         f"the text features of {place} are of another encoder than those of the training data "

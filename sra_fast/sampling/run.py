@@ -373,10 +373,12 @@ def run(job: SamplingJob) -> dict | None:
         **conditions.facts,
         **job.made_of,
     }
+    npz = out / "samples.npz"
+    # images of before go first: they would be scored with the prompts of these, which may take long
+    npz.unlink(missing_ok=True)
     write_json(out / ORIGIN, origin)
     _write_prompts(out / PROMPTS, conditions.prompts)
     # the first process joins the parts of all
-    npz = out / "samples.npz"
     shown = join_parts(parts, count, conditions.numbers.numpy(), npz, options.grid)
     columns = min(options.columns, len(shown))
     captions = conditions.captions(len(shown))

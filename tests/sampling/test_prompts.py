@@ -193,8 +193,11 @@ def test_unfinished_samples_of_other_prompts_are_refused(made, tmp_path, one_pro
     monkeypatch.setattr(parts_of, "PART", 2)
     out = tmp_path / "out"
     monkeypatch.setattr(script, "join_parts", lambda *args: exit("killed"))
+    out.mkdir()
+    (out / "samples.npz").write_bytes(b"images of other prompts")
     with pytest.raises(SystemExit):
         script.run(script.load_job(options(made, out)))
+    assert (out / "prompts.jsonl").exists() and not (out / "samples.npz").exists()
     assert len([*out.glob("parts/*.npy")]) == 2
     monkeypatch.setattr(script, "join_parts", parts_of.join_parts)
     with pytest.raises(ValueError, match="unfinished samples with prompts_sha256 "):
@@ -338,6 +341,10 @@ def test_the_encoder_of_the_training_data_is_found_or_asked_for(made):
     assert choose_encoders([str(made / "clip")], unknown)
     with pytest.raises(ValueError, match="other are of another encoder .* prompt differs by"):
         choose_encoders([other], unknown)
+    # it sees as many tokens as the features have
+    fewer = replace(unknown, text={**unknown.text, "tokens": 12})
+    with pytest.raises(ValueError, match=r"features \[20, 16\] .*clip are \[12, 16\]"):
+        choose_encoders([str(made / "clip")], fewer)
 
 
 def test_nothing_is_known_of_foreign_weights(made, caplog):
