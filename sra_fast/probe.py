@@ -11,7 +11,9 @@ def main() -> None:
     from sra_fast.analysis.probing import Options, run
     from sra_fast.config.cli import make_parser, parse
 
-    parser = make_parser(Options, "Train linear probes on the frozen features of a SiT or DiT.")
+    parser = make_parser(
+        Options, "Train linear probes on the frozen features of a SiT, DiT or MMDiT."
+    )
     options, _ = parse(Options, parser)
     try:
         top = run(options)["best"]

@@ -14,7 +14,7 @@ def main() -> None:
     from sra_fast.sampling.run import Options, load_job, run
     from sra_fast.utils.launcher import read_launcher
 
-    parser = make_parser(Options, "Sample images from a SiT or DiT.")
+    parser = make_parser(Options, "Sample images from a SiT, DiT or MMDiT.")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options, _ = parse(Options, parser)
     try:

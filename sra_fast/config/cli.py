@@ -141,7 +141,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     args = in_full(Config, sys.argv[1:] if args is None else args)
     _chosen.update({section: _target_of(section, args) for section in SECTIONS})
     options = _with_targets(_chosen)
-    parser = make_parser(options, "Train SiT or DiT with SRA under DeepSpeed ZeRO.")
+    parser = make_parser(options, "Train SiT, DiT or MMDiT with SRA under DeepSpeed ZeRO.")
     # DeepSpeed's launchers append these
     parser.add_argument(
         "--deepspeed",
