@@ -18,8 +18,9 @@ photos: $(INSTALLED)
 	$(BIN)/python sra_fast/evaluate.py --samples data/photos/samples --features pixels --out data/photos/scores.json && \
 	$(BIN)/python sra_fast/probe.py --checkpoint $$run --times '[0.1, 0.5]' --out data/photos/probe
 
-# from captions in words to samples of prompts: the commands of docs/text_to_image.md. One thread: the
-# networks are so small that a second one gains little, and waits long if something else runs as well
+# from captions in words to samples of prompts: the commands of docs/text_to_image.md. One thread:
+# with two, on two cores that other programs used as well, a step of so small a network took more than
+# ten times as long
 captions: export OMP_NUM_THREADS = 1
 captions: $(INSTALLED)
 	@$(BIN)/python examples/captions.py make data/captions

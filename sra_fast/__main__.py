@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    "train": "train SiT or DiT with SRA",
+    "train": "train SiT, DiT or MMDiT with SRA",
     "sample": "sample images from a run, a checkpoint or an export",
     "evaluate": "FID, sFID, Inception score, precision and recall of samples",
     "held-out": "the denoising loss on images that no run trains on",

@@ -1,4 +1,4 @@
-"""Train SiT or DiT with SRA.
+"""Train SiT, DiT or MMDiT with SRA.
 
 deepspeed sra_fast/train.py --config configs/digits.yaml [--section.field VALUE ...]
 """

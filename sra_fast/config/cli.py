@@ -144,7 +144,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     _chosen.update({section: _target_of(section, args) for section in SECTIONS})
     options, parser = _train_parser(tuple(_chosen.items()), _registered(), sys.argv[0])
     cfg, parsed = parse(options, parser, args)
-    # `options` was made for this parser only: two of them never compare as equal
+    # `options` was made for this parser: two of them never compare as equal
     cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
     for section, name in _chosen.items():
         for file in _config_files(args):
