@@ -59,6 +59,7 @@ IMAGENET = ParseOnly("needs ImageNet's latents and a GPU for days")
 INCEPTION = ParseOnly("needs Inception's weights")
 CLIP = ParseOnly("needs published CLIP models; tests/evaluation/test_text_scores.py has small ones")
 PROMPTS = ParseOnly("needs a model of text; tests/sampling/test_prompts.py has a small one")
+EXAMPLE = ParseOnly("takes two minutes as a whole; tests/test_captions_example.py has its parts")
 COCO = ParseOnly("needs MS-COCO, and to train a GPU for days")
 CAPTIONS = ParseOnly("needs published text encoders; tests/data has small ones")
 FEATURES = ParseOnly(
@@ -78,6 +79,9 @@ CLASSES = {
     DEMO: Execute(TINY_RUN, makes=("runs/digits/000/ema.safetensors", "runs/digits/000/loss.png")),
     "deepspeed sra_fast/train.py --config configs/sit_xl2_256.yaml": IMAGENET,
     "deepspeed sra_fast/train.py --config configs/alignment/": IMAGENET,
+    "python examples/captions.py": EXAMPLE,
+    "python sra_fast/preprocess.py --source data/captions/images": EXAMPLE,
+    "python sra_fast/train.py --config configs/captions.yaml": EXAMPLE,
     "deepspeed sra_fast/train.py --config configs/mmdit_coco_256.yaml": COCO,
     "sra-fast preprocess --source coco256_features": COCO,
     "python sra_fast/preprocess.py --source coco/val2014": COCO,

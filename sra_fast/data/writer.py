@@ -20,6 +20,8 @@ from sra_fast.data.layouts import LAYOUTS, Part, Statistics, all_numbers
 from sra_fast.data.packed import RECIPE
 from sra_fast.utils.files import write_first, write_json
 
+# what names the folder of rows that lie beside a data set
+NAMED_BY = {"features": "features_name", "text": "text_name"}
 # batches read before they are needed, beyond one per thread
 AHEAD = 2
 
@@ -113,7 +115,7 @@ class PackingJob:
             if begun.get(key) != value:
                 raise ValueError(
                     f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: "
-                    "choose another out"
+                    f"choose another {NAMED_BY.get(self.layout.kind, 'out')}"
                 )
 
 
