@@ -182,8 +182,7 @@ def _train_parser(
     """The training options with those of the chosen targets, and their parser.
 
     Kept, because the descriptions of all options are read from their sources, which takes a tenth
-    of a second, and a study reads hundreds of configurations. ``registered`` and ``program`` are
-    what a parser depends on besides.
+    of a second. ``registered`` and ``program`` are what a parser depends on besides.
     """
     options = _with_targets(dict(chosen))
     parser = make_parser(options, "Train SiT, DiT or MMDiT with SRA under DeepSpeed ZeRO.")
