@@ -153,7 +153,8 @@ class Projections(nn.Module):
 
     def by_head(self, x: Tensor) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, H, d]``, a view."""
-        return x.unflatten(2, (self.num_heads, -1))
+        B, T, D = x.shape
+        return x.view(B, T, self.num_heads, D // self.num_heads)
 
 
 class Attention(Projections):
@@ -256,7 +257,8 @@ class StreamBlock(nn.Module):
         weight, bias = qkv.weight, qkv.bias
         if not queries:
             # the rows of keys and values
-            weight, bias = weight[x.shape[-1] :], bias[x.shape[-1] :]
+            width = x.shape[-1]
+            weight, bias = (rows.narrow(0, width, 2 * width) for rows in (weight, bias))
         x, found = ops.adaln_linear(
             x,
             shift,

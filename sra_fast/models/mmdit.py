@@ -56,7 +56,7 @@ class StreamAttention(Projections):
             q, k = ops.qk_norm_rope(queries[0], k, q_weight=weights[0], k_weight=weights[1])
             return q, k, v
         # the operator norms a pair: without queries, one of the keys stands in for them
-        k, _ = ops.qk_norm_rope(k, k[:, :1], q_weight=self.ln_k.weight)
+        k, _ = ops.qk_norm_rope(k, k.narrow(1, 0, 1), q_weight=self.ln_k.weight)
         return k, v
 
 

@@ -90,8 +90,8 @@ def _data_line(data: TrainingData) -> str:
     # the path says which of several data sets it is; digits come with scikit-learn
     source = f"{facts.name} of {facts.path}" if facts.path else facts.name
     told = _count(facts.num_classes, "class", "classes")
-    if data.text is not None:
-        told = f"captions of {data.text.tokens} x {data.text.width} ({data.text.name})"
+    if facts.text is not None:
+        told = f"captions of {facts.text['tokens']} x {facts.text['width']} ({facts.text['name']})"
     return f"{source}: {_count(len(data), 'image')}, {told}; {_input(facts)}"
 
 

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from golden import assert_matches, relative_error
 from test_models import flops, randomise
+from torch._subclasses import FakeTensorMode
 
+from sra_fast import ops
 from sra_fast.config.cli import parse_train
 from sra_fast.models import MMDiT, TextBackbone, TextFeatures, TokenGroups, create_model, preset
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import sincos_pos_embed, timestep_features
+from sra_fast.models.mmdit import JointBlock
 from sra_fast.training.flops import forward_flops
 from sra_fast.training.plan import fill_in
 
@@ -430,6 +433,38 @@ def test_compiled_blocks_are_the_eager_ones():
     compiled = gradients(prediction.square().mean() + found.after[2].square().mean(), model)
     for name, value in expected.items():
         assert relative_error(compiled[name], value) < 1e-5 or value.abs().max() < 1e-7, name
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_traces_whole_with_the_kernels_on_cuda_tensors(monkeypatch, last):
+    """As ``test_block.py`` traces a block of SiT: fake tensors stand for those of a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with torch.device("meta"):
+        block = JointBlock(64, 4, 4.0, qk_norm=True, context_output=not last).to(torch.bfloat16)
+    graphs = []
+    with FakeTensorMode(), torch.no_grad(), torch.device("cuda:0"):
+        for module in block.modules():
+            for name, p in module._parameters.items():
+                fake = torch.empty(p.shape, dtype=p.dtype)
+                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
+        x, context = (torch.empty(2, size, 64, dtype=torch.bfloat16) for size in (16, L))
+        c = torch.empty(2, 64, dtype=torch.bfloat16)
+        # queries are those of both streams, or of the image alone
+        queries = 16 if last else 16 + L
+        sizes = (2, queries, 4, 16, 16 + L, 4)
+        key = (x.device, x.dtype, *sizes, (False,) * 3, None, False)
+        monkeypatch.setitem(ops.attention.__globals__["_chosen"], key, "math")
+        keep_graph = lambda graph, example: graphs.append(graph) or graph.forward
+        traced = torch.compile(block, fullgraph=True, backend=keep_graph)
+        pending = lambda stream: (stream.clone(), c.clone(), None)
+        x_new, _, context_new, _ = traced(x, c, pending(x), context, c, pending(context), last=last)
+    assert x_new.device.type == "cuda" and (context_new is None) == last
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert len(graphs) == 1
+    # both half-blocks of the image, and of the text as far as it goes on
+    assert sum("gated_residual_adaln_fwd" in name for name in called) == (3 if last else 4)
+    assert sum("qk_norm_rope_fwd" in name for name in called) == 2
+    assert any("sdpa_kernel" in name for name in called), "the measured backend is in the graph"
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,6 @@
 """What a run says before its first step."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,16 @@ def test_a_resumed_run_on_latents_with_other_loggers(monkeypatch):
     # stage 0 keeps the EMA whole
     assert start_lines(trainer(cfg, 2, 0), Latents(), FOLDER)[1].endswith("on each process")
     assert "shift" not in start_lines(trainer(cfg), Latents(), FOLDER)[2]
+
+
+def test_captions_are_named():
+    class Captions(Latents):
+        def facts(self):
+            text = {"name": "clip", "tokens": 77, "width": 768}
+            return replace(super().facts(), text=text)
+
+    found = start_lines(trainer(config("--align", "none")), Captions(), FOLDER)
+    assert "1281167 images, captions of 77 x 768 (clip); latents" in found[2]
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,10 @@ def test_fp8_teacher_is_the_ema_rounded_on_every_rank(results, world, name):
         for key, value in teacher.items()
     )
     scaled = [key.removesuffix("_scale") for key in teacher if key.endswith("_scale")]
-    assert len(scaled) == 9 and len(teacher) == 7 + 3 * 10 + 9
+    # parameters outside of the blocks and in three of them; an MMDiT's third block has no output of
+    # the captions
+    counts = (16, 12 + 3 * 20 - 6) if "mmdit" in name else (9, 7 + 3 * 10)
+    assert (len(scaled), len(teacher) - len(scaled)) == counts
     for key in set(ema) & set(teacher):
         value = teacher[key]
         if key not in scaled:
