@@ -251,7 +251,9 @@ def test_interrupted_they_resume_bit_for_bit(made, tmp_path):
     assert tree(out) == tree(made / "data")
     # with another encoder it does not resume
     changed = options_for(made, out, text_encoders=[str(made / "other")], text_name="clip")
-    with pytest.raises(ValueError, match="text/clip was begun with encoders .*choose another text_name"):
+    with pytest.raises(
+        ValueError, match="text/clip was begun with encoders .*choose another text_name"
+    ):
         list(run_jobs(make_jobs(changed)))
     # nor with other captions
     shutil.copytree(made / "images", tmp_path / "images")
