@@ -129,7 +129,7 @@ PROMPTS = {"seen": seen_prompts, "held_out": held_out_prompts}
 
 
 def save_images(digits: Digits, captions: list[list[str]], folder: Path) -> None:
-    """A PNG for each digit, and a .txt with its captions beside it."""
+    """Write each digit as N.png and its captions as N.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     # 17 levels of grey become as many of the 256
     pixels = ((digits.images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()

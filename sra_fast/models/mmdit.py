@@ -90,7 +90,7 @@ class JointAttention(nn.Module):
         Args:
             image: queries, keys and values ``[B, T, H, d]``.
             text: the same ``[B, L, H, d]``, or keys and values only.
-            mask: ``[B, L]`` bool, tokens of the text that may be attended to; None: all.
+            mask: ``[B, L + T]`` bool, tokens of both that may be attended to; None: all.
             runs: ``[B, 1, T, L + T]`` bool, what each image token may attend to (see ``run_mask``);
                 the text then attends to itself, so that nothing passes through it. None:
                 everything.
@@ -100,7 +100,6 @@ class JointAttention(nn.Module):
         """
         q, k, v = image
         *text_q, text_k, text_v = text
-        B, T = q.shape[:2]
         length = text_k.shape[1]
         # the text comes first, as in SD3
         keys = torch.cat([text_k, k], dim=1)
@@ -108,16 +107,14 @@ class JointAttention(nn.Module):
         if runs is not None:
             text_out = None
             if text_q:
-                text_out = ops.attention(text_q[0], text_k, text_v, mask=mask).flatten(2)
+                readable = None if mask is None else mask.narrow(1, 0, length)
+                text_out = ops.attention(text_q[0], text_k, text_v, mask=readable).flatten(2)
             return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
-        readable = None
-        if mask is not None:
-            readable = torch.cat([mask, mask.new_ones(B, T)], dim=1)
         if not text_q:
-            return ops.attention(q, keys, values, mask=readable).flatten(2), None
+            return ops.attention(q, keys, values, mask=mask).flatten(2), None
         queries = torch.cat([text_q[0], q], dim=1)
-        out = ops.attention(queries, keys, values, mask=readable).flatten(2)
-        text_out, image_out = out.split([length, T], dim=1)
+        out = ops.attention(queries, keys, values, mask=mask).flatten(2)
+        text_out, image_out = out.split([length, q.shape[1]], dim=1)
         return image_out, text_out
 
 
@@ -250,7 +247,10 @@ class JointStream(Stream):
             self.runs = run_mask(self.how["group"], context.shape[1], mask)
         self.context: Tensor | None = context
         self.context_pending: Pending | None = None
-        self.mask = mask
+        # once for all blocks
+        self.mask = None
+        if mask is not None:
+            self.mask = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
         # a caption belongs to all groups of its image
         self.context_c = conditioning if groups is None else conditioning.mean(1)
 
