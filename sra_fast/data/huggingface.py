@@ -109,7 +109,7 @@ class HuggingFaceSource(ImageSource):
         self._set_labels(labels, num_classes or known, counted=bool(labelled))
 
     def _note_columns(self) -> None:
-        """A note about the columns that are not read, in the place of the last one."""
+        """Note which columns are not read; it replaces an earlier note of that."""
         others = [name for name in self.dataset.features if name not in self._taken]
         begin = "columns "
         self.notes = [note for note in self.notes if not note.startswith(begin)]

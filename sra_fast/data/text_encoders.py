@@ -25,7 +25,7 @@ from sra_fast.utils.files import require
 CONFIG = "config.json"
 # one of these is in the folder of every tokenizer
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
-# how diffusers names the folder of an encoder, whose tokenizer is in a folder beside it
+# in a diffusers pipeline, text_encoder_2 has its tokenizer in tokenizer_2
 ENCODER_FOLDER = "text_encoder"
 TOKENIZER_FOLDER = "tokenizer"
 # tokens of a prompt that T5 is given, if nothing else is asked for: Stable Diffusion 3's
@@ -195,8 +195,8 @@ def load_text_encoders(paths: list[str], tokens: int | None = None) -> TextEncod
 
     Nothing is downloaded, and no code of the folders runs. A folder holds CLIP (its text part,
     with or without the projection, or the whole model) or T5 (the encoder, or the whole model),
-    and its tokenizer; a folder ``text_encoder_2`` of diffusers has it beside it, in
-    ``tokenizer_2``.
+    and its tokenizer. For ``text_encoder_2`` of a diffusers pipeline the tokenizer is read from
+    ``tokenizer_2`` next to it.
 
     Args:
         paths: the folders.
