@@ -29,6 +29,17 @@ def lines_of(content: bytes, name: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be one that somebody has written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON can hold halves of characters, which no tokenizer takes
+        return False
+    # a file of UTF-16 that is read as UTF-8 has them
+    return "\0" not in text
+
+
 def read_all(read: Callable[[str], list[str] | None], names: Iterable[str]) -> list:
     """``read(name)`` of every name, in order, by several threads."""
     with ThreadPoolExecutor(READERS) as pool:
@@ -66,8 +77,7 @@ def checked(found: list, names: list[str], place: str) -> list[list[str]]:
             )
         # they would be the prompt that stands for no caption
         empty += [name for text in captions if not text.strip()]
-        # JSON can hold halves of characters, which no tokenizer takes
-        if any("\ud800" <= sign <= "\udfff" for text in captions for sign in text):
+        if not all(map(is_text, captions)):
             raise ValueError(f"{place}: a caption of {name} is no valid Unicode text")
     if empty:
         raise ValueError(f"{place} has {len(empty)} empty captions, the first is of {empty[0]}")
@@ -124,6 +134,9 @@ def _once(pairs: list[tuple], twice: str = "{} is there twice") -> dict:
 
 def _of_coco(content: dict) -> dict[str, list]:
     images = [(image["id"], image["file_name"]) for image in content["images"]]
+    odd = [name for _, name in images if not isinstance(name, str)]
+    if odd:
+        raise ValueError(f"a file_name must be a text, got {odd[0]!r}")
     names = _once(images, "two images have the id {}")
     listed: dict[str, list] = _once([(name, []) for _, name in images], "two images are named {}")
     for annotation in content["annotations"]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sra_fast.data.coco_features import in_order_of_names
 from sra_fast.data.features import FEATURES_FOLDER, check_name
 from sra_fast.data.options import FEATURE_OPTIONS, READ_AS, Options, default, refuse
 from sra_fast.data.packed import INDEX, LABELS, Shards, check_finished, read_index
@@ -73,9 +74,17 @@ def made_like(options: Options, folder: Path) -> Options:
 def check_same_images(source: ImageSource, folder: Path) -> None:
     """ValueError unless a finished data set was made of these images.
 
-    Names and labels are compared; of data that were made of no images, number and labels.
+    Names and labels are compared; of data that were made of no images, number and labels, and the
+    numbers in the names if they are MS-COCO's as U-ViT's scripts leave it.
     """
     index = read_index(folder)
+    if index.get("numbered"):
+        stems = [PurePosixPath(name).stem for name in source.names]
+        require_that(
+            stems == [*map(str, in_order_of_names(range(len(stems))))],
+            f"{folder} holds images that are known by their numbers: the images of {source.place} "
+            "must be named 0.png, 1.png, ...",
+        )
     complete = not index.get("report", {}).get("skipped")
     labels = torch.from_numpy(np.load(folder / LABELS))
     require_that(
@@ -88,12 +97,16 @@ def check_same_images(source: ImageSource, folder: Path) -> None:
     require_that(same, f"{folder} was made of other images than those of {source.place}")
 
 
-def belongs_to(folder: Path, labels: Tensor, what: str = "features") -> dict:
+def belongs_to(
+    folder: Path, labels: Tensor, missing: list[int] | None, what: str = "features"
+) -> dict:
     """What the index of features says of the data set in ``folder``, once both are there.
 
     Args:
         folder: of the data set.
         labels: of the features' images.
+        missing: numbers of the images of the source that could not be read; None: the source is the
+            data set itself.
         what: was made of them.
 
     Raises:
@@ -104,6 +117,12 @@ def belongs_to(folder: Path, labels: Tensor, what: str = "features") -> dict:
         torch.equal(labels, data.labels),
         f"{folder} holds {data.length} images, {what} were made of {len(labels)}, or of images of "
         "other classes: have the images changed?",
+    )
+    # an image that was broken may have been mended since, and another one of its class be broken
+    require_that(
+        missing is None or missing == data.index.get("missing", []),
+        f"{folder} was made without other images than {what}: have images that could not be read "
+        "changed?",
     )
     return {"data_sha256": data.fingerprint}
 

@@ -212,6 +212,9 @@ class PackedLayout(Layout):
             "labels": file_entry(self.out, LABELS),
             "shards": [record["shard"] for record in records],
         }
+        # numbers in the source: of what else is made of these images, the same must be missing
+        if missing := [number for record in records for number in record["missing"]]:
+            index["missing"] = missing
         write_json(self.out / INDEX, index)
 
 

@@ -5,6 +5,7 @@ one layout of moments to another.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -288,12 +289,22 @@ def _feature_jobs(
         read = _read_as(options, part) if from_files else {"num_classes": part.num_classes}
         conversion = (extract, {**recipe, **read}, extra)
         job = _make_job(options, part, conversion, features_folder(options, folder))
-        labels = job.layout.labels
-        job.at_end = lambda numbers, folder=folder, labels=labels: belongs_to(
-            folder, labels[numbers]
-        )
+        job.at_end = partial(_end_of_features, job.layout.labels, from_files, folder)
         jobs.append(job)
     return jobs
+
+
+def _end_of_features(labels: Tensor, from_files: bool, folder: Path, numbers: list[int]) -> dict:
+    """The ``at_end`` of features of the data set in ``folder``.
+
+    Args:
+        labels: of all images of the source.
+        from_files: it is no data set.
+        folder: of the data set.
+        numbers: of the images that have features.
+    """
+    missing = sorted({*range(len(labels))} - {*numbers}) if from_files else None
+    return belongs_to(folder, labels[numbers], missing)
 
 
 def _text_jobs(
@@ -361,7 +372,8 @@ def _coco_jobs(options: Options) -> list[PackingJob]:
             "vae": None,
             "dtype": options.dtype,
         }
-        conversion = (_as_they_are, recipe, {"vae_path": None, "classes": None})
+        extra = {"vae_path": None, "classes": None, "numbered": True}
+        conversion = (_as_they_are, recipe, extra)
         jobs.append(_make_job(options, moments, conversion, folder))
     if options.features:
         images = [(_coco_images(options, part, 8 * side), folder) for part, folder in parts]

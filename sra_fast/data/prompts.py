@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sra_fast.data.captions import is_text
 from sra_fast.utils.checks import require_that
 
 # files of prompts; others have a prompt in each line too, but must be there
@@ -27,23 +28,23 @@ def read_prompts(given: list[str]) -> list[str]:
         return _checked(_read_file(Path(given[0])))
     for text in given:
         require_that(bool(text.strip()), "prompts must not be empty, got an empty argument")
-        # a file that is missing must not become a picture of its name
-        is_file = text.lower().endswith(SUFFIXES) or _is_there(text)
+        fault = None
+        if _is_there(text):
+            fault = "a file or folder has this name (as a prompt it can be a line of a file)"
+        elif text.lower().endswith(SUFFIXES):
+            # a file that is missing must not become a picture of its name
+            fault = "there is no such file"
         require_that(
-            not is_file,
-            f"prompts must be the name of one file, or prompts, got {text}: "
-            + ("there is no such file" if len(given) == 1 else f"one of {len(given)} arguments"),
+            fault is None,
+            f"prompts must be the name of one file, or prompts, got {text}: {fault}",
         )
     return _checked(list(given))
 
 
 def _checked(prompts: list[str]) -> list[str]:
-    """The prompts; ValueError for halves of characters, which JSON can hold and no tokenizer takes."""
+    """The prompts; ValueError for one that is no text."""
     for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"prompts must be valid Unicode text, got {prompt!a}") from None
+        require_that(is_text(prompt), f"prompts must be valid Unicode text, got {prompt!a}")
     return prompts
 
 

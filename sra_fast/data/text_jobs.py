@@ -216,7 +216,10 @@ def end_of_text(
     def at_end(numbers: list[int]) -> dict:
         images = source.labels[numbers].unique()
         labels = source.image_labels[images].repeat_interleave(source.copies)
-        said = belongs_to(data, labels, "captions")
+        skipped = sorted({*range(source.num_classes)} - {*images.tolist()})
+        # those of the data set count mirror images
+        missing = [image * source.copies + k for image in skipped for k in range(source.copies)]
+        said = belongs_to(data, labels, missing, "captions")
         if not _is_complete(out):
             # on another device it would differ a little from the one that runs have seen
             write_atomic(out / NULL, lambda p: save_npy(p, _stored(null(), recipe["dtype"])))

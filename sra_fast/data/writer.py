@@ -201,7 +201,9 @@ def _run_job(job: PackingJob) -> Finished | None:
         report.add(Report.from_json(record["report"]))
     numbers = all_numbers(records)
     if not numbers:
-        raise ValueError(f"no image could be read, the first is {report.skipped[0]}")
+        # captions do not say why
+        first = f", the first is {report.skipped[0]}" if report.skipped else ""
+        raise ValueError(f"no image could be read{first}")
     statistics = Statistics.combine([record["statistics"] for record in records])
     summary = {**job.extra, **job.at_end(numbers)}
     job.layout.finish(records, {**summary, "channels": statistics, "report": report.as_json()})

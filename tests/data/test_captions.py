@@ -257,10 +257,12 @@ def test_images_without_captions_are_counted(images):
             },
             "two images have the id 1",
         ),
+        ({"images": [{"id": 1, "file_name": None}], "annotations": []}, "must be a text, got None"),
         ('{"a/0.jpg": "lost", "a/0.jpg": "kept"}', "a/0.jpg is there twice"),
         ({"a/0.jpg": []}, "images has no caption for 12 images, the first is a/0.jpg$"),
         ("empty", "images has 2 empty captions, the first is of b/2.jpg$"),
         ("half", "a caption of b/2.jpg is no valid Unicode text$"),
+        ("utf-16", "a caption of b/2.jpg is no valid Unicode text$"),
         ("number", r"expected a caption or a list of them for c/1.png, got '\[3\]'$"),
         ("zero", r"expected a caption or a list of them for c/1.png, got '0'$"),
     ],
@@ -272,6 +274,8 @@ def test_lists_that_cannot_be_are_one_line(made, tmp_path, content, message):
         content = {name: ["x"] for name in names} | {"b/2.jpg": ["", "y", " "]}
     elif content == "half":
         content = {name: "x" for name in names} | {"b/2.jpg": "\ud83d"}
+    elif content == "utf-16":
+        content = {name: "x" for name in names} | {"b/2.jpg": "a\0 \0c\0a\0t\0"}
     elif content == "zero":
         content = {name: "x" for name in names} | {"c/1.png": 0}
     elif content == "number":

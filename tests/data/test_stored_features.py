@@ -264,6 +264,10 @@ def test_images_that_were_skipped_have_no_features(made, tmp_path):
     assert "out holds 11 images, features were made of 12" in error_of(done)
     with pytest.raises(ValueError, match="features/late is not finished"):
         opened(out, "late")
+    # as many images of each class, and others
+    (tmp_path / "images/b/1.png").write_bytes(whole[:300])
+    done = call("preprocess", *args, "--features_name", "others")
+    assert "out was made without other images than features: have images" in error_of(done)
 
 
 def test_beside_latents_the_grid_is_that_of_patches_of_two(made, tmp_path):

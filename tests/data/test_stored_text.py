@@ -295,6 +295,14 @@ def test_images_that_were_skipped_have_no_captions(made, tmp_path):
     assert "out holds 22 images, captions were made of 24" in error_of(done)
     with pytest.raises(ValueError, match="text/late is not finished"):
         opened(out, "late")
+    # as many images of each class, and others
+    (tmp_path / "images/b/1.png").write_bytes(whole[:300])
+    done = call("preprocess", *args, "--text_name", "others")
+    assert "out was made without other images than captions: have images" in error_of(done)
+    for file in (tmp_path / "images").rglob("*.*g"):
+        file.write_bytes(b"broken")
+    done = call("preprocess", *args, "--text_name", "none")
+    assert error_of(done) == "error: no image could be read"
 
 
 # which caption of an image
@@ -647,6 +655,13 @@ def test_u_vits_layout_is_packed_with_its_text(tmp_path):
         *("--text_dtype", "float32"),
     )
     assert tree(tmp_path / "data") == before
+    # the files are not read for that, but another encoder has another empty prompt
+    np.save(source / "empty_context.npy", np.full((6, 4), -2, np.float32))
+    done = call(
+        *("preprocess", "--source", source, "--out", tmp_path / "data", "--dtype", "float32"),
+        *("--text_dtype", "float32"),
+    )
+    assert "text/clip was begun with source_sha256" in error_of(done)
 
 
 def test_the_images_beside_u_vits_files_have_features_in_the_same_order(tmp_path):
@@ -675,6 +690,16 @@ def test_the_images_beside_u_vits_files_have_features_in_the_same_order(tmp_path
     (source / "train/3.png").unlink()
     done = call(*("preprocess", "--source", source, "--out", tmp_path / "new", "--features", dino))
     assert "must hold an image of every number for --features, it has 11 images" in error_of(done)
+    # images of other names may be in another order: nothing tells which of them belong to the rows
+    for i in range(12):
+        other = tmp_path / f"other/COCO_{i:012d}.jpg"
+        other.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(other)
+    done = call(
+        *("preprocess", "--source", other.parent, "--out", tmp_path / "data"),
+        *("--features", dino, "--features_name", "late"),
+    )
+    assert re.search("images of .*other must be named 0.png, 1.png, ...$", error_of(done))
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_a_run_is_scored_by_its_captions(made, tmp_path, monkeypatch):
         loss.paired(other)
 
 
-def test_the_encoder_of_the_training_data_is_found_or_asked_for(made):
+def test_the_encoder_of_the_training_data_is_found_or_asked_for(made, monkeypatch):
     facts = load_model(str(made / "runs/000")).facts
     assert choose_encoders(None, facts).paths == [str(made / "clip")]
     gone = replace(facts, text={**facts.text, "paths": ["/gone/clip"]})
@@ -341,6 +341,15 @@ def test_the_encoder_of_the_training_data_is_found_or_asked_for(made):
     assert choose_encoders([str(made / "clip")], unknown)
     with pytest.raises(ValueError, match="other are of another encoder .* prompt differs by"):
         choose_encoders([other], unknown)
+    # zeros, as some data have them, are those of the same data
+    zeros = open_data(DataConfig(path=str(made / "data")))
+    zeros.open_text()
+    zeros.text.empty.tokens.zero_()
+    monkeypatch.setattr(of_prompts, "_stored", lambda path, name: zeros.text)
+    of_prompts._check_empty("x", zeros.text.empty, unknown)
+    with pytest.raises(ValueError, match="clip are of another encoder .*, its length is 0"):
+        choose_encoders([str(made / "clip")], unknown)
+    monkeypatch.undo()
     # it sees as many tokens as the features have
     fewer = replace(unknown, text={**unknown.text, "tokens": 12})
     with pytest.raises(ValueError, match=r"features \[20, 16\] .*clip are \[12, 16\]"):
@@ -401,17 +410,20 @@ def test_files_of_prompts(tmp_path):
         with pytest.raises(ValueError, match=message):
             read(name, content)
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "utf-16.json").write_text(json.dumps(["a\0"]))
     for given, message in [
         ([str(tmp_path / "x.txt")], "x.txt cannot be read: .*utf-8"),
         (
             ["gone.txt"],
             "must be the name of one file, or prompts, got gone.txt: there is no such file",
         ),
-        ([str(tmp_path)], "there is no such file"),
+        ([str(tmp_path)], "a file or folder has this name"),
         ([""], "must not be empty"),
-        (["a cat", "x.txt"], "got x.txt: one of 2 arguments"),
+        (["a cat", "x.txt"], "got x.txt: there is no such file"),
+        (["a cat", str(tmp_path / "x.txt")], "x.txt: a file or folder has this name"),
         (["a cat", " "], "must not be empty"),
         (["a \ud83d"], r"must be valid Unicode text, got 'a .ud83d'"),
+        ([str(tmp_path / "utf-16.json")], r"must be valid Unicode text, got 'a.x00'"),
         ([], "at least one prompt, got none"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
