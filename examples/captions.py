@@ -303,8 +303,10 @@ def make(folder: Path, steps: int, seed: int) -> None:
 
 def read_samples(folder: Path) -> tuple[Tensor, list[str]]:
     """Images ``[N, 1, 8, 8]`` in [-1, 1], and their prompts."""
-    if not (folder / "prompts.jsonl").is_file():
-        raise ValueError(f"expected samples of prompts in {folder}, there is no prompts.jsonl")
+    # an interrupted sample.py leaves the prompts without the images
+    for file in ("prompts.jsonl", "samples.npz"):
+        if not (folder / file).is_file():
+            raise ValueError(f"expected samples of prompts in {folder}, there is no {file}")
     pixels = np.load(folder / "samples.npz")["arr_0"]
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -358,7 +360,7 @@ def main() -> None:
     except ImportError as error:
         extras = "pip install 'sra-fast[train,eval,text]'"
         sys.exit(f"error: {parser.prog} needs {error.name}: {extras}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

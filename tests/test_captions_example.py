@@ -197,6 +197,11 @@ def test_scores_of_other_samples_are_one_line(tmp_path, example):
         run("score", tmp_path)
     expected = f"error: {tmp_path}/seen must hold samples of seen.txt, it has 'a cat'"
     assert stopped.value.code == expected
+    (tmp_path / "seen/samples.npz").unlink()
+    with pytest.raises(SystemExit, match="there is no samples.npz$"):
+        run("score", tmp_path)
+    with pytest.raises(SystemExit, match="^error: .*Not a directory"):
+        run("make", tmp_path / "seen/prompts.jsonl")
 
 
 def test_it_needs_transformers(monkeypatch, tmp_path):

@@ -18,6 +18,9 @@ from toy_data import tree, write_images, write_text_encoder, write_vision_model
 from sra_fast.config.schema import AlignConfig, Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset, open_data
 from sra_fast.data.facts import DataFacts, differences
+from sra_fast.data.feature_jobs import check_same_images
+from sra_fast.data.folders import ImageFolder
+from sra_fast.data.images import Crop
 from sra_fast.data.latents import PackedLatents
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ImageNumbers, ShuffledBatches
@@ -82,9 +85,6 @@ def opened(path, name=None, verify=False):
 
 def held_names(made):
     """Names of the training images, and of those that are held out."""
-    from sra_fast.data.folders import ImageFolder
-    from sra_fast.data.images import Crop
-
     parts = ImageFolder(made / "images", Crop(16)).hold_out(0.25)
     return [part.names for part in parts]
 
@@ -690,6 +690,9 @@ def test_the_images_beside_u_vits_files_have_features_in_the_same_order(tmp_path
     (source / "train/3.png").unlink()
     done = call(*("preprocess", "--source", source, "--out", tmp_path / "new", "--features", dino))
     assert "must hold an image of every number for --features, it has 11 images" in error_of(done)
+    # later features and captions are of images with the same numbers
+    (source / "train/3.png").write_bytes((source / "train/4.png").read_bytes())
+    check_same_images(ImageFolder(source / "train", Crop(16)), tmp_path / "data")
     # images of other names may be in another order: nothing tells which of them belong to the rows
     for i in range(12):
         other = tmp_path / f"other/COCO_{i:012d}.jpg"
