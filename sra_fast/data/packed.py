@@ -4,7 +4,8 @@ A packed data set is ``<path>/index.json``, ``labels.npy`` (int64 ``[N]``) and `
 ``shards/00001.npy``, ... A shard holds as many rows as its entry in the index says: moments
 ``[n, 2C, H, W]``, the mean and then the standard deviation, pixels ``[n, C, H, W]`` in uint8, or
 features ``[n, T, D]`` (see ``features.py``). The index is written last. It records how the rows were
-made, and the size and SHA-256 of every other file. Rows of kind text are flat and belong to
+made, and the size and SHA-256 of every other file; ``missing`` are the numbers of the images that
+could not be read, as the source counts them. Rows of kind text are flat and belong to
 captions (see ``stored_text.py``); ``images`` then counts captions. The .npy format has no bf16, so bf16 is stored as
 its bits in uint16.
 """

@@ -452,6 +452,8 @@ def _moment_jobs(options: Options) -> list[PackingJob]:
             "dtype": options.dtype if options.layout == "packed" else "float32",
         }
         extra = {"vae_path": data.vae_path, "classes": data.class_names}
+        if (folder / INDEX).exists() and read_index(folder).get("numbered"):
+            extra["numbered"] = True
         jobs.append(_make_job(options, data, (_as_they_are, recipe, extra), out))
     return jobs
 

@@ -693,13 +693,15 @@ def test_the_images_beside_u_vits_files_have_features_in_the_same_order(tmp_path
     # later features and captions are of images with the same numbers
     (source / "train/3.png").write_bytes((source / "train/4.png").read_bytes())
     check_same_images(ImageFolder(source / "train", Crop(16)), tmp_path / "data")
-    # images of other names may be in another order: nothing tells which of them belong to the rows
+    # images of other names may be in another order: nothing tells which of them belong to the rows,
+    # also where these are packed anew
+    preprocess("--source", tmp_path / "data", "--out", tmp_path / "copy")
     for i in range(12):
         other = tmp_path / f"other/COCO_{i:012d}.jpg"
         other.parent.mkdir(exist_ok=True)
         Image.new("RGB", (16, 16)).save(other)
     done = call(
-        *("preprocess", "--source", other.parent, "--out", tmp_path / "data"),
+        *("preprocess", "--source", other.parent, "--out", tmp_path / "copy"),
         *("--features", dino, "--features_name", "late"),
     )
     assert re.search("images of .*other must be named 0.png, 1.png, ...$", error_of(done))
