@@ -252,7 +252,7 @@ class JointStream(Stream):
         if mask is not None:
             self.mask = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
         # a caption belongs to all groups of its image
-        self.context_c = conditioning if groups is None else conditioning.mean(1)
+        self.context_c = conditioning if groups is None else groups.mean(conditioning)
 
     def through(self, block: nn.Module, last: bool = False) -> None:
         self.tokens, self.pending, self.context, self.context_pending = block(
