@@ -444,9 +444,10 @@ def test_groups_of_tokens(masked):
     same = t[:, None].expand(-1, 2)
     assert_matches(model(x, same, text, groups=TokenGroups(index)), model(x, t, text))
     times = torch.stack([t, t.flip(0)], 1)
-    # of an image that is not cut the other time says nothing, to its caption either
-    whole = TokenGroups(torch.ones_like(index))
-    assert_matches(model(x, times.flip(1), text, groups=whole), model(x, t, text))
+    # an image that is not cut is as it always is, caption included; its other time says nothing
+    for segments in (None, ((16,),) * 4):
+        whole = TokenGroups(torch.ones_like(index), segments=segments)
+        assert_matches(model(x, times.flip(1), text, groups=whole), model(x, t, text))
     order = torch.stack([torch.randperm(16) for _ in range(4)])
     runs = ((torch.arange(16) >= 6).int()).expand(4, -1)
     separate = TokenGroups(runs, order, (6, 10))
