@@ -530,12 +530,18 @@ def test_traces_whole_with_the_kernels_on_cuda_tensors(monkeypatch, last):
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
     reason="needs e4m3 products",
 )
-def test_features_in_fp8(device):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_features_in_fp8(device, grouped):
     sizes = {**TINY, "hidden_size": 64}
     network = randomise(TextBackbone(**{**sizes, "depth": 3}, model_depth=4, qk_norm=True))
     network = network.requires_grad_(False).eval().to(device)
     x, t, text = batch(network)
-    args = (x.to(device), t.to(device), text.to(device))
+    groups = None
+    if grouped:
+        # far apart, so that the wrong one is noticed
+        t = torch.stack([t, 1 + 50 * t], 1)
+        groups = TokenGroups((torch.arange(16, device=device) % 2).int().expand(4, -1))
+    args = (x.to(device), t.to(device), text.to(device), None, groups)
     exact = network.features(*args)
     error = lambda found: ((found.float() - exact).norm() / exact.norm()).item()
     low = copy.deepcopy(network).bfloat16()
