@@ -60,6 +60,11 @@ def import_state(
         f"{source} looks like SD3, whose position table is that of its largest image: expected "
         "--input_size, the side of the latents (128 for images of 1024)",
     )
+    require_that(
+        not is_pooled or "pos_embed" in state,
+        f"{source} looks like SD3 and has no position table pos_embed: the places of its patches are "
+        "not known",
+    )
     wanted = _preset(name)
     heads = num_heads or getattr(args, "num_heads", None) or wanted.get("num_heads")
     _, arguments = models.arguments_from_state_dict(state, heads, input_size=input_size)

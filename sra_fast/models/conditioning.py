@@ -62,6 +62,16 @@ class Conditioning(Protocol):
     def to(self, device: torch.device | str) -> "Conditioning": ...
 
 
+def _check_drop(drop: Tensor | None, batch: int) -> None:
+    """ValueError unless ``drop`` says of each of ``batch`` entries whether it is dropped: a single
+    one would decide for all of them.
+    """
+    if drop is not None and (drop.shape != (batch,) or drop.dtype != torch.bool):
+        raise ValueError(
+            f"expected drop [{batch}] of torch.bool, got {[*drop.shape]} of {drop.dtype}"
+        )
+
+
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on a device, where the device's next work waits for it."""
     # on the host nothing would wait for a copy that is still under way
@@ -86,6 +96,7 @@ class ClassLabels:
         # the embedding accepts any shape, and its sum with the time would broadcast
         if self.labels.dim() != 1:
             raise ValueError(f"expected labels [B], got {[*self.labels.shape]}")
+        _check_drop(self.drop, len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -165,6 +176,12 @@ class TextFeatures:
                 )
         if self.empty is not None:
             self._check_empty(self.empty)
+        _check_drop(self.drop, batch)
+        if self.drop is not None and self.empty is None:
+            raise ValueError(
+                "expected captions with the features of the empty prompt, which takes the place of "
+                "those that are dropped; got none"
+            )
 
     def _check_empty(self, empty: "TextFeatures") -> None:
         """ValueError unless the empty prompt has the shapes of the captions."""
@@ -181,6 +198,11 @@ class TextFeatures:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def _kind(self) -> str:
+        """What there is of the captions and of the empty prompt, for messages."""
+        names = ("tokens", "pooled", "mask", "empty")
+        return ", ".join(name for name in names if getattr(self, name) is not None)
 
     def _own(self) -> dict[str, Tensor]:
         """What the captions have."""
@@ -212,11 +234,6 @@ class TextFeatures:
 
     def dropped(self, drop: Tensor) -> "TextFeatures":
         """See ``Conditioning``; ValueError without the features of the empty prompt."""
-        if self.empty is None:
-            raise ValueError(
-                "expected captions with the features of the empty prompt, which takes the place of "
-                "those that are dropped; got none"
-            )
         return replace(self, drop=drop)
 
     @property
@@ -228,8 +245,9 @@ class TextFeatures:
 
     def seen(self) -> "TextFeatures":
         """What a network reads: captions that are dropped replaced by the empty prompt."""
-        if self.drop is None or self.empty is None:
+        if self.drop is None:
             return self
+        assert self.empty is not None, "checked"
         there = {}
         for name, value in self._own().items():
             nothing = getattr(self.empty, name).to(value.dtype)
@@ -243,6 +261,15 @@ class TextFeatures:
         return replace(self, **own, drop=drop)
 
     def concatenated(self, other: "TextFeatures") -> "TextFeatures":
+        """See ``Conditioning``; ValueError unless both have a pooled feature, a mask and an empty
+        prompt, or both have none, and the empty prompt is the same.
+        """
+        if self._kind() != other._kind():
+            raise ValueError(
+                f"expected captions of one kind, got {self._kind()} and {other._kind()}"
+            )
+        if not _are_same(self.empty, other.empty):
+            raise ValueError("expected captions with the same empty prompt, got two of them")
         theirs = other._own()
         own = {name: torch.cat([value, theirs[name]]) for name, value in self._own().items()}
         drop = None
@@ -260,3 +287,12 @@ class TextFeatures:
         empty = None if self.empty is None else self.empty.to(device)
         drop = None if self.drop is None else _moved(self.drop, device)
         return replace(self, **own, empty=empty, drop=drop)
+
+
+def _are_same(one: TextFeatures | None, other: TextFeatures | None) -> bool:
+    """Whether two empty prompts are the same one."""
+    if one is None or other is None or one is other:
+        # the usual case: no values are compared, for which a device would have to be waited for
+        return one is other
+    pairs = zip(one.tensors(), other.tensors(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)

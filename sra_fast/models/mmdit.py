@@ -60,8 +60,10 @@ class StreamAttention(Projections):
         return k, v
 
 
-def run_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
-    """``[B, 1, T, L + T]`` bool: an image token sees the text and the tokens of its own group.
+def group_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    """``[B, 1, L + T, L + T]`` bool, what the tokens of separated groups attend to: to the text, and
+    an image token to those of its own group. The text attends to the image too if all of it is one
+    group, which has nobody to be separated from.
 
     Args:
         group: ``[B, T]``, that of each image token.
@@ -69,31 +71,27 @@ def run_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
         mask: ``[B, L]`` bool, those of the text that are there; None: all.
     """
     same = group[:, :, None] == group[:, None, :]
-    text = same.new_ones(*group.shape, length)
-    if mask is not None:
-        text = mask[:, None].expand_as(text)
-    return torch.cat([text, same], dim=2)[:, None]
+    batch, count = group.shape
+    whole = same[:, 0].all(1)
+    to_image = torch.cat([whole[:, None, None].expand(-1, length, count), same], dim=1)
+    text = group.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
+    to_text = text[:, None].expand(-1, length + count, -1)
+    return torch.cat([to_text, to_image], dim=2)[:, None]
 
 
 class JointAttention(nn.Module):
     """Attention over the tokens of both streams. It has no parameters: the streams have them."""
 
     def forward(
-        self,
-        image: tuple[Tensor, ...],
-        text: tuple[Tensor, ...],
-        mask: Tensor | None = None,
-        runs: Tensor | None = None,
+        self, image: tuple[Tensor, ...], text: tuple[Tensor, ...], mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Run it.
 
         Args:
             image: queries, keys and values ``[B, T, H, d]``.
             text: the same ``[B, L, H, d]``, or keys and values only.
-            mask: ``[B, L + T]`` bool, tokens of both that may be attended to; None: all.
-            runs: ``[B, 1, T, L + T]`` bool, what each image token may attend to (see ``run_mask``);
-                the text then attends to itself, so that nothing passes through it. None:
-                everything.
+            mask: ``[B, L + T]`` bool, tokens of both that may be attended to; or what each token
+                may attend to, ``[B, 1, L + T, L + T]`` (see ``group_mask``); None: to all.
 
         Returns:
             ``[B, T, D]`` and ``[B, L, D]``, the latter None without queries of the text.
@@ -104,13 +102,9 @@ class JointAttention(nn.Module):
         # the text comes first, as in SD3
         keys = torch.cat([text_k, k], dim=1)
         values = torch.cat([text_v, v], dim=1)
-        if runs is not None:
-            text_out = None
-            if text_q:
-                readable = None if mask is None else mask.narrow(1, 0, length)
-                text_out = ops.attention(text_q[0], text_k, text_v, mask=readable).flatten(2)
-            return ops.attention(q, keys, values, mask=runs).flatten(2), text_out
         if not text_q:
+            if mask is not None and mask.dim() == 4:
+                mask = mask.narrow(2, length, q.shape[1])
             return ops.attention(q, keys, values, mask=mask).flatten(2), None
         queries = torch.cat([text_q[0], q], dim=1)
         out = ops.attention(queries, keys, values, mask=mask).flatten(2)
@@ -165,7 +159,6 @@ class JointBlock(nn.Module):
         context_c: Tensor,
         context_pending: Pending | None = None,
         mask: Tensor | None = None,
-        runs: Tensor | None = None,
         last: bool = False,
         group: Tensor | None = None,
     ) -> tuple[Tensor, Pending, Tensor | None, Pending | None]:
@@ -179,7 +172,7 @@ class JointBlock(nn.Module):
             context: ``[B, L, D]`` residual stream of the caption's tokens.
             context_c: ``[B, D]``, their conditioning.
             context_pending: what the block before has yet to add to ``context``.
-            mask, runs: see ``JointAttention``.
+            mask: see ``JointAttention``.
             last: nothing reads the caption's tokens after this block: neither their queries nor
                 their output half is computed.
             group: ``[B, T]``, whose conditioning each image token has; see ``Block``.
@@ -188,7 +181,7 @@ class JointBlock(nn.Module):
             The stream of the image and what is pending there, then those of the caption, which are
             None after the last block.
         """
-        inputs = (x, c, pending, context, context_c, context_pending, mask, runs, last, group)
+        inputs = (x, c, pending, context, context_c, context_pending, mask, last, group)
         return recomputed(self.recompute, self._forward, *inputs)
 
     def _forward(
@@ -200,7 +193,6 @@ class JointBlock(nn.Module):
         context_c: Tensor,
         context_pending: Pending | None,
         mask: Tensor | None,
-        runs: Tensor | None,
         last: bool,
         group: Tensor | None,
     ) -> tuple[Tensor, Pending, Tensor | None, Pending | None]:
@@ -212,9 +204,7 @@ class JointBlock(nn.Module):
         context, text_heads = text.heads(context, shift, scale, context_pending, queries=goes_on)
         shift, scale = image_modulation[:2]
         x, image_heads = image.heads(x, shift, scale, pending, group)
-        attended, text_attended = self.joint(
-            image.attn(image_heads), text.attn(text_heads), mask, runs
-        )
+        attended, text_attended = self.joint(image.attn(image_heads), text.attn(text_heads), mask)
         x, pending = image.outputs(x, attended, image_modulation, group)
         if text_attended is None:
             return x, pending, None, None
@@ -242,17 +232,16 @@ class JointStream(Stream):
         super().__init__(tokens, conditioning, groups)
         # by group, and not by segments: those are for attention of one stream
         segments = self.how.pop("segments", None)
-        self.runs = None
-        if segments is not None:
-            self.runs = run_mask(self.how["group"], context.shape[1], mask)
         self.context: Tensor | None = context
         self.context_pending: Pending | None = None
         # once for all blocks
         self.mask = None
-        if mask is not None:
+        if segments is not None:
+            self.mask = group_mask(self.how["group"], context.shape[1], mask)
+        elif mask is not None:
             self.mask = torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1)
         # a caption belongs to all groups of its image
-        self.context_c = conditioning if groups is None else conditioning.mean(1)
+        self.context_c = conditioning if groups is None else groups.mean(conditioning)
 
     def through(self, block: nn.Module, last: bool = False) -> None:
         self.tokens, self.pending, self.context, self.context_pending = block(
@@ -263,7 +252,6 @@ class JointStream(Stream):
             self.context_c,
             self.context_pending,
             self.mask,
-            self.runs,
             last,
             **self.how,
         )

@@ -36,6 +36,8 @@ TEXT_SHAPES_FROM = (
     "final_layer.linear.weight",
     f"{JOINT}0.x_block.mlp.fc1.weight",
 )
+# what a pooled text feature is multiplied with first, where there is one
+POOLED = "y_embedder.mlp.0.weight"
 
 
 def _named_sizes(family: type[DiffusionTransformer]) -> dict[str, dict]:
@@ -157,7 +159,13 @@ def _text_arguments(
             "blocks with a second attention, as SD3.5-medium has, are not known here: expected no "
             f"{second}"
         )
-    pooled = state.get("y_embedder.mlp.0.weight")
+    pooled = state.get(POOLED)
+    for name in ("context_embedder.weight", POOLED):
+        if name in state and state[name].dim() != 2:
+            raise ValueError(
+                f"the weights are none of an MMDiT: {name} should be a matrix, it is "
+                f"{[*state[name].shape]}"
+            )
     input_size = _side(state, patch_size, input_size)
     start, step = _middle(state.get("pos_embed"), input_size // patch_size)
     return dict(
@@ -201,7 +209,7 @@ def _image_sizes(
     if missing:
         raise ValueError(f"the weights are none of a {family}: they have no {missing[0]}")
     patches = state["x_embedder.proj.weight"].shape
-    if len(patches) != 4:
+    if len(patches) != 4 or 0 in patches:
         raise ValueError(
             f"the weights are none of a {family}: x_embedder.proj.weight should be [D, C, p, p], "
             f"it is {[*patches]}"

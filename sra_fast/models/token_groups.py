@@ -71,6 +71,15 @@ class TokenGroups:
         """
         return self.restore(_gather(values, self.index.long()))
 
+    def mean(self, values: Tensor) -> Tensor:
+        """``[B, G, ...]`` values of the groups -> ``[B, ...]``, the mean over those groups that the
+        image has tokens of: the time of a group without tokens says nothing about it.
+        """
+        numbers = torch.arange(values.shape[1], device=self.index.device)
+        present = (self.index[:, :, None] == numbers).any(1)
+        present = present.view(*present.shape, *[1] * (values.dim() - 2))
+        return torch.where(present, values, 0).sum(1) / present.sum(1)
+
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """Row ``index[b, i]`` of ``rows[b]`` at ``[b, i]``."""

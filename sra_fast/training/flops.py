@@ -19,7 +19,13 @@ _forward_flops: dict[str, dict[str, Fraction]] = {}
 # parts of the student, by the ends of its modules' names
 PARTS = {
     # inputs of these products are data and need no gradient
-    "inputs": (".x_embedder.proj", ".t_embedder.mlp.0"),
+    "inputs": (
+        ".x_embedder.proj",
+        ".t_embedder.mlp.0",
+        ".context_embedder",
+        # of a pooled feature; a table of classes has no product
+        ".y_embedder.mlp.0",
+    ),
     # queries with keys, probabilities with values
     "attention": (".attn", ".joint"),
     # shift, scale and gate of all blocks and of the last layer

@@ -124,6 +124,18 @@ def test_a_file_of_sd3(tmp_path):
         ),
         ({}, dict(input_size=8, time_scale=0.0), "time_scale must be a positive number, got 0.0"),
         ({"pos_embed": torch.zeros(1, 144, 16)}, dict(input_size=8), "position embedding"),
+        # a tensor without dimensions is none of a network: the file has no table
+        ({"pos_embed": torch.zeros(())}, dict(input_size=8), "SD3 and has no position table"),
+        (
+            {"context_embedder.weight": torch.zeros(192)},
+            dict(input_size=8),
+            r"context_embedder.weight should be a matrix, it is \[192\]",
+        ),
+        (
+            {"x_embedder.proj.weight": torch.zeros(16, 4, 0, 2)},
+            dict(input_size=8),
+            r"x_embedder.proj.weight should be \[D, C, p, p\], it is \[16, 4, 0, 2\]",
+        ),
         (
             {"joint_blocks.0.context_block.attn.ln_q.weight": torch.zeros(3)},
             dict(input_size=8),

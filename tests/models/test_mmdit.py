@@ -10,10 +10,19 @@ import torch.nn.functional as F
 from golden import assert_matches, relative_error
 from test_models import flops, randomise
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sra_fast import ops
 from sra_fast.config.cli import parse_train
-from sra_fast.models import MMDiT, TextBackbone, TextFeatures, TokenGroups, create_model, preset
+from sra_fast.models import (
+    ClassLabels,
+    MMDiT,
+    TextBackbone,
+    TextFeatures,
+    TokenGroups,
+    create_model,
+    preset,
+)
 from sra_fast.models.fp8 import fp8_layers, use_fp8
 from sra_fast.models.layers import sincos_pos_embed, timestep_features
 from sra_fast.models.mmdit import JointBlock
@@ -242,6 +251,27 @@ def test_flops_of_a_step_are_those_of_the_formula():
     assert found["attention"] == 23 * attention(T + text) + attention(T)
 
 
+def test_sinusoids_are_those_of_scaled_times():
+    """A training step computes them once for student and teacher."""
+    model = randomise(MMDiT(**{**TINY, "time_scale": 1000.0})).eval()
+    x, t, text = batch(model)
+    assert_matches(model(x, model.sinusoid(t), text), model(x, t, text))
+
+
+def test_a_backward_pass_is_two_forwards_but_for_the_inputs():
+    """No gradient of what the features of captions are multiplied with is computed."""
+    sizes = ["--model.depth", "2", "--model.pooled_size", str(P)]
+    cfg = parse_train(["--model", "MMDiT-S/2", "--align", "none", *sizes])[0]
+    fill_in(cfg)
+    part = forward_flops(cfg)
+    with torch.device("meta"):
+        model = cfg.model.build()
+        args = torch.zeros(1, 4, 32, 32), torch.zeros(1), cfg.model.any_condition(1)
+        with FlopCounterMode(display=False) as counter:
+            model(*args).sum().backward()
+    assert counter.get_total_flops() == 3 * part["student"] - part["inputs"]
+
+
 def test_what_is_masked_or_dropped_is_not_seen():
     model = randomise(MMDiT(**TINY, qk_norm=True)).eval()
     x, t, text = batch(model, drop=(1, 3))
@@ -268,11 +298,13 @@ def test_conditioning_keeps_its_promises():
         text = captions(**kind)
         assert not text.is_decided and len(text) == 4
         decided = text.dropped(torch.tensor([True, False, False, True]))
-        again = decided.with_tensors(*decided.tensors())
-        pairs = zip(again.tensors(), decided.tensors(), strict=True)
+        # all of them others: what a graph is replayed with
+        others = [~t if t.dtype == torch.bool else t + 1 for t in decided.tensors()]
+        pairs = zip(decided.with_tensors(*others).tensors(), others, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
         # nobody has decided: in a graph that means that nothing is dropped
         assert not text.with_tensors(*text.tensors()).drop.any()
+        assert all(tensor.is_meta for tensor in decided.to("meta").tensors())
         part = decided.select(torch.tensor([3, 1]))
         assert part.drop.tolist() == [True, False]
         assert torch.equal(part.tokens, text.tokens[[3, 1]])
@@ -280,7 +312,8 @@ def test_conditioning_keeps_its_promises():
         assert len(both) == 8 and both.drop.tolist() == [False] * 4 + decided.drop.tolist()
         assert torch.equal(both.seen().tokens[4], text.empty.tokens[0])
         assert torch.equal(both.seen().tokens[0], text.tokens[0])
-        assert text.concatenated(text).drop is None
+        # the same empty prompt may be there twice
+        assert text.concatenated(captions(**kind)).drop is None
         halves = decided.select(slice(0, 2)).concatenated(decided.select(slice(2, 4)))
         assert torch.equal(halves.seen().tokens, decided.seen().tokens)
 
@@ -308,6 +341,20 @@ def test_conditioning_keeps_its_promises():
         (
             lambda: replace(captions(), empty=None).dropped(torch.zeros(4, dtype=torch.bool)),
             "expected captions with the features of the empty prompt",
+        ),
+        # one entry would decide for all
+        (lambda: captions().dropped(torch.tensor([True])), r"expected drop \[4\] .*, got \[1\] of"),
+        (
+            lambda: ClassLabels(torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
+            r"expected drop \[2\] of torch.bool, got \[2\] of torch.float32",
+        ),
+        (
+            lambda: captions(masked=False).concatenated(captions()),
+            "of one kind, got tokens, pooled, empty and tokens, pooled, mask, empty",
+        ),
+        (
+            lambda: captions().concatenated(captions(seed=2)),
+            "expected captions with the same empty prompt",
         ),
         (
             lambda: MMDiT(**{**TINY, "context_tokens": 9})(*batch(MMDiT(**TINY))),
@@ -384,6 +431,8 @@ def test_a_fresh_model_predicts_nothing_and_its_blocks_are_identities():
     x, t, text = batch(model)
     assert torch.equal(model(x, t, text), torch.zeros_like(x))
     assert torch.equal(model.features(x, t, text, 1), model.features(x, t, text, 3))
+    for embedder in (model.t_embedder, model.y_embedder):
+        assert embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -395,6 +444,10 @@ def test_groups_of_tokens(masked):
     same = t[:, None].expand(-1, 2)
     assert_matches(model(x, same, text, groups=TokenGroups(index)), model(x, t, text))
     times = torch.stack([t, t.flip(0)], 1)
+    # an image that is not cut is as it always is, caption included; its other time says nothing
+    for segments in (None, ((16,),) * 4):
+        whole = TokenGroups(torch.ones_like(index), segments=segments)
+        assert_matches(model(x, times.flip(1), text, groups=whole), model(x, t, text))
     order = torch.stack([torch.randperm(16) for _ in range(4)])
     runs = ((torch.arange(16) >= 6).int()).expand(4, -1)
     separate = TokenGroups(runs, order, (6, 10))
@@ -408,6 +461,10 @@ def test_groups_of_tokens(masked):
     touched = {(row // 2) * 4 + column // 2 for row, column in changed[0].nonzero().tolist()}
     assert touched == set(order[0, :6].tolist())
     assert not changed[1:].any()
+    if masked:
+        tokens = text.tokens.masked_fill(~text.mask[..., None], 100.0)
+        unseen = replace(text, tokens=tokens)
+        assert torch.equal(model(x, times, unseen, groups=separate), before)
 
 
 def test_recompute_and_fp32_stream_change_nothing():
@@ -419,6 +476,8 @@ def test_recompute_and_fp32_stream_change_nothing():
         other.load_state_dict(model.state_dict())
         found = gradients(other(*args).square().mean(), other)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+    stream = other.bfloat16().begin(*args)
+    assert stream.tokens.dtype == stream.context.dtype == torch.float32
 
 
 def test_compiled_blocks_are_the_eager_ones():
@@ -471,12 +530,18 @@ def test_traces_whole_with_the_kernels_on_cuda_tensors(monkeypatch, last):
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
     reason="needs e4m3 products",
 )
-def test_features_in_fp8(device):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_features_in_fp8(device, grouped):
     sizes = {**TINY, "hidden_size": 64}
     network = randomise(TextBackbone(**{**sizes, "depth": 3}, model_depth=4, qk_norm=True))
     network = network.requires_grad_(False).eval().to(device)
     x, t, text = batch(network)
-    args = (x.to(device), t.to(device), text.to(device))
+    groups = None
+    if grouped:
+        # far apart, so that the wrong one is noticed
+        t = torch.stack([t, 1 + 50 * t], 1)
+        groups = TokenGroups((torch.arange(16, device=device) % 2).int().expand(4, -1))
+    args = (x.to(device), t.to(device), text.to(device), None, groups)
     exact = network.features(*args)
     error = lambda found: ((found.float() - exact).norm() / exact.norm()).item()
     low = copy.deepcopy(network).bfloat16()
@@ -485,6 +550,11 @@ def test_features_in_fp8(device):
     use_fp8(low)
     in_fp8 = error(low.features(*args))
     assert in_bf16 < 0.02 and 2 * in_bf16 < in_fp8 < 0.06, (in_bf16, in_fp8)
+    # without queries: the same keys and values
+    stream = low.blocks[0].context_block
+    told = torch.randn(4, L, 64).bfloat16().to(device)
+    heads = [stream.heads(told, *told[:, :2].unbind(1), None, queries=asked)[1] for asked in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(heads[0], heads[1][1:], strict=True))
     changed = {name for name, value in low.state_dict().items() if value.dtype != state[name].dtype}
     # three of each stream, but for the MLP that the last block's captions do without
     assert changed == fp8_layers(low).keys() and len(changed) == 3 * 3 * 2 - 2
