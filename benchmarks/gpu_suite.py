@@ -364,7 +364,7 @@ def dry_parts(which: str, out: Path) -> list[Part]:
     ops = [*OPERATOR_RUN, *rows, "--ops", "gated_residual_adaln,noise_pair", "--budget", "0.002"]
     if which == "second":
         return [
-            Part("steps", 230, [*steps, *small("plain,sra,swap_ema")]),
+            Part("steps", 230, [*steps, *small("plain,swap_ema")]),
             # only one operator: inductor's C++ compiles slowly
             Part("ops", 50, [*ops, "--ops", "noise_pair", "--variants", "ours,compile"]),
         ]
@@ -373,7 +373,7 @@ def dry_parts(which: str, out: Path) -> list[Part]:
     return [
         Part("ops", 45, [*ops, "--variants", "ours,eager"]),
         Part("steps", 90, [*steps, *small("plain,sra,plain,sra")]),
-        Part("tests", 60, pytest_command("tests/test_layout.py"), beside=fill),
+        Part("tests", 60, pytest_command("tests/test_conftest.py"), beside=fill),
     ]
 
 

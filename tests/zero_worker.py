@@ -89,7 +89,10 @@ TARGETS = {
     "dual_time_dit": (0, f"--model.name DiT-S/2 --align dual_time {_LAYERS} --sample.method ddim"),
     "vae_latent_1": (1, f"--align vae_latent {_LAYER} --align.every 2 --align.last_layer linear"),
     "vae_latent_3": (3, f"--align vae_latent {_LAYER}"),
-    "repa_2": (2, f"--align cached_features {_LAYER} --align.feature_width 24"),
+    "repa_2": (
+        2,
+        f"--align cached_features {_LAYER} --align.feature_width 24 --align.head_width 64",
+    ),
     "irepa_3": (
         3,
         f"--align cached_features {_LAYER} --align.head conv --align.target_norm spatial "
@@ -134,6 +137,38 @@ FP8 = {  # in bf16
     ),
 }
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
+NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
+TORCH = [name for name in VARIANTS if name.startswith("torch_adamw")]
+# a process compiles for longer than all its other cases take, and compiled blocks know of no ranks
+ONE_PROCESS = {"compiled"}
+# alone, a process partitions and sends nothing: there is repeated what then runs other code, or
+# what no run of plain PyTorch is compared with
+BOTH = {
+    *NAMES,
+    *TORCH,
+    "accumulated",
+    "accumulated_decay_clip",
+    "accumulated_no_clip",
+    "monitored",
+    "monitored_loss",
+    *(name for name in FP8 if "moving" not in name),
+    *TARGETS_BF16,
+}
+
+
+def runs(world: int) -> dict[str, tuple[int, str, str]]:
+    """Stage, precision and arguments of every case that ``world`` processes run, by its name."""
+    # snapshots after steps 4 and 6, which the resumed run makes once more
+    snapshots = "--train.average_snapshots 4"
+    every = {
+        name: (stage, precision, snapshots)
+        for name, (stage, precision) in zip(NAMES, CASES, strict=True)
+    }
+    for name, (stage, args) in {**VARIANTS, **TARGETS, **FP8, **TARGETS_BF16}.items():
+        precision = "bf16" if name in {**FP8, **TARGETS_BF16} else "fp32"
+        every[name] = (stage, precision, args.format(micro=24 // (4 * world)))
+    here = BOTH | ONE_PROCESS if world == 1 else every.keys() - ONE_PROCESS
+    return {name: case for name, case in every.items() if name in here}
 
 
 # SRA's options: another target has other ones
@@ -275,24 +310,29 @@ def run_case(out: Path, name: str, device, stage: int, precision: str, *args: st
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     trainer = build(make_plan(cfg), device)
-    initial = whole_masters(trainer)
     history: list[dict] = []
-    watched = watch_ema(trainer, history)
+    # gathering all masters in each step takes as long as the step
+    is_watched = name in (*NAMES, *TORCH)
+    if is_watched:
+        initial = whole_masters(trainer)
+        watched = watch_ema(trainer, history)
     monitor = Monitor(cfg, device, folder, data) if cfg.monitor.every else None
     whole = outcome(trainer, train(trainer, data, folder, monitor=monitor))
-    whole["watched_ema"] = watched
-    whole["initial"] = initial
-    whole["expected averages"] = {
-        average: {key: sum_of(shares, [w[key] for w in (initial, *history)]) for key in initial}
-        for average, shares in SHARES.items()
-    }
+    if is_watched:
+        whole["watched_ema"] = watched
+        whole["initial"] = initial
+        whole["expected averages"] = {
+            average: {key: sum_of(shares, [w[key] for w in (initial, *history)]) for key in initial}
+            for average, shares in SHARES.items()
+        }
     resumed = build(make_plan(cfg), device)
     first = cfg.train.save_every
     start = saving.load(resumed, folder / "checkpoints" / f"step_{first:08d}")
     assert start == Progress(first)
     second = outcome(resumed, train(resumed, data, folder, start))
-    saving.export_published(resumed, out / f"{name}.published.pt", STEPS, 0)
-    saving.export_safetensors(resumed, out / f"{name}.safetensors", STEPS, data.facts())
+    if name in NAMES:
+        saving.export_published(resumed, out / f"{name}.published.pt", STEPS, 0)
+        saving.export_safetensors(resumed, out / f"{name}.safetensors", STEPS, data.facts())
     torch.save({"whole": whole, "resumed": second}, out / f"{name}.rank{dist.get_rank()}.pt")
     dist.barrier()
 
@@ -315,17 +355,8 @@ def main() -> None:
     # loss.png takes longer than the steps
     report.plot_loss = lambda path, rows: None
     device = init_distributed()
-    for stage, precision in CASES:
-        # snapshots after steps 4 and 6, which the resumed run makes once more
-        run_case(
-            out, f"{precision}_{stage}", device, stage, precision, "--train.average_snapshots", "4"
-        )
-    micro = 24 // (4 * dist.get_world_size())
-    targets = TARGETS if dist.get_world_size() > 1 else {}
-    others = {**VARIANTS, **targets, **FP8, **TARGETS_BF16}
-    for name, (stage, args) in others.items():
-        precision = "bf16" if name in {**FP8, **TARGETS_BF16} else "fp32"
-        run_case(out, name, device, stage, precision, *args.format(micro=micro).split())
+    for name, (stage, precision, args) in runs(dist.get_world_size()).items():
+        run_case(out, name, device, stage, precision, *args.split())
     start_from_published(out, device)
 
 

@@ -16,7 +16,18 @@ import pytest
 import torch
 from golden import assert_matches, relative_error
 from PIL import Image
-from zero_worker import CASES, FP8, STEPS, TARGETS, TARGETS_BF16, VARIANTS, dataset, tiny
+from zero_worker import (
+    BOTH,
+    FP8,
+    NAMES,
+    STEPS,
+    TARGETS,
+    TORCH,
+    VARIANTS,
+    dataset,
+    runs,
+    tiny,
+)
 
 from sra_fast.alignment.objective import add_heads, make_objective
 from sra_fast.alignment.schedule import align_weights
@@ -32,15 +43,9 @@ from sra_fast.training.loop import warm_up
 from sra_fast.utils import registry
 
 HERE = Path(__file__).parents[1]
-NAMES = [f"{precision}_{stage}" for stage, precision in CASES]
 STEADY = [name for name in FP8 if "moving" not in name]
 WORLDS = (1, 2)
-# the other targets run on two processes only: each is compared with a run of plain PyTorch
-WITHOUT_TARGETS = [*NAMES, *VARIANTS, *FP8, *TARGETS_BF16]
-RUNS = [
-    *((name, world) for world in WORLDS for name in WITHOUT_TARGETS),
-    *((name, 2) for name in TARGETS),
-]
+RUNS = [(name, world) for world in WORLDS for name in runs(world)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,13 @@ def results(tmp_path_factory):
 
 
 def read(results, world, name, rank=0):
-    return torch.load(results[world] / f"{name}.rank{rank}.pt", weights_only=True)
+    return _read(results[world] / f"{name}.rank{rank}.pt")
+
+
+@functools.cache
+def _read(file: Path) -> dict:
+    # mapped: many tests read the same files, which together are large
+    return torch.load(file, weights_only=True, mmap=True)
 
 
 def independent_run(*args):
@@ -158,9 +169,6 @@ def test_ema_is_the_average_of_the_masters(results, world, name):
     assert ours["ema"].keys() == ours["watched_ema"].keys()
     for key, expected in ours["watched_ema"].items():
         assert relative_error(ours["ema"][key], expected) <= 1e-6, key
-
-
-TORCH = [name for name in VARIANTS if name.startswith("torch_adamw")]
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -260,7 +268,7 @@ def test_ema_is_sharded(results, name):
     assert total <= sum(held) <= 1.05 * total and max(held) <= 0.55 * total
 
 
-@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *STEADY, *TARGETS_BF16])
+@pytest.mark.parametrize("name", sorted(BOTH))
 def test_two_processes_give_the_losses_of_one(results, name):
     one, two = (read(results, world, name)["whole"] for world in WORLDS)
     tolerance = 2e-3 if name.startswith("bf16") or name in FP8 else 1e-5
