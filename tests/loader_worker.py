@@ -1,6 +1,7 @@
 """A program that ends in one of several ways while its loader process does one of several things.
 
-Usage: loader_worker.py ENDING WORK. It prints the loader process's number.
+Usage: loader_worker.py. It reads lines "ENDING, WORK", and forks itself for each, which saves the
+imports. That child prints the number of its loader process; then its exit code is printed.
 """
 
 import ctypes
@@ -87,7 +88,20 @@ def start_thread() -> None:
     threading.Thread(target=time.sleep, args=(HOUR,), daemon=True).start()
 
 
+def forked() -> tuple[str, str]:
+    """Ending and work of this process, which is a child, one for each line of stdin."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            ending, work = line.strip().split(", ")
+            return ending, work
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(code, flush=True)
+    sys.exit()
+
+
 if __name__ == "__main__":
+    ending, work = forked()
     # what a library may do: a thread is there before anything else, and blocks no signal
     os.register_at_fork(after_in_child=start_thread)
     # a pipe may have a number that select() does not take
@@ -95,9 +109,8 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
     opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
     # they live as long as this process, as they do where a traceback holds them
-    batches, worker = started(sys.argv[2])
+    batches, worker = started(work)
     print(worker, flush=True)
-    ending = sys.argv[1]
     if ending == "exits":
         sys.exit(ENDINGS[ending])
     if ending == "at once":

@@ -1,5 +1,6 @@
 """scikit-learn's digits: the data set that needs no download and no GPU."""
 
+import functools
 import hashlib
 
 import numpy as np
@@ -12,6 +13,16 @@ from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import DATASETS
+
+
+@functools.cache
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[1797, 8, 8]`` in [0, 16] and labels, read once per process."""
+    # only this data set needs scikit-learn
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target
 
 
 class Digits(TrainingData):
@@ -29,14 +40,11 @@ class Digits(TrainingData):
     evaluation = "digits"
 
     def __init__(self, held_out: bool = False, path: str | None = None):
-        # only this data set needs scikit-learn
-        from sklearn.datasets import load_digits
-
         self.path = path
-        digits = load_digits()
-        keep = (np.arange(len(digits.target)) % 5 == 0) == held_out
-        self.images = torch.from_numpy(digits.images[keep]).float()[:, None] / 8 - 1
-        self.labels = torch.from_numpy(digits.target[keep]).long()
+        images, labels = _read()
+        keep = (np.arange(len(labels)) % 5 == 0) == held_out
+        self.images = torch.from_numpy(images[keep]).float()[:, None] / 8 - 1
+        self.labels = torch.from_numpy(labels[keep]).long()
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         self.fingerprint = digest.hexdigest()

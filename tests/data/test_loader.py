@@ -1,6 +1,7 @@
 """Loader processes outlive every signal, and end with the training process however that ends."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -57,6 +58,43 @@ def test_they_outlive_stop_signals():
         assert all(int(batch[0]) == worker for batch in batches)
 
 
+class Programs:
+    """``loader_worker.py``, and what it says."""
+
+    def __init__(self, run: subprocess.Popen):
+        self.run = run
+        # read without a buffer, in which a line could wait unseen
+        self.said = b""
+
+    def start(self, ending: str, work: str) -> int:
+        """The number of the loader process of a new program."""
+        self.run.stdin.write(f"{ending}, {work}\n".encode())
+        return self.number()
+
+    def number(self) -> int:
+        """The next line; AssertionError if it does not come within the limit."""
+        until = time.monotonic() + LIMIT
+        while b"\n" not in self.said:
+            left = until - time.monotonic()
+            assert left > 0 and select.select([self.run.stdout], [], [], left)[0], "no answer"
+            part = os.read(self.run.stdout.fileno(), 100)
+            assert part, "it has ended"
+            self.said += part
+        line, _, self.said = self.said.partition(b"\n")
+        return int(line)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    command = [sys.executable, ROOT / "tests/loader_worker.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    # a group of its own, of which nothing is left afterwards
+    with subprocess.Popen(command, env=environment(), process_group=0, **pipes) as run:
+        yield Programs(run)
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
 # one that is stuck ends by its parent's hand, or when it is stuck no longer
 @pytest.mark.parametrize(
     "ending, work",
@@ -66,17 +104,14 @@ def test_they_outlive_stop_signals():
         if work != "is stuck" or ending in ("returns", "exits")
     ],
 )
-def test_they_end_with_their_parent(ending, work):
-    program = [sys.executable, ROOT / "tests/loader_worker.py", ending, work]
-    with subprocess.Popen(program, env=environment(), stdout=subprocess.PIPE, text=True) as run:
-        worker = int(run.stdout.readline())
-        try:
-            assert run.wait(LIMIT) == ENDINGS[ending]
-            assert is_gone(worker)
-        finally:
-            run.kill()
-            with suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
+def test_they_end_with_their_parent(programs, ending, work):
+    worker = programs.start(ending, work)
+    try:
+        assert programs.number() == ENDINGS[ending]
+        assert is_gone(worker)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("work", WORK)

@@ -10,6 +10,7 @@ import yaml
 from launch import ROOT, call, error_of, launch, run_python
 from toy_data import write_idx
 
+from sra_fast.analysis import study_plans
 from sra_fast.analysis.study import read_study
 from sra_fast.analysis.study_plans import check_made_like, plan_variants
 from sra_fast.analysis.study_schedule import Options, run_study
@@ -121,8 +122,9 @@ def test_every_variant_of_the_shipped_studies_is_a_valid_configuration(path, tmp
         make_features(path)
     if study.base.stem.startswith("fashion"):
         make_fashion()
-    planned = plan_variants(study, tmp_path)
-    assert all(each.flops > 0 for each in planned.values())
+    # counted elsewhere; for every variant of every study it takes most of the time
+    monkeypatch.setattr(study_plans, "flops_of_run", lambda cfg: 1.0)
+    assert plan_variants(study, tmp_path).keys() == study.variants.keys()
 
 
 def make_features(path):
