@@ -62,8 +62,8 @@ def import_state(
     )
     require_that(
         not is_pooled or "pos_embed" in state,
-        f"{source} looks like SD3 and has no position table pos_embed: the places of its patches are "
-        "not known",
+        f"{source} looks like SD3 and has no position table pos_embed: the places of its patches "
+        "are not known",
     )
     wanted = _preset(name)
     heads = num_heads or getattr(args, "num_heads", None) or wanted.get("num_heads")

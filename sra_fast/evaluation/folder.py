@@ -13,7 +13,7 @@ from PIL import Image
 
 from sra_fast.data.packed import INDEX
 from sra_fast.evaluation.npz import NpzImages
-from sra_fast.evaluation.packed import PackedImages
+from sra_fast.evaluation.packed import SAMPLES, PackedImages
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ GREY = ("L",)
 COLOUR = ("RGB", "P", "CMYK", "YCbCr")
 # grids that a run's monitor draws, named after a step
 MONITOR = re.compile(r"step_\d{8}\.png")
-SAMPLES = "samples.npz"
 DECODERS = 4
 
 

@@ -12,8 +12,9 @@ from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.prompts import digest_of, read_prompts
 from sra_fast.utils.checks import require_that
 
-# what sample.py writes beside samples.npz; the prompts, a JSON string for each image, only for models
-# of text
+# what sample.py writes: the images, what they are, and for models of text the prompts, a JSON string
+# for each image
+SAMPLES = "samples.npz"
 ORIGIN = "samples.json"
 PROMPTS = "prompts.jsonl"
 
@@ -62,17 +63,22 @@ def made_of(samples: str) -> dict:
     return {key: held.get(key) for key in ("step", "weights")}
 
 
-def _folder_of(samples: str) -> Path:
-    """Where sample.py has written: ``samples`` is that folder, or an ``.npz`` in it."""
+def _folder_of(samples: str) -> Path | None:
+    """Where sample.py has written: ``samples`` is that folder, or its ``samples.npz``. What lies
+    beside a file of another name may be of samples that were made later: None.
+    """
     path = Path(samples)
-    return path if path.is_dir() else path.parent
+    if path.is_dir():
+        return path
+    return path.parent if path.name == SAMPLES else None
 
 
 def _origin_of(samples: str) -> dict | None:
     """What sample.py has written of samples; None: nothing. ValueError if the file is damaged."""
-    file = _folder_of(samples) / ORIGIN
-    if not file.exists():
+    folder = _folder_of(samples)
+    if folder is None or not (folder / ORIGIN).exists():
         return None
+    file = folder / ORIGIN
     try:
         held = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -93,6 +99,11 @@ def prompts_of(samples: str, given: str | None, count: int) -> list[str]:
         ValueError: there is no such file, it is of other samples, or has more or fewer prompts.
     """
     folder = _folder_of(samples)
+    if given is None and folder is None:
+        raise ValueError(
+            "give --prompts, a file with a prompt for each image: only those beside a "
+            f"{SAMPLES} are known to be its own, got {samples}"
+        )
     file = folder / PROMPTS if given is None else Path(given)
     if not file.is_file():
         what = "prompts must be a file" if given else "give --prompts, a file"

@@ -61,9 +61,10 @@ class StreamAttention(Projections):
 
 
 def group_mask(group: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
-    """``[B, 1, L + T, L + T]`` bool, what the tokens of separated groups attend to: to the text, and
-    an image token to those of its own group. The text attends to the image too if all of it is one
-    group, which has nobody to be separated from.
+    """What the tokens of separated groups attend to, ``[B, 1, L + T, L + T]`` bool.
+
+    All attend to the text, and an image token to those of its own group. The text attends to the
+    image too if all of it is one group, which has nobody to be separated from.
 
     Args:
         group: ``[B, T]``, that of each image token.

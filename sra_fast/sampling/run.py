@@ -20,7 +20,7 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.prompts import as_lines
 from sra_fast.data.vae import decode
 from sra_fast.diffusion.samplers import Call, check_sampling
-from sra_fast.evaluation.packed import ORIGIN, PROMPTS
+from sra_fast.evaluation.packed import ORIGIN, PROMPTS, SAMPLES
 from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.plots.report import save_grid, to_uint8
 from sra_fast.sampling.conditions import SampleConditions, SampledLabels
@@ -373,7 +373,7 @@ def run(job: SamplingJob) -> dict | None:
         **conditions.facts,
         **job.made_of,
     }
-    npz = out / "samples.npz"
+    npz = out / SAMPLES
     # images of before go first: they would be scored with the prompts of these, which may take long
     npz.unlink(missing_ok=True)
     write_json(out / ORIGIN, origin)

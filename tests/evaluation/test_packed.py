@@ -114,7 +114,8 @@ def test_sample_says_what_it_sampled_and_names_the_classes(packed, tmp_path):
     # the card of a model shows scores of its own weights only
     assert made_of(str(tmp_path / "samples")) == {"step": 1, "weights": "ema"}
     assert made_of(str(tmp_path / "samples/samples.npz")) == {"step": 1, "weights": "ema"}
-    assert made_of(str(tmp_path / "elsewhere.npz")) == {"step": None, "weights": None}
+    for unknown in ("elsewhere.npz", "samples/renamed.npz"):
+        assert made_of(str(tmp_path / unknown)) == {"step": None, "weights": None}
     assert reference_of(str(tmp_path / "samples")) == str(packed / "data/held_out")
     with Image.open(tmp_path / "samples/samples.png") as picture:
         # four images of 32 x (32 + 12), each with a line of 2

@@ -178,6 +178,9 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
     changed = write_samples(tmp_path / "changed", images())
     (tmp_path / "none/prompts.jsonl").unlink()
     (tmp_path / "changed/prompts.jsonl").write_text(as_lines(PROMPTS[::-1]))
+    # what lies beside it may be of samples that were made later
+    renamed = write_samples(tmp_path / "renamed", images()) + "/first.npz"
+    (tmp_path / "renamed/samples.npz").rename(renamed)
     classes = tmp_path / "classes"
     for name in ("a", "b"):
         (classes / name).mkdir(parents=True)
@@ -192,6 +195,10 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
     cases = [
         ({"samples": few, **clip}, "5 images, .*few/prompts.jsonl has 7 prompts"),
         ({"samples": none, **clip}, "give --prompts, .*: there is no .*none/prompts.jsonl"),
+        (
+            {"samples": renamed, **clip},
+            "give --prompts, .* beside a samples.npz .*, got .*first.npz",
+        ),
         ({"samples": changed, **clip}, "has other prompts than those that .*samples.json tells"),
         ({"samples": samples, "prompts": "a cat", **clip}, "prompts must be a file .* no a cat"),
         ({"samples": str(classes), "prompts": "x", **clip}, "classes has several folders"),
