@@ -18,6 +18,7 @@ from typing import Literal, get_type_hints
 import jsonargparse
 import yaml
 
+from sra_fast.config.messages import Parser, config_files
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.utils import registry
 from sra_fast.utils.registry import TARGETS, Registry
@@ -98,12 +99,12 @@ def _offer_choices(options: type) -> None:
             options.__init__.__annotations__[item.name] = item.type
 
 
-def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
+def make_parser(options: type, description: str) -> Parser:
     """A parser with ``--config`` (repeatable, later files win), the fields of ``options`` and
     ``--print_config``.
     """
     _offer_choices(options)
-    parser = jsonargparse.ArgumentParser(
+    parser = Parser(
         description=description,
         usage="%(prog)s --config FILE.yaml [--section.field VALUE ...]",
         parser_mode="sra",
@@ -119,20 +120,45 @@ def make_parser(options: type, description: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def parse(options: type, parser: jsonargparse.ArgumentParser, args: list[str] | None = None):
+def parse(options: type, parser: Parser, args: list[str] | None = None):
     """``(options instance, everything parsed)``.
 
-    A typo or a wrong type ends the process with one message and exit code 2.
+    A typo or a wrong type ends the process with one line and exit code 2.
     """
-    parsed = parser.parse_args(in_full(options, sys.argv[1:] if args is None else args))
+    parser.given = in_full(options, sys.argv[1:] if args is None else args)
+    _check_files(options, parser)
+    parsed = parser.parse_args(parser.given)
     # the parser lets a file give a section one value, and would fail with a TypeError below
     for name, hint in get_type_hints(options).items():
         section = getattr(parsed, name)
         if is_dataclass(hint) and not isinstance(section, jsonargparse.Namespace):
-            parser.error(f"expected options below {name}, got {section!r}")
+            parser.error(f"{name}: expected options below it, got {section!r}")
     parsed = parser.instantiate(parsed)
     values = {name: getattr(parsed, name) for name in options.__dataclass_fields__}
     return options(**values), parsed
+
+
+def _check_files(options: type, parser: Parser) -> None:
+    """Files that are no YAML, or no options by section, with their names: the parser's messages
+    have none.
+    """
+    sections = [name for name, hint in get_type_hints(options).items() if is_dataclass(hint)]
+    for file in config_files(parser.given):
+        try:
+            value = _load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            parser.error(f"{file} cannot be read: {error.strerror}")
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+            problem = getattr(error, "problem", None) or " ".join(str(error).split())
+            parser.error(f"{file} is no YAML: {line}{problem}")
+        if not isinstance(value, dict):
+            parser.error(f"{file}: expected options by section, got {str(value or '')[:80]!r}")
+        for name in sections:
+            # a section may also be the name of another file
+            if not isinstance(value.get(name), dict | str | None):
+                parser.error(f"{name} in {file}: expected options below it, got {value[name]!r}")
 
 
 def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
@@ -147,7 +173,7 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     # `options` was made for this parser: two of them never compare as equal
     cfg = Config(**{item.name: getattr(cfg, item.name) for item in fields(Config)})
     for section, name in _chosen.items():
-        for file in _config_files(args):
+        for file in config_files(args):
             found = _target_of_file(section, file)
             if _is_replaced(section, found) and os.environ.get("RANK", "0") == "0":
                 log.warning(
@@ -178,7 +204,7 @@ def _registered() -> Registered:
 @functools.lru_cache(maxsize=32)
 def _train_parser(
     chosen: tuple[tuple[str, str], ...], registered: Registered, program: str
-) -> tuple[type[Config], jsonargparse.ArgumentParser]:
+) -> tuple[type[Config], Parser]:
     """The training options with those of the chosen targets, and their parser.
 
     Kept, because the descriptions of all options are read from their sources, which takes a tenth
@@ -279,17 +305,6 @@ def _target_of(section: str, args: list[str]) -> str:
     # so is a name that nothing is registered under
     known = [name for name in named if name != "none" and name in TARGETS]
     return known[-1] if known else "none"
-
-
-def _config_files(args: list[str]) -> list[Path]:
-    """The files that the arguments name with ``--config`` and that are there."""
-    words = [arg.partition("=") for arg in args]
-    named = [
-        value if equals else (args[i + 1] if i + 1 < len(args) else "")
-        for i, (option, equals, value) in enumerate(words)
-        if option == "--config"
-    ]
-    return [Path(name) for name in named if Path(name).is_file()]
 
 
 def _target_of_file(section: str, path: Path) -> str:

@@ -1,0 +1,149 @@
+"""What is wrong with an option, in one line: which one and where it stands, what was expected, what
+came.
+
+The parser's own messages have up to ten lines, name no file, and know no option that was meant.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import jsonargparse
+import yaml
+
+# in the parser's messages: an option, the types that it may have, and the value it was given
+KEY = re.compile(r'Parser key "([^"]+)"')
+KEY_BEFORE = re.compile(r'Parser key "([^"]+)":')
+EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: |\n|$)")
+VALUE = re.compile(r"(?:Got|Given) value: (.*)", re.DOTALL)
+# the same of an option that does not exist: in a file, in a section of a file, as an argument
+UNKNOWN = (
+    re.compile(r"Option '([^']+)' is not accepted"),
+    re.compile(r"Group '([^']+)' does not accept option '([^']+)'"),
+    re.compile(r"unrecognized arguments: --([^\s=]+)"),
+)
+# the parser's word for a type -> ours
+WORDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list",
+    "<class 'dict'>": "options by name",
+    "<class 'NoneType'>": "null",
+}
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line, with exit code 2.
+
+    Attributes:
+        given: the arguments that are parsed; whoever parses sets them.
+    """
+
+    given: list[str] = []
+
+    def error(self, message: str, ex: Exception | None = None):
+        if not self.exit_on_error:
+            # a parser inside of another one, which tells whose part this is
+            super().error(message, ex)
+        # the names of all options, the sections among them
+        known = [name for name, _ in self.get_defaults().items(branches=True)]
+        self.exit(2, f"error: {one_line(message, known, config_files(self.given), self.given)}\n")
+
+
+def one_line(
+    message: str, known: Iterable[str], files: list[Path], arguments: list[str]
+) -> str:
+    """The parser's message in one line.
+
+    Args:
+        message: of the parser, or one that is in one line already.
+        known: the names of all options, with their sections.
+        files: what ``--config`` names, the later ones win.
+        arguments: of the command line, which win over the files.
+    """
+    for pattern in UNKNOWN:
+        found = pattern.search(message)
+        if found:
+            return _unknown(".".join(found.groups()), list(known), files, arguments)
+    keys = KEY.findall(message)
+    expected = EXPECTED.findall(message)
+    value = VALUE.search(message)
+    if keys and expected and value:
+        name = _joined(keys)
+        kinds = " or ".join(dict.fromkeys(_in_words(kind) for kind in expected))
+        where = _where(name, files, arguments)
+        return f"{name}{where}: expected {kinds}, got {' '.join(value[1].split())}"
+    return " ".join(KEY_BEFORE.sub(r"\1:", message).split())
+
+
+def config_files(arguments: list[str]) -> list[Path]:
+    """The files that the arguments name with ``--config`` and that are there."""
+    words = [argument.partition("=") for argument in arguments]
+    named = [
+        value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
+        for i, (option, equals, value) in enumerate(words)
+        if option == "--config"
+    ]
+    return [Path(name) for name in named if Path(name).is_file()]
+
+
+def _joined(keys: list[str]) -> str:
+    """The name of an option of which the parser tells the outer parts first."""
+    name = ""
+    for key in keys:
+        # an inner part may repeat the outer ones
+        name = key if not name or key.startswith(f"{name}.") or key == name else f"{name}.{key}"
+    return name
+
+
+def _in_words(kind: str) -> str:
+    literal = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    if literal:
+        choices = [choice.strip().strip("'") for choice in literal[1].split(",")]
+        return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+    return WORDS.get(kind, kind if kind.startswith("<") else f"a {kind}")
+
+
+def _unknown(name: str, known: list[str], files: list[Path], arguments: list[str]) -> str:
+    """There is no such option; one that is spelled alike, or is in another section, may be meant."""
+    *section, last = name.split(".")
+    sections = [other for other in known if "." not in other]
+    if not section:
+        alike = difflib.get_close_matches(last, sections, 1)
+    elif section[0] not in sections:
+        # the section is the mistake, and not what stands below it
+        close = difflib.get_close_matches(section[0], sections, 1)
+        alike = [".".join([*close, *section[1:], last])] if close else []
+    else:
+        beside = [other.rsplit(".", 1)[1] for other in known if other.startswith(f"{section[0]}.")]
+        alike = [f"{section[0]}.{other}" for other in difflib.get_close_matches(last, beside, 1)]
+    # optim.lr for somebody who looks for it below train
+    elsewhere = [other for other in known if "." in other and other.rsplit(".", 1)[1] == last]
+    best = [other for other in (*elsewhere, *alike) if other in known]
+    meant = f", did you mean {best[0]}?" if best else ""
+    return f"there is no option {name}{_where(name, files, arguments)}{meant}"
+
+
+def _where(name: str, files: list[Path], arguments: list[str]) -> str:
+    """`` in FILE`` for an option that stands in a file; nothing if the command line has it."""
+    named = {argument.partition("=")[0].removeprefix("--") for argument in arguments}
+    parts = name.split(".")
+    if any(".".join(parts[:length]) in named for length in range(1, len(parts) + 1)):
+        return ""
+    holding = [file for file in files if _holds(file, parts)]
+    return f" in {holding[-1]}" if holding else ""
+
+
+def _holds(file: Path, parts: list[str]) -> bool:
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    for part in parts:
+        if not isinstance(value, dict) or part not in value:
+            return False
+        value = value[part]
+    return True

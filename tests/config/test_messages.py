@@ -1,0 +1,101 @@
+"""Bad options are one line: which option, in which file, what was expected, what came."""
+
+import pytest
+
+import sra_fast.training.plan  # noqa: F401  (registers what the parser offers)
+from sra_fast.config.cli import parse_train
+
+
+def refused(capsys, *args: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse_train([*args])
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    return error
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--optim.lr", "nan"], "optim.lr: expected a number, got nan"),
+        (["--optim.lr=fast"], "optim.lr: expected a number, got fast"),
+        (["--model.time_scale", "inf"], "model.time_scale: expected a number or null, got inf"),
+        (["--train.steps", "3.5"], "train.steps: expected a whole number, got 3.5"),
+        (["--model.num_classes", "ten"], "model.num_classes: expected a whole number or null, got ten"),
+        (["--train.precision", "fp17"], "train.precision: expected bf16 or fp32, got fp17"),
+        (["--train.export", "pub"], "train.export: expected a list, got pub"),
+        (["--train.averages", "[1]"], "train.averages: expected options by name, got [1]"),
+        (["--optim.betas", "[0.9]"], "optim.betas: expected a tuple with 2 elements, got [0.9]"),
+        (
+            ["--train.averages.a.decay", "x"],
+            "train.averages.decay: expected a number or null, got x",
+        ),
+        (["--model", "{name: 3}"], "model.name: expected text, got 3"),
+        (["--optim.lr"], "argument --optim.lr: expected one argument"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)  # fmt: skip
+def test_wrong_value(capsys, args, line):
+    assert refused(capsys, *args) == f"error: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--train.stps", "3"], "train.stps, did you mean train.steps?"),
+        (["--optm.lr", "3"], "optm.lr, did you mean optim.lr?"),
+        # the name is right, the section is another one
+        (["--train.lr", "3"], "train.lr, did you mean optim.lr?"),
+        (["--lr=3"], "lr, did you mean optim.lr?"),
+        (["--modle", "SiT-S/2"], "modle, did you mean model?"),
+        (["--align2.foreground", "3"], "align2.foreground"),
+        (["--nothing.like.it", "3"], "nothing.like.it"),
+    ],
+)
+def test_unknown_option(capsys, args, line):
+    assert refused(capsys, *args) == f"error: there is no option {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("modle:\n  name: SiT-S/2\n", "there is no option modle.name in {}, did you mean model.name?"),
+        ("model:\n  nmae: SiT-S/2\n", "there is no option model.nmae in {}, did you mean model.name?"),
+        ("train:\n  steps: many\n", "train.steps in {}: expected a whole number, got many"),
+        ("model: [1\n", "{} is no YAML: line 2, column 1: did not find expected ',' or ']'"),
+        (
+            "\ttrain:\n  steps: 3\n",
+            "{} is no YAML: line 1, column 1: found character that cannot start any token",
+        ),
+        ("[1, 2]\n", "{}: expected options by section, got '[1, 2]'"),
+        ("", "{}: expected options by section, got ''"),
+        ("train: 3\nmodel:\n  name: SiT-S/2\n", "train in {}: expected options below it, got 3"),
+    ],
+)  # fmt: skip
+def test_bad_file(capsys, tmp_path, text, line):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    # a good file after it has no part in the message
+    args = ["--config", str(file), "--config", "configs/digits.yaml"]
+    assert refused(capsys, *args) == f"error: {line.format(file)}\n"
+
+
+def test_file_that_is_no_text(capsys, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_bytes(b"model: \xff\n")
+    assert refused(capsys, f"--config={file}").startswith(f"error: {file} is no YAML: 'utf-8' codec")
+
+
+def test_missing_file(capsys, tmp_path):
+    file = tmp_path / "none.yaml"
+    said = refused(capsys, "--config", str(file))
+    assert said == f"error: config: File does not exist: '{file}'\n"
+
+
+def test_command_line_wins_over_the_file(capsys, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train:\n  steps: 3\n")
+    said = refused(capsys, "--config", str(file), "--train.steps", "many")
+    # the file has a right value, which is not to blame
+    assert said == "error: train.steps: expected a whole number, got many\n"
