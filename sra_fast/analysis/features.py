@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sra_fast.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
-from sra_fast.data.facts import DataFacts, differences
+from sra_fast.data.facts import DataFacts, differences, other_inputs
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import block_seed, draw
 from sra_fast.models import Conditioning, DiffusionTransformer
@@ -135,17 +135,25 @@ def open_for(
     ``facts``: about the data that the model was trained on. A warning says if these are others.
 
     Raises:
-        ValueError: the data cannot be read, do not fit the model, or are a single image.
+        ValueError: the data cannot be read, do not fit the model, are a single image, or have an
+            image as other inputs than the model knows (pixels, or another encoder's).
     """
     # a batch of 2, so that training and held-out part have an image
     cfg = Config(model=sizes_of(model), data=data, train=TrainConfig(global_batch=2))
     found = make_dataset(cfg)
-    if facts and differences(found.facts(), facts):
-        log.warning(
-            "%s are not the data that the model was trained on: %s",
-            data.path,
-            "; ".join(differences(found.facts(), facts)),
+    if facts:
+        other = other_inputs(found.facts(), facts)
+        require_that(
+            not other,
+            f"{data.path} is nothing that the model was trained to see: {'; '.join(other)}",
         )
+        different = differences(found.facts(), facts)
+        if different:
+            log.warning(
+                "%s are not the data that the model was trained on: %s",
+                data.path,
+                "; ".join(different),
+            )
     return found
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import yaml
@@ -61,16 +62,38 @@ class Scoring:
     def identity(self) -> dict:
         """What scores follow from, besides the run: the function, and what it does.
 
-        The function must be importable. An own one is known by its file, the built-in one by its
-        version and all of its options, also those that are left at their defaults.
+        The function must be importable. An own one is known by its file and the files beside it
+        that this imports, the built-in one by its version and all of its options, also those that
+        are left at their defaults.
         """
         module = import_module(self.function.partition(":")[0])
         held: dict = {"function": self.function}
         if self.is_own:
-            content = Path(str(module.__file__)).read_bytes()
-            return {**held, "source": hashlib.sha256(content).hexdigest()}
+            file = Path(str(module.__file__))
+            held["source"] = _digest(file)
+            imported = {name: _digest(path) for name, path in imported_beside(file).items()}
+            return {**held, "imports": imported} if imported else held
         options = asdict(module.ScoreOptions(**self.options))
         return {**held, "options": options, "version": module.VERSION}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def imported_beside(file: Path) -> dict[str, Path]:
+    """The modules in a file's own folder that it imports, also by way of each other, by name."""
+    if {"site-packages", "dist-packages"} & {*file.parts}:
+        # what lies beside an installed module is everything that is installed
+        return {}
+    finder = ModuleFinder([str(file.parent)])
+    # it reads the code and runs nothing
+    finder.run_script(str(file))
+    return {
+        name: Path(found.__file__)
+        for name, found in sorted(finder.modules.items())
+        if found.__file__ and Path(found.__file__) != file
+    }
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,12 @@ from sra_fast.analysis.run_scores import ScoreOptions, check_for
 from sra_fast.analysis.study import Study
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.manifest import plain
+from sra_fast.checkpoint.sources import read_weights
+from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.data.facts import DataFacts, differences
+from sra_fast.data.vae import weights_digest
 from sra_fast.training.endings import ending_of
 from sra_fast.training.flops import aligned_share, forward_flops, training_flops
 from sra_fast.training.plan import find_resume, make_run_plan
@@ -164,6 +167,20 @@ def check_made_like(planned: Planned, run: Path) -> None:
     different = other_data(planned.facts, DataFacts.from_json(read_json(run / reading.FACTS)))
     if different:
         raise ValueError(f"{run} was made with other data than there are now: {different}")
+
+
+def initial_weights(source: str | None) -> str | None:
+    """SHA-256 of what ``train.init_from`` names, whatever form it has; None: it names nothing.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if source is None:
+        return None
+    held = read_weights(source)
+    states = {key: held[key] for key in (EMA, STUDENT) if key in held}
+    weights = {f"{key} {name}": w for key, state in states.items() for name, w in state.items()}
+    return weights_digest(weights).hexdigest()
 
 
 def flops_of_run(cfg: Config) -> float:

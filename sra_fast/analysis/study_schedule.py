@@ -15,6 +15,7 @@ from sra_fast.analysis.study_plans import (
     Cost,
     Planned,
     check_made_like,
+    initial_weights,
     note_time,
     plan_variants,
     seconds_left,
@@ -37,6 +38,8 @@ log = logging.getLogger("sra_fast")
 
 # in the folder of a variant's run: what it was made with
 MADE_WITH = "study.json"
+# in it: the SHA-256 of the weights that the run has started from
+INITIAL = "initial_weights"
 # in the same folder: what the run has printed
 LOG = "log.txt"
 # beside the studies: networks that score, which all of them share
@@ -184,6 +187,8 @@ class _Session:
         }
         self.failed: list[str] = []
         self.planned: dict[str, Planned] = {}
+        # by variant; None: it starts from no weights
+        self.initial: dict[str, str | None] = {}
         self.machine: dict = {}
         # steps of the checkpoint that each task goes on from
         self.steps: dict[tuple[str, int], int] = {}
@@ -289,9 +294,32 @@ class _Session:
 
     def _plan(self) -> None:
         self.planned = plan_variants(self.study, self.folder)
+        self._read_initial()
         for (variant, _), place in self.runs.items():
             for facts in sorted(place.glob(f"*/{FACTS}")):
                 check_made_like(self.planned[variant], facts.parent)
+
+    def _read_initial(self) -> None:
+        """What every variant starts from; ValueError if a run has started from something else.
+
+        A path in the arguments stays the same when what lies there changes.
+        """
+        sources = {
+            variant: planned.cfg.train.init_from for variant, planned in self.planned.items()
+        }
+        # several variants may start from one file, which is large
+        digests = {source: initial_weights(source) for source in {*sources.values()}}
+        self.initial = {variant: digests[source] for variant, source in sources.items()}
+        for (variant, _), place in self.runs.items():
+            held = self._made_with(place)
+            if (
+                held is not None
+                and held.get(INITIAL, self.initial[variant]) != self.initial[variant]
+            ):
+                raise ValueError(
+                    f"{place} started from other weights than there are now at train.init_from "
+                    f"{sources[variant]}: delete it or choose another --out"
+                )
 
     def _name(self, variant: str, seed: int) -> str:
         return f"{variant}, seed {seed}"
@@ -321,7 +349,8 @@ class _Session:
         self.steps[run] = self._steps(run)
         if self._made_with(place) is None:
             machine = {"machine": self.machine}
-            write_json(place / MADE_WITH, {**self.study.made_with(variant), **machine})
+            initial = {INITIAL: self.initial[variant]}
+            write_json(place / MADE_WITH, {**self.study.made_with(variant), **initial, **machine})
 
     def _steps(self, run: tuple[str, int]) -> int:
         """Optimizer steps that a run has taken and kept."""

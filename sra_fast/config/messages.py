@@ -53,9 +53,7 @@ class Parser(jsonargparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message, known, config_files(self.given), self.given)}\n")
 
 
-def one_line(
-    message: str, known: Iterable[str], files: list[Path], arguments: list[str]
-) -> str:
+def one_line(message: str, known: Iterable[str], files: list[Path], arguments: list[str]) -> str:
     """The parser's message in one line.
 
     Args:

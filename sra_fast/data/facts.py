@@ -54,37 +54,55 @@ def differences(found: DataFacts, expected: DataFacts) -> list[str]:
 
     Other images have another fingerprint; the rest makes a model of the one wrong for the other.
     """
-    different = []
-    for name in ("num_classes", "class_names", "pixels", "scale", "shift"):
-        ours, theirs = getattr(found, name), getattr(expected, name)
-        if None not in (ours, theirs) and ours != theirs:
-            different.append(f"{name} {_short(ours)}, it was {_short(theirs)}")
-    vaes = [(facts.vae or {}).get("sha256") for facts in (found, expected)]
-    if None not in vaes and vaes[0] != vaes[1]:
-        different.append("latents of another VAE")
+    different = _other_values(found, expected, ("num_classes", "class_names"))
+    different += other_inputs(found, expected)
     features = [facts.features or {} for facts in (found, expected)]
     prints = [held.get("fingerprint") for held in features]
     if None not in prints and prints[0] != prints[1]:
         different.append(f"other features ({features[0]['name']}, it had {features[1]['name']})")
-    different += _other_text(found.text or {}, expected.text or {})
+    texts = [facts.text or {} for facts in (found, expected)]
+    if not _other_encoders(*texts):
+        prints = [held.get("fingerprint") for held in texts]
+        if None not in prints and prints[0] != prints[1]:
+            different.append(f"other captions ({texts[0]['name']}, it had {texts[1]['name']})")
     prints = (found.fingerprint, expected.fingerprint)
     if not different and None not in prints and prints[0] != prints[1]:
         different.append("other images")
     return different
 
 
-def _other_text(found: dict, expected: dict) -> list[str]:
-    """How features of captions differ from those that are expected."""
+def other_inputs(found: DataFacts, expected: DataFacts) -> list[str]:
+    """Those of the ``differences`` by which the same picture with the same caption is another input,
+    of which a model cannot make anything.
+    """
+    different = _other_values(found, expected, ("pixels", "scale", "shift"))
+    vaes = [(facts.vae or {}).get("sha256") for facts in (found, expected)]
+    if None not in vaes and vaes[0] != vaes[1]:
+        different.append("latents of another VAE")
+    texts = [facts.text or {} for facts in (found, expected)]
+    if _other_encoders(*texts):
+        different.append(
+            f"features of another text encoder ({texts[0]['name']}, it had {texts[1]['name']})"
+        )
+    return different
+
+
+def _other_values(found: DataFacts, expected: DataFacts, names: tuple[str, ...]) -> list[str]:
+    pairs = [(name, getattr(found, name), getattr(expected, name)) for name in names]
+    return [
+        f"{name} {_short(ours)}, it was {_short(theirs)}"
+        for name, ours, theirs in pairs
+        if None not in (ours, theirs) and ours != theirs
+    ]
+
+
+def _other_encoders(found: dict, expected: dict) -> bool:
+    """Whether captions have features of other encoders, as far as both are known."""
     encoders = [
         [encoder["sha256"] for encoder in held["encoders"]] if held.get("encoders") else None
         for held in (found, expected)
     ]
-    if None not in encoders and encoders[0] != encoders[1]:
-        return [f"features of another text encoder ({found['name']}, it had {expected['name']})"]
-    prints = [held.get("fingerprint") for held in (found, expected)]
-    if None not in prints and prints[0] != prints[1]:
-        return [f"other captions ({found['name']}, it had {expected['name']})"]
-    return []
+    return None not in encoders and encoders[0] != encoders[1]
 
 
 def _short(value: object) -> str:

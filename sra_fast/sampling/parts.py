@@ -50,19 +50,24 @@ def open_parts(folder: Path, identity: dict) -> None:
             )
 
 
-def open_pngs(folder: Path, count: int) -> None:
-    """Make the folder of the ``count`` PNGs.
+def open_pngs(folder: Path, count: int) -> Path | None:
+    """Make the folder of the ``count`` PNGs and return it; None if there are to be none.
 
     Raises:
-        ValueError: it holds images of an earlier, larger set, which would be left among these.
+        ValueError: it holds images of an earlier set, which would be taken for images of this one.
     """
-    folder.mkdir(exist_ok=True)
     numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdigit()]
     extra = sum(number >= count for number in numbers)
     if extra:
+        these = f"these {count}" if count else "these samples, which get none (--png true)"
         raise ValueError(
-            f"{folder} holds {extra} images more than these {count}: delete it or choose another --out"
+            f"{folder} holds {extra} images that are not of {these}: delete it or choose another "
+            "--out"
         )
+    if count == 0:
+        return None
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def num_parts(count: int) -> int:

@@ -350,9 +350,7 @@ def run(job: SamplingJob) -> dict | None:
     out = make_folder(options.out)
     parts = out / "parts"
     open_parts(parts, {**identity(options, job.model, job.decoder), **conditions.facts})
-    png = out / "png" if options.png else None
-    if png:
-        open_pngs(png, count)
+    png = open_pngs(out / "png", count if options.png else 0)
 
     start = time.perf_counter()
     # the bar shows process 0's share

@@ -48,7 +48,7 @@ def test_wrong_value(capsys, args, line):
         # the name is right, the section is another one
         (["--train.lr", "3"], "train.lr, did you mean optim.lr?"),
         (["--lr=3"], "lr, did you mean optim.lr?"),
-        (["--modle", "SiT-S/2"], "modle, did you mean model?"),
+        (["--mdel", "SiT-S/2"], "mdel, did you mean model?"),
         (["--align2.foreground", "3"], "align2.foreground"),
         (["--nothing.like.it", "3"], "nothing.like.it"),
     ],
@@ -60,8 +60,8 @@ def test_unknown_option(capsys, args, line):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("modle:\n  name: SiT-S/2\n", "there is no option modle.name in {}, did you mean model.name?"),
-        ("model:\n  nmae: SiT-S/2\n", "there is no option model.nmae in {}, did you mean model.name?"),
+        ("mdel:\n  name: SiT-S/2\n", "there is no option mdel.name in {}, did you mean model.name?"),
+        ("model:\n  nname: SiT-S/2\n", "there is no option model.nname in {}, did you mean model.name?"),
         ("train:\n  steps: many\n", "train.steps in {}: expected a whole number, got many"),
         ("model: [1\n", "{} is no YAML: line 2, column 1: did not find expected ',' or ']'"),
         (
@@ -84,7 +84,9 @@ def test_bad_file(capsys, tmp_path, text, line):
 def test_file_that_is_no_text(capsys, tmp_path):
     file = tmp_path / "my.yaml"
     file.write_bytes(b"model: \xff\n")
-    assert refused(capsys, f"--config={file}").startswith(f"error: {file} is no YAML: 'utf-8' codec")
+    assert refused(capsys, f"--config={file}").startswith(
+        f"error: {file} is no YAML: 'utf-8' codec"
+    )
 
 
 def test_missing_file(capsys, tmp_path):

@@ -139,7 +139,8 @@ def test_models_of_every_kind(tmp_path, name, others, options):
     asked = {} if name.lower().startswith("dino") else {"interpolate_pos_encoding": True}
     tokens = seen_by(vision.model, pixels, 24, **asked)
     assert tokens.shape[1] == 36 + others
-    assert torch.allclose(found, tokens[:, others:], atol=1e-6, rtol=1e-5)
+    # the order of the sums is the CPU's choice
+    assert torch.allclose(found, tokens[:, others:], atol=1e-5, rtol=1e-5)
     grey = pixels[:, :1]
     assert torch.equal(extract(grey), extract(grey.repeat(1, 3, 1, 1)))
     rough = make_extractor(vision, 6, "bf16", CPU)(pixels)

@@ -174,6 +174,12 @@ def test_other_data_than_the_runs_are_told(trained, tmp_path, caplog):
     listed.write_text(listed.read_text().replace("birch", "beech"))
     split(data_of(other, loaded.facts), loaded.model, loaded.facts)
     assert "not the data that the model was trained on: class_names" in caplog.text
+    # latents of another VAE are no images to this model: a number made of them would mean nothing
+    other_vae = replace(loaded.facts, vae={**loaded.facts.vae, "sha256": "0" * 64})
+    with pytest.raises(
+        ValueError, match="nothing that the model was trained to see: latents of an"
+    ):
+        split(data, loaded.model, other_vae)
     gone = replace(loaded.facts, path=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="trained on .*gone, which is gone: give --data PATH"):
         data_of(DataConfig(), gone)

@@ -139,8 +139,13 @@ def test_pngs_of_a_larger_set_are_an_error(tmp_path):
     for name in ("000004.png", "000005.png", "grid.png"):
         (tmp_path / "png" / name).write_bytes(b"")
     sampling.open_pngs(tmp_path / "png", 6)
-    with pytest.raises(ValueError, match="holds 1 images more than these 5"):
+    with pytest.raises(ValueError, match="holds 1 images that are not of these 5: delete it"):
         sampling.open_pngs(tmp_path / "png", 5)
+    # new samples without PNGs would stand beside the old ones'
+    with pytest.raises(ValueError, match="2 images that are not of these samples, which get none"):
+        sampling.open_pngs(tmp_path / "png", 0)
+    assert sampling.open_pngs(tmp_path / "other", 0) is None
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture(scope="module")

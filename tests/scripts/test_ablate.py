@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from launch import ROOT, call, error_of, launch, run_python
+from safetensors.torch import save_file
 from toy_data import write_idx
 
 from sra_fast.analysis import study_plans
@@ -15,6 +17,7 @@ from sra_fast.analysis.study import read_study
 from sra_fast.analysis.study_plans import check_made_like, plan_variants
 from sra_fast.analysis.study_schedule import Options, run_study
 from sra_fast.analysis.study_table import table
+from sra_fast.config.cli import parse_train
 from sra_fast.data.preprocess import Options as Preprocessing
 from sra_fast.data.preprocess import make_jobs
 from sra_fast.data.writer import run_jobs
@@ -172,6 +175,46 @@ def test_a_function_that_has_changed_scores_again(tmp_path, run_fake):
         (tmp_path / "changing_scores.py").write_text(text)
         ended, _ = run_fake(study)
         assert {row["quality"] for row in ended.results.rows} == {value}
+
+
+def test_a_function_whose_helper_has_changed_scores_again(tmp_path, run_fake):
+    study = study_of(tmp_path, OWN.replace("fake_work:quality", "scores_with_helper:one"))
+    (tmp_path / "scores_with_helper.py").write_text(
+        "def one(run):\n    from nearer_helper import value\n    return {'quality': value()}\n"
+    )
+    (tmp_path / "nearer_helper.py").write_text(
+        "import json\nimport further_helper\ndef value():\n    return further_helper.VALUE\n"
+    )
+    for value in (1.0, 2.0):
+        (tmp_path / "further_helper.py").write_text(f"VALUE = {value}\n")
+        # not of the study's concern
+        (tmp_path / "stranger.py").write_text(f"VALUE = {value}\n")
+        ended, _ = run_fake(study)
+        assert {row["quality"] for row in ended.results.rows} == {value}
+    assert study.scoring.identity()["imports"].keys() == {"nearer_helper", "further_helper"}
+    (tmp_path / "stranger.py").write_text("")
+    assert run_fake(study)[1] == []
+
+
+def test_initial_weights_that_change_within_a_study(tmp_path, run_fake):
+    """A path stays the same when other weights are put there."""
+    weights = tmp_path / "initial.safetensors"
+    text = STUDY.replace("args:", f"args:\n  train.init_from: {weights}")
+    study = study_of(tmp_path, text)
+
+    def put(seed):
+        torch.manual_seed(seed)
+        cfg = parse_train(study.command("given", 0, tmp_path))[0]
+        save_file(cfg.model.build().state_dict(), weights)
+
+    put(0)
+    assert len(run_fake(study, seeds=[0])[0].results.rows) == 2
+    # the same weights in a file that was written again
+    put(0)
+    assert run_fake(study, variants=["given"])[1][1:] == ["given, seed 1: done"]
+    put(1)
+    with pytest.raises(ValueError, match="00_seed0 started from other weights than there are now"):
+        run_fake(study)
 
 
 def test_settings_and_data_that_change_within_a_study(tmp_path, rooms):
