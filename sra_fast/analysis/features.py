@@ -247,5 +247,6 @@ def choose_layers(layers: list[int] | None, depth: int, most: int | None = None)
 
 def check_times(times: list[float]) -> None:
     """ValueError unless there is at least one time and all lie in [0, 1]."""
-    if not times or min(times) < 0 or max(times) > 1:
+    # not by the smallest and the largest: comparisons with NaN are false
+    if not times or not all(0 <= time <= 1 for time in times):
         raise ValueError(f"times must lie in [0, 1], got {times}")

@@ -13,6 +13,7 @@ from sra_fast.analysis.features import data_of, open_for
 from sra_fast.analysis.intervals import bootstrap_interval
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
+from sra_fast.data.facts import DataFacts
 from sra_fast.evaluation.held_out import (
     BLOCK,
     TIME_BINS,
@@ -55,6 +56,23 @@ class Options:
     """for weights that do not say it and whose width is no paper size"""
 
 
+def _check_classes(found: DataFacts, trained: DataFacts | None) -> None:
+    """ValueError if the data's labels are other classes than the model's: it would be asked for a
+    cat where there is a wolf.
+    """
+    names = [None if facts is None else facts.class_names for facts in (found, trained)]
+    require_that(
+        None in names or names[0] == names[1],
+        f"{found.path or found.name} has other classes than the model was trained on: expected "
+        f"{_first(names[1])}, got {_first(names[0])}",
+    )
+
+
+def _first(names: list[str] | None) -> str:
+    shown = ", ".join((names or [])[:3])
+    return f"{shown}, ... ({len(names or [])})"
+
+
 def run(options: Options) -> dict:
     """Measure and write; collective under a launcher.
 
@@ -77,6 +95,7 @@ def run(options: Options) -> dict:
         )
     loaded = load_model(options.checkpoint, options.weights, options.num_heads)
     data = open_for(data_of(options.data, loaded.facts), loaded.model, loaded.facts)
+    _check_classes(data.facts(), loaded.facts)
     images = HeldOutImages(data, options.images, options.bins, options.seed, options.trained)
     if other is not None:
         # raises before anything is computed, if the two cannot be compared

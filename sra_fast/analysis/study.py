@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Hashable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from modulefinder import ModuleFinder
@@ -11,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from sra_fast.analysis.study_scores import OF_TRAINING, SCORES, SUMMARY
+from sra_fast.utils.yaml_loader import KeysOnce
 
 REQUIRED = {"base", "args", "seeds", "variants"}
 OPTIONAL = {"baseline", "rounding", "score", "scores", "claims"}
@@ -143,15 +143,8 @@ class Study:
         return [*common, "--train.seed", str(seed), "--train.out", out]
 
 
-class _OnceLoader(yaml.SafeLoader):
+class _OnceLoader(KeysOnce, yaml.SafeLoader):
     """YAML in which a mapping has every key once: of two variants of one name one would be lost."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, Hashable) and keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice")
-        return super().construct_mapping(node, deep)
 
 
 def read_study(path: Path) -> Study:

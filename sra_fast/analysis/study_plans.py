@@ -36,8 +36,9 @@ DRAWS = {
 }
 # what they must share to have one held-out loss
 LOSS = {"model": ("process",), "diffusion": ("path",)}
-# sections whose settings a run's training follows from, and what in them makes no difference
-TRAINED = ("model", "align", "align2", "diffusion", "data", "optim", "train")
+# sections whose settings a run's training or its scores follow from, and what in them makes no
+# difference
+DECISIVE = ("model", "align", "align2", "diffusion", "data", "optim", "train", "sample")
 FREE = ("train.seed", "data.path", "data.num_workers", "train.loggers")
 # in the folder of a variant's run: how long its parts took
 TIMING = "timing.json"
@@ -155,7 +156,7 @@ def check_made_like(planned: Planned, run: Path) -> None:
     settings = [
         (name, pair)
         for name, pair in changes(began, asdict(planned.cfg)).items()
-        if name.partition(".")[0] in TRAINED and name not in FREE
+        if name.partition(".")[0] in DECISIVE and name not in FREE
     ]
     if settings:
         name, (old, new) = settings[0]

@@ -284,6 +284,8 @@ class _Session:
                 asked,
                 before=lambda task: self._begin(names[task.name]),
             )
+        # what lies at a path may have been replaced while this command ran
+        self._check_initial()
 
     def tell_cost(self, asked: Callable[[], object]) -> None:
         """Report what is left, and train nothing but a trial."""
@@ -310,15 +312,18 @@ class _Session:
         # several variants may start from one file, which is large
         digests = {source: initial_weights(source) for source in {*sources.values()}}
         self.initial = {variant: digests[source] for variant, source in sources.items()}
+        self._check_initial()
+
+    def _check_initial(self) -> None:
+        """ValueError if a run has started from other weights than those of ``_read_initial``."""
         for (variant, _), place in self.runs.items():
-            held = self._made_with(place)
-            if (
-                held is not None
-                and held.get(INITIAL, self.initial[variant]) != self.initial[variant]
-            ):
+            expected = self.initial[variant]
+            held = self._made_with(place) or {}
+            if held.get(INITIAL, expected) != expected:
+                source = self.planned[variant].cfg.train.init_from
                 raise ValueError(
-                    f"{place} started from other weights than there are now at train.init_from "
-                    f"{sources[variant]}: delete it or choose another --out"
+                    f"{place} started from other weights than there were at train.init_from "
+                    f"{source} when this command began: delete it or choose another --out"
                 )
 
     def _name(self, variant: str, seed: int) -> str:
@@ -349,7 +354,7 @@ class _Session:
         self.steps[run] = self._steps(run)
         if self._made_with(place) is None:
             machine = {"machine": self.machine}
-            initial = {INITIAL: self.initial[variant]}
+            initial = {INITIAL: initial_weights(self.planned[variant].cfg.train.init_from)}
             write_json(place / MADE_WITH, {**self.study.made_with(variant), **initial, **machine})
 
     def _steps(self, run: tuple[str, int]) -> int:

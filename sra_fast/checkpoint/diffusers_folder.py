@@ -331,5 +331,5 @@ def _facts(pipeline: Path, cfg: ModelConfig) -> DataFacts | None:
         num_classes=cfg.num_classes,
         class_names=names if all(names) else None,
         scale=scale,
-        vae_path=str(pipeline / "vae"),
+        vae_path=str((pipeline / "vae").absolute()),
     )

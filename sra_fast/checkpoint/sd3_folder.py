@@ -130,7 +130,7 @@ def _facts(pipeline: Path, arguments: dict) -> DataFacts | None:
         num_classes=1,
         scale=scale,
         shift=shift or 0.0,
-        vae_path=str(pipeline / "vae"),
+        vae_path=str((pipeline / "vae").absolute()),
     )
 
 

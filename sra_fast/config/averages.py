@@ -43,9 +43,10 @@ def check_averages(train: TrainConfig) -> None:
     for name, average in train.averages.items():
         option = f"train.averages.{name}"
         require_that(
-            NAME.fullmatch(name) is not None and name not in TAKEN,
-            "expected names of train.averages of letters, digits and ._-, which begin with a letter or "
-            f"a digit, and none of {', '.join(TAKEN)}, got {name!r}",
+            # in YAML `no` is a value and 1 a number, unless they stand in quotes
+            isinstance(name, str) and NAME.fullmatch(name) is not None and name not in TAKEN,
+            "expected names of train.averages as text of letters, digits and ._-, which begin with a "
+            f"letter or a digit, and none of {', '.join(TAKEN)}, got {name!r}",
         )
         require_that(
             len(average.given) == 1,

@@ -22,6 +22,7 @@ from sra_fast.config.messages import Parser, config_files
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.utils import registry
 from sra_fast.utils.registry import TARGETS, Registry
+from sra_fast.utils.yaml_loader import read_config
 
 log = logging.getLogger("sra_fast")
 
@@ -37,15 +38,14 @@ _chosen: dict[str, str] = {}
 
 
 def _load(text: str):
-    """jsonargparse's YAML, with ``align: NAME`` as a short form of ``align: {target: NAME}``, and
-    without the options of targets that the command line replaces by others.
+    """The value of a YAML text, with ``align: NAME`` as a short form of ``align: {target: NAME}``,
+    and without the options of targets that the command line replaces by others.
     """
     if text.startswith('["'):
         # what _with_lists has written: how JSON escapes an emoji is no YAML
         with suppress(ValueError):
             return json.loads(text)
-    # jsonargparse's own YAML: it reads 1e-4 as a number, which YAML 1.1 does not
-    value = jsonargparse.get_loader("yaml")(text)
+    value = read_config(text)
     if not isinstance(value, dict):
         return value
     for section in SECTIONS:
@@ -139,8 +139,8 @@ def parse(options: type, parser: Parser, args: list[str] | None = None):
 
 
 def _check_files(options: type, parser: Parser) -> None:
-    """Files that are no YAML, or no options by section, with their names: the parser's messages
-    have none.
+    """Files that are no YAML, have an option twice, or no options by section, with their names: the
+    parser's messages have none.
     """
     sections = [name for name, hint in get_type_hints(options).items() if is_dataclass(hint)]
     for file in config_files(parser.given):
@@ -152,7 +152,7 @@ def _check_files(options: type, parser: Parser) -> None:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
             problem = getattr(error, "problem", None) or " ".join(str(error).split())
-            parser.error(f"{file} is no YAML: {line}{problem}")
+            parser.error(f"{file}: {line}{problem}")
         if not isinstance(value, dict):
             parser.error(f"{file}: expected options by section, got {str(value or '')[:80]!r}")
         for name in sections:

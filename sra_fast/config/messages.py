@@ -12,6 +12,8 @@ from pathlib import Path
 import jsonargparse
 import yaml
 
+from sra_fast.utils.yaml_loader import read_config
+
 # in the parser's messages: an option, the types that it may have, and the value it was given
 KEY = re.compile(r'Parser key "([^"]+)"')
 KEY_BEFORE = re.compile(r'Parser key "([^"]+)":')
@@ -107,8 +109,22 @@ def _in_words(kind: str) -> str:
 
 def _unknown(name: str, known: list[str], files: list[Path], arguments: list[str]) -> str:
     """There is no such option; one that is spelled alike, or is in another section, may be meant."""
+    where = _where(name, files, arguments)
+    # as it was written: on the command line, or in a file
+    dashes = "" if where else "--"
+    meant = _meant(name, known)
+    question = f", did you mean {dashes}{meant}?" if meant else ""
+    return f"there is no option {dashes}{name}{where}{question}"
+
+
+def _meant(name: str, known: list[str]) -> str | None:
+    """The option that was probably meant by a name that is none."""
     *section, last = name.split(".")
     sections = [other for other in known if "." not in other]
+    # optim.lr for somebody who looks for it below train
+    elsewhere = [other for other in known if "." in other and other.rsplit(".", 1)[1] == last]
+    if elsewhere:
+        return elsewhere[0]
     if not section:
         alike = difflib.get_close_matches(last, sections, 1)
     elif section[0] not in sections:
@@ -118,11 +134,7 @@ def _unknown(name: str, known: list[str], files: list[Path], arguments: list[str
     else:
         beside = [other.rsplit(".", 1)[1] for other in known if other.startswith(f"{section[0]}.")]
         alike = [f"{section[0]}.{other}" for other in difflib.get_close_matches(last, beside, 1)]
-    # optim.lr for somebody who looks for it below train
-    elsewhere = [other for other in known if "." in other and other.rsplit(".", 1)[1] == last]
-    best = [other for other in (*elsewhere, *alike) if other in known]
-    meant = f", did you mean {best[0]}?" if best else ""
-    return f"there is no option {name}{_where(name, files, arguments)}{meant}"
+    return next((other for other in alike if other in known), None)
 
 
 def _where(name: str, files: list[Path], arguments: list[str]) -> str:
@@ -137,7 +149,7 @@ def _where(name: str, files: list[Path], arguments: list[str]) -> str:
 
 def _holds(file: Path, parts: list[str]) -> bool:
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+        value = read_config(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
     for part in parts:

@@ -1,5 +1,6 @@
 """How preprocess.py makes features: of which images, with which model, for which data set."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from sra_fast.data.options import FEATURE_OPTIONS, READ_AS, Options, default, re
 from sra_fast.data.packed import INDEX, LABELS, Shards, check_finished, read_index
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.vision import features_shape, load_vision_model, make_extractor
+from sra_fast.data.writer import refuse_changed
 from sra_fast.utils.checks import require_that
 
 
@@ -74,8 +76,9 @@ def made_like(options: Options, folder: Path) -> Options:
 def check_same_images(source: ImageSource, folder: Path) -> None:
     """ValueError unless a finished data set was made of these images.
 
-    Names and labels are compared; of data that were made of no images, number and labels, and the
-    numbers in the names if they are MS-COCO's as U-ViT's scripts leave it.
+    Names, labels and the contents of a few files are compared; of data that were made of no images,
+    number and labels, and the numbers in the names if they are MS-COCO's as U-ViT's scripts leave
+    it.
     """
     index = read_index(folder)
     if index.get("numbered"):
@@ -95,6 +98,8 @@ def check_same_images(source: ImageSource, folder: Path) -> None:
     if "resolution" in index:
         same = same and index["source_sha256"] == source.fingerprint
     require_that(same, f"{folder} was made of other images than those of {source.place}")
+    parts = sorted((folder / "parts").glob("*.json"))
+    refuse_changed(source, folder, (json.loads(part.read_text()) for part in parts))
 
 
 def belongs_to(

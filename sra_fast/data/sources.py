@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -121,6 +122,21 @@ class ImageSource:
     def _content(self, number: int) -> bytes:
         """The file of image ``number``."""
         raise NotImplementedError
+
+    def marks(self, numbers: list[int]) -> list[int] | None:
+        """A checksum of the file of each of these images (mirror images counted), -1 for one that
+        cannot be read; None: the fingerprint tells other contents apart already.
+        """
+        if self.content_digest:
+            return None
+        return [self._mark(number // self.copies) for number in numbers]
+
+    def _mark(self, number: int) -> int:
+        try:
+            return zlib.crc32(self._content(number))
+        except Exception:
+            # zip files and network drives raise many types
+            return -1
 
     def _pixels(self, number: int) -> tuple[np.ndarray, Report]:
         """The crop of image ``number``, uint8 ``[size, size, channels]``."""

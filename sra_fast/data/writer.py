@@ -18,10 +18,13 @@ from tqdm import tqdm
 from sra_fast.data.batch import Batch, Report
 from sra_fast.data.layouts import LAYOUTS, Part, Statistics, all_numbers
 from sra_fast.data.packed import RECIPE
+from sra_fast.data.sources import ImageSource
 from sra_fast.utils.files import write_first, write_json
 
 # what names the folder of rows that lie beside a data set
 NAMED_BY = {"features": "features_name", "text": "text_name"}
+# images of a part whose files are looked at again: other files may have come under the same names
+LOOKED_AT = 8
 # batches read before they are needed, beyond one per thread
 AHEAD = 2
 
@@ -117,6 +120,37 @@ class PackingJob:
                     f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: "
                     f"choose another {NAMED_BY.get(self.layout.kind, 'out')}"
                 )
+        own_parts = range(self.rank, self.num_parts, self.world)
+        refuse_changed(self.source, self.out, filter(None, map(self.record, own_parts)))
+
+
+def _marks(source: object, record: dict) -> list[tuple[int, int]]:
+    """``(number, checksum)`` of some images of a part, if the source has them in files."""
+    written = all_numbers([record])
+    chosen = written[:: -(-len(written) // LOOKED_AT)] if written else []
+    marks = source.marks(chosen) if isinstance(source, ImageSource) else None
+    return [] if marks is None else [*zip(chosen, marks, strict=True)]
+
+
+def refuse_changed(source: object, folder: Path, records: Iterable[dict]) -> None:
+    """ValueError if finished parts of a data set were made of other files than there are now.
+
+    Args:
+        source: of the images.
+        folder: of the data set, for the message.
+        records: of finished parts. Those of earlier versions say nothing of the files.
+    """
+    if not isinstance(source, ImageSource):
+        return
+    for record in records:
+        held = dict(record.get("marks", []))
+        now = source.marks([*held])
+        for number, mark in zip(held, now or held.values(), strict=True):
+            if mark != held[number]:
+                name = f"{source.place}/{source.names[number // source.copies]}"
+                raise ValueError(
+                    f"{name} has changed since {folder} was made of it: choose another out"
+                )
 
 
 def read_ahead(read: Callable, items: Iterable, threads: int) -> Iterator:
@@ -190,6 +224,8 @@ def _run_job(job: PackingJob) -> Finished | None:
             rows = _rows(job, batches, len(span), bar, report)
             record = job.layout.write(Part(number, span[0], len(span), rows))
             record["report"] = report.as_json()
+            if marks := _marks(job.source, record):
+                record["marks"] = marks
             write_json(job.out / f"parts/{number:05d}.json", record)
 
     records = [job.record(number) for number in range(job.num_parts)]

@@ -1,5 +1,6 @@
 """Samplers of both processes, with classifier-free guidance in an interval of times."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
@@ -252,6 +253,10 @@ def check_sampling(settings: SampleConfig, model: ModelConfig | DiffusionTransfo
     require_that(
         0 <= low <= high <= 1,
         f"sample.interval must be 0 <= low <= high <= 1, got {[low, high]}",
+    )
+    require_that(
+        math.isfinite(settings.guidance),
+        f"sample.guidance must be a finite number, got {settings.guidance}",
     )
     channels = settings.guided_channels
     require_that(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sra_fast.data.folders import Files
 from sra_fast.data.packed import INDEX
 from sra_fast.evaluation.npz import NpzImages
 from sra_fast.evaluation.packed import SAMPLES, PackedImages
@@ -46,7 +47,9 @@ class FolderImages:
 
     def __init__(self, path: str):
         self.path = path
-        found = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        # links are followed and hidden files left out, as by preprocess.py
+        names = [name for name in Files(path).names if not name.endswith("/")]
+        found = sorted(Path(path) / name for name in names)
         self.files = [file for file in found if file.suffix.lower() in SUFFIXES]
         self._check_names(found)
         folders = {file.parent for file in self.files}

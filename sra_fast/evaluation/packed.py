@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sra_fast.data.facts import DataFacts
+from sra_fast.config.schema import DataConfig
+from sra_fast.data.dataset import make_pixels
+from sra_fast.data.facts import DataFacts, differences
 from sra_fast.data.packed import HELD_OUT_FOLDER
 from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.prompts import digest_of, read_prompts
@@ -133,7 +135,8 @@ def reference_of(samples: str | None) -> str:
         The held-out images of the data that their model was trained on, else its training images.
 
     Raises:
-        ValueError: it is not known what they are samples of, or those data are latents or gone.
+        ValueError: it is not known what they are samples of, or those data are latents, gone or
+            replaced by others.
     """
     origin = None if samples is None else _origin_of(samples)
     if origin is None:
@@ -155,5 +158,11 @@ def reference_of(samples: str | None) -> str:
         raise ValueError(
             f"give --reference: the samples' model was trained on {root}, which is gone"
         )
+    other = differences(make_pixels(DataConfig(path=str(root))).facts(), facts)
+    require_that(
+        not other,
+        f"give --reference: the samples' model was trained on other data than there are now at "
+        f"{root}: {'; '.join(other)}",
+    )
     held_out = root / HELD_OUT_FOLDER
     return str(held_out if held_out.is_dir() else root)

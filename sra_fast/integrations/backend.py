@@ -35,7 +35,14 @@ def _next_backend(then: str, mode: str | None, options: dict[str, Any]) -> Calla
             raise ValueError(f"sra_fast backend: then={then!r} takes no options, got {given}")
         return torch._dynamo.lookup_backend(then)
     inductor = torch._dynamo.lookup_backend("inductor")
-    patches = dict(options)
+    # its options may be written with dashes, as torch.compile takes them
+    patches = {name.replace("-", "_"): value for name, value in options.items()}
+    if patches:
+        from torch._inductor import list_options
+
+        unknown = sorted(set(patches) - set(list_options()))
+        if unknown:
+            raise ValueError(f"sra_fast backend: inductor has no option {', '.join(unknown)}")
     if mode is not None:
         from torch._inductor import list_mode_options
 
@@ -147,7 +154,13 @@ def compile(model: Module, then: str = "inductor", **options: Any) -> Module:
         raise ValueError(f"sra_fast compile: expected options as a dict, got {further!r}")
     if mode is not None and further:
         raise ValueError("sra_fast compile: expected mode or options, got both")
+    if options.get("dynamic") not in (None, True, False):
+        raise ValueError(
+            f"sra_fast compile: expected dynamic True, False or None, got {options['dynamic']!r}"
+        )
     of_next = dict(further)
+    # as model.compile takes it
+    then = of_next.pop("then", then)
     _take_per_token(of_next, then)
     _next_backend(then, None if mode == "default" else mode, of_next)
     if then != "inductor":

@@ -19,21 +19,25 @@ from sra_fast.integrations.graph import (
     value,
 )
 
-# `a += b` and its kind
-_IN_PLACE = {
-    getattr(operator, name)
-    for name in (
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
-        *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
-    )
-}
+# `a += b` and its kind, as functions and as methods
+_IN_PLACE_NAMES = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat"),
+)
+_IN_PLACE = {getattr(operator, name) for name in _IN_PLACE_NAMES}
+_IN_PLACE_METHODS = {f"__{name}__" for name in _IN_PLACE_NAMES} | {"__setitem__", "__delitem__"}
+# functions with a name like any other's that change what they read: running statistics, and rows of a
+# table that are longer than max_norm
+_CHANGING = {"batch_norm", "instance_norm", "embedding", "embedding_bag"}
+# where Dynamo's stand-ins for numpy are
+_NUMPY = "torch._dynamo.utils"
 
 
 def changed_in_place(node: Node) -> list[Node]:
     """The nodes whose tensors a call changes."""
     if node.op == "call_method":
         name = str(node.target)
-        changes = name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+        changes = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE_METHODS
         return _nodes(node.args[:1]) if changes and name != "requires_grad_" else []
     if node.op == "call_module":
         owner = node.graph.owning_module
@@ -53,10 +57,18 @@ def changed_in_place(node: Node) -> list[Node]:
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _nodes((node.args, node.kwargs)) if _has_mutable_schema(target) else []
     name = getattr(target, "__name__", "")
+    if name in _CHANGING or _is_numpy(target):
+        # which of the arguments it changes is not asked: few graphs have such a call
+        return _nodes((node.args, node.kwargs))
     if name.endswith("_") and not name.endswith("__") or _asks_for_in_place(node):
         # the tensor may have been given by its name
         return _nodes(node.args[:1] or tuple(node.kwargs.values()))
     return []
+
+
+def _is_numpy(target: Any) -> bool:
+    """Whether a call is one of numpy, whose arrays share the memory of tensors."""
+    return _NUMPY in (getattr(target, "__module__", ""), type(target).__module__)
 
 
 def _nodes(argument: object) -> list[Node]:

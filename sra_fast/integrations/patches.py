@@ -102,6 +102,11 @@ def _final_forward(self, x: Tensor, c: Tensor) -> Tensor:
     return self.linear(ops.adaln(x, shift, scale, dtype=dtype, **_norm(self.norm_final)))
 
 
+# a model is pickled with the names of its methods: one that is loaded finds its class's own forward
+_block_forward.__name__ = "forward"
+_final_forward.__name__ = "forward"
+
+
 # forward -> (its replacement, the norms that it uses). DiT, SiT and SRA's DiT split the modulation
 # along dimension 1, REPA and SRA's SiT along the last; c is [B, D], so these are one.
 KNOWN: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {

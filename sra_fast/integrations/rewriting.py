@@ -7,6 +7,7 @@ computed earlier where that is legal.
 """
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -440,6 +441,9 @@ class _Rewriter:
         needed += [pair.norms[0].norm.weight, pair.norms[0].norm.bias]
         late: set[Node] = set()
         waiting = [self._now(node) for node in needed if node is not None]
+        if _depends(waiting, total, order):
+            # x' is an argument of its own norm: the call would read its own result
+            return None
         while waiting:
             node = waiting.pop()
             if node is None or node in late or order[node] < order[anchor]:
@@ -520,7 +524,7 @@ class _Rewriter:
         if node not in self.pairs:
             return self._in_shape(node, tokens)
         self.saved += self.sum_bytes.pop(node, 0)
-        vectors, row = self.pairs[node]
+        vectors, row = map(self._now, self.pairs[node])
         return self._in_shape(vectors, tokens), row
 
     def _in_shape(self, node: Node, tokens: Node) -> Node:
@@ -583,6 +587,22 @@ class _Rewriter:
             before = node.all_input_nodes
             self.graph.erase_node(node)
             waiting += before
+
+
+def _depends(nodes: Iterable[Node | None], on: Node, order: dict[Node, int]) -> bool:
+    """Whether one of these nodes is ``on``, or is computed from it. ``order``: of execution."""
+    seen: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is on:
+            return True
+        # nothing before a node is computed from it; new nodes are read through
+        if node is None or node in seen or order.get(node, order[on]) < order[on]:
+            continue
+        seen.add(node)
+        waiting += node.all_input_nodes
+    return False
 
 
 def _goes_with(node: Node, inside: set[Node]) -> bool:

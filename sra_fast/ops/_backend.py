@@ -53,7 +53,8 @@ def use_triton(operator: str, x: Tensor, backend: str | None) -> bool:
     CUDA tensor.
 
     The interpreter (``TRITON_INTERPRET=1``) runs kernels on CPU tensors for tests. "auto" never
-    picks it, because it is thousands of times slower than the reference.
+    picks it, because it is thousands of times slower than the reference. Under the transforms of
+    ``torch.func`` the reference runs, whatever was asked for.
 
     Raises:
         ValueError: ``backend`` is unknown, or cannot run on the tensor's device.
@@ -68,7 +69,27 @@ def use_triton(operator: str, x: Tensor, backend: str | None) -> bool:
             f"{operator}: backend='triton' needs CUDA tensors (or TRITON_INTERPRET=1), "
             f"got {x.device}"
         )
-    return backend == "triton" or (backend == "auto" and x.is_cuda and x.dtype != torch.float64)
+    if backend == "torch" or _is_transformed():
+        return False
+    return backend == "triton" or (x.is_cuda and x.dtype != torch.float64)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` (vmap, grad, jvp) is at work, for which the references
+    are.
+
+    Under vmap a tensor does not say whether it wants a gradient, and an operator without a Function
+    would drop it silently.
+    """
+    # a compiler's graph has such transforms as calls of their own
+    if torch.compiler.is_compiling():
+        return False
+    # torch has no public query for it, and its type hints leave this one out
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    active = functorch.peek_interpreter_stack() is not None
+    if active:
+        log_once("torch.func: the references run under vmap, grad and the like, not the kernels")
+    return active
 
 
 def autocast(x: Tensor) -> bool:

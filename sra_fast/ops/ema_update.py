@@ -238,6 +238,26 @@ def _check(
                 "ema_update_: expected ema fp32 (a bf16 EMA does not move), params bf16, fp16 or fp32, "
                 f"copies bf16 or fp16, got {got} at index {i}"
             )
+    _check_distinct(ema)
+
+
+def _check_distinct(ema: list[Tensor]) -> None:
+    """Raise ValueError if a tensor is there twice, as tied weights are in a state dict: its average
+    would move twice, and on a GPU two programs would write it at once.
+    """
+    # a compiler's tensors have no address
+    if torch.compiler.is_compiling():
+        return
+    seen: dict[int, int] = {}
+    for i, tensor in enumerate(ema):
+        if tensor.numel() == 0 or tensor.is_meta:
+            continue
+        first = seen.setdefault(tensor.data_ptr(), i)
+        if first != i:
+            raise ValueError(
+                f"ema_update_: expected every tensor once in ema, the one at index {i} is that at "
+                f"index {first}"
+            )
 
 
 def _is_flat(operands: tuple[Tensor, ...]) -> bool:
@@ -314,8 +334,8 @@ def ema_update_(
 
     Raises:
         ValueError: the numbers of tensors, their shapes, dtypes or devices do not fit, ``ema`` or
-            ``copies`` holds an expanded tensor, ``decay`` is outside [0, 1], or ``backend`` is
-            unknown or cannot run on their device.
+            ``copies`` holds an expanded tensor, ``ema`` holds a tensor twice, ``decay`` is outside
+            [0, 1], or ``backend`` is unknown or cannot run on their device.
         RuntimeError: ``backend="cuda"`` and the extension is not built.
     """
     ema = _as_list("ema", ema)

@@ -159,8 +159,8 @@ def _check_align(align: AlignConfig, cfg: Config) -> None:
         f"align.student_layer must lie in [1, {depth}], got {align.student_layer}",
     )
     require_that(
-        min(align.weight, *align.milestones.values(), math.inf) >= 0,
-        "align.weight and align.milestones must not be negative, "
+        all(0 <= weight < math.inf for weight in (align.weight, *align.milestones.values())),
+        "align.weight and align.milestones must be finite and not negative, "
         f"got {align.weight} and {align.milestones}",
     )
     beta = getattr(align, "beta", 1.0)

@@ -1,6 +1,7 @@
 """Which images are probed and shown, and with which noise; the classifier; components and grids."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_default_layers_and_what_is_refused():
     for wrong in ([], [0], [7]):
         with pytest.raises(ValueError, match=r"layers must lie in \[1, 6\]"):
             choose_layers(wrong, 6)
-    for wrong in ([], [-0.1], [0.5, 1.01]):
+    for wrong in ([], [-0.1], [0.5, 1.01], [math.nan], [0.5, math.nan]):
         with pytest.raises(ValueError, match="times must lie"):
             check_times(wrong)
 

@@ -140,6 +140,14 @@ def test_weights_there_and_back_are_the_same_bits(pipeline, tmp_path):
         assert torch.equal(back.state_dict()[name], value.bfloat16().float())
 
 
+def test_the_vae_is_found_from_another_folder(pipeline, tmp_path, monkeypatch):
+    """The pipeline was named by a relative path, as it is in examples."""
+    folder = pipeline[0]
+    monkeypatch.chdir(folder.parent)
+    import_pipeline(folder.name, str(tmp_path / "w.safetensors"))
+    assert load_model(str(tmp_path / "w.safetensors")).facts.vae_path == str(folder / "vae")
+
+
 def test_the_scheduler_is_our_chain(pipeline):
     _, _, pipe = pipeline
     assert_matches(pipe.scheduler.alphas_cumprod, Schedule(linear_betas()).alpha_bar, 1e-6)

@@ -197,7 +197,7 @@ def test_the_prediction_is_that_of_diffusers(theirs, tmp_path):
 
 
 @torch.no_grad()
-def test_a_pipeline_there_and_back(theirs, tmp_path):
+def test_a_pipeline_there_and_back(theirs, tmp_path, monkeypatch):
     import diffusers
 
     vae = diffusers.AutoencoderKL(
@@ -235,8 +235,11 @@ def test_a_pipeline_there_and_back(theirs, tmp_path):
         output_type="np",
     ).images
     assert images.shape == (3, 8, 8, 3)
-    import_pipeline(str(out), str(tmp_path / "back.safetensors"))
-    back = load_model(str(tmp_path / "back.safetensors"))
+    # a relative path leads to the VAE from other folders as well
+    monkeypatch.chdir(tmp_path)
+    import_pipeline("pipeline", "back.safetensors")
+    back = load_model("back.safetensors")
+    assert back.facts.vae_path == str(out / "vae")
     assert same(weights(back.model, ["ap_head."]), weights(loaded.model, ["ap_head."]))
     assert (back.facts.scale, back.facts.shift) == (1.5, 0.06)
     for name, value in arguments_of(loaded.model).items():

@@ -152,7 +152,7 @@ def test_help_explains_every_field(capsys):
             ("--optim.warmup_steps", "-3"),
             "optim.warmup_steps must not be negative nor infinite, got -3",
         ),
-        (("--align.weight", "-0.2"), "must not be negative, got -0.2"),
+        (("--align.weight", "-0.2"), "must be finite and not negative, got -0.2"),
         (("--sample.steps", "0"), "sample.steps for euler_maruyama"),
         (
             ("--model.name", "DiT-XL/2", "--sample.steps", "2000"),
@@ -285,6 +285,23 @@ def test_infinite_numbers_of_a_file_are_named(tmp_path, name):
     cfg = parse("--config", str(tmp_path / "inf.yaml"))
     fill_in(cfg)
     with pytest.raises(ValueError, match="infinite|finite"):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "align: {{weight: {}}}",
+        "align: {{schedule: milestones, milestones: {{0: 1.0, 5: {}}}}}",
+        "sample: {{guidance: {}}}",
+    ],
+)
+def test_weights_and_guidance_of_a_file_are_finite(tmp_path, text, value):
+    (tmp_path / "x.yaml").write_text(text.format(value))
+    cfg = parse("--config", str(tmp_path / "x.yaml"))
+    fill_in(cfg)
+    with pytest.raises(ValueError, match="(weight and align.milestones|guidance) must be .*finite"):
         check_config(cfg)
 
 

@@ -43,14 +43,14 @@ def test_wrong_value(capsys, args, line):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--train.stps", "3"], "train.stps, did you mean train.steps?"),
-        (["--optm.lr", "3"], "optm.lr, did you mean optim.lr?"),
+        (["--train.stps", "3"], "--train.stps, did you mean --train.steps?"),
+        (["--optm.lr", "3"], "--optm.lr, did you mean --optim.lr?"),
         # the name is right, the section is another one
-        (["--train.lr", "3"], "train.lr, did you mean optim.lr?"),
-        (["--lr=3"], "lr, did you mean optim.lr?"),
-        (["--mdel", "SiT-S/2"], "mdel, did you mean model?"),
-        (["--align2.foreground", "3"], "align2.foreground"),
-        (["--nothing.like.it", "3"], "nothing.like.it"),
+        (["--train.lr", "3"], "--train.lr, did you mean --optim.lr?"),
+        (["--lr=3"], "--lr, did you mean --optim.lr?"),
+        (["--mdel", "SiT-S/2"], "--mdel, did you mean --model?"),
+        (["--align2.foreground", "3"], "--align2.foreground"),
+        (["--nothing.like.it", "3"], "--nothing.like.it"),
     ],
 )
 def test_unknown_option(capsys, args, line):
@@ -63,11 +63,13 @@ def test_unknown_option(capsys, args, line):
         ("mdel:\n  name: SiT-S/2\n", "there is no option mdel.name in {}, did you mean model.name?"),
         ("model:\n  nname: SiT-S/2\n", "there is no option model.nname in {}, did you mean model.name?"),
         ("train:\n  steps: many\n", "train.steps in {}: expected a whole number, got many"),
-        ("model: [1\n", "{} is no YAML: line 2, column 1: did not find expected ',' or ']'"),
+        ("model: [1\n", "{}: line 2, column 1: did not find expected ',' or ']'"),
         (
             "\ttrain:\n  steps: 3\n",
-            "{} is no YAML: line 1, column 1: found character that cannot start any token",
+            "{}: line 1, column 1: found character that cannot start any token",
         ),
+        ("train: {steps: 3}\ntrain: {log_every: 1}\n", "{}: line 2, column 1: train is there twice"),
+        ("train: {steps: 3, steps: 5}\n", "{}: line 1, column 19: steps is there twice"),
         ("[1, 2]\n", "{}: expected options by section, got '[1, 2]'"),
         ("", "{}: expected options by section, got ''"),
         ("train: 3\nmodel:\n  name: SiT-S/2\n", "train in {}: expected options below it, got 3"),
@@ -81,12 +83,18 @@ def test_bad_file(capsys, tmp_path, text, line):
     assert refused(capsys, *args) == f"error: {line.format(file)}\n"
 
 
+def test_a_number_with_a_zero_before_it_is_no_octal_one(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train: {seed: 010}\nmodel: {name: 010}\n")
+    cfg = parse_train([f"--config={file}"])[0]
+    assert (cfg.train.seed, cfg.model.name) == (10, "010")
+    assert parse_train(["--train.seed", "010"])[0].train.seed == 10
+
+
 def test_file_that_is_no_text(capsys, tmp_path):
     file = tmp_path / "my.yaml"
     file.write_bytes(b"model: \xff\n")
-    assert refused(capsys, f"--config={file}").startswith(
-        f"error: {file} is no YAML: 'utf-8' codec"
-    )
+    assert refused(capsys, f"--config={file}").startswith(f"error: {file}: 'utf-8' codec")
 
 
 def test_missing_file(capsys, tmp_path):

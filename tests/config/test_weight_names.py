@@ -72,6 +72,8 @@ def test_names_that_a_run_may_sample_from(name):
                 "_",
             )
         ),
+        (("--train.averages", "{1: {decay: 0.9}}"), "train.averages as text of .* got 1$"),
+        (("--train.averages", "{true: {decay: 0.9}}"), "train.averages as text of .* got True$"),
         (("--train.averages", "{a: {}}"), "a needs decay or sigma_rel, one of them, got neither"),
         (
             ("--train.averages", "{a: {decay: 0.9, sigma_rel: 0.1}}"),

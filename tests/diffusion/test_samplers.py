@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from golden import Golden, assert_matches
 
 from sra_fast.config.schema import SampleConfig
 from sra_fast.diffusion.gaussian_diffusion import Schedule, linear_betas
-from sra_fast.diffusion.samplers import Guidance, sample
+from sra_fast.diffusion.samplers import Guidance, check_sampling, sample
 from sra_fast.models import ClassLabels
 from sra_fast.sampling.generate import generate
 from sra_fast.utils.registry import SAMPLERS
@@ -35,6 +37,14 @@ def test_dit_matches_the_published_code(key):
         golden.model().eval(), golden["z"], golden["ys"], key[:4], 20, noise=torch.zeros_like
     )
     assert_matches(out, golden[key], 1e-4)
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf])
+def test_guidance_that_is_no_number_is_refused(guidance):
+    """Nothing is above NaN: every image would be NaN."""
+    model = Golden("SiT").model()
+    with pytest.raises(ValueError, match="sample.guidance must be a finite number, got"):
+        check_sampling(SampleConfig(guidance=guidance), model)
 
 
 @pytest.mark.parametrize("family", ["SiT", "DiT"])

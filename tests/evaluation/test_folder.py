@@ -68,6 +68,18 @@ def test_class_folders_come_in_a_fixed_random_order(tmp_path):
     assert {*first[:15]} == {0, 1, 2}
 
 
+def test_links_are_followed_and_hidden_folders_are_not(tmp_path):
+    write(tmp_path / "x/a", IMAGES[:4])
+    write(tmp_path / "elsewhere", IMAGES[4:])
+    (tmp_path / "x/b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    write(tmp_path / "x/.cache", IMAGES[:3])
+    write(tmp_path / "x/a", IMAGES[:1], names=[".hidden.png"])
+    images = open_images(str(tmp_path / "x"))
+    assert images.count == 11
+    found = {image.tobytes() for image in all_images(images)}
+    assert found == {image.tobytes() for image in IMAGES}
+
+
 def test_a_folder_with_samples_npz_is_that_file(tmp_path):
     """What ``sample.py`` leaves: the grid beside it is no sample."""
     folder = write(tmp_path / "samples", IMAGES[:1].repeat(4, 1), names=["samples.png"])

@@ -12,9 +12,10 @@ from ranks import run_ranks
 from toy_data import write_latents
 
 from sra_fast.analysis import held_out_loss as held_out_command
+from sra_fast.analysis.features import split
 from sra_fast.analysis.intervals import bootstrap_interval, t_interval
 from sra_fast.checkpoint.export import write_export
-from sra_fast.config.schema import Config, ModelConfig
+from sra_fast.config.schema import Config, DataConfig, ModelConfig
 from sra_fast.data.digits import Digits
 from sra_fast.data.latents import open_latents
 from sra_fast.data.training_data import TrainingData
@@ -256,6 +257,30 @@ def test_intervals_cover_the_mean():
         assert (high - low) / 2 == pytest.approx(1.96 * 2 / 20, rel=0.15)
         assert low < values.mean() < high
     assert bootstrap_interval(values) == bootstrap_interval(values)
+
+
+CLASSES = [f"class {label}" for label in range(10)]
+
+
+@pytest.mark.parametrize("trained", [CLASSES, None, CLASSES[::-1], [*CLASSES[:-1], "another"]])
+def test_data_of_other_classes_are_refused(tmp_path, monkeypatch, caplog, trained):
+    """The model would be asked for another class than that of the image. Probes only warn."""
+    plain = Digits().facts()
+    monkeypatch.setattr(Digits, "facts", lambda self: replace(plain, class_names=CLASSES))
+    cfg = Config(model=ModelConfig(name="SiT-S/2", class_dropout_prob=0.1, **SIZES))
+    cfg.model.fill_in((1, 8, 8), 10)
+    facts = replace(plain, class_names=trained)
+    file = tmp_path / "w.safetensors"
+    write_export(file, digits_model().state_dict(), asdict(cfg), 3, facts)
+    options = held_out_command.Options(str(file), images=4, batch=4)
+    if trained in (CLASSES, None):
+        assert len(held_out_command.run(options)["bins"]) == 10
+        return
+    with pytest.raises(ValueError, match="^digits has other classes than the model was trained"):
+        held_out_command.run(options)
+    caplog.clear()
+    split(DataConfig(name="digits"), digits_model(), facts)
+    assert "not the data that the model was trained on: class_names" in caplog.text
 
 
 def test_the_command_measures_writes_and_compares(tmp_path):

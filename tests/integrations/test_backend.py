@@ -350,6 +350,19 @@ def test_a_training_run_is_the_same():
             lambda: integrations.compile(stack(), mode="default", options={"x": 1}),
             "expected mode or options, got both",
         ),
+        (
+            lambda: integrations.compile(stack(), options={"max_autotone": True}),
+            "inductor has no option max_autotone",
+        ),
+        (lambda: integrations.compile(stack(), options={"then": "xla"}), "then must be one of"),
+        (
+            lambda: integrations.compile(stack(), options={"then": "eager", "max_autotune": True}),
+            "then='eager' takes no options",
+        ),
+        (
+            lambda: integrations.compile(stack(), dynamic="yes"),
+            "expected dynamic True, False or None, got 'yes'",
+        ),
     ],
 )
 def test_bad_arguments(call, message):

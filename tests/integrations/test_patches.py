@@ -6,6 +6,7 @@ own, and check what it refuses.
 
 import copy
 import functools
+import pickle
 
 import programs
 import pytest
@@ -220,3 +221,14 @@ def test_refused(known, monkeypatch):
     assert "replaced already" in message(twice)
     monkeypatch.setattr(patches, "MODULATE", {"0"})
     assert "not the published one" in message(Block())
+
+
+def test_a_patched_model_can_be_pickled(known):
+    """What is loaded has the forwards of its own classes."""
+    model = Model()
+    x, c = programs.inputs()
+    expected = model(x, c)
+    integrations.patch(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(loaded(x, c), expected)
+    assert loaded.blocks[0].forward.__func__ is Block.forward

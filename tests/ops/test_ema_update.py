@@ -294,3 +294,18 @@ def test_a_missing_extension_is_no_warning():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stderr
     assert said.endswith("ours\n"), said
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_tensor_that_is_there_twice(backend):
+    """As tied weights are in a state dict: the average would move twice."""
+    average = torch.nn.Linear(4, 4).to(DEVICE)
+    tied = [average.weight.detach(), average.bias.detach(), average.weight.detach()]
+    before = [tensor.clone() for tensor in tied]
+    params = [torch.zeros_like(tensor) for tensor in tied]
+    with pytest.raises(ValueError, match="once in ema, the one at index 2 is that at index 0"):
+        ops.ema_update_(tied, params, 0.5, backend=backend)
+    assert all(torch.equal(one, other) for one, other in zip(tied, before, strict=True))
+    # empty ones have no elements to share
+    empty = [torch.zeros(0, device=DEVICE) for _ in range(2)]
+    ops.ema_update_(empty, empty, 0.5, backend=backend)

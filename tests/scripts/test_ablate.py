@@ -213,8 +213,46 @@ def test_initial_weights_that_change_within_a_study(tmp_path, run_fake):
     put(0)
     assert run_fake(study, variants=["given"])[1][1:] == ["given, seed 1: done"]
     put(1)
-    with pytest.raises(ValueError, match="00_seed0 started from other weights than there are now"):
+    with pytest.raises(ValueError, match="00_seed0 started from other weights than there were at"):
         run_fake(study)
+
+
+def test_initial_weights_that_are_replaced_while_a_study_runs(tmp_path, monkeypatch):
+    """The plan was read before the first run was trained: the runs are no study of that plan."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    weights = tmp_path / "initial.safetensors"
+    study = study_of(tmp_path, STUDY.replace("args:", f"args:\n  train.init_from: {weights}"))
+
+    def put(seed):
+        torch.manual_seed(seed)
+        cfg = parse_train(study.command("given", 0, tmp_path))[0]
+        save_file(cfg.model.build().state_dict(), weights)
+
+    said = []
+
+    def replace_weights(line):
+        if not said:
+            # the cost: everything is planned, and nothing has begun
+            put(1)
+        said.append(line)
+
+    fake = {"start": "fake_work:start", "path": [ROOT / "tests"]}
+    options = Options(seeds=[0], variants=["given"], **fake)
+    put(0)
+    message = (
+        f"out/00_seed0 started from other weights than there were at train.init_from {weights} "
+        "when this command began: delete it or choose another --out"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_study(study, tmp_path / "out", options, lambda: None, replace_weights)
+    assert said[1:] == ["given, seed 0: done"]
+    # what it has noted is what it started from
+    run_study(study, tmp_path / "out", options, lambda: None, said.append)
+    put(0)
+    with pytest.raises(ValueError, match=message):
+        run_study(
+            study, tmp_path / "out", replace(options, seeds=[0, 1]), lambda: None, said.append
+        )
 
 
 def test_settings_and_data_that_change_within_a_study(tmp_path, rooms):
@@ -231,6 +269,10 @@ def test_settings_and_data_that_change_within_a_study(tmp_path, rooms):
     other = replace(planned, ds_config={**planned.ds_config, "gradient_clipping": 7})
     with pytest.raises(ValueError, match="another configuration of DeepSpeed"):
         check_made_like(other, run)
+    # scores of a run are made with its samples
+    sampled = replace(planned.cfg, sample=replace(planned.cfg.sample, steps=3))
+    with pytest.raises(ValueError, match=r"was made with sample.steps 2, now it is 3"):
+        check_made_like(replace(planned, cfg=sampled), run)
     # in a file that an argument names, say
     planned.cfg.optim.lr = 7.0
     with pytest.raises(ValueError, match=r"was made with optim.lr 0.003, now it is 7.0"):
