@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_kernel_close
+from conftest import DEVICE, assert_kernel_close
 from sra_fast.kernels._plans import MAX_PLANS
 
 from sra_fast.kernels import ema_update as kernels
@@ -304,8 +304,8 @@ def test_a_tensor_that_is_there_twice(backend):
     before = [tensor.clone() for tensor in tied]
     params = [torch.zeros_like(tensor) for tensor in tied]
     with pytest.raises(ValueError, match="once in ema, the one at index 2 is that at index 0"):
-        ops.ema_update_(tied, params, 0.5, backend=backend)
+        ema_update_(tied, params, 0.5, backend=backend)
     assert all(torch.equal(one, other) for one, other in zip(tied, before, strict=True))
     # empty ones have no elements to share
     empty = [torch.zeros(0, device=DEVICE) for _ in range(2)]
-    ops.ema_update_(empty, empty, 0.5, backend=backend)
+    ema_update_(empty, empty, 0.5, backend=backend)
