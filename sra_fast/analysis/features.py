@@ -145,7 +145,8 @@ def open_for(
         other = other_inputs(found.facts(), facts)
         require_that(
             not other,
-            f"{data.path} is nothing that the model was trained to see: {'; '.join(other)}",
+            f"{data.path or found.name} is nothing that the model was trained to see: "
+            f"{'; '.join(other)}",
         )
         different = differences(found.facts(), facts)
         if different:
