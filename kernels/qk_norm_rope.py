@@ -676,7 +676,9 @@ def dense_like(x: Tensor, heads_first: bool) -> Tensor:
     after them.
     """
     B, T, H, D = x.shape
-    return x.new_empty(B, H, T, D).transpose(1, 2) if heads_first else x.new_empty(B, T, H, D)
+    strides = (H * T * D, D, T * D, 1) if heads_first else (T * H * D, H * D, D, 1)
+    # no transposed view: autograd would forbid in-place changes of a Function's views
+    return x.new_empty_strided((B, T, H, D), strides)
 
 
 def qk_norm_rope_fwd(

@@ -433,3 +433,14 @@ def test_the_reference_is_public_in_both_layouts():
     expected = qk_norm_rope_ref(*inputs[:2], *tables)
     found = qk_norm_rope_ref(*map(turn, inputs[:2]), *tables, layout="bhtd")
     assert bitwise_equal(map(turn, found), expected) and len(as_tuple(found)) == 2
+
+
+@pytest.mark.parametrize("layout", ["bthd", "bhtd"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_results_may_be_changed_in_place(layout, backend):
+    q, k = torch.randn(2, 2, 4, 4, 8, device=DEVICE, requires_grad=True).unbind()
+    q_out, k_out = qk_norm_rope(q, k, layout=layout, backend=backend)
+    expected = 2 * q_out.detach()
+    q_out.mul_(2.0)
+    (q_out.sum() + k_out.sum()).backward()
+    assert torch.equal(q_out, expected)
