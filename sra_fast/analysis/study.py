@@ -62,9 +62,9 @@ class Scoring:
     def identity(self) -> dict:
         """What scores follow from, besides the run: the function, and what it does.
 
-        The function must be importable. An own one is known by its file and the files beside it
-        that this imports, the built-in one by its version and all of its options, also those that
-        are left at their defaults.
+        The function must be importable. A study's own function is identified by its source file
+        and by the files in the same folder that it imports. The built-in one is identified by its
+        version and all of its options, defaults included.
         """
         module = import_module(self.function.partition(":")[0])
         held: dict = {"function": self.function}

@@ -45,8 +45,8 @@ def check_averages(train: TrainConfig) -> None:
         require_that(
             # in YAML `no` is a value and 1 a number, unless they stand in quotes
             isinstance(name, str) and NAME.fullmatch(name) is not None and name not in TAKEN,
-            "expected names of train.averages as text of letters, digits and ._-, which begin with a "
-            f"letter or a digit, and none of {', '.join(TAKEN)}, got {name!r}",
+            "expected names of train.averages as text of letters, digits and ._-, which begin "
+            f"with a letter or a digit, and none of {', '.join(TAKEN)}, got {name!r}",
         )
         require_that(
             len(average.given) == 1,

@@ -108,7 +108,9 @@ def _in_words(kind: str) -> str:
 
 
 def _unknown(name: str, known: list[str], files: list[Path], arguments: list[str]) -> str:
-    """There is no such option; one that is spelled alike, or is in another section, may be meant."""
+    """There is no such option; one that is spelled alike, or is in another section, may be
+    meant.
+    """
     where = _where(name, files, arguments)
     # as it was written: on the command line, or in a file
     dashes = "" if where else "--"

@@ -72,8 +72,8 @@ def differences(found: DataFacts, expected: DataFacts) -> list[str]:
 
 
 def other_inputs(found: DataFacts, expected: DataFacts) -> list[str]:
-    """Those of the ``differences`` by which the same picture with the same caption is another input,
-    of which a model cannot make anything.
+    """Those of the ``differences`` that make the same picture, with the same caption, another input:
+    nothing that a model of the other data has learned to read.
     """
     different = _other_values(found, expected, ("pixels", "scale", "shift"))
     vaes = [(facts.vae or {}).get("sha256") for facts in (found, expected)]

@@ -74,6 +74,8 @@ class PackingJob:
     world: int = 1
     extra: dict = field(default_factory=dict)
     at_end: Callable[[list[int]], dict] = lambda numbers: {}
+    # whether the images were compared with those of the finished parts: the folder is opened twice
+    compared: bool = field(default=False, init=False)
 
     def __post_init__(self):
         layout = LAYOUTS[self.recipe["layout"]]
@@ -120,8 +122,10 @@ class PackingJob:
                     f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: "
                     f"choose another {NAMED_BY.get(self.layout.kind, 'out')}"
                 )
-        own_parts = range(self.rank, self.num_parts, self.world)
-        refuse_changed(self.source, self.out, filter(None, map(self.record, own_parts)))
+        if not self.compared:
+            own_parts = range(self.rank, self.num_parts, self.world)
+            refuse_changed(self.source, self.out, filter(None, map(self.record, own_parts)))
+            self.compared = True
 
 
 def _marks(source: object, record: dict) -> list[tuple[int, int]]:

@@ -14,8 +14,8 @@ from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.prompts import digest_of, read_prompts
 from sra_fast.utils.checks import require_that
 
-# what sample.py writes: the images, what they are, and for models of text the prompts, a JSON string
-# for each image
+# what sample.py writes: the images, what they are, and for models of text the prompts, a JSON
+# string for each image
 SAMPLES = "samples.npz"
 ORIGIN = "samples.json"
 PROMPTS = "prompts.jsonl"

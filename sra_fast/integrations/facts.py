@@ -26,8 +26,8 @@ _IN_PLACE_NAMES = (
 )
 _IN_PLACE = {getattr(operator, name) for name in _IN_PLACE_NAMES}
 _IN_PLACE_METHODS = {f"__{name}__" for name in _IN_PLACE_NAMES} | {"__setitem__", "__delitem__"}
-# functions with a name like any other's that change what they read: running statistics, and rows of a
-# table that are longer than max_norm
+# functions that change what they read, though their names do not say so: running statistics, and
+# rows of a table that are longer than max_norm
 _CHANGING = {"batch_norm", "instance_norm", "embedding", "embedding_bag"}
 # where Dynamo's stand-ins for numpy are
 _NUMPY = "torch._dynamo.utils"

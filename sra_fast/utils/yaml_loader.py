@@ -7,6 +7,16 @@ import yaml
 
 MERGE = "tag:yaml.org,2002:merge"
 PREFIX = "tag:yaml.org,2002:"
+# kind of a value -> how it is written, and the characters that it may begin with
+SCALARS = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
 
 
 class KeysOnce:
@@ -39,28 +49,21 @@ class ConfigLoader(KeysOnce, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     boolean, ``1:30`` no number of base 60 and ``2026-11-29`` no date.
     """
 
-    # filled below
+    # without those that YAML 1.2 has otherwise; SCALARS takes their place
     yaml_implicit_resolvers = {
         first: [
             (tag, pattern)
             for tag, pattern in resolvers
-            if tag.removeprefix(PREFIX) not in ("bool", "int", "float", "timestamp")
+            if tag.removeprefix(PREFIX) not in (*SCALARS, "timestamp")
         ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-for name, pattern, first in (
-    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-):
-    ConfigLoader.add_implicit_resolver(PREFIX + name, re.compile(f"^(?:{pattern})$"), list(first))
+for _kind, (_pattern, _first) in SCALARS.items():
+    ConfigLoader.add_implicit_resolver(
+        PREFIX + _kind, re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 
 
 def read_config(text: str):

@@ -22,7 +22,10 @@ def refused(capsys, *args: str) -> str:
         (["--optim.lr=fast"], "optim.lr: expected a number, got fast"),
         (["--model.time_scale", "inf"], "model.time_scale: expected a number or null, got inf"),
         (["--train.steps", "3.5"], "train.steps: expected a whole number, got 3.5"),
-        (["--model.num_classes", "ten"], "model.num_classes: expected a whole number or null, got ten"),
+        (
+            ["--model.num_classes", "ten"],
+            "model.num_classes: expected a whole number or null, got ten",
+        ),
         (["--train.precision", "fp17"], "train.precision: expected bf16 or fp32, got fp17"),
         (["--train.export", "pub"], "train.export: expected a list, got pub"),
         (["--train.averages", "[1]"], "train.averages: expected options by name, got [1]"),
@@ -35,7 +38,7 @@ def refused(capsys, *args: str) -> str:
         (["--optim.lr"], "argument --optim.lr: expected one argument"),
         (["stray"], "unrecognized arguments: stray"),
     ],
-)  # fmt: skip
+)
 def test_wrong_value(capsys, args, line):
     assert refused(capsys, *args) == f"error: {line}\n"
 
@@ -60,21 +63,30 @@ def test_unknown_option(capsys, args, line):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("mdel:\n  name: SiT-S/2\n", "there is no option mdel.name in {}, did you mean model.name?"),
-        ("model:\n  nname: SiT-S/2\n", "there is no option model.nname in {}, did you mean model.name?"),
+        (
+            "mdel:\n  name: SiT-S/2\n",
+            "there is no option mdel.name in {}, did you mean model.name?",
+        ),
+        (
+            "model:\n  nname: SiT-S/2\n",
+            "there is no option model.nname in {}, did you mean model.name?",
+        ),
         ("train:\n  steps: many\n", "train.steps in {}: expected a whole number, got many"),
         ("model: [1\n", "{}: line 2, column 1: did not find expected ',' or ']'"),
         (
             "\ttrain:\n  steps: 3\n",
             "{}: line 1, column 1: found character that cannot start any token",
         ),
-        ("train: {steps: 3}\ntrain: {log_every: 1}\n", "{}: line 2, column 1: train is there twice"),
+        (
+            "train: {steps: 3}\ntrain: {log_every: 1}\n",
+            "{}: line 2, column 1: train is there twice",
+        ),
         ("train: {steps: 3, steps: 5}\n", "{}: line 1, column 19: steps is there twice"),
         ("[1, 2]\n", "{}: expected options by section, got '[1, 2]'"),
         ("", "{}: expected options by section, got ''"),
         ("train: 3\nmodel:\n  name: SiT-S/2\n", "train in {}: expected options below it, got 3"),
     ],
-)  # fmt: skip
+)
 def test_bad_file(capsys, tmp_path, text, line):
     file = tmp_path / "my.yaml"
     file.write_text(text)

@@ -178,7 +178,7 @@ def test_what_does_not_belong_together_is_one_line(made, tmp_path):
     changed = write_samples(tmp_path / "changed", images())
     (tmp_path / "none/prompts.jsonl").unlink()
     (tmp_path / "changed/prompts.jsonl").write_text(as_lines(PROMPTS[::-1]))
-    # what lies beside it may be of samples that were made later
+    # samples.json and prompts.jsonl may belong to samples that were made later
     renamed = write_samples(tmp_path / "renamed", images()) + "/first.npz"
     (tmp_path / "renamed/samples.npz").rename(renamed)
     classes = tmp_path / "classes"
