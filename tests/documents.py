@@ -35,12 +35,21 @@ DOCUMENTS = [
     # lab-notes.md tells of commands as they were
     if path.name != "lab-notes.md"
 ]
+# commands for a GPU: parsed, never executed by a test
+WAITING = ROOT / "benchmarks/TODO.md"
 # first words of a command. Some have no parser here: a document that uses one needs it
-PROGRAMS = {"accelerate", "deepspeed", "make", "pip", "python", "python3", "sra-fast", "torchrun"}
+PROGRAMS = {
+    *("accelerate", "deepspeed", "make", "pip", "pytest", "python", "python3", "sra-fast"),
+    "torchrun",
+}
 # what the documents write where a reader puts a value of their own, and values that parse
 PLACEHOLDERS = {
     "ARGS": [],
+    "DIT": ["examples"],
+    "LIGHTNINGDIT": ["examples"],
     "N": ["8"],
+    "NAME": ["adaln"],
+    "PATH": ["examples"],
     "RUN/config.yaml": ["configs/digits.yaml"],
     "mine.yaml": ["configs/digits.yaml"],
 }
@@ -198,9 +207,16 @@ def parse_main(module: str, program: str, args: list[str]) -> None:
         if args:
             raise ValueError(f"{module} takes no arguments, got {args}")
         return
-    with _stopped_by(_stop_after, program, args) as said:
+    loaded = import_module(module)
+    # a function that only parses also checks what argparse leaves to it
+    only_parses = getattr(loaded, "parse", None)
+    at_parser = _stop_after if only_parses is None else (lambda parse_args: parse_args)
+    with _stopped_by(at_parser, program, args) as said:
         try:
-            import_module(module).main()
+            if only_parses is not None:
+                only_parses(args)
+                return
+            loaded.main()
         except Stopped:
             return
         except SystemExit as error:
@@ -249,10 +265,22 @@ def parse_script(path: str, args: list[str]) -> None:
 def parse_python(args: list[str]) -> None:
     if args[0] == "-c":
         compile(args[1], "-c", "exec")
+    elif args[:2] == ["-m", "pytest"]:
+        parse_pytest(args[2:])
     elif args[0] == "-m":
         parse_main(args[1], args[1], args[2:])
     else:
         parse_script(args[0], args[1:])
+
+
+def parse_pytest(args: list[str]) -> None:
+    """``pytest``: the tests that are named exist. Its own options are not read."""
+    for arg in args:
+        path, _, test = arg.partition("::")
+        if "/" in path and not (ROOT / path).exists():
+            raise ValueError(f"expected tests of the checkout, got {path}")
+        if test and f"def {test}(" not in (ROOT / path).read_text():
+            raise ValueError(f"{path} has no {test}")
 
 
 def parse_deepspeed(args: list[str]) -> None:
@@ -324,6 +352,7 @@ PARSERS = {
     "deepspeed": parse_deepspeed,
     "make": parse_make,
     "pip": parse_pip,
+    "pytest": parse_pytest,
     "python": parse_python,
     "python3": parse_python,
     "sra-fast": lambda args: parse_main("sra_fast.__main__", "sra-fast", args),

@@ -14,6 +14,7 @@ import pytest
 from document_classes import CLASSES, COMMANDS, Execute, executed, key_of
 from documents import (
     DOCUMENTS,
+    WAITING,
     Command,
     commands_of,
     named_options,
@@ -44,7 +45,7 @@ def test_every_stand_in_stands_for_a_word():
             assert how.stand_ins.keys() <= {*shlex.split(command.text)}, command
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, WAITING], ids=lambda path: path.name)
 def test_programs_take_the_commands_of(document, monkeypatch):
     """Their own parsers read the arguments: an option that is gone or misspelt is noticed."""
     monkeypatch.chdir(ROOT)
@@ -89,7 +90,7 @@ def test_options_in_prose_exist(monkeypatch, rooms):
     known = set().union(*map(options_of, PROGRAMS), SHORT_FORMS, OTHER_OPTIONS, of_targets)
     named = [
         (path.name, number, option)
-        for path in DOCUMENTS
+        for path in [*DOCUMENTS, WAITING]
         for number, option in named_options(path.read_text())
     ]
     assert len(named) > 30
@@ -185,6 +186,9 @@ make = 1
         ("python -m benchmarks.report.table --all", "takes no arguments"),
         ("python -m benchmarks.gpu_suite third", "third"),
         ("make tset", "no target"),
+        ("python -m pytest -q tests/test_nothing.py", "expected tests"),
+        ("pytest -q tests/test_documents.py::test_nothing", "has no test_nothing"),
+        ("python -m benchmarks.step.train_step --variants sra+train.stps=3", "stps"),
         ("pip install '.[train,evla]'", "no extra"),
         ("pip install --user .", "no document had"),
         ("pip install -c constraint.txt .", "expected a file"),

@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.record import RowFile, command_line, environment, make_row
 from benchmarks.step.gpu_clocks import Clocks
-from benchmarks.step.variants import expand
+from benchmarks.step.variants import Variant, expand
 from benchmarks.step.worker import Failure, Worker, serve
 
 MODULE = "benchmarks.step.train_step"
@@ -127,8 +127,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def cases_of(args: argparse.Namespace) -> list[tuple[Case, list[str]]]:
     """Every case with its variants, in the order in which they run.
 
+    Every variant's options are parsed once, so that a misspelt one ends the program before anything
+    is measured.
+
     Raises:
         ValueError: an unknown variant.
+        SystemExit: the configuration has no such option or refuses its value.
     """
     given = args.case
     if given is None:
@@ -137,7 +141,10 @@ def cases_of(args: argparse.Namespace) -> list[tuple[Case, list[str]]]:
     found = []
     for model, pixels, batch, names in given:
         variants = expand(names.split(","), model, args.published is not None)
-        found.append(((model, int(pixels), int(batch)), variants))
+        case = (model, int(pixels), int(batch))
+        for name in variants:
+            Variant.parse(name).configuration(*case, args.device)
+        found.append((case, variants))
     return found
 
 

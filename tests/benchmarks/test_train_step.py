@@ -231,11 +231,11 @@ def test_a_run_in_which_two_of_five_cases_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     words = "--batch 2 --warmup 1 --profile 1 --published empty --json rows.json --variants"
-    variants = "plain+train.zero_stage=7,reference,plain,sra,truncated"
+    variants = "plain+model.patch_size=5,reference,plain,sra,truncated"
     assert train_step.main([*SMALL, *words.split(), variants]) == 1
 
     output = capsys.readouterr().out
-    assert "plain+train.zero_stage=7 SiT-S/8 64 px, 2 images: failed: " in output
+    assert "plain+model.patch_size=5 SiT-S/8 64 px, 2 images: failed: " in output
     missing = tmp_path / "empty" / "SiT-SRA/models/sit.py"
     expected = f"expected a checkout that holds SiT-SRA/models/sit.py, found none at {missing}"
     assert expected in output
