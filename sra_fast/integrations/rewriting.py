@@ -6,6 +6,8 @@ blocks and streams. For that the call must stand before every other use of x', s
 computed earlier where that is legal.
 """
 
+import copy
+import logging
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -41,6 +43,8 @@ from sra_fast.integrations.patterns import (
 from sra_fast.integrations.refusals import refusal
 from sra_fast.integrations.tables import Part, find_part, is_step, steps_from_sum, take_apart
 from sra_fast.integrations.tokens import other, scale_of, users_after_casts, vector_kind
+
+_logger = logging.getLogger("sra_fast.integrations")
 
 # calls that may be made earlier: their results depend on their arguments alone. No random numbers,
 # no collectives, nothing that waits for the device.
@@ -128,6 +132,9 @@ class Result:
 def rewrite(graph_module: GraphModule, vectors_per_token: bool = True) -> Result:
     """Rewrite a graph of Dynamo's, and the bodies of the checkpoints in it, in place.
 
+    A model runs with or without the operators. So a graph that this code cannot rewrite, which is a
+    fault of this code, stays as it was, with a warning.
+
     Args:
         graph_module: to be changed.
         vectors_per_token: False leaves patterns with one vector per token as they are.
@@ -136,10 +143,24 @@ def rewrite(graph_module: GraphModule, vectors_per_token: bool = True) -> Result
     for body in bodies(graph_module):
         if is_transformed(body.graph):
             continue
-        replace_in_place(body.graph)
-        _Rewriter(body.graph, result, vectors_per_token).run()
-        body.graph.lint()
+        untouched = copy.deepcopy(body.graph)
+        of_body = Result()
+        try:
+            replace_in_place(body.graph)
+            _Rewriter(body.graph, of_body, vectors_per_token).run()
+            body.graph.lint()
+        except Exception as error:
+            body.graph = untouched
+            what = f"{type(error).__name__}: {error}"
+            _logger.warning(
+                "a graph was not rewritten, please report this: %s", what, exc_info=True
+            )
+            of_body = Result(near_misses=[NearMiss("a whole graph", f"not rewritten: {what}")])
         body.recompile()
+        result.rewrites += of_body.rewrites
+        result.near_misses += [
+            miss for miss in of_body.near_misses if miss not in result.near_misses
+        ]
     return result
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sra_fast import integrations
+from sra_fast.integrations import rewriting
 
 FUSED = "gated_residual_adaln"
 
@@ -109,6 +110,52 @@ def test_wrapped_by_torch_compile():
     check_equal(wrapped, before, x, c)
     assert integrations.report(wrapped).rewrites[FUSED] == 5
     assert integrations.undo(wrapped) is model
+
+
+class Broken(rewriting._Rewriter):
+    """One that fails, or leaves an ill-formed graph, when half of it is changed."""
+
+    spoil = None
+
+    def _replace_one(self, found):
+        super()._replace_one(found)
+        self.spoil()
+
+    def _replace_pair(self, pair):
+        super()._replace_pair(pair)
+        self.spoil()
+
+    def fail(self):
+        raise KeyError("a node")
+
+    def use_before_definition(self):
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        first.args = (next(reversed(self.graph.nodes)).prev,)
+
+
+@pytest.mark.parametrize(
+    "spoil, error", [(Broken.fail, "KeyError"), (Broken.use_before_definition, "RuntimeError")]
+)
+def test_a_graph_that_cannot_be_rewritten_stays(
+    spoil, error, monkeypatch, caplog, every_graph_is_rewritten
+):
+    """A fault of this code costs a user the operators, not the model."""
+    every_graph_is_rewritten.setLevel("CRITICAL")
+    monkeypatch.setattr(Broken, "spoil", spoil)
+    monkeypatch.setattr(rewriting, "_Rewriter", Broken)
+    model = stack()
+    report = check(model, lambda m: integrations.compile(m, then="eager"), {})
+    (miss,) = report.near_misses
+    assert miss.where == "a whole graph" and miss.reason.startswith(f"not rewritten: {error}: ")
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("a graph was not rewritten, please report this: ")
+
+
+def test_a_graph_that_cannot_be_rewritten_fails_a_test(monkeypatch):
+    monkeypatch.setattr(Broken, "spoil", Broken.fail)
+    monkeypatch.setattr(rewriting, "_Rewriter", Broken)
+    with pytest.raises(Exception, match="a graph was not rewritten.*KeyError"):
+        check(stack(), lambda m: integrations.compile(m, then="eager"), {})
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
