@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class MomentDataset(TrainingData):
         vae: ``vae_identity`` of the VAE that made the moments, or None if unknown.
         vae_path: where that VAE was, or None.
         scale, shift: a latent is (z - shift) * scale, z being drawn from the VAE's posterior.
+        notes: what who packs them anew should know, one line each.
     """
 
     name = "latents"
@@ -53,6 +55,7 @@ class MomentDataset(TrainingData):
     scale: float
     shift: float
     root: Path
+    notes: Sequence[str] = ()
 
     def _set_scale(self, scale: float | None, shift: float | None) -> None:
         """What was asked for, or what belongs to the VAE."""

@@ -30,6 +30,7 @@ from sra_fast.data.feature_jobs import (
     features_folder,
     made_like,
 )
+from sra_fast.data.features import FEATURES_FOLDER
 from sra_fast.data.folders import ImageFolder, open_folder
 from sra_fast.data.huggingface import PREFIX, is_saved, open_huggingface
 from sra_fast.data.idx import holds_idx, image_side, open_idx
@@ -46,7 +47,7 @@ from sra_fast.data.options import (
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, VERSIONS, read_index
 from sra_fast.data.pixels import PackedPixels, read_image_array
 from sra_fast.data.sources import ImageSource, check_apart
-from sra_fast.data.stored_text import as_rows
+from sra_fast.data.stored_text import TEXT_FOLDER, as_rows
 from sra_fast.data.tars import TarSource, holds_tars
 from sra_fast.data.text_jobs import (
     Captions,
@@ -454,8 +455,20 @@ def _moment_jobs(options: Options) -> list[PackingJob]:
         extra = {"vae_path": data.vae_path, "classes": data.class_names}
         if (folder / INDEX).exists() and read_index(folder).get("numbered"):
             extra["numbered"] = True
+        if folder is source:
+            data.notes = _left_behind(source)
         jobs.append(_make_job(options, data, (_as_they_are, recipe, extra), out))
     return jobs
+
+
+def _left_behind(folder: Path) -> list[str]:
+    """A note of the features beside a data set, which stay where they are."""
+    indices = [
+        *folder.glob(f"{FEATURES_FOLDER}/*/{INDEX}"),
+        *folder.glob(f"{TEXT_FOLDER}/*/{INDEX}"),
+    ]
+    names = sorted(str(index.parent.relative_to(folder)) for index in indices)
+    return [f"not taken along from {folder}: {', '.join(names)}"] if names else []
 
 
 def make_jobs(options: Options) -> list[PackingJob]:

@@ -761,6 +761,18 @@ def test_u_vits_layout_with_a_fault_is_one_line(tmp_path, change, message):
     assert re.search(message, error_of(done)), error_of(done)
 
 
+def test_moments_packed_anew_say_what_stays_behind(tmp_path):
+    """A run on the new data set would miss its captions."""
+    preprocess("--source", write_coco_features(tmp_path / "coco"), "--out", tmp_path / "data")
+    said = preprocess("--source", tmp_path / "data", "--out", tmp_path / "new")
+    note = f"not taken along from {tmp_path / 'data'}: text/clip"
+    assert said.splitlines().count(note) == 1
+    assert not (tmp_path / "new/text").exists()
+    assert "not taken along" not in preprocess(
+        *("--source", tmp_path / "new", "--out", tmp_path / "newer")
+    )
+
+
 def test_u_vits_layout_is_packed_before_a_run_reads_it(tmp_path):
     source = write_coco_features(tmp_path / "coco")
     with pytest.raises(ValueError, match="pack them first: sra-fast preprocess --source"):
