@@ -5,6 +5,7 @@ deepspeed sra_fast/train.py --config configs/digits.yaml [--section.field VALUE 
 
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
             speaks = rank == 0
         else:
             if rank or ending.noticed:
-                # whoever is still alive after this has failed alone
+                # whoever is still alive after this has failed alone: the launcher's signal, which a
+                # run only notes, ends the others
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(LAUNCHER_REACTS)
             if rank:
                 line = line.replace("error:", f"error on rank {rank}:", 1)

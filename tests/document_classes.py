@@ -259,9 +259,6 @@ CLASSES = {
     "sra-fast import-weights --from sd3_medium.safetensors": ParseOnly(
         "tests/checkpoint/test_sd3.py imports such a file"
     ),
-    "sra-fast export --checkpoint OLD_RUN": ParseOnly(
-        "tests/checkpoint/test_version_0_1.py exports such a run"
-    ),
     "sra-fast train --config mine.yaml --train.resume auto": ParseOnly(
         "tests/scripts/test_resume.py resumes runs"
     ),

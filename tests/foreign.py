@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 from tiny_config import config
 
-from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.manifest import (
     Manifest,
     Progress,
@@ -117,23 +117,3 @@ def write_checkpoint(run, kinds, step: int, settings: dict, facts: dict | None =
     write_manifest(path, manifest)
     write_latest(path.parent, path.name)
     return path
-
-
-def old_run_folder(folder, model, step: int = 7, facts: dict | None = None):
-    """A run folder as version 0.1 left it, with a checkpoint of this model's EMA."""
-    checkpoint = folder / f"checkpoints/step_{step:08d}"
-    checkpoint.mkdir(parents=True)
-    save_config(config(), folder / reading.CONFIG)
-    state = {"step": step, "world_size": 2}
-    (checkpoint / version_0_1.STATE).write_text(json.dumps(state))
-    for rank in (0, 1):
-        pieces = {}
-        for name, values in flat(model).items():
-            half = len(values) // 2
-            start, part = (0, values[:half]) if rank == 0 else (half, values[half:])
-            pieces[name] = (start, part.clone())
-        torch.save(pieces, checkpoint / f"ema_rank_{rank:05d}.pt")
-    (checkpoint.parent / "latest").write_text(checkpoint.name)
-    if facts is not None:
-        (folder / reading.FACTS).write_text(json.dumps(facts))
-    return folder

@@ -104,6 +104,12 @@ class CachedFeatures(Target):
             require_that(
                 value is not None and value >= 1, f"align.{name} must be at least 1, got {value}"
             )
+        tokens = cfg.model.num_tokens
+        # the deviation over the tokens of an image, which one token does not have
+        require_that(
+            align.target_norm != "spatial" or tokens >= 2,
+            f"align.target_norm spatial needs at least 2 tokens per image, got {tokens}",
+        )
 
     def loss(
         self, student: DiffusionTransformer, features: Features, inputs: Inputs

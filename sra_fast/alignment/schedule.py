@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from collections.abc import Iterable
 from fractions import Fraction
 
@@ -39,7 +40,9 @@ def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:
         return cfg.weight
     # the exponent is 0 up to ``hold``, then grows by 1 every ``decay`` epochs or steps
     now = epoch if cfg.schedule == "epochs" else step
-    return cfg.weight * 0.1 ** (max(0, now - cfg.hold) / cfg.decay)
+    decayed = cfg.weight * 0.1 ** (max(0, now - cfg.hold) / cfg.decay)
+    # a float underflows to 0, which ``alignment_phases`` has no step for
+    return max(decayed, sys.float_info.min) if cfg.weight else 0.0
 
 
 def alignment_phases(cfg: AlignConfig) -> set[bool]:

@@ -15,7 +15,7 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import NoisyImages, Times
 from sra_fast.diffusion.process import Process
-from sra_fast.models import ALIGN_HEADS, Backbone, DiffusionTransformer, Features
+from sra_fast.models import ALIGN_HEADS, Backbone, DiffusionTransformer, Features, preset
 from sra_fast.models.token_groups import Segments
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
@@ -33,7 +33,10 @@ PAPER_LAYERS = {
 
 def named_size(model: ModelConfig) -> str | None:
     """The size (S, B, L, XL) that a model's name says, unless it has another depth."""
-    return None if model.depth is not None else model.name.partition("-")[2].partition("/")[0]
+    _, sizes = preset(model.name)
+    if model.arguments()["depth"] != sizes["depth"]:
+        return None
+    return model.name.partition("-")[2].partition("/")[0]
 
 
 def default_layers(model: ModelConfig) -> tuple[int, int]:

@@ -27,6 +27,8 @@ from sra_fast.utils.launcher import cuda_index, read_launcher
 
 # of the intervals
 LEVEL = 0.95
+# an interval from resampled means of fewer is too narrow, see ``bootstrap_interval``
+ENOUGH_IMAGES = 30
 
 
 @dataclass
@@ -158,11 +160,13 @@ def _process_group() -> Iterator[tuple[int, int]]:
 
 def table(report: dict) -> str:
     """The loss with its interval, a line per bin, and the difference."""
+    few = report["images"] < ENOUGH_IMAGES
+    remark = f"; the interval is too narrow below {ENOUGH_IMAGES} images" if few else ""
     low, high = report["interval"]
     lines = [
         f"held-out loss {report['held_out']:.5f}  [{low:.5f}, {high:.5f}] "
         f"({LEVEL:.0%}, {report['images']} images, weights {report['weights']}, "
-        f"step {report['step']})"
+        f"step {report['step']}){remark}"
     ]
     count = len(report["bins"])
     for i, value in enumerate(report["bins"]):
@@ -170,6 +174,7 @@ def table(report: dict) -> str:
     if "difference" in report:
         low, high = report["difference_interval"]
         lines.append(
-            f"minus {report['against']}: {report['difference']:+.5f}  [{low:+.5f}, {high:+.5f}]"
+            f"minus {report['against']}: {report['difference']:+.5f}  "
+            f"[{low:+.5f}, {high:+.5f}]{remark}"
         )
     return "\n".join(lines)

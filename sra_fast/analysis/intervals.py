@@ -76,11 +76,13 @@ def bootstrap_interval(
     """Interval of the mean from resampled means (Efron's percentile interval), whatever the
     distribution.
 
-    For many values, such as the losses of images: of a few it is too narrow.
+    For many values, such as the losses of images: of a few it is too narrow. One of 95 % holds the
+    mean of 2 normal values in 50 % of the cases, of 10 in 91 % and of 30 in 94 %; the mean of
+    exponentially distributed ones in 47 %, 86 % and 92 %.
 
     Args:
         values: ``[N]``, at least 2.
-        level: probability with which such an interval holds the mean.
+        level: probability with which such an interval of many values holds the mean.
         seed: of the resampling; the same one gives the same interval.
 
     Returns:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.checkpoint import diffusers_folder, huggingface, version_0_1
+from sra_fast.checkpoint import diffusers_folder, huggingface
 from sra_fast.checkpoint.export import write_loaded
 from sra_fast.checkpoint.load_model import LoadedModel, load_model, model_of
 from sra_fast.checkpoint.names import in_short
@@ -151,10 +151,9 @@ def write_published(source: Path, out: Path, num_heads: int | None = None) -> No
     Raises:
         ValueError: the source lacks one of them.
     """
-    if source.is_dir() and not version_0_1.is_checkpoint(source):
-        checkpoint = published_of_checkpoint(source)
-    else:
-        checkpoint = _published_again(source, num_heads)
+    checkpoint = (
+        published_of_checkpoint(source) if source.is_dir() else _published_again(source, num_heads)
+    )
     make_folder(out.parent)
     write_atomic(out, lambda path: torch.save(checkpoint, path))
 

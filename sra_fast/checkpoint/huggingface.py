@@ -12,6 +12,7 @@ from sra_fast.checkpoint.sources import LIBRARY, MODEL_FILE, run_of
 from sra_fast.models import arguments_of
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import make_folder, require, write_atomic, write_json
+from sra_fast.utils.yaml_loader import write_config
 
 CARD = "README.md"
 # of a run's summary: no scores
@@ -81,7 +82,7 @@ def card(loaded: LoadedModel, name: str) -> str:
         parts += ["## Data\n", _table(_facts_shown(loaded))]
     if is_run:
         sections = {key: loaded.config[key] for key in TRAINED_WITH if key in loaded.config}
-        settings = yaml.safe_dump(_plain(sections), sort_keys=False)
+        settings = write_config(_plain(sections))
         parts += ["## Training\n", f"```yaml\n{settings}```\n"]
     scores = _scores(loaded)
     if scores:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from sra_fast import models
-from sra_fast.checkpoint import version_0_1
 from sra_fast.checkpoint.sources import find_weights, held_key, read_found
 from sra_fast.checkpoint.values import (
     family_in,
@@ -15,7 +14,7 @@ from sra_fast.checkpoint.values import (
     refuse_unknown_times,
     warn,
 )
-from sra_fast.config.averages import EMA, STUDENT, check_known
+from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import DiffusionTransformer, has_joint_blocks
@@ -76,9 +75,6 @@ def load_model(
             contradict ``num_heads`` or ``input_size``.
     """
     source = find_weights(path, weights)
-    old = source.is_dir() and version_0_1.is_checkpoint(source)
-    if old:
-        check_known(str(source), weights, [EMA])
     held, source = read_found(path, source, weights)
     return model_of(held, source, weights, num_heads, input_size)
 

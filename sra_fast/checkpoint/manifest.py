@@ -160,7 +160,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint's folder.
 
     Raises:
-        DamagedCheckpoint: it is not there, was changed, or is of another step than the folder.
+        DamagedCheckpoint: it is not there, was changed, or is of another step than the one that the
+            folder is named after.
         ValueError: a later version has written it, or the file system could not read it.
     """
     try:
@@ -188,8 +189,10 @@ def read_manifest(folder: Path) -> Manifest:
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} does not hold what it should: {error}") from None
     _check_emas(folder, manifest)
-    if folder.name != step_name(manifest.step):
-        raise DamagedCheckpoint(f"{MANIFEST} is that of step {manifest.step}")
+    # a copy or a link may have any name; one that names a step has to be of this one
+    for name in (folder.name, folder.resolve().name):
+        if STEP_FOLDER.fullmatch(name) and name != step_name(manifest.step):
+            raise DamagedCheckpoint(f"{MANIFEST} is that of step {manifest.step}, not of {name}")
     return manifest
 
 

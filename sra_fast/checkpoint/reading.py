@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sra_fast.checkpoint import version_0_1
 from sra_fast.checkpoint.manifest import (
+    STEP_FOLDER,
     DamagedCheckpoint,
     Manifest,
     hash_fault,
@@ -14,7 +14,7 @@ from sra_fast.checkpoint.manifest import (
     step_name,
 )
 from sra_fast.checkpoint.shards import Shards
-from sra_fast.checkpoint.steps import candidates, cheap_fault, choose, has_manifest, is_begun
+from sra_fast.checkpoint.steps import candidates, cheap_fault, choose, is_begun
 from sra_fast.checkpoint.values import warn
 
 CONFIG = "config.yaml"
@@ -29,15 +29,9 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parents[1]
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is a checkpoint, of this version or of 0.1."""
-    return has_manifest(path) or version_0_1.is_checkpoint(path)
-
-
 def has_checkpoint(run: Path) -> bool:
     """Whether a run folder has ever had a checkpoint, whole or not."""
-    folder = run / CHECKPOINTS
-    return is_begun(folder) or version_0_1.newest(folder) is not None
+    return is_begun(run / CHECKPOINTS)
 
 
 def newest(run: Path) -> Path | None:
@@ -51,11 +45,7 @@ def newest(run: Path) -> Path | None:
     Raises:
         ValueError: it has some, and none is whole.
     """
-    folder = run / CHECKPOINTS
-    old = version_0_1.newest(folder)
-    if old is not None:
-        return old
-    choice = choose(folder)
+    choice = choose(run / CHECKPOINTS)
     if choice is None:
         return None
     for remark in choice.remarks:
@@ -81,8 +71,6 @@ def manifest_of(path: Path) -> Manifest:
 
 def step_of(path: Path) -> int:
     """How many optimizer steps a checkpoint has taken; ValueError if it cannot be read."""
-    if version_0_1.is_checkpoint(path):
-        return version_0_1.step_of(path)
     return manifest_of(path).step
 
 
@@ -114,7 +102,11 @@ def whole_fault(path: Path) -> str | None:
 
 
 def _instead(damaged: Path) -> str:
-    """The newest whole checkpoint before a damaged one, for the end of a message."""
+    """The newest whole checkpoint before a damaged one, for the end of a message; nothing for a copy
+    under another name, which none is known to come before.
+    """
+    if not STEP_FOLDER.fullmatch(damaged.name):
+        return ""
     for path in candidates(damaged.parent, damaged).paths[1:]:
         if whole_fault(path) is None:
             return f"; the newest whole one before it is {path}"

@@ -7,23 +7,21 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.average_snapshots import FOLDER as SNAPSHOTS
 from sra_fast.checkpoint.average_snapshots import is_snapshot, reconstruct, snapshot_folders
 from sra_fast.checkpoint.manifest import STEP_FOLDER
 from sra_fast.checkpoint.names import in_short, unwrapped
 from sra_fast.checkpoint.shards import MASTER, ema_kind
-from sra_fast.checkpoint.steps import named_by_latest, step_of
+from sra_fast.checkpoint.steps import has_manifest, named_by_latest, step_of
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.averages import EMA, POWER, STUDENT, check_known, power_width
-from sra_fast.config.cli import load_config
-from sra_fast.config.schema import Config, ModelConfig
+from sra_fast.config.schema import ModelConfig
 from sra_fast.models import ALIGN_HEADS, DiffusionTransformer
 from sra_fast.utils.files import require
 
@@ -75,7 +73,7 @@ def read_found(path: str, found: Path, weights: str = "ema") -> tuple[dict, Path
     try:
         return _read(found, weights), found
     except ValueError:
-        there = found.is_file() or reading.is_checkpoint(found) or is_snapshot(found)
+        there = found.is_file() or has_manifest(found) or is_snapshot(found)
         if found == Path(path) or there:
             raise
     again = find_weights(path, weights)
@@ -120,7 +118,7 @@ def find_weights(path: str, weights: str = "ema") -> Path:
         return found
     if is_snapshot(found):
         raise ValueError(f"{found} is a snapshot of averages: expected weights power:SIGMA of it")
-    if reading.is_checkpoint(found):
+    if has_manifest(found):
         return found
     export = found / reading.EXPORT
     newest = reading.newest(found)
@@ -146,8 +144,8 @@ def _newest_snapshot(found: Path, weights: str) -> Path:
         return found
     if _holds_model(found):
         return _in_model_folder(found)
-    checkpoint = found.is_dir() and reading.is_checkpoint(found)
-    run = reading.run_folder(found.absolute()) if checkpoint else found
+    checkpoint = found.is_dir() and has_manifest(found)
+    run = _run_folder(found) if checkpoint else found
     snapshots = snapshot_folders(run)
     if checkpoint:
         last = reading.step_of(found)
@@ -167,9 +165,7 @@ def _is_current(export: Path, newest: Path) -> bool:
     Not by the step: after a rollback there may be an export of the same step, or of a later one,
     that was given up.
     """
-    step, digest = export_origin(export)
-    if version_0_1.is_checkpoint(newest):
-        return step is None or step >= version_0_1.step_of(newest)
+    _, digest = export_origin(export)
     # of the newest as well where its tensors are damaged: the export still has them
     named = named_by_latest(newest.parent)
     steps = {step_of(path) for path in (newest, named) if path is not None}
@@ -234,30 +230,29 @@ def transformer_folder(folder: Path) -> Path | None:
     return None
 
 
+def _run_folder(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint or a snapshot lies in, also if a link from elsewhere names
+    it.
+    """
+    place = checkpoint.absolute()
+    if place.parent.name not in (reading.CHECKPOINTS, SNAPSHOTS):
+        place = place.resolve()
+    # not reading.run_folder: a copy may lie at the top of a disk
+    return place.parent.parent
+
+
 def run_of(path: Path) -> Path | None:
     """The run folder that weights lie in; None if they lie elsewhere.
 
     Args:
         path: from ``find_weights``.
     """
-    folder = reading.run_folder(path.absolute()) if path.is_dir() else path.absolute().parent
+    folder = _run_folder(path) if path.is_dir() else path.absolute().parent
     return folder if (folder / reading.CONFIG).exists() else None
-
-
-def run_config(checkpoint: Path) -> Config:
-    """The configuration of the run that a checkpoint folder lies in; ValueError without one."""
-    file = reading.run_folder(checkpoint.absolute()) / reading.CONFIG
-    if not file.exists():
-        raise ValueError(
-            f"expected {checkpoint} in a run folder, but there is no configuration {file}"
-        )
-    return load_config(file)
 
 
 def _of_checkpoint(path: Path, weights: str) -> dict:
     """A training checkpoint: its EMA, its student or an average, and the run's configuration."""
-    if version_0_1.is_checkpoint(path):
-        return _of_old_checkpoint(path)
     manifest = reading.manifest_of(path)
     averages = {name: ema_kind(name) for name in manifest.emas if name != manifest.sampled}
     kinds = {EMA: ema_kind(manifest.sampled), STUDENT: MASTER, **averages}
@@ -279,13 +274,13 @@ def _of_checkpoint(path: Path, weights: str) -> dict:
 
 def _power_names(checkpoint: Path) -> list[str]:
     """What an error lists of the averages that could be made from snapshots."""
-    run = reading.run_folder(checkpoint.absolute())
+    run = _run_folder(checkpoint)
     return [f"{POWER}SIGMA"] if snapshot_folders(run) else []
 
 
 def _of_snapshots(path: Path, weights: str, width: float) -> dict:
     """The average of a width that is made from a snapshot and the run's earlier ones."""
-    run = reading.run_folder(path.absolute())
+    run = _run_folder(path)
     snapshot, flat = reconstruct(run, width, step_of(path))
     state = state_dict_of(model_of_settings(snapshot.settings, path), flat, path)
     found = {
@@ -329,20 +324,6 @@ def state_dict_of(
     state = {name: flat[name].view(shape) for name, shape in shapes.items()}
     # checkpoints have no buffers: the position embedding is computed
     return {name: state.get(name, model.make_pos_embed()) for name in model.state_dict()}
-
-
-def _of_old_checkpoint(path: Path) -> dict:
-    """A checkpoint of version 0.1: its EMA, and the configuration that lies in the run's folder."""
-    cfg = run_config(path)
-    # the files hold flat tensors: the model knows the shapes
-    with torch.device("meta"):
-        model = cfg.model.build()
-    ema = state_dict_of(model, version_0_1.load_ema(path), path)
-    held = {"ema": checked(ema, str(path)), "config": asdict(cfg), "step": reading.step_of(path)}
-    facts = reading.run_folder(path) / reading.FACTS
-    if facts.exists():
-        held["data"] = json.loads(facts.read_text())
-    return held
 
 
 def read_published(path: str) -> dict:
@@ -398,7 +379,12 @@ def _reason(error: Exception) -> str:
             f"it holds a pickled {refused[1]}, and only tensors, containers and "
             "argparse.Namespace are read; save its state dict by itself"
         )
-    return (str(error).splitlines() or ["empty"])[0]
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if "can't allocate memory" in str(error):
+        return "there is not enough memory for it"
+    # torch's own words are about its reader, or advise to run whatever the file holds
+    return "it is damaged, or was not written by torch.save"
 
 
 def _of_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:

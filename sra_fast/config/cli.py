@@ -22,7 +22,7 @@ from sra_fast.config.messages import Parser, config_files
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.utils import registry
 from sra_fast.utils.registry import TARGETS, Registry
-from sra_fast.utils.yaml_loader import read_config
+from sra_fast.utils.yaml_loader import read_config, write_config
 
 log = logging.getLogger("sra_fast")
 
@@ -74,6 +74,8 @@ SHORT_FORMS = {
 
 # one loader for files and for values of the command line
 jsonargparse.set_loader("sra", _load, exceptions=(yaml.YAMLError,))
+# what --print_config prints can be given to --config
+jsonargparse.set_dumper("sra", partial(write_config, allow_unicode=True))
 
 
 def _offer_choices(options: type) -> None:
@@ -360,7 +362,7 @@ def _plain(value):
 
 def save_config(cfg: Config, path: Path) -> None:
     """The resolved configuration as YAML, readable by ``--config``."""
-    path.write_text(yaml.safe_dump(_plain(asdict(cfg)), sort_keys=False))
+    path.write_text(write_config(_plain(asdict(cfg))))
 
 
 def load_config(path: Path) -> Config:

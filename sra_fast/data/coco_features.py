@@ -20,6 +20,7 @@ from torch import Tensor
 from sra_fast.data.batch import Batch
 from sra_fast.data.packed import load_npy
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import why_unreadable
 
 TRAIN = "train"
 VAL = "val"
@@ -47,7 +48,7 @@ def _read(path: Path) -> np.ndarray:
     try:
         array = load_npy(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no readable .npy file: {error}") from None
+        raise ValueError(f"{path} is no readable .npy file: {why_unreadable(error)}") from None
     require_that(
         array.dtype.kind == "f", f"{path} must hold floating-point numbers, got {array.dtype}"
     )

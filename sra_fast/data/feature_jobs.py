@@ -5,18 +5,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sra_fast.data.coco_features import in_order_of_names
 from sra_fast.data.features import FEATURES_FOLDER, check_name
 from sra_fast.data.options import FEATURE_OPTIONS, READ_AS, Options, default, refuse
-from sra_fast.data.packed import INDEX, LABELS, Shards, check_finished, read_index
+from sra_fast.data.packed import INDEX, LABELS, Shards, check_finished, load_npy, read_index
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.vision import features_shape, load_vision_model, make_extractor
 from sra_fast.data.writer import refuse_changed
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import why_unreadable
 
 
 def check_feature_options(options: Options) -> None:
@@ -89,7 +89,11 @@ def check_same_images(source: ImageSource, folder: Path) -> None:
             "must be named 0.png, 1.png, ...",
         )
     complete = not index.get("report", {}).get("skipped")
-    labels = torch.from_numpy(np.load(folder / LABELS))
+    try:
+        labels = torch.from_numpy(load_npy(folder / LABELS))
+    except (OSError, ValueError, EOFError) as error:
+        reason = why_unreadable(error)
+        raise ValueError(f"{folder / LABELS} was altered or cannot be read: {reason}") from None
     require_that(
         not complete or len(labels) == len(source),
         f"{folder} holds {len(labels)} images, {source.place} has {len(source)}",

@@ -17,6 +17,7 @@ from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, Shards, check_finished, load_npy
 from sra_fast.data.stored_text import StoredText
 from sra_fast.data.training_data import TrainingData
+from sra_fast.utils.files import why_unreadable
 
 log = logging.getLogger("sra_fast")
 
@@ -238,7 +239,7 @@ class Latents(MomentDataset):
         try:
             moments = load_npy(io.BytesIO(path.read_bytes()), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no readable .npy file: {error}") from None
+            raise ValueError(f"{path} is no readable .npy file: {why_unreadable(error)}") from None
         # the published encoder leaves a batch dimension of 1
         if moments.ndim == 4 and moments.shape[0] == 1:
             moments = moments[0]

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sra_fast.utils.files import why_unreadable
+
 # 1: every shard but the last is full, no statistics and no class names
 VERSIONS = (1, 2)
 INDEX = "index.json"
@@ -196,7 +198,8 @@ class Shards:
             # as a plain array: indexing a memmap costs more than the read itself
             shard = load_npy(path, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} was altered or cannot be read: {error}") from None
+            reason = why_unreadable(error)
+            raise ValueError(f"{path} was altered or cannot be read: {reason}") from None
         expected = (self.rows[number], *self.row_shape)
         if (shard.shape, shard.dtype) != (expected, self.storage):
             raise ValueError(

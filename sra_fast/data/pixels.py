@@ -12,6 +12,7 @@ from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, Shards
 from sra_fast.data.stored_text import StoredText
 from sra_fast.data.training_data import TrainingData
+from sra_fast.utils.files import why_unreadable
 
 
 class Pixels(TrainingData):
@@ -138,7 +139,7 @@ def read_image_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
             arrays = {name: held[name] for name in ("arr_0", "arr_1") if name in held}
     except Exception as error:
         # numpy and zipfile raise many types
-        raise ValueError(f"{path} is no readable .npz file: {error}") from None
+        raise ValueError(f"{path} is no readable .npz file: {why_unreadable(error)}") from None
     images = arrays.get("arr_0")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         got = "nothing" if images is None else f"{images.dtype} {[*images.shape]}"

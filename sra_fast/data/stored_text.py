@@ -24,6 +24,7 @@ from sra_fast.data.packed import INDEX, RECIPE, Shards, load_npy, sha256
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.models import TextFeatures
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import why_unreadable
 
 # folder of all text features of a data set
 TEXT_FOLDER = "text"
@@ -137,7 +138,8 @@ class StoredText:
                 raise ValueError("its SHA-256 is not the index's")
             row = load_npy(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} was altered or cannot be read: {error}") from None
+            reason = why_unreadable(error)
+            raise ValueError(f"{path} was altered or cannot be read: {reason}") from None
         expected = (1, *self.shards.row_shape)
         require_that(
             (row.shape, row.dtype) == (expected, np.dtype(self.shards.storage)),

@@ -50,7 +50,9 @@ class Draws:
 
 
 def block_seed(*key: int) -> int:
-    """A 63-bit seed from integers. Distinct keys do not collide, as their sums would."""
+    """A 63-bit seed from integers. CUDA's generators use all of it. Those of a CPU use the low 32
+    bits: there any two keys have the same numbers with probability 2**-32.
+    """
     # repr keeps (1, 23) and (12, 3) apart
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     # 63 bits are a valid seed for the generators of every device

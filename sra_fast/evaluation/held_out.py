@@ -126,16 +126,24 @@ class HeldOutLoss:
     @classmethod
     def load(cls, path: str | Path) -> "HeldOutLoss":
         """The inverse of ``save``; ValueError if the file holds no such losses."""
+        came = "a file of another kind"
         try:
             with np.load(path, allow_pickle=False) as held:
+                written = {"losses", "times", "images", "settings", "about", "key"}
+                whole = written.issubset(held.files)
+                came = "a damaged one" if whole else f"one that holds {', '.join(held.files)}"
                 arrays = [held[name] for name in ("losses", "times", "images")]
                 settings, about = (json.loads(str(held[name])) for name in ("settings", "about"))
                 found = cls(*arrays, settings, about)
                 key = str(held["key"])
         except Exception as error:
-            # numpy, zipfile and json raise many types
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path} holds no held-out losses: {reason}") from None
+            # numpy, zipfile and json raise many types, and numpy advises to load what is unsafe
+            if isinstance(error, OSError) and error.strerror:
+                came = f"none ({error.strerror})"
+            raise ValueError(
+                f"{path} holds no held-out losses: expected an .npz that held_out.py --out wrote, "
+                f"got {came}"
+            ) from None
         losses, times, images = arrays
         fits = losses.ndim == 2 and times.shape == losses.shape and len(images) == len(losses)
         require_that(

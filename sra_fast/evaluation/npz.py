@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from sra_fast.evaluation.scores import Gaussian
-from sra_fast.utils.files import write_atomic
+from sra_fast.utils.files import why_unreadable, write_atomic
 
 MEMBER = "arr_0.npy"
 
@@ -125,9 +125,15 @@ def read_statistics(path: str) -> Statistics | None:
         spatial = None
         if {"mu_s", "sigma_s"} <= held:
             spatial = _gaussian(path, arrays, "mu_s", "sigma_s")
-        extractor = str(arrays["extractor"]) if "extractor" in held else None
-        count = int(arrays["count"]) if "count" in held else 0
-        shape = arrays["shape"].tolist() if "shape" in held else None
+        try:
+            extractor = str(arrays["extractor"]) if "extractor" in held else None
+            count = int(arrays["count"]) if "count" in held else 0
+            shape = arrays["shape"].tolist() if "shape" in held else None
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}: extractor, count and shape must be a name and whole numbers: "
+                f"{why_unreadable(error)}"
+            ) from None
         pool = _gaussian(path, arrays, "mu", "sigma")
         return Statistics(pool, spatial, extractor, count, shape)
 
@@ -163,7 +169,8 @@ def _gaussian(path: str, arrays, mean: str, cov: str) -> Gaussian:
         # same_kind: complex numbers and strings are refused, fp32 is not
         mu, sigma = (arrays[name].astype(np.float64, casting="same_kind") for name in (mean, cov))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {mean} and {cov} must be real numbers: {error}") from None
+        reason = why_unreadable(error)
+        raise ValueError(f"{path}: {mean} and {cov} must be real numbers: {reason}") from None
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mean} and {cov} must be finite, they are not")
     if mu.ndim != 1 or sigma.shape != mu.shape * 2:

@@ -27,6 +27,8 @@ from sra_fast.utils.registry import CONDITIONINGS
 
 # names of the heads that single alignment targets have begin with it: they are no part of the model
 ALIGN_HEADS = "align_heads."
+# of a block's code, at most
+COMPILATIONS = 64
 
 
 def init_linear(module: nn.Module) -> None:
@@ -197,11 +199,15 @@ class Backbone(nn.Module):
         """Compile each block with torch.compile. One compilation serves all of a kind, so start-up
         does not grow with depth.
         """
+        import torch._dynamo.config as dynamo
         import torch._inductor.config as inductor
 
         # torch 2.10 to 2.14 give wrong gradients of shared or broadcast modulations with it
         # (pytorch issue 193061)
         inductor.triton.mix_order_reduction = False
+        # all blocks share their code: with and without gradients, guided or not, with a last batch
+        # that is smaller. Past its limit of 8, PyTorch would stop a run that asks for whole graphs
+        dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
 

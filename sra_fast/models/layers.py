@@ -230,7 +230,8 @@ class StreamBlock(nn.Module):
         self.modulations = modulations
         self.attn = attn
         if has_output:
-            self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+            # rounded: a ratio that is read back from the weights may lie just below its width
+            self.mlp = Mlp(hidden_size, round(hidden_size * mlp_ratio))
         projection = nn.Linear(hidden_size, modulations * hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), projection)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sra_fast.evaluation.npz import NpzImages
 from sra_fast.plots.report import STEP, UNITS, pyplot, save_figure
-from sra_fast.utils.files import write_atomic
+from sra_fast.utils.files import why_unreadable, write_atomic
 
 # the columns of stats.jsonl that are drawn
 CURVES = (
@@ -154,7 +154,7 @@ def read_samples(paths: list[str], count: int) -> np.ndarray:
             zlib.error,
         ) as error:
             raise ValueError(
-                f"{path} holds no samples (arr_0 and arr_1 of sample.py): {error}"
+                f"{path} holds no samples (arr_0 and arr_1 of sample.py): {why_unreadable(error)}"
             ) from None
     # the samples are compared one by one: as many as all files have, and of the same labels
     n = min(map(len, images))

@@ -6,6 +6,7 @@ Each failure is one ValueError that says what was expected and what came.
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from sra_fast.utils.registry import TARGETS
 
 def check_config(cfg: Config) -> None:
     """Everything that does not depend on the machine."""
+    check_finite(cfg)
     # the constructor checks its sizes; on meta it allocates nothing
     with torch.device("meta"):
         cfg.model.build()
@@ -37,6 +39,22 @@ def check_config(cfg: Config) -> None:
     check_weights("sample.weights", cfg.sample.weights, cfg.train)
     _check_monitor(cfg)
     check_sampling(cfg.sample, cfg.model)
+
+
+def check_finite(cfg: Config) -> None:
+    """Every number of the alignment targets, lists included, before a target computes with it."""
+    for section, align in cfg.alignments.items():
+        for option in fields(align):
+            value = getattr(align, option.name)
+            numbers = [value]
+            if isinstance(value, list | tuple):
+                numbers = value
+            elif isinstance(value, dict):
+                numbers = value.values()
+            require_that(
+                all(math.isfinite(number) for number in numbers if isinstance(number, float)),
+                f"{section}.{option.name} must be finite, got {value}",
+            )
 
 
 def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
@@ -106,8 +124,9 @@ def _check_numbers(cfg: Config) -> None:
     for section, align in cfg.alignments.items():
         not_negative[f"{section}.hold"] = align.hold
     for name, value in not_negative.items():
+        # a count has to fit into 64 bits
         require_that(
-            0 <= value < math.inf,
+            0 <= value < 2**63,
             f"{name} must not be negative nor infinite, got {value}",
         )
     require_that(
@@ -159,9 +178,9 @@ def _check_align(align: AlignConfig, cfg: Config) -> None:
         f"align.student_layer must lie in [1, {depth}], got {align.student_layer}",
     )
     require_that(
-        all(0 <= weight < math.inf for weight in (align.weight, *align.milestones.values())),
-        "align.weight and align.milestones must be finite and not negative, "
-        f"got {align.weight} and {align.milestones}",
+        all(weight >= 0 for weight in (align.weight, *align.milestones.values())),
+        f"align.weight and align.milestones must not be negative, got {align.weight} and "
+        f"{align.milestones}",
     )
     beta = getattr(align, "beta", 1.0)
     require_that(beta > 0, f"align.beta must be positive, got {beta}")
@@ -223,7 +242,7 @@ def split_batch(cfg: Config, world_size: int) -> tuple[int, int]:
     micro = cfg.train.micro_batch
     require_that(
         total >= 1 and (micro is None or micro >= 1),
-        f"batches must be at least 1, got {total} and {micro}",
+        f"train.global_batch and train.micro_batch must be at least 1, got {total} and {micro}",
     )
     if micro is None:
         require_that(

@@ -120,7 +120,7 @@ def _of_the_machine(error: BaseException, number: int, out: Path | None) -> str:
     what = name or (f"a file of {out}" if out else "a file")
     if number not in FULL:
         return f"{what} cannot be read or written: {reason}"
-    return f"{what} cannot be written: {reason}{free_space(place)}; the same command resumes"
+    return f"{what} cannot be written: {reason}{free_space(place)}; resume with --train.resume auto"
 
 
 def free_space(place: str | os.PathLike | None) -> str:

@@ -77,19 +77,23 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
         _warn_of_other_inputs(source, facts, their_facts)
         reasons = reasons or _other_names(facts, their_facts)
         reasons |= _other_encoder(model, facts, their_facts)
-    fresh: dict[str, str] = {}
+    missing: dict[str, dict[str, str]] = {}
     for key, state in states.items():
         _check_process(source, model, _process_of(theirs, args), state)
         _check_positions(source, model, state)
-        missing = reasons | _not_fitting(source, model, state)
-        initial[key] = {name: value for name, value in state.items() if name not in missing}
-        fresh |= missing
+        missing[key] = reasons | _not_fitting(source, model, state)
+        initial[key] = {name: value for name, value in state.items() if name not in missing[key]}
+    # the student's decide what continues; the EMA of what it lacks begins as the student's
+    fresh = missing.get("model", missing.get("ema", {}))
+    only_ema = sorted(missing.get("ema", {}).keys() - fresh.keys())
     _check_interpolant(source, cfg, model, initial)
     shapes = {name: [*value.shape] for name, value in model.state_dict().items()}
     parameters = {name: p.shape for name, p in model.named_parameters()}
     heads = trained_heads(cfg.alignments.values())
     own_heads = sorted(name for name in heads if name.startswith(ALIGN_HEADS))
     remark = _continued(source, initial, parameters, bool(fresh) or bool(own_heads))
+    if only_ema:
+        remark += f"; its EMA has no {', '.join(only_ema)}, which begin as the student's"
     if own_heads:
         remark += f"; fresh: the head {' and '.join(own_heads)}, which no model has"
     initial["origin"] = _described(source, shapes, fresh, initial)

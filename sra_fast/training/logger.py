@@ -138,10 +138,10 @@ class TrainLogger:
         """Add scalars ``[]`` of one micro-step of a 0-based optimizer step."""
         self.values.add(values, step, micro_step)
 
-    def step(self, step: int, known: dict[str, float]) -> dict | None:
+    def step(self, step: int, known: dict[str, float | Tensor]) -> dict | None:
         """End of optimizer step ``step`` (1-based).
 
-        ``known``: values that are on the host already.
+        ``known``: of the last step: numbers, or fp64 tensors ``[]`` on the device.
 
         Returns:
             The newest row that has arrived, if one did.
@@ -151,12 +151,16 @@ class TrainLogger:
             self._send(step, known)
         return self._receive(wait=False)
 
-    def _send(self, step: int, known: dict[str, float]) -> None:
+    def _send(self, step: int, known: dict[str, float | Tensor]) -> None:
         """Start to copy the means of the steps since the last row to the host."""
         tables = self.values.take()
         names, averages = means(tables, self.world)
         # the copies are queued here, the host reads them later
         averages = to_host(averages)
+        known = {
+            name: to_host(value) if isinstance(value, Tensor) else value
+            for name, value in known.items()
+        }
         for table in tables:
             table.values = to_host(table.values)
         # the host may be some launches ahead of the device: over log_every steps that evens out
@@ -188,7 +192,11 @@ class TrainLogger:
             sent = self.waiting.popleft()
             if sent.event:
                 sent.event.synchronize()
-            row = {**sent.known, **dict(zip(sent.names, sent.means.tolist(), strict=True))}
+            known = {
+                name: value.item() if isinstance(value, Tensor) else value
+                for name, value in sent.known.items()
+            }
+            row = {**known, **dict(zip(sent.names, sent.means.tolist(), strict=True))}
             self._write(row)
             self.watch(sent.tables)
         return row
@@ -208,7 +216,7 @@ class TrainLogger:
         for logger in self.loggers:
             logger.row(row)
 
-    def flush(self, step: int, known: dict[str, float]) -> None:
+    def flush(self, step: int, known: dict[str, float | Tensor]) -> None:
         """Write everything up to ``step``, waiting for the device: before a checkpoint."""
         # the steps since the last row, fewer than log_every
         if self.count:
@@ -240,7 +248,9 @@ class TrainLogger:
 
 @dataclass
 class _Row:
-    """A row on its way to the host: ``means``, named by ``names``, are there after ``event``."""
+    """A row on its way to the host: ``means``, named by ``names``, and the tensors in ``known`` are
+    there after ``event``.
+    """
 
     names: list[str]
     means: Tensor

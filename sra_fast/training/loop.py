@@ -110,8 +110,8 @@ def optimizer_step(
     ``shift``: the images, times and noise are those of step ``step + shift``.
 
     Returns:
-        What the host knows of the step: ``align_weight`` (of a second target ``align2_weight``),
-        ``lr``, ``epoch``.
+        What is known of the step: ``align_weight`` (of a second target ``align2_weight``),
+        ``epoch``, and ``lr``, which is on the device where there is a warm-up.
     """
     cfg = trainer.cfg
     engine = trainer.engine
@@ -137,6 +137,10 @@ def optimizer_step(
     # tensors on the device: they are not read here
     logger.add({"grad_norm": trainer.grad_norm}, step)
     logger.add({"skipped": ~trainer.guard.taken}, step)
+    factor = trainer.guard.lr_factor()
+    if factor is not None:
+        # the rate of this update: a warm-up does not count those that were left out
+        lr = lr * factor
     lambdas = {f"{name}_weight": weight for name, weight in weights.items()}
     return {"align_weight": 0.0, **lambdas, "lr": lr, "epoch": epoch}
 
@@ -244,6 +248,8 @@ def train(
     # the bar is closed also by an error, whose line then has no bar before it; a warning of a step
     # gets a line of its own
     with own_saver, batches, bar, control, logging_redirect_tqdm():
+        if monitor is not None and monitor.was_missed(trainer, start.step):
+            session.look(start.step, {})
         logger.restart_clock()
         trainer.engine.train()
         for step in range(start.step, cfg.train.steps):
@@ -255,7 +261,7 @@ def train(
             if row:
                 bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
             control.after_step(step + 1)
-            looks = monitor is not None and (step + 1) % cfg.monitor.every == 0
+            looks = monitor is not None and monitor.is_due(step + 1)
             if looks:
                 # samples take long: what any process knows is acted on before
                 control.agree_now(step + 1)
@@ -265,6 +271,7 @@ def train(
             if control.due:
                 session.save(Progress(step + 1, start.shift), known)
             if control.asked:
+                # a look that is due is made up for when the run goes on
                 saved = saver.last == Progress(step + 1, start.shift)
                 raise stopped(control.asked, step + 1, saved)
             if looks:

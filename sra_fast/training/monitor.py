@@ -5,6 +5,7 @@ FID; and the held-out loss.
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sra_fast.config.averages import POWER
@@ -22,6 +23,7 @@ from sra_fast.training.monitor_files import (
     HELD_OUT,
     SAMPLES,
     append_row,
+    has_row,
     losses_of,
     picture_of,
 )
@@ -77,6 +79,24 @@ class Monitor:
     def picture(self, step: int) -> Path:
         """Where the picture of a step is."""
         return picture_of(self.folder, step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after ``step`` optimizer steps are looked at."""
+        return step > 0 and step % self.cfg.monitor.every == 0
+
+    def was_missed(self, trainer: Trainer, step: int) -> bool:
+        """Whether the run goes on from a step that should have been looked at and was not: it was
+        stopped or killed between checkpoint and look. Collective.
+        """
+        if not self.is_due(step):
+            return False
+        asked = {HELD_OUT: self.held_out is not None, SAMPLES: self.cfg.monitor.count > 0}
+        files = [self.folder / name for name, wanted in asked.items() if wanted]
+        # rank 0 writes them, and another machine may see them late
+        answer = [trainer.rank == 0 and not all(has_row(file, step) for file in files)]
+        if trainer.plan.world > 1:
+            dist.broadcast_object_list(answer, src=0)
+        return answer[0]
 
     @torch.no_grad()
     def look(self, trainer: Trainer, step: int) -> dict | None:

@@ -37,6 +37,11 @@ def append_row(file: Path, row: dict) -> None:
     _write_rows(file, [*_rows_until(file, row["step"] - 1), row])
 
 
+def has_row(file: Path, step: int) -> bool:
+    """Whether ``samples.jsonl`` or ``held_out.jsonl`` has a row of a step."""
+    return file.exists() and any(row["step"] == step for row in read_rows(file))
+
+
 def remove_after(run: Path, step: int) -> int:
     """Remove what was seen after a step, which the run has given up.
 

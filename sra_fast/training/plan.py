@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.checkpoint import reading, version_0_1
+from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.steps import cheap_fault, choose, step_folders
 from sra_fast.checkpoint.values import warn
 from sra_fast.config.schema import Config
@@ -16,7 +16,7 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import vae_is_there
 from sra_fast.evaluation.held_out import LEAST_IMAGES, HeldOutImages, has_held_out
 from sra_fast.training import provenance
-from sra_fast.training.checks import check_config, check_device, named_as, split_batch
+from sra_fast.training.checks import check_config, check_device, check_finite, named_as, split_batch
 from sra_fast.training.initial import read_initial
 from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
@@ -112,6 +112,8 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     """
     _check_writable(Path(cfg.train.out))
     check_loggers(cfg)
+    # before the targets take from the data what they need, which may mean reading all of them
+    check_finite(cfg)
     # raises if the variable names no level: a process group that is half made would hang
     deepspeed_log_level()
     data = open_data(cfg.data)
@@ -205,7 +207,7 @@ def find_resume(cfg: Config) -> Path | None:
     The files' hashes are not looked at here: that is done once the run folder is locked.
 
     Raises:
-        ValueError: it names nothing, nothing that is whole, or a checkpoint of version 0.1.
+        ValueError: it names nothing, or nothing that is whole.
     """
     if cfg.train.resume is None:
         return None
@@ -219,7 +221,6 @@ def find_resume(cfg: Config) -> Path | None:
                 warn("%s is passed over: its first checkpoint was not finished", folder)
         return None
     path = Path(cfg.train.resume)
-    _refuse_old(path)
     # a step that was asked for by name is not replaced by another
     named = _named_step(path)
     if named is not None:
@@ -251,18 +252,5 @@ def _say_where(resume: Path, out: Path) -> None:
 
 def _newest(run: Path) -> Path | None:
     """The newest checkpoint of a run folder that is whole; None: it never had one."""
-    folder = run / reading.CHECKPOINTS
-    old = version_0_1.newest(folder)
-    if old is not None:
-        _refuse_old(old)
-    choice = choose(folder)
+    choice = choose(run / reading.CHECKPOINTS)
     return None if choice is None else choice.path
-
-
-def _refuse_old(path: Path) -> None:
-    require_that(
-        not version_0_1.is_checkpoint(path),
-        f"{path} is a checkpoint of version 0.1, which cannot be resumed: sra-fast export "
-        f"--checkpoint {path} --out w.safetensors writes its weights, and --train.init_from "
-        "w.safetensors starts a run from them",
-    )

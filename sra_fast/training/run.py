@@ -164,9 +164,10 @@ def _go_back(
     # more each time: steps after the bad one may be bad, too
     left_out = (bad_step + 1 - step) << (returns[step] - 1)
     warn(
-        "back to the checkpoint of step %d; the images of the %d steps after it are left out",
+        "back to the checkpoint of step %d; the images of the %d step%s after it are left out",
         step,
         left_out,
+        "" if left_out == 1 else "s",
     )
     # the images that these steps had, and those that earlier ones have left out
     return Progress(step, shift + left_out)
@@ -180,7 +181,8 @@ def export(trainer: Trainer, data: TrainingData, folder: Path) -> None:
         digest = reading.digest_at(folder, train_cfg.steps)
         saving.export_safetensors(trainer, file, train_cfg.steps, data.facts(), digest)
     if "published" in train_cfg.export:
-        epoch = train_cfg.steps // max(1, len(data) // train_cfg.global_batch)
+        last = folder / reading.CHECKPOINTS / step_name(train_cfg.steps)
+        epoch = reading.manifest_of(last).epoch
         file = folder / "published.pt"
         saving.export_published(trainer, file, train_cfg.steps, epoch, data.facts())
 

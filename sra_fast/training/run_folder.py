@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sra_fast.checkpoint import average_snapshots, reading, steps, version_0_1
+from sra_fast.checkpoint import average_snapshots, reading, steps
 from sra_fast.checkpoint.manifest import hash_fault, read_manifest
 from sra_fast.checkpoint.steps import Choice, step_folders
 from sra_fast.checkpoint.values import warn
@@ -224,7 +224,7 @@ def _settle(folder: Path, chosen: Path, keep: int, exact: bool) -> list[str]:
     # path -> where it is now
     moved: dict[Path, Path | None] = {}
     for path in step_folders(checkpoints):
-        if path not in ours and not version_0_1.is_checkpoint(path):
+        if path not in ours:
             moved[path] = abandon(path)
     lines = [f"{path} is given up: moved to {target}" for path, target in moved.items() if target]
     spared = [target for target in moved.values() if target is not None]

@@ -23,7 +23,7 @@ from sra_fast.training.checks import has_own_graph
 from sra_fast.training.plan import Plan
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators
 from sra_fast.utils.registry import TARGETS
-from sra_fast.zero.deepspeed_config import clips_itself
+from sra_fast.zero.deepspeed_config import clips_itself, refusals_named
 from sra_fast.zero.deepspeed_names import import_muon_uncompiled, restore_linear
 from sra_fast.zero.ema import PartitionedTeacher, ReplicatedTeacher, ShardedAverage, ShardedEMA
 from sra_fast.zero.fused_step import (
@@ -217,7 +217,9 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     kinds = _parameter_kinds(cfg, network)
     optimizer = make_optimizer(cfg, student, kinds)
     import_muon_uncompiled()
-    engine = deepspeed.initialize(model=objective, optimizer=optimizer, config=plan.ds_config)[0]
+    with refusals_named(plan.ds_config):
+        built = deepspeed.initialize(model=objective, optimizer=optimizer, config=plan.ds_config)
+    engine = built[0]
 
     # find the masters in ZeRO's flat tensors, make them fp32 again, and verify that each is in the
     # place where it was found

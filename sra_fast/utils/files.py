@@ -119,3 +119,13 @@ def require(module: str, package: str, extra: str) -> None:
     """ValueError that says how to install what an optional part needs, if it is not there."""
     if find_spec(module) is None:
         raise ValueError(f"this needs {package}: pip install 'sra-fast[{extra}]'")
+
+
+def why_unreadable(error: Exception) -> str:
+    """What numpy says is wrong with an array's file, in one line, without its advice to load the
+    file unsafely.
+    """
+    # what is no array is taken for a pickled object, and all texts about these name the option
+    if "allow_pickle" in str(error):
+        return "it holds no plain array"
+    return " ".join(str(error).split())

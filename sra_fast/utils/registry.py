@@ -29,10 +29,12 @@ class Registry(Generic[Part]):
 
     Args:
         kind: what the parts are, for error messages.
+        room: the module whose import registers this package's parts, for error messages.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, room: str):
         self.kind = kind
+        self.room = room
         self._parts: dict[str, Part] = {}
 
     def register(self, name: str) -> Callable[[Part], Part]:
@@ -49,9 +51,13 @@ class Registry(Generic[Part]):
 
     def __getitem__(self, name: str) -> Part:
         """The part; ValueError that lists what exists."""
-        if name not in self._parts:
-            raise ValueError(f"expected a {self.kind} of {', '.join(self._parts)}, got {name!r}")
-        return self._parts[name]
+        if name in self._parts:
+            return self._parts[name]
+        expected = f"expected {'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
+        if self._parts:
+            raise ValueError(f"{expected} of {', '.join(self._parts)}, got {name!r}")
+        # a program that uses the package without its scripts
+        raise ValueError(f"{expected}, got {name!r} before any is registered: import {self.room}")
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the order in which they were registered."""
@@ -65,11 +71,11 @@ class Registry(Generic[Part]):
         del self._parts[name]
 
 
-PROCESSES: Registry = Registry("diffusion process")
-SAMPLERS: Registry = Registry("sampler")
-MODEL_FAMILIES: Registry = Registry("model family")
-CONDITIONINGS: Registry = Registry("conditioning")
-TARGETS: Registry = Registry("alignment target")
-DATASETS: Registry = Registry("data set")
-EVALUATIONS: Registry = Registry("evaluation")
-LOGGERS: Registry = Registry("logger")
+PROCESSES: Registry = Registry("diffusion process", "sra_fast.diffusion")
+SAMPLERS: Registry = Registry("sampler", "sra_fast.diffusion")
+MODEL_FAMILIES: Registry = Registry("model family", "sra_fast.models")
+CONDITIONINGS: Registry = Registry("conditioning", "sra_fast.models")
+TARGETS: Registry = Registry("alignment target", "sra_fast.alignment")
+DATASETS: Registry = Registry("data set", "sra_fast.data")
+EVALUATIONS: Registry = Registry("evaluation", "sra_fast.evaluation")
+LOGGERS: Registry = Registry("logger", "sra_fast.training.loggers")

@@ -1,4 +1,4 @@
-"""How configurations and studies are read: YAML without the traps of YAML 1.1."""
+"""How configurations and studies are read and written: YAML without the traps of YAML 1.1."""
 
 import re
 from collections.abc import Hashable
@@ -64,6 +64,27 @@ for _kind, (_pattern, _first) in SCALARS.items():
     ConfigLoader.add_implicit_resolver(
         PREFIX + _kind, re.compile(f"^(?:{_pattern})$"), list(_first)
     )
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes every text that ``ConfigLoader`` would read as something else, such as ``1e-3``, and
+    those that only YAML 1.1 would, such as ``no``: other programs read the file, too.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [*resolvers, *ConfigLoader.yaml_implicit_resolvers.get(first, ())]
+        for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+def write_config(value, **style) -> str:
+    """The YAML text that ``read_config`` reads back as ``value``.
+
+    Args:
+        value: of mappings, lists, texts, numbers, booleans and None.
+        style: options of ``yaml.dump``.
+    """
+    return yaml.dump(value, Dumper=ConfigDumper, sort_keys=False, **style)
 
 
 def read_config(text: str):

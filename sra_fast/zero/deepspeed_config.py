@@ -1,30 +1,40 @@
 """DeepSpeed's configuration: this engine's settings with the user's JSON over them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import NoReturn
 
+import pydantic
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from sra_fast.config.schema import Config
 from sra_fast.utils.registry import TARGETS
+from sra_fast.zero.process_group import quiet_deepspeed
 
 # what a JSON may set besides; anything else is a typo or contradicts how this engine trains
 OTHER_KEYS = (
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "data_types",
     "communication_data_type",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "sparse_gradients",
-    "comms_logger",
     "wall_clock_breakdown",
     "steps_per_print",
     "memory_breakdown",
     "dump_state",
-    "flops_profiler",
     "zero_allow_untested_optimizer",
+)
+# likewise, each with an object as its value
+OBJECT_KEYS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "comms_logger",
+    "flops_profiler",
     "checkpoint",
     "compile",
     "activation_checkpointing",
@@ -40,11 +50,23 @@ OWN_KEYS = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
+# options that DeepSpeed still has, and only to refuse them
+REMOVED_ZERO_KEYS = {"legacy_stage1"}
+
+
+class MergedConfig(dict):
+    """DeepSpeed's configuration, which knows whether a user's JSON is part of it.
+
+    Attributes:
+        file: path of the user's JSON, or None.
+    """
+
+    file: str | None = None
 
 
 def deepspeed_config(
     cfg: Config, micro: int, accumulation: int, path: str | None, cuda: bool
-) -> dict:
+) -> MergedConfig:
     """DeepSpeed's configuration.
 
     Every default that changed between DeepSpeed versions, or that this engine relies on, is set
@@ -89,7 +111,8 @@ def deepspeed_config(
         # on by default, and waits for the device twice per micro-step
         "timers": {"throughput": {"enabled": False}},
     }
-    merged = _merge(ours, _read_json(path)) if path else ours
+    merged = MergedConfig(_merge(ours, _read_json(path)) if path else ours)
+    merged.file = path or None
     if clips_itself(merged["zero_optimization"]["stage"], cfg):
         # DeepSpeed would clip a second time, with its own norm
         merged["gradient_clipping"] = 0.0
@@ -121,12 +144,16 @@ def _read_json(path: str) -> dict:
             raise ValueError(
                 f"--deepspeed_config sets '{key}': the optimizer is set by optim.* here"
             )
-    known = sorted((*OWN_KEYS, *OTHER_KEYS))
+    known = sorted((*OWN_KEYS, *OTHER_KEYS, *OBJECT_KEYS))
     unknown = sorted(set(config) - set(known))
     if unknown:
         raise ValueError(f"--deepspeed_config has unknown keys {unknown}; known are {known}")
+    for key in OBJECT_KEYS:
+        if not isinstance(config.get(key, {}), dict) and config[key] != "auto":
+            raise ValueError(f"--deepspeed_config: {key} must be an object, got {config[key]!r}")
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values() if field.alias}
+    known -= REMOVED_ZERO_KEYS
     zero = config.get("zero_optimization", {})
     for key in zero if isinstance(zero, dict) else ():
         if key not in known:
@@ -149,7 +176,7 @@ def _merge(ours: dict, theirs: dict) -> dict:
                 f"--deepspeed_config sets {key} {value}, the configuration gives {ours[key]}"
             )
         if key in ("bf16", "fp16"):
-            enabled = value.get("enabled", False)
+            enabled = value.get("enabled", "auto")
             if enabled not in ("auto", ours[key]["enabled"]):
                 raise ValueError(
                     f"--deepspeed_config sets {key}.enabled {enabled}: set train.precision instead"
@@ -158,12 +185,15 @@ def _merge(ours: dict, theirs: dict) -> dict:
     return merged
 
 
-def zero_stage(ds_config: dict, cfg: Config) -> int:
-    """The stage after merging, checked against what the teacher needs; ValueError otherwise."""
+def zero_stage(ds_config: MergedConfig, cfg: Config) -> int:
+    """The stage after merging, checked against what the teacher needs, and a user's JSON against
+    what DeepSpeed takes; ValueError otherwise.
+    """
     zero = ds_config["zero_optimization"]
     stage = zero["stage"]
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage}")
+    # true is equal to 1
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     if zero["round_robin_gradients"]:
         raise ValueError(
             "zero_optimization.round_robin_gradients must be false: it returns other parameters' data"
@@ -191,4 +221,81 @@ def zero_stage(ds_config: dict, cfg: Config) -> int:
             "zero_quantized_nontrainable_weights are not supported with a teacher: DeepSpeed "
             "copies frozen weights once, so that it would go stale"
         )
+    if ds_config.file is not None:
+        _check_as_deepspeed(ds_config)
     return stage
+
+
+def _check_as_deepspeed(ds_config: MergedConfig) -> None:
+    """ValueError for what DeepSpeed refuses, as far as it shows before an engine is built: until
+    then no run folder is made.
+    """
+    # it reports what it reads
+    quiet_deepspeed()
+    # the number of processes is not known to it yet: it would contradict the batch
+    held = {key: deepcopy(value) for key, value in ds_config.items() if key != "train_batch_size"}
+    with refusals_named(ds_config):
+        read = DeepSpeedConfig(held)
+        accumulated = read.grad_accum_dtype and DtypeEnum(read.grad_accum_dtype).value
+    stage = read.zero_optimization_stage
+    every = read.steps_per_print
+    if every is not None and (type(every) is not int or every < 1):
+        _refuse("steps_per_print", "null or a whole number of at least 1", every)
+    for section, key in (
+        (read.bfloat16_config, "bf16_master_weights_and_grads"),
+        (read.float16_config, "fp16_master_weights_and_grads"),
+    ):
+        if getattr(section, key):
+            _refuse(f"{key[:4]}.{key}", "false: the masters and the EMA are fp32", True)
+    if stage == 3 and read.zero_config.module_granularity_threshold > 0:
+        # gathered by DeepSpeed as a whole, a module's weights would be missing in its parts
+        _refuse(
+            "zero_optimization.stage3_module_granularity_threshold",
+            "0: each block is gathered as a whole",
+            read.zero_config.module_granularity_threshold,
+        )
+    # DeepSpeed's engine looks at the rest, but only when the model is there
+    if stage in (2, 3) and read.zero_config.reduce_scatter:
+        unless = f"at stage {stage} unless zero_optimization.reduce_scatter is false"
+        if read.prescale_gradients:
+            _refuse("prescale_gradients", f"false {unless}", read.prescale_gradients)
+        if read.gradient_predivide_factor != 1:
+            _refuse("gradient_predivide_factor", f"1 {unless}", read.gradient_predivide_factor)
+    own = torch.bfloat16 if read.bfloat16_config.enabled else torch.float32
+    if stage == 0 and accumulated not in (None, own):
+        _refuse("data_types.grad_accum_dtype", f"{own} at stage 0, as the model", accumulated)
+
+
+def _refuse(option: str, expected: str, found: object) -> NoReturn:
+    raise ValueError(f"--deepspeed_config: {option} must be {expected}, got {found!r}")
+
+
+@contextmanager
+def refusals_named(ds_config: dict) -> Iterator[None]:
+    """Where DeepSpeed reads its configuration: what it raises about a user's JSON becomes a
+    ValueError that names the file.
+
+    Its refusals are of many types, plain ``Exception`` and ``AssertionError`` among them. Memory,
+    devices, other processes and missing packages have types of their own, which pass.
+    """
+    file = getattr(ds_config, "file", None)
+    try:
+        yield
+    except Exception as error:
+        # a refusal may be a NotImplementedError, which is a RuntimeError as well
+        of_machine = isinstance(error, RuntimeError | MemoryError | OSError | ImportError)
+        if file is None or (of_machine and not isinstance(error, NotImplementedError)):
+            raise
+        raise ValueError(
+            f"DeepSpeed refuses --deepspeed_config {file}: {_first_reason(error)}"
+        ) from error
+
+
+def _first_reason(error: Exception) -> str:
+    """One line about what DeepSpeed refuses."""
+    if isinstance(error, pydantic.ValidationError):
+        # the first line of its text only counts the faults
+        fault = error.errors()[0]
+        option = ".".join(str(part) for part in fault["loc"])
+        return f"{option}: {fault['msg']}, got {fault['input']!r}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -74,6 +74,17 @@ def test_default_layers_are_the_papers(name, layers):
         assert (align.student_layer, deeper) == expected, model
 
 
+def test_a_depth_that_is_the_named_size_s_own_changes_no_layer():
+    layers = lambda name, *args: (
+        (align := filled(name, "SiT-B/2", *args).align).student_layer,
+        getattr(align, "teacher_layer", None),
+    )
+    for name in ("ema_teacher", "vae_latent", "cached_features"):
+        assert layers(name, "--model.depth", "12") == layers(name)
+        # another depth has the rule's
+        assert layers(name, "--model.depth", "16") != layers(name)
+
+
 def test_default_weights_are_the_papers():
     found = {name: TARGETS[name].config().weight for name in TARGETS if name != "none"}
     assert found == {
@@ -149,7 +160,7 @@ def test_options_that_make_no_sense_are_refused_by_name(args, capsys):
         ),
         (
             "--align vae_latent --align.channel_mean [.nan] --align.channel_std [1]",
-            "must hold 1 finite numbers",
+            r"align.channel_mean must be finite, got \[nan\]",
         ),
         ("--align dispersive --align.temperature 0", "align.temperature must be positive"),
         ("--align vae_latent --align.channel_mean [0.0]", "go together, got"),
@@ -158,6 +169,27 @@ def test_options_that_make_no_sense_are_refused_by_name(args, capsys):
             "must hold 1 finite numbers",
         ),
         ("--align cached_features", "align.feature_width must be at least 1, got None"),
+        (
+            "--align cached_features --align.feature_width 8 --align.target_norm spatial "
+            "--model.input_size 2",
+            "align.target_norm spatial needs at least 2 tokens per image, got 1",
+        ),
+        (
+            "--align dual_time --align.first_share .inf",
+            "^align.first_share must be finite, got inf",
+        ),
+        (
+            "--align vae_latent --align2 dual_time --align2.first_share .nan",
+            "^align2.first_share must be finite, got nan",
+        ),
+        (
+            "--align vae_latent --align.distance l1 --align.beta .inf",
+            "^align.beta must be finite, got inf",
+        ),
+        (
+            "--align cached_features --align.feature_width 8 --align.spatial_mean .nan",
+            "^align.spatial_mean must be finite, got nan",
+        ),
         ("--align vae_latent --align.beta 0", "align.beta must be positive"),
         ("--align vae_latent --align.fraction 0.3", "align.fraction of the 8 images"),
         ("--align none --align2 vae_latent", "align2 is a second target: it needs align"),
@@ -181,6 +213,14 @@ def test_bad_input_is_one_line(args, message):
     with pytest.raises(ValueError, match=message) as error:
         make_plan(cfg, world=1)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_are_looked_at_before_the_data(tmp_path):
+    args = ["--align", "vae_latent", "--align.beta", ".inf", "--train.out", str(tmp_path / "runs")]
+    cfg = parse_train([*MODEL, *args, "--data.name", "latents", "--data.path", str(tmp_path)])[0]
+    with pytest.raises(ValueError, match="^align.beta must be finite, got inf"):
+        make_run_plan(cfg)
+    assert not any(tmp_path.iterdir())
 
 
 def test_stored_features_go_with_their_target():

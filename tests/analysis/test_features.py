@@ -24,6 +24,8 @@ from sra_fast.data.digits import Digits
 from sra_fast.models import DiT, SiT
 from sra_fast.plots.figures import read_samples, save_samples
 
+pytestmark = pytest.mark.usefixtures("rooms")
+
 SIZES = dict(patch_size=2, hidden_size=32, depth=3, num_heads=2)
 
 
@@ -269,6 +271,7 @@ def test_samples_that_do_not_belong_together(tmp_path):
     np.savez(tmp_path / "flat.npz", arr_0=x[..., 0], arr_1=[0, 1, 2])
     np.savez(tmp_path / "label.npz", arr_0=x, arr_1=0)
     (tmp_path / "broken.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    (tmp_path / "text.npz").write_text("no archive")
     for name in ("labels.npz", "size.npz"):
         with pytest.raises(ValueError, match="sizes and labels"):
             read_samples([str(tmp_path / "a.npz"), str(tmp_path / name)], 3)
@@ -280,6 +283,9 @@ def test_samples_that_do_not_belong_together(tmp_path):
         "float.npz",
         "flat.npz",
         "label.npz",
+        "text.npz",
     ):
-        with pytest.raises(ValueError, match="holds no samples"):
+        with pytest.raises(ValueError, match="holds no samples") as error:
             read_samples([str(tmp_path / name)], 3)
+        # numpy's advice
+        assert "allow_pickle" not in str(error.value)

@@ -304,11 +304,11 @@ def pickle_with_code(case: Case) -> tuple[str, Verdict]:
         "rows": run / "stats.jsonl",
         "deepspeed": run / "deepspeed.json",
         "lock": run / "lock",
-        # what DeepSpeed and version 0.1 would load
+        # what other programs would load
         "model states": new / "mp_rank_00_model_states.pt",
         "optimizer states": new / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
-        "ema of 0.1": new / "ema_rank_0.pt",
-        "only 0.1": new / "ema_rank_0.pt",
+        "ema of a rank": new / "ema_rank_0.pt",
+        "no manifest": new / "ema_rank_0.pt",
         "yaml": run / "config.yaml",
     }
     place = case.variant(list(places))
@@ -320,7 +320,7 @@ def pickle_with_code(case: Case) -> tuple[str, Verdict]:
         path.write_text(f"train: !!python/object/apply:os.mkdir ['{marker}']\n")
     else:
         path.write_bytes(payload)
-    if place == "only 0.1":
+    if place == "no manifest":
         for step in (EVERY, 2 * EVERY):
             (run / f"checkpoints/step_{step:08d}" / MANIFEST).unlink()
         (new / "sra_fast.json").write_text('{"step": 6}')
@@ -329,7 +329,7 @@ def pickle_with_code(case: Case) -> tuple[str, Verdict]:
         shutil.copy2(kept, path)
 
     outside = place in ("data", "rows", "deepspeed", "lock", "yaml")
-    names = (path.name,) if outside else ("0.1", MANIFEST) if place == "only 0.1" else ()
+    names = (path.name,) if outside else ("0.1", MANIFEST) if place == "no manifest" else ()
     at_least = EVERY if place in ("rank file", "manifest") else 2 * EVERY
     verdict = case.bench.judge(
         case.out, setting, at_least, names, undo if kept.exists() and outside else None, marker

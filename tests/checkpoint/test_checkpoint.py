@@ -49,6 +49,19 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", [b"", b"train:\n  steps: 2\n", b"\x8a" * 99, b"PK\x03\x04"])
+def test_files_that_torch_cannot_load_are_named_in_own_words(tmp_path, content):
+    """torch advises to load such a file all the same, and to run what it holds."""
+    file = tmp_path / "x.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        sources.read_weights(str(file))
+    assert str(refused.value) == (
+        f"{file} is no checkpoint that can be read safely: it is damaged, or was not written by "
+        "torch.save"
+    )
+
+
 def test_published_arguments_say_what_shapes_do_not(tmp_path):
     model = DiT(
         8, 2, 1, 32, 2, num_heads=2, class_dropout_prob=0.0, num_classes=10, learn_sigma=False

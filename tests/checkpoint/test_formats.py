@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from foreign import network, old_run_folder, run_folder, same, weights
+from foreign import network, run_folder, same, weights
 from launch import call, call_console, error_of
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -120,11 +120,9 @@ def test_published_weights_that_do_not_say_their_heads(tmp_path):
 
 def test_a_published_file_needs_the_optimizer(tmp_path):
     model = network()
-    run = old_run_folder(tmp_path / "run", model)
     held = torch.load(published(tmp_path, model), weights_only=False)
     torch.save({**held, "opt": {"state": {}}}, tmp_path / "empty.pt")
     for source, message in (
-        (run, "has no model and no opt"),
         (plain(tmp_path, model), "has no model and no opt: expected --out FILE.safetensors"),
         (tmp_path / "empty.pt", "has no state"),
     ):

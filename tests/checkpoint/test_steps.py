@@ -2,14 +2,16 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from foreign import write_checkpoint
 
-from sra_fast.checkpoint import steps, version_0_1
-from sra_fast.checkpoint.manifest import MANIFEST, file_name
-from sra_fast.checkpoint.reading import is_checkpoint, newest
+from sra_fast.checkpoint import steps
+from sra_fast.checkpoint.manifest import MANIFEST, DamagedCheckpoint, file_name, read_manifest
+from sra_fast.checkpoint.reading import newest, read_kinds
+from sra_fast.checkpoint.sources import run_of
 
 KINDS = {"master": {"a": torch.arange(4.0)}}
 
@@ -193,26 +195,51 @@ def test_an_empty_latest_without_steps_is_no_run(tmp_path):
     assert steps.choose(tmp_path / "checkpoints") is None
 
 
-@pytest.mark.parametrize("beside", ["checkpoints/step_4", "checkpoints/step_00000004", "here"])
-def test_a_file_of_version_0_1_beside_changes_nothing(run, beside):
-    """In a folder of its own, or in that of a step."""
-    stray = folder(run, 9) if beside == "here" else run / beside
-    stray.mkdir(exist_ok=True)
-    (stray / version_0_1.STATE).write_text('{"step": 4, "world_size": 1}')
-    assert newest(run) == folder(run, 9)
-    assert version_0_1.newest(run / "checkpoints") is None
-    assert is_checkpoint(folder(run, 9)) and not version_0_1.is_checkpoint(folder(run, 9))
-
-
 @pytest.mark.parametrize("content", [b"step_00000003\xdf", b"\xff" * 5000, b"x" * 5000, None])
-def test_no_latest_stops_the_search_for_old_checkpoints(run, content):
+def test_no_latest_stops_no_reader(run, content):
     latest = run / "checkpoints/latest"
     latest.unlink()
     latest.mkdir() if content is None else latest.write_bytes(content)
-    assert version_0_1.newest(run / "checkpoints") is None
     assert newest(run) == folder(run, 9)
-    # and where there is nothing but version 0.1
-    for step in (3, 6, 9):
-        (folder(run, step) / MANIFEST).rename(folder(run, step) / version_0_1.STATE)
-    expected = None if content is None else folder(run, 9)
-    assert version_0_1.newest(run / "checkpoints") == expected
+
+
+def test_a_copy_or_a_link_may_have_any_name(run, tmp_path_factory, monkeypatch):
+    """And is none of the run's checkpoints."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(folder(run, 6), run / "checkpoints/best")
+    shutil.copytree(folder(run, 6), elsewhere / "copy")
+    (elsewhere / "link").symlink_to(folder(run, 6))
+    (run / "config.yaml").write_text("")
+    assert run_of(elsewhere / "link") == run and run_of(elsewhere / "copy") is None
+    monkeypatch.chdir(folder(run, 6))
+    for path in (run / "checkpoints/best", elsewhere / "copy", elsewhere / "link", Path()):
+        manifest, held = read_kinds(path, ["master"])
+        assert manifest.step == 6
+        assert torch.equal(held["master"]["a"], KINDS["master"]["a"])
+    assert [path.name for path in steps.candidates(run / "checkpoints").paths] == [
+        f"step_{step:08d}" for step in (9, 6, 3)
+    ]
+
+
+def test_a_damaged_copy_is_named(run):
+    """No whole checkpoint is known to come before it."""
+    copy = run / "checkpoints/best"
+    shutil.copytree(folder(run, 6), copy)
+    tensors = copy / file_name(0)
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=f"^checkpoint {copy} is damaged: {file_name(0)} [^;]*$"):
+        read_kinds(copy, ["master"])
+
+
+def test_a_name_of_another_step_is_refused(run, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    folder(run, 6).rename(folder(run, 7))
+    (elsewhere / "link").symlink_to(folder(run, 7))
+    (elsewhere / "step_00000008").symlink_to(folder(run, 9))
+    for path, name in (
+        (folder(run, 7), "step_00000007"),
+        (elsewhere / "link", "step_00000007"),
+        (elsewhere / "step_00000008", "step_00000008"),
+    ):
+        with pytest.raises(DamagedCheckpoint, match=f"is that of step [69], not of {name}"):
+            read_manifest(path)

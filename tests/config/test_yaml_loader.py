@@ -9,7 +9,7 @@ from launch import ROOT
 
 from sra_fast.config.cli import make_parser, parse
 from sra_fast.sampling import run as script
-from sra_fast.utils.yaml_loader import read_config
+from sra_fast.utils.yaml_loader import read_config, write_config
 
 theirs = jsonargparse.get_loader("yaml")
 
@@ -115,6 +115,22 @@ def test_merged_keys_may_be_replaced():
     read = read_config(common + nested)
     assert read["x"] == {"a": 1, "b": 3, "d": 4}
     assert read["outer"]["inner"] == {"a": 1, "b": 3}
+
+
+TEXTS = (
+    "1e-3 1e3 1E5 -.5e3 1. 0o7 0x1f 010 0b10 1_000 12 -3 12:30 2026-11-29 .inf -.Inf .nan yes no "
+    "on off y null ~ true FALSE {a} [a] #x &a !x %a = << - --- é 😀"
+).split(" ") + ["", " ", "a: b", "a #b", "two\nlines", "a:"]
+VALUES = (1e-08, 1e-4, 1e22, -0.0, math.inf, -math.inf, math.nan, 0, -5, 10**20, True, False, None)
+
+
+@pytest.mark.parametrize("value", [*TEXTS, *VALUES], ids=repr)
+def test_what_is_written_reads_back(value):
+    """Equal and of the same type, as a value, in a list and as a name."""
+    held = {"x": value, "several": [value], "names": {value: 1}}
+    assert same(read_config(write_config(held)), held)
+    # people read and change the file
+    assert same(read_config(write_config(held, allow_unicode=True)), held)
 
 
 def test_shipped_files_read_the_same():

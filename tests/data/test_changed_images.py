@@ -136,6 +136,15 @@ def test_features_are_not_added_to_a_set_of_other_images(tmp_path, kind):
         check_same_images(open_images(options)[0], out)
 
 
+def test_features_are_not_added_to_a_set_with_damaged_labels(tmp_path):
+    out = tmp_path / "out"
+    source = put(tmp_path, "folder")
+    pack(source, out)
+    (out / "labels.npy").write_text("no array")
+    with pytest.raises(ValueError, match="labels.npy was altered .* it holds no plain array$"):
+        check_same_images(open_images(options_of(source, out))[0], out)
+
+
 def test_a_set_of_an_earlier_version_is_finished(tmp_path):
     """Its records say nothing of the files."""
     out = tmp_path / "out"

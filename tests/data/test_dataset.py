@@ -68,6 +68,9 @@ def test_missing_or_broken_latents_are_one_clear_error(tmp_path):
     data = Latents(str(tmp_path))
     with pytest.raises(ValueError, match=broken.name):
         data.__getitems__([data.files.index(index["labels"][4][0])])
+    broken.write_bytes(b"no array")
+    with pytest.raises(ValueError, match="is no readable .npy file: it holds no plain array$"):
+        data.__getitems__([data.files.index(index["labels"][4][0])])
     np.save(broken, np.zeros((8, 2, 2), np.float32))
     with pytest.raises(ValueError, match=r"got \(8, 2, 2\)"):
         data.__getitems__([data.files.index(index["labels"][4][0])])

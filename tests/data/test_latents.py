@@ -243,7 +243,11 @@ def test_a_shard_that_is_lost_or_replaced_later_is_named(tmp_path):
         ValueError, match=r"00000.npy must hold \(7, 8, 4, 4\) .* got \(7, 8, 4, 5\)"
     ):
         data.__getitems__([0])
-    (tmp_path / "packed/shards/00001.npy").unlink()
+    shard = tmp_path / "packed/shards/00001.npy"
+    shard.write_bytes(b"no array")
+    with pytest.raises(ValueError, match="00001.npy was altered .*: it holds no plain array$"):
+        data.__getitems__([8])
+    shard.unlink()
     with pytest.raises(ValueError, match="00001.npy was altered or cannot be read: .*No such file"):
         data.__getitems__([8])
 

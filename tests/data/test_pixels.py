@@ -263,9 +263,10 @@ def test_wrong_arrays_are_one_error(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         PixelArray(tmp_path / "x.npz")
-    (tmp_path / "x.npz").write_bytes(b"PK no")
-    with pytest.raises(ValueError, match="x.npz is no readable .npz file"):
-        PixelArray(tmp_path / "x.npz")
+    for contents, reason in ((b"PK no", ""), (b"no archive", "it holds no plain array$")):
+        (tmp_path / "x.npz").write_bytes(contents)
+        with pytest.raises(ValueError, match=f"x.npz is no readable .npz file: {reason}"):
+            PixelArray(tmp_path / "x.npz")
 
 
 def test_flips_are_of_the_seed_and_change_no_other_number():

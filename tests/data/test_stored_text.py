@@ -725,7 +725,7 @@ def test_the_images_beside_u_vits_files_have_features_in_the_same_order(tmp_path
         ("shape", r"train/4.npy must hold moments \[8, 2, 2\], got \[8, 3, 3\]"),
         ("context", r"train/2_1.npy must hold features \[6, 4\], got \[5, 4\]"),
         ("empty", r"empty_context.npy must hold features \[L, E\], got \[4\]"),
-        ("broken", "train/4.npy is no readable .npy file"),
+        ("broken", "train/4.npy is no readable .npy file: it holds no plain array$"),
         ("--captions txt --text_encoders x", "--captions is for images, .* holds the features of"),
         ("--mirror true", "--mirror is for images, .* holds latents and features of their capt"),
         ("--text_name a/b", "text_name must be the name of a folder"),

@@ -132,3 +132,74 @@ def test_gaussian_data_comes_back(method):
     assert len(draws) == (99 if method in ("euler_maruyama", "ddpm") else 0), (
         "the last step adds none"
     )
+
+
+# bounds of the interval are times of steps; the time of every call, and whether it is guided
+GUIDED_CALLS = [
+    ("euler", 4, (0.25, 0.75), [(1, False), (0.75, True), (0.5, True), (0.25, True)]),
+    (
+        "heun",
+        4,
+        (0.5, 0.75),
+        [
+            # both ends of a step are what its beginning is
+            *[(1, False), (0.75, False)],
+            *[(0.75, True), (0.5, True)],
+            *[(0.5, True), (0.25, True)],
+            (0.25, False),
+        ],
+    ),
+    ("euler_maruyama", 3, (0.04, 0.52), [(1, False), (0.52, True), (0.04, True)]),
+    # times of 1000, of which 999 is the last
+    ("ddim", 4, (0.333, 0.666), [(999, False), (666, True), (333, True), (0, False)]),
+    ("ddpm", 4, (0.333, 0.666), [(999, False), (666, True), (333, True), (0, False)]),
+]
+
+
+@pytest.mark.parametrize("method, num_steps, interval, expected", GUIDED_CALLS)
+def test_guidance_includes_both_ends_of_its_interval(method, num_steps, interval, expected):
+    """With guidance a call has twice the images."""
+    model = GaussianData(SAMPLERS[method].process, 0.5)
+    calls = []
+
+    def call(x, t, condition):
+        assert len(t) == len(condition) == len(x) and len(set(t.tolist())) == 1
+        calls.append((t[0].item(), len(x)))
+        return model(x, t, condition)
+
+    y = torch.zeros(3, dtype=torch.int64)
+    how = dict(guidance=2.0, interval=interval, call=call)
+    sample(model, torch.randn(3, 4, 2, 2), y, method, num_steps, **how)
+    assert calls == [(pytest.approx(t, rel=1e-6), 6 if inside else 3) for t, inside in expected]
+
+
+def test_ddpm_without_a_learned_variance_has_the_posterior_s():
+    """Every step of a chain of ten against DDPM Eq. 7, of a model with C output channels."""
+    model = GaussianData("gaussian_diffusion", 0.5)
+    calls = []
+    draws = []
+
+    def call(x, t, condition):
+        eps = model(x, t, condition)[:, :4]
+        calls.append((x, int(t[0]), eps))
+        return eps
+
+    def noise(x):
+        draws.append(torch.randn_like(x))
+        return draws[-1]
+
+    z = torch.randn(3, 4, 2, 2)
+    out = sample(model, z, torch.zeros(3, dtype=torch.int64), "ddpm", 10, noise=noise, call=call)
+    states = [x for x, _, _ in calls[1:]] + [out]
+    times = [t for _, t, _ in calls]
+    assert times == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    before = [*alpha_bar[times[1:]], torch.ones((), dtype=torch.float64)]
+    added = [*draws, torch.zeros_like(z)]
+    for (x, t, eps), previous, drawn, found in zip(calls, before, added, states, strict=True):
+        alpha = alpha_bar[t] / previous
+        x0 = (x - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
+        weights = previous.sqrt() * (1 - alpha), alpha.sqrt() * (1 - previous)
+        mean = (weights[0] * x0 + weights[1] * x) / (1 - alpha_bar[t])
+        variance = (1 - previous) / (1 - alpha_bar[t]) * (1 - alpha)
+        assert_matches(found, mean + variance.sqrt() * drawn, 1e-4)

@@ -238,16 +238,60 @@ def test_what_cannot_be_measured_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="of RUN is not finite for 5 of 5 images"):
         found.check_finite("RUN")
 
-    (tmp_path / "text.npz").write_text("no archive")
-    np.savez(tmp_path / "other.npz", x=1)
     found = held_out_loss(digits_model(), "linear", images)
     changed = replace(found, settings={**found.settings, "seed": 7})
     changed.save(tmp_path / "changed.npz")
     arrays = dict(np.load(tmp_path / "changed.npz"))
     np.savez(tmp_path / "changed.npz", **{**arrays, "key": found.key})
-    for name in ("text.npz", "other.npz", "changed.npz", "absent.npz"):
-        with pytest.raises(ValueError, match=f"{name} holds no held-out losses"):
-            HeldOutLoss.load(tmp_path / name)
+    with pytest.raises(ValueError, match="changed.npz holds no held-out losses: its arrays or"):
+        HeldOutLoss.load(tmp_path / "changed.npz")
+
+
+@pytest.mark.parametrize(
+    "contents, came",
+    [
+        (b"no archive", "a file of another kind"),
+        (b"", "a file of another kind"),
+        (None, "none (No such file or directory)"),
+        ({"x": 1, "losses": np.array([None])}, "one that holds x, losses"),
+        (
+            {
+                **dict.fromkeys(("times", "images", "settings", "about", "key"), 1),
+                "losses": np.array([None]),
+            },
+            "a damaged one",
+        ),
+    ],
+)
+def test_a_file_that_is_none_of_losses_is_named_in_words_of_our_own(tmp_path, contents, came):
+    """NumPy would advise to load it unsafely."""
+    path = tmp_path / "a.npz"
+    if isinstance(contents, dict):
+        np.savez(path, **contents)
+    elif contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(ValueError) as error:
+        HeldOutLoss.load(path)
+    expected = "holds no held-out losses: expected an .npz that held_out.py --out wrote"
+    assert str(error.value) == f"{path} {expected}, got {came}"
+
+
+@pytest.mark.parametrize("images, narrow", [(2, True), (29, True), (30, False)])
+def test_an_interval_of_few_images_says_that_it_is_too_narrow(images, narrow):
+    report = {
+        "held_out": 1.0,
+        "interval": (0.5, 1.5),
+        "bins": [1.0],
+        "images": images,
+        "weights": "ema",
+        "step": 3,
+        "against": "a.npz",
+        "difference": 0.1,
+        "difference_interval": (0.0, 0.2),
+    }
+    first, _, last = held_out_command.table(report).splitlines()
+    for line in (first, last):
+        assert line.endswith("; the interval is too narrow below 30 images") == narrow
 
 
 def test_intervals_cover_the_mean():

@@ -143,10 +143,20 @@ def test_statistics(tmp_path):
         ([0, np.nan], "finite"),
         ([0, 1j], "real numbers"),
         (["a", "b"], "real numbers"),
-        (np.array([None, 1]), "real numbers"),
+        (np.array([None, 1]), "real numbers: it holds no plain array$"),
     ],
 )
 def test_statistics_must_be_finite_numbers(tmp_path, mu, message):
     np.savez(tmp_path / "x.npz", mu=mu, sigma=np.eye(2))
     with pytest.raises(ValueError, match=f"x.npz: mu and sigma must be {message}"):
+        read_statistics(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("name", ["extractor", "count", "shape"])
+def test_what_is_said_of_statistics_must_be_readable(tmp_path, name):
+    more = {name: np.array([None, 1])}
+    np.savez(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2), **more)
+    with pytest.raises(
+        ValueError, match="x.npz: extractor, count and shape must be .* no plain ar"
+    ):
         read_statistics(str(tmp_path / "x.npz"))

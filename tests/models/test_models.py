@@ -7,12 +7,14 @@ from sra_fast.models import (
     SIZES,
     ClassLabels,
     DiT,
+    MMDiT,
     SiT,
     arguments_from_state_dict,
     arguments_of,
     create_model,
     preset,
 )
+from sra_fast.models.layers import Block
 
 TINY = dict(
     input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=5
@@ -50,6 +52,26 @@ def test_sit_matches_the_published_code():
     )
     assert_matches(prediction, golden["v_pred"])
     assert_matches(model.ap_head(features.after[2]), golden["student_feat"])
+
+
+def test_compiled_blocks_take_more_shapes_than_torch_s_limit(monkeypatch):
+    """A job's batches, with and without guidance, all go through one code."""
+    torch.compiler.reset()
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_it(self, backend="eager", **options),
+    )
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = randomise(SiT(**TINY)).eval()
+    expected = [model(*batch(model, count)) for count in range(1, 13)]
+    model.compile_blocks()
+    for count, eager in enumerate(expected, start=1):
+        torch.testing.assert_close(model(*batch(model, count)), eager, atol=1e-6, rtol=1e-6)
+    assert limit <= torch._dynamo.config.recompile_limit
+    torch.compiler.reset()
 
 
 def test_teacher_features_match_the_published_code():
@@ -97,6 +119,36 @@ def test_arguments_from_state_dict_round_trip():
     )
     assert found is DiT and arguments["num_classes"] == 5 and arguments["class_dropout_prob"] == 0
     found(**arguments).load_state_dict(without_null.state_dict(), strict=True)
+
+
+def test_a_ratio_gives_back_the_width_of_the_mlp_that_it_is_of():
+    """704 * (960 / 704) is 959.99..., and so on."""
+    with torch.device("meta"):
+        for width in range(64, 3073, 64):
+            sizes = range(192, 4 * width + 1, 192)
+            blocks = [Block(width, 1, size / width, qk_norm=False) for size in sizes]
+            assert [block.mlp.fc1.out_features for block in blocks] == [*sizes]
+
+
+@pytest.mark.parametrize(
+    "family, more",
+    [
+        (SiT, dict(num_classes=5)),
+        (DiT, dict(num_classes=5)),
+        (MMDiT, dict(context_size=8, context_tokens=4, pooled_size=0)),
+    ],
+)
+def test_the_arguments_of_a_model_give_back_its_shapes(family, more):
+    shapes = lambda model: {name: value.shape for name, value in model.state_dict().items()}
+    sizes = dict(input_size=8, patch_size=2, hidden_size=704, depth=1, num_heads=11)
+    with torch.device("meta"):
+        model = family(**sizes, **more, mlp_ratio=960 / 704)
+        rebuilt = [family(**arguments_of(model))]
+        found, arguments = arguments_from_state_dict(model.state_dict(), 11)
+        rebuilt.append(found(**arguments))
+    expected = shapes(model)
+    assert 960 in {shape[0] for name, shape in expected.items() if name.endswith("fc1.bias")}
+    assert [shapes(other) for other in rebuilt] == [expected, expected]
 
 
 # parameters in millions: DiT, Table 1 (trainable, without the projection head); the paper rounds

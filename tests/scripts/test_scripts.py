@@ -318,9 +318,9 @@ def test_an_earlier_checkpoint_is_exported_with_its_step(whole_run, tmp_path):
         ("{run}", "file/a.safetensors", "out {tmp}/file cannot be made: "),
         ("{run}", "folder.safetensors", "out {tmp}/folder.safetensors cannot be written: Is a dir"),
         (
-            "{tmp}/moved",
+            "{tmp}/step_00000023",
             "a.safetensors",
-            "{tmp}/moved is damaged: manifest.json is that of step 24",
+            "step_00000023 is damaged: manifest.json is that of step 24",
         ),
         (
             "{tmp}/run",
@@ -333,9 +333,9 @@ def test_a_bad_export_is_one_line(whole_run, tmp_path, checkpoint, out, message)
     run = whole_run[0]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.safetensors").mkdir()
-    # a checkpoint under another name, and one without the file of a rank
+    # a checkpoint under the name of another step, and one without the file of a rank
     step = "checkpoints/step_00000024"
-    shutil.copytree(run / step, tmp_path / "moved")
+    shutil.copytree(run / step, tmp_path / "step_00000023")
     shutil.copytree(run / step, tmp_path / "run" / step)
     (tmp_path / "run" / step / "rank_00001.safetensors").unlink()
     checkpoint = checkpoint.format(run=run, tmp=tmp_path)
@@ -367,6 +367,12 @@ def test_dit_on_latents_from_disk(tmp_path):
     last = rows_of(run)[-1]
     assert last["vb"] > 0
     assert last["denoise"] > 0
+    # of the last step, as the published code counts and as an export of the checkpoint says
+    done = call("export", "--checkpoint", run, "--out", tmp_path / "again.pt")
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = (run / "published.pt", tmp_path / "again.pt")
+    epochs = [torch.load(file, weights_only=False)["epoch"] for file in files]
+    assert epochs == [last["epoch"]] * 2 == [1, 1]
 
     # two more steps from the weights, the EMA and the optimizer's state
     start = ("--train.init_from", run / "published.pt")

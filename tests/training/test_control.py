@@ -84,6 +84,29 @@ def test_one_bad_image_costs_one_update(tmp_path, caplog):
     assert read_manifest(tmp_path / CHECKPOINTS / "step_00000006").counts == [5, 1, 0]
 
 
+def test_the_logged_rate_is_that_of_the_update(tmp_path):
+    """Without moments every weight moves by the rate; a warm-up does not count skipped updates."""
+    trainer, data = made(
+        *("--optim.warmup_steps", "4", "--optim.betas", "[0, 0]", "--optim.eps", "1e-20"),
+        *("--optim.lr", "0.001"),
+    )
+    poison(data, trainer, 1, 2)
+    moved = []
+    taken = trainer.after_step
+    before = [flat.clone() for flat in trainer.masters.flats]
+
+    def after_step(teacher_runs):
+        taken(teacher_runs)
+        pairs = zip(trainer.masters.flats, before, strict=True)
+        moved.append(max(float((new - old).abs().max()) for new, old in pairs))
+        before[:] = [flat.clone() for flat in trainer.masters.flats]
+
+    trainer.after_step = after_step
+    rates = [row["lr"] for row in train(trainer, data, tmp_path)]
+    assert rates == [0.001 * quarters / 4 for quarters in (1, 1, 1, 2, 3, 4)]
+    assert moved == pytest.approx([0.00025, 0, 0, 0.0005, 0.00075, 0.001], rel=1e-3)
+
+
 @pytest.mark.parametrize("slow", [False, True])
 def test_stop_at_the_first(tmp_path, monkeypatch, slow):
     """Also while the checkpoint is still being written: the error waits for it and names it."""

@@ -39,7 +39,7 @@ def test_full_disk_says_file_and_space(tmp_path, monkeypatch):
         assert ending_of(error) == Ending(
             2,
             f"error: {name} cannot be written: {os.strerror(number)} "
-            f"(3.2 MB free on the disk of {tmp_path}); the same command resumes",
+            f"(3.2 MB free on the disk of {tmp_path}); resume with --train.resume auto",
         )
 
 

@@ -333,6 +333,27 @@ def test_the_optimizer_continues_or_is_refused(tmp_path, caplog):
         initial_of(tmp_path / "w.pt")
 
 
+def test_an_ema_without_a_head_does_not_stop_the_optimizer(tmp_path, caplog):
+    """The student decides what continues; the EMA of the head begins as the student's."""
+    model = network()
+    held = published(model, list(model.parameters()))
+    heads = [name for name in held["ema"] if name.startswith("ap_head.")]
+    held["ema"] = {name: value for name, value in held["ema"].items() if name not in heads}
+    held["ema"]["final_layer.linear.weight"] += 1
+    torch.save(held, tmp_path / "w.pt")
+    trainer, start = trainer_from(tmp_path / "w.pt")
+    assert start == 1
+    assert (
+        f"; its EMA has no {', '.join(sorted(heads))}, which begin as the student's" in caplog.text
+    )
+    assert "fresh" not in caplog.text and "not taken" not in caplog.text
+    student, ema = student_and_ema(trainer)
+    for name in student:
+        assert torch.equal(student[name], held["model"][name])
+        assert torch.equal(ema[name], held["ema"].get(name, held["model"][name]))
+    assert all(state["step"] == 1 for state in trainer.masters.optimizer_states())
+
+
 @pytest.mark.parametrize("opt", ["absent", None, {}, {"state": {}, "param_groups": []}])
 def test_without_an_optimizer_state_the_run_starts_anew(tmp_path, caplog, opt):
     """A fresh optimizer at step 400000 would be beyond its warm-up."""

@@ -21,13 +21,14 @@ from sra_fast.plots import report
 
 # as it is before a test replaces it
 from sra_fast.plots.report import plot_loss
-from sra_fast.training import loop, run_folder
+from sra_fast.training import loop, run_folder, saving
 from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check_config
 from sra_fast.training.logger import read_rows
 from sra_fast.training.monitor_files import losses_of, picture_of
 from sra_fast.training.plan import make_plan, make_run_plan
 from sra_fast.training.run import run as whole_run
+from sra_fast.training.signals import Stopped, StopSignals
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -169,6 +170,74 @@ def test_a_run_that_goes_back_and_ends_earlier_has_no_later_losses(every, tmp_pa
     whole_run(plan, init_distributed())
     assert (folder / "held_out.jsonl").read_text().splitlines() == first[:1]
     assert [path.name for path in (folder / "held_out").iterdir()] == ["step_00000002.npz"]
+
+
+def test_a_look_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_path):
+    """Before its next step, so that nothing differs from an uninterrupted run; and only once."""
+    args = "--monitor.held_out 5 --train.save_every 3 --optim.warmup_steps 3".split()
+    device = init_distributed()
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        cfg = config(*ARGS, *args)
+        data = make_dataset(cfg)
+        return build(make_plan(cfg), device), data, monitors.Monitor(cfg, device, folder, data)
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    trainer, data, monitor = start(whole)
+    loop.train(trainer, data, whole, monitor=monitor)
+    trainer, data, monitor = start(stopped)
+    stop = StopSignals()
+    taken = trainer.after_step
+
+    def after_step(teacher_runs):
+        taken(teacher_runs)
+        stop.code = 15 if trainer.guard.counts[0] == 2 else 0
+
+    trainer.after_step = after_step
+    with pytest.raises(Stopped, match="after step 2"):
+        loop.train(trainer, data, stopped, monitor=monitor, stop=stop)
+    assert not (stopped / "held_out.jsonl").exists()
+
+    for looks in (["look", "step", "step", "look"], ["step", "step", "look"]):
+        done = []
+        trainer, data, monitor = start(stopped)
+        monitor.look = called(done, "look", monitor.look)
+        trainer.after_step = called(done, "step", trainer.after_step)
+        progress = saving.load(trainer, stopped / "checkpoints/step_00000002")
+        loop.train(trainer, data, stopped, progress, monitor)
+        assert done == looks
+        for name in ("held_out.jsonl", "samples.jsonl"):
+            assert (stopped / name).read_text() == (whole / name).read_text()
+        for step in (2, 4):
+            pictures = [picture_of(folder, step).read_bytes() for folder in (whole, stopped)]
+            assert pictures[0] == pictures[1]
+
+
+def called(done, name, function):
+    """The function, noted in ``done`` at each call."""
+
+    def noted(*args):
+        done.append(name)
+        return function(*args)
+
+    return noted
+
+
+def test_what_a_run_has_not_looked_at(tmp_path):
+    """A step that is due and lacks a row in one of the files that are asked for."""
+    cfg = config(*ARGS, "--monitor.held_out", "5")
+    device = init_distributed()
+    trainer = build(make_plan(cfg), device)
+    monitor = monitors.Monitor(cfg, device, tmp_path, make_dataset(cfg))
+    missed = lambda: [step for step in range(7) if monitor.was_missed(trainer, step)]
+    assert missed() == [2, 4, 6]
+    (tmp_path / "held_out.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
+    assert missed() == [2, 4, 6]
+    (tmp_path / "samples.jsonl").write_text('{"step": 4}\n')
+    assert missed() == [2, 6]
+    cfg.monitor.count = 0
+    assert missed() == [6]
 
 
 def test_images_of_the_held_out_loss_by_default(tmp_path):

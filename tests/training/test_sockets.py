@@ -186,7 +186,9 @@ def test_choices_come_from_the_registries(toys, capsys):
 
 
 def test_a_name_is_registered_once():
-    socket = registry.Registry("part")
+    socket = registry.Registry("part", "a.room")
+    with pytest.raises(ValueError, match="^expected a part, got 'a' before any is registered: imp"):
+        socket["a"]
     socket.register("a")(int)
     socket.register("a")(int)
     with pytest.raises(ValueError, match="the part 'a' is registered twice"):
