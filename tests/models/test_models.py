@@ -63,14 +63,12 @@ def test_compiled_blocks_take_more_shapes_than_torch_s_limit(monkeypatch):
         "compile",
         lambda self, **options: compile_it(self, backend="eager", **options),
     )
-    limit = torch._dynamo.config.recompile_limit
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     model = randomise(SiT(**TINY)).eval()
     expected = [model(*batch(model, count)) for count in range(1, 13)]
-    model.compile_blocks()
-    for count, eager in enumerate(expected, start=1):
-        torch.testing.assert_close(model(*batch(model, count)), eager, atol=1e-6, rtol=1e-6)
-    assert limit <= torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=8):
+        model.compile_blocks()
+        for count, eager in enumerate(expected, start=1):
+            torch.testing.assert_close(model(*batch(model, count)), eager, atol=1e-6, rtol=1e-6)
     torch.compiler.reset()
 
 
