@@ -35,6 +35,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -42,7 +43,7 @@ from benchmarks.operators.registry import OPERATORS
 from benchmarks.other_models.checkouts import recognise
 from benchmarks.record import ROOT, command_line, environment, load_results
 from benchmarks.report.verdict import failed_tests, predicted_rows, render
-from benchmarks.step.variants import OTHER_TARGETS, PUBLISHED
+from benchmarks.step.variants import OTHER_TARGETS, PUBLISHED, VARIABLES
 
 # seconds
 BUDGETS = {"first": 270, "second": 310, "models": 400, "alignments": 400}
@@ -213,11 +214,13 @@ def first_parts(out: Path, probe: str | None) -> list[Part]:
         environment={"TORCHINDUCTOR_COMPILE_THREADS": "4"},
     )
     build = Part("build", 0, build_probe(probe, out)) if probe else None
+    # a variant that hangs costs its own time, and not that of those after it
+    timing = ["--warmup", "5", "--steps", "30", "--time-limit", "40"]
     found = [
         # building takes no device, so it runs beside the operators
         Part("ops", 45, operators_command(out, "ours,eager"), beside=build),
         Part("attention", 12, [*ATTENTION, *rows]),
-        Part("steps", 105, [*STEPS, *rows, "--warmup", "5", "--steps", "30", *case(32, variants)]),
+        Part("steps", 105, [*STEPS, *rows, *timing, *case(32, variants)]),
         Part(
             "tests",
             95,
@@ -231,6 +234,13 @@ def first_parts(out: Path, probe: str | None) -> list[Part]:
     return found
 
 
+def device_memory() -> int:
+    """Bytes of the GPU; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(0).total_memory
+
+
 def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]:
     """Parts that answer: how does it compare, and what should the defaults be?
 
@@ -241,6 +251,8 @@ def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]
     """
     norm = "+train.recompute=norm"
     strong = "strong+graph=true"
+    # 256 images do not fit 80 GB
+    largest = 256 if device_memory() > 100e9 else 128
     published_too = f",{PUBLISHED}" if published else ""
     # most valuable first
     cases = [
@@ -248,8 +260,7 @@ def second_parts(out: Path, published: str | None, red: list[str]) -> list[Part]
         case(256, f"plain{norm},sra{norm},sra_fp8{norm}"),
         case(256, "plain,sra", SMALL_MODEL),
         case(32, f"swap_ema+graph=true,sra+train.compile=true,sra{norm}"),
-        # 256 images do not fit
-        case(128, strong),
+        case(largest, strong),
         case(32, "sra+align.teacher_stream=false,sra+train.residual=fp32,strong"),
     ]
     steps = [*STEPS, "--json", str(out / "rows.json")]
@@ -299,7 +310,10 @@ def unmeasured_operators() -> list[str]:
     timed = {
         row["name"].partition(".")[0]
         for row in rows
-        if row["kind"] == "op" and row["device"] != "cpu" and "ms" in row
+        if row["kind"] == "op"
+        and row["variant"] == "ours"
+        and row["device"] != "cpu"
+        and "ms" in row
     }
     return [name for name in OPERATORS if name not in timed]
 
@@ -379,10 +393,12 @@ def dry_parts(which: str, out: Path) -> list[Part]:
 
 def start(part: Part, log: Path, out: Path, device: str) -> subprocess.Popen:
     """Start a part in a process group, with its output in ``log``."""
+    # rows would not show what the shell has set for the operators
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environ = {
         # pytest's width: the reason of a failure is cut off at the end of its line
         "COLUMNS": "160",
-        **os.environ,
+        **inherited,
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(out / "caches" / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(out / "caches" / "inductor"),
@@ -576,6 +592,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         given = getattr(args, name)
         if given is not None and not given.exists():
             parser.error(f"--{name}: expected a path that exists, got {given}")
+    if args.budget is not None and args.budget <= 0:
+        parser.error(f"--budget: expected seconds above 0, got {args.budget:g}")
+    on_gpu = args.device == "cuda"
+    if on_gpu and args.which == "models" and importlib.util.find_spec("diffusers") is None:
+        parser.error("models needs diffusers: pip install diffusers")
     if args.checkout and args.which != "models":
         parser.error(f"--checkout: expected with models alone, got it with {args.which}")
     for path in args.checkout:
@@ -590,6 +611,52 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Meanwhile SIGTERM is what Ctrl-C is: parts are process groups of their own, which whoever ends
+    the suite would leave running.
+    """
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def move_aside(out: Path, where: dict) -> Path | None:
+    """Make room for a run: rows in ``out`` that another device or commit has left are moved away
+    with everything beside them. A verdict would take them for this run's.
+
+    Args:
+        out: folder of the run.
+        where: ``environment`` of this run.
+
+    Returns:
+        Where they are now; None: there were none.
+    """
+    file = out / "rows.json"
+    if not file.exists():
+        return None
+    try:
+        rows = json.loads(file.read_text())
+        same = all(row[name] == where[name] for row in rows for name in ("device", "commit"))
+    except (OSError, ValueError, LookupError, TypeError):
+        # cut short by an earlier end
+        same = False
+    if same:
+        return None
+    number = 1
+    while (target := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    out.rename(target)
+    out.mkdir()
+    return target
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 1 if a part failed, or 2 without a GPU."""
     args = parse(argv)
@@ -597,6 +664,8 @@ def main(argv: list[str] | None = None) -> int:
         print("no CUDA device: --device cpu is a dry run", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    if moved := move_aside(args.out, environment(args.device, "")):
+        print(f"rows of another device or commit: {args.out} is moved to {moved}", flush=True)
     red = unpack_caches(args.caches, args.out) if args.caches else []
     if args.device == "cpu":
         parts = dry_parts(args.which, args.out)
@@ -615,7 +684,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # the verdict's predictions take a few seconds of a core; the first part hides them
     threading.Thread(target=predicted_rows, daemon=True).start()
-    with archived(args.out, args.archive):
+    with archived(args.out, args.archive), interrupted_by_sigterm():
         budget = args.budget or BUDGETS[args.which]
         found = run_suite(args.which, parts, args.out, budget, args.device)
         if args.which != "second":

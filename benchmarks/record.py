@@ -42,6 +42,15 @@ FIELDS = (
     "date",
     "command",
 )
+# files whose content decides what is measured, also before git knows them
+CODE = (
+    "sra_fast/*.py",
+    "kernels/*.py",
+    "csrc/*.py",
+    "csrc/*.cu",
+    "csrc/*.cpp",
+    "benchmarks/*.py",
+)
 # two rows that agree in these fields measure the same thing
 KEY = ("kind", "name", "variant", "model", "resolution", "batch", "dtype", "device", "commit")
 
@@ -61,17 +70,21 @@ def commit() -> str:
 
     Returns:
         $SRA_FAST_COMMIT if it is set (for a machine that has a copy of the tree without git). Otherwise
-        the short hash, with "-dirty" if the code differs from it, or "unknown" outside a checkout.
+        the short hash, with "-dirty" if the code differs from it, also by a new file, or "unknown" outside
+        a checkout.
     """
     if given := os.environ.get("SRA_FAST_COMMIT"):
         return given
     found = _git("rev-parse", "--short=10", "HEAD")
-    if found is None:
+    # a copy without git inside another repository would take that one's hash
+    top = _git("rev-parse", "--show-toplevel")
+    if not found or not top or Path(top).resolve() != ROOT:
         return "unknown"
     # a run and its tables write these
     results = (":!benchmarks/results", ":!README.md", ":!docs/benchmarks.md")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
-    return f"{found}-dirty" if changed else found
+    new = _git("ls-files", "--others", "--exclude-standard", "--", *CODE)
+    return f"{found}-dirty" if changed or new else found
 
 
 def command_line(module: str, argv: list[str]) -> str:
@@ -119,6 +132,11 @@ def make_row(**fields) -> dict:
     return {name: fields[name] for name in FIELDS if fields.get(name) is not None}
 
 
+def in_file_name(device: str) -> str:
+    """The device's name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 class RowFile:
     """Rows on disk. The file is written after every change; a repeated measurement replaces the older one.
 
@@ -128,7 +146,7 @@ class RowFile:
     """
 
     def __init__(self, path: Path | None, where: dict):
-        device = re.sub(r"[^a-z0-9]+", "-", where["device"].lower()).strip("-")
+        device = in_file_name(where["device"])
         self.path = path or RESULTS / f"{device}-{where['commit']}.json"
         self.rows = json.loads(self.path.read_text()) if self.path.exists() else []
 

@@ -1,6 +1,7 @@
 """Timing of one call with a cold L2, its peak memory, and the ceilings that it is compared with."""
 
 import math
+import os
 import statistics
 import time
 from collections import deque
@@ -24,6 +25,22 @@ def make_randn(seed: int, device: str) -> Callable[..., Tensor]:
         return torch.randn(*size, generator=generator, device=device).to(dtype)
 
     return randn
+
+
+def nvidia_smi() -> list[str]:
+    """The beginning of a command that asks the driver about the GPU of this process only."""
+    program = "nvidia-smi"
+    if not torch.cuda.is_available():
+        return [program]
+    device = torch.cuda.current_device()
+    # older versions of torch do not have it
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    if uuid is not None:
+        return [program, "-i", "GPU-" + str(uuid).removeprefix("GPU-")]
+    # the driver numbers all GPUs, torch only those that are visible
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return [program, "-i", str(device)]
+    return [program]
 
 
 def num_sets(inputs: tuple, device: str) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.cost_model.one_gpu import MEMORY_SPEED, Sizes, Times, assumed, measured
 from benchmarks.record import RowFile, command_line, environment, load_results, make_row
-from benchmarks.step.variants import Variant
+from benchmarks.step.variants import ENGINE, Variant
 from sra_fast.config.schema import Config
 
 # bytes per second that one GPU sends (vendors' figures): half of NVLink's two-way sum, or one network
@@ -194,6 +194,19 @@ def predictions(
             }
 
 
+def other_variants(rows: list[dict], case: dict) -> list[str]:
+    """Variants of this engine whose step was measured on a GPU in the same case."""
+    wanted = {**case, "kind": "train_step", "name": "step"}
+    del wanted["variant"]
+    found = [
+        row["variant"]
+        for row in rows
+        if row["device"] != "cpu" and all(row.get(k) == v for k, v in wanted.items())
+    ]
+    ours = [name for name in found if name.partition("+")[0] in ENGINE and name != case["variant"]]
+    return list(dict.fromkeys(ours))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -215,7 +228,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(*args.gpus, args.batch, args.per_node) < 1:
         parser.error("expected --gpus, --batch and --per-node of at least 1")
-    if not 0 < args.efficiency <= 1 or not 0 < (args.assume_mfu or 1) <= 1:
+    mfu = 1 if args.assume_mfu is None else args.assume_mfu
+    if not 0 < args.efficiency <= 1 or not 0 < mfu <= 1:
         parser.error("expected --efficiency and --assume-mfu in (0, 1]")
     return args
 
@@ -230,15 +244,18 @@ def main(argv: list[str] | None = None) -> int:
         "batch": args.batch,
         "variant": args.variant,
     }
-    if args.assume_mfu:
+    if args.assume_mfu is not None:
         times = assumed(cfg, args.assume_mfu)
         peak = None
         device = f"an H100 at {args.assume_mfu} of its peak (assumed)"
     else:
+        rows = load_results()
         try:
-            times, peak, device = measured(load_results(), case, cfg)
+            times, peak, device = measured(rows, case, cfg)
         except ValueError as error:
-            print(error, file=sys.stderr)
+            others = other_variants(rows, case)
+            known = f"; there are rows of the variants {', '.join(others)}" if others else ""
+            print(f"{error}{known}", file=sys.stderr)
             return 2
 
     command = command_line("benchmarks.cost_model.scaling", argv or sys.argv[1:])

@@ -5,7 +5,7 @@ L2, GB/s of the bytes that the operator needs, and the percentage of the copy ba
 matmul rate, if arithmetic is the limit) measured in the same run.
 
 The results of a variant are checked against the fp32 reference first. A variant that is wrong is RED
-and has no speed. Rows are written as they come.
+and has no speed; so is ours if it fails. Rows are written as they come.
 
 Variants: ours, eager and compile; apex, liger and quack where they are installed (their LayerNorm with
 PyTorch's modulation); and, only if asked for, compile_nomix: torch.compile without inductor's mix-order
@@ -35,6 +35,7 @@ from benchmarks.timing import (
     matmul_rate,
     milliseconds,
     num_sets,
+    nvidia_smi,
     peak_bytes,
 )
 
@@ -75,6 +76,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         unknown = [word for word in getattr(args, option) or () if word not in allowed]
         if unknown:
             parser.error(f"--{option}: expected {', '.join(allowed)}, got {', '.join(unknown)}")
+    if min(args.batch or [1]) < 1:
+        parser.error(f"--batch: expected 1 or more images, got {min(args.batch)}")
+    # a token covers 16 pixels of a side
+    wrong = [pixels for pixels in args.resolution or () if pixels < 16 or pixels % 16]
+    if wrong:
+        parser.error(f"--resolution: expected multiples of 16 pixels, got {wrong[0]}")
     # sizes that a CPU can do in seconds
     if args.device == "cpu":
         args.models = args.models or [TINY]
@@ -145,11 +152,33 @@ def steps_of(operator: Operator, function, which: str, dtype: torch.dtype, devic
 
 def driver_clocks() -> str:
     """Clocks (SM, memory) and power of the GPU as its driver reports them."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"]
+    fields = "--query-gpu=clocks.sm,clocks.mem,power.draw"
+    query = [*nvidia_smi(), fields, "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
-    except OSError:
+        return subprocess.run(query, capture_output=True, text=True, timeout=3).stdout.strip()
+    # no driver, or one that does not answer
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def device_error(device: str) -> str | None:
+    """Release cached memory. Returns the error of a device that takes no more calls, or None."""
+    if device == "cpu":
+        return None
+    try:
+        # what a kernel has done wrong shows here, before the next variant gets the blame
+        torch.cuda.synchronize()
+        # what one variant has cached must not leave the next one without memory
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        return reason(error)
+    return None
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    first_line = str(error).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {first_line}"
 
 
 class Bench:
@@ -159,6 +188,8 @@ class Bench:
         self.args = args
         self.begin = time.perf_counter()
         self.failed: list[str] = []
+        # an illegal memory access makes every later call of the process fail
+        self.device_lost = False
         self.where = environment(args.device, args.command)
         self.file = RowFile(args.json, self.where)
 
@@ -221,28 +252,30 @@ class Bench:
         """Check a variant, then time it.
 
         Returns:
-            ``{pass: fields}``, with empty fields if the results are wrong; empty if it cannot run.
+            ``{pass: fields}``, with empty fields if the results are wrong or ours fails; empty if a
+            rival cannot run or memory is too small.
         """
         operator = OPERATORS[name]
         # without gradients there is only a forward pass
         passes = [which for which in self.args.passes if operator.grads or which == "forward"]
+        # rows of a wrong variant have no time
+        fields = {which: {} for which in passes}
         try:
             complaint = oracle.complaint(function)
-            fields = {which: {} for which in passes}
             if complaint is None:
                 fields = self.time_function(operator, shape, dtype, function, passes)
         # a rival that cannot run, or too little memory, must not end the run
         except Exception as error:
-            reason = str(error).partition("\n")[0][:200]
-            print(f"{name} {variant}: cannot run: {type(error).__name__}: {reason}")
-            if variant == "ours" and not isinstance(error, torch.OutOfMemoryError):
-                self.failed.append(name)
-            return {}
-        # rows of a wrong variant have no time
-        if complaint is not None:
-            print(f"{name} {variant}: RED: {complaint}")
-            if variant == "ours":
-                self.failed.append(name)
+            print(f"{name} {variant}: cannot run: {reason(error)}")
+            if variant != "ours" or isinstance(error, torch.OutOfMemoryError):
+                return {}
+            # without rows the tables would go on showing an older commit's times
+            self.failed.append(name)
+        else:
+            if complaint is not None:
+                print(f"{name} {variant}: RED: {complaint}")
+                if variant == "ours":
+                    self.failed.append(name)
         for which, values in fields.items():
             self.record(
                 name=label(name, which),
@@ -262,20 +295,35 @@ class Bench:
         dtype = operator.dtype or DTYPES[self.args.dtype]
         # otherwise a second shape makes torch.compile generate slower code for any shape
         torch._dynamo.reset()
+        case = f"{name} {shape.model} {shape.resolution} px, {shape.batch} images"
         try:
             oracle = Oracle(operator, shape, dtype, device)
+            functions = functions_of(operator, self.args.variants, device)
         except torch.OutOfMemoryError:
-            print(f"{name} {shape.model} {shape.resolution} px, {shape.batch} images: does not fit")
+            print(f"{case}: does not fit")
+            return
+        # a reference, eager or another package that fails must not end the run
+        except Exception as error:
+            print(f"{case}: cannot be checked: {reason(error)}")
+            self.failed.append(name)
+            self.check_device(f"the reference of {name}")
             return
         measured = {}
-        for variant, function in functions_of(operator, self.args.variants, device).items():
+        for variant, function in functions.items():
             if self.out_of_time():
                 break
             measured[variant] = self.run_variant(name, shape, dtype, oracle, variant, function)
-            # what one variant has cached must not leave the next one without memory
-            if device == "cuda":
-                torch.cuda.empty_cache()
+            self.check_device(f"{name} {variant}")
+            if self.device_lost:
+                break
         print_case(name, shape, measured)
+
+    def check_device(self, after: str) -> None:
+        """Release cached memory, and notice and say that the device takes no more calls."""
+        error = device_error(self.args.device)
+        if error is not None:
+            print(f"the device takes no more calls after {after}: {error}")
+            self.device_lost = True
 
 
 def label(name: str, which: str) -> str:
@@ -314,7 +362,10 @@ def print_case(name: str, shape: Shape, measured: dict[str, dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 1 if an operator of ours was wrong or failed, or 2 without a GPU."""
+    """Exit code: 0, or 1 if an operator was wrong or failed or the device was lost; 2 without a GPU.
+
+    Rivals may be wrong or fail.
+    """
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: --device cpu runs small shapes", file=sys.stderr)
@@ -331,6 +382,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"time limit reached: {len(todo) - done} of {len(todo)} cases not measured")
             break
         bench.run_case(name, shape)
+        if bench.device_lost:
+            print(f"{len(todo) - done - 1} of {len(todo)} cases not measured")
+            break
     print(f"{len(bench.file.rows)} rows in {os.path.relpath(bench.file.path)}")
     if args.plot:
         # matplotlib is needed only here
@@ -339,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
         draw_operators(bench.file.rows, args.plot)
     if bench.failed:
         print("wrong or failing: " + ", ".join(dict.fromkeys(bench.failed)), file=sys.stderr)
-    return 1 if bench.failed else 0
+    return 1 if bench.failed or bench.device_lost else 0
 
 
 if __name__ == "__main__":

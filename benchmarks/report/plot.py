@@ -4,8 +4,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.record import ROOT, load_results
-from benchmarks.report.table import newest_rows, newest_runs
+from benchmarks.record import ROOT, in_file_name, load_results
+from benchmarks.report.table import (
+    case_of,
+    in_table_dtype,
+    most_valuable_case,
+    newest_rows,
+    newest_runs,
+)
 from benchmarks.report.verdict import MODEL, PIXELS, REPORTED_ELSEWHERE
 from benchmarks.step.variants import LADDER, is_depth, teacher_share
 
@@ -18,15 +24,16 @@ IMAGES = ROOT / "docs" / "images"
 def draw_operators(rows: list[dict], path: Path) -> None:
     """A group of bars per operator: every variant's percentage of the copy bandwidth.
 
-    The shape is the most valuable one that was measured.
+    Shape and dtype are those of the table of operators: the most valuable shape that was measured, in bf16.
     """
     rows = [
         row for row in rows if row["kind"] == "op" and "percent_of_ceiling" in row and "gbps" in row
     ]
     bars: dict[str, dict[str, float]] = {}
-    for row in rows:
-        # rows come most valuable first, so the first one counts
-        bars.setdefault(row["name"], {}).setdefault(row["variant"], row["percent_of_ceiling"])
+    for name in dict.fromkeys(row["name"] for row in rows):
+        for row in _rows_of_one_case([row for row in rows if row["name"] == name]):
+            # rows come newest first, so the first one counts
+            bars.setdefault(name, {}).setdefault(row["variant"], row["percent_of_ceiling"])
     variants = list(dict.fromkeys(v for values in bars.values() for v in values))
     num_variants = max(len(variants), 1)
 
@@ -49,17 +56,28 @@ def draw_operators(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def _rows_of_one_case(rows: list[dict]) -> list[dict]:
+    """Those rows of an operator that may be compared: of one shape and one dtype."""
+    # a run in another dtype has a picture of its own
+    shown = [row for row in rows if in_table_dtype(row)]
+    shown = shown or [row for row in rows if row.get("dtype") == rows[0].get("dtype")]
+    # a shape without ours says nothing of it
+    ours = [row for row in shown if row["variant"] == "ours"]
+    best = most_valuable_case(ours or shown)
+    return [row for row in shown if case_of(row) == best]
+
+
 def draw_steps(rows: list[dict], path: Path) -> None:
     """Milliseconds of a step, and what the teacher's depth costs.
 
     Left: every variant of the case with the most rungs of the ladder, with the rates that others report.
     Right, where the teacher's depth was varied: the time over plain against the teacher's share n/L.
     """
+    steps = [row for row in rows if row["kind"] == "train_step" and row["name"] == "step"]
     cases: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        if row["kind"] == "train_step" and row["name"] == "step":
-            case = (row["model"], row["resolution"], row["batch"])
-            cases.setdefault(case, {})[row["variant"]] = row["ms"]
+    for row in steps:
+        case = (row["model"], row["resolution"], row["batch"])
+        cases.setdefault(case, {})[row["variant"]] = row["ms"]
     title = lambda case: f"{case[0]} {case[1]} px, {case[2]} images"
 
     curves = {}
@@ -76,7 +94,7 @@ def draw_steps(rows: list[dict], path: Path) -> None:
     if cases:
         case = _highest_case(cases)
         _draw_bars(axes[0, 0], cases[case], case)
-        axes[0, 0].set_title(title(case))
+        axes[0, 0].set_title(f"{title(case)}\n{steps[0]['device']}")
     for label, points in curves.items():
         axes[0, 1].plot(*zip(*points, strict=True), marker="o", label=label)
         axes[0, 1].legend()
@@ -111,10 +129,16 @@ def _draw_bars(axes, times: dict[str, float], case: tuple) -> None:
 
 def main() -> None:
     on_gpu = [row for row in load_results() if row["device"] != "cpu"]
-    for _, runs in newest_runs(on_gpu):
-        rows = newest_rows(runs)
-        draw_operators(rows, IMAGES / "operators.png")
-        draw_steps(rows, IMAGES / "steps.png")
+    devices = [newest_rows(runs) for _, runs in newest_runs(on_gpu)]
+    # the documents show the GPU that most is known of
+    devices.sort(key=len, reverse=True)
+    for i, rows in enumerate(devices):
+        # a run with other defaults has no rows
+        if not rows:
+            continue
+        suffix = f"-{in_file_name(rows[0]['device'])}" if i else ""
+        draw_operators(rows, IMAGES / f"operators{suffix}.png")
+        draw_steps(rows, IMAGES / f"steps{suffix}.png")
 
 
 if __name__ == "__main__":

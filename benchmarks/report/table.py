@@ -11,7 +11,7 @@ import torch
 from benchmarks.operators.registry import OPERATORS, cases
 from benchmarks.operators.shapes import Shape
 from benchmarks.record import KEY, ROOT, load_results
-from benchmarks.step.variants import PUBLISHED
+from benchmarks.step.variants import ENGINE, PROGRAMS, PUBLISHED, Variant
 
 MISSING = "not measured yet"
 
@@ -28,8 +28,6 @@ LINES = {
     "swap_ema": "the EMA as teacher in the student's place",
     PUBLISHED: "published code",
 }
-# rivals may choose all of their settings, this engine only what it recomputes
-RIVALS = ("strong", "swap_ema")
 HEADLINE_RIVALS = {"strong": "plain PyTorch at its best", PUBLISHED: "the published code"}
 
 # runs whose `sra` is far from today's, and why: what a setting cost there says nothing now
@@ -135,17 +133,17 @@ def bytes_per_element(name: str) -> list[tuple[str, str]]:
     ]
 
 
-def _case(row: dict) -> tuple:
+def case_of(row: dict) -> tuple:
     return row["model"], row.get("resolution"), row.get("batch")
 
 
-def _most_valuable_case(rows: list[dict]) -> tuple | None:
+def most_valuable_case(rows: list[dict]) -> tuple | None:
     """The case of ``rows`` that comes first in the order of a run; None without rows."""
     order = {}
     for i, (_, shape) in enumerate(cases()):
         order[shape.model, shape.resolution, shape.batch] = i
     rank = lambda case: (order.get(case, len(order)), tuple(map(str, case)))
-    return min({_case(row) for row in rows}, key=rank, default=None)
+    return min({case_of(row) for row in rows}, key=rank, default=None)
 
 
 def operator_cells(label: str, runs: list[list[dict]]) -> list[str]:
@@ -158,12 +156,12 @@ def operator_cells(label: str, runs: list[list[dict]]) -> list[str]:
     named = [[row for row in run if row["name"] == label] for run in runs]
     best = None
     for run in named:
-        best = best or _most_valuable_case([row for row in run if row["variant"] == "ours"])
+        best = best or most_valuable_case([row for row in run if row["variant"] == "ours"])
     if best is None:
         return ["", MISSING, "", ""]
     model, resolution, batch = best
     shape = model if resolution is None else f"{model}, {resolution} px, {batch}"
-    by_variant = [{row["variant"]: row for row in run if _case(row) == best} for run in named]
+    by_variant = [{row["variant"]: row for row in run if case_of(row) == best} for run in named]
     # a row without a time was wrong
     ours = next(run["ours"] for run in by_variant if "ours" in run)
     if "ms" not in ours:
@@ -196,7 +194,7 @@ def _operator_table(runs: list[list[dict]]) -> list[str]:
     return lines
 
 
-def _in_table_dtype(row: dict) -> bool:
+def in_table_dtype(row: dict) -> bool:
     """Whether a row is in bf16, or in the only dtype of its operator; other dtypes are not in the table."""
     operator = OPERATORS.get(row["name"].partition(".")[0])
     only_dtype = operator is not None and operator.dtype is not None
@@ -211,7 +209,7 @@ def render_operators(rows: list[dict]) -> list[str]:
     if not devices:
         return [*lines, "", *_operator_table([])]
     for title, runs in devices:
-        shown = [[row for row in run if _in_table_dtype(row)] for run in runs]
+        shown = [[row for row in run if in_table_dtype(row)] for run in runs]
         lines += ["", title, "", *_operator_table(shown)]
     return lines
 
@@ -246,10 +244,30 @@ def _step_cells(row: dict, compared_with: dict | None) -> list[str]:
     ]
 
 
+def chooses_freely(name: str, wanted: str) -> bool:
+    """Whether a variant is the wanted one with settings that it may choose for itself.
+
+    A rival may choose all of its settings, this engine only what it recomputes. The published code has none.
+    """
+    base = name.partition("+")[0]
+    if base != wanted:
+        return False
+    if base in PROGRAMS:
+        return True
+    if base not in ENGINE:
+        return name == base
+    try:
+        variant = Variant.parse(name)
+    except ValueError:
+        # a row with a setting that there is no more
+        return False
+    chosen = {option for option, _ in variant.options.items() - ENGINE[base].items()}
+    return chosen <= {"train.recompute"} and not variant.variables
+
+
 def _fastest(rows: list[dict], name: str) -> dict[int, dict]:
     """``{batch: the fastest row of the variant}`` over the settings that it may choose."""
-    free = "+" if name in RIVALS else "+train.recompute="
-    own = [row for row in rows if row["variant"].partition(free)[0] == name]
+    own = [row for row in rows if chooses_freely(row["variant"], name)]
     found: dict[int, dict] = {}
     for row in sorted(own, key=lambda row: row["ms"]):
         found.setdefault(row["batch"], row)

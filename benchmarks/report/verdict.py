@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cost_model.one_gpu import predicted
+from benchmarks.report.table import chooses_freely
 from benchmarks.step.variants import PROGRAMS, PUBLISHED, Variant
 
 MODEL = "SiT-XL/2"
@@ -30,6 +31,10 @@ REPORTED_ELSEWHERE = {
 }
 # rows of the kind "op" that are no operators
 CEILINGS = ("copy", "matmul")
+# rows that agree in these fields are of one run
+RUN = ("device", "commit", "versions")
+# fields that every row has
+ALWAYS = ("kind", "name", "variant", *RUN)
 
 
 def _matches(row: dict, **wanted) -> bool:
@@ -48,16 +53,14 @@ class Rows:
         This engine may choose what it recomputes. A rival may choose all of its settings, and half of the
         images if it does not fit with all of them.
         """
-        # the published code has no settings to choose
-        is_rival = variant in PROGRAMS
-        free = "+" if is_rival else "+train.recompute="
-        least_batch = batch // 2 if is_rival else batch
+        # the published code runs at the batch that it is given
+        least_batch = batch // 2 if variant in PROGRAMS else batch
         case = {"kind": "train_step", "name": "step", "model": model, "resolution": PIXELS}
         candidates = [
             row
             for row in self.rows
             if _matches(row, **case)
-            and row["variant"].partition(free)[0] == variant
+            and chooses_freely(row["variant"], variant)
             and least_batch <= row["batch"] <= batch
         ]
         return max(candidates, key=lambda row: (row["batch"], -row["ms"]), default=None)
@@ -225,15 +228,24 @@ def predicted_rows() -> Rows:
     return Rows(rows)
 
 
-# pytest's lines: "[gw1] [ 10%] PASSED tests/a.py::b" or "FAILED tests/a.py::b - AssertionError"
+# pytest's lines: "[gw1] [ 10%] PASSED tests/a.py::b", "FAILED tests/a.py::b - AssertionError", or, of a
+# file that cannot be imported, "ERROR tests/a.py - ImportError"
 OUTCOME_FIRST = re.compile(
     r"(?:\[gw\d+\] \[ *\d+%\] )?"
-    r"(?P<outcome>PASSED|FAILED|ERROR) (?P<name>tests/\S+::.+?)(?: - .*)?$"
+    r"(?P<outcome>PASSED|FAILED|ERROR) (?P<name>tests/[^\s:]+(?:::.+?)?)(?: - .*)?\s*$"
 )
 # "tests/a.py::b PASSED [ 10%]"
 NAME_FIRST = re.compile(r"(?P<name>tests/\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR)\b")
-# the last line of a run that was not cut short
-LAST_LINE = re.compile(r"^=+ .*(passed|failed|error).* in [\d.]+s", re.MULTILINE)
+# the last line, which a run that was killed does not have
+LAST_LINE = re.compile(r"^=+ .*(passed|failed|skipped|error).* in [\d.]+s.*", re.MULTILINE)
+HEADING = re.compile(r"^=+ .* =+$", re.MULTILINE)
+# a run that was stopped has the last line too, and one of these under the last heading before it:
+# "!!! KeyboardInterrupt !!!", "!!! xdist.dsession.Interrupted: session interrupted !!!"
+STOPPED = re.compile(
+    r"^!+ .*(KeyboardInterrupt|Interrupted|Exit|stopping after).* !+$", re.MULTILINE
+)
+# pytest's exit codes of a run that reached its end: all passed, some failed, none were chosen
+RAN_TO_THE_END = (0, 1, 5)
 
 
 def outcomes(log: Path) -> dict[str, set[str]]:
@@ -254,16 +266,55 @@ def failed_tests(log: Path) -> list[str]:
     return sorted(found["FAILED"] | found["ERROR"])
 
 
-def test_lines(log: Path) -> list[str]:
-    """How many tests passed and failed, and the names of those that failed."""
+def was_cut_short(text: str, part: dict | None = None) -> bool:
+    """Whether some tests were not run.
+
+    Args:
+        text: pytest's output.
+        part: the suite's record of the run, if there is one.
+    """
+    if part and (part.get("ran_over") or part.get("returncode", 0) not in RAN_TO_THE_END):
+        return True
+    lines = list(LAST_LINE.finditer(text))
+    if not lines:
+        return True
+    # failed tests may have printed the lines of a pytest of their own further up
+    above = HEADING.split(text[: lines[-1].start()])[-1]
+    return STOPPED.search(above) is not None
+
+
+def num_errors(text: str) -> int | None:
+    """Errors by pytest's last line; None without that line."""
+    lines = list(LAST_LINE.finditer(text))
+    if not lines:
+        return None
+    count = re.search(r"(\d+) errors?\b", lines[-1][0])
+    return int(count[1]) if count else 0
+
+
+def test_lines(log: Path, part: dict | None = None) -> list[str]:
+    """How many tests passed and failed, how many errors there were, and the names of those.
+
+    Args:
+        log: pytest's output.
+        part: the suite's record of the run, if there is one.
+    """
     if not log.exists():
         return [f"tests: {NOT_RUN}"]
+    text = log.read_text(errors="replace")
+    found = outcomes(log)
     red = failed_tests(log)
     # an error at teardown follows a PASSED of the same test
-    passed = outcomes(log)["PASSED"] - set(red)
-    ended = LAST_LINE.search(log.read_text(errors="replace"))
-    cut = "" if ended else ", CUT SHORT: the others were not run"
-    counts = f"tests: {len(passed)} passed, {len(red)} failed{cut}"
+    passed = found["PASSED"] - set(red)
+    counts = f"tests: {len(passed)} passed, {len(found['FAILED'])} failed"
+    # without pytest's own count, as many as are named
+    errors = num_errors(text)
+    if errors is None:
+        errors = len(found["ERROR"])
+    if errors:
+        counts += f", {errors} error" + ("s" if errors > 1 else "")
+    if was_cut_short(text, part):
+        counts += ", CUT SHORT: the others were not run"
     return [counts, *(f"  RED {name}" for name in red)]
 
 
@@ -366,17 +417,69 @@ def model_lines(rows: list[dict]) -> list[str]:
     return ["other people's models, forward and backward:", *lines] if lines else []
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, none if there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected rows in JSON, got a damaged file: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        lacking = set(ALWAYS) - set(row) if isinstance(row, dict) else ALWAYS
+        if lacking:
+            names = ", ".join(sorted(lacking))
+            raise ValueError(f"{path}: expected rows, got no {names} in number {i}")
+    return rows
+
+
+def read_summary(path: Path) -> dict:
+    """What the suite has written of its run; empty if it has not, or was killed while writing."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def of_one_run(rows: list[dict], summary: dict) -> list[dict]:
+    """The rows with the device, commit and versions of the suite's run, or of the newest row without a suite.
+
+    A folder may hold rows of older runs, and the fastest of all commits says nothing of this one.
+    """
+    if not rows:
+        return []
+    newest = max(enumerate(rows), key=lambda item: (item[1].get("date", ""), item[0]))[1]
+    run = summary if set(RUN) <= set(summary) else newest
+    return [row for row in rows if all(row[name] == run[name] for name in RUN)]
+
+
 def render(folder: Path, which: str = "") -> str:
     """The verdict on what a folder holds so far.
 
     Args:
-        folder: that the suite has written: rows.json and tests.log, if they exist.
+        folder: that the suite has written: rows.json, tests.log and summary.json, if they exist.
         which: the suite's command, for the title.
     """
-    path = folder / "rows.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
     title = "nothing measured"
-    # all rows are of one machine and one commit
+    notes = []
+    everything = []
+    try:
+        everything = read_rows(folder / "rows.json")
+    except ValueError as error:
+        # the tests have their verdict all the same
+        notes.append(str(error))
+    summary = read_summary(folder / "summary.json")
+    rows = of_one_run(everything, summary)
+    if others := len(everything) - len(rows):
+        notes.append(f"left out: {others} rows of runs with another device, commit or versions")
+    parts = {part["part"]: part for part in summary.get("parts", [])}
     if rows:
         first = rows[0]
         torch_version = first["versions"]["torch"]
@@ -389,8 +492,9 @@ def render(folder: Path, which: str = "") -> str:
     goals = ["  " + goal.line(Rows(rows), predicted_rows()) for goal in GOALS]
     lines = [
         f"VERDICT {which}: {title}",
+        *notes,
         *operator_lines(rows),
-        *test_lines(folder / "tests.log"),
+        *test_lines(folder / "tests.log", parts.get("tests")),
         *step_lines(rows),
         *model_lines(rows),
         *host_and_kernel_lines(Rows(rows)),

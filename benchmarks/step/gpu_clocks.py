@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.timing import nvidia_smi
+
 FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 SM_CLOCK = FIELDS.index("clocks.sm")
 POWER = FIELDS.index("power.draw")
@@ -26,6 +28,8 @@ PERIOD_MS = 500
 class Clocks:
     """Readings of ``nvidia-smi`` every half second, in memory and in a file. Without a driver there are none.
 
+    They are of the GPU that this process uses: an idle card beside it would decide the medians.
+
     Args:
         path: a CSV file that gets every reading, or None.
         command: prints a line of ``FIELDS`` per reading; None for nvidia-smi.
@@ -34,15 +38,16 @@ class Clocks:
     def __init__(self, path: Path | None = None, command: Iterable[str] | None = None):
         self.readings: list[tuple[float, list[str]]] = []
         self.path = path
-        query = [
-            "nvidia-smi",
-            f"--query-gpu={','.join(FIELDS)}",
-            "--format=csv,noheader,nounits",
-            f"-lms={PERIOD_MS}",
-        ]
+        if command is None:
+            command = [
+                *nvidia_smi(),
+                f"--query-gpu={','.join(FIELDS)}",
+                "--format=csv,noheader,nounits",
+                f"-lms={PERIOD_MS}",
+            ]
         try:
             self.process = subprocess.Popen(
-                list(command or query), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                list(command), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
         except OSError:
             self.process = None

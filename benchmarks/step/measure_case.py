@@ -15,7 +15,7 @@ import torch
 from benchmarks.step.kernel_families import by_family, kernel_times
 from benchmarks.step.phases import Phases, recorded, time_host, time_steps
 from benchmarks.step.steps import make_step
-from benchmarks.step.variants import Variant
+from benchmarks.step.variants import VARIABLES, Variant
 from benchmarks.timing import copy_bandwidth, matmul_rate
 from sra_fast.config.schema import Config
 from sra_fast.training.flops import training_flops
@@ -76,8 +76,13 @@ def profile_step(run, first: int, steps: int, cuda: bool) -> dict:
 
 @contextlib.contextmanager
 def environment_of(variant: Variant) -> Iterator[None]:
-    """Meanwhile the variant's variables are set: operators read them when they are called or traced."""
+    """Meanwhile the variant's variables are set: operators read them when they are called or traced.
+
+    Those of the shell do not count: a row would not show them.
+    """
     before = dict(os.environ)
+    for name in VARIABLES:
+        os.environ.pop(name, None)
     os.environ.update(variant.environment)
     try:
         yield

@@ -38,7 +38,8 @@ from benchmarks.step.variants import Variant, expand
 from benchmarks.step.worker import Failure, Worker, serve
 
 MODULE = "benchmarks.step.train_step"
-OUT_OF_MEMORY = "OutOfMemoryError"
+# as torch's allocator, the driver and cuBLAS say it
+OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # kernels that a printed line names
 SHOWN = 20
 # model, resolution in pixels, images
@@ -186,7 +187,7 @@ class Session:
             return self.worker.ask([name, *case, profile], limit)
         except Failure as failure:
             # too little memory is an answer, not a failure
-            if OUT_OF_MEMORY in str(failure):
+            if any(text in str(failure) for text in OUT_OF_MEMORY):
                 self.too_large[name, *case[:2]] = case[2]
             else:
                 self.failed += 1

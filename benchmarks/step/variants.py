@@ -92,6 +92,14 @@ ENGINE = {
     **{name: {TARGET: name} for name in OTHER_TARGETS},
 }
 
+# fields of ``Switches`` that are words; PyTorch knows those of the first two, the others are true or false
+OF_PYTORCH = ("backend", "mode")
+WORDS = {
+    "compile": ("no", "blocks", "whole"),
+    "adamw": ("foreach", "fused"),
+    "ema": ("each", "foreach"),
+}
+
 # what the operators read
 VARIABLES = ("SRA_FAST_BACKEND", "SRA_FAST_ATTENTION", "SRA_FAST_CUBLASLT")
 
@@ -178,6 +186,20 @@ def expand(names: list[str], model: str, has_published: bool) -> list[str]:
     return found
 
 
+def value_of(switch: str, word: str) -> str | bool:
+    """The value of a field of ``Switches``.
+
+    Raises:
+        ValueError: it has no such value, and would be taken for another one.
+    """
+    if switch in OF_PYTORCH:
+        return word
+    known = WORDS.get(switch, ("true", "false"))
+    if word not in known:
+        raise ValueError(f"expected {switch} to be {' or '.join(known)}, got {word!r}")
+    return word if switch in WORDS else word == "true"
+
+
 def is_another_target(option: str) -> bool:
     """Whether an option chooses what is aligned to."""
     return option == TARGET or option.startswith("align2.")
@@ -231,8 +253,7 @@ class Variant:
             raise ValueError(f"variant {base} runs SRA and nothing else, got {name!r}")
         if base not in PROGRAMS:
             return cls(name, base, options, None, variables)
-        words = {"true": True, "false": False}
-        values = {k: words.get(v, v) for k, v in switches.items()}
+        values = {switch: value_of(switch, word) for switch, word in switches.items()}
         return cls(name, base, options, replace(PROGRAMS[base], **values))
 
     @property

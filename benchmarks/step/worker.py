@@ -4,10 +4,13 @@ Memory of a case is released before the next one starts. A case that breaks the 
 process with it, and so does one whose memory is not released. The next case starts a new process.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # starts a line that holds an answer; everything else is what libraries print
 MARK = "RESULT "
+# seconds between two looks at whether the process still runs
+POLL_SECONDS = 0.2
+# seconds in which a process that has closed its output must end
+END_SECONDS = 5.0
+# of Linux's prctl: the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1
 
 
 class Failure(Exception):
@@ -80,6 +89,10 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
+            # a library may print bytes of another encoding
+            errors="replace",
+            # a group of its own: what the process has started is ended with it
+            start_new_session=True,
         )
         # a thread reads, so that waiting for a line can time out
         self.lines: queue.Queue[str | None] = queue.Queue()
@@ -90,30 +103,49 @@ class Worker:
 
     def _answer(self, deadline: float, limit: float) -> dict:
         while True:
+            # before the wait for a line: what it has written until now is read first
+            has_ended = self.process.poll() is not None
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Failure(f"not finished in {limit:.0f} s")
             try:
-                line = self.lines.get(timeout=max(deadline - time.monotonic(), 0.01))
+                line = self.lines.get(timeout=min(left, POLL_SECONDS))
             except queue.Empty:
-                raise Failure(f"not finished in {limit:.0f} s") from None
+                # its output has no end yet if a process that it has started still holds it
+                if has_ended:
+                    raise Failure(self._last_error(left)) from None
+                continue
             if line is None:
-                raise Failure(self._last_error())
+                raise Failure(self._last_error(left))
             if line.startswith(MARK):
-                return json.loads(line.removeprefix(MARK))
+                try:
+                    return json.loads(line.removeprefix(MARK))
+                # the process has died while it wrote
+                except ValueError:
+                    raise Failure(f"half an answer: {line.strip()[:100]}") from None
             print(line, end="", flush=True)
 
-    def _last_error(self) -> str:
-        self.process.wait()
+    def _last_error(self, left: float) -> str:
+        """How a process without further output has ended, and why; ``left`` are seconds to wait."""
+        try:
+            code = self.process.wait(timeout=min(left, END_SECONDS))
+            state = f"the process has ended ({code})"
+        except subprocess.TimeoutExpired:
+            state = "the process has closed its output and does not end"
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines() or ["?"]
         # libraries still print warnings after the error
         errors = [line for line in lines if re.search(r"(Error|error)\b", line)]
         said = errors[-1] if errors else lines[-1]
-        return f"the process has ended ({self.process.returncode}): {said}"
+        return f"{state}: {said}"
 
     def stop(self) -> None:
-        """End the process, if there is one."""
+        """End the process and what it has started, if there is one."""
         if self.process is None:
             return
-        self.process.kill()
+        # none of the group may be left
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.errors.close()
         self.process = None
@@ -132,6 +164,7 @@ def serve(handle: Callable[[list], dict], release: Callable[[], bool]) -> None:
         handle: takes a request and returns its answer.
         release: releases what the last case held, and returns whether this process can take another.
     """
+    _end_with_parent()
     for line in sys.stdin:
         answer = _handled(handle, json.loads(line))
         answer["last"] = not release()
@@ -139,6 +172,13 @@ def serve(handle: Callable[[list], dict], release: Callable[[], bool]) -> None:
         if answer["last"]:
             # no clean exit: on a broken device the handlers at exit fail or hang
             os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """A signal to the parent's group does not reach this process, which has a group of its own."""
+    # Linux only; elsewhere it ends after its case, when its input does
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _handled(handle: Callable[[list], dict], request: list) -> dict:

@@ -48,6 +48,9 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> floa
     if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
     name = torch.cuda.get_device_name(device)
+    # a slice of a GPU, and a card of another rate
+    if re.search(r"\b(MIG|NVL)\b", name):
+        return None
     for key, (bf16, tf32_rate) in PEAK.items():
         if re.search(rf"\b{key}\b", name):
             return bf16 if precision == "bf16" else tf32_rate

@@ -18,7 +18,7 @@ from benchmarks.operators import attention_backends, run
 from benchmarks.other_models.checkouts import CHECKOUTS
 from benchmarks.record import ROOT
 from benchmarks.step import train_step
-from benchmarks.step.variants import OTHER_TARGETS
+from benchmarks.step.variants import OTHER_TARGETS, VARIABLES
 
 
 def test_dry_run_of_both_commands(tmp_path, monkeypatch, capsys):
@@ -254,11 +254,15 @@ def test_parts_of_models(tmp_path, monkeypatch):
 
     # only operators without a row of a GPU
     assert run.parse(parts["ops"].command[2:]).ops == gpu_suite.unmeasured_operators()
-    row = {"kind": "op", "name": "adaln.forward", "ms": 1.0, "device": "NVIDIA X"}
+    row = {
+        **{"kind": "op", "name": "adaln.forward", "variant": "ours"},
+        **{"ms": 1.0, "device": "NVIDIA X"},
+    }
     on_cpu = {**row, "name": "gated_residual.forward", "device": "cpu"}
-    monkeypatch.setattr(gpu_suite, "load_results", lambda: [row, on_cpu])
+    of_rival = {**row, "name": "noise_pair", "variant": "compile"}
+    monkeypatch.setattr(gpu_suite, "load_results", lambda: [row, on_cpu, of_rival])
     found = gpu_suite.unmeasured_operators()
-    assert "adaln" not in found and "gated_residual" in found
+    assert "adaln" not in found and {"gated_residual", "noise_pair"} <= {*found}
     everything = [{**row, "name": f"{name}.forward"} for name in gpu_suite.OPERATORS]
     monkeypatch.setattr(gpu_suite, "load_results", lambda: everything)
     assert "ops" not in parts_by_name(gpu_suite.models_parts(OUT, []))
@@ -307,6 +311,92 @@ def test_bad_arguments_are_refused(words, capsys):
     if len(words) == 3:
         expected = f"{words[1]}: expected a path that exists, got {words[2]}"
         assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3"])
+def test_a_budget_of_nothing_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["first", f"--budget={seconds}"])
+    assert f"--budget: expected seconds above 0, got {seconds}" in capsys.readouterr().err
+
+
+def test_models_need_diffusers(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["models"])
+    assert "models needs diffusers: pip install diffusers" in capsys.readouterr().err
+
+
+WHERE = {"device": "cpu", "commit": "b"}
+
+
+@pytest.mark.parametrize(
+    "rows, moves",
+    [
+        (None, False),
+        ("[]", False),
+        (json.dumps([WHERE, WHERE]), False),
+        (json.dumps([WHERE, {**WHERE, "commit": "a"}]), True),
+        (json.dumps([{**WHERE, "device": "NVIDIA H200"}]), True),
+        (json.dumps([{"device": "cpu"}]), True),
+        ('[{"device": "cp', True),
+    ],
+)
+def test_rows_of_another_run_are_moved_aside(rows, moves, tmp_path):
+    """Nothing is lost, and the verdict is about this run alone."""
+    out = tmp_path / "found"
+    for name in ("found", "found.1"):
+        (tmp_path / name).mkdir()
+    (out / "tests.log").write_text("old")
+    if rows is not None:
+        (out / "rows.json").write_text(rows)
+    moved = gpu_suite.move_aside(out, WHERE)
+    assert moved == (tmp_path / "found.2" if moves else None)
+    if moves:
+        assert [*out.iterdir()] == []
+        assert (moved / "rows.json").read_text() == rows
+        assert (moved / "tests.log").read_text() == "old"
+    else:
+        assert (out / "tests.log").exists()
+
+
+def test_sigterm_ends_the_parts(tmp_path):
+    """They are in groups of their own, which the signal does not reach."""
+    program = (
+        "from pathlib import Path; from benchmarks import gpu_suite\n"
+        f"slow = gpu_suite.Part('slow', 1, ['-c', {SLOW!r}])\n"
+        "with gpu_suite.interrupted_by_sigterm():\n"
+        f"    gpu_suite.run_part(slow, Path({str(tmp_path)!r}), 60, 'cpu')\n"
+    )
+    suite = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    log = tmp_path / "slow.log"
+    end = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < end:
+        time.sleep(0.1)
+    child = int(log.read_text().split()[1])
+    assert is_running(child)
+    suite.terminate()
+    assert suite.wait(timeout=60) != 0
+    assert not is_running(child)
+
+
+def test_variables_of_the_shell_do_not_reach_a_part(tmp_path, monkeypatch):
+    """Rows would not show them."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "0")
+    program = f"import os; print([name for name in {VARIABLES!r} if name in os.environ])"
+    for environment, expected in (({}, "[]"), ({VARIABLES[0]: "1"}, f"['{VARIABLES[0]}']")):
+        (record,) = gpu_suite.run_part(part(program, environment=environment), tmp_path, 60, "cpu")
+        assert record["tail"].strip() == expected
+
+
+@pytest.mark.parametrize("gigabytes, images", [(80, 128), (141, 256)])
+def test_the_rival_has_as_many_images_as_may_fit(gigabytes, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "device_memory", lambda: gigabytes * 10**9)
+    parts = {part.name: part for part in gpu_suite.second_parts(tmp_path, None, [])}
+    cases = train_step.parse(parts["steps"].command[2:]).cases
+    alone = [case for case, variants in cases if variants == ["strong+graph=true"]]
+    assert alone == [("SiT-XL/2", 256, images)]
 
 
 def test_a_checkout_of_a_command_that_takes_none(capsys):

@@ -21,6 +21,7 @@ from benchmarks.operators.registry import OPERATORS, cases
 from benchmarks.operators.shapes import TINY, Shape, num_parameters
 from benchmarks.record import FIELDS, ROOT
 from benchmarks.report.table import bytes_per_element
+from benchmarks.report.verdict import operator_lines
 from benchmarks.timing import make_randn
 from sra_fast import ops
 
@@ -400,6 +401,88 @@ def test_a_rival_that_cannot_run_does_not_end_the_run(tmp_path, capsys, monkeypa
     assert {row["variant"] for row in rows_of(tmp_path / "rows.json")} == {"torch", "ours"}
 
 
+def fails(*inputs):
+    raise RuntimeError("the kernel is broken\nand a second line")
+
+
+def test_ours_that_fails_has_rows_without_a_speed(tmp_path, capsys, monkeypatch):
+    """An older commit's rows would be shown for it otherwise."""
+    monkeypatch.setattr(ops, "gated_residual", fails)
+    path = tmp_path / "rows.json"
+    assert run_quickly(path, "--ops", "gated_residual", "--variants", "ours,eager") == 1
+    out = capsys.readouterr().out
+    said = "gated_residual ours: cannot run: RuntimeError: the kernel is broken\n"
+    assert out.count(said) == 1
+    assert len(re.findall(r"^gated_residual\..* ours +RED$", out, re.MULTILINE)) == 3
+    ours = [row for row in rows_of(path) if row["variant"] == "ours"]
+    assert {row["name"] for row in ours} == {f"gated_residual.{which}" for which in run.PASSES}
+    assert not any({"ms", "gbps", "percent_of_ceiling"} & set(row) for row in ours)
+    assert operator_lines(ours)[0].startswith("operators: 0 right, 3 wrong: ")
+    # eager is measured all the same
+    assert sum("ms" in row for row in rows_of(path) if row["variant"] == "eager") == 3
+
+
+def test_too_little_memory_for_ours_is_not_wrong(tmp_path, capsys, monkeypatch):
+    def too_large(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ops, "gated_residual", too_large)
+    path = tmp_path / "rows.json"
+    assert run_quickly(path, "--ops", "gated_residual", "--variants", "ours") == 0
+    assert "cannot run: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
+    assert {row["variant"] for row in rows_of(path)} == {"torch"}
+
+
+@pytest.mark.parametrize("field", ["reference", "eager", "make"])
+def test_a_reference_that_fails_does_not_end_the_run(field, tmp_path, capsys, monkeypatch):
+    broken = replace(OPERATORS["gated_residual"], **{field: fails})
+    monkeypatch.setitem(OPERATORS, "gated_residual", broken)
+    path = tmp_path / "rows.json"
+    assert run_quickly(path, "--ops", "gated_residual,noise_pair") == 1
+    printed = capsys.readouterr()
+    said = (
+        "gated_residual tiny 64 px, 4 images: cannot be checked: RuntimeError: the kernel is broken"
+    )
+    assert said in printed.out.splitlines()
+    assert printed.err == "wrong or failing: gated_residual\n"
+    names = {row["name"] for row in rows_of(path)}
+    assert names == {"copy", "matmul", "noise_pair"}
+
+
+def test_a_device_that_is_lost_ends_the_run_with_its_rows(tmp_path, capsys, monkeypatch):
+    """After an illegal memory access every call of CUDA fails."""
+    errors = iter([None, "AcceleratorError: an illegal memory access"])
+    monkeypatch.setattr(run, "device_error", lambda device: next(errors))
+    path = tmp_path / "rows.json"
+    words = ["--ops", "gated_residual,noise_pair,adaln", "--variants", "ours,eager"]
+    assert run_quickly(path, *words) == 1
+    out = capsys.readouterr().out
+    first = cases(["gated_residual", "noise_pair", "adaln"], [TINY], [64], [4])[0][0]
+    said = f"the device takes no more calls after {first} eager: AcceleratorError: an illegal"
+    assert out.count(said) == 1
+    assert "2 of 3 cases not measured" in out
+    measured = {row["name"].partition(".")[0] for row in rows_of(path)}
+    assert measured == {"copy", "matmul", first}
+
+
+def test_what_a_kernel_did_wrong_is_found_after_its_variant(monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access\nCUDA kernel errors may be late")
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    assert run.device_error("cpu") is None
+    assert calls == []
+    assert run.device_error("cuda") is None
+    assert calls == ["synchronize", "empty_cache"]
+    for call in calls:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, call, lost)
+            said = run.device_error("cuda")
+        assert said == "RuntimeError: CUDA error: an illegal memory access"
+
+
 def test_an_entry_is_all_that_a_new_operator_needs(tmp_path, monkeypatch):
     """The run, the rows and the table take an operator from the registry, and know its name from nowhere else."""
     doubled = replace(
@@ -433,6 +516,22 @@ def test_unknown_words_are_refused(capsys):
     with pytest.raises(SystemExit):
         run.parse(["--ops", "adaln,nothing"])
     assert "expected gated_residual_adaln, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--batch 0", "--batch: expected 1 or more images, got 0"),
+        ("--batch 4,-1", "--batch: expected 1 or more images, got -1"),
+        ("--resolution 8", "--resolution: expected multiples of 16 pixels, got 8"),
+        ("--resolution 64,0", "--resolution: expected multiples of 16 pixels, got 0"),
+        ("--resolution 40", "--resolution: expected multiples of 16 pixels, got 40"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(words.split())
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
 def test_pytest_benchmark():

@@ -306,3 +306,28 @@ def test_what_arithmetic_says_of_other_targets():
     assert times["cached_features"].teacher == 0
     assert times["cached_features"].forward - plain.forward == pytest.approx(head, rel=1e-3)
     assert times["cached_features"].backward - plain.backward == pytest.approx(2 * head, rel=1e-3)
+
+
+@pytest.mark.parametrize("mfu", ["0", "-0.1", "1.1"])
+def test_a_fraction_of_the_peak_that_is_none_is_refused(mfu, capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(["--model", "SiT-B/2", "--assume-mfu", mfu])
+    assert "expected --efficiency and --assume-mfu in (0, 1]" in capsys.readouterr().err
+
+
+def test_without_rows_of_a_variant_those_of_others_are_named(capsys, monkeypatch):
+    recompute = {**STEP, "variant": "sra+train.recompute=norm"}
+    rows = [
+        recompute,
+        recompute,
+        {**STEP, "variant": "plain", "batch": 64},
+        {**STEP, "variant": "sra_fp8", "device": "cpu"},
+        {**STEP, "variant": "dual_time", "kind": "phase", "name": "forward"},
+        # a program without phases of its own
+        {**STEP, "variant": "strong"},
+    ]
+    monkeypatch.setattr(scaling, "load_results", lambda: rows)
+    assert scaling.main(["--model", "SiT-B/2"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("; there are rows of the variants sra+train.recompute=norm\n")
+    assert said.count("\n") == 1

@@ -107,6 +107,15 @@ STEP_ROWS = [
     step_row("truncated", 160.0),
     step_row("sra+align.every=2", 105.0),
 ]
+# this engine with more than it may choose
+MORE_CHOSEN = [
+    step_row("sra+train.recompute=none+align.every=100", 59.0),
+    step_row("sra+align.every=100+train.recompute=none", 58.0),
+    step_row("sra+train.recompute=none+SRA_FAST_CUBLASLT=0", 57.0),
+    step_row("plain+train.recompute=none+align.target=sra", 56.0),
+    step_row("sra+train.recompute=none+an.old.setting", 55.0),
+    step_row("reference+train.recompute=none", 54.0),
+]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +142,15 @@ def test_what_is_in_no_table_of_steps():
     assert sum("this engine |" in line for line in lines) == 2, "other models and settings"
     # there is no default at 256 images to compare with
     assert not any(line.startswith("| `train.recompute=norm` | 256") for line in lines)
+
+
+def test_more_settings_than_recompute_are_not_this_engine():
+    """In the headline, and in the lines of the table of steps."""
+    assert table.render_headline(STEP_ROWS + MORE_CHOSEN) == table.render_headline(STEP_ROWS)
+    lines = table._step_table([STEP_ROWS + MORE_CHOSEN])
+    assert lines == table._step_table([STEP_ROWS])
+    # the same setting as the base has is none
+    assert table.chooses_freely("plain+align.target=none+train.recompute=norm", "plain")
 
 
 OLD = {"commit": "zzz", "date": "2026-01-01"}

@@ -1,6 +1,7 @@
 """Timing counts what it should, and the fields of a row say where it was measured."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -50,6 +51,52 @@ def test_device_times_count_only_what_is_timed(monkeypatch):
     rounds = log[9:]
     assert len(rounds) >= 3 + 3 * 3
     assert rounds == [0, 1, 2] * (len(rounds) // 3)
+
+
+def test_no_repetition_reuses_the_memory_of_the_last_ones(monkeypatch):
+    """Outputs that are freed at once get the same addresses again, which L2 still holds."""
+    made = []
+    kept = []
+
+    class Output:
+        pass
+
+    def timed(state):
+        kept.append(sum(output() is not None for output in made[-3:]))
+        output = Output()
+        made.append(weakref.ref(output))
+        FakeEvent.now += 3.0
+        return output
+
+    monkeypatch.setattr(FakeEvent, "now", 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    timing.milliseconds([0, 1, 2], lambda x: x, timed, "cuda", 0.0)
+    # after nine warm-up calls and a round that fills up what is kept
+    counts = kept[12:]
+    assert len(counts) >= 3 * 3
+    assert set(counts) == {3}
+
+
+def test_ceilings_count_what_is_moved_and_multiplied(monkeypatch):
+    outputs = []
+
+    def four_milliseconds(sets, set_up, timed, device, budget_s):
+        outputs.append(timed(set_up(sets[0])))
+        return 4.0
+
+    monkeypatch.setattr(timing, "milliseconds", four_milliseconds)
+    copy_ms, gbps = timing.copy_bandwidth("cpu")
+    matmul_ms, tflops = timing.matmul_rate("cpu", torch.float32)
+    target, product = outputs
+    assert copy_ms == matmul_ms == 4.0
+    # every byte is read and written
+    assert gbps == pytest.approx(2 * target.nbytes / 4e-3 / 1e9)
+    n = product.shape[0]
+    assert product.shape == (n, n)
+    # n^2 sums of n products
+    assert tflops == pytest.approx(2 * n**3 / 4e-3 / 1e12)
 
 
 def test_a_round_that_waited_for_the_host_does_not_count(monkeypatch):

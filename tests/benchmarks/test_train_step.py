@@ -382,6 +382,26 @@ def test_what_does_not_fit_is_tried_smaller(asked, tmp_path):
     assert steps == [("plain", 128), ("sra", 32)]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "AcceleratorError: CUDA error: out of memory",
+        "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_every_way_of_saying_that_memory_is_short(message, asked, tmp_path):
+    def answer(name, batch, profile):
+        if batch > 1:
+            raise Failure(message)
+        return ANSWER
+
+    asked.answer = answer
+    words = "--variants plain --batch 4 --shrink --json".split()
+    assert train_step.main([*ON_CPU, *words, str(tmp_path / "rows.json")]) == 0
+    assert [request[3] for request in asked if request[0] == "plain"] == [4, 2, 1]
+
+
 def test_what_no_time_is_left_for_is_said(asked, tmp_path, capsys):
     words = "--batch 1 --budget 0 --json".split()
     assert train_step.main([*ON_CPU, *words, str(tmp_path / "rows.json")]) == 1

@@ -1,11 +1,20 @@
 """Names of variants: what they stand for, and which are refused."""
 
+import os
+from dataclasses import fields
+
 import pytest
 
 from benchmarks.step import train_step
+from benchmarks.step.measure_case import environment_of
+from benchmarks.step.torch_program import ADAMW
 from benchmarks.step.variants import (
     FEATURE_WIDTH,
+    OF_PYTORCH,
     OTHER_TARGETS,
+    VARIABLES,
+    WORDS,
+    Switches,
     Variant,
     expand,
     is_depth,
@@ -25,6 +34,10 @@ from sra_fast.utils.registry import TARGETS
         ("sra+train.compile", "expected settings name=value"),
         ("sra+SRA_FAST_CUBLSLT=0", "its variables are SRA_FAST_BACKEND,"),
         ("strong+SRA_FAST_BACKEND=triton", "no switch SRA_FAST_BACKEND"),
+        ("strong+compile=layers", "expected compile to be no or blocks or whole, got 'layers'"),
+        ("strong+compile=true", "expected compile to be no or blocks or whole, got 'true'"),
+        ("strong+graph=False", "expected graph to be true or false, got 'False'"),
+        ("truncated+ema=all", "expected ema to be each or foreach, got 'all'"),
         ("strong+align.target=dual_time", "variant strong runs SRA and nothing else"),
         ("strong+align2.target=vae_latent", "variant strong runs SRA and nothing else"),
     ],
@@ -117,6 +130,32 @@ def test_which_kernels_may_run(name, backend, attention):
     environment = Variant.parse(name).environment
     assert environment.get("SRA_FAST_BACKEND") == backend
     assert environment.get("SRA_FAST_ATTENTION") == attention
+
+
+def test_switches_have_their_values():
+    switches = Variant.parse(
+        "strong+compile=whole+mode=max-autotune+graph=true+swap=false"
+    ).switches
+    assert (switches.compile, switches.mode, switches.graph) == ("whole", "max-autotune", True)
+    assert switches.swap is False
+    # every field is a word, PyTorch's or true or false
+    for item in fields(Switches):
+        is_word = item.name in WORDS or item.name in OF_PYTORCH
+        assert is_word != isinstance(item.default, bool)
+        assert item.default in WORDS.get(item.name, (item.default,))
+    assert set(WORDS["adamw"]) == set(ADAMW)
+
+
+def test_variables_of_the_shell_do_not_reach_a_variant(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("OTHER", "kept")
+    for name in ("sra", "sra+SRA_FAST_CUBLASLT=0", "strong"):
+        variant = Variant.parse(name)
+        with environment_of(variant):
+            assert {v: os.environ[v] for v in VARIABLES if v in os.environ} == variant.environment
+            assert os.environ["OTHER"] == "kept"
+        assert os.environ["SRA_FAST_BACKEND"] == "0"
 
 
 def test_the_engines_environment_can_be_changed():

@@ -1,12 +1,14 @@
 """A process for many cases: answers, errors, what ends it, and that the next case starts another."""
 
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.step.worker import Failure, Worker
+from benchmarks.step.worker import ROOT, Failure, Worker
 
 # answers with its process and what it was asked; some requests fail
 PROGRAM = """
@@ -83,3 +85,89 @@ def test_the_parent_survives_a_worker_that_cannot_start(make_worker):
     worker = make_worker("raise SystemExit('no such model')")
     with pytest.raises(Failure, match="the process has ended"):
         worker.ask(["a"], 60)
+
+
+# dies while its child holds the output
+CHILD_HOLDS_THE_OUTPUT = """
+import subprocess, sys
+child = subprocess.Popen(["sleep", "60"])
+print(f"child {child.pid}")
+sys.stdin.readline()
+sys.exit("KeyError: gone")
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and has not ended; nobody may have waited for it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(pid)
+
+
+def test_a_child_that_holds_the_output_is_not_waited_for(make_worker, capsys):
+    worker = make_worker(CHILD_HOLDS_THE_OUTPUT)
+    begin = time.monotonic()
+    with pytest.raises(Failure, match=r"the process has ended \(1\): KeyError: gone"):
+        worker.ask(["a"], 50)
+    assert time.monotonic() - begin < 25
+    # the child is ended as well
+    child = int(capsys.readouterr().out.split()[1])
+    assert ends_within(child, 10)
+
+
+def test_a_process_that_only_closes_its_output_is_not_waited_for(make_worker):
+    worker = make_worker("import os, time; os.close(1); time.sleep(60)")
+    begin = time.monotonic()
+    with pytest.raises(Failure, match="closed its output and does not end"):
+        worker.ask(["a"], 2)
+    assert time.monotonic() - begin < 25
+    assert worker.process is None
+
+
+def test_a_process_that_never_stops_printing_is_ended(make_worker):
+    worker = make_worker("while True: print('again')")
+    with pytest.raises(Failure, match="not finished in 1 s"):
+        worker.ask(["a"], 1)
+
+
+def test_bytes_of_another_encoding_cost_no_answer(make_worker, capsys):
+    program = """
+import sys
+sys.stdin.readline()
+sys.stdout.buffer.write(b"\\xff\\xfe from a library\\n")
+print('RESULT {"ms": 1, "last": true}')
+"""
+    assert make_worker(program).ask(["a"], 60)["ms"] == 1
+    assert "from a library" in capsys.readouterr().out
+
+
+def test_half_an_answer_is_a_failure(make_worker):
+    worker = make_worker("""input(); print('RESULT {"ms": 1', end='')""")
+    with pytest.raises(Failure, match="half an answer: RESULT"):
+        worker.ask(["a"], 60)
+    assert worker.process is None
+
+
+def test_the_process_ends_with_its_parent():
+    """It has a session of its own, so a signal to the parent's group does not reach it."""
+    program = f"""
+import os, sys
+from benchmarks.step.worker import Worker
+worker = Worker([sys.executable, "-u", "-c", {PROGRAM!r}], dict(os.environ))
+print(worker.ask(["a"], 60)["pid"], flush=True)
+worker.ask(["sleep"], 60)
+"""
+    command = [sys.executable, "-u", "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(next(line for line in parent.stdout if line.strip().isdigit()))
+        assert is_running(pid)
+        parent.kill()
+        assert ends_within(pid, 10)

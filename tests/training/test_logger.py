@@ -69,7 +69,9 @@ def test_peak_table(monkeypatch):
             rate / 2, rel=2e-3
         )
         assert peak_flops(torch.device("cuda"), "fp32") is None
-    for unknown in ("Unheard-of 1", "NVIDIA L40", "NVIDIA A10G"):  # the last two begin like others
+    # all but the first begin like others
+    slices = ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H100 NVL")
+    for unknown in ("Unheard-of 1", "NVIDIA L40", "NVIDIA A10G", *slices):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda d, name=unknown: name)
         assert peak_flops(torch.device("cuda"), "bf16") is None
 
