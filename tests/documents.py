@@ -5,7 +5,7 @@ document_classes.py says what happens with which command.
 
 import argparse
 import ast
-import importlib.util
+import inspect
 import io
 import re
 import shlex
@@ -193,7 +193,7 @@ def _stop_before(parse_args: Callable) -> Callable:
 
 def has_parser(module: str) -> bool:
     """Whether the module's ``main`` reads arguments; one without a parser would do its work."""
-    source = Path(importlib.util.find_spec(module).origin).read_text()
+    source = inspect.getsource(import_module(module).main)
     return re.search(r"parse|argv", source) is not None
 
 
