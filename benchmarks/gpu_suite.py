@@ -41,9 +41,9 @@ import torch
 
 from benchmarks.operators.registry import OPERATORS
 from benchmarks.other_models.checkouts import recognise
-from benchmarks.record import ROOT, command_line, environment, load_results
+from benchmarks.record import ROOT, VARIABLES, command_line, environment, load_results
 from benchmarks.report.verdict import failed_tests, predicted_rows, render
-from benchmarks.step.variants import OTHER_TARGETS, PUBLISHED, VARIABLES
+from benchmarks.step.variants import OTHER_TARGETS, PUBLISHED
 
 # seconds
 BUDGETS = {"first": 270, "second": 310, "models": 400, "alignments": 400}
@@ -613,8 +613,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Meanwhile SIGTERM is what Ctrl-C is: parts are process groups of their own, which whoever ends
-    the suite would leave running.
+    """SIGTERM acts like Ctrl-C, so that it also ends the parts.
+
+    They are process groups of their own, which a signal to the suite does not reach.
     """
 
     def interrupt(number: int, frame: object) -> NoReturn:

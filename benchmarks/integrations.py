@@ -36,7 +36,7 @@ from benchmarks.other_models.results import (
     in_dtype,
     run,
 )
-from benchmarks.record import RowFile, command_line, environment, make_row
+from benchmarks.record import RowFile, command_line, environment, make_row, variables_set
 from benchmarks.step.kernel_families import kernel_times
 from benchmarks.timing import milliseconds, peak_bytes
 from sra_fast import integrations
@@ -85,6 +85,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kernels", type=int, default=12, help="of the longest to print, on a GPU (default 12)")
     add("--json", type=Path, help="default: benchmarks/results/<gpu>-<commit>.json")
     args = parser.parse_args(argv)
+    if wrong := variables_set():
+        parser.error(wrong)
     on_cpu = args.device == "cpu"
     args.size = args.size or ("tiny" if on_cpu else "default")
     args.dtype = DTYPES[args.dtype or ("float32" if on_cpu else "bfloat16")]

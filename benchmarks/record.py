@@ -51,6 +51,8 @@ CODE = (
     "csrc/*.cpp",
     "benchmarks/*.py",
 )
+# what the operators read from the environment. A row has no field for it
+VARIABLES = ("SRA_FAST_BACKEND", "SRA_FAST_ATTENTION", "SRA_FAST_CUBLASLT")
 # two rows that agree in these fields measure the same thing
 KEY = ("kind", "name", "variant", "model", "resolution", "batch", "dtype", "device", "commit")
 
@@ -70,8 +72,8 @@ def commit() -> str:
 
     Returns:
         $SRA_FAST_COMMIT if it is set (for a machine that has a copy of the tree without git). Otherwise
-        the short hash, with "-dirty" if the code differs from it, also by a new file, or "unknown" outside
-        a checkout.
+        the short hash, with "-dirty" if code was changed or added since; "unknown" outside a
+        checkout.
     """
     if given := os.environ.get("SRA_FAST_COMMIT"):
         return given
@@ -85,6 +87,12 @@ def commit() -> str:
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     new = _git("ls-files", "--others", "--exclude-standard", "--", *CODE)
     return f"{found}-dirty" if changed or new else found
+
+
+def variables_set() -> str | None:
+    """What is wrong with the environment of a benchmark that has no variants for it; None: nothing."""
+    found = [name for name in VARIABLES if name in os.environ]
+    return f"expected no {found[0]}, which rows do not show: unset it" if found else None
 
 
 def command_line(module: str, argv: list[str]) -> str:

@@ -28,7 +28,7 @@ from benchmarks.operators.correctness import Oracle, as_leaves, as_tuple, output
 from benchmarks.operators.entry import Operator
 from benchmarks.operators.registry import OPERATORS, cases
 from benchmarks.operators.shapes import MODELS, TINY, Shape
-from benchmarks.record import RowFile, command_line, environment, make_row
+from benchmarks.record import RowFile, command_line, environment, make_row, variables_set
 from benchmarks.timing import (
     copy_bandwidth,
     make_randn,
@@ -70,6 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, help="default: benchmarks/results/<gpu>-<commit>.json")
     add("--plot", type=Path, help="draw every operator's percentage of the copy bandwidth")
     args = parser.parse_args(argv)
+    if wrong := variables_set():
+        parser.error(wrong)
 
     known = {"ops": OPERATORS, "models": (*MODELS, TINY), "passes": PASSES, "variants": VARIANTS}
     for option, allowed in known.items():
@@ -362,9 +364,8 @@ def print_case(name: str, shape: Shape, measured: dict[str, dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, or 1 if an operator was wrong or failed or the device was lost; 2 without a GPU.
-
-    Rivals may be wrong or fail.
+    """Exit code: 1 if an operator of ours was wrong or failed, a reference failed or the device was
+    lost; 2 without a GPU; else 0. Rivals may be wrong or fail.
     """
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

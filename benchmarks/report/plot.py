@@ -24,7 +24,8 @@ IMAGES = ROOT / "docs" / "images"
 def draw_operators(rows: list[dict], path: Path) -> None:
     """A group of bars per operator: every variant's percentage of the copy bandwidth.
 
-    Shape and dtype are those of the table of operators: the most valuable shape that was measured, in bf16.
+    Shape and dtype are those of the table of operators: the most valuable shape that was
+    measured, in bf16.
     """
     rows = [
         row for row in rows if row["kind"] == "op" and "percent_of_ceiling" in row and "gbps" in row

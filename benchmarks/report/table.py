@@ -247,21 +247,20 @@ def _step_cells(row: dict, compared_with: dict | None) -> list[str]:
 def chooses_freely(name: str, wanted: str) -> bool:
     """Whether a variant is the wanted one with settings that it may choose for itself.
 
-    A rival may choose all of its settings, this engine only what it recomputes. The published code has none.
+    A rival may choose its switches, and this engine what it recomputes. Other options change what is
+    trained. The published code has no settings.
     """
     base = name.partition("+")[0]
     if base != wanted:
         return False
-    if base in PROGRAMS:
-        return True
-    if base not in ENGINE:
+    if base not in PROGRAMS and base not in ENGINE:
         return name == base
     try:
         variant = Variant.parse(name)
     except ValueError:
         # a row with a setting that there is no more
         return False
-    chosen = {option for option, _ in variant.options.items() - ENGINE[base].items()}
+    chosen = {option for option, _ in variant.options.items() - ENGINE.get(base, {}).items()}
     return chosen <= {"train.recompute"} and not variant.variables
 
 

@@ -50,7 +50,7 @@ class Rows:
     def step(self, variant: str, batch: int, model: str = MODEL) -> dict | None:
         """The fastest step of a variant, or None.
 
-        This engine may choose what it recomputes. A rival may choose all of its settings, and half of the
+        This engine may choose what it recomputes. A rival may choose its switches, and half of the
         images if it does not fit with all of them.
         """
         # the published code runs at the batch that it is given
@@ -228,8 +228,8 @@ def predicted_rows() -> Rows:
     return Rows(rows)
 
 
-# pytest's lines: "[gw1] [ 10%] PASSED tests/a.py::b", "FAILED tests/a.py::b - AssertionError", or, of a
-# file that cannot be imported, "ERROR tests/a.py - ImportError"
+# pytest's lines: "[gw1] [ 10%] PASSED tests/a.py::b", "FAILED tests/a.py::b - AssertionError", and
+# "ERROR tests/a.py - ImportError" for a file that cannot be imported
 OUTCOME_FIRST = re.compile(
     r"(?:\[gw\d+\] \[ *\d+%\] )?"
     r"(?P<outcome>PASSED|FAILED|ERROR) (?P<name>tests/[^\s:]+(?:::.+?)?)(?: - .*)?\s*$"
@@ -449,9 +449,10 @@ def read_summary(path: Path) -> dict:
 
 
 def of_one_run(rows: list[dict], summary: dict) -> list[dict]:
-    """The rows with the device, commit and versions of the suite's run, or of the newest row without a suite.
+    """The rows of this run: those with its device, commit and versions.
 
-    A folder may hold rows of older runs, and the fastest of all commits says nothing of this one.
+    The suite's summary says which these are; without one, the newest row does. A folder may also
+    hold rows of older runs, and a verdict must not mix them.
     """
     if not rows:
         return []

@@ -28,7 +28,8 @@ PERIOD_MS = 500
 class Clocks:
     """Readings of ``nvidia-smi`` every half second, in memory and in a file. Without a driver there are none.
 
-    They are of the GPU that this process uses: an idle card beside it would decide the medians.
+    Only the GPU that this process uses is read. On a machine with several, the clocks of idle GPUs
+    would otherwise enter the medians.
 
     Args:
         path: a CSV file that gets every reading, or None.

@@ -1,6 +1,6 @@
 """Where a training waits for its GPU: every line of Python that does, and how often.
 
-python -m benchmarks.step.host_syncs -- --config configs/digits.yaml --train.precision bf16 --train.graph false
+python -m benchmarks.step.host_syncs -- --config configs/digits.yaml --train.graph false
 
 Everything after ``--`` is configuration. The whole loop is watched, its first steps and what it logs
 and saves included. With a graph (``train.graph``) the step's lines are passed only while it is captured.

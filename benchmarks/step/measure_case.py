@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.record import VARIABLES
 from benchmarks.step.kernel_families import by_family, kernel_times
 from benchmarks.step.phases import Phases, recorded, time_host, time_steps
 from benchmarks.step.steps import make_step
-from benchmarks.step.variants import VARIABLES, Variant
+from benchmarks.step.variants import Variant
 from benchmarks.timing import copy_bandwidth, matmul_rate
 from sra_fast.config.schema import Config
 from sra_fast.training.flops import training_flops

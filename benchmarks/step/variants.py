@@ -7,6 +7,8 @@ the others fields of ``Switches``.
 
 from dataclasses import dataclass, field, fields, replace
 
+from benchmarks.record import VARIABLES
+
 # these rooms register what a configuration may name
 from sra_fast import alignment, data, diffusion  # noqa: F401
 from sra_fast.config.cli import parse_train
@@ -99,9 +101,6 @@ WORDS = {
     "adamw": ("foreach", "fused"),
     "ema": ("each", "foreach"),
 }
-
-# what the operators read
-VARIABLES = ("SRA_FAST_BACKEND", "SRA_FAST_ATTENTION", "SRA_FAST_CUBLASLT")
 
 # plain PyTorch programs; swap_ema is how other engines run an EMA teacher today
 _TRUNCATED = Switches(teacher_copy=True, truncated=True)

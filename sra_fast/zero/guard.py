@@ -55,6 +55,8 @@ class UpdateGuard:
         self._if_not = vector(0, 1, 1)
         # of the loop; None: no one has said
         self._step: int | None = None
+        # of the warm-up, once for a step
+        self._factor: Tensor | None = None
         self._steps: dict[tuple[float, float], DeviceStep] = {}
         self.load([0.0, 0.0, 0.0])
 
@@ -87,6 +89,7 @@ class UpdateGuard:
         it.
         """
         self._step = step
+        self._factor = None
 
     @torch.no_grad()
     def decide(self, norm: Tensor | float) -> Tensor:
@@ -107,6 +110,7 @@ class UpdateGuard:
         if_taken = torch.addcmul(add, self.counts, keep)
         torch.where(self.taken, if_taken, self.counts + self._if_not, out=self.counts)
         self._steps = {}
+        self._factor = None
         return self.taken
 
     @torch.no_grad()
@@ -118,10 +122,12 @@ class UpdateGuard:
         """
         if not self.warmup_steps or self._step is None:
             return None
-        done = self._step + 1
-        host = min(1.0, done / self.warmup_steps)
-        counted = (done - self.counts[1]).clamp(min=1, max=self.warmup_steps)
-        return counted / self.warmup_steps / host
+        if self._factor is None:
+            done = self._step + 1
+            host = min(1.0, done / self.warmup_steps)
+            counted = (done - self.counts[1]).clamp(min=1, max=self.warmup_steps)
+            self._factor = counted / self.warmup_steps / host
+        return self._factor
 
     def device_step(self, betas: tuple[float, float]) -> DeviceStep:
         """The update that was decided on, as ``ops.adamw_ema_`` takes it; made once for all

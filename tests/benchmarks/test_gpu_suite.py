@@ -16,9 +16,9 @@ import torch
 from benchmarks import gpu_suite, integrations
 from benchmarks.operators import attention_backends, run
 from benchmarks.other_models.checkouts import CHECKOUTS
-from benchmarks.record import ROOT
+from benchmarks.record import ROOT, VARIABLES
 from benchmarks.step import train_step
-from benchmarks.step.variants import OTHER_TARGETS, VARIABLES
+from benchmarks.step.variants import OTHER_TARGETS
 
 
 def test_dry_run_of_both_commands(tmp_path, monkeypatch, capsys):

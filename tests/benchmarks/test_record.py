@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from benchmarks import record
+from benchmarks import integrations, record
+from benchmarks.operators import run
 
 
 @pytest.fixture
@@ -80,3 +81,19 @@ def test_only_the_same_measurement_is_replaced(tmp_path, name):
     file.add(other)
     file.add({**ROW, "ms": 3.0})
     assert json.loads(file.path.read_text()) == [other, {**ROW, "ms": 3.0}]
+
+
+@pytest.mark.parametrize("name", record.VARIABLES)
+@pytest.mark.parametrize(
+    "program, words",
+    [(run, ["--device", "cpu"]), (integrations, ["--list"])],
+    ids=["operators", "integrations"],
+)
+def test_a_variable_that_rows_do_not_show_is_refused(program, words, name, monkeypatch, capsys):
+    for other in record.VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    program.parse(words)
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(SystemExit):
+        program.parse(words)
+    assert f"expected no {name}, which rows do not show" in capsys.readouterr().err

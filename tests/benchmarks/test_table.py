@@ -151,6 +151,9 @@ def test_more_settings_than_recompute_are_not_this_engine():
     assert lines == table._step_table([STEP_ROWS])
     # the same setting as the base has is none
     assert table.chooses_freely("plain+align.target=none+train.recompute=norm", "plain")
+    # a rival's switches are its own, what is trained is not
+    assert table.chooses_freely("strong+graph=true+train.recompute=norm", "strong")
+    assert not table.chooses_freely("strong+graph=true+align.every=100", "strong")
 
 
 OLD = {"commit": "zzz", "date": "2026-01-01"}

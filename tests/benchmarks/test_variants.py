@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+from benchmarks.record import VARIABLES
 from benchmarks.step import train_step
 from benchmarks.step.measure_case import environment_of
 from benchmarks.step.torch_program import ADAMW
@@ -12,7 +13,6 @@ from benchmarks.step.variants import (
     FEATURE_WIDTH,
     OF_PYTORCH,
     OTHER_TARGETS,
-    VARIABLES,
     WORDS,
     Switches,
     Variant,

@@ -120,6 +120,19 @@ def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
     assert with_bad["updates"] == without["updates"] == 6
 
 
+def test_the_factor_of_a_warm_up_is_that_of_the_last_decision(tmp_path):
+    """Made once for a step, and anew after each decision and for each step."""
+    guard = make("1-bf16-fused", tmp_path, "--optim.warmup_steps", "4").guard
+    guard.begin(1)
+    assert guard.lr_factor() == 1 and guard.lr_factor() is guard.lr_factor()
+    guard.decide(math.nan)
+    assert guard.lr_factor() == 0.5
+    guard.begin(3)
+    assert guard.lr_factor() == 0.75
+    guard.decide(math.nan)
+    assert guard.lr_factor() == 0.5
+
+
 def test_a_warm_up_without_bad_updates_changes_no_bit(tmp_path):
     results = []
     for begins in (True, False):
