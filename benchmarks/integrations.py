@@ -36,7 +36,7 @@ from benchmarks.other_models.results import (
     in_dtype,
     run,
 )
-from benchmarks.record import RowFile, command_line, environment, make_row, variables_set
+from benchmarks.record import RowFile, command_line, environment, make_row, row_file, variables_set
 from benchmarks.step.kernel_families import kernel_times
 from benchmarks.timing import milliseconds, peak_bytes
 from sra_fast import integrations
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--budget", type=float, default=1.0, help="seconds for one median (default 1)")
     add("--untimed", action="store_true", help="run every program once; no rows")
     add("--kernels", type=int, default=12, help="of the longest to print, on a GPU (default 12)")
-    add("--json", type=Path, help="default: benchmarks/results/<gpu>-<commit>.json")
+    add("--json", type=row_file, help="default: benchmarks/results/<gpu>-<commit>.json")
     args = parser.parse_args(argv)
     if wrong := variables_set():
         parser.error(wrong)

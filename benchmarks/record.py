@@ -1,5 +1,6 @@
 """Rows of measurements: their fields, where they were taken, and the JSON file that holds them."""
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -16,7 +17,7 @@ import triton
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# a row leaves out the fields that mean nothing for it; without "ms" the variant's results were wrong
+# a row leaves out the fields that mean nothing for it; without "ms" the variant was wrong or failed
 FIELDS = (
     "kind",
     "name",
@@ -55,6 +56,10 @@ CODE = (
 VARIABLES = ("SRA_FAST_BACKEND", "SRA_FAST_ATTENTION", "SRA_FAST_CUBLASLT")
 # two rows that agree in these fields measure the same thing
 KEY = ("kind", "name", "variant", "model", "resolution", "batch", "dtype", "device", "commit")
+# rows that agree in these fields are of one run
+RUN = ("device", "commit", "versions")
+# fields that every row has
+ALWAYS = ("kind", "name", "variant", *RUN)
 
 
 def _git(*arguments: str) -> str | None:
@@ -145,18 +150,53 @@ def in_file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, none if there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected rows in JSON, got a damaged file: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        lacking = set(ALWAYS) - set(row) if isinstance(row, dict) else ALWAYS
+        if lacking:
+            names = ", ".join(sorted(lacking))
+            raise ValueError(f"{path}: expected rows, got no {names} in number {i}")
+    return rows
+
+
+def row_file(text: str) -> Path:
+    """The argument of a --json: a file of rows, or one that is not there yet."""
+    path = Path(text)
+    try:
+        read_rows(path)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{error}") from error
+    return path
+
+
 class RowFile:
     """Rows on disk. The file is written after every change; a repeated measurement replaces the older one.
 
     Args:
         path: the JSON file, or None for ``benchmarks/results/<device>-<commit>.json``.
         where: what ``environment`` returned.
+
+    Raises:
+        ValueError: the file is there and holds something else. It stays as it is.
     """
 
     def __init__(self, path: Path | None, where: dict):
         device = in_file_name(where["device"])
         self.path = path or RESULTS / f"{device}-{where['commit']}.json"
-        self.rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.rows = read_rows(self.path)
 
     def add(self, row: dict) -> None:
         key = [row.get(name) for name in KEY]
@@ -170,6 +210,13 @@ class RowFile:
 
 
 def load_results(folder: Path = RESULTS) -> list[dict]:
-    """All rows of all JSON files in a folder, the oldest first."""
-    rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
-    return sorted(rows, key=lambda row: row.get("date", ""))
+    """All rows of all JSON files in a folder, the oldest first; of a repeated measurement the newest.
+
+    Raises:
+        ValueError: a file holds something else.
+    """
+    rows = [row for path in sorted(folder.glob("*.json")) for row in read_rows(path)]
+    rows.sort(key=lambda row: row.get("date", ""))
+    # other versions measure something else
+    found = {json.dumps([row.get(name) for name in (*KEY, "versions")]): row for row in rows}
+    return list(found.values())

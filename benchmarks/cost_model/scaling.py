@@ -16,10 +16,9 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.cost_model.one_gpu import MEMORY_SPEED, Sizes, Times, assumed, measured
-from benchmarks.record import RowFile, command_line, environment, load_results, make_row
+from benchmarks.record import RowFile, command_line, environment, load_results, make_row, row_file
 from benchmarks.step.variants import ENGINE, Variant
 from sra_fast.config.schema import Config
 
@@ -224,7 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--efficiency", type=float, default=0.8, help="fraction of the links' speed (default 0.8)")
     add("--price", type=float, default=2.5, help="of a GPU for an hour, any currency")
     add("--epochs", type=float, default=80, help="of ImageNet, for the cost (default 80)")
-    add("--json", type=Path, help="write the predictions as rows too")
+    add("--json", type=row_file, help="write the predictions as rows too")
     args = parser.parse_args(argv)
     if min(*args.gpus, args.batch, args.per_node) < 1:
         parser.error("expected --gpus, --batch and --per-node of at least 1")
@@ -249,8 +248,9 @@ def main(argv: list[str] | None = None) -> int:
         peak = None
         device = f"an H100 at {args.assume_mfu} of its peak (assumed)"
     else:
-        rows = load_results()
+        rows = []
         try:
+            rows = load_results()
             times, peak, device = measured(rows, case, cfg)
         except ValueError as error:
             others = other_variants(rows, case)

@@ -10,13 +10,12 @@ Rows have the kind "probe". A backend that cannot run has none.
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks.operators.entry import attention_flops
 from benchmarks.operators.shapes import Shape
-from benchmarks.record import RowFile, command_line, environment, make_row
+from benchmarks.record import RowFile, command_line, environment, make_row, row_file
 from benchmarks.timing import make_randn, matmul_rate
 from sra_fast.ops._attention_segments import checked_runs
 from sra_fast.ops.attention import backend_times
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--resolution", type=int, default=256, help="pixels (default 256)")
     add("--batch", type=int, default=32, help="images (default 32)")
     add("--segments", nargs="+", type=int, help="lengths of runs, such as 64 192; default: all")
-    add("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
+    add("--json", type=row_file, help="default: benchmarks/results/<device>-<commit>.json")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("no CUDA device: a CPU has only one backend", file=sys.stderr)

@@ -28,7 +28,7 @@ from benchmarks.operators.correctness import Oracle, as_leaves, as_tuple, output
 from benchmarks.operators.entry import Operator
 from benchmarks.operators.registry import OPERATORS, cases
 from benchmarks.operators.shapes import MODELS, TINY, Shape
-from benchmarks.record import RowFile, command_line, environment, make_row, variables_set
+from benchmarks.record import RowFile, command_line, environment, make_row, row_file, variables_set
 from benchmarks.timing import (
     copy_bandwidth,
     make_randn,
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default=default_device)
     add("--budget", type=float, default=0.25, help="seconds for one median (default 0.25)")
     add("--time-limit", type=float, default=math.inf, help="seconds after which no case starts")
-    add("--json", type=Path, help="default: benchmarks/results/<gpu>-<commit>.json")
+    add("--json", type=row_file, help="default: benchmarks/results/<gpu>-<commit>.json")
     add("--plot", type=Path, help="draw every operator's percentage of the copy bandwidth")
     args = parser.parse_args(argv)
     if wrong := variables_set():

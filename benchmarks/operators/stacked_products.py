@@ -14,14 +14,13 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.operators.shapes import Shape
-from benchmarks.record import RowFile, command_line, environment, make_row
+from benchmarks.record import RowFile, command_line, environment, make_row, row_file
 from benchmarks.timing import make_randn, matmul_rate, milliseconds, num_sets
 from sra_fast.models import preset
 
@@ -115,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--resolution", type=int, default=256, help="pixels (default 256)")
     add("--batch", type=int, default=32, help="images (default 32)")
     add("--device", choices=("cuda", "cpu"), default=default_device)
-    add("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
+    add("--json", type=row_file, help="default: benchmarks/results/<device>-<commit>.json")
     args = parser.parse_args(argv)
 
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32

@@ -1,5 +1,6 @@
 """Draw the pictures of the documents from the newest rows of a GPU: python -m benchmarks.report.plot"""
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -128,8 +129,13 @@ def _draw_bars(axes, times: dict[str, float], case: tuple) -> None:
     axes.set_xlabel("ms per step")
 
 
-def main() -> None:
-    on_gpu = [row for row in load_results() if row["device"] != "cpu"]
+def main() -> int:
+    """Exit code: 0, or 2 if a file of rows is damaged. The pictures stay as they are then."""
+    try:
+        on_gpu = [row for row in load_results() if row["device"] != "cpu"]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     devices = [newest_rows(runs) for _, runs in newest_runs(on_gpu)]
     # the documents show the GPU that most is known of
     devices.sort(key=len, reverse=True)
@@ -140,7 +146,8 @@ def main() -> None:
         suffix = f"-{in_file_name(rows[0]['device'])}" if i else ""
         draw_operators(rows, IMAGES / f"operators{suffix}.png")
         draw_steps(rows, IMAGES / f"steps{suffix}.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 python -m benchmarks.report.table
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,16 +77,17 @@ def _rule(columns: int) -> str:
 def newest_runs(rows: list[dict]) -> list[tuple[str, list[list[dict]]]]:
     """The runs on every device, the newest first, with a title: device, versions, copy bandwidth.
 
-    A run is the rows of one commit. Only runs with the versions of the newest one are kept.
+    A run is the rows of one commit and its versions. Only runs with the versions of the newest one are kept.
     """
-    runs: dict[tuple[str, str], list[dict]] = {}
+    runs: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
-        runs.setdefault((row["device"], row["commit"]), []).append(row)
+        versions = json.dumps(row["versions"], sort_keys=True)
+        runs.setdefault((row["device"], row["commit"], versions), []).append(row)
     # a run is as old as its first row
     age = lambda run: min(row.get("date", "") for row in run)
     found = []
-    for device in sorted({device for device, _ in runs}):
-        own = [run for (where, _), run in runs.items() if where == device]
+    for device in sorted({device for device, _, _ in runs}):
+        own = [run for (where, _, _), run in runs.items() if where == device]
         own.sort(key=age, reverse=True)
         versions = own[0][0]["versions"]
         own = [run for run in own if run[0]["versions"] == versions]
@@ -162,7 +164,7 @@ def operator_cells(label: str, runs: list[list[dict]]) -> list[str]:
     model, resolution, batch = best
     shape = model if resolution is None else f"{model}, {resolution} px, {batch}"
     by_variant = [{row["variant"]: row for row in run if case_of(row) == best} for run in named]
-    # a row without a time was wrong
+    # a row without a time was wrong or failed
     ours = next(run["ours"] for run in by_variant if "ours" in run)
     if "ms" not in ours:
         return [shape, "wrong", "", ""]
@@ -473,10 +475,16 @@ def fill(text: str, blocks: Blocks, rows: list[dict]) -> str:
     return text
 
 
-def main() -> None:
-    rows = load_results()
+def main() -> int:
+    """Exit code: 0, or 2 if a file of rows is damaged. The documents stay as they are then."""
+    try:
+        rows = load_results()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     for path, blocks in DOCUMENTS.items():
         path.write_text(fill(path.read_text(), blocks, rows))
+    return 0
 
 
 if __name__ == "__main__":

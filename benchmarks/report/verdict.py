@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cost_model.one_gpu import predicted
+from benchmarks.record import RUN, read_rows
 from benchmarks.report.table import chooses_freely
 from benchmarks.step.variants import PROGRAMS, PUBLISHED, Variant
 
@@ -31,10 +32,6 @@ REPORTED_ELSEWHERE = {
 }
 # rows of the kind "op" that are no operators
 CEILINGS = ("copy", "matmul")
-# rows that agree in these fields are of one run
-RUN = ("device", "commit", "versions")
-# fields that every row has
-ALWAYS = ("kind", "name", "variant", *RUN)
 
 
 def _matches(row: dict, **wanted) -> bool:
@@ -66,7 +63,7 @@ class Rows:
         return max(candidates, key=lambda row: (row["batch"], -row["ms"]), default=None)
 
     def operator(self, name: str, variant: str = "ours", batch: int | None = 32) -> dict | None:
-        """A row of an operator, or None. A row without ``ms`` was wrong."""
+        """A row of an operator, or None. A row without ``ms`` was wrong or failed."""
         case = {"kind": "op", "name": name, "variant": variant, "model": MODEL, "batch": batch}
         return next((row for row in self.rows if _matches(row, **case)), None)
 
@@ -415,28 +412,6 @@ def model_lines(rows: list[dict]) -> list[str]:
         ratio = f", {compiled / ours:.2f}x of torch.compile" if ours and compiled else ""
         lines.append(f"  {model}: {', '.join(words)}{ratio}")
     return ["other people's models, forward and backward:", *lines] if lines else []
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, none if there is no file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    if not path.exists():
-        return []
-    try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected rows in JSON, got a damaged file: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(rows).__name__}")
-    for i, row in enumerate(rows):
-        lacking = set(ALWAYS) - set(row) if isinstance(row, dict) else ALWAYS
-        if lacking:
-            names = ", ".join(sorted(lacking))
-            raise ValueError(f"{path}: expected rows, got no {names} in number {i}")
-    return rows
 
 
 def read_summary(path: Path) -> dict:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import RowFile, command_line, environment, make_row
+from benchmarks.record import RowFile, command_line, environment, make_row, row_file
 from benchmarks.step.gpu_clocks import Clocks
 from benchmarks.step.variants import Variant, expand
 from benchmarks.step.worker import Failure, Worker, serve
@@ -105,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="run a case that does not fit with half of the images, until it fits",
     )
-    add("--json", type=Path, help="default: benchmarks/results/<device>-<commit>.json")
+    add("--json", type=row_file, help="default: benchmarks/results/<device>-<commit>.json")
     add("--plot", type=Path, help="draw the ladder, and the time against the teacher's depth")
     add("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

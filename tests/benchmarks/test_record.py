@@ -1,5 +1,6 @@
 """Rows say which code was measured, and a file of rows holds every measurement once."""
 
+import importlib
 import json
 import subprocess
 
@@ -7,6 +8,7 @@ import pytest
 
 from benchmarks import integrations, record
 from benchmarks.operators import run
+from benchmarks.report import plot, table
 
 
 @pytest.fixture
@@ -97,3 +99,52 @@ def test_a_variable_that_rows_do_not_show_is_refused(program, words, name, monke
     with pytest.raises(SystemExit):
         program.parse(words)
     assert f"expected no {name}, which rows do not show" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])
+def test_results_come_in_the_order_of_their_dates(first, second, tmp_path):
+    """Whatever their files are called. Of a measurement that was repeated the newest counts."""
+    row = {**ROW, "versions": {"torch": "2"}}
+    old = {**row, "date": "2026-01-01", "ms": 1.0}
+    other = {**old, "versions": {"torch": "1"}}
+    new = {**row, "date": "2026-02-01", "ms": 2.0}
+    newest = {**row, "date": "2026-02-02", "variant": "compile"}
+    (tmp_path / f"{first}.json").write_text(json.dumps([new, newest]))
+    (tmp_path / f"{second}.json").write_text(json.dumps([old, other]))
+    assert record.load_results(tmp_path) == [new, other, newest]
+
+
+PROGRAMS = {
+    "benchmarks.operators.run": ["--device", "cpu"],
+    "benchmarks.integrations": ["--model", "Flux", "--device", "cpu"],
+    "benchmarks.step.train_step": ["--device", "cpu"],
+    "benchmarks.cost_model.scaling": ["--assume-mfu", "0.4"],
+    "benchmarks.operators.attention_backends": [],
+    "benchmarks.operators.stacked_products": [],
+}
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_a_damaged_file_of_rows_is_refused_before_anything_is_measured(module, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"kind": "op",')
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(module).main([*PROGRAMS[module], "--json", str(path)])
+    assert stopped.value.code == 2
+    assert (
+        f"argument --json: {path}: expected rows in JSON, got a damaged" in capsys.readouterr().err
+    )
+    assert path.read_text() == '[{"kind": "op",'
+
+
+@pytest.mark.parametrize("module", ["table", "plot"])
+def test_damaged_results_leave_documents_and_pictures_as_they_are(
+    module, tmp_path, monkeypatch, capsys
+):
+    program = importlib.import_module(f"benchmarks.report.{module}")
+    (tmp_path / "rows.json").write_text("{}")
+    monkeypatch.setattr(program, "load_results", lambda: record.load_results(tmp_path))
+    monkeypatch.setattr(table, "DOCUMENTS", {tmp_path / "none.md": {}})
+    monkeypatch.setattr(plot, "IMAGES", tmp_path / "none")
+    assert program.main() == 2
+    assert "rows.json: expected a list of rows, got dict" in capsys.readouterr().err

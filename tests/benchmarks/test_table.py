@@ -207,6 +207,9 @@ def test_what_the_newest_run_lacks_is_taken_from_an_older_one():
     # runs with other versions of torch are not mixed
     other = [{**row, "versions": {"torch": "1"}} for row in older]
     assert table.render_steps(other + newer) == table.render_steps(newer)
+    # nor within a commit
+    same = [{**row, "commit": newer[0]["commit"]} for row in other]
+    assert table.render_steps(same + newer) == table.render_steps(newer)
 
 
 def test_ratios_of_operators_stay_within_a_run():

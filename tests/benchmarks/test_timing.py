@@ -1,6 +1,5 @@
 """Timing counts what it should, and the fields of a row say where it was measured."""
 
-import json
 import weakref
 
 import pytest
@@ -152,13 +151,3 @@ def test_where_there_is_no_git(monkeypatch):
     assert record.commit() == "unknown"
     monkeypatch.setenv("SRA_FAST_COMMIT", "0123abc")
     assert record.commit() == "0123abc"
-
-
-@pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])
-def test_results_come_in_the_order_of_their_dates(first, second, tmp_path):
-    """Whatever their files are called."""
-    old = {"date": "2026-01-01", "commit": "old"}
-    new = {"date": "2026-02-01", "commit": "new"}
-    (tmp_path / f"{first}.json").write_text(json.dumps([new]))
-    (tmp_path / f"{second}.json").write_text(json.dumps([old]))
-    assert [row["commit"] for row in record.load_results(tmp_path)] == ["old", "new"]
