@@ -70,6 +70,14 @@ VARIANTS = {
         "--monitor.every 3 --monitor.count 0 --monitor.held_out 40 --monitor.batch 16",
     ),
     "dit": (1, "--model.name DiT-S/2 --align.weight 0.04 --sample.method ddim"),
+    # several processes add up their gradients after the backward pass, without DeepSpeed
+    "graph_1": (1, "--train.graph true"),
+    "graph_2": (
+        2,
+        "--train.graph true --train.micro_batch {micro} --optim.weight_decay 0.5 "
+        "--optim.clip 0.05 --align.every 2",
+    ),
+    "graph_plain": (1, "--train.graph true --align.target none --train.micro_batch {micro}"),
     "mmdit_1": (1, f"{MMDIT} --model.qk_norm true --train.micro_batch {{micro}}"),
     "mmdit_3": (3, f"{MMDIT} --align.fraction 0.5 --align.teacher_layer 4 --train.recompute full"),
 }
@@ -111,10 +119,16 @@ TARGETS = {
         "--align2.over all --align2.stop_at_step 3",
     ),
 }
-TARGETS_BF16 = {
+# in bf16 as well
+BF16 = {
     "bf16_dual_time_1": (1, f"--align dual_time {_LAYERS}"),
     "bf16_vae_latent_2": (2, f"--align vae_latent {_LAYER}"),
     "bf16_self_flow_3": (3, f"--align self_flow {_LAYERS}"),
+    "bf16_graph_2": (2, "--train.graph true"),
+    "bf16_graph_fp8": (
+        1,
+        "--train.graph true --align.teacher_dtype fp8 --align.every 2 --train.micro_batch {micro}",
+    ),
 }
 FP8 = {  # in bf16
     "fp8_0": (0, "--align.teacher_dtype fp8"),
@@ -152,7 +166,7 @@ BOTH = {
     "monitored",
     "monitored_loss",
     *(name for name in FP8 if "moving" not in name),
-    *TARGETS_BF16,
+    *BF16,
 }
 
 
@@ -164,8 +178,8 @@ def runs(world: int) -> dict[str, tuple[int, str, str]]:
         name: (stage, precision, snapshots)
         for name, (stage, precision) in zip(NAMES, CASES, strict=True)
     }
-    for name, (stage, args) in {**VARIANTS, **TARGETS, **FP8, **TARGETS_BF16}.items():
-        precision = "bf16" if name in {**FP8, **TARGETS_BF16} else "fp32"
+    for name, (stage, args) in {**VARIANTS, **TARGETS, **FP8, **BF16}.items():
+        precision = "bf16" if name in {**FP8, **BF16} else "fp32"
         every[name] = (stage, precision, args.format(micro=24 // (4 * world)))
     here = BOTH | ONE_PROCESS if world == 1 else every.keys() - ONE_PROCESS
     return {name: case for name, case in every.items() if name in here}

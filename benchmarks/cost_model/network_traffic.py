@@ -26,6 +26,8 @@ KINDS = {
     "broadcast": "broadcast",
     "reduce_": "reduce",
 }
+# operators that copy or scale tensors
+COPIES = ("copy_", "_foreach_copy_", "div_", "mul_", "cat")
 SMALL = "+model.hidden_size=192+model.num_heads=6"
 WARMUP_STEPS = 2
 
@@ -50,11 +52,11 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 class CopyCounter(ByteCounter):
-    """Counts in ``total`` the bytes of operators that copy or scale tensors, but no products and norms."""
+    """Counts in ``total`` the bytes of ``COPIES``, but no products and norms."""
 
     @staticmethod
     def moved(func, args, kwargs, out) -> int:
-        if func._schema.name.removeprefix("aten::") not in ("copy_", "div_", "mul_", "cat"):
+        if func._schema.name.removeprefix("aten::") not in COPIES:
             return 0
         return ByteCounter.moved(func, args, kwargs, out)
 
@@ -79,15 +81,17 @@ def count_step(name: str, device) -> dict:
     # copies are counted in the backward pass only
     engine = run.trainer.engine
     copies = CopyCounter()
-    backward = engine.backward
+    graphed = run.trainer.graphed
+    owner, name = (engine, "backward") if graphed is None else (graphed, "_step")
+    backward = getattr(owner, name)
 
-    def counted_backward(loss):
+    def counted_backward(*args):
         with copies:
-            backward(loss)
+            return backward(*args)
 
     before = bytes_written(run)
     collectives = CollectiveCounter()
-    engine.backward = counted_backward
+    setattr(owner, name, counted_backward)
     with collectives:
         run.step(WARMUP_STEPS)
     sent = bytes_written(run) - before

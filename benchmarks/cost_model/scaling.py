@@ -8,7 +8,12 @@ processes, and the speed of the links. Images per GPU stay the same, so the glob
 
 Assumed, not measured: ring collectives that reach a fraction of the links' speed, the latency of a hop,
 gradients that are sent during the backward pass except for the last bucket, ZeRO-3's gathers during the
-forward pass, and an H100's memory at 3 TB/s.
+forward pass, and an H100's memory at 3 TB/s. With --graph (train.graph true, ZeRO 1 and 2) the gradients
+are sent after the backward pass.
+
+The time that the host needs is that of the rows. On one GPU it launches a graph. Without --graph several
+GPUs wait for a host that launches every kernel, where it is slower than the device: start from rows of
+--variant sra+train.graph=false there.
 """
 
 import argparse
@@ -39,6 +44,10 @@ HOP_SECONDS = 3e-6
 # bytes per parameter that DeepSpeed copies around a collective of bf16 gradients, by stage: into the
 # bucket, the mean, and out of the bucket. Counted in two processes; one process copies nothing.
 GRADIENT_COPIES = (12, 16, 16, 16)
+# with a graph they are copied once, to where they are sent from
+GRAPH_COPIES = 4
+# stages in which a graph runs on several GPUs
+GRAPH_STAGES = (1, 2)
 # elements: what the engine configures, and DeepSpeed's limit of gathered parameters that it keeps
 REDUCE_BUCKET = 50_000_000
 GATHER_BUCKET = 200_000_000
@@ -85,12 +94,14 @@ def wire_bytes(kind: str, size: float, gpus: int) -> float:
     return rounds * (gpus - 1) / gpus * size
 
 
-def collectives(stage: int, sizes: Sizes, element: int = 2) -> dict[str, tuple[str, int]]:
+def collectives(
+    stage: int, sizes: Sizes, element: int = 2, graph: bool = False
+) -> dict[str, tuple[str, int]]:
     """What one step sends in each ZeRO stage, ``{purpose: (kind, bytes)}``; tests count it in two processes.
 
-    DeepSpeed's stages 1 and 2 average gradients by all-reduce, as stage 0 does. Stage 3 gathers the weights
-    once if they stay below its limit of live parameters. Otherwise it gathers them again for the
-    backward pass.
+    DeepSpeed's stages 1 and 2 average gradients by all-reduce, as stage 0 does; this engine's step, which
+    does so where there is a graph, by reduce-scatter. Stage 3 gathers the weights once if they stay below
+    its limit of live parameters. Otherwise it gathers them again for the backward pass.
     """
     student = element * sizes.student
     teacher = element * sizes.teacher
@@ -99,7 +110,7 @@ def collectives(stage: int, sizes: Sizes, element: int = 2) -> dict[str, tuple[s
         return {"gradients": ("all_reduce", student)}
     if stage < 3:
         return {
-            "gradients": ("all_reduce", student),
+            "gradients": ("reduce_scatter" if graph else "all_reduce", student),
             "weights": ("all_gather", student),
             "teacher": ("all_gather", teacher),
         }
@@ -111,18 +122,26 @@ def collectives(stage: int, sizes: Sizes, element: int = 2) -> dict[str, tuple[s
     }
 
 
-def step_seconds(stage: int, gpus: int, sizes: Sizes, times: Times, cluster: Cluster) -> float:
-    """Step time with the same number of images on every GPU."""
+def step_seconds(
+    stage: int, gpus: int, sizes: Sizes, times: Times, cluster: Cluster, graph: bool = False
+) -> float:
+    """Step time with the same number of images on every GPU; ``graph``: of ``GRAPH_STAGES``."""
     spent = {"weights": 0.0, "teacher": 0.0}
-    for purpose, (kind, size) in collectives(stage, sizes).items():
+    for purpose, (kind, size) in collectives(stage, sizes, graph=graph).items():
         # bf16
         bucket = 2 * (REDUCE_BUCKET if purpose == "gradients" else GATHER_BUCKET)
+        if graph and purpose == "gradients":
+            # all at once
+            bucket = max(size, 1)
         spent[purpose] = cluster.seconds(kind, size, gpus, bucket)
     exposed = lambda communication, computation: max(0.0, communication - computation)
 
-    # the last bucket of gradients cannot overlap with the backward pass
-    last_bucket = spent["gradients"] * min(1.0, REDUCE_BUCKET / sizes.student)
-    waiting = last_bucket + exposed(spent["gradients"] - last_bucket, times.backward)
+    if graph:
+        waiting = spent["gradients"]
+    else:
+        # the last bucket of gradients cannot overlap with the backward pass
+        last_bucket = spent["gradients"] * min(1.0, REDUCE_BUCKET / sizes.student)
+        waiting = last_bucket + exposed(spent["gradients"] - last_bucket, times.backward)
     if stage == 3:
         gathers = spent["weights"] + spent["teacher"]
         waiting += exposed(gathers, times.forward + times.teacher)
@@ -130,17 +149,19 @@ def step_seconds(stage: int, gpus: int, sizes: Sizes, times: Times, cluster: Clu
         # the teacher's weights arrive while the student runs
         waiting += spent["weights"] + exposed(spent["teacher"], times.forward)
     if gpus > 1:
-        waiting += GRADIENT_COPIES[stage] * sizes.student / MEMORY_SPEED
+        copies = GRAPH_COPIES if graph else GRADIENT_COPIES[stage]
+        waiting += copies * sizes.student / MEMORY_SPEED
 
     # stages 1 to 3 partition the optimizer's state and its work
     update = times.optimizer / (gpus if stage else 1)
     return times.forward + times.teacher + times.backward + update + times.other + waiting
 
 
-def state_bytes(stage: int, gpus: int, sizes: Sizes) -> dict[str, float]:
+def state_bytes(stage: int, gpus: int, sizes: Sizes, graph: bool = False) -> dict[str, float]:
     """Bytes per GPU of everything but activations.
 
     Weights, gradients and the teacher are bf16; master weights, both moments ("optimizer") and the EMA fp32.
+    A graph keeps the whole gradient.
     """
     P = sizes.student
     partitions = gpus if stage else 1
@@ -151,7 +172,7 @@ def state_bytes(stage: int, gpus: int, sizes: Sizes) -> dict[str, float]:
         "ema": 4 * P / partitions,
         "teacher": 2 * sizes.teacher,
     }
-    if stage >= 2:
+    if stage >= 2 and not graph:
         # a rank's share of the gradients and the bucket that is being sent
         found["gradients"] = min(2 * P, 2 * P / gpus + 2 * REDUCE_BUCKET)
     if stage == 3:
@@ -162,9 +183,14 @@ def state_bytes(stage: int, gpus: int, sizes: Sizes) -> dict[str, float]:
 
 
 def predictions(
-    cfg: Config, times: Times, peak: int | None, cluster: Cluster, gpus: tuple[int, ...]
+    cfg: Config,
+    times: Times,
+    peak: int | None,
+    cluster: Cluster,
+    gpus: tuple[int, ...],
+    graph: bool = False,
 ) -> Iterator[dict]:
-    """One prediction for every stage and number of GPUs.
+    """One prediction for every stage and number of GPUs; with a graph for ``GRAPH_STAGES`` only.
 
     Args:
         cfg: of the step.
@@ -178,10 +204,11 @@ def predictions(
     if peak:
         activations = max(0.0, peak - sum(state_bytes(1, 1, sizes).values()))
     one_gpu = step_seconds(0, 1, sizes, times, cluster)
-    for stage in range(4):
+    for stage in GRAPH_STAGES if graph else range(4):
         for n in gpus:
-            seconds = step_seconds(stage, n, sizes, times, cluster)
-            sent = sum(wire_bytes(*each, n) for each in collectives(stage, sizes).values())
+            seconds = step_seconds(stage, n, sizes, times, cluster, graph)
+            each = collectives(stage, sizes, graph=graph).values()
+            sent = sum(wire_bytes(kind, size, n) for kind, size in each)
             yield {
                 "stage": stage,
                 "gpus": n,
@@ -189,7 +216,7 @@ def predictions(
                 "images_per_s": n * cfg.train.global_batch / seconds,
                 "efficiency": one_gpu / seconds,
                 "sent": sent,
-                "peak_bytes": sum(state_bytes(stage, n, sizes).values()) + activations,
+                "peak_bytes": sum(state_bytes(stage, n, sizes, graph).values()) + activations,
             }
 
 
@@ -215,6 +242,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resolution", type=int, default=256, help="pixels (default 256)")
     add("--batch", type=int, default=32, help="images per GPU (default 32)")
     add("--variant", default="sra", help="default: sra")
+    add("--graph", action="store_true", help="with train.graph true: ZeRO 1 and 2")
     add("--assume-mfu", type=float, help="instead of rows: fraction of an H100's peak")
     add("--gpus", type=int, nargs="+", default=GPUS, help="default: 1 2 4 .. 4096")
     add("--intra", choices=LINKS, default="nvlink4", help="inside a node (default nvlink4)")
@@ -267,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.intra}, {args.inter}"
     )
     print(HEADER)
-    for found in predictions(cfg, times, peak, cluster, tuple(args.gpus)):
+    for found in predictions(cfg, times, peak, cluster, tuple(args.gpus), args.graph):
         hours = args.epochs * IMAGENET / found["images_per_s"] * found["gpus"] / 3600
         print(
             f"{found['stage']:4} {found['gpus']:5} {found['ms']:8.1f} "
@@ -277,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if file:
             fields = {k: found[k] for k in ("ms", "images_per_s", "peak_bytes")}
-            name = f"zero{found['stage']}, {found['gpus']} GPUs"
+            name = f"zero{found['stage']}, {found['gpus']} GPUs{', graph' if args.graph else ''}"
             file.add(make_row(kind="prediction", name=name, **case, **fields, **where))
     return 0
 

@@ -333,7 +333,9 @@ class TrainConfig:
     graph: bool | None = None
     """replay forward and backward pass as one CUDA graph, so that the host launches it in one call;
     its activations keep their memory between steps; default: on one GPU, where it can (ZeRO 0-2,
-    optim.implementation fused, no align.teacher_graph)"""
+    optim.implementation fused, no align.teacher_graph); true does it on several too (ZeRO 1-2):
+    gradients are then sent after the backward pass instead of during it; a CPU runs the same program
+    without a graph"""
     compile: bool = False
     """torch.compile each block (ZeRO 0-2)"""
     recompute: Literal["none", "norm", "full"] = "none"

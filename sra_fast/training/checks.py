@@ -67,10 +67,12 @@ def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
         check = TARGETS[align.target].check_device
         named_as(section, lambda align=align, check=check: check(align, cfg, stage, cuda))
     if cfg.train.graph:
-        require_that(cuda, "train.graph needs a CUDA device")
+        # at stage 0 DeepSpeed adds up the gradients of several processes in hooks
+        stages = (0, 1, 2) if world == 1 else (1, 2)
         require_that(
-            world == 1 and stage < 3,
-            f"train.graph needs one process and a ZeRO stage below 3, got {world} and {stage}",
+            stage in stages,
+            f"train.graph on {world} process{'es' if world > 1 else ''} needs ZeRO stage "
+            f"{', '.join(map(str, stages[:-1]))} or 2, got {stage}",
         )
         require_that(
             cfg.optim.implementation == "fused",
@@ -80,6 +82,10 @@ def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
             require_that(
                 not getattr(align, "teacher_graph", False),
                 f"train.graph captures the teacher too: it excludes {section}.teacher_graph",
+            )
+            require_that(
+                world == 1 or getattr(align, "over", None) != "all",
+                f"train.graph captures nothing that processes send: it excludes {section}.over all",
             )
 
 

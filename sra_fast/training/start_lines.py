@@ -108,7 +108,9 @@ def _machine_line(trainer: Trainer) -> str:
     plan = trainer.plan
     cfg = trainer.cfg
     processes = _count(plan.world, "process", "processes")
-    how = "one CUDA graph" if trainer.graphed is not None else "no CUDA graph"
+    how = "no CUDA graph"
+    if trainer.graphed is not None:
+        how = "one CUDA graph" if trainer.graphed.graphs else "the program of a CUDA graph"
     blocks = "compiled blocks" if cfg.train.compile else "blocks not compiled"
     return (
         f"{processes} on {_device_name(trainer)}, {cfg.train.precision}, "

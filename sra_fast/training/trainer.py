@@ -54,7 +54,8 @@ class Trainer:
         teacher: keeps the weights of the target's network up to date; None without such a network.
         device: of this process.
         rank: of this process.
-        graphed: replays forward and backward pass as a CUDA graph; None: DeepSpeed runs them.
+        graphed: replays forward and backward pass as a CUDA graph, or runs the same on a CPU; None:
+            DeepSpeed runs them.
         averages: ``train.averages``, for evaluation only.
     """
 
@@ -249,7 +250,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
             network.compile_blocks()
     # last: a graph keeps the addresses of all that it reads
     graphed = _make_graphed(plan, engine, student)
-    if graphed is not None:
+    if graphed is not None and graphed.graphs:
         for target in objective.targets:
             target.will_be_captured()
     rank = dist.get_rank()
@@ -396,7 +397,8 @@ def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer, guard: U
     # keeps its own step
     flat_groups = hasattr(engine.optimizer, "bit16_groups_flat")
     if fused and plan.stage in (1, 2) and flat_groups:
-        PartitionedStep(engine, cfg.optim.clip, guard)
+        # a graph runs no hooks of DeepSpeed's
+        PartitionedStep(engine, cfg.optim.clip, guard, reduces=bool(cfg.train.graph))
     elif fused and plan.stage == 3:
         Stage3Step(engine, cfg.optim.clip, guard)
     elif fused and plan.stage == 0 and cfg.train.precision == "bf16":
@@ -413,13 +415,16 @@ def _make_graphed(plan: Plan, engine, student: DiffusionTransformer) -> GraphedG
             that is logged.
     """
     cfg = plan.cfg
-    if cfg.train.graph is False or (cfg.train.graph is None and has_own_graph(cfg)):
+    cuda = next(student.parameters()).is_cuda
+    wanted = cfg.train.graph
+    if wanted is None:
+        can = plan.stage < 3 and cfg.optim.implementation == "fused" and not has_own_graph(cfg)
+        wanted = cuda and plan.world == 1 and can
+    # one that was asked for has passed check_device
+    if not wanted:
         return None
-    # check_device has refused a graph that was asked for and is impossible here
-    one_gpu = next(student.parameters()).is_cuda and plan.world == 1
-    if not one_gpu or plan.stage == 3 or cfg.optim.implementation != "fused":
-        return None
-    graphed = graphed_step(engine.module, student, plan.accumulation)
+    # a CPU runs the same program without a graph
+    graphed = graphed_step(engine, student, plan.accumulation, graphs=cuda)
     obstacle = _graph_obstacle(engine, plan, graphed)
     if obstacle is None:
         return graphed
@@ -430,9 +435,9 @@ def _make_graphed(plan: Plan, engine, student: DiffusionTransformer) -> GraphedG
 
 
 def _graph_obstacle(engine, plan: Plan, graphed: GraphedGradients) -> str | None:
-    """What in DeepSpeed prevents a graph on one GPU, or None."""
-    if plan.stage > 0 and not getattr(engine.optimizer.step, "reduces_nothing", False):
-        return "DeepSpeed's JSON lets it convert the gradients"
+    """What in DeepSpeed prevents a graph, or None."""
+    if plan.stage > 0 and not getattr(engine.optimizer.step, "takes_gradients", False):
+        return "DeepSpeed's JSON lets it convert or scale the gradients"
     ds_config = plan.ds_config
     # these hook into engine.forward and engine.backward, which a replay does not call
     watched = {
@@ -452,18 +457,27 @@ def _graph_obstacle(engine, plan: Plan, graphed: GraphedGradients) -> str | None
 
 
 def graphed_step(
-    objective: SRAObjective, student: DiffusionTransformer, accumulation: int, graphs: bool = True
+    engine: deepspeed.DeepSpeedEngine,
+    student: DiffusionTransformer,
+    accumulation: int,
+    graphs: bool = True,
 ) -> GraphedGradients:
-    """The objective's loss, as a mean over ``accumulation`` micro-batches, and its gradients.
+    """The objective's loss and its gradients.
 
-    Without ``graphs`` the same runs eagerly.
+    They are this process's share of the mean over ``accumulation`` micro-batches and, if the
+    engine's step adds up the gradients of all processes, over these. Without ``graphs`` the same
+    runs eagerly.
     """
     parameters = list(student.parameters())
+    step = engine.optimizer.step
+    places = step.places_of(parameters) if isinstance(step, PartitionedStep) else []
+    addends = accumulation * (dist.get_world_size() if places else 1)
     return GraphedGradients(
-        StepLoss(objective, accumulation),
+        StepLoss(engine.module, addends),
         parameters,
         graphs,
         lambda: release_accumulators(parameters),
+        places,
     )
 
 
@@ -472,12 +486,12 @@ class StepLoss:
 
     Args:
         objective: of the run.
-        accumulation: micro-batches over which the loss is a mean.
+        addends: micro-batches whose gradients are added up: the loss is divided by their number.
     """
 
-    def __init__(self, objective: SRAObjective, accumulation: int):
+    def __init__(self, objective: SRAObjective, addends: int):
         self.objective = objective
-        self.accumulation = accumulation
+        self.addends = addends
         # all batches of a run are of one kind: the last one tells what the tensors are
         self.like: MicroBatch | None = None
 
@@ -501,4 +515,4 @@ class StepLoss:
         count = len(self.objective.targets)
         weights = [weight if weight.dim() == 0 else 0.0 for weight in inputs[:count]]
         loss, parts = self.objective(self.like.with_tensors(inputs[count:]), weights)
-        return loss / self.accumulation, {"loss": loss, **parts}
+        return loss / self.addends, {"loss": loss, **parts}

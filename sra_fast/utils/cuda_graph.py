@@ -131,6 +131,8 @@ class GraphedGradients(_Captures):
         parameters: that get a gradient; all of them take part in every loss.
         graphs: False runs the same without a graph, as on a CPU.
         release: called before a capture; frees the nodes that ``held_accumulators`` counts.
+        places: tensors like the parameters that the gradients are copied to; empty: they stay where
+            autograd puts them.
     """
 
     def __init__(
@@ -139,13 +141,14 @@ class GraphedGradients(_Captures):
         parameters: Iterable[Tensor],
         graphs: bool = True,
         release: Callable[[], None] = lambda: None,
+        places: Iterable[Tensor] = (),
     ):
         super().__init__()
         self.fn = fn
         self.parameters = list(parameters)
         self.graphs = graphs
         self.release = release
-        self.gradients: list[Tensor] = []
+        self.gradients = list(places)
 
     def __call__(self, *inputs: Tensor, accumulate: bool = False) -> Any:
         """One replay. The gradients are in ``.grad`` afterwards.
@@ -225,7 +228,7 @@ class GraphedGradients(_Captures):
         output, gradients = self._gradients(inputs)
         if accumulate:
             torch._foreach_add_(self.gradients, gradients)
-        # later graphs write to the tensors of the first: these are always the ones in ``.grad``
+        # given places, or the tensors of the first graph: these are always the ones in ``.grad``
         elif self.gradients:
             torch._foreach_copy_(self.gradients, gradients)
         else:

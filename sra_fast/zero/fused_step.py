@@ -30,13 +30,14 @@ class FusedStep:
         guard: decides whether the step is taken.
 
     Attributes:
-        reduces_nothing: the gradients stay where autograd leaves them: there is one process.
+        takes_gradients: DeepSpeed touches no gradient: this step takes those that the backward pass
+            left in the parameters.
 
     Raises:
         RuntimeError: this version of DeepSpeed has other names.
     """
 
-    reduces_nothing = False
+    takes_gradients = False
 
     def __init__(self, engine, limit: float, guard: UpdateGuard):
         check_names(engine.optimizer, engine.zero_optimization_stage())
@@ -63,6 +64,11 @@ class FusedStep:
         self.zero._global_grad_norm = norm
         self.guard.decide(norm)
         self.zero.optimizer.clip_scale = clip_factor(norm, self.limit)
+
+
+def _is_alone(group) -> bool:
+    """Whether there is no other process to send to."""
+    return dist.get_world_size(group) == 1
 
 
 def gradient_of(p: Tensor) -> Tensor:
@@ -99,18 +105,59 @@ class PartitionedStep(FusedStep):
     With one process there is nothing to reduce, and the gradients stay where autograd leaves them.
     DeepSpeed would copy each into a bucket, divide it by one and copy it back twice: 16 bytes per
     parameter in bf16, with a Python hook for each.
+
+    Args:
+        engine, limit, guard: of ``FusedStep``.
+        reduces: several processes: whether this step adds up their gradients, by one reduce-scatter
+            per group when the backward pass is over. DeepSpeed does it during the backward pass, in
+            hooks that a CUDA graph does not run. Each process then leaves its share of the mean in
+            its parameters.
+
+    Attributes:
+        gradients: for each group the whole gradient of this process, laid out like the group's
+            weights, with their padding. Empty if this step adds up nothing.
     """
 
-    def __init__(self, engine, limit: float, guard: UpdateGuard):
+    def __init__(self, engine, limit: float, guard: UpdateGuard, reduces: bool = False):
         super().__init__(engine, limit, guard)
         zero = self.zero
-        # gradients that accumulate in another dtype are left to DeepSpeed, which converts them
-        one_process = dist.get_world_size(zero.dp_process_group) == 1
-        self.reduces_nothing = one_process and zero.gradient_accumulation_dtype == zero.dtype
-        if self.reduces_nothing:
+        alone = _is_alone(zero.dp_process_group)
+        # gradients that accumulate in another dtype are left to DeepSpeed, which converts them, as are
+        # those that a user's JSON has it convert or scale on their way
+        unchanged = zero.gradient_accumulation_dtype == zero.dtype
+        sent_unchanged = (
+            zero.communication_data_type == zero.dtype
+            and zero.postscale_gradients
+            and zero.gradient_predivide_factor == 1
+        )
+        self.takes_gradients = unchanged and (alone or (reduces and sent_unchanged))
+        self.gradients: list[Tensor] = []
+        # {id of a parameter: where ``gradients`` has its gradient}
+        self._places: dict[int, Tensor] = {}
+        if self.takes_gradients:
             engine.enable_backward_allreduce = False
             while zero._grad_acc_hooks:
                 zero._grad_acc_hooks.pop().remove()
+            if not alone:
+                self._make_places()
+
+    def _make_places(self) -> None:
+        for flat, parameters in zip(
+            self.zero.bit16_groups_flat, self.zero.bit16_groups, strict=True
+        ):
+            # zeros: nothing else writes the padding, which is added up as well
+            gradient = torch.zeros_like(flat)
+            self.gradients.append(gradient)
+            for p in parameters:
+                begin = (p.data_ptr() - flat.data_ptr()) // flat.element_size()
+                place = gradient.narrow(0, begin, p.numel()).view(p.shape)
+                self._places[id(p)] = place
+
+    def places_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Where the gradients of these parameters are taken from, if this step takes them from places
+        of their own: views of ``gradients``. Empty otherwise.
+        """
+        return [self._places[id(p)] for p in parameters] if self._places else []
 
     @torch.no_grad()
     def __call__(self, closure=None) -> None:
@@ -119,11 +166,12 @@ class PartitionedStep(FusedStep):
         zero.micro_step_id = -1
         zero.overflow = False
         groups = range(len(zero.bit16_groups))
-        if self.reduces_nothing:
+        if self.takes_gradients and not self.gradients:
             gradients = [self._pieces(i) for i in groups]
             self._decide([piece for pieces in gradients for _, piece in pieces])
         else:
-            gradients = [self._flat_gradient(i) for i in groups]
+            part = self._reduced if self.takes_gradients else self._flat_gradient
+            gradients = [part(i) for i in groups]
             self._decide(gradients, zero.dp_process_group)
 
         # clip, AdamW, EMA, and the rounded weights into this rank's part of the flat group
@@ -153,6 +201,22 @@ class PartitionedStep(FusedStep):
         # the pieces keep the gradients until the pass has read them
         self.zero.free_grad_in_param_list(parameters)
         return pieces
+
+    def _reduced(self, i: int) -> Tensor:
+        """This rank's part of the sum of group i's gradients over all processes, 1-d; collective."""
+        zero = self.zero
+        for p in zero.bit16_groups[i]:
+            place = self._places[id(p)]
+            # a graph has written it there already
+            if p.grad is not place:
+                place.copy_(gradient_of(p))
+        zero.free_grad_in_param_list(zero.bit16_groups[i])
+        group = zero.real_dp_process_group[i]
+        flat = self.gradients[i]
+        part = flat.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+        # in place: the other ranks' parts are not needed any more
+        dist.reduce_scatter_fn(part, flat, group=group)
+        return part
 
     def _flat_gradient(self, i: int) -> Tensor:
         """This rank's part of group i's gradient, 1-d. The parameters' own gradients are freed."""

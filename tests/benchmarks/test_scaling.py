@@ -13,6 +13,8 @@ from benchmarks.cost_model import one_gpu, scaling
 from benchmarks.cost_model.one_gpu import Sizes, Times
 from benchmarks.cost_model.scaling import (
     GRADIENT_COPIES,
+    GRAPH_COPIES,
+    GRAPH_STAGES,
     MAX_LIVE,
     REDUCE_BUCKET,
     Cluster,
@@ -33,9 +35,16 @@ H100S = Cluster(intra=450e9, inter=50e9)
 COPIES = [bytes_each * XL.student / 3e12 for bytes_each in GRADIENT_COPIES]
 
 
+# ZeRO stage, with a graph or without
+WAYS = [(stage, False) for stage in range(4)] + [(stage, True) for stage in GRAPH_STAGES]
+
+
 def count_traffic() -> list[dict]:
-    """What two processes count in a step of every ZeRO stage, in bf16."""
-    names = [f"sra+train.precision=bf16+train.zero_stage={stage}" for stage in range(4)]
+    """What two processes count in a step of every way, in bf16."""
+    names = [
+        f"sra+train.precision=bf16+train.zero_stage={stage}+train.graph={str(graph).lower()}"
+        for stage, graph in WAYS
+    ]
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2"
     module = ["-m", "benchmarks.cost_model.network_traffic"]
     command = [sys.executable, *launcher.split(), *module, *names]
@@ -50,8 +59,8 @@ def count_traffic() -> list[dict]:
 
 def test_two_processes_send_and_copy_what_is_predicted():
     """In every ZeRO stage. One test, so that the processes start once."""
-    for stage, found in enumerate(count_traffic()):
-        predicted = collectives(stage, Sizes(found["parameters"], found["teacher"]))
+    for (stage, graph), found in zip(WAYS, count_traffic(), strict=True):
+        predicted = collectives(stage, Sizes(found["parameters"], found["teacher"]), graph=graph)
         sizes = {}
         sent = 0.0
         for kind, size in predicted.values():
@@ -66,9 +75,8 @@ def test_two_processes_send_and_copy_what_is_predicted():
 
         # copies around the gradients; the rest is of activations, a small model on few images
         per_parameter = found["copies"] / found["parameters"]
-        expected = GRADIENT_COPIES[stage]
+        expected = GRAPH_COPIES if graph else GRADIENT_COPIES[stage]
         assert per_parameter == pytest.approx(expected, abs=0.3), f"stage {stage}"
-    assert stage == 3
 
 
 @pytest.mark.parametrize("nodes", [1, 4])
@@ -137,6 +145,18 @@ def test_what_is_hidden_and_what_is_not(monkeypatch):
     assert step_seconds(1, 2, XL, TIMES, slow) == pytest.approx(expected + COPIES[1])
 
 
+def test_with_a_graph_nothing_of_the_gradients_is_hidden(monkeypatch):
+    monkeypatch.setattr(scaling, "HOP_SECONDS", 0.0)
+    fast = Cluster(intra=1e12, inter=1e12, efficiency=1.0)
+    # half of 2 P bytes goes to the other GPU; then the same of the weights
+    expected = 0.077 + 2 * XL.student / 1e12 + GRAPH_COPIES * XL.student / 3e12
+    for stage in GRAPH_STAGES:
+        assert step_seconds(stage, 2, XL, TIMES, fast, graph=True) == pytest.approx(expected)
+    # of stage 2 as well the whole gradient is kept
+    whole = 2 * XL.student
+    assert [state_bytes(s, 8, XL, True)["gradients"] for s in GRAPH_STAGES] == [whole, whole]
+
+
 def test_stage_3_gathers_twice_what_it_cannot_keep():
     assert collectives(3, XL)["weights"] == ("all_gather", 4 * XL.student)
     kept = Sizes(300_000_000, 200_000_000)
@@ -199,6 +219,8 @@ def test_the_time_of_a_graph_is_split_by_arithmetic(cfg):
 
 
 def test_predictions_start_from_one_gpu(cfg):
+    graphs = list(scaling.predictions(cfg, TIMES, PEAK, H100S, (1, 8), graph=True))
+    assert [(each["stage"], each["gpus"]) for each in graphs] == [(1, 1), (1, 8), (2, 1), (2, 8)]
     found = list(scaling.predictions(cfg, TIMES, PEAK, H100S, (1, 8)))
     one = found[0]
     eight = [each for each in found if each["gpus"] == 8]

@@ -21,6 +21,7 @@ from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import _graph_obstacle, build, graphed_step
 from sra_fast.utils import cuda_graph
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
+from sra_fast.zero import fused_step
 from sra_fast.zero.process_group import init_distributed
 
 CUDA = torch.cuda.is_available()
@@ -54,15 +55,18 @@ def alone(monkeypatch):
     monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
 
 
-def run(folder, graphed, stage, precision, args):
-    """Logged rows and the masters, EMA and moments after six steps."""
-    cfg = tiny(stage, precision, "--train.graph", "false", *args.split())
+def run(folder, graphed, stage, precision, args, sums=False):
+    """Logged rows and the masters, EMA and moments after six steps.
+
+    ``sums``: the optimizer's step adds up gradients, as on several processes.
+    """
+    cfg = tiny(stage, precision, "--train.graph", str(graphed or sums).lower(), *args.split())
     trainer = build(make_plan(cfg), init_distributed())
-    assert trainer.graphed is None
-    if graphed:
-        trainer.graphed = graphed_step(
-            trainer.engine.module, trainer.student, trainer.plan.accumulation, graphs=CUDA
-        )
+    assert bool(getattr(trainer.engine.optimizer.step, "gradients", [])) == sums
+    if not graphed:
+        trainer.graphed = None
+    else:
+        assert trainer.graphed.graphs == CUDA
     folder.mkdir()
     rows = train(trainer, make_dataset(cfg), folder)
     names = ("loss", "align", "denoise", "vb", "grad_norm", "student_norm", "teacher_norm")
@@ -96,6 +100,25 @@ def test_the_same_training(tmp_path, stage, precision, args):
     assert eager[0] == graphed[0] and len(eager[0]) == 6
     for ours, theirs in zip(graphed[1], eager[1], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("stage, precision, args", [CASES[0], CASES[1], (2, "fp32", ARGUMENTS[3])])
+def test_the_same_training_where_gradients_are_added_up_afterwards(
+    tmp_path, monkeypatch, stage, precision, args
+):
+    """One process takes the way of several: one flat gradient, sent in place."""
+    with monkeypatch.context() as several:
+        several.setattr(fused_step, "_is_alone", lambda group: False)
+        eager, graphed = (
+            run(tmp_path / name, name == "graphed", stage, precision, args, sums=True)
+            for name in ("eager", "graphed")
+        )
+    assert eager[0] == graphed[0] and len(eager[0]) == 6
+    for ours, theirs in zip(graphed[1], eager[1], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    # the norm is added up in another order than that of each parameter's gradient
+    alone = run(tmp_path / "alone", True, stage, precision, args)[0]
+    assert [row["loss"] for row in alone] == pytest.approx([row["loss"] for row in eager[0]], 2e-3)
 
 
 def make(graphs=CUDA):
@@ -198,18 +221,28 @@ def test_memory_that_pytorch_does_not_count():
 
 def test_who_may_ask_for_a_graph():
     asked = lambda *args: tiny(1, "bf16", "--train.graph", "true", *args)
-    check_device(asked(), 2, cuda=True)
     unfused = asked("--optim.implementation", "torch")
     teacher_graph = asked("--align.teacher_graph", "true")
-    for found, stage, world, cuda, message in (
-        (asked(), 1, 1, False, "train.graph needs a CUDA device"),
-        (asked(), 3, 1, True, "one process and a ZeRO stage below 3, got 1 and 3"),
-        (asked(), 1, 2, True, "one process and a ZeRO stage below 3, got 2 and 1"),
-        (unfused, 1, 1, True, "needs optim.implementation fused, got torch"),
-        (teacher_graph, 1, 1, True, "it excludes align.teacher_graph"),
+    over_all = asked("--align", "dispersive", "--align.over", "all")
+    for found, stage, world in (
+        (asked(), 0, 1),
+        (asked(), 1, 8),
+        (asked(), 2, 2),
+        (over_all, 1, 1),
+    ):
+        check_device(found, stage, cuda=True, world=world)
+    # a CPU runs the same program
+    check_device(asked(), 1, cuda=False, world=2)
+    for found, stage, world, message in (
+        (asked(), 3, 1, "on 1 process needs ZeRO stage 0, 1 or 2, got 3"),
+        (asked(), 3, 2, "on 2 processes needs ZeRO stage 1 or 2, got 3"),
+        (asked(), 0, 8, "on 8 processes needs ZeRO stage 1 or 2, got 0"),
+        (over_all, 1, 2, "it excludes align.over all"),
+        (unfused, 1, 1, "needs optim.implementation fused, got torch"),
+        (teacher_graph, 1, 1, "it excludes align.teacher_graph"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_device(found, stage, cuda, world)
+            check_device(found, stage, cuda=True, world=world)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +256,7 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
     built. A checkpoint that is loaded makes none.
     """
     trainer = build(make_plan(tiny(stage, precision, "--train.graph", "false")), init_distributed())
-    graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
+    graphed = graphed_step(trainer.engine, trainer.student, 1, graphs=False)
     assert (held_accumulators(graphed.parameters) > 0) == (stage > 0), "else nothing to release"
     graphed.release()
     assert held_accumulators(graphed.parameters) == 0
@@ -253,7 +286,7 @@ def test_every_step_of_a_run_is_captured_at_its_first(args, count, monkeypatch):
     cfg = tiny(1, "bf16", *args.split())
     trainer = build(make_plan(cfg), init_distributed())
     trainer.graphed = graphed_step(
-        trainer.engine.module, trainer.student, trainer.plan.accumulation, graphs=False
+        trainer.engine, trainer.student, trainer.plan.accumulation, graphs=False
     )
     made = []
     capture_all = trainer.graphed.capture_all
@@ -299,7 +332,7 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
 
 def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
     trainer = build(make_plan(tiny(1, "bf16")), init_distributed())
-    graphed = graphed_step(trainer.engine.module, trainer.student, 1, graphs=False)
+    graphed = graphed_step(trainer.engine, trainer.student, 1, graphs=False)
 
     def obstacle(**json):
         plan = replace(trainer.plan, ds_config={**trainer.plan.ds_config, **json})
@@ -312,13 +345,38 @@ def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
     assert "timers.throughput" in obstacle(timers={"throughput": {"enabled": True}})
     view = graphed.parameters[0].view(-1)
     assert "holds autograd's nodes of 1 parameters" in obstacle() and view.grad_fn is not None
-    monkeypatch.setattr(trainer.engine.optimizer.step, "reduces_nothing", False)
-    assert "convert the gradients" in obstacle()
+    monkeypatch.setattr(trainer.engine.optimizer.step, "takes_gradients", False)
+    assert "convert or scale the gradients" in obstacle()
     trainer.engine.destroy()
 
 
-def test_a_cpu_has_none():
-    assert CUDA or build(make_plan(tiny(1, "bf16")), init_distributed()).graphed is None
+@pytest.mark.parametrize(
+    "json",
+    [
+        '{"communication_data_type": "fp32"}',
+        '{"prescale_gradients": true}',
+        '{"gradient_predivide_factor": 2.0}',
+        '{"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 2}}',
+    ],
+)
+def test_gradients_that_deepspeed_is_to_change_are_left_to_it(json, tmp_path, monkeypatch):
+    monkeypatch.setattr(fused_step, "_is_alone", lambda group: False)
+    path = tmp_path / "ds.json"
+    path.write_text(json)
+    if "stage" not in json:
+        # DeepSpeed takes these only without its reduce-scatter
+        path.write_text(json[:-1] + ', "zero_optimization": {"reduce_scatter": false}}')
+    cfg = tiny(1, "bf16", "--train.graph", "true")
+    with pytest.raises(ValueError, match="train.graph true cannot be: DeepSpeed's JSON lets it"):
+        build(make_plan(cfg, str(path)), init_distributed())
+
+
+def test_a_cpu_has_none_unless_asked():
+    cases = {"": None, "--train.graph true": False} if not CUDA else {}
+    for args, graphs in cases.items():
+        trainer = build(make_plan(tiny(1, "bf16", *args.split())), init_distributed())
+        assert getattr(trainer.graphed, "graphs", None) is graphs
+        trainer.engine.destroy()
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

@@ -277,6 +277,18 @@ def test_two_processes_give_the_losses_of_one(results, name):
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
 
 
+@pytest.mark.parametrize("graph, deepspeeds", [("graph_1", "fp32_1"), ("bf16_graph_2", "bf16_2")])
+def test_gradients_added_up_after_the_backward_pass_are_deepspeeds(results, graph, deepspeeds):
+    """Bit for bit: on two processes a share is half of a gradient, and its sum has one order."""
+    for rank in range(2):
+        ours, theirs = (read(results, 2, name, rank)["whole"] for name in (graph, deepspeeds))
+        for part in ("loss", "grad_norm"):
+            assert ours[part] == theirs[part]
+        for part in ("master", "ema", "teacher", "exp_avg", "exp_avg_sq"):
+            for key, value in theirs[part].items():
+                assert torch.equal(ours[part][key], value), (part, key)
+
+
 def test_two_processes_share_the_samples_of_one(results):
     pictures = [
         np.asarray(Image.open(results[w] / "monitored/samples/step_00000006.png")).astype(int)
