@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
     save_config(trainer.cfg, run / "config.yaml")
     generator = torch.Generator().manual_seed(1)
     base = [flat.clone() for flat in trainer.masters.flats]
-    directions = [torch.randn(flat.shape, generator=generator) for flat in base]
+    directions = [torch.randn(flat.shape, generator=generator).to(flat.device) for flat in base]
     history = []
     for step in range(1, STEPS + 1):
         weights_of(step, trainer, base, directions)

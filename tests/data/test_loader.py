@@ -11,6 +11,7 @@ from itertools import product
 
 import psutil
 import pytest
+import torch
 from launch import ROOT, environment
 from loader_worker import ENDINGS, WORK, started
 from tiny_config import config
@@ -116,6 +117,9 @@ def test_they_end_with_their_parent(programs, ending, work):
 
 @pytest.mark.parametrize("work", WORK)
 def test_they_are_gone_when_the_batches_are_closed(work):
+    if torch.cuda.is_available():
+        # else the thread that pins batches opens the device after the files are listed
+        torch.empty(1, pin_memory=True).cuda()
     # what other tests have left in this process may be closed at any time
     files = set(os.listdir("/proc/self/fd"))
     before = children()

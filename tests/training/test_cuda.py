@@ -13,9 +13,9 @@ from zero_worker import CASES, STEPS, run_case, tiny
 from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.training_data import TrainingData
-from sra_fast.training import saving
 from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan
+from sra_fast.training.saver import Saver
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed
 
@@ -51,7 +51,7 @@ def freed():
 @pytest.fixture
 def nothing_saved(monkeypatch):
     """These trainings end with gigabytes of a checkpoint that nothing reads."""
-    monkeypatch.setattr(saving, "save", lambda *args: None)
+    monkeypatch.setattr(Saver, "save", lambda *args: None)
 
 
 class RandomLatents(TrainingData):
@@ -219,7 +219,7 @@ def test_graphs_and_streams_change_nothing(tmp_path, nothing_saved, record_prope
     for name, args in ways.items():
         trainer, graphed = small(tmp_path / name, f"--align.teacher_dtype fp8 {args}")
         # the step's graph has a second stream by itself
-        beside = trainer.engine.module.target.stream is not None
+        beside = trainer.engine.module.targets[0].stream is not None
         assert beside == (name != "teacher" and name != "step alone")
         del trainer
         assert_alike(
@@ -241,8 +241,10 @@ def test_fp8_teacher_at_every_second_step(tmp_path, nothing_saved):
 @pytest.mark.long(12)
 @pytest.mark.parametrize("stage, precision", CASES, ids=NAMES)
 def test_ema_teacher_and_resumption(tmp_path, stage, precision):
-    run_case(tmp_path, "case", init_distributed(), stage, precision)
-    outcome = torch.load(tmp_path / "case.rank0.pt", weights_only=True, map_location="cpu")
+    # by this name the EMA is watched
+    name = f"{precision}_{stage}"
+    run_case(tmp_path, name, init_distributed(), stage, precision)
+    outcome = torch.load(tmp_path / f"{name}.rank0.pt", weights_only=True, map_location="cpu")
     ours = outcome["whole"]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for key, expected in ours["watched_ema"].items():

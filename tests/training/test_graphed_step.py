@@ -18,6 +18,7 @@ from sra_fast.training.checks import check_device
 from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import optimizer_step, train
 from sra_fast.training.plan import make_plan
+from sra_fast.training.saver import Saver
 from sra_fast.training.trainer import _graph_obstacle, build, graphed_step
 from sra_fast.utils import cuda_graph
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
@@ -25,7 +26,7 @@ from sra_fast.zero import fused_step
 from sra_fast.zero.process_group import init_distributed
 
 CUDA = torch.cuda.is_available()
-SAVE = saving.save
+SAVE = Saver.save
 ARGUMENTS = [
     "",
     "--train.micro_batch 8",
@@ -51,7 +52,7 @@ if CUDA:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """Nothing is saved, and attention's backward pass adds in one order."""
-    monkeypatch.setattr(saving, "save", lambda *args: None)
+    monkeypatch.setattr(Saver, "save", lambda *args: None)
     monkeypatch.setenv("SRA_FAST_ATTENTION", "math")
 
 
@@ -249,7 +250,9 @@ def test_who_may_ask_for_a_graph():
     "stage, precision",
     [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")],
 )
-def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp_path):
+def test_nothing_holds_the_nodes_that_accumulate_gradients(
+    stage, precision, tmp_path, monkeypatch
+):
     """A capture would wait for the stream in which they were made.
 
     On a GPU that is the legacy stream, and the capture fails. DeepSpeed makes the nodes when it is
@@ -260,7 +263,8 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
     assert (held_accumulators(graphed.parameters) > 0) == (stage > 0), "else nothing to release"
     graphed.release()
     assert held_accumulators(graphed.parameters) == 0
-    saving.load(trainer, SAVE(trainer, tmp_path, Progress(0), 0))
+    monkeypatch.setattr(Saver, "save", SAVE)
+    saving.load(trainer, saving.save(trainer, tmp_path, Progress(0), 0))
     assert held_accumulators(graphed.parameters) == 0
     # the check can tell: a view that autograd tracks holds one
     view = graphed.parameters[0].view(-1)

@@ -100,9 +100,9 @@ def test_the_held_out_loss_is_that_of_the_sampled_weights(weights, tmp_path):
     data = make_dataset(cfg)
     torch.manual_seed(9)
     loop.train(trainer, data, tmp_path, monitor=monitors.Monitor(cfg, device, tmp_path, data))
-    model = cfg.model.build().eval()
+    model = cfg.model.build().to(device).eval()
     model.load_state_dict(trainer.state_dict(trainer.weights(weights)))
-    expected = held_out_loss(model, "linear", HeldOutImages(data, 21), batch=5)
+    expected = held_out_loss(model, "linear", HeldOutImages(data, 21), batch=5, device=device)
     found = HeldOutLoss.load(tmp_path / "held_out/step_00000004.npz")
     assert np.array_equal(found.losses, expected.losses) and found.key == expected.key
     assert found.about == {"weights": weights, "step": 4}
@@ -284,7 +284,7 @@ def test_distance_to_an_fid_reference(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     reference = fit_gaussian(digits.reshape(len(digits), -1)[:, ::4].astype(np.float32))
     samples = torch.cat([part for part in seen if len(part) in (5, 2)][-3:])
-    expected = frechet_distance(fit_gaussian(samples.numpy()), reference)
+    expected = frechet_distance(fit_gaussian(samples.cpu().numpy()), reference)
     assert len(samples) == 12
     assert rows[-1]["fid"] == pytest.approx(expected, rel=1e-5)
 
