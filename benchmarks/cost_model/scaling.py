@@ -8,8 +8,8 @@ processes, and the speed of the links. Images per GPU stay the same, so the glob
 
 Assumed, not measured: ring collectives that reach a fraction of the links' speed, the latency of a hop,
 gradients that are sent during the backward pass except for the last bucket, ZeRO-3's gathers during the
-forward pass, and an H100's memory at 3 TB/s. With --graph (train.graph true, ZeRO 1 and 2) the gradients
-are sent after the backward pass.
+forward pass, and an H100's memory at 3 TB/s. With --graph (train.graph true, ZeRO 1 and 2) nothing is sent
+beside computation: a replay waits for the teacher's weights, and the gradients are sent after it.
 
 The time that the host needs is that of the rows. On one GPU it launches a graph. Without --graph several
 GPUs wait for a host that launches every kernel, where it is slower than the device: start from rows of
@@ -146,8 +146,9 @@ def step_seconds(
         gathers = spent["weights"] + spent["teacher"]
         waiting += exposed(gathers, times.forward + times.teacher)
     else:
-        # the teacher's weights arrive while the student runs
-        waiting += spent["weights"] + exposed(spent["teacher"], times.forward)
+        # the teacher's weights arrive while the student runs; a replay begins when they have arrived
+        hidden = 0.0 if graph else times.forward
+        waiting += spent["weights"] + exposed(spent["teacher"], hidden)
     if gpus > 1:
         copies = GRAPH_COPIES if graph else GRADIENT_COPIES[stage]
         waiting += copies * sizes.student / MEMORY_SPEED
@@ -161,7 +162,8 @@ def state_bytes(stage: int, gpus: int, sizes: Sizes, graph: bool = False) -> dic
     """Bytes per GPU of everything but activations.
 
     Weights, gradients and the teacher are bf16; master weights, both moments ("optimizer") and the EMA fp32.
-    A graph keeps the whole gradient.
+    With a graph several GPUs keep the whole gradient twice: as autograd leaves it, in the graph's memory,
+    and as it is sent.
     """
     P = sizes.student
     partitions = gpus if stage else 1
@@ -172,7 +174,9 @@ def state_bytes(stage: int, gpus: int, sizes: Sizes, graph: bool = False) -> dic
         "ema": 4 * P / partitions,
         "teacher": 2 * sizes.teacher,
     }
-    if stage >= 2 and not graph:
+    if graph and gpus > 1:
+        found["gradients"] = 4 * P
+    elif stage >= 2 and not graph:
         # a rank's share of the gradients and the bucket that is being sent
         found["gradients"] = min(2 * P, 2 * P / gpus + 2 * REDUCE_BUCKET)
     if stage == 3:

@@ -131,7 +131,7 @@ def optimizer_step(
         # DeepSpeed counts the micro-steps and takes the optimizer step at the last one
         engine.step()
     if engine.was_step_applied():
-        # the teacher's all-gather starts here and overlaps with the next student forward
+        # the teacher's all-gather starts here; without a graph it overlaps with the student's forward
         next_weights = align_weights(cfg, step + 1, stream.epoch(position + 1))
         trainer.after_step(trainer.teacher_runs(list(next_weights.values())))
     # tensors on the device: they are not read here

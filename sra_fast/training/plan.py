@@ -22,7 +22,7 @@ from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import is_there
 from sra_fast.utils.registry import TARGETS
-from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
+from sra_fast.zero.deepspeed_config import check_graph, deepspeed_config, zero_stage
 from sra_fast.zero.process_group import deepspeed_log_level
 
 # on which the monitor measures the held-out loss, unless another number is asked for
@@ -99,6 +99,8 @@ def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None)
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, cuda)
     stage = zero_stage(ds_config, cfg)
     check_device(cfg, stage, cuda, world)
+    if cfg.train.graph:
+        check_graph(ds_config, cfg, world)
     # saved with the run: config.yaml then tells the stage without the JSON
     cfg.train.zero_stage = stage
     return Plan(cfg, ds_config, stage, micro, accumulation, world)
@@ -151,7 +153,7 @@ def _fill_in_targets(cfg: Config, data: TrainingData) -> None:
     require_that(
         data.features is None or any(kind.needs_external for kind in kinds),
         f"data.features {cfg.data.features} is for align.target cached_features, "
-        "which this run does not have",
+        "which this run does not have: add --align cached_features",
     )
     for section, align in cfg.alignments.items():
         fill = TARGETS[align.target].fill_in_data

@@ -15,6 +15,8 @@ from sra_fast.utils.registry import LOGGERS
 
 # columns that the names of the lines take
 NAME_WIDTH = 9
+# the share of its beginning that an average may keep to the end without a word
+MOST_INITIAL = 0.05
 # an EMA or another average is fp32
 EMA_BYTES = 4
 
@@ -22,14 +24,13 @@ EMA_BYTES = 4
 def say_start(
     trainer: Trainer, data: TrainingData, folder: Path, start: int = 0, origin: str | None = None
 ) -> None:
-    """Print ``start_lines`` to stderr, and a warning if the precision makes the run slow.
+    """Print ``start_lines`` to stderr, and what a user may not have wanted.
 
     stdout belongs to the summary, which other programs read.
     """
     lines = start_lines(trainer, data, folder, start, origin)
-    warning = precision_warning(trainer)
-    if warning:
-        lines.append(warning)
+    warnings = (precision_warning(trainer), decay_warning(trainer.cfg, origin))
+    lines += [warning for warning in warnings if warning]
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -160,6 +161,33 @@ def precision_warning(trainer: Trainer) -> str | None:
     if trainer.device.type == "cpu" and trainer.cfg.train.precision == "bf16":
         return "warning: bf16 is slow on a CPU, set --train.precision fp32"
     return None
+
+
+def decay_warning(cfg: Config, origin: str | None = None) -> str | None:
+    """One line if much of the average that will be sampled is the random weights of the beginning,
+    else None.
+
+    Args:
+        cfg: of the run.
+        origin: what the weights come from; None: they are random.
+    """
+    name = cfg.sample.weights
+    steps = cfg.train.steps
+    decay = cfg.train.ema_decay
+    option = "train.ema_decay"
+    if name != "ema":
+        # the student, and averages without a decay, keep nothing of the beginning
+        decay = getattr(cfg.train.averages.get(name), "decay", None)
+        option = f"train.averages.{name}.decay"
+    if origin is not None or decay is None or decay**steps <= MOST_INITIAL:
+        return None
+    # remembers a twentieth of the run
+    better = max(0.9, 1 - 20 / steps)
+    return (
+        f"warning: after {steps} steps {decay**steps:.0%} of the weights that are sampled ({name}, of "
+        f"decay {decay:g}) will still be the random ones of the beginning: take a smaller --{option}, "
+        f"such as {better:.4g}, or more steps"
+    )
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:

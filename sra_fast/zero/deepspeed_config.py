@@ -266,6 +266,37 @@ def _check_as_deepspeed(ds_config: MergedConfig) -> None:
         _refuse("data_types.grad_accum_dtype", f"{own} at stage 0, as the model", accumulated)
 
 
+def check_graph(ds_config: MergedConfig, cfg: Config, world: int) -> None:
+    """ValueError for what a CUDA graph of the step excludes in a user's JSON: DeepSpeed converts or
+    scales gradients, and looks into passes, in hooks that a replay does not run.
+    """
+    timers = ds_config["timers"].get("throughput", {})
+    profiler = ds_config.get("flops_profiler", {})
+    off = {
+        "wall_clock_breakdown": ds_config["wall_clock_breakdown"],
+        "timers.throughput.enabled": timers.get("enabled"),
+        "flops_profiler.enabled": profiler.get("enabled"),
+    }
+    for option, value in off.items():
+        if value:
+            _refuse(option, "false with train.graph", value)
+    own = cfg.train.precision
+    accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated not in (None, own):
+        _refuse("data_types.grad_accum_dtype", f"{own} with train.graph", accumulated)
+    if world == 1:
+        # nothing is sent
+        return
+    sent = ds_config.get("communication_data_type")
+    if sent not in (None, own):
+        _refuse("communication_data_type", f"{own} with train.graph", sent)
+    if ds_config.get("prescale_gradients"):
+        _refuse("prescale_gradients", "false with train.graph", True)
+    divided = ds_config.get("gradient_predivide_factor", 1)
+    if divided != 1:
+        _refuse("gradient_predivide_factor", "1 with train.graph", divided)
+
+
 def _refuse(option: str, expected: str, found: object) -> NoReturn:
     raise ValueError(f"--deepspeed_config: {option} must be {expected}, got {found!r}")
 

@@ -120,7 +120,8 @@ class ReplicatedTeacher:
     """Stages 0 to 2: the whole teacher on every rank, refreshed by one all-gather of the EMA.
 
     With low-precision weights and an ``AdamWEMA``, the optimizer's own pass writes this rank's part
-    of them. The all-gather then overlaps with the student's next forward.
+    of them. The all-gather then overlaps with the student's next forward, unless that is part of a
+    CUDA graph.
 
     Args:
         teacher: the frozen ``Backbone``. Its parameters become views of the gathered buffers.

@@ -148,13 +148,15 @@ def test_what_is_hidden_and_what_is_not(monkeypatch):
 def test_with_a_graph_nothing_of_the_gradients_is_hidden(monkeypatch):
     monkeypatch.setattr(scaling, "HOP_SECONDS", 0.0)
     fast = Cluster(intra=1e12, inter=1e12, efficiency=1.0)
-    # half of 2 P bytes goes to the other GPU; then the same of the weights
-    expected = 0.077 + 2 * XL.student / 1e12 + GRAPH_COPIES * XL.student / 3e12
+    # half of 2 P bytes goes to the other GPU; then the same of the weights, and of the teacher's
+    sent = (2 * XL.student + XL.teacher) / 1e12
+    expected = 0.077 + sent + GRAPH_COPIES * XL.student / 3e12
     for stage in GRAPH_STAGES:
         assert step_seconds(stage, 2, XL, TIMES, fast, graph=True) == pytest.approx(expected)
-    # of stage 2 as well the whole gradient is kept
-    whole = 2 * XL.student
-    assert [state_bytes(s, 8, XL, True)["gradients"] for s in GRAPH_STAGES] == [whole, whole]
+    # of stage 2 as well the whole gradient is kept, twice; on one GPU once
+    for gpus, times in ((8, 2), (1, 1)):
+        kept = [state_bytes(stage, gpus, XL, True)["gradients"] for stage in GRAPH_STAGES]
+        assert kept == 2 * [times * 2 * XL.student]
 
 
 def test_stage_3_gathers_twice_what_it_cannot_keep():

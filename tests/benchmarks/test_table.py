@@ -126,7 +126,7 @@ MORE_CHOSEN = [
         "| `sra`: this engine | 32 | 320 | 30.0 % | 37.5 % | 12.0 GiB | +25.0 % | abc |",
         # this engine may choose what it recomputes, a rival all of its settings
         "| `sra+train.recompute=norm`: this engine | 256 | 320 |  |  |  | +25.0 % | abc |",
-        "| `strong+compile=whole`: plain PyTorch at its best | 32 | 320 |  |  |  | +40.0 % | abc |",
+        "| `strong+compile=whole`: ordinary PyTorch at its best | 32 | 320 |  |  |  | +40.0 % | abc |",
         "| `reference`: published code |  | not measured yet |  |  |  |  |  |",
         # settings against the default at the same batch
         "| `align.teacher_layer=14` | 32 | 320 |  | -12.0 % | abc |",
@@ -189,7 +189,7 @@ def test_what_the_newest_run_lacks_is_taken_from_an_older_one():
     for line in (
         "| `plain`: this engine without alignment | 32 | 320 |  |  |  |  | abc |",
         "| `sra`: this engine | 32 | 320 |  |  |  | +20.0 % | abc |",
-        "| `strong`: plain PyTorch at its best | 32 | 320 |  |  |  | +100.0 % | zzz |",
+        "| `strong`: ordinary PyTorch at its best | 32 | 320 |  |  |  | +100.0 % | zzz |",
         "| `align.every=3` | 32 | 320 |  | -5.0 % | abc |",
         "| `train.compile=true` | 32 | 320 |  | +10.0 % | zzz |",
     ):
@@ -197,7 +197,7 @@ def test_what_the_newest_run_lacks_is_taken_from_an_older_one():
     assert not any("align.every=2" in line for line in lines)
     assert table.render_headline(older[:5] + newer) == [
         "A step of SiT-XL/2 at 256 px with 32 images on one NVIDIA X takes 60 ms with SRA, "
-        "50 ms without; plain PyTorch at its best 160 ms (2.7 times as long): [measured](#measured)."
+        "50 ms without; the same in ordinary PyTorch at its best 160 ms (2.7 times as long): [measured](#measured)."
     ]
     # nor are settings of a run whose `sra` was another
     other = [{**row, "commit": next(iter(table.OTHER_DEFAULTS))} for row in older]
@@ -229,7 +229,7 @@ def test_headline_sentence():
     # the rival at its fastest settings; the published code was not measured here
     assert table.render_headline(STEP_ROWS) == [
         "A step of SiT-XL/2 at 256 px with 32 images on one NVIDIA X takes 125 ms with SRA, "
-        "100 ms without; plain PyTorch at its best 140 ms (1.1 times as long): "
+        "100 ms without; the same in ordinary PyTorch at its best 140 ms (1.1 times as long): "
         "[measured](#measured)."
     ]
     without_plain = [row for row in STEP_ROWS if row["variant"] != "plain"]

@@ -4,6 +4,8 @@ The training is the same to the bit.
 """
 
 from dataclasses import replace
+from json import dumps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from sra_fast.zero import fused_step
 from sra_fast.zero.process_group import init_distributed
 
 CUDA = torch.cuda.is_available()
+# DeepSpeed's condition for some options of its JSON
+HOOKS = {"zero_optimization": {"reduce_scatter": False}}
 SAVE = Saver.save
 ARGUMENTS = [
     "",
@@ -250,9 +254,7 @@ def test_who_may_ask_for_a_graph():
     "stage, precision",
     [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32")],
 )
-def test_nothing_holds_the_nodes_that_accumulate_gradients(
-    stage, precision, tmp_path, monkeypatch
-):
+def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp_path, monkeypatch):
     """A capture would wait for the stream in which they were made.
 
     On a GPU that is the legacy stream, and the capture fails. DeepSpeed makes the nodes when it is
@@ -354,25 +356,114 @@ def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
     trainer.engine.destroy()
 
 
+def test_a_process_takes_its_own_part_of_the_sum_in_place(monkeypatch):
+    """The third of four processes. The padding is added up as well, and is part of the norm."""
+    weights = torch.zeros(12)
+    first, second = parameters = [weights[:3], weights[3:10].view(7, 1)]
+    step = object.__new__(fused_step.PartitionedStep)
+    step.gradients = []
+    step._places = {}
+    step.zero = SimpleNamespace(
+        bit16_groups_flat=[weights],
+        bit16_groups=[parameters],
+        real_dp_process_group=[None],
+        free_grad_in_param_list=lambda parameters: None,
+    )
+    step._make_places()
+    sent = []
+    communication = SimpleNamespace(
+        get_world_size=lambda group: 4,
+        get_rank=lambda group: 2,
+        reduce_scatter_fn=lambda part, flat, group: sent.append((part, flat)),
+    )
+    monkeypatch.setattr(fused_step, "dist", communication)
+    # one was left by autograd, the other is in its place
+    first.grad = torch.ones(3)
+    (second.grad,) = step.places_of([second])
+    second.grad += 2
+    part = step._reduced(0)
+    ((given, flat),) = sent
+    assert flat.tolist() == [1.0] * 3 + [2.0] * 7 + [0.0] * 2
+    assert given is part and part.numel() == 3
+    # NCCL's condition for a reduce-scatter in place
+    assert part.data_ptr() == flat.data_ptr() + 2 * part.nbytes
+
+
+def test_a_replay_waits_for_the_weights_of_the_teacher(monkeypatch):
+    """The wait in the middle of the passes would be part of the graph."""
+    cfg = tiny(1, "bf16", "--train.graph", "true", "--align.every", "2")
+    trainer = build(make_plan(cfg), init_distributed())
+    # so that each step is a call
+    trainer.graphed.graphs = False
+    pending = []
+    step = trainer.graphed._step
+
+    def watched(*args):
+        pending.append(len(trainer.teacher.pending))
+        return step(*args)
+
+    monkeypatch.setattr(trainer.graphed, "_step", watched)
+    data = make_dataset(cfg)
+    stream = ShuffledBatches(len(data), 0, trainer.plan.micro, 1, 0, 1, 0, 6)
+    batches = Batches(data, stream, 0, False)
+    logger = TrainLogger(None, cfg, trainer.device, 1)
+    left = []
+    for number in range(4):
+        optimizer_step(trainer, batches, stream, data, number, logger)
+        left.append(len(trainer.teacher.pending))
+    # the teacher runs in the steps 0 and 2
+    assert pending == [0, 0, 0, 0] and left[1] > 0
+    trainer.engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "json, option, worlds",
+    [
+        ({"communication_data_type": "fp32"}, "communication_data_type must be bf16", (2,)),
+        ({"prescale_gradients": True, **HOOKS}, "prescale_gradients must be false", (2,)),
+        ({"gradient_predivide_factor": 2.0, **HOOKS}, "gradient_predivide_factor must be 1", (2,)),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "data_types.grad_accum_dtype must", (1, 2)),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown must be false", (1, 2)),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled must be false", (1, 2)),
+        ({"timers": {"throughput": {"enabled": True}}}, "timers.throughput.enabled must", (1, 2)),
+    ],
+)
+def test_what_a_graph_excludes_in_deepspeeds_json(json, option, worlds, tmp_path):
+    """One line that names it, before anything is built."""
+    path = tmp_path / "ds.json"
+    path.write_text(dumps(json))
+    for world in (1, 2):
+        plan = lambda graph, world=world: make_plan(
+            tiny(2, "bf16", "--train.graph", graph), str(path), world
+        )
+        plan("false")
+        if world in worlds:
+            with pytest.raises(
+                ValueError, match=f"^--deepspeed_config: {option}.* with train.graph"
+            ):
+                plan("true")
+        else:
+            plan("true")
+
+
 @pytest.mark.parametrize(
     "json",
     [
-        '{"communication_data_type": "fp32"}',
-        '{"prescale_gradients": true}',
-        '{"gradient_predivide_factor": 2.0}',
-        '{"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 2}}',
+        {"communication_data_type": "fp32"},
+        {"prescale_gradients": True, **HOOKS},
+        {"gradient_predivide_factor": 2.0, **HOOKS},
+        {"data_types": {"grad_accum_dtype": "fp32"}},
     ],
 )
 def test_gradients_that_deepspeed_is_to_change_are_left_to_it(json, tmp_path, monkeypatch):
+    """Also if a plan has not looked at the JSON."""
     monkeypatch.setattr(fused_step, "_is_alone", lambda group: False)
     path = tmp_path / "ds.json"
-    path.write_text(json)
-    if "stage" not in json:
-        # DeepSpeed takes these only without its reduce-scatter
-        path.write_text(json[:-1] + ', "zero_optimization": {"reduce_scatter": false}}')
-    cfg = tiny(1, "bf16", "--train.graph", "true")
+    path.write_text(dumps(json))
+    plan = make_plan(tiny(2, "bf16"), str(path))
+    plan.cfg.train.graph = True
     with pytest.raises(ValueError, match="train.graph true cannot be: DeepSpeed's JSON lets it"):
-        build(make_plan(cfg, str(path)), init_distributed())
+        build(plan, init_distributed())
 
 
 def test_a_cpu_has_none_unless_asked():

@@ -118,6 +118,36 @@ def test_bf16_on_a_cpu_is_one_warning(capsys):
         assert err.count("bf16 is slow on a CPU, set --train.precision fp32") == warnings
 
 
+@pytest.mark.parametrize(
+    "args, origin, said",
+    [
+        ("--train.steps 2000", None, "after 2000 steps 82% of the weights that are sampled (ema, "),
+        ("--train.steps 20000", None, "a smaller --train.ema_decay, such as 0.999, or more steps"),
+        ("--train.steps 6 --train.ema_decay 0.99", None, "--train.ema_decay, such as 0.9, or more"),
+        # 5 %
+        ("--train.steps 29900", None, "5% of the weights"),
+        ("--train.steps 30000", None, None),
+        ("--train.steps 2000 --train.ema_decay 0.99", None, None),
+        # the random weights have no part in it
+        ("--train.steps 2000", "weights of w.safetensors", None),
+        ("--train.steps 2000 --sample.weights model", None, None),
+        ("--train.steps 2000 --sample.weights wide", None, None),
+        ("--train.steps 2000 --sample.weights slow", None, "(slow, of decay 0.9995) will still"),
+        ("--train.steps 2000 --sample.weights slow", None, "smaller --train.averages.slow.decay"),
+    ],
+)
+def test_an_average_that_is_mostly_its_beginning_is_a_warning(args, origin, said, capsys):
+    averages = "{slow: {decay: 0.9995}, wide: {sigma_rel: 0.1}}"
+    words = ["--train.precision", "fp32", "--train.averages", averages, *args.split()]
+    if "ema_decay" not in args:
+        words += ["--train.ema_decay", "0.9999"]
+    cfg = config(*words)
+    say_start(trainer(cfg), make_dataset(cfg), FOLDER, origin=origin)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (6 if said is None else 7)
+    assert said is None or (lines[6].startswith("warning: after ") and said in lines[6])
+
+
 def test_counts_of_a_trainer_that_is_built():
     """The parameters are counted as the model has them, and the plan is the one that runs."""
     from sra_fast.training.trainer import build
