@@ -14,9 +14,9 @@ photos: $(INSTALLED)
 	@$(BIN)/python sra_fast/preprocess.py --source data/photos/images --out data/photos/pixels --pixels true --resolution 32
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/photos.yaml
 	@run=$$(ls -td runs/photos/*/ | head -n 1) && \
-	$(BIN)/python sra_fast/sample.py --checkpoint $$run --out data/photos/samples --count 200 --sample.method euler --sample.steps 25 --cfg-scale 1.5 && \
-	$(BIN)/python sra_fast/evaluate.py --samples data/photos/samples --features pixels --out data/photos/scores.json && \
-	$(BIN)/python sra_fast/probe.py --checkpoint $$run --times '[0.1, 0.5]' --out data/photos/probe
+	$(BIN)/python sra_fast/sample.py --checkpoint $$run --out $${run}generated --count 200 --sample.method euler --sample.steps 25 --cfg-scale 1.5 && \
+	$(BIN)/python sra_fast/evaluate.py --samples $${run}generated --features pixels --out $${run}scores.json && \
+	$(BIN)/python sra_fast/probe.py --checkpoint $$run --times '[0.1, 0.5]' --out $${run}probe
 
 # from captions in words to samples of prompts: the commands of docs/text_to_image.md. One thread:
 # with two, on two cores that other programs used as well, a step of so small a network took more than

@@ -4,7 +4,6 @@ Writes runs/ablations/<study>/table.md, rows.json and plot.png. The same command
 interruption.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -13,13 +12,17 @@ from pathlib import Path
 def main() -> None:
     # before the imports, which take seconds: the launcher may end meanwhile
     from sra_fast.utils.processes import LauncherWatch
+    from sra_fast.utils.stopping import one_line_on_interrupt
 
+    one_line_on_interrupt("stopped; the same command resumes")
     launchers = LauncherWatch()
     began = time.monotonic()
     from sra_fast.analysis.study import check_seeds, read_study
+    from sra_fast.config.arguments import ArgumentParser
     from sra_fast.training.signals import STOPPED, StopSignals
 
-    args, parser = _parse()
+    parser = ArgumentParser(description=__doc__.partition(":  ")[0])
+    args = _parse(parser)
     try:
         studies = [read_study(path) for path in args.study]
         check_seeds(args.seeds or [])
@@ -54,7 +57,7 @@ def main() -> None:
     sys.exit(1 if failed else code)
 
 
-def _run(study, args: argparse.Namespace, why) -> tuple[list[str], int]:
+def _run(study, args, why) -> tuple[list[str], int]:
     """Run a study and show its table; a line for each failure, and how many runs are left."""
     from sra_fast.analysis.study_schedule import Options, run_study
     from sra_fast.analysis.study_table import panels, table
@@ -73,7 +76,10 @@ def _run(study, args: argparse.Namespace, why) -> tuple[list[str], int]:
         if results.rows:
             plot_study(folder / "plot.png", panels(results))
             print(f"\n{study.name}\n\n{table(results)}")
-    except (ValueError, RuntimeError, OSError) as error:
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the checkpoints", file=sys.stderr)
@@ -81,8 +87,8 @@ def _run(study, args: argparse.Namespace, why) -> tuple[list[str], int]:
     return ended.failed, ended.left
 
 
-def _parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":  ")[0])
+def _parse(parser):
+    """What was given, checked; ``parser``: without arguments yet."""
     parser.add_argument(
         "study", type=Path, nargs="+", help="YAML file: base, args, seeds, variants, and more"
     )
@@ -116,10 +122,14 @@ def _parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
-        "--score-only", action="store_true", help="score finished runs, and train nothing"
+        "--score-only",
+        "--score_only",
+        action="store_true",
+        help="score finished runs, and train nothing",
     )
     only.add_argument(
         "--dry-run",
+        "--dry_run",
         "--cost",
         action="store_true",
         help="say what is left to do: runs, images, FLOPs and hours",
@@ -129,7 +139,7 @@ def _parse() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     if args.minutes is not None and not args.minutes > 0:
         parser.error(f"--minutes must be more than 0, got {args.minutes:g}")
-    return args, parser
+    return args
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ python sra_fast/export.py --checkpoint runs/digits/000 --out digits --push USER/
 python sra_fast/export.py --checkpoint runs/dit/000 --format diffusers --vae VAE --out pipeline
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.checkpoint.formats import FORMATS, Options, export
+    from sra_fast.utils.stopping import one_line_on_interrupt
 
-    parser = argparse.ArgumentParser(
+    one_line_on_interrupt()
+    from sra_fast.checkpoint.formats import FORMATS, Options, export
+    from sra_fast.config.arguments import ArgumentParser
+
+    parser = ArgumentParser(
         description="Write weights, the EMA of a run for example, in another format."
     )
     parser.add_argument(
@@ -34,6 +37,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--fold-time",
+        "--fold_time",
         action="store_true",
         help="fit the time's first layer to the features of diffusers, which are not DiT's",
     )

@@ -9,6 +9,9 @@ from pathlib import Path
 
 
 def main() -> None:
+    from sra_fast.utils.stopping import one_line_on_interrupt
+
+    one_line_on_interrupt()
     from sra_fast.analysis.held_out_loss import Options, run, table
     from sra_fast.config.cli import make_parser, parse
 

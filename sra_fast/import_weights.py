@@ -7,17 +7,20 @@ python sra_fast/import_weights.py --from PIPELINE_FOLDER --out dit_xl2.safetenso
 python sra_fast/import_weights.py --from sd3.safetensors --input_size 128 --out mmdit.safetensors
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 
 def main() -> None:
+    from sra_fast.utils.stopping import one_line_on_interrupt
+
+    one_line_on_interrupt()
     from sra_fast.checkpoint.diffusers_folder import import_pipeline
     from sra_fast.checkpoint.official_weights import import_file
     from sra_fast.checkpoint.sources import transformer_folder
+    from sra_fast.config.arguments import ArgumentParser
 
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Convert weights of the official DiT, SiT or SD3 release, or of a DiT or SD3 "
         "of diffusers."
     )
@@ -44,6 +47,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--time-scale",
+        "--time_scale",
         type=float,
         help="for an MMDiT that does not say it: what times are multiplied by; default: 1000 with a "
         "pooled feature (SD3), otherwise 1",
@@ -56,6 +60,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--fold-time",
+        "--fold_time",
         action="store_true",
         help="for a DiT that was trained in diffusers: fit its time's first layer to our features",
     )
@@ -75,8 +80,11 @@ def main() -> None:
         else:
             sizes = (args.num_heads, args.seed, args.input_size, args.time_scale)
             import_file(args.source, args.model, args.out, *sizes)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        place = error.filename or args.out
+        parser.error(f"{place} cannot be read or written: {error.strerror or error}")
     print(args.out)
 
 

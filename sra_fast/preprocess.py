@@ -4,17 +4,23 @@ deepspeed sra_fast/preprocess.py --source imagenet/train --vae sd-vae-ft-mse --r
 data/imagenet256
 """
 
-import os
 import sys
 from pathlib import Path
 
 
-def fail(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def say(*lines: str) -> None:
+    """Print lines. What the terminal's encoding lacks, such as bytes in a file's name that are no
+    UTF-8, is written as escapes, as Python does it for errors.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def main() -> None:
+    from sra_fast.utils.stopping import fail, one_line_on_interrupt
+
+    one_line_on_interrupt("stopped; the same command resumes")
     from sra_fast.config.cli import make_parser, parse
     from sra_fast.data.preprocess import Options, list_bad, make_jobs
     from sra_fast.data.summary import summary
@@ -29,20 +35,14 @@ def main() -> None:
         read_launcher(group=False)
         if options.bad == "list":
             bad = list(list_bad(options))
-            print(*bad, f"{len(bad)} images cannot be read", sep="\n")
+            say(*bad, f"{len(bad)} images cannot be read")
             sys.exit(2 if bad else 0)
         jobs = make_jobs(options)
-    except ValueError as error:
-        # every process of this machine finds the same error: one of them says it
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)
-        fail(error)
-    try:
         for job, finished in run_jobs(jobs):
             if finished:
-                print(*summary(job, finished), sep="\n")
+                say(*summary(job, finished))
     except ValueError as error:
-        fail(error)
+        fail(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Sample images:  python sra_fast/sample.py --checkpoint runs/digits/000 --count 100 --out samples
 
 Under a launcher (`deepspeed sra_fast/sample.py ...`) every process makes its share. The same
-command resumes after an interruption.
+command resumes after an interruption; finished samples of another one are refused.
 """
 
 import json
@@ -10,6 +10,10 @@ from pathlib import Path
 
 
 def main() -> None:
+    # before the imports, which take seconds
+    from sra_fast.utils.stopping import fail, one_line_on_interrupt
+
+    one_line_on_interrupt("stopped; the same command resumes")
     from sra_fast.config.cli import make_parser, parse
     from sra_fast.sampling.run import Options, load_job, run
     from sra_fast.utils.launcher import read_launcher
@@ -22,11 +26,12 @@ def main() -> None:
         read_launcher(group=False)
         summary = run(load_job(options))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"error: {error}")
     except OSError as error:
-        sys.exit(
-            f"error: cannot write {options.out}: {error}; finished parts are kept, the same command resumes"
+        fail(
+            f"error: cannot write {options.out}: {error}; finished parts are kept, the same command "
+            "resumes",
+            code=1,
         )
     if summary:
         print(json.dumps(summary))

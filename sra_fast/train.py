@@ -11,9 +11,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-# seconds in which a launcher ends the other ranks after one has failed: DeepSpeed's looks every second
-LAUNCHER_REACTS = 3.0
-
 
 @contextmanager
 def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
@@ -30,6 +27,7 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
     """
     # this room imports DeepSpeed, which no other program does
     from sra_fast.training.endings import STOPPED, ending_of
+    from sra_fast.utils import stopping
 
     try:
         yield
@@ -47,7 +45,7 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
                 # whoever is still alive after this has failed alone: the launcher's signal, which a
                 # run only notes, ends the others
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(LAUNCHER_REACTS)
+                time.sleep(stopping.LAUNCHER_REACTS)
             if rank:
                 line = line.replace("error:", f"error on rank {rank}:", 1)
             speaks = True

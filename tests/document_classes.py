@@ -51,6 +51,7 @@ PIPELINE = "sra-fast export --checkpoint RUN --format diffusers"
 OWN = "sra-fast preprocess --source my_images"
 OWN_RUN = "sra-fast train --model SiT-S/4 --data data/mine"
 SMALL = "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 --train.global_batch 8 --train.steps 2"
+DIGITS_FEATURES = "python examples/digits_features.py"
 PHOTOS = "python examples/photos.py"
 PHOTO_PIXELS = "python sra_fast/preprocess.py --source data/photos/images"
 PHOTO_RUN = "deepspeed sra_fast/train.py --config configs/photos.yaml"
@@ -161,7 +162,7 @@ CLASSES = {
     "python examples/bad_to_good.py": ParseOnly(
         "reads runs of a study; tests/analysis/test_bad_to_good.py makes small ones"
     ),
-    "python examples/digits_features.py": Execute(
+    DIGITS_FEATURES: Execute(
         "--steps 2 --width 16 --depth 1",
         makes=("data/digits/packed/features/vit/index.json",),
         says="of the held-out digits",
@@ -192,7 +193,14 @@ CLASSES = {
         "README.md's command under another name"
     ),
     "sra-fast preprocess --source data/mine --features": FEATURES,
-    f"{OWN_RUN} --data.features": FEATURES,
+    # with the digits and a vision model of theirs, whose features lie as those of other data do
+    f"{OWN_RUN} --align cached_features": Execute(
+        f"{SMALL} --model.patch_size 2 --train.precision fp32 --data.num_workers 0 "
+        "--train.out runs/features",
+        (DIGITS_FEATURES,),
+        {"data/mine": "data/digits/packed", "dinov2-small": "vit"},
+        makes=("runs/features/000/ema.safetensors",),
+    ),
     "sra-fast sample --checkpoint runs/default/000": Execute(
         "--count 4 --sample.steps 2 --sample.method euler --out own",
         (OWN_RUN,),
@@ -206,15 +214,17 @@ CLASSES = {
         makes=("runs/photos/000/ema.safetensors",),
     ),
     PHOTO_SAMPLES: Execute(
-        "--count 20 --sample.steps 2", (PHOTO_RUN,), makes=("data/photos/samples/samples.png",)
+        "--count 20 --sample.steps 2",
+        (PHOTO_RUN,),
+        makes=("runs/photos/000/generated/samples.png",),
     ),
-    "python sra_fast/evaluate.py --samples data/photos/samples": Execute(
-        after=(PHOTO_SAMPLES,), makes=("data/photos/scores.json",), says="fid"
+    "python sra_fast/evaluate.py --samples runs/photos/000/generated": Execute(
+        after=(PHOTO_SAMPLES,), makes=("runs/photos/000/scores.json",), says="fid"
     ),
     "python sra_fast/probe.py --checkpoint runs/photos/000": Execute(
         "--images 40 --draws 1 --times [0.5] --layers [2]",
         (PHOTO_RUN,),
-        makes=("data/photos/probe/probe.json",),
+        makes=("runs/photos/000/probe/probe.json",),
         says="best: block 2",
     ),
     # other launchers; tests/training compares what they train

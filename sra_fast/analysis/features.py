@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from sra_fast.data.dataset import make_dataset
+from sra_fast.data.dataset import check_data, fill_in_model, kind_of, open_data
 from sra_fast.data.facts import DataFacts, differences, other_inputs
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import block_seed, draw
@@ -19,6 +19,9 @@ from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import PROCESSES
 
 log = logging.getLogger("sra_fast")
+
+# of a data set that is split into two parts
+LEAST_IMAGES = 2
 
 
 @dataclass
@@ -100,7 +103,7 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
         data.path = facts.path
         if facts.text is not None and data.text is None:
             data.text = facts.text["name"]
-    if not facts.pixels:
+    if not facts.pixels and not _are_pixels(data):
         for name, trained in (("latent_scale", facts.scale), ("latent_shift", facts.shift)):
             value = getattr(data, name)
             require_that(
@@ -109,6 +112,11 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
             )
             setattr(data, name, trained)
     return data
+
+
+def _are_pixels(data: DataConfig) -> bool:
+    """Whether data are images, which have no scale and no shift."""
+    return (kind_of(data.path) if data.name == "auto" else data.name) == "pixels"
 
 
 def sizes_of(model: DiffusionTransformer) -> ModelConfig:
@@ -127,6 +135,10 @@ def sizes_of(model: DiffusionTransformer) -> ModelConfig:
     return sizes
 
 
+def _kind(pixels: bool) -> str:
+    return "pixels" if pixels else "latents"
+
+
 def open_for(
     data: DataConfig, model: DiffusionTransformer, facts: DataFacts | None = None
 ) -> TrainingData:
@@ -138,15 +150,27 @@ def open_for(
         ValueError: the data cannot be read, do not fit the model, are a single image, or have an
             image as other inputs than the model knows (pixels, or another encoder's).
     """
-    # a batch of 2, so that training and held-out part have an image
-    cfg = Config(model=sizes_of(model), data=data, train=TrainConfig(global_batch=2))
-    found = make_dataset(cfg)
+    found = open_data(data)
+    where = data.path or found.name
+    if facts:
+        kinds = [_kind(told.pixels) for told in (facts, found.facts())]
+        require_that(
+            kinds[0] == kinds[1],
+            f"the model was trained on {kinds[0]}, {where} holds {kinds[1]}",
+        )
+    # one for training and one that is held out of it
+    require_that(
+        len(found) >= LEAST_IMAGES,
+        f"an analysis needs data of at least {LEAST_IMAGES} images, {where} has {len(found)}",
+    )
+    cfg = Config(model=sizes_of(model), data=data, train=TrainConfig(global_batch=LEAST_IMAGES))
+    fill_in_model(cfg, found)
+    check_data(found, cfg)
     if facts:
         other = other_inputs(found.facts(), facts)
         require_that(
             not other,
-            f"{data.path or found.name} is nothing that the model was trained to see: "
-            f"{'; '.join(other)}",
+            f"{where} is nothing that the model was trained to see: {'; '.join(other)}",
         )
         different = differences(found.facts(), facts)
         if different:
@@ -241,13 +265,15 @@ def choose_layers(layers: list[int] | None, depth: int, most: int | None = None)
         count = min(depth, most or depth)
         intervals = max(count - 1, 1)
         return [round(1 + i * (depth - 1) / intervals) for i in range(count)]
-    if not layers or min(layers) < 1 or max(layers) > depth:
+    require_that(len(layers) > 0, "expected at least one of layers, got []")
+    if min(layers) < 1 or max(layers) > depth:
         raise ValueError(f"layers must lie in [1, {depth}], got {layers}")
     return sorted(set(layers))
 
 
 def check_times(times: list[float]) -> None:
     """ValueError unless there is at least one time and all lie in [0, 1]."""
+    require_that(len(times) > 0, "expected at least one of times, got []")
     # not by the smallest and the largest: comparisons with NaN are false
-    if not times or not all(0 <= time <= 1 for time in times):
+    if not all(0 <= time <= 1 for time in times):
         raise ValueError(f"times must lie in [0, 1], got {times}")

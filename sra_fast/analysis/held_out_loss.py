@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from sra_fast.analysis.features import data_of, open_for
-from sra_fast.analysis.intervals import bootstrap_interval
-from sra_fast.checkpoint.load_model import load_model
+from sra_fast.analysis.intervals import ENOUGH_IMAGES, bootstrap_interval
+from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.config.schema import DataConfig
-from sra_fast.data.facts import DataFacts
+from sra_fast.data.training_data import TrainingData
 from sra_fast.evaluation.held_out import (
     BLOCK,
     TIME_BINS,
@@ -24,11 +24,10 @@ from sra_fast.evaluation.held_out import (
 )
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.launcher import cuda_index, read_launcher
+from sra_fast.utils.outputs import check_output, refuse_input
 
 # of the intervals
 LEVEL = 0.95
-# an interval from resampled means of fewer is too narrow, see ``bootstrap_interval``
-ENOUGH_IMAGES = 30
 
 
 @dataclass
@@ -58,15 +57,23 @@ class Options:
     """for weights that do not say it and whose width is no paper size"""
 
 
-def _check_classes(found: DataFacts, trained: DataFacts | None) -> None:
+def _check_classes(data: TrainingData, loaded: LoadedModel) -> None:
     """ValueError if the data's labels are other classes than the model's: it would be asked for a
     cat where there is a wolf.
     """
-    names = [None if facts is None else facts.class_names for facts in (found, trained)]
+    found, trained = data.facts(), loaded.facts
+    if trained is None or loaded.model.conditioning != "labels":
+        return
+    where = f"{found.path or found.name} has other classes than the model was trained on"
+    names = [facts.class_names for facts in (found, trained)]
     require_that(
         None in names or names[0] == names[1],
-        f"{found.path or found.name} has other classes than the model was trained on: expected "
-        f"{_first(names[1])}, got {_first(names[0])}",
+        f"{where}: expected {_first(names[1])}, got {_first(names[0])}",
+    )
+    # a number that is only counted is that of the classes with images
+    require_that(
+        data.counted_classes or found.num_classes == trained.num_classes,
+        f"{where}: expected {trained.num_classes} classes, got {found.num_classes}",
     )
 
 
@@ -89,15 +96,15 @@ def run(options: Options) -> dict:
     check_counts(options.images, options.bins)
     # read first: nothing is computed for a file that is none
     other = HeldOutLoss.load(options.against) if options.against is not None else None
+    inputs = {"against": options.against, "checkpoint": options.checkpoint}
     if options.out is not None:
-        folder = Path(options.out).absolute().parent
-        require_that(
-            folder.is_dir() and not Path(options.out).is_dir(),
-            f"out must be a file in a folder that exists, got {options.out}",
-        )
+        check_output("out", options.out, inputs, _is_losses)
     loaded = load_model(options.checkpoint, options.weights, options.num_heads)
-    data = open_for(data_of(options.data, loaded.facts), loaded.model, loaded.facts)
-    _check_classes(data.facts(), loaded.facts)
+    chosen = data_of(options.data, loaded.facts)
+    if options.out is not None:
+        refuse_input("out", Path(options.out), {"data.path": chosen.path}, _is_losses)
+    data = open_for(chosen, loaded.model, loaded.facts)
+    _check_classes(data, loaded)
     images = HeldOutImages(data, options.images, options.bins, options.seed, options.trained)
     if other is not None:
         # raises before anything is computed, if the two cannot be compared
@@ -140,6 +147,15 @@ def run(options: Options) -> dict:
         report["difference"] = float(difference.mean())
         report["difference_interval"] = bootstrap_interval(difference, LEVEL)
     return report
+
+
+def _is_losses(path: Path) -> bool:
+    """Whether a file is what an earlier call has written to ``out``."""
+    try:
+        HeldOutLoss.load(path)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

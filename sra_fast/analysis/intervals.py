@@ -12,6 +12,8 @@ import numpy as np
 
 # differences of resampled means; the ends of a 95 % interval are then its 50th from either side
 RESAMPLES = 2000
+# an interval from resampled means of fewer is too narrow, see ``bootstrap_interval``
+ENOUGH_IMAGES = 30
 # numbers that are drawn at once
 AT_ONCE = 2**22
 # of the integral over the deviation of a sample

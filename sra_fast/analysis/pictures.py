@@ -9,9 +9,11 @@ from sra_fast.analysis import pca_maps
 from sra_fast.analysis.features import check_times, choose_layers, data_of, split
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
+from sra_fast.evaluation.packed import folder_of
 from sra_fast.plots.figures import plot_curves, plot_maps, read_samples, save_samples
 from sra_fast.training.logger import read_rows
 from sra_fast.utils.files import make_folder, require
+from sra_fast.utils.outputs import check_output
 
 
 @dataclass
@@ -81,6 +83,16 @@ def draw_samples(options: Options, out: Path) -> Path:
     return out / "samples.png"
 
 
+def _check_outputs(options: Options, out: Path) -> None:
+    """ValueError unless the pictures can be written: drawing them takes time."""
+    for name in ("pca.png", "curves.png"):
+        check_output("out", str(out / name), {})
+    # beside a samples.npz lies the grid of sample.py, under the name that is written here
+    folders = {folder_of(path) for path in options.samples} - {None}
+    for folder in folders:
+        check_output("out", str(out / "samples.png"), {"samples": folder})
+
+
 def run(options: Options) -> list[Path]:
     """Draw what was asked for.
 
@@ -107,4 +119,5 @@ def run(options: Options) -> list[Path]:
     if options.checkpoint:
         require("sklearn", "scikit-learn", "eval")
     out = make_folder(options.out)
+    _check_outputs(options, out)
     return [draw(options, out) for draw in asked]

@@ -1,5 +1,6 @@
 """The body of probe.py: linear probes of every layer at several times, as JSON and as a picture."""
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -10,12 +11,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sra_fast.analysis.features import check_times, choose_layers, data_of, split
-from sra_fast.analysis.linear_probe import Probed, best, choose_pool, probe_layers
+from sra_fast.analysis.features import Part, check_times, choose_layers, data_of, split
+from sra_fast.analysis.intervals import ENOUGH_IMAGES
+from sra_fast.analysis.linear_probe import (
+    Probed,
+    best,
+    choose_pool,
+    probe_layers,
+    train_count,
+)
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
 from sra_fast.plots.figures import plot_probe
 from sra_fast.utils.files import make_folder, require, write_json
+from sra_fast.utils.outputs import check_output
+
+log = logging.getLogger("sra_fast")
 
 
 @dataclass
@@ -56,6 +67,17 @@ def _check(options: Options) -> None:
         raise ValueError("draws and batch must be at least 1, images at least 10")
 
 
+def _warn_of_few(held_out: Part, options: Options) -> None:
+    """An accuracy on two images is 0, 50 or 100 %."""
+    count = len(held_out.choose(options.images - train_count(options.images), options.seed))
+    if count < ENOUGH_IMAGES:
+        log.warning(
+            "the accuracies are those of %d held-out images, below %d they are little more than "
+            "chance: images (%d) may be more, or the data have no more",
+            *(count, ENOUGH_IMAGES, options.images),
+        )
+
+
 def run(options: Options) -> dict:
     """Probe, print a line for each time, and write.
 
@@ -67,12 +89,15 @@ def run(options: Options) -> dict:
     """
     _check(options)
     out = make_folder(options.out)
+    for name in ("probe.json", "probe.png"):
+        check_output("out", str(out / name), {"checkpoint": options.checkpoint}, lambda _: True)
     loaded = load_model(options.checkpoint, options.weights, options.num_heads)
     model, path = loaded.model, loaded.path
     # errors in layers and data before the first pass of the model
     layers = choose_layers(options.layers, model.depth)
     options = replace(options, data=data_of(options.data, loaded.facts))
     parts = split(options.data, model, loaded.facts)
+    _warn_of_few(parts[1], options)
     _, patches, width = model.pos_embed.shape
     how = choose_pool(options.pool, patches, width)
     print(f"pool: {how} ({patches} patches of {width} features)")

@@ -253,7 +253,21 @@ def _scoring(held: dict) -> Scoring | None:
     scoring = Scoring(function, options)
     if scoring.is_own and options:
         raise ValueError(f"scores are no options of {function}, got {options}")
+    if options:
+        _check_scores(options)
     return scoring
+
+
+def _check_scores(options: dict) -> None:
+    """ValueError for options that scores do not have, or values that they cannot have."""
+    # it imports torch, which takes seconds
+    from sra_fast.analysis.run_scores import ScoreOptions
+
+    known = [*ScoreOptions.__dataclass_fields__]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(f"scores has no {unknown[0]!r}: expected keys of {', '.join(known)}")
+    ScoreOptions(**options).check()
 
 
 def _claim(held: object, names: list[str], baseline: str, scoring: Scoring | None) -> Claim:

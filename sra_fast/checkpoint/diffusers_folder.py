@@ -35,7 +35,8 @@ from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
 from sra_fast.models import DiT
 from sra_fast.models.registry import PATCHES
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import make_folder, require, write_json
+from sra_fast.utils.files import require, write_json
+from sra_fast.utils.outputs import refuse_input, whole_folder
 
 # what a DiT of diffusers computes exactly as ours; other values are refused
 SETTINGS = {
@@ -63,7 +64,7 @@ def refuse_unless_diffusers(model: models.DiffusionTransformer) -> None:
     found = models.arguments_of(model)
     require_that(
         isinstance(model, DiT) and model.family == "DiT",
-        f"diffusers has a class for DiT only, the weights are of a {model.family}",
+        f"diffusers has classes for DiT and MMDiT, the weights are of a {model.family}",
     )
     require_that(not found["qk_norm"], "the DiT of diffusers has no qk_norm, the model has")
     require_that(
@@ -110,6 +111,7 @@ def write_pipeline(
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     vae = _vae_of(loaded, vae)
+    refuse_input("out", out / "vae", {"vae": vae})
     require_that(
         vae is not None or not (out / "vae").exists(),
         f"{out} has a VAE of before: expected --vae, or another folder",
@@ -150,12 +152,12 @@ def write_pipeline(
         clip_sample=False,
         prediction_type="epsilon",
     )
-    make_folder(out)
-    transformer.save_pretrained(out / "transformer")
-    scheduler.save_pretrained(out / "scheduler")
-    if decoder is not None:
-        decoder.save_pretrained(out / "vae")
-    _write_index(loaded, out, DiTPipeline.__name__, decoder is not None)
+    with whole_folder(out) as folder:
+        transformer.save_pretrained(folder / "transformer")
+        scheduler.save_pretrained(folder / "scheduler")
+        if decoder is not None:
+            decoder.save_pretrained(folder / "vae")
+        _write_index(loaded, folder, DiTPipeline.__name__, decoder is not None)
 
 
 def _write_index(loaded: LoadedModel, out: Path, pipeline: str, has_vae: bool) -> None:
@@ -231,6 +233,7 @@ def import_pipeline(
     folder = transformer_folder(Path(source))
     require_that(folder is not None, f"expected a folder of diffusers with a DiT, got {source}")
     assert folder is not None
+    refuse_input("--out", Path(out), {"--from": folder})
     config = json.loads((folder / "config.json").read_text())
     if config["_class_name"] == SD3:
         require_that(not fold, "--fold-time is for a DiT: SD3's features of the time are ours")

@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.config.averages import EMA
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import arguments_of
-from sra_fast.utils.files import make_folder, write_atomic
+from sra_fast.utils.outputs import new_folder, save_tensors
 
 
 def write_export(
@@ -50,8 +49,8 @@ def write_export(
         metadata["data"] = json.dumps(facts.as_json())
     # safetensors refuses views that are not contiguous
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    file = make_folder(path.parent) / path.name
-    write_atomic(file, lambda p: save_file(tensors, p, metadata=metadata))
+    with new_folder(path.parent) as folder:
+        save_tensors(folder / path.name, tensors, metadata)
 
 
 def config_of(loaded: LoadedModel) -> dict:

@@ -1,5 +1,6 @@
 """Weights from anywhere, written in any of four formats: the body of export.py."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +12,22 @@ from sra_fast.checkpoint.load_model import LoadedModel, load_model, model_of
 from sra_fast.checkpoint.names import in_short
 from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
 from sra_fast.checkpoint.published import published_of_checkpoint
-from sra_fast.checkpoint.sources import find_weights, read_weights
+from sra_fast.checkpoint.sources import files_of, find_weights, read_weights
 from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import make_folder, write_atomic
+from sra_fast.utils.files import write_atomic
+from sra_fast.utils.outputs import as_os_error, new_folder, refuse_input
 
 # what the name of the output ends with, and whether it is a folder that can be pushed
 SUFFIXES = {"safetensors": ".safetensors", "published": ".pt", "huggingface": "", "diffusers": ""}
 FORMATS = tuple(SUFFIXES)
 # what a folder of these formats may hold: all of it is uploaded
 CONTENTS = {
-    "huggingface": {"config.json", huggingface.MODEL_FILE, huggingface.CARD},
+    "huggingface": {huggingface.CONFIG, huggingface.MODEL_FILE, huggingface.CARD},
     "diffusers": {"model_index.json", "transformer", "scheduler", "vae"},
 }
+# the end of a folder's name that is no suffix: v1.0, digits.v2, dit-1.5b
+VERSION = re.compile(r"\.v?\d\w*")
 
 
 @dataclass
@@ -57,12 +61,13 @@ def format_of(options: Options) -> str:
     suffix = Path(options.out).suffix
     by_suffix = {".safetensors": "safetensors", ".pt": "published"}
     found = options.format or by_suffix.get(suffix)
-    # a folder may have a dot in its name: v1.0
-    if found is None and suffix not in (".pth", ".ckpt", ".bin", ".npz"):
+    # anything else that looks like a suffix is a misspelt one, or of a format that is not known
+    if found is None and (not suffix or VERSION.fullmatch(suffix)):
         found = "huggingface"
     require_that(
         found is not None,
-        f"expected out to end with .safetensors or .pt, or a folder, got {options.out}",
+        "expected out to end with .safetensors or .pt, or a folder (of any name with format "
+        f"huggingface), got {options.out}",
     )
     require_that(
         found in FORMATS, f"expected a format of {', '.join(FORMATS)}, got {options.format}"
@@ -114,11 +119,15 @@ def export(options: Options) -> Path:
         huggingface.check_push(options.push)
     # an export of a run has neither student nor optimizer: its checkpoint has
     source = find_weights(options.source, STUDENT if chosen == "published" else options.weights)
+    out = Path(options.out)
     if chosen in CONTENTS:
-        _check_folder(Path(options.out), CONTENTS[chosen])
+        _check_folder(out, CONTENTS[chosen])
+    replaced = out / huggingface.MODEL_FILE if chosen == "huggingface" else out
+    for file in files_of(source):
+        refuse_input("out", replaced, {"checkpoint": file})
     try:
         if chosen == "published":
-            write_published(source, Path(options.out), options.num_heads)
+            write_published(source, out, options.num_heads)
         else:
             loaded = load_model(str(source), options.weights, options.num_heads)
             _write(loaded, chosen, options)
@@ -126,7 +135,7 @@ def export(options: Options) -> Path:
         reason = error.strerror or error
         raise ValueError(f"out {options.out} cannot be written: {reason}") from None
     if options.push is not None:
-        huggingface.push(Path(options.out), options.push)
+        huggingface.push(out, options.push)
     return source
 
 
@@ -154,8 +163,8 @@ def write_published(source: Path, out: Path, num_heads: int | None = None) -> No
     checkpoint = (
         published_of_checkpoint(source) if source.is_dir() else _published_again(source, num_heads)
     )
-    make_folder(out.parent)
-    write_atomic(out, lambda path: torch.save(checkpoint, path))
+    with new_folder(out.parent), as_os_error(out):
+        write_atomic(out, lambda path: torch.save(checkpoint, path))
 
 
 def _published_again(source: Path, num_heads: int | None) -> dict:

@@ -1,5 +1,6 @@
 """A Hugging Face model folder: config.json, model.safetensors and a model card; and its upload."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,12 +10,17 @@ import sra_fast
 from sra_fast.checkpoint.export import config_of, write_loaded
 from sra_fast.checkpoint.load_model import LoadedModel, has_run
 from sra_fast.checkpoint.sources import LIBRARY, MODEL_FILE, run_of
+from sra_fast.checkpoint.values import warn
 from sra_fast.models import arguments_of
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import make_folder, require, write_atomic, write_json
+from sra_fast.utils.files import require, write_json
+from sra_fast.utils.outputs import whole_folder
 from sra_fast.utils.yaml_loader import write_config
 
 CARD = "README.md"
+CONFIG = "config.json"
+# in it: the SHA-256 of the card that was written with it
+CARD_DIGEST = "card_sha256"
 # of a run's summary: no scores
 NOT_SCORES = ("images_per_s", "step")
 # how the card calls weights: LoadedModel.weights -> text
@@ -29,6 +35,8 @@ TRAINED_WITH = ("align", "diffusion", "optim")
 def write_folder(loaded: LoadedModel, out: Path, name: str | None = None) -> None:
     """Write a model folder, which ``load_model`` and ``train.init_from`` take.
 
+    A card that somebody has edited, or written, is kept; a warning says so.
+
     Args:
         loaded: the weights.
         out: the folder; made if it is not there.
@@ -38,8 +46,9 @@ def write_folder(loaded: LoadedModel, out: Path, name: str | None = None) -> Non
         ValueError: the folder cannot be made.
         OSError: a file cannot be written.
     """
-    make_folder(out)
-    write_loaded(loaded, out / MODEL_FILE)
+    text = card(loaded, name or out.absolute().name)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    is_own = not (out / CARD).exists() or _digest(out / CARD) == _digest_of_card(out)
     held = {
         "library_name": LIBRARY,
         "library_version": sra_fast.__version__,
@@ -49,10 +58,31 @@ def write_folder(loaded: LoadedModel, out: Path, name: str | None = None) -> Non
         "step": loaded.step,
         "weights": loaded.weights,
         "data": loaded.facts.as_json() if loaded.facts else None,
+        CARD_DIGEST: digest if is_own else None,
     }
-    write_json(out / "config.json", held)
-    text = card(loaded, name or out.absolute().name)
-    write_atomic(out / CARD, lambda path: path.write_text(text))
+    with whole_folder(out) as folder:
+        write_loaded(loaded, folder / MODEL_FILE)
+        write_json(folder / CONFIG, held)
+        if is_own:
+            (folder / CARD).write_text(text, encoding="utf-8")
+    if not is_own:
+        warn(
+            "%s is kept as it is, it is no card that an export has written: remove it to get one of "
+            "these weights",
+            out / CARD,
+        )
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _digest_of_card(folder: Path) -> str | None:
+    """The SHA-256 of the card that was written into a folder, as far as the folder says it."""
+    try:
+        return json.loads((folder / CONFIG).read_text())[CARD_DIGEST]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def card(loaded: LoadedModel, name: str) -> str:

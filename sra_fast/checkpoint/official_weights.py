@@ -17,12 +17,13 @@ from sra_fast import models
 from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.load_model import fill
 from sra_fast.checkpoint.sd3_file import import_state
-from sra_fast.checkpoint.sources import read_weights
+from sra_fast.checkpoint.sources import files_of, find_weights, read_weights
 from sra_fast.checkpoint.values import checked, family_in, official_family
 from sra_fast.config.schema import ModelConfig
 from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.models.layers import timestep_frequencies
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.outputs import refuse_input
 
 # --path-type of the official SiT -> our name
 PATHS = {"Linear": "linear", "GVP": "cosine"}
@@ -190,6 +191,8 @@ def import_file(
         ValueError: the file cannot be read, or holds other weights, of the other family for
             example.
     """
+    for file in files_of(find_weights(source)):
+        refuse_input("--out", Path(out), {"--from": file})
     held = read_weights(source)
     is_text = has_joint_blocks(held.get("ema", held.get("model")))
     require_that(

@@ -19,7 +19,8 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.vae import load_vae
 from sra_fast.models import MMDiT
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import make_folder, require, write_json
+from sra_fast.utils.files import require, write_json
+from sra_fast.utils.outputs import refuse_input, whole_folder
 
 SD3 = "SD3Transformer2DModel"
 # numbers that its configuration has to say
@@ -187,7 +188,9 @@ def write_sd3(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
     require("diffusers", "diffusers", "vae")
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    decoder = _decoder(loaded, vae)
+    vae = _vae_of(loaded, vae)
+    refuse_input("out", out / "vae", {"vae": vae})
+    decoder = None if vae is None else _decoder(loaded, vae)
     require_that(
         decoder is not None or not (out / "vae").exists(),
         f"{out} has a VAE of before: expected --vae, or another folder",
@@ -218,26 +221,30 @@ def write_sd3(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
     # clones: queries, keys and values are parts of one tensor, and safetensors refuses shared memory
     clones = {name: value.clone() for name, value in weights.items()}
     transformer.load_state_dict(clones, strict=True, assign=True)
-    make_folder(out)
-    transformer.save_pretrained(out / "transformer")
-    FlowMatchEulerDiscreteScheduler().save_pretrained(out / "scheduler")
-    if decoder is not None:
-        decoder.save_pretrained(out / "vae")
-    _write_index(out, decoder is not None)
+    with whole_folder(out) as folder:
+        transformer.save_pretrained(folder / "transformer")
+        FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+        if decoder is not None:
+            decoder.save_pretrained(folder / "vae")
+        _write_index(folder, decoder is not None)
 
 
-def _decoder(loaded: LoadedModel, vae: str | None):
-    """The VAE with the scale and the shift of the model's latents; None: neither is known."""
+def _vae_of(loaded: LoadedModel, given: str | None) -> str | None:
+    """Folder of the pipeline's VAE; None: none is known, nor is a scale that it would carry."""
     facts = loaded.facts
-    if vae is None and facts is not None:
-        require_that(
-            facts.vae_path is not None and Path(facts.vae_path).exists(),
-            f"the VAE carries the scale of the latents, {facts.scale:g}: expected --vae, the VAE "
-            "that made the data",
-        )
-        vae = facts.vae_path
-    if vae is None:
-        return None
+    if given is not None or facts is None:
+        return given
+    require_that(
+        facts.vae_path is not None and Path(facts.vae_path).exists(),
+        f"the VAE carries the scale of the latents, {facts.scale:g}: expected --vae, the VAE "
+        "that made the data",
+    )
+    return facts.vae_path
+
+
+def _decoder(loaded: LoadedModel, vae: str):
+    """The VAE with the scale and the shift of the model's latents."""
+    facts = loaded.facts
     decoder = load_vae(vae, loaded.model.in_channels)
     if facts is not None:
         # the pipeline decodes latent / scale + shift

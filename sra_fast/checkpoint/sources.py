@@ -471,6 +471,18 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that weights are read from: ``path``, and the shards if it is an index of some."""
+    if not path.name.endswith(INDEX):
+        return [path]
+    try:
+        names = {*json.loads(path.read_text())["weight_map"].values()}
+        return [path, *(path.parent / Path(name).name for name in sorted(names))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        # whoever reads the tensors says what is wrong
+        return [path]
+
+
 def _of_config_json(file: Path) -> dict:
     """What the ``config.json`` of a model folder says, if ``sra-fast export`` has written it."""
     try:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from sra_fast.data.reasons import why
+
 # what `captions` says if each image has a text file of its name
 BESIDE = "txt"
 SUFFIX = ".txt"
@@ -119,7 +121,7 @@ def _read_list(file: Path) -> dict[str, list]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{file} must hold COCO\'s captions ("images" with id and file_name, "annotations" with '
-            f"image_id and caption) or {{file: caption}}: {error!r}"
+            f"image_id and caption) or {{file: caption}}: {why(error)}"
         ) from None
 
 
@@ -140,7 +142,10 @@ def _of_coco(content: dict) -> dict[str, list]:
     names = _once(images, "two images have the id {}")
     listed: dict[str, list] = _once([(name, []) for _, name in images], "two images are named {}")
     for annotation in content["annotations"]:
-        listed[names[annotation["image_id"]]].append(annotation["caption"])
+        image = annotation["image_id"]
+        if image not in names:
+            raise ValueError(f'an annotation is of the image {image}, which "images" lacks')
+        listed[names[image]].append(annotation["caption"])
     return listed
 
 

@@ -167,7 +167,7 @@ def check_data(data: TrainingData, cfg: Config) -> None:
     if len(data) < cfg.train.global_batch:
         raise ValueError(
             f"train.global_batch {cfg.train.global_batch} is larger than the data set "
-            f"({len(data)} images)"
+            f"({len(data)} images): give --train.global_batch N, at most {len(data)}"
         )
 
 

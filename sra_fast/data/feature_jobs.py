@@ -11,7 +11,7 @@ from torch import Tensor
 from sra_fast.data.coco_features import in_order_of_names
 from sra_fast.data.features import FEATURES_FOLDER, check_name
 from sra_fast.data.options import FEATURE_OPTIONS, READ_AS, Options, default, refuse
-from sra_fast.data.packed import INDEX, LABELS, Shards, check_finished, load_npy, read_index
+from sra_fast.data.packed import INDEX, LABELS, REPAIR, Shards, check_finished, load_npy, read_index
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.vision import features_shape, load_vision_model, make_extractor
 from sra_fast.data.writer import refuse_changed
@@ -93,7 +93,9 @@ def check_same_images(source: ImageSource, folder: Path) -> None:
         labels = torch.from_numpy(load_npy(folder / LABELS))
     except (OSError, ValueError, EOFError) as error:
         reason = why_unreadable(error)
-        raise ValueError(f"{folder / LABELS} was altered or cannot be read: {reason}") from None
+        raise ValueError(
+            f"{folder / LABELS} was altered or cannot be read: {reason}. {REPAIR}"
+        ) from None
     require_that(
         not complete or len(labels) == len(source),
         f"{folder} holds {len(labels)} images, {source.place} has {len(source)}",

@@ -8,6 +8,7 @@ from zipfile import BadZipFile, ZipFile
 
 from sra_fast.data.captions import SUFFIX, lines_of, read_all
 from sra_fast.data.images import Crop, image_suffixes
+from sra_fast.data.reasons import why
 from sra_fast.data.sources import VALIDATION, ImageSource, suffix_note
 
 LIST = "dataset.json"
@@ -168,7 +169,7 @@ class ImageFolder(ImageSource):
                 raise ValueError("a file is listed twice")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}'
+                f'{index} must hold {{"labels": [[file, label], ...]}}: {why(error)}'
             ) from None
         self.class_names = _checked_names(content.get("classes"), index)
         for name in self.names:
@@ -253,7 +254,7 @@ class ImageFolder(ImageSource):
             content = self.files.read(self.root + name)
         except Exception as error:
             # zip files and network drives raise many types
-            raise ValueError(f"{self.place}/{name} cannot be read: {error!r}") from None
+            raise ValueError(f"{self.place}/{name} cannot be read: {why(error)}") from None
         return lines_of(content, f"{self.place}/{name}")
 
 

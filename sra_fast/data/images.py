@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sra_fast.data.batch import Report
+from sra_fast.data.reasons import why
 
 # formats that Pillow hands to other programs, or of which it reads the size only
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -93,7 +94,7 @@ class Crop:
             ) from None
         except Exception as error:
             # Pillow's decoders raise many types
-            raise ValueError(f"{name} is no readable image: {error!r}") from None
+            raise ValueError(f"{name} is no readable image: {why(error)}") from None
 
     def _square(self, image: Image.Image) -> tuple[np.ndarray, Report]:
         # 16- and 32-bit modes: Pillow would clip them to 255, which is white

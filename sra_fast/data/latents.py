@@ -15,6 +15,7 @@ from torch import Tensor
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, Shards, check_finished, load_npy
+from sra_fast.data.reasons import why
 from sra_fast.data.stored_text import StoredText
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.files import why_unreadable
@@ -209,7 +210,7 @@ class Latents(MomentDataset):
             self.class_names = content.get("classes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{index} must hold {{"labels": [[file, label], ...]}}: {error!r}'
+                f'{index} must hold {{"labels": [[file, label], ...]}}: {why(error)}'
             ) from None
 
         # the list and the folder must hold the same files

@@ -1,5 +1,6 @@
 """How rows lie on the disk: packed in shards, or a file per image as the published code has them."""
 
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.latents import check_moments
-from sra_fast.data.packed import INDEX, LABELS, STORAGE, file_entry, shard_name
+from sra_fast.data.packed import INDEX, LABELS, STORAGE, file_entry, sha256, shard_name
 from sra_fast.utils.files import write_atomic, write_json
 
 
@@ -107,12 +108,14 @@ class Layout:
         recipe: see ``PackingJob``.
         labels: int64 ``[N]``, of all images of the source.
         folder: where in ``out`` the rows go.
+        last: the file in ``out`` that makes it a data set, which is written last.
     """
 
     out: Path
     recipe: dict
     labels: Tensor
     folder = "."
+    last = ""
 
     @property
     def kind(self) -> str:
@@ -128,11 +131,16 @@ class Layout:
         """Whether the files that a part's record describes are still there."""
         return True
 
+    def intact(self, record: dict) -> bool:
+        """Whether these files are still what was written, as far as that is known."""
+        return True
+
 
 class PackedLayout(Layout):
     """``index.json``, ``labels.npy`` and ``shards/*.npy`` (see ``packed.py``)."""
 
     folder = "shards"
+    last = INDEX
 
     def write(self, part: Part) -> dict:
         """Write a part as a shard.
@@ -197,6 +205,10 @@ class PackedLayout(Layout):
         path = self.out / entry["file"]
         return path.exists() and path.stat().st_size == entry["bytes"]
 
+    def intact(self, record: dict) -> bool:
+        entry = record["shard"]
+        return sha256(self.out / entry["file"]) == entry["sha256"]
+
     def finish(self, records: list[dict], summary: dict) -> None:
         """Write the labels, then the index, which makes the folder a data set."""
         remove_temporary_files(self.out / "shards", self.out / "parts")
@@ -225,6 +237,7 @@ class PublishedLayout(Layout):
     """
 
     folder = "vae-sd"
+    last = "vae-sd/dataset.json"
 
     @staticmethod
     def name(image: int) -> str:
@@ -259,9 +272,15 @@ class PublishedLayout(Layout):
             "vae": self.recipe["vae"],
             **summary,
         }
-        write_atomic(
-            self.out / self.folder / "dataset.json", lambda p: p.write_text(json.dumps(content))
-        )
+        write_atomic(self.out / self.last, lambda p: p.write_text(json.dumps(content)))
+
+    def intact(self, record: dict) -> bool:
+        # nothing tells what they held: a file that is gone or cut short is noticed
+        with io.BytesIO() as file:
+            np.save(file, np.zeros(self.recipe["shape"], np.float32))
+            size = file.tell()
+        paths = [self.out / self.folder / self.name(image) for image in all_numbers([record])]
+        return all(path.exists() and path.stat().st_size == size for path in paths)
 
 
 def all_numbers(records: list[dict]) -> list[int]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sra_fast.data.reasons import why
 from sra_fast.utils.files import why_unreadable
 
 # 1: every shard but the last is full, no statistics and no class names
@@ -34,6 +35,8 @@ STORAGE = {
     "bfloat16": np.uint16,
     "float32": np.float32,
 }
+# what mends a data set that was damaged
+REPAIR = "Run the command that made the folder again to repair it"
 # images that no run trains on: a data set of its own in this folder
 HELD_OUT_FOLDER = "held_out"
 _parsing = threading.Lock()
@@ -90,7 +93,7 @@ def read_index(root: Path) -> dict:
             raise ValueError(f"version {expected} was expected, got {index['version']}")
         return index
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no index of a packed data set: {error!r}") from None
+        raise ValueError(f"{file} is no index of a packed data set: {why(error)}") from None
 
 
 class Shards:
@@ -153,7 +156,7 @@ class Shards:
                     f"its {len(self.rows)} shards hold {sum(self.rows)} images, not {self.length}"
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is no index of a packed data set: {error!r}") from None
+            raise ValueError(f"{file} is no index of a packed data set: {why(error)}") from None
         # number of the first row of every shard
         self.first_rows = np.cumsum([0, *self.rows[:-1]])
         # of the contents only: the same images, packed elsewhere, are the same data
@@ -179,10 +182,7 @@ class Shards:
         if wrong:
             # the first three are enough to see what happened
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(
-                f"{self.root}: {'; '.join(wrong[:3])}{more}. "
-                "Run the command that made the folder again to repair it"
-            )
+            raise ValueError(f"{self.root}: {'; '.join(wrong[:3])}{more}. {REPAIR}")
 
     def _shard(self, number: int) -> np.ndarray:
         if number not in self._maps:
@@ -199,7 +199,7 @@ class Shards:
             shard = load_npy(path, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
             reason = why_unreadable(error)
-            raise ValueError(f"{path} was altered or cannot be read: {reason}") from None
+            raise ValueError(f"{path} was altered or cannot be read: {reason}. {REPAIR}") from None
         expected = (self.rows[number], *self.row_shape)
         if (shard.shape, shard.dtype) != (expected, self.storage):
             raise ValueError(

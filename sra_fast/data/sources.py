@@ -15,6 +15,7 @@ from torch import Tensor
 from sra_fast.data.batch import Batch, Report
 from sra_fast.data.captions import BESIDE, checked, from_lists
 from sra_fast.data.images import Crop
+from sra_fast.data.reasons import why
 
 # names of folders and splits of images that no run should train on; the first that is there counts
 VALIDATION = ("val", "valid", "validation", "test")
@@ -145,7 +146,7 @@ class ImageSource:
             content = self._content(number)
         except Exception as error:
             # zip files and network drives raise many types
-            raise ValueError(f"{name} is no readable image: {error!r}") from None
+            raise ValueError(f"{name} is no readable image: {why(error)}") from None
         return self.crop.decode(content, name)
 
     def is_readable(self, number: int) -> bool:
@@ -230,7 +231,9 @@ class ImageSource:
         return train, self.subset(sorted(held_out))
 
     def _hash(self, number: int) -> bytes:
-        return hashlib.blake2b(self.names[number].encode()).digest()
+        # a file system's name may be any bytes, which Python keeps as surrogates
+        name = self.names[number].encode(errors="surrogateescape")
+        return hashlib.blake2b(name).digest()
 
 
 def check_apart(parts: Iterable[ImageSource]) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sra_fast.data.features import check_name
 from sra_fast.data.order import ImageNumbers
-from sra_fast.data.packed import INDEX, RECIPE, Shards, load_npy, sha256
+from sra_fast.data.packed import INDEX, RECIPE, REPAIR, Shards, load_npy, sha256
+from sra_fast.data.reasons import why
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.models import TextFeatures
 from sra_fast.utils.checks import require_that
@@ -118,7 +119,7 @@ class StoredText:
             if self.shards.row_shape != (length,):
                 raise ValueError(f"rows must be {length} long, got {[*self.shards.row_shape]}")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no index of text features: {error!r}") from None
+            raise ValueError(f"{file} is no index of text features: {why(error)}") from None
         # of every image: how many captions, and the row of the first
         labels = self.shards.labels
         self.counts = torch.bincount(labels, minlength=self.shards.num_classes)
@@ -139,7 +140,7 @@ class StoredText:
             row = load_npy(path)
         except (OSError, ValueError) as error:
             reason = why_unreadable(error)
-            raise ValueError(f"{path} was altered or cannot be read: {reason}") from None
+            raise ValueError(f"{path} was altered or cannot be read: {reason}. {REPAIR}") from None
         expected = (1, *self.shards.row_shape)
         require_that(
             (row.shape, row.dtype) == (expected, np.dtype(self.shards.storage)),
@@ -226,7 +227,7 @@ class StoredText:
             lines = path.read_text(encoding="utf-8").split("\n")
             captions = [json.loads(line) for line in lines if line]
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} was altered or cannot be read: {error}") from None
+            raise ValueError(f"{path} was altered or cannot be read: {error}. {REPAIR}") from None
         require_that(
             len(captions) == self.shards.length,
             f"{path} must hold {self.shards.length} captions, it has {len(captions)}",

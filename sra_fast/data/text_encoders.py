@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sra_fast.data.reasons import why
 from sra_fast.data.vae import repeatable, weights_digest
 from sra_fast.data.vision import first_line, quiet
 from sra_fast.models import TextFeatures
@@ -235,7 +236,9 @@ def _read_config(folder: Path) -> dict:
             "architectures": config.get("architectures"),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is no configuration of a model: {error!r}") from None
+        raise ValueError(
+            f"{folder / CONFIG} is no configuration of a model: {why(error)}"
+        ) from None
 
 
 def _family(folder: Path) -> str:

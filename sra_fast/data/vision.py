@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sra_fast.data.reasons import why
 from sra_fast.data.vae import repeatable, weights_digest
 from sra_fast.utils.checks import require_that
 
@@ -138,7 +139,7 @@ def read_preprocessor(file: Path) -> tuple[float, list[float], list[float]]:
             raise ValueError(f"got {mean} and {std}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} must hold image_mean and image_std of three channels: {error!r}"
+            f"{file} must hold image_mean and image_std of three channels: {why(error)}"
         ) from None
     return scale, mean, std
 

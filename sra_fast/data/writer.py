@@ -2,10 +2,12 @@
 
 The images are cut into parts of ``shard_size``. Process r of n makes the parts r, r + n, ... When a
 part is complete, its record is written. When all records are there, the first process to see that
-writes the file that makes the folder a data set. Processes share nothing but the folder.
+writes the file that makes the folder a data set. Processes share nothing but the folder. A run into
+a finished folder compares what is there with what was written, and makes what was altered again.
 """
 
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +19,12 @@ from tqdm import tqdm
 
 from sra_fast.data.batch import Batch, Report
 from sra_fast.data.layouts import LAYOUTS, Part, Statistics, all_numbers
-from sra_fast.data.packed import RECIPE
+from sra_fast.data.ownership import PARTS, Ownership
 from sra_fast.data.sources import ImageSource
-from sra_fast.utils.files import write_first, write_json
+from sra_fast.utils.files import write_json
 
-# what names the folder of rows that lie beside a data set
-NAMED_BY = {"features": "features_name", "text": "text_name"}
+log = logging.getLogger("sra_fast")
+
 # images of a part whose files are looked at again: other files may have come under the same names
 LOOKED_AT = 8
 # batches read before they are needed, beyond one per thread
@@ -54,7 +56,7 @@ class PackingJob:
             ``TrainingData``, or the captions of one.
         encode: turns its images into what is stored, ``[B, 2C, H, W]``, pixels or features.
         recipe: what is made from what, and how. It is written to ``preprocess.json`` at the start,
-            and a restart must have the same.
+            and a restart must have the same once a part is finished.
         out: folder of the data set.
         extra: what the index says besides, and what a restart may have otherwise.
         batch: images per call of ``encode``.
@@ -80,6 +82,7 @@ class PackingJob:
     def __post_init__(self):
         layout = LAYOUTS[self.recipe["layout"]]
         self.layout = layout(self.out, self.recipe, self.source.labels)
+        self.ownership = Ownership(self.out, self.recipe, self.rank)
         self.num_parts = -(-len(self.source) // self.recipe["shard_size"])
 
     def span(self, part: int) -> range:
@@ -87,9 +90,13 @@ class PackingJob:
         size = self.recipe["shard_size"]
         return range(part * size, min((part + 1) * size, len(self.source)))
 
+    def place(self, part: int) -> Path:
+        """The file of a part's record."""
+        return self.out / PARTS / f"{part:05d}.json"
+
     def record(self, part: int) -> dict | None:
         """The record of a complete part; None if the part has to be made."""
-        file = self.out / f"parts/{part:05d}.json"
+        file = self.place(part)
         if not file.exists():
             return None
         record = json.loads(file.read_text())
@@ -99,33 +106,39 @@ class PackingJob:
         """Make the folder, or resume in it.
 
         Raises:
-            ValueError: the folder was begun with another recipe, or holds files that this command
-                did not make.
+            ValueError: see ``Ownership.claim``; or the images have changed since.
         """
-        (self.out / "parts").mkdir(parents=True, exist_ok=True)
-        folder = self.out / self.layout.folder
-        folder.mkdir(exist_ok=True)
-        file = self.out / RECIPE
-        # look for files before the recipe: another process of this job may write both at this moment
-        foreign = next(folder.iterdir(), None)
-        if not file.exists():
-            if foreign:
-                raise ValueError(
-                    f"{foreign} was not made by this command, it would be lost: choose another out"
-                )
-            write_first(file, self.recipe)
-        # another process or an earlier run may have written it: all must agree
-        begun = json.loads(file.read_text())
-        for key, value in self.recipe.items():
-            if begun.get(key) != value:
-                raise ValueError(
-                    f"{self.out} was begun with {key} {begun.get(key)}, this run has {value}: "
-                    f"choose another {NAMED_BY.get(self.layout.kind, 'out')}"
-                )
+        self.ownership.claim()
         if not self.compared:
             own_parts = range(self.rank, self.num_parts, self.world)
             refuse_changed(self.source, self.out, filter(None, map(self.record, own_parts)))
             self.compared = True
+
+    def unfinished(self) -> list[int]:
+        """The parts that this process has to make; of a finished data set also those that are no
+        longer what was written.
+        """
+        own_parts = range(self.rank, self.num_parts, self.world)
+        records = {part: self.record(part) for part in own_parts}
+        missing = [part for part in own_parts if records[part] is None]
+        if not (self.out / self.layout.last).exists():
+            # what was interrupted is resumed at once
+            return missing
+        there = [part for part in own_parts if records[part] is not None]
+        with ThreadPoolExecutor(self.threads) as pool:
+            intact = tqdm(
+                pool.map(self.layout.intact, (records[part] for part in there)),
+                total=len(there),
+                desc="compared with the index",
+                unit="part",
+                disable=self.rank > 0,
+                # a line for what takes long
+                delay=1,
+            )
+            altered = [part for part, same in zip(there, intact, strict=True) if not same]
+        for part in altered:
+            log.warning("part %d of %s was altered and is made again", part, self.out)
+        return sorted([*missing, *altered])
 
 
 def _marks(source: object, record: dict) -> list[tuple[int, int]]:
@@ -178,14 +191,18 @@ def run_jobs(jobs: list[PackingJob]) -> Iterator[tuple[PackingJob, Finished | No
 
     All folders are opened first: if one is refused, nothing has been written to the others.
     """
-    # a folder in another one comes after it
-    for job in sorted(jobs, key=lambda job: len(job.out.parts)):
-        try:
-            job.open_folder()
-        except OSError as error:
-            raise ValueError(f"cannot write {job.out}: {error.strerror or error}") from None
-    for job in jobs:
-        yield job, run_job(job)
+    try:
+        # a folder in another one comes after it
+        for job in sorted(jobs, key=lambda job: len(job.out.parts)):
+            try:
+                job.open_folder()
+            except OSError as error:
+                raise ValueError(f"cannot write {job.out}: {error.strerror or error}") from None
+        for job in jobs:
+            yield job, run_job(job)
+    finally:
+        for job in jobs:
+            job.ownership.release()
 
 
 def run_job(job: PackingJob) -> Finished | None:
@@ -201,13 +218,14 @@ def run_job(job: PackingJob) -> Finished | None:
         return _run_job(job)
     except OSError as error:
         raise ValueError(f"cannot write {job.out}: {error.strerror or error}") from None
+    finally:
+        job.ownership.release()
 
 
 def _run_job(job: PackingJob) -> Finished | None:
     job.open_folder()
     # a restart makes only what is missing
-    own_parts = range(job.rank, job.num_parts, job.world)
-    parts = [part for part in own_parts if job.record(part) is None]
+    parts = job.unfinished()
 
     # one stream of batches for all parts: reading ahead does not stop where a part ends
     spans = [job.span(part) for part in parts]
@@ -230,7 +248,9 @@ def _run_job(job: PackingJob) -> Finished | None:
             record["report"] = report.as_json()
             if marks := _marks(job.source, record):
                 record["marks"] = marks
-            write_json(job.out / f"parts/{number:05d}.json", record)
+            # where locks are not seen, another launch may have taken the folder meanwhile
+            job.ownership.check()
+            write_json(job.place(number), record)
 
     records = [job.record(number) for number in range(job.num_parts)]
     # a process that had nothing to do leaves the end to one that had, or to process 0

@@ -130,8 +130,9 @@ def _load_cached(path: Path) -> Summary | None:
         with np.load(path) as arrays:
             features = torch.from_numpy(arrays["features"])
         return Summary(held.count, held.pool, held.spatial, features=features)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        log.warning("%s is ignored: %s", path, error)
+    except Exception as error:
+        # numpy and zipfile raise many types, also of files that decompress and are damaged
+        log.warning("%s is ignored: %s", path, " ".join(str(error).split()))
         return None
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sra_fast.data.training_data import TrainingData
@@ -24,7 +23,7 @@ from sra_fast.data.vae import repeatable, weights_digest
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import write_atomic
+from sra_fast.utils.outputs import save_tensors
 
 # images that are read, or pass the network, at once
 AT_ONCE = 256
@@ -255,7 +254,7 @@ def _write(file: Path, identity: dict, found: FeatureNetwork) -> None:
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
     }
     metadata = {name: json.dumps(value) for name, value in held.items()}
-    write_atomic(file, lambda path: save_file(state, path, metadata))
+    save_tensors(file, state, metadata)
 
 
 def _read(

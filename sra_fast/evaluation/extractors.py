@@ -45,17 +45,29 @@ class Extractor:
     """an Inception, so that statistics of the ADM suite belong to it"""
     official: bool = False
     """the weights that published numbers are made with"""
+    spec: str | None = None
+    """what the user has named, for messages; None: nothing of theirs"""
 
     def __call__(self, images: Tensor) -> Features:
         """Features of a batch.
 
         Raises:
             ValueError: ``compute`` returns neither ``[N, D]`` nor ``([N, D], logits [N, K])``, or
-                values that are not finite.
+                values that are not finite; or it is the user's own and fails.
         """
         # PyTorch convolves in TF32 by default on a GPU, which changes the third digit of a feature
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = self.compute(images.to(self.device))
+            try:
+                out = self.compute(images.to(self.device))
+            except Exception as error:
+                if self.spec is None:
+                    raise
+                # theirs may raise anything; the last line of TorchScript's text is the message
+                reason = (str(error).strip().splitlines() or [""])[-1]
+                raise ValueError(
+                    f"features {self.spec} failed on uint8 {[*images.shape]}: "
+                    f"{type(error).__name__}: {reason}"
+                ) from None
         if self.inception:
             return self._checked(Features(*out), len(images))
         with_logits = isinstance(out, (tuple, list)) and len(out) == 2
@@ -129,14 +141,14 @@ def named_extractor(spec: str, shape: list[int], device: torch.device) -> Extrac
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{spec} is no TorchScript file: {reason}") from None
-        extractor = Extractor(f"{Path(spec).stem}-{_digest(spec)}", network, device)
+        extractor = Extractor(f"{Path(spec).stem}-{_digest(spec)}", network, device, spec=spec)
         try_on_image(extractor, shape)
         return extractor
     compute = _imported(spec)
     if isinstance(compute, nn.Module):
         compute = compute.to(device).eval()
     # its weights are not in a file that we know, so its name gets a hash of its output
-    extractor = Extractor(spec.replace(":", "."), compute, device)
+    extractor = Extractor(spec.replace(":", "."), compute, device, spec=spec)
     digits = " ".join(f"{x:.3g}" for x in try_on_image(extractor, shape).tolist())
     digest = hashlib.sha256(digits.encode()).hexdigest()[:8]
     return replace(extractor, name=f"{extractor.name}-{digest}")
@@ -154,8 +166,17 @@ def _imported(spec: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"features {spec} cannot be imported: {error}") from None
+    except Exception as error:
+        # a module may raise anything, a syntax error for example
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"features {spec} cannot be imported: {reason}") from None
+
+
+def file_of(spec: str) -> Path | None:
+    """The file that an extractor of the user's is in, if it is one of the working directory."""
+    module, _, function = spec.partition(":")
+    file = Path(module.replace(".", "/") + ".py") if function else Path(spec)
+    return file if file.is_file() else None
 
 
 def try_on_image(extractor: Extractor, shape: list[int]) -> Tensor:
@@ -172,12 +193,8 @@ def try_on_image(extractor: Extractor, shape: list[int]) -> Tensor:
     # 37 has no factor in common with 256: every value appears
     values = torch.arange(channels * height * width) * 37 % 256
     image = values.to(torch.uint8).view(1, channels, height, width)
-    try:
-        with torch.inference_mode():
-            return extractor(image).pool.flatten()
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{extractor.name} failed on uint8 {[*image.shape]}: {reason}") from None
+    with torch.inference_mode():
+        return extractor(image).pool.flatten()
 
 
 def feature_width(extractor: Extractor, shape: list[int]) -> int:

@@ -25,6 +25,8 @@ COLOUR = ("RGB", "P", "CMYK", "YCbCr")
 # grids that a run's monitor draws, named after a step
 MONITOR = re.compile(r"step_\d{8}\.png")
 DECODERS = 4
+# where a PNG says how many bits a channel has
+BIT_DEPTH = 24
 
 
 class FolderImages:
@@ -41,8 +43,8 @@ class FolderImages:
         shape: [H, W, C], C being 1 or 3.
 
     Raises:
-        ValueError: there are no such files, or one is damaged, has another size than the first, or
-            has transparency or more than 8 bits.
+        ValueError: there are no such files, or one is damaged, has another size than the first,
+            has transparency or more than 8 bits, or is animated.
     """
 
     def __init__(self, path: str):
@@ -138,6 +140,17 @@ def _check_mode(file: Path, image: Image.Image) -> None:
         raise ValueError(
             f"{file} must have 8 bits a channel, grey or colour; its mode is {image.mode}"
         )
+    # Pillow opens colours of 16 bits as ones of 8
+    if image.format == "PNG" and _bit_depth(file) > 8:
+        raise ValueError(f"{file} must have 8 bits a channel, it has {_bit_depth(file)}")
+    # a JPEG of a camera may have a preview behind the image
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError(f"{file} is animated, expected single images")
+
+
+def _bit_depth(file: Path) -> int:
+    with open(file, "rb") as f:
+        return f.read(BIT_DEPTH + 1)[BIT_DEPTH]
 
 
 def _text(size: tuple[int, int]) -> str:

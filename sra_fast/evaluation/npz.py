@@ -27,8 +27,13 @@ def _readable(path: str):
         raise ValueError(
             f"there is no {path}, expected an .npz file or a folder of images"
         ) from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # zipfile raises RuntimeError where damage looks like a password or another compression
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no readable .npz file: {error}") from None
+    except ValueError as error:
+        if path in str(error):
+            raise
+        raise ValueError(f"{path} is no readable .npz file: {why_unreadable(error)}") from None
 
 
 def members(path: str) -> set[str]:

@@ -65,7 +65,7 @@ def made_of(samples: str) -> dict:
     return {key: held.get(key) for key in ("step", "weights")}
 
 
-def _folder_of(samples: str) -> Path | None:
+def folder_of(samples: str) -> Path | None:
     """Where sample.py has written: ``samples`` is that folder, or its ``samples.npz``. What lies
     beside a file of another name may be of samples that were made later: None.
     """
@@ -77,7 +77,7 @@ def _folder_of(samples: str) -> Path | None:
 
 def _origin_of(samples: str) -> dict | None:
     """What sample.py has written of samples; None: nothing. ValueError if the file is damaged."""
-    folder = _folder_of(samples)
+    folder = folder_of(samples)
     if folder is None or not (folder / ORIGIN).exists():
         return None
     file = folder / ORIGIN
@@ -100,7 +100,7 @@ def prompts_of(samples: str, given: str | None, count: int) -> list[str]:
     Raises:
         ValueError: there is no such file, it is of other samples, or has more or fewer prompts.
     """
-    folder = _folder_of(samples)
+    folder = folder_of(samples)
     if given is None and folder is None:
         raise ValueError(
             "give --prompts, a file with a prompt for each image: only those beside a "

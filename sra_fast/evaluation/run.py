@@ -2,8 +2,8 @@
 how well samples fit their prompts.
 """
 
+import json
 import logging
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,13 +26,22 @@ from sra_fast.evaluation.adm_suite import (
 from sra_fast.evaluation.extractors import (
     Extractor,
     feature_width,
+    file_of,
     inception_extractor,
     named_extractor,
 )
 from sra_fast.evaluation.folder import FolderImages, open_images
 from sra_fast.evaluation.inception import SOURCE
-from sra_fast.evaluation.npz import NpzImages, save_arrays
-from sra_fast.evaluation.packed import PackedImages, made_of, prompts_of, reference_of
+from sra_fast.evaluation.npz import NpzImages, members, save_arrays
+from sra_fast.evaluation.packed import (
+    ORIGIN,
+    PROMPTS,
+    PackedImages,
+    folder_of,
+    made_of,
+    prompts_of,
+    reference_of,
+)
 from sra_fast.evaluation.scores import NEIGHBOURS
 from sra_fast.evaluation.text_scores import (
     TextScorer,
@@ -42,6 +51,7 @@ from sra_fast.evaluation.text_scores import (
     text_scores,
 )
 from sra_fast.utils.files import write_json
+from sra_fast.utils.outputs import check_output
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +84,8 @@ class Options:
     write_reference: str | None = None
     """write the statistics of the reference's images to this .npz, an FID reference for later"""
     out: str = "scores.json"
-    """JSON with the scores, the counts, the extractor and what may be compared"""
+    """JSON with the scores, the counts, the extractor and what may be compared; a file of before is
+    replaced"""
     batch: int = 64
     """images per call of the extractor"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -141,32 +152,65 @@ def _check_options(options: Options) -> None:
     for name in ("prompts", "per_image"):
         if getattr(options, name) is not None and not text:
             raise ValueError(f"{name} is for clip_score or pick_score, neither is given")
-    if options.per_image is not None:
-        _check_output("per_image", options.per_image)
-        if Path(options.per_image).suffix != ".npz":
-            raise ValueError(f"per_image must end in .npz, got {options.per_image}")
+    for name in ("per_image", "write_reference"):
+        file = getattr(options, name)
+        if file is not None and Path(file).suffix != ".npz":
+            raise ValueError(f"{name} must end in .npz, got {file}")
     if options.batch < 1:
         raise ValueError(f"batch must be at least 1, got {options.batch}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: there is no GPU")
-    # scoring takes minutes: an unusable file name is said before
+
+
+def _check_outputs(options: Options) -> None:
+    """Scoring takes minutes: an unusable file name, or one of an input, is said before."""
+    inputs = {
+        "samples": options.samples,
+        "reference": options.reference,
+        "inception": options.inception,
+        "features": options.features and file_of(options.features),
+        "prompts": options.prompts,
+        **_text_models(options),
+    }
     if options.samples is not None:
-        _check_output("out", options.out)
+        folder = folder_of(options.samples)
+        if folder is not None:
+            # they tell of the samples.npz beside them
+            inputs |= {f"the samples' {name}": folder / name for name in (ORIGIN, PROMPTS)}
+        check_output("out", options.out, inputs, _is_report)
+    if options.per_image is not None:
+        check_output("per_image", options.per_image, inputs, _is_cosines)
     if options.write_reference is not None:
-        _check_output("write_reference", options.write_reference)
-        if Path(options.write_reference).suffix != ".npz":
-            raise ValueError(f"write_reference must end in .npz, got {options.write_reference}")
         # it may be someone's only copy
         if Path(options.write_reference).exists():
             raise ValueError(f"write_reference {options.write_reference} exists already")
+        check_output("write_reference", options.write_reference, inputs)
+    outputs = {
+        name: Path(file).resolve()
+        for name in ("out", "per_image", "write_reference")
+        if (file := getattr(options, name)) is not None
+    }
+    if len({*outputs.values()}) < len(outputs):
+        found = ", ".join(f"{name} {getattr(options, name)}" for name in outputs)
+        raise ValueError(f"every output must have its own name, got {found}")
 
 
-def _check_output(name: str, file: str) -> None:
-    path = Path(file)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{name} must be a file in a folder that exists, got {file}")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{name} {file} cannot be written")
+def _is_report(path: Path) -> bool:
+    """Whether a file is what an earlier call has written to ``out``."""
+    try:
+        held = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and "comparable" in held
+
+
+def _is_cosines(path: Path) -> bool:
+    """Whether a file is what an earlier call has written to ``per_image``."""
+    try:
+        found = members(str(path))
+    except ValueError:
+        return False
+    return bool(found) and found <= {"clip_score", "pick_score"}
 
 
 def _check_counts(options: Options, inputs: Inputs) -> None:
@@ -267,6 +311,9 @@ def run(options: Options) -> dict:
         OSError: an output cannot be written.
     """
     _check_options(options)
+    if _has_extractor(options) and options.reference is None:
+        options = replace(options, reference=reference_of(options.samples))
+    _check_outputs(options)
     text = open_text_inputs(options)
     report = _compare_sides(options) if _has_extractor(options) else _without_reference(options)
     if text is not None:
@@ -281,8 +328,6 @@ def run(options: Options) -> dict:
 
 def _compare_sides(options: Options) -> dict:
     """The report on samples and reference, as far as they are there."""
-    if options.reference is None:
-        options = replace(options, reference=reference_of(options.samples))
     inputs = open_inputs(options)
     extractor = inputs.extractor
     reference = summarize_reference(

@@ -170,12 +170,21 @@ def _read_json(file: Path) -> dict:
 def _check_preprocessor(file: Path, size: int) -> None:
     """ValueError unless images are resized to what the model sees, bicubic, and cropped."""
     held = _read_json(file)
-    for name in ("size", "crop_size"):
-        sides = held.get(name, size)
-        sides = [*sides.values()] if isinstance(sides, dict) else [sides]
+    for name in ("do_resize", "do_center_crop"):
+        done = held.get(name, True)
         require_that(
-            bool(sides) and all(side == size for side in sides),
-            f"{file} must have {name} {size}, the side that the model sees, got {held.get(name)}",
+            done is True,
+            f"{file} must have {name} true, for images are resized and cropped in the middle, got "
+            f"{done}",
+        )
+    for name, sides in (("size", ["shortest_edge"]), ("crop_size", ["height", "width"])):
+        given = held.get(name, size)
+        # a number, or sides by name: others would be another preprocessing
+        found = dict.fromkeys(sides, given) if isinstance(given, int) else given
+        require_that(
+            found == dict.fromkeys(sides, size),
+            f"{file} must have {name} {size}, the side that the model sees ({', '.join(sides)}), got "
+            f"{given}",
         )
     resample = held.get("resample", BICUBIC)
     require_that(

@@ -1,11 +1,12 @@
 """What turns a model's latents into images: what it was trained with, and nothing else."""
 
+import json
 import logging
 from dataclasses import dataclass
 
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.latents import DEFAULT_SCALE
-from sra_fast.data.vae import load_vae, vae_identity, vae_is_there
+from sra_fast.data.vae import load_vae, vae_identity, vae_is_there, weights_digest
 
 log = logging.getLogger("sra_fast")
 
@@ -22,6 +23,23 @@ class Decoder:
     vae: object | None
     scale: float = 1.0
     shift: float = 0.0
+
+    def identity(self) -> dict:
+        """What the images depend on; JSON."""
+        return {
+            "vae": None if self.vae is None else _digest_of(self.vae),
+            "latent_scale": self.scale,
+            "latent_shift": self.shift,
+        }
+
+
+def _digest_of(vae) -> str:
+    """Of the whole VAE: two decoders may belong to one encoder."""
+    digest = weights_digest(vae.state_dict())
+    # the number of groups of a norm, for example, is in no weight
+    settings = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def choose_decoder(

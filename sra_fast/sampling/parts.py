@@ -5,7 +5,7 @@ an interruption. The processes share only the folder and form no process group. 
 waits for the others, to join the parts.
 """
 
-import json
+import math
 import shutil
 import time
 import zipfile
@@ -15,59 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sra_fast.utils.files import write_atomic, write_first
+from sra_fast.utils.files import why_unreadable, write_atomic
 
 # images per part: what an interruption can cost
 PART = 256
-
-
-def open_parts(folder: Path, identity: dict) -> None:
-    """Make ``folder``, or resume in it.
-
-    Args:
-        folder: of the parts.
-        identity: what the images depend on; JSON.
-
-    Raises:
-        ValueError: it holds parts of other samples, or cannot be made.
-    """
-    file = folder / "identity.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # of several processes that start together, one writes the file and all read it
-        if not file.exists():
-            write_first(file, identity)
-        held = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"out {folder.parent} cannot be written: {error.strerror}") from None
-    # through JSON and back: tuples become lists, as in the file
-    wanted = json.loads(json.dumps(identity))
-    for key, value in wanted.items():
-        if held.get(key) != value:
-            raise ValueError(
-                f"{folder} holds unfinished samples with {key} {held.get(key)}, this run has {value}: "
-                "delete it or choose another --out"
-            )
-
-
-def open_pngs(folder: Path, count: int) -> Path | None:
-    """Make the folder of the ``count`` PNGs and return it; None if there are to be none.
-
-    Raises:
-        ValueError: it holds images of an earlier set, which would be taken for images of this one.
-    """
-    numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdigit()]
-    extra = sum(number >= count for number in numbers)
-    if extra:
-        these = f"these {count}" if count else "these samples, which get none (--png true)"
-        raise ValueError(
-            f"{folder} holds {extra} images that are not of {these}: delete it or choose another "
-            "--out"
-        )
-    if count == 0:
-        return None
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def num_parts(count: int) -> int:
@@ -98,15 +49,17 @@ def make_parts(
     rank: int,
     world: int,
     png: Path | None = None,
+    finished: Callable[[], bool] = lambda: False,
 ) -> int:
     """Make those parts of this process that are still missing.
 
     Args:
         make: ``(first, end)`` image numbers -> uint8 ``[end - first, H, W, C]``.
         count: images of all processes together.
-        folder: opened by ``open_parts``.
+        folder: of the parts, see ``SampleFolder``.
         rank, world: this process and the number of processes.
         png: folder for a PNG of every image as well.
+        finished: whether the parts of all processes have been joined.
 
     Returns:
         How many images were made.
@@ -119,6 +72,9 @@ def make_parts(
         file = _part_file(folder, number)
         if file.exists():
             continue
+        # of a resumed command, a fast first process has joined the parts before this one looked
+        if finished():
+            break
         # the last part may be smaller
         first = number * PART
         end = min(first + PART, count)
@@ -132,7 +88,13 @@ def make_parts(
     return made
 
 
-def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: int) -> np.ndarray:
+def join_parts(
+    folder: Path,
+    count: int,
+    labels: np.ndarray,
+    out: Path,
+    finished: Callable[[], bool] = lambda: False,
+) -> None:
     """Wait for all parts, stream them into one ``.npz``, delete them.
 
     Args:
@@ -140,14 +102,13 @@ def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: in
         count: images of all processes together.
         labels: ``[count]``.
         out: the file to write: ``arr_0`` uint8 ``[count, H, W, C]``, ``arr_1`` the labels.
-        keep: how many images to return.
-
-    Returns:
-        The first ``keep`` images, uint8.
+        finished: whether somebody else, who was given the same command, has joined them.
     """
     # the processes share nothing but the folder, so the first one looks until the parts are there
     parts = [_part_file(folder, number) for number in range(num_parts(count))]
     while not all(part.exists() for part in parts):
+        if finished():
+            return
         time.sleep(0.2)
     shape = (count, *np.load(parts[0], mmap_mode="r").shape[1:])
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -163,10 +124,30 @@ def join_parts(folder: Path, count: int, labels: np.ndarray, out: Path, keep: in
                 np.lib.format.write_array(f, labels)
 
     write_atomic(out, write)
-    # the images that the caller shows
-    first = np.concatenate([np.load(part) for part in parts[: num_parts(keep)]])[:keep]
+    delete_parts(folder)
+
+
+def delete_parts(folder: Path) -> None:
+    """Delete parts that have been joined, and their folder."""
     # the identity is deleted last: parts without one would be taken for parts of the next samples
-    for part in parts:
+    for part in folder.glob("*.npy"):
         part.unlink()
     shutil.rmtree(folder)
-    return first
+
+
+def first_images(file: Path, count: int) -> np.ndarray:
+    """The first images of an ``.npz`` of ``join_parts``, at most ``count``, uint8 ``[n, H, W, C]``;
+    ValueError if it is damaged.
+    """
+    # np.load would read all of them
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as f:
+            np.lib.format.read_magic(f)
+            (total, *shape), _, _ = np.lib.format.read_array_header_1_0(f)
+            data = f.read(min(count, total) * math.prod(shape))
+            return np.frombuffer(data, np.uint8).reshape(-1, *shape)
+    except (EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} is damaged: {why_unreadable(error)}; delete it, and the same command makes it "
+            "again"
+        ) from None

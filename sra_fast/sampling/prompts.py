@@ -142,6 +142,12 @@ def choose_text(
         stored = open_stored(text, trained)
         _check_sizes(model, str(stored.root), stored)
         count = min(STORED, len(stored)) if count is None else count
+        if count > len(stored):
+            # the score of such samples would be that of fewer captions
+            warn(
+                "%s has captions of %d images, %d were asked for: the captions take turns",
+                *(stored.root, len(stored), count),
+            )
         return StoredCaptions(stored, torch.arange(count) % len(stored))
     require_that(
         prompts is not None,

@@ -20,13 +20,14 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.prompts import as_lines
 from sra_fast.data.vae import decode
 from sra_fast.diffusion.samplers import Call, check_sampling
-from sra_fast.evaluation.packed import ORIGIN, PROMPTS, SAMPLES
-from sra_fast.models import Conditioning, DiffusionTransformer
+from sra_fast.evaluation.packed import ORIGIN, PROMPTS
+from sra_fast.models import Conditioning, DiffusionTransformer, arguments_of
 from sra_fast.plots.report import save_grid, to_uint8
 from sra_fast.sampling.conditions import SampleConditions, SampledLabels
 from sra_fast.sampling.decoder import Decoder, choose_decoder
+from sra_fast.sampling.folder import IDENTITY, SampleFolder
 from sra_fast.sampling.generate import choose_labels, generate
-from sra_fast.sampling.parts import join_parts, make_parts, num_parts, open_parts, open_pngs
+from sra_fast.sampling.parts import delete_parts, first_images, join_parts, make_parts, num_parts
 from sra_fast.sampling.prompts import choose_text
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.cuda_graph import Graphed
@@ -45,7 +46,8 @@ class Options:
     published code or others"""
     out: str = "samples"
     """folder for samples.png, samples.npz (arr_0: uint8 [N, H, W, C], arr_1: labels, or numbers of
-    the prompts), samples.json (of which model they are), and prompts.jsonl for models of text"""
+    the prompts), samples.json (of which model they are), and prompts.jsonl for models of text; one
+    with other samples is refused"""
     count: int | None = None
     """number of images; default: one for each prompt, otherwise 100"""
     classes: list[int | str] | None = None
@@ -91,7 +93,7 @@ class Options:
 
 
 # options that change how images are made or shown, but not which images they are; and those of which
-# the conditions know more
+# the model, the decoder and the conditions know more
 FREE_OPTIONS = {
     "checkpoint",
     "out",
@@ -102,6 +104,7 @@ FREE_OPTIONS = {
     "compile",
     "graph",
     "num_heads",
+    "vae",
     "prompts",
     "text_encoders",
     "text",
@@ -256,20 +259,31 @@ def class_numbers(
     return numbers
 
 
-def identity(options: Options, model: DiffusionTransformer, decoder: Decoder) -> dict:
+def identity(job: SamplingJob) -> dict:
     """What the images depend on, and whether they are also written as PNGs.
 
     Parts of samples with another identity are not reused.
     """
+    options = job.options
+    model = job.model
     # a hash and no sum: the last digit of a sum depends on the number of threads
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.contiguous().numpy())
     decisive = {key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS}
-    # what decodes, also where it was not given
-    decisive |= {"latent_scale": decoder.scale, "latent_shift": decoder.shift}
-    return {"weights": digest.hexdigest()[:16], **decisive}
+    return {
+        "weights": digest.hexdigest()[:16],
+        # what weights do not show: the number of heads, what times are multiplied by
+        "model": {"family": model.family, **arguments_of(model)},
+        "path": job.path,
+        **decisive,
+        # what decodes, also where it was not given
+        **job.decoder.identity(),
+        # names of classes may stand for other numbers
+        "numbers": hashlib.sha256(job.conditions.numbers.numpy().tobytes()).hexdigest()[:16],
+        **job.conditions.facts,
+    }
 
 
 def graphed_call(model: DiffusionTransformer) -> Call:
@@ -339,49 +353,65 @@ def run(job: SamplingJob) -> dict | None:
         OSError: the disk is full. Finished parts are kept.
     """
     options = job.options
-    conditions = job.conditions
-    count = len(conditions)
+    count = len(job.conditions)
     rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
     # more processes than parts
     if rank >= num_parts(count):
         return None
 
-    out = make_folder(options.out)
-    parts = out / "parts"
-    open_parts(parts, {**identity(options, job.model, job.decoder), **conditions.facts})
-    png = open_pngs(out / "png", count if options.png else 0)
+    folder = SampleFolder(make_folder(options.out), identity(job), count, options.png)
+    rate = 0.0
+    if folder.open():
+        rate = _sample(job, folder, rank)
+    elif rank == 0:
+        log.warning("%s holds these samples already, none is made again", folder.npz)
+        if folder.left_over():
+            delete_parts(folder.parts)
+    if rank:
+        return None
+    # from the file: parts may be gone
+    shown = first_images(folder.npz, options.grid)
+    columns = min(options.columns, len(shown))
+    captions = job.conditions.captions(len(shown))
+    save_grid(folder.path / "samples.png", shown, columns, options.scale, captions=captions)
+    return {"out": str(folder.path), "count": count, "images_per_s_per_process": round(rate, 2)}
 
+
+def _sample(job: SamplingJob, folder: SampleFolder, rank: int) -> float:
+    """Make this process's parts; the first process writes what is made of all parts.
+
+    Returns:
+        Images per second.
+    """
+    options = job.options
+    conditions = job.conditions
+    count = len(conditions)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     start = time.perf_counter()
     # the bar shows process 0's share
     bar = tqdm(total=-(-count // world), unit="image", disable=rank > 0)
     with bar, torch.no_grad():
         make = image_maker(job, bar.update)
-        made = make_parts(make, count, parts, rank, world, png)
+        made = make_parts(make, count, folder.parts, rank, world, folder.png, folder.finished)
     # parts of an earlier, interrupted run are not counted
     rate = made / (time.perf_counter() - start)
-    if rank:
-        return None
-
-    origin = {
-        "checkpoint": str(Path(options.checkpoint).absolute()),
-        "data": job.facts.as_json() if job.facts else None,
-        "sample": asdict(options.sample),
-        "seed": options.seed,
-        **conditions.facts,
-        **job.made_of,
-    }
-    npz = out / SAMPLES
-    # images of before go first: they would be scored with the prompts of these, which may take long
-    npz.unlink(missing_ok=True)
-    write_json(out / ORIGIN, origin)
-    _write_prompts(out / PROMPTS, conditions.prompts)
-    # the first process joins the parts of all
-    shown = join_parts(parts, count, conditions.numbers.numpy(), npz, options.grid)
-    columns = min(options.columns, len(shown))
-    captions = conditions.captions(len(shown))
-    save_grid(out / "samples.png", shown, columns, options.scale, captions=captions)
-    return {"out": str(out), "count": count, "images_per_s_per_process": round(rate, 2)}
+    if rank == 0:
+        origin = {
+            "checkpoint": str(Path(options.checkpoint).absolute()),
+            "data": job.facts.as_json() if job.facts else None,
+            "sample": asdict(options.sample),
+            "seed": options.seed,
+            **conditions.facts,
+            **job.made_of,
+            IDENTITY: folder.identity,
+        }
+        # before the images: they are known by it
+        write_json(folder.path / ORIGIN, origin)
+        _write_prompts(folder.path / PROMPTS, conditions.prompts)
+        # the first process joins the parts of all
+        numbers = conditions.numbers.numpy()
+        join_parts(folder.parts, count, numbers, folder.npz, folder.finished)
+    return rate
 
 
 def _write_prompts(file: Path, prompts: list[str] | None) -> None:

@@ -1,6 +1,7 @@
 """The analysis scripts on a small model that has learned digits."""
 
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -186,3 +187,33 @@ def test_bad_input_is_one_line(trained, tmp_path, name, args, message):
     line = error_of(done)
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("images, few", [(12, True), (150, False)])
+def test_accuracies_of_few_images_are_a_warning(trained, tmp_path, caplog, images, few):
+    args = ("--times", "[0.5]", "--layers", "[1]", "--draws", 1, "--images", images)
+    done = call("probe", "--checkpoint", trained, "--out", tmp_path, *args)
+    assert done.returncode == 0, done.stderr
+    assert ("the accuracies are those of 2 held-out images, below 30" in caplog.text) == few
+    assert ("held-out images, below" in caplog.text) == few
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(trained, tmp_path):
+    for name in ("probe", "visualize"):
+        with patch("os.access", lambda *_: False):
+            done = call(name, "--checkpoint", trained, "--out", tmp_path)
+        assert done.returncode == 2
+        assert "cannot be written: its folder is read-only" in error_of(done)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_grid_of_samples_is_not_replaced(tmp_path):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=images, arr_1=np.arange(4))
+    (tmp_path / "samples.png").write_text("of sample.py")
+    for samples in (tmp_path, tmp_path / "samples.npz"):
+        done = call("visualize", "--samples", f"[{samples}]", "--out", tmp_path)
+        assert done.returncode == 2
+        message = f"out {tmp_path}/samples.png would replace a file of samples {tmp_path}"
+        assert message in error_of(done)
+    assert (tmp_path / "samples.png").read_text() == "of sample.py"

@@ -8,7 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sra_fast.analysis.features import check_times, choose_layers, noisy_features, split
+from sra_fast.analysis.features import (
+    check_times,
+    choose_layers,
+    data_of,
+    noisy_features,
+    split,
+)
 from sra_fast.analysis.linear_probe import (
     accuracy,
     best,
@@ -21,6 +27,7 @@ from sra_fast.analysis.linear_probe import (
 from sra_fast.analysis.pca_maps import colours, components, draw_maps
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.digits import Digits
+from sra_fast.data.facts import DataFacts
 from sra_fast.models import DiT, SiT
 from sra_fast.plots.figures import read_samples, save_samples
 
@@ -118,10 +125,14 @@ def test_default_layers_and_what_is_refused():
     assert choose_layers([5, 2, 2], 6) == [2, 5]
     assert choose_layers(None, 28, most=7) == [1, 6, 10, 14, 19, 24, 28]
     assert choose_layers(None, 1, most=7) == [1]
-    for wrong in ([], [0], [7]):
+    for wrong in ([0], [7]):
         with pytest.raises(ValueError, match=r"layers must lie in \[1, 6\]"):
             choose_layers(wrong, 6)
-    for wrong in ([], [-0.1], [0.5, 1.01], [math.nan], [0.5, math.nan]):
+    with pytest.raises(ValueError, match="expected at least one of layers, got"):
+        choose_layers([], 6)
+    with pytest.raises(ValueError, match="expected at least one of times, got"):
+        check_times([])
+    for wrong in ([-0.1], [0.5, 1.01], [math.nan], [0.5, math.nan]):
         with pytest.raises(ValueError, match="times must lie"):
             check_times(wrong)
 
@@ -199,6 +210,38 @@ def test_what_cannot_be_probed(tmp_path):
         probe_layers(model, "linear", split(DataConfig(name="digits"), model), [0.5], [1])
     with pytest.raises(ValueError, match="the data has"):
         split(write_latents(tmp_path), model)
+
+
+def facts_of(pixels: bool) -> DataFacts:
+    shape = (3, 4, 4) if pixels else (2, 4, 4)
+    return DataFacts("pixels" if pixels else "latents", shape, 3, pixels=pixels, scale=1.027)
+
+
+def test_pixels_for_latents_and_the_other_way_round(tmp_path):
+    """In words of what was given, and not of options that nobody named."""
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.arange(6) % 3)
+    of_latents = SiT(input_size=4, in_channels=2, num_classes=3, **SIZES).eval()
+    facts = facts_of(pixels=False)
+    path = str(tmp_path / "images.npz")
+    for name in ("auto", "pixels"):
+        data = data_of(DataConfig(name=name, path=path), facts)
+        with pytest.raises(ValueError) as error:
+            split(data, of_latents, facts)
+        assert str(error.value) == f"the model was trained on latents, {path} holds pixels"
+    of_pixels = SiT(input_size=4, in_channels=3, num_classes=3, **SIZES).eval()
+    latents = write_latents(tmp_path)
+    with pytest.raises(ValueError) as error:
+        split(data_of(latents, facts_of(pixels=True)), of_pixels, facts_of(pixels=True))
+    assert str(error.value) == f"the model was trained on pixels, {tmp_path} holds latents"
+
+
+def test_one_image_cannot_be_split(tmp_path):
+    model = SiT(input_size=4, in_channels=2, num_classes=3, **SIZES).eval()
+    with pytest.raises(ValueError) as error:
+        split(write_latents(tmp_path, count=1), model)
+    expected = f"an analysis needs data of at least 2 images, {tmp_path} has 1"
+    assert str(error.value) == expected
 
 
 def test_components_are_ordered_and_keep_their_signs():

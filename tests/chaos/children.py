@@ -19,6 +19,7 @@ from launch import free_port
 
 from sra_fast import train
 from sra_fast.training import saving
+from sra_fast.utils import stopping
 
 # seconds from the end of one rank to SIGTERM for the others, and from there to SIGKILL
 TERM_AFTER = 0.2
@@ -172,7 +173,7 @@ def _be_a_rank(
             os.environ.update(zip(names, map(str, values), strict=True))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         sys.argv = ["train.py", *arguments]
-        train.LAUNCHER_REACTS = 2 * TERM_AFTER
+        stopping.LAUNCHER_REACTS = 2 * TERM_AFTER
         if rank == 0:
             _say_resumed()
         if hook is not None:

@@ -214,7 +214,7 @@ def test_null_rows():
 @pytest.mark.parametrize(
     "model, facts, message",
     [
-        (network(SiT), None, "has a class for DiT only, the weights are of a SiT"),
+        (network(SiT), None, "has classes for DiT and MMDiT, the weights are of a SiT"),
         (dit(qk_norm=True), None, "no qk_norm"),
         (dit(mlp_ratio=2), None, "mlp_ratio of 4, the model has 2"),
         (dit(class_dropout_prob=0.0), None, "has a null class, the model has none"),
@@ -304,3 +304,33 @@ def test_the_commands(pipeline, tmp_path, caplog):
     assert "needs no conversion" in error_of(call("import_weights", "--from", file, *args))
     done = call("sample", "--checkpoint", folder, "--out", tmp_path / "s")
     assert f"folder of diffusers: import-weights --from {folder}" in error_of(done)
+
+
+def test_a_full_disk_leaves_nothing_or_what_was_there(tmp_path, vae, monkeypatch):
+    loaded = LoadedModel(dit(), "linear", FACTS)
+    out = tmp_path / "old"
+    write_pipeline(loaded, out, str(vae))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sra_fast.checkpoint.diffusers_folder.write_json", full)
+    for folder in ("old", "new/pipeline"):
+        with pytest.raises(OSError, match="No space left"):
+            write_pipeline(LoadedModel(dit(seed=1), "linear", FACTS), tmp_path / folder, str(vae))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_pipeline_does_not_replace_the_vae_that_it_reads(tmp_path, vae):
+    out = tmp_path / "pipeline"
+    write_pipeline(LoadedModel(dit(), "linear", FACTS), out, str(vae))
+    before = (out / "vae/config.json").read_text()
+    other = LoadedModel(dit(), "linear", replace(FACTS, scale=0.7))
+    with pytest.raises(ValueError, match="out .*/vae would replace vae .*/vae: expected another"):
+        write_pipeline(other, out, str(out / "vae"))
+    assert (out / "vae/config.json").read_text() == before
+    # the same command again is no such case
+    write_pipeline(other, out, str(vae))
+    assert json.loads((out / "vae/config.json").read_text())["scaling_factor"] == 0.7

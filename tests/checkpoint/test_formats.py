@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import logging
+import resource
+import signal
 
 import pytest
 import torch
 import yaml
 from foreign import network, run_folder, same, weights
 from launch import call, call_console, error_of
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tiny_config import config
 
@@ -319,7 +322,7 @@ def test_push_without_a_network_is_one_line(tmp_path, hub, monkeypatch):
     done = call("export", "--checkpoint", run, "--out", tmp_path / "b", "--push", "me/digits")
     assert "needs huggingface_hub: pip install 'sra-fast[hub]'" in error_of(done)
     done = call("export", "--checkpoint", run, "--out", tmp_path / "b", "--format", "diffusers")
-    assert "has a class for DiT only" in error_of(done)
+    assert "has classes for DiT and MMDiT, the weights are of a SiT" in error_of(done)
     assert not (tmp_path / "b").exists()
 
 
@@ -330,6 +333,9 @@ def test_push_without_a_network_is_one_line(tmp_path, hub, monkeypatch):
         ("a.pt", {}, "published"),
         ("a", {}, "huggingface"),
         ("models/v1.0", {}, "huggingface"),
+        ("digits.v1", {}, "huggingface"),
+        ("dit-1.5b", {}, "huggingface"),
+        ("y.foo", {"format": "huggingface"}, "huggingface"),
         ("a", {"format": "diffusers", "vae": "v", "fold_time": True}, "diffusers"),
         ("a", {"push": "me/a"}, "huggingface"),
     ],
@@ -341,8 +347,15 @@ def test_the_name_says_the_format(out, options, expected):
 @pytest.mark.parametrize(
     "out, options, message",
     [
-        ("a.npz", {}, "expected out to end with .safetensors or .pt, or a folder, got a.npz"),
+        (
+            "a.npz",
+            {},
+            r"expected out to end with .safetensors or .pt, or a folder \(.*\), got a.npz",
+        ),
         ("a.bin", {}, "expected out to end with"),
+        ("y.foo", {}, "expected out to end with .* got y.foo"),
+        ("w.safetensor", {}, "expected out to end with .* got w.safetensor"),
+        ("w.SAFETENSORS", {}, "expected out to end with"),
         ("a.pt", {"format": "safetensors"}, "a file that ends with .safetensors, got out a.pt"),
         ("a", {"format": "published"}, "a file that ends with .pt, got out a"),
         ("a.pt", {"format": "huggingface"}, "writes a folder, got out a.pt"),
@@ -378,3 +391,174 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     done = call_console("export", "--checkpoint", run, "--out", tmp_path / "file")
     assert done.returncode == 2
     assert f"out {tmp_path / 'file'} cannot be" in error_of(done)
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """A file that is larger than 5000 bytes is cut off there, and writing it fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    "out, reason",
+    [
+        ("new/w.safetensors", "File too large"),
+        ("new/folder", "File too large"),
+        # torch.save does not tell the reason
+        ("new/w.pt", "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, out, reason, small_disk):
+    torch.set_num_threads(1)
+    source = tmp_path / "source"
+    source.mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    path = published(source, network())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    done = call("export", "--checkpoint", path, "--out", tmp_path / out)
+    assert done.returncode == 2
+    assert done.stderr == f"error: out {tmp_path / out} cannot be written: {reason}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_import_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """In safetensors' own words."""
+
+    def full(*_, **__):
+        text = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise SafetensorError(text)
+
+    source = plain(tmp_path, network(DiT), ["ap_head."])
+    monkeypatch.setattr("sra_fast.utils.outputs.save_file", full)
+    out = tmp_path / "new/w.safetensors"
+    args = ("--from", source, "--out", out, "--model", "DiT-S/2", "--num_heads", 2)
+    done = call("import_weights", *args)
+    assert done.returncode == 2
+    line = f"{out} cannot be read or written: No space left on device"
+    assert done.stderr == f"error: {line}\n"
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_a_full_disk_leaves_the_folder_of_before(tmp_path, monkeypatch):
+    run = run_folder(tmp_path / "run", network())
+    out = tmp_path / "folder"
+    export(Options(str(run), str(out)))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sra_fast.checkpoint.huggingface.write_json", full)
+    other = run_folder(tmp_path / "other", network(seed=1))
+    message = f"out {out} cannot be written: No space left on device"
+    with pytest.raises(ValueError, match=message):
+        export(Options(str(other), str(out)))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_export_does_not_replace_what_it_reads(tmp_path):
+    path = published(tmp_path, network())
+    file = tmp_path / "w.safetensors"
+    export(Options(str(path), str(file)))
+    export(Options(str(path), str(tmp_path / "folder")))
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights(network()), file.name)}))
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    run = run_folder(tmp_path / "run", network())
+    (step,) = (run / "checkpoints").glob("step_*")
+    piece = sorted(step.glob("*.safetensors"))[0]
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    cases = [
+        (file, file),
+        (link, file),
+        (file, link),
+        (path, path),
+        (index, file),
+        (tmp_path / "folder", tmp_path / "folder"),
+        (tmp_path / "folder", tmp_path / "folder/model.safetensors"),
+        (run, piece),
+    ]
+    for source, out in cases:
+        with pytest.raises(ValueError, match=r"out .* would replace (a file of )?checkpoint"):
+            export(Options(str(source), str(out), num_heads=2))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    done = call("import_weights", "--from", file, "--out", file, "--model", "SiT-S/2")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: --out {file} would replace --from {file}: expected another name\n"
+    )
+
+
+def test_a_card_that_was_edited_is_kept(tmp_path, caplog):
+    """One of an export is replaced: it would tell of other weights."""
+    run = run_folder(tmp_path / "run", network(), 7)
+    later = run_folder(tmp_path / "later", network(seed=1), 9)
+    out = tmp_path / "folder"
+    export(Options(str(run), str(out)))
+    export(Options(str(later), str(out)))
+    assert "after 9 optimizer steps" in (out / "README.md").read_text()
+    assert not caplog.text
+    (out / "README.md").write_text("mine")
+    # twice: the first call must not take it for its own afterwards
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            export(Options(str(run), str(out)))
+        assert (out / "README.md").read_text() == "mine"
+        assert f"{out}/README.md is kept as it is" in caplog.text
+        assert load_model(str(out)).step == 7
+    (out / "README.md").unlink()
+    export(Options(str(run), str(out)))
+    assert "after 7 optimizer steps" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, args, line",
+    [
+        (
+            "export",
+            ("--checkpoint", "x", "--out", "y.foo"),
+            "expected out to end with .safetensors or .pt, or a folder (of any name with format "
+            "huggingface), got y.foo",
+        ),
+        (
+            "export",
+            ("--check", "x", "--out", "y"),
+            "there is no option --check, did you mean --checkpoint?",
+        ),
+        ("export", ("--out", "y"), "the following arguments are required: --checkpoint"),
+        (
+            "export",
+            ("--checkpoint", "x", "--out", "y", "--num_heads", "two"),
+            "num_heads: expected a whole number, got two",
+        ),
+        ("import_weights", (), "the following arguments are required: --from, --out"),
+        (
+            "import_weights",
+            ("--from", "x", "--out", "y.pt"),
+            "--out must end with .safetensors, got y.pt",
+        ),
+        (
+            "import_weights",
+            ("--from", "x", "--out", "y.safetensors", "--mod", "SiT-S/2"),
+            "there is no option --mod, did you mean --model?",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(name, args, line):
+    """Without the usage, and an abbreviation is no option."""
+    done = call(name, *args)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {line}\n"
+
+
+def test_both_ways_to_write_an_option():
+    for option in ("--fold-time", "--fold_time"):
+        done = call("export", "--checkpoint", "x", "--out", "y", option)
+        assert "fold_time goes with format diffusers" in error_of(done)

@@ -240,9 +240,12 @@ def test_images_without_captions_are_counted(images):
     "content, message",
     [
         (None, "captions must be txt, JSON files or a column .*, there is no file .*list.json$"),
-        ("{", "list.json must hold COCO's captions .*: JSONDecodeError"),
+        ("{", "list.json must hold COCO's captions .*: Expecting property name"),
         ([1], "list.json must hold COCO's captions .*an object was expected, got list"),
-        ({"images": [], "annotations": [{"image_id": 1}]}, "must hold COCO's .*KeyError"),
+        (
+            {"images": [], "annotations": [{"image_id": 1}]},
+            "must hold COCO's .* of the image 1, which",
+        ),
         (
             {
                 "images": [{"id": 1, "file_name": "a/0.jpg"}, {"id": 2, "file_name": "a/0.jpg"}],

@@ -10,6 +10,7 @@ from PIL import Image
 from toy_data import tree
 
 from sra_fast.data.feature_jobs import check_same_images
+from sra_fast.data.ownership import Ownership
 from sra_fast.data.pixels import PackedPixels
 from sra_fast.data.preprocess import Options, make_jobs, open_images
 from sra_fast.data.writer import run_jobs
@@ -113,6 +114,59 @@ def test_images_that_were_skipped_are_no_change(tmp_path):
         pack(source, out, bad="skip")
 
 
+@pytest.mark.parametrize("broken", [0, 5, 9])
+def test_after_a_stop_bad_images_may_be_skipped(tmp_path, broken):
+    """Parts that were finished under stop are those of a run that skips: as if it had begun so."""
+    out = tmp_path / "out"
+    source = put(tmp_path, "folder", broken=(broken,))
+    with pytest.raises(ValueError, match=rf"{broken}\.png is no readable image"):
+        pack(source, out)
+    finished = sorted(out.glob("shards/*.npy"))
+    assert len(finished) == broken // 4
+    kept = [file.stat().st_ino for file in finished]
+    pack(source, out, bad="skip")
+    pack(source, tmp_path / "fresh", bad="skip")
+    assert tree(out) == tree(tmp_path / "fresh")
+    assert [file.stat().st_ino for file in finished] == kept
+
+
+def test_after_a_stop_the_resolution_may_change_until_a_part_is_finished(tmp_path):
+    source = put(tmp_path, "folder", broken=(0, 4, 8))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="no readable image"):
+        pack(source, out)
+    changes = {"resolution": 4, "bad": "skip"}
+    pack(source, out, **changes)
+    pack(source, tmp_path / "fresh", **changes)
+    assert tree(out) == tree(tmp_path / "fresh")
+    message = f"{out} was begun with shape .*: delete it or choose another out"
+    with pytest.raises(ValueError, match=message):
+        pack(source, out, bad="skip")
+
+
+def test_what_was_skipped_is_not_kept_by_a_run_that_stops(tmp_path):
+    out = tmp_path / "out"
+    source = put(tmp_path, "folder", broken=(5,))
+    pack(source, out, bad="skip")
+    before = tree(out)
+    message = "begun with bad skip, this run has stop: delete it or choose another out"
+    with pytest.raises(ValueError, match=message):
+        pack(source, out)
+    assert tree(out) == before
+
+
+def test_captions_that_were_stored_under_stop_are_not_those_of_skip(tmp_path):
+    """No image was looked at for them."""
+    recipe = {"kind": "text", "layout": "packed", "bad": "stop"}
+    owner = Ownership(tmp_path, recipe, rank=0)
+    owner.claim()
+    owner.release()
+    (tmp_path / "parts/00000.json").write_text("{}")
+    message = "begun with bad stop, this run has skip: delete it or choose another text_name"
+    with pytest.raises(ValueError, match=message):
+        Ownership(tmp_path, {**recipe, "bad": "skip"}, rank=0).claim()
+
+
 def test_held_out_images_are_looked_at_too(tmp_path):
     source = put(tmp_path, "folder")
     options = options_of(source, tmp_path / "out", holdout=0.25)
@@ -141,7 +195,9 @@ def test_features_are_not_added_to_a_set_with_damaged_labels(tmp_path):
     source = put(tmp_path, "folder")
     pack(source, out)
     (out / "labels.npy").write_text("no array")
-    with pytest.raises(ValueError, match="labels.npy was altered .* it holds no plain array$"):
+    with pytest.raises(
+        ValueError, match="labels.npy was altered .* it holds no plain array. Run the command"
+    ):
         check_same_images(open_images(options_of(source, out))[0], out)
 
 

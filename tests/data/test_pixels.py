@@ -132,7 +132,8 @@ def test_a_holdout_asked_for_later_leaves_nothing(images):
         *("preprocess", "--source", images / "images", "--out", images / "packed"),
         *("--pixels", "true", "--resolution", 16, "--holdout", 0.25),
     )
-    assert "was begun with holdout 0.0, this run has 0.25: choose another out" in error_of(done)
+    message = "was begun with holdout 0.0, this run has 0.25: delete it or choose another out"
+    assert message in error_of(done)
     assert len(PackedPixels(images / "packed").held_out_split()[0][1]) < 12
 
 

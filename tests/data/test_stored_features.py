@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import call, error_of
+from document_classes import COMMANDS
+from launch import ROOT, call, error_of
 from toy_data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,6 +25,7 @@ from toy_data import (
 )
 
 from sra_fast.analysis.features import split
+from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
 from sra_fast.data.digits import Digits
@@ -35,6 +37,7 @@ from sra_fast.data.preprocess import Options, make_jobs
 from sra_fast.data.vision import features_shape, load_vision_model, make_extractor
 from sra_fast.data.writer import run_jobs
 from sra_fast.models import create_model
+from sra_fast.utils.registry import TARGETS
 
 pytestmark = [
     pytest.mark.usefixtures("rooms"),
@@ -526,11 +529,24 @@ def test_a_run_does_not_resume_with_other_features(made, data, tmp_path):
     unused = [word for word in again if word not in target]
     done = call(*unused, "--data.features", "dino")
     assert done.returncode == 2
-    assert "is for align.target cached_features, which this run does not have" in error_of(done)
+    message = "is for align.target cached_features, which this run does not have"
+    assert error_of(done).endswith(f"{message}: add --align cached_features")
     # the same ones under another name are no other features
     shutil.copytree(data / "features/dino", data / "features/copy")
     done = call(*again, "--data.features", "copy")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_commands_of_the_documents_have_a_target_for_their_features(monkeypatch):
+    """A run without one is refused, which their parsers alone do not notice."""
+    monkeypatch.chdir(ROOT)
+    shown = [command.words() for command in COMMANDS if "--data.features" in command.text]
+    assert len(shown) >= 2
+    for words in shown:
+        first = next(i for i, word in enumerate(words) if word.endswith(("train", "train.py")))
+        cfg, _ = parse_train(words[first + 1 :])
+        kinds = [TARGETS[align.target] for align in cfg.alignments.values()]
+        assert any(kind.needs_external for kind in kinds), words
 
 
 @pytest.mark.parametrize(

@@ -411,7 +411,9 @@ def test_images_with_captions_need_no_classes(made, tmp_path):
     assert data.num_classes == 1 and len(data) == 4
     cfg = config(tmp_path / "data")
     cfg.train.global_batch = 5
-    with pytest.raises(ValueError, match="global_batch 5 is larger than the data set"):
+    with pytest.raises(
+        ValueError, match="global_batch 5 is larger than the data set .*, at most 4$"
+    ):
         make_dataset(cfg)
 
 
@@ -491,7 +493,10 @@ def damage(folder, change):
         ({"data_sha256": "0"}, "text/clip holds captions of other images than .*data: make them"),
         ({"kind": "features"}, "text/clip holds features, text were expected"),
         ({"tokens": 21}, r"index.json is no index of text features: .*rows must be 373 long, got"),
-        ({"captions": {}, "null": None}, "index.json is no index of text features: TypeError"),
+        (
+            {"captions": {}, "null": None},
+            "index.json is no index of text features: 'NoneType' object",
+        ),
     ],
 )
 def test_damaged_text_is_named_before_training(data, change, message):

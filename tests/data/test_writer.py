@@ -1,14 +1,17 @@
 """Packing on a cluster: several processes, killed at any moment, restarted; disks that fill up."""
 
+import errno
 import os
 import resource
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from toy_data import tree, write_latents
 
-from sra_fast.data import layouts, writer
+from sra_fast.data import layouts, ownership
 from sra_fast.data.latents import Latents, PackedLatents, open_latents
 from sra_fast.data.training_data import TrainingData
 from sra_fast.data.writer import PackingJob, read_ahead, run_job
@@ -30,6 +33,12 @@ def make_job(data, out, layout="packed", rank=0, world=1, **changes) -> PackingJ
     }
     encode = lambda moments: moments
     return PackingJob(data, encode, recipe, out, batch=3, threads=2, rank=rank, world=world)
+
+
+def begin(job: PackingJob) -> None:
+    """What a process leaves that is killed before its first part is finished."""
+    job.open_folder()
+    job.ownership.release()
 
 
 @pytest.fixture
@@ -144,6 +153,41 @@ def test_only_lost_shards_are_made_again(tmp_path, source):
     assert (out / "shards/00001.npy").stat().st_ino == kept.st_ino
 
 
+def test_altered_shards_of_a_finished_set_are_made_again(tmp_path, source, caplog):
+    """By the process that makes the part; the others are not written again."""
+    out = tmp_path / "out"
+    run_job(make_job(source, out))
+    expected = tree(out)
+    shard = out / "shards/00001.npy"
+    altered = bytearray(shard.read_bytes())
+    altered[-3:] = b"zzz"
+    shard.write_bytes(altered)
+    message = "00001.npy was altered .* Run the command that made the folder again to repair it$"
+    with pytest.raises(ValueError, match=message):
+        PackedLatents(out, verify=True).__getitems__([5])
+    kept = {number: (out / f"shards/0000{number}.npy").stat().st_ino for number in (0, 2)}
+    assert run_job(make_job(source, out, rank=0, world=2))
+    assert tree(out) != expected
+    assert run_job(make_job(source, out, rank=1, world=2))
+    assert tree(out) == expected
+    assert kept == {n: (out / f"shards/0000{n}.npy").stat().st_ino for n in kept}
+    assert caplog.messages == [f"part 1 of {out} was altered and is made again"]
+
+
+def test_lost_files_of_the_published_layout_are_made_again(tmp_path, source):
+    out = tmp_path / "out"
+    run_job(make_job(source, out, "published"))
+    expected = tree(out)
+    (out / "vae-sd" / layouts.PublishedLayout.name(1)).unlink()
+    cut = out / "vae-sd" / layouts.PublishedLayout.name(6)
+    cut.write_bytes(cut.read_bytes()[:-4])
+    kept = out / "vae-sd" / layouts.PublishedLayout.name(8)
+    before = kept.stat().st_mtime_ns
+    assert run_job(make_job(source, out, "published"))
+    assert tree(out) == expected
+    assert kept.stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -162,6 +206,89 @@ def test_a_folder_begun_with_another_recipe_is_refused(tmp_path, source, change)
     ):
         run_job(make_job(source, tmp_path / "out", **change))
     assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("begun", ["packed", "published"])
+@pytest.mark.parametrize("now", ["packed", "published"])
+def test_until_a_part_is_finished_the_recipe_may_change(tmp_path, source, begun, now):
+    """What the first command has left is gone: the folder is that of a fresh run."""
+    out = tmp_path / "out"
+    begin(make_job(source, out, begun, dtype="bfloat16", shard_size=2))
+    left = {"packed": "shards/00004.npy", "published": "vae-sd/00000/img-mean-std-00000000.npy"}
+    (out / left[begun]).parent.mkdir(exist_ok=True)
+    (out / left[begun]).write_text("left by a killed process")
+    run_job(make_job(source, out, now))
+    run_job(make_job(source, tmp_path / "fresh", now))
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_a_finished_set_without_records_keeps_its_recipe(tmp_path, source):
+    out = tmp_path / "out"
+    run_job(make_job(source, out))
+    for file in (out / "parts").iterdir():
+        file.unlink()
+    before = tree(out)
+    with pytest.raises(ValueError, match="was begun with dtype float16, .*: delete it or choose"):
+        run_job(make_job(source, out, dtype="bfloat16"))
+    assert tree(out) == before
+
+
+def test_other_ranks_wait_until_rank_0_has_replaced_the_recipe(tmp_path, source, monkeypatch):
+    out = tmp_path / "out"
+    run = lambda rank: run_job(make_job(source, out, rank=rank, world=2, dtype="float32"))
+    begin(make_job(source, out))
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(run, 1)
+        time.sleep(0.3)
+        assert not second.done()
+        run(0)
+        second.result()
+    run_job(make_job(source, tmp_path / "fresh", dtype="float32"))
+    assert tree(out) == tree(tmp_path / "fresh")
+
+    # a rank that waits in vain says what it waits for
+    monkeypatch.setattr(ownership, "PATIENCE", 0.2)
+    begin(make_job(source, tmp_path / "other"))
+    with pytest.raises(ValueError, match="was begun with dtype float16, this run has float32"):
+        make_job(source, tmp_path / "other", rank=1, world=2, dtype="float32").open_folder()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_of_two_launches_at_once_one_gets_the_folder(tmp_path, source, dtype):
+    out = tmp_path / "out"
+    first = make_job(source, out, world=2)
+    first.open_folder()
+    message = f"another process writes into {out}: wait until it has ended, or choose another out"
+    with pytest.raises(ValueError, match=message):
+        make_job(source, out, dtype=dtype).open_folder()
+    # the ranks of one launch share it
+    run_job(make_job(source, out, rank=1, world=2))
+    assert run_job(first)
+    # it is free again, also after an error
+    with pytest.raises(ValueError, match="was begun with dtype"):
+        run_job(make_job(source, out, dtype="bfloat16"))
+    assert run_job(make_job(source, out))
+
+
+def test_where_locks_are_not_seen_two_recipes_are_not_mixed(tmp_path, source, monkeypatch):
+    """The other launch takes the folder while we make the first part."""
+    out = tmp_path / "out"
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(ownership.fcntl, "flock", no_locks)
+    job = make_job(source, out)
+    encode = job.encode
+
+    def slow(moments):
+        make_job(source, out, dtype="float32").open_folder()
+        return encode(moments)
+
+    job.encode = slow
+    with pytest.raises(ValueError, match="was begun with dtype float32, this run has float16"):
+        run_job(job)
+    assert not any((out / "parts").iterdir())
 
 
 def test_full_disk_is_one_error_and_the_next_run_resumes(tmp_path, source):
@@ -329,7 +456,7 @@ def test_of_two_jobs_that_start_together_one_gets_the_folder(tmp_path, source, m
         write_first(tmp_path / "out/preprocess.json", other.recipe)
         write_first(path, value)
 
-    monkeypatch.setattr(writer, "write_first", write_second)
+    monkeypatch.setattr(ownership, "write_first", write_second)
     with pytest.raises(ValueError, match="was begun with dtype bfloat16, this run has float16"):
         make_job(source, tmp_path / "out").open_folder()
 

@@ -377,3 +377,26 @@ def test_coarse_pixels_show_what_is_wrong_with_samples(digits):
     )
     assert 5 * good < noisy
     assert 2 * good < dropped
+
+
+def test_any_damage_of_the_cache_is_a_warning(digits, classifier, tmp_path, caplog):
+    """Of a file that opens: a flipped byte of an array, and of what says how it is stored."""
+    expected = summarize_reference(digits["reference"], classifier, 64)
+    (kept,) = tmp_path.glob("*.stats.npz")
+    whole = kept.read_bytes()
+    directory = whole.rindex(b"PK\x01\x02")
+    places = {
+        "in an array": whole.index(b"features.npy") + 1000,
+        "the method of compression": directory + 10,
+        "a password": directory + 8,
+    }
+    for what, place in places.items():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        kept.write_bytes(damaged)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = summarize_reference(digits["reference"], classifier, 64)
+        assert f"{kept} is ignored: " in caplog.text, what
+        assert torch.equal(found.features, expected.features)
+        assert kept.read_bytes() == whole, "made anew"

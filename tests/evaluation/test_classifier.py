@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from sra_fast.data.digits import Digits
@@ -20,6 +20,7 @@ from sra_fast.evaluation.classifier import (
     sample_scores,
 )
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
+from sra_fast.utils.outputs import save_tensors
 
 QUICK = Recipe(width=8, features=16, epochs=(3, 3))
 
@@ -183,3 +184,14 @@ def test_a_network_runs_in_parts(digits):
     torch.testing.assert_close(whole[256:], alone, rtol=1e-5, atol=1e-6)
     labels = Digits().labels[:300]
     assert network.accuracy_of(images, labels) > 0.99
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sra_fast.utils.outputs.save_file", full)
+    with pytest.raises(OSError) as error:
+        save_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(3)})
+    assert (error.value.errno, error.value.filename) == (28, str(tmp_path / "w.safetensors"))
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -108,6 +110,25 @@ def with_16_bits(folder):
     Image.fromarray(np.zeros((6, 5), np.uint16)).save(folder / "x.png")
 
 
+def with_16_bits_of_colour(folder):
+    """Pillow reads such files as ones of 8 bits, and writes none."""
+    header = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + bytes(5 * 3 * 2) for _ in range(6))
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    ]
+    (folder / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with Image.open(folder / "x.png") as image:
+        assert image.mode == "RGB"
+
+
+def with_an_animation(folder):
+    frames = [Image.fromarray(image) for image in IMAGES[:2]]
+    frames[0].save(folder / "x.png", save_all=True, append_images=frames[1:])
+
+
 def with_another_size(folder):
     Image.fromarray(IMAGES[0].repeat(2, 0)).save(folder / "x.png")
 
@@ -130,6 +151,8 @@ def with_a_grid(folder):
         (with_alpha, "x.png has transparency, expected opaque images"),
         (with_a_transparent_colour, "x.png has transparency"),
         (with_16_bits, "x.png must have 8 bits a channel, grey or colour; its mode is I;16"),
+        (with_16_bits_of_colour, "x.png must have 8 bits a channel, it has 16"),
+        (with_an_animation, "x.png is animated, expected single images"),
         (with_another_size, r"must have one size: .*000.png is 5 x 6, .*x.png is 5 x 12"),
         (with_text, "x.png is no readable image"),
         (with_a_grid, "step_00000100.png is a grid of samples from training"),

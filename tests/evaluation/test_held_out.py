@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -327,6 +328,35 @@ def test_data_of_other_classes_are_refused(tmp_path, monkeypatch, caplog, traine
     assert "not the data that the model was trained on: class_names" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "classes, counted, refused", [(10, False, False), (1, False, True), (3, True, False)]
+)
+def test_data_of_another_number_of_classes_are_refused(
+    tmp_path, monkeypatch, classes, counted, refused
+):
+    """Also without names; a number that is the largest label's says nothing."""
+    cfg = Config(model=ModelConfig(name="SiT-S/2", class_dropout_prob=0.1, **SIZES))
+    cfg.model.fill_in((1, 8, 8), 10)
+    file = tmp_path / "w.safetensors"
+    write_export(file, digits_model().state_dict(), asdict(cfg), 3, Digits().facts())
+    plain = Digits.__init__
+
+    def make(self, held_out=False, path=None):
+        plain(self, held_out, path)
+        self.labels = self.labels % classes
+        self.num_classes = classes
+        self.counted_classes = counted
+
+    monkeypatch.setattr(Digits, "__init__", make)
+    options = held_out_command.Options(str(file), images=4, batch=4)
+    if not refused:
+        assert len(held_out_command.run(options)["bins"]) == 10
+        return
+    message = f"digits has other classes .* expected 10 classes, got {classes}"
+    with pytest.raises(ValueError, match=message):
+        held_out_command.run(options)
+
+
 def test_the_command_measures_writes_and_compares(tmp_path):
     """The digits' run of an export: value, interval, pairs, and bad input."""
     models = [digits_model(seed=seed) for seed in (0, 1)]
@@ -357,8 +387,15 @@ def test_the_command_measures_writes_and_compares(tmp_path):
         ("--against", "b.npz"): "b.npz holds no held-out losses",
         ("--against", "a.npz", "--seed", "1"): "seed 1 and 0",
         ("--out", "absent/a.npz"): "out must be a file in a folder that exists",
+        ("--against", "a.npz", "--out", "a.npz"): "out a.npz would replace against a.npz",
+        ("--out", "1.safetensors"): "out 1.safetensors would replace checkpoint 1.safetensors",
         ("--batch", "0"): "batch must be at least 1",
     }
     for more, message in failing.items():
         assert message in error_of(call(*command, *more, cwd=tmp_path))
+    # before anything is computed
+    with patch("os.access", lambda *_: False):
+        done = call(*command, "--out", "b.npz", cwd=tmp_path)
+    assert done.returncode == 2
+    assert error_of(done) == "error: out b.npz cannot be written: its folder is read-only"
     assert json.loads(str(np.load(tmp_path / "a.npz")["about"]))["step"] == 3

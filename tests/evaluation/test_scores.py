@@ -2,6 +2,8 @@
 closed forms.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -80,8 +82,12 @@ def test_frechet_distance_of_known_gaussians():
 def test_frechet_distance_of_singular_covariances():
     """Fewer images than features: scipy's root of the product can be complex or fail there."""
     a = correlated(6, 40)
-    assert frechet_distance(fit_gaussian(a), fit_gaussian(a)) == pytest.approx(0, abs=1e-4)
-    assert frechet_distance(fit_gaussian(a), fit_gaussian(a + 2)) == pytest.approx(4 * 40, rel=1e-6)
+    # roots of 35 eigenvalues that are zero but for rounding, about 1e-13
+    tolerance = 1e-6 * np.trace(fit_gaussian(a).cov)
+    same = frechet_distance(fit_gaussian(a), fit_gaussian(a))
+    assert same == pytest.approx(0, abs=tolerance)
+    moved = frechet_distance(fit_gaussian(a), fit_gaussian(a + 2))
+    assert moved == pytest.approx(4 * 40, abs=tolerance)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 12])
@@ -144,3 +150,27 @@ def test_precision_and_recall_of_known_sets():
     assert precision_recall(cluster, both) == (0.5, 1), "a made-up one costs precision"
     with pytest.raises(ValueError, match="more than 3 images a side, got 200 and 3"):
         precision_recall(cluster, cluster[:3])
+
+
+@pytest.mark.parametrize("sizes", [(40, 25), (25, 40), (30, 30)])
+def test_precision_and_recall_by_their_definition(sizes):
+    """Point by point: a ball has the radius of its own centre, whichever set is the larger one."""
+    rng = np.random.RandomState(2)
+    real = rng.randn(sizes[0], 3)
+    # its balls are much smaller
+    fake = rng.randn(sizes[1], 3) * 0.5 + 0.5
+
+    def share(points, centres):
+        inside = 0
+        for point in points:
+            for centre in centres:
+                radius = sorted(math.dist(centre, other) for other in centres)[3]
+                if math.dist(point, centre) <= radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    expected = (share(fake, real), share(real, fake))
+    assert expected[0] > expected[1] + 0.2 and expected[1] > 0.1
+    found = precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
+    assert found == pytest.approx(expected, abs=1e-12)

@@ -89,9 +89,10 @@ def by_hand(folder, pixels, prompts) -> torch.Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("channels", [3, 1])
-def test_scores_are_those_of_a_hand(channels, made, tmp_path):
-    pixels = images(channels=channels)
+@pytest.mark.parametrize("sides", [{}, {"channels": 1}, {"height": 31, "width": 15}])
+def test_scores_are_those_of_a_hand(sides, made, tmp_path):
+    """Of wide images and of tall ones: the middle is seen of both."""
+    pixels = images(**sides)
     samples = write_samples(tmp_path / "samples", pixels)
     given = {"clip_score": str(made / "clip"), "pick_score": str(made / "pick")}
     out = {"out": str(tmp_path / "x.json"), "per_image": str(tmp_path / "each.npz")}
@@ -158,7 +159,13 @@ def test_the_identity_is_that_of_the_model(made, tmp_path):
     [
         ({"size": {"shortest_edge": 224}}, "must have size 12, the side that the model sees"),
         ({"crop_size": {"height": 12, "width": 10}}, "must have crop_size 12"),
-        ({"size": [12]}, r"must have size 12, the side that the model sees, got \[12\]"),
+        ({"size": [12]}, r"must have size 12, the side that the model sees .*, got \[12\]"),
+        ({"size": {"longest_edge": 12}}, "must have size 12, .* got {'longest_edge': 12}"),
+        ({"size": {"height": 12, "width": 12}}, "must have size 12, .*shortest_edge.* got {'hei"),
+        ({"size": {"shortest_edge": 12, "longest_edge": 12}}, "must have size 12"),
+        ({"crop_size": {"shortest_edge": 12}}, "must have crop_size 12"),
+        ({"do_resize": False}, "must have do_resize true, .* got False"),
+        ({"do_center_crop": False}, "must have do_center_crop true, .* got False"),
         ({"resample": 2}, r"must have resample 3 \(bicubic\), got 2"),
         ({"image_mean": None}, "must hold image_mean and image_std"),
     ],
@@ -169,6 +176,43 @@ def test_images_are_seen_as_the_model_is_used_to(changed, message, made, tmp_pat
     file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
     with pytest.raises(ValueError, match=message):
         load_text_scorer(str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        # as the first releases have it, and as later versions save it
+        {"size": 12, "crop_size": 12, "do_resize": True, "do_center_crop": True},
+        {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}},
+    ],
+)
+def test_the_ways_to_say_the_usual_preprocessing(written, made, tmp_path):
+    shutil.copytree(made / "clip", tmp_path / "copy")
+    file = tmp_path / "copy/preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **written}))
+    assert load_text_scorer(str(tmp_path / "copy")).size == SIDE
+
+
+def test_no_output_replaces_an_input_of_text(made, tmp_path):
+    pixels = images()
+    np.savez(tmp_path / "t.npz", arr_0=pixels)
+    (tmp_path / "t.json").write_text(json.dumps(PROMPTS))
+    shutil.copytree(made / "clip", tmp_path / "clip")
+    given = {
+        "samples": str(tmp_path / "t.npz"),
+        "prompts": str(tmp_path / "t.json"),
+        "clip_score": str(tmp_path / "clip"),
+    }
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for out, message in (
+        ({"per_image": given["samples"]}, "per_image .*t.npz would replace samples"),
+        ({"out": given["samples"]}, "out .*t.npz would replace samples"),
+        ({"out": given["prompts"]}, "out .*t.json would replace prompts"),
+        ({"out": str(tmp_path / "clip/config.json")}, "would replace a file of clip_score"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(Options(**{"out": str(tmp_path / "x.json"), **given, **out}))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_what_does_not_belong_together_is_one_line(made, tmp_path):

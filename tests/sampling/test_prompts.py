@@ -170,10 +170,12 @@ def test_prompts_are_encoded_when_they_are_needed_and_once(made, monkeypatch):
     torch.testing.assert_close(found.empty.tokens.float(), empty.tokens, rtol=0.01, atol=0.01)
 
 
-def test_stored_captions_are_those_of_the_images(made, one_process, tmp_path):
+def test_stored_captions_are_those_of_the_images(made, one_process, tmp_path, caplog):
     """They make the images that their texts make as prompts, up to the rounding of stored fp16."""
     given = options(made, prompts=None, text=f"{made}/data/held_out:clip", count=4)
+    caplog.clear()
     job = script.load_job(given)
+    assert "held_out/text/clip has captions of 3 images, 4 were asked for: the" in caplog.text
     held_out = open_data(DataConfig(path=str(made / "data/held_out")))
     held_out.open_text()
     texts = [held_out.text.caption(i, 0) for i in range(3)]
@@ -184,7 +186,10 @@ def test_stored_captions_are_those_of_the_images(made, one_process, tmp_path):
     assert np.abs(images.astype(int) - images_of(typed, (0, 4))).max() <= 2
     assert job.conditions.facts["prompts_sha256"] == typed.conditions.facts["prompts_sha256"]
     # as many as there are images, but no more than a hundred
+    caplog.clear()
     assert len(script.load_job(replace(given, count=None)).conditions) == 3
+    assert len(script.load_job(replace(given, count=3)).conditions) == 3
+    assert "take turns" not in caplog.text
     script.run(script.load_job(replace(given, out=str(tmp_path / "out"))))
     assert np.array_equal(np.load(tmp_path / "out/samples.npz")["arr_0"], images)
 
@@ -193,8 +198,6 @@ def test_unfinished_samples_of_other_prompts_are_refused(made, tmp_path, one_pro
     monkeypatch.setattr(parts_of, "PART", 2)
     out = tmp_path / "out"
     monkeypatch.setattr(script, "join_parts", lambda *args: exit("killed"))
-    out.mkdir()
-    (out / "samples.npz").write_bytes(b"images of other prompts")
     with pytest.raises(SystemExit):
         script.run(script.load_job(options(made, out)))
     assert (out / "prompts.jsonl").exists() and not (out / "samples.npz").exists()
@@ -212,6 +215,8 @@ def test_unfinished_samples_of_other_prompts_are_refused(made, tmp_path, one_pro
     script.run(script.load_job(options(made, out, **asked)))
     expected = images_of(script.load_job(options(made)), (0, 2), (2, 3))
     assert np.array_equal(np.load(out / "samples.npz")["arr_0"], expected)
+    with pytest.raises(ValueError, match="samples.npz holds samples of .* with prompts_sha256 "):
+        script.run(script.load_job(options(made, out, prompts=PROMPTS[::-1])))
 
 
 def test_the_monitor_samples_captions_of_held_out_images(made):
@@ -227,14 +232,16 @@ def test_the_monitor_samples_captions_of_held_out_images(made):
     expected = held_out.text.read([0, 1, 2, 0])
     assert torch.equal(told.tokens, expected.tokens)
     assert torch.equal(told.empty.tokens, held_out.text.empty.tokens)
-    model = load_model(str(made / "runs/000")).model
+    # noise is another on another device
+    device = init_distributed()
+    model = load_model(str(made / "runs/000")).model.to(device)
     cfg = SampleConfig("euler", 1)
     with torch.no_grad():
-        x = generate_for(model, conditions, range(4), cfg, "linear", 0, 64, "cpu")
+        x = generate_for(model, conditions, range(4), cfg, "linear", 0, 64, device)
         # an image is the same in any batch
         for first in (0, 2):
             part = generate_for(
-                model, conditions, range(first, first + 2), cfg, "linear", 0, 1, "cpu"
+                model, conditions, range(first, first + 2), cfg, "linear", 0, 1, device
             )
             torch.testing.assert_close(part, x[first : first + 2], rtol=1e-4, atol=1e-4)
     report.save_grid(made / "expected.png", report.to_uint8(x), 10, 4, captions=texts + texts[:1])

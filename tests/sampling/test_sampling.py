@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from PIL import Image
 from toy_data import write_vae
 
 from sra_fast.config.schema import SampleConfig
+from sra_fast.data.vae import load_vae
 from sra_fast.models import SiT
 from sra_fast.plots.report import to_uint8
 from sra_fast.sampling import parts as sampling
 from sra_fast.sampling import run as script
+from sra_fast.sampling.conditions import SampledLabels
 from sra_fast.sampling.decoder import Decoder
+from sra_fast.sampling.folder import SampleFolder
 from sra_fast.sampling.generate import choose_labels, labels_like
-from sra_fast.utils.files import write_atomic
 
 COUNT = 11
 
@@ -35,30 +38,52 @@ def make(first, end):
     return np.tile(numbers[:, None, None, None], (1, 3, 2, 3))
 
 
-def join(folder, out):
-    return sampling.join_parts(folder, COUNT, np.arange(COUNT), out, keep=5)
+def opened(path, **changed) -> SampleFolder:
+    """A folder of eleven samples, ready for parts."""
+    path.mkdir(exist_ok=True)
+    folder = SampleFolder(path, {"seed": 0, **changed}, COUNT, with_pngs=False)
+    assert folder.open()
+    return folder
+
+
+def join(folder):
+    """What the first process does when its own parts are made."""
+    (folder.path / "samples.json").write_text(json.dumps({"identity": folder.identity}))
+    sampling.join_parts(folder.parts, COUNT, np.arange(COUNT), folder.npz, folder.finished)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_any_number_of_processes_gives_the_same_file(tmp_path, world):
-    parts = tmp_path / "parts"
-    sampling.open_parts(parts, {"seed": 0})
+    folder = opened(tmp_path)
+    parts = folder.parts
     made = [sampling.make_parts(make, COUNT, parts, rank, world, tmp_path) for rank in range(world)]
     assert sum(made) == COUNT
     # three parts of at most four images
     assert max(made) <= 4 * -(-3 // world)
-    shown = join(parts, tmp_path / "samples.npz")
+    join(folder)
     with np.load(tmp_path / "samples.npz") as held:
         assert np.array_equal(held["arr_0"], make(0, COUNT))
         assert held["arr_1"].tolist() == list(range(COUNT))
-    assert np.array_equal(shown, make(0, 5))
+    for count in (5, COUNT + 3):
+        shown = sampling.first_images(tmp_path / "samples.npz", count)
+        assert np.array_equal(shown, make(0, min(count, COUNT)))
     assert not parts.exists()
     for i in range(COUNT):
         assert (np.asarray(Image.open(tmp_path / f"{i:06d}.png")) == i).all()
 
 
+def test_a_damaged_file_is_one_line(tmp_path):
+    folder = opened(tmp_path)
+    sampling.make_parts(make, COUNT, folder.parts, 0, 1)
+    join(folder)
+    whole = folder.npz.read_bytes()
+    for damaged in (b"", whole[:100], whole[: len(whole) // 2]):
+        folder.npz.write_bytes(damaged)
+        with pytest.raises(ValueError, match="samples.npz is damaged: .*; delete it, and the same"):
+            sampling.first_images(folder.npz, 5)
+
+
 def test_finished_parts_are_kept(tmp_path):
-    parts = tmp_path / "parts"
     calls = []
 
     def dies(first, end):
@@ -67,34 +92,21 @@ def test_finished_parts_are_kept(tmp_path):
             raise OSError(28, "No space left on device")
         return make(first, end)
 
-    sampling.open_parts(parts, {"seed": 0})
+    folder = opened(tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        sampling.make_parts(dies, COUNT, parts, 0, 1)
+        sampling.make_parts(dies, COUNT, folder.parts, 0, 1)
     # what a killed process leaves
-    (parts / ".000001.npy.77.tmp").write_bytes(b"half")
-    sampling.open_parts(parts, {"seed": 0})
-    assert sampling.make_parts(make, COUNT, parts, 0, 1) == COUNT - 4
+    (folder.parts / ".000001.npy.77.tmp").write_bytes(b"half")
+    folder = opened(tmp_path)
+    assert sampling.make_parts(make, COUNT, folder.parts, 0, 1) == COUNT - 4
     assert calls == [0, 4]
-    join(parts, tmp_path / "samples.npz")
+    join(folder)
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], make(0, COUNT))
 
 
-def test_parts_of_other_samples_are_refused(tmp_path):
-    sampling.open_parts(tmp_path / "parts", {"seed": 0, "sample": {"interval": (0.0, 1.0)}})
-    sampling.open_parts(tmp_path / "parts", {"seed": 0, "sample": {"interval": (0.0, 1.0)}})
-    with pytest.raises(ValueError, match="unfinished samples with seed 0, this run has 1"):
-        sampling.open_parts(tmp_path / "parts", {"seed": 1, "sample": {"interval": (0.0, 1.0)}})
-    write_atomic(tmp_path / "file", lambda p: p.write_text(""))
-    with pytest.raises(ValueError, match="cannot be written"):
-        sampling.open_parts(tmp_path / "file" / "parts", {})
-
-
-@pytest.mark.parametrize("event", range(4))
+@pytest.mark.parametrize("event", range(5))
 def test_killed_while_the_parts_are_deleted(tmp_path, event, monkeypatch):
-    """What is left still says which samples it belongs to, and the same command ends with the same
-    file.
-    """
-    parts = tmp_path / "parts"
+    """What is left still says which samples it belongs to, and hinders nobody."""
     remove = os.unlink
     left = event
 
@@ -106,46 +118,24 @@ def test_killed_while_the_parts_are_deleted(tmp_path, event, monkeypatch):
                 raise KeyboardInterrupt
         remove(path, *args, **kwargs)
 
-    sampling.open_parts(parts, {"seed": 0})
-    sampling.make_parts(make, COUNT, parts, 0, 1)
-    monkeypatch.setattr(os, "unlink", dies)
-    with pytest.raises(KeyboardInterrupt):
-        join(parts, tmp_path / "samples.npz")
-    monkeypatch.undo()
-    monkeypatch.setattr(sampling, "PART", 4)
-    assert (parts / "identity.json").exists()
-    with pytest.raises(ValueError, match="unfinished samples with seed 0"):
-        sampling.open_parts(parts, {"seed": 1})
-    sampling.open_parts(parts, {"seed": 0})
-    assert sampling.make_parts(make, COUNT, parts, 0, 1) == min(4 * event, COUNT)
-    join(parts, tmp_path / "again.npz")
-    assert np.array_equal(np.load(tmp_path / "again.npz")["arr_0"], make(0, COUNT))
-
-
-def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path, monkeypatch):
-    write_first = sampling.write_first
-
-    def write_second(path, value):
-        write_first(path, {"seed": 1})
-        write_first(path, value)
-
-    monkeypatch.setattr(sampling, "write_first", write_second)
-    with pytest.raises(ValueError, match="unfinished samples with seed 1, this run has 0"):
-        sampling.open_parts(tmp_path / "parts", {"seed": 0})
-
-
-def test_pngs_of_a_larger_set_are_an_error(tmp_path):
-    sampling.open_pngs(tmp_path / "png", 5)
-    for name in ("000004.png", "000005.png", "grid.png"):
-        (tmp_path / "png" / name).write_bytes(b"")
-    sampling.open_pngs(tmp_path / "png", 6)
-    with pytest.raises(ValueError, match="holds 1 images that are not of these 5: delete it"):
-        sampling.open_pngs(tmp_path / "png", 5)
-    # new samples without PNGs would stand beside the old ones'
-    with pytest.raises(ValueError, match="2 images that are not of these samples, which get none"):
-        sampling.open_pngs(tmp_path / "png", 0)
-    assert sampling.open_pngs(tmp_path / "other", 0) is None
-    assert not (tmp_path / "other").exists()
+    folder = opened(tmp_path)
+    sampling.make_parts(make, COUNT, folder.parts, 0, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", dies)
+        if event < 4:
+            with pytest.raises(KeyboardInterrupt):
+                join(folder)
+        else:
+            # three parts and their identity
+            join(folder)
+    assert folder.left_over() == (event < 4)
+    # a slow process of the same command makes nothing again, wherever it is
+    assert not SampleFolder(tmp_path, folder.identity, COUNT, with_pngs=False).open()
+    assert sampling.make_parts(make, COUNT, folder.parts, 0, 1, None, folder.finished) == 0
+    join(folder)
+    with pytest.raises(ValueError, match="samples.npz holds samples of None with seed 0, this run"):
+        opened(tmp_path, seed=1)
+    assert np.array_equal(np.load(folder.npz)["arr_0"], make(0, COUNT))
 
 
 @pytest.fixture(scope="module")
@@ -219,34 +209,70 @@ def options(weights, out, **changed) -> script.Options:
 
 
 def test_the_identity_does_not_depend_on_the_number_of_threads(weights, tmp_path):
-    given = options(weights, tmp_path)
-    model = script.load_job(given).model
+    job = script.load_job(options(weights, tmp_path))
     # large enough that PyTorch would add it up with several threads
-    model.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.randn(600, 1000))
-    first = script.identity(given, model, Decoder(None))
+    job.model.blocks[0].attn.qkv.weight = torch.nn.Parameter(torch.randn(600, 1000))
+    first = script.identity(job)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert script.identity(given, model, Decoder(None)) == first
+        assert script.identity(job) == first
     finally:
         torch.set_num_threads(threads)
     # two rows swapped have the same sum, but are other weights
-    weight = model.blocks[0].attn.qkv.weight.data
+    weight = job.model.blocks[0].attn.qkv.weight.data
     weight[[0, 1]] = weight[[1, 0]]
-    assert script.identity(given, model, Decoder(None))["weights"] != first["weights"]
+    assert script.identity(job)["weights"] != first["weights"]
 
 
 def test_the_identity_leaves_out_how_images_are_made(weights, tmp_path):
-    given = options(weights, tmp_path)
-    model = script.load_job(given).model
+    job = script.load_job(options(weights, tmp_path))
     faster = options(weights, tmp_path / "elsewhere", batch=2, graph=True)
-    assert script.identity(faster, model, Decoder(None)) == script.identity(
-        given, model, Decoder(None)
-    )
-    fewer = options(weights, tmp_path, count=5)
-    first = script.identity(given, model, Decoder(None))
-    assert script.identity(fewer, model, Decoder(None)) != first
-    assert script.identity(given, model, Decoder(None, 1.5)) != first
+    first = script.identity(job)
+    assert script.identity(replace(job, options=faster)) == first
+    # what is known without being asked for
+    assert script.identity(script.load_job(options(weights, tmp_path, num_heads=2))) == first
+    assert script.identity(script.load_job(options(weights, tmp_path, count=5))) != first
+
+
+def differing(first: dict, second: dict) -> set[str]:
+    assert first.keys() == second.keys()
+    return {key for key in first if first[key] != second[key]}
+
+
+def test_the_identity_has_what_no_weight_shows(weights, tmp_path):
+    """Heads, interpolant, classes' numbers and the decoder decide images, and may differ with the
+    same weights.
+    """
+    job = script.load_job(options(weights, tmp_path))
+    first = script.identity(job)
+    four = script.load_job(options(weights, tmp_path, num_heads=4))
+    assert differing(script.identity(four), first) == {"model"}
+    assert script.identity(four)["model"]["num_heads"] == 4
+    assert differing(script.identity(replace(job, path="cosine")), first) == {"path"}
+    other = SampledLabels(job.conditions.numbers.flip(0))
+    assert differing(script.identity(replace(job, conditions=other)), first) == {"numbers"}
+    scaled = replace(job, decoder=Decoder(None, 1.5))
+    assert differing(script.identity(scaled), first) == {"latent_scale"}
+
+
+def test_the_identity_has_the_whole_vae(weights, tmp_path):
+    """The decoder's weights and settings, not only the encoder's, which made the data."""
+    job = script.load_job(options(weights, tmp_path))
+    vaes = [load_vae(str(write_vae(tmp_path / "vae"))) for _ in range(3)]
+    vaes[1].decoder.conv_in.weight.data.add_(1)
+    vaes[2].register_to_config(norm_num_groups=1)
+    first, *others = (script.identity(replace(job, decoder=Decoder(vae))) for vae in vaes)
+    assert [differing(other, first) for other in others] == [{"vae"}, {"vae"}]
+
+
+def test_parts_of_other_heads_are_refused(one_process, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "join_parts", lambda *args: exit("killed"))
+    with pytest.raises(SystemExit):
+        script.run(script.load_job(options(weights, tmp_path)))
+    message = "unfinished samples with model.num_heads 2, this run has 4"
+    with pytest.raises(ValueError, match=message):
+        script.run(script.load_job(options(weights, tmp_path, num_heads=4)))
 
 
 @pytest.fixture
@@ -291,6 +317,19 @@ def test_an_image_depends_on_its_number_not_on_its_part(weights, tmp_path):
         pieces = [make_images(0, 4), make_images(4, 6)]
     assert np.array_equal(np.concatenate(pieces), whole)
     assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6, "every image has other noise"
+
+
+def test_the_rounding_is_that_of_the_settings(weights, tmp_path):
+    """Truncation makes no value larger, and every second one smaller by 1."""
+    images = []
+    for rounding in ("round", "truncate"):
+        cfg = SampleConfig("euler", 2, rounding=rounding)
+        job = script.load_job(options(weights, tmp_path, sample=cfg))
+        with torch.no_grad():
+            images.append(script.image_maker(job, lambda finished: None)(0, 6).astype(int))
+    less = images[0] - images[1]
+    assert set(np.unique(less)) == {0, 1}
+    assert 0.2 < less.mean() < 0.8
 
 
 def test_rounding_and_the_published_truncation():

@@ -74,6 +74,8 @@ def run_fake(tmp_path, monkeypatch):
 
 def test_study_from_start_to_table(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # its workers as well: a checkpoint is compared with one of the CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     path = tmp_path / "weights.yaml"
     # a stage 3 leaves the most behind in its process
     first_variant = "given: {{train.zero_stage: 3}}"
@@ -457,6 +459,10 @@ def test_variants_that_cannot_be_compared_or_trained(tmp_path, change, message, 
             "score of a claim must be one that variants are compared by, got 'align_distance'",
         ),
         (STUDY.replace("none", "{{samples: -5}}"), "scores.samples must be"),
+        (
+            STUDY.replace("none", "{{images: 5}}"),
+            "bad.yaml: scores has no 'images': expected keys of weights, seed, held_out_images, ",
+        ),
         (OWN + CLAIMS.replace("expect: higher", "expect: more"), "must be lower or higher, got 'm"),
         (OWN + CLAIMS.replace("variant: heavier", "variant: x"), "variant of a claim must name"),
         (OWN + CLAIMS.replace("variant: heavier", "variant: given"), "about two variants, got giv"),
@@ -471,8 +477,9 @@ def test_bad_study_is_named(tmp_path, text, message):
         .replace("}}", "}")
     )
     done = call("ablate", path, "--out", tmp_path / "out")
-    assert done.returncode in (1, 2)
+    assert done.returncode == 2
     assert message in error_of(done)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -484,9 +491,13 @@ def test_bad_study_is_named(tmp_path, text, message):
         (["--seeds", "1", "1"], "each of the seeds must be there once"),
         (["--dry-run", "--score-only"], "not allowed with"),
         (["--score-only"], "scores says none: nothing to do"),
+        (["--job", "2"], "there is no option --job, did you mean --jobs?"),
+        (["--jobs", "two"], "jobs: expected a whole number, got two"),
     ],
 )
 def test_bad_arguments(tmp_path, args, message):
     study = study_of(tmp_path)
     done = call("ablate", study.path, "--out", tmp_path / "out", *args)
+    assert done.returncode == 2
     assert message in error_of(done)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -61,6 +61,6 @@ def test_python_m_and_a_launch_by_path_from_another_folder(tmp_path):
     args = ("--checkpoint", "nowhere", "--out", "ema.safetensors")
     message = "no checkpoint at nowhere"
     done = run_python("-m", "sra_fast", "export", *args)
-    assert error_of(done) == f"sra-fast export: error: {message}"
+    assert error_of(done) == f"error: {message}"
     done = launch("export", *args, cwd=tmp_path)
-    assert error_of(done) == f"export.py: error: {message}"
+    assert error_of(done) == f"error: {message}"

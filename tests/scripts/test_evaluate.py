@@ -18,6 +18,12 @@ def pixels(x):
 
 def eight(x):
     return x.reshape(len(x), 64).float()
+
+def lost(x):
+    return {}["weights"]
+
+def later(x):
+    return pixels(x) if len(x) == 1 else {}["weights"]
 """
 
 
@@ -34,6 +40,7 @@ def folder(tmp_path, monkeypatch):
     np.savez(tmp_path / "three.npz", to_uint8(Digits().images[:3]))
     # as ADM's files without images: one number is enough to tell the width
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    (tmp_path / "broken_code.py").write_text("def f(:")
     (tmp_path / "nothing").mkdir()
     return tmp_path
 
@@ -110,6 +117,15 @@ def test_scores_table_and_json(folder):
         ("--features pixels --write_reference new.np", "write_reference must end in .npz"),
         ("--features pixels --write_reference no/x.npz", "must be a file in a folder that exists"),
         ("--features pixels --samples nothing", "nothing holds no images: expected .png"),
+        (
+            "--features digit_pixels:lost",
+            "features digit_pixels:lost failed on uint8 [1, 1, 8, 8]: KeyError: 'weights'",
+        ),
+        (
+            "--features digit_pixels:later",
+            "features digit_pixels:later failed on uint8 [64, 1, 8, 8]: KeyError: 'weights'",
+        ),
+        ("--features broken_code:f", "features broken_code:f cannot be imported: invalid syntax"),
     ],
 )
 def test_bad_input_is_one_line(folder, args, message):
@@ -231,3 +247,51 @@ def test_samples_or_a_reference_to_write(folder):
     done = call("evaluate", "--reference", "ref.npz", "--features", "pixels", cwd=folder)
     assert done.returncode == 2
     assert "expected samples to score, or write_reference" in error_of(done)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--out samples.npz", "out samples.npz would replace samples samples.npz"),
+        ("--out ./nothing/../ref.npz", "out nothing/../ref.npz would replace reference ref.npz"),
+        ("--out link.npz", "out link.npz would replace reference ref.npz"),
+        (
+            "--features digit_pixels:pixels --out digit_pixels.py",
+            "out digit_pixels.py would replace features digit_pixels.py",
+        ),
+        (
+            "--samples made --out made/samples.json",
+            "out made/samples.json would replace a file of samples made",
+        ),
+        (
+            "--samples made/samples.npz --out made/prompts.jsonl",
+            "out made/prompts.jsonl would replace the samples' prompts.jsonl made/prompts.jsonl",
+        ),
+        (
+            "--write_reference same.npz --out same.npz",
+            "every output must have its own name, got out same.npz, write_reference same.npz",
+        ),
+    ],
+)
+def test_no_output_replaces_an_input(folder, args, message):
+    (folder / "link.npz").symlink_to(folder / "ref.npz")
+    (folder / "made").mkdir()
+    (folder / "made/samples.npz").write_bytes((folder / "samples.npz").read_bytes())
+    (folder / "made/samples.json").write_text("{}")
+    (folder / "made/prompts.jsonl").write_text('"a"\n')
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = ("--samples", "samples.npz", "--reference", "ref.npz", "--features", "pixels")
+    done = call("evaluate", *files, *args.split(), cwd=folder)
+    assert done.returncode == 2
+    assert message in error_of(done)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_scores_may_lie_beside_their_samples(folder):
+    """And are replaced by those of the next call."""
+    (folder / "made").mkdir()
+    (folder / "samples.npz").rename(folder / "made/samples.npz")
+    args = "--samples made --reference ref.npz --features pixels --out made/scores.json".split()
+    for _ in range(2):
+        done = call("evaluate", *args, cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]

@@ -1,7 +1,10 @@
 """Photographs to shards, to training, to the published layout and back, with the commands that a user types."""
 
 import json
+import os
 import shutil
+import sys
+import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -11,12 +14,14 @@ from launch import call, deepspeed, error_of, launch
 from test_scripts import TINY
 from toy_data import photographs, tree, write_images, write_latents, write_vae
 
+from sra_fast import preprocess
 from sra_fast.data.folders import ImageFolder
 from sra_fast.data.images import Crop
 from sra_fast.data.latents import PackedLatents
 from sra_fast.data.preprocess import Options, make_jobs
 from sra_fast.data.vae import load_vae, make_encoder, vae_identity
 from sra_fast.data.writer import run_job
+from sra_fast.utils.stopping import LAUNCHER_REACTS
 
 diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
 
@@ -242,6 +247,41 @@ def test_wrong_options_are_found_before_anything_is_written(packed, tmp_path, ch
         make_jobs(Options(**options))
     assert not (tmp_path / "out").exists()
     assert sorted(tree(packed)) == before
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_an_error_of_any_process_is_said(tmp_path, monkeypatch, capsys, rank):
+    """One process says it at once. The launcher ends the others, unless they were the first to find
+    it: then they say it themselves.
+    """
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    ranks = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2}
+    for name, value in {**ranks, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    args = ["--source", str(tmp_path / "nowhere"), "--out", "out", "--pixels", "true"]
+    monkeypatch.setattr(sys, "argv", ["preprocess.py", *args])
+    with pytest.raises(SystemExit) as stopped:
+        preprocess.main()
+    assert stopped.value.code == 2
+    who = "error on rank 3" if rank else "error"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{who}: no folder or .zip of")
+    assert waited == ([LAUNCHER_REACTS] if rank else [])
+
+
+def test_names_that_are_no_text_are_printed(tmp_path):
+    write_images(tmp_path / "images")
+    file = os.fsencode(tmp_path) + b"/images/a/\xe9.png"
+    with open(file, "wb") as f:
+        f.write(b"no image")
+    args = ["--source", tmp_path / "images", "--pixels", "true", "--resolution", 16]
+    skipped = ("--out", tmp_path / "out", "--bad", "skip", "--holdout", 0.25)
+    for options in (("--bad", "list"), skipped):
+        # a process of its own: what stands for its output in this one takes everything
+        done = launch("preprocess", *args, *options)
+        assert "Traceback" not in done.stderr
+        assert r"images/a/\udce9.png is no readable image: empty, or of" in done.stdout
+    assert done.returncode == 0
 
 
 def test_labels_outside_the_range_are_refused(tmp_path):

@@ -19,6 +19,7 @@ from sra_fast.data.order import ShuffledBatches
 from sra_fast.training import run
 from sra_fast.training.endings import Ending, ending_of
 from sra_fast.training.signals import stopped
+from sra_fast.utils import stopping
 
 ELSEWHERE = (
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4711"
@@ -219,7 +220,7 @@ def test_a_rank_that_failed_alone_says_so_later(monkeypatch, capsys):
     assert said[1] == "error on rank 2: x"
     assert said[2].startswith("error: another process has ended")
     # rank 2, and rank 0 for the rank that has more to say
-    assert waited == [train.LAUNCHER_REACTS] * 2
+    assert waited == [stopping.LAUNCHER_REACTS] * 2
 
 
 def test_a_summary_does_not_need_the_rows():

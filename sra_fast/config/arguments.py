@@ -1,0 +1,28 @@
+"""The parser of programs whose options stand in no dataclass and no file."""
+
+import re
+import sys
+
+from sra_fast.config.messages import Parser
+
+REQUIRED = re.compile(r"(the following arguments are required: )(.+)")
+
+
+class ArgumentParser(Parser):
+    """``argparse.ArgumentParser`` whose errors are one line without the usage, with exit code 2."""
+
+    def __init__(self, **options):
+        # an abbreviation would turn some typos into other options
+        super().__init__(**options, allow_abbrev=False)
+        self.given = sys.argv[1:]
+
+    def error(self, message: str, ex: Exception | None = None):
+        found = REQUIRED.search(message)
+        if found is not None:
+            message = found[1] + ", ".join(map(self._as_written, found[2].split(", ")))
+        super().error(message, ex)
+
+    def _as_written(self, name: str) -> str:
+        """An argument as it stands on the command line; the parser's message has its inner name."""
+        written = [action.option_strings for action in self._actions if action.dest == name]
+        return written[0][0] if written and written[0] else name

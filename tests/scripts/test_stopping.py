@@ -1,0 +1,155 @@
+"""Ctrl-C is one line and exit code 130, and the same command resumes; of several processes that
+fail alike, one says it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import ROOT, environment
+from PIL import Image
+
+from sra_fast.__main__ import COMMANDS
+from sra_fast.models import SiT
+from sra_fast.utils import stopping
+
+RESUMES = "stopped; the same command resumes"
+# train.py has signals of its own
+PROGRAMS = [command.replace("-", "_") for command in COMMANDS if command != "train"]
+
+
+def command_of(name: str, *args) -> list[str]:
+    return [sys.executable, str(ROOT / f"sra_fast/{name}.py"), *map(str, args)]
+
+
+def finish(name: str, *args) -> None:
+    subprocess.run(
+        command_of(name, *args), env=environment(), check=True, capture_output=True, timeout=300
+    )
+
+
+def interrupted(command: list[str], ready: Callable[[int], bool], **more: str) -> tuple[int, str]:
+    """Exit code and stderr of a process that gets SIGINT once it is ``ready``, a function of its
+    number.
+    """
+    process = subprocess.Popen(
+        command,
+        env=environment(**more),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not ready(process.pid):
+        assert process.poll() is None and time.monotonic() < deadline, "it was never ready"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+def loads_torch(pid: int) -> bool:
+    """Whether a process is in the middle of its imports."""
+    return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_interrupt_during_the_imports_is_one_line(name):
+    expected = RESUMES if name in ("sample", "preprocess", "ablate") else "stopped"
+    code, said = interrupted(command_of(name), loads_torch)
+    assert (code, said) == (stopping.INTERRUPTED, f"{expected}\n")
+
+
+def test_other_processes_say_nothing(tmp_path):
+    code, said = interrupted(command_of("sample"), loads_torch, RANK="1")
+    assert (code, said) == (130, "")
+
+
+def last_line(said: str) -> str:
+    """The last line of stderr, after a bar; no traceback is before it."""
+    assert "Traceback" not in said, said[-2000:]
+    return said.replace("\r", "\n").rstrip().splitlines()[-1]
+
+
+def test_interrupted_samples_resume(tmp_path):
+    torch.manual_seed(0)
+    model = SiT(8, 2, 1, 32, 2, 2, num_classes=10)
+    for p in model.parameters():
+        p.data.normal_(std=0.05)
+    torch.save({"ema": model.state_dict()}, tmp_path / "model.pt")
+    # five parts
+    given = ["--checkpoint", tmp_path / "model.pt", "--num_heads", 2, "--count", 1100]
+    given += ["--sample.method", "euler", "--sample.steps", 4, "--png", "true"]
+    out = tmp_path / "out"
+    first = out / "parts/000000.npy"
+    code, said = interrupted(command_of("sample", *given, "--out", out), lambda pid: first.exists())
+    assert (code, last_line(said)) == (130, RESUMES)
+    left = sorted(path.name for path in out.glob("parts/*"))
+    assert not (out / "samples.npz").exists() and 2 <= len(left) < 6
+    # no half-written file
+    assert left[-1] == "identity.json" and all(name.endswith(".npy") for name in left[:-1])
+    before = first.stat().st_mtime_ns
+    finish("sample", *given, "--out", out)
+    finish("sample", *given, "--out", tmp_path / "whole")
+    images, expected = (np.load(path / "samples.npz") for path in (out, tmp_path / "whole"))
+    assert np.array_equal(images["arr_0"], expected["arr_0"])
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+    whole = tmp_path / "whole"
+    assert names == sorted(str(path.relative_to(whole)) for path in whole.rglob("*"))
+    assert before < (out / "samples.npz").stat().st_mtime_ns
+
+
+def test_interrupted_data_resume(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images/a").mkdir(parents=True)
+    for number in range(300):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/a/{number}.png")
+    given = ["--source", tmp_path / "images", "--pixels", "true", "--resolution", 8]
+    given += ["--shard_size", 2, "--batch", 2, "--threads", 1]
+    out = tmp_path / "out"
+    first = out / "parts/00000.json"
+    command = command_of("preprocess", *given, "--out", out)
+    code, said = interrupted(command, lambda pid: first.exists())
+    assert (code, last_line(said)) == (130, RESUMES)
+    assert not (out / "index.json").exists()
+    finish("preprocess", *given, "--out", out)
+    finish("preprocess", *given, "--out", tmp_path / "whole")
+    found, expected = (
+        {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+        for path in (out, tmp_path / "whole")
+    )
+    assert found.keys() == expected.keys() and "index.json" in found
+    shards = [name for name in found if name.startswith("shards/")]
+    assert len(shards) == 150
+    assert all(found[name] == expected[name] for name in shards)
+
+
+def test_other_errors_keep_their_traceback():
+    code = "from sra_fast.utils.stopping import one_line_on_interrupt as f; f(); f('again'); 1 / 0"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1 and "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "rank, said, waited",
+    [("", "error: no", []), ("0", "error: no", []), ("3", "error on rank 3: no", [3.0])],
+)
+def test_a_process_lets_the_first_one_speak(monkeypatch, capsys, rank, said, waited):
+    """The others wait so long that the launcher ends them; one that lives on failed alone."""
+    slept = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(stopping.time, "sleep", slept.append)
+    with pytest.raises(SystemExit) as stopped:
+        stopping.fail("error: no", code=1)
+    assert stopped.value.code == 1 and slept == waited
+    assert capsys.readouterr().err == f"{said}\n"
