@@ -5,6 +5,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses
 
 .PHONY: demo photos captions fashion lint test-fast test codegen bugs chaos docs
 
+# one thread: with two, on two cores that other programs used as well, a step of so small a network
+# took more than ten times as long
+demo photos captions: export OMP_NUM_THREADS = 1
+
 demo: $(INSTALLED)
 	@$(BIN)/deepspeed --quiet sra_fast/train.py --config configs/digits.yaml
 
@@ -18,10 +22,7 @@ photos: $(INSTALLED)
 	$(BIN)/python sra_fast/evaluate.py --samples $${run}generated --features pixels --out $${run}scores.json && \
 	$(BIN)/python sra_fast/probe.py --checkpoint $$run --times '[0.1, 0.5]' --out $${run}probe
 
-# from captions in words to samples of prompts: the commands of docs/text_to_image.md. One thread:
-# with two, on two cores that other programs used as well, a step of so small a network took more than
-# ten times as long
-captions: export OMP_NUM_THREADS = 1
+# from captions in words to samples of prompts: the commands of docs/text_to_image.md
 captions: $(INSTALLED)
 	@$(BIN)/python examples/captions.py make data/captions
 	@$(BIN)/python sra_fast/preprocess.py --source data/captions/images --out data/captions/pixels --pixels true --channels 1 --resolution 8 \
