@@ -5,7 +5,7 @@ Rank 0 decides and the others are told: they all go on together, or raise the sa
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from sra_fast.checkpoint.steps import Choice, step_folders
 from sra_fast.checkpoint.values import warn
 from sra_fast.training import monitor_files
 from sra_fast.training.abandoned import abandon, abandon_end, trim
-from sra_fast.training.run_lock import RunLock, token_in
+from sra_fast.training.run_lock import LOCK, RunLock, token_in
 from sra_fast.utils.files import make_synced, sync_folder
 
 # seconds after which every machine sees a new file of a file system that they share
@@ -105,6 +105,16 @@ def opened(out: Path, resume: Path | None, exact: bool = False) -> Iterator[Open
     finally:
         for lock in locks:
             lock.release()
+            if resume is None:
+                _remove_unused(folder)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder of a new run that has ended before it wrote anything."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def _check_same_view(resume: Path | None) -> None:

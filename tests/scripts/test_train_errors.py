@@ -81,3 +81,16 @@ def test_a_rank_that_fails_alone_says_so_and_stops_the_others(tmp_path, launcher
     assert done.returncode != 0
     who = "error on rank 1" if rank else "error"
     assert f"{who}: this rank alone\n" in done.stderr, done.stderr[-3000:]
+
+
+def test_what_deepspeed_refuses_when_it_is_built_leaves_no_folder(tmp_path):
+    """A run that has written nothing has no number: the next one is 000."""
+    (tmp_path / "ds.json").write_text('{"zero_allow_untested_optimizer": false}')
+    out = tmp_path / "runs"
+    asked = (*TINY, "--train.steps", 1, "--train.out", out)
+    done = call("train", *asked, "--deepspeed_config", tmp_path / "ds.json")
+    assert "DeepSpeed refuses --deepspeed_config" in error_of(done)
+    assert [*out.iterdir()] == []
+    done = call("train", *asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (out / "000/summary.json").exists()
