@@ -22,6 +22,8 @@ def main() -> None:
         top = run(options)["best"]
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        sys.exit(f"error: {error}")
     print(
         f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}; {options.out}/probe.json, probe.png"
     )

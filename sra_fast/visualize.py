@@ -22,6 +22,8 @@ def main() -> None:
         print(*run(options), sep="\n")
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The console command: it lists and finds the scripts, imports late, and importing it or a script runs nothing."""
 
+import errno
 import sys
 from importlib import import_module
 
 import pytest
-from launch import ROOT, call_console, error_of, launch, run_python
+from launch import ROOT, call, call_console, error_of, launch, run_python
 
 from sra_fast.__main__ import COMMANDS
 
@@ -64,3 +65,24 @@ def test_python_m_and_a_launch_by_path_from_another_folder(tmp_path):
     assert error_of(done) == f"error: {message}"
     done = launch("export", *args, cwd=tmp_path)
     assert error_of(done) == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    "program, place",
+    [
+        ("probe", "sra_fast.analysis.probing.run"),
+        ("visualize", "sra_fast.analysis.pictures.run"),
+        ("evaluate", "sra_fast.evaluation.run.run"),
+        ("held_out", "sra_fast.analysis.held_out_loss.run"),
+    ],
+)
+def test_a_disk_that_fills_up_at_the_end_is_one_line(program, place, monkeypatch):
+    def run(options):
+        raise OSError(errno.ENOSPC, "No space left on device", "report.json")
+
+    monkeypatch.setattr(place, run)
+    given = "--samples" if program in ("visualize", "evaluate") else "--checkpoint"
+    value = '["x.npz"]' if program == "visualize" else "x.npz"
+    done = call(program, given, value)
+    assert done.returncode == 1
+    assert error_of(done) == "error: [Errno 28] No space left on device: 'report.json'"
