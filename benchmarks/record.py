@@ -95,7 +95,7 @@ def commit() -> str:
 
 
 def variables_set() -> str | None:
-    """What is wrong with the environment of a benchmark that has no variants for it; None: nothing."""
+    """What is wrong with the environment of a benchmark without variants for it; None: nothing."""
     found = [name for name in VARIABLES if name in os.environ]
     return f"expected no {found[0]}, which rows do not show: unset it" if found else None
 
@@ -210,7 +210,7 @@ class RowFile:
 
 
 def load_results(folder: Path = RESULTS) -> list[dict]:
-    """All rows of all JSON files in a folder, the oldest first; of a repeated measurement the newest.
+    """All rows of a folder's JSON files, the oldest first; of a repeated measurement the newest.
 
     Raises:
         ValueError: a file holds something else.

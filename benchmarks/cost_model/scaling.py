@@ -8,12 +8,13 @@ processes, and the speed of the links. Images per GPU stay the same, so the glob
 
 Assumed, not measured: ring collectives that reach a fraction of the links' speed, the latency of a hop,
 gradients that are sent during the backward pass except for the last bucket, ZeRO-3's gathers during the
-forward pass, and an H100's memory at 3 TB/s. With --graph (train.graph true, ZeRO 1 and 2) nothing is sent
-beside computation: a replay waits for the teacher's weights, and the gradients are sent after it.
+forward pass, and an H100's memory at 3 TB/s. With --graph (train.graph true, ZeRO 1 and 2)
+nothing is sent beside computation: a replay waits for the teacher's weights, and the gradients are
+sent after it.
 
-The time that the host needs is that of the rows. On one GPU it launches a graph. Without --graph several
-GPUs wait for a host that launches every kernel, where it is slower than the device: start from rows of
---variant sra+train.graph=false there.
+The host's time is that of the rows, in which it launches one graph. Without --graph it launches
+every kernel on several GPUs: where that takes longer than the device, start from rows of
+--variant sra+train.graph=false.
 """
 
 import argparse
@@ -99,9 +100,9 @@ def collectives(
 ) -> dict[str, tuple[str, int]]:
     """What one step sends in each ZeRO stage, ``{purpose: (kind, bytes)}``; tests count it in two processes.
 
-    DeepSpeed's stages 1 and 2 average gradients by all-reduce, as stage 0 does; this engine's step, which
-    does so where there is a graph, by reduce-scatter. Stage 3 gathers the weights once if they stay below
-    its limit of live parameters. Otherwise it gathers them again for the backward pass.
+    DeepSpeed's stages 1 and 2 average gradients by all-reduce, as stage 0 does; with a graph this
+    engine's step adds them up by reduce-scatter. Stage 3 gathers the weights once if they stay
+    below its limit of live parameters. Otherwise it gathers them again for the backward pass.
     """
     student = element * sizes.student
     teacher = element * sizes.teacher
@@ -146,7 +147,7 @@ def step_seconds(
         gathers = spent["weights"] + spent["teacher"]
         waiting += exposed(gathers, times.forward + times.teacher)
     else:
-        # the teacher's weights arrive while the student runs; a replay begins when they have arrived
+        # the teacher's weights arrive while the student runs; a replay begins after that
         hidden = 0.0 if graph else times.forward
         waiting += spent["weights"] + exposed(spent["teacher"], hidden)
     if gpus > 1:
@@ -162,8 +163,8 @@ def state_bytes(stage: int, gpus: int, sizes: Sizes, graph: bool = False) -> dic
     """Bytes per GPU of everything but activations.
 
     Weights, gradients and the teacher are bf16; master weights, both moments ("optimizer") and the EMA fp32.
-    With a graph several GPUs keep the whole gradient twice: as autograd leaves it, in the graph's memory,
-    and as it is sent.
+    With a graph several GPUs keep the whole gradient twice: as autograd leaves it, in the graph's
+    memory, and as it is sent.
     """
     P = sizes.student
     partitions = gpus if stage else 1

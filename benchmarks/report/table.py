@@ -80,7 +80,8 @@ def _rule(columns: int) -> str:
 def newest_runs(rows: list[dict]) -> list[tuple[str, list[list[dict]]]]:
     """The runs on every device, the newest first, with a title: device, versions, copy bandwidth.
 
-    A run is the rows of one commit and its versions. Only runs with the versions of the newest one are kept.
+    A run is the rows of one commit and its versions. Only runs with the versions of the newest one
+    are kept.
     """
     runs: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:

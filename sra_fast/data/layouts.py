@@ -275,7 +275,7 @@ class PublishedLayout(Layout):
         write_atomic(self.out / self.last, lambda p: p.write_text(json.dumps(content)))
 
     def intact(self, record: dict) -> bool:
-        # nothing tells what they held: a file that is gone or cut short is noticed
+        # this layout has no checksums: only a file that is missing or cut short can be noticed
         with io.BytesIO() as file:
             np.save(file, np.zeros(self.recipe["shape"], np.float32))
             size = file.tell()

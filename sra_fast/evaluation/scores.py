@@ -61,13 +61,18 @@ def fit_gaussian(rows: np.ndarray) -> Gaussian:
     return running.gaussian()
 
 
+def _root(cov: np.ndarray) -> np.ndarray:
+    """``r`` with ``r r^T = cov``."""
+    values, vectors = np.linalg.eigh(cov)
+    return vectors * np.sqrt(values.clip(min=0))
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians of one dimension (arXiv 1706.08500, Eq. 6)."""
-    values, vectors = np.linalg.eigh(a.cov)
-    # root root^T = cov_a
-    root = vectors * np.sqrt(values.clip(min=0))
-    # root^T cov_b root is symmetric and has the eigenvalues of cov_a cov_b: no complex square root, even if singular
-    cross = np.sqrt(np.linalg.eigvalsh(root.T @ b.cov @ root).clip(min=0)).sum()
+    # with roots r of both covariances, the squares of the singular values of r_a^T r_b are the
+    # eigenvalues of cov_a cov_b. No square root is taken of eigenvalues that are zero but for
+    # rounding, as there are where images are fewer than features
+    cross = np.linalg.svd(_root(a.cov).T @ _root(b.cov), compute_uv=False).sum()
     shift = ((a.mean - b.mean) ** 2).sum()
     return float(shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
