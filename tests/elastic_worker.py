@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from tiny_config import config  # noqa: E402
 from sra_fast.checkpoint.manifest import Progress  # noqa: E402
 from sra_fast.data.dataset import make_dataset  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
-from sra_fast.training import run_folder, saver, saving  # noqa: E402
+from sra_fast.training import average_snapshots, run_folder, saver, saving  # noqa: E402
 from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.plan import make_plan  # noqa: E402
 from sra_fast.training.run_lock import token_in  # noqa: E402
 from sra_fast.training.snapshot import flats_by_kind  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402
+from sra_fast.utils.collectives import gathered  # noqa: E402
 from sra_fast.zero.process_group import init_distributed  # noqa: E402
 
 # the last one only resumes
@@ -75,8 +77,17 @@ def failing_saves(trainer, folder: Path) -> dict:
         if name == "file_half" and dist.get_rank() == last:
             raise OSError(28, "No space left on device", "/disk/file")
 
+    def broken(name):
+        # before the ranks have told each other anything
+        if name == "copied" and dist.get_rank() == last:
+            raise KeyError("planted")
+
     saving.save(trainer, folder, Progress(1), 0)
-    for case, hook, value in (("full", full, 0.0), ("nan", lambda name: None, float("nan"))):
+    for case, hook, value in (
+        ("full", full, 0.0),
+        ("broken", broken, 0.0),
+        ("nan", lambda name: None, float("nan")),
+    ):
         place = trainer.masters.segments[-1].of(trainer.masters.flats)[-1:]
         before = place.clone()
         if dist.get_rank() == last:
@@ -87,16 +98,49 @@ def failing_saves(trainer, folder: Path) -> dict:
         background.close()
         saver.at_phase = lambda name: None
         place.copy_(before)
-        messages: list = [None] * dist.get_world_size()
         error = background.error
-        dist.all_gather_object(messages, f"{type(error).__name__}: {error}")
-        told[case] = messages
-        parents: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parents, background.parent)
-        told["parents"] = parents
+        told[case] = gathered(f"{type(error).__name__}: {error}")
+        told["parents"] = gathered(background.parent)
     dist.barrier()
     told["left"] = sorted(path.name for path in folder.iterdir())
     return told
+
+
+def failing_snapshots(trainer, run: Path) -> list[list[str]]:
+    """What every rank is told of snapshots that fail on the last rank only, for two errors."""
+    told = []
+    write_pieces = average_snapshots.write_pieces
+    for error in (OSError(28, "No space left on device", "/disk/file"), KeyError("planted")):
+
+        def failing(path, pieces, error=error):
+            if dist.get_rank() == dist.get_world_size() - 1:
+                raise error
+            return write_pieces(path, pieces)
+
+        average_snapshots.write_pieces = failing
+        told.append(said_by_all(lambda: average_snapshots.store(trainer, run, 4)))
+    average_snapshots.write_pieces = write_pieces
+    return told
+
+
+def failing_folder(out: Path) -> list[str]:
+    """What every rank is told where rank 0 makes no folder, by a fault of the program."""
+    make_numbered = run_folder._make_numbered
+    # only rank 0 calls it
+    run_folder._make_numbered = None
+    told = said_by_all(lambda: run_folder.new_folder(out))
+    run_folder._make_numbered = make_numbered
+    return told
+
+
+def said_by_all(work: Callable) -> list[str]:
+    """The error that each rank gets from some work."""
+    try:
+        work()
+        said = "nothing"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return gathered(said)
 
 
 def damaged_choice(run: Path) -> list[str]:
@@ -112,9 +156,7 @@ def damaged_choice(run: Path) -> list[str]:
     dist.barrier()
     with run_folder.opened(run.parent, run / f"checkpoints/step_{2 * SAVED:08d}") as opened:
         said = [opened.choice.path.name, *opened.choice.remarks]
-    messages: list = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, said)
-    return messages
+    return gathered(said)
 
 
 def unshared(run: Path) -> list[str]:
@@ -128,8 +170,7 @@ def unshared(run: Path) -> list[str]:
     except ValueError as error:
         said = str(error)
     run_folder.token_in = token_in
-    messages: list = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, said)
+    messages = gathered(said)
     # the lock was given back
     with run_folder.opened(run, None) as opened:
         messages.append(opened.folder.name)
@@ -151,6 +192,8 @@ def one_world(out: Path) -> None:
         results[f"whole_{stage}"] = {"loss": loss, "final": state_of(trainer)}
     if world == 2:
         results["failing"] = failing_saves(trainer, out / "failing")
+        results["failing_snapshots"] = failing_snapshots(trainer, out / "failing")
+        results["failing_folder"] = failing_folder(out / "failing")
         run = out / "damaged"
         if dist.get_rank() == 0:
             shutil.copytree(folder, run)

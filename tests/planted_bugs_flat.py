@@ -427,8 +427,8 @@ BUGS = [
     (
         "the warm-up counts steps",
         GUARD,
-        "(done - self.counts[1])",
-        "(done - 0 * self.counts[1])",
+        "warm_up(done - self.counts[1], ",
+        "warm_up(done - 0 * self.counts[1], ",
         "tests/zero/test_guard.py::test_the_warm_up_counts_updates_that_were_taken",
     ),
     (

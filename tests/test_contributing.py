@@ -1,4 +1,4 @@
-"""The code on CONTRIBUTING.md's pages is right: its four parts train together and are used.
+"""The code on CONTRIBUTING.md's pages is right: its five parts train together and are used.
 
 The code blocks are one module here, executed in their order.
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tiny_config import config
 
 from sra_fast.alignment.ema_teacher import EMATeacher
+from sra_fast.analysis import held_out_loss
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import parse_train
 from sra_fast.diffusion.samplers import Guidance, sample
@@ -26,13 +27,20 @@ from sra_fast.utils import registry
 from sra_fast.zero.process_group import init_distributed
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
-PAGES = ["an alignment target", "a model family", "a sampler", "a data set"]
+PAGES = [
+    "an alignment target",
+    "a model family",
+    "a sampler",
+    "a learning-rate schedule",
+    "a data set",
+]
 REGISTRIES = [part for part in vars(registry).values() if isinstance(part, registry.Registry)]
 
 PARTS = (
     "--model.name SkipSiT-S/2 --model.num_classes 3 --data.name npz "
     "--align.target normed_teacher --align.norm_eps 1e-5 --sample.method midpoint "
-    "--train.steps 3 --train.log_every 1 --train.precision fp32 --optim.lr 0.01"
+    "--train.steps 3 --train.log_every 1 --train.precision fp32 --optim.lr 0.01 "
+    "--optim.schedule trapezoid"
 ).split()
 
 
@@ -97,6 +105,11 @@ def test_documented_parts_train_together(documented, array_file, tmp_path):
     halfway = x - model(noise, torch.ones(2), labels) / 2
     expected = x - model(halfway, torch.full((2,), 0.5), labels)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+    # and to analyse it on the data that it names
+    options = held_out_loss.Options(str(summary["run_dir"]), images=4, bins=2, trained=True)
+    report = held_out_loss.run(options)
+    assert report["images"] == 4 and 0 < report["held_out"] < 10
 
 
 def test_target_normalizes_the_teachers_features(documented, monkeypatch):

@@ -1,13 +1,18 @@
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
+from sra_fast.data.digits import Digits
+from sra_fast.diffusion.draws import draw
+from sra_fast.models import ClassLabels
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/dit_block.py"
@@ -63,6 +68,42 @@ def test_the_features_example_needs_transformers(monkeypatch, tmp_path):
         run_features_example(monkeypatch, tmp_path)
     expected = "error: digits_features.py needs transformers: pip install 'sra-fast[features]'"
     assert stopped.value.code == expected
+
+
+def test_a_loop_of_ones_own_trains_with_sra(device, monkeypatch):
+    """Its last step is written out: the loss of the paper with the EMA as teacher, then the EMA."""
+    train = runpy.run_path(str(ROOT / "examples/sra_in_your_loop.py"))["train"]
+    steps = 40
+    seen = []
+    of_rows = Digits.__getitems__
+    monkeypatch.setattr(
+        Digits, "__getitems__", lambda self, rows: seen.append(of_rows(self, rows)) or seen[-1]
+    )
+    student, ema, losses = train(steps, decay=0.75, device=device)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    after, ema_after, longer = train(steps + 1, decay=0.75, device=device)
+    assert longer[:steps] == losses
+
+    x0, labels = (part.to(device) for part in seen[-1])
+    drawn = draw(0, steps, 0, tuple(x0.shape), device, drop_prob=0.1, posterior=False)
+    condition = ClassLabels(labels, drawn.drop)
+    t = drawn.uniform.view(-1, 1, 1, 1)
+    earlier = (t - 0.2 * drawn.gap.view(-1, 1, 1, 1)).clamp(min=0)
+    noised = lambda time: (1 - time) * x0 + time * drawn.noise
+    prediction, features = student(noised(t), t.flatten(), condition, depths=(2,))
+    deep = ema.eval().features(noised(earlier), earlier.flatten(), condition, depth=4)
+    align = F.smooth_l1_loss(student.ap_head(features.after[2]), deep, beta=0.05)
+    loss = (prediction - (drawn.noise - x0)).square().mean() + 0.2 * align
+    assert longer[-1] == pytest.approx(loss.item(), rel=1e-4)
+    before, now = ema.state_dict(), after.state_dict()
+    for name, value in ema_after.state_dict().items():
+        torch.testing.assert_close(value, torch.lerp(before[name], now[name], 0.25))
+
+
+def test_a_loop_of_ones_own_needs_no_deepspeed():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); assert 'deepspeed' not in sys.modules"
+    example = str(ROOT / "examples/sra_in_your_loop.py")
+    subprocess.run([sys.executable, "-c", code, example], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -9,14 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from sra_fast.alignment.heads import ConvHead, FeatureHead, Head
-from sra_fast.alignment.target import (
-    Inputs,
-    Target,
-    compare,
-    own_head,
-    paper_layer,
-)
-from sra_fast.config.schema import AlignConfig, Config, DistanceConfig, ModelConfig, choice
+from sra_fast.alignment.target import Inputs, Target, compare, paper_layer
+from sra_fast.config.schema import Config, DistanceConfig, ModelConfig, choice
 from sra_fast.data.training_data import TrainingData
 from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.utils.checks import require_that
@@ -71,10 +65,6 @@ class CachedFeatures(Target):
         if align.head == "conv":
             return ConvHead(hidden_size, align.feature_width)
         return FeatureHead(hidden_size, align.head_width, align.feature_width)
-
-    @classmethod
-    def head_name(cls, align: AlignConfig) -> str:
-        return own_head("cached_features")
 
     @classmethod
     def fill_in_data(cls, align: CachedFeaturesConfig, cfg: Config, data: TrainingData) -> None:

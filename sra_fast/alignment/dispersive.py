@@ -30,8 +30,8 @@ class DispersiveConfig(AlignConfig):
     PyTorch code: 1)"""
     over: Literal["process", "all"] = "process"
     """the images that repel each other: a process's micro-batch, as published, or the micro-batches
-    of all processes. More images are another loss, so that the number of processes matters, for
-    `all` the split into micro-batches"""
+    of all processes. More images are another loss, so that train.micro_batch matters (by default
+    the global batch over the number of processes), and for `all` also the number of processes"""
 
 
 @TARGETS.register("dispersive")
@@ -56,6 +56,10 @@ class Dispersive(Target):
             micro > 1,
             f"align.target dispersive needs at least 2 images per micro-batch, got {micro}",
         )
+
+    @classmethod
+    def images_compared(cls, align: DispersiveConfig, micro: int, world: int) -> int:
+        return micro * world if align.over == "all" else micro
 
     @classmethod
     def check(cls, align: DispersiveConfig, cfg: Config) -> None:

@@ -3,16 +3,17 @@
 Only the blocks up to the teacher layer n exist and run.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sra_fast.alignment.target import AP_HEAD, Inputs, Target, check_layers, compare
+from sra_fast.alignment.target import Inputs, check_layers, compare
+from sra_fast.alignment.teacher_target import TeacherTarget
 from sra_fast.config.schema import Config, DistanceConfig
-from sra_fast.models import Backbone, Conditioning, DiffusionTransformer, Features, TokenGroups
+from sra_fast.diffusion.micro_batch import MicroBatch
+from sra_fast.models import Backbone, Conditioning, DiffusionTransformer, Features
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.cuda_graph import Graphed
 from sra_fast.utils.registry import TARGETS
@@ -53,7 +54,7 @@ class EMATeacherConfig(TeacherConfig):
 
 
 @TARGETS.register("ema_teacher")
-class EMATeacher(Target):
+class EMATeacher(TeacherTarget):
     """Features after block n of the EMA teacher.
 
     Without ``teacher_stream`` they are computed after the student's forward: the all-gather of the
@@ -65,21 +66,13 @@ class EMATeacher(Target):
     align: TeacherConfig
 
     def __init__(self, align: TeacherConfig, network: Backbone):
-        super().__init__(align, network.requires_grad_(False))
-        # what the teacher is told, and how the tokens of its input are grouped: their tensors are
-        # inputs of ``run``
-        self.condition: Conditioning | None = None
-        self.groups: TokenGroups | None = None
-        # one callable for both ways to run: eager, or replayed as a CUDA graph
-        self.run = self._features
+        super().__init__(align, network)
         if align.teacher_graph:
+            # replayed as a CUDA graph
             self.run = Graphed(self.run)
         # None: the teacher runs in the student's stream
         self.stream = torch.cuda.Stream() if align.teacher_stream else None
-        # the trainer replaces it (``follow``); without a trainer the weights are always complete
-        self.wait: Callable[[], None] = lambda: None
-        # the inputs of a micro-batch, from ``start`` to ``result``
-        self.inputs: tuple[Tensor, ...] = ()
+        # what the second stream computes, from ``start`` to ``result``
         self.target: Tensor | None = None
 
     @classmethod
@@ -87,8 +80,8 @@ class EMATeacher(Target):
         return align.teacher_layer
 
     @classmethod
-    def head_name(cls, align: TeacherConfig) -> str | None:
-        return AP_HEAD if align.head == "mlp" else None
+    def has_head(cls, align: TeacherConfig) -> bool:
+        return align.head == "mlp"
 
     @classmethod
     def fill_in(cls, align: TeacherConfig, cfg: Config) -> None:
@@ -134,30 +127,18 @@ class EMATeacher(Target):
                 "align.teacher_dtype fp8 needs compute capability 9.0",
             )
 
-    def follow(self, wait: Callable[[], None]) -> None:
-        self.wait = wait
-
     def will_be_captured(self) -> None:
         if self.align.teacher_stream is None:
             self.stream = torch.cuda.Stream()
 
+    def told(self, batch: MicroBatch) -> Conditioning:
+        if self.align.teacher_labels == "dropped":
+            return batch.condition
+        none = torch.zeros(len(batch), dtype=torch.bool, device=batch.x0.device)
+        return batch.condition.dropped(none)
+
     def start(self, inputs: Inputs) -> None:
-        batch = inputs.noisy.batch
-        condition: Conditioning = batch.condition
-        if self.align.teacher_labels == "kept":
-            none = torch.zeros(len(batch), dtype=torch.bool, device=batch.x0.device)
-            condition = condition.dropped(none)
-        groups = batch.times.teacher_groups
-        # the teacher computes only the images that the loss compares
-        if inputs.images is not None:
-            condition = condition.select(inputs.images)
-            groups = None if groups is None else groups.select(inputs.images)
-        self.condition = condition
-        self.groups = groups
-        rows = [inputs.select(item) for item in (inputs.noisy.x_teacher, inputs.sinusoid)]
-        self.inputs = (*rows, *condition.tensors())
-        if groups is not None:
-            self.inputs = (*groups.tensors(), *self.inputs)
+        super().start(inputs)
         if self.stream is not None:
             # the inputs are made in the current stream: the second one must not read them earlier
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -171,34 +152,15 @@ class EMATeacher(Target):
         return compare(predicted, self.result(), self.align.distance, self.align.beta)
 
     def result(self) -> Tensor:
-        """``[b, T, D]`` target features, once for each ``start``."""
         if self.stream is None:
-            target = self._compute()
-        else:
-            # the loss reads the features in the current stream
-            torch.cuda.current_stream().wait_stream(self.stream)
-            target = self.target
-            self.target = None
-            # they were allocated in the second stream: without this, the allocator could hand their
-            # memory to that stream while the loss still reads them
-            target.record_stream(torch.cuda.current_stream())
+            return super().result()
+        # the loss reads the features in the current stream
+        torch.cuda.current_stream().wait_stream(self.stream)
+        target = self.target
+        self.target = None
+        # they were allocated in the second stream: without this, the allocator could hand their
+        # memory to that stream while the loss still reads them
+        target.record_stream(torch.cuda.current_stream())
         # freed only now, when both streams have met
         self.inputs = ()
         return target
-
-    def _compute(self) -> Tensor:
-        # in the stream that runs the forward: the gathered weights must be visible there
-        self.wait()
-        return self.run(*self.inputs)
-
-    @torch.no_grad()
-    def _features(self, *tensors: Tensor) -> Tensor:
-        """The network's last features; a function of tensors only, as a CUDA graph needs it."""
-        groups = None
-        if self.groups is not None:
-            count = len(self.groups.tensors())
-            groups = self.groups.with_tensors(*tensors[:count])
-            tensors = tensors[count:]
-        x, sinusoid, *condition = tensors
-        told = self.condition.with_tensors(*condition)
-        return self.network.features(x, sinusoid, told, groups=groups)

@@ -5,6 +5,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from sra_fast.alignment.checks import (
+    check_found,
+    check_head,
+    check_kind,
+    check_network,
+    check_target,
+)
 from sra_fast.alignment.schedule import aligned_images
 from sra_fast.alignment.target import AP_HEAD, Inputs, Target, own_head
 from sra_fast.config.schema import Config
@@ -87,7 +94,8 @@ class SRAObjective(nn.Module):
             end of their names.
 
         Raises:
-            ValueError: in training, a conditioning that leaves dropping to the network.
+            ValueError: in training, a conditioning that leaves dropping to the network; or a target
+                whose loss returns something else than ``Target.loss`` says.
         """
         # one noise for both inputs: they differ in their times only (SRA, Sec. 3.2)
         if self.student.training and not batch.condition.is_decided:
@@ -113,11 +121,15 @@ class SRAObjective(nn.Module):
         parts = noisy.losses(self.process, prediction)
         loss = sum(parts.values())
         for i, target in active.items():
+            if target.network is not None:
+                # the all-gather of its weights has had the student's forward to finish
+                target.wait()
             found = target.loss(self.student, features, inputs[i])
+            suffix = "" if i == 0 else str(i + 1)
+            check_found(f"align{suffix}", target, found, parts, prediction.requires_grad)
             # Eq. 6: denoising + lambda * alignment
             loss = loss + weights[i] * found["align"]
             # logged without lambda, which the log has as align_weight
-            suffix = "" if i == 0 else str(i + 1)
             parts |= {f"{name}{suffix}": value for name, value in found.items()}
         used = {target.head_name(target.align) for target in active.values()}
         idle = [head for name, head in self.heads.items() if name not in used]
@@ -154,10 +166,17 @@ class SRAObjective(nn.Module):
 
 
 def add_heads(student: DiffusionTransformer, cfg: Config) -> None:
-    """Give the student the heads that only single targets have."""
-    for align in cfg.alignments.values():
-        head = TARGETS[align.target].make_head(align, cfg.model)
-        if head is not None:
+    """Give the student the heads that only single targets have.
+
+    Raises:
+        ValueError: a target's own code names a head or a network that cannot be.
+    """
+    for section, align in cfg.alignments.items():
+        check_kind(section, align, cfg.model)
+        kind = TARGETS[align.target]
+        if kind.head_name(align) == own_head(align.target):
+            head = kind.make_head(align, cfg.model)
+            check_head(section, align, head)
             head.initialise()
             student.align_heads[align.target] = head
 
@@ -170,10 +189,22 @@ def make_objective(
     Args:
         cfg: filled in.
         student: with the heads of ``add_heads``.
-        network: what follows the EMA, for the target that has one.
+        network: what follows the EMA, for the target that has one: ``cfg.model.build_teacher`` of
+            the target's ``network_depth``. It is frozen.
+
+    Raises:
+        ValueError: a target has parameters that nothing would train, buffers that no checkpoint
+            would keep, or reads blocks that the student does not have; or ``network`` is not the
+            one that a target needs.
     """
-    kinds = [(TARGETS[align.target], align) for align in cfg.alignments.values()]
-    targets = [kind(align, network if kind.has_network(align) else None) for kind, align in kinds]
+    targets = []
+    for section, align in cfg.alignments.items():
+        kind = TARGETS[align.target]
+        own = network if kind.has_network(align) else None
+        check_network(section, align, own)
+        target = kind(align, own)
+        check_target(section, target, student)
+        targets.append(target)
     return SRAObjective(student, targets, make_process(cfg))
 
 

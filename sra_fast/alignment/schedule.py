@@ -32,6 +32,13 @@ def align_weights(cfg: Config, step: int, epoch: int) -> dict[str, float]:
     return {name: align_weight(align, step, epoch) for name, align in cfg.alignments.items()}
 
 
+def fill_in_schedule(cfg: AlignConfig) -> None:
+    """Give a schedule over epochs the paper's numbers (Sec. 4.1), where others were not given."""
+    if cfg.schedule == "epochs":
+        cfg.hold = 149 if cfg.hold is None else cfg.hold
+        cfg.decay = 1000 if cfg.decay is None else cfg.decay
+
+
 def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:
     if cfg.schedule == "milestones":
         reached = [milestone for milestone in cfg.milestones if milestone <= step]

@@ -86,12 +86,18 @@ class Target(nn.Module):
 
     A target may own a network that follows the EMA of the student (``network_depth`` is then not
     None). The trainer builds that network, keeps its weights up to date in every ZeRO stage, and
-    hands it to the constructor. It may also have a head of its own, which the trainer makes
-    (``make_head``) and trains as a part of the student, ``student.align_heads[name]``.
+    hands it to the constructor. ``TeacherTarget`` has what such a target needs.
+
+    A target may also have a head of its own, which the trainer makes (``make_head``), trains and
+    saves as a part of the student, ``student.align_heads[name]``. Nothing else of a target is
+    trained or saved, and ``make_objective`` refuses parameters and buffers that would be lost.
+
+    ``__init__``, ``times``, ``start`` and ``loss`` run once on meta tensors, which have no values:
+    FLOPs are counted on them.
 
     Args:
         align: the options, of the class ``config``.
-        network: the frozen network with the EMA's weights, or None if the target needs none.
+        network: with the EMA's weights, or None if the target needs none. It is frozen here.
     """
 
     config: type[AlignConfig] = AlignConfig
@@ -113,7 +119,9 @@ class Target(nn.Module):
         super().__init__()
         self.align = align
         # a submodule: DeepSpeed moves it to the device, casts it and (stage 3) partitions it
-        self.network = network
+        self.network = None if network is None else network.requires_grad_(False)
+        # the trainer replaces it (``follow``); without a trainer the weights are always complete
+        self.wait: Callable[[], None] = lambda: None
 
     @classmethod
     def network_depth(cls, align: AlignConfig) -> int | None:
@@ -127,15 +135,25 @@ class Target(nn.Module):
 
     @classmethod
     def make_head(cls, align: AlignConfig, model: ModelConfig) -> Head | None:
-        """A head that only this target has; None: there is none, or it is the student's
-        ``ap_head``.
-        """
+        """A head that only this target has. A target without this method has none of its own."""
         return None
+
+    @classmethod
+    def has_own_head(cls) -> bool:
+        """Whether there is a ``make_head``."""
+        return getattr(cls.make_head, "__func__", None) is not Target.make_head.__func__
+
+    @classmethod
+    def has_head(cls, align: AlignConfig) -> bool:
+        """Whether the student's features pass a head: its own, else the student's ``ap_head``."""
+        return cls.has_own_head()
 
     @classmethod
     def head_name(cls, align: AlignConfig) -> str | None:
         """Name of the head among the student's submodules, None without a head."""
-        return None
+        if not cls.has_head(align):
+            return None
+        return own_head(align.target) if cls.has_own_head() else AP_HEAD
 
     @classmethod
     def layers(cls, model: ModelConfig) -> tuple[int, int]:
@@ -162,6 +180,13 @@ class Target(nn.Module):
         images_per_cycle(align.share, micro)
 
     @classmethod
+    def images_compared(cls, align: AlignConfig, micro: int, world: int) -> int:
+        """How many images one loss compares with each other, with ``micro`` images in each of
+        ``world`` processes. Another number is another loss, which no run goes on with.
+        """
+        return 1
+
+    @classmethod
     def check_device(cls, align: AlignConfig, cfg: Config, stage: int, cuda: bool) -> None:
         """ValueError for options that this machine or the ZeRO stage does not allow."""
 
@@ -181,9 +206,10 @@ class Target(nn.Module):
         return Times(*process.times(draws.uniform, draws.gap))
 
     def follow(self, wait: Callable[[], None]) -> None:
-        """``wait`` returns once the weights of ``network`` are complete. Call it before a
-        forward.
+        """``wait`` returns once the weights of ``network`` are complete. The objective calls it
+        before ``loss``; a target whose network runs earlier has to call it itself.
         """
+        self.wait = wait
 
     def will_be_captured(self) -> None:
         """Forward and backward pass will be replayed as one CUDA graph: choose defaults for that."""
@@ -202,7 +228,9 @@ class Target(nn.Module):
             inputs: those of ``start``.
 
         Returns:
-            ``"align"``, the loss without lambda, fp32 ``[]``, and what is logged besides.
+            ``"align"``, the loss without lambda, fp32 ``[]``, and what is logged besides: tensors
+            ``[]`` under names that the log does not have yet. Nothing here may read a value on the
+            host: it may be captured as a CUDA graph.
         """
         raise NotImplementedError
 

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.alignment.heads import Head, LatentHead, output_order
-from sra_fast.alignment.target import (
-    Inputs,
-    Target,
-    compare,
-    own_head,
-    paper_layer,
-)
-from sra_fast.config.schema import AlignConfig, Config, DistanceConfig, ModelConfig, choice
+from sra_fast.alignment.target import Inputs, Target, compare, paper_layer
+from sra_fast.config.schema import Config, DistanceConfig, ModelConfig, choice
 from sra_fast.data.training_data import TrainingData
 from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.models.layers import patches_of
@@ -67,10 +61,6 @@ class VAELatent(Target):
         arguments = model.arguments()
         out_size = arguments["in_channels"] * arguments["patch_size"] ** 2
         return LatentHead(arguments["hidden_size"], out_size, align.last_layer == "adaln")
-
-    @classmethod
-    def head_name(cls, align: AlignConfig) -> str:
-        return own_head("vae_latent")
 
     @classmethod
     def fill_in_data(cls, align: VAELatentConfig, cfg: Config, data: TrainingData) -> None:

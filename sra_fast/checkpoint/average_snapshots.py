@@ -8,9 +8,6 @@ fp16, as in EDM2, halves the disk space. Its rounding, at most 2^-11 of a weight
 the coefficients that make another average have a norm of at most 2 between the stored widths.
 """
 
-import hashlib
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint.manifest import (
-    STEP_FOLDER,
+from sra_fast.checkpoint.manifest import STEP_FOLDER, file_name, step_name
+from sra_fast.checkpoint.shards import Shards, ema_kind
+from sra_fast.checkpoint.signed_json import (
     DamagedCheckpoint,
     StoredFile,
-    file_name,
+    content_fault,
     plain,
-    step_name,
+    read_signed,
+    write_signed,
 )
-from sra_fast.checkpoint.shards import Shards, ema_kind
 from sra_fast.checkpoint.steps import step_folders, step_of
 from sra_fast.checkpoint.values import warn
-from sra_fast.utils.files import ABSENT, unreadable, write_atomic
 from sra_fast.utils.power_profile import LARGEST_ERROR, Profile, fit
 
 FOLDER = "ema"
@@ -96,14 +93,7 @@ def remove_after(run: Path, step: int) -> int:
 
 def write_snapshot(folder: Path, snapshot: AverageSnapshot) -> None:
     """Write ``snapshot.json`` into a snapshot's folder, after all of its files."""
-    text = _render({"format": FORMAT, **plain(asdict(snapshot))})
-    write_atomic(folder / SNAPSHOT, lambda path: path.write_text(text))
-
-
-def _render(held: dict) -> str:
-    canonical = json.dumps(held, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return json.dumps({"sha256": digest, "snapshot": held}, sort_keys=True, indent=1) + "\n"
+    write_signed(folder / SNAPSHOT, {"format": FORMAT, **plain(asdict(snapshot))})
 
 
 def read_snapshot(folder: Path) -> AverageSnapshot:
@@ -113,41 +103,13 @@ def read_snapshot(folder: Path) -> AverageSnapshot:
         DamagedCheckpoint: it is not there, or was changed.
         ValueError: a later version has written it, or it could not be read.
     """
-    try:
-        text = (folder / SNAPSHOT).read_text()
-        held = json.loads(text)["snapshot"]
-        # the same text again, to the byte: whatever was changed shows
-        whole = text == _render(held)
-    except OSError as error:
-        if error.errno not in ABSENT:
-            raise unreadable(folder / SNAPSHOT, error) from None
-        raise DamagedCheckpoint(f"{SNAPSHOT} cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise DamagedCheckpoint(f"{SNAPSHOT} is not what was written") from None
-    if not whole:
-        raise DamagedCheckpoint(f"{SNAPSHOT} has another SHA-256")
+    held = read_signed(folder / SNAPSHOT)
     if held.pop("format") != FORMAT:
         raise ValueError(f"{folder} is of another version of sra-fast: expected format {FORMAT}")
     files = {name: StoredFile(**stored) for name, stored in held.pop("files").items()}
     if set(files) != {file_name(rank) for rank in range(len(files))}:
         raise DamagedCheckpoint(f"{SNAPSHOT} names other files than one of each rank")
     return AverageSnapshot(**held, files=files)
-
-
-def _fault(folder: Path, snapshot: AverageSnapshot) -> str | None:
-    """The first file of a snapshot that is not what was written, in words; every byte is read."""
-    for name, stored in snapshot.files.items():
-        try:
-            with open(folder / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            if error.errno not in ABSENT:
-                raise unreadable(folder / name, error) from None
-            return f"{name} cannot be read: {error.strerror}"
-        if (size, digest) != (stored.size, stored.sha256):
-            return f"{name} has another SHA-256"
-    return None
 
 
 @dataclass(frozen=True)
@@ -168,7 +130,7 @@ def _whole_snapshots(run: Path, step: int | None) -> dict[Path, AverageSnapshot]
             continue
         try:
             snapshot = read_snapshot(path)
-            fault = _fault(path, snapshot)
+            fault = content_fault(path, snapshot.files)
         except DamagedCheckpoint as error:
             fault = str(error)
         if fault is not None:

@@ -5,14 +5,21 @@
 manifest knows the size and the SHA-256 of every file, and its own.
 """
 
-import hashlib
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from sra_fast.utils.files import ABSENT, unreadable, write_atomic
+from sra_fast.checkpoint.signed_json import (
+    DamagedCheckpoint,
+    StoredFile,
+    absence,
+    content_fault,
+    digest_of,
+    plain,
+    read_signed,
+    write_signed,
+)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -37,10 +44,6 @@ FACT_KINDS = {
 }
 
 
-class DamagedCheckpoint(ValueError):
-    """A checkpoint is not what was saved: a file is missing, short or has other bytes."""
-
-
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come.
@@ -53,16 +56,6 @@ class Progress:
 
     step: int
     shift: int = 0
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """What a file of a checkpoint must be."""
-
-    size: int
-    """bytes"""
-    sha256: str
-    """of its contents, in hexadecimal"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 that tells a checkpoint from every other: it covers those of its files."""
-        return _digest(_held(self))
+        return digest_of(_held(self))
 
 
 def step_name(step: int) -> str:
@@ -124,36 +117,15 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def plain(value):
-    """The value as it comes back from JSON: tuples are lists, and keys are strings."""
-    return json.loads(json.dumps(value))
-
-
-def render(manifest: Manifest) -> str:
-    """The text of ``manifest.json``: the manifest, and the SHA-256 of its canonical JSON."""
-    return _render(_held(manifest))
-
-
 def _held(manifest: Manifest) -> dict:
     held = asdict(manifest)
     held.update(held.pop("progress"))
     return {"format": FORMAT, **plain(held)}
 
 
-def _digest(held: dict) -> str:
-    canonical = json.dumps(held, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _render(held: dict) -> str:
-    found = {"sha256": _digest(held), "manifest": held}
-    return json.dumps(found, sort_keys=True, indent=1) + "\n"
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into a checkpoint's folder, after all of its files."""
-    text = render(manifest)
-    write_atomic(folder / MANIFEST, lambda path: path.write_text(text))
+    write_signed(folder / MANIFEST, _held(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -164,19 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
             folder is named after.
         ValueError: a later version has written it, or the file system could not read it.
     """
-    try:
-        content = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise DamagedCheckpoint(_absence(folder, MANIFEST, error)) from None
-    try:
-        text = content.decode("utf-8")
-        held = json.loads(text)["manifest"]
-        # the same text again, to the byte: whatever was changed shows
-        whole = isinstance(held, dict) and text == _render(held)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise DamagedCheckpoint(f"{MANIFEST} cannot be read: it is not what was written") from None
-    if not whole:
-        raise DamagedCheckpoint(f"{MANIFEST} has another SHA-256")
+    held = read_signed(folder / MANIFEST)
     if held.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has the format {held.get('format')!r} of another version of sra-fast, "
@@ -325,13 +285,6 @@ def _count(held: dict, name: str) -> int:
     return value
 
 
-def _absence(folder: Path, name: str, error: OSError) -> str:
-    """What is wrong with a file that is not there; ValueError if it could only not be read."""
-    if error.errno not in ABSENT:
-        raise unreadable(folder / name, error) from None
-    return f"{name} cannot be read: {error.strerror}"
-
-
 def size_fault(folder: Path, manifest: Manifest) -> str | None:
     """The first file of a checkpoint that is missing or has another size, in words.
 
@@ -342,7 +295,7 @@ def size_fault(folder: Path, manifest: Manifest) -> str | None:
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
-            return _absence(folder, name, error)
+            return absence(folder / name, error)
         if size != stored.size:
             return f"{name} has {size} bytes instead of {stored.size}"
     return None
@@ -354,12 +307,4 @@ def hash_fault(folder: Path, manifest: Manifest, names: list[str]) -> str | None
     Raises:
         ValueError: the file system could not read one.
     """
-    for name in names:
-        try:
-            with open(folder / name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            return _absence(folder, name, error)
-        if digest != manifest.files[name].sha256:
-            return f"{name} has another SHA-256"
-    return None
+    return content_fault(folder, {name: manifest.files[name] for name in names})

@@ -4,14 +4,25 @@ import re
 import sys
 
 from sra_fast.config.messages import Parser
+from sra_fast.utils.registry import import_parts
+from sra_fast.utils.stopping import fail
 
 REQUIRED = re.compile(r"(the following arguments are required: )(.+)")
+
+
+def import_parts_or_fail() -> None:
+    """Before a program reads what is registered: parts from outside, or one line and exit code 2."""
+    try:
+        import_parts()
+    except ValueError as error:
+        fail(f"error: {error}")
 
 
 class ArgumentParser(Parser):
     """``argparse.ArgumentParser`` whose errors are one line without the usage, with exit code 2."""
 
     def __init__(self, **options):
+        import_parts_or_fail()
         # an abbreviation would turn some typos into other options
         super().__init__(**options, allow_abbrev=False)
         self.given = sys.argv[1:]

@@ -4,6 +4,7 @@ The choices of a field come from a registry, so the rooms that register them mus
 a parser is built. The scripts do that.
 """
 
+import argparse
 import functools
 import json
 import logging
@@ -18,10 +19,12 @@ from typing import Literal, get_type_hints
 import jsonargparse
 import yaml
 
+from sra_fast.config import lr_schedules  # noqa: F401 (registers them)
+from sra_fast.config.arguments import import_parts_or_fail
 from sra_fast.config.messages import Parser, config_files
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.utils import registry
-from sra_fast.utils.registry import TARGETS, Registry
+from sra_fast.utils.registry import MODEL_FAMILIES, TARGETS, Registry
 from sra_fast.utils.yaml_loader import read_config, write_config
 
 log = logging.getLogger("sra_fast")
@@ -101,14 +104,35 @@ def _offer_choices(options: type) -> None:
             options.__init__.__annotations__[item.name] = item.type
 
 
+class HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Prints the choices of an option once, after its name, and not as its type again."""
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        are_choices = str(action.metavar).startswith("{")
+        return None if are_choices else super()._get_type_str(action)
+
+
+class OptionsParser(Parser):
+    """A parser of a dataclass's options, which reads them from files too."""
+
+    def validate(self, namespace, skip_unset=True, **how):
+        """Check all values, those that are None too: a file may have an empty one."""
+        # first the options that were not given at all and have to be, whose message is another one
+        super().validate(namespace, skip_unset, **how)
+        # an option that may be None says so in its type
+        super().validate(namespace, skip_unset=False, **how)
+
+
 def make_parser(options: type, description: str) -> Parser:
     """A parser with ``--config`` (repeatable, later files win), the fields of ``options`` and
     ``--print_config``.
     """
+    import_parts_or_fail()
     _offer_choices(options)
-    parser = Parser(
+    parser = OptionsParser(
         description=description,
         usage="%(prog)s --config FILE.yaml [--section.field VALUE ...]",
+        formatter_class=HelpFormatter,
         parser_mode="sra",
         # an abbreviation would turn some typos into other options
         allow_abbrev=False,
@@ -119,7 +143,33 @@ def make_parser(options: type, description: str) -> Parser:
         help="YAML file; may be given several times, the last one wins",
     )
     parser.add_class_arguments(options)
+    _describe_names(options, parser)
     return parser
+
+
+def _describe_names(options: type, parser: Parser) -> None:
+    """What the help says of short forms, and of the names of models."""
+    actions = parser._option_string_actions
+    for name, hint in get_type_hints(options).items():
+        # the parser's own form, a file for one section: --config does that too
+        if is_dataclass(hint):
+            actions[f"--{name}"].help = argparse.SUPPRESS
+    for short, name in SHORT_FORMS.items():
+        action = actions.get(f"--{name}")
+        if action is None:
+            continue
+        if short not in actions:
+            action.help = f"{action.help}; short form: {short}"
+            continue
+        value = "PATH" if name.endswith(".path") else "NAME"
+        more = ""
+        if name.endswith(".target"):
+            more = f"; `{short} NAME --help` lists its options"
+        actions[short].metavar = value
+        actions[short].help = f"short for --{name} {value}{more}"
+    if "--model.name" in actions:
+        action = actions["--model.name"]
+        action.help = f"{action.help}; families: {', '.join(MODEL_FAMILIES)}"
 
 
 def parse(options: type, parser: Parser, args: list[str] | None = None):
@@ -159,12 +209,13 @@ def _check_files(options: type, parser: Parser) -> None:
             parser.error(f"{file}: expected options by section, got {str(value or '')[:80]!r}")
         for name in sections:
             # a section may also be the name of another file
-            if not isinstance(value.get(name), dict | str | None):
+            if not isinstance(value.get(name, {}), dict | str):
                 parser.error(f"{name} in {file}: expected options below it, got {value[name]!r}")
 
 
 def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     """Training configuration and the path of DeepSpeed's JSON (or None)."""
+    import_parts_or_fail()
     if not list(TARGETS):
         raise RuntimeError("no alignment target is registered: import sra_fast.alignment first")
     # the target has to be known first: the parser offers its options
@@ -317,7 +368,7 @@ def _target_of_file(section: str, path: Path) -> str:
     configuration of ``--align none`` does. Errors are left to the parser.
     """
     try:
-        align = yaml.safe_load(path.read_text())[section]
+        align = read_config(path.read_text())[section]
         align = {"target": align} if isinstance(align, str) else align
         # a file that names no target has options of the one that is chosen elsewhere
         name = str(align["target"])

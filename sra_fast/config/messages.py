@@ -19,6 +19,10 @@ KEY = re.compile(r'Parser key "([^"]+)"')
 KEY_BEFORE = re.compile(r'Parser key "([^"]+)":')
 EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: |\n|$)")
 VALUE = re.compile(r"(?:Got|Given) value: (.*)", re.DOTALL)
+# of a value that should be a dataclass inside of another type: how else the parser would take one
+NO_DATACLASS = re.compile(
+    r"Not a valid subclass of \w+(\. Got value: .*?)\s+Subclass types expect.*", re.DOTALL
+)
 # the same of an option that does not exist: in a file, in a section of a file, as an argument
 UNKNOWN = (
     re.compile(r"Option '([^']+)' is not accepted"),
@@ -34,6 +38,9 @@ WORDS = {
     "<class 'list'>": "a list",
     "<class 'dict'>": "options by name",
     "<class 'NoneType'>": "null",
+    # no option has a tuple of anything else
+    "<class 'tuple'>": "two numbers",
+    "tuple with 2 elements": "two numbers",
 }
 
 
@@ -67,7 +74,10 @@ def one_line(message: str, known: Iterable[str], files: list[Path], arguments: l
     for pattern in UNKNOWN:
         found = pattern.search(message)
         if found:
-            return _unknown(".".join(found.groups()), list(known), files, arguments)
+            # an option inside of another one, whose name the parser tells before it
+            name = _joined([*KEY.findall(message), ".".join(found.groups())])
+            return _unknown(name, list(known), files, arguments)
+    message = NO_DATACLASS.sub(r"Expected a <class 'dict'>\1", message)
     keys = KEY.findall(message)
     expected = EXPECTED.findall(message)
     value = VALUE.search(message)

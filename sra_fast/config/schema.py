@@ -5,13 +5,14 @@ when the parser is built.
 """
 
 import inspect
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
 
 from sra_fast import models
-from sra_fast.utils.registry import DATASETS, SAMPLERS, TARGETS, Registry
+from sra_fast.utils.registry import DATASETS, LR_SCHEDULES, SAMPLERS, TARGETS, Registry
 
 
 def choice(registry: Registry, default: str, *more: str):
@@ -25,7 +26,7 @@ class ModelConfig:
     """Network."""
 
     name: str = "SiT-XL/2"
-    """{SiT,DiT,MMDiT}-{S,B,L,XL}/{2,4,8}, or MMDiT-REPA/2"""
+    """FAMILY-SIZE/PATCH, with the size S, B, L or XL and patches of 2, 4 or 8; or MMDiT-REPA/2"""
     input_size: int | None = None
     """side of the square input (image side / 8 for VAE latents); default: that of the data"""
     in_channels: int | None = None
@@ -111,16 +112,34 @@ class ModelConfig:
             ValueError: a field was given that the family has no use for.
         """
         family, sizes = models.preset(self.name)
-        # None keeps what the name stands for, or the constructor's default
-        given = {k: v for k, v in asdict(self).items() if k != "name" and v is not None}
-        taken = inspect.signature(family.backbone).parameters
-        foreign = [name for name in given if name not in taken]
-        if foreign:
-            raise ValueError(
-                f"model.{foreign[0]} means nothing to a {family.family}, got {given[foreign[0]]}: "
-                "leave it out"
-            )
-        return {**sizes, **given}
+        arguments = dict(sizes)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            # None keeps what the name stands for, or the constructor's default
+            if option.name == "name" or value is None:
+                continue
+            if option.name in self._taken:
+                arguments[option.name] = value
+            # what nobody gave is no reason to refuse a family that does not know it
+            elif value != option.default:
+                raise ValueError(
+                    f"model.{option.name} means nothing to a {family.family}, got {value}: leave it out"
+                )
+        return arguments
+
+    @property
+    def _taken(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments of the family's constructor."""
+        return inspect.signature(models.preset(self.name)[0].backbone).parameters
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether the tokens of an image may belong to groups with times of their own."""
+        return models.preset(self.name)[0].takes_groups
+
+    def takes(self, argument: str) -> bool:
+        """Whether the family can be built with an argument that says how it runs; see ``Backbone``."""
+        return argument in self._taken
 
     def any_condition(self, count: int) -> models.Conditioning:
         """A conditioning of ``count`` images that says nothing in particular, with none dropped:
@@ -151,17 +170,20 @@ class ModelConfig:
         return self.num_tokens + (self.context_tokens or 0)
 
     def build(self, **execution) -> models.DiffusionTransformer:
-        """The student. ``execution``: how it runs, e.g. ``recompute``; see ``Backbone``."""
-        return models.preset(self.name)[0](**self.arguments(), **execution)
+        """The student. ``execution``: how it runs, e.g. ``recompute``, as far as the family takes it."""
+        return models.preset(self.name)[0](**self.arguments(), **self._fitting(execution))
+
+    def _fitting(self, execution: dict) -> dict:
+        return {name: value for name, value in execution.items() if self.takes(name)}
 
     def build_teacher(self, depth: int, **execution) -> models.Backbone:
         """The student's first ``depth`` blocks, without an output."""
         arguments = self.arguments()
         backbone = models.preset(self.name)[0].backbone
         # captions of the last block of all go no further: only a family that has them asks for it
-        if "model_depth" in inspect.signature(backbone).parameters:
+        if self.takes("model_depth"):
             arguments["model_depth"] = arguments["depth"]
-        return backbone(**{**arguments, "depth": depth}, **execution)
+        return backbone(**{**arguments, "depth": depth}, **self._fitting(execution))
 
 
 @dataclass
@@ -183,10 +205,10 @@ class AlignConfig:
     """lambda over time: constant; held for `hold` epochs (or steps), then divided by ten every
     `decay`; or `milestones`
     """
-    hold: int = 149
-    """last epoch (or step) at full lambda"""
-    decay: int = 1000
-    """epochs (or steps) in which lambda falls by a factor of ten"""
+    hold: int | None = None
+    """last epoch (or step) at full lambda; default for epochs: 149"""
+    decay: int | None = None
+    """epochs (or steps) in which lambda falls by a factor of ten; default for epochs: 1000"""
     milestones: dict[int, float] = field(default_factory=dict)
     """step -> lambda from that step on (schedule: milestones)"""
     stop_at_step: int | None = None
@@ -282,17 +304,22 @@ class OptimConfig:
     torch.optim.AdamW, then the EMA
     """
     lr: float = 1e-4
-    """learning rate after warm-up, constant"""
+    """learning rate after warm-up"""
+    schedule: str = choice(LR_SCHEDULES, "constant")
+    """how the learning rate goes on after the warm-up, until train.steps: as it is (the paper), or
+    down to min_lr"""
+    min_lr: float = 0.0
+    """learning rate that linear and cosine end at"""
     betas: tuple[float, float] = (0.9, 0.999)
     """decay of the two moments"""
     eps: float = 1e-8
     """added to the root of the second moment"""
     weight_decay: float = 0.0
-    """decoupled weight decay"""
+    """decoupled weight decay, of all parameters, biases and the alignment's head among them"""
     clip: float = 1.0
     """largest global gradient norm; 0 turns clipping off"""
     warmup_steps: int = 0
-    """steps of linear warm-up"""
+    """steps of linear warm-up, from lr / warmup_steps"""
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """The configured data set, checked against the model and the batch."""
 
 import logging
+import math
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sra_fast import models
@@ -20,6 +23,21 @@ from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import DATASETS
 
 log = logging.getLogger("sra_fast")
+
+# how many numbers of a data set in memory are looked at before a run: that takes hundredths of a
+# second; and how many images of another one, each of which may be a file
+NUMBERS_LOOKED_AT = 2**22
+IMAGES_LOOKED_AT = 8
+# pixels are scaled to [-1, 1]: beyond the first a warning, and beyond the second nobody has scaled
+# what is never negative
+FAR_PIXEL = 1.5
+UNSCALED_PIXEL = 2.0
+
+
+def _warn(message: str, *values) -> None:
+    """Log a warning, once for all processes that read the same data."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        log.warning(message, *values)
 
 
 @DATASETS.register("latents")
@@ -40,9 +58,6 @@ def make_latents(data: DataConfig) -> TrainingData:
 def make_pixels(data: DataConfig) -> Pixels:
     """Images, packed or in an .npz."""
     require_that(data.path is not None, "data.path must name packed images or an .npz, got nothing")
-    for name in ("latent_scale", "latent_shift"):
-        value = getattr(data, name)
-        require_that(value is None, f"data.{name} is for latents, the data are pixels; got {value}")
     if Path(data.path).is_file():
         return PixelArray(data.path, data.flip)
     return PackedPixels(data.path, data.flip, data.verify)
@@ -87,11 +102,22 @@ def open_data(data: DataConfig) -> TrainingData:
     """The data set; name, scale and shift are filled in.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, is none that a run could train on, or has no use for an option.
     """
     if data.name == "auto":
         data.name = kind_of(data.path)
-    found = DATASETS[data.name](data)
+    try:
+        found = DATASETS[data.name](data)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"the data set {data.name} needs {error.filename or data.path}, which is not there"
+        ) from None
+    # what a set that somebody has added need not know of itself
+    found.name = found.name or data.name
+    if found.path is None:
+        found.path = data.path
+    _check_contract(found)
+    _check_options(data, found)
     if isinstance(found, MomentDataset):
         data.latent_scale = found.scale
         data.latent_shift = found.shift
@@ -103,6 +129,48 @@ def open_data(data: DataConfig) -> TrainingData:
         )
         found.open_features(data.features, data.verify)
     return found
+
+
+def _check_contract(data: TrainingData) -> None:
+    """ValueError unless shape and labels are there, and are what ``TrainingData`` says."""
+    missing = [name for name in ("shape", "labels", "num_classes") if not hasattr(data, name)]
+    require_that(
+        not missing,
+        f"the data set {data.name} must have shape, labels and num_classes; it has no "
+        f"{' and no '.join(missing)}",
+    )
+    require_that(
+        len(data.shape) == 3,
+        f"the images of the data set {data.name} must have a shape (C, H, W), got "
+        f"{tuple(data.shape)}",
+    )
+    labels = data.labels
+    is_tensor = isinstance(labels, torch.Tensor)
+    require_that(
+        is_tensor and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels) > 0,
+        f"the labels of the data set {data.name} must be a tensor [N] of int64, got "
+        + (f"{labels.dtype} {[*labels.shape]}" if is_tensor else type(labels).__name__),
+    )
+
+
+def _check_options(options: DataConfig, data: TrainingData) -> None:
+    """ValueError for options that were given and that the data set does nothing with."""
+    require_that(
+        data.flip or not options.flip,
+        f"data.flip is not for the data set {data.name}, which does not mirror its images; got True",
+    )
+    facts = data.facts()
+    for name, used in (("latent_scale", facts.scale), ("latent_shift", facts.shift)):
+        given = getattr(options, name)
+        require_that(
+            given is None or not facts.pixels,
+            f"data.{name} is for latents, the data are pixels; got {given}",
+        )
+        # a set that takes the option says so in its facts
+        require_that(
+            given in (None, used),
+            f"data.{name} is not for the data set {data.name}, whose own is {used:g}; got {given}",
+        )
 
 
 def open_condition(cfg: Config, data: TrainingData) -> None:
@@ -133,10 +201,11 @@ def fill_in_model(cfg: Config, data: TrainingData) -> None:
             ``open_condition``.
     """
     open_condition(cfg, data)
-    _, height, width = data.shape
+    channels, height, width = data.shape
     require_that(
         height == width,
-        f"images must be square, the data's are {height} x {width}: preprocess.py crops images",
+        f"images must be square, the data's are {height} x {width}, with {channels} channels: "
+        "preprocess.py crops images",
     )
     text = data.text
     if text is not None:
@@ -152,7 +221,9 @@ def fill_in_model(cfg: Config, data: TrainingData) -> None:
 
 
 def check_data(data: TrainingData, cfg: Config) -> None:
-    """ValueError unless the data fit the model and the batch."""
+    """ValueError unless the data fit the model and the batch, and are what they say of themselves,
+    as far as a look at some of the images can tell.
+    """
     model = cfg.model
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
@@ -169,6 +240,68 @@ def check_data(data: TrainingData, cfg: Config) -> None:
             f"train.global_batch {cfg.train.global_batch} is larger than the data set "
             f"({len(data)} images): give --train.global_batch N, at most {len(data)}"
         )
+    if not data.self_checked:
+        _check_images(data)
+    if data.fingerprint is None:
+        _warn(
+            "the data set %s has no fingerprint: a resumed run cannot tell other images from these",
+            data.name,
+        )
+
+
+def _check_images(data: TrainingData) -> None:
+    """ValueError unless some of the images can be read, are finite numbers of the right shape, and
+    have labels of the data's classes; for pixels that are not scaled, too, or else a warning.
+    """
+    count = NUMBERS_LOOKED_AT // math.prod(data.shape) if data.in_memory else IMAGES_LOOKED_AT
+    rows = np.unique(np.linspace(0, len(data) - 1, min(len(data), max(count, 2))).astype(int))
+    low = math.inf
+    high = -math.inf
+    try:
+        for numbers, latents, told in data.blocks(rows.tolist()):
+            _check_block(data, numbers, latents, told)
+            low = min(low, float(latents.min()))
+            high = max(high, float(latents.max()))
+    except IndexError as error:
+        raise ValueError(
+            f"the data set {data.name} has {len(data)} labels, expected as many images: {error}"
+        ) from None
+    if not data.facts().pixels:
+        return
+    found = f"the pixels of the data set {data.name} lie in [{low:g}, {high:g}]"
+    require_that(
+        low < 0 or high <= UNSCALED_PIXEL,
+        f"{found}, expected [-1, 1]: of bytes take images / 127.5 - 1; if these are no images, let "
+        "its facts say pixels=False",
+    )
+    if low < -FAR_PIXEL or high > FAR_PIXEL:
+        _warn("%s, expected [-1, 1]: pictures of samples will be cut off there", found)
+
+
+def _check_block(
+    data: TrainingData, numbers: list[int], latents: torch.Tensor, told: list[torch.Tensor]
+) -> None:
+    """ValueError unless these images, and their labels, are such as the data set says."""
+    expected = (len(numbers), *data.shape)
+    require_that(
+        tuple(latents.shape) == expected,
+        f"{len(numbers)} images of the data set {data.name} must have the shape {expected}, got "
+        f"{tuple(latents.shape)}",
+    )
+    finite = latents.isfinite().flatten(1).all(1)
+    if not finite.all():
+        first = numbers[int((~finite).nonzero()[0])]
+        raise ValueError(f"{data.locate(first)} of the data set {data.name} is not finite")
+    if data.text is not None:
+        return
+    labels = told[0]
+    wrong = (labels < 0) | (labels >= data.num_classes)
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{data.locate(numbers[place])} of the data set {data.name} has the label "
+            f"{labels[place]}, expected one in [0, {data.num_classes})"
+        )
 
 
 def _check_labels(data: TrainingData, num_classes: int) -> None:
@@ -181,7 +314,7 @@ def _check_labels(data: TrainingData, num_classes: int) -> None:
         )
     empty = (torch.bincount(data.labels, minlength=num_classes) == 0).nonzero().flatten()
     if len(empty):
-        log.warning(
+        _warn(
             "%d of the model's %d classes have no image, the first is %d: nothing trains them",
             *(len(empty), num_classes, empty[0]),
         )

@@ -1,16 +1,17 @@
 """scikit-learn's digits: the data set that needs no download and no GPU."""
 
 import functools
-import hashlib
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sra_fast.config.schema import DataConfig
+from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
 from sra_fast.data.pixels import PackedPixels
-from sra_fast.data.training_data import TrainingData
+from sra_fast.data.training_data import TrainingData, fingerprint_of
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import DATASETS
 
@@ -45,9 +46,11 @@ class Digits(TrainingData):
         keep = (np.arange(len(labels)) % 5 == 0) == held_out
         self.images = torch.from_numpy(images[keep]).float()[:, None] / 8 - 1
         self.labels = torch.from_numpy(labels[keep]).long()
-        digest = hashlib.sha256(self.images.numpy().tobytes())
-        digest.update(self.labels.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = fingerprint_of(self.images.numpy(), self.labels.numpy())
+
+    def facts(self) -> DataFacts:
+        # the images come with scikit-learn; in the folder lie their features only
+        return replace(super().facts(), path=None)
 
     def open_features(self, name: str, verify: bool = False) -> None:
         """Features that preprocess.py has stored beside the packed digits in ``path``.
@@ -83,8 +86,8 @@ class Digits(TrainingData):
 @DATASETS.register("digits")
 def make_digits(data: DataConfig) -> Digits:
     # they need no path, but stored features do
-    unused = ("flip", "latent_scale", "latent_shift") + ("path",) * (data.features is None)
-    for name in unused:
-        value = getattr(data, name)
-        require_that(not value, f"data.{name} is not for the digits, got {value}")
+    require_that(
+        data.path is None or data.features is not None,
+        f"data.path is not for the digits, got {data.path}",
+    )
     return Digits(path=data.path)

@@ -47,6 +47,7 @@ class MomentDataset(TrainingData):
 
     name = "latents"
     posterior = True
+    self_checked = True
     labels: Tensor
     moments_shape: tuple[int, int, int]
     num_classes: int

@@ -1,6 +1,5 @@
 """Images themselves as training data: uint8 on disk, [-1, 1] on the device, no VAE."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
 from sra_fast.data.packed import HELD_OUT_FOLDER, Shards
 from sra_fast.data.stored_text import StoredText
-from sra_fast.data.training_data import TrainingData
+from sra_fast.data.training_data import TrainingData, fingerprint_of
 from sra_fast.utils.files import why_unreadable
 
 
@@ -71,6 +70,8 @@ class PackedPixels(Pixels):
         ValueError: see ``Shards``.
     """
 
+    self_checked = True
+
     def __init__(self, path: str | Path, flip: bool = False, verify: bool = False):
         self.path = Path(path)
         self.flip = flip
@@ -116,9 +117,7 @@ class PixelArray(Pixels):
         self.shape = tuple(self.images.shape[1:])
         self.labels = torch.from_numpy(labels)
         self.num_classes = int(self.labels.max()) + 1
-        digest = hashlib.sha256(images.tobytes())
-        digest.update(labels.tobytes())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = fingerprint_of(images, labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 ``[B, C, H, W]`` and labels ``[B]``."""

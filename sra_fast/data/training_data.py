@@ -1,6 +1,8 @@
 """What a data set has to be for a run to train on it."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
 from sra_fast.data.stored_text import StoredText
 from sra_fast.models import ClassLabels, Conditioning
+from sra_fast.utils.checks import require_that
 
 # one image in five is held out of an analysis
 HELD_OUT = 5
@@ -20,20 +23,38 @@ LOOKED_AT = 4096
 AT_ONCE = 64
 
 
+def fingerprint_of(images: np.ndarray, labels: np.ndarray) -> str:
+    """The ``fingerprint`` of images in memory, ``[N, ...]``, and their labels ``[N]``.
+
+    Raises:
+        ValueError: there is not a label for every image.
+    """
+    require_that(
+        len(images) == len(labels),
+        f"expected a label for every image, got {len(images)} images and {len(labels)} labels",
+    )
+    digest = hashlib.sha256(images.tobytes())
+    digest.update(labels.tobytes())
+    return digest.hexdigest()
+
+
 class TrainingData(Dataset):
     """Clean latents and their conditioning, in whole batches.
 
     In ``DATASETS`` stands a function ``DataConfig -> TrainingData`` for each of them.
 
     Attributes:
-        name: that in ``DATASETS``.
+        name: that in ``DATASETS``; ``open_data`` sets it where the set has none.
+        path: where the images lie; likewise, as it was given.
         shape: (C, H, W) of a latent.
         posterior: whether items are VAE moments, from which the latents are drawn.
         num_classes: labels lie in [0, num_classes).
         counted_classes: ``num_classes`` is only the largest label and one: nothing else tells it.
         labels: ``[N]`` int64.
-        flip: half of the images are mirrored, drawn anew in every step.
+        flip: half of the images are mirrored, drawn anew in every step, by whoever trains on them.
         in_memory: a batch costs nothing to fetch: no loader processes.
+        self_checked: the set compares its files with what was written when it is opened, and a run
+            does not look at some of the images first.
         fingerprint: SHA-256 of the images in their order and the labels, the same wherever they lie:
             a run is only resumed on data of the same one. None: it is not known.
         features: stored features that come with every batch, or None.
@@ -42,6 +63,7 @@ class TrainingData(Dataset):
     """
 
     name: str = ""
+    path: str | Path | None = None
     shape: tuple[int, int, int]
     posterior: bool = False
     num_classes: int
@@ -49,6 +71,7 @@ class TrainingData(Dataset):
     labels: Tensor
     flip: bool = False
     in_memory: bool = False
+    self_checked: bool = False
     fingerprint: str | None = None
     features: StoredFeatures | None = None
     text: StoredText | None = None
@@ -128,20 +151,28 @@ class TrainingData(Dataset):
         """
         return images
 
-    def channel_statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of the latents in every channel, of at most ``LOOKED_AT`` images."""
-        step = max(1, len(self) // LOOKED_AT)
-        rows = list(range(0, len(self), step))[:LOOKED_AT]
+    def blocks(self, rows: list[int]) -> Iterator[tuple[list[int], Tensor, list[Tensor]]]:
+        """These images, ``AT_ONCE`` at a time: all of them may be gigabytes.
+
+        Yields:
+            Their numbers, their clean latents ``[B, C, H, W]``, and the tensors of their conditioning.
+        """
         generator = torch.Generator().manual_seed(0)
-        means = []
-        squares = []
-        # some images at a time: all of them in float64 may be gigabytes
         for start in range(0, len(rows), AT_ONCE):
-            images, *_ = self.__getitems__(rows[start : start + AT_ONCE])
+            numbers = rows[start : start + AT_ONCE]
+            images, told, _ = self.split(self.__getitems__(numbers))
             noise = None
             if self.posterior:
                 noise = torch.randn((len(images), *self.shape), generator=generator)
-            latents = self.to_latent(images, noise).double().flatten(2)
+            yield numbers, self.to_latent(images, noise), told
+
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of the latents in every channel, of at most ``LOOKED_AT`` images."""
+        step = max(1, len(self) // LOOKED_AT)
+        means = []
+        squares = []
+        for _, latents, _ in self.blocks(list(range(0, len(self), step))[:LOOKED_AT]):
+            latents = latents.double().flatten(2)
             # a row for each image, all of one size
             means.append(latents.mean(2))
             squares.append(latents.square().mean(2))
@@ -161,6 +192,7 @@ class TrainingData(Dataset):
             self.name,
             self.shape,
             self.num_classes,
+            path=None if self.path is None else str(Path(self.path).absolute()),
             pixels=pixels,
             fingerprint=self.fingerprint,
             features=self.features and self.features.facts,

@@ -222,9 +222,21 @@ class DDPM(_Discrete):
         return mean + (0.5 * log_variance).exp() * noise(x)
 
 
+def _sampler_class(name: str) -> type[Sampler]:
+    """The sampler of a name; ValueError for one that lacks what ``Sampler`` says it has."""
+    found = SAMPLERS[name]
+    missing = [attribute for attribute in Sampler.__annotations__ if not hasattr(found, attribute)]
+    require_that(
+        not missing,
+        f"the sampler {name} must have {', '.join(Sampler.__annotations__)}; it has no "
+        f"{' and no '.join(missing)}",
+    )
+    return found
+
+
 def samplers_of(process: str) -> list[str]:
     """Names of the samplers of a diffusion process."""
-    return [name for name, sampler in SAMPLERS.items() if sampler.process == process]
+    return [name for name in SAMPLERS if _sampler_class(name).process == process]
 
 
 def resolve_sampler(method: str, process: str) -> str:
@@ -244,7 +256,7 @@ def resolve_sampler(method: str, process: str) -> str:
 def check_sampling(settings: SampleConfig, model: ModelConfig | DiffusionTransformer) -> None:
     """ValueError for sampler settings that do not fit the model's process and channels."""
     method = resolve_sampler(settings.method, model.process)
-    least, most = SAMPLERS[method].steps
+    least, most = _sampler_class(method).steps
     require_that(
         least <= settings.steps <= most,
         f"sample.steps for {method} must lie in [{least}, {most}], got {settings.steps}",
@@ -299,14 +311,23 @@ def sample(
         ``[B, C, H, W]`` in the sampler's ``state_dtype``.
 
     Raises:
-        ValueError: a method of another process, a number of steps that it does not have, or
-            guidance without a null class.
+        ValueError: a method of another process, a number of steps that it does not have, guidance
+            without a null class, or a sampler that gives something else than images like ``z``.
     """
     method = resolve_sampler(method, model.process)
-    sampler = SAMPLERS[method]()
+    sampler = _sampler_class(method)()
     # check_sampling has checked a configuration; other callers pass any number
     low, high = sampler.steps
     if not low <= num_steps <= high:
         raise ValueError(f"steps of {method} must lie in [{low}, {high}], got {num_steps}")
     guided = Guidance(model, condition, guidance, interval, guided_channels, call)
-    return sampler(guided, z.to(sampler.state_dtype), num_steps, path, noise)
+    x = z.to(sampler.state_dtype)
+    found = sampler(guided, x, num_steps, path, noise)
+    expected = (x.shape, x.dtype)
+    is_tensor = isinstance(found, Tensor)
+    require_that(
+        is_tensor and (found.shape, found.dtype) == expected,
+        f"the sampler {method} must give images {[*x.shape]} of {x.dtype}, as its noise is, got "
+        + (f"{[*found.shape]} of {found.dtype}" if is_tensor else type(found).__name__),
+    )
+    return found

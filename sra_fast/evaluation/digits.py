@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sra_fast.data.digits import Digits
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import EVALUATIONS
 
 # principal components in which the Fréchet distance is measured
@@ -54,9 +55,17 @@ def evaluate_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
         ``frechet``: Fréchet distance to the held-out digits in the first 16 principal components of
         the training pixels, in units of pixels in [-1, 1].
         ``frechet_train``: the distance of the training digits, a floor.
+
+    Raises:
+        ValueError: an image is not finite.
     """
     from sklearn.decomposition import PCA
 
+    bad = int((~images.isfinite().flatten(1).all(1)).sum())
+    require_that(
+        bad == 0,
+        f"generated digits must be finite, {bad} of {len(images)} are not: the weights, or the sampler",
+    )
     held_out = Digits(held_out=True)
     sets = (Digits().images, held_out.images, images)
     real, unseen, generated = (as_vectors(x) for x in sets)

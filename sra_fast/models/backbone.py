@@ -69,7 +69,9 @@ class Stream:
 
     def features(self) -> Tensor:
         """``[B, T, D]``, the residual stream with what is pending."""
-        assert self.pending is not None, "no block has run"
+        if self.pending is None:
+            # a block of another kind adds its outputs itself
+            return self.tokens
         return add_pending(self.tokens, self.pending, self.group)
 
     def settle(self) -> Tensor:
@@ -119,6 +121,7 @@ class Backbone(nn.Module):
         num_classes: labels lie in [0, num_classes); None: it knows no classes.
         process: name in ``PROCESSES`` of the diffusion process that the network is trained with.
         time_scale: what a time is multiplied by before its sinusoid.
+        takes_groups: whether ``begin`` and the blocks know groups of tokens.
         blocks: the blocks, which the state dict has under the name ``block_list``.
 
     Raises:
@@ -129,6 +132,7 @@ class Backbone(nn.Module):
     num_classes: int | None = None
     process = "flow_matching"
     time_scale = 1.0
+    takes_groups = False
     block_list = "blocks"
     blocks: nn.ModuleList
     pos_embed: Tensor

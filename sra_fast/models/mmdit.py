@@ -301,6 +301,7 @@ class TextBackbone(Backbone):
     """
 
     conditioning = "text"
+    takes_groups = True
     block_list = "joint_blocks"
 
     def __init__(

@@ -29,6 +29,8 @@ class ClassBackbone(Backbone):
         ValueError: see ``Backbone``.
     """
 
+    takes_groups = True
+
     def __init__(
         self,
         input_size: int = 32,

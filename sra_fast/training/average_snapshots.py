@@ -2,12 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sra_fast.checkpoint.average_snapshots import (
@@ -17,14 +16,16 @@ from sra_fast.checkpoint.average_snapshots import (
     folder_of,
     write_snapshot,
 )
-from sra_fast.checkpoint.manifest import file_name, plain
+from sra_fast.checkpoint.manifest import file_name
 from sra_fast.checkpoint.shards import ema_kind, piece_key, write_pieces
+from sra_fast.checkpoint.signed_json import plain
 from sra_fast.checkpoint.values import warn
 from sra_fast.config.averages import power_averages
 from sra_fast.config.schema import TrainConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.training.run_lock import check_held
 from sra_fast.training.trainer import Trainer
+from sra_fast.utils.collectives import agreed, reason
 from sra_fast.utils.files import make_synced, sync_folder
 
 
@@ -54,17 +55,16 @@ def store(trainer: Trainer, run: Path, step: int, facts: DataFacts | None = None
         # nothing was averaged yet
         return
     folder = folder_of(run, step)
-    _agreed(step, lambda: _prepare(run, folder) if trainer.rank == 0 else None)
-    pieces = _pieces(trainer)
-    bad = next((key for key, piece in pieces.items() if not piece.isfinite().all()), None)
-    faults = _gathered(bad)
-    if any(faults):
-        key = next(fault for fault in faults if fault is not None)
-        warn("the averages of step %d are not stored: %s is not finite in fp16", step, key)
-        _agreed(step, lambda: shutil.rmtree(folder) if trainer.rank == 0 else None)
+    _agreed(trainer, step, lambda: _prepare(run, folder), ranks=(0,))
+    pieces: dict[str, Tensor] = {}
+    bad = _agreed(trainer, step, lambda: _take(trainer, pieces))
+    not_finite = next((key for key in bad if key is not None), None)
+    if not_finite is not None:
+        warn("the averages of step %d are not stored: %s is not finite in fp16", step, not_finite)
+        _agreed(trainer, step, lambda: shutil.rmtree(folder), ranks=(0,))
         return
     path = folder / file_name(trainer.rank)
-    files = _agreed(step, lambda: write_pieces(path, pieces))
+    files = _agreed(trainer, step, lambda: write_pieces(path, pieces))
     averages = {
         name: {**average.rule.given, "since": average.since}
         for name, average in trainer.averages.items()
@@ -78,7 +78,7 @@ def store(trainer: Trainer, run: Path, step: int, facts: DataFacts | None = None
         plain(asdict(trainer.cfg)),
         None if facts is None else facts.as_json(),
     )
-    _agreed(step, lambda: _commit(run, folder, snapshot) if trainer.rank == 0 else None)
+    _agreed(trainer, step, lambda: _commit(run, folder, snapshot), ranks=(0,))
 
 
 def _prepare(run: Path, folder: Path) -> None:
@@ -98,6 +98,12 @@ def _commit(run: Path, folder: Path, snapshot: AverageSnapshot) -> None:
     write_snapshot(folder, snapshot)
 
 
+def _take(trainer: Trainer, pieces: dict[str, Tensor]) -> str | None:
+    """Put this rank's share into ``pieces``; the key of the first that is not finite, or None."""
+    pieces.update(_pieces(trainer))
+    return next((key for key, piece in pieces.items() if not piece.isfinite().all()), None)
+
+
 @torch.no_grad()
 def _pieces(trainer: Trainer) -> dict[str, Tensor]:
     """This rank's share of the averages in host memory, as ``write_pieces`` takes it."""
@@ -113,25 +119,13 @@ def _pieces(trainer: Trainer) -> dict[str, Tensor]:
     }
 
 
-def _gathered(value) -> list:
-    """The value of every rank."""
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _agreed(
+    trainer: Trainer, step: int, work: Callable, ranks: Container[int] | None = None
+) -> list:
+    """Do the work on these ranks, or on all; its results, or one error, the same everywhere."""
 
+    def line_of(error: Exception) -> str:
+        what = f"the averages of step {step} could not be stored on rank {trainer.rank}"
+        return f"{what}: {reason(error)}"
 
-def _agreed(step: int, work: Callable) -> list:
-    """Do the work on every rank; its results, or one error that is the same everywhere."""
-    result = None
-    fault = None
-    try:
-        result = work()
-    except (OSError, ValueError) as error:
-        fault = str(error)
-    outcomes = _gathered((result, fault))
-    for rank, (_, fault) in enumerate(outcomes):
-        if fault is not None:
-            raise ValueError(
-                f"the averages of step {step} could not be stored on rank {rank}: {fault}"
-            )
-    return [result for result, _ in outcomes]
+    return agreed(work, ranks, line_of=line_of)

@@ -17,6 +17,7 @@ from sra_fast.diffusion.process import make_process
 from sra_fast.diffusion.samplers import check_sampling
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
+from sra_fast.zero.deepspeed_config import MergedConfig, refuse_for_graph
 
 
 def check_config(cfg: Config) -> None:
@@ -24,21 +25,37 @@ def check_config(cfg: Config) -> None:
     check_finite(cfg)
     # the constructor checks its sizes; on meta it allocates nothing
     with torch.device("meta"):
-        cfg.model.build()
+        model = cfg.model.build()
+    _check_execution(cfg)
     for section, align in cfg.alignments.items():
         named_as(section, lambda align=align: _check_align(align, cfg))
     _check_two_targets(cfg)
     # raises for settings that the process does not have
     make_process(cfg)
     require_that(
-        cfg.sample.guidance == 1 or cfg.model.class_dropout_prob > 0,
-        f"sample.guidance {cfg.sample.guidance} needs model.class_dropout_prob > 0",
+        cfg.sample.guidance == 1 or model.has_null,
+        f"sample.guidance {cfg.sample.guidance} needs a model that knows the null class: "
+        "model.class_dropout_prob > 0",
     )
     _check_numbers(cfg)
     check_averages(cfg.train)
     check_weights("sample.weights", cfg.sample.weights, cfg.train)
     _check_monitor(cfg)
     check_sampling(cfg.sample, cfg.model)
+
+
+def _check_execution(cfg: Config) -> None:
+    """Options that say how the network runs, and that a family of someone's own need not have."""
+    options = {
+        "recompute": cfg.train.recompute != "none",
+        "residual_dtype": cfg.train.residual == "fp32",
+    }
+    for argument, wanted in options.items():
+        require_that(
+            not wanted or cfg.model.takes(argument),
+            f"train.{argument.removesuffix('_dtype')} means nothing to a {cfg.model.family}, "
+            f"whose backbone takes no {argument}: leave it out",
+        )
 
 
 def check_finite(cfg: Config) -> None:
@@ -57,7 +74,7 @@ def check_finite(cfg: Config) -> None:
             )
 
 
-def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
+def check_device(cfg: Config, stage: int, cuda: bool) -> None:
     """What needs a GPU, or parameters that stay where they are (ZeRO 0 to 2)."""
     require_that(
         not cfg.train.compile or stage < 3,
@@ -66,32 +83,31 @@ def check_device(cfg: Config, stage: int, cuda: bool, world: int = 1) -> None:
     for section, align in cfg.alignments.items():
         check = TARGETS[align.target].check_device
         named_as(section, lambda align=align, check=check: check(align, cfg, stage, cuda))
-    if cfg.train.graph:
-        # at stage 0 DeepSpeed adds up the gradients of several processes in hooks
-        stages = (0, 1, 2) if world == 1 else (1, 2)
-        require_that(
-            stage in stages,
-            f"train.graph on {world} process{'es' if world > 1 else ''} needs ZeRO stage "
-            f"{', '.join(map(str, stages[:-1]))} or 2, got {stage}",
-        )
-        require_that(
-            cfg.optim.implementation == "fused",
-            f"train.graph needs optim.implementation fused, got {cfg.optim.implementation}",
-        )
-        for section, align in cfg.alignments.items():
-            require_that(
-                not getattr(align, "teacher_graph", False),
-                f"train.graph captures the teacher too: it excludes {section}.teacher_graph",
-            )
-            require_that(
-                world == 1 or getattr(align, "over", None) != "all",
-                f"train.graph captures nothing that processes send: it excludes {section}.over all",
-            )
 
 
-def has_own_graph(cfg: Config) -> bool:
-    """Whether an alignment target replays a CUDA graph itself: graphs do not nest."""
-    return any(getattr(align, "teacher_graph", False) for align in cfg.alignments.values())
+def check_graph(cfg: Config, ds_config: MergedConfig, stage: int, world: int) -> None:
+    """ValueError for what keeps forward and backward pass from being one CUDA graph."""
+    # at stage 0 DeepSpeed adds up the gradients of several processes in hooks
+    stages = (0, 1, 2) if world == 1 else (1, 2)
+    require_that(
+        stage in stages,
+        f"train.graph on {world} process{'es' if world > 1 else ''} needs ZeRO stage "
+        f"{', '.join(map(str, stages[:-1]))} or 2, got {stage}",
+    )
+    require_that(
+        cfg.optim.implementation == "fused",
+        f"train.graph needs optim.implementation fused, got {cfg.optim.implementation}",
+    )
+    for section, align in cfg.alignments.items():
+        require_that(
+            not getattr(align, "teacher_graph", False),
+            f"train.graph captures the teacher too: it excludes {section}.teacher_graph",
+        )
+        require_that(
+            world == 1 or getattr(align, "over", None) != "all",
+            f"train.graph captures nothing that processes send: it excludes {section}.over all",
+        )
+    refuse_for_graph(ds_config, cfg.train.precision, world)
 
 
 def _check_numbers(cfg: Config) -> None:
@@ -113,6 +129,10 @@ def _check_numbers(cfg: Config) -> None:
         f"optim.lr and optim.eps must be positive and finite, got {optim.lr} and {optim.eps}",
     )
     require_that(
+        0 <= optim.min_lr <= optim.lr,
+        f"optim.min_lr must lie in [0, optim.lr], got {optim.min_lr} and optim.lr {optim.lr}",
+    )
+    require_that(
         all(0 <= beta < 1 for beta in optim.betas),
         f"optim.betas must lie in [0, 1), got {list(optim.betas)}",
     )
@@ -128,7 +148,7 @@ def _check_numbers(cfg: Config) -> None:
         "data.num_workers": cfg.data.num_workers,
     }
     for section, align in cfg.alignments.items():
-        not_negative[f"{section}.hold"] = align.hold
+        not_negative[f"{section}.hold"] = align.hold or 0
     for name, value in not_negative.items():
         # a count has to fit into 64 bits
         require_that(
@@ -180,6 +200,11 @@ def _check_align(align: AlignConfig, cfg: Config) -> None:
     depth = cfg.model.arguments()["depth"]
     TARGETS[align.target].check(align, cfg)
     require_that(
+        cfg.model.takes_groups or not TARGETS[align.target].has_groups,
+        f"align.target {align.target} gives the tokens of an image two times, which a "
+        f"{cfg.model.family} does not take",
+    )
+    require_that(
         1 <= align.student_layer <= depth,
         f"align.student_layer must lie in [1, {depth}], got {align.student_layer}",
     )
@@ -194,7 +219,14 @@ def _check_align(align: AlignConfig, cfg: Config) -> None:
     stop = align.stop_at_step
     require_that(stop is None or stop >= 1, f"align.stop_at_step must be at least 1, got {stop}")
     require_that(align.every >= 1, f"align.every must be at least 1, got {align.every}")
-    require_that(align.decay >= 1, f"align.decay must be at least 1, got {align.decay}")
+    if align.schedule in ("epochs", "steps"):
+        # an epoch has any number of steps: only the paper's epochs have defaults
+        require_that(
+            align.hold is not None and align.decay is not None,
+            f"align.schedule {align.schedule} needs align.hold and align.decay, in {align.schedule}, "
+            f"got {align.hold} and {align.decay}",
+        )
+        require_that(align.decay >= 1, f"align.decay must be at least 1, got {align.decay}")
     require_that(
         (align.schedule == "milestones") == bool(align.milestones),
         "align.milestones go with align.schedule: milestones, "

@@ -1,13 +1,16 @@
 """FLOPs of a training step: those of its products, counted on tensors without data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sra_fast.alignment.objective import SRAObjective, add_heads, inputs_of, make_objective
+from sra_fast.alignment.target import Inputs, Target
 from sra_fast.config.schema import AlignConfig, Config, TokenAlignConfig
 from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages
@@ -34,26 +37,39 @@ PARTS = {
 
 
 def training_flops(cfg: Config) -> tuple[float, float]:
-    """FLOPs per image of ``(plain step, step with alignment)``.
+    """FLOPs per image of ``(plain step, step with alignment)``, the latter as a mean over the steps
+    of ``align.every``.
 
-    A plain step is three forwards of the student. Alignment adds three of a target's head and loss
-    and one of its network, as often as they run. A student that sees two times per image or
-    separated groups does so in the plain step too.
+    A student that sees two times per image or separated groups does so in the plain step too.
+    """
+    plain, extra = step_flops(cfg)
+    every = sum(extra[section] / align.every for section, align in cfg.alignments.items())
+    return float(plain), float(plain + every)
+
+
+def step_flops(cfg: Config) -> tuple[Fraction, dict[str, Fraction]]:
+    """FLOPs per image of a plain step, and what each target adds to a step in which it is computed.
+
+    A plain step is three forwards of the student. A target adds three of its head and loss and one
+    of its network, for its share of the images.
     """
     part = forward_flops(cfg)
-    # a backward pass costs two forwards
-    plain = 3 * part["student"]
-    extra = Fraction(0)
+    extra = {}
     for section, align in cfg.alignments.items():
         once = 3 * part[section] + part[f"{section}_teacher"]
-        extra += once * aligned_share(align)
-    return float(plain), float(plain + extra)
+        extra[section] = once * _share_of_images(align)
+    # a backward pass costs two forwards
+    return 3 * part["student"], extra
 
 
 def aligned_share(align: AlignConfig) -> Fraction:
     """Share of the images of all steps that a target is computed for while it is on."""
+    return _share_of_images(align) / align.every
+
+
+def _share_of_images(align: AlignConfig) -> Fraction:
     # 0.3 is no binary fraction
-    return Fraction(align.share).limit_denominator(1000) / align.every
+    return Fraction(align.share).limit_denominator(1000)
 
 
 def forward_flops(cfg: Config) -> dict[str, Fraction]:
@@ -80,7 +96,8 @@ def _count_forward_flops(cfg: Config) -> dict[str, int]:
     """``forward_flops`` of images that are all cut into groups, if any are."""
     with torch.device("meta"):
         objective = _on_meta(cfg)
-        batch = _one_image(objective, cfg)
+        with _named(cfg.alignments):
+            batch = _one_image(objective, cfg)
         noisy = NoisyImages.make(objective.process, batch, objective.student.patch_size)
     student = objective.student
     depths = {depth for target in objective.targets for depth in target.depths}
@@ -99,20 +116,61 @@ def _count_forward_flops(cfg: Config) -> dict[str, int]:
     features = outputs[0][1] if depths else None
     for section, target in zip(cfg.alignments, objective.targets, strict=True):
         inputs = inputs_of(target, noisy, student.sinusoid(batch.times.teacher))
-        teacher = 0
-        if target.network is not None:
+
+        def align(target: Target = target, inputs: Inputs = inputs) -> None:
             target.start(inputs)
-            teacher = count_flops(target.result)
-        target.start(inputs)
-        loss = count_flops(lambda: target.loss(student, features, inputs))  # noqa: B023
-        found[section] = loss - teacher
+            target.loss(student, features, inputs)
+
+        with _named({section: target.align}):
+            everything, teacher = _flops_with_share(align, target.network)
+        found[section] = everything - teacher
         found[f"{section}_teacher"] = teacher
     return found
 
 
-def count_flops(forward: Callable[[], object]) -> int:
-    """FLOPs of one call, 2 per multiply-add."""
-    return flops_of_modules(forward)["Global"]
+@contextmanager
+def _named(alignments: dict[str, AlignConfig]) -> Iterator[None]:
+    """ValueError that names the targets, if their code asks a tensor without data for its values.
+
+    ``alignments``: their options by the section of the configuration.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        # NotImplementedError, a RuntimeError, is one of them; other faults keep their traceback
+        if "meta" not in str(error).lower():
+            raise
+        names = [f"{section}.target {align.target}" for section, align in alignments.items()]
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{' and '.join(names)}: __init__, times, start and loss run once on meta tensors, which "
+            f"have no values, to count FLOPs; there it fails with: {reason}"
+        ) from error
+
+
+def _flops_with_share(forward: Callable[[], object], network: nn.Module | None) -> tuple[int, int]:
+    """FLOPs of one call, and those of them that are spent in the modules of a network."""
+    share = 0
+    # FLOPs at the entry of the modules that run just now, each inside the one before
+    entered: list[int] = []
+    counter = FlopCounterMode(display=False)
+
+    def enter(*_: object) -> None:
+        entered.append(counter.get_total_flops())
+
+    def leave(*_: object) -> None:
+        nonlocal share
+        before = entered.pop()
+        if not entered:
+            share += counter.get_total_flops() - before
+
+    # they stay: a network without data is thrown away after it
+    for module in () if network is None else network.modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    with counter:
+        forward()
+    return counter.get_total_flops(), share
 
 
 @torch.no_grad()
@@ -154,7 +212,8 @@ def _on_meta(cfg: Config) -> SRAObjective:
         depth = TARGETS[align.target].network_depth(align)
         if depth is not None:
             network = cfg.model.build_teacher(depth).eval()
-    return make_objective(whole, student, network)
+    with _named(whole.alignments):
+        return make_objective(whole, student, network)
 
 
 def _of_all_images(align: AlignConfig) -> AlignConfig:

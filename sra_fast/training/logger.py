@@ -8,14 +8,14 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sra_fast.config.schema import Config
-from sra_fast.training.flops import training_flops
+from sra_fast.training.flops import step_flops
 from sra_fast.training.loggers import LoggedRun, RunLogger
 from sra_fast.training.step_values import StepValues, Table, means, to_host
 from sra_fast.utils.cuda_graph import hidden_bytes
@@ -81,6 +81,74 @@ def _line(row: dict) -> str:
     return json.dumps(finite) + "\n"
 
 
+@dataclass(frozen=True)
+class StepFacts:
+    """What the host knows of an optimizer step that was taken.
+
+    Attributes:
+        step: number of optimizer steps taken so far.
+        epoch: of its images.
+        lr: learning rate, a number or an fp64 tensor ``[]`` on the device.
+        weights: lambda of every target by its section; 0 where it was not computed.
+    """
+
+    step: int
+    epoch: int = 0
+    lr: float | Tensor = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+class _Mark:
+    """A point in the work that is given to a device; on a CPU, in time."""
+
+    def __init__(self, device: torch.device):
+        self.event = None
+        self.seconds = 0.0
+        if device.type == "cuda":
+            # the device's own clock: the host may be many launches ahead of it
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        else:
+            self.seconds = time.perf_counter()
+
+    def has_passed(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "_Mark") -> float:
+        """Seconds from an earlier mark to this one; both have passed."""
+        if self.event is None:
+            return self.seconds - earlier.seconds
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """``steps`` steps between two marks, of ``flops`` FLOPs per image."""
+
+    begin: _Mark
+    end: _Mark
+    steps: int
+    flops: float
+
+
+@dataclass
+class _Row:
+    """A row on its way to the host: ``means``, named by ``names``, and the tensors in ``known`` are
+    there once ``end`` has passed. ``speed``: None if it has only the first step of a process.
+    """
+
+    names: list[str]
+    means: Tensor
+    tables: list[Table]
+    known: dict
+    end: _Mark
+    speed: _Speed | None
+
+
 class TrainLogger:
     """Means over ``train.log_every`` steps and over the processes, written with a lag of one row.
 
@@ -108,18 +176,23 @@ class TrainLogger:
         self.device = device
         self.world = world
         self.images = cfg.train.global_batch
-        self.flops = training_flops(cfg)
+        # per image: of a plain step, and what each target adds to a step
+        self.flops, self.target_flops = step_flops(cfg)
         self.peak = peak_flops(device, cfg.train.precision, cfg.train.tf32)
         if device.type == "cuda":
             # the peak of training, not of what was built before
             torch.cuda.reset_peak_memory_stats(device)
         # since the last row
         self.values = StepValues(device)
-        self.count = 0
+        self.facts: list[StepFacts] = []
+        # the steps that the clock has seen since it was started, and the first step of this process,
+        # which compiles and captures
+        self.timed = 0
+        self.first = start + 1
+        self.clock = _Mark(device)
         self.watch: Callable[[list[Table]], None] = lambda tables: None
         self.waiting: deque[_Row] = deque()
         self.rows: list[dict] = []
-        self.clock = time.perf_counter()
         self.file = None
         self.loggers: list[RunLogger] = []
         if folder is not None:
@@ -141,75 +214,95 @@ class TrainLogger:
         """Add scalars ``[]`` of one micro-step of a 0-based optimizer step."""
         self.values.add(values, step, micro_step)
 
-    def step(self, step: int, known: dict[str, float | Tensor]) -> dict | None:
-        """End of optimizer step ``step`` (1-based).
-
-        ``known``: of the last step: numbers, or fp64 tensors ``[]`` on the device.
+    def step(self, facts: StepFacts) -> dict | None:
+        """End of an optimizer step.
 
         Returns:
             The newest row that has arrived, if one did.
         """
-        self.count += 1
-        if step % self.every == 0 or step == 1:
-            self._send(step, known)
+        self.facts.append(facts)
+        if facts.step == self.first:
+            # what is compiled, captured and allocated once is no step's time
+            self.restart_clock()
+        else:
+            self.timed += 1
+        if facts.step % self.every == 0 or facts.step == 1:
+            self._send()
         return self._receive(wait=False)
 
-    def _send(self, step: int, known: dict[str, float | Tensor]) -> None:
+    def _send(self) -> None:
         """Start to copy the means of the steps since the last row to the host."""
         tables = self.values.take()
         names, averages = means(tables, self.world)
         # the copies are queued here, the host reads them later
         averages = to_host(averages)
-        known = {
-            name: to_host(value) if isinstance(value, Tensor) else value
-            for name, value in known.items()
-        }
         for table in tables:
             table.values = to_host(table.values)
-        # the host may be some launches ahead of the device: over log_every steps that evens out
-        now = time.perf_counter()
-        seconds = now - self.clock
-        rate = self.count * self.images / seconds
-        known = {"step": step, **known}
-        event = None
+        last = self.facts[-1]
+        known = {"step": last.step, "epoch": last.epoch}
+        known["lr"] = to_host(last.lr) if isinstance(last.lr, Tensor) else last.lr
+        # a run without alignment has the column, too
+        sections = {"align": None, **last.weights}
+        for section in sections:
+            # a mean, as the losses are: with align.every it is zero in most steps
+            weights = [facts.weights.get(section, 0.0) for facts in self.facts]
+            known[f"{section}_weight"] = math.fsum(weights) / len(weights)
         if self.device.type == "cuda":
-            # says when the copies have arrived
-            event = torch.cuda.Event()
-            event.record()
             peak = torch.cuda.max_memory_allocated(self.device) + hidden_bytes()
             known["peak_memory_gib"] = peak / 2**30
-        known["images_per_s"] = rate
-        known["ms_per_step"] = 1e3 * seconds / self.count
-        # model FLOPs utilisation: FLOPs of the model over what all GPUs could have computed
-        if self.peak:
-            flops = self.flops["align" in names]
-            known["mfu"] = rate * flops / (self.peak * self.world)
-        self.waiting.append(_Row(names, averages, tables, event, known))
-        self.count = 0
-        self.clock = now
+        # passed when the copies have arrived
+        end = _Mark(self.device)
+        speed = _Speed(self.clock, end, self.timed, self._row_flops()) if self.timed else None
+        self.waiting.append(_Row(names, averages, tables, known, end, speed))
+        self.facts = []
+        self.timed = 0
+        self.clock = end
+
+    def _row_flops(self) -> float:
+        """FLOPs per image, as a mean over the steps since the last row."""
+        added = sum(
+            self.target_flops[section]
+            for facts in self.facts
+            for section, weight in facts.weights.items()
+            if weight > 0
+        )
+        return float(self.flops + added / len(self.facts))
 
     def _receive(self, wait: bool) -> dict | None:
         """Write the rows that have arrived (``wait``: all of them), and return the newest."""
         row = None
         while self.waiting and (wait or self._has_arrived()):
             sent = self.waiting.popleft()
-            if sent.event:
-                sent.event.synchronize()
+            sent.end.wait()
             known = {
                 name: value.item() if isinstance(value, Tensor) else value
                 for name, value in sent.known.items()
             }
+            if sent.speed is not None:
+                known |= self._speed(sent.speed)
             row = {**known, **dict(zip(sent.names, sent.means.tolist(), strict=True))}
             self._write(row)
             self.watch(sent.tables)
         return row
 
     def _has_arrived(self) -> bool:
-        event = self.waiting[0].event
-        if event:
-            return event.query()
-        # on a CPU there is no event. The row waits for the next one, so that tests see the same lag
+        if self.device.type == "cuda":
+            return self.waiting[0].end.has_passed()
+        # the row waits for the next one, so that tests see the lag of a GPU
         return len(self.waiting) > 1
+
+    def _speed(self, speed: _Speed) -> dict[str, float]:
+        seconds = speed.end.seconds_since(speed.begin) / speed.steps
+        rate = self.images / seconds
+        found = {
+            "images_per_s": rate,
+            "ms_per_step": 1e3 * seconds,
+            "timed_steps": speed.steps,
+        }
+        # model FLOPs utilisation: FLOPs of the model over what all GPUs could have computed
+        if self.peak:
+            found["mfu"] = rate * speed.flops / (self.peak * self.world)
+        return found
 
     def _write(self, row: dict) -> None:
         self.rows.append(row)
@@ -219,11 +312,11 @@ class TrainLogger:
         for logger in self.loggers:
             logger.row(row)
 
-    def flush(self, step: int, known: dict[str, float | Tensor]) -> None:
-        """Write everything up to ``step``, waiting for the device: before a checkpoint."""
+    def flush(self) -> None:
+        """Write everything up to the last step, waiting for the device: before a checkpoint."""
         # the steps since the last row, fewer than log_every
-        if self.count:
-            self._send(step, known)
+        if self.facts:
+            self._send()
         self._receive(wait=True)
 
     def show(
@@ -237,8 +330,9 @@ class TrainLogger:
                 logger.scores(scores)
 
     def restart_clock(self) -> None:
-        """Leave the time since ``flush`` (a checkpoint) out of the rates."""
-        self.clock = time.perf_counter()
+        """Leave the time since the last row (a checkpoint, samples) out of the rates."""
+        self.timed = 0
+        self.clock = _Mark(self.device)
 
     def close(self) -> list[dict]:
         """Close the files; returns all rows of this process's part of the run."""
@@ -247,16 +341,3 @@ class TrainLogger:
         for logger in self.loggers:
             logger.close()
         return self.rows
-
-
-@dataclass
-class _Row:
-    """A row on its way to the host: ``means``, named by ``names``, and the tensors in ``known`` are
-    there after ``event``.
-    """
-
-    names: list[str]
-    means: Tensor
-    tables: list[Table]
-    event: torch.cuda.Event | None
-    known: dict

@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from sra_fast.alignment.schedule import align_weights
 from sra_fast.checkpoint.manifest import Progress
 from sra_fast.checkpoint.reading import CHECKPOINTS
+from sra_fast.config.lr_schedules import scheduled_lr
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.training_data import TrainingData
@@ -25,13 +26,14 @@ from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.plots import report
 from sra_fast.training import average_snapshots
 from sra_fast.training.control import Control
-from sra_fast.training.logger import STATS, TrainLogger, read_rows
+from sra_fast.training.logger import STATS, StepFacts, TrainLogger, read_rows
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.saver import Saver
 from sra_fast.training.signals import StopSignals, stopped
 from sra_fast.training.trainer import Trainer
 from sra_fast.training.watch import History, StepWatch
 from sra_fast.training.watchdog import Watchdog
+from sra_fast.zero.guard import warm_up
 
 log = logging.getLogger("sra_fast")
 
@@ -40,16 +42,13 @@ BEGINNING = Progress(0)
 REDRAW = 60.0
 
 
-def warm_up(step: int, warmup_steps: int) -> float:
-    """Factor of the learning rate at a 0-based step: linear, then 1."""
-    # step + 1: the first step already has a rate above zero
-    return min(1.0, (step + 1) / max(warmup_steps, 1))
-
-
 def set_lr(trainer: Trainer, step: int) -> float:
     """Set the learning rate of a 0-based optimizer step, and return it."""
-    lr = trainer.cfg.optim.lr * warm_up(step, trainer.cfg.optim.warmup_steps)
-    # updates that were left out do not count for the warm-up; only the device knows them
+    optim = trainer.cfg.optim
+    lr = scheduled_lr(optim, step, trainer.cfg.train.steps)
+    lr *= warm_up(step + 1, optim.warmup_steps)
+    # updates that were left out do not count for the warm-up; only the device knows them, and
+    # multiplies by ``lr_factor``
     trainer.guard.begin(step)
     # a function of the step: a resumed run needs no scheduler state
     for group in trainer.engine.optimizer.param_groups:
@@ -104,14 +103,13 @@ def optimizer_step(
     logger: TrainLogger,
     shift: int = 0,
     watchdog: Watchdog | None = None,
-) -> dict:
+) -> StepFacts:
     """All micro-steps of one optimizer step, then the EMA and the teacher.
 
     ``shift``: the images, times and noise are those of step ``step + shift``.
 
     Returns:
-        What is known of the step: ``align_weight`` (of a second target ``align2_weight``),
-        ``epoch``, and ``lr``, which is on the device where there is a warm-up.
+        What the host knows of the step; ``lr`` is on the device where there is a warm-up.
     """
     cfg = trainer.cfg
     engine = trainer.engine
@@ -128,12 +126,15 @@ def optimizer_step(
         values = trainer.micro_step(drawn, list(weights.values()), first=micro_step == 0)
         logger.add(values, step, micro_step)
         at(step + 1, "update")
-        # DeepSpeed counts the micro-steps and takes the optimizer step at the last one
+        # DeepSpeed counts the micro-steps. At the last one it calls the step that ``build`` has put in
+        # place of its own (zero/fused_step.py): the norm of the gradient, then clipping, AdamW, the
+        # rounded weights, the EMA and the teacher's copy of it in one pass
         engine.step()
-    if engine.was_step_applied():
-        # the teacher's all-gather starts here; without a graph it overlaps with the student's forward
-        next_weights = align_weights(cfg, step + 1, stream.epoch(position + 1))
-        trainer.after_step(trainer.teacher_runs(list(next_weights.values())))
+    assert engine.was_step_applied(), "DeepSpeed counts other micro-steps"
+    # what the pass leaves to do: the teacher, if the next step runs it, and averages for evaluation.
+    # The teacher's all-gather starts here; without a graph it overlaps with the student's forward
+    next_weights = align_weights(cfg, step + 1, stream.epoch(position + 1))
+    trainer.after_step(trainer.teacher_runs(list(next_weights.values())))
     # tensors on the device: they are not read here
     logger.add({"grad_norm": trainer.grad_norm}, step)
     logger.add({"skipped": ~trainer.guard.taken}, step)
@@ -141,8 +142,7 @@ def optimizer_step(
     if factor is not None:
         # the rate of this update: a warm-up does not count those that were left out
         lr = lr * factor
-    lambdas = {f"{name}_weight": weight for name, weight in weights.items()}
-    return {"align_weight": 0.0, **lambdas, "lr": lr, "epoch": epoch}
+    return StepFacts(step + 1, epoch, lr, weights)
 
 
 @torch.no_grad()
@@ -249,17 +249,18 @@ def train(
     # gets a line of its own
     with own_saver, batches, bar, control, logging_redirect_tqdm():
         if monitor is not None and monitor.was_missed(trainer, start.step):
-            session.look(start.step, {})
+            session.look(start.step)
         logger.restart_clock()
         trainer.engine.train()
         for step in range(start.step, cfg.train.steps):
-            known = optimizer_step(
+            facts = optimizer_step(
                 trainer, batches, stream, data, step, logger, start.shift, watchdog
             )
-            row = logger.step(step + 1, known)
+            row = logger.step(facts)
             bar.update()
             if row:
-                bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
+                speed = {"images_s": f"{row['images_per_s']:.0f}"} if "images_per_s" in row else {}
+                bar.set_postfix(loss=f"{row['loss']:.3f}", **speed)
             control.after_step(step + 1)
             looks = monitor is not None and monitor.is_due(step + 1)
             if looks:
@@ -267,15 +268,15 @@ def train(
                 control.agree_now(step + 1)
             if average_snapshots.is_due(cfg.train, step + 1):
                 # before the checkpoint: a run that goes on from it does not make them again
-                session.store_averages(step + 1, known)
+                session.store_averages(step + 1)
             if control.due:
-                session.save(Progress(step + 1, start.shift), known)
+                session.save(Progress(step + 1, start.shift))
             if control.asked:
                 # a look that is due is made up for when the run goes on
                 saved = saver.last == Progress(step + 1, start.shift)
                 raise stopped(control.asked, step + 1, saved)
             if looks:
-                session.look(step + 1, known)
+                session.look(step + 1)
         control.finish(cfg.train.steps)
     # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
@@ -300,10 +301,10 @@ class _Session:
     # when loss.png was drawn
     drawn: float = -math.inf
 
-    def save(self, progress: Progress, known: dict) -> None:
+    def save(self, progress: Progress) -> None:
         """Begin a checkpoint, if the weights are worth one; collective."""
         self._at(progress.step, "checkpoint")
-        self.logger.flush(progress.step, known)
+        self.logger.flush()
         if self._is_worth_it(progress):
             # an earlier save may have failed
             self.control.finish(progress.step)
@@ -352,17 +353,17 @@ class _Session:
             log.warning("the last updates were skipped, %d in a row up to step %d", skipped, done)
         return True
 
-    def store_averages(self, step: int, known: dict) -> None:
+    def store_averages(self, step: int) -> None:
         """Store the power-function averages; collective."""
         self._at(step, "averages")
-        self.logger.flush(step, known)
+        self.logger.flush()
         average_snapshots.store(self.trainer, self.folder, step, self.data.facts())
         self.logger.restart_clock()
 
-    def look(self, step: int, known: dict) -> None:
+    def look(self, step: int) -> None:
         """Sample, and measure the held-out loss; collective."""
         self._at(step, "samples")
-        self.logger.flush(step, known)
+        self.logger.flush()
         scores = self.monitor.look(self.trainer, step)
         picture = self.monitor.picture(step) if self.trainer.cfg.monitor.count else None
         self.logger.show("samples/monitor", step, picture, scores)

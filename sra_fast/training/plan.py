@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sra_fast.alignment.schedule import fill_in_schedule
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.steps import cheap_fault, choose, step_folders
 from sra_fast.checkpoint.values import warn
@@ -16,13 +17,20 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.data.vae import vae_is_there
 from sra_fast.evaluation.held_out import LEAST_IMAGES, HeldOutImages, has_held_out
 from sra_fast.training import provenance
-from sra_fast.training.checks import check_config, check_device, check_finite, named_as, split_batch
+from sra_fast.training.checks import (
+    check_config,
+    check_device,
+    check_finite,
+    check_graph,
+    named_as,
+    split_batch,
+)
 from sra_fast.training.initial import read_initial
 from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import is_there
 from sra_fast.utils.registry import TARGETS
-from sra_fast.zero.deepspeed_config import check_graph, deepspeed_config, zero_stage
+from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 from sra_fast.zero.process_group import deepspeed_log_level
 
 # on which the monitor measures the held-out loss, unless another number is asked for
@@ -74,6 +82,7 @@ def fill_in(cfg: Config) -> None:
     """Give what the configuration leaves open its default, where the data have not done that."""
     cfg.model.fill_in()
     for align in cfg.alignments.values():
+        fill_in_schedule(align)
         TARGETS[align.target].fill_in(align, cfg)
 
 
@@ -98,9 +107,9 @@ def make_plan(cfg: Config, ds_json: str | None = None, world: int | None = None)
     # the user's JSON may set another stage, so the machine is checked after it
     ds_config = deepspeed_config(cfg, micro, accumulation, ds_json, cuda)
     stage = zero_stage(ds_config, cfg)
-    check_device(cfg, stage, cuda, world)
+    check_device(cfg, stage, cuda)
     if cfg.train.graph:
-        check_graph(ds_config, cfg, world)
+        check_graph(cfg, ds_config, stage, world)
     # saved with the run: config.yaml then tells the stage without the JSON
     cfg.train.zero_stage = stage
     return Plan(cfg, ds_config, stage, micro, accumulation, world)
@@ -137,9 +146,7 @@ def make_run_plan(cfg: Config, ds_json: str | None = None) -> RunPlan:
     exact = False
     if resume is not None:
         manifest = reading.manifest_of(resume)
-        provenance.check(resume, manifest, cfg, data.facts())
-        provenance.check_steps(resume, manifest, cfg)
-        provenance.check_weights(resume, manifest, cfg)
+        provenance.check_run(resume, manifest, cfg, plan.world, data.facts())
         exact = cfg.train.resume != "auto" and _named_step(Path(cfg.train.resume)) == resume
         _say_where(resume, Path(cfg.train.out))
     # a job that is restarted with the same command resumes, whatever it was started from

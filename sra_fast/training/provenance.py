@@ -34,7 +34,12 @@ SUMMARY = "summary.json"
 DEEPSPEED = "deepspeed.json"
 ABSENT = "absent"
 # fields that older versions had not, with values that say nothing
-NEW = {"train.averages": {}, "train.average_snapshots": 0}
+NEW = {
+    "train.averages": {},
+    "train.average_snapshots": 0,
+    "optim.schedule": "constant",
+    "optim.min_lr": 0.0,
+}
 
 
 def _flat(settings: dict) -> dict:
@@ -70,6 +75,14 @@ def changes(before: dict, after: dict) -> dict[str, tuple]:
     }
 
 
+def check_run(path: Path, manifest: Manifest, cfg: Config, world: int, facts: DataFacts) -> None:
+    """ValueError unless a run of ``world`` processes can go on from a checkpoint to its own end."""
+    check(path, manifest, cfg, facts)
+    _check_compared(path, manifest, cfg, world)
+    check_steps(path, manifest, cfg)
+    check_weights(path, manifest, cfg)
+
+
 def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) -> None:
     """ValueError, which names everything, unless a run can go on from a checkpoint.
 
@@ -101,6 +114,30 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
             f"cannot resume {path} on other data: {'; '.join(other)}; to go on from its weights: "
             "train.init_from",
         )
+
+
+def _check_compared(path: Path, manifest: Manifest, cfg: Config, world: int) -> None:
+    """ValueError for a loss that compares images with each other, and would compare more or fewer."""
+    before = manifest.settings
+    now = asdict(cfg)
+    for section, align in cfg.alignments.items():
+        old = before.get(section, {})
+        if old.get("target") != align.target:
+            continue
+        compared = TARGETS[align.target].images_compared
+        of_then = compared(SimpleNamespace(**old), _micro(before, manifest.world), manifest.world)
+        of_now = compared(align, _micro(now, world), world)
+        require_that(
+            of_then == of_now,
+            f"cannot resume {path}: {section}.target {align.target} compared {of_then} images with each "
+            f"other, this run has {of_now}: expected the same, which train.micro_batch decides",
+        )
+
+
+def _micro(settings: dict, world: int) -> int:
+    """Images per process and forward pass."""
+    train = settings["train"]
+    return train["micro_batch"] or train["global_batch"] // world
 
 
 def _check_averages(path: Path, manifest: Manifest, cfg: Config) -> None:

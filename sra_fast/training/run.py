@@ -59,9 +59,7 @@ def _run(
     facts = run_plan.data.facts()
     if choice is not None:
         # again: it may be another checkpoint than the plan's
-        provenance.check(choice.path, choice.manifest, cfg, facts)
-        provenance.check_steps(choice.path, choice.manifest, cfg)
-        provenance.check_weights(choice.path, choice.manifest, cfg)
+        provenance.check_run(choice.path, choice.manifest, cfg, run_plan.plan.world, facts)
     initial = run_plan.initial
     trainer = build(run_plan.plan, device, initial.get("model", initial.get("ema")))
     if choice is not None:
@@ -241,13 +239,14 @@ def logged(rows: list[dict], global_batch: int) -> dict:
     """Speed and losses of a run's rows; None for each that no row has."""
     if not rows:
         return dict.fromkeys(("images_per_s", "loss_first", "loss_last"))
-    # the first row is that of the first step, which warms everything up
-    steady = rows[1:] or rows
-    total_ms = sum(row["ms_per_step"] for row in steady)
+    # each row as often as it has steps; the first step of a process is in none
+    timed = [row for row in rows if "timed_steps" in row]
+    steps = sum(row["timed_steps"] for row in timed)
+    total_ms = sum(row["timed_steps"] * row["ms_per_step"] for row in timed)
     # rows in which every update was skipped have none
     losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
     return {
-        "images_per_s": round(1e3 * global_batch * len(steady) / total_ms, 1),
+        "images_per_s": round(1e3 * global_batch * steps / total_ms, 1) if timed else None,
         "loss_first": next(iter(losses), None),
         "loss_last": next(reversed(losses), None),
     }

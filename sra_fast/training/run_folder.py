@@ -18,6 +18,7 @@ from sra_fast.checkpoint.values import warn
 from sra_fast.training import monitor_files
 from sra_fast.training.abandoned import abandon, abandon_end, trim
 from sra_fast.training.run_lock import LOCK, RunLock, token_in
+from sra_fast.utils import collectives
 from sra_fast.utils.files import make_synced, sync_folder
 
 # seconds after which every machine sees a new file of a file system that they share
@@ -28,19 +29,10 @@ def agreed(work: Callable):
     """What ``work`` returns on rank 0, on every rank; collective.
 
     Raises:
-        ValueError: rank 0's ValueError or OSError, on every rank.
+        ValueError: rank 0's ValueError or OSError, on every rank; see ``collectives.agreed`` for
+            others.
     """
-    outcome: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [work(), None]
-        except (ValueError, OSError) as error:
-            outcome = [None, str(error)]
-    dist.broadcast_object_list(outcome, src=0)
-    value, fault = outcome
-    if fault is not None:
-        raise ValueError(fault)
-    return value
+    return collectives.agreed(work, ranks=(0,))[0]
 
 
 def new_folder(out: Path) -> Path:
@@ -119,8 +111,7 @@ def _remove_unused(folder: Path) -> None:
 
 def _check_same_view(resume: Path | None) -> None:
     """ValueError unless every rank has found the same checkpoint."""
-    views: list = [None] * dist.get_world_size()
-    dist.all_gather_object(views, None if resume is None else str(resume))
+    views = collectives.gathered(None if resume is None else str(resume))
     for rank, view in enumerate(views):
         if view != views[0]:
             raise ValueError(
@@ -131,14 +122,12 @@ def _check_same_view(resume: Path | None) -> None:
 
 def _check_same_folder(folder: Path, token: str | None) -> None:
     """ValueError unless every rank sees the lock that rank 0 has just written; collective."""
-    tokens = [token]
-    dist.broadcast_object_list(tokens, src=0)
+    held = collectives.gathered(token)[0]
     # rank 0 holds the lock, and would give it back by reading it
-    seen = dist.get_rank() == 0 or _sees(folder, tokens[0])
-    views: list = [None] * dist.get_world_size()
-    dist.all_gather_object(views, seen)
-    for rank, seen in enumerate(views):
-        if not seen:
+    others = range(1, dist.get_world_size())
+    views = collectives.agreed(lambda: _sees(folder, held), others)
+    for rank in others:
+        if not views[rank]:
             raise ValueError(
                 f"rank 0 writes into {folder}, which rank {rank} does not see: expected train.out "
                 "on a file system that all machines share"
@@ -185,24 +174,23 @@ def collective_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None: nothing. Collective.
 
     Every rank looks at its share of the files, and all get the same answer.
+
+    Raises:
+        ValueError: a file could not be read, or a later version has written it; the same on every
+            rank.
     """
-    rank = dist.get_rank()
-    world = dist.get_world_size()
-    fault = None
-    refused = None
-    try:
-        fault = steps.cheap_fault(path)
-        if fault is None:
-            manifest = read_manifest(path)
-            fault = hash_fault(path, manifest, sorted(manifest.files)[rank::world])
-    except ValueError as error:
-        refused = str(error)
-    outcomes: list = [None] * world
-    dist.all_gather_object(outcomes, (fault, refused))
-    for _, refused in outcomes:
-        if refused is not None:
-            raise ValueError(refused)
-    return next((fault for fault, _ in outcomes if fault is not None), None)
+    faults = collectives.agreed(lambda: _fault_of_share(path))
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _fault_of_share(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as this rank's share of its files shows it."""
+    fault = steps.cheap_fault(path)
+    if fault is not None:
+        return fault
+    manifest = read_manifest(path)
+    share = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+    return hash_fault(path, manifest, share)
 
 
 def settle(folder: Path, chosen: Path, keep: int = 0, exact: bool = False) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -22,17 +22,15 @@ import torch.distributed as dist
 from sra_fast.checkpoint.manifest import (
     EMA,
     MANIFEST,
-    DamagedCheckpoint,
     Manifest,
     Progress,
-    StoredFile,
     file_name,
-    plain,
     read_manifest,
     step_name,
     write_manifest,
 )
 from sra_fast.checkpoint.shards import write_pieces
+from sra_fast.checkpoint.signed_json import DamagedCheckpoint, StoredFile, plain
 from sra_fast.checkpoint.steps import (
     has_manifest,
     named_by_latest,
@@ -46,6 +44,7 @@ from sra_fast.training.abandoned import abandon
 from sra_fast.training.run_lock import check_held
 from sra_fast.training.snapshot import Snapshot
 from sra_fast.training.trainer import Trainer
+from sra_fast.utils.collectives import agreed, reason
 from sra_fast.utils.files import make_synced, sync_folder
 
 log = logging.getLogger("sra_fast")
@@ -118,28 +117,26 @@ class Saver:
         self.run_id, self.parent, self.parent_digest = self._origin()
 
     def _origin(self) -> tuple[str, int | None, str | None]:
-        """Id of the run, step and digest of the checkpoint that it goes on from: what rank 0 sees.
+        """Id of the run, step and digest of the checkpoint that it goes on from: what rank 0 sees;
+        collective.
 
         Raises:
             ValueError: there is one, and it could not be read.
         """
-        found = (uuid.uuid4().hex, None, None)
-        fault = None
-        if self.trainer.rank == 0:
-            try:
-                before = named_by_latest(self.folder)
-                if before is not None:
-                    manifest = read_manifest(before)
-                    found = (manifest.run_id, manifest.step, manifest.digest)
-            except DamagedCheckpoint:
-                # `latest` stays where it is until the next save
-                pass
-            except ValueError as error:
-                fault = str(error)
-        found, fault = self._gathered((found, fault))[0]
-        if fault is not None:
-            raise ValueError(fault)
-        return found
+        return agreed(self._before, ranks=(0,), group=self.group)[0]
+
+    def _before(self) -> tuple[str, int | None, str | None]:
+        """``_origin`` as this process sees it."""
+        new_run = (uuid.uuid4().hex, None, None)
+        try:
+            before = named_by_latest(self.folder)
+            if before is None:
+                return new_run
+            manifest = read_manifest(before)
+        except DamagedCheckpoint:
+            # `latest` stays where it is until the next save
+            return new_run
+        return manifest.run_id, manifest.step, manifest.digest
 
     def save(self, progress: Progress, epoch: int) -> None:
         """Begin to save what the steps so far have made; an earlier save is waited for.
@@ -206,30 +203,32 @@ class Saver:
             The checkpoint's digest.
         """
         folder = self.folder / task.name
-        self.snapshot.wait()
-        at_phase("copied")
-        bad = self._gathered(self.snapshot.not_finite())
+        bad = self._agreed(task, self._copied)
         for rank, what in enumerate(bad):
             if what is not None:
                 raise FloatingPointError(
                     f"{what} is not finite on rank {rank}: the checkpoint of step "
                     f"{task.progress.step} is not written; {self._fallback()}"
                 )
-        self._agreed(task, lambda: self._prepare(folder))
+        self._agreed(task, lambda: self._prepare(folder), ranks=(0,))
         try:
             files = self._agreed(task, lambda: self._write_file(folder))
             at_phase("exchanged")
-            return self._agreed(task, lambda: self._commit(task, folder, files))[0]
+            return self._agreed(task, lambda: self._commit(task, folder, files), ranks=(0,))[0]
         except SaveFailed:
             # every rank has stopped writing
             if self.trainer.rank == 0 and self._is_ours(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
+    def _copied(self) -> str | None:
+        """What is not finite in this rank's copy, once that is complete; None: all is."""
+        self.snapshot.wait()
+        at_phase("copied")
+        return self.snapshot.not_finite()
+
     def _prepare(self, folder: Path) -> None:
-        """Rank 0 makes the folder. One of this step that is there belongs to what was given up."""
-        if self.trainer.rank:
-            return
+        """Make the folder. One of this step that is there belongs to what was given up."""
         check_held(self.folder.parent)
         make_synced(self.folder)
         if os.path.lexists(folder):
@@ -249,9 +248,7 @@ class Saver:
         path = folder / file_name(self.trainer.rank)
         return write_pieces(path, self.snapshot.pieces(), lambda name: at_phase(name))
 
-    def _commit(self, task: _Task, folder: Path, files: list[StoredFile]) -> str | None:
-        if self.trainer.rank:
-            return None
+    def _commit(self, task: _Task, folder: Path, files: list[StoredFile]) -> str:
         check_held(self.folder.parent)
         manifest = self._manifest(task, files)
         write_manifest(folder, manifest)
@@ -291,37 +288,21 @@ class Saver:
         averages = self.trainer.averages.items()
         return {name: {**average.rule.given, "since": average.since} for name, average in averages}
 
-    def _gathered(self, value) -> list:
-        """The value of every rank."""
-        if self.group is None:
-            return [value]
-        values: list = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+    def _agreed(self, task: _Task, work: Callable, ranks: Container[int] | None = None) -> list:
+        """Do the work on these ranks, or on all; its results, or one error, the same everywhere."""
+        where = f" on rank {self.trainer.rank}" if self.world > 1 else ""
 
-    def _agreed(self, task: _Task, work: Callable) -> list:
-        """Do the work on every rank; its results, or one error that is the same everywhere."""
-        result = None
-        fault = None
-        try:
-            result = work()
-        except Exception as error:
-            fault = self._reason(error)
-        outcomes = self._gathered((result, fault))
-        for rank, (_, fault) in enumerate(outcomes):
-            if fault is not None:
-                where = f" on rank {rank}" if self.world > 1 else ""
-                raise SaveFailed(
-                    f"the checkpoint of step {task.progress.step} could not be written{where}: "
-                    f"{fault}; {self._fallback()}"
-                )
-        return [result for result, _ in outcomes]
+        def line_of(error: Exception) -> str:
+            return (
+                f"the checkpoint of step {task.progress.step} could not be written{where}: "
+                f"{self._reason(error)}; {self._fallback()}"
+            )
+
+        return agreed(work, ranks, self.group, line_of, SaveFailed)
 
     def _reason(self, error: Exception) -> str:
-        if isinstance(error, ValueError):
-            return str(error)
         if not isinstance(error, OSError):
-            return f"{type(error).__name__}: {error}"
+            return reason(error)
         where = error.filename or self.folder
         try:
             free = shutil.disk_usage(self.folder).free / 2**20

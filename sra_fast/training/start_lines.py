@@ -1,6 +1,7 @@
 """What a run says before its first step: six lines, each about one thing, the run folder first."""
 
 import sys
+from dataclasses import fields
 from math import prod
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def say_start(
     lines = start_lines(trainer, data, folder, start, origin)
     warnings = (precision_warning(trainer), decay_warning(trainer.cfg, origin))
     lines += [warning for warning in warnings if warning]
+    lines += idle_warnings(trainer.cfg)
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -181,13 +183,42 @@ def decay_warning(cfg: Config, origin: str | None = None) -> str | None:
         option = f"train.averages.{name}.decay"
     if origin is not None or decay is None or decay**steps <= MOST_INITIAL:
         return None
-    # remembers a twentieth of the run
-    better = max(0.9, 1 - 20 / steps)
+    # remembers a twentieth of the run; of a very short one less
+    better = min(max(0.9, 1 - 20 / steps), (MOST_INITIAL / 2) ** (1 / steps))
     return (
         f"warning: after {steps} steps {decay**steps:.0%} of the weights that are sampled ({name}, of "
         f"decay {decay:g}) will still be the random ones of the beginning: take a smaller --{option}, "
         f"such as {better:.4g}, or more steps"
     )
+
+
+def idle_warnings(cfg: Config) -> list[str]:
+    """A line for each group of options that were given and do nothing in this run.
+
+    They are not refused: a configuration may have them for another run.
+    """
+    found = []
+    for section, align in cfg.alignments.items():
+        idle = [name for name in ("hold", "decay") if getattr(align, name) is not None]
+        if idle and align.schedule not in ("epochs", "steps"):
+            what = f"{section}.schedule is {align.schedule}, not epochs or steps"
+            found.append(_idle(section, idle, what))
+    if cfg.optim.schedule == "constant" and cfg.optim.min_lr:
+        found.append(_idle("optim", ["min_lr"], "optim.schedule is constant"))
+    if not cfg.monitor.every:
+        idle = [
+            option.name
+            for option in fields(cfg.monitor)
+            if getattr(cfg.monitor, option.name) != option.default
+        ]
+        if idle:
+            found.append(_idle("monitor", idle, "monitor.every is 0: add --monitor.every STEPS"))
+    return found
+
+
+def _idle(section: str, names: list[str], why: str) -> str:
+    options = ", ".join(f"{section}.{name}" for name in names)
+    return f"warning: nothing reads {options}, because {why}"
 
 
 def _count(number: int, singular: str, plural: str | None = None) -> str:

@@ -16,26 +16,20 @@ from sra_fast.config.schema import Config
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.models import ALIGN_HEADS, Backbone, DiffusionTransformer
 from sra_fast.models.fp8 import fp8_layers, use_fp8
-from sra_fast.models.layers import Block
-from sra_fast.models.mmdit import JointBlock
 from sra_fast.models.token_groups import Segments
-from sra_fast.training.checks import has_own_graph
+from sra_fast.training.graphed_step import make_graphed
 from sra_fast.training.plan import Plan
-from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators
+from sra_fast.utils.cuda_graph import GraphedGradients
 from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import clips_itself, refusals_named
 from sra_fast.zero.deepspeed_names import import_muon_uncompiled, restore_linear
 from sra_fast.zero.ema import PartitionedTeacher, ReplicatedTeacher, ShardedAverage, ShardedEMA
-from sra_fast.zero.fused_step import (
-    PartitionedStep,
-    ReplicatedStep,
-    Stage3Step,
-    release_accumulators,
-)
+from sra_fast.zero.fused_step import PartitionedStep, ReplicatedStep, Stage3Step
 from sra_fast.zero.guard import UpdateGuard
 from sra_fast.zero.guarded_step import GuardedStep
 from sra_fast.zero.master_weights import MasterWeights
 from sra_fast.zero.optimizer import AdamWEMA, make_optimizer
+from sra_fast.zero.process_group import printed_as_reports
 
 log = logging.getLogger("sra_fast")
 
@@ -140,7 +134,8 @@ class Trainer:
         self._wait_for_partitions()
 
     def after_step(self, teacher_runs: bool) -> None:
-        """Update EMA and averages after an optimizer step, and the teacher if the next step runs it."""
+        """Update the averages after an optimizer step, and the teacher if the next step runs it."""
+        # nothing where the optimizer's own pass did it
         self.ema.update()
         if self.teacher is not None:
             # first: an all-gather that it starts runs beside the other averages
@@ -213,12 +208,13 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
     objective = make_objective(cfg, student, network).to(device)
     if plan.stage == 3:
         # a block's operators read the weights of several layers: gather and free them together
-        deepspeed.utils.set_z3_leaf_modules(objective, [Block, JointBlock])
+        kinds_of_block = {type(block) for block in student.blocks}
+        deepspeed.utils.set_z3_leaf_modules(objective, list(kinds_of_block))
     # what the teacher keeps in one dtype is one parameter group, and one all-gather
     kinds = _parameter_kinds(cfg, network)
     optimizer = make_optimizer(cfg, student, kinds)
     import_muon_uncompiled()
-    with refusals_named(plan.ds_config):
+    with refusals_named(plan.ds_config), printed_as_reports():
         built = deepspeed.initialize(model=objective, optimizer=optimizer, config=plan.ds_config)
     engine = built[0]
 
@@ -249,7 +245,7 @@ def build(plan: Plan, device: torch.device, weights: dict[str, Tensor] | None = 
         if network is not None:
             network.compile_blocks()
     # last: a graph keeps the addresses of all that it reads
-    graphed = _make_graphed(plan, engine, student)
+    graphed = make_graphed(plan, engine, student)
     if graphed is not None and graphed.graphs:
         for target in objective.targets:
             target.will_be_captured()
@@ -405,114 +401,3 @@ def _replace_step(plan: Plan, engine, optimizer: torch.optim.Optimizer, guard: U
         ReplicatedStep(engine, cfg.optim.clip, guard)
     else:
         GuardedStep(engine, cfg.optim.clip if clips_itself(plan.stage, cfg) else 0.0, guard)
-
-
-def _make_graphed(plan: Plan, engine, student: DiffusionTransformer) -> GraphedGradients | None:
-    """What replays forward and backward pass as a graph, or None where DeepSpeed runs them.
-
-    Raises:
-        ValueError: a graph is asked for and DeepSpeed stands in its way. If it is only the default,
-            that is logged.
-    """
-    cfg = plan.cfg
-    cuda = next(student.parameters()).is_cuda
-    wanted = cfg.train.graph
-    if wanted is None:
-        can = plan.stage < 3 and cfg.optim.implementation == "fused" and not has_own_graph(cfg)
-        wanted = cuda and plan.world == 1 and can
-    # one that was asked for has passed check_device
-    if not wanted:
-        return None
-    # a CPU runs the same program without a graph
-    graphed = graphed_step(engine, student, plan.accumulation, graphs=cuda)
-    obstacle = _graph_obstacle(engine, plan, graphed)
-    if obstacle is None:
-        return graphed
-    if cfg.train.graph:
-        raise ValueError(f"train.graph true cannot be: {obstacle}")
-    log.warning("no CUDA graph of the step, the host launches every kernel: %s", obstacle)
-    return None
-
-
-def _graph_obstacle(engine, plan: Plan, graphed: GraphedGradients) -> str | None:
-    """What in DeepSpeed prevents a graph, or None."""
-    if plan.stage > 0 and not getattr(engine.optimizer.step, "takes_gradients", False):
-        return "DeepSpeed's JSON lets it convert or scale the gradients"
-    ds_config = plan.ds_config
-    # these hook into engine.forward and engine.backward, which a replay does not call
-    watched = {
-        "flops_profiler": ds_config.get("flops_profiler", {}).get("enabled"),
-        "wall_clock_breakdown": ds_config.get("wall_clock_breakdown"),
-        "timers.throughput": ds_config.get("timers", {}).get("throughput", {}).get("enabled"),
-    }
-    for name, value in watched.items():
-        if value:
-            return f"{name} of DeepSpeed's JSON looks into forward and backward passes"
-    # a capture does the same first: count what would still be held then
-    graphed.release()
-    held = held_accumulators(graphed.parameters)
-    if held:
-        return f"this version of DeepSpeed holds autograd's nodes of {held} parameters"
-    return None
-
-
-def graphed_step(
-    engine: deepspeed.DeepSpeedEngine,
-    student: DiffusionTransformer,
-    accumulation: int,
-    graphs: bool = True,
-) -> GraphedGradients:
-    """The objective's loss and its gradients.
-
-    They are this process's share of the mean over ``accumulation`` micro-batches and, if the
-    engine's step adds up the gradients of all processes, over these. Without ``graphs`` the same
-    runs eagerly.
-    """
-    parameters = list(student.parameters())
-    step = engine.optimizer.step
-    places = step.places_of(parameters) if isinstance(step, PartitionedStep) else []
-    addends = accumulation * (dist.get_world_size() if places else 1)
-    return GraphedGradients(
-        StepLoss(engine.module, addends),
-        parameters,
-        graphs,
-        lambda: release_accumulators(parameters),
-        places,
-    )
-
-
-class StepLoss:
-    """The objective's loss as a function of tensors only, as a CUDA graph needs it.
-
-    Args:
-        objective: of the run.
-        addends: micro-batches whose gradients are added up: the loss is divided by their number.
-    """
-
-    def __init__(self, objective: SRAObjective, addends: int):
-        self.objective = objective
-        self.addends = addends
-        # all batches of a run are of one kind: the last one tells what the tensors are
-        self.like: MicroBatch | None = None
-
-    def inputs(
-        self, batch: MicroBatch, weights: Sequence[float], phase: Sequence[bool]
-    ) -> tuple[Tensor, ...]:
-        """The tensors of a step.
-
-        ``phase``: which targets are computed. Their lambdas are scalars, and the others' have no
-        element: kinds of steps differ in shapes.
-        """
-        self.like = batch
-        device = batch.x0.device
-        lambdas = (
-            torch.full((), weight, device=device) if on else torch.empty(0, device=device)
-            for weight, on in zip(weights, phase, strict=True)
-        )
-        return (*lambdas, *batch.tensors())
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        count = len(self.objective.targets)
-        weights = [weight if weight.dim() == 0 else 0.0 for weight in inputs[:count]]
-        loss, parts = self.objective(self.like.with_tensors(inputs[count:]), weights)
-        return loss / self.addends, {"loss": loss, **parts}

@@ -16,12 +16,46 @@ from here (``config/cli.py``). The protocol of each kind is written where its pa
     DATASETS        data/training_data.py      training images
     EVALUATIONS     evaluation/digits.py       scores of samples at the end of a run
     LOGGERS         training/loggers.py        where numbers and pictures of a run go
+    LR_SCHEDULES    config/lr_schedules.py     how the learning rate falls after its warm-up
+
+Parts may lie outside of this package: ``SRA_FAST_IMPORT=my_parts`` names modules, separated by
+commas, that are imported before a registry is read for the first time, from the working folder or
+wherever Python finds them. Every program then has them.
 """
 
+import functools
+import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Part = TypeVar("Part")
+IMPORT_VARIABLE = "SRA_FAST_IMPORT"
+
+
+@functools.cache
+def import_parts() -> None:
+    """Import the modules that ``SRA_FAST_IMPORT`` names, once.
+
+    Raises:
+        ValueError: there is no module of such a name. What is wrong inside of one is its own error.
+    """
+    names = [name.strip() for name in os.environ.get(IMPORT_VARIABLE, "").split(",")]
+    if any(names) and os.getcwd() not in sys.path:
+        # a program's own folder is first on the path, not the one that it was started in
+        sys.path.append(os.getcwd())
+    for name in filter(None, names):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                # one that the module itself imports
+                raise
+            raise ValueError(
+                f"{IMPORT_VARIABLE} names {name}, and there is no module {error.name} in "
+                f"{os.getcwd()} or on Python's path"
+            ) from error
 
 
 class Registry(Generic[Part]):
@@ -79,3 +113,4 @@ TARGETS: Registry = Registry("alignment target", "sra_fast.alignment")
 DATASETS: Registry = Registry("data set", "sra_fast.data")
 EVALUATIONS: Registry = Registry("evaluation", "sra_fast.evaluation")
 LOGGERS: Registry = Registry("logger", "sra_fast.training.loggers")
+LR_SCHEDULES: Registry = Registry("learning-rate schedule", "sra_fast.config.lr_schedules")

@@ -266,9 +266,11 @@ def _check_as_deepspeed(ds_config: MergedConfig) -> None:
         _refuse("data_types.grad_accum_dtype", f"{own} at stage 0, as the model", accumulated)
 
 
-def check_graph(ds_config: MergedConfig, cfg: Config, world: int) -> None:
+def refuse_for_graph(ds_config: MergedConfig, own: str, world: int) -> None:
     """ValueError for what a CUDA graph of the step excludes in a user's JSON: DeepSpeed converts or
     scales gradients, and looks into passes, in hooks that a replay does not run.
+
+    ``own``: the model's dtype, ``train.precision``.
     """
     timers = ds_config["timers"].get("throughput", {})
     profiler = ds_config.get("flops_profiler", {})
@@ -280,7 +282,6 @@ def check_graph(ds_config: MergedConfig, cfg: Config, world: int) -> None:
     for option, value in off.items():
         if value:
             _refuse(option, "false with train.graph", value)
-    own = cfg.train.precision
     accumulated = ds_config.get("data_types", {}).get("grad_accum_dtype")
     if accumulated not in (None, own):
         _refuse("data_types.grad_accum_dtype", f"{own} with train.graph", accumulated)

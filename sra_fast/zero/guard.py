@@ -19,6 +19,17 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value < math.inf and value == int(value)
 
 
+def warm_up(update: float | Tensor, steps: int) -> float | Tensor:
+    """Factor of the learning rate of the ``update``-th update (1-based): linear up to ``steps``, then
+    1.
+    """
+    if not steps:
+        return 1.0
+    if isinstance(update, Tensor):
+        return update.clamp(min=1, max=steps) / steps
+    return min(max(update, 1), steps) / steps
+
+
 class UpdateGuard:
     """Takes an update if the norm of the whole gradient is finite, also squared in fp32; decides and
     counts on the device.
@@ -124,9 +135,8 @@ class UpdateGuard:
             return None
         if self._factor is None:
             done = self._step + 1
-            host = min(1.0, done / self.warmup_steps)
-            counted = (done - self.counts[1]).clamp(min=1, max=self.warmup_steps)
-            self._factor = counted / self.warmup_steps / host
+            counted = warm_up(done - self.counts[1], self.warmup_steps)
+            self._factor = counted / warm_up(done, self.warmup_steps)
         return self._factor
 
     def device_step(self, betas: tuple[float, float]) -> DeviceStep:

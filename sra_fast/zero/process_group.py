@@ -2,10 +2,13 @@
 gloo.
 """
 
+import io
 import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
 import deepspeed
@@ -137,6 +140,18 @@ def quiet_deepspeed() -> None:
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
+
+
+@contextmanager
+def printed_as_reports() -> Iterator[None]:
+    """What DeepSpeed prints becomes reports of its logger: stdout is for a run's summary."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            logging.getLogger("DeepSpeed").info("%s", line)
 
 
 def _skip_shm_build() -> None:

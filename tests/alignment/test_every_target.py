@@ -1,7 +1,10 @@
 """Options, heads and losses of every alignment target; a pair of targets; a whole run of each."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, fields
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch, NoisyImages
 from sra_fast.models import ClassLabels
 from sra_fast.training.plan import fill_in, make_plan, make_run_plan
-from sra_fast.training.provenance import changes
+from sra_fast.training.provenance import _check_compared, changes
 from sra_fast.training.run import run
 from sra_fast.training.trainer import build
 from sra_fast.utils.registry import TARGETS
@@ -563,14 +566,47 @@ def test_a_run_of_each_target(tmp_path, caplog, name):
         make_run_plan(parse_train([*MODEL, *args, *start])[0])
         assert "fresh: the head align_heads.vae_latent, which no model has" in caplog.text
 
-    # resumed from the middle: the same rows, bit for bit
     middle = str(folder / "checkpoints/step_00000003")
+    if name == "dispersive":
+        # fewer images that repel each other are another loss
+        other = parse_train([*MODEL, *args, "--train.micro_batch", "4", "--train.resume", middle])
+        with pytest.raises(ValueError, match="compared 8 images with each other, this run has 4"):
+            make_run_plan(other[0])
+
+    # resumed from the middle: the same rows, bit for bit
     again = parse_train([*MODEL, *args, *out, "--train.resume", middle])[0]
     run(make_run_plan(again), init_distributed())
     resumed = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     for before, after in zip(rows[3:], resumed[3:], strict=True):
         for key in ("loss", "align", "grad_norm", "align2"):
             assert before.get(key) == after.get(key)
+
+
+@pytest.mark.parametrize(
+    "over, micro, world, message",
+    [
+        ("process", 4, 2, None),
+        # the size stays, the number of processes does not
+        ("process", 4, 1, None),
+        ("process", None, 2, None),
+        ("process", None, 1, "compared 4 images with each other, this run has 8"),
+        ("all", 4, 2, None),
+        ("all", None, 1, None),
+        ("all", 2, 2, "compared 8 images with each other, this run has 4"),
+    ],
+)
+def test_a_loss_of_a_micro_batch_goes_on_with_its_size(over, micro, world, message):
+    """A run of 8 images on two processes, 4 each, is resumed."""
+    dispersive = ("--align", "dispersive", "--align.over", over)
+    manifest = Mock(world=2, settings=asdict(config(*dispersive)))
+    cfg = config(*dispersive, *([] if micro is None else ["--train.micro_batch", str(micro)]))
+    refused = pytest.raises(ValueError, match=f"^cannot resume here: align.target .*{message}")
+    with refused if message else nullcontext():
+        _check_compared(Path("here"), manifest, cfg, world)
+    # with another target, or with another one before, there is nothing to keep
+    _check_compared(Path("here"), manifest, config("--align", "layer_sync"), 1)
+    manifest.settings = asdict(config("--align", "layer_sync"))
+    _check_compared(Path("here"), manifest, cfg, world)
 
 
 def test_settings_of_a_version_with_one_target_are_the_same():

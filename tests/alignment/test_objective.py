@@ -6,7 +6,7 @@ from torch import nn
 from sra_fast import ops
 from sra_fast.alignment.ema_teacher import EMATeacher, EMATeacherConfig
 from sra_fast.alignment.objective import SRAObjective
-from sra_fast.alignment.schedule import align_weight, alignment_phases
+from sra_fast.alignment.schedule import align_weight, alignment_phases, fill_in_schedule
 from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
 from sra_fast.diffusion.gaussian_diffusion import GaussianDiffusion
@@ -165,13 +165,31 @@ def test_other_lambda_schedules():
     assert align_weight(AlignConfig(target="none"), 0, 0) == 0.0
 
 
+@pytest.mark.parametrize(
+    "schedule, given, expected",
+    [
+        ("epochs", {}, (149, 1000)),
+        ("epochs", {"hold": 0}, (0, 1000)),
+        ("epochs", {"decay": 7}, (149, 7)),
+        ("steps", {"hold": 1, "decay": 2}, (1, 2)),
+        ("constant", {}, (None, None)),
+    ],
+)
+def test_only_a_schedule_over_epochs_has_the_papers_numbers(schedule, given, expected):
+    """149 steps are nothing."""
+    cfg = AlignConfig(schedule=schedule, **given)
+    fill_in_schedule(cfg)
+    assert (cfg.hold, cfg.decay) == expected
+
+
 @pytest.mark.parametrize("schedule, now", [("steps", (400, 0)), ("epochs", (0, 10**6))])
 def test_a_decaying_lambda_never_reaches_zero(schedule, now):
     """A step without alignment is another program, which a run with a graph has to know before."""
     decaying = AlignConfig(schedule=schedule, hold=0, decay=1)
+    weightless = AlignConfig(weight=0.0, schedule=schedule, hold=0, decay=1000)
     assert alignment_phases(decaying) == {True}
     assert 0 < align_weight(decaying, *now) < 1e-300
-    assert align_weight(AlignConfig(weight=0.0, schedule=schedule, hold=0), *now) == 0
+    assert align_weight(weightless, *now) == 0
 
 
 def test_dropped_labels_are_not_left_to_each_network():

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_config import config
 
-from sra_fast.checkpoint import average_snapshots as module
 from sra_fast.checkpoint.average_snapshots import (
     SNAPSHOT,
     read_snapshot,
@@ -19,7 +18,8 @@ from sra_fast.checkpoint.average_snapshots import (
 )
 from sra_fast.checkpoint.formats import Options, export
 from sra_fast.checkpoint.load_model import load_model
-from sra_fast.checkpoint.manifest import DamagedCheckpoint, Progress, read_manifest
+from sra_fast.checkpoint.manifest import Progress, read_manifest
+from sra_fast.checkpoint.signed_json import DamagedCheckpoint, render
 from sra_fast.checkpoint.sources import find_weights
 from sra_fast.config.cli import save_config
 from sra_fast.config.schema import Average, SampleConfig
@@ -225,7 +225,7 @@ def _edited(path, change) -> None:
     """Write a snapshot's own file anew."""
     held = json.loads((path / SNAPSHOT).read_text())["snapshot"]
     change(held)
-    (path / SNAPSHOT).write_text(module._render(held))
+    (path / SNAPSHOT).write_text(render("snapshot", held))
 
 
 def test_averages_that_began_later_are_left_out(run):

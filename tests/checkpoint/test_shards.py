@@ -15,16 +15,15 @@ from safetensors.torch import load_file
 
 from sra_fast.checkpoint.manifest import (
     MANIFEST,
-    DamagedCheckpoint,
     file_name,
     hash_fault,
-    plain,
     read_manifest,
-    render,
     size_fault,
+    write_manifest,
 )
 from sra_fast.checkpoint.reading import read_kinds
 from sra_fast.checkpoint.shards import Shards, piece_key, write_pieces
+from sra_fast.checkpoint.signed_json import DamagedCheckpoint, plain, render
 from sra_fast.checkpoint.steps import cheap_fault, choose
 from sra_fast.data.facts import DataFacts
 
@@ -225,11 +224,9 @@ def test_files_that_are_cut_or_gone_are_named(run, name, damage):
 )
 def test_values_of_another_kind_are_refused_though_the_hash_holds(run, field, value):
     """Whoever edits a manifest and computes its hash again still gets no wrong run."""
-    from sra_fast.checkpoint import manifest as module
-
     path = newest(run)
     held = json.loads((path / MANIFEST).read_text())["manifest"]
-    (path / MANIFEST).write_text(module._render({**held, field: value}))
+    (path / MANIFEST).write_text(render("manifest", {**held, field: value}))
     with pytest.raises(DamagedCheckpoint, match=MANIFEST):
         read_manifest(path)
 
@@ -242,11 +239,9 @@ def test_values_of_another_kind_are_refused_though_the_hash_holds(run, field, va
     ],
 )
 def test_other_emas_are_refused_by_name_and_not_passed_over(run, changed):
-    from sra_fast.checkpoint import manifest as module
-
     path = newest(run)
     held = json.loads((path / MANIFEST).read_text())["manifest"]
-    (path / MANIFEST).write_text(module._render({**held, **changed}))
+    (path / MANIFEST).write_text(render("manifest", {**held, **changed}))
     with pytest.raises(ValueError, match="EMAs .*slow.* follows only 'main'"):
         choose(path.parent)
 
@@ -307,19 +302,19 @@ def test_a_reader_names_the_newest_whole_one(run):
 
 
 def test_a_later_format_is_refused_and_not_passed_over(run):
-    from sra_fast.checkpoint import manifest as module
-
     path = newest(run)
     held = json.loads((path / MANIFEST).read_text())["manifest"]
-    (path / MANIFEST).write_text(module._render({**held, "format": 2}))
+    (path / MANIFEST).write_text(render("manifest", {**held, "format": 2}))
     with pytest.raises(ValueError, match="has the format 2 of another version"):
         choose(path.parent)
 
 
 def test_the_text_does_not_depend_on_the_order_of_keys(run):
     path = newest(run)
+    text = (path / MANIFEST).read_text()
     manifest = read_manifest(path)
-    assert render(manifest) == (path / MANIFEST).read_text()
+    write_manifest(path, manifest)
+    assert (path / MANIFEST).read_text() == text
     assert size_fault(path, manifest) is None
 
 

@@ -10,6 +10,7 @@ from sra_fast.config.schema import Config
 from sra_fast.data.options import Options
 from sra_fast.training.checks import check_config, check_device, split_batch
 from sra_fast.training.plan import fill_in
+from sra_fast.utils.registry import MODEL_FAMILIES
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 
 pytestmark = pytest.mark.usefixtures("rooms")
@@ -140,10 +141,30 @@ def test_help_explains_every_field(capsys):
     for section, cls in Config.__dataclass_fields__.items():
         for name in cls.default_factory().__dataclass_fields__:
             entry = re.search(
-                rf"--{section}\.{name}\+? (?!\[ITEM,...\], --)\S+ ([^-].{{8,}}?) \((type|default)",
+                rf"(?<!short for )--{section}\.{name}\+? (?!\[ITEM,...\], --)"
+                r"\S+ ([^-].{8,}?) \((type|default)",
                 words,
             )
-            assert entry and "--" not in entry[1], f"--help does not explain {section}.{name}"
+            said = entry and entry[1].removesuffix("; short form: --cfg-scale")
+            assert said and "--" not in said, f"--help does not explain {section}.{name}"
+
+
+def test_help_says_the_short_forms_and_each_list_of_choices_once(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--model NAME short for --model.name NAME" in words
+    assert "--data PATH short for --data.path PATH" in words
+    assert (
+        "--align NAME short for --align.target NAME; `--align NAME --help` lists its options"
+        in words
+    )
+    assert "classifier-free guidance; 1 is none; short form: --cfg-scale (type: float" in words
+    assert f"families: {', '.join(MODEL_FAMILIES)} (type: str, default: SiT-XL/2)" in words
+    # forms that nobody needs, and what stands before the text already
+    for unwanted in ("Path to a configuration file", "--train CONFIG", "Literal['bf16'"):
+        assert unwanted not in words
+    assert "--train.precision {bf16,fp32} of weights and activations" in words
 
 
 @pytest.mark.parametrize(
@@ -162,6 +183,12 @@ def test_help_explains_every_field(capsys):
         (("--align.t_max", "1.5"), "t_max"),
         (("--align.fraction", "0"), r"align.fraction must lie in \(0, 1\], got 0"),
         (("--align.every", "0"), "align.every must be at least 1, got 0"),
+        (
+            ("--align.schedule", "steps", "--align.hold", "9"),
+            "align.schedule steps needs align.hold and align.decay, in steps, got 9 and None",
+        ),
+        (("--align.schedule", "epochs", "--align.hold", "-1"), "align.hold must not be negative"),
+        (("--optim.min_lr", "0.1"), r"optim.min_lr must lie in \[0, optim.lr\], got 0.1 and"),
         (("--align.schedule", "milestones"), "milestones"),
         (("--train.steps", "0"), "train.steps"),
         (("--train.ema_decay", "1.1"), "ema_decay"),

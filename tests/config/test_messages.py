@@ -1,9 +1,14 @@
 """Bad options are one line: which option, in which file, what was expected, what came."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 
 import sra_fast.training.plan  # noqa: F401  (registers what the parser offers)
-from sra_fast.config.cli import parse_train
+from sra_fast.config.cli import make_parser, parse, parse_train
+from sra_fast.config.schema import Config
+from sra_fast.data import options as preprocess
+from sra_fast.sampling import run as sampling
 
 
 def refused(capsys, *args: str) -> str:
@@ -29,7 +34,8 @@ def refused(capsys, *args: str) -> str:
         (["--train.precision", "fp17"], "train.precision: expected bf16 or fp32, got fp17"),
         (["--train.export", "pub"], "train.export: expected a list, got pub"),
         (["--train.averages", "[1]"], "train.averages: expected options by name, got [1]"),
-        (["--optim.betas", "[0.9]"], "optim.betas: expected a tuple with 2 elements, got [0.9]"),
+        (["--optim.betas", "[0.9]"], "optim.betas: expected two numbers, got [0.9]"),
+        (["--optim.betas", "0.9"], "optim.betas: expected two numbers, got 0.9"),
         (
             ["--train.averages.a.decay", "x"],
             "train.averages.decay: expected a number or null, got x",
@@ -85,6 +91,22 @@ def test_unknown_option(capsys, args, line):
         ("[1, 2]\n", "{}: expected options by section, got '[1, 2]'"),
         ("", "{}: expected options by section, got ''"),
         ("train: 3\nmodel:\n  name: SiT-S/2\n", "train in {}: expected options below it, got 3"),
+        ("optim:\n  eps:\n", "optim.eps in {}: expected a number, got None"),
+        ("optim: {betas: [0.9, null]}\n", "optim.betas in {}: expected a number, got None"),
+        ("train: {loggers: [null]}\n", "train.loggers in {}: expected text, got None"),
+        (
+            "train:\n  averages:\n    slow:\n",
+            "train.averages in {}: expected options by name, got None",
+        ),
+        (
+            "train: {averages: {slow: {decya: 0.9}}}\n",
+            "there is no option --train.averages.decya",
+        ),
+        ("align: {milestones: {3: null}}\n", "align.milestones in {}: expected a number, got None"),
+        (
+            "align:\ntrain: {steps: 3}\n",
+            "align in {}: expected options below it, got None",
+        ),
     ],
 )
 def test_bad_file(capsys, tmp_path, text, line):
@@ -93,6 +115,50 @@ def test_bad_file(capsys, tmp_path, text, line):
     # a good file after it has no part in the message
     args = ["--config", str(file), "--config", "configs/digits.yaml"]
     assert refused(capsys, *args) == f"error: {line.format(file)}\n"
+
+
+def test_an_empty_value_is_refused_where_none_is_no_value(capsys, tmp_path):
+    """Of an option of every type that a section has."""
+    file = tmp_path / "my.yaml"
+    seen = set()
+    for section, options in vars(Config()).items():
+        for name, hint in get_type_hints(type(options)).items():
+            if str(hint) in seen:
+                continue
+            seen.add(str(hint))
+            file.write_text(f"{section}:\n  {name}:\n")
+            if type(None) in get_args(hint):
+                found = parse_train(["--config", str(file)])[0]
+                assert getattr(getattr(found, section), name) is None
+            else:
+                said = refused(capsys, "--config", str(file))
+                assert said.startswith(f"error: {section}.{name} in {file}: expected ")
+                assert said.endswith(", got None\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "line"),
+    [
+        (
+            sampling.Options,
+            "checkpoint: a\nsample:\n  steps:\n",
+            "sample.steps in {}: expected a whole number, got None",
+        ),
+        (
+            preprocess.Options,
+            "source: a\nmirror:\nout:\n",
+            "mirror in {}: expected true or false, got None",
+        ),
+        # what has to be given is missed as before
+        (preprocess.Options, "source:\nout: b\n", "the following arguments are required: source"),
+    ],
+)
+def test_an_empty_value_in_a_file_of_another_program(capsys, tmp_path, options, text, line):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        parse(options, make_parser(options, "A program."), ["--config", str(file)])
+    assert capsys.readouterr().err == f"error: {line.format(file)}\n"
 
 
 def test_a_number_with_a_zero_before_it_is_no_octal_one(tmp_path):

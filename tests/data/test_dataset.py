@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ from toy_data import write_latents
 from sra_fast.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.digits import Digits
+from sra_fast.data.facts import DataFacts
 from sra_fast.data.latents import Latents
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ShuffledBatches
+from sra_fast.data.training_data import TrainingData
+from sra_fast.utils.registry import DATASETS
 
 pytestmark = pytest.mark.usefixtures("rooms")
 
@@ -86,6 +90,137 @@ def test_data_must_fit_the_model_and_the_batch(tmp_path):
     cfg.train.global_batch = 11
     with pytest.raises(ValueError, match="larger than the data set"):
         make_dataset(cfg)
+
+
+DATA_OPTIONS = {*DataConfig.__dataclass_fields__}
+
+
+class Toy(TrainingData):
+    """Thirty-two images of two classes; what a test changes of them is set on the class."""
+
+    shape = (1, 8, 8)
+    num_classes = 2
+    in_memory = True
+    labels = torch.arange(32) % 2
+    images = torch.linspace(-1, 1, 32 * 64).view(32, 1, 8, 8)
+    fingerprint = "0123"
+
+    def __init__(self, data):
+        self.given = data
+
+    def __getitems__(self, indices):
+        return self.images[indices], self.labels[indices]
+
+
+@pytest.fixture
+def toy():
+    """A data set that somebody has added, as ``toy``, and a function that makes it."""
+
+    def make(**changes):
+        options = {name: changes.pop(name) for name in DATA_OPTIONS & {*changes}}
+        cfg = Config(
+            model=ModelConfig(name="SiT-S/2"),
+            data=DataConfig(name="toy", **options),
+            train=TrainConfig(global_batch=4),
+        )
+        DATASETS.register("toy")(type("Changed", (Toy,), changes))
+        return make_dataset(cfg)
+
+    yield make
+    DATASETS.remove("toy")
+
+
+def test_an_added_data_set_knows_its_name_and_place(toy, tmp_path, caplog):
+    data = toy(path=str(tmp_path))
+    facts = data.facts()
+    assert (facts.name, facts.path) == ("toy", str(tmp_path))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flip": True}, "data.flip is not for the data set toy, which does not mirror its images"),
+        ({"latent_scale": 7.0}, "data.latent_scale is for latents, the data are pixels; got 7.0"),
+        (
+            {"latent_shift": 7.0, "shape": (4, 8, 8)},
+            "data.latent_shift is not for the data set toy, whose own is 0; got 7.0",
+        ),
+        ({"shape": (8, 8)}, r"data set toy must have a shape \(C, H, W\), got \(8, 8\)"),
+        ({"labels": np.zeros(32)}, r"toy must be a tensor \[N\] of int64, got ndarray"),
+        ({"labels": torch.zeros(32)}, r"of int64, got torch.float32 \[32\]"),
+        (
+            {"images": Toy.images.view(32, 8, 8)},
+            r"32 images .* must have the shape \(32, 1, 8, 8\), got \(32, 8, 8\)",
+        ),
+        (
+            {"images": torch.where(torch.arange(32).view(-1, 1, 1, 1) == 5, torch.nan, Toy.images)},
+            "image 5 of the data set toy is not finite",
+        ),
+        (
+            {"images": Toy.images[:20]},
+            "toy has 32 labels, expected as many images: index 20 is out",
+        ),
+        ({"labels": Toy.labels * 3}, r"image 1 .* has the label 3, expected one in \[0, 2\)"),
+        (
+            {"images": Toy.images * 127.5 + 127.5},
+            r"pixels of the data set toy lie in \[0, 255\], expected \[-1, 1\]: of bytes",
+        ),
+    ],
+)
+def test_data_that_are_not_what_they_say_are_refused(toy, changes, message):
+    with pytest.raises(ValueError, match=message):
+        toy(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # standardized, say: a run can be trained on them
+        ({"images": Toy.images * 3}, r"lie in \[-3, 3\], expected \[-1, 1\]: pictures of samples"),
+        ({"fingerprint": None}, "has no fingerprint: a resumed run cannot tell other images"),
+    ],
+)
+def test_data_that_may_be_a_mistake_are_one_line(toy, caplog, changes, message):
+    toy(**changes)
+    (record,) = caplog.records
+    assert re.search(message, record.getMessage())
+
+
+def test_what_a_data_set_lacks_is_named(toy):
+    class Nothing(TrainingData):
+        shape = (1, 8, 8)
+
+    with pytest.raises(ValueError, match="toy must have .* has no labels and no num_classes"):
+        toy(__new__=lambda cls, data: Nothing())
+
+
+def test_few_images_are_read_of_a_set_that_is_not_in_memory(toy):
+    read = []
+
+    def getitems(self, indices):
+        read.extend(indices)
+        return Toy.__getitems__(self, indices)
+
+    toy(in_memory=False, __getitems__=getitems)
+    assert len(read) == 8 and read[0] == 0 and read[-1] == 31
+
+
+def test_a_file_that_is_not_there_is_one_line(toy):
+    with pytest.raises(ValueError, match="the data set toy needs nowhere.npz, which is not there"):
+        toy(path="nowhere.npz", __init__=lambda self, data: np.load(data.path))
+
+
+def test_a_set_that_mirrors_or_scales_may_be_asked_to(toy):
+    def init(self, data):
+        self.flip = data.flip
+        self.scale = data.latent_scale
+
+    facts = lambda self: DataFacts("toy", (4, 8, 8), 2, scale=self.scale)
+    latents = torch.randn(32, 4, 8, 8)
+    changes = {"shape": (4, 8, 8), "images": latents, "facts": facts, "__init__": init}
+    data = toy(flip=True, latent_scale=0.5, **changes)
+    assert data.flip and data.facts().scale == 0.5
 
 
 def indices(world, accumulation, micro, step=0, steps=6, seed=0):

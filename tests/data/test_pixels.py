@@ -226,8 +226,12 @@ def test_images_that_are_no_squares_are_refused(tmp_path):
 
 
 def test_the_digits_have_no_options():
-    for change in ({"flip": True}, {"path": "x"}, {"latent_scale": 2.0}):
-        with pytest.raises(ValueError, match=f"data.{[*change][0]} is not for the digits"):
+    for change, message in (
+        ({"flip": True}, "data.flip is not for the data set digits, which does not mirror"),
+        ({"path": "x"}, "data.path is not for the digits, got x"),
+        ({"latent_scale": 2.0}, "data.latent_scale is for latents, the data are pixels; got 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
             open_data(DataConfig(name="digits", **change))
 
 

@@ -7,7 +7,7 @@ from golden import Golden, assert_matches
 from sra_fast.config.schema import SampleConfig
 from sra_fast.diffusion.gaussian_diffusion import Schedule, linear_betas
 from sra_fast.diffusion.samplers import Guidance, check_sampling, sample
-from sra_fast.models import ClassLabels
+from sra_fast.models import ClassLabels, SiT
 from sra_fast.sampling.generate import generate
 from sra_fast.utils.registry import SAMPLERS
 
@@ -64,6 +64,47 @@ def test_some_channels_are_guided(family, channels):
     if out.shape[1] > n:
         assert_matches(out[:, n:], c[:, n:])
     assert (c - u)[:, :n].abs().amax((0, 2, 3)).min() > 1e-3, "the classes differ"
+
+
+@pytest.fixture
+def add():
+    """Registers a sampler as ``added`` until the test ends."""
+    yield SAMPLERS.register("added")
+    SAMPLERS.remove("added")
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda x: x[:, :, :4], r"\[2, 4, 4, 8\] of torch.float64"),
+        (lambda x: x.float(), r"\[2, 4, 8, 8\] of torch.float32"),
+        (lambda x: None, "NoneType"),
+    ],
+)
+def test_a_sampler_that_gives_no_images_is_named(add, result, got):
+    @add
+    class Added:
+        process = "flow_matching"
+        steps = (1, 5)
+        state_dtype = torch.float64
+
+        def __call__(self, guided, x, num_steps, path, noise):
+            return result(x)
+
+    model = SiT(input_size=8, in_channels=4, hidden_size=32, depth=1, num_heads=2).eval()
+    z = torch.randn(2, 4, 8, 8)
+    message = r"the sampler added must give images \[2, 4, 8, 8\] of torch.float64, .* got " + got
+    with pytest.raises(ValueError, match=message):
+        sample(model, z, torch.tensor([0, 1]), "added", 1)
+
+
+def test_a_sampler_without_steps_is_named(add):
+    @add
+    class NoSteps:
+        process = "flow_matching"
+
+    with pytest.raises(ValueError, match="sampler added .* has no steps and no state_dtype"):
+        check_sampling(SampleConfig(method="added"), Golden("SiT").model())
 
 
 def test_guided_channels_reach_the_samplers():

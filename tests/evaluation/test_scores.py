@@ -11,6 +11,7 @@ from scipy.linalg import sqrtm
 from sklearn.neighbors import NearestNeighbors
 
 from sra_fast.evaluation import scores
+from sra_fast.evaluation.digits import evaluate_digits
 from sra_fast.evaluation.scores import (
     Gaussian,
     InceptionScore,
@@ -170,3 +171,10 @@ def test_precision_and_recall_by_their_definition(sizes):
     assert expected[0] > expected[1] + 0.2 and expected[1] > 0.1
     found = precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
     assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_digits_that_are_not_finite_are_one_line():
+    images = torch.zeros(10, 1, 8, 8)
+    images[3, 0, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match="generated digits must be finite, 1 of 10 are not"):
+        evaluate_digits(images, torch.arange(10))

@@ -17,14 +17,14 @@ HERE = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """``results[world]`` of ``elastic_worker.py``, and the folder ``results["folder"]``."""
+    """``results[world]`` of ``elastic_worker.py``, the folder and what was written to stderr."""
     out = tmp_path_factory.mktemp("elastic")
     done = run_python(HERE / "elastic_worker.py", out)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict = {
         world: torch.load(out / f"results_{world}.pt", weights_only=True) for world in WORLDS
     }
-    return {"folder": out, **found}
+    return {"folder": out, "stderr": done.stderr, **found}
 
 
 def saved_state(folder: Path) -> dict:
@@ -98,14 +98,39 @@ def test_a_save_that_fails_on_one_rank_is_the_same_error_on_all(results):
     failing = results[2]["failing"]
     folder = results["folder"] / "failing"
     fallback = f"; the last whole checkpoint is {folder / 'step_00000001'}"
-    for case, kind in (("full", "SaveFailed: "), ("nan", "FloatingPointError: ")):
+    kinds = {"full": "SaveFailed: ", "broken": "SaveFailed: ", "nan": "FloatingPointError: "}
+    for case, kind in kinds.items():
         first, second = failing[case]
         assert first == second and first.startswith(kind) and first.endswith(fallback)
         assert "on rank 1" in first
     assert "/disk/file: No space left on device" in failing["full"][0]
+    assert "could not be written on rank 1: KeyError: 'planted'; the last" in failing["broken"][0]
     assert failing["left"] == ["latest", "step_00000001"]
     # a rollback goes back to it: every rank has to know it
     assert failing["parents"] == [1, 1]
+
+
+def test_snapshots_that_fail_on_one_rank_are_the_same_error_on_all(results):
+    line = "the averages of step 4 could not be stored on rank 1: "
+    full, broken = results[2]["failing_snapshots"]
+    assert full == [f"ValueError: {line}[Errno 28] No space left on device: '/disk/file'"] * 2
+    assert broken == [f"RuntimeError: {line}KeyError: 'planted'"] * 2
+
+
+def test_a_folder_that_cannot_be_made_is_the_same_error_on_all(results):
+    line = "RuntimeError: TypeError: 'NoneType' object is not callable"
+    assert results[2]["failing_folder"] == [line] * 2
+
+
+def test_faults_of_the_program_are_logged_with_their_traceback(results):
+    """By the rank that has them: one of a save, of a snapshot and of a folder."""
+    lines = results["stderr"].splitlines()
+    said = [line for line in lines if line.startswith("a fault of the program")]
+    assert sorted(said) == [f"a fault of the program on rank {rank}" for rank in (0, 1, 1)]
+    ends = [line for line in lines if line.startswith(("KeyError", "TypeError"))]
+    assert sorted(ends) == ["KeyError: 'planted'"] * 2 + [
+        "TypeError: 'NoneType' object is not callable"
+    ]
 
 
 def test_every_rank_takes_the_same_checkpoint(results):

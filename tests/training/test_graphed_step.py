@@ -6,6 +6,7 @@ The training is the same to the bit.
 from dataclasses import replace
 from json import dumps
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from sra_fast.checkpoint.manifest import Progress
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ShuffledBatches
+from sra_fast.training import graphed_step as module
 from sra_fast.training import saving
-from sra_fast.training.checks import check_device
+from sra_fast.training.checks import check_graph
+from sra_fast.training.graphed_step import _check_engine, graphed_step
 from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import optimizer_step, train
 from sra_fast.training.plan import make_plan
 from sra_fast.training.saver import Saver
-from sra_fast.training.trainer import _graph_obstacle, build, graphed_step
+from sra_fast.training.trainer import build
 from sra_fast.utils import cuda_graph
 from sra_fast.utils.cuda_graph import GraphedGradients, held_accumulators, hidden_bytes
 from sra_fast.zero import fused_step
@@ -225,6 +228,7 @@ def test_memory_that_pytorch_does_not_count():
 
 
 def test_who_may_ask_for_a_graph():
+    no_json = make_plan(tiny(1, "bf16")).ds_config
     asked = lambda *args: tiny(1, "bf16", "--train.graph", "true", *args)
     unfused = asked("--optim.implementation", "torch")
     teacher_graph = asked("--align.teacher_graph", "true")
@@ -235,9 +239,9 @@ def test_who_may_ask_for_a_graph():
         (asked(), 2, 2),
         (over_all, 1, 1),
     ):
-        check_device(found, stage, cuda=True, world=world)
+        check_graph(found, no_json, stage, world)
     # a CPU runs the same program
-    check_device(asked(), 1, cuda=False, world=2)
+    check_graph(asked(), no_json, 1, 2)
     for found, stage, world, message in (
         (asked(), 3, 1, "on 1 process needs ZeRO stage 0, 1 or 2, got 3"),
         (asked(), 3, 2, "on 2 processes needs ZeRO stage 1 or 2, got 3"),
@@ -247,7 +251,7 @@ def test_who_may_ask_for_a_graph():
         (teacher_graph, 1, 1, "it excludes align.teacher_graph"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_device(found, stage, cuda=True, world=world)
+            check_graph(found, no_json, stage, world)
 
 
 @pytest.mark.parametrize(
@@ -339,21 +343,46 @@ def test_all_is_warmed_up_before_anything_is_captured(monkeypatch):
 def test_what_of_deepspeeds_stands_in_the_way(caplog, monkeypatch):
     trainer = build(make_plan(tiny(1, "bf16")), init_distributed())
     graphed = graphed_step(trainer.engine, trainer.student, 1, graphs=False)
-
-    def obstacle(**json):
-        plan = replace(trainer.plan, ds_config={**trainer.plan.ds_config, **json})
-        return _graph_obstacle(trainer.engine, plan, graphed)
-
-    assert obstacle() is None
-    assert obstacle(flops_profiler={"enabled": False}) is None
-    assert "flops_profiler of DeepSpeed's JSON" in obstacle(flops_profiler={"enabled": True})
-    assert "wall_clock_breakdown" in obstacle(wall_clock_breakdown=True)
-    assert "timers.throughput" in obstacle(timers={"throughput": {"enabled": True}})
+    check = lambda: _check_engine(trainer.engine, 1, graphed)
+    check()
     view = graphed.parameters[0].view(-1)
-    assert "holds autograd's nodes of 1 parameters" in obstacle() and view.grad_fn is not None
+    with pytest.raises(ValueError, match="holds autograd's nodes of 1 parameters"):
+        check()
+    assert view.grad_fn is not None
     monkeypatch.setattr(trainer.engine.optimizer.step, "takes_gradients", False)
-    assert "convert or scale the gradients" in obstacle()
+    with pytest.raises(ValueError, match="DeepSpeed's JSON lets it convert or scale"):
+        check()
     trainer.engine.destroy()
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ("", None),
+        ("--optim.implementation torch", "train.graph needs optim.implementation fused, got torch"),
+        ("--train.zero_stage 3", "needs ZeRO stage 0, 1 or 2, got 3"),
+        ("--align.teacher_graph true", "it excludes align.teacher_graph"),
+    ],
+)
+def test_a_graph_that_nobody_asked_for_is_left_out_with_a_line(args, said, caplog, monkeypatch):
+    """On one GPU; what does not build an engine for it is stood in for."""
+    plan = make_plan(tiny(1, "bf16"))
+    cfg = tiny(1, "bf16", *args.split())
+    plan = replace(plan, cfg=cfg, stage=cfg.train.zero_stage)
+    student = Mock(parameters=lambda: iter([Mock(is_cuda=True)]))
+    monkeypatch.setattr(module, "graphed_step", Mock(return_value="graph"))
+    monkeypatch.setattr(module, "_check_engine", Mock())
+    found = module.make_graphed(plan, None, student)
+    assert found == (None if said else "graph")
+    lines = [f"no CUDA graph of the step, the host launches every kernel: {said}"] if said else []
+    assert len(caplog.messages) == len(lines)
+    assert not said or caplog.messages[0].endswith(said)
+    # none is asked about on several GPUs, nor where it is turned off
+    cfg.train.graph = False
+    assert module.make_graphed(plan, None, student) is None
+    cfg.train.graph = None
+    assert module.make_graphed(replace(plan, world=2), None, student) is None
+    assert len(caplog.messages) == len(lines)
 
 
 def test_a_process_takes_its_own_part_of_the_sum_in_place(monkeypatch):
@@ -462,7 +491,8 @@ def test_gradients_that_deepspeed_is_to_change_are_left_to_it(json, tmp_path, mo
     path.write_text(dumps(json))
     plan = make_plan(tiny(2, "bf16"), str(path))
     plan.cfg.train.graph = True
-    with pytest.raises(ValueError, match="train.graph true cannot be: DeepSpeed's JSON lets it"):
+    message = "DeepSpeed's JSON lets it convert or scale|grad_accum_dtype must be bf16 with train"
+    with pytest.raises(ValueError, match=message):
         build(plan, init_distributed())
 
 

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from tiny_config import config
 
 from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
+from sra_fast.training import logger, run
 from sra_fast.training.flops import training_flops
-from sra_fast.training.logger import TrainLogger, peak_flops, read_rows
+from sra_fast.training.logger import StepFacts, TrainLogger, peak_flops, read_rows
 from sra_fast.training.plan import fill_in
 
 CPU = torch.device("cpu")
@@ -81,17 +83,98 @@ def test_rows_are_means_and_come_one_reading_late(tmp_path):
     rows = []
     for step in range(1, 6):
         m.add({"loss": torch.tensor(float(step))})
-        rows.append(m.step(step, {"lr": 0.1}))
+        rows.append(m.step(StepFacts(step, lr=0.1)))
     # sent after steps 1, 2 and 4; each is read when the next one is on its way
     assert [r and r["step"] for r in rows] == [None, 1, None, 2, None]
-    m.flush(5, {"lr": 0.1})
+    m.flush()
     m.close()
     written = read_rows(tmp_path / "stats.jsonl")
     assert [(r["step"], r["loss"]) for r in written] == [(1, 1.0), (2, 2.0), (4, 3.5), (5, 5.0)]
-    assert all(
-        r["images_per_s"] > 0 and "mfu" not in r and "peak_memory_gib" not in r for r in written
-    )
+    assert all("mfu" not in r and "peak_memory_gib" not in r for r in written)
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that only a test moves on."""
+    now = [0.0]
+    monkeypatch.setattr(logger.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def take_steps(m: TrainLogger, clock: list, seconds: dict[int, float]) -> None:
+    """Steps by their numbers, of so many seconds."""
+    for step, took in seconds.items():
+        clock[0] += took
+        m.add({"loss": torch.tensor(1.0)})
+        m.step(StepFacts(step))
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_speeds_are_those_of_timed_steps(tmp_path, clock, start):
+    """Without the first step of a process, which compiles, and what is done between steps."""
+    m = metrics(tmp_path, every=4, start=start)
+    first, *others = range(start + 1, start + 8)
+    take_steps(m, clock, {first: 60.0} | {step: 0.5 for step in others})
+    m.flush()
+    # a checkpoint, and a single slow step before the next one
+    clock[0] += 100.0
+    m.restart_clock()
+    take_steps(m, clock, {start + 8: 2.0})
+    m.flush()
+    rows = m.close()
+    speeds = [(r["step"], r.get("timed_steps"), r.get("ms_per_step")) for r in rows]
+    begun = [(1, None, None)] if start == 0 else []
+    assert speeds == [
+        *begun,
+        (start + 4, 3, 500.0),
+        (start + 7, 3, 500.0),
+        (start + 8, 1, 2000.0),
+    ]
+    # of 8 images each
+    assert rows[-1]["images_per_s"] == 4.0
+    assert run.logged(rows, 8)["images_per_s"] == round(7 * 8 / 5.0, 1)
+    if not start:
+        assert run.logged(rows[:1], 8)["images_per_s"] is None
+
+
+def test_the_weight_of_the_alignment_is_a_mean(tmp_path):
+    """As the losses are: their sum is the loss, whichever step a row ends with."""
+    m = metrics(tmp_path, every=4)
+    for step in range(1, 10):
+        aligned = step % 2
+        denoise, distance = 1.0 + step, 3.0
+        m.add({"loss": torch.tensor(denoise + 0.5 * aligned * distance), "denoise": denoise})
+        if aligned:
+            m.add({"align": torch.tensor(distance)})
+        m.step(StepFacts(step, weights={"align": 0.5 * aligned}))
+    m.flush()
+    rows = m.close()
+    assert [row["align_weight"] for row in rows] == [0.5, 0.5 / 3, 0.25, 0.5]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["denoise"] + row["align_weight"] * row["align"])
+
+
+def test_mfu_counts_the_targets_of_each_step(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(logger, "peak_flops", lambda *args: 1e9)
+    words = ("--align2", "layer_sync", "--align.every", "2", "--train.log_every", "2")
+    cfg = config(*words)
+    fill_in(cfg)
+    m = TrainLogger(None, cfg, CPU, 1)
+    plain, extra = m.flops, m.target_flops
+    assert extra["align"] > 0 and set(extra) == {"align", "align2"}
+    kinds = [{"align": 1.0, "align2": 0.0}, {"align": 0.0, "align2": 1.0}, {}, {}, {"align": 1.0}]
+    for step, weights in enumerate(kinds, 1):
+        clock[0] += 1.0
+        m.add({"loss": torch.tensor(1.0)})
+        m.step(StepFacts(step, weights=weights))
+    m.flush()
+    found = [row["mfu"] for row in m.close()[1:]]
+    # 8 images in a second
+    expected = [plain + (extra["align"] + extra["align2"]) / 2, plain, plain + extra["align"]]
+    # the first row's own step is not in the second
+    expected[0] = plain + extra["align2"]
+    assert found == pytest.approx([8 * float(flops) / 1e9 for flops in expected])
 
 
 def test_resumed_log_drops_rows_beyond_the_checkpoint(tmp_path):
@@ -109,8 +192,8 @@ def test_the_values_of_every_step_are_handed_on(tmp_path):
     m.watch = seen.extend
     for step, loss in enumerate((1.0, math.nan, 3.0)):
         m.add({"loss": torch.tensor(loss)}, step)
-        m.step(step + 1, {})
-    m.flush(3, {})
+        m.step(StepFacts(step + 1))
+    m.flush()
     m.close()
     assert [at for table in seen for at in table.at] == [(0, 0), (1, 0), (2, 0)]
     assert [row["loss"] for row in m.rows][::2] == [1.0, 3.0]
@@ -174,8 +257,9 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, stage, precision, o
         # the first steps allocate optimizer state
         if step == 2:
             reads.clear()
-        extra = optimizer_step(trainer, batches, stream, data, step, m)
-        m.step(step + 2, extra)
+        facts = optimizer_step(trainer, batches, stream, data, step, m)
+        # no row is due at these steps
+        m.step(replace(facts, step=step + 2))
     # the counts of both optimizers are on the device, unread
     assert all(
         state["step"].device == trainer.device for state in trainer.masters.optimizer_states()

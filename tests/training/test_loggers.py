@@ -13,7 +13,7 @@ from launch import ROOT, call, error_of
 from PIL import Image
 from tiny_config import config
 
-from sra_fast.training.logger import TrainLogger, read_rows
+from sra_fast.training.logger import StepFacts, TrainLogger, read_rows
 from sra_fast.training.loggers import RunLogger, check_loggers
 from sra_fast.utils import files
 from sra_fast.utils.registry import LOGGERS
@@ -33,8 +33,8 @@ def log_steps(logger: TrainLogger, steps: range, extra_from: int = 100) -> None:
         logger.add({"loss": torch.tensor(float(step))})
         if step >= extra_from:
             logger.add({"align": torch.tensor(step / 2)})
-        logger.step(step, {"lr": 0.5})
-    logger.flush(steps[-1], {"lr": 0.5})
+        logger.step(StepFacts(step, lr=0.5))
+    logger.flush()
 
 
 def picture(folder: Path) -> Path:

@@ -11,8 +11,9 @@ from tiny_config import config
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.facts import DataFacts
 from sra_fast.training import start_lines as module
+from sra_fast.training.checks import check_config
 from sra_fast.training.flops import training_flops
-from sra_fast.training.plan import Plan, make_plan
+from sra_fast.training.plan import Plan, fill_in, make_plan
 from sra_fast.training.start_lines import say_start, start_lines
 
 FOLDER = Path("runs/x/000")
@@ -107,6 +108,41 @@ def test_averages_are_counted(stage, where):
     assert lines[1].endswith(f"; EMA and 3 averages {where}")
 
 
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (
+            "--align.hold 1 --align.decay 1",
+            "align.hold, align.decay, because align.schedule is const",
+        ),
+        ("--align.hold 1 --align.decay 1 --align.schedule steps", None),
+        ("--align.schedule epochs", None),
+        (
+            '--align.decay 9 --align.milestones {"5":0.1} --align.schedule milestones',
+            "align.decay, bec",
+        ),
+        ("--align2 layer_sync --align2.hold 3", "align2.hold, because align2.schedule is constant"),
+        # options of a target that is turned off are another run's
+        ("--align none", None),
+        (
+            "--monitor.count 5 --monitor.grid 4",
+            "monitor.count, monitor.grid, because monitor.every is",
+        ),
+        ("--monitor.count 5 --monitor.every 4", None),
+        ("--optim.min_lr 1e-5", "optim.min_lr, because optim.schedule is constant"),
+        ("--optim.min_lr 1e-5 --optim.schedule cosine", None),
+    ],
+)
+def test_options_that_nothing_reads_are_a_warning(args, said, capsys):
+    cfg = config("--train.precision", "fp32", *args.split())
+    fill_in(cfg)
+    check_config(cfg)
+    say_start(trainer(cfg), make_dataset(cfg), FOLDER)
+    lines = capsys.readouterr().err.splitlines()[6:]
+    assert len(lines) == (said is not None)
+    assert said is None or lines[0].startswith(f"warning: nothing reads {said}")
+
+
 def test_bf16_on_a_cpu_is_one_warning(capsys):
     for precision, warnings in (("bf16", 1), ("fp32", 0)):
         cfg = config("--train.precision", precision)
@@ -123,7 +159,14 @@ def test_bf16_on_a_cpu_is_one_warning(capsys):
     [
         ("--train.steps 2000", None, "after 2000 steps 82% of the weights that are sampled (ema, "),
         ("--train.steps 20000", None, "a smaller --train.ema_decay, such as 0.999, or more steps"),
-        ("--train.steps 6 --train.ema_decay 0.99", None, "--train.ema_decay, such as 0.9, or more"),
+        ("--train.steps 6 --train.ema_decay 0.99", None, "--train.ema_decay, such as 0.5407, or"),
+        ("--train.steps 6 --train.ema_decay 0.5407", None, None),
+        (
+            "--train.steps 30 --train.ema_decay 0.95",
+            None,
+            "smaller --train.ema_decay, such as 0.8843",
+        ),
+        ("--train.steps 30 --train.ema_decay 0.8843", None, None),
         # 5 %
         ("--train.steps 29900", None, "5% of the weights"),
         ("--train.steps 30000", None, None),

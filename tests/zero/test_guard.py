@@ -13,6 +13,8 @@ from guard_worker import CASES, ON_SEVERAL, Poison, check, copy_of, make, take_s
 from launch import environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sra_fast.zero.guard import warm_up
+
 WORKER = Path(__file__).parents[1] / "guard_worker.py"
 
 
@@ -118,6 +120,15 @@ def test_the_warm_up_counts_updates_that_were_taken(name, tmp_path):
         if key.endswith((".master", ".ema")):
             torch.testing.assert_close(with_bad[key], value, rtol=1e-5, atol=1e-6)
     assert with_bad["updates"] == without["updates"] == 6
+
+
+@pytest.mark.parametrize("steps, expected", [(0, [1.0, 1.0]), (4, [0.25, 0.5, 0.75, 1.0, 1.0])])
+def test_a_warm_up_is_linear(steps, expected):
+    """The first update has a rate above zero. On the device it is the same."""
+    numbers = range(1, len(expected) + 1)
+    assert [warm_up(number, steps) for number in numbers] == expected
+    counted = [warm_up(torch.tensor(float(number)), steps) for number in numbers]
+    assert [float(factor) for factor in counted] == expected
 
 
 def test_the_factor_of_a_warm_up_is_that_of_the_last_decision(tmp_path):
