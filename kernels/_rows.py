@@ -50,6 +50,11 @@ def width_config(D: int) -> dict[str, int]:
     return {"D": D, "HEAD": head, "TAIL": tail, "num_warps": min(max(head // 256, 1), 16)}
 
 
+def columns_per_thread(config: dict[str, int]) -> int:
+    """Of a row, by ``width_config``."""
+    return (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
+
+
 @functools.cache
 def num_splits(images: int, steps: int, slots: int) -> int:
     """Programs per image: as few as fill the device evenly, because each one adds a partial sum.

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._plans import Plans, mark_in_use
+from ._plans import Plans, check_not_capturing, mark_in_use
 
 # 8 elements per thread at 4 warps: two 128-bit accesses of each fp32 buffer, one of each
 # half-precision one
@@ -36,8 +36,8 @@ ALIGNMENT = 16
 # after the last piece: a begin that no block reaches
 NO_MORE_PIECES = 2**62
 
-_layouts = Plans("adamw_ema_")
-_addresses = Plans("adamw_ema_")
+_layouts = Plans()
+_addresses = Plans()
 
 
 @triton.jit
@@ -213,6 +213,7 @@ def _layout(
     begins: list[int], counts: list[int], N: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tables begin, count and first of ``_adamw_ema_kernel``."""
+    check_not_capturing("adamw_ema_")
     begin = torch.tensor([*begins, NO_MORE_PIECES])
     count = torch.tensor(counts)
     ends = begin[:-1] + count
@@ -222,6 +223,7 @@ def _layout(
 
 def _on_device(addresses: list[int], device: torch.device) -> Tensor:
     """The table of addresses; on a GPU copied without a wait."""
+    check_not_capturing("adamw_ema_")
     table = torch.tensor(addresses)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
@@ -233,6 +235,9 @@ def _tables(
 
     All are cached. An allocator hands out the same addresses step after step, so the table of
     addresses is rarely rebuilt either.
+
+    Raises:
+        RuntimeError: a table is new and a CUDA graph is being captured.
     """
     counts = [piece.numel() for piece in pieces]
     addresses = [piece.data_ptr() for piece in pieces]

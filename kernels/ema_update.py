@@ -16,14 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._plans import Plans, mark_in_use
+from ._plans import Plans, check_not_capturing, key_of, mark_in_use
 
 # 16 elements per thread at 8 warps; the table is 0.07 % of the traffic
 CHUNK = 4096
 # upper limit of 32-bit registers per thread, for launches with wide accesses
 REGISTERS = {"_ema_kernel": 48}
 
-_plans = Plans("ema_update_")
+# the table of one launch, empty tensors of the dtypes, and whether its accesses are wide
+Launch = tuple[Tensor, list[Tensor], bool]
+
+_plans = Plans()
 
 
 @triton.jit
@@ -79,14 +82,16 @@ def _lines(operands: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
     return torch.stack([*addresses, count], dim=1)
 
 
-def _plan(
-    ema: list[Tensor], params: list[Tensor], copies: list[Tensor]
-) -> list[tuple[Tensor, list[Tensor], bool]]:
-    """(table, empty tensors of the dtypes, vector) of every launch.
+def plan(ema: list[Tensor], params: list[Tensor], copies: list[Tensor]) -> list[Launch]:
+    """Every launch that these tensors need.
 
     Misaligned tensors, and the last numel % 16 elements of every tensor, go to a launch whose
     accesses are one element wide.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
     """
+    check_not_capturing("ema_update_")
     groups: dict[tuple[tuple[torch.dtype, ...], bool], list[Tensor]] = {}
     lists = (ema, params, copies) if copies else (ema, params)
     for operands in zip(*lists, strict=True):
@@ -99,13 +104,35 @@ def _plan(
                 groups.setdefault((dtypes, vector), []).append(_lines(operands, start, stop))
 
     # one table per launch
-    plan = []
+    launches = []
     for (dtypes, vector), lines in groups.items():
         table = torch.cat(lines).to(ema[0].device)
         # the kernel always takes three dtypes; without copies the last one is not used
         like = [table.new_empty(0, dtype=dtype) for dtype in (*dtypes, dtypes[-1])[:3]]
-        plan.append((table, like, vector))
-    return plan
+        launches.append((table, like, vector))
+    return launches
+
+
+def launch(launches: list[Launch], write_copies: bool, decay: float | Tensor) -> None:
+    """Update the tensors of a plan; ``decay`` as in ``ema_update_``."""
+    decay_on_device = None
+    if isinstance(decay, Tensor):
+        decay_on_device = decay
+        decay = 0.0
+    for table, like, vector in launches:
+        mark_in_use(table)
+        _ema_kernel[(table.shape[0],)](
+            table,
+            *like,
+            decay_on_device,
+            1 - decay,
+            decay,
+            WRITE_COPY=write_copies,
+            VECTOR=vector,
+            CHUNK=CHUNK,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )
 
 
 def ema_update_(
@@ -115,23 +142,5 @@ def ema_update_(
 
     ``decay``: a number, or one of fp64 on the device.
     """
-    decay_on_device = None
-    if isinstance(decay, Tensor):
-        decay_on_device = decay
-        decay = 0.0
-    operands = (*ema, *params, *copies)
-    key = (len(copies), *((t.data_ptr(), t.numel(), t.dtype) for t in operands))
-    for table, like, vector in _plans.get(key, lambda: _plan(ema, params, copies)):
-        mark_in_use(table)
-        _ema_kernel[(table.shape[0],)](
-            table,
-            *like,
-            decay_on_device,
-            1 - decay,
-            decay,
-            WRITE_COPY=bool(copies),
-            VECTOR=vector,
-            CHUNK=CHUNK,
-            num_warps=8,
-            enable_fp_fusion=True,
-        )
+    launches = _plans.get(key_of(ema, params, copies), lambda: plan(ema, params, copies))
+    launch(launches, bool(copies), decay)

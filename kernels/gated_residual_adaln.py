@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ._rows import (
     E4M3,
+    columns_per_thread,
     factor_of,
     is_owned,
     load,
@@ -399,10 +400,6 @@ def widest_with_two(y: torch.dtype, h: torch.dtype) -> int:
     return TWO_WIDTH_FP32 if torch.float32 in (y, h) else TWO_WIDTH
 
 
-def _columns_per_thread(config: dict[str, int]) -> int:
-    return (config["HEAD"] + config["TAIL"]) // (32 * config["num_warps"])
-
-
 def _config_of_two(D: int, y: torch.dtype, h: torch.dtype) -> dict[str, int]:
     """``width_config`` with twice the warps where the backward with two modulations needs them.
 
@@ -410,7 +407,7 @@ def _config_of_two(D: int, y: torch.dtype, h: torch.dtype) -> dict[str, int]:
     bytes in a single warp (D=384). With y or h in fp32 they would spill 8-56 bytes.
     """
     config = width_config(D)
-    is_wide = _columns_per_thread(config) >= 10
+    is_wide = columns_per_thread(config) >= 10
     if is_wide and (torch.float32 in (y, h) or config["num_warps"] == 1):
         return config | {"num_warps": 2 * config["num_warps"]}
     return config
@@ -423,7 +420,7 @@ def _max_registers(config: dict[str, int], has_all_vectors: bool) -> int | None:
     to fit 128, at D=640 and 1280 (10) to fit 96. 8 or 9 columns it fits in fewer by itself, but
     without a vector spills two for sm_80 to fit 64.
     """
-    if _columns_per_thread(config) >= 10:
+    if columns_per_thread(config) >= 10:
         return 144
     return None if has_all_vectors else 96
 
@@ -435,7 +432,7 @@ def _max_registers_of_two(config: dict[str, int], is_half: bool, has_bias: bool)
     bias). Arrays in half precision fit into it, if a thread has up to 10 columns, or 9 and a bias:
     10 and a bias spill 16-24 bytes for sm_100, 12 columns 16-128.
     """
-    return 128 if is_half and _columns_per_thread(config) + has_bias <= 10 else 160
+    return 128 if is_half and columns_per_thread(config) + has_bias <= 10 else 160
 
 
 def _num_groups(gate: Tensor | None, scale: Tensor | None) -> int:
@@ -609,6 +606,12 @@ def _launch_bwd(
     part = y.new_empty(B * G, P, K, D, dtype=torch.float32)
     h = dh.new_empty(0 if shift is None else y.shape)
     config = width_config(D) if dh2 is None else _config_of_two(D, y.dtype, dh.dtype)
+    # without a limit ptxas 13 spills two registers at D=512 and 1024 to fit 168
+    max_registers = None if dh2 is None else 255
+    is_half = all(t.element_size() == 2 for t in (x_new, y, dh))
+    if dh2 is None and shift is not None and is_half and columns_per_thread(config) == 9:
+        # three programs of SiT-XL's rows on a processor: of Triton 3.8's code it takes 204, for two
+        max_registers = 168
     _gated_residual_adaln_bwd_kernel[(B * G * P,)](
         x_new,
         y,
@@ -639,8 +642,7 @@ def _launch_bwd(
         HAS_SHIFT=has_shift,
         IS_FACTOR=is_factor,
         **config,
-        # without a limit ptxas 13 spills two registers at D=512 and 1024 to fit 168
-        maxnreg=None if dh2 is None else 255,
+        maxnreg=max_registers,
         enable_fp_fusion=True,
     )
     dbias = y.new_empty(0) if bias is None else bias.new_empty(D)

@@ -5,6 +5,9 @@ NOISE = "kernels/noise_pair.py"
 EMA = "kernels/ema_update.py"
 ADAMW = "kernels/adamw_ema.py"
 CUDA = "csrc/ema_update.cu"
+PLANS = "kernels/_plans.py"
+DTENSORS = "sra_fast/ops/_dtensors.py"
+MEMORY = "sra_fast/ops/_memory.py"
 O_EMA = "sra_fast/ops/ema_update.py"
 O_ADAMW = "sra_fast/ops/adamw_ema.py"
 O_ADAMW_CHECKS = "sra_fast/ops/_adamw_arguments.py"
@@ -15,6 +18,9 @@ GUARDED = "sra_fast/zero/guarded_step.py"
 T_ALIGN = "tests/ops/test_align_distance.py"
 T_NOISE = "tests/ops/test_noise_pair.py"
 T_EMA = "tests/ops/test_ema_update.py"
+T_PLANS = "tests/ops/test_plans.py"
+T_MEMORY = "tests/ops/test_memory.py"
+T_DTENSORS = "tests/ops/test_dtensors.py"
 T_ADAMW = "tests/ops/test_adamw_ema.py"
 T_PIECES = "tests/ops/test_adamw_ema_pieces.py"
 T_DEVICE_STEP = "tests/ops/test_adamw_ema_device_step.py"
@@ -197,11 +203,60 @@ BUGS = [
         T_EMA,
     ),
     (
-        "plan found by address alone",
-        EMA,
-        "(t.data_ptr(), t.numel(), t.dtype) for",
-        "(t.data_ptr(),) for",
+        "plan found without the shapes",
+        PLANS,
+        "        *map(Tensor.size, tensors),\n",
+        "",
         T_EMA,
+    ),
+    (
+        "plan found without the strides",
+        PLANS,
+        "        *map(Tensor.stride, tensors),\n",
+        "",
+        T_EMA,
+    ),
+    (
+        "a captured table goes with its plan",
+        PLANS,
+        "_captured.update(",
+        "dict(",
+        T_PLANS,
+    ),
+    (
+        "the newest plan is evicted",
+        PLANS,
+        "entry.last_call = self.calls",
+        "entry.last_call = -self.calls",
+        T_PLANS,
+    ),
+    (
+        "only what is written is compared",
+        MEMORY,
+        "before = last if is_written else last_written",
+        "before = last_written",
+        T_MEMORY,
+    ),
+    (
+        "the tensor before taken for the one that ends last",
+        MEMORY,
+        "last = max(last, (end, i))",
+        "last = (end, i)",
+        T_MEMORY,
+    ),
+    (
+        "a view with a sign taken for its memory",
+        O_EMA,
+        "any(map(Tensor.is_neg, chain(ema, params, copies)))",
+        "False",
+        T_EMA,
+    ),
+    (
+        "shards of another mesh",
+        DTENSORS,
+        "return x.device_mesh, x.placements, x.shape",
+        "return x.placements, x.shape",
+        T_DTENSORS,
     ),
     ("no weight decay", ADAMW, "shrink * param - step_size", "param - step_size", T_ADAMW),
     (

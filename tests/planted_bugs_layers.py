@@ -29,8 +29,8 @@ BUGS = [
     (
         "an epilogue where GELU's output is missing",
         MLP,
-        "if _cublaslt.available(a) and not recompute_hidden:",
-        "if _cublaslt.available(a):",
+        "_cublaslt.available(a) and not recompute_hidden:",
+        "_cublaslt.available(a):",
         T_EPILOGUES,
     ),
     (
@@ -223,6 +223,13 @@ BUGS = [
         "hidden if needs_weight2 and not recompute else None",
         "hidden if needs_weight2 else None",
         T_LAYERS,
+    ),
+    (
+        "products for gradients that nobody wants",
+        HALF_BLOCK,
+        "    if needs_norm:\n",
+        "    if True:\n",
+        "tests/ops/test_wanted_gradients.py",
     ),
     (
         "weight gradients of frozen weights",

@@ -84,14 +84,23 @@ def make(shapes, dtypes, device, offset=0):
     return ema, params
 
 
+def launch_extension(*arguments, direct=False):
+    """What the operator does on a GPU; it refuses host tensors, but the extension is compared on
+    them.
+    """
+    plan = module._make_plan(*arguments[:3])
+    # what is planned in the first call is used in the second
+    for _ in range(2 if direct else 1):
+        module._launch(*arguments, extension=True, plan=plan, direct=direct)
+
+
 def check(ema, params, decay, copies=None):
     truth = [e.double() for e in ema]
     ema_update_ref_(truth, [p.double() for p in params], decay)
     if ema[0].is_cuda:
         ema_update_(ema, params, decay, copies, backend="cuda")
     else:
-        # the operator refuses host tensors; the extension is compared on them
-        module._launch(ema, params, copies or [], decay, extension=True)
+        launch_extension(ema, params, copies or [], decay)
     for e, t in zip(ema, truth, strict=True):
         torch.testing.assert_close(e.double(), t, rtol=3e-7, atol=3e-7)
     for c, e in zip(copies or [], ema if copies else [], strict=True):
@@ -107,6 +116,26 @@ def test_update(installed, decay, copy, device):
     ema, params = make(SHAPES, list(DTYPES.values()), device)
     copies = [torch.full_like(e, float("nan"), dtype=DTYPES[copy]) for e in ema] if copy else None
     check(ema, params, decay, copies)
+
+
+def test_a_planned_call_does_the_same(installed, device):
+    """Twice, with the addresses of the first call; beside a tensor that the reference takes."""
+    ema, params = make(SHAPES, list(DTYPES.values()), device)
+    params[1] = params[1].t().contiguous().t()
+    copies = [torch.zeros_like(e, dtype=torch.bfloat16) for e in ema]
+    same = [e.clone() for e in ema]
+    same_copies = [c.clone() for c in copies]
+    for _ in range(2):
+        ema_update_ref_(same, params, 0.7, same_copies)
+    if ema[0].is_cuda:
+        for _ in range(2):
+            ema_update_(ema, params, 0.7, copies, backend="cuda")
+    else:
+        launch_extension(ema, params, copies, 0.7, direct=True)
+    for e, s in zip(ema, same, strict=True):
+        torch.testing.assert_close(e, s, rtol=3e-7, atol=3e-7)
+    for c, e in zip(copies, ema, strict=True):
+        assert torch.equal(c, e.to(c.dtype))
 
 
 def test_misaligned_tensors(installed, device):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors
+from sra_fast.ops._dtensors import check_whole
+from sra_fast.ops._memory import first_overlap
 from sra_fast.ops.fp8 import Fp8Copy
 from sra_fast.ops.quantize_rows import E4M3
 
@@ -77,6 +79,9 @@ def _check_pieces(grad: Sequence[tuple[int, Tensor]], param: Tensor) -> None:
             "adamw_ema_: expected grad as a tensor or as a list of (first element, tensor), at least one, "
             f"got {_describe(grad)}"
         )
+    if {type(piece) for _, piece in pieces} != {Tensor}:
+        named = {f"piece {i} of grad": piece for i, (_, piece) in enumerate(pieces)}
+        check_whole("adamw_ema_", named)
     N = param.numel()
     dtype = pieces[0][1].dtype
     # one past the last element of the piece before
@@ -143,6 +148,24 @@ def check_buffers(
         )
 
 
+def check_memory(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
+    """Raise ValueError if a buffer that is written lies in the memory of another: the kernel and
+    the reference would write it in different orders.
+    """
+    given = {name: x for name, x in (written | read).items() if x is not None}
+    found = first_overlap(
+        [x for name, x in given.items() if name in written],
+        [x for name, x in given.items() if name in read],
+    )
+    if found is not None:
+        names = list(given)
+        first, second = found
+        raise ValueError(
+            "adamw_ema_: expected every buffer in memory of its own, "
+            f"got {names[second]} in the memory of {names[first]}"
+        )
+
+
 def check_fp8(copy: Fp8Copy, param: Tensor) -> None:
     """Raise ValueError unless the e4m3 copy fits the buffer."""
     values = copy.values
@@ -150,6 +173,7 @@ def check_fp8(copy: Fp8Copy, param: Tensor) -> None:
     small = {"multiplier": copy.multiplier, "amax": copy.amax, "ends": copy.ends}
     named = {f"ema_copy.{name}": x for name, x in {"values": values, **small}.items()}
     check_tensors("adamw_ema_", named)
+    check_whole("adamw_ema_", named)
     if (
         values.dtype != E4M3
         or values.shape != param.shape
@@ -198,7 +222,9 @@ def check_numbers(
             "adamw_ema_: expected an integer step >= 1 (the first update is step 1) or a DeviceStep, "
             f"got {step!r}"
         )
-    finite = all(0 <= number < math.inf for number in (lr, eps)) and math.isfinite(weight_decay)
+    # comparisons, which a compiler also traces of numbers that change
+    finite = all(0 <= number < math.inf for number in (lr, eps))
+    finite = finite and -math.inf < weight_decay < math.inf
     if not finite or not all(0 <= beta < 1 for beta in betas) or not 0 <= decay <= 1:
         raise ValueError(
             "adamw_ema_: expected finite lr, eps >= 0 and weight_decay, betas in [0, 1), decay in [0, 1], "
@@ -210,6 +236,7 @@ def check_device_step(step: DeviceStep, param: Tensor) -> None:
     """Raise ValueError unless the numbers of the update lie beside the parameter."""
     numbers = step.numbers
     check_tensors("adamw_ema_", {"step.numbers": numbers})
+    check_whole("adamw_ema_", {"step.numbers": numbers})
     got = ([*numbers.shape], numbers.dtype, numbers.device, numbers.is_contiguous())
     if got != ([4], torch.float64, param.device, True):
         raise ValueError(

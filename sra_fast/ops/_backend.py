@@ -74,19 +74,29 @@ def use_triton(operator: str, x: Tensor, backend: str | None) -> bool:
     return backend == "triton" or (x.is_cuda and x.dtype != torch.float64)
 
 
+def has_transform() -> bool:
+    """Whether a transform of ``torch.func`` is active.
+
+    A compiler calls it while it traces, inside the transforms that it has entered, and keeps the
+    answer. Its graphs have a guard on the transforms outside.
+    """
+    # torch has no public query for it, and its type hints leave this one out
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack() is not None
+
+
+# what torch.compiler.assume_constant_result sets, which would import the compiler with this module:
+# two seconds
+has_transform._dynamo_marked_constant = True
+
+
 def _is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` (vmap, grad, jvp) is at work, for which the references
-    are.
+    """``has_transform``, which is logged once: the references run then.
 
     Under vmap a tensor does not say whether it wants a gradient, and an operator without a Function
     would drop it silently.
     """
-    # a compiler's graph has such transforms as calls of their own
-    if torch.compiler.is_compiling():
-        return False
-    # torch has no public query for it, and its type hints leave this one out
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    active = functorch.peek_interpreter_stack() is not None
+    active = has_transform()
     if active:
         log_once("torch.func: the references run under vmap, grad and the like, not the kernels")
     return active

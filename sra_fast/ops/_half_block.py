@@ -17,14 +17,13 @@ from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops._backend import autocast, check_tensors, log_once
 from sra_fast.ops._modulation import check_inputs, runs_kernel, with_dense_rows
 from sra_fast.ops._register import wants_grad
-from sra_fast.ops.adaln import _bwd as _adaln_bwd
-from sra_fast.ops.adaln import _fwd as _adaln_fwd
-from sra_fast.ops.adaln import check_norm, run_adaln
-from sra_fast.ops.gated_residual import _bwd as _gated_bwd
-from sra_fast.ops.gated_residual import _fwd as _gated_fwd
-from sra_fast.ops.gated_residual_adaln import _bwd as _fused_bwd
-from sra_fast.ops.gated_residual_adaln import _fwd as _fused_fwd
-from sra_fast.ops.gated_residual_adaln import run_gated_residual_adaln
+from sra_fast.ops.adaln import adaln_bwd, adaln_fwd, check_norm, run_adaln
+from sra_fast.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
+from sra_fast.ops.gated_residual_adaln import (
+    gated_residual_adaln_bwd,
+    gated_residual_adaln_fwd,
+    run_gated_residual_adaln,
+)
 
 # what a half-block adds to the residual stream: its output [B, T, D], its gate, and the bias [D]
 # that its output lacks, or None
@@ -39,12 +38,12 @@ def norm_forward(
     Rows that are too wide for one pass take two.
     """
     if y is not None and x.shape[2] > fused_kernels.MAX_WIDTH:
-        x = _gated_fwd(x, y, y_bias, gate, group)
+        x = gated_residual_fwd(x, y, y_bias, gate, group)
         y = None
     if y is None:
-        h, mean, rstd = _adaln_fwd(x, shift, scale, group, eps, rms, dtype)
+        h, mean, rstd = adaln_fwd(x, shift, scale, group, eps, rms, dtype)
         return x, h, mean, rstd
-    return _fused_fwd(x, y, y_bias, gate, shift, scale, group, eps, rms, dtype)
+    return gated_residual_adaln_fwd(x, y, y_bias, gate, shift, scale, group, eps, rms, dtype)
 
 
 def norm_backward(
@@ -54,18 +53,44 @@ def norm_backward(
     # the kernels recompute h if they get the shift
     shift = shift if recompute_h else None
     if y is None:
-        dx, dshift, dscale, h = _adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
+        dx, dshift, dscale, h = adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
         return (dx, None, None, None, dshift, dscale), h
     if x_new.shape[2] > fused_kernels.MAX_WIDTH:
-        dx, dshift, dscale, h = _adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
+        dx, dshift, dscale, h = adaln_bwd(dh, x_new, scale, group, mean, rstd, shift)
         dx = dx if dx_new is None else dx + dx_new
-        dy, dgate, dbias = _gated_bwd(dx, y, y_bias, gate, group)
+        dy, dgate, dbias = gated_residual_bwd(dx, y, y_bias, gate, group)
         return (dx, dy, None if y_bias is None else dbias, dgate, dshift, dscale), h
-    dx, dy, dgate, dshift, dscale, dbias, h = _fused_bwd(
+    dx, dy, dgate, dshift, dscale, dbias, h = gated_residual_adaln_bwd(
         dx_new, dh, x_new, y, y_bias, gate, scale, group, mean, rstd, shift
     )
     dbias = None if y_bias is None else dbias
     return (dx, dy, dbias, dgate, dshift, dscale), h
+
+
+def layer_backward(
+    needs_norm: bool,
+    recompute_h: bool,
+    dx_new: Tensor | None,
+    dout: Tensor,
+    weight: Tensor,
+    x_new: Tensor,
+    *saved: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """``norm_backward`` after the input's gradient of a layer with ``weight [N, D]``, output
+    gradient ``dout [B T, N]``.
+
+    Unless ``needs_norm``, nobody wants a gradient of x, y or a vector, as before a frozen network:
+    they are None, and the product is left out.
+    """
+    if needs_norm:
+        dh = (dout @ weight).view(x_new.shape)
+        return norm_backward(recompute_h, dx_new, dh, x_new, *saved)
+    h = dout.new_empty(0)
+    if recompute_h:
+        # h comes out of the pass of the norm's backward
+        nothing = x_new.new_zeros(x_new.shape, dtype=weight.dtype)
+        _, h = norm_backward(True, None, nothing, x_new, *saved)
+    return (None,) * 6, h
 
 
 def as_tokens(out: Tensor, x: Tensor) -> Tensor:

@@ -127,6 +127,8 @@ class _PerToken(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if y is None:
             return h
+        if not any((*ctx.needs_input_grad[:4], ctx.needs_input_grad[9])):
+            ctx.mark_non_differentiable(x_new)
         return (x_new, h) if has_norm else x_new
 
     @staticmethod

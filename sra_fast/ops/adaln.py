@@ -91,14 +91,14 @@ def _fake_bwd(dy, x, scale, group, mean, rstd, shift, has_shift=True, is_factor=
     return dx, dshift, dscale, y
 
 
-_fwd = register(
+adaln_fwd = register(
     "adaln_fwd(Tensor x, Tensor? shift, Tensor? scale, Tensor? group, float eps, bool rms,"
     " ScalarType? dtype=None, bool is_factor=False, Tensor? residual=None)"
     " -> (Tensor, Tensor, Tensor)",
     kernels.adaln_fwd,
     _fake_fwd,
 )
-_bwd = register(
+adaln_bwd = register(
     "adaln_bwd(Tensor dy, Tensor x, Tensor? scale, Tensor? group, Tensor mean, Tensor rstd,"
     " Tensor? shift, bool has_shift=True, bool is_factor=False)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -111,7 +111,7 @@ class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, scale, group, eps, rms, dtype, is_factor):
         x = x.contiguous()
-        y, mean, rstd = _fwd(x, shift, scale, group, eps, rms, dtype, is_factor)
+        y, mean, rstd = adaln_fwd(x, shift, scale, group, eps, rms, dtype, is_factor)
         # neither y nor shift: no gradient depends on them
         ctx.save_for_backward(x, scale, group, mean, rstd)
         ctx.flags = (shift is not None, is_factor)
@@ -121,7 +121,7 @@ class _AdaLN(torch.autograd.Function):
     def backward(ctx, dy):
         x, scale, group, mean, rstd = ctx.saved_tensors
         dx, dshift, dscale, _ = guard_double_backward(
-            "adaln", _bwd, dy.contiguous(), x, scale, group, mean, rstd, None, *ctx.flags
+            "adaln", adaln_bwd, dy.contiguous(), x, scale, group, mean, rstd, None, *ctx.flags
         )
         dshift = dshift if ctx.flags[0] else None
         dscale = None if scale is None else dscale
@@ -295,5 +295,5 @@ def run_adaln(
     if wants_grad(x, shift, scale):
         y = apply(_AdaLN, rows, *args)
     else:
-        y, _, _ = _fwd(rows.contiguous(), *args)
+        y, _, _ = adaln_fwd(rows.contiguous(), *args)
     return y.view_as(x) if y.shape != x.shape else y

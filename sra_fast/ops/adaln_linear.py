@@ -14,7 +14,7 @@ from sra_fast.ops._half_block import (
     check_layer,
     check_norm_inputs,
     h_dtype,
-    norm_backward,
+    layer_backward,
     norm_forward,
     prepare,
     unfused,
@@ -26,22 +26,25 @@ from sra_fast.ops.concat_columns import concat_columns
 
 
 def _backward(
-    needs_weight: bool, needs_bias: bool, parts: int, dx_new: Tensor | None, *tensors: Any
+    needs_grad: tuple[bool, bool, bool], parts: int, dx_new: Tensor | None, *tensors: Any
 ):
-    """Gradients of every tensor input of ``_AdaLNLinear``, None for the group."""
+    """Gradients of every tensor input of ``_AdaLNLinear``, None for the group.
+
+    ``needs_grad`` says whether any input of the norm, the weight and the bias want one.
+    """
+    needs_norm, needs_weight, needs_bias = needs_grad
     douts = tensors[:parts]
     weight, h, *saved = tensors[parts:]
-    x_new = saved[0]
     # gradient of the whole output as rows, and of the bias
     if parts > 1:
         dout, dbias = concat_columns([as_rows(part) for part in douts])
     else:
-        dout = douts[0].flatten(0, 1)
+        # not flatten, for which vmap (is_grads_batched) has no rule
+        dout = douts[0].reshape(-1, weight.shape[0])
         dbias = dout.sum(0) if needs_bias else None
     # through the layer and the norm, which recomputes h if the forward did not keep it
-    dh = (dout @ weight).view(x_new.shape)
     recompute_h = h is None and needs_weight
-    grads, recomputed = norm_backward(recompute_h, dx_new, dh, *saved)
+    grads, recomputed = layer_backward(needs_norm, recompute_h, dx_new, dout, weight, *saved)
     dweight = None
     if needs_weight:
         dweight = weight_gradient(dout, recomputed if h is None else h)
@@ -56,9 +59,12 @@ class _AdaLNLinear(torch.autograd.Function):
         x_new, h, mean, rstd = norm_forward(
             x, y, y_bias, gate, shift, scale, group, eps, rms, weight.dtype
         )
+        needs_weight, needs_bias = ctx.needs_input_grad[7:9]
+        ctx.needs_grad = (any(ctx.needs_input_grad[:6]), needs_weight, needs_bias)
+        if y is not None and not any(ctx.needs_input_grad[:4]):
+            ctx.mark_non_differentiable(x_new)
         # only the gradient of the weight reads h
-        ctx.needs_weight, ctx.needs_bias = ctx.needs_input_grad[7:9]
-        kept = None if recompute or not ctx.needs_weight else h
+        kept = None if recompute or not needs_weight else h
         ctx.save_for_backward(weight, kept, x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
         # an unused output then has gradient None instead of zeros
         ctx.set_materialize_grads(False)
@@ -71,7 +77,7 @@ class _AdaLNLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         weight, kept, x_new, *rest = ctx.saved_tensors
         upstream = upstream_gradients(grads, x_new, weight, ctx.parts)
-        backward = partial(_backward, ctx.needs_weight, ctx.needs_bias, ctx.parts)
+        backward = partial(_backward, ctx.needs_grad, ctx.parts)
         gradients = guard_double_backward(
             "adaln_linear", backward, *upstream, weight, kept, x_new, *rest
         )
@@ -119,7 +125,8 @@ def adaln_linear(
             Only the kernels can.
         parts: 1, 2 or 3: return the output in this many equal parts, such as queries, keys and
             values. They are views of one tensor and, as with ``chunk``, cannot be changed in
-            place. One pass puts their gradients side by side and makes the gradient of ``bias``.
+            place. One pass puts their gradients side by side and makes the gradient of ``bias``;
+            it does not take several gradients at once (``is_grads_batched``).
         backend: ``"triton"``, ``"torch"`` or ``"auto"``; default: ``$SRA_FAST_BACKEND``, else auto.
 
     Returns:

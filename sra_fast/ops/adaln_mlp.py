@@ -16,7 +16,7 @@ from sra_fast.ops._half_block import (
     check_layer,
     check_norm_inputs,
     h_dtype,
-    norm_backward,
+    layer_backward,
     norm_forward,
     prepare,
     unfused,
@@ -33,45 +33,56 @@ from sra_fast.ops.swiglu import swiglu_bwd, swiglu_fwd
 ACTIVATIONS = ("gelu_tanh", "swiglu")
 
 
-def _backward(swiglu, needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
-    """Gradients of every tensor input of ``_AdaLNMlp``, None for the group.
-
-    ``needs_grad`` says which of weight1, bias1, weight2 and bias2 want one. ``a`` is the input of
-    the activation, SwiGLU or GELU. ``h`` and ``hidden``, the inputs of the two layers, are None if
-    the forward did not keep them.
+def _activation_backward(swiglu, needs_bias1, recompute_hidden, dout, weight2, a):
+    """Gradients of the activation's input ``a`` and of bias1; and the activation's output (empty
+    unless ``recompute_hidden``).
     """
-    needs_weight1, needs_bias1, needs_weight2, needs_bias2 = needs_grad
-    x_new = saved[0]
-    dout = dout.flatten(0, 1)
-    # second layer and activation, which recomputes its output if it was not kept
-    input2 = hidden
-    recompute_hidden = hidden is None and needs_weight2
-    if swiglu:
-        dhidden = (dout @ weight2).contiguous()
-        da, dbias1, recomputed_hidden = swiglu_bwd(dhidden, a, recompute_hidden, needs_bias1)
-        dbias1 = dbias1 if needs_bias1 else None
-        if recompute_hidden:
-            input2 = recomputed_hidden
-    elif _cublaslt.available(a) and not recompute_hidden:
+    if not swiglu and _cublaslt.available(a) and not recompute_hidden:
         da = linear_dgelu(dout, weight2, a)
         # a pass of its own: the epilogues that also give this sum cost more
         dbias1 = da.sum(0) if needs_bias1 else None
+        return da, dbias1, a.new_empty(0)
+    dhidden = (dout @ weight2).contiguous()
+    if swiglu:
+        da, dbias1, hidden = swiglu_bwd(dhidden, a, recompute_hidden, needs_bias1)
     else:
-        dhidden = (dout @ weight2).contiguous()
-        da, dbias1, recomputed_hidden = gelu_bwd(dhidden, a, recompute_hidden)
-        dbias1 = dbias1 if needs_bias1 else None
+        da, dbias1, hidden = gelu_bwd(dhidden, a, recompute_hidden)
+    return da, dbias1 if needs_bias1 else None, hidden
+
+
+def _backward(swiglu, needs_grad, dx_new, dout, weight1, weight2, a, h, hidden, *saved):
+    """Gradients of every tensor input of ``_AdaLNMlp``, None for the group.
+
+    ``needs_grad`` says whether any input of the norm, weight1, bias1, weight2 and bias2 want one.
+    ``a`` is the input of the activation, SwiGLU or GELU. ``h`` and ``hidden``, the inputs of the
+    two layers, are None if the forward did not keep them.
+    """
+    needs_norm, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = needs_grad
+    # not flatten, for which vmap (is_grads_batched) has no rule
+    dout = dout.reshape(-1, weight2.shape[0])
+    # second layer and activation, which recomputes its output if it was not kept
+    input2 = hidden
+    recompute_hidden = hidden is None and needs_weight2
+    # empty where nobody reads it
+    da = dout.new_empty(0)
+    dbias1 = None
+    if needs_norm or needs_weight1 or needs_bias1 or recompute_hidden:
+        da, dbias1, recomputed_hidden = _activation_backward(
+            swiglu, needs_bias1, recompute_hidden, dout, weight2, a
+        )
         if recompute_hidden:
             input2 = recomputed_hidden
     dweight2 = weight_gradient(dout, input2) if needs_weight2 else None
+    dbias2 = dout.sum(0) if needs_bias2 else None
 
     # first layer and norm, which recomputes h if it was not kept
-    dh = (da @ weight1).view(x_new.shape)
-    recompute_h = h is None and needs_weight1
-    grads, recomputed_h = norm_backward(recompute_h, dx_new, dh, *saved)
+    grads = (None,) * 6
     dweight1 = None
-    if needs_weight1:
-        dweight1 = weight_gradient(da, recomputed_h if h is None else h)
-    dbias2 = dout.sum(0) if needs_bias2 else None
+    if needs_norm or needs_weight1:
+        recompute_h = h is None and needs_weight1
+        grads, recomputed_h = layer_backward(needs_norm, recompute_h, dx_new, da, weight1, *saved)
+        if needs_weight1:
+            dweight1 = weight_gradient(da, recomputed_h if h is None else h)
     return *grads, None, dweight1, dbias1, dweight2, dbias2
 
 
@@ -109,9 +120,11 @@ class _AdaLNMlp(torch.autograd.Function):
             a = F.linear(rows, weight1, bias1)
             hidden = F.gelu(a, approximate="tanh")
         ctx.swiglu = swiglu
+        ctx.needs_grad = (any(ctx.needs_input_grad[:6]), *ctx.needs_input_grad[7:11])
+        if y is not None and not any(ctx.needs_input_grad[:4]):
+            ctx.mark_non_differentiable(x_new)
         # only the gradients of the weights read h and hidden
-        ctx.layers_need_grad = ctx.needs_input_grad[7:11]
-        needs_weight1, _, needs_weight2, _ = ctx.layers_need_grad
+        _, needs_weight1, _, needs_weight2, _ = ctx.needs_grad
         kept_h = h if needs_weight1 and not recompute else None
         kept_hidden = hidden if needs_weight2 and not recompute else None
         norm_inputs = (x_new, y, y_bias, gate, shift, scale, group, mean, rstd)
@@ -125,7 +138,7 @@ class _AdaLNMlp(torch.autograd.Function):
     def backward(ctx, *grads):
         weight1, weight2, a, kept_h, kept_hidden, x_new, *rest = ctx.saved_tensors
         upstream = upstream_gradients(grads, x_new, weight2)
-        backward = partial(_backward, ctx.swiglu, ctx.layers_need_grad)
+        backward = partial(_backward, ctx.swiglu, ctx.needs_grad)
         gradients = guard_double_backward(
             "adaln_mlp", backward, *upstream, weight1, weight2, a, kept_h, kept_hidden, x_new, *rest
         )

@@ -13,10 +13,12 @@ from sra_fast.ops._adamw_arguments import (
     check_buffers,
     check_device_step,
     check_fp8,
+    check_memory,
     check_numbers,
     dtype_of,
 )
 from sra_fast.ops._backend import check_tensors, use_triton
+from sra_fast.ops._dtensors import check_whole, is_dtensor, local_shards
 from sra_fast.ops._register import register
 from sra_fast.ops.fp8 import Fp8Copy
 
@@ -202,6 +204,17 @@ def adamw_ema_(
     either can continue the other's run. With an fp32 gradient, weights, EMA and copy it moves 40
     bytes per element. The host reads nothing back.
 
+    No buffer may share memory with another; a gradient in pieces is not compared with the others.
+
+    Of DTensors, as FSDP2 makes them, each rank updates its own shards. All buffers and the gradient
+    must have one mesh and the same placements, none partial; the gradient comes in one piece, and
+    ``clip_scale`` is a plain tensor.
+
+    A CUDA graph can capture a call with a gradient in pieces after the same call, with pieces at
+    the same addresses, has run outside of one, with at most 7 other calls in between. Pieces must
+    then be such as are read in place. The tables, 24 bytes per piece and 4 per 1024 elements, are
+    kept until the process ends.
+
     Args:
         param: ``[N]`` fp32 master weights, contiguous; also a slice of a flat buffer. fp64 goes to
             the reference.
@@ -228,8 +241,37 @@ def adamw_ema_(
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not fit, or a number outside its
-            range.
+            range; buffers share memory; or DTensors are not sharded alike.
+        RuntimeError: a CUDA graph captures a call whose pieces are not remembered.
     """
+    buffers = {
+        "param": param,
+        "grad": grad,
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "weights": weights,
+        "ema": ema,
+        "ema_copy": ema_copy,
+    }
+    buffers = {name: x for name, x in buffers.items() if x is not None}
+    if any(map(is_dtensor, buffers.values())):
+        shards = local_shards("adamw_ema_", buffers)
+        adamw_ema_(
+            **dict(zip(buffers, shards, strict=True)),
+            step=step,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            clip_scale=clip_scale,
+            decay=decay,
+            backend=backend,
+        )
+        # a DTensor counts its changes apart from its shard's
+        del buffers["grad"]
+        torch.autograd.graph.increment_version(list(buffers.values()))
+        return
+
     # check everything first: the update is in place and cannot be undone
     optional = {"clip_scale": clip_scale, "weights": weights, "ema": ema}
     if not isinstance(ema_copy, Fp8Copy):
@@ -237,23 +279,32 @@ def adamw_ema_(
     given = {name: x for name, x in optional.items() if x is not None}
     state = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     check_tensors("adamw_ema_", state | given)
+    check_whole("adamw_ema_", {"clip_scale": clip_scale})
     if ema_copy is not None and ema is None:
         raise ValueError("adamw_ema_: expected ema where ema_copy is given, got None")
     half: dict[str, Tensor | None] = {"weights": weights}
+    # what is written and what is only read
+    written = state | {"weights": weights, "ema": ema}
+    read = {"clip_scale": clip_scale, "grad": grad if isinstance(grad, Tensor) else None}
     if isinstance(ema_copy, Fp8Copy):
         check_fp8(ema_copy, param)
+        written |= {"ema_copy.values": ema_copy.values, "ema_copy.amax": ema_copy.amax}
+        read |= {"ema_copy.multiplier": ema_copy.multiplier, "ema_copy.ends": ema_copy.ends}
     else:
         half["ema_copy"] = ema_copy
+        written["ema_copy"] = ema_copy
     full = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
     check_buffers(param, full, grad, half)
     check_numbers(step, lr, betas, eps, weight_decay, decay)
     if isinstance(step, DeviceStep):
         check_device_step(step, param)
+        read["step.numbers"] = step.numbers
     if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
         raise ValueError(
             f"adamw_ema_: expected clip_scale with one number on {param.device}, "
             f"got {[*clip_scale.shape]} {clip_scale.device}"
         )
+    check_memory(written, read)
 
     wide = torch.float64 in (param.dtype, dtype_of(grad))
     if not use_triton("adamw_ema_", param, backend) or param.numel() == 0 or wide:

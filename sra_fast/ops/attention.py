@@ -8,20 +8,22 @@ is a view of it. A mask is ``[B, H, T, S]``, any of B, H and T replaced by 1, as
 
 import importlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Sequence
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sra_fast.ops._attention_arguments import LAYOUTS, check_attention, check_segments
 from sra_fast.ops._attention_segments import Runs, by_slices, token_runs
-from sra_fast.ops._backend import autocast, check_tensors
+from sra_fast.ops._backend import autocast, check_tensors, has_transform
 from sra_fast.ops._timing import milliseconds
 
 log = logging.getLogger("sra_fast")
@@ -42,10 +44,18 @@ BACKENDS = ("auto", "torch", *_SDPA, *_HALF_ONLY)
 # those that compute on a CUDA device only
 _CUDA_ONLY = ("cudnn", "efficient", *_HALF_ONLY)
 HALF = (torch.float16, torch.bfloat16)
+# what a backend raises that cannot run its inputs
+_REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)
 
 # (device, dtype, bits of B, T, H, d, S, H_kv, order in memory, kind of mask, training) -> backend;
 # with segments (..., B, runs)
 _chosen: dict[tuple[object, ...], str] = {}
+# numbers of tokens for which a kind of call is measured. A program with many lengths would
+# otherwise wait at each new one
+_MEASURED_LENGTHS = 4
+# kind of call (device, dtype, H, d, H_kv, order in memory, kind of mask, training, whether there
+# are segments) -> the calls that were measured, and their backends
+_measured: dict[tuple[object, ...], "dict[_Call, str]"] = {}
 
 
 def attention_ref(
@@ -201,7 +211,11 @@ def _timed_step(
 
 def _heads_first_in_memory(x: Tensor) -> bool:
     """Whether the tokens of one head of ``x [B, T, H, d]`` lie together."""
-    return x.stride(1) < x.stride(2)
+    # while a compiler traces, a comparison of strides is a symbol, which a lookup (torch 2.14) fails
+    # with; a branch makes it a value
+    if x.stride(1) < x.stride(2):  # noqa: SIM103
+        return True
+    return False
 
 
 def _told(q: Tensor, k: Tensor, runs: Runs | None = None) -> str:
@@ -213,6 +227,16 @@ def _told(q: Tensor, k: Tensor, runs: Runs | None = None) -> str:
         return f"{shapes} {q.dtype}"
     cut = f"segments {runs[0]}" if len(runs) == 1 else "segments of their own"
     return f"{shapes} {q.dtype} in {cut}"
+
+
+def _random_inputs(q: Tensor, k: Tensor, v: Tensor, training: bool) -> tuple[list[Tensor], Tensor]:
+    """Queries, keys and values laid out as the given ones, and a gradient of the output's rows."""
+    # a separate generator: the training run's random numbers must not depend on what was measured
+    generator = torch.Generator(q.device).manual_seed(0)
+    inputs = [_random_like(x, generator).requires_grad_(training) for x in (q, k, v)]
+    B, T, H, d = q.shape
+    dout = torch.randn(B * T, H * d, dtype=q.dtype, device=q.device, generator=generator)
+    return inputs, dout
 
 
 def backend_times(
@@ -227,11 +251,7 @@ def backend_times(
 
     ``mask`` is the one of the call, because a backend may be faster where nothing is masked.
     """
-    # a separate generator: the training run's random numbers must not depend on what was measured
-    generator = torch.Generator(q.device).manual_seed(0)
-    inputs = [_random_like(x, generator).requires_grad_(training) for x in (q, k, v)]
-    B, T, H, d = q.shape
-    dout = torch.randn(B * T, H * d, dtype=q.dtype, device=q.device, generator=generator)
+    inputs, dout = _random_inputs(q, k, v, training)
     # a candidate that cannot run these inputs raises and is left out
     times = {}
     for name in _candidates(q, mask, runs):
@@ -239,7 +259,7 @@ def backend_times(
             times[name] = milliseconds(
                 lambda name=name: _timed_step(name, inputs, mask, dout, training, runs)
             )
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        except _REFUSALS as error:
             reason = str(error).partition("\n")[0]
             log.info("attention: %s cannot run %s: %s", name, _told(q, k, runs), reason)
     return times
@@ -265,6 +285,62 @@ def _kind(mask: Tensor | None) -> tuple[object, ...] | None:
     return (mask.dtype, mask.requires_grad, tuple(size == 1 for size in mask.shape))
 
 
+class _Call(NamedTuple):
+    """The sizes of a call that was measured."""
+
+    B: int
+    T: int
+    S: int
+    runs: Runs | None
+
+    def length(self) -> tuple[object, ...]:
+        """What counts as a length; segments have the exact batch, as their offsets do."""
+        return self[1:] if self.runs is None else self
+
+    def work(self) -> float:
+        """Products of a query with a key, for each image and head."""
+        if self.runs is None:
+            return self.T * self.S
+        return sum(n * n for run in self.runs for n in run) / len(self.runs)
+
+    def distance(self, other: "_Call") -> float:
+        """By how many factors of e the sizes differ, those of the images least of all."""
+        sizes = (self.T, self.S, self.work())
+        others = (other.T, other.S, other.work())
+        apart = sum(abs(math.log(a / b)) for a, b in zip(sizes, others, strict=True))
+        return apart + 1e-3 * abs(math.log(self.B / other.B))
+
+
+def _measured_or_nearest(
+    call: _Call,
+    known: dict[_Call, str],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    training: bool,
+) -> str:
+    """The backend for ``call``: measured, or that of the nearest call among ``known`` if enough
+    lengths were measured.
+    """
+    runs = call.runs
+    lengths = {other.length() for other in known}
+    if len(lengths) < _MEASURED_LENGTHS or call.length() in lengths:
+        known[call] = _measure(q, k, v, mask, training, runs)
+        return known[call]
+    nearest = min(known, key=call.distance)
+    name = known[nearest]
+    # it may refuse a length that it was not measured with
+    inputs, dout = _random_inputs(q, k, v, training)
+    try:
+        _timed_step(name, inputs, mask, dout, training, runs)
+    except _REFUSALS:
+        name = "sdpa"
+    told = _told(q, k, runs)
+    log.info("attention: %s for %s, as measured with T = %d", name, told, nearest.T)
+    return name
+
+
 def _choose(
     q: Tensor,
     k: Tensor,
@@ -274,10 +350,14 @@ def _choose(
     runs: Runs | None = None,
 ) -> str:
     """The measured backend for this shape; measured now if it is new and measuring is possible."""
+    # PyTorch's own choice is the only one that has rules for every transform
+    if has_transform():
+        return "sdpa"
     # how a backend reads its inputs depends on their order in memory, not on the layout's name
     order = tuple(_heads_first_in_memory(x) for x in (q, k, v))
     shape = (q.shape[0].bit_length(), *q.shape[1:], *k.shape[1:3])
-    key = (q.device, q.dtype, *shape, order, _kind(mask), training)
+    kind = _kind(mask)
+    key = (q.device, q.dtype, *shape, order, kind, training)
     if runs is not None:
         # the exact batch: a variable-length kernel that was measured has its offsets on the device
         key = (*key, index(q.shape[0]), runs)
@@ -285,18 +365,25 @@ def _choose(
     if key in _chosen:
         # under fullgraph compilation a package's import would break the graph
         return "sdpa" if compiling and _chosen[key] in _PACKAGES else _chosen[key]
-    if compiling or torch.cuda.is_current_stream_capturing():
+    # a fake tensor has a device and no data
+    if compiling or isinstance(q, FakeTensor) or torch.cuda.is_current_stream_capturing():
         return "sdpa"
     # inside a backward pass the measurement's own backward would wait for this thread forever
     if torch._C._current_graph_task_id() != -1:
         return "sdpa"
+
+    B, T, H, d = q.shape
+    call = _Call(B, T, k.shape[1], runs)
+    family = (q.device, q.dtype, H, d, k.shape[2], order, kind, training, runs is None)
+    known = _measured.setdefault(family, {})
 
     def work():
         torch.cuda.set_device(q.device)
         alone = mask
         if mask is not None:
             alone = mask.detach().requires_grad_(training and mask.requires_grad)
-        _chosen[key] = _measure(q.detach(), k.detach(), v.detach(), alone, training, runs)
+        tensors = (q.detach(), k.detach(), v.detach(), alone)
+        _chosen[key] = _measured_or_nearest(call, known, *tensors, training)
 
     # a new thread has none of the caller's saved-tensor hooks, autocast or no_grad: activation
     # checkpointing counts the saved tensors and must not see those of the measurement
@@ -333,13 +420,17 @@ def attention(
     fastest. The choice can differ between runs: name a backend if runs must agree bit for bit.
     Nothing can be measured while torch.compile traces, a CUDA graph is captured or a backward pass
     runs (a reentrant checkpoint). Run the shape once eagerly before, or PyTorch picks. PyTorch
-    also picks in compiled code if a package was the fastest.
+    also picks in compiled code if a package was the fastest. Four lengths are measured for each
+    kind of call (heads, their width, dtype, order in memory, kind of mask, training or not); a
+    further one takes the backend of the length nearest to it. Under torch.func's transforms and
+    for fake tensors PyTorch picks.
 
     With ``segments`` every run of tokens attends to itself only, and costs no more: two runs of a
     quarter and three quarters of the tokens take 62.5 % of the products (arXiv 2607.02508). On a
     CUDA device in half precision that is one call of a variable-length kernel, or a call for each
     run, whichever was faster. All other tensors take a call for each run, and runs of one length
-    share one. Every new tuple of lengths is a new shape, which is measured and traced anew.
+    share one. Every new tuple of lengths is a new shape: it is traced anew, and measured unless four
+    were.
 
     Args:
         q: ``[B, T, H, d]`` or, with ``layout="bhtd"``, ``[B, H, T, d]``, any float dtype; views of
@@ -351,9 +442,10 @@ def attention(
         groups: ``[B, T]`` integers or None; a token attends to the tokens of its own group, groups
             of any size. Only where queries and keys are the same tokens, T = S; not with ``mask``.
         mask: ``[B, S]``, which keys exist, or ``[B, H, T, S]``, which keys each query attends to; B
-            may be 1, H and T too. True: attends. Or floats, rounded to q's dtype and added to the
-            scaled scores; they may want a gradient. A query that attends to no key (every value
-            False or -inf) gets zeros, and gives no gradient, as in PyTorch.
+            may be 1, H and T too. PyTorch's ``[T, S]`` is ``mask[None, None]``: by itself it is
+            refused, or with T = B taken for ``[B, S]``. True: attends. Or floats, rounded to q's
+            dtype and added to the scaled scores; they may want a gradient. A query that attends to
+            no key (every value False or -inf) gets zeros, and gives no gradient, as in PyTorch.
         segments: lengths of the runs of neighbouring tokens that attend among themselves, in order:
             Python integers that sum to T, the same for every image, or B tuples of them. Only where
             T = S; not with ``groups`` or ``mask``.

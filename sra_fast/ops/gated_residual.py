@@ -42,12 +42,12 @@ def _fake_bwd(dx_new, y, bias, gate, group):
     return dy, dgate, dbias
 
 
-_fwd = register(
+gated_residual_fwd = register(
     "gated_residual_fwd(Tensor x, Tensor y, Tensor? bias, Tensor? gate, Tensor? group) -> Tensor",
     kernels.gated_residual_fwd,
     lambda x, y, bias, gate, group: x.new_empty(x.shape),
 )
-_bwd = register(
+gated_residual_bwd = register(
     "gated_residual_bwd(Tensor dx_new, Tensor y, Tensor? bias, Tensor gate, Tensor? group)"
     " -> (Tensor, Tensor, Tensor)",
     kernels.gated_residual_bwd,
@@ -62,7 +62,7 @@ class _GatedResidual(torch.autograd.Function):
         # not x: no gradient depends on it, nor without a gate on y
         ctx.save_for_backward(None if gate is None else y, bias, gate, group)
         ctx.y_dtype = y.dtype
-        return _fwd(x.contiguous(), y, bias, gate, group)
+        return gated_residual_fwd(x.contiguous(), y, bias, gate, group)
 
     @staticmethod
     def backward(ctx, dx_new):
@@ -73,7 +73,7 @@ class _GatedResidual(torch.autograd.Function):
             return dx_new, dx_new.to(ctx.y_dtype), dbias, None, None
         dx_new = dx_new.contiguous()
         dy, dgate, dbias = guard_double_backward(
-            "gated_residual", _bwd, dx_new, y, bias, gate, group
+            "gated_residual", gated_residual_bwd, dx_new, y, bias, gate, group
         )
         # the gradient of x is that of x' itself
         return dx_new, dy, None if bias is None else dbias, dgate, None
@@ -157,5 +157,5 @@ def run_gated_residual(
     if wants_grad(x, y, bias, gate):
         out = apply(_GatedResidual, *rows, bias, gate, group)
     else:
-        out = _fwd(rows[0].contiguous(), rows[1].contiguous(), bias, gate, group)
+        out = gated_residual_fwd(rows[0].contiguous(), rows[1].contiguous(), bias, gate, group)
     return out.view_as(x) if out.shape != x.shape else out

@@ -111,14 +111,14 @@ def _fake_two_bwd(
     return dx, dy, dgate, dshift, dscale, dshift2, dscale2, dbias
 
 
-_fwd = register(
+gated_residual_adaln_fwd = register(
     "gated_residual_adaln_fwd(Tensor x, Tensor y, Tensor? bias, Tensor? gate, Tensor? shift,"
     " Tensor? scale, Tensor? group, float eps, bool rms, ScalarType? dtype=None,"
     " bool is_factor=False) -> (Tensor, Tensor, Tensor, Tensor)",
     kernels.gated_residual_adaln_fwd,
     _fake_fwd,
 )
-_bwd = register(
+gated_residual_adaln_bwd = register(
     "gated_residual_adaln_bwd(Tensor? dx_new, Tensor dh, Tensor x_new, Tensor y, Tensor? bias,"
     " Tensor? gate, Tensor? scale, Tensor? group, Tensor mean, Tensor rstd, Tensor? shift,"
     " bool has_shift=True, bool is_factor=False)"
@@ -148,7 +148,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     def forward(ctx, x, y, bias, gate, shift, scale, group, eps, rms, dtype, is_factor):
         x = x.contiguous()
         y = y.contiguous()
-        x_new, h, mean, rstd = _fwd(
+        x_new, h, mean, rstd = gated_residual_adaln_fwd(
             x, y, bias, gate, shift, scale, group, eps, rms, dtype, is_factor
         )
         # neither x nor h: the backward works from x'
@@ -156,6 +156,8 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         ctx.flags = (shift is not None, is_factor)
         # an unused output then has gradient None instead of zeros
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:4]):
+            ctx.mark_non_differentiable(x_new)
         return x_new, h
 
     @staticmethod
@@ -167,7 +169,7 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         dh = torch.zeros_like(x_new) if dh is None else dh.contiguous()
         dx, dy, dgate, dshift, dscale, dbias, _ = guard_double_backward(
             "gated_residual_adaln",
-            _bwd,
+            gated_residual_adaln_bwd,
             *(dx_new, dh, x_new, y, bias, gate, scale, group, mean, rstd),
             *(None, *ctx.flags),
         )
@@ -190,6 +192,8 @@ class _TwoModulations(torch.autograd.Function):
         ctx.save_for_backward(x_new, y, bias, gate, scale, scale2, mean, rstd)
         ctx.is_factor = is_factor
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:4]):
+            ctx.mark_non_differentiable(x_new)
         return x_new, h, h2
 
     @staticmethod
@@ -213,7 +217,7 @@ class _TwoModulations(torch.autograd.Function):
             used_scale = scale if dh2 is None else scale2
             used = torch.zeros_like(x_new) if used is None else used.contiguous()
             dx, dy, dgate, dshift, dscale, dbias, _ = run(
-                _bwd,
+                gated_residual_adaln_bwd,
                 *(dx_new, used, x_new, y, bias, gate, used_scale, None, mean, rstd),
                 *(None, True, ctx.is_factor),
             )
@@ -373,7 +377,7 @@ def run_gated_residual_adaln(
     if wants_grad(x, y, bias, gate, shift, scale):
         x_new, h = apply(_GatedResidualAdaLN, *rows, *args)
     else:
-        x_new, h, _, _ = _fwd(rows[0].contiguous(), rows[1].contiguous(), *args)
+        x_new, h, _, _ = gated_residual_adaln_fwd(rows[0].contiguous(), rows[1].contiguous(), *args)
     if x_new.shape != x.shape:
         return x_new.view_as(x), h.view_as(x)
     return x_new, h

@@ -17,9 +17,7 @@ from sra_fast.ops._modulation import (
 )
 from sra_fast.ops._per_token import run_per_token, with_tables_that_fit
 from sra_fast.ops._register import apply, guard_double_backward, wants_grad
-from sra_fast.ops.adaln import NORMS, check_norm
-from sra_fast.ops.adaln import _bwd as _adaln_bwd
-from sra_fast.ops.adaln import _fwd as _adaln_fwd
+from sra_fast.ops.adaln import NORMS, adaln_bwd, adaln_fwd, check_norm
 
 
 def gated_residual_norm_ref(
@@ -47,9 +45,7 @@ class _GatedResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, factor, group, eps, rms):
         y = y.contiguous()
-        out, mean, rstd = _adaln_fwd(
-            y, None, factor, group, eps, rms, x.dtype, True, x.contiguous()
-        )
+        out, mean, rstd = adaln_fwd(y, None, factor, group, eps, rms, x.dtype, True, x.contiguous())
         # not x: no gradient depends on it
         ctx.save_for_backward(y, factor, group, mean, rstd)
         return out
@@ -59,7 +55,7 @@ class _GatedResidualNorm(torch.autograd.Function):
         y, factor, group, mean, rstd = ctx.saved_tensors
         dy, _, dfactor, _ = guard_double_backward(
             "gated_residual_norm",
-            _adaln_bwd,
+            adaln_bwd,
             *(dout.contiguous(), y, factor, group, mean, rstd, None, False, True),
         )
         # the gradient of x is that of the output itself
@@ -149,5 +145,5 @@ def gated_residual_norm(
         out = apply(_GatedResidualNorm, stream, branch, *options)
     else:
         stream = stream.contiguous()
-        out, _, _ = _adaln_fwd(branch.contiguous(), None, *options, x.dtype, True, stream)
+        out, _, _ = adaln_fwd(branch.contiguous(), None, *options, x.dtype, True, stream)
     return out.view_as(x) if out.shape != x.shape else out

@@ -108,7 +108,12 @@ class _QKNormRope(torch.autograd.Function):
         # neither statistics nor outputs: the backward recomputes the former
         ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight)
         ctx.options = options
-        return _fwd(q, k, cos, sin, q_weight, k_weight, *options)
+        outputs = _fwd(q, k, cos, sin, q_weight, k_weight, *options)
+        needs_q, needs_k, _, _, needs_q_weight, needs_k_weight = ctx.needs_input_grad[:6]
+        wanted = (needs_q or needs_q_weight, needs_k or needs_k_weight)
+        fixed = [out for out, needs in zip(outputs, wanted, strict=True) if not needs]
+        ctx.mark_non_differentiable(*fixed)
+        return outputs
 
     @staticmethod
     def backward(ctx, dq_out, dk_out):
@@ -333,12 +338,13 @@ def _check_tables(
         )
     d = q.shape[3]
     rows = cos.shape[-2] if cos.dim() in (2, 3) else -1
+    # sizes are compared one by one: a compiler cannot look for a symbol in a tuple
     fits = (
         rows >= 0
         and sin.shape == cos.shape
-        and (cos.dim() == 2 or cos.shape[0] in (1, q.shape[0]))
+        and (cos.dim() == 2 or cos.shape[0] == 1 or cos.shape[0] == q.shape[0])
         and d % 2 == 0
-        and cos.shape[-1] in (d, d // 2)
+        and (cos.shape[-1] == d or cos.shape[-1] == d // 2)
         and (rows == T if offset is None else rows + offset <= T)
         and all(t.dtype in FLOAT_DTYPES for t in named.values())
     )

@@ -436,3 +436,36 @@ def test_rejects_bad_input(device):
     ):
         with pytest.raises(ValueError, match=match):
             adamw_ema_(**good | change)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_buffers_in_the_memory_of_others_are_refused(backend, device):
+    state, (grad, *_) = make(40, device)
+    good = state | {"grad": grad, "step": 1, "lr": 1e-3}
+    halves = torch.zeros(60, device=device, dtype=torch.bfloat16)
+    copy = fp8_copy(40, [10, 40], device)
+    wide = torch.zeros(60, device=device)
+    for change, second, first in (
+        ({"exp_avg_sq": state["exp_avg"]}, "exp_avg_sq", "exp_avg"),
+        ({"ema": state["param"]}, "ema", "param"),
+        ({"grad": state["exp_avg"]}, "grad", "exp_avg"),
+        ({"grad": state["param"]}, "grad", "param"),
+        ({"ema_copy": state["weights"]}, "ema_copy", "weights"),
+        ({"weights": halves[:40], "ema_copy": halves[20:]}, "ema_copy", "weights"),
+        ({"exp_avg": wide[20:], "exp_avg_sq": wide[:40]}, "exp_avg_sq", "exp_avg"),
+        ({"weights": state["param"].view(torch.bfloat16)[40:]}, "weights", "param"),
+        ({"ema_copy": copy._replace(amax=copy.multiplier)}, "ema_copy.multiplier", "ema_copy.amax"),
+        ({"clip_scale": state["ema"][3]}, "clip_scale", "ema"),
+        ({"step": DeviceStep(state["ema"].view(torch.float64)[:4])}, "step.numbers", "ema"),
+    ):
+        arguments = good | change
+        before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+        message = f"^adamw_ema_: .* got {second} in the memory of {first}$"
+        with pytest.raises(ValueError, match=message):
+            adamw_ema_(**arguments, backend=backend)
+        for name, old in before.items():
+            torch.testing.assert_close(arguments[name], old, rtol=0, atol=0, equal_nan=True)
+    # neighbours are no overlap
+    buffer = torch.zeros(80, device=device)
+    adamw_ema_(**good | {"exp_avg": buffer[40:], "exp_avg_sq": buffer[:40]}, backend=backend)
+    assert buffer.all()

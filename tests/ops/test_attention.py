@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from conftest import DEVICE
+from torch._subclasses import FakeTensorMode
 
 from sra_fast.ops import attention as public
 from sra_fast.ops.attention import attention, attention_ref
@@ -223,6 +224,7 @@ def fake_clock(monkeypatch):
     monkeypatch.setattr(module, "_run", run_named)
     monkeypatch.setattr(module, "milliseconds", milliseconds)
     monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(module, "_measured", {})
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return types.SimpleNamespace(times=times, measured=measured)
@@ -243,6 +245,46 @@ def test_the_fastest_is_chosen_once_per_shape(fake_clock):
     assert choose(q[..., :64], None, True) == "cudnn"
     assert choose(q, None, True, k=q[:, :5]) == "cudnn"
     assert choose(q, None, True, k=q[:, :, :1]) == "cudnn"
+
+
+def test_the_fifth_length_takes_the_choice_of_the_nearest(fake_clock, caplog):
+    """A program with many lengths does not measure at each; another kind of call has its own."""
+    q = torch.randn(2, 100, 3, 72, device=DEVICE)
+    fastest = {8: "flash", 20: "cudnn", 50: "efficient", 90: "sdpa"}
+    for T, name in fastest.items():
+        fake_clock.times.update(dict.fromkeys(fake_clock.times, 9.0))
+        fake_clock.times[name] = 0.5
+        assert choose(q[:, :T], None, True) == name
+    # of a length that was measured another batch size is, too
+    fake_clock.times["flash"] = 0.1
+    assert choose(q[:1, :90], None, True) == "flash"
+    count = len(fake_clock.measured)
+    nearest = {5: "flash", 10: "flash", 18: "cudnn", 40: "efficient", 99: "sdpa"}
+    for T, name in nearest.items():
+        with caplog.at_level("INFO", logger="sra_fast"):
+            assert choose(q[:, :T], None, True) == name
+        assert f"attention: {name} for [2, {T}, 3, 72]" in caplog.text
+        # it ran once, to see that it can, and is remembered
+        assert choose(q[:, :T], None, True) == name
+    assert [name for name, _ in fake_clock.measured[count:]] == [*nearest.values()]
+    # keys of another number are another length: none is nearer than T = 20
+    assert choose(q[:, :20], None, True, k=q[:, :22]) == "cudnn"
+    # the nearest choice refuses a length
+    fake_clock.times["cudnn"] = None
+    assert choose(q[:, :21], None, True) == "sdpa"
+    assert choose(q[:, :21], None, False) == "flash", "inference is measured by itself"
+    assert choose(q[:, :21, :1], None, True) == "flash", "and so is another number of heads"
+
+
+def test_without_data_nothing_is_measured(fake_clock):
+    """Fake tensors and those inside a transform: PyTorch picks."""
+    (q, _, _), _ = make()
+    with FakeTensorMode():
+        assert choose(torch.empty(q.shape, device=DEVICE), None, True) == "sdpa"
+    chosen = []
+    torch.vmap(lambda q: (chosen.append(choose(q, None, False)), q)[1])(q[None])
+    assert chosen == ["sdpa"] and not fake_clock.measured
+    assert choose(q, None, False) == "flash"
 
 
 def test_the_choice_knows_the_kind_of_mask(fake_clock):

@@ -1,13 +1,16 @@
 """The moving average of many tensors: kernel, copies, layouts, plans, the choice of a backend."""
 
 import logging
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import DEVICE, assert_kernel_close
+from rows import OpLog
 from sra_fast.kernels._plans import MAX_PLANS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sra_fast.kernels import ema_update as kernels
 from sra_fast.ops.ema_update import _choose, _op, ema_update_, ema_update_ref_
@@ -15,6 +18,8 @@ from sra_fast.ops.ema_update import _choose, _op, ema_update_, ema_update_ref_
 # a whole chunk; chunks and a ragged end; a scalar; nothing; fewer than 16; a 1152-wide bias
 SHAPES = [(4096,), (3, 2999), (), (0, 4), (5,), (1152,)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# the operator and its file have one name
+module = sys.modules[ema_update_.__module__]
 
 
 def make(dtypes, device, shapes=SHAPES):
@@ -152,7 +157,7 @@ def test_another_set_of_tensors_at_the_same_address(device):
         check([ema[: view.numel()]], [view], 0.9)
     for i in range(MAX_PLANS + 2):
         ema_update_([storage[i:]], [torch.ones(200 - i, device=device)], 0.9, backend="triton")
-    assert len(kernels._plans.held) <= MAX_PLANS
+    assert len(module._known.held) <= MAX_PLANS
 
 
 def test_promises_to_the_compiler_hold(device):
@@ -164,7 +169,7 @@ def test_promises_to_the_compiler_hold(device):
     starts = [0, 32, 4200, 8401, 10000]
     ema = [buffer[i : i + n] for i, n in zip(starts, numels, strict=True)]
     params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in numels]
-    plan = kernels._plan(ema, params, [])
+    plan = kernels.plan(ema, params, [])
     wide = torch.cat([table for table, _, vector in plan if vector])
     assert (
         (wide[:, :2] % 16 == 0).all()
@@ -269,7 +274,6 @@ def test_rejects_bad_input(device):
     ],
 )
 def test_the_choice_on_a_gpu_is_said_once(built, asked, choice, level, monkeypatch, caplog):
-    module = sys.modules[ema_update_.__module__]
     monkeypatch.setattr(module, "use_triton", lambda operator, x, backend: True)
     monkeypatch.setattr(module, "_ema_cuda", object() if built else None)
     monkeypatch.setenv("SRA_FAST_BUILD_EXT", asked)
@@ -303,9 +307,160 @@ def test_a_tensor_that_is_there_twice(backend):
     tied = [average.weight.detach(), average.bias.detach(), average.weight.detach()]
     before = [tensor.clone() for tensor in tied]
     params = [torch.zeros_like(tensor) for tensor in tied]
-    with pytest.raises(ValueError, match="once in ema, the one at index 2 is that at index 0"):
+    with pytest.raises(ValueError, match=r"got ema\[2\] in the memory of ema\[0\]$"):
         ema_update_(tied, params, 0.5, backend=backend)
     assert all(torch.equal(one, other) for one, other in zip(tied, before, strict=True))
     # empty ones have no elements to share
     empty = [torch.zeros(0, device=DEVICE) for _ in range(2)]
     ema_update_(empty, empty, 0.5, backend=backend)
+
+
+def in_one_buffer(kind):
+    """ema, params, copies, of which some share memory; and what the message says of them."""
+    buffer = torch.zeros(64, device=DEVICE)
+    half = torch.zeros(64, device=DEVICE, dtype=torch.bfloat16)
+    # within the list and out of order in memory
+    if kind == "averages":
+        return [buffer[20:30], buffer[40:], buffer[6:21]], None, None, "ema[2] .* ema[0]"
+    if kind == "an average in the first":
+        return [buffer, buffer[50:60].view(2, 5)], None, None, "ema[1] .* ema[0]"
+    if kind == "copies":
+        return [buffer[:8], buffer[8:16]], None, [half[:8], half[7:15]], "copies[1] .* copies[0]"
+    if kind == "one copy":
+        return [buffer[:8], buffer[8:16]], None, [half[:8], half[:8]], "copies[1] .* copies[0]"
+    if kind == "a copy and a parameter":
+        params = [half[:8], half[8:16]]
+        return (
+            [buffer[:8], buffer[8:16]],
+            params,
+            [half[24:32], params[0]],
+            "params[0] .* copies[1]",
+        )
+    if kind == "a copy and an average":
+        copies = [buffer[8:].view(torch.bfloat16)[4:12]]
+        return [buffer[4:12]], None, copies, "copies[0] .* ema[0]"
+    if kind == "an average and its parameter":
+        return [buffer[:8]], [buffer[:8]], None, "params[0] .* ema[0]"
+    if kind == "an average and one number":
+        return [buffer[:8]], [buffer[3:4].expand(8)], None, "params[0] .* ema[0]"
+    assert kind == "columns of one average"
+    wide = buffer.view(8, 8)
+    return [wide.t()[2:], wide[:, 2:5]], None, None, "ema[1] .* ema[0]"
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "averages",
+        "an average in the first",
+        "copies",
+        "one copy",
+        "a copy and a parameter",
+        "a copy and an average",
+        "an average and its parameter",
+        "an average and one number",
+        "columns of one average",
+    ],
+)
+def test_tensors_in_the_memory_of_others_are_refused(kind, backend):
+    ema, params, copies, names = in_one_buffer(kind)
+    params = [torch.ones_like(e) for e in ema] if params is None else params
+    first, second = names.split(" .* ")
+    message = f"{re.escape(first)} in the memory of {re.escape(second)}$"
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=f"^ema_update_: expected memory of its own .*{message}"
+        ):
+            ema_update_(ema, params, 0.5, copies, backend=backend)
+    assert not any(e.any() for e in ema)
+
+
+def test_neighbours_in_one_buffer_are_no_overlap(device):
+    """Flat ones, and columns beside each other; parameters may be there twice."""
+    buffer = torch.zeros(8, 10, device=device)
+    flat = buffer.view(-1)
+    one = torch.ones(8, 5, device=device)
+    ema_update_([buffer[:, :5], buffer[:, 5:]], [one, one], 0.5, backend="triton")
+    assert (buffer == 0.5).all()
+    pieces = [flat[40:80], flat[:40]]
+    ema_update_(pieces, [flat.new_full((40,), 1.5)] * 2, 0.5, backend="triton")
+    assert (buffer == 1.0).all()
+
+
+def test_what_was_accepted_says_nothing_of_another_call(device):
+    """A call is remembered by all that was checked: with anything else at the same addresses it is
+    checked again, and computed for what it is.
+    """
+    ema = [torch.zeros(4, 4, device=device), torch.zeros(16, device=device)]
+    params = [torch.ones(4, 4, device=device), torch.ones(16, device=device)]
+    copies = [torch.zeros_like(e, dtype=torch.bfloat16) for e in ema]
+    good = (ema, params, 0.5, copies)
+    ema_update_(*good, backend="triton")
+    for bad, match in (
+        ((ema, params, 1.5, copies), r"decay in \[0, 1\], got 1.5"),
+        ((ema, params, torch.ones(2, device=device).double(), copies), r"got \[2\]"),
+        ((ema, params[:1], 0.5, copies), "as many params"),
+        ((ema, [params[0].view(2, 8), params[1]], 0.5, copies), "one shape"),
+        ((ema, [params[0], params[1].view(torch.int32)], 0.5, copies), "int32"),
+        (([ema[0], ema[1][:1].expand(16)], params, 0.5, copies), "expanded"),
+        ((ema, params, 0.5, [copies[0], copies[1].view(torch.int16)]), "int16"),
+        ((ema, params, 0.5, [*copies[:1], copies[0].view(16)]), r"copies\[1\] in the memory"),
+        ((ema, params, 0.5, params), "copies bf16 or fp16"),
+        ((ema, [params[0], 1.0], 0.5, copies), "as a tensor, got float"),
+    ):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=match):
+                ema_update_(*bad, backend="triton")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ema_update_(*good, backend="numpy")
+    assert all((e == 0.5).all() for e in ema)
+    # another order in memory, another sign, no copies: the same addresses
+    ramp = torch.arange(16.0, device=device)
+    params[0].copy_(ramp.view(4, 4))
+    ema_update_([ema[0]], [params[0].t()], 0.0, backend="triton")
+    assert torch.equal(ema[0], ramp.view(4, 4).t())
+    ema_update_([ema[0]], [params[0]], 0.0, backend="triton")
+    ema_update_([ema[0]], [torch._neg_view(params[0])], 0.0, backend="triton")
+    assert torch.equal(ema[0], -ramp.view(4, 4))
+    assert (copies[0] == 0.5).all()
+
+
+def test_a_call_that_is_known_is_not_checked_again(device, monkeypatch):
+    ema, params = make(DTYPES, device)
+    copies = [torch.zeros_like(e, dtype=torch.bfloat16) for e in ema]
+    checked = []
+    monkeypatch.setattr(module, "_check", lambda *lists: checked.append(lists))
+    for _ in range(3):
+        versions = [x._version for x in ema + copies]
+        ema_update_(ema, params, 0.5, copies, backend="triton")
+        assert all(x._version > v for x, v in zip(ema + copies, versions, strict=True))
+    assert len(checked) == 1
+
+
+def test_a_dispatch_mode_sees_every_call(device):
+    ema, params = make(DTYPES, device)
+    for _ in range(2):
+        with OpLog() as log:
+            ema_update_(ema, params, 0.5, backend="triton")
+        assert log.names == ["sra_fast::ema_update_"]
+    same = [torch.zeros_like(e) for e in ema]
+    for s, e in zip(same, ema, strict=True):
+        s.copy_(e)
+    ema_update_(ema, params, 0.5, backend="triton")
+    ema_update_ref_(same, params, 0.5)
+    for e, s in zip(ema, same, strict=True):
+        torch.testing.assert_close(e, s)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tensors_without_memory(backend):
+    """Fake and meta tensors have no address, and are not taken for one another."""
+    with FakeTensorMode():
+        ema_update_(*make([torch.float32], "cpu", [(3, 3)] * 3), 0.5, backend=backend)
+    ema_update_(*make([torch.float32], "meta", [(3, 3)] * 3), 0.5, backend=backend)
+
+
+def test_under_a_transform_the_reference_runs(device):
+    update = lambda x: (e := x * 0, ema_update_([e], [x], 0.5, backend="triton"))[0]
+    assert torch.equal(torch.vmap(update)(torch.ones(2, 3, device=device)), torch.full((2, 3), 0.5))

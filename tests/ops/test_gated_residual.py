@@ -6,7 +6,12 @@ from conftest import DEVICE
 from rows import DTYPES, OpLog, bitwise_equal, check_against_fp64, far_apart, noncontiguous, run
 
 from sra_fast import ops
-from sra_fast.ops.gated_residual import _bwd, _fwd, gated_residual, gated_residual_ref
+from sra_fast.ops.gated_residual import (
+    gated_residual,
+    gated_residual_bwd,
+    gated_residual_fwd,
+    gated_residual_ref,
+)
 
 
 def make(B, T, D, dtype=torch.float32, groups=0, bias=False, seed=0):
@@ -117,8 +122,8 @@ def test_fp64_runs_the_reference():
 def test_operator_registration(grouped):
     (x, y, gate, _, _, bias), group, (dx, _) = make(2, 4, 64, groups=2, bias=True)
     options = (bias, gate, group) if grouped else (None, gate[:, 0], None)
-    torch.library.opcheck(_fwd, (x, y, *options))
-    torch.library.opcheck(_bwd, (dx, y, *options))
+    torch.library.opcheck(gated_residual_fwd, (x, y, *options))
+    torch.library.opcheck(gated_residual_bwd, (dx, y, *options))
 
 
 def test_compiles_without_graph_breaks():

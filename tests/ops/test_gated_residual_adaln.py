@@ -21,9 +21,9 @@ from test_gated_residual import bad_inputs, make, pick
 from sra_fast import ops
 from sra_fast.kernels import gated_residual_adaln as kernels
 from sra_fast.ops.gated_residual_adaln import (
-    _bwd,
-    _fwd,
     gated_residual_adaln,
+    gated_residual_adaln_bwd,
+    gated_residual_adaln_fwd,
     gated_residual_adaln_ref,
 )
 
@@ -237,12 +237,12 @@ def test_operator_registration(grouped):
         group = None
         dx = None
     forward = (x, y, bias, gate, shift, scale, group, 1e-6, rms)
-    torch.library.opcheck(_fwd, forward)
-    x_new, _, mean, rstd = _fwd(*forward)
+    torch.library.opcheck(gated_residual_adaln_fwd, forward)
+    x_new, _, mean, rstd = gated_residual_adaln_fwd(*forward)
     backward = (dx, dh, x_new, y, bias, gate, scale, group, mean, rstd)
     # without and with h recomputed
-    torch.library.opcheck(_bwd, (*backward, None))
-    torch.library.opcheck(_bwd, (*backward, shift))
+    torch.library.opcheck(gated_residual_adaln_bwd, (*backward, None))
+    torch.library.opcheck(gated_residual_adaln_bwd, (*backward, shift))
 
 
 def test_compiles_without_graph_breaks():

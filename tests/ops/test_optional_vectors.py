@@ -15,8 +15,7 @@ from sra_fast.kernels import gated_residual as gated_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.kernels import per_token as per_token_kernels
 from sra_fast.ops import _per_token
-from sra_fast.ops.adaln import _bwd as adaln_bwd
-from sra_fast.ops.adaln import _fwd as adaln_fwd
+from sra_fast.ops.adaln import adaln_bwd, adaln_fwd
 
 B, T, D, FRAMES, GROUPS = 2, 6, 72, 3, 2
 NORMS = {"layer": F.layer_norm, "rms": F.rms_norm}
