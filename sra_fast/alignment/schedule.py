@@ -32,11 +32,12 @@ def align_weights(cfg: Config, step: int, epoch: int) -> dict[str, float]:
     return {name: align_weight(align, step, epoch) for name, align in cfg.alignments.items()}
 
 
-def fill_in_schedule(cfg: AlignConfig) -> None:
-    """Give a schedule over epochs the paper's numbers (Sec. 4.1), where others were not given."""
-    if cfg.schedule == "epochs":
-        cfg.hold = 149 if cfg.hold is None else cfg.hold
-        cfg.decay = 1000 if cfg.decay is None else cfg.decay
+def is_over(cfg: AlignConfig, step: int) -> bool:
+    """Whether no step from this one on (0-based) computes the target."""
+    if not cfg.active or (cfg.stop_at_step is not None and step >= cfg.stop_at_step):
+        return True
+    later = [weight for start, weight in cfg.milestones.items() if start > step]
+    return not any([_scheduled(cfg, step, 0), *later])
 
 
 def _scheduled(cfg: AlignConfig, step: int, epoch: int) -> float:

@@ -205,10 +205,11 @@ class AlignConfig:
     """lambda over time: constant; held for `hold` epochs (or steps), then divided by ten every
     `decay`; or `milestones`
     """
-    hold: int | None = None
-    """last epoch (or step) at full lambda; default for epochs: 149"""
-    decay: int | None = None
-    """epochs (or steps) in which lambda falls by a factor of ten; default for epochs: 1000"""
+    hold: int = 149
+    """last epoch (or step) at full lambda; the default is the paper's, in epochs"""
+    decay: int = 1000
+    """epochs (or steps) in which lambda falls by a factor of ten; the default is the paper's, in
+    epochs"""
     milestones: dict[int, float] = field(default_factory=dict)
     """step -> lambda from that step on (schedule: milestones)"""
     stop_at_step: int | None = None

@@ -148,7 +148,7 @@ def _check_numbers(cfg: Config) -> None:
         "data.num_workers": cfg.data.num_workers,
     }
     for section, align in cfg.alignments.items():
-        not_negative[f"{section}.hold"] = align.hold or 0
+        not_negative[f"{section}.hold"] = align.hold
     for name, value in not_negative.items():
         # a count has to fit into 64 bits
         require_that(
@@ -219,14 +219,15 @@ def _check_align(align: AlignConfig, cfg: Config) -> None:
     stop = align.stop_at_step
     require_that(stop is None or stop >= 1, f"align.stop_at_step must be at least 1, got {stop}")
     require_that(align.every >= 1, f"align.every must be at least 1, got {align.every}")
-    if align.schedule in ("epochs", "steps"):
-        # an epoch has any number of steps: only the paper's epochs have defaults
-        require_that(
-            align.hold is not None and align.decay is not None,
-            f"align.schedule {align.schedule} needs align.hold and align.decay, in {align.schedule}, "
-            f"got {align.hold} and {align.decay}",
-        )
-        require_that(align.decay >= 1, f"align.decay must be at least 1, got {align.decay}")
+    require_that(align.decay >= 1, f"align.decay must be at least 1, got {align.decay}")
+    # an epoch has any number of steps
+    of_epochs = {"hold": AlignConfig.hold, "decay": AlignConfig.decay}
+    require_that(
+        align.schedule != "steps"
+        or {name: getattr(align, name) for name in of_epochs} != of_epochs,
+        "align.schedule steps needs align.hold and align.decay in steps, got "
+        f"{align.hold} and {align.decay}, which are the paper's epochs",
+    )
     require_that(
         (align.schedule == "milestones") == bool(align.milestones),
         "align.milestones go with align.schedule: milestones, "

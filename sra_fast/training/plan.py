@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from sra_fast.alignment.schedule import fill_in_schedule
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.steps import cheap_fault, choose, step_folders
 from sra_fast.checkpoint.values import warn
@@ -82,7 +81,6 @@ def fill_in(cfg: Config) -> None:
     """Give what the configuration leaves open its default, where the data have not done that."""
     cfg.model.fill_in()
     for align in cfg.alignments.values():
-        fill_in_schedule(align)
         TARGETS[align.target].fill_in(align, cfg)
 
 

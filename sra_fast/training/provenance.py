@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+from sra_fast.alignment.schedule import is_over
 from sra_fast.alignment.target import trained_heads
 from sra_fast.checkpoint.average_snapshots import read_snapshot, snapshot_folders
 from sra_fast.checkpoint.manifest import EMA, RULES, DamagedCheckpoint, Manifest, plain
@@ -122,7 +123,7 @@ def _check_compared(path: Path, manifest: Manifest, cfg: Config, world: int) -> 
     now = asdict(cfg)
     for section, align in cfg.alignments.items():
         old = before.get(section, {})
-        if old.get("target") != align.target:
+        if old.get("target") != align.target or is_over(align, manifest.step):
             continue
         compared = TARGETS[align.target].images_compared
         of_then = compared(SimpleNamespace(**old), _micro(before, manifest.world), manifest.world)

@@ -199,21 +199,23 @@ def idle_warnings(cfg: Config) -> list[str]:
     """
     found = []
     for section, align in cfg.alignments.items():
-        idle = [name for name in ("hold", "decay") if getattr(align, name) is not None]
+        idle = _given(align, "hold", "decay")
         if idle and align.schedule not in ("epochs", "steps"):
             what = f"{section}.schedule is {align.schedule}, not epochs or steps"
             found.append(_idle(section, idle, what))
     if cfg.optim.schedule == "constant" and cfg.optim.min_lr:
         found.append(_idle("optim", ["min_lr"], "optim.schedule is constant"))
     if not cfg.monitor.every:
-        idle = [
-            option.name
-            for option in fields(cfg.monitor)
-            if getattr(cfg.monitor, option.name) != option.default
-        ]
+        idle = _given(cfg.monitor, *(option.name for option in fields(cfg.monitor)))
         if idle:
             found.append(_idle("monitor", idle, "monitor.every is 0: add --monitor.every STEPS"))
     return found
+
+
+def _given(options: object, *names: str) -> list[str]:
+    """Those of the names that have another value than their default."""
+    defaults = {option.name: option.default for option in fields(options)}
+    return [name for name in names if getattr(options, name) != defaults[name]]
 
 
 def _idle(section: str, names: list[str], why: str) -> str:

@@ -598,13 +598,15 @@ def test_a_run_of_each_target(tmp_path, caplog, name):
 def test_a_loss_of_a_micro_batch_goes_on_with_its_size(over, micro, world, message):
     """A run of 8 images on two processes, 4 each, is resumed."""
     dispersive = ("--align", "dispersive", "--align.over", over)
-    manifest = Mock(world=2, settings=asdict(config(*dispersive)))
+    manifest = Mock(world=2, step=3, settings=asdict(config(*dispersive)))
     cfg = config(*dispersive, *([] if micro is None else ["--train.micro_batch", str(micro)]))
     refused = pytest.raises(ValueError, match=f"^cannot resume here: align.target .*{message}")
     with refused if message else nullcontext():
         _check_compared(Path("here"), manifest, cfg, world)
-    # with another target, or with another one before, there is nothing to keep
+    # with another target, or another one before, or where it is over, there is nothing to keep
     _check_compared(Path("here"), manifest, config("--align", "layer_sync"), 1)
+    over = config(*dispersive, "--align.stop_at_step", "3")
+    _check_compared(Path("here"), manifest, over, 1)
     manifest.settings = asdict(config("--align", "layer_sync"))
     _check_compared(Path("here"), manifest, cfg, world)
 

@@ -6,7 +6,7 @@ from torch import nn
 from sra_fast import ops
 from sra_fast.alignment.ema_teacher import EMATeacher, EMATeacherConfig
 from sra_fast.alignment.objective import SRAObjective
-from sra_fast.alignment.schedule import align_weight, alignment_phases, fill_in_schedule
+from sra_fast.alignment.schedule import align_weight, alignment_phases, is_over
 from sra_fast.config.schema import AlignConfig
 from sra_fast.diffusion.flow_matching import FlowMatching
 from sra_fast.diffusion.gaussian_diffusion import GaussianDiffusion
@@ -166,20 +166,21 @@ def test_other_lambda_schedules():
 
 
 @pytest.mark.parametrize(
-    "schedule, given, expected",
+    "options, last",
     [
-        ("epochs", {}, (149, 1000)),
-        ("epochs", {"hold": 0}, (0, 1000)),
-        ("epochs", {"decay": 7}, (149, 7)),
-        ("steps", {"hold": 1, "decay": 2}, (1, 2)),
-        ("constant", {}, (None, None)),
+        ({}, None),
+        ({"stop_at_step": 7}, 6),
+        ({"weight": 0.0}, -1),
+        ({"schedule": "milestones", "milestones": {3: 0.0, 5: 0.1, 9: 0.0}}, 8),
+        ({"schedule": "milestones", "milestones": {3: 0.0}, "every": 2}, 2),
+        ({"schedule": "steps", "hold": 0, "decay": 1}, None),
+        ({"target": "none"}, -1),
     ],
 )
-def test_only_a_schedule_over_epochs_has_the_papers_numbers(schedule, given, expected):
-    """149 steps are nothing."""
-    cfg = AlignConfig(schedule=schedule, **given)
-    fill_in_schedule(cfg)
-    assert (cfg.hold, cfg.decay) == expected
+def test_a_target_is_over_after_its_last_step(options, last):
+    cfg = AlignConfig(**options)
+    over = [is_over(cfg, step) for step in range(500)]
+    assert over == [last is not None and step > last for step in range(500)]
 
 
 @pytest.mark.parametrize("schedule, now", [("steps", (400, 0)), ("epochs", (0, 10**6))])

@@ -184,8 +184,8 @@ def test_help_says_the_short_forms_and_each_list_of_choices_once(capsys):
         (("--align.fraction", "0"), r"align.fraction must lie in \(0, 1\], got 0"),
         (("--align.every", "0"), "align.every must be at least 1, got 0"),
         (
-            ("--align.schedule", "steps", "--align.hold", "9"),
-            "align.schedule steps needs align.hold and align.decay, in steps, got 9 and None",
+            ("--align.schedule", "steps"),
+            "align.schedule steps needs align.hold and align.decay in steps, got 149 and 1000",
         ),
         (("--align.schedule", "epochs", "--align.hold", "-1"), "align.hold must not be negative"),
         (("--optim.min_lr", "0.1"), r"optim.min_lr must lie in \[0, optim.lr\], got 0.1 and"),
