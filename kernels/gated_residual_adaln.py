@@ -609,9 +609,9 @@ def _launch_bwd(
     # without a limit ptxas 13 spills two registers at D=512 and 1024 to fit 168
     max_registers = None if dh2 is None else 255
     is_half = all(t.element_size() == 2 for t in (x_new, y, dh))
-    # of Triton 3.8's code ptxas takes up to 204 where h is recomputed or there are groups: for two
-    # programs of SiT-XL's rows on a processor instead of three. Without a bias a recomputed h spills
-    # two registers for sm_100 to fit 168
+    # without a limit Triton 3.8's code takes up to 204 registers where h is recomputed or there are
+    # groups: two programs of SiT-XL's rows on a processor instead of three. Without a bias, a
+    # recomputed h would spill two registers on sm_100
     fits = shift is None or bias is not None
     if dh2 is None and is_half and fits and columns_per_thread(config) == 9:
         max_registers = 168

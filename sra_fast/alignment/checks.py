@@ -38,7 +38,8 @@ def check_kind(section: str, align: AlignConfig, model: ModelConfig) -> None:
     if depth is not None or issubclass(kind, TeacherTarget):
         require_that(
             depth is not None and 1 <= depth <= layers,
-            f"{name}: network_depth must lie in [1, {layers}], the blocks of the model, got {depth}",
+            f"{name}: network_depth must lie in [1, {layers}], the blocks of the model, "
+            f"got {depth}",
         )
     head = kind.head_name(align)
     require_that(

@@ -181,8 +181,8 @@ class Target(nn.Module):
 
     @classmethod
     def images_compared(cls, align: AlignConfig, micro: int, world: int) -> int:
-        """How many images one loss compares with each other, with ``micro`` images in each of
-        ``world`` processes. Another number is another loss, which no run goes on with.
+        """How many images the loss compares with each other, with ``micro`` images in each of
+        ``world`` processes. The loss depends on that number: a run cannot be resumed with another.
         """
         return 1
 

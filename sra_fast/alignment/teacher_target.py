@@ -13,8 +13,8 @@ class TeacherTarget(Target):
     """Features of a network that follows the EMA of the student and sees the cleaner input.
 
     A subclass says how many blocks the network has (``network_depth``), and its ``loss`` compares
-    the student's features with ``result``. ``told`` and ``features`` are what it may change besides.
-    The teacher's time is earlier than the student's where ``largest_gap`` of its options is above 0.
+    the student's features with ``result``. It may also override ``told`` and ``features``. If
+    ``largest_gap`` of its options is above 0, the teacher's time is earlier than the student's.
     """
 
     network: Backbone

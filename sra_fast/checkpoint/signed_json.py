@@ -1,4 +1,4 @@
-"""A JSON file that knows its own SHA-256, and the files beside it by theirs.
+"""JSON files that contain their own SHA-256, and those of the files beside them.
 
 ``NAME.json`` holds ``{"NAME": values, "sha256": digest}``. Whoever reads it makes the text from the
 values again and compares it to the byte, so that whatever was changed shows. ``manifest.json`` of a

@@ -11,7 +11,7 @@ REQUIRED = re.compile(r"(the following arguments are required: )(.+)")
 
 
 def import_parts_or_fail() -> None:
-    """Before a program reads what is registered: parts from outside, or one line and exit code 2."""
+    """``import_parts``, before a program reads a registry; an error is one line and exit code 2."""
     try:
         import_parts()
     except ValueError as error:

@@ -1,7 +1,7 @@
 """How the learning rate falls after its warm-up: schedules by name.
 
-A schedule is a function of the progress between warm-up and the last step, in [0, 1), that gives the
-share of the way from ``optim.min_lr`` to ``optim.lr``:
+A schedule is a function of the progress between warm-up and the last step, in [0, 1). It returns
+the share of the way from ``optim.min_lr`` to ``optim.lr``:
 
     @LR_SCHEDULES.register("linear")
     def linear(progress): ...
@@ -31,7 +31,7 @@ def cosine(progress: float) -> float:
 
 
 def scheduled_lr(optim: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a 0-based step of a run of ``steps`` steps, without the warm-up's factor.
+    """The learning rate at a 0-based step of a run of ``steps`` steps, without the warm-up factor.
 
     Raises:
         ValueError: a schedule gave a share outside [0, 1].

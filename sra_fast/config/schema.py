@@ -123,7 +123,8 @@ class ModelConfig:
             # what nobody gave is no reason to refuse a family that does not know it
             elif value != option.default:
                 raise ValueError(
-                    f"model.{option.name} means nothing to a {family.family}, got {value}: leave it out"
+                    f"model.{option.name} means nothing to a {family.family}, got {value}: "
+                    "leave it out"
                 )
         return arguments
 
@@ -138,7 +139,7 @@ class ModelConfig:
         return models.preset(self.name)[0].takes_groups
 
     def takes(self, argument: str) -> bool:
-        """Whether the family can be built with an argument that says how it runs; see ``Backbone``."""
+        """Whether the constructor of the family's ``backbone`` has this argument."""
         return argument in self._taken
 
     def any_condition(self, count: int) -> models.Conditioning:
@@ -170,7 +171,9 @@ class ModelConfig:
         return self.num_tokens + (self.context_tokens or 0)
 
     def build(self, **execution) -> models.DiffusionTransformer:
-        """The student. ``execution``: how it runs, e.g. ``recompute``, as far as the family takes it."""
+        """The student. ``execution``: how it runs, e.g. ``recompute``; see ``Backbone``. What the
+        family does not take is left out.
+        """
         return models.preset(self.name)[0](**self.arguments(), **self._fitting(execution))
 
     def _fitting(self, execution: dict) -> dict:

@@ -102,7 +102,7 @@ def open_data(data: DataConfig) -> TrainingData:
     """The data set; name, scale and shift are filled in.
 
     Raises:
-        ValueError: it cannot be read, is none that a run could train on, or has no use for an option.
+        ValueError: it cannot be read, cannot be trained on, or has no use for an option.
     """
     if data.name == "auto":
         data.name = kind_of(data.path)
@@ -157,7 +157,8 @@ def _check_options(options: DataConfig, data: TrainingData) -> None:
     """ValueError for options that were given and that the data set does nothing with."""
     require_that(
         data.flip or not options.flip,
-        f"data.flip is not for the data set {data.name}, which does not mirror its images; got True",
+        f"data.flip is not for the data set {data.name}, which does not mirror its images; "
+        "got True",
     )
     facts = data.facts()
     for name, used in (("latent_scale", facts.scale), ("latent_shift", facts.shift)):

@@ -155,7 +155,8 @@ class TrainingData(Dataset):
         """These images, ``AT_ONCE`` at a time: all of them may be gigabytes.
 
         Yields:
-            Their numbers, their clean latents ``[B, C, H, W]``, and the tensors of their conditioning.
+            Their numbers, their clean latents ``[B, C, H, W]``, and the tensors of their
+            conditioning.
         """
         generator = torch.Generator().manual_seed(0)
         for start in range(0, len(rows), AT_ONCE):

@@ -64,7 +64,8 @@ def evaluate_digits(images: Tensor, labels: Tensor) -> dict[str, float]:
     bad = int((~images.isfinite().flatten(1).all(1)).sum())
     require_that(
         bad == 0,
-        f"generated digits must be finite, {bad} of {len(images)} are not: the weights, or the sampler",
+        f"generated digits must be finite, {bad} of {len(images)} are not: the weights, or the "
+        "sampler",
     )
     held_out = Digits(held_out=True)
     sets = (Digits().images, held_out.images, images)

@@ -243,3 +243,48 @@ def check_device_step(step: DeviceStep, param: Tensor) -> None:
             f"adamw_ema_: expected step.numbers [4] fp64, contiguous on {param.device}, as "
             f"DeviceStep.of makes them, got (shape, dtype, device, contiguous) {got}"
         )
+
+
+def check_tensor_arguments(
+    param: Tensor,
+    grad: Gradient,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | DeviceStep,
+    clip_scale: Tensor | None,
+    weights: Tensor | None,
+    ema: Tensor | None,
+    ema_copy: Tensor | Fp8Copy | None,
+) -> None:
+    """Raise ValueError unless the tensors of a call fit each other; see ``adamw_ema_``."""
+    optional = {"clip_scale": clip_scale, "weights": weights, "ema": ema}
+    if not isinstance(ema_copy, Fp8Copy):
+        optional["ema_copy"] = ema_copy
+    given = {name: x for name, x in optional.items() if x is not None}
+    state = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    check_tensors("adamw_ema_", state | given)
+    check_whole("adamw_ema_", {"clip_scale": clip_scale})
+    if ema_copy is not None and ema is None:
+        raise ValueError("adamw_ema_: expected ema where ema_copy is given, got None")
+    half: dict[str, Tensor | None] = {"weights": weights}
+    # what is written and what is only read
+    written = state | {"weights": weights, "ema": ema}
+    read = {"clip_scale": clip_scale, "grad": grad if isinstance(grad, Tensor) else None}
+    if isinstance(ema_copy, Fp8Copy):
+        check_fp8(ema_copy, param)
+        written |= {"ema_copy.values": ema_copy.values, "ema_copy.amax": ema_copy.amax}
+        read |= {"ema_copy.multiplier": ema_copy.multiplier, "ema_copy.ends": ema_copy.ends}
+    else:
+        half["ema_copy"] = ema_copy
+        written["ema_copy"] = ema_copy
+    full = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
+    check_buffers(param, full, grad, half)
+    if isinstance(step, DeviceStep):
+        check_device_step(step, param)
+        read["step.numbers"] = step.numbers
+    if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
+        raise ValueError(
+            f"adamw_ema_: expected clip_scale with one number on {param.device}, "
+            f"got {[*clip_scale.shape]} {clip_scale.device}"
+        )
+    check_memory(written, read)

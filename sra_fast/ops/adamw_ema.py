@@ -10,15 +10,12 @@ from sra_fast.kernels import adamw_ema as kernels
 from sra_fast.ops._adamw_arguments import (
     DeviceStep,
     Gradient,
-    check_buffers,
-    check_device_step,
-    check_fp8,
-    check_memory,
     check_numbers,
+    check_tensor_arguments,
     dtype_of,
 )
-from sra_fast.ops._backend import check_tensors, use_triton
-from sra_fast.ops._dtensors import check_whole, is_dtensor, local_shards
+from sra_fast.ops._backend import use_triton
+from sra_fast.ops._dtensors import is_dtensor, local_shards
 from sra_fast.ops._register import register
 from sra_fast.ops.fp8 import Fp8Copy
 
@@ -273,38 +270,10 @@ def adamw_ema_(
         return
 
     # check everything first: the update is in place and cannot be undone
-    optional = {"clip_scale": clip_scale, "weights": weights, "ema": ema}
-    if not isinstance(ema_copy, Fp8Copy):
-        optional["ema_copy"] = ema_copy
-    given = {name: x for name, x in optional.items() if x is not None}
-    state = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    check_tensors("adamw_ema_", state | given)
-    check_whole("adamw_ema_", {"clip_scale": clip_scale})
-    if ema_copy is not None and ema is None:
-        raise ValueError("adamw_ema_: expected ema where ema_copy is given, got None")
-    half: dict[str, Tensor | None] = {"weights": weights}
-    # what is written and what is only read
-    written = state | {"weights": weights, "ema": ema}
-    read = {"clip_scale": clip_scale, "grad": grad if isinstance(grad, Tensor) else None}
-    if isinstance(ema_copy, Fp8Copy):
-        check_fp8(ema_copy, param)
-        written |= {"ema_copy.values": ema_copy.values, "ema_copy.amax": ema_copy.amax}
-        read |= {"ema_copy.multiplier": ema_copy.multiplier, "ema_copy.ends": ema_copy.ends}
-    else:
-        half["ema_copy"] = ema_copy
-        written["ema_copy"] = ema_copy
-    full = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
-    check_buffers(param, full, grad, half)
+    check_tensor_arguments(
+        param, grad, exp_avg, exp_avg_sq, step, clip_scale, weights, ema, ema_copy
+    )
     check_numbers(step, lr, betas, eps, weight_decay, decay)
-    if isinstance(step, DeviceStep):
-        check_device_step(step, param)
-        read["step.numbers"] = step.numbers
-    if clip_scale is not None and (clip_scale.numel() != 1 or clip_scale.device != param.device):
-        raise ValueError(
-            f"adamw_ema_: expected clip_scale with one number on {param.device}, "
-            f"got {[*clip_scale.shape]} {clip_scale.device}"
-        )
-    check_memory(written, read)
 
     wide = torch.float64 in (param.dtype, dtype_of(grad))
     if not use_triton("adamw_ema_", param, backend) or param.numel() == 0 or wide:

@@ -211,8 +211,8 @@ def _timed_step(
 
 def _heads_first_in_memory(x: Tensor) -> bool:
     """Whether the tokens of one head of ``x [B, T, H, d]`` lie together."""
-    # while a compiler traces, a comparison of strides is a symbol, which a lookup (torch 2.14) fails
-    # with; a branch makes it a value
+    # while torch.compile traces, a comparison of strides is symbolic, and torch 2.14 cannot look up
+    # a key with it; the branch makes it a constant
     if x.stride(1) < x.stride(2):  # noqa: SIM103
         return True
     return False
@@ -429,7 +429,8 @@ def attention(
     quarter and three quarters of the tokens take 62.5 % of the products (arXiv 2607.02508). On a
     CUDA device in half precision that is one call of a variable-length kernel, or a call for each
     run, whichever was faster. All other tensors take a call for each run, and runs of one length
-    share one. Every new tuple of lengths is a new shape: it is traced anew, and measured unless four
+    share one. Every new tuple of lengths is a new shape: it is traced anew, and measured unless
+    four
     were.
 
     Args:

@@ -112,7 +112,7 @@ def _check(
         )
     if path not in PATHS:
         raise ValueError(f"noise_pair: path must be one of {PATHS}, got {path!r}")
-    # comparisons, which a compiler also traces of a number that changes; a NaN compares with nothing
+    # comparisons: a compiler can trace them for a number that changes. A NaN compares with nothing
     if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"noise_pair: expected scale as a finite number, got {scale!r}")
     if any(s.dtype not in FLOAT_DTYPES or s.device != x0.device for s in named.values()):

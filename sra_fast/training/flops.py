@@ -143,7 +143,8 @@ def _named(alignments: dict[str, AlignConfig]) -> Iterator[None]:
         names = [f"{section}.target {align.target}" for section, align in alignments.items()]
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{' and '.join(names)}: __init__, times, start and loss run once on meta tensors, which "
+            f"{' and '.join(names)}: __init__, times, start and loss run once on meta tensors, "
+            "which "
             f"have no values, to count FLOPs; there it fails with: {reason}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Forward and backward pass of a step as one CUDA graph: whether it can be, and what it captures."""
+"""Forward and backward pass of a step as one CUDA graph: whether it is possible, and its inputs."""
 
 import logging
 from collections.abc import Sequence

@@ -185,8 +185,8 @@ class TrainLogger:
         # since the last row
         self.values = StepValues(device)
         self.facts: list[StepFacts] = []
-        # the steps that the clock has seen since it was started, and the first step of this process,
-        # which compiles and captures
+        # steps since the clock was started, and the number of the first step of this process, which
+        # compiles and captures
         self.timed = 0
         self.first = start + 1
         self.clock = _Mark(device)

@@ -126,13 +126,14 @@ def optimizer_step(
         values = trainer.micro_step(drawn, list(weights.values()), first=micro_step == 0)
         logger.add(values, step, micro_step)
         at(step + 1, "update")
-        # DeepSpeed counts the micro-steps. At the last one it calls the step that ``build`` has put in
-        # place of its own (zero/fused_step.py): the norm of the gradient, then clipping, AdamW, the
-        # rounded weights, the EMA and the teacher's copy of it in one pass
+        # DeepSpeed counts the micro-steps. At the last one it calls our optimizer step, which
+        # ``build`` has put in place of its own (zero/fused_step.py): the norm of the gradient, then
+        # clipping, AdamW, the rounded weights, the EMA and the teacher's copy of it in one pass
         engine.step()
     assert engine.was_step_applied(), "DeepSpeed counts other micro-steps"
-    # what the pass leaves to do: the teacher, if the next step runs it, and averages for evaluation.
-    # The teacher's all-gather starts here; without a graph it overlaps with the student's forward
+    # what that pass has not done: the teacher, if the next step runs it, and averages for
+    # evaluation. The teacher's all-gather starts here; without a graph it overlaps with the
+    # student's forward
     next_weights = align_weights(cfg, step + 1, stream.epoch(position + 1))
     trainer.after_step(trainer.teacher_runs(list(next_weights.values())))
     # tensors on the device: they are not read here

@@ -118,7 +118,9 @@ def check(path: Path, manifest: Manifest, cfg: Config, facts: DataFacts | None) 
 
 
 def _check_compared(path: Path, manifest: Manifest, cfg: Config, world: int) -> None:
-    """ValueError for a loss that compares images with each other, and would compare more or fewer."""
+    """ValueError if a loss that compares images with each other would compare more or fewer than
+    before.
+    """
     before = manifest.settings
     now = asdict(cfg)
     for section, align in cfg.alignments.items():
@@ -130,8 +132,9 @@ def _check_compared(path: Path, manifest: Manifest, cfg: Config, world: int) -> 
         of_now = compared(align, _micro(now, world), world)
         require_that(
             of_then == of_now,
-            f"cannot resume {path}: {section}.target {align.target} compared {of_then} images with each "
-            f"other, this run has {of_now}: expected the same, which train.micro_batch decides",
+            f"cannot resume {path}: {section}.target {align.target} compared {of_then} images with "
+            f"each other, this run has {of_now}: expected the same, which train.micro_batch "
+            "decides",
         )
 
 

@@ -193,13 +193,22 @@ def decay_warning(cfg: Config, origin: str | None = None) -> str | None:
 
 
 def idle_warnings(cfg: Config) -> list[str]:
-    """A line for each group of options that were given and do nothing in this run.
+    """A line for each group of options that were given and do nothing in this run, and for each
+    default that is probably not meant.
 
     They are not refused: a configuration may have them for another run.
     """
     found = []
     for section, align in cfg.alignments.items():
         idle = _given(align, "hold", "decay")
+        if align.schedule == "steps":
+            # both are not left out: ``check_config`` refuses that
+            found += [
+                f"warning: {section}.{name} is {getattr(align, name)} steps, its default, which is "
+                "the paper's number of epochs"
+                for name in ("hold", "decay")
+                if name not in idle
+            ]
         if idle and align.schedule not in ("epochs", "steps"):
             what = f"{section}.schedule is {align.schedule}, not epochs or steps"
             found.append(_idle(section, idle, what))

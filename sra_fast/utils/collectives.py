@@ -106,7 +106,7 @@ def agreed(
 
 @dataclass(frozen=True)
 class _Fault:
-    """What a rank tells the others of its error, which itself may be nothing that can be pickled."""
+    """What a rank tells the others of its error; the error itself may not be picklable."""
 
     kind: type[Exception]
     line: str

@@ -20,9 +20,7 @@ def _is_count(value: object) -> bool:
 
 
 def warm_up(update: float | Tensor, steps: int) -> float | Tensor:
-    """Factor of the learning rate of the ``update``-th update (1-based): linear up to ``steps``, then
-    1.
-    """
+    """Factor of the learning rate at a 1-based update: linear up to ``steps``, then 1."""
     if not steps:
         return 1.0
     if isinstance(update, Tensor):

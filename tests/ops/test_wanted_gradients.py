@@ -1,4 +1,4 @@
-"""Which gradients are wanted: what nobody wants costs nothing and is not promised; several at once."""
+"""Gradients that are not wanted are not computed, and their outputs require none; batched ones."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Parts that lie outside of the package: a model family that knows nothing of this engine's options,
-and a schedule, trained, sampled from and exported by the programs.
+"""Parts outside of the package, used by the programs: a model family that knows nothing of this
+engine's options, and a learning-rate schedule.
 """
 
 import subprocess
@@ -31,7 +31,9 @@ class MlpBlock(nn.Module):
 
 
 class MlpBackbone(Backbone):
-    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes):
+    def __init__(
+        self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes
+    ):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, 0.0, None
         )

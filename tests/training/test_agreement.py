@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch.distributed as dist
 from ranks import run_ranks
 
 from sra_fast.training.agreement import Agreement
@@ -50,18 +49,7 @@ def test_all_ranks_see_the_maxima_at_one_step(tmp_path):
         assert last == [0, 2]
 
 
-@pytest.fixture
-def alone():
-    """A group of one process."""
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if ours:
-        dist.destroy_process_group()
-
-
-def test_one_process_is_told_at_once(alone):
+def test_one_process_is_told_at_once(one_process):
     agreement = Agreement(("stop",), every=2)
     assert agreement.step(1) == {"stop": 0}
     agreement.tell(stop=3)
@@ -71,7 +59,7 @@ def test_one_process_is_told_at_once(alone):
     assert agreement.close() is None
 
 
-def test_a_name_that_nobody_agreed_on_is_an_error(alone):
+def test_a_name_that_nobody_agreed_on_is_an_error(one_process):
     with pytest.raises(KeyError, match="halt"):
         Agreement(("stop",)).tell(halt=1)
     with pytest.raises(ValueError, match="at least 1, got 0"):

@@ -143,6 +143,18 @@ def test_options_that_nothing_reads_are_a_warning(args, said, capsys):
     assert said is None or lines[0].startswith(f"warning: nothing reads {said}")
 
 
+@pytest.mark.parametrize("given, left", [("hold", "decay is 1000"), ("decay", "hold is 149")])
+def test_steps_in_place_of_epochs_are_a_warning(given, left, capsys):
+    words = f"--train.precision fp32 --align.schedule steps --align.{given} 5000"
+    cfg = config(*words.split())
+    check_config(cfg)
+    say_start(trainer(cfg), make_dataset(cfg), FOLDER)
+    (line,) = capsys.readouterr().err.splitlines()[6:]
+    assert line == (
+        f"warning: align.{left} steps, its default, which is the paper's number of epochs"
+    )
+
+
 def test_bf16_on_a_cpu_is_one_warning(capsys):
     for precision, warnings in (("bf16", 1), ("fp32", 0)):
         cfg = config("--train.precision", precision)

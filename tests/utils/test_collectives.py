@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
 
 from sra_fast.utils.collectives import agreed, gathered, reason
@@ -92,17 +91,6 @@ def test_an_error_of_one_rank_is_the_same_line_on_all(tmp_path):
     assert sorted(ends) == ["KeyError: 'key'", "KeyError: 'no words'", "TypeError: type"]
 
 
-@pytest.fixture
-def alone():
-    """A group of one process."""
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if ours:
-        dist.destroy_process_group()
-
-
 def raising(error: BaseException):
     def work():
         raise error
@@ -111,13 +99,13 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
-def test_what_ends_a_process_is_no_error_of_the_work(alone, caplog, error):
+def test_what_ends_a_process_is_no_error_of_the_work(one_process, caplog, error):
     with pytest.raises(type(error)) as caught:
         agreed(raising(error))
     assert caught.value is error and caplog.text == ""
 
 
-def test_the_traceback_of_a_fault_of_the_program_is_kept(alone, caplog):
+def test_the_traceback_of_a_fault_of_the_program_is_kept(one_process, caplog):
     fault = KeyError("key")
     with pytest.raises(RuntimeError, match="^KeyError: 'key'$") as caught:
         agreed(raising(fault))
@@ -126,14 +114,14 @@ def test_the_traceback_of_a_fault_of_the_program_is_kept(alone, caplog):
     assert record.levelname == "ERROR" and record.exc_info[1] is fault
 
 
-def test_what_a_user_can_change_has_no_traceback(alone, caplog):
+def test_what_a_user_can_change_has_no_traceback(one_process, caplog):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/file")
     with pytest.raises(ValueError) as caught:
         agreed(raising(full))
     assert str(caught.value) == str(full) and caplog.text == ""
 
 
-def test_one_process_sends_nothing(alone):
+def test_one_process_sends_nothing(one_process):
     """What it has need not be something that can be pickled."""
     value = object()
     assert agreed(lambda: value) == [value]
