@@ -41,7 +41,7 @@ LOADED_BYTES = 64
 FWD_PROGRAMS_PER_SM = 6
 BWD_PROGRAMS_PER_SM = 4
 # upper limits of 32-bit registers per thread, checked by tests/ops/test_codegen_heads.py
-REGISTERS = {"_qk_norm_rope_fwd_kernel": 128, "_qk_norm_rope_bwd_kernel": 168}
+REGISTERS = {"_qk_norm_rope_fwd_kernel": 128, "_qk_norm_rope_bwd_kernel": 128}
 
 
 @triton.jit
@@ -91,16 +91,26 @@ def _store_pairs(
 
 
 @triton.jit
-def _load_weight(ptr, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A weight as pairs ``[1, HALF]`` in fp32; the constant 1 without one."""
+def _load_weight(ptr, live, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """A weight as pairs ``[1, HALF]`` in fp32; ones without one, or unless ``live``."""
     first = 1.0
     second = 1.0
     if ptr is not None:
         row = tl.zeros((1, 1), dtype=tl.int32)
-        first, second = _load_pairs(ptr, row, row == 0, 0.0, D, HALF, INTERLEAVED)
+        first, second = _load_pairs(ptr, row, live, 1.0, D, HALF, INTERLEAVED)
         first = first.to(tl.float32)
         second = second.to(tl.float32)
     return first, second
+
+
+@triton.jit
+def _load_weights(
+    q_ptr, k_ptr, is_query, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """This program's weight; the two may differ in dtype, so that no pointer stands for both."""
+    q1, q2 = _load_weight(q_ptr, is_query, D, HALF, INTERLEAVED)
+    k1, k2 = _load_weight(k_ptr, is_query == 0, D, HALF, INTERLEAVED)
+    return q1 * k1, q2 * k2
 
 
 @triton.jit
@@ -184,6 +194,15 @@ def _normalize(
 
 
 @triton.jit
+def _select(is_query, q, k):
+    """The three strides of queries, or those of keys, which may be wider integers."""
+    first = tl.where(is_query, q[0], k[0])
+    second = tl.where(is_query, q[1], k[1])
+    third = tl.where(is_query, q[2], k[2])
+    return first, second, third
+
+
+@triton.jit
 def _locate(T, H, P, C, num_tokens, num_heads):
     """Image, tokens [first, last) and heads [first, last) of this program."""
     pid = tl.program_id(0).to(tl.int64)
@@ -191,161 +210,6 @@ def _locate(T, H, P, C, num_tokens, num_heads):
     first_head = pid % C * num_heads
     tokens = (first_token, tl.minimum(first_token + num_tokens, T))
     return pid // C // P, tokens, (first_head, tl.minimum(first_head + num_heads, H))
-
-
-@triton.jit
-def _forward(
-    x_ptr,
-    y_ptr,
-    cos_ptr,
-    sin_ptr,
-    w_ptr,
-    x_strides,
-    y_strides,
-    table,
-    T,
-    H,
-    P,
-    C,
-    num_tokens,
-    num_heads,
-    eps,
-    UNIT: tl.constexpr,
-    TABLE_UNIT: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    FULL: tl.constexpr,
-    NORM: tl.constexpr,
-    CENTER: tl.constexpr,
-):
-    """Norm and rotation of this program's share of queries or keys."""
-    b, tokens, heads = _locate(T, H, P, C, num_tokens, num_heads)
-    x_ptr += b * x_strides[0] * UNIT
-    y_ptr += b * y_strides[0] * UNIT
-    w1, w2 = _load_weight(w_ptr, D, HALF, INTERLEAVED)
-    for start in range(tokens[0], tokens[1], ROWS):
-        t = (start + tl.arange(0, ROWS))[:, None]
-        exists = t < tokens[1]
-        x_rows = t * x_strides[1] * UNIT
-        y_rows = t * y_strides[1] * UNIT
-        # once for all heads
-        cos, sin = _load_tables(
-            cos_ptr, sin_ptr, b, t, table, TABLE_UNIT, D, HALF, INTERLEAVED, FULL
-        )
-        for h in range(heads[0], heads[1], HEADS):
-            # load several heads before any is used
-            loaded = ()
-            for i in tl.static_range(HEADS):
-                live = exists & (h + i < heads[1])
-                head_ptr = x_ptr + (h + i) * x_strides[2] * UNIT
-                x = _load_pairs(head_ptr, x_rows, live, 0.0, D, HALF, INTERLEAVED)
-                loaded = loaded + (x,)
-            for i in tl.static_range(HEADS):
-                live = exists & (h + i < heads[1])
-                x1, x2 = loaded[i]
-                y1, y2, _ = _normalize(x1, x2, live, eps, D, HALF, INTERLEAVED, NORM, CENTER)
-                y1 *= w1
-                y2 *= w2
-                # rotate and round once
-                if cos_ptr is not None:
-                    y1, y2 = y1 * cos[0] - y2 * sin[0], y2 * cos[1] + y1 * sin[1]
-                out_ptr = y_ptr + (h + i) * y_strides[2] * UNIT
-                _store_pairs(out_ptr, y_rows, live, y1, y2, D, HALF, INTERLEAVED)
-
-
-@triton.jit
-def _backward(
-    x_ptr,
-    dy_ptr,
-    dx_ptr,
-    cos_ptr,
-    sin_ptr,
-    w_ptr,
-    part_ptr,
-    x_strides,
-    dy_strides,
-    dx_strides,
-    table,
-    T,
-    H,
-    P,
-    C,
-    num_tokens,
-    num_heads,
-    eps,
-    UNIT: tl.constexpr,
-    TABLE_UNIT: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    FULL: tl.constexpr,
-    NORM: tl.constexpr,
-    CENTER: tl.constexpr,
-):
-    """dx of this program's share of queries or keys, and its partial sum of dw."""
-    b, tokens, heads = _locate(T, H, P, C, num_tokens, num_heads)
-    x_ptr += b * x_strides[0] * UNIT
-    dy_ptr += b * dy_strides[0] * UNIT
-    dx_ptr += b * dx_strides[0] * UNIT
-    w1, w2 = _load_weight(w_ptr, D, HALF, INTERLEAVED)
-    sum1 = tl.zeros((ROWS, HALF), tl.float32)
-    sum2 = tl.zeros((ROWS, HALF), tl.float32)
-    for start in range(tokens[0], tokens[1], ROWS):
-        t = (start + tl.arange(0, ROWS))[:, None]
-        exists = t < tokens[1]
-        x_rows = t * x_strides[1] * UNIT
-        dy_rows = t * dy_strides[1] * UNIT
-        dx_rows = t * dx_strides[1] * UNIT
-        # once for all heads
-        cos, sin = _load_tables(
-            cos_ptr, sin_ptr, b, t, table, TABLE_UNIT, D, HALF, INTERLEAVED, FULL
-        )
-        for h in range(heads[0], heads[1], HEADS):
-            # load several heads before any is used
-            loaded = ()
-            for i in tl.static_range(HEADS):
-                live = exists & (h + i < heads[1])
-                x_head_ptr = x_ptr + (h + i) * x_strides[2] * UNIT
-                dy_head_ptr = dy_ptr + (h + i) * dy_strides[2] * UNIT
-                x = _load_pairs(x_head_ptr, x_rows, live, 0.0, D, HALF, INTERLEAVED)
-                dy = _load_pairs(dy_head_ptr, dy_rows, live, 0.0, D, HALF, INTERLEAVED)
-                loaded = loaded + ((x, dy),)
-            for i in tl.static_range(HEADS):
-                live = exists & (h + i < heads[1])
-                x, dy = loaded[i]
-                xhat1, xhat2, rstd = _normalize(
-                    x[0], x[1], live, eps, D, HALF, INTERLEAVED, NORM, CENTER
-                )
-                # rotate back: the transposed rotation gives the gradient of the weighted norm
-                dn1 = dy[0].to(tl.float32)
-                dn2 = dy[1].to(tl.float32)
-                if cos_ptr is not None:
-                    dn1, dn2 = dn1 * cos[0] + dn2 * sin[1], dn2 * cos[1] - dn1 * sin[0]
-                if part_ptr is not None:
-                    sum1 += dn1 * xhat1
-                    sum2 += dn2 * xhat2
-                dx1 = dn1 * w1
-                dx2 = dn2 * w2
-                if NORM:
-                    # dx = (dxhat - xhat mean(xhat dxhat) - mean(dxhat)) rstd
-                    c1 = tl.sum(xhat1 * dx1 + xhat2 * dx2, axis=1, keep_dims=True) / D
-                    c2 = tl.sum(dx1 + dx2, axis=1, keep_dims=True) / D if CENTER else 0.0
-                    dx1 = (dx1 - xhat1 * c1 - c2) * rstd
-                    dx2 = (dx2 - xhat2 * c1 - c2) * rstd
-                out_ptr = dx_ptr + (h + i) * dx_strides[2] * UNIT
-                _store_pairs(out_ptr, dx_rows, live, dx1, dx2, D, HALF, INTERLEAVED)
-
-    # one partial sum per program
-    if part_ptr is not None:
-        row = tl.zeros((1, 1), dtype=tl.int32)
-        sum1 = tl.sum(sum1, axis=0)[None, :]
-        sum2 = tl.sum(sum2, axis=0)[None, :]
-        _store_pairs(part_ptr, row, row == 0, sum1, sum2, D, HALF, INTERLEAVED)
 
 
 def _unspecialized(*arrays: str) -> list[str]:
@@ -406,64 +270,47 @@ def _qk_norm_rope_fwd_kernel(
     NORM: tl.constexpr,
     CENTER: tl.constexpr,
 ):
-    table = (offset, table_rows, cos_b, cos_t, sin_b, sin_t)
     # the second half of the programs has the keys
-    if tl.program_id(1) == 0:
-        _forward(
-            q_ptr,
-            q_out_ptr,
-            cos_ptr,
-            sin_ptr,
-            q_weight_ptr,
-            (q_b, q_t, q_h),
-            (q_out_b, q_out_t, q_out_h),
-            table,
-            T,
-            H,
-            P,
-            C,
-            num_tokens,
-            num_heads,
-            eps,
-            UNIT,
-            TABLE_UNIT,
-            D,
-            HALF,
-            ROWS,
-            HEADS,
-            INTERLEAVED,
-            FULL,
-            NORM,
-            CENTER,
+    is_query = tl.program_id(1) == 0
+    x_ptr = tl.where(is_query, q_ptr, k_ptr)
+    y_ptr = tl.where(is_query, q_out_ptr, k_out_ptr)
+    x_strides = _select(is_query, (q_b, q_t, q_h), (k_b, k_t, k_h))
+    y_strides = _select(is_query, (q_out_b, q_out_t, q_out_h), (k_out_b, k_out_t, k_out_h))
+    table = (offset, table_rows, cos_b, cos_t, sin_b, sin_t)
+    b, tokens, heads = _locate(
+        tl.where(is_query, T, S), tl.where(is_query, H, H_kv), P, C, num_tokens, num_heads
+    )
+    x_ptr += b * x_strides[0] * UNIT
+    y_ptr += b * y_strides[0] * UNIT
+    w1, w2 = _load_weights(q_weight_ptr, k_weight_ptr, is_query, D, HALF, INTERLEAVED)
+    for start in range(tokens[0], tokens[1], ROWS):
+        t = (start + tl.arange(0, ROWS))[:, None]
+        exists = t < tokens[1]
+        x_rows = t * x_strides[1] * UNIT
+        y_rows = t * y_strides[1] * UNIT
+        # once for all heads
+        cos, sin = _load_tables(
+            cos_ptr, sin_ptr, b, t, table, TABLE_UNIT, D, HALF, INTERLEAVED, FULL
         )
-    else:
-        _forward(
-            k_ptr,
-            k_out_ptr,
-            cos_ptr,
-            sin_ptr,
-            k_weight_ptr,
-            (k_b, k_t, k_h),
-            (k_out_b, k_out_t, k_out_h),
-            table,
-            S,
-            H_kv,
-            P,
-            C,
-            num_tokens,
-            num_heads,
-            eps,
-            UNIT,
-            TABLE_UNIT,
-            D,
-            HALF,
-            ROWS,
-            HEADS,
-            INTERLEAVED,
-            FULL,
-            NORM,
-            CENTER,
-        )
+        for h in range(heads[0], heads[1], HEADS):
+            # load several heads before any is used
+            loaded = ()
+            for i in tl.static_range(HEADS):
+                live = exists & (h + i < heads[1])
+                head_ptr = x_ptr + (h + i) * x_strides[2] * UNIT
+                x = _load_pairs(head_ptr, x_rows, live, 0.0, D, HALF, INTERLEAVED)
+                loaded = loaded + (x,)
+            for i in tl.static_range(HEADS):
+                live = exists & (h + i < heads[1])
+                x1, x2 = loaded[i]
+                y1, y2, _ = _normalize(x1, x2, live, eps, D, HALF, INTERLEAVED, NORM, CENTER)
+                y1 *= w1
+                y2 *= w2
+                # rotate and round once
+                if cos_ptr is not None:
+                    y1, y2 = y1 * cos[0] - y2 * sin[0], y2 * cos[1] + y1 * sin[1]
+                out_ptr = y_ptr + (h + i) * y_strides[2] * UNIT
+                _store_pairs(out_ptr, y_rows, live, y1, y2, D, HALF, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=_unspecialized("q", "k", "q_out", "k_out", "dq", "dk"))
@@ -478,8 +325,7 @@ def _qk_norm_rope_bwd_kernel(
     k_weight_ptr,
     dq_ptr,  # [B, T, H, D]
     dk_ptr,  # [B, S, H_kv, D]
-    q_part_ptr,  # [programs, K, D] fp32, the first of K weights, or None
-    k_part_ptr,  # the last of them
+    part_ptr,  # [programs, K, D] fp32, queries' weight before keys', or None without any
     K,
     T,
     S,
@@ -525,75 +371,78 @@ def _qk_norm_rope_bwd_kernel(
     NORM: tl.constexpr,
     CENTER: tl.constexpr,
 ):
-    table = (offset, table_rows, cos_b, cos_t, sin_b, sin_t)
-    pid = tl.program_id(0).to(tl.int64)
     # the second half of the programs has the keys
-    if tl.program_id(1) == 0:
-        if q_part_ptr is not None:
-            q_part_ptr += pid * K * D
-        _backward(
-            q_ptr,
-            q_out_ptr,
-            dq_ptr,
-            cos_ptr,
-            sin_ptr,
-            q_weight_ptr,
-            q_part_ptr,
-            (q_b, q_t, q_h),
-            (q_out_b, q_out_t, q_out_h),
-            (dq_b, dq_t, dq_h),
-            table,
-            T,
-            H,
-            P,
-            C,
-            num_tokens,
-            num_heads,
-            eps,
-            UNIT,
-            TABLE_UNIT,
-            D,
-            HALF,
-            ROWS,
-            HEADS,
-            INTERLEAVED,
-            FULL,
-            NORM,
-            CENTER,
+    is_query = tl.program_id(1) == 0
+    x_ptr = tl.where(is_query, q_ptr, k_ptr)
+    dy_ptr = tl.where(is_query, q_out_ptr, k_out_ptr)
+    dx_ptr = tl.where(is_query, dq_ptr, dk_ptr)
+    x_strides = _select(is_query, (q_b, q_t, q_h), (k_b, k_t, k_h))
+    dy_strides = _select(is_query, (q_out_b, q_out_t, q_out_h), (k_out_b, k_out_t, k_out_h))
+    dx_strides = _select(is_query, (dq_b, dq_t, dq_h), (dk_b, dk_t, dk_h))
+    table = (offset, table_rows, cos_b, cos_t, sin_b, sin_t)
+    b, tokens, heads = _locate(
+        tl.where(is_query, T, S), tl.where(is_query, H, H_kv), P, C, num_tokens, num_heads
+    )
+    x_ptr += b * x_strides[0] * UNIT
+    dy_ptr += b * dy_strides[0] * UNIT
+    dx_ptr += b * dx_strides[0] * UNIT
+    w1, w2 = _load_weights(q_weight_ptr, k_weight_ptr, is_query, D, HALF, INTERLEAVED)
+    sum1 = tl.zeros((ROWS, HALF), tl.float32)
+    sum2 = tl.zeros((ROWS, HALF), tl.float32)
+    for start in range(tokens[0], tokens[1], ROWS):
+        t = (start + tl.arange(0, ROWS))[:, None]
+        exists = t < tokens[1]
+        x_rows = t * x_strides[1] * UNIT
+        dy_rows = t * dy_strides[1] * UNIT
+        dx_rows = t * dx_strides[1] * UNIT
+        # once for all heads
+        cos, sin = _load_tables(
+            cos_ptr, sin_ptr, b, t, table, TABLE_UNIT, D, HALF, INTERLEAVED, FULL
         )
-    else:
-        if k_part_ptr is not None:
-            k_part_ptr += (pid * K + K - 1) * D
-        _backward(
-            k_ptr,
-            k_out_ptr,
-            dk_ptr,
-            cos_ptr,
-            sin_ptr,
-            k_weight_ptr,
-            k_part_ptr,
-            (k_b, k_t, k_h),
-            (k_out_b, k_out_t, k_out_h),
-            (dk_b, dk_t, dk_h),
-            table,
-            S,
-            H_kv,
-            P,
-            C,
-            num_tokens,
-            num_heads,
-            eps,
-            UNIT,
-            TABLE_UNIT,
-            D,
-            HALF,
-            ROWS,
-            HEADS,
-            INTERLEAVED,
-            FULL,
-            NORM,
-            CENTER,
-        )
+        for h in range(heads[0], heads[1], HEADS):
+            # load several heads before any is used
+            loaded = ()
+            for i in tl.static_range(HEADS):
+                live = exists & (h + i < heads[1])
+                x_head_ptr = x_ptr + (h + i) * x_strides[2] * UNIT
+                dy_head_ptr = dy_ptr + (h + i) * dy_strides[2] * UNIT
+                x = _load_pairs(x_head_ptr, x_rows, live, 0.0, D, HALF, INTERLEAVED)
+                dy = _load_pairs(dy_head_ptr, dy_rows, live, 0.0, D, HALF, INTERLEAVED)
+                loaded = loaded + ((x, dy),)
+            for i in tl.static_range(HEADS):
+                live = exists & (h + i < heads[1])
+                x, dy = loaded[i]
+                xhat1, xhat2, rstd = _normalize(
+                    x[0], x[1], live, eps, D, HALF, INTERLEAVED, NORM, CENTER
+                )
+                # rotate back: the transposed rotation gives the gradient of the weighted norm
+                dn1 = dy[0].to(tl.float32)
+                dn2 = dy[1].to(tl.float32)
+                if cos_ptr is not None:
+                    dn1, dn2 = dn1 * cos[0] + dn2 * sin[1], dn2 * cos[1] - dn1 * sin[0]
+                if part_ptr is not None:
+                    sum1 += dn1 * xhat1
+                    sum2 += dn2 * xhat2
+                dx1 = dn1 * w1
+                dx2 = dn2 * w2
+                if NORM:
+                    # dx = (dxhat - xhat mean(xhat dxhat) - mean(dxhat)) rstd
+                    c1 = tl.sum(xhat1 * dx1 + xhat2 * dx2, axis=1, keep_dims=True) / D
+                    c2 = tl.sum(dx1 + dx2, axis=1, keep_dims=True) / D if CENTER else 0.0
+                    dx1 = (dx1 - xhat1 * c1 - c2) * rstd
+                    dx2 = (dx2 - xhat2 * c1 - c2) * rstd
+                out_ptr = dx_ptr + (h + i) * dx_strides[2] * UNIT
+                _store_pairs(out_ptr, dx_rows, live, dx1, dx2, D, HALF, INTERLEAVED)
+
+    # one partial sum per program and weight
+    if part_ptr is not None:
+        has_weight = tl.where(is_query, q_weight_ptr is not None, k_weight_ptr is not None)
+        pid = tl.program_id(0).to(tl.int64)
+        part_ptr += (pid * K + tl.where(is_query, 0, K - 1)) * D
+        row = tl.zeros((1, 1), dtype=tl.int32)
+        sum1 = tl.sum(sum1, axis=0)[None, :]
+        sum2 = tl.sum(sum2, axis=0)[None, :]
+        _store_pairs(part_ptr, row, has_weight, sum1, sum2, D, HALF, INTERLEAVED)
 
 
 def _unit(*tensors: Tensor) -> int:
@@ -787,8 +636,7 @@ def qk_norm_rope_bwd(
         k_weight,
         dq,
         dk,
-        None if q_weight is None else part,
-        None if k_weight is None else part,
+        part if weights else None,
         len(weights),
         *shape_arguments,
         *_in_units(unit, q, k, dq_out, dk_out, dq, dk),
@@ -800,6 +648,9 @@ def qk_norm_rope_bwd(
         HEADS=_heads_per_iteration(q, style["INTERLEAVED"], 2),
         **style,
         **tile,
+        # what BWD_PROGRAMS_PER_SM programs have: by itself ptxas 13 takes up to 168, or spills to
+        # fit 80 (sm_100, interleaved)
+        maxnreg=128,
         enable_fp_fusion=True,
     )
     sums = [w.new_empty(D) for w in weights]

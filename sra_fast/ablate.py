@@ -62,7 +62,7 @@ def _run(study, args, why) -> tuple[list[str], int]:
     from sra_fast.analysis.study_schedule import Options, run_study
     from sra_fast.analysis.study_table import panels, table
     from sra_fast.plots.study import plot_study
-    from sra_fast.training.signals import INTERRUPTED
+    from sra_fast.utils.stopping import INTERRUPTED
 
     folder = args.out / study.name
     options = Options(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.utils.stopping import one_line_on_interrupt
+    from sra_fast.utils.stopping import one_line_on_error, one_line_on_interrupt
 
     one_line_on_interrupt()
     from sra_fast.config.cli import make_parser, parse
@@ -15,13 +15,8 @@ def main() -> None:
         "FID, sFID, Inception score, precision, recall, CLIP score and PickScore of samples."
     )
     options, _ = parse(Options, make_parser(Options, description))
-    try:
+    with one_line_on_error():
         report = run(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        sys.exit(f"error: {error}")
     print(table(report))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.utils.stopping import one_line_on_interrupt
+    from sra_fast.utils.stopping import one_line_on_error, one_line_on_interrupt
 
     one_line_on_interrupt()
     from sra_fast.analysis.held_out_loss import Options, run, table
@@ -18,13 +18,8 @@ def main() -> None:
     parser = make_parser(Options, "The denoising loss on images that no run trains on.")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options, _ = parse(Options, parser)
-    try:
+    with one_line_on_error():
         report = run(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        sys.exit(f"error: {error}")
     if report:
         print(table(report))
 

@@ -8,22 +8,16 @@ from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.utils.stopping import one_line_on_interrupt
+    from sra_fast.utils.stopping import one_line_on_error, one_line_on_interrupt
 
     one_line_on_interrupt()
     from sra_fast.analysis.probing import Options, run
     from sra_fast.config.cli import make_parser, parse
 
-    parser = make_parser(
-        Options, "Train linear probes on the frozen features of a SiT, DiT or MMDiT."
-    )
-    options, _ = parse(Options, parser)
-    try:
+    description = "Train linear probes on the frozen features of a SiT, DiT or MMDiT."
+    options, _ = parse(Options, make_parser(Options, description))
+    with one_line_on_error():
         top = run(options)["best"]
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"error: {error}")
     print(
         f"best: block {top['layer']} at t = {top['time']:g}, {top['accuracy']:.1%}; {options.out}/probe.json, probe.png"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def main() -> None:
     # before the imports, which take seconds
-    from sra_fast.utils.stopping import fail, one_line_on_interrupt
+    from sra_fast.utils.stopping import one_line_on_error, one_line_on_interrupt
 
     one_line_on_interrupt("stopped; the same command resumes")
     from sra_fast.config.cli import make_parser, parse
@@ -21,18 +21,17 @@ def main() -> None:
     parser = make_parser(Options, "Sample images from a SiT, DiT or MMDiT.")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     options, _ = parse(Options, parser)
-    try:
+
+    def not_written(error: OSError) -> str:
+        return (
+            f"cannot write {options.out}: {error}; finished parts are kept, "
+            "the same command resumes"
+        )
+
+    with one_line_on_error(not_written):
         # the processes of a launcher share the work without talking to each other
         read_launcher(group=False)
         summary = run(load_job(options))
-    except ValueError as error:
-        fail(f"error: {error}")
-    except OSError as error:
-        fail(
-            f"error: cannot write {options.out}: {error}; finished parts are kept, the same command "
-            "resumes",
-            code=1,
-        )
     if summary:
         print(json.dumps(summary))
 

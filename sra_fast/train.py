@@ -26,7 +26,7 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
             process of every machine, as long as the processes do not know each other.
     """
     # this room imports DeepSpeed, which no other program does
-    from sra_fast.training.endings import STOPPED, ending_of
+    from sra_fast.training.endings import ending_of
     from sra_fast.utils import stopping
 
     try:
@@ -37,8 +37,7 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
             raise
         rank = int(os.environ.get(speaker) or 0)
         line = ending.line
-        if ending.code == STOPPED or speaker == "LOCAL_RANK":
-            # all processes end alike
+        if ending.alike or speaker == "LOCAL_RANK":
             speaks = rank == 0
         else:
             if rank or ending.noticed:
@@ -46,8 +45,7 @@ def one_line_for_all(out: Path | None = None, speaker: str = "RANK"):
                 # run only notes, ends the others
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(stopping.LAUNCHER_REACTS)
-            if rank:
-                line = line.replace("error:", f"error on rank {rank}:", 1)
+            line = stopping.of_rank(line, rank)
             speaks = True
         if speaks:
             print(line, file=sys.stderr, flush=True)

@@ -9,21 +9,16 @@ from pathlib import Path
 
 
 def main() -> None:
-    from sra_fast.utils.stopping import one_line_on_interrupt
+    from sra_fast.utils.stopping import one_line_on_error, one_line_on_interrupt
 
     one_line_on_interrupt()
     from sra_fast.analysis.pictures import Options, run
     from sra_fast.config.cli import make_parser, parse
 
     description = "Draw PCA maps of features, curves of runs and samples side by side."
-    parser = make_parser(Options, description)
-    options, _ = parse(Options, parser)
-    try:
+    options, _ = parse(Options, make_parser(Options, description))
+    with one_line_on_error():
         print(*run(options), sep="\n")
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -19,17 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))
 
+from bare_training import save, train  # noqa: E402
 from launch import free_port  # noqa: E402
 from tiny_config import config  # noqa: E402
 
 from sra_fast.checkpoint.manifest import Progress  # noqa: E402
 from sra_fast.data.dataset import make_dataset  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
-from sra_fast.training import average_snapshots, run_folder, saver, saving  # noqa: E402
-from sra_fast.training.loop import train  # noqa: E402
+from sra_fast.training import run_folder, saver, saving, store_averages  # noqa: E402
+from sra_fast.training.host_copy import flats_by_kind  # noqa: E402
 from sra_fast.training.plan import make_plan  # noqa: E402
 from sra_fast.training.run_lock import token_in  # noqa: E402
-from sra_fast.training.snapshot import flats_by_kind  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402
 from sra_fast.utils.collectives import gathered  # noqa: E402
 from sra_fast.zero.process_group import init_distributed  # noqa: E402
@@ -82,7 +82,7 @@ def failing_saves(trainer, folder: Path) -> dict:
         if name == "copied" and dist.get_rank() == last:
             raise KeyError("planted")
 
-    saving.save(trainer, folder, Progress(1), 0)
+    save(trainer, folder, Progress(1), 0)
     for case, hook, value in (
         ("full", full, 0.0),
         ("broken", broken, 0.0),
@@ -109,7 +109,7 @@ def failing_saves(trainer, folder: Path) -> dict:
 def failing_snapshots(trainer, run: Path) -> list[list[str]]:
     """What every rank is told of snapshots that fail on the last rank only, for two errors."""
     told = []
-    write_pieces = average_snapshots.write_pieces
+    write_pieces = store_averages.write_pieces
     for error in (OSError(28, "No space left on device", "/disk/file"), KeyError("planted")):
 
         def failing(path, pieces, error=error):
@@ -117,9 +117,9 @@ def failing_snapshots(trainer, run: Path) -> list[list[str]]:
                 raise error
             return write_pieces(path, pieces)
 
-        average_snapshots.write_pieces = failing
-        told.append(said_by_all(lambda: average_snapshots.store(trainer, run, 4)))
-    average_snapshots.write_pieces = write_pieces
+        store_averages.write_pieces = failing
+        told.append(said_by_all(lambda: store_averages.store(trainer, run, 4)))
+    store_averages.write_pieces = write_pieces
     return told
 
 

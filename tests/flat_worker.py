@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))
 
+from bare_training import train  # noqa: E402
 from tiny_config import config  # noqa: E402
 
 from sra_fast.data.dataset import make_dataset  # noqa: E402
 from sra_fast.training import control  # noqa: E402
-from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.plan import make_plan  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402
 from sra_fast.zero.process_group import init_distributed  # noqa: E402

@@ -11,7 +11,6 @@ from sra_fast.checkpoint.manifest import (
     Manifest,
     Progress,
     file_name,
-    plain,
     read_manifest,
     write_manifest,
 )
@@ -19,6 +18,7 @@ from sra_fast.checkpoint.shards import piece_key, write_pieces
 from sra_fast.checkpoint.steps import named_by_latest, write_latest
 from sra_fast.config.cli import save_config
 from sra_fast.models import SiT
+from sra_fast.utils.files import plain
 
 SIZES = dict(
     input_size=8,

@@ -107,8 +107,8 @@ BUGS = [
     (
         "heads: the keys' sums over those of the queries",
         KERNEL,
-        "k_part_ptr += (pid * K + K - 1) * D",
-        "k_part_ptr += pid * K * D",
+        "tl.where(is_query, 0, K - 1)",
+        "tl.where(is_query, 0, 0)",
         T_HEADS,
     ),
     (

@@ -25,7 +25,8 @@ from documents import (
 from launch import ROOT
 
 from sra_fast.config.cli import SECTIONS, SHORT_FORMS
-from sra_fast.utils.registry import TARGETS
+from sra_fast.config.schema import constructor_arguments
+from sra_fast.utils.registry import MODEL_FAMILIES, TARGETS
 
 
 def test_every_command_has_a_class():
@@ -67,6 +68,7 @@ PROGRAMS = [
 # options of what a page adds, or of other programs
 OTHER_OPTIONS = {
     "--align.norm_eps": "the alignment target that CONTRIBUTING.md adds",
+    "--model.options.share": "an argument that CONTRIBUTING.md speaks of",
     "--standalone": "torchrun",
     "--num_gpus": "deepspeed",
     "--hostfile": "deepspeed",
@@ -87,7 +89,14 @@ def test_options_in_prose_exist(monkeypatch, rooms):
         for part in dict(TARGETS.items()).values()
         for item in fields(part.config)
     }
-    known = set().union(*map(options_of, PROGRAMS), SHORT_FORMS, OTHER_OPTIONS, of_targets)
+    of_families = {
+        f"--model.options.{name}"
+        for part in dict(MODEL_FAMILIES.items()).values()
+        for name in constructor_arguments(part)
+    }
+    known = set().union(
+        *map(options_of, PROGRAMS), SHORT_FORMS, OTHER_OPTIONS, of_targets, of_families
+    )
     named = [
         (path.name, number, option)
         for path in [*DOCUMENTS, WAITING]

@@ -1,5 +1,7 @@
 """A configuration that trains in seconds on a CPU: four blocks of width 32 on the digits."""
 
+from pathlib import Path
+
 from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import Config
 
@@ -13,3 +15,8 @@ TINY = (
 def config(*args: str) -> Config:
     """The tiny configuration with further arguments of ``train.py``."""
     return parse_train([*TINY, *args])[0]
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that ``save_config`` has written."""
+    return parse_train(["--config", str(path)])[0]

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "tests"))
 
+from bare_training import train  # noqa: E402
 from toy_text import MODEL as MMDIT  # noqa: E402
 from toy_text import DigitsWithText  # noqa: E402
 
@@ -25,7 +26,6 @@ from sra_fast.data.dataset import check_data, fill_in_model, make_dataset  # noq
 from sra_fast.data.digits import Digits  # noqa: E402
 from sra_fast.plots import report  # noqa: E402
 from sra_fast.training import saving  # noqa: E402
-from sra_fast.training.loop import train  # noqa: E402
 from sra_fast.training.monitor import Monitor  # noqa: E402
 from sra_fast.training.plan import make_plan  # noqa: E402
 from sra_fast.training.trainer import build  # noqa: E402

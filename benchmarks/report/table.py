@@ -4,7 +4,7 @@ python -m benchmarks.report.table
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -207,17 +207,24 @@ def in_table_dtype(row: dict) -> bool:
     return row.get("dtype") == "bfloat16" or only_dtype
 
 
+def _for_every_gpu(
+    text: Sequence[str], rows: list[dict], table: Callable[[list[list[dict]]], list[str]]
+) -> list[str]:
+    """The text, and the table of every GPU's runs; without rows the empty one."""
+    devices = newest_runs(rows)
+    if not devices:
+        return [*text, "", *table([])]
+    lines = list(text)
+    for title, runs in devices:
+        lines += ["", title, "", *table(runs)]
+    return lines
+
+
 def render_operators(rows: list[dict]) -> list[str]:
     """A table of operators for every GPU."""
-    lines = list(OPERATOR_TEXT)
     on_gpu = [row for row in rows if row["kind"] == "op" and row["device"] != "cpu"]
-    devices = newest_runs(on_gpu)
-    if not devices:
-        return [*lines, "", *_operator_table([])]
-    for title, runs in devices:
-        shown = [[row for row in run if in_table_dtype(row)] for run in runs]
-        lines += ["", title, "", *_operator_table(shown)]
-    return lines
+    shown = lambda runs: [[row for row in run if in_table_dtype(row)] for run in runs]
+    return _for_every_gpu(OPERATOR_TEXT, on_gpu, lambda runs: _operator_table(shown(runs)))
 
 
 # the tables of steps
@@ -345,13 +352,8 @@ def _option_table(runs: list[list[dict]]) -> list[str]:
 
 def render_steps(rows: list[dict]) -> list[str]:
     """A table of training steps for every GPU, and one of this engine's settings."""
-    lines = list(STEP_TEXT)
-    devices = newest_runs(_headline_rows(rows))
-    if not devices:
-        return [*lines, "", *_step_table([])]
-    for title, runs in devices:
-        lines += ["", title, "", *_step_table(runs), *_option_table(runs)]
-    return lines
+    tables = lambda runs: [*_step_table(runs), *_option_table(runs)]
+    return _for_every_gpu(STEP_TEXT, _headline_rows(rows), tables)
 
 
 def render_headline(rows: list[dict]) -> list[str]:
@@ -439,13 +441,7 @@ def _model_table(runs: list[list[dict]]) -> list[str]:
 def render_models(rows: list[dict]) -> list[str]:
     """A table of other people's models for every GPU."""
     wanted = [row for row in rows if row["kind"] == "model" and row["device"] != "cpu"]
-    lines = list(MODEL_TEXT)
-    devices = newest_runs(wanted)
-    if not devices:
-        return [*lines, "", *_model_table([])]
-    for title, runs in devices:
-        lines += ["", title, "", *_model_table(runs)]
-    return lines
+    return _for_every_gpu(MODEL_TEXT, wanted, _model_table)
 
 
 # documents

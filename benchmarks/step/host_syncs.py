@@ -15,10 +15,16 @@ from pathlib import Path
 
 import torch
 
+from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.config.cli import parse_train
-from sra_fast.training.loop import train
+from sra_fast.data.training_data import TrainingData
+from sra_fast.training.logger import TrainLogger
+from sra_fast.training.loop import BEGINNING, train
 from sra_fast.training.plan import make_run_plan
-from sra_fast.training.trainer import build
+from sra_fast.training.saver import Saver
+from sra_fast.training.step_watch import History
+from sra_fast.training.trainer import Trainer, build
+from sra_fast.training.watchdog import Watchdog
 from sra_fast.zero.process_group import init_distributed
 
 # what PyTorch says
@@ -40,6 +46,14 @@ def synchronising_lines(function: Callable[[], object]) -> Counter[str]:
     )
 
 
+def whole_training(trainer: Trainer, data: TrainingData, out: Path) -> None:
+    """All steps of a training, which logs and saves into a folder."""
+    logger = TrainLogger(out, trainer.cfg, trainer.device, trainer.plan.world)
+    with Saver(trainer, out / CHECKPOINTS, data.facts()) as saver:
+        train(trainer, data, out, BEGINNING, None, logger, saver, None, Watchdog(0), History())
+    logger.close()
+
+
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="of the training (default 30)")
@@ -53,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
         if device.type != "cuda":
             parser.error(f"expected a GPU to wait for, the device is {device}")
         trainer = build(run_plan.plan, device)
-        found = synchronising_lines(lambda: train(trainer, run_plan.data, Path(out)))
+        found = synchronising_lines(lambda: whole_training(trainer, run_plan.data, Path(out)))
     for line, times in found.most_common():
         print(f"{times:5d} {line}")
     print(f"{found.total()} calls of {len(found)} lines waited for the GPU in {asked.steps} steps")

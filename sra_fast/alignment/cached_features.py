@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sra_fast.alignment.heads import ConvHead, FeatureHead, Head
 from sra_fast.alignment.target import Inputs, Target, compare, paper_layer
-from sra_fast.config.schema import Config, DistanceConfig, ModelConfig, choice
+from sra_fast.config.schema import Config, Distance, DistanceConfig, ModelConfig, choice
 from sra_fast.data.training_data import TrainingData
 from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.utils.checks import require_that
@@ -28,7 +28,7 @@ class CachedFeaturesConfig(DistanceConfig):
 
     target: str = choice(TARGETS, "cached_features")
     """where the target features come from"""
-    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "cosine_patch"
+    distance: Distance = "cosine_patch"
     """distance between the features; REPA's loss is cosine_patch less the constant 1"""
     weight: float = 0.5
     """lambda: weight of the alignment loss (iREPA: 1)"""

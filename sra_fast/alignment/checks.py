@@ -21,6 +21,8 @@ COLUMNS = (
     *("step", "epoch", "lr", "loss", "grad_norm", "skipped", "align_weight", "align2_weight"),
     *("images_per_s", "ms_per_step", "timed_steps", "mfu", "peak_memory_gib"),
 )
+# names that a message has at most
+SHOWN = 3
 
 
 def check_kind(section: str, align: AlignConfig, model: ModelConfig) -> None:
@@ -131,9 +133,9 @@ def check_found(
         )
 
 
-def _listed(names: Iterable[str], count: int = 3) -> str:
+def _listed(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _described(value: object) -> str:

@@ -6,13 +6,12 @@ The EMA teacher has the same groups, at times that are earlier as in SRA.
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from sra_fast.alignment.ema_teacher import EMATeacher, EMATeacherConfig
 from sra_fast.alignment.schedule import aligned_numbers, images_per_cycle
-from sra_fast.config.schema import Config, choice
+from sra_fast.config.schema import Config, Distance, choice
 from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import Times
 from sra_fast.diffusion.process import Process
@@ -28,7 +27,7 @@ class DualTimeConfig(EMATeacherConfig):
 
     target: str = choice(TARGETS, "dual_time")
     """where the target features come from"""
-    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "cosine_patch"
+    distance: Distance = "cosine_patch"
     """distance between the features; the published code computes cosine_token"""
     weight: float = 0.5
     """lambda: weight of the alignment loss"""

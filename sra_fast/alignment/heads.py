@@ -9,12 +9,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from sra_fast import ops
-from sra_fast.ops._backend import autocast
-
-
-def _as_weights(x: Tensor, weight: Tensor) -> Tensor:
-    """Features in the dtype of a layer; autocast rounds an fp32 residual stream itself."""
-    return x if autocast(x) else x.to(weight.dtype)
+from sra_fast.models.backbone import init_linear
+from sra_fast.models.layers import as_weights
 
 
 def _mlp(sizes: list[int]) -> nn.Sequential:
@@ -56,7 +52,7 @@ class LatentHead(Head):
 
     def initialise(self) -> None:
         """SiT's initialisation: the first prediction is zero."""
-        initialise(self.mlp)
+        self.mlp.apply(init_linear)
         last = [self.linear] if self.modulation is None else [self.linear, self.modulation]
         for layer in last:
             nn.init.zeros_(layer.weight)
@@ -64,7 +60,7 @@ class LatentHead(Head):
 
     def forward(self, x: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
         weight, bias = self.linear.weight, self.linear.bias
-        hidden = self.act(self.mlp(_as_weights(x, weight)))
+        hidden = self.act(self.mlp(as_weights(x, weight)))
         if self.modulation is None:
             return self.linear(hidden)
         shift, scale = self.modulation(c).chunk(2, dim=-1)
@@ -80,10 +76,10 @@ class FeatureHead(Head):
         self.mlp = _mlp([hidden_size, width, width, out_size])
 
     def initialise(self) -> None:
-        initialise(self.mlp)
+        self.mlp.apply(init_linear)
 
     def forward(self, x: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
-        return self.mlp(_as_weights(x, self.mlp.get_parameter("0.weight")))
+        return self.mlp(as_weights(x, self.mlp.get_parameter("0.weight")))
 
 
 class ConvHead(Head):
@@ -99,16 +95,8 @@ class ConvHead(Head):
     def forward(self, x: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
         b, T, D = x.shape
         side = round(T**0.5)
-        images = _as_weights(x, self.conv.weight).transpose(1, 2).reshape(b, D, side, side)
+        images = as_weights(x, self.conv.weight).transpose(1, 2).reshape(b, D, side, side)
         return self.conv(images).flatten(2).transpose(1, 2)
-
-
-def initialise(module: nn.Module) -> None:
-    """SiT's initialisation of linear layers."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
 
 def output_order(tokens: Tensor) -> Tensor:

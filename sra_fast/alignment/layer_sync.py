@@ -3,12 +3,11 @@ pass. Neither teacher nor head.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from sra_fast.alignment.target import Inputs, Target, check_layers, compare, share_of_depth
-from sra_fast.config.schema import Config, DistanceConfig, ModelConfig, choice
+from sra_fast.config.schema import Config, Distance, DistanceConfig, ModelConfig, choice
 from sra_fast.models import DiffusionTransformer, Features
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import TARGETS
@@ -20,7 +19,7 @@ class LayerSyncConfig(DistanceConfig):
 
     target: str = choice(TARGETS, "layer_sync")
     """where the target features come from"""
-    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "cosine_patch"
+    distance: Distance = "cosine_patch"
     """distance between the features; the paper's loss is cosine_patch less the constant 1"""
     weight: float = 0.2
     """lambda: weight of the alignment loss"""

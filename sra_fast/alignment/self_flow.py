@@ -3,13 +3,12 @@ teacher the whole image at the cleaner of the two.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from sra_fast.alignment.ema_teacher import EMATeacher, TeacherConfig
 from sra_fast.alignment.target import share_of_depth
-from sra_fast.config.schema import Config, ModelConfig, choice
+from sra_fast.config.schema import Config, Distance, ModelConfig, choice
 from sra_fast.diffusion.draws import Draws
 from sra_fast.diffusion.micro_batch import Times
 from sra_fast.diffusion.process import Process
@@ -24,7 +23,7 @@ class SelfFlowConfig(TeacherConfig):
 
     target: str = choice(TARGETS, "self_flow")
     """where the target features come from"""
-    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "cosine_patch"
+    distance: Distance = "cosine_patch"
     """distance between the features"""
     weight: float = 0.8
     """lambda: weight of the alignment loss"""

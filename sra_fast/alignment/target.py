@@ -292,7 +292,9 @@ def compare(predicted: Tensor, target: Tensor, distance: str, beta: float) -> di
 
 def mean_norm(features: Tensor) -> Tensor:
     """Mean length of the tokens ``[b, T, D]``, fp32."""
-    return torch.linalg.vector_norm(features.detach(), dim=-1, dtype=torch.float32).mean()
+    # in fp32, or in fp64 of fp64
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return torch.linalg.vector_norm(features.detach(), dim=-1, dtype=dtype).mean().float()
 
 
 def check_layers(align: AlignConfig, cfg: Config, name: str = "teacher_layer") -> None:

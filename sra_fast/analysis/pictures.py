@@ -11,7 +11,7 @@ from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.schema import DataConfig
 from sra_fast.evaluation.packed import folder_of
 from sra_fast.plots.figures import plot_curves, plot_maps, read_samples, save_samples
-from sra_fast.training.logger import read_rows
+from sra_fast.training.rows import STATS, read_rows
 from sra_fast.utils.files import make_folder, require
 from sra_fast.utils.outputs import check_output
 
@@ -65,7 +65,7 @@ def draw_curves(options: Options, out: Path) -> Path:
     # a line per run, under the name that was given
     runs = {}
     for folder in options.runs:
-        rows = read_rows(Path(folder) / "stats.jsonl")
+        rows = read_rows(Path(folder) / STATS)
         logged = all(isinstance(row, dict) and {"step", "denoise"} <= row.keys() for row in rows)
         if not rows or not logged:
             raise ValueError(f"runs must be run folders, found no losses in {folder}/stats.jsonl")

@@ -44,7 +44,7 @@ from sra_fast.evaluation.held_out import (
 )
 from sra_fast.sampling.conditions import conditions_like, generate_for
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import require, write_json
+from sra_fast.utils.files import plain, require, write_json
 
 SCORES = "scores.json"
 LOSSES = "held_out.npz"
@@ -233,7 +233,7 @@ def score_run(
     loaded = load_model(str(run), options.weights)
     folder = scores_folder(run, options.weights)
     digest = _digest(loaded)
-    asked = json.loads(json.dumps(asdict(options)))
+    asked = plain(asdict(options))
     held = _held(folder, asked, digest)
     if held is not None:
         return held

@@ -1,6 +1,5 @@
 """A study: variants of one configuration with several seeds, read from a YAML file."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from sra_fast.analysis.study_scores import OF_TRAINING, SCORES, SUMMARY
+from sra_fast.analysis.study_scores import OF_TRAINING, OWN_PREFIX, SCORES
+from sra_fast.utils.files import sha256
 from sra_fast.utils.yaml_loader import KeysOnce
 
 REQUIRED = {"base", "args", "seeds", "variants"}
@@ -70,15 +70,11 @@ class Scoring:
         held: dict = {"function": self.function}
         if self.is_own:
             file = Path(str(module.__file__))
-            held["source"] = _digest(file)
-            imported = {name: _digest(path) for name, path in imported_beside(file).items()}
+            held["source"] = sha256(file)
+            imported = {name: sha256(path) for name, path in imported_beside(file).items()}
             return {**held, "imports": imported} if imported else held
         options = asdict(module.ScoreOptions(**self.options))
         return {**held, "options": options, "version": module.VERSION}
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def imported_beside(file: Path) -> dict[str, Path]:
@@ -289,7 +285,7 @@ def _claim(held: object, names: list[str], baseline: str, scoring: Scoring | Non
         raise ValueError(
             f"score of a claim must be one that variants are compared by, got {score!r}"
         )
-    if not own and score not in OF_TRAINING | later and not score.startswith(SUMMARY):
+    if not own and score not in OF_TRAINING | later and not score.startswith(OWN_PREFIX):
         there = sorted(OF_TRAINING | later)
         raise ValueError(f"score of a claim must be one of {there}, got {score!r}")
     return Claim(str(held["claim"]), variant, compared, score, held["expect"])

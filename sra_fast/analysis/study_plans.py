@@ -15,7 +15,6 @@ from sra_fast.alignment.schedule import align_weight
 from sra_fast.analysis.run_scores import ScoreOptions, check_for
 from sra_fast.analysis.study import Study
 from sra_fast.checkpoint import reading
-from sra_fast.checkpoint.manifest import plain
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.config.cli import parse_train
@@ -26,7 +25,7 @@ from sra_fast.training.endings import ending_of
 from sra_fast.training.flops import aligned_share, forward_flops, training_flops
 from sra_fast.training.plan import find_resume, make_run_plan
 from sra_fast.training.provenance import DEEPSPEED, changes
-from sra_fast.utils.files import read_json
+from sra_fast.utils.files import plain, read_json
 
 # what variants must share to have the same images, noise and labels in every step
 DRAWS = {
@@ -215,7 +214,7 @@ def steps_done(planned: Planned, runs: Path) -> int:
     """Optimizer steps of the checkpoint that a run would go on from; 0 without one."""
     cfg = replace(planned.cfg, train=replace(planned.cfg.train, out=str(runs), resume="auto"))
     found = find_resume(cfg)
-    return 0 if found is None else reading.step_of(found)
+    return 0 if found is None else reading.manifest_of(found).step
 
 
 def note_time(runs: Path, seconds: float, images: int, jobs: int) -> None:

@@ -32,7 +32,7 @@ from sra_fast.analysis.study_table import Results, table
 from sra_fast.analysis.worker import find_function
 from sra_fast.checkpoint.reading import CHECKPOINTS, FACTS
 from sra_fast.training.run_lock import RunLock
-from sra_fast.utils.files import read_json, require, write_atomic, write_json
+from sra_fast.utils.files import plain, read_json, require, write_atomic, write_json
 
 log = logging.getLogger("sra_fast")
 
@@ -202,7 +202,7 @@ class _Session:
             if held is None:
                 continue
             # through JSON and back, as the file was written
-            now = json.loads(json.dumps(self.study.made_with(variant)))
+            now = plain(self.study.made_with(variant))
             for key, value in now.items():
                 if held.get(key) != value:
                     raise ValueError(

@@ -11,12 +11,12 @@ from statistics import mean
 import numpy as np
 import yaml
 
-from sra_fast.checkpoint.reading import CONFIG
-from sra_fast.training.logger import STATS, read_rows
-from sra_fast.utils.files import read_json
+from sra_fast.checkpoint.reading import CONFIG, SUMMARY
+from sra_fast.training.rows import STATS, read_rows
+from sra_fast.utils.files import plain, read_json
 
 # before a score that a run's own evaluation has left in its summary (the digits': EVALUATIONS)
-SUMMARY = "own_"
+OWN_PREFIX = "own_"
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ SCORES = {
     # of the data and the classifier, to read the scores by
     "frechet_floor": Score("Fréchet distance of real images", compared=False),
     "classifier_accuracy": Score("accuracy of the classifier", compared=False),
-    f"{SUMMARY}frechet": Score("Fréchet distance, own evaluation", "lower"),
-    f"{SUMMARY}label_accuracy": Score("label accuracy, own evaluation", "higher"),
-    f"{SUMMARY}frechet_train": Score(
+    f"{OWN_PREFIX}frechet": Score("Fréchet distance, own evaluation", "lower"),
+    f"{OWN_PREFIX}label_accuracy": Score("label accuracy, own evaluation", "higher"),
+    f"{OWN_PREFIX}frechet_train": Score(
         "Fréchet distance of training images, own evaluation", compared=False
     ),
-    f"{SUMMARY}svm_accuracy": Score("accuracy of the classifier, own evaluation", compared=False),
+    f"{OWN_PREFIX}svm_accuracy": Score(
+        "accuracy of the classifier, own evaluation", compared=False
+    ),
     "denoise": Score("denoising loss in training", "lower"),
     "curve": Score("largest difference of the curve", compared=False),
     "images_per_s": Score("images/s", compared=False),
@@ -68,19 +70,19 @@ RECORD = "scores.json"
 def score_named(key: str) -> Score:
     """The entry of ``SCORES``; of a study's own score its name, without a direction."""
     title = key.replace("_", " ")
-    if key.startswith(SUMMARY):
+    if key.startswith(OWN_PREFIX):
         title = f"{title.removeprefix('own ')}, own evaluation"
     return SCORES.get(key, Score(title))
 
 
 def finished_run(runs: Path) -> Path | None:
     """The run folder in ``runs`` that has a summary, if any."""
-    return next((file.parent for file in sorted(runs.glob("*/summary.json"))), None)
+    return next((file.parent for file in sorted(runs.glob(f"*/{SUMMARY}"))), None)
 
 
 def summary_of(run: Path) -> dict:
     """The summary of a finished run; ValueError if it cannot be read."""
-    return read_json(run / "summary.json")
+    return read_json(run / SUMMARY)
 
 
 def recorded_scores(runs: Path, how: Mapping) -> dict[str, float] | None:
@@ -123,7 +125,7 @@ def _key_of(path: Path) -> str | None:
 def made_like(run: Path, how: Mapping) -> dict:
     """What a run's scores follow from: ``how``, and which weights it has trained."""
     # through JSON and back, as the file was written
-    return json.loads(json.dumps({**how, "checkpoint": summary_of(run).get("checkpoint")}))
+    return plain({**how, "checkpoint": summary_of(run).get("checkpoint")})
 
 
 def training_scores(run: Path, base: Path | None) -> dict[str, float]:
@@ -137,7 +139,7 @@ def training_scores(run: Path, base: Path | None) -> dict[str, float]:
         ``denoise``: the mean denoising loss of the last tenth of the steps. ``curve``: the largest
         relative difference of any ``log_every`` steps from the baseline's, if that is there.
         ``images_per_s``; and what the run's own evaluation has left in the summary, with
-        ``SUMMARY`` before its name.
+        ``OWN_PREFIX`` before its name.
 
     Raises:
         ValueError: the two runs have not logged the same steps.
@@ -153,7 +155,7 @@ def training_scores(run: Path, base: Path | None) -> dict[str, float]:
         scores["images_per_s"] = summary["images_per_s"]
     for key, value in summary.items():
         if isinstance(value, int | float) and key not in NO_SCORES:
-            scores[f"{SUMMARY}{key}"] = value
+            scores[f"{OWN_PREFIX}{key}"] = value
     return scores
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sra_fast.analysis.intervals import bootstrap_interval, paired, seeds_needed, t_interval
 from sra_fast.analysis.study import HIGHER, LOWER, Claim, Study
-from sra_fast.analysis.study_scores import OF_TRAINING, SCORES, SUMMARY, score_named
+from sra_fast.analysis.study_scores import OF_TRAINING, OWN_PREFIX, SCORES, score_named
 from sra_fast.plots.study import StudyPanel
 
 HELD_OUT = "held_out"
@@ -174,7 +174,7 @@ def _check_score(results: Results, claim: Claim) -> None:
     if claim.score in results.keys or not {claim.variant, claim.baseline} <= variants:
         return
     # what training leaves is there at once; other scores are all there when one of them is
-    of_training = lambda key: key in OF_TRAINING or key.startswith(SUMMARY)
+    of_training = lambda key: key in OF_TRAINING or key.startswith(OWN_PREFIX)
     is_scored = results.study.scoring is None or not all(map(of_training, results.keys))
     if of_training(claim.score) or is_scored:
         raise ValueError(
@@ -242,7 +242,7 @@ def _overview(results: Results) -> str:
             rows.append([variant, str(len(seeds)), *cells])
     titles = ["variant", "seeds", *(score_named(key).title for key in results.keys)]
     note = ""
-    if any(key.startswith(SUMMARY) for key in results.keys):
+    if any(key.startswith(OWN_PREFIX) for key in results.keys):
         note = (
             "\nOwn evaluation: what every run on these data ends with. Its samples and its "
             "classifier are others than those of the scores.\n"

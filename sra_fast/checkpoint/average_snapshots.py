@@ -21,12 +21,12 @@ from sra_fast.checkpoint.signed_json import (
     DamagedCheckpoint,
     StoredFile,
     content_fault,
-    plain,
     read_signed,
     write_signed,
 )
 from sra_fast.checkpoint.steps import step_folders, step_of
-from sra_fast.checkpoint.values import warn
+from sra_fast.utils.files import plain
+from sra_fast.utils.messages import warn
 from sra_fast.utils.power_profile import LARGEST_ERROR, Profile, fit
 
 FOLDER = "ema"

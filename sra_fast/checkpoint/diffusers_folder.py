@@ -25,18 +25,24 @@ from sra_fast.checkpoint.diffusers_weights import (
 )
 from sra_fast.checkpoint.export import state_of, write_export
 from sra_fast.checkpoint.load_model import CLASS_TABLE, LoadedModel, fill
+from sra_fast.checkpoint.pipeline_parts import (
+    check_numbers,
+    make_transformer,
+    open_vae,
+    write_parts,
+)
 from sra_fast.checkpoint.sd3_folder import SD3, import_transformer, write_sd3
 from sra_fast.checkpoint.sources import read_tensors, transformer_folder
-from sra_fast.checkpoint.values import checked, warn, warn_of_foreign_heads
+from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.vae import load_vae
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
 from sra_fast.models import DiT
 from sra_fast.models.registry import PATCHES
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import require, write_json
-from sra_fast.utils.outputs import refuse_input, whole_folder
+from sra_fast.utils.files import require
+from sra_fast.utils.messages import warn
+from sra_fast.utils.outputs import refuse_input
 
 # what a DiT of diffusers computes exactly as ours; other values are refused
 SETTINGS = {
@@ -56,7 +62,9 @@ SIZES = (
     "sample_size",
     "patch_size",
 )
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+# it stretches the places of its patches, for large images by default
+OLD_CLASS = "Transformer2DModel"
+CLASSES = ("DiTTransformer2DModel", OLD_CLASS)
 
 
 def refuse_unless_diffusers(model: models.DiffusionTransformer) -> None:
@@ -110,13 +118,12 @@ def write_pipeline(
     require("diffusers", "diffusers", "vae")
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    vae = _vae_of(loaded, vae)
-    refuse_input("out", out / "vae", {"vae": vae})
-    require_that(
-        vae is not None or not (out / "vae").exists(),
-        f"{out} has a VAE of before: expected --vae, or another folder",
-    )
-    decoder = None if vae is None else _fitting_vae(vae, loaded)
+    facts = loaded.facts
+    if facts is not None:
+        _refuse_unless_decoded(facts)
+    decoder = open_vae(loaded, vae, out, ", which DiTPipeline divides by")
+    if decoder is not None and facts is not None:
+        decoder.register_to_config(scaling_factor=facts.scale)
     found = models.arguments_of(model)
     config = dict(
         num_attention_heads=found["num_heads"],
@@ -138,12 +145,6 @@ def write_pipeline(
     for name, value in weights.items():
         if name.endswith(table):
             weights[name] = with_null_row(value)
-    # its own initialisation would only cost time
-    with torch.device("meta"):
-        transformer = DiTTransformer2DModel(**config)
-    # clones: the embedders of the blocks are one tensor, and safetensors refuses shared memory
-    clones = {name: value.clone() for name, value in weights.items()}
-    transformer.load_state_dict(clones, strict=True, assign=True)
     scheduler = DDIMScheduler(
         num_train_timesteps=NUM_TIMES,
         beta_start=1e-4,
@@ -152,40 +153,19 @@ def write_pipeline(
         clip_sample=False,
         prediction_type="epsilon",
     )
-    with whole_folder(out) as folder:
-        transformer.save_pretrained(folder / "transformer")
-        scheduler.save_pretrained(folder / "scheduler")
-        if decoder is not None:
-            decoder.save_pretrained(folder / "vae")
-        _write_index(loaded, folder, DiTPipeline.__name__, decoder is not None)
-
-
-def _write_index(loaded: LoadedModel, out: Path, pipeline: str, has_vae: bool) -> None:
-    """``model_index.json``: the classes of the pipeline's parts, and the names of the labels."""
-    import diffusers
-
-    index = {
-        "_class_name": pipeline,
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
+    parts = {
+        "scheduler": scheduler,
+        "transformer": make_transformer(DiTTransformer2DModel, config, weights),
+        "vae": decoder,
     }
-    facts = loaded.facts
+    more = {}
     if facts is not None and facts.class_names:
-        index["id2label"] = {str(i): name for i, name in enumerate(facts.class_names)}
-    write_json(out / "model_index.json", index)
+        more["id2label"] = {str(i): name for i, name in enumerate(facts.class_names)}
+    write_parts(out, DiTPipeline.__name__, parts, **more)
 
 
-def _vae_of(loaded: LoadedModel, given: str | None) -> str | None:
-    """Folder of the pipeline's VAE. It carries the scale of the latents, which is lost without it.
-
-    Raises:
-        ValueError: the model's data are nothing that a pipeline decodes, or the VAE is missing.
-    """
-    facts = loaded.facts
-    if facts is None:
-        return given
+def _refuse_unless_decoded(facts: DataFacts) -> None:
+    """ValueError if the model's data are nothing that a pipeline decodes."""
     require_that(
         not facts.pixels,
         "the model makes images, DiTPipeline decodes latents: expected another --format",
@@ -194,24 +174,6 @@ def _vae_of(loaded: LoadedModel, given: str | None) -> str | None:
         facts.shift == 0,
         f"DiTPipeline does not shift latents, the model's have a shift of {facts.shift:g}",
     )
-    if given is not None:
-        return given
-    known = facts.vae_path
-    require_that(
-        known is not None and Path(known).exists(),
-        f"the VAE carries the scale of the latents, {facts.scale:g}, which DiTPipeline divides by: "
-        "expected --vae, the VAE that made the data",
-    )
-    return known
-
-
-def _fitting_vae(path: str, loaded: LoadedModel):
-    """The VAE, with the scale that the model's latents have."""
-    decoder = load_vae(path, loaded.model.in_channels)
-    if loaded.facts is not None:
-        # the pipeline divides by it
-        decoder.register_to_config(scaling_factor=loaded.facts.scale)
-    return decoder
 
 
 def import_pipeline(
@@ -267,14 +229,17 @@ def _check_config(config: dict, folder: Path) -> None:
         f"expected a DiT (DiTTransformer2DModel) or an SD3 ({SD3}) in {folder}, got "
         f"{config.get('_class_name')}",
     )
-    for name in SIZES:
-        require_that(
-            isinstance(config.get(name), int),
-            f"expected a number {name} in {folder}/config.json, got {config.get(name)}",
-        )
+    check_numbers(config, SIZES, folder)
     for name, value in SETTINGS.items():
         found = config.get(name, value)
         require_that(found == value, f"expected {name} {value} in {folder}, got {found}")
+    stretched = config.get("interpolation_scale")
+    if stretched is None and config["_class_name"] == OLD_CLASS:
+        stretched = max(config["sample_size"] // 64, 1)
+    require_that(
+        stretched in (None, 1),
+        f"expected the places of a DiT (interpolation_scale 1) in {folder}, got {stretched}",
+    )
     eps = config.get("norm_eps", 1e-5)
     require_that(0 < eps <= 1e-5, f"expected norm_eps of at most 1e-5 in {folder}, got {eps}")
     if eps != NORM_EPS:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sra_fast.checkpoint.load_model import CLASS_TABLE
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
+from sra_fast.models.positions import grid_positions
 from sra_fast.utils.checks import require_that
 
 # the row of the class table that DiTPipeline takes for the null class
@@ -109,7 +110,12 @@ def from_diffusers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
                 f"{name} differs from that of block 0: a DiT here has one embedder for all blocks",
             )
     # a fixed function, which old versions of diffusers stored
-    rest.pop("pos_embed.pos_embed", None)
+    table = rest.pop("pos_embed.pos_embed", None)
+    require_that(
+        table is None or (grid_positions(table) or ())[1:] == (0.0, 1.0),
+        "the weights have another position table (pos_embed.pos_embed) than a DiT here, whose places "
+        "are 0, 1, 2, ...",
+    )
     require_that(
         not rest, f"the weights are no DiT of diffusers: expected no {next(iter(rest), None)}"
     )

@@ -9,11 +9,12 @@ import yaml
 import sra_fast
 from sra_fast.checkpoint.export import config_of, write_loaded
 from sra_fast.checkpoint.load_model import LoadedModel, has_run
+from sra_fast.checkpoint.reading import SCORES, SUMMARY
 from sra_fast.checkpoint.sources import LIBRARY, MODEL_FILE, run_of
-from sra_fast.checkpoint.values import warn
 from sra_fast.models import arguments_of
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import require, write_json
+from sra_fast.utils.files import plain, require, sha256, write_json
+from sra_fast.utils.messages import warn
 from sra_fast.utils.outputs import whole_folder
 from sra_fast.utils.yaml_loader import write_config
 
@@ -48,7 +49,7 @@ def write_folder(loaded: LoadedModel, out: Path, name: str | None = None) -> Non
     """
     text = card(loaded, name or out.absolute().name)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    is_own = not (out / CARD).exists() or _digest(out / CARD) == _digest_of_card(out)
+    is_own = not (out / CARD).exists() or sha256(out / CARD) == _digest_of_card(out)
     held = {
         "library_name": LIBRARY,
         "library_version": sra_fast.__version__,
@@ -71,10 +72,6 @@ def write_folder(loaded: LoadedModel, out: Path, name: str | None = None) -> Non
             "these weights",
             out / CARD,
         )
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _digest_of_card(folder: Path) -> str | None:
@@ -112,7 +109,7 @@ def card(loaded: LoadedModel, name: str) -> str:
         parts += ["## Data\n", _table(_facts_shown(loaded))]
     if is_run:
         sections = {key: loaded.config[key] for key in TRAINED_WITH if key in loaded.config}
-        settings = write_config(_plain(sections))
+        settings = write_config(plain(sections))
         parts += ["## Training\n", f"```yaml\n{settings}```\n"]
     scores = _scores(loaded)
     if scores:
@@ -165,7 +162,7 @@ def _scores(loaded: LoadedModel) -> dict:
     if run is None:
         return {}
     scores = {}
-    for file in ("summary.json", "scores.json"):
+    for file in (SUMMARY, SCORES):
         try:
             held = json.loads((run / file).read_text())
         except (OSError, ValueError):
@@ -184,11 +181,6 @@ def _scores(loaded: LoadedModel) -> dict:
 def _table(rows: dict) -> str:
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines, ""])
-
-
-def _plain(value):
-    """JSON's kinds of values: tuples become lists."""
-    return json.loads(json.dumps(value))
 
 
 def check_push(name: str) -> None:

@@ -10,15 +10,16 @@ from sra_fast import models
 from sra_fast.checkpoint.sources import find_weights, held_key, read_found
 from sra_fast.checkpoint.values import (
     family_in,
+    refuse_other_prediction,
     refuse_reversed_time,
     refuse_unknown_times,
-    warn,
 )
 from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import MODEL_FAMILIES
 
 HEAD = "ap_head."
@@ -99,19 +100,16 @@ def model_of(
     state, role = _chosen(held, weights, source)
     config = held.get("config")
     args = held.get("args")
-    num_classes = getattr(args, "num_classes", None)
     if config is None:
         refuse_reversed_time(state, args, str(source))
         refuse_unknown_times(state, args, str(source))
-    has_classes = any(name.startswith("y_embedder.") for name in state)
-    if not has_classes and not has_joint_blocks(state):
-        warn("%s has no class embedding: its model is unconditional, one class", source)
-        # one class whose embedding adds nothing
-        num_classes = 1
-        width = state["x_embedder.proj.weight"].shape[0]
-        state = {**state, CLASS_TABLE: torch.zeros(1, width)}
-    sizes = (num_heads, num_classes, input_size)
-    model = from_config(config, source) if config else _from_shapes(state, args, *sizes)
+    described = config or described_in(args)
+    if described is not None:
+        model = from_config(described, source)
+    else:
+        state, num_classes = _with_classes(state, getattr(args, "num_classes", None), source)
+        model = _from_shapes(state, args, num_heads, num_classes, input_size)
+    refuse_other_prediction(args, model.process, str(source))
     known = models.arguments_of(model)
     for name, value in {"num_heads": num_heads, "input_size": input_size}.items():
         require_that(
@@ -204,6 +202,28 @@ def from_config(config: dict, source: str | Path) -> DiffusionTransformer:
         raise ValueError(
             f"the configuration of the weights in {source} is that of another version: {error}"
         ) from None
+
+
+def described_in(args) -> dict | None:
+    """The architecture that the arguments of a ``.pt`` of a run tell; None: they tell none."""
+    told = getattr(args, "architecture", None)
+    # other projects may have anything of this name
+    if not isinstance(told, dict) or set(told) != {"family", "arguments"}:
+        return None
+    return {"architecture": told}
+
+
+def _with_classes(
+    state: dict[str, Tensor], num_classes: int | None, source: Path
+) -> tuple[dict[str, Tensor], int | None]:
+    """Weights with a class embedding, and their number of classes."""
+    has_classes = any(name.startswith("y_embedder.") for name in state)
+    if has_classes or has_joint_blocks(state):
+        return state, num_classes
+    warn("%s has no class embedding: its model is unconditional, one class", source)
+    # one class whose embedding adds nothing
+    width = state["x_embedder.proj.weight"].shape[0]
+    return {**state, CLASS_TABLE: torch.zeros(1, width)}, 1
 
 
 def _from_shapes(

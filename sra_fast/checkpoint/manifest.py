@@ -16,17 +16,17 @@ from sra_fast.checkpoint.signed_json import (
     absence,
     content_fault,
     digest_of,
-    plain,
     read_signed,
     write_signed,
 )
+from sra_fast.utils.files import plain
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STEP_FOLDER = re.compile(r"step_\d{8,}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 # the EMA that the teacher follows and that is sampled by default; ``train.averages`` are further ones
-EMA = "main"
+MAIN = "main"
 # how an average is made: the fields of which every entry of ``Manifest.emas`` has one
 RULES = ("decay", "sigma_rel")
 # whole numbers below this are exact in fp64
@@ -86,9 +86,9 @@ class Manifest:
     emas: dict[str, dict]
     """name of every average -> its ``decay`` or ``sigma_rel``, and ``since``: the updates that had been
     taken when it began (absent: it began with the run)"""
-    teacher: str | None = EMA
+    teacher: str | None = MAIN
     """the EMA that the alignment's network follows; None: there is no such network"""
-    sampled: str = EMA
+    sampled: str = MAIN
     """the EMA that is sampled and exported"""
     data: dict | None = None
     """``DataFacts`` of the training data; None: not known"""
@@ -242,11 +242,11 @@ def _check_facts(data: dict) -> None:
 
 def _check_emas(folder: Path, manifest: Manifest) -> None:
     """ValueError for EMAs that this version would leave unread, or read as something else."""
-    known = EMA in manifest.emas and manifest.sampled == EMA
-    if not known or manifest.teacher not in (EMA, None):
+    known = MAIN in manifest.emas and manifest.sampled == MAIN
+    if not known or manifest.teacher not in (MAIN, None):
         raise ValueError(
             f"{folder} has the EMAs {sorted(manifest.emas)} (sampled: {manifest.sampled}, teacher: "
-            f"{manifest.teacher}), this version of sra-fast samples and follows only {EMA!r}"
+            f"{manifest.teacher}), this version of sra-fast samples and follows only {MAIN!r}"
         )
     for name, entry in manifest.emas.items():
         values = [entry.get("since", 0), *(entry[rule] for rule in RULES if rule in entry)]

@@ -22,6 +22,8 @@ SD3_NETWORK = ("model", "diffusion_model")
 FOREIGN_HEADS = ("projectors.",)
 # what a training checkpoint of the published code has besides weights
 BESIDES = ("opt", "args", "epoch", "steps")
+# names that a message has at most
+SHOWN = 3
 
 
 @dataclass
@@ -126,10 +128,10 @@ def all_names(held) -> list[str]:
     return names + [name for value in held.values() for name in all_names(value)]
 
 
-def in_short(names: list[str], shown: int = 3) -> str:
+def in_short(names: list[str]) -> str:
     """``a, b, c and 5 more``."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _foreign(held, source: str) -> str:

@@ -61,6 +61,7 @@ def model_config(
     name: str,
     num_heads: int | None = None,
     input_size: int | None = None,
+    num_classes: int | None = None,
 ) -> ModelConfig:
     """The configuration of the model ``name``, with everything that the shapes of ``state`` show.
 
@@ -70,6 +71,7 @@ def model_config(
         num_heads: for weights whose size is not one of the paper's; ``name`` then only gives the
             family.
         input_size: for weights without a position embedding.
+        num_classes: default: all rows of the class embedding but that of the null class.
 
     Raises:
         ValueError: the weights are not those of such a model.
@@ -77,7 +79,7 @@ def model_config(
     family, preset = models.preset(name)
     # shapes show everything but the number of heads
     _, found = models.arguments_from_state_dict(
-        state, num_heads or preset["num_heads"], family=family.family, input_size=input_size
+        state, num_heads or preset["num_heads"], num_classes, family.family, input_size
     )
     if num_heads is None:
         for key, value in preset.items():
@@ -213,6 +215,7 @@ def import_file(
         f"--time-scale is for an MMDiT, {source} holds a network of labels; got {time_scale}",
     )
     _check_family(state, held.get("args"), name, source)
-    cfg = model_config(state, name, num_heads, input_size)
+    num_classes = getattr(held.get("args"), "num_classes", None)
+    cfg = model_config(state, name, num_heads, input_size, num_classes)
     config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}
     write_export(Path(out), convert(state, cfg, seed).state_dict(), config, step=None)

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sra_fast.checkpoint.shards import MOMENTS
 from sra_fast.checkpoint.values import is_dense
 from sra_fast.utils.checks import require_that
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def match_optimizer(opt: Mapping | None, shapes: Mapping[str, torch.Size]) -> dict[str, dict]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint.optimizer_state import MOMENTS, numbered
+from sra_fast.checkpoint.optimizer_state import numbered
 from sra_fast.checkpoint.reading import manifest_of, read_kinds
-from sra_fast.checkpoint.shards import MASTER, ema_kind
+from sra_fast.checkpoint.shards import MASTER, MOMENTS, ema_kind
 from sra_fast.checkpoint.sources import model_of_settings, state_dict_of
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
@@ -24,7 +24,8 @@ def published_args(
     """The published code's arguments that describe a model.
 
     ``num_heads`` is ours, because the published code has it in the model's name; so are
-    ``input_size``, ``OF_TEXT`` of an MMDiT, and ``data``, the facts about the training data.
+    ``input_size``, ``OF_TEXT`` of an MMDiT, ``architecture``, the family and its constructor's
+    arguments, and ``data``, the facts about the training data.
 
     Args:
         model: of the run, filled in.
@@ -33,6 +34,7 @@ def published_args(
     """
     # the published code trains on latents, whose side is an eighth of the image's
     pixels = facts is not None and facts.pixels
+    given = model.arguments()
     args = argparse.Namespace(
         model=model.name,
         resolution=model.input_size * (1 if pixels else 8),
@@ -40,11 +42,11 @@ def published_args(
         qk_norm=model.qk_norm,
         cfg_prob=model.class_dropout_prob,
         path_type=path,
-        num_heads=model.arguments()["num_heads"],
+        num_heads=given["num_heads"],
         input_size=model.input_size,
+        architecture={"family": model.family, "arguments": given},
     )
     if model.conditioning == "text":
-        given = model.arguments()
         for name, default in OF_TEXT.items():
             setattr(args, name, given.get(name, default))
     if facts is not None:

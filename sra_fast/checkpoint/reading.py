@@ -15,13 +15,20 @@ from sra_fast.checkpoint.manifest import (
 )
 from sra_fast.checkpoint.shards import Shards
 from sra_fast.checkpoint.steps import candidates, cheap_fault, choose, is_begun
-from sra_fast.checkpoint.values import warn
+from sra_fast.utils.messages import warn
 
+# the names in a run's folder
 CONFIG = "config.yaml"
 EXPORT = "ema.safetensors"
+PUBLISHED = "published.pt"
 # facts about the training data
 FACTS = "data.json"
 CHECKPOINTS = "checkpoints"
+SUMMARY = "summary.json"
+# of evaluate.py, where --out names it
+SCORES = "scores.json"
+# of the evaluation at a run's end
+PICTURE = "samples.png"
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -67,11 +74,6 @@ def manifest_of(path: Path) -> Manifest:
         return read_manifest(path)
     except DamagedCheckpoint as error:
         raise ValueError(f"checkpoint {path} is damaged: {error}") from None
-
-
-def step_of(path: Path) -> int:
-    """How many optimizer steps a checkpoint has taken; ValueError if it cannot be read."""
-    return manifest_of(path).step
 
 
 def read_kinds(path: Path, kinds: Iterable[str]) -> tuple[Manifest, dict[str, dict[str, Tensor]]]:

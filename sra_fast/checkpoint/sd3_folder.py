@@ -7,20 +7,23 @@ the folder: the pipeline is given them, or the features of prompts.
 import json
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint.export import state_of
 from sra_fast.checkpoint.load_model import LoadedModel
+from sra_fast.checkpoint.pipeline_parts import (
+    check_numbers,
+    make_transformer,
+    open_vae,
+    write_parts,
+)
 from sra_fast.checkpoint.sd3_file import TIME_SCALE, export_state
 from sra_fast.checkpoint.sd3_weights import TABLE, from_diffusers, to_diffusers
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.vae import load_vae
 from sra_fast.models import MMDiT
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import require, write_json
-from sra_fast.utils.outputs import refuse_input, whole_folder
+from sra_fast.utils.files import require
 
 SD3 = "SD3Transformer2DModel"
 # numbers that its configuration has to say
@@ -93,11 +96,7 @@ def import_transformer(
 
 def _check_config(config: dict, folder: Path) -> None:
     """ValueError unless a configuration is that of an MMDiT here."""
-    for name in SIZES:
-        require_that(
-            isinstance(config.get(name), int),
-            f"expected a number {name} in {folder}/config.json, got {config.get(name)}",
-        )
+    check_numbers(config, SIZES, folder)
     dual = config.get("dual_attention_layers") or ()
     require_that(
         not dual,
@@ -188,13 +187,9 @@ def write_sd3(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
     require("diffusers", "diffusers", "vae")
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-    vae = _vae_of(loaded, vae)
-    refuse_input("out", out / "vae", {"vae": vae})
-    decoder = None if vae is None else _decoder(loaded, vae)
-    require_that(
-        decoder is not None or not (out / "vae").exists(),
-        f"{out} has a VAE of before: expected --vae, or another folder",
-    )
+    decoder = open_vae(loaded, vae, out)
+    if decoder is not None:
+        _tell_scale(decoder, loaded.facts)
     found = models.arguments_of(loaded.model)
     width = found["hidden_size"]
     side = found["input_size"] // found["patch_size"]
@@ -215,56 +210,20 @@ def write_sd3(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
     )
     weights = to_diffusers(state_of(loaded), found["depth"])
     weights[TABLE[1]] = loaded.model.pos_embed
-    # its own initialisation would only cost time
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel(**config)
-    # clones: queries, keys and values are parts of one tensor, and safetensors refuses shared memory
-    clones = {name: value.clone() for name, value in weights.items()}
-    transformer.load_state_dict(clones, strict=True, assign=True)
-    with whole_folder(out) as folder:
-        transformer.save_pretrained(folder / "transformer")
-        FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-        if decoder is not None:
-            decoder.save_pretrained(folder / "vae")
-        _write_index(folder, decoder is not None)
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "transformer": make_transformer(SD3Transformer2DModel, config, weights),
+        "vae": decoder,
+        **dict.fromkeys(ABSENT),
+    }
+    write_parts(out, "StableDiffusion3Pipeline", parts)
 
 
-def _vae_of(loaded: LoadedModel, given: str | None) -> str | None:
-    """Folder of the pipeline's VAE; None: none is known, nor is a scale that it would carry."""
-    facts = loaded.facts
-    if given is not None or facts is None:
-        return given
-    require_that(
-        facts.vae_path is not None and Path(facts.vae_path).exists(),
-        f"the VAE carries the scale of the latents, {facts.scale:g}: expected --vae, the VAE "
-        "that made the data",
-    )
-    return facts.vae_path
-
-
-def _decoder(loaded: LoadedModel, vae: str):
-    """The VAE with the scale and the shift of the model's latents."""
-    facts = loaded.facts
-    decoder = load_vae(vae, loaded.model.in_channels)
+def _tell_scale(decoder, facts: DataFacts | None) -> None:
+    """Give the VAE the scale and the shift of the model's latents."""
     if facts is not None:
         # the pipeline decodes latent / scale + shift
         decoder.register_to_config(scaling_factor=facts.scale, shift_factor=facts.shift)
     elif decoder.config.shift_factor is None:
         # the pipeline adds it
         decoder.register_to_config(shift_factor=0.0)
-    return decoder
-
-
-def _write_index(out: Path, has_vae: bool) -> None:
-    """``model_index.json``: the classes of the pipeline's parts."""
-    import diffusers
-
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", SD3],
-        "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
-        **{part: [None, None] for part in ABSENT},
-    }
-    write_json(out / "model_index.json", index)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sra_fast.utils.files import ABSENT, unreadable, write_atomic
+from sra_fast.utils.files import ABSENT, sha256, unreadable, write_atomic
 
 
 class DamagedCheckpoint(ValueError):
@@ -26,11 +26,6 @@ class StoredFile:
     """bytes"""
     sha256: str
     """of its contents, in hexadecimal"""
-
-
-def plain(value):
-    """The value as it comes back from JSON: tuples are lists, and keys are strings."""
-    return json.loads(json.dumps(value))
 
 
 def digest_of(values: dict) -> str:
@@ -100,8 +95,7 @@ def content_fault(folder: Path, files: Mapping[str, StoredFile]) -> str | None:
     """
     for name, stored in files.items():
         try:
-            with open(folder / name, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256(folder / name)
         except OSError as error:
             return absence(folder / name, error)
         if digest != stored.sha256:

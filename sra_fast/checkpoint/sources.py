@@ -147,11 +147,12 @@ def _newest_snapshot(found: Path, weights: str) -> Path:
     checkpoint = found.is_dir() and has_manifest(found)
     run = _run_folder(found) if checkpoint else found
     snapshots = snapshot_folders(run)
+    before = ""
     if checkpoint:
-        last = reading.step_of(found)
+        last = reading.manifest_of(found).step
+        before = f" up to step {last}"
         snapshots = [path for path in snapshots if step_of(path) <= last]
     if not snapshots:
-        before = f" up to step {reading.step_of(found)}" if checkpoint else ""
         raise ValueError(
             f"{found} has no weights {weights}: expected a run folder whose folder {SNAPSHOTS} has "
             f"snapshots of averages{before} (train.average_snapshots writes them), found none"
@@ -353,6 +354,8 @@ def _load_pickle(path: str):
     """A file of ``torch.save``. Nothing but tensors, containers and ``argparse.Namespace`` is
     unpickled; ValueError for anything else.
     """
+    if path.endswith(".json"):
+        raise ValueError(f"{path} holds no weights: expected the folder that it lies in")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -2,8 +2,6 @@
 name.
 """
 
-import logging
-import os
 import re
 from collections.abc import Iterable, Mapping
 
@@ -14,20 +12,13 @@ from sra_fast.checkpoint.names import FOREIGN_HEADS, KNOWN_PARAMETER, in_short
 from sra_fast.models import has_joint_blocks
 from sra_fast.models.layers import sincos_pos_embed
 from sra_fast.models.positions import grid_positions
+from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import MODEL_FAMILIES
-
-log = logging.getLogger("sra_fast")
 
 # in the last block of an MMDiT nothing reads the result of these queries
 LAST_QUERIES = re.compile(r"joint_blocks\.(\d+)\.context_block\.attn\.ln_q\.weight")
 # whose values fp32 represents, or rounds
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def warn(message: str, *values) -> None:
-    """Log a warning, once for all processes that read the same weights."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        log.warning(message, *values)
 
 
 def warn_of_foreign_heads(states: Iterable[Mapping[str, Tensor]], source: str) -> None:
@@ -176,4 +167,21 @@ def refuse_unknown_times(state: dict[str, Tensor], args, source: str) -> None:
         raise ValueError(
             f"{source} looks like SD3 and does not say what its times are multiplied by: "
             f"import-weights --from {source} --out FILE.safetensors converts it"
+        )
+
+
+def refuse_other_prediction(args, process: str, source: str) -> None:
+    """ValueError for weights that predict noise, score or image where the process takes a velocity.
+    Shapes do not show it.
+
+    Args:
+        args: of the checkpoint, or None.
+        process: name of the diffusion process of the model.
+        source: where the weights were read from, for messages.
+    """
+    told = getattr(args, "prediction", "velocity")
+    # REPA's code says v
+    if process == "flow_matching" and told not in ("velocity", "v"):
+        raise ValueError(
+            f"expected weights that predict the velocity, those of {source} predict {told!r}"
         )

@@ -7,8 +7,6 @@ a parser is built. The scripts do that.
 import argparse
 import functools
 import json
-import logging
-import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
@@ -24,10 +22,9 @@ from sra_fast.config.arguments import import_parts_or_fail
 from sra_fast.config.messages import Parser, config_files
 from sra_fast.config.schema import AlignConfig, Config
 from sra_fast.utils import registry
+from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import MODEL_FAMILIES, TARGETS, Registry
 from sra_fast.utils.yaml_loader import read_config, write_config
-
-log = logging.getLogger("sra_fast")
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -228,10 +225,8 @@ def parse_train(args: list[str] | None = None) -> tuple[Config, str | None]:
     for section, name in _chosen.items():
         for file in config_files(args):
             found = _target_of_file(section, file)
-            if _is_replaced(section, found) and os.environ.get("RANK", "0") == "0":
-                log.warning(
-                    "%s: its options of %s are left out, the target is %s", file, found, name
-                )
+            if _is_replaced(section, found):
+                warn("%s: its options of %s are left out, the target is %s", file, found, name)
         if name == "none" and getattr(cfg, section) != AlignConfig(target="none"):
             parser.error(f"options of {section} are given, and {section}.target names no target")
     for section, align in cfg.alignments.items():
@@ -414,8 +409,3 @@ def _plain(value):
 def save_config(cfg: Config, path: Path) -> None:
     """The resolved configuration as YAML, readable by ``--config``."""
     path.write_text(write_config(_plain(asdict(cfg))))
-
-
-def load_config(path: Path) -> Config:
-    """A configuration written by ``save_config``."""
-    return parse_train(["--config", str(path)])[0]

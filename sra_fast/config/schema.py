@@ -5,9 +5,9 @@ when the parser is built.
 """
 
 import inspect
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,37 @@ def choice(registry: Registry, default: str, *more: str):
     """A dataclass field with a name of ``registry``, or one of ``more``."""
     # the registry itself, not its names: it may be empty when this module is imported
     return field(default=default, metadata={"registry": registry, "more": more})
+
+
+# arguments of a network's constructor that say how it runs, and are not given as options of it
+EXECUTION = {"recompute", "defer_bias", "residual_dtype", "model_depth"}
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def constructor_arguments(network: type) -> dict[str, inspect.Parameter]:
+    """The arguments that a class takes by name, with those that it hands on to its bases."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in network.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = inspect.signature(base).parameters.values()
+        found = {p.name: p for p in own if p.kind in NAMED} | found
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own):
+            break
+    return found
+
+
+def _of_its_type(name: str, value: Any, default: Any) -> Any:
+    """The value of an option of a model family; ValueError if its default is of another type."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    kind = type(default)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind in kinds and type(value) is not kind:
+        raise ValueError(f"model.options.{name}: expected {kinds[kind]}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"model.options.{name}: expected a finite number, got {value}")
+    return value
 
 
 @dataclass
@@ -58,6 +89,8 @@ class ModelConfig:
     """replaces the named size's"""
     num_heads: int | None = None
     """replaces the named size's"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the family's constructor, by name: {mlp_ratio: 3}"""
 
     @property
     def family(self) -> str:
@@ -109,16 +142,18 @@ class ModelConfig:
         """Constructor arguments of the student.
 
         Raises:
-            ValueError: a field was given that the family has no use for.
+            ValueError: a field was given that the family has no use for, or an option that it does
+                not have, or of another type.
         """
         family, sizes = models.preset(self.name)
         arguments = dict(sizes)
+        taken = constructor_arguments(family.backbone)
         for option in fields(self):
             value = getattr(self, option.name)
             # None keeps what the name stands for, or the constructor's default
-            if option.name == "name" or value is None:
+            if option.name in ("name", "options") or value is None:
                 continue
-            if option.name in self._taken:
+            if option.name in taken:
                 arguments[option.name] = value
             # what nobody gave is no reason to refuse a family that does not know it
             elif value != option.default:
@@ -126,12 +161,23 @@ class ModelConfig:
                     f"model.{option.name} means nothing to a {family.family}, got {value}: "
                     "leave it out"
                 )
-        return arguments
+        return {**arguments, **self._further(family)}
 
-    @property
-    def _taken(self) -> Mapping[str, inspect.Parameter]:
-        """The arguments of the family's constructor."""
-        return inspect.signature(models.preset(self.name)[0].backbone).parameters
+    def _further(self, family: type[models.DiffusionTransformer]) -> dict[str, Any]:
+        """``options``; ValueError unless the family has them."""
+        fixed = {option.name for option in fields(self)} | EXECUTION
+        every = constructor_arguments(family)
+        known = {name: argument for name, argument in every.items() if name not in fixed}
+        found = {}
+        for name, value in self.options.items():
+            if name not in known:
+                instead = f": it is model.{name}" if hasattr(self, name) else ""
+                raise ValueError(
+                    f"expected in model.options what a {family.family} has there "
+                    f"({', '.join(known) or 'nothing'}), got {name}{instead}"
+                )
+            found[name] = _of_its_type(name, value, known[name].default)
+        return found
 
     @property
     def takes_groups(self) -> bool:
@@ -140,7 +186,7 @@ class ModelConfig:
 
     def takes(self, argument: str) -> bool:
         """Whether the constructor of the family's ``backbone`` has this argument."""
-        return argument in self._taken
+        return argument in constructor_arguments(models.preset(self.name)[0].backbone)
 
     def any_condition(self, count: int) -> models.Conditioning:
         """A conditioning of ``count`` images that says nothing in particular, with none dropped:
@@ -181,12 +227,14 @@ class ModelConfig:
 
     def build_teacher(self, depth: int, **execution) -> models.Backbone:
         """The student's first ``depth`` blocks, without an output."""
-        arguments = self.arguments()
         backbone = models.preset(self.name)[0].backbone
         # captions of the last block of all go no further: only a family that has them asks for it
-        if self.takes("model_depth"):
-            arguments["model_depth"] = arguments["depth"]
-        return backbone(**{**arguments, "depth": depth}, **self._fitting(execution))
+        arguments = self.arguments()
+        arguments |= {"model_depth": arguments["depth"], "depth": depth}
+        # what only the output of a family knows
+        taken = constructor_arguments(backbone)
+        fitting = {name: value for name, value in arguments.items() if name in taken}
+        return backbone(**fitting, **self._fitting(execution))
 
 
 @dataclass
@@ -249,11 +297,15 @@ class TokenAlignConfig(AlignConfig):
         return self.fraction
 
 
+# KINDS of ops/align_distance.py
+Distance = Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"]
+
+
 @dataclass
 class DistanceConfig(TokenAlignConfig):
     """Options of a target whose distance from the student's features can be chosen."""
 
-    distance: Literal["smooth_l1", "l1", "l2", "cosine_patch", "cosine_token"] = "smooth_l1"
+    distance: Distance = "smooth_l1"
     """distance between the features"""
     beta: float = 0.05
     """where smooth-L1 turns linear"""

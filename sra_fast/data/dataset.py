@@ -1,8 +1,6 @@
 """The configured data set, checked against the model and the batch."""
 
-import logging
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +18,8 @@ from sra_fast.data.stored_text import StoredText
 from sra_fast.data.tars import holds_tars
 from sra_fast.data.training_data import TrainingData
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import DATASETS
-
-log = logging.getLogger("sra_fast")
 
 # how many numbers of a data set in memory are looked at before a run: that takes hundredths of a
 # second; and how many images of another one, each of which may be a file
@@ -32,12 +29,6 @@ IMAGES_LOOKED_AT = 8
 # what is never negative
 FAR_PIXEL = 1.5
 UNSCALED_PIXEL = 2.0
-
-
-def _warn(message: str, *values) -> None:
-    """Log a warning, once for all processes that read the same data."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        log.warning(message, *values)
 
 
 @DATASETS.register("latents")
@@ -244,7 +235,7 @@ def check_data(data: TrainingData, cfg: Config) -> None:
     if not data.self_checked:
         _check_images(data)
     if data.fingerprint is None:
-        _warn(
+        warn(
             "the data set %s has no fingerprint: a resumed run cannot tell other images from these",
             data.name,
         )
@@ -276,7 +267,7 @@ def _check_images(data: TrainingData) -> None:
         "its facts say pixels=False",
     )
     if low < -FAR_PIXEL or high > FAR_PIXEL:
-        _warn("%s, expected [-1, 1]: pictures of samples will be cut off there", found)
+        warn("%s, expected [-1, 1]: pictures of samples will be cut off there", found)
 
 
 def _check_block(
@@ -315,7 +306,7 @@ def _check_labels(data: TrainingData, num_classes: int) -> None:
         )
     empty = (torch.bincount(data.labels, minlength=num_classes) == 0).nonzero().flatten()
     if len(empty):
-        _warn(
+        warn(
             "%d of the model's %d classes have no image, the first is %d: nothing trains them",
             *(len(empty), num_classes, empty[0]),
         )

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,9 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.features import StoredFeatures
-from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, Shards, check_finished, load_npy
+from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, check_finished, load_npy
 from sra_fast.data.reasons import why
-from sra_fast.data.stored_text import StoredText
-from sra_fast.data.training_data import TrainingData
+from sra_fast.data.training_data import InShards, TrainingData
 from sra_fast.utils.files import why_unreadable
 
 log = logging.getLogger("sra_fast")
@@ -89,19 +88,13 @@ class MomentDataset(TrainingData):
         return (z - self.shift if self.shift else z) * self.scale
 
     def facts(self) -> DataFacts:
-        return DataFacts(
-            name=self.name,
-            shape=self.shape,
-            num_classes=self.num_classes,
-            path=str(self.path.absolute()),
+        return replace(
+            super().facts(),
             class_names=self.class_names,
             scale=self.scale,
             shift=self.shift,
             vae=self.vae,
             vae_path=self.vae_path,
-            fingerprint=self.fingerprint,
-            features=self.features and self.features.facts,
-            text=self.text and self.text.facts,
         )
 
     @property
@@ -113,17 +106,11 @@ class MomentDataset(TrainingData):
         """Standard deviation of the latents: 1 is what a model expects."""
         return self.scale * _deviation_of_some(self)
 
-    def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
+    def open_held_out(self) -> TrainingData | None:
         folder = self.path / HELD_OUT_FOLDER
         if not folder.is_dir():
-            return super().held_out_split()
-        # every row of both: no run trains on these images
-        held_out = open_latents(str(folder), self.scale, self.shift)
-        if self.features is not None:
-            held_out.open_features(self.features.name)
-        if self.text is not None:
-            held_out.open_text(self.text.name)
-        return [(part, np.arange(len(part))) for part in (self, held_out)]
+            return None
+        return open_latents(str(folder), self.scale, self.shift)
 
 
 def _deviation_of_some(data: MomentDataset) -> float:
@@ -263,7 +250,7 @@ class Latents(MomentDataset):
         return torch.from_numpy(moments), self.labels[indices]
 
 
-class PackedLatents(MomentDataset):
+class PackedLatents(InShards, MomentDataset):
     """Moments in shards (see ``packed.py``).
 
     Args:
@@ -284,13 +271,9 @@ class PackedLatents(MomentDataset):
         verify: bool = False,
     ):
         self.root = Path(path)
-        self.shards = Shards(path, "moments", verify)
+        self._open_shards(path, "moments", verify)
         index = self.shards.index
-        self.labels = self.shards.labels
-        self.num_classes = self.shards.num_classes
         self.moments_shape = self.shards.row_shape
-        self.fingerprint = self.shards.fingerprint
-        self.class_names = index.get("classes")
         self.vae = index["vae"]
         self.vae_path = index.get("vae_path")
         self._set_scale(scale, shift)
@@ -304,21 +287,6 @@ class PackedLatents(MomentDataset):
         # the root of the mean variance
         variances = [value**2 for value in statistics["std"]]
         return self.scale * math.sqrt(sum(variances) / len(variances))
-
-    def locate(self, number: int) -> str:
-        return f"image {number} ({self.shards.locate(number)})"
-
-    def open_features(self, name: str, verify: bool = False) -> None:
-        self.features = StoredFeatures(self.root, name, self.fingerprint, verify)
-
-    def open_text(self, name: str | None = None, verify: bool = False) -> None:
-        self.text = StoredText(self.root, name, self.fingerprint, verify)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """Moments ``[B, 2C, H, W]`` in the stored dtype, labels ``[B]`` or text, and features, in the
-        order of ``indices``.
-        """
-        return self.complete(indices, self.shards.read(indices))
 
 
 def open_latents(

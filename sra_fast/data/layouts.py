@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.latents import check_moments
-from sra_fast.data.packed import INDEX, LABELS, STORAGE, file_entry, sha256, shard_name
-from sra_fast.utils.files import write_atomic, write_json
-
-
-def save_npy(path: Path, array: np.ndarray) -> None:
-    """``numpy.save`` under exactly this name: given a path, numpy would add a suffix."""
-    with open(path, "wb") as f:
-        np.save(f, array)
+from sra_fast.data.packed import INDEX, LABELS, STORAGE, file_entry, shard_name
+from sra_fast.utils.files import sha256, write_atomic, write_json
+from sra_fast.utils.outputs import save_npy
 
 
 def remove_temporary_files(*folders: Path) -> None:

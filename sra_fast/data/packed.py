@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.reasons import why
-from sra_fast.utils.files import why_unreadable
+from sra_fast.utils.files import sha256, why_unreadable
 
 # 1: every shard but the last is full, no statistics and no class names
 VERSIONS = (1, 2)
@@ -55,12 +55,6 @@ def load_npy(file: Path | io.BytesIO, **options) -> np.ndarray:
 def shard_name(number: int) -> str:
     """File name of a shard, relative to the data set's folder."""
     return f"shards/{number:05d}.npy"
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def file_entry(root: Path, name: str) -> dict:

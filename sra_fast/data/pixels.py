@@ -1,5 +1,6 @@
 """Images themselves as training data: uint8 on disk, [-1, 1] on the device, no VAE."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.features import StoredFeatures
-from sra_fast.data.packed import HELD_OUT_FOLDER, Shards
-from sra_fast.data.stored_text import StoredText
-from sra_fast.data.training_data import TrainingData, fingerprint_of
+from sra_fast.data.packed import HELD_OUT_FOLDER
+from sra_fast.data.training_data import InShards, TrainingData, fingerprint_of
 from sra_fast.utils.files import why_unreadable
 
 
@@ -33,32 +32,14 @@ class Pixels(TrainingData):
         return images.float() / 127.5 - 1
 
     def facts(self) -> DataFacts:
-        return DataFacts(
-            name=self.name,
-            shape=self.shape,
-            num_classes=self.num_classes,
-            path=str(self.path.absolute()),
-            class_names=self.class_names,
-            pixels=True,
-            fingerprint=self.fingerprint,
-            features=self.features and self.features.facts,
-            text=self.text and self.text.facts,
-        )
+        return replace(super().facts(), class_names=self.class_names, pixels=True)
 
-    def held_out_split(self) -> list[tuple[TrainingData, np.ndarray]]:
+    def open_held_out(self) -> TrainingData | None:
         folder = self.path / HELD_OUT_FOLDER
-        if not folder.is_dir():
-            return super().held_out_split()
-        held_out = PackedPixels(folder)
-        if self.features is not None:
-            held_out.open_features(self.features.name)
-        if self.text is not None:
-            held_out.open_text(self.text.name)
-        # every row of both: no run trains on these images
-        return [(part, np.arange(len(part))) for part in (self, held_out)]
+        return PackedPixels(folder) if folder.is_dir() else None
 
 
-class PackedPixels(Pixels):
+class PackedPixels(InShards, Pixels):
     """Images in shards (see ``packed.py``), as `preprocess.py --pixels` writes them.
 
     Args:
@@ -75,27 +56,8 @@ class PackedPixels(Pixels):
     def __init__(self, path: str | Path, flip: bool = False, verify: bool = False):
         self.path = Path(path)
         self.flip = flip
-        self.shards = Shards(path, "pixels", verify)
+        self._open_shards(path, "pixels", verify)
         self.shape = self.shards.row_shape
-        self.labels = self.shards.labels
-        self.num_classes = self.shards.num_classes
-        self.class_names = self.shards.index.get("classes")
-        self.fingerprint = self.shards.fingerprint
-
-    def locate(self, number: int) -> str:
-        return f"image {number} ({self.shards.locate(number)})"
-
-    def open_features(self, name: str, verify: bool = False) -> None:
-        self.features = StoredFeatures(self.path, name, self.fingerprint, verify)
-
-    def open_text(self, name: str | None = None, verify: bool = False) -> None:
-        self.text = StoredText(self.path, name, self.fingerprint, verify)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """uint8 ``[B, C, H, W]``, labels ``[B]`` or text, and features, in the order of
-        ``indices``.
-        """
-        return self.complete(indices, self.shards.read(indices))
 
 
 class PixelArray(Pixels):

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from sra_fast.data.features import check_name
 from sra_fast.data.order import ImageNumbers
-from sra_fast.data.packed import INDEX, RECIPE, REPAIR, Shards, load_npy, sha256
+from sra_fast.data.packed import INDEX, RECIPE, REPAIR, Shards, load_npy
 from sra_fast.data.reasons import why
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.models import TextFeatures
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import why_unreadable
+from sra_fast.utils.files import sha256, why_unreadable
 
 # folder of all text features of a data set
 TEXT_FOLDER = "text"

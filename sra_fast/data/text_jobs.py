@@ -14,14 +14,14 @@ from torch import Tensor
 from sra_fast.data.batch import Batch, Report
 from sra_fast.data.feature_jobs import belongs_to
 from sra_fast.data.features import check_name
-from sra_fast.data.layouts import save_npy
 from sra_fast.data.options import CAPTION_OPTIONS, ENCODER_OPTIONS, TEXT_OPTIONS, Options, refuse
-from sra_fast.data.packed import INDEX, STORAGE, file_entry, read_index, sha256
+from sra_fast.data.packed import INDEX, STORAGE, file_entry, read_index
 from sra_fast.data.sources import ImageSource
 from sra_fast.data.stored_text import CAPTIONS, NULL, TEXT_FOLDER, as_rows, row_length
 from sra_fast.data.text_encoders import TextEncoders, load_text_encoders
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import write_atomic
+from sra_fast.utils.files import sha256, write_atomic
+from sra_fast.utils.outputs import save_npy
 
 # a shard of text is the most that a restart makes again: a row of three encoders has 2.7 MB
 SHARD_BYTES = 2**30

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from sra_fast.data.batch import Batch
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
+from sra_fast.data.packed import Shards
 from sra_fast.data.stored_text import StoredText
 from sra_fast.models import ClassLabels, Conditioning
 from sra_fast.utils.checks import require_that
@@ -169,10 +170,11 @@ class TrainingData(Dataset):
 
     def channel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of the latents in every channel, of at most ``LOOKED_AT`` images."""
-        step = max(1, len(self) // LOOKED_AT)
+        # from the first to the last: they often lie in the order of their classes
+        looked_at = np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).round().astype(int)
         means = []
         squares = []
-        for _, latents, _ in self.blocks(list(range(0, len(self), step))[:LOOKED_AT]):
+        for _, latents, _ in self.blocks(looked_at.tolist()):
             latents = latents.double().flatten(2)
             # a row for each image, all of one size
             means.append(latents.mean(2))
@@ -200,11 +202,61 @@ class TrainingData(Dataset):
             text=self.text and self.text.facts,
         )
 
+    def open_held_out(self) -> "TrainingData | None":
+        """The images beside these that no run trains on, without features or text yet; None: there
+        are none.
+        """
+        return None
+
     def held_out_split(self) -> "list[tuple[TrainingData, np.ndarray]]":
         """Training and held-out images of an analysis, each as a data set and its rows.
 
         Every fifth row is held out, unless the set has images that no run trains on.
         """
+        held_out = self.open_held_out()
+        if held_out is not None:
+            if self.features is not None:
+                held_out.open_features(self.features.name)
+            if self.text is not None:
+                held_out.open_text(self.text.name)
+            # every row of both: no run trains on these images
+            return [(part, np.arange(len(part))) for part in (self, held_out)]
         rows = np.arange(len(self))
         held_out = rows % HELD_OUT == 0
         return [(self, rows[~held_out]), (self, rows[held_out])]
+
+
+class InShards(TrainingData):
+    """Images in shards (see ``packed.py``), with features and text beside them. Another base class
+    says what the images are.
+
+    Attributes:
+        shards: the images as they are stored.
+        class_names: of every class, or None.
+    """
+
+    shards: Shards
+    class_names: list[str] | None
+
+    def _open_shards(self, path: str | Path, kind: str, verify: bool) -> None:
+        """Arguments and errors: see ``Shards``."""
+        self.shards = Shards(path, kind, verify)
+        self.labels = self.shards.labels
+        self.num_classes = self.shards.num_classes
+        self.class_names = self.shards.index.get("classes")
+        self.fingerprint = self.shards.fingerprint
+
+    def locate(self, number: int) -> str:
+        return f"image {number} ({self.shards.locate(number)})"
+
+    def open_features(self, name: str, verify: bool = False) -> None:
+        self.features = StoredFeatures(self.path, name, self.fingerprint, verify)
+
+    def open_text(self, name: str | None = None, verify: bool = False) -> None:
+        self.text = StoredText(self.path, name, self.fingerprint, verify)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        """Images as they are stored, labels ``[B]`` or text, and features, in the order of
+        ``indices``.
+        """
+        return self.complete(indices, self.shards.read(indices))

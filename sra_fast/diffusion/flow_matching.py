@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sra_fast import ops
 from sra_fast.config.schema import DiffusionConfig
-from sra_fast.diffusion.process import Noised
+from sra_fast.diffusion.process import Noised, check_prediction
 from sra_fast.utils.registry import PROCESSES
 
 
@@ -55,6 +55,7 @@ class FlowMatching:
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
         """``{"denoise": [B]}``, the mean squared error of the velocity in fp32."""
+        check_prediction(prediction, noised)
         # bf16 has 8 bits of precision: its difference would lose small errors
         error = prediction.float() - noised.target
         return {"denoise": error.square().flatten(1).mean(1)}

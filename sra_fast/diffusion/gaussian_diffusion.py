@@ -7,11 +7,10 @@ arXiv 2102.09672).
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.config.schema import DiffusionConfig
-from sra_fast.diffusion.process import Noised
+from sra_fast.diffusion.process import Noised, check_prediction
 from sra_fast.utils.registry import PROCESSES
 
 NUM_TIMES = 1000
@@ -143,14 +142,12 @@ class GaussianDiffusion:
 
     Args:
         t_max: the teacher is earlier by an integer gap in ``[0, int(1000 * t_max))``.
-        learn_sigma: the prediction carries C variance channels after its C noise channels.
     """
 
     default_sampler = "ddpm"
 
-    def __init__(self, t_max: float = 0.2, learn_sigma: bool = True):
+    def __init__(self, t_max: float = 0.2):
         self.max_gap = int(NUM_TIMES * t_max)
-        self.learn_sigma = learn_sigma
         self.schedule = Schedule(linear_betas())
 
     @classmethod
@@ -179,19 +176,16 @@ class GaussianDiffusion:
         return Noised(x, t, x_teacher, t_teacher, noise, x0)
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
-        """``{"denoise": [B]}`` and, with ``learn_sigma``, ``{"vb": [B]}`` in bits per dimension, to
-        be added unscaled.
+        """``{"denoise": [B]}``, and ``{"vb": [B]}`` in bits per dimension, to be added unscaled, for
+        a prediction that has C channels of variance after its C of noise.
         """
-        prediction = prediction.float()
-        if not self.learn_sigma:
-            error = F.mse_loss(prediction, noised.target, reduction="none")
-            return {"denoise": error.flatten(1).mean(1)}
-        eps, interpolation = prediction.chunk(2, dim=1)
-        return {
-            "denoise": (eps - noised.target).square().flatten(1).mean(1),
+        check_prediction(prediction, noised, variance=True)
+        eps, interpolation = prediction.float().tensor_split([noised.target.shape[1]], dim=1)
+        losses = {"denoise": (eps - noised.target).square().flatten(1).mean(1)}
+        if interpolation.shape[1]:
             # improved DDPM, Sec. 3.1: the variational term trains the variance only
-            "vb": self._variational_bound(eps.detach(), interpolation, noised),
-        }
+            losses["vb"] = self._variational_bound(eps.detach(), interpolation, noised)
+        return losses
 
     def _variational_bound(self, eps: Tensor, interpolation: Tensor, noised: Noised) -> Tensor:
         """KL of the predicted step from the true one, the likelihood at t=0; ``[B]`` in bits."""

@@ -58,6 +58,21 @@ class Process(Protocol):
         ...
 
 
+def check_prediction(prediction: Tensor, noised: Noised, variance: bool = False) -> None:
+    """ValueError for a prediction of another shape than what it is compared with: PyTorch would
+    repeat a single channel without a word.
+
+    ``variance``: it may have as many channels of variance after its own.
+    """
+    batch, channels, *size = noised.target.shape
+    fitting = [[batch, channels, *size]]
+    if variance:
+        fitting.append([batch, 2 * channels, *size])
+    if [*prediction.shape] not in fitting:
+        expected = " or ".join(map(str, fitting))
+        raise ValueError(f"expected a prediction {expected}, the model gave {[*prediction.shape]}")
+
+
 def make_process(cfg: Config) -> Process:
     """The diffusion process of the configured model family."""
     gap = max((align.largest_gap for align in cfg.alignments.values()), default=0.0)

@@ -23,6 +23,7 @@ from sra_fast.data.vae import repeatable, weights_digest
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.evaluation.scores import fit_gaussian, frechet_distance
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.files import plain
 from sra_fast.utils.outputs import save_tensors
 
 # images that are read, or pass the network, at once
@@ -188,7 +189,7 @@ def _identity(data: TrainingData, recipe: Recipe) -> dict:
         "shift": facts.shift,
         "recipe": asdict(recipe),
     }
-    return json.loads(json.dumps(held))
+    return plain(held)
 
 
 def _digest(data: TrainingData) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_fast.evaluation.inception import POOL, SHA256, load_inception
+from sra_fast.utils.files import sha256
 
 # of torch-fidelity's weights; pytorch-fid has the same file
 OFFICIAL = SHA256[:8]
@@ -91,8 +92,7 @@ class Extractor:
 
 def _digest(path: str) -> str:
     """The first eight digits of a file's SHA-256."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:8]
+    return sha256(path)[:8]
 
 
 def inception_extractor(path: str, device: torch.device) -> Extractor:

@@ -80,11 +80,6 @@ class HeldOutLoss:
         """``[K]`` float64, the mean over the images in every bin."""
         return self.losses.astype(np.float64).mean(0)
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether every loss is a number: those of diverged weights are not."""
-        return bool(np.isfinite(self.losses).all())
-
     def check_finite(self, source: str) -> None:
         """ValueError unless every loss is finite; ``source``: what was measured."""
         bad = int((~np.isfinite(self.losses).all(1)).sum())
@@ -343,8 +338,6 @@ def held_out_loss(
     require_that(batch >= 1, f"batch must be at least 1, got {batch}")
     images.check((model.in_channels, model.input_size, model.input_size), model.num_classes)
     process = PROCESSES[model.process].from_config(DiffusionConfig(path=path), t_max=0.0)
-    if hasattr(process, "learn_sigma"):
-        process.learn_sigma = model.out_channels > model.in_channels
     num_blocks = -(-len(images) // batch)
     shares = [share_of(num_blocks, r, world) for r in range(world)]
     # losses and times

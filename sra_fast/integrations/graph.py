@@ -100,7 +100,7 @@ def is_call(node: object, functions: Iterable[Callable[..., Any]], methods: Iter
 
 
 def arguments(node: Node, *names: str) -> dict[str, Any]:
-    """Arguments of a call by name, as far as they were given; None if there are others."""
+    """Arguments of a call by name, as far as they were given; {} if there are others."""
     if len(node.args) > len(names) or not set(node.kwargs) <= set(names):
         return {}
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

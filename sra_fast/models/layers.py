@@ -231,7 +231,10 @@ class StreamBlock(nn.Module):
         self.attn = attn
         if has_output:
             # rounded: a ratio that is read back from the weights may lie just below its width
-            self.mlp = Mlp(hidden_size, round(hidden_size * mlp_ratio))
+            mlp_width = round(hidden_size * mlp_ratio)
+            if mlp_width < 1:
+                raise ValueError(f"mlp_ratio must give an MLP of at least 1 unit, got {mlp_ratio}")
+            self.mlp = Mlp(hidden_size, mlp_width)
         projection = nn.Linear(hidden_size, modulations * hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), projection)
 
@@ -402,6 +405,11 @@ class FinalLayer(nn.Module):
         return cast(Tensor, prediction)
 
 
+def as_weights(x: Tensor, weight: Tensor) -> Tensor:
+    """Features in the dtype of a layer; autocast rounds an fp32 residual stream itself."""
+    return x if autocast(x) else x.to(weight.dtype)
+
+
 class ProjectionHead(nn.Module):
     """Linear(D, 2D) - SiLU - Linear(2D, D): maps student features before alignment (SRA, Sec.
     3.3).
@@ -414,9 +422,7 @@ class ProjectionHead(nn.Module):
         self.linear2 = nn.Linear(2 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # autocast rounds an fp32 residual stream itself
-        if not autocast(x):
-            x = x.to(self.linear1.weight.dtype)
+        x = as_weights(x, self.linear1.weight)
         return self.linear2(self.act(self.linear1(x)))
 
 

@@ -101,8 +101,8 @@ def arguments_from_state_dict(
 
     Raises:
         ValueError: a parameter is missing, or the width is no paper size and ``num_heads`` is not
-            given, or there is neither ``pos_embed`` nor ``input_size``; or the table of an MMDiT is
-            too small or no fixed function.
+            given, or there is neither ``pos_embed`` nor ``input_size``, or they contradict each
+            other; or the table of an MMDiT is too small or no fixed function.
     """
     if family == "MMDiT" or family is None and has_joint_blocks(state):
         return MMDiT, _text_arguments(state, num_heads, input_size)
@@ -120,8 +120,14 @@ def arguments_from_state_dict(
     if family is None:
         family = "SiT" if out_channels == in_channels else "DiT"
     model = MODEL_FAMILIES[family]
+    side = _side(state, patch_size, None if "pos_embed" in state else input_size)
+    if input_size not in (None, side):
+        raise ValueError(
+            f"the weights have the position table of an input of {side} x {side}, got input_size "
+            f"{input_size}"
+        )
     arguments = dict(
-        input_size=_side(state, patch_size, input_size),
+        input_size=side,
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,

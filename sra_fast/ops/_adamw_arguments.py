@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors
+from sra_fast.ops._backend import FLOAT_DTYPES, HALF, check_tensors
 from sra_fast.ops._dtensors import check_whole
 from sra_fast.ops._memory import first_overlap
 from sra_fast.ops.fp8 import Fp8Copy
@@ -16,7 +16,6 @@ from sra_fast.ops.quantize_rows import E4M3
 
 # a gradient in one piece, or (first element, tensor of any shape) of each of its pieces
 Gradient = Tensor | Sequence[tuple[int, Tensor]]
-HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64)
 # segments whose ends one program loads at once
 MAX_SEGMENTS = 1024

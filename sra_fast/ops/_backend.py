@@ -15,6 +15,7 @@ BACKENDS = ("auto", "triton", "torch")
 OWN_BACKENDS = {"ema_update_": ("cuda",)}
 VARIABLE = "SRA_FAST_BACKEND"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
 
 _logger = logging.getLogger("sra_fast.ops")
 # messages that this process has logged
@@ -30,6 +31,31 @@ def check_tensors(operator: str, given: Mapping[str, object]) -> None:
         if value.layout is not torch.strided or value.is_nested:
             kind = "a nested one" if value.is_nested else value.layout
             raise ValueError(f"{operator}: expected {name} as a dense tensor, got {kind}")
+
+
+def check_linear(
+    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, shapes: str, multiple: int = 1
+) -> None:
+    """Raise ValueError unless ``x [..., K]``, ``weight [N, K]`` and ``bias [N]`` or None are of one
+    floating dtype and device, and N is a ``multiple``. ``shapes`` says so in the error message.
+    """
+    named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_tensors(operator, named)
+    fits = (
+        x.dim() >= 1
+        and weight.dim() == 2
+        and weight.shape[0] % multiple == 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(t.device == x.device and t.dtype in FLOAT_DTYPES for t in named.values())
+    )
+    # autocast chooses the dtypes itself
+    alike = fits and (autocast(x) or all(t.dtype == x.dtype for t in named.values()))
+    if not alike:
+        got = [f"{name} {[*t.shape]} {t.dtype} {t.device}" for name, t in named.items()]
+        raise ValueError(
+            f"{operator}: expected {shapes} of one floating dtype and device, got {', '.join(got)}"
+        )
 
 
 def asked_backend(operator: str, backend: str | None) -> str:
@@ -72,6 +98,32 @@ def use_triton(operator: str, x: Tensor, backend: str | None) -> bool:
     if backend == "torch" or _is_transformed():
         return False
     return backend == "triton" or (x.is_cuda and x.dtype != torch.float64)
+
+
+def takes_kernel(
+    operator: str,
+    backend: str | None,
+    x: Tensor,
+    *others: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> bool:
+    """Whether ``operator`` runs its kernel: ``use_triton``, and the kernel takes the tensors.
+
+    The reference takes an empty ``x``, and fp64 of any input or of the output (``dtype``).
+    """
+    if not use_triton(operator, x, backend) or x.numel() == 0:
+        return False
+    dtypes = [t.dtype for t in (x, *others) if t is not None]
+    return dtype != torch.float64 and torch.float64 not in dtypes
+
+
+def fits_kernel(name: str, what: str, size: int, limit: int) -> bool:
+    """Whether ``size`` is at most ``limit``; one beyond it is logged once."""
+    if size > limit:
+        log_once(
+            f"{name} runs unfused in PyTorch: {what} %d elements, the kernel takes %d", size, limit
+        )
+    return size <= limit
 
 
 def has_transform() -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from sra_fast.kernels import adaln as adaln_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops._backend import autocast, check_tensors, log_once
-from sra_fast.ops._modulation import check_inputs, runs_kernel, with_dense_rows
+from sra_fast.ops._memory import with_dense_columns
+from sra_fast.ops._modulation import check_inputs, runs_kernel
 from sra_fast.ops._register import wants_grad
 from sra_fast.ops.adaln import adaln_bwd, adaln_fwd, check_norm, run_adaln
 from sra_fast.ops.gated_residual import gated_residual_bwd, gated_residual_fwd
@@ -103,8 +104,7 @@ def as_tokens(out: Tensor, x: Tensor) -> Tensor:
 
 def as_rows(x: Tensor) -> Tensor:
     """Reshape ``[B, T, D]`` to ``[B T, D]`` with dense columns; copies only if it must."""
-    x = x.flatten(0, 1)
-    return x if x.stride(1) == 1 else x.contiguous()
+    return with_dense_columns(x.flatten(0, 1))
 
 
 def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
@@ -292,9 +292,9 @@ def prepare(
     return NormInputs(
         x.contiguous(),
         None if y is None else y.contiguous(),
-        with_dense_rows(bias),
-        with_dense_rows(gate),
-        with_dense_rows(shift),
-        with_dense_rows(scale),
+        with_dense_columns(bias),
+        with_dense_columns(gate),
+        with_dense_columns(shift),
+        with_dense_columns(scale),
         None if group is None else group.contiguous(),
     )

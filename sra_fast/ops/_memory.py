@@ -1,10 +1,11 @@
-"""Which memory tensors lie in: an operator that writes in place must not write what another of its
-arguments holds.
+"""How tensors lie in memory: with which strides, and what of it two of them share. An operator that
+writes in place must not write what another of its arguments holds.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ def is_dense(x: Tensor) -> bool:
     # from the innermost dimension out, each stride is the product of the sizes
     dims = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n != 1)
     return all(s == math.prod(n for _, n in dims[:i]) for i, (s, _) in enumerate(dims))
+
+
+@overload
+def with_dense_columns(x: Tensor) -> Tensor: ...
+@overload
+def with_dense_columns(x: None) -> None: ...
+def with_dense_columns(x: Tensor | None) -> Tensor | None:
+    """The tensor itself if its last stride is 1, as of a column slice of a projection; else a
+    copy.
+    """
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 # what subclasses without memory of their own replace; type checkers take it for a method

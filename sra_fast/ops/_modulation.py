@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, fits_kernel, takes_kernel, upcast
 from sra_fast.ops._register import wants_grad
 
 # a gate, shift or scale: vectors, or (vectors, table [D]), whose sum it is
@@ -342,24 +342,11 @@ def runs_kernel(
     The reference takes fp64 (of any input or of the output), empty tensors, and rows wider than the
     kernel's MAX_WIDTH; the last is logged once.
     """
-    # None in the set stands for the default dtype of the output
-    dtypes = {dtype, x.dtype}
-    for t in others:
-        if isinstance(t, tuple):
-            dtypes.update(half.dtype for half in t)
-        elif t is not None:
-            dtypes.add(t.dtype)
-    if not use_triton(operator, x, backend) or x.numel() == 0 or torch.float64 in dtypes:
+    vectors, tables = split_tables(others)
+    if not takes_kernel(operator, backend, x, *vectors, *tables, dtype=dtype):
         return False
-    D = x.shape[2]
-    if D > kernels.MAX_WIDTH:
-        name = kernels.__name__.rpartition(".")[2]
-        log_once(
-            f"{name} runs unfused in PyTorch: rows of %d elements, the kernel takes %d",
-            D,
-            kernels.MAX_WIDTH,
-        )
-    return D <= kernels.MAX_WIDTH
+    name = kernels.__name__.rpartition(".")[2]
+    return fits_kernel(name, "rows of", x.shape[2], kernels.MAX_WIDTH)
 
 
 def in_one_dtype(shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -386,10 +373,3 @@ def broadcast_to_tokens(modulation: Vector, x: Tensor, group: Tensor | None) -> 
     T = x.shape[1]
     F = modulation.shape[1]
     return modulation if F in (1, T) else modulation.repeat_interleave(T // F, dim=1)
-
-
-def with_dense_rows(vector: Tensor | None) -> Tensor | None:
-    """The vectors themselves if the last stride is 1, as of a column slice of a projection; else a
-    copy.
-    """
-    return vector if vector is None or vector.stride(-1) == 1 else vector.contiguous()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import per_token as kernels
-from sra_fast.ops._modulation import Vector, split_tables, summed, with_dense_rows
+from sra_fast.ops._memory import with_dense_columns
+from sra_fast.ops._modulation import Vector, split_tables, summed
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 
@@ -222,8 +223,8 @@ def run_per_token(
         is_factor: the norm is multiplied with ``scale``, not with 1 + scale.
     """
     (gate, shift, scale), tables = split_tables((gate, shift, scale))
-    vectors = [with_dense_rows(t) for t in (bias, gate, *affine, shift, scale)]
-    tables = [with_dense_rows(t) for t in tables]
+    vectors = [with_dense_columns(t) for t in (bias, gate, *affine, shift, scale)]
+    tables = [with_dense_columns(t) for t in tables]
     options = (eps, norm == "rms", norm is not None, dtype, is_factor)
     if wants_grad(x, y, *vectors, residual, *tables):
         out = apply(_PerToken, x, y, *vectors, residual, *tables, *options, operator)

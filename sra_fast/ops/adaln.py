@@ -1,6 +1,6 @@
-"""adaLN-Zero building block: norm without affine, then shift and scale (DiT, arXiv 2212.09748, Sec.
+"""adaLN-Zero building block: norm without affine, then shift and scale.
 
-3.2).
+DiT, arXiv 2212.09748, Sec. 3.2.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor
 from sra_fast.kernels import adaln as kernels
 from sra_fast.kernels import per_token as per_token_kernels
 from sra_fast.ops._backend import upcast
+from sra_fast.ops._memory import with_dense_columns
 from sra_fast.ops._modulation import (
     Vector,
     broadcast_to_tokens,
@@ -23,7 +24,6 @@ from sra_fast.ops._modulation import (
     is_per_token,
     name_second,
     runs_kernel,
-    with_dense_rows,
 )
 from sra_fast.ops._per_token import run_per_token, with_tables_that_fit
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
@@ -288,8 +288,8 @@ def run_adaln(
     if group is None:
         (rows,), (shift, scale) = frames_as_images([x], [shift, scale])
     # the kernel takes any strides of the modulation but the last
-    shift = with_dense_rows(shift)
-    scale = with_dense_rows(scale)
+    shift = with_dense_columns(shift)
+    scale = with_dense_columns(scale)
     group = None if group is None else group.contiguous()
     args = (shift, scale, group, eps, norm == "rms", dtype, is_factor)
     if wants_grad(x, shift, scale):

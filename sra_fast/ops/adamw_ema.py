@@ -48,9 +48,9 @@ def adamw_ema_ref_(
     ema_copy: Tensor | Fp8Copy | None = None,
     decay: float = 0.9999,
 ) -> None:
-    """The definition, in the dtype of ``param``: AdamW (arXiv 1711.05101, Alg.
+    """The definition, in the dtype of ``param``: AdamW in torch's order, then the EMA.
 
-    2) in torch's order, then the EMA.
+    AdamW is Alg. 2 of arXiv 1711.05101.
     """
     if isinstance(step, DeviceStep):
         written = _written(param, exp_avg, exp_avg_sq, weights, ema, ema_copy)

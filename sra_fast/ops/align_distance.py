@@ -1,6 +1,6 @@
-"""Distances between the student's projected features and the teacher's (SRA, arXiv 2505.02831, Sec.
+"""Distances between the student's projected features and the teacher's.
 
-3.3 and Eq. 5).
+SRA, arXiv 2505.02831, Sec. 3.3 and Eq. 5.
 """
 
 import math
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import align_distance as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, fits_kernel, takes_kernel, upcast
+from sra_fast.ops._memory import with_dense_columns
 from sra_fast.ops._register import guard_double_backward, register, wants_grad
 
 KINDS = ("smooth_l1", "l1", "l2", "cosine_patch", "cosine_token")
@@ -113,20 +114,12 @@ def _check(
 
 def _runs_kernel(pred: Tensor, target: Tensor, kind: str, backend: str | None) -> bool:
     """Whether the kernel takes the features; a size beyond its limit is logged once."""
-    if not use_triton("align_distance", pred, backend) or pred.numel() == 0:
-        return False
-    if torch.float64 in (pred.dtype, target.dtype):
+    if not takes_kernel("align_distance", backend, pred, target):
         return False
     # what one program holds in registers: all tokens of some channels, or all channels of a token
     _, T, D = pred.shape
     length, longest = (T, kernels.MAX_TOKENS) if kind == "cosine_token" else (D, kernels.MAX_WIDTH)
-    if length > longest:
-        log_once(
-            f"{kind} runs unfused in PyTorch: over %d elements, the kernel takes %d",
-            length,
-            longest,
-        )
-    return length <= longest
+    return fits_kernel(kind, "over", length, longest)
 
 
 def align_distance(
@@ -171,9 +164,8 @@ def align_distance(
     if _runs_kernel(pred, target, kind, backend):
         # smooth-L1 divides by beta; without a quadratic part it is L1
         kind = "l1" if kind == "smooth_l1" and beta == 0 else kind
-        target = target.detach()
-        pred = pred if pred.stride(-1) == 1 else pred.contiguous()
-        target = target if target.stride(-1) == 1 else target.contiguous()
+        pred = with_dense_columns(pred)
+        target = with_dense_columns(target.detach())
         if wants_grad(pred):
             dist = _AlignDistance.apply(pred, target, kind, beta)
         else:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sra_fast.ops._attention_arguments import LAYOUTS, check_attention, check_segments
 from sra_fast.ops._attention_segments import Runs, by_slices, token_runs
-from sra_fast.ops._backend import autocast, check_tensors, has_transform
+from sra_fast.ops._backend import HALF, autocast, check_tensors, has_transform
 from sra_fast.ops._timing import milliseconds
 
 log = logging.getLogger("sra_fast")
@@ -43,7 +43,6 @@ _HALF_ONLY = ("varlen", *_PACKAGES)
 BACKENDS = ("auto", "torch", *_SDPA, *_HALF_ONLY)
 # those that compute on a CUDA device only
 _CUDA_ONLY = ("cudnn", "efficient", *_HALF_ONLY)
-HALF = (torch.float16, torch.bfloat16)
 # what a backend raises that cannot run its inputs
 _REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)
 
@@ -430,8 +429,7 @@ def attention(
     CUDA device in half precision that is one call of a variable-length kernel, or a call for each
     run, whichever was faster. All other tensors take a call for each run, and runs of one length
     share one. Every new tuple of lengths is a new shape: it is traced anew, and measured unless
-    four
-    were.
+    four were.
 
     Args:
         q: ``[B, T, H, d]`` or, with ``layout="bhtd"``, ``[B, H, T, d]``, any float dtype; views of

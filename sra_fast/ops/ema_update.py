@@ -17,6 +17,7 @@ from sra_fast.kernels import _plans
 from sra_fast.kernels import ema_update as kernels
 from sra_fast.ops._backend import (
     FLOAT_DTYPES,
+    HALF,
     asked_backend,
     check_tensors,
     log_once,
@@ -36,7 +37,6 @@ except ImportError as error:
     log_once("the CUDA extension does not load: %s", error)
     _ema_cuda = None
 
-HALF = (torch.bfloat16, torch.float16)
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 

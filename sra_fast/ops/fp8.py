@@ -14,7 +14,8 @@ from torch import Tensor
 from sra_fast.kernels import adaln as adaln_kernels
 from sra_fast.kernels import gated_residual_adaln as fused_kernels
 from sra_fast.ops._backend import use_triton
-from sra_fast.ops._modulation import check_inputs, with_dense_rows
+from sra_fast.ops._memory import with_dense_columns
+from sra_fast.ops._modulation import check_inputs
 from sra_fast.ops._register import register
 from sra_fast.ops.adaln import adaln_ref
 from sra_fast.ops.gated_residual import gated_residual_ref
@@ -160,8 +161,8 @@ def adaln_fp8(
         return quantize_rows_ref(adaln_ref(x.float(), shift, scale, eps, group=group))
     values, h_scale = _adaln_op(
         x.contiguous(),
-        with_dense_rows(shift),
-        with_dense_rows(scale),
+        with_dense_columns(shift),
+        with_dense_columns(scale),
         None if group is None else group.contiguous(),
         eps,
     )
@@ -208,9 +209,9 @@ def gated_residual_adaln_fp8(
     x_new, values, h_scale = _fused_op(
         x.contiguous(),
         y.contiguous(),
-        with_dense_rows(gate),
-        with_dense_rows(shift),
-        with_dense_rows(scale),
+        with_dense_columns(gate),
+        with_dense_columns(shift),
+        with_dense_columns(scale),
         None if group is None else group.contiguous(),
         eps,
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sra_fast.kernels import gated_residual as kernels
 from sra_fast.ops._backend import upcast
+from sra_fast.ops._memory import with_dense_columns
 from sra_fast.ops._modulation import (
     Vector,
     broadcast_to_tokens,
@@ -14,7 +15,6 @@ from sra_fast.ops._modulation import (
     frames_as_images,
     is_per_token,
     runs_kernel,
-    with_dense_rows,
 )
 from sra_fast.ops._per_token import run_per_token, with_tables_that_fit
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
@@ -151,8 +151,8 @@ def run_gated_residual(
     if group is None:
         rows, (gate,) = frames_as_images(rows, [gate])
     # the kernel takes any strides of the gate but the last
-    gate = with_dense_rows(gate)
-    bias = with_dense_rows(bias)
+    gate = with_dense_columns(gate)
+    bias = with_dense_columns(bias)
     group = None if group is None else group.contiguous()
     if wants_grad(x, y, bias, gate):
         out = apply(_GatedResidual, *rows, bias, gate, group)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sra_fast.kernels import gated_residual_adaln as kernels
 from sra_fast.kernels import per_token as per_token_kernels
+from sra_fast.ops._memory import with_dense_columns
 from sra_fast.ops._modulation import (
     Vector,
     check_inputs,
@@ -19,7 +20,6 @@ from sra_fast.ops._modulation import (
     is_per_token,
     name_second,
     runs_kernel,
-    with_dense_rows,
 )
 from sra_fast.ops._per_token import run_per_token
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
@@ -371,7 +371,7 @@ def run_gated_residual_adaln(
     if group is None:
         rows, (gate, shift, scale) = frames_as_images(rows, [gate, shift, scale])
     # the kernel takes any strides of the modulation but the last
-    bias, gate, shift, scale = map(with_dense_rows, (bias, gate, shift, scale))
+    bias, gate, shift, scale = (with_dense_columns(t) for t in (bias, gate, shift, scale))
     group = None if group is None else group.contiguous()
     args = (bias, gate, shift, scale, group, eps, norm == "rms", dtype, is_factor)
     if wants_grad(x, y, bias, gate, shift, scale):
@@ -418,7 +418,7 @@ def _run_two(
     modulation = [gate, *in_one_dtype(*folded[:2]), *in_one_dtype(*folded2[:2])]
     rows, modulation = frames_as_images((x, y), modulation)
     # the kernel takes any strides of the modulation but the last
-    given = [with_dense_rows(t) for t in (bias, *modulation)]
+    given = [with_dense_columns(t) for t in (bias, *modulation)]
     args = (*given, eps, norm == "rms", dtype, is_factor)
     if wants_grad(x, y, *given):
         x_new, h, h2 = apply(_TwoModulations, *rows, *args)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sra_fast.kernels import adaln as kernels
 from sra_fast.ops._backend import upcast
+from sra_fast.ops._memory import with_dense_columns
 from sra_fast.ops._modulation import (
     Vector,
     broadcast_to_tokens,
@@ -13,7 +14,6 @@ from sra_fast.ops._modulation import (
     is_per_token,
     runs_kernel,
     summed_in_fp32,
-    with_dense_rows,
 )
 from sra_fast.ops._per_token import run_per_token, with_tables_that_fit
 from sra_fast.ops._register import apply, guard_double_backward, wants_grad
@@ -138,7 +138,7 @@ def gated_residual_norm(
     if group is None:
         (stream, branch), (factor,) = frames_as_images((x, y), [factor])
     # the kernel takes any strides of the factor but the last
-    factor = with_dense_rows(factor)
+    factor = with_dense_columns(factor)
     group = None if group is None else group.contiguous()
     options = (factor, group, eps, norm == "rms")
     if wants_grad(x, y, factor):

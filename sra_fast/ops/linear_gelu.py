@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.ops._backend import FLOAT_DTYPES, autocast, check_tensors, use_triton
+from sra_fast.ops._backend import autocast, check_linear, use_triton
 from sra_fast.ops._register import register, wants_grad
 
 
@@ -50,23 +50,8 @@ def linear_gelu(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    check_tensors("linear_gelu", named)
-    fits = (
-        x.dim() >= 1
-        and weight.dim() == 2
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
-        and all(t.device == x.device and t.dtype in FLOAT_DTYPES for t in named.values())
-    )
-    # autocast chooses the dtypes itself
-    alike = fits and (autocast(x) or all(t.dtype == x.dtype for t in named.values()))
-    if not alike:
-        got = [f"{name} {[*t.shape]} {t.dtype} {t.device}" for name, t in named.items()]
-        raise ValueError(
-            "linear_gelu: expected x [..., K], weight [N, K] and bias [N] of one floating dtype "
-            f"and device, got {', '.join(got)}"
-        )
+    shapes = "x [..., K], weight [N, K] and bias [N]"
+    check_linear("linear_gelu", x, weight, bias, shapes)
     return run_linear_gelu("linear_gelu", x, weight, bias, backend)
 
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_fast.ops._backend import FLOAT_DTYPES, autocast, check_tensors
+from sra_fast.ops._backend import check_linear
 from sra_fast.ops.swiglu import run_swiglu, swiglu_ref
 
 
@@ -34,24 +34,8 @@ def linear_swiglu(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``backend`` is unknown.
     """
-    named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    check_tensors("linear_swiglu", named)
-    fits = (
-        x.dim() >= 1
-        and weight.dim() == 2
-        and weight.shape[0] % 2 == 0
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
-        and all(t.device == x.device and t.dtype in FLOAT_DTYPES for t in named.values())
-    )
-    # autocast chooses the dtypes itself
-    alike = fits and (autocast(x) or all(t.dtype == x.dtype for t in named.values()))
-    if not alike:
-        got = [f"{name} {[*t.shape]} {t.dtype} {t.device}" for name, t in named.items()]
-        raise ValueError(
-            "linear_swiglu: expected x [..., D], weight [2 K, D] and bias [2 K] of one floating "
-            f"dtype and device, got {', '.join(got)}"
-        )
+    shapes = "x [..., D], weight [2 K, D] and bias [2 K]"
+    check_linear("linear_swiglu", x, weight, bias, shapes, multiple=2)
     return run_linear_swiglu("linear_swiglu", x, weight, bias, backend)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import noise_pair as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, takes_kernel, upcast
+from sra_fast.ops._memory import with_dense_columns
 from sra_fast.ops._register import register, wants_grad
 
 PATHS = ("linear", "cosine")
@@ -79,8 +80,7 @@ _op = register(
 
 def _rows(x: Tensor) -> Tensor:
     """Reshape to ``[B, N]`` with unit stride within an image; copies only if it must."""
-    x = x.reshape(x.shape[0], -1)
-    return x if x.stride(1) == 1 else x.contiguous()
+    return with_dense_columns(x.reshape(x.shape[0], -1))
 
 
 def _check(
@@ -122,9 +122,7 @@ def _check(
 
 def _runs_kernel(noise: Tensor, tensors: list[Tensor], backend: str | None) -> bool:
     """Whether the kernel takes the inputs; it has no backward, which is logged once."""
-    if not use_triton("noise_pair", noise, backend) or noise.numel() == 0:
-        return False
-    if any(s.dtype == torch.float64 for s in tensors):
+    if not takes_kernel("noise_pair", backend, noise, *tensors):
         return False
     if wants_grad(*tensors):
         log_once(

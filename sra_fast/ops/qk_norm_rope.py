@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.kernels import qk_norm_rope as kernels
-from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, log_once, upcast, use_triton
+from sra_fast.ops._backend import FLOAT_DTYPES, check_tensors, fits_kernel, takes_kernel, upcast
+from sra_fast.ops._memory import with_dense_columns
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 from sra_fast.ops.adaln import NORMS, check_norm
 
@@ -121,8 +122,8 @@ class _QKNormRope(torch.autograd.Function):
         dq, dk, dq_weight, dk_weight = guard_double_backward(
             "qk_norm_rope",
             _bwd,
-            _dense_columns(dq_out),
-            _dense_columns(dk_out),
+            with_dense_columns(dq_out),
+            with_dense_columns(dk_out),
             *saved,
             q_weight,
             k_weight,
@@ -131,11 +132,6 @@ class _QKNormRope(torch.autograd.Function):
         dq_weight = None if q_weight is None else dq_weight
         dk_weight = None if k_weight is None else dk_weight
         return dq, dk, None, None, dq_weight, dk_weight, *[None] * len(ctx.options)
-
-
-def _dense_columns(x: Tensor) -> Tensor:
-    """The tensor itself if its last stride is 1, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def qk_norm_rope(
@@ -211,9 +207,9 @@ def qk_norm_rope(
         )
     # tokens before heads, and tables with images, or one for all: views
     heads_first = layout == "bhtd"
-    q, k = (_dense_columns(x.transpose(1, 2) if heads_first else x) for x in (q, k))
+    q, k = (with_dense_columns(x.transpose(1, 2) if heads_first else x) for x in (q, k))
     if cos is not None and sin is not None:
-        cos, sin = (_dense_columns(x if x.dim() == 3 else x[None]) for x in (cos, sin))
+        cos, sin = (with_dense_columns(x if x.dim() == 3 else x[None]) for x in (cos, sin))
     q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
     options = (
         eps,
@@ -239,18 +235,9 @@ def _runs_kernel(
     k_weight: Tensor | None,
 ) -> bool:
     """Whether the kernel runs: not on fp64, empty tensors and heads wider than it takes."""
-    dtypes = {t.dtype for t in (q, k, q_weight, k_weight) if t is not None}
-    empty = q.numel() == 0 or k.numel() == 0
-    if not use_triton(operator, q, backend) or empty or torch.float64 in dtypes:
+    if not takes_kernel(operator, backend, q, k, q_weight, k_weight) or k.numel() == 0:
         return False
-    d = q.shape[3]
-    if d > kernels.MAX_WIDTH:
-        log_once(
-            f"{operator} runs unfused in PyTorch: heads of %d elements, the kernel takes %d",
-            d,
-            kernels.MAX_WIDTH,
-        )
-    return d <= kernels.MAX_WIDTH
+    return fits_kernel(operator, "heads of", q.shape[3], kernels.MAX_WIDTH)
 
 
 def _check_words(norm: str | None, eps: float, style: str, layout: str) -> None:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import quantize_rows as kernels
-from sra_fast.ops._backend import check_tensors, use_triton
+from sra_fast.ops._backend import check_tensors, takes_kernel
 from sra_fast.ops._register import register
 
-E4M3 = torch.float8_e4m3fn
+E4M3 = kernels.E4M3
 # the largest number of e4m3
 E4M3_MAX = 448.0
 
@@ -68,7 +68,7 @@ def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str | None = None) 
         raise ValueError(
             f"quantize_rows: expected x [..., K] of a floating-point dtype, got {[*x.shape]} {x.dtype}"
         )
-    if not use_triton("quantize_rows", x, backend) or x.numel() == 0 or x.dtype == torch.float64:
+    if not takes_kernel("quantize_rows", backend, x):
         return quantize_rows_ref(x, gelu=gelu)
     # the kernel sees a matrix; leading dimensions come back as views
     values, scale = _op(x.reshape(-1, x.shape[-1]).contiguous(), gelu)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sra_fast.kernels import swiglu as kernels
-from sra_fast.ops._backend import upcast, use_triton
+from sra_fast.ops._backend import takes_kernel, upcast
 from sra_fast.ops._register import apply, guard_double_backward, register, wants_grad
 
 
@@ -68,7 +68,7 @@ def run_swiglu(operator: str, x: Tensor, backend: str | None) -> Tensor:
     """``silu(x1) * x2 [..., N]`` of ``x = [x1 | x2] [..., 2 N]``, which ``operator`` has checked;
     errors begin with its name.
     """
-    if not use_triton(operator, x, backend) or x.numel() == 0 or x.dtype == torch.float64:
+    if not takes_kernel(operator, backend, x):
         return swiglu_ref(x)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = apply(_SwiGLU, operator, rows) if wants_grad(rows) else swiglu_fwd(rows)

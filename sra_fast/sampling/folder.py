@@ -12,13 +12,12 @@ explains that at the next. So samples of another identity are never touched, and
 not made again.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from sra_fast.evaluation.packed import ORIGIN, SAMPLES
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import read_json, write_first
+from sra_fast.utils.files import plain, read_json, write_first
 
 # of samples.json
 IDENTITY = "identity"
@@ -43,7 +42,7 @@ class SampleFolder:
 
     def __post_init__(self):
         # through JSON and back: tuples become lists, as in the files
-        self.identity = json.loads(json.dumps(self.identity))
+        self.identity = plain(self.identity)
 
     @property
     def parts(self) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sra_fast.utils.files import why_unreadable, write_atomic
+from sra_fast.utils.outputs import save_npy
 
 # images per part: what an interruption can cost
 PART = 256
@@ -28,12 +29,6 @@ def num_parts(count: int) -> int:
 
 def _part_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.npy"
-
-
-def _save_array(path: Path, images: np.ndarray) -> None:
-    # through an open file: given a path, numpy would add a suffix
-    with open(path, "wb") as f:
-        np.save(f, images)
 
 
 def _save_png(path: Path, image: np.ndarray) -> None:
@@ -83,7 +78,7 @@ def make_parts(
         if png:
             for i, image in enumerate(images, start=first):
                 _save_png(png / f"{i:06d}.png", image)
-        write_atomic(file, lambda p, images=images: _save_array(p, images))
+        write_atomic(file, lambda p, images=images: save_npy(p, images))
         made += end - first
     return made
 

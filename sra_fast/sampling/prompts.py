@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint.values import warn
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
 from sra_fast.data.facts import DataFacts
@@ -17,6 +16,7 @@ from sra_fast.data.text_encoders import TextEncoders, load_text_encoders
 from sra_fast.models import DiffusionTransformer, TextFeatures
 from sra_fast.sampling.conditions import SampleConditions, StoredCaptions
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.messages import warn
 
 # prompts that an encoder sees at once. always as many, so that the features of a prompt hardly
 # depend on the others

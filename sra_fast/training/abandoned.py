@@ -10,16 +10,12 @@ from pathlib import Path
 
 from sra_fast.checkpoint.manifest import Manifest
 from sra_fast.checkpoint.published import published_step
-from sra_fast.checkpoint.reading import EXPORT
+from sra_fast.checkpoint.reading import EXPORT, PICTURE, PUBLISHED, SCORES, SUMMARY
 from sra_fast.checkpoint.sources import export_origin
 from sra_fast.checkpoint.steps import has_manifest
 from sra_fast.utils.files import make_synced, sync_folder
 
 ABANDONED = "abandoned"
-SUMMARY = "summary.json"
-SCORES = "scores.json"
-PUBLISHED = "published.pt"
-PICTURE = "samples.png"
 # of the folder that what a run wrote at its end is moved to
 END = "end_"
 

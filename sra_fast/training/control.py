@@ -9,8 +9,8 @@ from sra_fast.config.schema import Config
 from sra_fast.training.agreement import Agreement
 from sra_fast.training.saver import Saver
 from sra_fast.training.signals import Stopped, StopSignals
+from sra_fast.training.step_watch import RollBack, StepWatch
 from sra_fast.training.trainer import Trainer
-from sra_fast.training.watch import RollBack, StepWatch
 
 log = logging.getLogger("sra_fast")
 

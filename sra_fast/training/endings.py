@@ -5,12 +5,15 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from sra_fast.training.signals import INTERRUPTED, STOPPED, Stopped
+from sra_fast.training.signals import STOPPED, Stopped
+from sra_fast.utils.collectives import of_all_ranks
+from sra_fast.utils.outputs import OS_ERROR
+from sra_fast.utils.stopping import INTERRUPTED
 
 REFUSED = 2
 FAILED = 1
@@ -40,11 +43,13 @@ class Ending:
         code: exit code.
         line: without a line break.
         noticed: the fault is another process's, which has more to say.
+        alike: all processes end so.
     """
 
     code: int
     line: str
     noticed: bool = False
+    alike: bool = False
 
 
 def ending_of(error: BaseException, out: Path | None = None) -> Ending | None:
@@ -54,12 +59,20 @@ def ending_of(error: BaseException, out: Path | None = None) -> Ending | None:
         error: what was raised.
         out: folder of the run, whose disk counts if an error does not name its file.
     """
+    ending = _ending_of(error, out)
+    if ending is not None and of_all_ranks(error):
+        ending = replace(ending, alike=True)
+    return ending
+
+
+def _ending_of(error: BaseException, out: Path | None) -> Ending | None:
     if isinstance(error, Stopped):
-        return Ending(STOPPED, str(error))
+        return Ending(STOPPED, str(error), alike=True)
     if isinstance(error, KeyboardInterrupt):
         return Ending(INTERRUPTED, "interrupted; resume from the last checkpoint")
     if isinstance(error, FloatingPointError):
-        return Ending(FAILED, _line(error))
+        # the processes have agreed that training has diverged
+        return Ending(FAILED, _line(error), alike=True)
     number = _number(error)
     if number in OF_THE_MACHINE:
         return Ending(REFUSED, f"error: {_of_the_machine(error, number, out)}")
@@ -98,7 +111,7 @@ def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     # Python's text in a loader process's error, Rust's in that of safetensors
-    match = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", str(error))
+    match = re.search(rf"\[Errno (\d+)\]|{OS_ERROR.pattern}", str(error))
     if match:
         return int(match[1] or match[2])
     # torch.save tells no reason; there is hardly another one

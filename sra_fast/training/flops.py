@@ -144,8 +144,7 @@ def _named(alignments: dict[str, AlignConfig]) -> Iterator[None]:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{' and '.join(names)}: __init__, times, start and loss run once on meta tensors, "
-            "which "
-            f"have no values, to count FLOPs; there it fails with: {reason}"
+            f"which have no values, to count FLOPs; there it fails with: {reason}"
         ) from error
 
 

@@ -11,22 +11,23 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.alignment.target import trained_heads
-from sra_fast.checkpoint.load_model import CLASS_TABLE, HEAD, facts_of, from_config
+from sra_fast.checkpoint.load_model import CLASS_TABLE, HEAD, described_in, facts_of, from_config
 from sra_fast.checkpoint.names import KNOWN_PARAMETER
 from sra_fast.checkpoint.optimizer_state import match_optimizer
 from sra_fast.checkpoint.published import OF_TEXT
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.checkpoint.values import (
     family_in,
+    refuse_other_prediction,
     refuse_reversed_time,
     refuse_unknown_times,
-    warn,
 )
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import ALIGN_HEADS, DiffusionTransformer, has_joint_blocks
 from sra_fast.models.positions import grid_positions
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import MODEL_FAMILIES
 
 # parameters that another task may have in another shape, or not at all
@@ -60,7 +61,8 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
     # shapes only: no memory is used
     with torch.device("meta"):
         model = cfg.model.build()
-        theirs = from_config(initial["config"], source) if "config" in initial else None
+        described = initial.get("config") or described_in(initial.get("args"))
+        theirs = from_config(described, source) if described else None
     args = initial.get("args")
     states = {key: initial[key] for key in ("model", "ema") if key in initial}
     # what kind of weights they are, before their details
@@ -71,6 +73,7 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
         _check_conditioning(source, model, state)
     _check_heads(source, model, theirs, args)
     _check_times(source, model, theirs or args)
+    refuse_other_prediction(args, model.process, source)
     reasons = _other_classes(model, theirs or args)
     their_facts = facts_of(initial, theirs)
     if facts is not None and their_facts is not None:
@@ -80,7 +83,7 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
     missing: dict[str, dict[str, str]] = {}
     for key, state in states.items():
         _check_process(source, model, _process_of(theirs, args), state)
-        _check_positions(source, model, state)
+        _check_positions(source, cfg, model, state, theirs)
         missing[key] = reasons | _not_fitting(source, model, state)
         initial[key] = {name: value for name, value in state.items() if name not in missing[key]}
     # the student's decide what continues; the EMA of what it lacks begins as the student's
@@ -169,23 +172,55 @@ def _check_times(source: str, model: DiffusionTransformer, told) -> None:
     )
 
 
-def _check_positions(source: str, model: DiffusionTransformer, state: dict[str, Tensor]) -> None:
-    """ValueError for weights whose patches have other places in the position embedding, though it
-    is as large as the model's.
+def _check_positions(
+    source: str,
+    cfg: Config,
+    model: DiffusionTransformer,
+    state: dict[str, Tensor],
+    theirs: DiffusionTransformer | None,
+) -> None:
+    """ValueError for weights whose patches have other places in the position embedding than those
+    of the model, which are computed anew.
+
+    At another size SD3's patches have the middle of its table. Who gives places of his own there has
+    thought of it.
     """
     table = state.get("pos_embed")
-    if table is None or table.shape != model.pos_embed.shape:
+    if table is not None:
+        found = grid_positions(table)
+        assert found is not None, "weights with another table are not read"
+    elif theirs is not None:
+        found = (_grid(theirs), *_places(theirs))
+    else:
         return
-    # it may have been rounded to half precision
-    if torch.allclose(table, model.make_pos_embed(), rtol=0, atol=1e-2):
-        return
-    found = grid_positions(table)
-    assert found is not None, "weights with another table are not read"
-    _, start, step = found
-    raise ValueError(
+    their_grid, start, step = found
+    grid = _grid(model)
+    if grid != their_grid:
+        given = (cfg.model.position_start, cfg.model.position_step)
+        if (start, step) == (0.0, 1.0) or given != (None, None):
+            return
+        start += (their_grid - grid) // 2 * step
+    elif table is not None:
+        ours = model.make_pos_embed()
+        # a network of another width is refused later; the table may have been rounded to bf16
+        if table.shape != ours.shape or torch.allclose(table, ours, rtol=0, atol=1e-2):
+            return
+    require_that(
+        (start, step) == _places(model),
         f"train.init_from {source} has other positions than the model: expected "
-        f"model.position_start {start!r} and model.position_step {step!r}"
+        f"model.position_start {start!r} and model.position_step {step!r}",
     )
+
+
+def _grid(model: DiffusionTransformer) -> int:
+    """Patches along an axis."""
+    return model.input_size // model.patch_size
+
+
+def _places(model: DiffusionTransformer) -> tuple[float, float]:
+    """Start and step of the patches in the position embedding."""
+    arguments = models.arguments_of(model)
+    return arguments.get("position_start", 0.0), arguments.get("position_step", 1.0)
 
 
 def _other_classes(model: DiffusionTransformer, told) -> dict[str, str]:

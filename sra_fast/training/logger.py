@@ -2,7 +2,6 @@
 the run's loggers.
 """
 
-import json
 import math
 import re
 import time
@@ -17,13 +16,11 @@ from torch import Tensor
 from sra_fast.config.schema import Config
 from sra_fast.training.flops import step_flops
 from sra_fast.training.loggers import LoggedRun, RunLogger
+from sra_fast.training.rows import STATS, line_of, read_rows
 from sra_fast.training.step_values import StepValues, Table, means, to_host
 from sra_fast.utils.cuda_graph import hidden_bytes
 from sra_fast.utils.files import write_atomic
 from sra_fast.utils.registry import LOGGERS
-
-# every run has this file; the other loggers are ``train.loggers``
-STATS = "stats.jsonl"
 
 # dense matrix rate in FLOP/s by whole words of the GPU's name: bf16 and TF32 (NVIDIA data sheets);
 # the first match counts
@@ -55,30 +52,6 @@ def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> floa
         if re.search(rf"\b{key}\b", name):
             return bf16 if precision == "bf16" else tf32_rate
     return None
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a ``stats.jsonl`` up to the first that is none: a crash may cut the last one short."""
-    rows = []
-    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            if type(row["step"]) is not int:
-                break
-        except (ValueError, LookupError, TypeError):
-            break
-        rows.append({name: math.nan if item is None else item for name, item in row.items()})
-    return rows
-
-
-def _line(row: dict) -> str:
-    """A row as JSON, which has no NaN: null stands for what is not finite."""
-    finite = {
-        name: None if isinstance(item, float) and not math.isfinite(item) else item
-        for name, item in row.items()
-    }
-    return json.dumps(finite) + "\n"
 
 
 @dataclass(frozen=True)
@@ -202,7 +175,7 @@ class TrainLogger:
         path = folder / STATS
         # a run may have been further than its last checkpoint: it takes these steps again
         kept = [row for row in read_rows(path) if row["step"] <= start]
-        text = "".join(_line(row) for row in kept)
+        text = "".join(line_of(row) for row in kept)
         write_atomic(path, lambda p: p.write_text(text))
         # open for the whole run
         self.file = open(path, "a")  # noqa: SIM115
@@ -307,7 +280,7 @@ class TrainLogger:
     def _write(self, row: dict) -> None:
         self.rows.append(row)
         if self.file:
-            self.file.write(_line(row))
+            self.file.write(line_of(row))
             self.file.flush()
         for logger in self.loggers:
             logger.row(row)

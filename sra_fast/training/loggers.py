@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sra_fast.config.schema import Config
-from sra_fast.utils.files import require, write_atomic, write_json
+from sra_fast.utils.files import plain, require, write_atomic, write_json
 from sra_fast.utils.registry import LOGGERS
 from sra_fast.utils.yaml_loader import write_config
 
@@ -92,7 +92,7 @@ class TensorBoard(RunLogger):
         from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.start + 1)
-        text = write_config(json.loads(json.dumps(asdict(run.cfg))))
+        text = write_config(plain(asdict(run.cfg)))
         # four spaces: TensorBoard reads Markdown, and this is its code
         code = "".join(f"    {line}\n" for line in text.splitlines())
         self.board.add_text("config", code, run.start)

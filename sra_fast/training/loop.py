@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sra_fast.alignment.schedule import align_weights
 from sra_fast.checkpoint.manifest import Progress
-from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.config.lr_schedules import scheduled_lr
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ShuffledBatches
@@ -24,14 +22,15 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.plots import report
-from sra_fast.training import average_snapshots
+from sra_fast.training import store_averages
 from sra_fast.training.control import Control
-from sra_fast.training.logger import STATS, StepFacts, TrainLogger, read_rows
+from sra_fast.training.logger import StepFacts, TrainLogger
 from sra_fast.training.monitor import Monitor
+from sra_fast.training.rows import STATS, read_rows
 from sra_fast.training.saver import Saver
 from sra_fast.training.signals import StopSignals, stopped
+from sra_fast.training.step_watch import History, StepWatch
 from sra_fast.training.trainer import Trainer
-from sra_fast.training.watch import History, StepWatch
 from sra_fast.training.watchdog import Watchdog
 from sra_fast.zero.guard import warm_up
 
@@ -186,14 +185,14 @@ def train(
     trainer: Trainer,
     data: TrainingData,
     folder: Path,
-    start: Progress = BEGINNING,
-    monitor: Monitor | None = None,
-    logger: TrainLogger | None = None,
-    saver: Saver | None = None,
-    stop: StopSignals | None = None,
-    watchdog: Watchdog | None = None,
-    history: History | None = None,
-) -> list[dict]:
+    start: Progress,
+    monitor: Monitor | None,
+    logger: TrainLogger,
+    saver: Saver,
+    stop: StopSignals | None,
+    watchdog: Watchdog,
+    history: History,
+) -> None:
     """Train from ``start`` to optimizer step ``train.steps``.
 
     Args:
@@ -202,14 +201,11 @@ def train(
         folder: run folder.
         start: what was trained already.
         monitor: looks at the weights every ``monitor.every`` steps; None: no one does.
-        logger: stays open, for what is shown after training; None: one that is closed at the end.
-        saver: writes the checkpoints; None: one of its own.
+        logger: stays open, for what is shown after training.
+        saver: writes the checkpoints.
         stop: open signals that end the run early; None: nothing does.
-        watchdog: is told where this process is; None: no one is.
-        history: how large losses and norms usually were so far; None: not known.
-
-    Returns:
-        The logged rows.
+        watchdog: is told where this process is.
+        history: how large losses and norms usually were so far.
 
     Raises:
         FloatingPointError: too many updates in a row were skipped, or weights are not finite.
@@ -218,19 +214,9 @@ def train(
         ValueError: a checkpoint could not be written.
     """
     cfg = trainer.cfg
-    main = trainer.rank == 0
     # one for the loader, which is ahead, and one for who asks about steps that are past
     stream = image_order(trainer, len(data), start)
     ahead = image_order(trainer, len(data), start)
-    own_logger = logger is None
-    if own_logger:
-        logger = TrainLogger(
-            folder if main else None, cfg, trainer.device, trainer.plan.world, start.step
-        )
-    own_saver = ExitStack()
-    if saver is None:
-        saver = Saver(trainer, folder / CHECKPOINTS, data.facts())
-        own_saver.callback(saver.close)
     watch = StepWatch(cfg, stream, data, trainer.rank, start.shift, history)
     logger.watch = watch.look
     control = Control(trainer, saver, watch, stop)
@@ -241,14 +227,14 @@ def train(
     bar = tqdm(
         total=cfg.train.steps,
         initial=start.step,
-        disable=not main,
+        disable=trainer.rank != 0,
         unit="step",
         dynamic_ncols=True,
         mininterval=0.5,
     )
     # the bar is closed also by an error, whose line then has no bar before it; a warning of a step
     # gets a line of its own
-    with own_saver, batches, bar, control, logging_redirect_tqdm():
+    with batches, bar, control, logging_redirect_tqdm():
         if monitor is not None and monitor.was_missed(trainer, start.step):
             session.look(start.step)
         logger.restart_clock()
@@ -267,7 +253,7 @@ def train(
             if looks:
                 # samples take long: what any process knows is acted on before
                 control.agree_now(step + 1)
-            if average_snapshots.is_due(cfg.train, step + 1):
+            if store_averages.is_due(cfg.train, step + 1):
                 # before the checkpoint: a run that goes on from it does not make them again
                 session.store_averages(step + 1)
             if control.due:
@@ -282,7 +268,6 @@ def train(
     # the all-gather of the last step is still pending, and the process group must outlive it
     if trainer.teacher is not None:
         trainer.teacher.wait()
-    return logger.close() if own_logger else logger.rows
 
 
 @dataclass
@@ -298,13 +283,13 @@ class _Session:
     saver: Saver
     stream: ShuffledBatches
     monitor: Monitor | None
-    watchdog: Watchdog | None
+    watchdog: Watchdog
     # when loss.png was drawn
     drawn: float = -math.inf
 
     def save(self, progress: Progress) -> None:
         """Begin a checkpoint, if the weights are worth one; collective."""
-        self._at(progress.step, "checkpoint")
+        self.watchdog.at(progress.step, "checkpoint")
         self.logger.flush()
         if self._is_worth_it(progress):
             # an earlier save may have failed
@@ -356,20 +341,16 @@ class _Session:
 
     def store_averages(self, step: int) -> None:
         """Store the power-function averages; collective."""
-        self._at(step, "averages")
+        self.watchdog.at(step, "averages")
         self.logger.flush()
-        average_snapshots.store(self.trainer, self.folder, step, self.data.facts())
+        store_averages.store(self.trainer, self.folder, step, self.data.facts())
         self.logger.restart_clock()
 
     def look(self, step: int) -> None:
         """Sample, and measure the held-out loss; collective."""
-        self._at(step, "samples")
+        self.watchdog.at(step, "samples")
         self.logger.flush()
         scores = self.monitor.look(self.trainer, step)
         picture = self.monitor.picture(step) if self.trainer.cfg.monitor.count else None
         self.logger.show("samples/monitor", step, picture, scores)
         self.logger.restart_clock()
-
-    def _at(self, step: int, phase: str) -> None:
-        if self.watchdog is not None:
-            self.watchdog.at(step, phase)

@@ -2,11 +2,10 @@
 image.
 """
 
-import json
-import math
 from pathlib import Path
 
-from sra_fast.training.logger import read_rows
+from sra_fast.checkpoint.manifest import step_name
+from sra_fast.training.rows import line_of, read_rows
 from sra_fast.utils.files import write_atomic
 
 SAMPLES = "samples.jsonl"
@@ -28,7 +27,7 @@ def losses_of(run: Path, step: int) -> Path:
 
 def _file_of(run: Path, kind: tuple[str, str], step: int) -> Path:
     folder, suffix = kind
-    return run / folder / f"step_{step:08d}{suffix}"
+    return run / folder / f"{step_name(step)}{suffix}"
 
 
 def append_row(file: Path, row: dict) -> None:
@@ -74,14 +73,5 @@ def _rows_until(file: Path, step: int) -> list[dict]:
 
 
 def _write_rows(file: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(_finite(row)) + "\n" for row in rows)
+    text = "".join(line_of(row) for row in rows)
     write_atomic(file, lambda path: path.write_text(text))
-
-
-def _finite(value):
-    """JSON has no NaN: null stands for what is not finite."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,6 @@ import torch
 
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.steps import cheap_fault, choose, step_folders
-from sra_fast.checkpoint.values import warn
 from sra_fast.config.schema import Config
 from sra_fast.data.dataset import check_data, fill_in_model, open_data
 from sra_fast.data.facts import DataFacts
@@ -28,6 +27,7 @@ from sra_fast.training.initial import read_initial
 from sra_fast.training.loggers import check_loggers
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import is_there
+from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import TARGETS
 from sra_fast.zero.deepspeed_config import deepspeed_config, zero_stage
 from sra_fast.zero.process_group import deepspeed_log_level

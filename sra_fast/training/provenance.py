@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from sra_fast.alignment.schedule import is_over
 from sra_fast.alignment.target import trained_heads
 from sra_fast.checkpoint.average_snapshots import read_snapshot, snapshot_folders
-from sra_fast.checkpoint.manifest import EMA, RULES, DamagedCheckpoint, Manifest, plain
-from sra_fast.checkpoint.reading import CONFIG, run_folder
+from sra_fast.checkpoint.manifest import MAIN, RULES, DamagedCheckpoint, Manifest
+from sra_fast.checkpoint.reading import CONFIG, SUMMARY, run_folder
 from sra_fast.checkpoint.steps import step_of
 from sra_fast.config.averages import (
     MOST_PLANNED,
@@ -23,7 +23,7 @@ from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts, differences
 from sra_fast.models import ALIGN_HEADS
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import write_atomic
+from sra_fast.utils.files import plain, write_atomic
 from sra_fast.utils.power_profile import Profile
 from sra_fast.utils.registry import TARGETS
 
@@ -31,11 +31,11 @@ from sra_fast.utils.registry import TARGETS
 FIXED = ("model.", "diffusion.", "train.seed", "train.global_batch", "data.flip")
 # where a run lies and how it was started says nothing of it
 UNSAID = ("train.resume", "train.out", "train.init_from")
-SUMMARY = "summary.json"
 DEEPSPEED = "deepspeed.json"
 ABSENT = "absent"
 # fields that older versions had not, with values that say nothing
 NEW = {
+    "model.options": {},
     "train.averages": {},
     "train.average_snapshots": 0,
     "optim.schedule": "constant",
@@ -223,7 +223,7 @@ def average_lines(manifest: Manifest, cfg: Config) -> list[str]:
     """A line for each average that a resumed run begins or drops."""
     names = list(cfg.train.averages)
     new = [name for name in names if name not in manifest.emas]
-    gone = [name for name in manifest.emas if name not in (EMA, *names)]
+    gone = [name for name in manifest.emas if name not in (MAIN, *names)]
     return [
         *(
             f"the average {name} begins with the weights of step {manifest.step}: the checkpoint has "

@@ -11,25 +11,26 @@ from torch import Tensor
 
 from sra_fast.checkpoint import average_snapshots, reading
 from sra_fast.checkpoint.manifest import Progress, step_name
-from sra_fast.checkpoint.values import warn
 from sra_fast.config.averages import power_width
 from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
 from sra_fast.sampling.conditions import conditions_of, generate_for
 from sra_fast.training import provenance, run_folder, saving
-from sra_fast.training.logger import STATS, TrainLogger, read_rows
+from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import train
 from sra_fast.training.monitor import Monitor
 from sra_fast.training.plan import RunPlan
+from sra_fast.training.rows import STATS, read_rows
 from sra_fast.training.run_folder import OpenRun
 from sra_fast.training.saver import Saver
 from sra_fast.training.signals import StopSignals
 from sra_fast.training.start_lines import say_start
+from sra_fast.training.step_watch import History, RollBack
 from sra_fast.training.trainer import Trainer, build
-from sra_fast.training.watch import History, RollBack
 from sra_fast.training.watchdog import Watchdog
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_atomic, write_json
+from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import EVALUATIONS
 
 
@@ -88,7 +89,7 @@ def _run(
     export(trainer, run_plan.data, folder)
     summary = summarise(trainer, run_plan.data, folder)
     if run_plan.data.evaluation is not None:
-        logger.show("samples/final", cfg.train.steps, folder / "samples.png")
+        logger.show("samples/final", cfg.train.steps, folder / reading.PICTURE)
     logger.close()
     # rank 0 may still be scoring: the others keep the process group alive
     dist.barrier()
@@ -175,13 +176,13 @@ def export(trainer: Trainer, data: TrainingData, folder: Path) -> None:
     """Write the weights in the forms that ``train.export`` asks for; collective."""
     train_cfg = trainer.cfg.train
     if "safetensors" in train_cfg.export:
-        file = folder / "ema.safetensors"
+        file = folder / reading.EXPORT
         digest = reading.digest_at(folder, train_cfg.steps)
         saving.export_safetensors(trainer, file, train_cfg.steps, data.facts(), digest)
     if "published" in train_cfg.export:
         last = folder / reading.CHECKPOINTS / step_name(train_cfg.steps)
         epoch = reading.manifest_of(last).epoch
-        file = folder / "published.pt"
+        file = folder / reading.PUBLISHED
         saving.export_published(trainer, file, train_cfg.steps, epoch, data.facts())
 
 
@@ -203,7 +204,7 @@ def summarise(trainer: Trainer, data: TrainingData, folder: Path) -> dict:
     }
     if data.evaluation is not None:
         summary |= evaluate_samples(trainer, data, weights, folder)
-    write_atomic(folder / "summary.json", lambda p: p.write_text(json.dumps(summary) + "\n"))
+    write_atomic(folder / reading.SUMMARY, lambda p: p.write_text(json.dumps(summary) + "\n"))
     return summary
 
 
@@ -265,7 +266,7 @@ def evaluate_samples(trainer: Trainer, data: TrainingData, weights: dict, folder
     images = generate_for(model, conditions, range(count), *settings)
     pixels = report.to_uint8(evaluation.picture(images, labels), cfg.sample.rounding)
     report.save_grid(
-        folder / "samples.png",
+        folder / reading.PICTURE,
         pixels,
         evaluation.columns,
         evaluation.scale,

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from sra_fast.checkpoint import average_snapshots, reading, steps
 from sra_fast.checkpoint.manifest import hash_fault, read_manifest
 from sra_fast.checkpoint.steps import Choice, step_folders
-from sra_fast.checkpoint.values import warn
 from sra_fast.training import monitor_files
 from sra_fast.training.abandoned import abandon, abandon_end, trim
 from sra_fast.training.run_lock import LOCK, RunLock, token_in
 from sra_fast.utils import collectives
 from sra_fast.utils.files import make_synced, sync_folder
+from sra_fast.utils.messages import warn
 
 # seconds after which every machine sees a new file of a file system that they share
 LATE = 60.0

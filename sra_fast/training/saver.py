@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sra_fast.checkpoint.manifest import (
-    EMA,
+    MAIN,
     MANIFEST,
     Manifest,
     Progress,
@@ -30,7 +30,7 @@ from sra_fast.checkpoint.manifest import (
     write_manifest,
 )
 from sra_fast.checkpoint.shards import write_pieces
-from sra_fast.checkpoint.signed_json import DamagedCheckpoint, StoredFile, plain
+from sra_fast.checkpoint.signed_json import DamagedCheckpoint, StoredFile
 from sra_fast.checkpoint.steps import (
     has_manifest,
     named_by_latest,
@@ -41,11 +41,11 @@ from sra_fast.checkpoint.steps import (
 from sra_fast.config.schema import TrainConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.training.abandoned import abandon
+from sra_fast.training.host_copy import HostCopy
 from sra_fast.training.run_lock import check_held
-from sra_fast.training.snapshot import Snapshot
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.collectives import agreed, reason
-from sra_fast.utils.files import make_synced, sync_folder
+from sra_fast.utils.files import make_synced, plain, sync_folder
 
 log = logging.getLogger("sra_fast")
 
@@ -112,7 +112,7 @@ class Saver:
         self.world = trainer.plan.world
         # of its own: the thread's messages must not come between those of training
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
-        self.snapshot = Snapshot(trainer)
+        self.host_copy = HostCopy(trainer)
         self.thread: threading.Thread | None = None
         self.run_id, self.parent, self.parent_digest = self._origin()
 
@@ -154,7 +154,7 @@ class Saver:
             raise self.error
         if progress == self.last:
             return
-        self.snapshot.take()
+        self.host_copy.take()
         task = _Task(progress, epoch)
         # a daemon: a process that ends with an error does not wait for what it was writing
         self.thread = threading.Thread(target=self._run, args=(task,), name="saver", daemon=True)
@@ -223,9 +223,9 @@ class Saver:
 
     def _copied(self) -> str | None:
         """What is not finite in this rank's copy, once that is complete; None: all is."""
-        self.snapshot.wait()
+        self.host_copy.wait()
         at_phase("copied")
-        return self.snapshot.not_finite()
+        return self.host_copy.not_finite()
 
     def _prepare(self, folder: Path) -> None:
         """Make the folder. One of this step that is there belongs to what was given up."""
@@ -246,7 +246,7 @@ class Saver:
 
     def _write_file(self, folder: Path) -> StoredFile:
         path = folder / file_name(self.trainer.rank)
-        return write_pieces(path, self.snapshot.pieces(), lambda name: at_phase(name))
+        return write_pieces(path, self.host_copy.pieces(), lambda name: at_phase(name))
 
     def _commit(self, task: _Task, folder: Path, files: list[StoredFile]) -> str:
         check_held(self.folder.parent)
@@ -259,15 +259,15 @@ class Saver:
 
     def _manifest(self, task: _Task, files: list[StoredFile]) -> Manifest:
         scales = {}
-        if self.snapshot.scales is not None:
+        if self.host_copy.scales is not None:
             names = self.trainer.teacher.fp8_weights()
-            scales = dict(zip(names, self.snapshot.scales.tolist(), strict=True))
+            scales = dict(zip(names, self.host_copy.scales.tolist(), strict=True))
         # a step that is saved once more is not its own parent
         linked = self.parent is not None and self.parent < task.progress.step
         return Manifest(
             progress=task.progress,
             epoch=task.epoch,
-            counts=self.snapshot.counts.tolist(),
+            counts=self.host_copy.counts.tolist(),
             world=self.world,
             stage=self.trainer.plan.stage,
             run_id=self.run_id,
@@ -276,8 +276,8 @@ class Saver:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files={file_name(rank): stored for rank, stored in enumerate(files)},
             settings=self.settings,
-            emas={EMA: {"decay": self.trainer.cfg.train.ema_decay}, **self._averages()},
-            teacher=None if self.trainer.teacher is None else EMA,
+            emas={MAIN: {"decay": self.trainer.cfg.train.ema_decay}, **self._averages()},
+            teacher=None if self.trainer.teacher is None else MAIN,
             data=None if self.facts is None else self.facts.as_json(),
             scales=scales,
             versions=_versions(),
@@ -285,8 +285,7 @@ class Saver:
 
     def _averages(self) -> dict[str, dict[str, float]]:
         """What the manifest says of the averages besides the EMA."""
-        averages = self.trainer.averages.items()
-        return {name: {**average.rule.given, "since": average.since} for name, average in averages}
+        return {name: average.facts for name, average in self.trainer.averages.items()}
 
     def _agreed(self, task: _Task, work: Callable, ranks: Container[int] | None = None) -> list:
         """Do the work on these ranks, or on all; its results, or one error, the same everywhere."""

@@ -1,4 +1,4 @@
-"""Write and resume checkpoints, start from other weights, export.
+"""Resume checkpoints, which ``training/saver.py`` writes; start from other weights; export.
 
 A checkpoint holds the fp32 masters, AdamW's moments and the EMA in pieces that any number of
 processes can read back, in any ZeRO stage (``checkpoint/shards.py``), and a manifest. All random
@@ -13,48 +13,19 @@ import torch
 from torch import Tensor
 
 from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.manifest import Manifest, Progress, step_name
-from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer
+from sra_fast.checkpoint.manifest import Manifest, Progress
+from sra_fast.checkpoint.optimizer_state import match_optimizer
 from sra_fast.checkpoint.published import published_args, published_optimizer
 from sra_fast.checkpoint.reading import manifest_of
-from sra_fast.checkpoint.shards import Shards, ema_kind
-from sra_fast.checkpoint.values import warn
+from sra_fast.checkpoint.shards import MOMENTS, Shards, ema_kind
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import ALIGN_HEADS
 from sra_fast.training import provenance
+from sra_fast.training.host_copy import flats_by_kind
 from sra_fast.training.run_folder import collective_fault
-from sra_fast.training.saver import Saver
-from sra_fast.training.snapshot import flats_by_kind
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.files import write_atomic
-
-
-def save(
-    trainer: Trainer,
-    folder: Path,
-    progress: Progress,
-    epoch: int,
-    facts: DataFacts | None = None,
-) -> Path:
-    """Write ``folder/step_XXXXXXXX`` and wait until it is on the disk; collective.
-
-    Args:
-        trainer: whose state is saved.
-        folder: ``checkpoints`` of the run.
-        progress: of the run.
-        epoch: of the last step.
-        facts: about the training data.
-
-    Raises:
-        FloatingPointError: a weight, a moment or the EMA is not finite.
-        ValueError: it cannot be written.
-    """
-    saver = Saver(trainer, folder, facts)
-    saver.save(progress, epoch)
-    saver.close()
-    if saver.error is not None:
-        raise saver.error
-    return folder / step_name(progress.step)
+from sra_fast.utils.messages import warn
 
 
 def load(trainer: Trainer, path: Path, verify: bool = True) -> Progress:

@@ -12,12 +12,12 @@ import threading
 import time
 from multiprocessing.connection import wait
 
+from sra_fast.checkpoint.manifest import step_name
 from sra_fast.utils.processes import LauncherWatch
+from sra_fast.utils.stopping import INTERRUPTED
 
 # exit code of a run that was asked to stop and can be resumed: EX_TEMPFAIL of sysexits.h
 STOPPED = 75
-# what a shell reports of a program that Ctrl-C ended
-INTERRUPTED = 130
 NOTED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # a reason beside the signals' numbers
 LAUNCHER_GONE = 1000
@@ -56,7 +56,9 @@ def stopped(code: int, step: int, saved: bool) -> Stopped:
     first = f"stopped by {reason(code)} after step {step}"
     if not saved:
         return Stopped(f"{first}; there was nothing to save")
-    return Stopped(f"{first}; checkpoint step_{step:08d} is whole; resume with --train.resume auto")
+    return Stopped(
+        f"{first}; checkpoint {step_name(step)} is whole; resume with --train.resume auto"
+    )
 
 
 class StopSignals:

@@ -212,6 +212,12 @@ def idle_warnings(cfg: Config) -> list[str]:
         if idle and align.schedule not in ("epochs", "steps"):
             what = f"{section}.schedule is {align.schedule}, not epochs or steps"
             found.append(_idle(section, idle, what))
+        noise = cfg.model.process == "gaussian_diffusion"
+        if align.target == "ema_teacher" and noise and not _given(align, "weight"):
+            found.append(
+                f"warning: {section}.weight is {align.weight:g}, its default, which is the paper's "
+                "for SiT; for DiT it has 0.04 (configs/dit_xl2_256.yaml)"
+            )
     if cfg.optim.schedule == "constant" and cfg.optim.min_lr:
         found.append(_idle("optim", ["min_lr"], "optim.schedule is constant"))
     if not cfg.monitor.every:

@@ -28,7 +28,7 @@ from sra_fast.zero.fused_step import PartitionedStep, ReplicatedStep, Stage3Step
 from sra_fast.zero.guard import UpdateGuard
 from sra_fast.zero.guarded_step import GuardedStep
 from sra_fast.zero.master_weights import MasterWeights
-from sra_fast.zero.optimizer import AdamWEMA, make_optimizer
+from sra_fast.zero.optimizer import AdamWEMA, inner_optimizer, make_optimizer
 from sra_fast.zero.process_group import printed_as_reports
 
 log = logging.getLogger("sra_fast")
@@ -308,7 +308,7 @@ def _restore_fp32(masters: MasterWeights, engine, initial: dict[str, Tensor]) ->
     DeepSpeed clones them from weights that are rounded to bf16, and stage 0 takes an AdamW step
     while it is built: undo both.
     """
-    getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
+    inner_optimizer(engine).state.clear()
     masters.scatter(initial, masters.flats)
 
 

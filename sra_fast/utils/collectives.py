@@ -100,8 +100,15 @@ def agreed(
     outcomes = gathered((value, fault), group)
     first = next((fault for _, fault in outcomes if fault is not None), None)
     if first is not None:
-        raise (raises or first.kind)(first.line) from error
+        failure = (raises or first.kind)(first.line)
+        failure.of_all_ranks = group is None
+        raise failure from error
     return [value for value, _ in outcomes]
+
+
+def of_all_ranks(error: BaseException) -> bool:
+    """Whether every process has raised this error: ``agreed`` has told them."""
+    return getattr(error, "of_all_ranks", False)
 
 
 @dataclass(frozen=True)

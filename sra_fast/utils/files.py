@@ -1,6 +1,7 @@
 """Writing files so that a killed process never leaves a half-written one under its final name."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -82,6 +83,17 @@ def read_json(path: Path):
         raise unreadable(path, error) from None
     except ValueError as error:
         raise ValueError(f"{path} is no readable JSON file: {error}; remove it") from None
+
+
+def plain(value):
+    """The value as it comes back from JSON: tuples are lists, and keys are strings."""
+    return json.loads(json.dumps(value))
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_json(path: Path, value) -> None:

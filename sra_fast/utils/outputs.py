@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -133,3 +134,9 @@ def save_tensors(
     """
     with as_os_error(path):
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def save_npy(path: Path, array: np.ndarray) -> None:
+    """``numpy.save`` under exactly this name: given a path, numpy would add a suffix."""
+    with open(path, "wb") as f:
+        np.save(f, array)

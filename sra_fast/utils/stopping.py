@@ -5,22 +5,20 @@ Only the standard library is imported here: Ctrl-C may come while the libraries 
 takes seconds.
 """
 
-import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NoReturn
+
+from sra_fast.utils.messages import rank
 
 # what a shell reports of a program that Ctrl-C ended
 INTERRUPTED = 130
 # seconds in which a launcher ends the other processes after one has failed: DeepSpeed's looks every
 # second
 LAUNCHER_REACTS = 3.0
-
-
-def _rank() -> str:
-    # a text: read_launcher may not have checked it yet
-    return os.environ.get("RANK") or "0"
 
 
 def one_line_on_interrupt(line: str = "stopped") -> None:
@@ -39,13 +37,18 @@ def one_line_on_interrupt(line: str = "stopped") -> None:
             return
         # a launcher forwards the Ctrl-C that the terminal has already sent
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if _rank() == "0":
+        if rank() == "0":
             print(line, file=sys.stderr, flush=True)
         # ends a program that then waits for a thread
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(INTERRUPTED)
 
     sys.excepthook = hook
+
+
+def of_rank(line: str, number: int | str) -> str:
+    """A line that begins with ``error:``, with the rank of a process that has failed alone."""
+    return line if str(number) == "0" else line.replace("error:", f"error on rank {number}:", 1)
 
 
 def fail(line: str, code: int = 2) -> NoReturn:
@@ -58,9 +61,24 @@ def fail(line: str, code: int = 2) -> NoReturn:
         line: begins with ``error:``.
         code: exit code.
     """
-    rank = _rank()
-    if rank != "0":
+    if rank() != "0":
         time.sleep(LAUNCHER_REACTS)
-        line = line.replace("error:", f"error on rank {rank}:", 1)
-    print(line, file=sys.stderr, flush=True)
+    print(of_rank(line, rank()), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+@contextmanager
+def one_line_on_error(in_words: Callable[[OSError], str] = str):
+    """What a user can change ends the program with one line: a ValueError with exit code 2, an
+    OSError with 1.
+
+    Args:
+        in_words: what is said of an OSError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        fail(f"error: {' '.join(filter(None, lines))}")
+    except OSError as error:
+        fail(f"error: {in_words(error)}", code=1)

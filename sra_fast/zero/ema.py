@@ -96,6 +96,11 @@ class ShardedAverage:
         self.flats = [flat.detach().clone() for flat in masters.flats]
         self.since = 0.0
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """What checkpoints and snapshots say of it: its rule, and ``since``."""
+        return {**self.rule.given, "since": self.since}
+
     @torch.no_grad()
     def update(self) -> None:
         """Update the average after an optimizer step; the host does not know whether it was taken."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from sra_fast.ops.adamw_ema import Gradient
 from sra_fast.zero.deepspeed_names import check_names
 from sra_fast.zero.guard import UpdateGuard
-from sra_fast.zero.master_weights import gather_weights
+from sra_fast.zero.master_weights import elements_between, gather_weights
 from sra_fast.zero.optimizer import clip_factor
 
 
@@ -149,8 +149,7 @@ class PartitionedStep(FusedStep):
             gradient = torch.zeros_like(flat)
             self.gradients.append(gradient)
             for p in parameters:
-                begin = (p.data_ptr() - flat.data_ptr()) // flat.element_size()
-                place = gradient.narrow(0, begin, p.numel()).view(p.shape)
+                place = gradient.narrow(0, elements_between(flat, p), p.numel()).view(p.shape)
                 self._places[id(p)] = place
 
     def places_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -194,10 +193,7 @@ class PartitionedStep(FusedStep):
         """
         flat = self.zero.bit16_groups_flat[i]
         parameters = self.zero.bit16_groups[i]
-        pieces = []
-        for p in parameters:
-            begin = (p.data_ptr() - flat.data_ptr()) // flat.element_size()
-            pieces.append((begin, gradient_of(p)))
+        pieces = [(elements_between(flat, p), gradient_of(p)) for p in parameters]
         # the pieces keep the gradients until the pass has read them
         self.zero.free_grad_in_param_list(parameters)
         return pieces

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.zero.guard import UpdateGuard
-from sra_fast.zero.optimizer import AdamWEMA, clip_factor
+from sra_fast.zero.optimizer import AdamWEMA, clip_factor, inner_optimizer
 
 
 class GuardedStep:
@@ -26,8 +26,7 @@ class GuardedStep:
 
     def __init__(self, engine, limit: float, guard: UpdateGuard):
         self.wrapper = engine.optimizer
-        # ZeRO wraps the optimizer and calls its step; stage 0 in fp32 has no wrapper
-        self.optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
+        self.optimizer = inner_optimizer(engine)
         self.limit = limit
         self.guard = guard
         self.original = self.wrapper.step

@@ -13,7 +13,7 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
 
 from sra_fast.zero.deepspeed_names import check_names
-from sra_fast.zero.optimizer import new_state
+from sra_fast.zero.optimizer import inner_optimizer, new_state
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ class MasterWeights:
                 # the last ranks' parts may be padding
                 numel = min(partition.ds_numel, max(0, p.ds_numel - start))
                 if numel:
-                    offset = _elements_between(weights, partition)
+                    offset = elements_between(weights, partition)
                     self.segments.append(Segment(self.names[id(p)], start, flat, offset, numel))
 
     def _from_flat_groups(self, groups, flat_weights: list[Tensor], masters: list[Tensor]) -> None:
         """Stages 1 and 2: each rank holds an equal part of every flattened group."""
         for params, weights, master in zip(groups, flat_weights, masters, strict=True):
-            offsets = {self.names[id(p)]: _elements_between(weights, p) for p in params}
+            offsets = {self.names[id(p)]: elements_between(weights, p) for p in params}
             flat = self._add(master)
             size = master.numel()
             for name, offset in offsets.items():
@@ -221,7 +221,7 @@ class MasterWeights:
         """The optimizer's state of each of ``owners``; made as AdamW makes it if there is none
         yet.
         """
-        optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        optimizer = inner_optimizer(self.engine)
         # torch's fused AdamW keeps its step count on the device
         fused = any(group.get("fused") for group in optimizer.param_groups)
         for owner in self.owners:
@@ -314,6 +314,6 @@ def gather_weights(zero) -> None:
     )
 
 
-def _elements_between(flat: Tensor, part: Tensor) -> int:
+def elements_between(flat: Tensor, part: Tensor) -> int:
     """How many elements ``part`` begins after the begin of ``flat``, which it is a view into."""
     return (part.data_ptr() - flat.data_ptr()) // flat.element_size()

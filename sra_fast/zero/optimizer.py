@@ -98,6 +98,13 @@ class AdamWEMA(torch.optim.Optimizer):
         return int(state["step"])
 
 
+def inner_optimizer(engine) -> torch.optim.Optimizer:
+    """The optimizer of a DeepSpeed engine that has the state. ZeRO wraps it and calls its step; stage
+    0 in fp32 has no wrapper.
+    """
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
 def new_state(p: Tensor, on_device: bool) -> dict[str, Tensor]:
     """AdamW's state before the first step.
 

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from golden import assert_matches
+from tiny_config import read_config
 from torch import nn
 from toy_text import MODEL as TEXT_MODEL
 from toy_text import ToyText
@@ -20,7 +21,7 @@ from sra_fast.alignment.objective import add_heads, inputs_of, make_objective
 from sra_fast.alignment.schedule import align_weights
 from sra_fast.alignment.target import compare
 from sra_fast.checkpoint.load_model import load_model
-from sra_fast.config.cli import load_config, parse_train
+from sra_fast.config.cli import parse_train
 from sra_fast.config.schema import Config
 from sra_fast.data import training_data
 from sra_fast.data.training_data import TrainingData
@@ -357,6 +358,25 @@ def test_statistics_of_latents_are_made_in_parts(monkeypatch):
     assert deviations == pytest.approx(expected, rel=1e-9)
 
 
+def test_statistics_are_of_images_from_all_over_the_set(monkeypatch):
+    """Images often lie in the order of their classes."""
+    monkeypatch.setattr(training_data, "LOOKED_AT", 4)
+
+    class Sorted(TrainingData):
+        shape = (1, 2, 2)
+
+        def __init__(self, count):
+            self.labels = torch.arange(count)
+
+        def __getitems__(self, indices):
+            indices = torch.as_tensor(indices)
+            return indices.float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2), self.labels[indices]
+
+    for count in (1, 3, 4, 5, 7, 8, 11):
+        means, _ = Sorted(count).channel_statistics()
+        assert means == pytest.approx([(count - 1) / 2], abs=0.26)
+
+
 def test_statistics_are_those_of_the_data():
     cfg = parse_train([*MODEL, "--align", "vae_latent"])[0]
     plan = make_run_plan(cfg)
@@ -547,7 +567,7 @@ def test_a_run_of_each_target(tmp_path, caplog, name):
     assert summary["loss_last"] < summary["loss_first"] and "label_accuracy" in summary
 
     # the saved configuration reads back, with what was measured on the data
-    assert load_config(folder / "config.yaml").align == cfg.align
+    assert read_config(folder / "config.yaml").align == cfg.align
     # heads of the target are no part of the model
     loaded = load_model(str(folder))
     from_checkpoint = load_model(str(folder / "checkpoints/step_00000006"))

@@ -4,9 +4,15 @@ import warnings
 
 import pytest
 import torch
-from tiny_config import TINY
+from tiny_config import TINY, config
 
 from benchmarks.step import host_syncs
+from sra_fast.checkpoint.reading import manifest_of
+from sra_fast.data.dataset import make_dataset
+from sra_fast.training.logger import read_rows
+from sra_fast.training.plan import make_plan
+from sra_fast.training.trainer import build
+from sra_fast.zero.process_group import init_distributed
 
 
 @pytest.fixture
@@ -59,8 +65,17 @@ def test_a_training_is_watched(mode, monkeypatch, capsys):
         for _ in range(trainer.steps):
             wait()
 
-    monkeypatch.setattr(host_syncs, "train", train)
+    monkeypatch.setattr(host_syncs, "whole_training", train)
     host_syncs.main(["--steps", "4", "--", "--train.precision", "fp32", *TINY])
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "4 calls of 1 lines waited for the GPU in 4 steps"
     assert "    4 " in said[-2] and "test_host_syncs.py:" in said[-2]
+
+
+def test_what_is_watched_logs_and_saves(tmp_path):
+    args = "--train.steps 2 --train.log_every 1 --train.precision fp32 --train.loggers []"
+    cfg = config(*args.split())
+    trainer = build(make_plan(cfg), init_distributed())
+    host_syncs.whole_training(trainer, make_dataset(cfg), tmp_path)
+    assert [row["step"] for row in read_rows(tmp_path / "stats.jsonl")] == [1, 2]
+    assert manifest_of(tmp_path / "checkpoints/step_00000002").step == 2

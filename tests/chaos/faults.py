@@ -17,7 +17,7 @@ from launch import free_port
 from states import final_state, not_finite
 
 from sra_fast.training import loop, saver
-from sra_fast.training.snapshot import flats_by_kind
+from sra_fast.training.host_copy import flats_by_kind
 
 NAN = float("nan")
 # said by a rank into the log after the step with a fault

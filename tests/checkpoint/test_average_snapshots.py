@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from bare_training import save
 from tiny_config import config
 
 from sra_fast.checkpoint.average_snapshots import (
@@ -27,10 +28,10 @@ from sra_fast.data.digits import Digits
 from sra_fast.sampling import run as sampling
 from sra_fast.training import provenance, run_folder, saving
 from sra_fast.training import run as ends
-from sra_fast.training.average_snapshots import is_due, store
 from sra_fast.training.checks import check_config
 from sra_fast.training.plan import make_plan
 from sra_fast.training.saver import prune
+from sra_fast.training.store_averages import is_due, store
 from sra_fast.training.trainer import build
 from sra_fast.utils.power_profile import Profile, exponent, fit, products
 from sra_fast.zero.process_group import init_distributed
@@ -72,7 +73,7 @@ def trained(tmp_path_factory):
         if is_due(trainer.cfg.train, step):
             store(trainer, run, step, Digits().facts())
         if step % 120 == 0:
-            saving.save(trainer, run / "checkpoints", Progress(step), 0, Digits().facts())
+            save(trainer, run / "checkpoints", Progress(step), 0, Digits().facts())
     return run, history, trainer
 
 

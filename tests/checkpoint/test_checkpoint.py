@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from bare_training import train
 from tiny_config import config
 
 from sra_fast.checkpoint import sources
@@ -15,9 +16,8 @@ from sra_fast.checkpoint.load_model import load_model
 from sra_fast.checkpoint.manifest import Progress, read_manifest
 from sra_fast.models import DiT
 from sra_fast.training import saving
-from sra_fast.training.loop import train
+from sra_fast.training.host_copy import flats_by_kind
 from sra_fast.training.plan import make_run_plan
-from sra_fast.training.snapshot import flats_by_kind
 from sra_fast.training.trainer import build
 from sra_fast.utils.files import write_atomic
 from sra_fast.zero.process_group import init_distributed

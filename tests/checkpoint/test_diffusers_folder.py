@@ -140,6 +140,19 @@ def test_weights_there_and_back_are_the_same_bits(pipeline, tmp_path):
         assert torch.equal(back.state_dict()[name], value.bfloat16().float())
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_stored_table_of_other_places_is_refused(scale):
+    """Old versions of diffusers stored it, and could stretch it."""
+    patch_embed = diffusers.models.embeddings.PatchEmbed(8, 8, 2, 4, 32, interpolation_scale=scale)
+    table = {"pos_embed.pos_embed": patch_embed.pos_embed}
+    state = {**to_diffusers(weights(dit(), ["ap_head.", "pos_embed"]), 3), **table}
+    if scale == 1:
+        assert "pos_embed" not in from_diffusers(state, 3)
+        return
+    with pytest.raises(ValueError, match="another position table"):
+        from_diffusers(state, 3)
+
+
 def test_the_vae_is_found_from_another_folder(pipeline, tmp_path, monkeypatch):
     """The pipeline was named by a relative path, as it is in examples."""
     folder = pipeline[0]
@@ -258,6 +271,12 @@ def test_unequal_embedders_and_other_weights_are_refused():
         ),
         (dict(activation_fn="geglu"), "expected activation_fn gelu-approximate .* got geglu"),
         (dict(norm_elementwise_affine=True), "expected norm_elementwise_affine False"),
+        (dict(interpolation_scale=2), "places of a DiT .interpolation_scale 1. in .*, got 2"),
+        # diffusers' own default for images so large
+        (
+            dict(_class_name="Transformer2DModel", sample_size=128),
+            "places of a DiT .interpolation_scale 1. in .*, got 2",
+        ),
         (dict(norm_eps=1e-2), "expected norm_eps of at most 1e-5 .* got 0.01"),
         (dict(out_channels=4), "expected 8 output channels, noise and variance, got 4"),
         (dict(sample_size=None), "expected a number sample_size in .*, got None"),
@@ -315,7 +334,7 @@ def test_a_full_disk_leaves_nothing_or_what_was_there(tmp_path, vae, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sra_fast.checkpoint.diffusers_folder.write_json", full)
+    monkeypatch.setattr("sra_fast.checkpoint.pipeline_parts.write_json", full)
     for folder in ("old", "new/pipeline"):
         with pytest.raises(OSError, match="No space left"):
             write_pipeline(LoadedModel(dit(seed=1), "linear", FACTS), tmp_path / folder, str(vae))

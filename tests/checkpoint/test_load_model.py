@@ -9,6 +9,7 @@ import pytest
 import torch
 from foreign import SIZES, network, prefixed, run_folder, same, weights
 from safetensors.torch import save_file
+from tiny_config import config
 
 from sra_fast.checkpoint import reading
 from sra_fast.checkpoint.export import write_export
@@ -17,6 +18,7 @@ from sra_fast.checkpoint.values import is_dense
 from sra_fast.data.facts import DataFacts
 from sra_fast.diffusion.samplers import sample
 from sra_fast.models import DiT, SiT, arguments_of
+from sra_fast.training.initial import read_initial
 
 FACTS = DataFacts("digits", (1, 8, 8), 10, class_names=list("abcdefghij"), scale=0.5, shift=0.1)
 
@@ -273,6 +275,25 @@ def test_heads_are_honoured_or_refused(tmp_path):
             load_model(path, num_heads=2)
     with pytest.raises(ValueError, match="was made with input_size 8, got input_size 16"):
         load_model(ours, input_size=16)
+    with pytest.raises(ValueError, match="table of an input of 8 x 8, got input_size 16"):
+        load_model(str(tmp_path / "published.pt"), input_size=16)
+
+
+@pytest.mark.usefixtures("rooms")
+@pytest.mark.parametrize("prediction", ["score", "noise", "x"])
+def test_weights_that_predict_something_else_are_refused(tmp_path, prediction):
+    """Shapes do not show it; SiT's code can train all of them."""
+    file = tmp_path / "w.pt"
+    for told in (prediction, "velocity", "v"):
+        args = argparse.Namespace(num_heads=2, prediction=told)
+        torch.save({"ema": weights(network()), "args": args}, file)
+        if told != prediction:
+            load_model(str(file))
+            continue
+        with pytest.raises(ValueError, match=f"weights that predict the velocity, .* {told!r}"):
+            load_model(str(file))
+        with pytest.raises(ValueError, match=f"weights that predict the velocity, .* {told!r}"):
+            read_initial(config("--train.init_from", str(file)))
 
 
 def test_weights_without_a_head_sample(tmp_path):

@@ -200,6 +200,22 @@ def test_file_to_file_samples_and_starts_a_run(tmp_path, layout, run_script):
         make_run_plan(cfg)
 
 
+@torch.no_grad()
+def test_without_a_null_class_the_arguments_tell_the_classes(tmp_path):
+    """Five rows are five classes, or four and the null class."""
+    net = release(class_dropout_prob=0.0)
+    source, out = tmp_path / "official.pt", tmp_path / "w.safetensors"
+    for told, classes, dropout in ((5, 5, 0.0), (None, 4, 0.1)):
+        args = argparse.Namespace(**({} if told is None else {"num_classes": told}))
+        torch.save({"ema": weights(net), "args": args}, source)
+        import_file(str(source), "DiT-S/2", str(out), HEADS)
+        model = load_model(str(out)).model
+        assert (model.num_classes, model.y_embedder.dropout_prob) == (classes, dropout)
+        x, t, _ = batch()
+        y = torch.zeros(len(x), dtype=torch.long)
+        assert_matches(model(x, t, y), net(x, t, y), 1e-6)
+
+
 def broken(change) -> dict:
     """Official weights after ``change``."""
     state = weights(release())

@@ -4,7 +4,8 @@ import pytest
 import torch
 from foreign import network
 
-from sra_fast.checkpoint.optimizer_state import MOMENTS, match_optimizer, numbered
+from sra_fast.checkpoint.optimizer_state import match_optimizer, numbered
+from sra_fast.checkpoint.shards import MOMENTS
 
 
 def adamw(model, parameters) -> dict:

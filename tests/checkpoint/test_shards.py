@@ -23,9 +23,10 @@ from sra_fast.checkpoint.manifest import (
 )
 from sra_fast.checkpoint.reading import read_kinds
 from sra_fast.checkpoint.shards import Shards, piece_key, write_pieces
-from sra_fast.checkpoint.signed_json import DamagedCheckpoint, plain, render
+from sra_fast.checkpoint.signed_json import DamagedCheckpoint, render
 from sra_fast.checkpoint.steps import cheap_fault, choose
 from sra_fast.data.facts import DataFacts
+from sra_fast.utils.files import plain
 
 FACTS = plain(DataFacts("digits", (1, 8, 8), 10).as_json())
 SETTINGS = {"align": {"milestones": {"2": 0.4, "10": 0.1}}, "optim": {"betas": [0.9, 0.999]}}

@@ -4,6 +4,7 @@ import argparse
 import copy
 import functools
 import logging
+import re
 from dataclasses import asdict, replace
 
 import foreign
@@ -11,7 +12,7 @@ import pytest
 import tiny_config
 import torch
 from foreign import flat, same, weights, write_checkpoint
-from foreign_text import FACTS, SD3_PLACES, TEXT
+from foreign_text import FACTS, SD3_PLACES, START, STEP, TEXT
 from foreign_text import text_network as network
 from golden import Golden, assert_matches
 
@@ -19,7 +20,6 @@ from sra_fast.checkpoint.export import write_export
 from sra_fast.checkpoint.formats import Options, export
 from sra_fast.checkpoint.huggingface import card
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
-from sra_fast.checkpoint.manifest import plain
 from sra_fast.checkpoint.official_weights import import_file
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.config.cli import parse_train, save_config
@@ -27,6 +27,7 @@ from sra_fast.config.schema import ModelConfig
 from sra_fast.models import TextFeatures, arguments_from_state_dict, arguments_of
 from sra_fast.models.layers import sincos_pos_embed
 from sra_fast.training.initial import read_initial
+from sra_fast.utils.files import plain
 
 
 @functools.cache
@@ -224,6 +225,30 @@ def test_other_networks_are_refused(tmp_path, sizes, message):
     with pytest.raises(ValueError, match=message) as error:
         read_initial(config(network(), file))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("table", ["with", "without"])
+@pytest.mark.parametrize("side, first", [(8, START + 2 * STEP), (24, START - 2 * STEP)])
+def test_another_size_has_the_middle_of_the_table(tmp_path, table, side, first):
+    """As SD3 has it: with other places, the predictions would be those of moved patches."""
+    theirs = network(input_size=16, position_start=START, position_step=STEP)
+    file = exported(tmp_path / "w.safetensors", theirs)
+    if table == "without":
+        held = read_weights(str(file))["config"]
+        state = weights(theirs)
+        del state["pos_embed"]
+        write_export(file, state, held, None)
+    cfg = config(network(input_size=side), file)
+    cfg.model.position_start = cfg.model.position_step = None
+    message = "expected model.position_start (.*) and model.position_step (.*)"
+    with pytest.raises(ValueError, match=message) as error:
+        read_initial(cfg)
+    found = [float(value) for value in re.search(message, str(error.value)).groups()]
+    assert found == pytest.approx([first, STEP], rel=1e-6)
+    # what it asks for is taken, and so are places that somebody has chosen
+    for places in (found, [0.0, 0.5]):
+        cfg.model.position_start, cfg.model.position_step = places
+        assert "x_embedder.proj.weight" in read_initial(cfg)["ema"]
 
 
 def test_weights_that_may_be_sd3_are_converted_first(tmp_path):

@@ -3,8 +3,9 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny_config import read_config
 
-from sra_fast.config.cli import load_config, make_parser, parse_train, save_config
+from sra_fast.config.cli import make_parser, parse_train, save_config
 from sra_fast.config.cli import parse as parse_options
 from sra_fast.config.schema import Config
 from sra_fast.data.options import Options
@@ -90,7 +91,7 @@ def test_saved_config_reads_back(tmp_path):
     schedule = "--align.schedule milestones --align.milestones".split()
     cfg = parse(*file, *schedule, "{5: 0.1}")
     save_config(cfg, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == cfg
+    assert read_config(tmp_path / "config.yaml") == cfg
 
 
 NUMBERS_AS_TEXT = (
@@ -103,14 +104,14 @@ def test_texts_that_look_like_numbers_read_back(tmp_path):
     cfg = parse(*NUMBERS_AS_TEXT)
     assert set(cfg.train.averages) == {"1e-3", "no"}
     save_config(cfg, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == cfg
+    assert read_config(tmp_path / "config.yaml") == cfg
 
 
 def test_a_printed_config_reads_back(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse(*NUMBERS_AS_TEXT, "--print_config")
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    assert load_config(tmp_path / "printed.yaml") == parse(*NUMBERS_AS_TEXT)
+    assert read_config(tmp_path / "printed.yaml") == parse(*NUMBERS_AS_TEXT)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from bare_training import train
 from tiny_config import config
 
 from sra_fast.config.lr_schedules import scheduled_lr
 from sra_fast.config.schema import OptimConfig
 from sra_fast.data.dataset import make_dataset
-from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 from sra_fast.utils.registry import LR_SCHEDULES

@@ -1,12 +1,15 @@
 """The options below ``align`` are those of the target that the arguments name."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
+from tiny_config import read_config
 
 from sra_fast.alignment.target import Target
-from sra_fast.config.cli import load_config, parse_train, save_config
-from sra_fast.config.schema import AlignConfig
+from sra_fast.config.cli import parse_train, save_config
+from sra_fast.config.schema import AlignConfig, Distance
+from sra_fast.ops.align_distance import KINDS
 from sra_fast.utils.registry import TARGETS
 
 pytestmark = pytest.mark.usefixtures("rooms")
@@ -56,7 +59,7 @@ def test_saved_config_of_another_target_turned_off_reads_back(toy, tmp_path):
     cfg, _ = parse_train(["--config", file, "--align", "none"])
     assert cfg.align == ToyConfig(target="none", toy_scale=3)
     save_config(cfg, tmp_path / "saved.yaml")
-    assert load_config(tmp_path / "saved.yaml") == cfg
+    assert read_config(tmp_path / "saved.yaml") == cfg
 
 
 def test_file_that_only_turns_alignment_off_keeps_the_options(toy, tmp_path):
@@ -100,12 +103,16 @@ def test_second_target_has_options_of_its_own(tmp_path, capsys):
     assert (cfg.align2.latent, cfg.align2.weight, cfg.align.weight) == ("mean", 0.5, 0.8)
     assert list(cfg.alignments) == ["align", "align2"]
     save_config(cfg, tmp_path / "saved.yaml")
-    assert load_config(tmp_path / "saved.yaml") == cfg
+    assert read_config(tmp_path / "saved.yaml") == cfg
     off, _ = parse_train(["--config", file, "--align2", "none"])
     assert list(off.alignments) == ["align"] and off.align2.latent == "mean"
     with pytest.raises(SystemExit):
         parse_train(["--align2", "self_flow", "--align2.latent", "mean"])
     assert "align2.latent" in capsys.readouterr().err
+
+
+def test_the_distances_are_those_of_the_operator():
+    assert get_args(Distance) == KINDS
 
 
 def test_one_target_is_the_default():

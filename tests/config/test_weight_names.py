@@ -4,9 +4,9 @@ import re
 
 import pytest
 import yaml
-from tiny_config import config
+from tiny_config import config, read_config
 
-from sra_fast.config.cli import load_config, save_config
+from sra_fast.config.cli import save_config
 from sra_fast.config.schema import Average
 from sra_fast.training.checks import check_config
 from sra_fast.training.plan import fill_in
@@ -40,7 +40,7 @@ def test_averages_of_a_file(tmp_path):
     cfg = checked("--config", str(file), "--sample.weights", "slow")
     assert cfg.train.averages == {"slow": Average(decay=0.9)}
     save_config(cfg, tmp_path / "saved.yaml")
-    assert load_config(tmp_path / "saved.yaml") == cfg
+    assert read_config(tmp_path / "saved.yaml") == cfg
 
 
 @pytest.mark.parametrize("name", ["ema", "model", "slow", "narrow", "power:0.07"])

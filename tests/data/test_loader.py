@@ -12,6 +12,7 @@ from itertools import product
 import psutil
 import pytest
 import torch
+from bare_training import train
 from launch import ROOT, environment
 from loader_worker import ENDINGS, WORK, started
 from tiny_config import config
@@ -19,7 +20,6 @@ from tiny_config import config
 from sra_fast.data.digits import Digits
 from sra_fast.data.loader import Batches
 from sra_fast.training import signals
-from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan
 from sra_fast.training.signals import Stopped, StopSignals
 from sra_fast.training.trainer import build

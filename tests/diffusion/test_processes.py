@@ -58,6 +58,28 @@ def test_variational_term_trains_the_variance_only():
     assert out.grad[:, :2].abs().max() == 0 and (out.grad[:, 2:].abs().amax((1, 2, 3)) > 0).all()
 
 
+def test_without_channels_of_variance_noise_is_all_that_is_learned():
+    process = GaussianDiffusion()
+    noise = torch.randn(4, 2, 4, 4)
+    t = torch.tensor([0, 10, 500, 999])
+    noised = process.corrupt(torch.randn(4, 2, 4, 4), noise, t, t)
+    prediction = torch.randn(4, 2, 4, 4)
+    losses = process.losses(prediction, noised)
+    assert set(losses) == {"denoise"}
+    assert_matches(losses["denoise"], (prediction - noise).square().mean((1, 2, 3)), 1e-6)
+
+
+@pytest.mark.parametrize("process", [FlowMatching(), GaussianDiffusion()])
+@pytest.mark.parametrize("shape", [(4, 1, 4, 4), (4, 3, 4, 4), (1, 2, 4, 4), (4, 2, 4, 1)])
+def test_a_prediction_of_another_shape_is_refused(process, shape):
+    """PyTorch would broadcast most of these."""
+    t = process.times(torch.rand(4), torch.zeros(4))
+    noised = process.corrupt(torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4, 4), *t)
+    expected = r"expected a prediction \[4, 2, 4, 4\]( or \[4, 4, 4, 4\])?, the model gave \["
+    with pytest.raises(ValueError, match=expected):
+        process.losses(torch.randn(shape), noised)
+
+
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_velocity_is_the_time_derivative(path):
     process = FlowMatching(path)

@@ -27,6 +27,7 @@ VARIANTS = [
     (128, fp16, {"interleaved": True, "heads_first": True}),
     (128, bf16, {"interleaved": True, "rotate": False}),
     (72, bf16, {"interleaved": True, "norm": False}),
+    (72, bf16, {"interleaved": True, "keys_weight": False}),
 ]
 
 
@@ -43,14 +44,17 @@ def launches(
     center=False,
     rotate=True,
     heads_first=False,
+    keys_weight=True,
 ):
     """Forward and backward on views of a projection with 16 heads of keys, at 256 tokens."""
     B, T, H = 32, 256, 16
     q, k, _ = meta(B, T, 3, H, d, dtype=dtype).unbind(2)
     dy = meta(B, T, H, d, dtype=dtype)
     cos = meta(1, T, d if full else d // 2, dtype=fp32).expand(B, -1, -1) if rotate else None
-    weight = meta(d, dtype=dtype) if norm else None
-    arguments = (q, k, cos, cos, weight, weight, 1e-6, norm, center, interleaved, 0, heads_first)
+    q_weight = meta(d, dtype=dtype) if norm else None
+    k_weight = q_weight if keys_weight else None
+    options = (1e-6, norm, center, interleaved, 0, heads_first)
+    arguments = (q, k, cos, cos, q_weight, k_weight, *options)
     h100 = mock.patch.object(kernels, "num_sms", lambda device: 132)
     with h100, record_launches(kernels, _rows) as log:
         kernels.qk_norm_rope_fwd(*arguments)
@@ -84,20 +88,18 @@ def accesses(request, name, columns=None):
 
 
 def expected(request):
-    """Loads of arrays and tables, and stores of arrays, by queries' and keys' programs."""
+    """Loads of arrays and tables, and stores of arrays: queries and keys share their code."""
     args = request.args
     backward = request.kernel == "_qk_norm_rope_bwd_kernel"
-    arrays = ["q", "k"] + ["q_out", "k_out"] * backward
     loads = Counter()
     stores = Counter()
-    for name in arrays:
+    for name in ("q", "q_out") if backward else ("q",):
         for bits, count in accesses(request, name).items():
             loads[bits] += args["HEADS"] * count
-    for name in ("dq", "dk") if backward else ("q_out", "k_out"):
-        for bits, count in accesses(request, name).items():
-            stores[bits] += args["HEADS"] * count
+    for bits, count in accesses(request, "dq" if backward else "q_out").items():
+        stores[bits] += args["HEADS"] * count
     if args["cos_ptr"] is not None:
-        for _ in range(4):
+        for _ in range(2):
             loads += accesses(request, "cos", None if args["FULL"] else "pair")
     return loads, stores
 

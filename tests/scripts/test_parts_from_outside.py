@@ -21,31 +21,41 @@ from sra_fast.utils.registry import LR_SCHEDULES, MODEL_FAMILIES
 
 
 class MlpBlock(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, share):
         super().__init__()
+        self.share = share
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, width)
 
     def forward(self, x, c, pending):
-        return x + F.gelu(self.linear(self.norm(x + c[:, None]))), None
+        return x + self.share * F.gelu(self.linear(self.norm(x + c[:, None]))), None
 
 
 class MlpBackbone(Backbone):
     def __init__(
-        self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes
+        self,
+        input_size,
+        patch_size,
+        in_channels,
+        hidden_size,
+        depth,
+        num_heads,
+        num_classes,
+        share=1.0,
     ):
         super().__init__(
             input_size, patch_size, in_channels, hidden_size, depth, num_heads, 0.0, None
         )
         self.num_classes = num_classes
+        self.share = share
         self._make_embedders()
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, 0.0)
         self._make_pos_embed()
-        self.blocks = nn.ModuleList(MlpBlock(hidden_size) for _ in range(depth))
+        self.blocks = nn.ModuleList(MlpBlock(hidden_size, share) for _ in range(depth))
         self._init_backbone()
 
     def own_arguments(self):
-        return dict(num_classes=self.num_classes)
+        return dict(num_classes=self.num_classes, share=self.share)
 
     @property
     def has_null(self):
@@ -74,7 +84,8 @@ def squared(progress):
 """
 MODEL = (
     "--config digits.yaml --model.name Mlp-S/2 --model.hidden_size 32 --model.depth 4 "
-    "--model.num_heads 2 --train.steps 4 --train.log_every 1 --optim.schedule squared "
+    "--model.num_heads 2 --model.options.share 0.5 --train.steps 4 --train.log_every 1 "
+    "--optim.schedule squared "
     "--sample.guidance 1"
 )
 
@@ -100,6 +111,11 @@ def refused(done) -> str:
     return done.stderr.splitlines()[-1]
 
 
+def samples_of(folder: Path) -> np.ndarray:
+    with np.load(folder / "samples.npz") as samples:
+        return samples["arr_0"]
+
+
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
     done = call(folder, "train", f"{MODEL} --train.out runs")
@@ -110,10 +126,17 @@ def trained(folder) -> Path:
 def test_every_program_has_the_parts(folder, trained):
     done = call(folder, "sample", "--checkpoint runs/000 --count 4 --sample.steps 2 --out samples")
     assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(folder / "samples/samples.npz") as samples:
-        assert samples["arr_0"].shape == (4, 8, 8, 1)
-    done = call(folder, "export", "--checkpoint runs/000 --out weights.safetensors")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert samples_of(folder / "samples").shape == (4, 8, 8, 1)
+    # shapes do not tell `share`: both kinds of file do
+    images = samples_of(folder / "samples")
+    for suffix in (".safetensors", ".pt"):
+        exported = f"--checkpoint runs/000 --out weights{suffix}"
+        done = call(folder, "export", exported)
+        assert done.returncode == 0, done.stderr[-3000:]
+        again = f"--checkpoint weights{suffix} --count 4 --sample.steps 2 --out from{suffix}"
+        done = call(folder, "sample", again)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert np.array_equal(samples_of(folder / f"from{suffix}"), images)
     # partitioned parameters are gathered by its own blocks
     done = call(folder, "train", f"{MODEL} --train.out three --train.zero_stage 3")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -126,6 +149,8 @@ def test_every_program_has_the_parts(folder, trained):
     [
         ("--train.recompute full", "error: train.recompute means nothing to a Mlp, whose backbone"),
         ("--train.residual fp32", "error: train.residual means nothing to a Mlp, whose backbone"),
+        ("--model.options.part 2", "error: expected in model.options what a Mlp has there (share)"),
+        ("--model.options.share half", "error: model.options.share: expected a number, got 'half'"),
         ("--model.qk_norm true", "error: model.qk_norm means nothing to a Mlp, got True: leave it"),
         (
             "--sample.guidance 2",

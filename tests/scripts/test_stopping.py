@@ -11,7 +11,9 @@ import torch
 from launch import ROOT, environment
 from PIL import Image
 
+from sra_fast import held_out
 from sra_fast.__main__ import COMMANDS
+from sra_fast.analysis import held_out_loss
 from sra_fast.models import SiT
 from sra_fast.utils import stopping
 
@@ -108,7 +110,7 @@ def test_interrupted_samples_resume(tmp_path):
     given += ["--sample.method", "euler", "--sample.steps", 4, "--png", "true"]
     out = tmp_path / "out"
     first = out / "parts/000000.npy"
-    place = "sra_fast.sampling.parts._save_array"
+    place = "sra_fast.sampling.parts.save_npy"
     code, said = interrupted("sample", place, 2, *given, "--out", out)
     assert (code, last_line(said)) == (130, RESUMES)
     left = sorted(path.name for path in out.glob("parts/*"))
@@ -172,3 +174,29 @@ def test_a_process_lets_the_first_one_speak(monkeypatch, capsys, rank, said, wai
         stopping.fail("error: no", code=1)
     assert stopped.value.code == 1 and slept == waited
     assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("rank, who", [("0", "error"), ("3", "error on rank 3")])
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (ValueError("no such\n  images"), 2, "no such images"),
+        (OSError(28, "full", "x.npz"), 1, "[Errno 28] full: 'x.npz'"),
+    ],
+)
+def test_one_of_the_processes_that_measure_says_an_error(
+    rank, who, error, code, said, monkeypatch, capsys
+):
+    def run(options):
+        raise error
+
+    slept = []
+    monkeypatch.setattr(held_out_loss, "run", run)
+    monkeypatch.setattr(stopping.time, "sleep", slept.append)
+    monkeypatch.setattr(sys, "argv", ["held_out.py", "--checkpoint", "run"])
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stopped:
+        held_out.main()
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == f"{who}: {said}\n"
+    assert slept == ([] if rank == "0" else [stopping.LAUNCHER_REACTS])

@@ -4,11 +4,11 @@ references.
 
 import pytest
 import torch
+from bare_training import train
 from golden import assert_matches
 from zero_worker import tiny
 
 from sra_fast.data.dataset import make_dataset
-from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bare_training import train
 from tiny_config import config
 
 from sra_fast.checkpoint.average_snapshots import read_snapshot, snapshot_folders
@@ -15,14 +16,14 @@ from sra_fast.checkpoint.manifest import Progress, read_manifest
 from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training import control, run_folder, saver, saving
-from sra_fast.training.logger import read_rows
-from sra_fast.training.loop import image_order, train
+from sra_fast.training.loop import image_order
 from sra_fast.training.monitor_files import append_row
 from sra_fast.training.plan import RunPlan, make_plan
+from sra_fast.training.rows import read_rows
 from sra_fast.training.run import logged, run
 from sra_fast.training.signals import Stopped, StopSignals
+from sra_fast.training.step_watch import History
 from sra_fast.training.trainer import build
-from sra_fast.training.watch import History
 from sra_fast.zero.process_group import init_distributed
 
 pytestmark = pytest.mark.usefixtures("rooms")

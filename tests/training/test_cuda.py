@@ -7,13 +7,13 @@ import gc
 
 import pytest
 import torch
+from bare_training import train
 from golden import relative_error
 from zero_worker import CASES, STEPS, run_case, tiny
 
 from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.data.training_data import TrainingData
-from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan
 from sra_fast.training.saver import Saver
 from sra_fast.training.trainer import build

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from bare_training import save, train
 from zero_worker import tiny
 
 from sra_fast.checkpoint.manifest import Progress
@@ -21,7 +22,7 @@ from sra_fast.training import saving
 from sra_fast.training.checks import check_graph
 from sra_fast.training.graphed_step import _check_engine, graphed_step
 from sra_fast.training.logger import TrainLogger
-from sra_fast.training.loop import optimizer_step, train
+from sra_fast.training.loop import optimizer_step
 from sra_fast.training.plan import make_plan
 from sra_fast.training.saver import Saver
 from sra_fast.training.trainer import build
@@ -270,7 +271,7 @@ def test_nothing_holds_the_nodes_that_accumulate_gradients(stage, precision, tmp
     graphed.release()
     assert held_accumulators(graphed.parameters) == 0
     monkeypatch.setattr(Saver, "save", SAVE)
-    saving.load(trainer, saving.save(trainer, tmp_path, Progress(0), 0))
+    saving.load(trainer, save(trainer, tmp_path, Progress(0), 0))
     assert held_accumulators(graphed.parameters) == 0
     # the check can tell: a view that autograd tracks holds one
     view = graphed.parameters[0].view(-1)

@@ -15,8 +15,9 @@ from sra_fast.config.cli import parse_train
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training import logger, run
 from sra_fast.training.flops import training_flops
-from sra_fast.training.logger import StepFacts, TrainLogger, peak_flops, read_rows
+from sra_fast.training.logger import StepFacts, TrainLogger, peak_flops
 from sra_fast.training.plan import fill_in
+from sra_fast.training.rows import read_rows
 
 CPU = torch.device("cpu")
 SYNCS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")

@@ -13,8 +13,9 @@ from launch import ROOT, call, error_of
 from PIL import Image
 from tiny_config import config
 
-from sra_fast.training.logger import StepFacts, TrainLogger, read_rows
+from sra_fast.training.logger import StepFacts, TrainLogger
 from sra_fast.training.loggers import RunLogger, check_loggers
+from sra_fast.training.rows import read_rows
 from sra_fast.utils import files
 from sra_fast.utils.registry import LOGGERS
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bare_training import train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_config import config
@@ -24,9 +25,9 @@ from sra_fast.plots.report import plot_loss
 from sra_fast.training import loop, run_folder, saving
 from sra_fast.training import monitor as monitors
 from sra_fast.training.checks import check_config
-from sra_fast.training.logger import read_rows
 from sra_fast.training.monitor_files import losses_of, picture_of
 from sra_fast.training.plan import make_plan, make_run_plan
+from sra_fast.training.rows import read_rows
 from sra_fast.training.run import run as whole_run
 from sra_fast.training.signals import Stopped, StopSignals
 from sra_fast.training.trainer import build
@@ -45,7 +46,7 @@ def run(folder, *args, watched=True):
     trainer = build(make_plan(cfg), device)
     data = make_dataset(cfg)
     monitor = monitors.Monitor(cfg, device, folder, data) if watched else None
-    return [row["loss"] for row in loop.train(trainer, data, folder, monitor=monitor)]
+    return [row["loss"] for row in train(trainer, data, folder, monitor=monitor)]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_the_held_out_loss_is_that_of_the_sampled_weights(weights, tmp_path):
     trainer = build(make_plan(cfg), device)
     data = make_dataset(cfg)
     torch.manual_seed(9)
-    loop.train(trainer, data, tmp_path, monitor=monitors.Monitor(cfg, device, tmp_path, data))
+    train(trainer, data, tmp_path, monitor=monitors.Monitor(cfg, device, tmp_path, data))
     model = cfg.model.build().to(device).eval()
     model.load_state_dict(trainer.state_dict(trainer.weights(weights)))
     expected = held_out_loss(model, "linear", HeldOutImages(data, 21), batch=5, device=device)
@@ -185,7 +186,7 @@ def test_a_look_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_path):
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     trainer, data, monitor = start(whole)
-    loop.train(trainer, data, whole, monitor=monitor)
+    train(trainer, data, whole, monitor=monitor)
     trainer, data, monitor = start(stopped)
     stop = StopSignals()
     taken = trainer.after_step
@@ -196,7 +197,7 @@ def test_a_look_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_path):
 
     trainer.after_step = after_step
     with pytest.raises(Stopped, match="after step 2"):
-        loop.train(trainer, data, stopped, monitor=monitor, stop=stop)
+        train(trainer, data, stopped, monitor=monitor, stop=stop)
     assert not (stopped / "held_out.jsonl").exists()
 
     for looks in (["look", "step", "step", "look"], ["step", "step", "look"]):
@@ -205,7 +206,7 @@ def test_a_look_that_a_stop_left_out_is_made_when_the_run_goes_on(tmp_path):
         monitor.look = called(done, "look", monitor.look)
         trainer.after_step = called(done, "step", trainer.after_step)
         progress = saving.load(trainer, stopped / "checkpoints/step_00000002")
-        loop.train(trainer, data, stopped, progress, monitor)
+        train(trainer, data, stopped, progress, monitor)
         assert done == looks
         for name in ("held_out.jsonl", "samples.jsonl"):
             assert (stopped / name).read_text() == (whole / name).read_text()

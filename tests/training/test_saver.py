@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bare_training import save
 from tiny_config import config
 
 from sra_fast.checkpoint import steps
@@ -18,10 +19,10 @@ from sra_fast.checkpoint.manifest import MANIFEST, Progress, read_manifest
 from sra_fast.checkpoint.shards import Shards
 from sra_fast.data.digits import Digits
 from sra_fast.training import abandoned, run_folder, saver, saving
+from sra_fast.training.host_copy import HostCopy, flats_by_kind
 from sra_fast.training.plan import make_plan
 from sra_fast.training.run_lock import LOCK, RunLock
 from sra_fast.training.saver import Saver, prune
-from sra_fast.training.snapshot import Snapshot, flats_by_kind
 from sra_fast.training.trainer import build
 from sra_fast.utils import files
 from sra_fast.zero.process_group import init_distributed
@@ -101,7 +102,7 @@ def test_what_is_saved_is_the_state_of_that_step(trainer, tmp_path, monkeypatch)
 
 
 def test_in_the_background_or_not_the_files_are_the_same(trainer, tmp_path):
-    waited = saving.save(trainer, tmp_path / "a", Progress(5), 0)
+    waited = save(trainer, tmp_path / "a", Progress(5), 0)
     background = Saver(trainer, tmp_path / "b")
     background.save(Progress(5), 0)
     background.close()
@@ -188,7 +189,7 @@ def test_what_is_not_finite_is_not_committed(trainer, tmp_path, kind, value):
 
 
 def test_padding_may_hold_anything(trainer):
-    taken = Snapshot(trainer)
+    taken = HostCopy(trainer)
     taken.take()
     taken.wait()
     # as a device would have found it between two pieces
@@ -221,12 +222,12 @@ def test_a_full_disk_names_what_is_left(trainer, tmp_path, monkeypatch):
 def exit_code_of_a_killed_save(trainer, folder, phase: str, monkeypatch) -> int:
     """Exit code of a forked process that kills itself in a phase of saving step 3."""
     # memory that CUDA has pinned need not be there after a fork
-    monkeypatch.setattr(Snapshot, "_host_memory", ordinary_memory)
+    monkeypatch.setattr(HostCopy, "_host_memory", ordinary_memory)
     killed = Saver(trainer, folder)
     # CUDA works in the parent only: everything on the device comes before the fork
-    killed.snapshot.take()
-    killed.snapshot.wait()
-    killed.snapshot.event = None
+    killed.host_copy.take()
+    killed.host_copy.wait()
+    killed.host_copy.event = None
 
     def at_phase(name: str) -> None:
         if name == phase:
@@ -246,7 +247,7 @@ def exit_code_of_a_killed_save(trainer, folder, phase: str, monkeypatch) -> int:
 
 
 def ordinary_memory(_, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """In place of ``Snapshot._host_memory``."""
+    """In place of ``HostCopy._host_memory``."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -254,7 +255,7 @@ def ordinary_memory(_, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
 def test_killed_in_any_phase_the_run_can_be_resumed(trainer, tmp_path, monkeypatch, phase):
     """A child is killed while it saves step 3; steps 1 and 2 are there, and two are kept."""
     for step in (1, 2):
-        saving.save(trainer, tmp_path / "checkpoints", Progress(step), 0)
+        save(trainer, tmp_path / "checkpoints", Progress(step), 0)
 
     code = exit_code_of_a_killed_save(trainer, tmp_path / "checkpoints", phase, monkeypatch)
     assert code == -signal.SIGKILL
@@ -274,7 +275,7 @@ def test_killed_in_any_phase_the_run_can_be_resumed(trainer, tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.tmp"))
     # and it goes on
     assert saving.load(trainer, choice.path).step == int(expected[-1])
-    saving.save(trainer, tmp_path / "checkpoints", Progress(3 + committed), 0)
+    save(trainer, tmp_path / "checkpoints", Progress(3 + committed), 0)
     assert steps.named_by_latest(tmp_path / "checkpoints").name == f"step_0000000{3 + committed}"
 
 
@@ -301,7 +302,7 @@ def test_what_is_kept(trainer, tmp_path, keep, keep_every, left):
 
 def test_the_one_that_latest_names_is_kept_and_another_folder_left_alone(trainer, tmp_path):
     for step in (1, 2, 3):
-        saving.save(trainer, tmp_path / "checkpoints", Progress(step), 0)
+        save(trainer, tmp_path / "checkpoints", Progress(step), 0)
     (tmp_path / "ema").mkdir()
     (tmp_path / "checkpoints/notes").mkdir()
     steps.write_latest(tmp_path / "checkpoints", "step_00000002")
@@ -315,7 +316,7 @@ def test_the_one_that_latest_names_is_kept_and_another_folder_left_alone(trainer
 def test_a_run_that_has_lost_its_lock_commits_nothing(trainer, tmp_path, monkeypatch, phase):
     """Another process may write there: neither is anything of it removed."""
     checkpoints = tmp_path / "checkpoints"
-    saving.save(trainer, checkpoints, Progress(1), 0)
+    save(trainer, checkpoints, Progress(1), 0)
     lock = RunLock(tmp_path)
     background = Saver(trainer, checkpoints)
 
@@ -338,7 +339,7 @@ def test_a_run_that_has_lost_its_lock_commits_nothing(trainer, tmp_path, monkeyp
 @pytest.mark.parametrize("what", ["a file", "a link", "a folder"])
 def test_what_lies_in_place_of_a_step_is_moved_away(trainer, tmp_path, what):
     checkpoints = tmp_path / "checkpoints"
-    saving.save(trainer, checkpoints, Progress(1), 0)
+    save(trainer, checkpoints, Progress(1), 0)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/precious").touch()
     place = checkpoints / "step_00000002"
@@ -349,7 +350,7 @@ def test_what_lies_in_place_of_a_step_is_moved_away(trainer, tmp_path, what):
     else:
         # a save that was not finished
         place.mkdir()
-    path = saving.save(trainer, checkpoints, Progress(2), 0)
+    path = save(trainer, checkpoints, Progress(2), 0)
     assert read_manifest(path).step == 2 and not path.is_symlink()
     assert (tmp_path / "elsewhere/precious").exists()
     assert os.path.lexists(checkpoints / "abandoned/step_00000002") == (what != "a folder")
@@ -358,7 +359,7 @@ def test_what_lies_in_place_of_a_step_is_moved_away(trainer, tmp_path, what):
 def test_a_file_in_place_of_the_abandoned_ones_is_named(trainer, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     for step in (1, 2):
-        saving.save(trainer, checkpoints, Progress(step), 0)
+        save(trainer, checkpoints, Progress(step), 0)
     (checkpoints / "abandoned").touch()
     with pytest.raises(ValueError, match=f"expected a folder {checkpoints / 'abandoned'}, found"):
         run_folder.settle(tmp_path, checkpoints / "step_00000001")
@@ -369,9 +370,9 @@ def test_branches_do_not_mix(trainer, tmp_path):
     """Step 4 of a branch that was given up is moved back and named: step 3 is none of its line."""
     checkpoints = tmp_path / "checkpoints"
     for step in (1, 4):
-        saving.save(trainer, checkpoints, Progress(step), 0)
+        save(trainer, checkpoints, Progress(step), 0)
     run_folder.settle(tmp_path, checkpoints / "step_00000001")
-    saving.save(trainer, checkpoints, Progress(3), 0)
+    save(trainer, checkpoints, Progress(3), 0)
     os.replace(checkpoints / "abandoned/step_00000004", checkpoints / "step_00000004")
     moved = run_folder.settle(tmp_path, checkpoints / "step_00000004", exact=True)
     assert [step.name for step in steps.step_folders(checkpoints)] == [
@@ -392,7 +393,7 @@ def test_names_are_on_the_disk_before_what_is_in_them(trainer, tmp_path, monkeyp
     run = run_folder.new_folder(tmp_path / "a/out")
     checkpoints = run / "checkpoints"
     for step in (1, 2):
-        saving.save(trainer, checkpoints, Progress(step), 0)
+        save(trainer, checkpoints, Progress(step), 0)
     for made in (
         tmp_path / "a",
         tmp_path / "a/out",
@@ -407,10 +408,10 @@ def test_names_are_on_the_disk_before_what_is_in_them(trainer, tmp_path, monkeyp
 
 
 def test_the_manifest_says_what_the_teacher_follows(trainer, tmp_path, monkeypatch):
-    path = saving.save(trainer, tmp_path / "a", Progress(1), 0)
+    path = save(trainer, tmp_path / "a", Progress(1), 0)
     assert read_manifest(path).teacher == "main"
     monkeypatch.setattr(trainer, "teacher", None)
-    path = saving.save(trainer, tmp_path / "b", Progress(1), 0)
+    path = save(trainer, tmp_path / "b", Progress(1), 0)
     assert read_manifest(path).teacher is None
 
 
@@ -418,13 +419,13 @@ def test_no_memory_and_no_files_are_left_behind(trainer, tmp_path):
     background = Saver(trainer, tmp_path)
     background.save(Progress(1), 0)
     background.wait()
-    addresses = {key: copy.data_ptr() for key, copy in background.snapshot.copies.items()}
+    addresses = {key: copy.data_ptr() for key, copy in background.host_copy.copies.items()}
     # what other tests have left in this process may be closed at any time
     files = set(os.listdir("/proc/self/fd"))
     threads = set(threading.enumerate())
     for step in range(2, 12):
         background.save(Progress(step), 0)
     background.wait()
-    assert {key: copy.data_ptr() for key, copy in background.snapshot.copies.items()} == addresses
+    assert {key: copy.data_ptr() for key, copy in background.host_copy.copies.items()} == addresses
     assert set(os.listdir("/proc/self/fd")) <= files
     assert set(threading.enumerate()) <= threads

@@ -16,6 +16,7 @@ from launch import ROOT, environment
 
 from sra_fast.training import signals
 from sra_fast.training.signals import StopSignals, stopped
+from sra_fast.utils.stopping import INTERRUPTED
 
 # seconds after which something that was waited for has not happened: no test measures time by it
 LIMIT = 60
@@ -126,7 +127,7 @@ def test_a_second_interrupt_ends_a_process_whose_main_thread_is_stuck():
         with suppress(subprocess.TimeoutExpired):
             child.wait(0.15)
     # more of them, within the grace of the one before, do not put off the end
-    assert child.poll() == signals.INTERRUPTED
+    assert child.poll() == INTERRUPTED
     _, err = child.communicate()
     assert err == ""
 

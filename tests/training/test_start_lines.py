@@ -14,7 +14,7 @@ from sra_fast.training import start_lines as module
 from sra_fast.training.checks import check_config
 from sra_fast.training.flops import training_flops
 from sra_fast.training.plan import Plan, fill_in, make_plan
-from sra_fast.training.start_lines import say_start, start_lines
+from sra_fast.training.start_lines import idle_warnings, say_start, start_lines
 
 FOLDER = Path("runs/x/000")
 
@@ -153,6 +153,22 @@ def test_steps_in_place_of_epochs_are_a_warning(given, left, capsys):
     assert line == (
         f"warning: align.{left} steps, its default, which is the paper's number of epochs"
     )
+
+
+@pytest.mark.parametrize(
+    "model, args, warned",
+    [
+        ("DiT-S/2", "", True),
+        ("DiT-S/2", "--align.weight 0.04", False),
+        ("DiT-S/2", "--align self_flow", False),
+        ("SiT-S/2", "", False),
+    ],
+)
+def test_the_papers_lambda_of_sit_is_none_of_dit(model, args, warned):
+    cfg = config("--model", model, *args.split())
+    found = idle_warnings(cfg)
+    assert len(found) == warned
+    assert not warned or "default, which is the paper's for SiT; for DiT it has 0.04" in found[0]
 
 
 def test_bf16_on_a_cpu_is_one_warning(capsys):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from bare_training import train
 
 from sra_fast.config.cli import parse_train
 from sra_fast.data.digits import Digits
 from sra_fast.evaluation.digits import evaluate_digits
-from sra_fast.training.loop import train
 from sra_fast.training.plan import make_run_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.process_group import init_distributed

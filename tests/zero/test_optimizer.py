@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bare_training import train
 from tiny_config import config
 
 from sra_fast.data.dataset import make_dataset
-from sra_fast.training.loop import train
 from sra_fast.training.plan import make_plan
 from sra_fast.training.trainer import build
 from sra_fast.zero.optimizer import AdamWEMA

@@ -38,7 +38,7 @@ from sra_fast.data.order import ShuffledBatches
 from sra_fast.diffusion.draws import draw
 from sra_fast.diffusion.micro_batch import MicroBatch
 from sra_fast.evaluation.held_out import HeldOutLoss
-from sra_fast.training.logger import read_rows
+from sra_fast.training.rows import read_rows
 from sra_fast.utils import registry
 
 HERE = Path(__file__).parents[1]

@@ -18,15 +18,14 @@ from sra_fast.checkpoint.average_snapshots import (
 )
 from sra_fast.checkpoint.manifest import file_name
 from sra_fast.checkpoint.shards import ema_kind, piece_key, write_pieces
-from sra_fast.checkpoint.signed_json import plain
-from sra_fast.checkpoint.values import warn
 from sra_fast.config.averages import power_averages
 from sra_fast.config.schema import TrainConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.training.run_lock import check_held
 from sra_fast.training.trainer import Trainer
 from sra_fast.utils.collectives import agreed, reason
-from sra_fast.utils.files import make_synced, sync_folder
+from sra_fast.utils.files import make_synced, plain, sync_folder
+from sra_fast.utils.messages import warn
 
 
 def is_due(cfg: TrainConfig, step: int) -> bool:
@@ -66,7 +65,7 @@ def store(trainer: Trainer, run: Path, step: int, facts: DataFacts | None = None
     path = folder / file_name(trainer.rank)
     files = _agreed(trainer, step, lambda: write_pieces(path, pieces))
     averages = {
-        name: {**average.rule.given, "since": average.since}
+        name: average.facts
         for name, average in trainer.averages.items()
         if average.rule.sigma_rel is not None
     }

@@ -93,7 +93,7 @@ class StepWatch:
         data: training set, which knows where an image lies.
         rank: of this process.
         shift: data positions that earlier rollbacks have left out.
-        history: of the run so far; None: it has none.
+        history: of the run so far.
 
     Attributes:
         flags: what all processes have to agree on: ``diverged`` (1: the run stops) and
@@ -107,8 +107,8 @@ class StepWatch:
         stream: ShuffledBatches,
         data: TrainingData,
         rank: int,
-        shift: int = 0,
-        history: History | None = None,
+        shift: int,
+        history: History,
     ):
         self.train = cfg.train
         kinds = [TARGETS[align.target] for align in cfg.alignments.values()]
@@ -117,7 +117,7 @@ class StepWatch:
         self.data = data
         self.rank = rank
         self.shift = shift
-        self.history = History() if history is None else history
+        self.history = history
         # the last step with a spike, by name: one warning for spikes in one step after the other
         self.last_spike: dict[str, int] = {}
         self.in_a_row = 0

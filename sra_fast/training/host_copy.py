@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint.manifest import EMA
+from sra_fast.checkpoint.manifest import MAIN
 from sra_fast.checkpoint.shards import MASTER, MOMENTS, ema_kind, piece_key
 from sra_fast.training.trainer import Trainer
 
@@ -18,12 +18,12 @@ def flats_by_kind(trainer: Trainer) -> dict[str, list[Tensor]]:
     return {
         MASTER: masters.flats,
         **{key: masters.state(key) for key in MOMENTS},
-        ema_kind(EMA): trainer.ema.flats,
+        ema_kind(MAIN): trainer.ema.flats,
         **{ema_kind(name): average.flats for name, average in trainer.averages.items()},
     }
 
 
-class Snapshot:
+class HostCopy:
     """This rank's share of a checkpoint, in host memory that is used again for the next one.
 
     On a GPU the memory is pinned, and the copies are queued on the current stream: the host does

@@ -10,7 +10,7 @@ from tiny_config import config
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training.step_values import StepValues, means
-from sra_fast.training.watch import StepWatch
+from sra_fast.training.step_watch import History, StepWatch
 
 pytestmark = pytest.mark.usefixtures("rooms")
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def stream(rank=0, world=2, micro=3, accumulation=2, start=0):
 
 
 def watch(*args, data=None, rank=0, shift=0):
-    return StepWatch(config(*args), stream(rank), data or Images(), rank, shift)
+    return StepWatch(config(*args), stream(rank), data or Images(), rank, shift, History())
 
 
 def steps(losses, skipped=(), first=0):
