@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.load_model import fill
+from sra_fast.checkpoint.load_model import CLASS_TABLE, fill
 from sra_fast.checkpoint.sd3_file import import_state
 from sra_fast.checkpoint.sources import files_of, find_weights, read_weights
 from sra_fast.checkpoint.values import checked, family_in, official_family
@@ -23,6 +23,7 @@ from sra_fast.config.schema import ModelConfig
 from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.models.layers import timestep_frequencies
 from sra_fast.utils.checks import require_that
+from sra_fast.utils.messages import warn
 from sra_fast.utils.outputs import refuse_input
 
 # --path-type of the official SiT -> our name
@@ -171,6 +172,22 @@ def _check_family(state: dict[str, Tensor], args, name: str, source: str) -> Non
     )
 
 
+def _classes_in(state: dict[str, Tensor], args, source: str) -> int | None:
+    """The number of classes that the arguments of a checkpoint tell: whether the last row of its
+    class embedding is the null class. None: they tell none that the embedding can have.
+    """
+    told = getattr(args, "num_classes", None)
+    rows = len(state.get(CLASS_TABLE, ()))
+    if told is None or told in (rows, rows - 1):
+        return told
+    warn(
+        "%s was made with num_classes %s, and its class embedding has %d rows: it is taken for %d "
+        "classes and the null class",
+        *(source, told, rows, rows - 1),
+    )
+    return None
+
+
 def import_file(
     source: str,
     name: str | None,
@@ -215,7 +232,7 @@ def import_file(
         f"--time-scale is for an MMDiT, {source} holds a network of labels; got {time_scale}",
     )
     _check_family(state, held.get("args"), name, source)
-    num_classes = getattr(held.get("args"), "num_classes", None)
+    num_classes = _classes_in(state, held.get("args"), source)
     cfg = model_config(state, name, num_heads, input_size, num_classes)
     config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}
     write_export(Path(out), convert(state, cfg, seed).state_dict(), config, step=None)

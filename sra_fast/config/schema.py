@@ -165,13 +165,13 @@ class ModelConfig:
 
     def _further(self, family: type[models.DiffusionTransformer]) -> dict[str, Any]:
         """``options``; ValueError unless the family has them."""
-        fixed = {option.name for option in fields(self)} | EXECUTION
+        own = {option.name for option in fields(self)}
         every = constructor_arguments(family)
-        known = {name: argument for name, argument in every.items() if name not in fixed}
+        known = {name: every[name] for name in every if name not in own | EXECUTION}
         found = {}
         for name, value in self.options.items():
             if name not in known:
-                instead = f": it is model.{name}" if hasattr(self, name) else ""
+                instead = f": it is model.{name}" if name in own else ""
                 raise ValueError(
                     f"expected in model.options what a {family.family} has there "
                     f"({', '.join(known) or 'nothing'}), got {name}{instead}"

@@ -7,6 +7,7 @@ import time
 
 from sra_fast.config.schema import Config
 from sra_fast.training.agreement import Agreement
+from sra_fast.training.endings import Diverged
 from sra_fast.training.saver import Saver
 from sra_fast.training.signals import Stopped, StopSignals
 from sra_fast.training.step_watch import RollBack, StepWatch
@@ -151,7 +152,7 @@ class Control:
         if self.saver.error is not None:
             self._raise_error(done)
 
-    def diverged(self, done: int) -> FloatingPointError:
+    def diverged(self, done: int) -> Diverged:
         """The error of a run whose gradients do not become finite again.
 
         All processes raise it, so the save that has begun is finished first: it may be the checkpoint
@@ -166,7 +167,7 @@ class Control:
         # noticed a row or two late: other updates may have been taken since
         skipped, up_to = self.watch.diverged or (self.skipped_in_a_row, done)
         updates = "1 update was" if skipped == 1 else f"{skipped} updates in a row were"
-        return FloatingPointError(
+        return Diverged(
             f"gradients not finite: {updates} skipped up to step {up_to}; {stands} a smaller "
             "optim.lr or align.weight, unless the lines above blame images"
         )

@@ -35,6 +35,12 @@ FROM_A_LOADER = re.compile(r"^Caught (\w+) in DataLoader worker process \d+\.")
 LOADER_ENDED = re.compile(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)")
 
 
+class Diverged(FloatingPointError):
+    """Training has diverged. The processes have agreed on it, and all of them raise it."""
+
+    of_all_ranks = True
+
+
 @dataclass(frozen=True)
 class Ending:
     """What a process says at the end of a run.
@@ -71,8 +77,7 @@ def _ending_of(error: BaseException, out: Path | None) -> Ending | None:
     if isinstance(error, KeyboardInterrupt):
         return Ending(INTERRUPTED, "interrupted; resume from the last checkpoint")
     if isinstance(error, FloatingPointError):
-        # the processes have agreed that training has diverged
-        return Ending(FAILED, _line(error), alike=True)
+        return Ending(FAILED, _line(error))
     number = _number(error)
     if number in OF_THE_MACHINE:
         return Ending(REFUSED, f"error: {_of_the_machine(error, number, out)}")

@@ -302,7 +302,7 @@ def _check_process(
     require_that(
         made == ours,
         f"train.init_from {source} makes {made:g} channels for each of the input, the model makes "
-        f"{ours:g}: it is of another family",
+        f"{ours:g}: a SiT makes 1, a DiT 2, without its variance (model.options.learn_sigma) 1",
     )
 
 

@@ -208,7 +208,7 @@ def train(
         history: how large losses and norms usually were so far.
 
     Raises:
-        FloatingPointError: too many updates in a row were skipped, or weights are not finite.
+        Diverged: too many updates in a row were skipped, or weights are not finite.
         RollBack: training has to go back to the last checkpoint.
         Stopped: somebody asked the run to stop; a checkpoint was written.
         ValueError: a checkpoint could not be written.
@@ -317,7 +317,7 @@ class _Session:
         that is over without a single update has trained nothing.
 
         Raises:
-            FloatingPointError: training is over, and the weights are not worth a checkpoint.
+            Diverged: training is over, and the weights are not worth a checkpoint.
         """
         done = progress.step
         # processes may have noticed different things: ask them all

@@ -16,6 +16,7 @@ from sra_fast.data.training_data import TrainingData
 from sra_fast.plots import report
 from sra_fast.sampling.conditions import conditions_of, generate_for
 from sra_fast.training import provenance, run_folder, saving
+from sra_fast.training.endings import Diverged
 from sra_fast.training.logger import TrainLogger
 from sra_fast.training.loop import train
 from sra_fast.training.monitor import Monitor
@@ -105,7 +106,7 @@ def _train(
         The logger, still open.
 
     Raises:
-        FloatingPointError: there is nothing to go back to, or going back does not help.
+        Diverged: there is nothing to go back to, or going back does not help.
     """
     cfg = trainer.cfg
     # before the first step: a missing file of the monitor stops the run at once
@@ -142,19 +143,17 @@ def _go_back(
 ) -> Progress:
     """Restore the last checkpoint, and leave out the images up to a step; collective."""
     saver.wait()
-    if saver.error is not None and not isinstance(saver.error, FloatingPointError):
+    if saver.error is not None and not isinstance(saver.error, Diverged):
         raise saver.error
     # weights that were not finite are left behind
     saver.error = None
     step = saver.parent
     if step is None:
-        raise FloatingPointError(
-            f"step {bad_step + 1} asks for the last checkpoint, and there is none"
-        )
+        raise Diverged(f"step {bad_step + 1} asks for the last checkpoint, and there is none")
     returns[step] += 1
     limit = trainer.cfg.train.skip_limit
     if returns[step] > limit:
-        raise FloatingPointError(
+        raise Diverged(
             f"training went back to step {step} {limit} times without reaching the next checkpoint"
         )
     saving.load(trainer, saver.folder / step_name(step))

@@ -41,6 +41,7 @@ from sra_fast.checkpoint.steps import (
 from sra_fast.config.schema import TrainConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.training.abandoned import abandon
+from sra_fast.training.endings import Diverged
 from sra_fast.training.host_copy import HostCopy
 from sra_fast.training.run_lock import check_held
 from sra_fast.training.trainer import Trainer
@@ -92,7 +93,7 @@ class Saver:
     Every method is called by all ranks.
 
     Attributes:
-        error: of the last save that has finished, the same on every rank: ``FloatingPointError`` if
+        error: of the last save that has finished, the same on every rank: ``Diverged`` if
             something is not finite, ``SaveFailed`` (a ValueError) if it could not be written; None:
             there was none.
         last: what the last checkpoint that this object has committed is of.
@@ -146,7 +147,7 @@ class Saver:
             epoch: of the last step.
 
         Raises:
-            FloatingPointError, SaveFailed: the earlier save has failed.
+            Diverged, SaveFailed: the earlier save has failed.
         """
         begun = time.perf_counter()
         self.wait()
@@ -206,7 +207,7 @@ class Saver:
         bad = self._agreed(task, self._copied)
         for rank, what in enumerate(bad):
             if what is not None:
-                raise FloatingPointError(
+                raise Diverged(
                     f"{what} is not finite on rank {rank}: the checkpoint of step "
                     f"{task.progress.step} is not written; {self._fallback()}"
                 )

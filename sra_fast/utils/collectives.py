@@ -101,7 +101,7 @@ def agreed(
     first = next((fault for _, fault in outcomes if fault is not None), None)
     if first is not None:
         failure = (raises or first.kind)(first.line)
-        failure.of_all_ranks = group is None
+        failure.of_all_ranks = dist.get_world_size(group) == dist.get_world_size()
         raise failure from error
     return [value for value, _ in outcomes]
 

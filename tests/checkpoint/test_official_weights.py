@@ -201,16 +201,20 @@ def test_file_to_file_samples_and_starts_a_run(tmp_path, layout, run_script):
 
 
 @torch.no_grad()
-def test_without_a_null_class_the_arguments_tell_the_classes(tmp_path):
-    """Five rows are five classes, or four and the null class."""
+def test_without_a_null_class_the_arguments_tell_the_classes(tmp_path, caplog):
+    """Five rows are five classes, or four and the null class. A fork may have kept a default."""
     net = release(class_dropout_prob=0.0)
     source, out = tmp_path / "official.pt", tmp_path / "w.safetensors"
-    for told, classes, dropout in ((5, 5, 0.0), (None, 4, 0.1)):
+    cases = [(5, 5, 0.0), (None, 4, 0.1), (4, 4, 0.1), (1000, 4, 0.1), ("5", 4, 0.1)]
+    for told, classes, dropout in cases:
+        caplog.clear()
         args = argparse.Namespace(**({} if told is None else {"num_classes": told}))
         torch.save({"ema": weights(net), "args": args}, source)
         import_file(str(source), "DiT-S/2", str(out), HEADS)
         model = load_model(str(out)).model
         assert (model.num_classes, model.y_embedder.dropout_prob) == (classes, dropout)
+        said = f"was made with num_classes {told}, and its class embedding has 5 rows"
+        assert (said in caplog.text) == (told in (1000, "5"))
         x, t, _ = batch()
         y = torch.zeros(len(x), dtype=torch.long)
         assert_matches(model(x, t, y), net(x, t, y), 1e-6)

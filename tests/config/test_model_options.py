@@ -58,6 +58,8 @@ def test_on_the_command_line_and_in_files(tmp_path):
         ({"width": 3}, r"what a SiT has there \(mlp_ratio\), got width"),
         ({"learn_sigma": False}, r"what a SiT has there \(mlp_ratio\), got learn_sigma"),
         ({"depth": 3}, "got depth: it is model.depth"),
+        ({"process": 3}, "got process$"),
+        ({1: 2}, "got 1$"),
         # how a network runs is decided elsewhere
         ({"recompute": "full"}, "got recompute"),
         ({"mlp_ratio": True}, "options.mlp_ratio: expected a number, got True"),

@@ -16,6 +16,7 @@ from sra_fast.checkpoint.manifest import Progress, read_manifest
 from sra_fast.checkpoint.reading import CHECKPOINTS
 from sra_fast.data.dataset import make_dataset
 from sra_fast.training import control, run_folder, saver, saving
+from sra_fast.training.endings import Diverged
 from sra_fast.training.loop import image_order
 from sra_fast.training.monitor_files import append_row
 from sra_fast.training.plan import RunPlan, make_plan
@@ -289,7 +290,7 @@ def test_an_error_of_a_save_is_not_found_again_after_going_back(tmp_path, monkey
     def write(self, task):
         if task.progress == Progress(4):
             time.sleep(1.0)
-            raise FloatingPointError("the EMA is not finite")
+            raise Diverged("the EMA is not finite")
         return slow(self, task)
 
     monkeypatch.setattr(saver.Saver, "_write", write)
@@ -308,7 +309,7 @@ def test_a_failed_save_rolls_back_even_if_the_next_one_is_due(tmp_path, monkeypa
         if task.progress == Progress(4) and not failed:
             failed.append(task)
             time.sleep(2.0)
-            raise FloatingPointError("the EMA is not finite")
+            raise Diverged("the EMA is not finite")
         return slow(self, task)
 
     monkeypatch.setattr(saver.Saver, "_write", write)

@@ -17,7 +17,7 @@ from sra_fast.data.digits import Digits
 from sra_fast.data.loader import Batches
 from sra_fast.data.order import ShuffledBatches
 from sra_fast.training import run
-from sra_fast.training.endings import Ending, ending_of
+from sra_fast.training.endings import Diverged, Ending, ending_of
 from sra_fast.training.signals import stopped
 from sra_fast.utils import stopping
 
@@ -68,7 +68,7 @@ def test_full_disk_without_a_file_name_is_that_of_the_run(tmp_path, error):
     [
         (stopped(signal.SIGTERM, 7, True), 75, "stopped by SIGTERM after step 7; checkpoint "),
         (KeyboardInterrupt(), 130, "interrupted; resume from the last checkpoint"),
-        (FloatingPointError("loss not finite"), 1, "error: loss not finite"),
+        (Diverged("loss not finite"), 1, "error: loss not finite"),
         (ValueError("a was expected,\ngot b"), 2, "error: a was expected, got b"),
         (
             PermissionError(errno.EACCES, "Permission denied", "/x/y"),
@@ -235,3 +235,18 @@ def test_a_summary_does_not_need_the_rows():
     assert run.logged(rows[:1], global_batch=4)["images_per_s"] is None
     # a log that was not flushed before a power cut is empty
     assert run.logged([], global_batch=4) == dict.fromkeys(expected)
+
+
+def test_what_all_processes_end_with():
+    """One of them says it, and the others do not wait; what one has by itself it has to say."""
+    agreed_on = ValueError("the disk is full")
+    agreed_on.of_all_ranks = True
+    for error, alike in (
+        (Diverged("gradients not finite"), True),
+        (stopped(15, 3, saved=True), True),
+        (agreed_on, True),
+        # numpy's, in somebody's data set
+        (FloatingPointError("divide by zero"), False),
+        (ValueError("the disk is full"), False),
+    ):
+        assert ending_of(error).alike == alike

@@ -168,7 +168,7 @@ def test_the_papers_lambda_of_sit_is_none_of_dit(model, args, warned):
     cfg = config("--model", model, *args.split())
     found = idle_warnings(cfg)
     assert len(found) == warned
-    assert not warned or "default, which is the paper's for SiT; for DiT it has 0.04" in found[0]
+    assert not warned or "align.weight is 0.2, the paper's for SiT; for DiT it has" in found[0]
 
 
 def test_bf16_on_a_cpu_is_one_warning(capsys):
