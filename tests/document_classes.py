@@ -291,7 +291,8 @@ CLASSES = {
         "tests/checkpoint/test_average_snapshots.py samples from such averages"
     ),
     "python sra_fast/sample.py --checkpoint runs/xl2/000": Execute(
-        "--count 4 --sample.steps 2 --out xl2",
+        # the digits have one channel
+        "--count 4 --sample.steps 2 --sample.guided_channels 1 --out xl2",
         (DEMO,),
         {"runs/xl2/000": "runs/digits/000"},
         makes=("xl2/samples.npz",),
