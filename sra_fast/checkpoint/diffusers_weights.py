@@ -115,8 +115,8 @@ def from_diffusers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     table = rest.pop("pos_embed.pos_embed", None)
     require_that(
         table is None or _is_of_a_dit(table),
-        "the weights have another position table (pos_embed.pos_embed) than a DiT here, whose places "
-        "are 0, 1, 2, ...",
+        "the weights have another position table (pos_embed.pos_embed) than a DiT here, whose "
+        "places are 0, 1, 2, ...",
     )
     require_that(
         not rest, f"the weights are no DiT of diffusers: expected no {next(iter(rest), None)}"

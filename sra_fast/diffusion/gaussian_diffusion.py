@@ -176,8 +176,8 @@ class GaussianDiffusion:
         return Noised(x, t, x_teacher, t_teacher, noise, x0)
 
     def losses(self, prediction: Tensor, noised: Noised) -> dict[str, Tensor]:
-        """``{"denoise": [B]}``, and ``{"vb": [B]}`` in bits per dimension, to be added unscaled, for
-        a prediction that has C channels of variance after its C of noise.
+        """``{"denoise": [B]}``. If the prediction has C channels of variance after its C of noise,
+        also ``{"vb": [B]}`` in bits per dimension, to be added unscaled.
         """
         check_prediction(prediction, noised, variance=True)
         eps, interpolation = prediction.float().tensor_split([noised.target.shape[1]], dim=1)

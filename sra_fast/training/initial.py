@@ -182,8 +182,8 @@ def _check_positions(
     """ValueError for weights whose patches have other places in the position embedding than those
     of the model, which are computed anew.
 
-    At another size SD3's patches have the middle of its table. Who gives places of his own there has
-    thought of it.
+    At another size SD3's patches have the middle of its table. Places that the user gives for such
+    a size are taken as they are.
     """
     table = state.get("pos_embed")
     if table is not None:

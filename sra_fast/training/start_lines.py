@@ -215,8 +215,8 @@ def idle_warnings(cfg: Config) -> list[str]:
         noise = cfg.model.process == "gaussian_diffusion"
         if align.target == "ema_teacher" and noise and not _given(align, "weight"):
             found.append(
-                f"warning: {section}.weight is {align.weight:g}, the paper's for SiT; for DiT it has "
-                "0.04 (configs/dit_xl2_256.yaml)"
+                f"warning: {section}.weight is {align.weight:g}, the paper's for SiT; "
+                "for DiT it has 0.04 (configs/dit_xl2_256.yaml)"
             )
     if cfg.optim.schedule == "constant" and cfg.optim.min_lr:
         found.append(_idle("optim", ["min_lr"], "optim.schedule is constant"))

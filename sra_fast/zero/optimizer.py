@@ -99,8 +99,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
 
 def inner_optimizer(engine) -> torch.optim.Optimizer:
-    """The optimizer of a DeepSpeed engine that has the state. ZeRO wraps it and calls its step; stage
-    0 in fp32 has no wrapper.
+    """The optimizer that holds the state of a DeepSpeed engine. ZeRO wraps it and calls its step;
+    stage 0 in fp32 has no wrapper.
     """
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
