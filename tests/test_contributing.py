@@ -148,7 +148,7 @@ def test_sampler_is_the_midpoint_method(documented, num_steps):
     model = SiT(input_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=2).eval()
     guided = Guidance(model, torch.zeros(2, dtype=torch.int64), call=lambda x, t, condition: x)
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    images = documented.Midpoint()(guided, x, num_steps, "linear", torch.randn_like)
+    images = documented.Midpoint()(guided, x, num_steps, "linear", 1.0, torch.randn_like)
     h = 1 / num_steps
     torch.testing.assert_close(images, x * (1 - h + h**2 / 2) ** num_steps)
     # of second order: the error falls with the square of the number of steps

@@ -280,7 +280,11 @@ def scores_folder(run: Path, weights: str) -> Path:
 
 def _digest(loaded: LoadedModel) -> str:
     """SHA-256 of the weights and of how they sample: what scores depend on besides the options."""
-    digest = hashlib.sha256(json.dumps([loaded.path, _sample_settings(loaded)]).encode())
+    told = [loaded.path, _sample_settings(loaded)]
+    if loaded.diffusion.time_shift != 1:
+        # scores that were made before there was a shift stay those of their runs
+        told.append(loaded.diffusion.time_shift)
+    digest = hashlib.sha256(json.dumps(told).encode())
     for name, value in loaded.model.state_dict().items():
         digest.update(name.encode())
         digest.update(value.contiguous().cpu().numpy())
@@ -358,7 +362,7 @@ def _samples(
     # what they are compared with has these classes or captions, and as often: a model that knows the
     # data well comes to the floor. Random labels would make the scores vary more
     conditions, labels = conditions_like(held_out, held_out_rows, options.samples)
-    settings = (sample, loaded.path, options.seed, options.batch, device)
+    settings = (sample, loaded.diffusion, options.seed, options.batch, device)
     made = generate_for(loaded.model, conditions, range(options.samples), *settings)
     if data.facts().pixels:
         # an image has no values beyond these

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.config.averages import EMA
+from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import arguments_of
 from sra_fast.utils.outputs import new_folder, save_tensors
@@ -58,7 +59,12 @@ def config_of(loaded: LoadedModel) -> dict:
     if loaded.config is not None:
         return loaded.config
     architecture = {"family": loaded.model.family, "arguments": arguments_of(loaded.model)}
-    return {"architecture": architecture, "diffusion": {"path": loaded.path}}
+    return {"architecture": architecture, "diffusion": described(loaded.diffusion)}
+
+
+def described(diffusion: DiffusionConfig) -> dict:
+    """What an export of other weights says of the process: what ``load_model`` reads."""
+    return {"path": diffusion.path, "time_shift": diffusion.time_shift}
 
 
 def state_of(loaded: LoadedModel) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A model for sampling and analysis from anything that holds weights."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sra_fast.checkpoint.values import (
     refuse_unknown_times,
 )
 from sra_fast.config.averages import EMA, STUDENT
-from sra_fast.config.schema import ModelConfig
+from sra_fast.config.schema import DiffusionConfig, ModelConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.utils.checks import require_that
@@ -32,7 +33,7 @@ class LoadedModel:
 
     Attributes:
         model: in eval mode, fp32, on the CPU.
-        path: the interpolant it was trained with.
+        diffusion: interpolant and shift of times that it was trained with; the rest is not known.
         facts: about the data it was trained on; None: not known (weights of other projects).
         config: at least ``model`` and ``diffusion`` of the run's configuration; None: not known.
         step: how many optimizer steps made the weights; None: not known.
@@ -44,13 +45,18 @@ class LoadedModel:
     """
 
     model: DiffusionTransformer
-    path: str
+    diffusion: DiffusionConfig
     facts: DataFacts | None = None
     config: dict | None = None
     step: int | None = None
     source: Path | None = None
     fresh: tuple[str, ...] = ()
     weights: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The interpolant that it was trained with."""
+        return self.diffusion.path
 
 
 def load_model(
@@ -120,16 +126,35 @@ def model_of(
     # a projection head that the weights lack: the same in every process that samples
     for name in fresh:
         torch.nn.init.zeros_(model.get_parameter(name))
-    path = config["diffusion"]["path"] if config else getattr(args, "path_type", "linear")
-    require_that(
-        path in ("linear", "cosine"),
-        f"expected weights of the interpolant linear or cosine, {source} has {path}",
-    )
     step = held.get("step", held.get("steps"))
     # other projects may have anything there
     step = step if isinstance(step, int) else None
     facts = facts_of(held, model)
-    return LoadedModel(model.eval(), path, facts, config, step, source, fresh, role)
+    diffusion = diffusion_in(config, args, source)
+    return LoadedModel(model.eval(), diffusion, facts, config, step, source, fresh, role)
+
+
+def diffusion_in(config: dict | None, args, source: str | Path) -> DiffusionConfig:
+    """Interpolant and shift of times that weights were trained with; ValueError for such as are not
+    known here.
+
+    Args:
+        config: of a run, or what an export of other weights has; None: there is none.
+        args: of a ``.pt``; only ours say the shift.
+        source: for messages.
+    """
+    told = (config or {}).get("diffusion", {})
+    path = told.get("path", getattr(args, "path_type", "linear"))
+    require_that(
+        path in ("linear", "cosine"),
+        f"expected weights of the interpolant linear or cosine, {source} has {path}",
+    )
+    shift = told.get("time_shift", getattr(args, "time_shift", 1.0))
+    require_that(
+        type(shift) in (int, float) and 0 < shift < math.inf,
+        f"expected weights with a positive shift of times, {source} has {shift}",
+    )
+    return DiffusionConfig(path=path, time_shift=float(shift))
 
 
 def facts_of(held: dict, model: DiffusionTransformer | None) -> DataFacts | None:

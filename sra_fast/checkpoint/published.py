@@ -11,7 +11,7 @@ from sra_fast.checkpoint.optimizer_state import numbered
 from sra_fast.checkpoint.reading import manifest_of, read_kinds
 from sra_fast.checkpoint.shards import MASTER, MOMENTS, ema_kind
 from sra_fast.checkpoint.sources import model_of_settings, state_dict_of
-from sra_fast.config.schema import ModelConfig
+from sra_fast.config.schema import DiffusionConfig, ModelConfig
 from sra_fast.data.facts import DataFacts
 
 # arguments of an MMDiT that its shapes do not show, and what they are unless given
@@ -19,17 +19,17 @@ OF_TEXT = {"context_tokens": None, "time_scale": 1.0, "position_start": 0.0, "po
 
 
 def published_args(
-    model: ModelConfig, path: str, facts: DataFacts | None = None
+    model: ModelConfig, diffusion: DiffusionConfig, facts: DataFacts | None = None
 ) -> argparse.Namespace:
     """The published code's arguments that describe a model.
 
     ``num_heads`` is ours, because the published code has it in the model's name; so are
-    ``input_size``, ``OF_TEXT`` of an MMDiT, ``architecture``, the family and its constructor's
-    arguments, and ``data``, the facts about the training data.
+    ``input_size``, ``time_shift``, ``OF_TEXT`` of an MMDiT, ``architecture``, the family and its
+    constructor's arguments, and ``data``, the facts about the training data.
 
     Args:
         model: of the run, filled in.
-        path: ``diffusion.path``.
+        diffusion: of the run.
         facts: about the training data.
     """
     # the published code trains on latents, whose side is an eighth of the image's
@@ -41,7 +41,8 @@ def published_args(
         num_classes=model.num_classes,
         qk_norm=model.qk_norm,
         cfg_prob=model.class_dropout_prob,
-        path_type=path,
+        path_type=diffusion.path,
+        time_shift=diffusion.time_shift,
         num_heads=given["num_heads"],
         input_size=model.input_size,
         architecture={"family": model.family, "arguments": given},
@@ -128,7 +129,7 @@ def published_of_checkpoint(path: Path) -> dict:
         "ema": state_dict_of(model, kinds[ema], path),
         "opt": published_optimizer(moments, manifest.counts[0], settings["optim"]),
         "args": published_args(
-            ModelConfig(**settings["model"]), settings["diffusion"]["path"], facts
+            ModelConfig(**settings["model"]), DiffusionConfig(**settings["diffusion"]), facts
         ),
         "epoch": manifest.epoch,
         "steps": manifest.step,

@@ -2,27 +2,32 @@
 
 The names are those of this engine. What else differs:
 
-- SD3's times run to 1000 in the sinusoid (``time_scale``). Its file does not say it.
+- SD3's times run to 1000 in the sinusoid (``time_scale``), and it is sampled at shifted times
+  (``diffusion.time_shift``). Its file says neither.
 - Its position table is that of the largest image. A model has the middle of it, as places that are
   computed (``position_start``, ``position_step``).
 - Neither SD3 nor REPA has SRA's projection head. It is initialised anew.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sra_fast import models
-from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.load_model import fill
+from sra_fast.checkpoint.export import described, write_export
+from sra_fast.checkpoint.load_model import diffusion_in, fill
+from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import MMDiT
 from sra_fast.utils.checks import require_that
 
 # what SD3 multiplies its times by
 TIME_SCALE = 1000.0
+# and the noise-to-data ratio of its times (the sampler of its release)
+TIME_SHIFT = 3.0
 
 
 def import_state(
@@ -75,12 +80,11 @@ def import_state(
         )
     if time_scale is None:
         time_scale = told if told is not None else TIME_SCALE if is_pooled else 1.0
-    path = getattr(args, "path_type", "linear")
-    require_that(
-        path in ("linear", "cosine"),
-        f"expected weights of the interpolant linear or cosine, {source} has {path}",
-    )
-    export_state(state, {**arguments, "time_scale": time_scale}, out, seed, path)
+    diffusion = diffusion_in(None, args, source)
+    # another MMDiT under these names has times of its own
+    if args is None and is_pooled and time_scale == TIME_SCALE:
+        diffusion = replace(diffusion, time_shift=TIME_SHIFT)
+    export_state(state, {**arguments, "time_scale": time_scale}, out, seed, diffusion)
 
 
 def _preset(name: str | None) -> dict:
@@ -99,7 +103,7 @@ def export_state(
     arguments: dict,
     out: str,
     seed: int,
-    path: str = "linear",
+    diffusion: DiffusionConfig,
     facts: DataFacts | None = None,
 ) -> None:
     """Write an export of the MMDiT of these arguments with these weights. A projection head that
@@ -109,5 +113,5 @@ def export_state(
     model = MMDiT(**arguments).eval()
     fill(model, state)
     architecture = {"family": model.family, "arguments": models.arguments_of(model)}
-    config = {"architecture": architecture, "diffusion": {"path": path}}
+    config = {"architecture": architecture, "diffusion": described(diffusion)}
     write_export(Path(out), model.state_dict(), config, None, facts)

@@ -5,6 +5,7 @@ the folder: the pipeline is given them, or the features of prompts.
 """
 
 import json
+import math
 from pathlib import Path
 
 from torch import Tensor
@@ -18,14 +19,26 @@ from sra_fast.checkpoint.pipeline_parts import (
     open_vae,
     write_parts,
 )
-from sra_fast.checkpoint.sd3_file import TIME_SCALE, export_state
+from sra_fast.checkpoint.sd3_file import TIME_SCALE, TIME_SHIFT, export_state
 from sra_fast.checkpoint.sd3_weights import TABLE, from_diffusers, to_diffusers
+from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import MMDiT
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import require
+from sra_fast.utils.files import read_json, require
+from sra_fast.utils.messages import warn
 
 SD3 = "SD3Transformer2DModel"
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+# options of it that give times of another kind
+OTHER_TIMES = (
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
 # numbers that its configuration has to say
 SIZES = (
     "sample_size",
@@ -91,7 +104,8 @@ def import_transformer(
             f"it is {arguments[name]}",
         )
     facts = _facts(folder.parent, arguments) if folder.name == "transformer" else None
-    export_state(state, {**arguments, "time_scale": TIME_SCALE}, out, seed, facts=facts)
+    diffusion = DiffusionConfig(time_shift=_time_shift(folder.parent))
+    export_state(state, {**arguments, "time_scale": TIME_SCALE}, out, seed, diffusion, facts)
 
 
 def _check_config(config: dict, folder: Path) -> None:
@@ -132,6 +146,31 @@ def _facts(pipeline: Path, arguments: dict) -> DataFacts | None:
         shift=shift or 0.0,
         vae_path=str((pipeline / "vae").absolute()),
     )
+
+
+def _time_shift(pipeline: Path) -> float:
+    """The shift of times of a pipeline's scheduler; SD3's, with a warning, where it is not known.
+
+    Raises:
+        ValueError: the scheduler's file is damaged, or its times are of another length.
+    """
+    file = pipeline / "scheduler/scheduler_config.json"
+    held = read_json(file) if file.exists() else {}
+    steps = held.get("num_train_timesteps", TIME_SCALE)
+    require_that(
+        steps == TIME_SCALE,
+        f"expected num_train_timesteps {TIME_SCALE:g} in {file}, got {steps}",
+    )
+    shift = held.get("shift", 1.0)
+    same_kind = held.get("_class_name") == SCHEDULER and not any(map(held.get, OTHER_TIMES))
+    if same_kind and type(shift) in (int, float) and 0 < shift < math.inf:
+        return float(shift)
+    warn(
+        "expected %s of a %s with nothing but a shift: without it times get SD3's shift of %g, "
+        "sample.time_shift gives them another",
+        *(file, SCHEDULER, TIME_SHIFT),
+    )
+    return TIME_SHIFT
 
 
 def refuse_unless_sd3(loaded: LoadedModel) -> None:
@@ -211,7 +250,7 @@ def write_sd3(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
     weights = to_diffusers(state_of(loaded), found["depth"])
     weights[TABLE[1]] = loaded.model.pos_embed
     parts = {
-        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=loaded.diffusion.time_shift),
         "transformer": make_transformer(SD3Transformer2DModel, config, weights),
         "vae": decoder,
         **dict.fromkeys(ABSENT),

@@ -319,6 +319,13 @@ class DiffusionConfig:
     """interpolant of data and noise"""
     time: Literal["uniform", "lognormal"] = "uniform"
     """distribution of the student's times"""
+    time_mean: float = 0.0
+    """of time lognormal: mean of the logarithm of the noise-to-data ratio"""
+    time_std: float = 1.0
+    """of time lognormal: its standard deviation"""
+    time_shift: float = 1.0
+    """the noise-to-data ratio of every time is multiplied by this (SD3, arXiv 2403.03206, Eq. 23):
+    above 1 for larger images and for latents of many channels"""
 
 
 @dataclass
@@ -513,6 +520,9 @@ class SampleConfig:
     """auto: euler_maruyama for SiT, ddpm for DiT"""
     steps: int = 250
     """sampling steps"""
+    time_shift: float | None = None
+    """of SiT's and MMDiT's samplers: the noise-to-data ratio of evenly spaced times is multiplied
+    by this; default: diffusion.time_shift of the training"""
     guidance: float = 1.0
     """classifier-free guidance; 1 is none"""
     interval: tuple[float, float] = (0.0, 1.0)

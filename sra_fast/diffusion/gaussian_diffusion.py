@@ -5,12 +5,14 @@ arXiv 2102.09672).
 """
 
 import math
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from sra_fast.config.schema import DiffusionConfig
 from sra_fast.diffusion.process import Noised, check_prediction
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.registry import PROCESSES
 
 NUM_TIMES = 1000
@@ -152,11 +154,13 @@ class GaussianDiffusion:
 
     @classmethod
     def from_config(cls, diffusion: DiffusionConfig, t_max: float) -> "GaussianDiffusion":
-        if (diffusion.path, diffusion.time) != ("linear", "uniform"):
-            raise ValueError(
-                "diffusion.path and diffusion.time are SiT's; DiT has neither, "
-                f"got {diffusion.path}, {diffusion.time}"
-            )
+        given = {option.name: getattr(diffusion, option.name) for option in fields(diffusion)}
+        listed = ", ".join(
+            f"diffusion.{name} {value}"
+            for name, value in given.items()
+            if value != getattr(DiffusionConfig, name)
+        )
+        require_that(not listed, f"DiT's process has no choices, expected none of {listed}")
         return cls(t_max)
 
     def times(self, uniform: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:

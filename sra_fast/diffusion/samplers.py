@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sra_fast.config.schema import ModelConfig, SampleConfig
+from sra_fast.diffusion.flow_matching import shift_times
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES, respaced
 from sra_fast.models import Conditioning, DiffusionTransformer
 from sra_fast.ops.noise_pair import interpolant
@@ -102,13 +103,28 @@ class Sampler(Protocol):
         x: Tensor,
         num_steps: int,
         path: str,
+        shift: float,
         noise: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """``x [B, C, H, W]`` at the noisy end -> at the clean end.
 
-        ``path``: interpolant of flow matching; ``noise``: draws standard normals like its argument.
+        ``path``: interpolant of flow matching; ``shift``: of its times, see ``spaced_times``;
+        ``noise``: draws standard normals like its argument.
         """
         ...
+
+
+def spaced_times(num_steps: int, shift: float, path: str, last: float = 0.0) -> list[float]:
+    """``num_steps + 1`` times of flow matching from 1 to ``last``, evenly spaced but for a shift of
+    them all (``shift_times``).
+    """
+    # Python floats: reading them from the device would wait in every step
+    evenly = torch.linspace(1, _shifted(last, 1 / shift, path), num_steps + 1, dtype=torch.float64)
+    return shift_times(evenly, shift, path).tolist()
+
+
+def _shifted(t: float, shift: float, path: str) -> float:
+    return shift_times(torch.tensor(t, dtype=torch.float64), shift, path).item()
 
 
 class _ODE:
@@ -120,9 +136,8 @@ class _ODE:
     # Heun's method: the slope is the mean of that here and that at the end of an Euler step
     heun = False
 
-    def __call__(self, guided, x, num_steps, path, noise):
-        # Python floats: reading them from the device would wait in every step
-        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
+    def __call__(self, guided, x, num_steps, path, shift, noise):
+        times = spaced_times(num_steps, shift, path)
         for i, (t, t_next) in enumerate(pairwise(times)):
             # whether there is guidance is decided where a step begins, for both of its ends
             inside = guided.applies(t)
@@ -158,8 +173,8 @@ class EulerMaruyama:
     steps = (1, 10**6)
     state_dtype = torch.float64
 
-    def __call__(self, guided, x, num_steps, path, noise):
-        times = [*torch.linspace(1, 0.04, num_steps, dtype=torch.float64).tolist(), 0.0]
+    def __call__(self, guided, x, num_steps, path, shift, noise):
+        times = [*spaced_times(num_steps - 1, shift, path, last=0.04), 0.0]
         for i, (t, t_next) in enumerate(pairwise(times)):
             v = guided.velocity(x, t, guided.applies(t))
             time = torch.tensor(t, dtype=torch.float64)
@@ -182,7 +197,7 @@ class _Discrete:
     steps = (2, NUM_TIMES)
     state_dtype = torch.float32
 
-    def __call__(self, guided, x, num_steps, path, noise):
+    def __call__(self, guided, x, num_steps, path, shift, noise):
         # i counts the steps of the short chain; the network knows the times of the full chain
         times, schedule = respaced(num_steps)
         for i in reversed(range(num_steps)):
@@ -261,6 +276,15 @@ def check_sampling(settings: SampleConfig, model: ModelConfig | DiffusionTransfo
         least <= settings.steps <= most,
         f"sample.steps for {method} must lie in [{least}, {most}], got {settings.steps}",
     )
+    shift = settings.time_shift
+    require_that(
+        shift is None or 0 < shift < math.inf,
+        f"sample.time_shift must be positive and finite, got {shift}",
+    )
+    require_that(
+        shift in (None, 1) or model.process == "flow_matching",
+        f"sample.time_shift is of SiT and MMDiT; a {model.family} has none, got {shift}",
+    )
     low, high = settings.interval
     require_that(
         0 <= low <= high <= 1,
@@ -289,6 +313,7 @@ def sample(
     interval: tuple[float, float] = (0.0, 1.0),
     guided_channels: int = 0,
     path: str = "linear",
+    time_shift: float = 1.0,
     noise: Callable[[Tensor], Tensor] = torch.randn_like,
     call: Call | None = None,
 ) -> Tensor:
@@ -304,6 +329,7 @@ def sample(
         interval: times in [0, 1] in which guidance applies; outside it the model runs once a step.
         guided_channels: how many of the C channels guidance applies to; 0: all.
         path: the interpolant that a flow-matching model was trained with.
+        time_shift: of its evenly spaced times, see ``shift_times``.
         noise: draws the standard normals of the stochastic samplers, given the state.
         call: what runs the model (a CUDA graph of it); default: the model.
 
@@ -322,7 +348,7 @@ def sample(
         raise ValueError(f"steps of {method} must lie in [{low}, {high}], got {num_steps}")
     guided = Guidance(model, condition, guidance, interval, guided_channels, call)
     x = z.to(sampler.state_dtype)
-    found = sampler(guided, x, num_steps, path, noise)
+    found = sampler(guided, x, num_steps, path, time_shift, noise)
     expected = (x.shape, x.dtype)
     is_tensor = isinstance(found, Tensor)
     require_that(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sra_fast.config.schema import SampleConfig
+from sra_fast.config.schema import DiffusionConfig, SampleConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.prompts import digest_of
 from sra_fast.data.stored_text import StoredText
@@ -178,7 +178,7 @@ def generate_for(
     conditions: SampleConditions,
     images: range,
     cfg: SampleConfig,
-    path: str,
+    diffusion: DiffusionConfig,
     seed: int,
     batch: int,
     device: torch.device | str,
@@ -189,12 +189,12 @@ def generate_for(
     Args:
         conditions: of all images.
         images: which of them.
-        model, cfg, path, seed, batch, device: see ``generate``.
+        model, cfg, diffusion, seed, batch, device: see ``generate``.
     """
     latents = []
     for first in images[::batch]:
         condition = conditions.read(first, min(first + batch, images.stop))
-        settings = (cfg, path, seed, batch, device)
+        settings = (cfg, diffusion, seed, batch, device)
         latents.append(generate(model, condition, *settings, first=first))
     return torch.cat(latents)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sra_fast.config.schema import SampleConfig
+from sra_fast.config.schema import DiffusionConfig, SampleConfig
 from sra_fast.diffusion.draws import block_seed
 from sra_fast.diffusion.samplers import Call, sample
 from sra_fast.models import Conditioning, DiffusionTransformer
@@ -68,11 +68,16 @@ class ImageNoise:
         return self.draw(*x.shape[1:]).to(x.dtype)
 
 
+def time_shift(cfg: SampleConfig, diffusion: DiffusionConfig) -> float:
+    """The shift of a sampler's times: its own, or that of the training."""
+    return diffusion.time_shift if cfg.time_shift is None else cfg.time_shift
+
+
 def generate(
     model: DiffusionTransformer,
     condition: Conditioning | Tensor,
     cfg: SampleConfig,
-    path: str,
+    diffusion: DiffusionConfig,
     seed: int,
     batch: int,
     device: torch.device | str,
@@ -87,7 +92,8 @@ def generate(
         model: in eval mode, on ``device``.
         condition: N of them, or labels ``[N]`` int64.
         cfg: sampler and guidance.
-        path: the interpolant the model was trained with.
+        diffusion: what the model was trained with: its interpolant and, unless ``cfg`` has another,
+            its shift of times.
         seed: of the noise.
         batch: images per call of the sampler.
         device: where the model runs.
@@ -115,7 +121,8 @@ def generate(
             guidance=cfg.guidance,
             interval=tuple(cfg.interval),
             guided_channels=cfg.guided_channels,
-            path=path,
+            path=diffusion.path,
+            time_shift=time_shift(cfg, diffusion),
             noise=noise.like,
             call=call,
         )

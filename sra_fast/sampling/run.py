@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_fast.checkpoint.load_model import load_model
-from sra_fast.config.schema import SampleConfig
+from sra_fast.config.schema import DiffusionConfig, SampleConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.prompts import as_lines
 from sra_fast.data.vae import decode
@@ -26,7 +26,7 @@ from sra_fast.plots.report import save_grid, to_uint8
 from sra_fast.sampling.conditions import SampleConditions, SampledLabels
 from sra_fast.sampling.decoder import Decoder, choose_decoder
 from sra_fast.sampling.folder import IDENTITY, SampleFolder
-from sra_fast.sampling.generate import choose_labels, generate
+from sra_fast.sampling.generate import choose_labels, generate, time_shift
 from sra_fast.sampling.parts import delete_parts, first_images, join_parts, make_parts, num_parts
 from sra_fast.sampling.prompts import choose_text
 from sra_fast.utils.checks import require_that
@@ -122,7 +122,7 @@ class SamplingJob:
     Attributes:
         options: as given; ``count`` is known.
         model: in eval mode, fp32, on the CPU.
-        path: the interpolant it was trained with.
+        diffusion: interpolant and shift of times that it was trained with.
         conditions: of every image.
         facts: about the data that the model was trained on, if they are known.
         decoder: what turns latents into images.
@@ -132,7 +132,7 @@ class SamplingJob:
 
     options: Options
     model: DiffusionTransformer
-    path: str
+    diffusion: DiffusionConfig
     conditions: SampleConditions
     facts: DataFacts | None
     decoder: Decoder
@@ -182,7 +182,8 @@ def load_job(options: Options) -> SamplingJob:
     )
     options = replace(options, count=len(conditions))
     made_of = {"step": loaded.step, "weights": loaded.weights}
-    return SamplingJob(options, model, loaded.path, conditions, facts, decoder, device, made_of)
+    diffusion = loaded.diffusion
+    return SamplingJob(options, model, diffusion, conditions, facts, decoder, device, made_of)
 
 
 def _dtype(options: Options) -> torch.dtype:
@@ -276,7 +277,8 @@ def identity(job: SamplingJob) -> dict:
         "weights": digest.hexdigest()[:16],
         # what weights do not show: the number of heads, what times are multiplied by
         "model": {"family": model.family, **arguments_of(model)},
-        "path": job.path,
+        "path": job.diffusion.path,
+        "time_shift": time_shift(options.sample, job.diffusion),
         **decisive,
         # what decodes, also where it was not given
         **job.decoder.identity(),
@@ -324,7 +326,7 @@ def image_maker(
             model,
             job.conditions.read(first, end),
             options.sample,
-            job.path,
+            job.diffusion,
             options.seed,
             options.batch,
             device,

@@ -148,6 +148,13 @@ def _check_interpolant(
         f"train.init_from {source} was trained with the interpolant {found}, the run has "
         f"--diffusion.path {ours}",
     )
+    shift = told.get("time_shift", getattr(initial.get("args"), "time_shift", None))
+    if shift not in (None, cfg.diffusion.time_shift) and model.process == "flow_matching":
+        # other times are learned, unlike another interpolant
+        warn(
+            "train.init_from %s is of diffusion.time_shift %s, the run has %s",
+            *(source, shift, cfg.diffusion.time_shift),
+        )
 
 
 def _check_conditioning(source: str, model: DiffusionTransformer, state: dict) -> None:

@@ -163,7 +163,7 @@ class Monitor:
         """Images of a share, uint8 ``[n, H, W, C]`` on the device."""
         cfg = self.cfg
         batch = cfg.monitor.batch
-        settings = (cfg.sample, cfg.diffusion.path, cfg.train.seed, batch, self.device)
+        settings = (cfg.sample, cfg.diffusion, cfg.train.seed, batch, self.device)
         latents = generate_for(model, self.conditions, share, *settings)
         data = cfg.data
         images = decode(latents, self.vae, data.latent_scale, data.latent_shift, batch, self.device)

@@ -36,6 +36,9 @@ ABSENT = "absent"
 # fields that older versions had not, with values that say nothing
 NEW = {
     "model.options": {},
+    "diffusion.time_mean": 0.0,
+    "diffusion.time_std": 1.0,
+    "diffusion.time_shift": 1.0,
     "train.averages": {},
     "train.average_snapshots": 0,
     "optim.schedule": "constant",

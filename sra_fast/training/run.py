@@ -261,7 +261,7 @@ def evaluate_samples(trainer: Trainer, data: TrainingData, weights: dict, folder
     count = evaluation.num_images
     conditions = conditions_of(data, count, cfg.sample.labels, cfg.train.seed)
     labels = conditions.numbers
-    settings = (cfg.sample, cfg.diffusion.path, cfg.train.seed, count, trainer.device)
+    settings = (cfg.sample, cfg.diffusion, cfg.train.seed, count, trainer.device)
     images = generate_for(model, conditions, range(count), *settings)
     pixels = report.to_uint8(evaluation.picture(images, labels), cfg.sample.rounding)
     report.save_grid(

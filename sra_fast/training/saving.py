@@ -143,7 +143,7 @@ def export_published(
         "model": trainer.state_dict(weights),
         "ema": trainer.state_dict(ema),
         "opt": published_optimizer(of_model(moments), count, asdict(cfg.optim)),
-        "args": published_args(cfg.model, cfg.diffusion.path, facts),
+        "args": published_args(cfg.model, cfg.diffusion, facts),
         "epoch": epoch,
         "steps": step,
     }

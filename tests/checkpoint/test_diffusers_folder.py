@@ -24,6 +24,7 @@ from sra_fast.checkpoint.diffusers_weights import (
     without_null_rows,
 )
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
+from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.diffusion.gaussian_diffusion import Schedule, linear_betas
 from sra_fast.models import DiT, SiT
@@ -54,7 +55,7 @@ def pipeline(tmp_path_factory, vae):
     """A folder with everything, its model and the loaded pipeline."""
     folder = tmp_path_factory.mktemp("pipeline")
     model = dit()
-    write_pipeline(LoadedModel(model, "linear", FACTS), folder, str(vae))
+    write_pipeline(LoadedModel(model, DiffusionConfig(), FACTS), folder, str(vae))
     return folder, model, loaded_pipeline(folder)
 
 
@@ -101,7 +102,7 @@ def test_the_difference_of_the_sinusoid(pipeline, tmp_path, vae):
     labels = torch.arange(120) % 6
     ours = model(x, t, labels)
     plain = relative_rms(theirs(pipe, x, t, labels), ours)
-    write_pipeline(LoadedModel(model, "linear", FACTS), tmp_path, str(vae), fold=True)
+    write_pipeline(LoadedModel(model, DiffusionConfig(), FACTS), tmp_path, str(vae), fold=True)
     folded = relative_rms(theirs(loaded_pipeline(tmp_path), x, t, labels), ours)
     assert abs(plain - 0.126) < 2e-3
     assert abs(folded - 0.063) < 2e-3
@@ -193,20 +194,22 @@ def test_the_scale_is_not_lost_without_a_vae(tmp_path, vae):
     out = tmp_path / "out"
     for path in (None, str(tmp_path / "gone")):
         with pytest.raises(ValueError, match="the scale of the latents, 1.5305, .* expected --vae"):
-            write_pipeline(LoadedModel(dit(), "linear", replace(scaled, vae_path=path)), out)
+            write_pipeline(
+                LoadedModel(dit(), DiffusionConfig(), replace(scaled, vae_path=path)), out
+            )
     for facts, message in (
         (replace(scaled, shift=0.3), "does not shift latents, the model's have a shift of 0.3"),
         (DataFacts("pixels", (4, 8, 8), 5, pixels=True), "makes images, DiTPipeline decodes"),
     ):
         with pytest.raises(ValueError, match=message):
-            write_pipeline(LoadedModel(dit(), "linear", facts), out)
+            write_pipeline(LoadedModel(dit(), DiffusionConfig(), facts), out)
     assert not out.exists()
-    write_pipeline(LoadedModel(dit(), "linear", replace(scaled, vae_path=str(vae))), out)
+    write_pipeline(LoadedModel(dit(), DiffusionConfig(), replace(scaled, vae_path=str(vae))), out)
     assert loaded_pipeline(out).vae.config.scaling_factor == 1.5305
 
 
 def test_without_a_vae_the_pipeline_is_given_one(tmp_path, vae):
-    write_pipeline(LoadedModel(dit(), "linear", None), tmp_path)
+    write_pipeline(LoadedModel(dit(), DiffusionConfig(), None), tmp_path)
     assert not (tmp_path / "vae").exists()
     decoder = diffusers.AutoencoderKL.from_pretrained(vae)
     pipe = loaded_pipeline(tmp_path, vae=decoder)
@@ -214,7 +217,7 @@ def test_without_a_vae_the_pipeline_is_given_one(tmp_path, vae):
     # a VAE that an earlier export has left is not the pipeline's
     (tmp_path / "vae").mkdir()
     with pytest.raises(ValueError, match="has a VAE of before: expected --vae"):
-        write_pipeline(LoadedModel(dit(), "linear", None), tmp_path)
+        write_pipeline(LoadedModel(dit(), DiffusionConfig(), None), tmp_path)
 
 
 def test_null_rows():
@@ -245,7 +248,7 @@ def test_null_rows():
 )
 def test_what_diffusers_cannot_hold_is_refused(tmp_path, vae, model, facts, message):
     with pytest.raises(ValueError, match=message):
-        write_pipeline(LoadedModel(model, "linear", facts), tmp_path / "out", str(vae))
+        write_pipeline(LoadedModel(model, DiffusionConfig(), facts), tmp_path / "out", str(vae))
     assert not (tmp_path / "out").exists()
 
 
@@ -328,7 +331,7 @@ def test_the_commands(pipeline, tmp_path, caplog):
 
 
 def test_a_full_disk_leaves_nothing_or_what_was_there(tmp_path, vae, monkeypatch):
-    loaded = LoadedModel(dit(), "linear", FACTS)
+    loaded = LoadedModel(dit(), DiffusionConfig(), FACTS)
     out = tmp_path / "old"
     write_pipeline(loaded, out, str(vae))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -339,16 +342,18 @@ def test_a_full_disk_leaves_nothing_or_what_was_there(tmp_path, vae, monkeypatch
     monkeypatch.setattr("sra_fast.checkpoint.pipeline_parts.write_json", full)
     for folder in ("old", "new/pipeline"):
         with pytest.raises(OSError, match="No space left"):
-            write_pipeline(LoadedModel(dit(seed=1), "linear", FACTS), tmp_path / folder, str(vae))
+            write_pipeline(
+                LoadedModel(dit(seed=1), DiffusionConfig(), FACTS), tmp_path / folder, str(vae)
+            )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_pipeline_does_not_replace_the_vae_that_it_reads(tmp_path, vae):
     out = tmp_path / "pipeline"
-    write_pipeline(LoadedModel(dit(), "linear", FACTS), out, str(vae))
+    write_pipeline(LoadedModel(dit(), DiffusionConfig(), FACTS), out, str(vae))
     before = (out / "vae/config.json").read_text()
-    other = LoadedModel(dit(), "linear", replace(FACTS, scale=0.7))
+    other = LoadedModel(dit(), DiffusionConfig(), replace(FACTS, scale=0.7))
     with pytest.raises(ValueError, match="out .*/vae would replace vae .*/vae: expected another"):
         write_pipeline(other, out, str(out / "vae"))
     assert (out / "vae/config.json").read_text() == before

@@ -19,6 +19,7 @@ import sra_fast
 from sra_fast.checkpoint.formats import Options, export, format_of
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.checkpoint.sources import read_weights
+from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import DiT, arguments_of
 from sra_fast.training.initial import read_initial
@@ -40,7 +41,9 @@ def published(folder, model, **sizes):
         "model": weights(network(seed=3, **sizes)),
         "ema": student,
         "opt": optimizer.state_dict(),
-        "args": argparse.Namespace(num_heads=2, model="SiT-S/2", path_type="cosine"),
+        "args": argparse.Namespace(
+            num_heads=2, model="SiT-S/2", path_type="cosine", time_shift=2.5
+        ),
         "epoch": 0,
         "steps": 1,
     }
@@ -72,8 +75,10 @@ def test_there_and_back_is_the_same(tmp_path, source, out):
     after = load_model(str(tmp_path / out))
     assert same(after.model.state_dict(), before.model.state_dict())
     assert arguments_of(after.model) == arguments_of(model)
-    for name in ("path", "facts", "step", "fresh"):
+    for name in ("diffusion", "facts", "step", "fresh"):
         assert getattr(after, name) == getattr(before, name), name
+    if source == "published":
+        assert after.diffusion == DiffusionConfig(path="cosine", time_shift=2.5)
     if source == "run":
         assert (after.facts, after.step) == (FACTS, 7)
     # and a run starts from it

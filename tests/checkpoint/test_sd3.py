@@ -17,6 +17,8 @@ from sra_fast.checkpoint.diffusers_folder import import_pipeline, write_pipeline
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.checkpoint.official_weights import import_file
 from sra_fast.checkpoint.sd3_weights import block_from_diffusers, block_to_diffusers
+from sra_fast.config.schema import DiffusionConfig
+from sra_fast.diffusion.samplers import sample
 from sra_fast.models import MMDiT, arguments_of
 from sra_fast.models.layers import sincos_pos_embed
 from sra_fast.models.mmdit import JointBlock
@@ -90,6 +92,8 @@ def test_a_file_of_sd3(tmp_path):
     assert "expected --input_size, the side of the latents" in error_of(done)
     done = call("import_weights", "--from", file, "--out", out, "--input_size", 8)
     assert done.returncode == 0, done.stderr
+    # what its release samples at
+    assert load_model(out).diffusion == DiffusionConfig(time_shift=3.0)
     found = load_model(out).model
     # START is (12 - 4) / 2 patches of STEP
     for name, value in arguments_of(model).items():
@@ -101,6 +105,7 @@ def test_a_file_of_sd3(tmp_path):
     assert found.ap_head.linear1.weight.std() > 0
     # another size and another scale of the times can be asked for
     import_file(file, None, out, input_size=16, time_scale=1.0)
+    assert load_model(out).diffusion == DiffusionConfig()
     found = load_model(out).model
     assert (found.input_size, found.time_scale) == (16, 1.0)
     assert found.position_start == pytest.approx(2 * STEP)
@@ -206,6 +211,7 @@ def test_a_pipeline_there_and_back(theirs, tmp_path, monkeypatch):
     vae.save_pretrained(tmp_path / "vae")
     import_pipeline(str(theirs[1]), str(tmp_path / "w.safetensors"))
     loaded = replace(load_model(str(tmp_path / "w.safetensors")), facts=FACTS)
+    loaded = replace(loaded, diffusion=DiffusionConfig(time_shift=2.5))
     out = tmp_path / "pipeline"
     write_pipeline(loaded, out, str(tmp_path / "vae"))
     # names, numbers and shapes of diffusers; the table is that of the size, the unread norm is one
@@ -235,6 +241,19 @@ def test_a_pipeline_there_and_back(theirs, tmp_path, monkeypatch):
         output_type="np",
     ).images
     assert images.shape == (3, 8, 8, 3)
+    # at our times, 1 to 1 / steps before they are shifted, it makes our samples
+    z = torch.randn(3, 4, 8, 8)
+    latents = pipe(
+        prompt_embeds=text.tokens,
+        pooled_prompt_embeds=text.pooled,
+        sigmas=[1.0, 0.8, 0.6, 0.4, 0.2],
+        guidance_scale=1.0,
+        latents=z.clone(),
+        output_type="latent",
+    ).images
+    ours = sample(loaded.model, z, text, "euler", 5, time_shift=loaded.diffusion.time_shift)
+    assert_matches(latents.double(), ours)
+    assert not torch.allclose(ours, sample(loaded.model, z, text, "euler", 5))
     # a relative path leads to the VAE from other folders as well
     monkeypatch.chdir(tmp_path)
     import_pipeline("pipeline", "back.safetensors")
@@ -242,8 +261,47 @@ def test_a_pipeline_there_and_back(theirs, tmp_path, monkeypatch):
     assert back.facts.vae_path == str(out / "vae")
     assert same(weights(back.model, ["ap_head."]), weights(loaded.model, ["ap_head."]))
     assert (back.facts.scale, back.facts.shift) == (1.5, 0.06)
+    assert back.diffusion == DiffusionConfig(time_shift=2.5)
     for name, value in arguments_of(loaded.model).items():
         assert arguments_of(back.model)[name] == pytest.approx(value), name
+
+
+@pytest.mark.parametrize(
+    "scheduler, shift",
+    [
+        (dict(shift=2.5), 2.5),
+        (dict(shift=6), 6.0),
+        ({}, 1.0),
+        (dict(use_dynamic_shifting=True), None),
+        (dict(shift=3.0, shift_terminal=0.1), None),
+        (dict(shift=0.0), None),
+        (dict(_class_name="DPMSolverMultistepScheduler", flow_shift=2.0), None),
+        (None, None),
+    ],
+)
+def test_the_times_of_a_pipeline_s_scheduler(theirs, tmp_path, caplog, scheduler, shift):
+    (tmp_path / "transformer").symlink_to(theirs[1])
+    if scheduler is not None:
+        held = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
+        (tmp_path / "scheduler").mkdir()
+        (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(held))
+    out = str(tmp_path / "w.safetensors")
+    import_pipeline(str(tmp_path), out)
+    assert load_model(out).diffusion.time_shift == (shift or 3.0)
+    said = "with nothing but a shift: without it times get SD3's shift of 3, sample.time_shift"
+    assert (said in caplog.text) == (shift is None)
+
+
+def test_a_scheduler_of_other_times_is_refused(theirs, tmp_path):
+    (tmp_path / "transformer").symlink_to(theirs[1])
+    (tmp_path / "scheduler").mkdir()
+    file = tmp_path / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({"num_train_timesteps": 500}))
+    with pytest.raises(ValueError, match="expected num_train_timesteps 1000 in .* got 500"):
+        import_pipeline(str(tmp_path), str(tmp_path / "w.safetensors"))
+    file.write_text("[")
+    with pytest.raises(ValueError, match="scheduler_config.json is no readable JSON file"):
+        import_pipeline(str(tmp_path), str(tmp_path / "w.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +331,11 @@ def test_another_configuration_is_refused(theirs, tmp_path, change, message):
         (dict(pooled_size=0), {}, "takes a pooled feature of the captions"),
         (dict(time_scale=1.0), {}, "has times up to 1000, the model multiplies them by 1 "),
         (dict(mlp_ratio=2.0), {}, "has an mlp_ratio of 4, the model has 2"),
-        ({}, dict(path="cosine"), "has the interpolant linear, the model cosine"),
+        (
+            {},
+            dict(diffusion=DiffusionConfig(path="cosine")),
+            "has the interpolant linear, the model cosine",
+        ),
         ({}, dict(facts=replace(FACTS, pixels=True)), "the model makes images"),
         ({}, dict(facts=FACTS), "the VAE carries the scale of the latents, 1.5: expected --vae"),
         (
@@ -285,7 +347,7 @@ def test_another_configuration_is_refused(theirs, tmp_path, change, message):
 )
 def test_what_sd3_cannot_hold_is_refused(tmp_path, sizes, changes, message):
     pytest.importorskip("diffusers")
-    loaded = replace(LoadedModel(sd3(**sizes), "linear"), **changes)
+    loaded = replace(LoadedModel(sd3(**sizes), DiffusionConfig()), **changes)
     with pytest.raises(ValueError, match=message):
         write_pipeline(loaded, tmp_path / "out")
     assert not (tmp_path / "out").exists()

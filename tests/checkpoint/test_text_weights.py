@@ -23,7 +23,7 @@ from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.checkpoint.official_weights import import_file
 from sra_fast.checkpoint.sources import read_weights
 from sra_fast.config.cli import parse_train, save_config
-from sra_fast.config.schema import ModelConfig
+from sra_fast.config.schema import DiffusionConfig, ModelConfig
 from sra_fast.models import TextFeatures, arguments_from_state_dict, arguments_of
 from sra_fast.models.layers import sincos_pos_embed
 from sra_fast.training.initial import read_initial
@@ -157,7 +157,7 @@ def test_a_run_there_and_back(tmp_path, qk_norm):
 
 
 def test_the_card_says_what_the_captions_are():
-    text = card(LoadedModel(network(), "linear", FACTS), "me/captions")
+    text = card(LoadedModel(network(), DiffusionConfig(), FACTS), "me/captions")
     assert "text-to-image" in text and "num_classes" not in text and "An MMDiT of" in text
     assert "| captions | clip: 3 tokens of 12 |" in text
     assert f"| text encoder | CLIPTextModel, sha256 {'a' * 64} |" in text

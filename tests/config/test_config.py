@@ -178,7 +178,10 @@ def test_help_says_the_short_forms_and_each_list_of_choices_once(capsys):
         ),
         (("--model.name", "SiT-H/2"), "expected a model name"),
         (("--model.input_size", "33"), "multiple of patch_size 2, got 33"),
-        (("--model.name", "DiT-XL/2", "--diffusion.path", "cosine"), "DiT has neither"),
+        (
+            ("--model.name", "DiT-XL/2", "--diffusion.path", "cosine"),
+            "DiT's process has no choices, expected none of diffusion.path cosine",
+        ),
         (("--sample.method", "ddim"), "sample.method for flow_matching"),
         (("--model.class_dropout_prob", "0", "--sample.guidance", "2"), "class_dropout_prob > 0"),
         (("--align.t_max", "1.5"), "t_max"),

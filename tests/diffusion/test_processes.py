@@ -6,7 +6,8 @@ import pytest
 import torch
 from golden import Golden, assert_matches
 
-from sra_fast.diffusion.flow_matching import FlowMatching
+from sra_fast.config.schema import DiffusionConfig
+from sra_fast.diffusion.flow_matching import FlowMatching, shift_times
 from sra_fast.diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     Schedule,
@@ -104,6 +105,76 @@ def test_lognormal_times(path):
     assert log.mean().item() == pytest.approx(0, abs=1e-3)
     assert log.std().item() == pytest.approx(1, abs=5e-3)
     assert FlowMatching(path, "lognormal").times(torch.zeros(1), torch.zeros(1))[0].item() == 0
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_lognormal_times_of_a_mean_and_a_deviation(path):
+    """The shift adds its logarithm to the mean."""
+    u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    process = FlowMatching(path, "lognormal", mean=-0.8, std=0.6, shift=2.0)
+    log = noise_to_data(process.times(u, torch.zeros_like(u))[0], path).log()
+    assert log.mean().item() == pytest.approx(-0.8 + math.log(2), abs=1e-6)
+    assert log.std().item() == pytest.approx(0.6, abs=1e-3)
+
+
+def noise_to_data(t, path):
+    """sigma / alpha."""
+    return t / (1 - t) if path == "linear" else torch.tan(t * math.pi / 2)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("shift", [0.25, 3.0, 6.93])
+def test_shifted_times(path, shift):
+    """arXiv 2403.03206, Eq. 23: the noise-to-data ratio is ``shift`` times that of before; both
+    ends stay, and the teacher's gap is one of shifted times.
+    """
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    gap = torch.full_like(u, 0.5)
+    t, teacher = FlowMatching(path, t_max=0.2, shift=shift).times(u, gap)
+    inner = slice(1, -1)
+    ratios = noise_to_data(t, path) / noise_to_data(u, path)
+    assert_matches(ratios[inner], torch.full_like(u, shift)[inner], 1e-12)
+    assert t[0] == 0 and t[-1].item() == pytest.approx(1, abs=1e-15)
+    assert (t.diff() > 0).all() and t.max() <= 1
+    assert_matches(teacher, (t - 0.1).clamp(min=0), 1e-15)
+    assert_matches(shift_times(t, 1 / shift, path), u, 1e-14)
+    if path == "linear":
+        assert_matches(t, shift * u / (1 + (shift - 1) * u), 1e-15)
+    # in fp32 too, where the largest uniform is just below 1
+    single = shift_times(u.float(), shift, path)
+    assert_matches(single, t, 1e-6)
+    assert single.max() <= 1
+
+
+def test_a_shift_of_one_keeps_the_bits():
+    u = torch.rand(1000)
+    assert torch.equal(FlowMatching(shift=1.0).times(u, torch.zeros_like(u))[0], u)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(time_shift=0.0), "diffusion.time_shift must be positive and finite, got 0.0"),
+        (dict(time_shift=math.inf), "diffusion.time_shift must be positive and finite, got inf"),
+        (dict(time_shift=math.nan), "diffusion.time_shift must be positive and finite, got nan"),
+        (dict(time="lognormal", time_std=-1.0), "diffusion.time_std must be positive .* got -1.0"),
+        (dict(time="lognormal", time_mean=math.nan), "diffusion.time_mean must be finite, got nan"),
+        (dict(time_mean=0.5), "are of diffusion.time lognormal, got 0.5 and 1.0 with uniform"),
+        (dict(time_std=0.5), "are of diffusion.time lognormal, got 0.0 and 0.5 with uniform"),
+    ],
+)
+def test_times_that_are_none_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMatching.from_config(DiffusionConfig(**given), 0.2)
+
+
+@pytest.mark.parametrize(
+    "given", [dict(time_shift=3.0), dict(path="cosine"), dict(time="lognormal", time_std=0.5)]
+)
+def test_a_dit_has_no_choices(given):
+    listed = ", ".join(f"diffusion.{name} {value}" for name, value in given.items())
+    with pytest.raises(ValueError, match=f"DiT's process has no choices, .* none of {listed}"):
+        GaussianDiffusion.from_config(DiffusionConfig(**given), 0.2)
 
 
 def test_teacher_is_earlier_by_at_most_t_max():

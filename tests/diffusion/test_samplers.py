@@ -1,10 +1,11 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from golden import Golden, assert_matches
 
-from sra_fast.config.schema import SampleConfig
+from sra_fast.config.schema import DiffusionConfig, SampleConfig
 from sra_fast.diffusion.gaussian_diffusion import Schedule, linear_betas
 from sra_fast.diffusion.samplers import Guidance, check_sampling, sample
 from sra_fast.models import ClassLabels, SiT
@@ -88,7 +89,7 @@ def test_a_sampler_that_gives_no_images_is_named(add, result, got):
         steps = (1, 5)
         state_dtype = torch.float64
 
-        def __call__(self, guided, x, num_steps, path, noise):
+        def __call__(self, guided, x, num_steps, path, shift, noise):
             return result(x)
 
     model = SiT(input_size=8, in_channels=4, hidden_size=32, depth=1, num_heads=2).eval()
@@ -120,7 +121,7 @@ def test_guided_channels_reach_the_samplers():
     images = []
     for channels in (3, 4):
         settings = SampleConfig(steps=2, guidance=3.0, guided_channels=channels)
-        images.append(generate(model, golden["ys"], settings, "linear", 0, 4, "cpu"))
+        images.append(generate(model, golden["ys"], settings, DiffusionConfig(), 0, 4, "cpu"))
     assert not torch.equal(*images)
     with pytest.raises(ValueError, match=r"steps of ddim must lie in \[2, 1000\]"):
         sample(model, z, golden["ys"], "ddim", 1)
@@ -212,6 +213,83 @@ def test_guidance_includes_both_ends_of_its_interval(method, num_steps, interval
     how = dict(guidance=2.0, interval=interval, call=call)
     sample(model, torch.randn(3, 4, 2, 2), y, method, num_steps, **how)
     assert calls == [(pytest.approx(t, rel=1e-6), 6 if inside else 3) for t, inside in expected]
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_shifted_times_of_every_sampler(path, shift):
+    """The times of all calls, from the formula of the linear interpolant and from the definition of
+    the other. The stochastic sampler still ends at 0.04.
+    """
+    model = GaussianData("flow_matching", 0.5)
+
+    def ratio(t):
+        return t / (1 - t) if path == "linear" else math.tan(math.pi / 2 * t)
+
+    def time(r):
+        return r / (1 + r) if path == "linear" else 2 / math.pi * math.atan(r)
+
+    def shifted(t):
+        return 1.0 if t == 1 else time(shift * ratio(t))
+
+    def times_of(method, num_steps):
+        called = []
+
+        def call(x, t, condition):
+            called.append(t[0].item())
+            return model(x, t, condition)
+
+        how = dict(call=call, path=path, time_shift=shift)
+        sample(model, torch.randn(1, 4, 2, 2), torch.tensor([0]), method, num_steps, **how)
+        return called
+
+    quarters = [shifted(t) for t in (1, 0.75, 0.5, 0.25)]
+    assert times_of("euler", 4) == pytest.approx(quarters, rel=1e-6)
+    both = [t for pair in pairwise(quarters) for t in pair] + quarters[-1:]
+    assert times_of("heun", 4) == pytest.approx(both, rel=1e-6)
+    # evenly spaced before the shift
+    last = 0.04 if shift == 1 else time(ratio(0.04) / shift)
+    middle = shifted((1 + last) / 2)
+    assert times_of("euler_maruyama", 3) == pytest.approx([1, middle, 0.04], rel=1e-6)
+    assert times_of("euler_maruyama", 1) == [1]
+
+
+def test_gaussian_data_come_back_at_shifted_times():
+    model = GaussianData("flow_matching", 0.5)
+    z = torch.randn(4000, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.zeros(4000, dtype=torch.int64)
+    exact = sample(model, z, y, "heun", 400)
+    coarse = [sample(model, z, y, "heun", 50, time_shift=shift) for shift in (0.5, 2.0)]
+    for x in coarse:
+        assert_matches(x, exact, 5e-3)
+    assert not torch.equal(*coarse)
+
+
+def test_the_training_s_shift_samples_unless_another_is_given():
+    golden = Golden("SiT")
+    model = golden.model().eval()
+
+    def made(own, trained):
+        settings = SampleConfig("euler", 3, time_shift=own)
+        diffusion = DiffusionConfig(time_shift=trained)
+        return generate(model, golden["ys"], settings, diffusion, 0, 4, "cpu")
+
+    assert torch.equal(made(None, 3.0), made(3.0, 1.0))
+    assert torch.equal(made(1.0, 3.0), made(None, 1.0))
+    assert not torch.equal(made(None, 3.0), made(None, 1.0))
+
+
+@pytest.mark.parametrize(
+    "family, shift, message",
+    [
+        ("SiT", 0.0, "sample.time_shift must be positive and finite, got 0.0"),
+        ("SiT", math.nan, "sample.time_shift must be positive and finite, got nan"),
+        ("DiT", 3.0, "sample.time_shift is of SiT and MMDiT; a DiT has none, got 3.0"),
+    ],
+)
+def test_a_shift_that_is_none_is_refused(family, shift, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(SampleConfig(time_shift=shift), Golden(family).model())
 
 
 def test_ddpm_without_a_learned_variance_has_the_posterior_s():

@@ -22,7 +22,7 @@ from sra_fast.analysis.pca_maps import draw_maps
 from sra_fast.analysis.run_scores import ScoreOptions, score_run
 from sra_fast.checkpoint.load_model import load_model
 from sra_fast.config.cli import make_parser, parse, parse_train
-from sra_fast.config.schema import DataConfig, SampleConfig
+from sra_fast.config.schema import DataConfig, DiffusionConfig, SampleConfig
 from sra_fast.data.dataset import make_dataset, open_data
 from sra_fast.data.prompts import read_prompts
 from sra_fast.data.text_encoders import load_text_encoders
@@ -119,12 +119,12 @@ def test_the_command_makes_an_image_of_each_prompt(made, tmp_path):
     cfg = options(made).sample
     model = load_model(str(made / "runs/000")).model
     given = replace(features, empty=empty)
-    latents = generate(model, given, cfg, "linear", 0, 3, "cpu")
+    latents = generate(model, given, cfg, DiffusionConfig(), 0, 3, "cpu")
     expected = report.to_uint8(latents).astype(int)
     with np.load(tmp_path / "out/samples.npz") as held:
         assert np.abs(held["arr_0"] - expected).max() <= 1
         assert held["arr_1"].tolist() == [0, 1, 2]
-    unguided = generate(model, given, replace(cfg, guidance=1.0), "linear", 0, 3, "cpu")
+    unguided = generate(model, given, replace(cfg, guidance=1.0), DiffusionConfig(), 0, 3, "cpu")
     assert np.abs(report.to_uint8(unguided).astype(int) - expected).max() > 3
     lines = (tmp_path / "out/prompts.jsonl").read_bytes()
     assert [json.loads(line) for line in lines.splitlines()] == PROMPTS
@@ -237,11 +237,11 @@ def test_the_monitor_samples_captions_of_held_out_images(made):
     model = load_model(str(made / "runs/000")).model.to(device)
     cfg = SampleConfig("euler", 1)
     with torch.no_grad():
-        x = generate_for(model, conditions, range(4), cfg, "linear", 0, 64, device)
+        x = generate_for(model, conditions, range(4), cfg, DiffusionConfig(), 0, 64, device)
         # an image is the same in any batch
         for first in (0, 2):
             part = generate_for(
-                model, conditions, range(first, first + 2), cfg, "linear", 0, 1, device
+                model, conditions, range(first, first + 2), cfg, DiffusionConfig(), 0, 1, device
             )
             torch.testing.assert_close(part, x[first : first + 2], rtol=1e-4, atol=1e-4)
     report.save_grid(made / "expected.png", report.to_uint8(x), 10, 4, captions=texts + texts[:1])

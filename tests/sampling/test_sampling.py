@@ -13,7 +13,7 @@ from launch import ROOT, call, environment, error_of
 from PIL import Image
 from toy_data import write_vae
 
-from sra_fast.config.schema import SampleConfig
+from sra_fast.config.schema import DiffusionConfig, SampleConfig
 from sra_fast.data.vae import load_vae
 from sra_fast.models import SiT
 from sra_fast.plots.report import to_uint8
@@ -249,7 +249,9 @@ def test_the_identity_has_what_no_weight_shows(weights, tmp_path):
     four = script.load_job(options(weights, tmp_path, num_heads=4))
     assert differing(script.identity(four), first) == {"model"}
     assert script.identity(four)["model"]["num_heads"] == 4
-    assert differing(script.identity(replace(job, path="cosine")), first) == {"path"}
+    for changed in (dict(path="cosine"), dict(time_shift=2.0)):
+        other = replace(job, diffusion=DiffusionConfig(**changed))
+        assert differing(script.identity(other), first) == {*changed}
     other = SampledLabels(job.conditions.numbers.flip(0))
     assert differing(script.identity(replace(job, conditions=other)), first) == {"numbers"}
     scaled = replace(job, decoder=Decoder(None, 1.5))

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from toy_data import write_vae
 
 from sra_fast.checkpoint.load_model import load_model
+from sra_fast.config.schema import DiffusionConfig
 
 TINY = (
     "--config configs/digits.yaml --model.hidden_size 32 --model.depth 4 --model.num_heads 2 "
@@ -398,3 +399,27 @@ def test_dit_on_latents_from_disk(tmp_path):
         done = call("sample", "--checkpoint", checkpoint, "--out", tmp_path / "s", *settings)
         assert done.returncode == 0, done.stderr[-2000:]
         assert images_of(tmp_path / "s").shape == (3, 64, 64, 3)
+
+
+def test_a_shift_of_times_goes_from_training_to_samples(tmp_path):
+    """Every form of a run's weights knows it, and samples are made at times that it shifts."""
+    run = tmp_path / "runs/000"
+    args = (*TINY, "--diffusion.time_shift", 3, "--train.save_every", 2)
+    export = ("--train.export", '["published","safetensors"]')
+    done = call("train", *args, *export, "--train.steps", 4, "--train.out", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = call("export", "--checkpoint", run, "--out", tmp_path / "folder")
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [run, run / "checkpoints/step_00000002", run / "published.pt", tmp_path / "folder"]
+    for file in (*files, run / "ema.safetensors"):
+        assert load_model(str(file)).diffusion == DiffusionConfig(time_shift=3.0), file
+
+    few = ("--checkpoint", run, "--out", tmp_path / "out", "--count", 3, "--sample.steps", 3)
+    done = call("sample", *few)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out/samples.json").read_text())["identity"]["time_shift"] == 3
+    assert "time_shift" in error_of(call("sample", *few, "--sample.time_shift", 1))
+
+    again = ("--train.resume", run, "--train.steps", 6)
+    done = call("train", *args, *again, "--diffusion.time_shift", 2)
+    assert "made with diffusion.time_shift 3.0, this run has 2.0" in error_of(done)

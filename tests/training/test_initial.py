@@ -251,6 +251,24 @@ def test_another_interpolant_is_refused(tmp_path, ours, theirs):
         initial_of(tmp_path / "w.pt", *run)
 
 
+def test_another_shift_of_times_is_said(tmp_path, caplog):
+    """A run may learn other times, unlike another interpolant."""
+    model = network()
+    in_config(tmp_path / "w.safetensors", model, time_shift=3.0)
+    args = argparse.Namespace(time_shift=3.0, num_heads=2)
+    torch.save({"ema": weights(model), "args": args}, tmp_path / "w.pt")
+    for name in ("w.safetensors", "w.pt"):
+        caplog.clear()
+        initial_of(tmp_path / name, "--diffusion.time_shift", "3")
+        assert "time_shift" not in caplog.text
+        initial_of(tmp_path / name)
+        assert f"{name} is of diffusion.time_shift 3.0, the run has 1.0" in caplog.text
+    save_file(weights(model), tmp_path / "plain.safetensors")
+    caplog.clear()
+    initial_of(tmp_path / "plain.safetensors", "--diffusion.time_shift", "3")
+    assert "time_shift" not in caplog.text
+
+
 def test_a_dit_has_no_interpolant(tmp_path):
     """Its exports say linear, whatever the run says."""
     in_config(tmp_path / "w.safetensors", network(DiT))

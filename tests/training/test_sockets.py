@@ -91,7 +91,7 @@ class ToySampler:
     steps = (1, 1)
     state_dtype = torch.float32
 
-    def __call__(self, guided, x, num_steps, path, noise):
+    def __call__(self, guided, x, num_steps, path, shift, noise):
         return x - guided(x, torch.ones((), device=x.device), inside=False)
 
 
