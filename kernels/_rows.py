@@ -32,6 +32,9 @@ BYTES_IN_FLIGHT = 40 * 1024
 REGISTERS = {"sum_partials_kernel": 64}
 # warps of a program that adds partial sums: four such programs share an SM of Hopper
 SUM_WARPS = 8
+# numbers of rows, and of programs that share them. No address depends on these alone, so a kernel is
+# not compiled anew where another batch makes one of them 1 or a multiple of 16
+SHARES = ["T", "M", "P", "num_rows"]
 
 
 @functools.cache
@@ -338,7 +341,7 @@ def _sum_rows(part_ptr, first, count, stride, cols, live, ROWS: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def sum_partials_kernel(
     part_ptr,  # [M, P, K, D] fp32
     a_ptr,  # [M, D], the sum over P for k = 0; b to f for k = 1 to 5; or None

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
+    SHARES,
     load_bias,
     load_fp32,
     load_gate,
@@ -46,7 +47,7 @@ REGISTERS = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 105
 REGISTERS_XL = {"_gated_residual_fwd_kernel": 72, "_gated_residual_bwd_kernel": 72}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _gated_residual_fwd_kernel(
     x_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
@@ -94,7 +95,7 @@ def _gated_residual_fwd_kernel(
                 residual(tail[0], tail[1], gate_tail, bias_tail, x_new_ptr, offsets_tail, mask_tail)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _gated_residual_bwd_kernel(
     dx_new_ptr,  # [B, T, D], the gradient of x', which is also that of x
     y_ptr,  # [B, T, D]

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ._rows import (
     E4M3,
+    SHARES,
     columns_per_thread,
     factor_of,
     is_owned,
@@ -84,7 +85,7 @@ def _load_modulation(pointers, cols, D: tl.constexpr, IS_FACTOR: tl.constexpr):
     return gate, shift, factor, load_bias(bias_ptr, cols, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _gated_residual_adaln_fwd_kernel(
     x_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]
@@ -293,7 +294,7 @@ def _store_sums(part_ptr, sums, gate, pointers, cols, D: tl.constexpr, HAS_SHIFT
         tl.store(next_ptr, sum_dx * gate, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _gated_residual_adaln_bwd_kernel(
     x_new_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import num_sms, num_splits, sum_partials
+from ._rows import SHARES, num_sms, num_splits, sum_partials
 
 # a thread has 8 columns, 128 bits in bf16, of each of ROWS rows
 BLOCK = 512
@@ -28,7 +28,7 @@ PROGRAMS_PER_SM = 10
 REGISTERS = {"_gelu_bwd_kernel": 113}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _gelu_bwd_kernel(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, N]

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._rows import (
+    SHARES,
     factor_of,
     load,
     load_bias,
@@ -130,7 +131,7 @@ def _modulate_half(
     tl.store(h_ptr + row * D + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _per_token_fwd_kernel(
     x_ptr,  # [B, T, D]
     y_ptr,  # [B, T, D] or None
@@ -305,7 +306,7 @@ def _store_sums(part_ptr, norm_sums, update_sums, of_norm, of_update, cols, D: t
     _store_sum(part_ptr, dgate_table, gate_table_ptr, cols, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _per_token_bwd_kernel(
     dx_new_ptr,  # [B, T, D], or None if x' has no other use
     dh_ptr,  # [B, T, D], None without a norm

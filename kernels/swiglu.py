@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import num_sms, num_splits, sum_partials
+from ._rows import SHARES, num_sms, num_splits, sum_partials
 
 # a thread has 8 columns, 128 bits in bf16, of each half of each of ROWS rows
 BLOCK = 512
@@ -33,7 +33,7 @@ BWD_PROGRAMS_PER_SM = 8
 REGISTERS = {"_swiglu_fwd_kernel": 40, "_swiglu_bwd_kernel": 128}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _swiglu_fwd_kernel(
     x_ptr,  # [M, 2 N]
     y_ptr,  # [M, N]
@@ -54,7 +54,7 @@ def _swiglu_fwd_kernel(
         tl.store(y_ptr + row * N + cols, x1 * tl.sigmoid(x1) * x2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARES)
 def _swiglu_bwd_kernel(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, 2 N]

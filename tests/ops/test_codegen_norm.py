@@ -23,7 +23,9 @@ from sra_fast.kernels import (  # noqa: E402
     adaln,
     gated_residual,
     gated_residual_adaln,
+    gelu,
     per_token,
+    swiglu,
 )
 
 WIDTHS = (384, 768, 1024, 1152, 1536)
@@ -137,6 +139,29 @@ def launches(D, dtype, **variant):
         for launch in launchers(32, 256, D, dtype, **variant).values():
             launch()
     return log
+
+
+def test_another_batch_compiles_nothing_anew():
+    """Rows and programs may be 1, a multiple of 16 or any other number."""
+
+    def forms(*batches):
+        found = set()
+        for batch in batches:
+            with mock.patch.object(_rows, "num_sms", lambda device: 132):
+                modules = (adaln, gated_residual, gated_residual_adaln, per_token, gelu, swiglu)
+                # sums of partial gradients have a form for each few numbers of programs
+                with record_launches(_rows), record_launches(*modules) as log:
+                    for launch in launchers(batch, 33 + batch, 1152, bf16).values():
+                        launch()
+                    x = torch.empty(batch * 17, 64, dtype=bf16, device="meta")
+                    gelu.gelu_bwd(x, x, recompute_y=False)
+                    swiglu.swiglu_bwd(x, torch.cat([x, x], 1), recompute_y=False, needs_dbias=True)
+                    swiglu.swiglu_fwd(x)
+            found |= {repr(request) for request in log}
+        return found
+
+    assert len(forms(2)) > 8
+    assert forms(2) == forms(*range(1, 65))
 
 
 def sums(M, P, K, D, has_total, dtype):
