@@ -24,19 +24,20 @@ from sra_fast.checkpoint.diffusers_weights import (
     without_null_rows,
 )
 from sra_fast.checkpoint.export import state_of, write_export
-from sra_fast.checkpoint.load_model import CLASS_TABLE, LoadedModel, fill
+from sra_fast.checkpoint.load_model import LoadedModel, fill
+from sra_fast.checkpoint.names import CLASS_TABLE
 from sra_fast.checkpoint.pipeline_parts import (
     check_numbers,
     make_transformer,
     open_vae,
     write_parts,
 )
+from sra_fast.checkpoint.schedulers import DIT_CHAIN, check_dit_scheduler
 from sra_fast.checkpoint.sd3_folder import SD3, import_transformer, write_sd3
 from sra_fast.checkpoint.sources import read_tensors, transformer_folder
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
-from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
 from sra_fast.models import DiT
 from sra_fast.models.registry import PATCHES
 from sra_fast.utils.checks import require_that
@@ -145,14 +146,8 @@ def write_pipeline(
     for name, value in weights.items():
         if name.endswith(table):
             weights[name] = with_null_row(value)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=NUM_TIMES,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=False,
-        prediction_type="epsilon",
-    )
+    # of diffusers' spacings that whose samples are the nearest to those of our ddim
+    scheduler = DDIMScheduler(**DIT_CHAIN, clip_sample=False, timestep_spacing="trailing")
     parts = {
         "scheduler": scheduler,
         "transformer": make_transformer(DiTTransformer2DModel, config, weights),
@@ -207,6 +202,7 @@ def import_pipeline(
         f"a DiT of diffusers says its size itself: expected no --input_size {input_size}",
     )
     _check_config(config, folder)
+    check_dit_scheduler(folder.parent)
     state = _read_transformer(folder)
     warn_of_foreign_heads([state], str(folder))
     state = checked(state, str(folder))

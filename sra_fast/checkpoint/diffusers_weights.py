@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint.load_model import CLASS_TABLE
+from sra_fast.checkpoint.names import CLASS_TABLE
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
 from sra_fast.models.layers import sincos_pos_embed
 from sra_fast.utils.checks import require_that

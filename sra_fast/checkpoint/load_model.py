@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from sra_fast import models
+from sra_fast.checkpoint.names import CLASS_TABLE
 from sra_fast.checkpoint.sources import find_weights, held_key, read_found
 from sra_fast.checkpoint.values import (
     family_in,
     refuse_other_prediction,
     refuse_reversed_time,
     refuse_unknown_times,
+    warn_of_assumptions,
 )
 from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.config.schema import DiffusionConfig, ModelConfig
@@ -24,7 +26,6 @@ from sra_fast.utils.messages import warn
 from sra_fast.utils.registry import MODEL_FAMILIES
 
 HEAD = "ap_head."
-CLASS_TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclass
@@ -113,6 +114,7 @@ def model_of(
     if described is not None:
         model = from_config(described, source)
     else:
+        warn_of_assumptions(state, args, str(source), "linear")
         state, num_classes = _with_classes(state, getattr(args, "num_classes", None), source)
         model = _from_shapes(state, args, num_heads, num_classes, input_size)
     refuse_other_prediction(args, model.process, str(source))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # a parameter that every SiT, DiT and MMDiT has: what stands before it is a prefix
 KNOWN_PARAMETER = "x_embedder.proj.weight"
+# that of SiT and DiT, whose last row may be the null class
+CLASS_TABLE = "y_embedder.embedding_table.weight"
 # words that wrappers put before or between the names of modules
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # what SD3's files call their network, whichever weights it has

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint.export import write_export
-from sra_fast.checkpoint.load_model import CLASS_TABLE, fill
+from sra_fast.checkpoint.load_model import fill
+from sra_fast.checkpoint.names import CLASS_TABLE, in_short
 from sra_fast.checkpoint.sd3_file import import_state
 from sra_fast.checkpoint.sources import files_of, find_weights, read_weights
-from sra_fast.checkpoint.values import checked, family_in, official_family
+from sra_fast.checkpoint.values import IMAGENET_ROWS, checked, family_in, official_family
 from sra_fast.config.schema import ModelConfig
 from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.models.layers import timestep_frequencies
@@ -178,13 +179,19 @@ def _classes_in(state: dict[str, Tensor], args, source: str) -> int | None:
     """
     told = getattr(args, "num_classes", None)
     rows = len(state.get(CLASS_TABLE, ()))
-    if told is None or told in (rows, rows - 1):
+    if told in (rows, rows - 1):
         return told
-    warn(
-        "%s was made with num_classes %s, and its class embedding has %d rows: it is taken for %d "
-        "classes and the null class",
-        *(source, told, rows, rows - 1),
-    )
+    if told is not None:
+        warn(
+            "%s was made with num_classes %s, and its class embedding has %d rows: it is taken for "
+            "%d classes and the null class",
+            *(source, told, rows, rows - 1),
+        )
+    elif rows not in (0, IMAGENET_ROWS):
+        warn(
+            "%s does not say how many classes it has: it is taken for %d and the null class",
+            *(source, rows - 1),
+        )
     return None
 
 
@@ -232,7 +239,19 @@ def import_file(
         f"--time-scale is for an MMDiT, {source} holds a network of labels; got {time_scale}",
     )
     _check_family(state, held.get("args"), name, source)
+    heads = held.get("foreign_heads")
+    require_that(
+        not heads,
+        f"{source} has heads of REPA ({in_short(heads or [])}), whose time runs as it does here: it "
+        "needs no conversion",
+    )
     num_classes = _classes_in(state, held.get("args"), source)
     cfg = model_config(state, name, num_heads, input_size, num_classes)
+    if cfg.family == "SiT" and official_family(state, held.get("args")) is None:
+        warn(
+            "%s is taken for weights of the official SiT, whose time runs backwards, and is turned "
+            "round; those of REPA and SRA are read as they are",
+            source,
+        )
     config = {"model": asdict(cfg), "diffusion": {"path": interpolant_name(held.get("args"))}}
     write_export(Path(out), convert(state, cfg, seed).state_dict(), config, step=None)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sra_fast import models
 from sra_fast.checkpoint.export import described, write_export
 from sra_fast.checkpoint.load_model import diffusion_in, fill
+from sra_fast.checkpoint.schedulers import SD3_SHIFT
 from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
 from sra_fast.models import MMDiT
@@ -26,8 +27,6 @@ from sra_fast.utils.checks import require_that
 
 # what SD3 multiplies its times by
 TIME_SCALE = 1000.0
-# and the noise-to-data ratio of its times (the sampler of its release)
-TIME_SHIFT = 3.0
 
 
 def import_state(
@@ -83,7 +82,7 @@ def import_state(
     diffusion = diffusion_in(None, args, source)
     # another MMDiT under these names has times of its own
     if args is None and is_pooled and time_scale == TIME_SCALE:
-        diffusion = replace(diffusion, time_shift=TIME_SHIFT)
+        diffusion = replace(diffusion, time_shift=SD3_SHIFT)
     export_state(state, {**arguments, "time_scale": time_scale}, out, seed, diffusion)
 
 

@@ -5,7 +5,6 @@ the folder: the pipeline is given them, or the features of prompts.
 """
 
 import json
-import math
 from pathlib import Path
 
 from torch import Tensor
@@ -19,26 +18,18 @@ from sra_fast.checkpoint.pipeline_parts import (
     open_vae,
     write_parts,
 )
-from sra_fast.checkpoint.sd3_file import TIME_SCALE, TIME_SHIFT, export_state
+from sra_fast.checkpoint.schedulers import time_shift_of
+from sra_fast.checkpoint.sd3_file import TIME_SCALE, export_state
 from sra_fast.checkpoint.sd3_weights import TABLE, from_diffusers, to_diffusers
 from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.text_encoders import T5_TOKENS
 from sra_fast.models import MMDiT
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import read_json, require
+from sra_fast.utils.files import require
 from sra_fast.utils.messages import warn
 
 SD3 = "SD3Transformer2DModel"
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-# options of it that give times of another kind
-OTHER_TIMES = (
-    "use_dynamic_shifting",
-    "shift_terminal",
-    "invert_sigmas",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-)
 # numbers that its configuration has to say
 SIZES = (
     "sample_size",
@@ -52,6 +43,9 @@ SIZES = (
     "caption_projection_dim",
     "pooled_projection_dim",
 )
+# text encoders that the pipeline joins
+CLIP = "CLIPTextModelWithProjection"
+T5 = "T5EncoderModel"
 # parts of the pipeline that a folder of ours does not have
 ABSENT = (
     *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
@@ -104,7 +98,8 @@ def import_transformer(
             f"it is {arguments[name]}",
         )
     facts = _facts(folder.parent, arguments) if folder.name == "transformer" else None
-    diffusion = DiffusionConfig(time_shift=_time_shift(folder.parent))
+    tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
+    diffusion = DiffusionConfig(time_shift=time_shift_of(folder.parent, tokens))
     export_state(state, {**arguments, "time_scale": TIME_SCALE}, out, seed, diffusion, facts)
 
 
@@ -146,31 +141,6 @@ def _facts(pipeline: Path, arguments: dict) -> DataFacts | None:
         shift=shift or 0.0,
         vae_path=str((pipeline / "vae").absolute()),
     )
-
-
-def _time_shift(pipeline: Path) -> float:
-    """The shift of times of a pipeline's scheduler; SD3's, with a warning, where it is not known.
-
-    Raises:
-        ValueError: the scheduler's file is damaged, or its times are of another length.
-    """
-    file = pipeline / "scheduler/scheduler_config.json"
-    held = read_json(file) if file.exists() else {}
-    steps = held.get("num_train_timesteps", TIME_SCALE)
-    require_that(
-        steps == TIME_SCALE,
-        f"expected num_train_timesteps {TIME_SCALE:g} in {file}, got {steps}",
-    )
-    shift = held.get("shift", 1.0)
-    same_kind = held.get("_class_name") == SCHEDULER and not any(map(held.get, OTHER_TIMES))
-    if same_kind and type(shift) in (int, float) and 0 < shift < math.inf:
-        return float(shift)
-    warn(
-        "expected %s of a %s with nothing but a shift: without it times get SD3's shift of %g, "
-        "sample.time_shift gives them another",
-        *(file, SCHEDULER, TIME_SHIFT),
-    )
-    return TIME_SHIFT
 
 
 def refuse_unless_sd3(loaded: LoadedModel) -> None:
@@ -256,6 +226,30 @@ def write_sd3(loaded: LoadedModel, out: Path, vae: str | None = None) -> None:
         **dict.fromkeys(ABSENT),
     }
     write_parts(out, "StableDiffusion3Pipeline", parts)
+    advice = _advice_on_prompts(loaded.facts)
+    if advice:
+        warn("%s: %s", out, advice)
+
+
+def _advice_on_prompts(facts: DataFacts | None) -> str | None:
+    """How the pipeline makes of prompts what the model was trained on; None: as it does by itself,
+    or nobody knows.
+    """
+    text = (facts.text if facts else None) or {}
+    encoders = text.get("encoders")
+    if not encoders:
+        return None
+    kinds = [encoder.get("class") for encoder in encoders]
+    if kinds[:2] != [CLIP] * 2 or kinds[2:] not in ([], [T5]):
+        return (
+            f"the pipeline makes other features of prompts than {' and '.join(map(str, kinds))}: "
+            "give it prompt_embeds and pooled_prompt_embeds"
+        )
+    # without T5 the pipeline adds as many zeros, to which the model would attend
+    length = encoders[2].get("tokens") if kinds[2:] else 0
+    if length == T5_TOKENS:
+        return None
+    return f"give the pipeline max_sequence_length={length}, as in the model's training"
 
 
 def _tell_scale(decoder, facts: DataFacts | None) -> None:

@@ -50,7 +50,8 @@ def read_weights(path: str, weights: str = "ema") -> dict:
         Other weights of a run are ``held_key(weights)``. What else is known: ``config`` (at least
         ``model`` and ``diffusion`` of a run's configuration), ``data`` (facts about the data, as
         JSON), ``step``; ``weights``, which weights an export is of if not the EMA; ``opt``,
-        ``args``, ``epoch`` and ``steps`` of a published checkpoint.
+        ``args``, ``epoch`` and ``steps`` of a published checkpoint; ``foreign_heads``, names of the
+        heads of other training methods, which are left out.
 
     Raises:
         ValueError: it cannot be read, holds something else, or has weights that are no numbers.
@@ -368,7 +369,9 @@ def _load_pickle(path: str):
 
 def _with_checked(held: dict, source: str) -> dict:
     roles = [key for key in ("ema", "model") if key in held]
-    warn_of_foreign_heads([held[key] for key in roles], source)
+    foreign = warn_of_foreign_heads([held[key] for key in roles], source)
+    if foreign:
+        held["foreign_heads"] = foreign
     for key in roles:
         held[key] = checked(held[key], source)
     return held

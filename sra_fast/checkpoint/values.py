@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from sra_fast.checkpoint.names import FOREIGN_HEADS, KNOWN_PARAMETER, in_short
+from sra_fast.checkpoint.names import CLASS_TABLE, FOREIGN_HEADS, KNOWN_PARAMETER, in_short
 from sra_fast.models import has_joint_blocks
 from sra_fast.models.layers import sincos_pos_embed
 from sra_fast.models.positions import grid_positions
@@ -17,16 +17,21 @@ from sra_fast.utils.registry import MODEL_FAMILIES
 
 # in the last block of an MMDiT nothing reads the result of these queries
 LAST_QUERIES = re.compile(r"joint_blocks\.(\d+)\.context_block\.attn\.ln_q\.weight")
+# of the class embedding of the releases: 1000 classes and the null class
+IMAGENET_ROWS = 1001
 # whose values fp32 represents, or rounds
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def warn_of_foreign_heads(states: Iterable[Mapping[str, Tensor]], source: str) -> None:
-    """One line about the heads that ``checked`` leaves out of the state dicts of a file."""
+def warn_of_foreign_heads(states: Iterable[Mapping[str, Tensor]], source: str) -> list[str]:
+    """One line about the heads that ``checked`` leaves out of the state dicts of a file. Returns
+    their names.
+    """
     names = dict.fromkeys(name for state in states for name in state)
     dropped = [name for name in names if name.startswith(FOREIGN_HEADS)]
     if dropped:
         warn("not read from %s, nothing here uses it: %s", source, in_short(dropped))
+    return dropped
 
 
 def checked(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -151,6 +156,41 @@ def refuse_reversed_time(state: dict[str, Tensor], args, source: str) -> None:
             f"{source} looks like an official SiT, whose time runs backwards: "
             f"import-weights --from {source} --model SiT-XL/2 --out FILE.safetensors converts it"
         )
+
+
+def warn_of_assumptions(
+    state: dict[str, Tensor], args, source: str, path: str | None = None
+) -> None:
+    """A line about what is assumed of weights where neither they nor arguments beside them say which
+    way time runs, along which interpolant, or whether there is a null class.
+
+    Args:
+        state: under the published names; of no official SiT that is known as one.
+        args: of the checkpoint, or None.
+        source: where the weights were read from, for messages.
+        path: the interpolant that is taken; None: a run's own settings say it, and how many classes
+            there are.
+    """
+    if has_joint_blocks(state):
+        return
+    patches = state[KNOWN_PARAMETER]
+    last = state.get("final_layer.linear.weight", patches.new_zeros(0))
+    told = []
+    # a DiT has a variance as well, and one chain of noise levels
+    is_flow = len(last) == patches[0].numel() and family_in(args) != "DiT"
+    if is_flow and not hasattr(args, "path_type"):
+        if path is not None:
+            told.append(f"the {path} interpolant")
+        # only what was trained here has the head, with our direction of time
+        if not any(name.startswith("ap_head.") for name in state):
+            told.append(
+                "noise at time 1, as in REPA and SRA (import-weights reads an official SiT)"
+            )
+    rows = len(state.get(CLASS_TABLE, ()))
+    if path is not None and rows not in (0, IMAGENET_ROWS) and not hasattr(args, "num_classes"):
+        told.append(f"{rows - 1} classes and a null class")
+    if told:
+        warn("%s does not say how it was trained, assumed are %s", source, "; ".join(told))
 
 
 def refuse_unknown_times(state: dict[str, Tensor], args, source: str) -> None:

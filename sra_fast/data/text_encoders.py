@@ -3,8 +3,9 @@
 One encoder alone gives its last hidden states. Several are joined as Stable Diffusion 3 joins them
 (arXiv 2403.03206): of every CLIP the hidden states before its last layer, side by side along the
 channels; T5's last hidden states after them along the sequence; the narrower ones padded with zeros
-to the widest; CLIP's pooled vectors side by side. T5 alone comes with a mask of its tokens; in
-Stable Diffusion 3 neither T5 nor the transformer has one, so there is none for several.
+to the widest; CLIP's pooled vectors, projected if the folder has the projection, side by side. T5
+alone comes with a mask of its tokens; in Stable Diffusion 3 neither T5 nor the transformer has one,
+so there is none for several.
 """
 
 import json
@@ -215,7 +216,7 @@ def load_text_encoders(paths: list[str], tokens: int | None = None) -> TextEncod
     encoders = []
     for path, family in zip(paths, families, strict=True):
         asked = tokens if for_t5 == (family == "t5") else None
-        encoders.append(_load(Path(path), family, asked))
+        encoders.append(_load(Path(path), family, asked, joined=len(paths) > 1))
     lengths = {encoder.tokens for encoder in encoders if encoder.family == "clip"}
     require_that(
         len(lengths) < 2,
@@ -249,12 +250,15 @@ def _family(folder: Path) -> str:
     return FAMILIES[kind]
 
 
-def _load(folder: Path, family: str, tokens: int | None) -> Encoder:
+def _load(folder: Path, family: str, tokens: int | None, joined: bool) -> Encoder:
     import transformers
 
+    held = _read_config(folder)["architectures"] or ()
+    # the pooled vectors that Stable Diffusion 3 joins are projected; a whole CLIP has the projection
+    projected = "CLIPTextModelWithProjection" in held or joined and "CLIPModel" in held
     if family == "t5":
         kind = transformers.T5EncoderModel
-    elif "CLIPTextModelWithProjection" in (_read_config(folder)["architectures"] or ()):
+    elif projected:
         kind = transformers.CLIPTextModelWithProjection
     else:
         kind = transformers.CLIPTextModel
@@ -283,7 +287,6 @@ def _load(folder: Path, family: str, tokens: int | None) -> Encoder:
         most = model.config.max_position_embeddings
         length = most if tokens is None else tokens
         width = model.config.hidden_size
-        projected = kind is transformers.CLIPTextModelWithProjection
         pooled = model.config.projection_dim if projected else width
     require_that(
         FEWEST <= length <= most,

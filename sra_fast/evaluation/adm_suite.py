@@ -292,7 +292,12 @@ def comparability(
         against_reference.append("the reference file was not written by the ADM suite")
     elif not reference.precomputed:
         against_reference.append("the reference file brings no statistics of its whole data set")
-    if not same_size:
+    if reference.shape is None:
+        # the ADM suite's files have images, those of other tools statistics alone
+        against_reference.append(
+            "the reference file does not say which images its statistics are of"
+        )
+    elif not same_size:
         against_reference.append("samples and reference images differ in size")
 
     # precision and recall may use fewer images than the file has

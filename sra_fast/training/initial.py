@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.alignment.target import trained_heads
-from sra_fast.checkpoint.load_model import CLASS_TABLE, HEAD, described_in, facts_of, from_config
-from sra_fast.checkpoint.names import KNOWN_PARAMETER
+from sra_fast.checkpoint.load_model import HEAD, described_in, facts_of, from_config
+from sra_fast.checkpoint.names import CLASS_TABLE, KNOWN_PARAMETER
 from sra_fast.checkpoint.optimizer_state import match_optimizer
 from sra_fast.checkpoint.published import OF_TEXT
 from sra_fast.checkpoint.sources import read_weights
@@ -21,6 +21,7 @@ from sra_fast.checkpoint.values import (
     refuse_other_prediction,
     refuse_reversed_time,
     refuse_unknown_times,
+    warn_of_assumptions,
 )
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
@@ -36,6 +37,15 @@ ENDS = ("x_embedder.", "y_embedder.", "context_embedder.", "pos_embed", "final_l
 TEXT_ENDS = ("y_embedder.", "context_embedder.")
 # what continues a training run, and needs weights that fit as a whole
 CONTINUED = ("opt", "steps", "epoch")
+# arguments of the published code, and their names here
+PUBLISHED_SETTINGS = {
+    "cfg_prob": "model.class_dropout_prob",
+    "weighting": "diffusion.time",
+    "t_max": "align.t_max",
+    "block_out_s": "align.student_layer",
+    "block_out_t": "align.teacher_layer",
+}
+PUBLISHED_DISTANCES = {"sml1": "smooth_l1", "l2": "l2", "l1": "l1", "cos": "cosine_token"}
 
 
 def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
@@ -71,6 +81,8 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
             refuse_reversed_time(state, args, source)
             refuse_unknown_times(state, args, source)
         _check_conditioning(source, model, state)
+    if theirs is None:
+        warn_of_assumptions(next(iter(states.values())), args, source)
     _check_heads(source, model, theirs, args)
     _check_times(source, model, theirs or args)
     refuse_other_prediction(args, model.process, source)
@@ -97,6 +109,8 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
     remark = _continued(source, initial, parameters, bool(fresh) or bool(own_heads))
     if only_ema:
         remark += f"; its EMA has no {', '.join(only_ema)}, which begin as the student's"
+    if "opt" in initial:
+        _warn_of_other_settings(source, cfg, initial)
     if own_heads:
         remark += f"; fresh: the head {' and '.join(own_heads)}, which no model has"
     initial["origin"] = _described(source, shapes, fresh, initial)
@@ -359,6 +373,29 @@ def _continued(source: str, initial: dict, shapes: dict, in_part: bool) -> str:
     if in_part:
         return "; its optimizer state and step count are not taken"
     return "; it has no optimizer state, so the run starts at step 0"
+
+
+def _warn_of_other_settings(source: str, cfg: Config, initial: dict) -> None:
+    """One line about settings of this run that a published checkpoint, whose optimizer goes on, was
+    trained with other values of.
+    """
+    group = initial["opt"]["param_groups"][0]
+    told = {f"optim.{name}": group.get(name) for name in ("lr", "eps", "weight_decay")}
+    betas = group.get("betas")
+    told["optim.betas"] = (*betas,) if isinstance(betas, list | tuple) else None
+    args = initial.get("args")
+    told |= {ours: getattr(args, theirs, None) for theirs, ours in PUBLISHED_SETTINGS.items()}
+    told["align.distance"] = PUBLISHED_DISTANCES.get(getattr(args, "loss_type", None))
+    different = []
+    for name, theirs in told.items():
+        section, _, field = name.partition(".")
+        options = getattr(cfg, section)
+        # another target may have no such option, and a plain run has no target
+        ours = getattr(options, field, theirs) if getattr(options, "active", True) else theirs
+        if isinstance(theirs, int | float | str | tuple) and theirs != ours:
+            different.append(f"{name} {ours} (it was {theirs})")
+    if different:
+        warn("the run goes on from %s with other settings: %s", source, ", ".join(different))
 
 
 def _described(source: str, shapes: dict, fresh: dict[str, str], initial: dict) -> str:

@@ -191,7 +191,7 @@ def test_unknown_weights_are_refused_and_heads_of_other_methods_named(tmp_path, 
 def test_what_is_not_read_is_said_once(tmp_path, caplog, monkeypatch):
     """Not for student and EMA, and not by every process."""
     state = {**weights(network()), "projectors.0.weight": torch.zeros(3, 3)}
-    args = argparse.Namespace(num_heads=2)
+    args = argparse.Namespace(num_heads=2, path_type="linear", num_classes=10)
     torch.save({"model": state, "ema": state, "args": args}, tmp_path / "w.pt")
     load_model(str(tmp_path / "w.pt"))
     assert [record.getMessage() for record in caplog.records] == [
@@ -201,6 +201,47 @@ def test_what_is_not_read_is_said_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     load_model(str(tmp_path / "w.pt"))
     assert not caplog.records
+
+
+INTERPOLANT = "the linear interpolant"
+TIME = "noise at time 1, as in REPA and SRA (import-weights reads an official SiT)"
+CLASSES = "10 classes and a null class"
+
+
+@pytest.mark.parametrize(
+    "family, without, args, assumed",
+    [
+        (SiT, ["ap_head."], {}, [INTERPOLANT, TIME, CLASSES]),
+        # only what was trained here has the head
+        (SiT, [], {}, [INTERPOLANT, CLASSES]),
+        (SiT, ["ap_head."], {"num_classes": 10}, [INTERPOLANT, TIME]),
+        (SiT, ["ap_head."], {"path_type": "cosine"}, [CLASSES]),
+        (SiT, [], {"path_type": "linear", "num_classes": 10}, []),
+        (SiT, ["ap_head.", "y_embedder."], {"path_type": "linear"}, []),
+        (DiT, ["ap_head."], {}, [CLASSES]),
+        (DiT, ["ap_head."], {"num_classes": 10}, []),
+    ],
+)
+def test_what_is_assumed_of_weights_is_said(tmp_path, caplog, family, without, args, assumed):
+    held = {"ema": weights(network(family), without)}
+    if args:
+        held["args"] = argparse.Namespace(**args)
+    torch.save(held, tmp_path / "w.pt")
+    load_model(str(tmp_path / "w.pt"), num_heads=2)
+    said = [text for text in caplog.messages if "does not say how it was trained" in text]
+    expected = f"{tmp_path}/w.pt does not say how it was trained, assumed are "
+    assert said == ([expected + "; ".join(assumed)] if assumed else [])
+
+
+def test_nothing_is_assumed_of_what_says_it(tmp_path, caplog):
+    """A run's export, and the releases' classes."""
+    run = run_folder(tmp_path / "run", network(), 7)
+    load_model(str(run))
+    model = network(num_classes=1000)
+    args = argparse.Namespace(path_type="linear")
+    torch.save({"ema": weights(model), "args": args}, tmp_path / "w.pt")
+    load_model(str(tmp_path / "w.pt"), num_heads=2)
+    assert "assumed" not in caplog.text
 
 
 @pytest.mark.parametrize("shape", [(32, 4), (32,)])

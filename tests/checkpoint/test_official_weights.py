@@ -200,6 +200,39 @@ def test_file_to_file_samples_and_starts_a_run(tmp_path, layout, run_script):
         make_run_plan(cfg)
 
 
+def one_velocity(name, tensor):
+    """Of an output layer with 2C rows a patch, the first C."""
+    return first_channels(tensor, P, C) if name.startswith("final_layer.linear") else tensor
+
+
+@torch.no_grad()
+def test_a_sit_without_unused_outputs_is_said(tmp_path, caplog):
+    """Nothing in it shows which way its time runs. What asks for a conversion gets one."""
+    net = sit_release()
+    source, out = tmp_path / "w.pt", tmp_path / "w.safetensors"
+    torch.save({name: one_velocity(name, w) for name, w in weights(net).items()}, source)
+    import_file(str(source), "SiT-S/2", str(out), HEADS)
+    assert "is taken for weights of the official SiT, whose time runs backwards" in caplog.text
+    x, t, y = batch()
+    assert_matches(load_model(str(out)).model(x, t, y), -official_velocity(net, x, 1 - t, y), 1e-5)
+    caplog.clear()
+    # a release shows it
+    torch.save(weights(net), source)
+    import_file(str(source), "SiT-S/2", str(out), HEADS)
+    assert "taken for weights of the official SiT" not in caplog.text
+
+
+def test_weights_of_repa_are_not_turned_round(tmp_path):
+    state = {name: one_velocity(name, w) for name, w in weights(sit_release()).items()}
+    source, out = tmp_path / "last.pt", tmp_path / "w.safetensors"
+    torch.save({**state, "projectors.0.0.weight": torch.zeros(4, 32)}, source)
+    with pytest.raises(
+        ValueError, match="heads of REPA .projectors.0.0.weight., whose time runs as"
+    ):
+        import_file(str(source), "SiT-S/2", str(out), HEADS)
+    assert not out.exists()
+
+
 @torch.no_grad()
 def test_without_a_null_class_the_arguments_tell_the_classes(tmp_path, caplog):
     """Five rows are five classes, or four and the null class. A fork may have kept a default."""
@@ -215,6 +248,7 @@ def test_without_a_null_class_the_arguments_tell_the_classes(tmp_path, caplog):
         assert (model.num_classes, model.y_embedder.dropout_prob) == (classes, dropout)
         said = f"was made with num_classes {told}, and its class embedding has 5 rows"
         assert (said in caplog.text) == (told in (1000, "5"))
+        assert ("it is taken for 4 and the null class" in caplog.text) == (told is None)
         x, t, _ = batch()
         y = torch.zeros(len(x), dtype=torch.long)
         assert_matches(model(x, t, y), net(x, t, y), 1e-6)

@@ -12,6 +12,7 @@ from foreign_text import text_network as network
 from golden import assert_matches
 from launch import call, error_of
 from safetensors.torch import load_file, save_file
+from toy_data import write_vae
 
 from sra_fast.checkpoint.diffusers_folder import import_pipeline, write_pipeline
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
@@ -266,42 +267,29 @@ def test_a_pipeline_there_and_back(theirs, tmp_path, monkeypatch):
         assert arguments_of(back.model)[name] == pytest.approx(value), name
 
 
+CLIP = ("CLIPTextModelWithProjection", 77)
+
+
 @pytest.mark.parametrize(
-    "scheduler, shift",
+    "encoders, advice",
     [
-        (dict(shift=2.5), 2.5),
-        (dict(shift=6), 6.0),
-        ({}, 1.0),
-        (dict(use_dynamic_shifting=True), None),
-        (dict(shift=3.0, shift_terminal=0.1), None),
-        (dict(shift=0.0), None),
-        (dict(_class_name="DPMSolverMultistepScheduler", flow_shift=2.0), None),
+        ([CLIP, CLIP, ("T5EncoderModel", 256)], None),
+        ([CLIP, CLIP, ("T5EncoderModel", 120)], "give the pipeline max_sequence_length=120"),
+        ([CLIP, CLIP], "give the pipeline max_sequence_length=0"),
+        ([CLIP], "other features of prompts than CLIPTextModelWithProjection: give it prompt_em"),
+        ([("T5EncoderModel", 256)], "other features of prompts than T5EncoderModel: give it"),
+        ([("CLIPTextModel", 77), CLIP], "than CLIPTextModel and CLIPTextModelWithProjection: giv"),
         (None, None),
     ],
 )
-def test_the_times_of_a_pipeline_s_scheduler(theirs, tmp_path, caplog, scheduler, shift):
-    (tmp_path / "transformer").symlink_to(theirs[1])
-    if scheduler is not None:
-        held = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
-        (tmp_path / "scheduler").mkdir()
-        (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(held))
-    out = str(tmp_path / "w.safetensors")
-    import_pipeline(str(tmp_path), out)
-    assert load_model(out).diffusion.time_shift == (shift or 3.0)
-    said = "with nothing but a shift: without it times get SD3's shift of 3, sample.time_shift"
-    assert (said in caplog.text) == (shift is None)
-
-
-def test_a_scheduler_of_other_times_is_refused(theirs, tmp_path):
-    (tmp_path / "transformer").symlink_to(theirs[1])
-    (tmp_path / "scheduler").mkdir()
-    file = tmp_path / "scheduler/scheduler_config.json"
-    file.write_text(json.dumps({"num_train_timesteps": 500}))
-    with pytest.raises(ValueError, match="expected num_train_timesteps 1000 in .* got 500"):
-        import_pipeline(str(tmp_path), str(tmp_path / "w.safetensors"))
-    file.write_text("[")
-    with pytest.raises(ValueError, match="scheduler_config.json is no readable JSON file"):
-        import_pipeline(str(tmp_path), str(tmp_path / "w.safetensors"))
+def test_how_the_pipeline_makes_the_captions_features_is_said(tmp_path, caplog, encoders, advice):
+    pytest.importorskip("diffusers", reason="needs diffusers")
+    told = [{"class": kind, "tokens": tokens} for kind, tokens in encoders or []] or None
+    facts = replace(
+        FACTS, text={**TEXT, "encoders": told}, vae_path=str(write_vae(tmp_path / "vae"))
+    )
+    write_pipeline(LoadedModel(sd3(), DiffusionConfig(), facts), tmp_path / "out")
+    assert (advice in caplog.text) if advice else not caplog.text
 
 
 @pytest.mark.parametrize(

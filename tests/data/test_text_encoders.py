@@ -220,6 +220,14 @@ def test_whole_models_and_diffusers_folders_have_the_same_encoders(made, tmp_pat
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(made / name / file, tmp_path / name)
         assert load(tmp_path, name).identity == load(made, name).identity
+    # joined with others, a whole CLIP gives the projected vector that SD3 has
+    joined = load_text_encoders([str(tmp_path / "clip"), str(made / "big")])
+    assert joined.identity[0]["class"] == "CLIPTextModelWithProjection"
+    found = joined.encode(joined.tokenize(PROMPTS)[0]).pooled[:, :8]
+    ids = load(made, "clip").tokenize(PROMPTS)[0]
+    with torch.no_grad():
+        states = clip.text_model(ids).pooler_output
+        assert torch.allclose(found, clip.text_projection(states), atol=1e-6)
     # diffusers has the tokenizer in a folder beside the encoder's
     for number, name in (("", "clip"), ("_3", "t5")):
         encoder = tmp_path / f"text_encoder{number}"

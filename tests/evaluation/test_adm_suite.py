@@ -284,7 +284,8 @@ def test_spatial_features_make_sfid(digits):
 def test_what_may_be_compared():
     features = torch.zeros(50_000, 1)
     samples = Summary(50_000, features=features)
-    reference = Summary(10_000, features=features[:10_000], precomputed=True)
+    shape = [256, 256, 3]
+    reference = Summary(10_000, features=features[:10_000], precomputed=True, shape=shape)
     official = fake_inception()
 
     def verdicts(
@@ -309,6 +310,10 @@ def test_what_may_be_compared():
             "the reference file was not written by the ADM suite",
         ),
         ({"same_size": False}, "samples and reference images differ in size"),
+        (
+            {"reference": replace(reference, shape=None)},
+            "the reference file does not say which images its statistics are of",
+        ),
     ):
         # the Inception score does not use the reference
         expected = dict.fromkeys(NAMES, f"not comparable: {reason}")

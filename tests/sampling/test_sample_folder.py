@@ -1,5 +1,6 @@
 """A folder belongs to one identity: what is refused, what resumes, and what is there already."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -194,7 +195,9 @@ def write_weights(path: Path, seed: int) -> Path:
     model = SiT(8, 2, 1, 32, 2, 2, num_classes=10)
     for p in model.parameters():
         p.data.normal_(std=0.05)
-    torch.save({"ema": model.state_dict()}, path)
+    # nothing has to be assumed, so that no line says it
+    args = argparse.Namespace(path_type="linear", num_classes=model.num_classes)
+    torch.save({"ema": model.state_dict(), "args": args}, path)
     return path
 
 

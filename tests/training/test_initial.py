@@ -251,6 +251,20 @@ def test_another_interpolant_is_refused(tmp_path, ours, theirs):
         initial_of(tmp_path / "w.pt", *run)
 
 
+def test_a_direction_of_time_that_nothing_shows_is_said(tmp_path, caplog):
+    """Interpolant and classes are the run's own."""
+    model = network()
+    torch.save(weights(model, ["ap_head."]), tmp_path / "w.pt")
+    initial_of(tmp_path / "w.pt")
+    said = "does not say how it was trained, assumed are noise at time 1, as in REPA and SRA"
+    assert said in caplog.text and "interpolant" not in caplog.text
+    assert "null class" not in caplog.text
+    caplog.clear()
+    torch.save(weights(model), tmp_path / "w.pt")
+    initial_of(tmp_path / "w.pt")
+    assert "assumed" not in caplog.text
+
+
 def test_another_shift_of_times_is_said(tmp_path, caplog):
     """A run may learn other times, unlike another interpolant."""
     model = network()
@@ -323,7 +337,7 @@ def test_other_classes_of_the_same_number_are_fresh(tmp_path, caplog):
 def published(model, parameters) -> dict:
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    optimizer = torch.optim.AdamW(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     optimizer.step()
     args = argparse.Namespace(num_heads=2)
     return {"model": weights(model), "ema": weights(model), "args": args, "steps": 1} | {
@@ -370,6 +384,37 @@ def test_an_ema_without_a_head_does_not_stop_the_optimizer(tmp_path, caplog):
         assert torch.equal(student[name], held["model"][name])
         assert torch.equal(ema[name], held["ema"].get(name, held["model"][name]))
     assert all(state["step"] == 1 for state in trainer.masters.optimizer_states())
+
+
+def test_other_settings_of_a_run_that_goes_on_are_said(tmp_path, caplog):
+    model = network()
+    held = published(model, list(model.parameters()))
+    held["args"] = argparse.Namespace(
+        num_heads=2, cfg_prob=0.3, weighting="lognormal", t_max=0.2, block_out_s=2, loss_type="cos"
+    )
+    held["opt"]["param_groups"][0] |= {"lr": 7e-3, "betas": (0.5, 0.6), "weight_decay": 0.0}
+    torch.save(held, tmp_path / "w.pt")
+    initial_of(tmp_path / "w.pt")
+    (said,) = [text for text in caplog.messages if "goes on" in text]
+    assert said == (
+        f"the run goes on from {tmp_path}/w.pt with other settings: optim.lr 0.0001 (it was 0.007), "
+        "optim.betas (0.9, 0.999) (it was (0.5, 0.6)), model.class_dropout_prob 0.1 (it was 0.3), "
+        "diffusion.time uniform (it was lognormal), align.distance smooth_l1 (it was cosine_token)"
+    )
+    caplog.clear()
+    same = ("--optim.lr", "0.007", "--optim.betas", "[0.5,0.6]", "--diffusion.time", "lognormal")
+    same += ("--model.class_dropout_prob", "0.3", "--align.distance", "cosine_token")
+    initial_of(tmp_path / "w.pt", *same)
+    assert "goes on" not in caplog.text
+    # a plain run aligns nothing
+    caplog.clear()
+    initial_of(tmp_path / "w.pt", *same[:-2], "--align", "none")
+    assert "goes on" not in caplog.text
+    # a new optimizer is a new run
+    del held["opt"]
+    torch.save(held, tmp_path / "w.pt")
+    initial_of(tmp_path / "w.pt")
+    assert "goes on" not in caplog.text
 
 
 @pytest.mark.parametrize("opt", ["absent", None, {}, {"state": {}, "param_groups": []}])
