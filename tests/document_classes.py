@@ -50,6 +50,7 @@ IMPORT_DIT = "sra-fast import-weights --from DiT-XL-2-256x256.pt"
 PIPELINE = "sra-fast export --checkpoint RUN --format diffusers"
 OWN = "sra-fast preprocess --source my_images"
 OWN_RUN = "sra-fast train --model SiT-S/4 --data data/mine"
+OWN_LATENTS = f"{OWN} --out data/latents"
 SMALL = "--model.hidden_size 32 --model.depth 4 --model.num_heads 2 --train.global_batch 8 --train.steps 2"
 DIGITS_FEATURES = "python examples/digits_features.py"
 PHOTOS = "python examples/photos.py"
@@ -188,6 +189,14 @@ CLASSES = {
         f"{SMALL} --train.precision fp32 --data.num_workers 0",
         (OWN,),
         makes=("runs/default/000/ema.safetensors",),
+    ),
+    OWN_LATENTS: Execute(
+        "--resolution 64", stand_ins={"VAE_FOLDER": "vae"}, makes=("data/latents/index.json",)
+    ),
+    "sra-fast train --model SiT-S/2 --data data/latents": Execute(
+        f"{SMALL} --train.precision fp32 --data.num_workers 0 --train.out runs/latents",
+        (OWN_LATENTS,),
+        makes=("runs/latents/000/ema.safetensors",),
     ),
     "python sra_fast/train.py --model SiT-S/4 --data data/mine": ParseOnly(
         "README.md's command under another name"

@@ -12,6 +12,7 @@ from torch import Tensor
 from sra_fast.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import check_data, fill_in_model, kind_of, open_data
 from sra_fast.data.facts import DataFacts, differences, other_inputs
+from sra_fast.data.normalization import in_words
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import block_seed, draw
 from sra_fast.models import Conditioning, DiffusionTransformer
@@ -108,9 +109,15 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
             value = getattr(data, name)
             require_that(
                 value in (None, trained),
-                f"the model was trained with data.{name} {trained:g}, got {value}: leave it out",
+                f"the model was trained with data.{name} {in_words(trained)}, got {value}: leave it "
+                "out",
             )
             setattr(data, name, trained)
+        require_that(
+            not data.latent_statistics,
+            "the model was trained with a scale and a shift of its own, got data.latent_statistics "
+            "True: leave it out",
+        )
     return data
 
 

@@ -28,6 +28,7 @@ from sra_fast.checkpoint.load_model import LoadedModel, fill
 from sra_fast.checkpoint.names import CLASS_TABLE
 from sra_fast.checkpoint.pipeline_parts import (
     check_numbers,
+    check_one_number,
     make_transformer,
     open_vae,
     write_parts,
@@ -38,6 +39,7 @@ from sra_fast.checkpoint.sources import read_tensors, transformer_folder
 from sra_fast.checkpoint.values import checked, warn_of_foreign_heads
 from sra_fast.config.schema import ModelConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.normalization import in_words
 from sra_fast.models import DiT
 from sra_fast.models.registry import PATCHES
 from sra_fast.utils.checks import require_that
@@ -106,8 +108,8 @@ def write_pipeline(
         fold: ``fold_time`` for diffusers' features. The weights are then not the same numbers.
 
     Raises:
-        ValueError: the model is none of diffusers', it makes pixels or shifted latents, the VAE is
-            not known or does not fit, or diffusers is missing.
+        ValueError: the model is none of diffusers', it makes pixels, shifted latents or such of
+            a scale per channel, the VAE is not known or does not fit, or diffusers is missing.
         OSError: a file cannot be written.
     """
     model = loaded.model
@@ -165,9 +167,10 @@ def _refuse_unless_decoded(facts: DataFacts) -> None:
         not facts.pixels,
         "the model makes images, DiTPipeline decodes latents: expected another --format",
     )
+    check_one_number(facts, "DiTPipeline")
     require_that(
         facts.shift == 0,
-        f"DiTPipeline does not shift latents, the model's have a shift of {facts.shift:g}",
+        f"DiTPipeline does not shift latents, the model's have a shift of {in_words(facts.shift)}",
     )
 
 

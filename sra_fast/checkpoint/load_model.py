@@ -191,6 +191,7 @@ def _facts_of_config(config: dict, model: DiffusionTransformer) -> DataFacts | N
         path=data["path"],
         pixels=data["name"] == "digits",
         scale=data["latent_scale"],
+        shift=data.get("latent_shift") or 0.0,
     )
 
 

@@ -19,6 +19,7 @@ from sra_fast.checkpoint.signed_json import (
     read_signed,
     write_signed,
 )
+from sra_fast.data.facts import DataFacts
 from sra_fast.utils.files import plain
 
 MANIFEST = "manifest.json"
@@ -36,8 +37,8 @@ FACT_KINDS = {
     "path": str | None,
     "class_names": list | None,
     "pixels": bool,
-    "scale": int | float,
-    "shift": int | float,
+    "scale": int | float | list,
+    "shift": int | float | list,
     "vae": dict | None,
     "vae_path": str | None,
     "fingerprint": str | None,
@@ -236,8 +237,8 @@ def _check_facts(data: dict) -> None:
             _is(data["text"], name, str)
         if data["text"].get("encoders") is not None:
             _is(data["text"], "encoders", list)
-    if not all(math.isfinite(data[name]) for name in ("scale", "shift")):
-        raise ValueError(f"data: scale {data['scale']} and shift {data['shift']} should be finite")
+    # raises for a scale or a shift that is not of these channels
+    DataFacts.from_json(data)
 
 
 def _check_emas(folder: Path, manifest: Manifest) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from sra_fast.checkpoint.load_model import LoadedModel
+from sra_fast.data.facts import DataFacts
+from sra_fast.data.normalization import in_words
 from sra_fast.data.vae import load_vae
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_json
@@ -19,6 +21,18 @@ def check_numbers(config: dict, names: Sequence[str], folder: Path) -> None:
         require_that(
             isinstance(config.get(name), int),
             f"expected a number {name} in {folder}/config.json, got {config.get(name)}",
+        )
+
+
+def check_one_number(facts: DataFacts, pipeline: str) -> None:
+    """ValueError for latents with a scale or a shift of their own in every channel, which a pipeline
+    would decode as something else.
+    """
+    for name, value in (("scale", facts.scale), ("shift", facts.shift)):
+        require_that(
+            not isinstance(value, list),
+            f"{pipeline} knows one {name} of the latents, the model's have {in_words(value)}: expected "
+            "another --format",
         )
 
 
@@ -44,7 +58,7 @@ def open_vae(loaded: LoadedModel, given: str | None, out: Path, use: str = ""):
         path = facts.vae_path
         require_that(
             path is not None and Path(path).exists(),
-            f"the VAE carries the scale of the latents, {facts.scale:g}{use}: expected --vae, the "
+            f"the VAE carries the scale of the latents, {in_words(facts.scale)}{use}: expected --vae, the "
             "VAE that made the data",
         )
     refuse_input("out", out / "vae", {"vae": path})

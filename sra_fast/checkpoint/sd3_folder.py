@@ -14,6 +14,7 @@ from sra_fast.checkpoint.export import state_of
 from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.checkpoint.pipeline_parts import (
     check_numbers,
+    check_one_number,
     make_transformer,
     open_vae,
     write_parts,
@@ -171,6 +172,7 @@ def refuse_unless_sd3(loaded: LoadedModel) -> None:
         "the model makes images, StableDiffusion3Pipeline decodes latents: expected another "
         "--format",
     )
+    check_one_number(facts, "StableDiffusion3Pipeline")
     require_that(
         not (facts.text or {}).get("masked"),
         f"{SD3} attends to all tokens of a caption, the model's captions have masks: expected "

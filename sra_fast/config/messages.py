@@ -19,6 +19,11 @@ KEY = re.compile(r'Parser key "([^"]+)"')
 KEY_BEFORE = re.compile(r'Parser key "([^"]+)":')
 EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: |\n|$)")
 VALUE = re.compile(r"(?:Got|Given) value: (.*)", re.DOTALL)
+# of an option that may be a list of something simple, among others: its types, and the value as a
+# whole. The message has the part that is wrong as well
+TYPES_AND_VALUE = re.compile(
+    r"Subtypes: \[([^\n]*\blist\[\w+\][^\n]*)\]\n.*Given value: (.*)", re.DOTALL
+)
 # of a value that should be a dataclass inside of another type: how else the parser would take one
 NO_DATACLASS = re.compile(
     r"Not a valid subclass of \w+(\. Got value: .*?)\s+Subclass types expect.*", re.DOTALL
@@ -36,6 +41,9 @@ WORDS = {
     "<class 'bool'>": "true or false",
     "<class 'str'>": "text",
     "<class 'list'>": "a list",
+    "list[float]": "a list of numbers",
+    "list[int]": "a list of whole numbers",
+    "list[str]": "a list of texts",
     "<class 'dict'>": "options by name",
     "<class 'NoneType'>": "null",
     # no option has a tuple of anything else
@@ -81,11 +89,15 @@ def one_line(message: str, known: Iterable[str], files: list[Path], arguments: l
     keys = KEY.findall(message)
     expected = EXPECTED.findall(message)
     value = VALUE.search(message)
+    several = TYPES_AND_VALUE.search(message)
+    if several:
+        expected = several[1].split(", ")
     if keys and expected and value:
         name = _joined(keys)
+        got = several[2] if several else value[1]
         kinds = " or ".join(dict.fromkeys(_in_words(kind) for kind in expected))
         where = _where(name, files, arguments)
-        return f"{name}{where}: expected {kinds}, got {' '.join(value[1].split())}"
+        return f"{name}{where}: expected {kinds}, got {' '.join(got.split())}"
     return " ".join(KEY_BEFORE.sub(r"\1:", message).split())
 
 

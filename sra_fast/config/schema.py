@@ -340,11 +340,16 @@ class DataConfig:
     """
     verify: bool = False
     """compare the SHA-256 of each packed shard with the index at its first read"""
-    latent_scale: float | None = None
-    """a latent is (z - latent_shift) * latent_scale, z being drawn from the VAE's posterior;
-    default: the scaling_factor of the VAE that made the data, or 0.18215 (SD-VAE)"""
-    latent_shift: float | None = None
-    """see latent_scale; default: the shift_factor of the VAE that made the data, or 0"""
+    latent_scale: float | list[float] | None = None
+    """a latent is (z - latent_shift) * latent_scale, z being drawn from the VAE's posterior; one
+    number, or a list of one for each channel; default: the scaling_factor of the VAE that made the
+    data, divided by its latents_std if it has that, or 0.18215 (SD-VAE)"""
+    latent_shift: float | list[float] | None = None
+    """see latent_scale; default: the latents_mean or the shift_factor of the VAE that made the data,
+    or 0"""
+    latent_statistics: bool = False
+    """take both from the data: mean 0 and deviation 1 in every channel; the run's config.yaml has
+    the numbers"""
     flip: bool = False
     """mirror half of the images, drawn anew in every step (pixels only; the option `mirror` of
     preprocess.py adds mirrored images to latents)"""

@@ -12,6 +12,7 @@ from sra_fast.data.coco_features import holds_coco_features
 from sra_fast.data.huggingface import is_saved
 from sra_fast.data.images import holds_images
 from sra_fast.data.latents import MomentDataset, open_latents, warn_of_deviation
+from sra_fast.data.normalization import in_words
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, RECIPE, check_finished, read_index
 from sra_fast.data.pixels import PackedPixels, PixelArray, Pixels
 from sra_fast.data.stored_text import StoredText
@@ -40,7 +41,16 @@ def make_latents(data: DataConfig) -> TrainingData:
         "data.flip is for pixels: a mirrored latent is no latent of the mirrored image "
         "(preprocess.py --mirror true adds those)",
     )
+    given = {"latent_scale": data.latent_scale, "latent_shift": data.latent_shift}
+    for name, value in given.items():
+        require_that(
+            value is None or not data.latent_statistics,
+            f"data.latent_statistics takes scale and shift from the data: expected no data.{name}, "
+            f"got {value}",
+        )
     found = open_latents(data.path, data.latent_scale, data.latent_shift, data.verify)
+    if data.latent_statistics:
+        found.use_statistics()
     warn_of_deviation(found)
     return found
 
@@ -108,10 +118,12 @@ def open_data(data: DataConfig) -> TrainingData:
     if found.path is None:
         found.path = data.path
     _check_contract(found)
-    _check_options(data, found)
     if isinstance(found, MomentDataset):
-        data.latent_scale = found.scale
-        data.latent_shift = found.shift
+        data.latent_scale = found.normalization.scale
+        data.latent_shift = found.normalization.shift
+        # the numbers say it: a run's own configuration does not have both
+        data.latent_statistics = False
+    _check_options(data, found)
     if data.features is not None:
         require_that(
             not found.flip,
@@ -152,6 +164,11 @@ def _check_options(options: DataConfig, data: TrainingData) -> None:
         "got True",
     )
     facts = data.facts()
+    require_that(
+        not options.latent_statistics,
+        "data.latent_statistics is for latents of a VAE, the data set "
+        f"{data.name} has {'pixels' if facts.pixels else 'others'}; got True",
+    )
     for name, used in (("latent_scale", facts.scale), ("latent_shift", facts.shift)):
         given = getattr(options, name)
         require_that(
@@ -161,7 +178,7 @@ def _check_options(options: DataConfig, data: TrainingData) -> None:
         # a set that takes the option says so in its facts
         require_that(
             given in (None, used),
-            f"data.{name} is not for the data set {data.name}, whose own is {used:g}; got {given}",
+            f"data.{name} is not for the data set {data.name}, whose own is {in_words(used)}; got {given}",
         )
 
 

@@ -2,6 +2,14 @@
 
 from dataclasses import asdict, dataclass
 
+from sra_fast.data.normalization import (
+    Normalization,
+    Numbers,
+    check_scale,
+    check_shift,
+    told_apart,
+)
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -19,9 +27,9 @@ class DataFacts:
     """name of every class, if the data have names"""
     pixels: bool = False
     """the model sees images themselves, scaled to [-1, 1], and no latents"""
-    scale: float = 1.0
-    """a latent is (z - shift) * scale, z being the VAE's"""
-    shift: float = 0.0
+    scale: Numbers = 1.0
+    """a latent is (z - shift) * scale, z being the VAE's; one number, or one for each channel"""
+    shift: Numbers = 0.0
     """see ``scale``"""
     vae: dict | None = None
     """``vae_identity`` of the VAE that made the latents, if it is known"""
@@ -39,9 +47,21 @@ class DataFacts:
 
     @classmethod
     def from_json(cls, held: dict) -> "DataFacts":
-        """The inverse of ``as_json``; facts that this version does not know are ignored."""
+        """The inverse of ``as_json``; facts that this version does not know are ignored.
+
+        Raises:
+            ValueError: scale or shift are not those of its channels.
+        """
         known = {name: held[name] for name in cls.__dataclass_fields__ if name in held}
-        return cls(**{**known, "shape": tuple(held["shape"])})
+        facts = cls(**{**known, "shape": tuple(held["shape"])})
+        check_scale("the scale of the data of a model", facts.scale, facts.shape[0])
+        check_shift("the shift of the data of a model", facts.shift, facts.shape[0])
+        return facts
+
+    @property
+    def normalization(self) -> Normalization:
+        """What ``scale`` and ``shift`` do."""
+        return Normalization(self.scale, self.shift)
 
     def name_of(self, label: int) -> str:
         """The name of a class; its number if it has none."""
@@ -75,7 +95,12 @@ def other_inputs(found: DataFacts, expected: DataFacts) -> list[str]:
     """Those of the ``differences`` that make the same picture, with the same caption, another input:
     nothing that a model of the other data has learned to read.
     """
-    different = _other_values(found, expected, ("pixels", "scale", "shift"))
+    different = _other_values(found, expected, ("pixels",))
+    for name in ("scale", "shift"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        if ours != theirs:
+            now, then = told_apart(ours, theirs)
+            different.append(f"{name} {now}, it was {then}")
     vaes = [(facts.vae or {}).get("sha256") for facts in (found, expected)]
     if None not in vaes and vaes[0] != vaes[1]:
         different.append("latents of another VAE")

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.normalization import Normalization, Numbers, in_words
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, check_finished, load_npy
 from sra_fast.data.reasons import why
-from sra_fast.data.training_data import InShards, TrainingData
+from sra_fast.data.statistics import Statistics
+from sra_fast.data.training_data import AT_ONCE, InShards, TrainingData
+from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import why_unreadable
 
 log = logging.getLogger("sra_fast")
 
-# the first Stable Diffusion's VAE: what the published code has
-DEFAULT_SCALE = 0.18215
 # a model learns best if its input's deviation is about 1; outside of this range there is a warning
 PLAUSIBLE_DEVIATION = (0.5, 2.0)
 # how many images are looked at when a data set is opened
@@ -40,7 +41,7 @@ class MomentDataset(TrainingData):
         fingerprint: SHA-256 of names, labels and some contents, or of the shards' hashes.
         vae: ``vae_identity`` of the VAE that made the moments, or None if unknown.
         vae_path: where that VAE was, or None.
-        scale, shift: a latent is (z - shift) * scale, z being drawn from the VAE's posterior.
+        normalization: what makes latents of z, which is drawn from the VAE's posterior.
         notes: what who packs them anew should know, one line each.
     """
 
@@ -54,17 +55,27 @@ class MomentDataset(TrainingData):
     fingerprint: str
     vae: dict | None = None
     vae_path: str | None = None
-    scale: float
-    shift: float
+    normalization: Normalization
     root: Path
     notes: Sequence[str] = ()
 
-    def _set_scale(self, scale: float | None, shift: float | None) -> None:
+    def _set_normalization(self, scale: Numbers | None, shift: Numbers | None) -> None:
         """What was asked for, or what belongs to the VAE."""
-        of_vae = self.vae or {}
-        self.scale = of_vae.get("scaling_factor", DEFAULT_SCALE) if scale is None else scale
-        # some VAEs have no shift, and old indexes do not tell it
-        self.shift = (of_vae.get("shift_factor") or 0.0) if shift is None else shift
+        own = Normalization.of_vae(self.vae)
+        self.normalization = Normalization.checked(
+            own.scale if scale is None else scale,
+            own.shift if shift is None else shift,
+            self.shape[0],
+            "data.",
+        )
+
+    def use_statistics(self) -> None:
+        """From now on latents have mean 0 and deviation 1 in every channel.
+
+        Raises:
+            ValueError: a channel has no deviation.
+        """
+        self.normalization = Normalization.of_statistics(*self.statistics(), str(self.path))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -85,14 +96,14 @@ class MomentDataset(TrainingData):
         # the stored dtype may be fp16; the sum is computed in fp32
         mean, std = moments.float().chunk(2, dim=1)
         z = mean + std * noise
-        return (z - self.shift if self.shift else z) * self.scale
+        return self.normalization.normalize(z)
 
     def facts(self) -> DataFacts:
         return replace(
             super().facts(),
             class_names=self.class_names,
-            scale=self.scale,
-            shift=self.shift,
+            scale=self.normalization.scale,
+            shift=self.normalization.shift,
             vae=self.vae,
             vae_path=self.vae_path,
         )
@@ -102,26 +113,41 @@ class MomentDataset(TrainingData):
         """The folder that was given."""
         return self.root
 
-    def deviation(self) -> float:
-        """Standard deviation of the latents: 1 is what a model expects."""
-        return self.scale * _deviation_of_some(self)
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of z in every channel, over all images."""
+        log.warning(
+            "all %d images of %s are read for the statistics of their channels, at every start: data "
+            "that preprocess.py packs have them in their index",
+            *(len(self), self.path),
+        )
+        return _statistics_of(self, list(range(len(self))))
+
+    def deviations(self) -> list[float]:
+        """Standard deviation of the latents in every channel: 1 is what a model expects."""
+        return self.normalization.deviations(self._std())
+
+    def _std(self) -> list[float]:
+        """Deviation of z in every channel, of some images."""
+        rows = np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int))
+        return _statistics_of(self, rows.tolist())[1]
 
     def open_held_out(self) -> TrainingData | None:
         folder = self.path / HELD_OUT_FOLDER
         if not folder.is_dir():
             return None
-        return open_latents(str(folder), self.scale, self.shift)
+        return _open(str(folder), self.normalization.scale, self.normalization.shift)
 
 
-def _deviation_of_some(data: MomentDataset) -> float:
-    """Standard deviation of z over some images; ValueError if they cannot be moments."""
-    rows = np.unique(np.linspace(0, len(data) - 1, LOOKED_AT).astype(int))
-    moments, _ = data.__getitems__(rows.tolist())
-    check_moments(moments, f"{data.path}")
-    mean, std = moments.double().chunk(2, dim=1)
-    # over images and places, for each channel
-    variance = mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))
-    return math.sqrt(variance.mean().item())
+def _statistics_of(data: MomentDataset, rows: list[int]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of z in every channel; ValueError if these images cannot be moments."""
+    statistics = Statistics(data.moments_shape[0], moments=True)
+    for start in range(0, len(rows), AT_ONCE):
+        moments, *_ = data.__getitems__(rows[start : start + AT_ONCE])
+        check_moments(moments, f"{data.path}")
+        statistics.update(moments)
+    found = Statistics.combine([statistics.as_json()])
+    assert found is not None
+    return found["mean"], found["std"]
 
 
 def check_moments(moments: Tensor, source: str) -> None:
@@ -153,7 +179,7 @@ class Latents(MomentDataset):
 
     counted_classes = True
 
-    def __init__(self, path: str, scale: float | None = None, shift: float | None = None):
+    def __init__(self, path: str, scale: Numbers | None = None, shift: Numbers | None = None):
         self.root = Path(path) / "vae-sd"
         if not self.root.is_dir():
             raise ValueError(
@@ -167,8 +193,8 @@ class Latents(MomentDataset):
         labels = self._read_labels()
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.num_classes = int(self.labels.max()) + 1
-        self._set_scale(scale, shift)
         self.moments_shape = self._read(self.files[0], first=True).shape
+        self._set_normalization(scale, shift)
         self.fingerprint = self._fingerprint(labels)
 
     def _fingerprint(self, labels: list[int]) -> str:
@@ -266,8 +292,8 @@ class PackedLatents(InShards, MomentDataset):
     def __init__(
         self,
         path: str | Path,
-        scale: float | None = None,
-        shift: float | None = None,
+        scale: Numbers | None = None,
+        shift: Numbers | None = None,
         verify: bool = False,
     ):
         self.root = Path(path)
@@ -276,61 +302,98 @@ class PackedLatents(InShards, MomentDataset):
         self.moments_shape = self.shards.row_shape
         self.vae = index["vae"]
         self.vae_path = index.get("vae_path")
-        self._set_scale(scale, shift)
+        self._set_normalization(scale, shift)
 
-    def deviation(self) -> float:
-        statistics = self.shards.index.get("channels")
-        if statistics is None:
-            # made by an older version. opened anew: with `verify` a look at some images would hash
-            # all shards
-            return self.scale * _deviation_of_some(PackedLatents(self.root))
-        # the root of the mean variance
-        variances = [value**2 for value in statistics["std"]]
-        return self.scale * math.sqrt(sum(variances) / len(variances))
+    def statistics(self) -> tuple[list[float], list[float]]:
+        # an index of an older version has none
+        return self._stored_statistics() or super().statistics()
+
+    def _std(self) -> list[float]:
+        stored = self._stored_statistics()
+        # opened anew: with `verify` a look at some images would hash all shards
+        return stored[1] if stored else MomentDataset._std(PackedLatents(self.root))
+
+    def _stored_statistics(self) -> tuple[list[float], list[float]] | None:
+        held = self.shards.index.get("channels")
+        if held is None:
+            return None
+        counts = [len(held[name]) for name in ("mean", "std")]
+        channels = self.shape[0]
+        require_that(
+            counts == [channels, channels],
+            f"{self.path / INDEX}: expected mean and std of {channels} channels, got {counts[0]} and "
+            f"{counts[1]} numbers",
+        )
+        return held["mean"], held["std"]
+
+
+def _open(
+    path: str, scale: Numbers | None = None, shift: Numbers | None = None, verify: bool = False
+) -> Latents | PackedLatents:
+    """See ``open_latents``, without its warning."""
+    root = Path(path)
+    check_finished(root)
+    if (root / INDEX).exists():
+        return PackedLatents(path, scale, shift, verify)
+    return Latents(path, scale, shift)
 
 
 def open_latents(
-    path: str, scale: float | None = None, shift: float | None = None, verify: bool = False
+    path: str, scale: Numbers | None = None, shift: Numbers | None = None, verify: bool = False
 ) -> Latents | PackedLatents:
     """Open moments in either layout.
 
     Args:
         path: folder that holds ``index.json`` or ``vae-sd``.
-        scale: see ``MomentDataset``; default: that of the VAE that made the moments, else SD-VAE's.
-            A warning says if that VAE has another.
+        scale: one number, or one for each channel, see ``Normalization``; default: that of the VAE
+            that made the moments, else SD-VAE's. A warning says if that VAE has another.
         shift: likewise.
         verify: see ``Shards``.
 
     Raises:
-        ValueError: there are no moments, or preprocessing has not finished.
+        ValueError: there are no moments, preprocessing has not finished, or scale or shift do not
+            fit the channels.
     """
-    root = Path(path)
-    check_finished(root)
-    scaled = (path, scale, shift)
-    data = PackedLatents(*scaled, verify) if (root / INDEX).exists() else Latents(*scaled)
-    of_vae = data.vae or {}
-    for name, value, factor in (
-        ("scale", data.scale, "scaling_factor"),
-        ("shift", data.shift, "shift_factor"),
-    ):
-        expected = of_vae.get(factor)
-        if expected not in (None, value):
+    data = _open(path, scale, shift, verify)
+    told = data.vae or {}
+    own = Normalization.of_vae(told)
+    sources = {"scale": "scaling_factor", "shift": "shift_factor"}
+    if "latents_std" in told:
+        sources = {"scale": "latents_std", "shift": "latents_mean"}
+    for name, source in sources.items():
+        used, expected = getattr(data.normalization, name), getattr(own, name)
+        # whoever gives a number for each channel knows that the VAE has one for all of them
+        is_finer = isinstance(used, list) and not isinstance(expected, list)
+        if told.get(source) is not None and used != expected and not is_finer:
             log.warning(
                 "data.latent_%s is %s, the %s of the VAE that made %s is %s",
-                *(name, value, factor, path, expected),
+                *(name, in_words(used), source, path, in_words(expected)),
             )
     return data
 
 
 def warn_of_deviation(data: MomentDataset) -> None:
     """Look at some images: an error if they cannot be moments, a warning if the scale is wrong."""
-    deviation = data.deviation()
+    deviations = data.deviations()
+    # the root of the mean variance
+    deviation = math.sqrt(sum(value**2 for value in deviations) / len(deviations))
     if deviation == 0:
         raise ValueError(f"all latents of {data.path} are equal, nothing can be learned from them")
     low, high = PLAUSIBLE_DEVIATION
-    if not low <= deviation <= high:
+    scale = data.normalization.scale
+    if isinstance(scale, list):
+        wrong = [i for i, value in enumerate(deviations) if not low <= value <= high]
+        if wrong:
+            log.warning(
+                "%d of the %d channels of the latents of %s are far from a standard deviation of 1, "
+                "which a model expects: it is %.3g in channel %d (from 0); --data.latent_statistics "
+                "true gives 1 in every channel",
+                *(len(wrong), len(scale), data.path, deviations[wrong[0]], wrong[0]),
+            )
+    elif not low <= deviation <= high:
         log.warning(
             "the latents of %s have a standard deviation of %.3g, a model expects about 1: "
-            "data.latent_scale %.4g would give 1, it is %.4g",
-            *(data.path, deviation, data.scale / deviation, data.scale),
+            "data.latent_scale %.4g would give 1, it is %.4g; --data.latent_statistics true gives 1 in "
+            "every channel",
+            *(data.path, deviation, scale / deviation, scale),
         )

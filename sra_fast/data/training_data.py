@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from sra_fast.data.batch import Batch
 from sra_fast.data.facts import DataFacts
 from sra_fast.data.features import StoredFeatures
+from sra_fast.data.normalization import LEAST_DEVIATION
 from sra_fast.data.packed import Shards
 from sra_fast.data.stored_text import StoredText
 from sra_fast.models import ClassLabels, Conditioning
@@ -182,7 +183,7 @@ class TrainingData(Dataset):
         mean = torch.cat(means).mean(0)
         std = (torch.cat(squares).mean(0) - mean.square()).clamp(min=0).sqrt()
         # a channel that is always the same is left as it is
-        std = torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+        std = torch.where(std > LEAST_DEVIATION * mean.abs(), std, 1.0)
         return mean.tolist(), std.tolist()
 
     def facts(self) -> DataFacts:

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sra_fast.data.normalization import Normalization, check_scale, check_shift
+from sra_fast.utils.checks import require_that
+
 
 def load_vae(path: str, channels: int | None = None):
     """diffusers' AutoencoderKL in fp32 and eval mode, from a folder or the hub's cache. Nothing is downloaded.
@@ -47,10 +50,14 @@ def vae_is_there(path: str) -> bool:
 
 
 def vae_identity(vae) -> dict:
-    """What decides the latents: ``sha256`` of the encoder's weights, ``scaling_factor`` and
-    ``shift_factor``.
+    """What decides the latents: ``sha256`` of the encoder's weights, ``scaling_factor``,
+    ``shift_factor``, and ``latents_mean`` and ``latents_std``, lists of a number for each channel, if
+    the VAE has them. ``Normalization.of_vae`` reads it.
 
     The decoder is left out: decoders are fine-tuned and swapped without a change of the latents.
+
+    Raises:
+        ValueError: its statistics are not those of its channels.
     """
     weights = vae.state_dict().items()
     decisive = {
@@ -61,7 +68,27 @@ def vae_identity(vae) -> dict:
         "scaling_factor": vae.config.scaling_factor,
         # None in a VAE that has no shift
         "shift_factor": getattr(vae.config, "shift_factor", None) or 0.0,
+        **_own_statistics(vae),
     }
+
+
+def _own_statistics(vae) -> dict:
+    """``latents_mean`` and ``latents_std`` of a VAE's configuration; nothing unless it has both."""
+    names = ("latents_mean", "latents_std")
+    found = {name: getattr(vae.config, name, None) for name in names}
+    if None in found.values():
+        return {}
+    channels = vae.config.latent_channels
+    for name, numbers in found.items():
+        require_that(
+            isinstance(numbers, list | tuple) and len(numbers) == channels,
+            f"the VAE has latents of {channels} channels: expected a list of as many numbers as "
+            f"{name} in its config.json, got {numbers}",
+        )
+    lists = {name: [*numbers] for name, numbers in found.items()}
+    check_shift("latents_mean of the VAE", lists["latents_mean"], channels)
+    check_scale("latents_std of the VAE", lists["latents_std"], channels)
+    return lists
 
 
 def weights_digest(weights: dict[str, Tensor]):
@@ -136,14 +163,14 @@ def moments_shape(vae, encode: Callable[[Tensor], Tensor], size: int) -> tuple[i
 
 @torch.no_grad()
 def decode(
-    latents: Tensor, vae, scale: float, shift: float, batch: int, device: torch.device
+    latents: Tensor, vae, normalization: Normalization, batch: int, device: torch.device
 ) -> Tensor:
     """Latents -> images in [-1, 1].
 
     Args:
         latents: ``[N, C, h, w]``.
         vae: on ``device``; None: the latents are the images and are returned as they are.
-        scale, shift: a latent is (z - shift) * scale, z being the VAE's.
+        normalization: of the latents.
         batch: latents per call of the decoder.
 
     Returns:
@@ -153,6 +180,6 @@ def decode(
         return latents
     images = []
     for part in latents.split(batch):
-        z = part.to(device) / scale + shift
+        z = normalization.denormalize(part.to(device))
         images.append(vae.decode(z).sample.float().cpu())
     return torch.cat(images)

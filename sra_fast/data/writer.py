@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_fast.data.batch import Batch, Report
-from sra_fast.data.layouts import LAYOUTS, Part, Statistics, all_numbers
+from sra_fast.data.layouts import LAYOUTS, Part, all_numbers
 from sra_fast.data.ownership import PARTS, Ownership
 from sra_fast.data.sources import ImageSource
+from sra_fast.data.statistics import Statistics
 from sra_fast.utils.files import write_json
 
 log = logging.getLogger("sra_fast")

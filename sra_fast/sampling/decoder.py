@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.latents import DEFAULT_SCALE
+from sra_fast.data.normalization import Normalization, Numbers, told_apart
 from sra_fast.data.vae import load_vae, vae_identity, vae_is_there, weights_digest
 
 log = logging.getLogger("sra_fast")
@@ -17,19 +17,18 @@ class Decoder:
 
     Attributes:
         vae: None: the latents are the images.
-        scale, shift: a latent is (z - shift) * scale, z being the VAE's.
+        normalization: of the latents.
     """
 
     vae: object | None
-    scale: float = 1.0
-    shift: float = 0.0
+    normalization: Normalization = Normalization()
 
     def identity(self) -> dict:
         """What the images depend on; JSON."""
         return {
             "vae": None if self.vae is None else _digest_of(self.vae),
-            "latent_scale": self.scale,
-            "latent_shift": self.shift,
+            "latent_scale": self.normalization.scale,
+            "latent_shift": self.normalization.shift,
         }
 
 
@@ -44,8 +43,8 @@ def _digest_of(vae) -> str:
 
 def choose_decoder(
     vae: str | None,
-    scale: float | None,
-    shift: float | None,
+    scale: Numbers | None,
+    shift: Numbers | None,
     channels: int,
     facts: DataFacts | None,
 ) -> Decoder:
@@ -73,9 +72,8 @@ def choose_decoder(
     trained = {"latent_scale": facts.scale, "latent_shift": facts.shift}
     for name, value in trained.items():
         if given[name] not in (None, value):
-            raise ValueError(
-                f"the model was trained with {name} {value:g}, got {given[name]:g}: leave it out"
-            )
+            then, now = told_apart(value, given[name])
+            raise ValueError(f"the model was trained with {name} {then}, got {now}: leave it out")
     if vae is None:
         if facts.vae_path is None or not vae_is_there(facts.vae_path):
             was = f" (it was {facts.vae_path})" if facts.vae_path else ""
@@ -87,11 +85,11 @@ def choose_decoder(
     loaded = load_vae(vae, channels)
     if facts.vae is not None:
         _compare(vae_identity(loaded), facts.vae, vae)
-    return Decoder(loaded, facts.scale, facts.shift)
+    return Decoder(loaded, facts.normalization)
 
 
 def _of_foreign_weights(
-    vae: str | None, scale: float | None, shift: float | None, channels: int
+    vae: str | None, scale: Numbers | None, shift: Numbers | None, channels: int
 ) -> Decoder:
     """Weights of other projects say nothing: what is not given is the VAE's own."""
     if vae is None:
@@ -99,17 +97,19 @@ def _of_foreign_weights(
             f"the model makes latents of {channels} channels: give --vae to decode them"
         )
     loaded = load_vae(vae, channels)
-    own = vae_identity(loaded)
-    scale = own["scaling_factor"] or DEFAULT_SCALE if scale is None else scale
-    return Decoder(loaded, scale, own["shift_factor"] if shift is None else shift)
+    own = Normalization.of_vae(vae_identity(loaded))
+    normalization = Normalization.checked(
+        own.scale if scale is None else scale, own.shift if shift is None else shift, channels
+    )
+    return Decoder(loaded, normalization)
 
 
 def _compare(found: dict, expected: dict, path: str) -> None:
     """Whether a VAE is the one that made the training data."""
-    for name in ("scaling_factor", "shift_factor"):
-        if expected.get(name) not in (None, found[name]):
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        if expected.get(name) not in (None, found.get(name)):
             raise ValueError(
-                f"vae {path} has {name} {found[name]}, that of the training data has "
+                f"vae {path} has {name} {found.get(name)}, that of the training data has "
                 f"{expected[name]}: it is another VAE"
             )
     if found["sha256"] != expected["sha256"]:

@@ -82,11 +82,12 @@ class Options:
     vae: str | None = None
     """path or hub id of a diffusers AutoencoderKL that decodes latents; default: the one that made
     the training data, if it is still there"""
-    latent_scale: float | None = None
+    latent_scale: float | list[float] | None = None
     """for weights of other projects: a latent is (z - latent_shift) * latent_scale, z being the
-    VAE's; a run knows it; default: the scaling_factor of the VAE"""
-    latent_shift: float | None = None
-    """see latent_scale; default: the shift_factor of the VAE"""
+    VAE's; one number, or a list of one for each channel; a run knows it; default: the scaling_factor
+    of the VAE, divided by its latents_std if it has that"""
+    latent_shift: float | list[float] | None = None
+    """see latent_scale; default: the latents_mean or the shift_factor of the VAE"""
     num_heads: int | None = None
     """for weights that do not say it and whose width is no paper size"""
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -334,7 +335,7 @@ def image_maker(
             first=first,
             call=call,
         )
-        images = decode(latents, vae, decoder.scale, decoder.shift, options.batch, device)
+        images = decode(latents, vae, decoder.normalization, options.batch, device)
         if not images.isfinite().all():
             raise ValueError(
                 f"images {first} .. {end - 1} are not finite: the weights, or precision {options.precision}"

@@ -13,6 +13,7 @@ import torch
 
 from sra_fast.config.averages import check_averages, check_weights
 from sra_fast.config.schema import AlignConfig, Config
+from sra_fast.data.normalization import check_scale, check_shift
 from sra_fast.diffusion.process import make_process
 from sra_fast.diffusion.samplers import check_sampling
 from sra_fast.utils.checks import require_that
@@ -158,15 +159,11 @@ def _check_numbers(cfg: Config) -> None:
     require_that(
         train.spike == 0 or train.spike > 1, f"train.spike must be 0 or above 1, got {train.spike}"
     )
-    scale = cfg.data.latent_scale
-    require_that(
-        scale is None or 0 < scale < math.inf,
-        f"data.latent_scale must be positive and finite, got {scale}",
-    )
-    shift = cfg.data.latent_shift
-    require_that(
-        shift is None or math.isfinite(shift), f"data.latent_shift must be finite, got {shift}"
-    )
+    channels = cfg.model.arguments()["in_channels"]
+    if cfg.data.latent_scale is not None:
+        check_scale("data.latent_scale", cfg.data.latent_scale, channels)
+    if cfg.data.latent_shift is not None:
+        check_shift("data.latent_shift", cfg.data.latent_shift, channels)
 
 
 def named_as(section: str, check: Callable[[], object]) -> None:

@@ -25,6 +25,7 @@ from sra_fast.checkpoint.values import (
 )
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.normalization import told_apart
 from sra_fast.models import ALIGN_HEADS, DiffusionTransformer, has_joint_blocks
 from sra_fast.models.positions import grid_positions
 from sra_fast.utils.checks import require_that
@@ -290,9 +291,9 @@ def _warn_of_other_inputs(source: str, ours: DataFacts, theirs: DataFacts) -> No
         found, expected = getattr(theirs, name), getattr(ours, name)
         if found != expected:
             warn(
-                "%s was trained on latents of %s %g, the data of this run have %g "
+                "%s was trained on latents of %s %s, the data of this run have %s "
                 "(--data.latent_%s)",
-                *(source, name, found, expected, name),
+                *(source, name, *told_apart(found, expected), name),
             )
 
 

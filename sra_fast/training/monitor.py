@@ -59,6 +59,7 @@ class Monitor:
         self.vae = None
         if monitor.vae and monitor.count:
             self.vae = load_vae(monitor.vae, cfg.model.in_channels).to(device)
+        self.normalization = data.facts().normalization
         self.extractor: Extractor | None = None
         if monitor.reference:
             self.extractor = inception_extractor(monitor.inception, device)
@@ -165,8 +166,7 @@ class Monitor:
         batch = cfg.monitor.batch
         settings = (cfg.sample, cfg.diffusion, cfg.train.seed, batch, self.device)
         latents = generate_for(model, self.conditions, share, *settings)
-        data = cfg.data
-        images = decode(latents, self.vae, data.latent_scale, data.latent_shift, batch, self.device)
+        images = decode(latents, self.vae, self.normalization, batch, self.device)
         return torch.from_numpy(report.to_uint8(images, cfg.sample.rounding)).to(self.device)
 
     def _fid(self, pixels: Tensor, counts: list[int]) -> float:

@@ -36,6 +36,7 @@ ABSENT = "absent"
 # fields that older versions had not, with values that say nothing
 NEW = {
     "model.options": {},
+    "data.latent_statistics": False,
     "diffusion.time_mean": 0.0,
     "diffusion.time_std": 1.0,
     "diffusion.time_shift": 1.0,

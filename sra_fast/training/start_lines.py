@@ -9,6 +9,7 @@ import torch
 
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.normalization import in_words
 from sra_fast.data.training_data import TrainingData
 from sra_fast.training.flops import training_flops
 from sra_fast.training.trainer import Trainer
@@ -103,8 +104,8 @@ def _input(facts: DataFacts) -> str:
     shape = " x ".join(map(str, facts.shape))
     if facts.pixels:
         return f"pixels {shape} in [-1, 1]"
-    text = f"latents {shape}, scale {facts.scale:g}"
-    return f"{text}, shift {facts.shift:g}" if facts.shift else text
+    text = f"latents {shape}, scale {in_words(facts.scale)}"
+    return f"{text}, shift {in_words(facts.shift)}" if facts.shift else text
 
 
 def _machine_line(trainer: Trainer) -> str:

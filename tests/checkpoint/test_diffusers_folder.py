@@ -240,6 +240,16 @@ def test_null_rows():
         (dit(), DataFacts("latents", (4, 8, 8), 5, shift=0.1), "have a shift of 0.1"),
         (
             dit(),
+            DataFacts("latents", (4, 8, 8), 5, scale=[0.5, 1.0, 2.0, 0.7]),
+            "DiTPipeline knows one scale of the latents, the model's have 0.5 to 2, by channel",
+        ),
+        (
+            dit(),
+            DataFacts("latents", (4, 8, 8), 5, shift=[0.5, 1.0, 2.0, 0.7]),
+            "DiTPipeline knows one shift of the latents, the model's have 0.5 to 2, by channel",
+        ),
+        (
+            dit(),
             DataFacts("pixels", (4, 8, 8), 5, pixels=True),
             "makes images, DiTPipeline decodes latents",
         ),

@@ -325,6 +325,11 @@ def test_another_configuration_is_refused(theirs, tmp_path, change, message):
             "has the interpolant linear, the model cosine",
         ),
         ({}, dict(facts=replace(FACTS, pixels=True)), "the model makes images"),
+        (
+            {},
+            dict(facts=replace(FACTS, scale=[0.5, 1.0, 2.0, 0.7])),
+            "StableDiffusion3Pipeline knows one scale of the latents, .* have 0.5 to 2, by channel",
+        ),
         ({}, dict(facts=FACTS), "the VAE carries the scale of the latents, 1.5: expected --vae"),
         (
             {},

@@ -34,6 +34,22 @@ def refused(capsys, *args: str) -> str:
         (["--train.precision", "fp17"], "train.precision: expected bf16 or fp32, got fp17"),
         (["--train.export", "pub"], "train.export: expected a list, got pub"),
         (["--train.averages", "[1]"], "train.averages: expected options by name, got [1]"),
+        (
+            ["--data.latent_scale", "a"],
+            "data.latent_scale: expected a number or a list of numbers or null, got a",
+        ),
+        (
+            ["--data.latent_scale", "true"],
+            "data.latent_scale: expected a number or a list of numbers or null, got true",
+        ),
+        (
+            ["--data.latent_shift", "[0.5, a]"],
+            "data.latent_shift: expected a number or a list of numbers or null, got [0.5, 'a']",
+        ),
+        (
+            ["--data.latent_shift", "[[1], [2]]"],
+            "data.latent_shift: expected a number or a list of numbers or null, got [[1], [2]]",
+        ),
         (["--optim.betas", "[0.9]"], "optim.betas: expected two numbers, got [0.9]"),
         (["--optim.betas", "0.9"], "optim.betas: expected two numbers, got 0.9"),
         (

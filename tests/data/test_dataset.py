@@ -146,6 +146,10 @@ def test_an_added_data_set_knows_its_name_and_place(toy, tmp_path, caplog):
             {"latent_shift": 7.0, "shape": (4, 8, 8)},
             "data.latent_shift is not for the data set toy, whose own is 0; got 7.0",
         ),
+        (
+            {"latent_statistics": True, "shape": (4, 8, 8)},
+            "data.latent_statistics is for latents of a VAE, the data set toy has others; got True",
+        ),
         ({"shape": (8, 8)}, r"data set toy must have a shape \(C, H, W\), got \(8, 8\)"),
         ({"labels": np.zeros(32)}, r"toy must be a tensor \[N\] of int64, got ndarray"),
         ({"labels": torch.zeros(32)}, r"of int64, got torch.float32 \[32\]"),

@@ -230,6 +230,8 @@ def test_the_digits_have_no_options():
         ({"flip": True}, "data.flip is not for the data set digits, which does not mirror"),
         ({"path": "x"}, "data.path is not for the digits, got x"),
         ({"latent_scale": 2.0}, "data.latent_scale is for latents, the data are pixels; got 2.0"),
+        ({"latent_shift": [2.0]}, r"data.latent_shift is for latents, .* pixels; got \[2.0\]"),
+        ({"latent_statistics": True}, "data.latent_statistics is for .* digits has pixels; got Tr"),
     ):
         with pytest.raises(ValueError, match=message):
             open_data(DataConfig(name="digits", **change))
@@ -302,6 +304,8 @@ def test_the_model_takes_its_sizes_from_the_data(images):
     for wrong, message in (
         (("--model.input_size", "8"), r"takes latents \(1, 8, 8\) .* has \(1, 16, 16\)"),
         (("--data.latent_scale", "1"), "data.latent_scale is for latents, the data are pixels"),
+        (("--data.latent_scale", "[1]"), "data.latent_scale is for latents, the data are pixels"),
+        (("--data.latent_statistics", "true"), "latent_statistics is for .* pixels has pixels"),
         (("--model.patch_size", "3"), "input_size must be a multiple of patch_size 3, got 16"),
     ):
         with pytest.raises(ValueError, match=message):

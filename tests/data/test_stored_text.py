@@ -641,7 +641,7 @@ def test_u_vits_layout_is_packed_with_its_text(tmp_path):
     assert "text/clip: 24 captions of 12 images, text 6 x 4" in said
     assert "text features of an encoder that is not known" in said
     data = opened(tmp_path / "data")
-    assert isinstance(data, PackedLatents) and data.scale == 0.18215
+    assert isinstance(data, PackedLatents) and data.normalization.scale == 0.18215
     # in the order of the files' names, as images in a folder are
     order = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
     for row, number in enumerate(order):

@@ -18,6 +18,7 @@ from sra_fast.checkpoint.manifest import read_manifest, write_manifest
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.normalization import Normalization
 from sra_fast.data.vae import decode, load_vae, vae_identity
 from sra_fast.sampling.decoder import choose_decoder
 from sra_fast.sampling.run import class_numbers
@@ -71,7 +72,8 @@ def test_a_run_is_sampled_with_what_it_was_trained_with(trained):
     vae = load_vae(str(trained / "vae"))
     with torch.no_grad():
         expected = vae.decode(latents / SCALE + SHIFT).sample
-    assert torch.equal(decode(latents, vae, SCALE, SHIFT, 2, torch.device("cpu")), expected)
+    normalization = Normalization(SCALE, SHIFT)
+    assert torch.equal(decode(latents, vae, normalization, 2, torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "checkpoints/step_00000002"])
@@ -129,9 +131,9 @@ def test_a_vae_with_another_encoder_is_a_warning(trained, caplog):
 def test_weights_that_tell_nothing_take_the_vaes_scale(trained):
     vae = str(trained / "vae")
     decoder = choose_decoder(vae, None, None, 4, None)
-    assert (decoder.scale, decoder.shift) == (SCALE, SHIFT)
+    assert decoder.normalization == Normalization(SCALE, SHIFT)
     decoder = choose_decoder(vae, 2.0, 0.5, 4, None)
-    assert (decoder.scale, decoder.shift) == (2.0, 0.5)
+    assert decoder.normalization == Normalization(2.0, 0.5)
     with pytest.raises(ValueError, match="latents of 4 channels: give --vae"):
         choose_decoder(None, None, None, 4, None)
 
@@ -221,7 +223,8 @@ def test_a_run_of_an_older_version_has_its_scale_in_its_configuration(trained, t
     checkpoint = run / "checkpoints/step_00000002"
     write_manifest(checkpoint, replace(read_manifest(checkpoint), data=None))
     facts = load_model(str(run)).facts
-    assert (facts.scale, facts.shape, facts.pixels) == (SCALE, (4, 8, 8), False)
+    assert (facts.scale, facts.shift) == (SCALE, SHIFT)
+    assert (facts.shape, facts.pixels) == ((4, 8, 8), False)
 
 
 def test_the_digits_need_nothing(tmp_path):

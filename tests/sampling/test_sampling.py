@@ -14,6 +14,7 @@ from PIL import Image
 from toy_data import write_vae
 
 from sra_fast.config.schema import DiffusionConfig, SampleConfig
+from sra_fast.data.normalization import Normalization
 from sra_fast.data.vae import load_vae
 from sra_fast.models import SiT
 from sra_fast.plots.report import to_uint8
@@ -254,8 +255,10 @@ def test_the_identity_has_what_no_weight_shows(weights, tmp_path):
         assert differing(script.identity(other), first) == {*changed}
     other = SampledLabels(job.conditions.numbers.flip(0))
     assert differing(script.identity(replace(job, conditions=other)), first) == {"numbers"}
-    scaled = replace(job, decoder=Decoder(None, 1.5))
+    scaled = replace(job, decoder=Decoder(None, Normalization(1.5)))
     assert differing(script.identity(scaled), first) == {"latent_scale"}
+    by_channel = replace(job, decoder=Decoder(None, Normalization([1.5], [0.5])))
+    assert differing(script.identity(by_channel), first) == {"latent_scale", "latent_shift"}
 
 
 def test_the_identity_has_the_whole_vae(weights, tmp_path):

@@ -301,6 +301,7 @@ LATENTS = DataFacts("latents", (1, 8, 8), 10, class_names=NAMES, scale=0.5)
     [
         (dict(scale=0.18215), "trained on latents of scale 0.18215, .* have 0.5 .*latent_scale"),
         (dict(shift=0.1), "trained on latents of shift 0.1, the data of this run have 0 .*_shift"),
+        (dict(scale=[0.25]), "latents of scale 0.25 to 0.25, by channel, .* have 0.5 .*_scale"),
         (dict(pixels=True, scale=1.0), "trained on pixels, the data of this run are latents"),
         (dict(path="/elsewhere"), None),
     ],

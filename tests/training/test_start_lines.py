@@ -85,6 +85,9 @@ def test_a_resumed_run_on_latents_with_other_loggers(monkeypatch):
     # stage 0 keeps the EMA whole
     assert start_lines(trainer(cfg, 2, 0), Latents(), FOLDER)[1].endswith("on each process")
     assert "shift" not in start_lines(trainer(cfg), Latents(), FOLDER)[2]
+    by_channel = Latents(scale=[0.5, 0.7, 1.0, 2.0], shift=[0.0, 0.1, -0.5, 0.0])
+    expected = "scale 0.5 to 2, by channel, shift -0.5 to 0.1, by channel"
+    assert expected in start_lines(trainer(cfg), by_channel, FOLDER)[2]
 
 
 def test_captions_are_named():
