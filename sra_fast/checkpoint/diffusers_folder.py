@@ -31,6 +31,8 @@ from sra_fast.checkpoint.pipeline_parts import (
     check_one_number,
     make_transformer,
     open_vae,
+    refuse_shift_of_vae,
+    vae_facts,
     write_parts,
 )
 from sra_fast.checkpoint.schedulers import DIT_CHAIN, check_dit_scheduler
@@ -127,6 +129,8 @@ def write_pipeline(
     decoder = open_vae(loaded, vae, out, ", which DiTPipeline divides by")
     if decoder is not None and facts is not None:
         decoder.register_to_config(scaling_factor=facts.scale)
+    elif decoder is not None:
+        refuse_shift_of_vae(decoder, DiTPipeline.__name__)
     found = models.arguments_of(model)
     config = dict(
         num_attention_heads=found["num_heads"],
@@ -298,5 +302,5 @@ def _facts(pipeline: Path, cfg: ModelConfig) -> DataFacts | None:
         num_classes=cfg.num_classes,
         class_names=names if all(names) else None,
         scale=scale,
-        vae_path=str((pipeline / "vae").absolute()),
+        **vae_facts(pipeline),
     )

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.normalization import in_words
-from sra_fast.data.vae import load_vae
+from sra_fast.data.normalization import Normalization, in_words
+from sra_fast.data.vae import load_vae, vae_identity
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import write_json
+from sra_fast.utils.messages import warn
 from sra_fast.utils.outputs import refuse_input, whole_folder
 
 
@@ -67,6 +68,31 @@ def open_vae(loaded: LoadedModel, given: str | None, out: Path, use: str = ""):
         f"{out} has a VAE of before: expected --vae, or another folder",
     )
     return None if path is None else load_vae(path, loaded.model.in_channels)
+
+
+def vae_facts(pipeline: Path) -> dict:
+    """What is kept of the VAE in a pipeline's folder: where it is, and its identity, by which another
+    one is noticed. Without diffusers, or if it cannot be read, the identity is not known.
+    """
+    folder = str((pipeline / "vae").absolute())
+    try:
+        identity = vae_identity(load_vae(folder))
+    except ValueError as error:
+        warn("another VAE than that of %s will not be noticed: %s", pipeline, error)
+        identity = None
+    return {"vae": identity, "vae_path": folder}
+
+
+def refuse_shift_of_vae(decoder, pipeline: str) -> None:
+    """ValueError for a VAE whose latents are shifted, which a pipeline would not undo. The model
+    was trained on latents of nobody knows which shift: ``sample.py`` takes the VAE's.
+    """
+    own = Normalization.of_vae(vae_identity(decoder))
+    require_that(
+        own.shift == 0 and not isinstance(own.scale, list),
+        f"{pipeline} knows one scale of the latents and no shift, those of the VAE have a scale of "
+        f"{in_words(own.scale)} and a shift of {in_words(own.shift)}: expected another --format",
+    )
 
 
 def make_transformer(cls: type, config: dict, weights: dict[str, Tensor]):

@@ -13,6 +13,8 @@ from sra_fast.checkpoint.shards import MASTER, MOMENTS, ema_kind
 from sra_fast.checkpoint.sources import model_of_settings, state_dict_of
 from sra_fast.config.schema import DiffusionConfig, ModelConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.normalization import DEFAULT_SCALE, in_words
+from sra_fast.utils.messages import warn
 
 # arguments of an MMDiT that its shapes do not show, and what they are unless given
 OF_TEXT = {"context_tokens": None, "time_scale": 1.0, "position_start": 0.0, "position_step": 1.0}
@@ -52,7 +54,19 @@ def published_args(
             setattr(args, name, given.get(name, default))
     if facts is not None:
         args.data = facts.as_json()
+        _warn_of_other_latents(facts)
     return args
+
+
+def _warn_of_other_latents(facts: DataFacts) -> None:
+    """One line if the published code would decode samples as other latents."""
+    if facts.pixels or (facts.scale, facts.shift) == (DEFAULT_SCALE, 0):
+        return
+    warn(
+        "the published code decodes latents with the scale %g and no shift, the model's have %s and "
+        "%s: sample.py reads them from this file, generate.py has to be told",
+        *(DEFAULT_SCALE, in_words(facts.scale), in_words(facts.shift)),
+    )
 
 
 def published_optimizer(

@@ -17,6 +17,7 @@ from sra_fast.checkpoint.pipeline_parts import (
     check_one_number,
     make_transformer,
     open_vae,
+    vae_facts,
     write_parts,
 )
 from sra_fast.checkpoint.schedulers import time_shift_of
@@ -140,7 +141,7 @@ def _facts(pipeline: Path, arguments: dict) -> DataFacts | None:
         num_classes=1,
         scale=scale,
         shift=shift or 0.0,
-        vae_path=str((pipeline / "vae").absolute()),
+        **vae_facts(pipeline),
     )
 
 

@@ -11,6 +11,7 @@ from foreign import network, same, weights
 from golden import assert_matches
 from launch import call, error_of
 from safetensors.torch import load_file, save_file
+from toy_data import write_vae
 
 from sra_fast.checkpoint.diffusers_folder import import_pipeline, write_pipeline
 from sra_fast.checkpoint.diffusers_weights import (
@@ -26,9 +27,12 @@ from sra_fast.checkpoint.diffusers_weights import (
 from sra_fast.checkpoint.load_model import LoadedModel, load_model
 from sra_fast.config.schema import DiffusionConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.data.vae import load_vae, vae_identity
 from sra_fast.diffusion.gaussian_diffusion import Schedule, linear_betas
+from sra_fast.diffusion.samplers import sample
 from sra_fast.models import DiT, SiT
 from sra_fast.models.layers import timestep_features
+from sra_fast.sampling.decoder import choose_decoder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -170,6 +174,23 @@ def test_the_scheduler_is_our_chain(pipeline):
     assert (
         pipe.scheduler.config.prediction_type == "epsilon" and not pipe.scheduler.config.clip_sample
     )
+    # no spacing of diffusers is ours, which keeps both ends: this one is the nearest
+    _, model, _ = pipeline
+    z = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0))
+    ours = sample(model, z, torch.tensor([1, 4]), "ddim", 25)
+    distances = {}
+    for spacing in ("leading", "linspace", "trailing"):
+        scheduler = type(pipe.scheduler).from_config(
+            pipe.scheduler.config, timestep_spacing=spacing
+        )
+        scheduler.set_timesteps(25)
+        x = z
+        for t in scheduler.timesteps:
+            eps = model(x, t.expand(2), torch.tensor([1, 4])).chunk(2, 1)[0]
+            x = scheduler.step(eps, t, x).prev_sample
+        distances[spacing] = ((x - ours).square().mean() / ours.square().mean()).sqrt().item()
+    assert min(distances, key=distances.__getitem__) == "trailing", distances
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
 
 
 def test_the_pipeline_samples_with_guidance(pipeline):
@@ -206,6 +227,38 @@ def test_the_scale_is_not_lost_without_a_vae(tmp_path, vae):
     assert not out.exists()
     write_pipeline(LoadedModel(dit(), DiffusionConfig(), replace(scaled, vae_path=str(vae))), out)
     assert loaded_pipeline(out).vae.config.scaling_factor == 1.5305
+
+
+def test_an_import_keeps_which_vae_it_was(pipeline, tmp_path):
+    """Another one at sampling is noticed, by its scale or by its encoder."""
+    out = str(tmp_path / "w.safetensors")
+    import_pipeline(str(pipeline[0]), out)
+    facts = load_model(out).facts
+    assert facts.vae == vae_identity(load_vae(str(pipeline[0] / "vae")))
+    assert facts.scale == facts.vae["scaling_factor"] == 0.3
+    assert choose_decoder(None, None, None, 4, facts).normalization.scale == 0.3
+    other = write_vae(tmp_path / "other", latent_channels=4, scaling_factor=0.13)
+    with pytest.raises(ValueError, match="other has scaling_factor 0.13, that of .* data has 0.3"):
+        choose_decoder(str(other), None, None, 4, facts)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(shift_factor=0.9), "a scale of 0.3 and a shift of 0.9"),
+        (
+            dict(latents_mean=[0.0, 0.0, 0.0, 0.0], latents_std=[1.0, 2.0, 1.0, 1.0]),
+            "a scale of 0.15 to 0.3, by channel",
+        ),
+    ],
+)
+def test_a_vae_that_the_pipeline_would_decode_as_another_is_refused(tmp_path, options, said):
+    """sample.py follows the VAE where the weights do not know their data."""
+    folder = write_vae(tmp_path / "vae", latent_channels=4, scaling_factor=0.3, **options)
+    loaded = LoadedModel(dit(), DiffusionConfig(), None)
+    with pytest.raises(ValueError, match=f"and no shift, those of the VAE have {said}"):
+        write_pipeline(loaded, tmp_path / "out", str(folder))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_vae_the_pipeline_is_given_one(tmp_path, vae):

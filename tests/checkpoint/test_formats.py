@@ -102,6 +102,26 @@ def test_sizes_that_a_configuration_cannot_hold(tmp_path):
     assert same(found.state_dict(), weights(model))
 
 
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        (FACTS, None),
+        (DataFacts("latents", (1, 8, 8), 10, scale=0.18215), None),
+        (
+            DataFacts("latents", (1, 8, 8), 10, scale=1.53, shift=0.06),
+            "the model's have 1.53 and 0.06",
+        ),
+    ],
+)
+def test_latents_that_the_published_code_decodes_as_others_are_said(tmp_path, caplog, facts, said):
+    run = run_folder(tmp_path / "run", network(), 7, facts.as_json())
+    export(Options(str(run), str(tmp_path / "w.pt")))
+    assert ("decodes latents with the scale 0.18215 and no shift" in caplog.text) == bool(said)
+    assert said is None or said in caplog.text
+    # it is read with its own
+    assert load_model(str(tmp_path / "w.pt")).facts == facts
+
+
 def test_published_there_and_back_is_the_same(tmp_path):
     source = published(tmp_path, network())
     export(Options(str(source), str(tmp_path / "new/out.pt")))
