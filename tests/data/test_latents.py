@@ -222,7 +222,12 @@ def test_an_altered_shard_is_named_when_it_is_first_read(tmp_path, workers):
     batches = [[0, 7], [21], [2, 15]]
     loader = iter(
         torch.utils.data.DataLoader(
-            data, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch
+            data,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=lambda batch: batch,
+            # as the loader of the loop: from Python 3.14 on another start is the default
+            multiprocessing_context="fork" if workers else None,
         )
     )
     next(loader)

@@ -53,7 +53,8 @@ def test_they_outlive_stop_signals():
     with batches:
         for number in (*signals.NOTED, signal.SIGTERM):
             # from a process that is not its parent
-            subprocess.run(["kill", f"-{int(number)}", str(worker)], check=True)
+            send = f"import os; os.kill({worker}, {int(number)})"
+            subprocess.run([sys.executable, "-c", send], check=True)
         # one that a signal ends would be missed by then
         time.sleep(0.2)
         assert all(int(batch[0]) == worker for batch in batches)
