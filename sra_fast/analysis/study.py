@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from modulefinder import ModuleFinder
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
 from sra_fast.analysis.study_scores import OF_TRAINING, OWN_PREFIX, SCORES
 from sra_fast.utils.files import sha256
+from sra_fast.utils.registry import import_parts, modules_outside
 from sra_fast.utils.yaml_loader import KeysOnce
 
 REQUIRED = {"base", "args", "seeds", "variants"}
@@ -17,6 +19,8 @@ OPTIONAL = {"baseline", "rounding", "score", "scores", "claims"}
 CLAIM_KEYS = {"claim", "variant", "score", "expect"}
 # what scores a run, unless a study names another function
 SCORE = "sra_fast.analysis.run_scores:score_run"
+# what a run was made with of modules outside of this package
+PARTS = "parts"
 # options that a study sets for every run
 SET_BY_STUDY = ("train.seed", "train.out", "train.resume")
 LOWER = "lower"
@@ -69,12 +73,31 @@ class Scoring:
         module = import_module(self.function.partition(":")[0])
         held: dict = {"function": self.function}
         if self.is_own:
-            file = Path(str(module.__file__))
-            held["source"] = sha256(file)
-            imported = {name: sha256(path) for name, path in imported_beside(file).items()}
-            return {**held, "imports": imported} if imported else held
+            return {**held, **source_of(module)}
         options = asdict(module.ScoreOptions(**self.options))
         return {**held, "options": options, "version": module.VERSION}
+
+
+def source_of(module: ModuleType) -> dict:
+    """SHA-256 of a module's file, and of those in the same folder that it imports; of a package, of
+    all of its files.
+    """
+    file = Path(str(module.__file__))
+    if hasattr(module, "__path__"):
+        inside = sorted(file.parent.rglob("*.py"))
+        others = {str(path.relative_to(file.parent)): path for path in inside if path != file}
+    else:
+        others = imported_beside(file)
+    held: dict = {"source": sha256(file)}
+    if others:
+        held["imports"] = {name: sha256(path) for name, path in others.items()}
+    return held
+
+
+def parts_outside() -> dict[str, dict] | None:
+    """``source_of`` the modules that ``SRA_FAST_IMPORT`` brings; None: it names none."""
+    import_parts()
+    return {name: source_of(import_module(name)) for name in modules_outside()} or None
 
 
 def imported_beside(file: Path) -> dict[str, Path]:
@@ -82,7 +105,8 @@ def imported_beside(file: Path) -> dict[str, Path]:
     if {"site-packages", "dist-packages"} & {*file.parts}:
         # what lies beside an installed module is everything that is installed
         return {}
-    finder = ModuleFinder([str(file.parent)])
+    # beside a module in a checkout lies this package, whose versions count for themselves
+    finder = ModuleFinder([str(file.parent)], excludes=["sra_fast"])
     # it reads the code and runs nothing
     finder.run_script(str(file))
     return {
@@ -130,6 +154,7 @@ class Study:
         return {
             "arguments": self.variants[variant],
             "base": yaml.safe_load(self.base.read_text()),
+            PARTS: parts_outside(),
         }
 
     def command(self, variant: str, seed: int, folder: Path) -> list[str]:

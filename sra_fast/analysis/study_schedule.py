@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sra_fast.analysis.jobs import Outcome, Pool, Task, threads_of
 from sra_fast.analysis.run_scores import ScoreOptions
-from sra_fast.analysis.study import Study
+from sra_fast.analysis.study import PARTS, Study
 from sra_fast.analysis.study_plans import (
     Cost,
     Planned,
@@ -204,11 +204,14 @@ class _Session:
             # through JSON and back, as the file was written
             now = plain(self.study.made_with(variant))
             for key, value in now.items():
-                if held.get(key) != value:
-                    raise ValueError(
-                        f"{place} was made with {key} {held.get(key)}, {variant} now has {value}: "
-                        "delete it or choose another --out"
-                    )
+                if held.get(key) == value:
+                    continue
+                differs = f"{key} {held.get(key)}, {variant} now has {value}"
+                if key == PARTS:
+                    differs = _other_parts(held.get(key) or {}, value or {})
+                raise ValueError(
+                    f"{place} was made with {differs}: delete it or choose another --out"
+                )
             machines.setdefault(json.dumps(held.get("machine")), (held.get("machine"), place))
         if len(machines) > 1:
             (one, first), (other, second), *_ = machines.values()
@@ -461,6 +464,15 @@ class _Session:
 
     def end(self) -> Ended:
         return Ended(self.write(), self.failed, len(self._left()) - len(self.failed))
+
+
+def _other_parts(before: dict, now: dict) -> str:
+    """What differs of ``SRA_FAST_IMPORT``, without checksums, which say nothing to a reader."""
+    if [*before] != [*now]:
+        was, named = (",".join(names) or "unset" for names in (before, now))
+        return f"SRA_FAST_IMPORT {was}, now it is {named}"
+    changed = [name for name in now if now[name] != before[name]]
+    return f"other code of {', '.join(changed)} (SRA_FAST_IMPORT) than there is now"
 
 
 def _difference(one: dict | None, other: dict | None) -> str:

@@ -34,6 +34,12 @@ Part = TypeVar("Part")
 IMPORT_VARIABLE = "SRA_FAST_IMPORT"
 
 
+def modules_outside() -> list[str]:
+    """The names in ``SRA_FAST_IMPORT``."""
+    names = [name.strip() for name in os.environ.get(IMPORT_VARIABLE, "").split(",")]
+    return [name for name in names if name]
+
+
 @functools.cache
 def import_parts() -> None:
     """Import the modules that ``SRA_FAST_IMPORT`` names, once.
@@ -41,11 +47,11 @@ def import_parts() -> None:
     Raises:
         ValueError: there is no module of such a name. What is wrong inside of one is its own error.
     """
-    names = [name.strip() for name in os.environ.get(IMPORT_VARIABLE, "").split(",")]
-    if any(names) and os.getcwd() not in sys.path:
+    names = modules_outside()
+    if names and os.getcwd() not in sys.path:
         # a program's own folder is first on the path, not the one that it was started in
         sys.path.append(os.getcwd())
-    for name in filter(None, names):
+    for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -397,6 +397,51 @@ def test_runs_of_an_edited_study_are_not_reused(tmp_path, run_fake, monkeypatch)
         run_fake(more)
 
 
+def test_runs_of_other_parts_from_outside_are_refused(tmp_path, run_fake, monkeypatch):
+    """A module that SRA_FAST_IMPORT names, one beside it that it imports, or a file of a package."""
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "study_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import inner\n")
+    (package / "inner.py").write_text("A = 1\n")
+    (tmp_path / "study_module.py").write_text("import study_beside\n")
+    (tmp_path / "study_beside.py").write_text("A = 1\n")
+    study = study_of(tmp_path)
+    names = "study_module,study_package"
+    monkeypatch.setenv("SRA_FAST_IMPORT", names)
+    run_fake(study)
+    # the same parts: nothing is trained again
+    ended, said = run_fake(study)
+    assert len(ended.results.rows) == 4 and not said
+    for file, name in (
+        (tmp_path / "study_module.py", "study_module"),
+        (tmp_path / "study_beside.py", "study_module"),
+        (package / "inner.py", "study_package"),
+    ):
+        before = file.read_text()
+        file.write_text(before + "B = 2\n")
+        message = rf"was made with other code of {name} \(SRA_FAST_IMPORT\) than there is now: del"
+        with pytest.raises(ValueError, match=message):
+            run_fake(study)
+        file.write_text(before)
+    for other in ("", "study_module"):
+        monkeypatch.setenv("SRA_FAST_IMPORT", other)
+        message = f"was made with SRA_FAST_IMPORT {names}, now it is {other or 'unset'}: delete"
+        with pytest.raises(ValueError, match=message):
+            run_fake(study)
+
+
+def test_runs_of_before_there_were_parts_go_on(tmp_path, run_fake):
+    study = study_of(tmp_path)
+    run_fake(study)
+    for file in (tmp_path / "out").glob("*/study.json"):
+        held = json.loads(file.read_text())
+        assert held.pop("parts") is None
+        file.write_text(json.dumps(held))
+    ended, said = run_fake(study)
+    assert len(ended.results.rows) == 4 and not said
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
