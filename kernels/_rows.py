@@ -32,8 +32,8 @@ BYTES_IN_FLIGHT = 40 * 1024
 REGISTERS = {"sum_partials_kernel": 64}
 # warps of a program that adds partial sums: four such programs share an SM of Hopper
 SUM_WARPS = 8
-# numbers of rows, and of programs that share them. No address depends on these alone, so a kernel is
-# not compiled anew where another batch makes one of them 1 or a multiple of 16
+# numbers of rows, and of programs that share them. No address depends on these alone, so a kernel
+# is not compiled anew where another batch makes one of them 1 or a multiple of 16
 SHARES = ["T", "M", "P", "num_rows"]
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from sra_fast.config.schema import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from sra_fast.data.dataset import check_data, fill_in_model, kind_of, open_data
-from sra_fast.data.facts import DataFacts, differences, other_inputs
-from sra_fast.data.normalization import in_words
+from sra_fast.data.facts import DataFacts, differences, other_inputs, refuse_other_latents
 from sra_fast.data.training_data import TrainingData
 from sra_fast.diffusion.draws import block_seed, draw
 from sra_fast.models import Conditioning, DiffusionTransformer
@@ -105,14 +104,9 @@ def data_of(given: DataConfig, facts: DataFacts | None) -> DataConfig:
         if facts.text is not None and data.text is None:
             data.text = facts.text["name"]
     if not facts.pixels and not _are_pixels(data):
-        for name, trained in (("latent_scale", facts.scale), ("latent_shift", facts.shift)):
-            value = getattr(data, name)
-            require_that(
-                value in (None, trained),
-                f"the model was trained with data.{name} {in_words(trained)}, got {value}: leave it "
-                "out",
-            )
-            setattr(data, name, trained)
+        refuse_other_latents(facts, data.latent_scale, data.latent_shift, "data.")
+        data.latent_scale = facts.scale
+        data.latent_shift = facts.shift
         require_that(
             not data.latent_statistics,
             "the model was trained with a scale and a shift of its own, got data.latent_statistics "

@@ -31,7 +31,7 @@ from sra_fast.checkpoint.pipeline_parts import (
     check_one_number,
     make_transformer,
     open_vae,
-    refuse_shift_of_vae,
+    refuse_unlike,
     vae_facts,
     write_parts,
 )
@@ -130,7 +130,7 @@ def write_pipeline(
     if decoder is not None and facts is not None:
         decoder.register_to_config(scaling_factor=facts.scale)
     elif decoder is not None:
-        refuse_shift_of_vae(decoder, DiTPipeline.__name__)
+        refuse_unlike(decoder, DiTPipeline.__name__, shifts=False)
     found = models.arguments_of(model)
     config = dict(
         num_attention_heads=found["num_heads"],
@@ -209,7 +209,8 @@ def import_pipeline(
         f"a DiT of diffusers says its size itself: expected no --input_size {input_size}",
     )
     _check_config(config, folder)
-    check_dit_scheduler(folder.parent)
+    in_pipeline = folder.parent if folder.name == "transformer" else None
+    check_dit_scheduler(in_pipeline)
     state = _read_transformer(folder)
     warn_of_foreign_heads([state], str(folder))
     state = checked(state, str(folder))
@@ -222,7 +223,7 @@ def import_pipeline(
     model = cfg.build()
     fill(model, state)
     export_config = {"model": asdict(cfg), "diffusion": {"path": "linear"}}
-    facts = _facts(folder.parent, cfg) if folder.name == "transformer" else None
+    facts = None if in_pipeline is None else _facts(in_pipeline, cfg)
     write_export(Path(out), model.state_dict(), export_config, None, facts)
 
 
@@ -287,20 +288,22 @@ def _size(config: dict, heads: int) -> str:
 
 def _facts(pipeline: Path, cfg: ModelConfig) -> DataFacts | None:
     """What a pipeline's folder says about the data: the scale of its VAE, the names of classes."""
-    try:
-        scale = json.loads((pipeline / "vae/config.json").read_text())["scaling_factor"]
-        labels = json.loads((pipeline / "model_index.json").read_text()).get("id2label", {})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
     assert (
         cfg.input_size is not None and cfg.in_channels is not None and cfg.num_classes is not None
     )
+    shape = (cfg.in_channels, cfg.input_size, cfg.input_size)
+    latents = vae_facts(pipeline, shape, shifts=False)
+    if latents is None:
+        return None
+    try:
+        labels = dict(json.loads((pipeline / "model_index.json").read_text())["id2label"])
+    except (OSError, ValueError, LookupError, TypeError):
+        labels = {}
     names = [labels.get(str(i)) for i in range(cfg.num_classes)]
     return DataFacts(
         name="latents",
-        shape=(cfg.in_channels, cfg.input_size, cfg.input_size),
+        shape=shape,
         num_classes=cfg.num_classes,
         class_names=names if all(names) else None,
-        scale=scale,
-        **vae_facts(pipeline),
+        **latents,
     )

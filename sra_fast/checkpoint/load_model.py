@@ -1,6 +1,5 @@
 """A model for sampling and analysis from anything that holds weights."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint.names import CLASS_TABLE
+from sra_fast.checkpoint.schedulers import check_time_shift
 from sra_fast.checkpoint.sources import find_weights, held_key, read_found
 from sra_fast.checkpoint.values import (
     family_in,
@@ -114,7 +114,7 @@ def model_of(
     if described is not None:
         model = from_config(described, source)
     else:
-        warn_of_assumptions(state, args, str(source), "linear")
+        warn_of_assumptions(state, args, str(source))
         state, num_classes = _with_classes(state, getattr(args, "num_classes", None), source)
         model = _from_shapes(state, args, num_heads, num_classes, input_size)
     refuse_other_prediction(args, model.process, str(source))
@@ -152,10 +152,7 @@ def diffusion_in(config: dict | None, args, source: str | Path) -> DiffusionConf
         f"expected weights of the interpolant linear or cosine, {source} has {path}",
     )
     shift = told.get("time_shift", getattr(args, "time_shift", 1.0))
-    require_that(
-        type(shift) in (int, float) and 0 < shift < math.inf,
-        f"expected weights with a positive shift of times, {source} has {shift}",
-    )
+    check_time_shift(shift, str(source))
     return DiffusionConfig(path=path, time_shift=float(shift))
 
 

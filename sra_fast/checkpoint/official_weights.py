@@ -242,8 +242,8 @@ def import_file(
     heads = held.get("foreign_heads")
     require_that(
         not heads,
-        f"{source} has heads of REPA ({in_short(heads or [])}), whose time runs as it does here: it "
-        "needs no conversion",
+        f"{source} has heads of REPA ({in_short(heads or [])}), whose time runs as it does here: "
+        "it needs no conversion",
     )
     num_classes = _classes_in(state, held.get("args"), source)
     cfg = model_config(state, name, num_heads, input_size, num_classes)

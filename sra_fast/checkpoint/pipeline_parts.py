@@ -8,10 +8,17 @@ from torch import Tensor
 
 from sra_fast.checkpoint.load_model import LoadedModel
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.normalization import Normalization, in_words
+from sra_fast.data.normalization import (
+    DEFAULT_SCALE,
+    OF_LATENTS,
+    Normalization,
+    check_scale,
+    check_shift,
+    in_words,
+)
 from sra_fast.data.vae import load_vae, vae_identity
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import write_json
+from sra_fast.utils.files import read_json, write_json
 from sra_fast.utils.messages import warn
 from sra_fast.utils.outputs import refuse_input, whole_folder
 
@@ -26,14 +33,14 @@ def check_numbers(config: dict, names: Sequence[str], folder: Path) -> None:
 
 
 def check_one_number(facts: DataFacts, pipeline: str) -> None:
-    """ValueError for latents with a scale or a shift of their own in every channel, which a pipeline
-    would decode as something else.
+    """ValueError for latents with a scale or a shift of their own in every channel, which a
+    pipeline would decode as something else.
     """
     for name, value in (("scale", facts.scale), ("shift", facts.shift)):
         require_that(
             not isinstance(value, list),
-            f"{pipeline} knows one {name} of the latents, the model's have {in_words(value)}: expected "
-            "another --format",
+            f"{pipeline} knows one {name} of the latents, the model's have {in_words(value)}: "
+            "expected another --format",
         )
 
 
@@ -59,8 +66,8 @@ def open_vae(loaded: LoadedModel, given: str | None, out: Path, use: str = ""):
         path = facts.vae_path
         require_that(
             path is not None and Path(path).exists(),
-            f"the VAE carries the scale of the latents, {in_words(facts.scale)}{use}: expected --vae, the "
-            "VAE that made the data",
+            f"the VAE carries the scale of the latents, {in_words(facts.scale)}{use}: expected "
+            "--vae, the VAE that made the data",
         )
     refuse_input("out", out / "vae", {"vae": path})
     require_that(
@@ -70,28 +77,62 @@ def open_vae(loaded: LoadedModel, given: str | None, out: Path, use: str = ""):
     return None if path is None else load_vae(path, loaded.model.in_channels)
 
 
-def vae_facts(pipeline: Path) -> dict:
-    """What is kept of the VAE in a pipeline's folder: where it is, and its identity, by which another
-    one is noticed. Without diffusers, or if it cannot be read, the identity is not known.
+def vae_facts(pipeline: Path, shape: tuple[int, int, int], shifts: bool) -> dict | None:
+    """What a pipeline's folder says about latents: their scale and shift, where the VAE is, and its
+    identity, by which another one is noticed. None: it has no VAE.
+
+    Args:
+        pipeline: folder.
+        shape: (C, H, W) of a latent.
+        shifts: whether the pipeline undoes the VAE's shift.
+
+    Raises:
+        ValueError: the VAE's configuration is damaged, or its scale or shift is no number.
     """
-    folder = str((pipeline / "vae").absolute())
+    file = pipeline / "vae/config.json"
+    if not file.exists():
+        return None
+    held = read_json(file)
+    told = held if isinstance(held, dict) else {}
+    scale = told.get("scaling_factor", DEFAULT_SCALE)
+    shift = (told.get("shift_factor") if shifts else None) or 0.0
+    for name, value, check in (
+        ("scaling_factor", scale, check_scale),
+        ("shift_factor", shift, check_shift),
+    ):
+        # a pipeline knows one
+        require_that(
+            not isinstance(value, list), f"expected a number {name} in {file}, got {value}"
+        )
+        check(f"{name} in {file}", value, shape[0])
+    folder = str(file.parent.absolute())
     try:
-        identity = vae_identity(load_vae(folder))
+        identity = vae_identity(load_vae(folder, shape[0]))
     except ValueError as error:
+        # without diffusers too
         warn("another VAE than that of %s will not be noticed: %s", pipeline, error)
         identity = None
-    return {"vae": identity, "vae_path": folder}
+    return {"scale": scale, "shift": shift, "vae": identity, "vae_path": folder}
 
 
-def refuse_shift_of_vae(decoder, pipeline: str) -> None:
-    """ValueError for a VAE whose latents are shifted, which a pipeline would not undo. The model
-    was trained on latents of nobody knows which shift: ``sample.py`` takes the VAE's.
+def refuse_unlike(decoder, pipeline: str, shifts: bool) -> None:
+    """ValueError for a VAE that a pipeline decodes otherwise than ``sample.py``, which follows all
+    of its configuration where the model was trained on nobody knows which latents.
+
+    Args:
+        decoder: the VAE.
+        pipeline: name of its class.
+        shifts: whether it undoes a shift.
     """
-    own = Normalization.of_vae(vae_identity(decoder))
+    own = Normalization.of_vae(
+        vae_identity(decoder), decoder.config.latent_channels, "the VAE's config.json"
+    )
+    statistics = all(getattr(decoder.config, name, None) for name in OF_LATENTS)
+    knows = "one scale and one shift" if shifts else "one scale of the latents and no shift"
     require_that(
-        own.shift == 0 and not isinstance(own.scale, list),
-        f"{pipeline} knows one scale of the latents and no shift, those of the VAE have a scale of "
-        f"{in_words(own.scale)} and a shift of {in_words(own.shift)}: expected another --format",
+        not statistics and (shifts or own.shift == 0),
+        f"{pipeline} knows {knows}, those of the VAE have a scale of {in_words(own.scale)} and a "
+        f"shift of {in_words(own.shift)}: expected another --format",
     )
 
 

@@ -44,6 +44,7 @@ def published_args(
         qk_norm=model.qk_norm,
         cfg_prob=model.class_dropout_prob,
         path_type=diffusion.path,
+        weighting=diffusion.time,
         time_shift=diffusion.time_shift,
         num_heads=given["num_heads"],
         input_size=model.input_size,
@@ -55,6 +56,12 @@ def published_args(
     if facts is not None:
         args.data = facts.as_json()
         _warn_of_other_latents(facts)
+    if diffusion.time_shift != 1:
+        warn(
+            "the published code samples at evenly spaced times, the model's have the shift %g: "
+            "sample.py reads it from this file, generate.py knows none",
+            diffusion.time_shift,
+        )
     return args
 
 
@@ -63,8 +70,8 @@ def _warn_of_other_latents(facts: DataFacts) -> None:
     if facts.pixels or (facts.scale, facts.shift) == (DEFAULT_SCALE, 0):
         return
     warn(
-        "the published code decodes latents with the scale %g and no shift, the model's have %s and "
-        "%s: sample.py reads them from this file, generate.py has to be told",
+        "the published code decodes latents with the scale %g and no shift, the model's have %s "
+        "and %s: sample.py reads them from this file, generate.py has to be told",
         *(DEFAULT_SCALE, in_words(facts.scale), in_words(facts.shift)),
     )
 

@@ -5,12 +5,14 @@ with is in the same file: the noise levels, what is predicted, which way time ru
 shifted.
 """
 
+import json
 import math
+import sys
 from pathlib import Path
 
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
 from sra_fast.utils.checks import require_that
-from sra_fast.utils.files import read_json
+from sra_fast.utils.files import why_unreadable
 from sra_fast.utils.messages import warn
 
 PLACE = "scheduler/scheduler_config.json"
@@ -38,6 +40,8 @@ OTHER_SPACINGS = (
 )
 
 
+# of e, in a float
+MOST_EXPONENT = math.log(sys.float_info.max)
 # between which numbers of tokens a dynamic shift goes from which exponent to which
 DYNAMIC = {
     "base_image_seq_len": 256,
@@ -47,26 +51,27 @@ DYNAMIC = {
 }
 
 
-def check_dit_scheduler(pipeline: Path) -> None:
+def check_dit_scheduler(pipeline: Path | None) -> None:
     """ValueError if a pipeline's scheduler is of other noise levels than a DiT's, or of another
     prediction. Weights without a scheduler, and a sampler that clips, are a warning.
 
     Args:
-        pipeline: folder.
+        pipeline: folder; None: the weights lie in none.
     """
-    file = pipeline / PLACE
-    if not file.exists():
+    held = None if pipeline is None else _read(pipeline / PLACE)
+    if pipeline is None or held is None:
         warn(
-            "expected %s, found none: a DiT's noise levels (%s from %g to %g) and a prediction of "
-            "the noise are assumed",
-            *(file, DIT_CHAIN["beta_schedule"], DIT_CHAIN["beta_start"], DIT_CHAIN["beta_end"]),
+            "no scheduler lies beside the weights: a DiT's noise levels (%s from %g to %g) and a "
+            "prediction of the noise are assumed",
+            *(DIT_CHAIN["beta_schedule"], DIT_CHAIN["beta_start"], DIT_CHAIN["beta_end"]),
         )
         return
-    held = _read(file)
+    file = pipeline / PLACE
     name = str(held.get("_class_name"))
     # flow matching has no such numbers, or an option that replaces them
+    is_chain = "beta_schedule" in held or name in CLIPS_BY_DEFAULT
     require_that(
-        "beta_schedule" in held and not held.get("use_flow_sigmas"),
+        is_chain and not held.get("use_flow_sigmas"),
         f"expected the noise levels of a DiT in {file}, got those of a {name}",
     )
     for option, expected in DIT_CHAIN.items():
@@ -79,11 +84,11 @@ def check_dit_scheduler(pipeline: Path) -> None:
         warn("the scheduler in %s clips the images of every step: samplers here do not", file)
 
 
-def time_shift_of(pipeline: Path, num_tokens: int) -> float:
+def time_shift_of(pipeline: Path | None, num_tokens: int) -> float:
     """The shift of times of a pipeline of flow matching (``diffusion.time_shift``).
 
     Args:
-        pipeline: folder.
+        pipeline: folder; None: the weights lie in none.
         num_tokens: of an image, on which a dynamic shift depends.
 
     Returns:
@@ -92,11 +97,11 @@ def time_shift_of(pipeline: Path, num_tokens: int) -> float:
     Raises:
         ValueError: the scheduler is damaged, its times run backwards, or up to another number.
     """
-    file = pipeline / PLACE
-    if not file.exists():
-        warn("expected %s, found none: times get SD3's shift of %g", file, SD3_SHIFT)
+    held = None if pipeline is None else _read(pipeline / PLACE)
+    if pipeline is None or held is None:
+        warn("no scheduler lies beside the weights: times get SD3's shift of %g", SD3_SHIFT)
         return SD3_SHIFT
-    held = _read(file)
+    file = pipeline / PLACE
     steps = held.get("num_train_timesteps", NUM_TIMES)
     require_that(
         steps == NUM_TIMES, f"expected num_train_timesteps {NUM_TIMES} in {file}, got {steps}"
@@ -110,33 +115,56 @@ def time_shift_of(pipeline: Path, num_tokens: int) -> float:
     others = [option for option in OTHER_SPACINGS if held.get(option)]
     if others:
         warn("not taken from %s, no sampler here has it: %s", file, ", ".join(others))
-    shift = _dynamic_shift(held, num_tokens) if held.get("use_dynamic_shifting") else _shift(held)
-    require_that(
-        type(shift) in (int, float) and 0 < shift < math.inf,
-        f"expected a positive shift in {file}, got {shift!r}",
-    )
+    # solvers that know flow matching besides have another name for it
+    shift = held.get("shift", held.get("flow_shift", 1.0))
+    if held.get("use_dynamic_shifting"):
+        shift = _dynamic_shift(held, num_tokens, file)
+    check_time_shift(shift, str(file))
     return float(shift)
 
 
-def _shift(held: dict):
-    # solvers that know flow matching besides have another name for it
-    return held.get("shift", held.get("flow_shift", 1.0))
+def check_time_shift(shift: object, source: str) -> None:
+    """ValueError unless it is a positive number that a float can hold."""
+    require_that(
+        type(shift) in (int, float) and 0 < shift <= sys.float_info.max,
+        f"expected a positive shift of times in {source}, got {shift!r}",
+    )
 
 
-def _dynamic_shift(held: dict, num_tokens: int) -> float:
+def _dynamic_shift(held: dict, num_tokens: int, file: Path) -> float:
     """The shift at one number of tokens (diffusers' ``calculate_shift``)."""
+    kind = held.get("time_shift_type", "exponential")
+    require_that(
+        kind in ("exponential", "linear"),
+        f"expected time_shift_type exponential or linear in {file}, got {kind!r}",
+    )
     told = {name: held.get(name, default) for name, default in DYNAMIC.items()}
     few, many, first, last = told.values()
-    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in told.values())
+    numbers = all(
+        type(value) in (int, float) and abs(value) <= sys.float_info.max for value in told.values()
+    )
     require_that(
-        numbers and few != many, f"expected numbers for a dynamic shift of times, got {told}"
+        numbers and few != many, f"expected numbers for a dynamic shift in {file}, got {told}"
     )
     mu = first + (last - first) * (num_tokens - few) / (many - few)
-    return mu if held.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+    if kind == "linear":
+        return mu
+    # what no float can hold is refused as infinite
+    return math.exp(mu) if mu < MOST_EXPONENT else math.inf
 
 
-def _read(file: Path) -> dict:
-    held = read_json(file)
+def _read(file: Path) -> dict | None:
+    """A scheduler's configuration; None: there is none.
+
+    Raises:
+        ValueError: it cannot be read, or is no configuration.
+    """
+    if not file.exists():
+        return None
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no readable JSON file: {why_unreadable(error)}") from None
     require_that(
         isinstance(held, dict), f"expected the configuration of a scheduler in {file}, got {held!r}"
     )

@@ -4,7 +4,6 @@
 the folder: the pipeline is given them, or the features of prompts.
 """
 
-import json
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +16,7 @@ from sra_fast.checkpoint.pipeline_parts import (
     check_one_number,
     make_transformer,
     open_vae,
+    refuse_unlike,
     vae_facts,
     write_parts,
 )
@@ -99,9 +99,11 @@ def import_transformer(
             f"the weights in {folder} are not those of its config.json: {name} should be {value}, "
             f"it is {arguments[name]}",
         )
-    facts = _facts(folder.parent, arguments) if folder.name == "transformer" else None
+    # of a transformer by itself nothing lies beside it
+    in_pipeline = folder.parent if folder.name == "transformer" else None
+    facts = None if in_pipeline is None else _facts(in_pipeline, arguments)
     tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
-    diffusion = DiffusionConfig(time_shift=time_shift_of(folder.parent, tokens))
+    diffusion = DiffusionConfig(time_shift=time_shift_of(in_pipeline, tokens))
     export_state(state, {**arguments, "time_scale": TIME_SCALE}, out, seed, diffusion, facts)
 
 
@@ -128,21 +130,11 @@ def _check_config(config: dict, folder: Path) -> None:
 
 def _facts(pipeline: Path, arguments: dict) -> DataFacts | None:
     """What a pipeline's folder says about the data: scale and shift of its VAE."""
-    try:
-        held = json.loads((pipeline / "vae/config.json").read_text())
-        scale, shift = held["scaling_factor"], held.get("shift_factor")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
     side = arguments["input_size"]
-    return DataFacts(
-        name="latents",
-        shape=(arguments["in_channels"], side, side),
-        # captions are no classes
-        num_classes=1,
-        scale=scale,
-        shift=shift or 0.0,
-        **vae_facts(pipeline),
-    )
+    shape = (arguments["in_channels"], side, side)
+    latents = vae_facts(pipeline, shape, shifts=True)
+    # captions are no classes
+    return None if latents is None else DataFacts("latents", shape, num_classes=1, **latents)
 
 
 def refuse_unless_sd3(loaded: LoadedModel) -> None:
@@ -260,6 +252,8 @@ def _tell_scale(decoder, facts: DataFacts | None) -> None:
     if facts is not None:
         # the pipeline decodes latent / scale + shift
         decoder.register_to_config(scaling_factor=facts.scale, shift_factor=facts.shift)
-    elif decoder.config.shift_factor is None:
+        return
+    refuse_unlike(decoder, "StableDiffusion3Pipeline", shifts=True)
+    if decoder.config.shift_factor is None:
         # the pipeline adds it
         decoder.register_to_config(shift_factor=0.0)

@@ -17,6 +17,8 @@ from sra_fast.utils.registry import MODEL_FAMILIES
 
 # in the last block of an MMDiT nothing reads the result of these queries
 LAST_QUERIES = re.compile(r"joint_blocks\.(\d+)\.context_block\.attn\.ln_q\.weight")
+# which way time runs, unless it is known
+DIRECTION = "noise at time 1, as in REPA and SRA (import-weights reads an official SiT)"
 # of the class embedding of the releases: 1000 classes and the null class
 IMAGENET_ROWS = 1001
 # whose values fp32 represents, or rounds
@@ -158,39 +160,51 @@ def refuse_reversed_time(state: dict[str, Tensor], args, source: str) -> None:
         )
 
 
-def warn_of_assumptions(
-    state: dict[str, Tensor], args, source: str, path: str | None = None
-) -> None:
-    """A line about what is assumed of weights where neither they nor arguments beside them say which
-    way time runs, along which interpolant, or whether there is a null class.
+def warn_of_assumptions(state: dict[str, Tensor], args, source: str) -> None:
+    """A line about what is assumed of weights where neither they nor arguments beside them say
+    along which interpolant they were trained, which way time runs, or whether there is a null
+    class.
 
     Args:
         state: under the published names; of no official SiT that is known as one.
         args: of the checkpoint, or None.
         source: where the weights were read from, for messages.
-        path: the interpolant that is taken; None: a run's own settings say it, and how many classes
-            there are.
     """
     if has_joint_blocks(state):
         return
+    assumed = []
+    if _is_untold_flow(state, args):
+        assumed.append("the linear interpolant")
+        if _shows_no_direction(state):
+            assumed.append(DIRECTION)
+    rows = len(state.get(CLASS_TABLE, ()))
+    if rows not in (0, IMAGENET_ROWS) and not hasattr(args, "num_classes"):
+        assumed.append(f"{rows - 1} classes and a null class")
+    if assumed:
+        warn("%s does not say how it was trained, assumed are %s", source, "; ".join(assumed))
+
+
+def warn_of_direction(state: dict[str, Tensor], args, source: str) -> None:
+    """The same line for a run that starts from the weights: interpolant and classes are its own."""
+    if _is_untold_flow(state, args) and _shows_no_direction(state):
+        warn("%s does not say how it was trained, assumed is %s", source, DIRECTION)
+
+
+def _is_untold_flow(state: dict[str, Tensor], args) -> bool:
+    """Whether weights are those of a network of labels that predicts a velocity, as far as shapes
+    show it, and nothing says how its times are meant.
+    """
+    if has_joint_blocks(state) or hasattr(args, "path_type"):
+        return False
     patches = state[KNOWN_PARAMETER]
     last = state.get("final_layer.linear.weight", patches.new_zeros(0))
-    told = []
     # a DiT has a variance as well, and one chain of noise levels
-    is_flow = len(last) == patches[0].numel() and family_in(args) != "DiT"
-    if is_flow and not hasattr(args, "path_type"):
-        if path is not None:
-            told.append(f"the {path} interpolant")
-        # only what was trained here has the head, with our direction of time
-        if not any(name.startswith("ap_head.") for name in state):
-            told.append(
-                "noise at time 1, as in REPA and SRA (import-weights reads an official SiT)"
-            )
-    rows = len(state.get(CLASS_TABLE, ()))
-    if path is not None and rows not in (0, IMAGENET_ROWS) and not hasattr(args, "num_classes"):
-        told.append(f"{rows - 1} classes and a null class")
-    if told:
-        warn("%s does not say how it was trained, assumed are %s", source, "; ".join(told))
+    return len(last) == patches[0].numel() and family_in(args) != "DiT"
+
+
+def _shows_no_direction(state: dict[str, Tensor]) -> bool:
+    # only what was trained here has the head, with our direction of time
+    return not any(name.startswith("ap_head.") for name in state)
 
 
 def refuse_unknown_times(state: dict[str, Tensor], args, source: str) -> None:

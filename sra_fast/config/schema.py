@@ -345,8 +345,8 @@ class DataConfig:
     number, or a list of one for each channel; default: the scaling_factor of the VAE that made the
     data, divided by its latents_std if it has that, or 0.18215 (SD-VAE)"""
     latent_shift: float | list[float] | None = None
-    """see latent_scale; default: the latents_mean or the shift_factor of the VAE that made the data,
-    or 0"""
+    """see latent_scale; default: the latents_mean or the shift_factor of the VAE that made the
+    data, or 0"""
     latent_statistics: bool = False
     """take both from the data: mean 0 and deviation 1 in every channel; the run's config.yaml has
     the numbers"""

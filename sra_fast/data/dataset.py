@@ -45,8 +45,8 @@ def make_latents(data: DataConfig) -> TrainingData:
     for name, value in given.items():
         require_that(
             value is None or not data.latent_statistics,
-            f"data.latent_statistics takes scale and shift from the data: expected no data.{name}, "
-            f"got {value}",
+            f"data.latent_statistics takes scale and shift from the data (a run's config.yaml has "
+            f"them already): expected no data.{name}, got {value}",
         )
     found = open_latents(data.path, data.latent_scale, data.latent_shift, data.verify)
     if data.latent_statistics:
@@ -178,7 +178,8 @@ def _check_options(options: DataConfig, data: TrainingData) -> None:
         # a set that takes the option says so in its facts
         require_that(
             given in (None, used),
-            f"data.{name} is not for the data set {data.name}, whose own is {in_words(used)}; got {given}",
+            f"data.{name} is not for the data set {data.name}, whose own is {in_words(used)}; got "
+            f"{given}",
         )
 
 

@@ -7,8 +7,10 @@ from sra_fast.data.normalization import (
     Numbers,
     check_scale,
     check_shift,
+    one_if_equal,
     told_apart,
 )
+from sra_fast.utils.checks import require_that
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class DataFacts:
         """
         known = {name: held[name] for name in cls.__dataclass_fields__ if name in held}
         facts = cls(**{**known, "shape": tuple(held["shape"])})
+        require_that(
+            len(facts.shape) == 3,
+            f"the shape of the data of a model must be three sizes, got {held['shape']}",
+        )
         check_scale("the scale of the data of a model", facts.scale, facts.shape[0])
         check_shift("the shift of the data of a model", facts.shift, facts.shape[0])
         return facts
@@ -133,3 +139,28 @@ def _other_encoders(found: dict, expected: dict) -> bool:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def refuse_other_latents(
+    trained: DataFacts, scale: Numbers | None, shift: Numbers | None, section: str
+) -> None:
+    """ValueError for a scale or a shift that is not that of a model's training.
+
+    Args:
+        trained: facts about its data.
+        scale, shift: as given by the user; None: not given.
+        section: of the options ``latent_scale`` and ``latent_shift``, for messages.
+    """
+    given = {
+        "latent_scale": (scale, trained.scale, check_scale),
+        "latent_shift": (shift, trained.shift, check_shift),
+    }
+    for name, (value, expected, check) in given.items():
+        if value is None:
+            continue
+        check(f"{section}{name}", value, trained.shape[0])
+        if one_if_equal(value) != expected:
+            then, now = told_apart(expected, one_if_equal(value))
+            raise ValueError(
+                f"the model was trained with {section}{name} {then}, got {now}: leave it out"
+            )

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from sra_fast.data.facts import DataFacts
-from sra_fast.data.normalization import Normalization, Numbers, in_words
+from sra_fast.data.normalization import (
+    OF_LATENTS,
+    Normalization,
+    Numbers,
+    check_shift,
+    in_words,
+)
 from sra_fast.data.packed import HELD_OUT_FOLDER, INDEX, check_finished, load_npy
 from sra_fast.data.reasons import why
 from sra_fast.data.statistics import Statistics
@@ -61,7 +67,7 @@ class MomentDataset(TrainingData):
 
     def _set_normalization(self, scale: Numbers | None, shift: Numbers | None) -> None:
         """What was asked for, or what belongs to the VAE."""
-        own = Normalization.of_vae(self.vae)
+        own = Normalization.of_vae(self.vae, self.shape[0], str(self.path))
         self.normalization = Normalization.checked(
             own.scale if scale is None else scale,
             own.shift if shift is None else shift,
@@ -116,8 +122,8 @@ class MomentDataset(TrainingData):
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of z in every channel, over all images."""
         log.warning(
-            "all %d images of %s are read for the statistics of their channels, at every start: data "
-            "that preprocess.py packs have them in their index",
+            "all %d images of %s are read for the statistics of their channels, at every start: "
+            "data that preprocess.py packs have them in their index",
             *(len(self), self.path),
         )
         return _statistics_of(self, list(range(len(self))))
@@ -317,13 +323,15 @@ class PackedLatents(InShards, MomentDataset):
         held = self.shards.index.get("channels")
         if held is None:
             return None
-        counts = [len(held[name]) for name in ("mean", "std")]
         channels = self.shape[0]
-        require_that(
-            counts == [channels, channels],
-            f"{self.path / INDEX}: expected mean and std of {channels} channels, got {counts[0]} and "
-            f"{counts[1]} numbers",
-        )
+        file = self.path / INDEX
+        for name in ("mean", "std"):
+            numbers = held.get(name) if isinstance(held, dict) else None
+            require_that(
+                isinstance(numbers, list) and len(numbers) == channels,
+                f"expected {name} of {channels} channels in {file}, got {numbers!r}",
+            )
+            check_shift(f"{name} of the channels in {file}", numbers, channels)
         return held["mean"], held["std"]
 
 
@@ -356,9 +364,9 @@ def open_latents(
     """
     data = _open(path, scale, shift, verify)
     told = data.vae or {}
-    own = Normalization.of_vae(told)
+    own = Normalization.of_vae(told, data.shape[0], path)
     sources = {"scale": "scaling_factor", "shift": "shift_factor"}
-    if "latents_std" in told:
+    if all(told.get(name) for name in OF_LATENTS):
         sources = {"scale": "latents_std", "shift": "latents_mean"}
     for name, source in sources.items():
         used, expected = getattr(data.normalization, name), getattr(own, name)
@@ -385,15 +393,15 @@ def warn_of_deviation(data: MomentDataset) -> None:
         wrong = [i for i, value in enumerate(deviations) if not low <= value <= high]
         if wrong:
             log.warning(
-                "%d of the %d channels of the latents of %s are far from a standard deviation of 1, "
-                "which a model expects: it is %.3g in channel %d (from 0); --data.latent_statistics "
-                "true gives 1 in every channel",
+                "%d of the %d channels of the latents of %s are far from a standard deviation of "
+                "1, which a model expects: it is %.3g in channel %d (from 0); "
+                "--data.latent_statistics true gives 1 in every channel",
                 *(len(wrong), len(scale), data.path, deviations[wrong[0]], wrong[0]),
             )
     elif not low <= deviation <= high:
         log.warning(
             "the latents of %s have a standard deviation of %.3g, a model expects about 1: "
-            "data.latent_scale %.4g would give 1, it is %.4g; --data.latent_statistics true gives 1 in "
-            "every channel",
+            "data.latent_scale %.4g would give 1, it is %.4g; --data.latent_statistics true gives "
+            "1 in every channel",
             *(data.path, deviation, scale / deviation, scale),
         )

@@ -1,6 +1,7 @@
-"""Between the latents z of a VAE and those of a model, ``(z - shift) * scale``, in both directions."""
+"""Between the latents z of a VAE and those of a model: ``(z - shift) * scale`` and its inverse."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,10 @@ Numbers = float | list[float]
 
 # the first Stable Diffusion's VAE: what the published code has
 DEFAULT_SCALE = 0.18215
+# what a VAE's configuration says of its channels, if it says it
+OF_LATENTS = ("latents_mean", "latents_std")
+# a whole number in JSON may be more than a float can hold
+MOST = sys.float_info.max
 # a channel whose deviation is below this share of its mean is one number and its rounding errors
 LEAST_DEVIATION = 1e-6
 
@@ -47,10 +52,10 @@ class Normalization:
         """
         check_scale(f"{section}latent_scale", scale, channels)
         check_shift(f"{section}latent_shift", shift, channels)
-        return cls(_one_if_equal(scale), _one_if_equal(shift))
+        return cls(one_if_equal(scale), one_if_equal(shift))
 
     @classmethod
-    def of_vae(cls, identity: dict | None) -> "Normalization":
+    def of_vae(cls, identity: dict | None, channels: int, source: str) -> "Normalization":
         """What a VAE's own configuration says.
 
         As in diffusers' pipelines: ``(z - latents_mean) * scaling_factor / latents_std`` if it has
@@ -58,14 +63,29 @@ class Normalization:
 
         Args:
             identity: ``vae_identity``; None: the VAE is not known, and is taken for SD-VAE.
+            channels: of the latents.
+            source: what says it, for messages.
+
+        Raises:
+            ValueError: it says something that is no number, or not as many as there are channels.
         """
+        require_that(
+            isinstance(identity, dict | None),
+            f"expected what identifies a VAE in {source}, got {identity!r}",
+        )
         told = identity or {}
-        factor = told.get("scaling_factor") or DEFAULT_SCALE
-        if "latents_std" in told:
-            scale = [factor / deviation for deviation in told["latents_std"]]
-            return cls(_one_if_equal(scale), _one_if_equal(told["latents_mean"]))
         # some VAEs have no shift, and old indexes do not tell it
-        return cls(factor, told.get("shift_factor") or 0.0)
+        factor = told.get("scaling_factor") or DEFAULT_SCALE
+        shift = told.get("shift_factor") or 0.0
+        check_scale(f"scaling_factor in {source}", factor, channels)
+        check_shift(f"shift_factor in {source}", shift, channels)
+        statistics = [told.get(name) for name in OF_LATENTS]
+        if None in statistics:
+            return cls(factor, shift)
+        mean, std = statistics
+        check_statistics(mean, std, channels, source)
+        scale = [factor / deviation for deviation in std]
+        return cls(one_if_equal(scale), one_if_equal(mean))
 
     @classmethod
     def of_statistics(
@@ -92,7 +112,7 @@ class Normalization:
         places = [6 - math.floor(math.log10(deviation)) for deviation in std]
         shift = [round(middle, digits) for middle, digits in zip(mean, places, strict=True)]
         scale = [float(f"{1 / deviation:.7g}") for deviation in std]
-        return cls(_one_if_equal(scale), _one_if_equal(shift))
+        return cls(one_if_equal(scale), one_if_equal(shift))
 
     def normalize(self, z: Tensor) -> Tensor:
         """The VAE's latents ``[..., C, H, W]`` -> those of a model, in the same dtype."""
@@ -109,18 +129,30 @@ class Normalization:
         return [scale * deviation for scale, deviation in zip(scales, std, strict=True)]
 
 
+def check_statistics(mean: object, std: object, channels: int, source: str) -> None:
+    """ValueError unless a VAE's configuration has a mean and a positive deviation of each
+    channel.
+    """
+    for name, numbers in zip(OF_LATENTS, (mean, std), strict=True):
+        require_that(
+            isinstance(numbers, list) and len(numbers) == channels,
+            f"expected {name} in {source} to be a list of {channels} numbers, one for each channel "
+            f"of the latents, got {numbers!r}",
+        )
+    check_shift(f"latents_mean in {source}", mean, channels)
+    check_scale(f"latents_std in {source}", std, channels)
+
+
 def check_scale(name: str, scale: Numbers, channels: int) -> None:
     """ValueError unless it is one positive finite number, or one for each of ``channels``."""
     for number, where in _numbered(name, scale, channels):
-        require_that(
-            0 < number < math.inf, f"{name} must be positive and finite, got {number}{where}"
-        )
+        require_that(0 < number <= MOST, f"{name} must be positive and finite, got {number}{where}")
 
 
 def check_shift(name: str, shift: Numbers, channels: int) -> None:
     """ValueError unless it is one finite number, or one for each of ``channels``."""
     for number, where in _numbered(name, shift, channels):
-        require_that(math.isfinite(number), f"{name} must be finite, got {number}{where}")
+        require_that(abs(number) <= MOST, f"{name} must be finite, got {number}{where}")
 
 
 def _numbered(name: str, numbers: Numbers, channels: int) -> list[tuple[float, str]]:
@@ -144,10 +176,10 @@ def _numbered(name: str, numbers: Numbers, channels: int) -> list[tuple[float, s
     return numbered
 
 
-def _one_if_equal(numbers: Numbers) -> Numbers:
+def one_if_equal(numbers: Numbers) -> Numbers:
     """Equal numbers as one: the same latents are said in one way."""
-    if isinstance(numbers, list):
-        return numbers[0] if len(set(numbers)) == 1 else [*numbers]
+    if isinstance(numbers, list) and numbers:
+        return numbers[0] if all(number == numbers[0] for number in numbers) else [*numbers]
     return numbers
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from sra_fast.data.layouts import LAYOUTS
+from sra_fast.data.normalization import OF_LATENTS
 from sra_fast.data.packed import RECIPE
 from sra_fast.utils.files import write_first, write_json
 
@@ -19,6 +20,15 @@ PARTS = "parts"
 NAMED_BY = {"features": "features_name", "text": "text_name"}
 # seconds in which rank 0 replaces a recipe after another rank has looked at it
 PATIENCE = 60.0
+
+
+def _same(begun, now) -> bool:
+    """Whether an entry of a recipe is that of a folder that was begun. An older version did not
+    keep the statistics in a VAE's configuration, which change no moments.
+    """
+    if isinstance(begun, dict) and isinstance(now, dict):
+        now = {key: value for key, value in now.items() if key in begun or key not in OF_LATENTS}
+    return begun == now
 
 
 class FolderLock:
@@ -120,7 +130,7 @@ class Ownership:
         return json.loads(self.file.read_text())
 
     def _differences(self, begun: dict) -> list[str]:
-        return [key for key, value in self.recipe.items() if begun.get(key) != value]
+        return [key for key, value in self.recipe.items() if not _same(begun.get(key), value)]
 
     def _replace_recipe(self) -> None:
         """Give the folder this recipe, if all that is finished would be the same with it."""

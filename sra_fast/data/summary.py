@@ -2,7 +2,7 @@
 
 from sra_fast.data.batch import Report
 from sra_fast.data.latents import PLAUSIBLE_DEVIATION
-from sra_fast.data.normalization import Normalization
+from sra_fast.data.normalization import OF_LATENTS, Normalization
 from sra_fast.data.packed import read_index
 from sra_fast.data.writer import Finished, PackingJob
 
@@ -58,7 +58,7 @@ def _statistics_lines(recipe: dict, statistics: dict) -> list[str]:
     vae = recipe["vae"] or {}
     if "scaling_factor" not in vae:
         return lines
-    if "latents_std" in vae:
+    if all(vae.get(name) for name in OF_LATENTS):
         return [*lines, *_normalized_lines(vae, statistics)]
     scale = vae["scaling_factor"]
     # as a whole: the root of the mean variance
@@ -71,15 +71,16 @@ def _statistics_lines(recipe: dict, statistics: dict) -> list[str]:
     low, high = PLAUSIBLE_DEVIATION
     if not low <= scale * deviation <= high:
         lines.append(
-            f"warning: a model expects about 1; train with --data.latent_scale {1 / deviation:.4g}, or "
-            "with --data.latent_statistics true"
+            f"warning: a model expects about 1; train with --data.latent_scale {1 / deviation:.4g}, "
+            "or with --data.latent_statistics true"
         )
     return lines
 
 
 def _normalized_lines(vae: dict, statistics: dict) -> list[str]:
     """About latents of a VAE that has statistics of its channels."""
-    scaled = Normalization.of_vae(vae).deviations(statistics["std"])
+    std = statistics["std"]
+    scaled = Normalization.of_vae(vae, len(std), "the VAE's config.json").deviations(std)
     lines = [
         f"divided by the VAE's latents_std, times its scaling_factor {vae['scaling_factor']:g}: "
         f"standard deviations {min(scaled):.3g} to {max(scaled):.3g}"

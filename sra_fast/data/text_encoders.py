@@ -192,7 +192,9 @@ def _tokenized(encoder: Encoder, prompts: list[str]) -> tuple[Tensor, list[int]]
     return torch.tensor(found["input_ids"]), [len(ids) for ids in whole["input_ids"]]
 
 
-def load_text_encoders(paths: list[str], tokens: int | None = None) -> TextEncoders:
+def load_text_encoders(
+    paths: list[str], tokens: int | None = None, kinds: list[str] | None = None
+) -> TextEncoders:
     """The text encoders in folders that ``save_pretrained`` wrote, on the CPU.
 
     Nothing is downloaded, and no code of the folders runs. A folder holds CLIP (its text part,
@@ -204,6 +206,8 @@ def load_text_encoders(paths: list[str], tokens: int | None = None) -> TextEncod
         paths: the folders.
         tokens: how many a prompt has: of T5 if there is one, else of CLIP. Default: 256 for T5, as
             many as it can for CLIP (77).
+        kinds: their classes, where it is known as what they were loaded before: whole CLIPs that
+            were joined by an older version have the vector before the projection.
 
     Raises:
         ValueError: transformers is not installed, a folder holds no such encoder, parts of one, or
@@ -214,9 +218,12 @@ def load_text_encoders(paths: list[str], tokens: int | None = None) -> TextEncod
     families = [_family(Path(path)) for path in paths]
     for_t5 = "t5" in families
     encoders = []
-    for path, family in zip(paths, families, strict=True):
+    of_before = kinds if kinds is not None and len(kinds) == len(paths) else [None] * len(paths)
+    for path, family, kind in zip(paths, families, of_before, strict=True):
         asked = tokens if for_t5 == (family == "t5") else None
-        encoders.append(_load(Path(path), family, asked, joined=len(paths) > 1))
+        # the pooled vectors that Stable Diffusion 3 joins are projected
+        joined = len(paths) > 1 and kind != "CLIPTextModel"
+        encoders.append(_load(Path(path), family, asked, joined))
     lengths = {encoder.tokens for encoder in encoders if encoder.family == "clip"}
     require_that(
         len(lengths) < 2,
@@ -254,8 +261,10 @@ def _load(folder: Path, family: str, tokens: int | None, joined: bool) -> Encode
     import transformers
 
     held = _read_config(folder)["architectures"] or ()
-    # the pooled vectors that Stable Diffusion 3 joins are projected; a whole CLIP has the projection
-    projected = "CLIPTextModelWithProjection" in held or joined and "CLIPModel" in held
+    # a whole CLIP has the projection too
+    is_whole = joined and "CLIPModel" in held
+    projected = "CLIPTextModelWithProjection" in held or is_whole
+    given = {}
     if family == "t5":
         kind = transformers.T5EncoderModel
     elif projected:
@@ -264,8 +273,13 @@ def _load(folder: Path, family: str, tokens: int | None, joined: bool) -> Encode
         kind = transformers.CLIPTextModel
     try:
         with quiet(transformers.utils.logging):
+            if is_whole:
+                # the width of its projection is the whole model's, the text's own may be another
+                whole = transformers.CLIPConfig.from_pretrained(folder, local_files_only=True)
+                whole.text_config.projection_dim = whole.projection_dim
+                given["config"] = whole.text_config
             model, info = kind.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
+                folder, local_files_only=True, output_loading_info=True, **given
             )
     except Exception as error:
         # transformers, safetensors and torch each raise their own types

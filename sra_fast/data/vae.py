@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sra_fast.data.normalization import Normalization, check_scale, check_shift
-from sra_fast.utils.checks import require_that
+from sra_fast.data.normalization import OF_LATENTS, Normalization, check_statistics
 
 
 def load_vae(path: str, channels: int | None = None):
@@ -74,20 +73,12 @@ def vae_identity(vae) -> dict:
 
 def _own_statistics(vae) -> dict:
     """``latents_mean`` and ``latents_std`` of a VAE's configuration; nothing unless it has both."""
-    names = ("latents_mean", "latents_std")
-    found = {name: getattr(vae.config, name, None) for name in names}
+    found = {name: getattr(vae.config, name, None) for name in OF_LATENTS}
     if None in found.values():
         return {}
-    channels = vae.config.latent_channels
-    for name, numbers in found.items():
-        require_that(
-            isinstance(numbers, list | tuple) and len(numbers) == channels,
-            f"the VAE has latents of {channels} channels: expected a list of as many numbers as "
-            f"{name} in its config.json, got {numbers}",
-        )
-    lists = {name: [*numbers] for name, numbers in found.items()}
-    check_shift("latents_mean of the VAE", lists["latents_mean"], channels)
-    check_scale("latents_std of the VAE", lists["latents_std"], channels)
+    # diffusers makes tuples of some lists
+    lists = {name: [*value] if isinstance(value, tuple) else value for name, value in found.items()}
+    check_statistics(*lists.values(), vae.config.latent_channels, "the VAE's config.json")
     return lists
 
 

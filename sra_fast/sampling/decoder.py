@@ -4,8 +4,8 @@ import json
 import logging
 from dataclasses import dataclass
 
-from sra_fast.data.facts import DataFacts
-from sra_fast.data.normalization import Normalization, Numbers, told_apart
+from sra_fast.data.facts import DataFacts, refuse_other_latents
+from sra_fast.data.normalization import Normalization, Numbers
 from sra_fast.data.vae import load_vae, vae_identity, vae_is_there, weights_digest
 
 log = logging.getLogger("sra_fast")
@@ -69,11 +69,7 @@ def choose_decoder(
     if facts is None:
         return _of_foreign_weights(vae, scale, shift, channels)
 
-    trained = {"latent_scale": facts.scale, "latent_shift": facts.shift}
-    for name, value in trained.items():
-        if given[name] not in (None, value):
-            then, now = told_apart(value, given[name])
-            raise ValueError(f"the model was trained with {name} {then}, got {now}: leave it out")
+    refuse_other_latents(facts, scale, shift, "")
     if vae is None:
         if facts.vae_path is None or not vae_is_there(facts.vae_path):
             was = f" (it was {facts.vae_path})" if facts.vae_path else ""
@@ -97,7 +93,7 @@ def _of_foreign_weights(
             f"the model makes latents of {channels} channels: give --vae to decode them"
         )
     loaded = load_vae(vae, channels)
-    own = Normalization.of_vae(vae_identity(loaded))
+    own = Normalization.of_vae(vae_identity(loaded), channels, vae)
     normalization = Normalization.checked(
         own.scale if scale is None else scale, own.shift if shift is None else shift, channels
     )

@@ -227,7 +227,8 @@ def choose_encoders(given: list[str] | None, trained: DataFacts | None) -> TextE
                 f"prompts need --text_encoders, the folder of the model's text encoder{was}, or "
                 "several"
             )
-    found = load_text_encoders(paths, _tokens_of(known, paths))
+    kinds = [encoder.get("class") for encoder in known.get("encoders") or []]
+    found = load_text_encoders(paths, _tokens_of(known, paths), kinds)
     empty = lambda: found.encode(found.tokenize([""])[0])
     _check_trained(" ".join(found.paths), found.identity, empty, trained)
     return found

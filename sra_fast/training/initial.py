@@ -6,6 +6,8 @@ shape. The rest keeps the values of a fresh model of the run's seed, and is list
 the time's embedder must fit as a whole.
 """
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from sra_fast.checkpoint.values import (
     refuse_other_prediction,
     refuse_reversed_time,
     refuse_unknown_times,
-    warn_of_assumptions,
+    warn_of_direction,
 )
 from sra_fast.config.schema import Config
 from sra_fast.data.facts import DataFacts
@@ -41,7 +43,6 @@ CONTINUED = ("opt", "steps", "epoch")
 # arguments of the published code, and their names here
 PUBLISHED_SETTINGS = {
     "cfg_prob": "model.class_dropout_prob",
-    "weighting": "diffusion.time",
     "t_max": "align.t_max",
     "block_out_s": "align.student_layer",
     "block_out_t": "align.teacher_layer",
@@ -83,7 +84,7 @@ def read_initial(cfg: Config, facts: DataFacts | None = None) -> dict:
             refuse_unknown_times(state, args, source)
         _check_conditioning(source, model, state)
     if theirs is None:
-        warn_of_assumptions(next(iter(states.values())), args, source)
+        warn_of_direction(next(iter(states.values())), args, source)
     _check_heads(source, model, theirs, args)
     _check_times(source, model, theirs or args)
     refuse_other_prediction(args, model.process, source)
@@ -163,13 +164,20 @@ def _check_interpolant(
         f"train.init_from {source} was trained with the interpolant {found}, the run has "
         f"--diffusion.path {ours}",
     )
-    shift = told.get("time_shift", getattr(initial.get("args"), "time_shift", None))
-    if shift not in (None, cfg.diffusion.time_shift) and model.process == "flow_matching":
-        # other times are learned, unlike another interpolant
-        warn(
-            "train.init_from %s is of diffusion.time_shift %s, the run has %s",
-            *(source, shift, cfg.diffusion.time_shift),
-        )
+    if model.process != "flow_matching":
+        return
+    # other times are learned, unlike another interpolant
+    args = initial.get("args")
+    known = {"time": getattr(args, "weighting", None)}
+    known["time_shift"] = getattr(args, "time_shift", None)
+    known |= {name: told[name] for name in asdict(cfg.diffusion) if name in told and name != "path"}
+    different = [
+        f"{name} {theirs}, the run has {getattr(cfg.diffusion, name)}"
+        for name, theirs in known.items()
+        if theirs not in (None, getattr(cfg.diffusion, name))
+    ]
+    if different:
+        warn("train.init_from %s is of diffusion.%s", source, "; of diffusion.".join(different))
 
 
 def _check_conditioning(source: str, model: DiffusionTransformer, state: dict) -> None:
@@ -386,7 +394,7 @@ def _warn_of_other_settings(source: str, cfg: Config, initial: dict) -> None:
     told["optim.betas"] = (*betas,) if isinstance(betas, list | tuple) else None
     args = initial.get("args")
     told |= {ours: getattr(args, theirs, None) for theirs, ours in PUBLISHED_SETTINGS.items()}
-    told["align.distance"] = PUBLISHED_DISTANCES.get(getattr(args, "loss_type", None))
+    told["align.distance"] = PUBLISHED_DISTANCES.get(str(getattr(args, "loss_type", None)))
     different = []
     for name, theirs in told.items():
         section, _, field = name.partition(".")

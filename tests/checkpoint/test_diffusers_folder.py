@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -240,6 +241,18 @@ def test_an_import_keeps_which_vae_it_was(pipeline, tmp_path):
     other = write_vae(tmp_path / "other", latent_channels=4, scaling_factor=0.13)
     with pytest.raises(ValueError, match="other has scaling_factor 0.13, that of .* data has 0.3"):
         choose_decoder(str(other), None, None, 4, facts)
+
+
+@pytest.mark.parametrize("value", [None, "x", [1.0, 2.0], 0, -1.0])
+def test_a_scale_of_the_vae_that_is_none_is_refused(pipeline, tmp_path, value):
+    """An import with it would be one that no command can read."""
+    shutil.copytree(pipeline[0], tmp_path / "copy")
+    file = tmp_path / "copy/vae/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scaling_factor": value}))
+    out = tmp_path / "w.safetensors"
+    with pytest.raises(ValueError, match=f"scaling_factor .*{file}.* got {re.escape(repr(value))}"):
+        import_pipeline(str(tmp_path / "copy"), str(out))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

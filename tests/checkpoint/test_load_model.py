@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sra_fast.data.facts import DataFacts
 from sra_fast.diffusion.samplers import sample
 from sra_fast.models import DiT, SiT, arguments_of
 from sra_fast.training.initial import read_initial
+from sra_fast.utils.files import plain
 
 FACTS = DataFacts("digits", (1, 8, 8), 10, class_names=list("abcdefghij"), scale=0.5, shift=0.1)
 
@@ -502,6 +504,19 @@ def test_published_arguments_keep_the_facts(tmp_path):
     loaded = load_model(str(tmp_path / "w.pt"))
     assert (loaded.facts, loaded.step) == (FACTS, 5)
     assert loaded.model.input_size == SIZES["input_size"]
+
+
+@pytest.mark.parametrize(
+    ("told", "shift"),
+    [({"latent_shift": 0.0609}, 0.0609), ({"latent_shift": None}, 0.0), ({}, 0.0)],
+)
+def test_a_configuration_keeps_the_facts_where_there_are_no_others(tmp_path, told, shift):
+    """Runs of older versions had no data.json; the oldest had no shift either."""
+    settings = plain(asdict(config()))
+    settings["data"] = {"name": "latents", "path": "/x/y", "latent_scale": 1.5305, **told}
+    write_export(tmp_path / "w.safetensors", weights(network()), settings, 7)
+    facts = load_model(str(tmp_path / "w.safetensors")).facts
+    assert facts == DataFacts("latents", (1, 8, 8), 10, path="/x/y", scale=1.5305, shift=shift)
 
 
 @pytest.fixture(autouse=True)

@@ -100,8 +100,11 @@ def test_defaults_of_a_file_that_says_little(tmp_path, caplog):
 
 
 def test_a_dit_without_a_scheduler_is_said(tmp_path, caplog):
-    check_dit_scheduler(tmp_path)
-    assert "noise levels (linear from 0.0001 to 0.02) and a prediction of the noise" in caplog.text
+    for folder in (tmp_path, None):
+        caplog.clear()
+        check_dit_scheduler(folder)
+        said = "noise levels (linear from 0.0001 to 0.02) and a prediction of the noise"
+        assert said in caplog.text
 
 
 def euler(diffusers, **options):
@@ -162,7 +165,10 @@ def test_other_spacings_are_said(tmp_path, caplog, option, value):
 
 def test_times_without_a_scheduler_are_sd3_s(tmp_path, caplog):
     assert time_shift_of(tmp_path, TOKENS) == 3.0
-    assert "found none: times get SD3's shift of 3" in caplog.text
+    assert "no scheduler lies beside the weights: times get SD3's shift of 3" in caplog.text
+    caplog.clear()
+    assert time_shift_of(None, TOKENS) == 3.0
+    assert "no scheduler lies beside the weights" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -171,17 +177,26 @@ def test_times_without_a_scheduler_are_sd3_s(tmp_path, caplog):
         (dict(num_train_timesteps=500), "expected num_train_timesteps 1000 in .* got 500"),
         (dict(invert_sigmas=True), "expected times from noise to data in .* got inverted"),
         (dict(_class_name="DDIMScheduler"), "a scheduler of flow matching in .* got DDIMScheduler"),
-        (dict(shift=0), "expected a positive shift in .* got 0"),
-        (dict(shift="3"), "expected a positive shift in .* got '3'"),
-        (dict(shift=float("nan")), "expected a positive shift in .* got nan"),
+        (dict(shift=0), "expected a positive shift of times in .* got 0"),
+        (dict(shift="3"), "expected a positive shift of times in .* got '3'"),
+        (dict(shift=float("nan")), "expected a positive shift of times in .* got nan"),
         (
             dict(use_dynamic_shifting=True, max_image_seq_len=256),
-            "expected numbers for a dynamic shift of times, got .*'max_image_seq_len': 256",
+            "expected numbers for a dynamic shift in .* got .*'max_image_seq_len': 256",
         ),
         (dict(use_dynamic_shifting=True, base_shift=None), "got .*'base_shift': None"),
         (
+            dict(use_dynamic_shifting=True, time_shift_type="cubic"),
+            "expected time_shift_type exponential or linear in .* got 'cubic'",
+        ),
+        (
+            dict(use_dynamic_shifting=True, base_shift=1e5, max_shift=2e5),
+            "expected a positive shift of times in .* got inf",
+        ),
+        (dict(shift=10**400), "expected a positive shift of times in .* got 1000"),
+        (
             dict(use_dynamic_shifting=True, time_shift_type="linear", base_shift=-9.0),
-            "expected a positive shift in .* got -",
+            "expected a positive shift of times in .* got -",
         ),
     ],
 )

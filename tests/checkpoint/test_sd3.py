@@ -1,5 +1,6 @@
 """SD3's files and folders of diffusers as MMDiTs, and back."""
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -110,6 +111,17 @@ def test_a_file_of_sd3(tmp_path):
     found = load_model(out).model
     assert (found.input_size, found.time_scale) == (16, 1.0)
     assert found.position_start == pytest.approx(2 * STEP)
+
+
+def test_an_mmdit_with_arguments_has_their_times(tmp_path):
+    """It is not taken for SD3, which has none: its times are shifted as they say, or not."""
+    model = sd3()
+    out = tmp_path / "w.safetensors"
+    for told, shift in ({}, 1.0), ({"time_shift": 2.0}, 2.0):
+        args = argparse.Namespace(time_scale=1000.0, path_type="linear", **told)
+        torch.save({"ema": sd3_state(model), "args": args}, tmp_path / "w.pt")
+        import_file(str(tmp_path / "w.pt"), None, str(out), input_size=8)
+        assert load_model(str(out)).diffusion == DiffusionConfig(time_shift=shift)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +277,20 @@ def test_a_pipeline_there_and_back(theirs, tmp_path, monkeypatch):
     assert back.diffusion == DiffusionConfig(time_shift=2.5)
     for name, value in arguments_of(loaded.model).items():
         assert arguments_of(back.model)[name] == pytest.approx(value), name
+
+
+def test_a_vae_that_the_pipeline_would_decode_as_another_is_refused(tmp_path):
+    """sample.py follows its statistics where the weights do not know their data."""
+    statistics = dict(latents_mean=[0.0, 2.0, -1.0, 0.5], latents_std=[1.0, 0.2, 3.0, 2.0])
+    vae = write_vae(tmp_path / "vae", **statistics)
+    loaded = LoadedModel(sd3(), DiffusionConfig())
+    with pytest.raises(ValueError, match="knows one scale and one shift, those of the VAE have"):
+        write_pipeline(loaded, tmp_path / "out", str(vae))
+    assert not (tmp_path / "out").exists()
+    shifted = write_vae(tmp_path / "shifted", shift_factor=0.9)
+    write_pipeline(loaded, tmp_path / "out", str(shifted))
+    held = json.loads((tmp_path / "out/vae/config.json").read_text())
+    assert held["shift_factor"] == 0.9
 
 
 CLIP = ("CLIPTextModelWithProjection", 77)

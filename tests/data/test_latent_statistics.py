@@ -14,6 +14,7 @@ from toy_latents import CHANNELS, MEAN, STD, pack, write_moments
 from sra_fast.config.schema import DataConfig
 from sra_fast.data.dataset import open_data
 from sra_fast.data.latents import open_latents
+from sra_fast.data.packed import Shards
 from sra_fast.data.summary import summary
 from sra_fast.data.vae import load_vae, vae_identity
 from sra_fast.data.writer import Finished
@@ -93,15 +94,66 @@ def test_an_index_without_statistics_is_read_as_a_whole(tmp_path, caplog):
     assert files.normalization == stored.normalization
 
 
-def test_an_index_with_other_channels_is_refused(tmp_path):
+def test_statistics_of_an_index_are_not_computed_again(tmp_path, monkeypatch):
+    """No shard is read for the scale of latents that were packed with them."""
+    write_moments(tmp_path / "files")
+    root = pack(tmp_path / "files", tmp_path / "packed")
+    read = Shards.read
+    asked = []
+
+    def counted(shards, rows):
+        asked.append(rows)
+        return read(shards, rows)
+
+    monkeypatch.setattr(Shards, "read", counted)
+    index = root / "index.json"
+    held = json.loads(index.read_text())
+    scale = [1 / value for value in STD]
+    given = dict(latent_scale=scale)
+    data = open_data(DataConfig(path=str(root), **given))
+    stored = held["channels"]["std"]
+    expected = [factor * value for factor, value in zip(scale, stored, strict=True)]
+    found = data.deviations()
+    assert not asked
+    assert found == expected
+    # it is them, and not what the shards hold
+    held["channels"]["std"] = [1.01 * value for value in stored]
+    index.write_text(json.dumps(held))
+    data = open_data(DataConfig(path=str(root), **given))
+    assert data.deviations() == pytest.approx([1.01 * value for value in expected])
+    assert not asked
+    # an index of an older version has none: some images are read instead
+    del held["channels"]
+    index.write_text(json.dumps(held))
+    data = open_data(DataConfig(path=str(root), **given))
+    assert asked
+    assert data.deviations() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "channels, message",
+    [
+        ({"mean": [0.0] * 6, "std": [1.0] * 5}, "expected std of 6 channels in .* got .1.0, 1.0"),
+        ({"mean": [0.0] * 6}, "expected std of 6 channels in .*index.json, got None"),
+        ({}, "expected mean of 6 channels in .*index.json, got None"),
+        ([], "expected mean of 6 channels in .*index.json, got None"),
+        ({"mean": "abcdef", "std": [1.0] * 6}, "expected mean of 6 channels .* got 'abcdef'"),
+        (
+            {"mean": [0.0] * 6, "std": [1.0, "a", 1.0, 1.0, 1.0, 1.0]},
+            "std of the channels in .*index.json must be .* got 'a' in channel 1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("statistics", [True, False])
+def test_an_index_with_other_channels_is_refused(tmp_path, channels, message, statistics):
     write_moments(tmp_path / "files")
     pack(tmp_path / "files", tmp_path / "packed")
     index = tmp_path / "packed/index.json"
     held = json.loads(index.read_text())
-    held["channels"]["std"].pop()
+    held["channels"] = channels
     index.write_text(json.dumps(held))
-    with pytest.raises(ValueError, match="expected mean and std of 6 channels, got 6 and 5"):
-        open_data(DataConfig(path=str(tmp_path / "packed"), latent_statistics=True))
+    with pytest.raises(ValueError, match=message):
+        open_data(DataConfig(path=str(tmp_path / "packed"), latent_statistics=statistics))
 
 
 @pytest.mark.parametrize("number", [0.0, 5.3])
@@ -219,6 +271,70 @@ def test_a_vae_with_statistics_of_its_channels_is_followed(tmp_path, caplog):
     assert "data.latent_shift is 0, the latents_mean of the VAE that made" in caplog.text
 
 
+def tell(folder, vae: dict) -> None:
+    """Write down which VAE made the moments."""
+    file = folder / "index.json"
+    if not file.exists():
+        file = folder / "vae-sd/dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vae": vae}))
+
+
+# one number for each channel, and no VAE's
+OWN = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, None),
+        ({"scale": 0.9, "shift": 0.1}, None),
+        # equal numbers are one
+        ({"scale": [0.9] * 6, "shift": [0.1] * 6}, None),
+        ({"scale": OWN}, None),
+        ({"shift": OWN}, None),
+        ({"scale": OWN, "shift": OWN}, None),
+        ({"scale": 0.5}, "data.latent_scale is 0.5, the scaling_factor of the VAE that made"),
+        ({"scale": [0.5] * 6}, "data.latent_scale is 0.5, the scaling_factor of the VAE that made"),
+        ({"shift": 0.5}, "data.latent_shift is 0.5, the shift_factor of the VAE that made"),
+        # one of them is no finer than the VAE's
+        (
+            {"scale": OWN, "shift": 0.5},
+            "data.latent_shift is 0.5, the shift_factor of the VAE that made",
+        ),
+    ],
+)
+def test_a_list_is_no_warning_where_the_vae_has_one_number(folder, given, said, caplog):
+    """A single number that differs is one."""
+    tell(folder, {"sha256": "", "scaling_factor": 0.9, "shift_factor": 0.1})
+    open_latents(str(folder), **given)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (said is not None)
+    assert all(line.startswith(said) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"scale": [0.9 / value for value in STD], "shift": MEAN}, None),
+        (
+            {"scale": OWN},
+            "data.latent_scale is 0.3 to 0.8, by channel, the latents_std of the VAE",
+        ),
+        (
+            {"shift": OWN},
+            "data.latent_shift is 0.3 to 0.8, by channel, the latents_mean of the VAE",
+        ),
+    ],
+)
+def test_a_list_is_compared_with_that_of_the_vae(folder, given, said, caplog):
+    vae = {"sha256": "", "scaling_factor": 0.9, "latents_mean": MEAN, "latents_std": STD}
+    tell(folder, vae)
+    open_latents(str(folder), **given)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (said is not None)
+    assert all(line.startswith(said) for line in lines)
+
+
 def test_what_was_packed_before_its_statistics_were_read_stays(tmp_path):
     vae = told(tmp_path, latents_mean=MEAN, latents_std=STD, scaling_factor=0.9, shift_factor=0.1)
     old = {name: vae[name] for name in ("sha256", "scaling_factor", "shift_factor")}
@@ -238,20 +354,23 @@ def test_a_vae_without_them_has_the_identity_that_it_had(tmp_path):
     [
         (
             dict(latents_mean=MEAN, latents_std=STD[:4]),
-            "of 6 channels: expected a list of as many numbers as latents_std in its config.json, got",
+            "expected latents_std in the VAE's config.json to be a list of 6 numbers, .* got",
         ),
         (
             dict(latents_mean=MEAN[1:], latents_std=STD),
-            "of 6 channels: expected a list of as many numbers as latents_mean in its config.json",
+            "expected latents_mean in the VAE's config.json to be a list of 6 numbers, .* got",
         ),
-        (dict(latents_mean=MEAN, latents_std=1.5), "as latents_std in its config.json, got 1.5"),
+        (
+            dict(latents_mean=MEAN, latents_std=1.5),
+            "latents_std .* a list of 6 numbers, .* got 1.5",
+        ),
         (
             dict(latents_mean=["a", *MEAN[1:]], latents_std=STD),
-            "latents_mean of the VAE must be .* list of 6; got 'a' in channel 0",
+            "latents_mean in the VAE's config.json must be .* list of 6; got 'a' in channel 0",
         ),
         (
             dict(latents_mean=MEAN, latents_std=[*STD[:5], 0.0]),
-            "latents_std of the VAE must be positive and finite, got 0.0 in channel 5",
+            "latents_std in the VAE's config.json must be positive and finite, got 0.0 in channel 5",
         ),
     ],
 )

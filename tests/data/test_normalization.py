@@ -81,18 +81,47 @@ def test_what_is_no_scale_or_shift_is_one_line(scale, shift, message):
 
 
 def test_a_vaes_own_numbers():
-    assert Normalization.of_vae(None) == Normalization(DEFAULT_SCALE, 0.0)
+    assert Normalization.of_vae(None, 4, "here") == Normalization(DEFAULT_SCALE, 0.0)
     # as an old index has it
-    assert Normalization.of_vae({"scaling_factor": 0.3}) == Normalization(0.3, 0.0)
+    assert Normalization.of_vae({"scaling_factor": 0.3}, 4, "here") == Normalization(0.3, 0.0)
     told = {"scaling_factor": 0.3, "shift_factor": 0.1}
-    assert Normalization.of_vae(told) == Normalization(0.3, 0.1)
+    assert Normalization.of_vae(told, 4, "here") == Normalization(0.3, 0.1)
+    # as a copy of a VAE's configuration has it that knows no statistics
+    assert Normalization.of_vae({**told, "latents_std": None}, 4, "here") == Normalization(0.3, 0.1)
     # diffusers' SDXL: latents * latents_std / scaling_factor + latents_mean
     std = [2.0, 3.0, 4.0, 5.0]
-    used = Normalization.of_vae({**told, "latents_mean": SHIFT, "latents_std": std})
+    used = Normalization.of_vae({**told, "latents_mean": SHIFT, "latents_std": std}, 4, "here")
     latents = values(torch.float64)
     column = lambda numbers: torch.tensor(numbers, dtype=torch.float64).view(1, 4, 1, 1)
     expected = latents * column(std) / 0.3 + column(SHIFT)
     torch.testing.assert_close(used.denormalize(latents), expected)
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ("sd-vae", "expected what identifies a VAE in here, got 'sd-vae'"),
+        (dict(scaling_factor="x"), "scaling_factor in here must be .* got 'x'"),
+        (dict(scaling_factor=-1.0), "scaling_factor in here must be positive and finite, got -1.0"),
+        (dict(scaling_factor=[1.0, 2.0]), "scaling_factor in here must be .* got a list of 2"),
+        (dict(shift_factor=10**400), "shift_factor in here must be finite, got 1000"),
+        (dict(shift_factor="x"), "shift_factor in here must be .* got 'x'"),
+        (dict(latents_mean=[0.0], latents_std=[1.0] * 4), "latents_mean in here .* 4 numbers"),
+        (dict(latents_mean=[0.0] * 4, latents_std=[2.0, 2.0]), "latents_std in here .* 4 numbers"),
+        (dict(latents_mean=[0.0] * 4, latents_std="x"), "latents_std in here .* got 'x'"),
+        (
+            dict(latents_mean=[0.0] * 4, latents_std=[0.0, 1.0, 1.0, 1.0]),
+            "latents_std in here must be positive and finite, got 0.0 in channel 0",
+        ),
+        (
+            dict(latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 1.0, "a"]),
+            "latents_std in here must be .* got 'a' in channel 3",
+        ),
+    ],
+)
+def test_what_a_vae_says_wrongly_is_one_line(told, message):
+    with pytest.raises(ValueError, match=message):
+        Normalization.of_vae(told, 4, "here")
 
 
 def test_statistics_of_the_data():
@@ -135,3 +164,18 @@ def test_in_words():
     # two lists may have the same smallest and largest numbers
     first = [1.0, 2.0, 3.0, 9.0]
     assert told_apart(first, [1.0, 2.5, 2.0, 9.0]) == ("2.0 in channel 1 (from 0)", "2.5")
+
+
+def test_numbers_that_sampling_has_used_first_can_be_trained_with():
+    """They are kept on the device, and a tensor of inference mode cannot be part of a gradient."""
+    # numbers of no other test, which would be there already
+    used = Normalization([1.5, 0.75, 3.0, 0.125], [0.5, -1.0, 2.5, 0.0625])
+    with torch.inference_mode():
+        used.normalize(values())
+    scale = torch.tensor(used.scale).view(1, 4, 1, 1)
+    z = values().requires_grad_()
+    used.normalize(z).sum().backward()
+    torch.testing.assert_close(z.grad, scale.expand_as(z))
+    latents = values().requires_grad_()
+    used.denormalize(latents).sum().backward()
+    torch.testing.assert_close(latents.grad, (1 / scale).expand_as(latents))

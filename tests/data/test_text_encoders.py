@@ -211,7 +211,9 @@ def test_whole_models_and_diffusers_folders_have_the_same_encoders(made, tmp_pat
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**vision, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
     config = transformers.CLIPConfig(
-        text_config=text.config.to_dict(), vision_config=vision, projection_dim=8
+        text_config=text.config.to_dict() | {"projection_dim": 512},
+        vision_config=vision,
+        projection_dim=8,
     )
     clip = transformers.CLIPModel(config)
     clip.text_model.load_state_dict(text.state_dict())
@@ -228,6 +230,11 @@ def test_whole_models_and_diffusers_folders_have_the_same_encoders(made, tmp_pat
     with torch.no_grad():
         states = clip.text_model(ids).pooler_output
         assert torch.allclose(found, clip.text_projection(states), atol=1e-6)
+    # as what an older version loaded it
+    kinds = ["CLIPTextModel", "CLIPTextModelWithProjection"]
+    before = load_text_encoders([str(tmp_path / "clip"), str(made / "big")], kinds=kinds)
+    assert [encoder["class"] for encoder in before.identity] == kinds
+    assert torch.equal(before.encode(before.tokenize(PROMPTS)[0]).pooled[:, :16], states)
     # diffusers has the tokenizer in a folder beside the encoder's
     for number, name in (("", "clip"), ("_3", "t5")):
         encoder = tmp_path / f"text_encoder{number}"

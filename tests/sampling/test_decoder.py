@@ -115,7 +115,7 @@ def test_probes_take_the_runs_data(trained):
     assert used["path"] == str(trained / "latents")
     assert (used["latent_scale"], used["latent_shift"]) == (SCALE, SHIFT)
     done = call("probe", *args, "--data.latent_scale", 1, "--out", trained / "no")
-    assert "trained with data.latent_scale 1.5305, got 1.0: leave it out" in error_of(done)
+    assert "trained with data.latent_scale 1.5305, got 1: leave it out" in error_of(done)
 
 
 def test_a_vae_with_another_encoder_is_a_warning(trained, caplog):

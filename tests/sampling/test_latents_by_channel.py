@@ -216,7 +216,7 @@ def test_what_contradicts_the_run_is_one_line(trained):
         data_of(DataConfig(latent_statistics=True), facts)
     other = [*normalization.scale]
     other[3] = 9.0
-    with pytest.raises(ValueError, match=r"data.latent_scale .* by channel, got \[.*9.0\]: leave"):
+    with pytest.raises(ValueError, match=r"data.latent_scale .* in channel 3 .*, got 9.0: leave"):
         data_of(DataConfig(latent_scale=other), facts)
     data_of(DataConfig(latent_scale=normalization.scale), facts)
     args = ["--checkpoint", run, "--out", root / "no"]

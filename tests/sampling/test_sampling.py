@@ -250,9 +250,14 @@ def test_the_identity_has_what_no_weight_shows(weights, tmp_path):
     four = script.load_job(options(weights, tmp_path, num_heads=4))
     assert differing(script.identity(four), first) == {"model"}
     assert script.identity(four)["model"]["num_heads"] == 4
-    for changed in (dict(path="cosine"), dict(time_shift=2.0)):
-        other = replace(job, diffusion=DiffusionConfig(**changed))
-        assert differing(script.identity(other), first) == {*changed}
+    cosine = replace(job, diffusion=DiffusionConfig(path="cosine"))
+    assert differing(script.identity(cosine), first) == {"path"}
+    # samples of before there was a shift of times have none
+    assert "time_shift" not in {**first, **first["sample"]}
+    shifted = script.identity(replace(job, diffusion=DiffusionConfig(time_shift=2.0)))
+    assert shifted == {**first, "time_shift": 2.0}
+    given = replace(job.options.sample, time_shift=2.0)
+    assert script.identity(replace(job, options=replace(job.options, sample=given))) == shifted
     other = SampledLabels(job.conditions.numbers.flip(0))
     assert differing(script.identity(replace(job, conditions=other)), first) == {"numbers"}
     scaled = replace(job, decoder=Decoder(None, Normalization(1.5)))

@@ -256,7 +256,7 @@ def test_a_direction_of_time_that_nothing_shows_is_said(tmp_path, caplog):
     model = network()
     torch.save(weights(model, ["ap_head."]), tmp_path / "w.pt")
     initial_of(tmp_path / "w.pt")
-    said = "does not say how it was trained, assumed are noise at time 1, as in REPA and SRA"
+    said = "does not say how it was trained, assumed is noise at time 1, as in REPA and SRA"
     assert said in caplog.text and "interpolant" not in caplog.text
     assert "null class" not in caplog.text
     caplog.clear()
@@ -277,6 +277,12 @@ def test_another_shift_of_times_is_said(tmp_path, caplog):
         assert "time_shift" not in caplog.text
         initial_of(tmp_path / name)
         assert f"{name} is of diffusion.time_shift 3.0, the run has 1.0" in caplog.text
+    in_config(tmp_path / "w.safetensors", model, time="lognormal", time_mean=0.5, time_shift=1.0)
+    initial_of(tmp_path / "w.safetensors")
+    said = (
+        "is of diffusion.time lognormal, the run has uniform; of diffusion.time_mean 0.5, the run"
+    )
+    assert said in caplog.text
     save_file(weights(model), tmp_path / "plain.safetensors")
     caplog.clear()
     initial_of(tmp_path / "plain.safetensors", "--diffusion.time_shift", "3")
@@ -400,8 +406,9 @@ def test_other_settings_of_a_run_that_goes_on_are_said(tmp_path, caplog):
     assert said == (
         f"the run goes on from {tmp_path}/w.pt with other settings: optim.lr 0.0001 (it was 0.007), "
         "optim.betas (0.9, 0.999) (it was (0.5, 0.6)), model.class_dropout_prob 0.1 (it was 0.3), "
-        "diffusion.time uniform (it was lognormal), align.distance smooth_l1 (it was cosine_token)"
+        "align.distance smooth_l1 (it was cosine_token)"
     )
+    assert "w.pt is of diffusion.time lognormal, the run has uniform" in caplog.text
     caplog.clear()
     same = ("--optim.lr", "0.007", "--optim.betas", "[0.5,0.6]", "--diffusion.time", "lognormal")
     same += ("--model.class_dropout_prob", "0.3", "--align.distance", "cosine_token")
@@ -411,6 +418,12 @@ def test_other_settings_of_a_run_that_goes_on_are_said(tmp_path, caplog):
     caplog.clear()
     initial_of(tmp_path / "w.pt", *same[:-2], "--align", "none")
     assert "goes on" not in caplog.text
+    # other projects may have anything there
+    held["args"].loss_type = ["cos"]
+    torch.save(held, tmp_path / "w.pt")
+    initial_of(tmp_path / "w.pt")
+    assert "align.distance" not in caplog.text
+    caplog.clear()
     # a new optimizer is a new run
     del held["opt"]
     torch.save(held, tmp_path / "w.pt")
