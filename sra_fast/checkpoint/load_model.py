@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sra_fast import models
 from sra_fast.checkpoint.names import CLASS_TABLE
-from sra_fast.checkpoint.schedulers import check_time_shift
 from sra_fast.checkpoint.sources import find_weights, held_key, read_found
 from sra_fast.checkpoint.values import (
     family_in,
@@ -20,6 +19,7 @@ from sra_fast.checkpoint.values import (
 from sra_fast.config.averages import EMA, STUDENT
 from sra_fast.config.schema import DiffusionConfig, ModelConfig
 from sra_fast.data.facts import DataFacts
+from sra_fast.diffusion.flow_matching import check_time_shift
 from sra_fast.models import DiffusionTransformer, has_joint_blocks
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.messages import warn

@@ -10,6 +10,7 @@ import math
 import sys
 from pathlib import Path
 
+from sra_fast.diffusion.flow_matching import check_time_shift
 from sra_fast.diffusion.gaussian_diffusion import NUM_TIMES
 from sra_fast.utils.checks import require_that
 from sra_fast.utils.files import why_unreadable
@@ -121,14 +122,6 @@ def time_shift_of(pipeline: Path | None, num_tokens: int) -> float:
         shift = _dynamic_shift(held, num_tokens, file)
     check_time_shift(shift, str(file))
     return float(shift)
-
-
-def check_time_shift(shift: object, source: str) -> None:
-    """ValueError unless it is a positive number that a float can hold."""
-    require_that(
-        type(shift) in (int, float) and 0 < shift <= sys.float_info.max,
-        f"expected a positive shift of times in {source}, got {shift!r}",
-    )
 
 
 def _dynamic_shift(held: dict, num_tokens: int, file: Path) -> float:

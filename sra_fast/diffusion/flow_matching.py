@@ -1,6 +1,7 @@
 """SiT's process: data (t=0) and noise (t=1) interpolated, velocity predicted (arXiv 2401.08740)."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ def shift_times(t: Tensor, shift: float, path: str) -> Tensor:
     angle = (math.pi / 2) * t
     # rounding may end just above 1
     return ((2 / math.pi) * torch.atan2(shift * angle.sin(), angle.cos())).clamp(max=1)
+
+
+def check_time_shift(shift: object, source: str) -> None:
+    """ValueError unless what a file says is a positive number that a float can hold."""
+    require_that(
+        type(shift) in (int, float) and 0 < shift <= sys.float_info.max,
+        f"expected a positive shift of times in {source}, got {shift!r}",
+    )
 
 
 @PROCESSES.register("flow_matching")

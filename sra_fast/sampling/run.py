@@ -274,7 +274,7 @@ def identity(job: SamplingJob) -> dict:
         digest.update(name.encode())
         digest.update(value.contiguous().numpy())
     decisive = {key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS}
-    # the one that holds, given or not; samples of before there was one have none
+    # the one that holds, given or not
     del decisive["sample"]["time_shift"]
     shift = time_shift(options.sample, job.diffusion)
     return {
@@ -282,7 +282,8 @@ def identity(job: SamplingJob) -> dict:
         # what weights do not show: the number of heads, what times are multiplied by
         "model": {"family": model.family, **arguments_of(model)},
         "path": job.diffusion.path,
-        **({} if shift == 1 else {"time_shift": shift}),
+        # samples of before there was one have none
+        "time_shift": None if shift == 1 else shift,
         **decisive,
         # what decodes, also where it was not given
         **job.decoder.identity(),

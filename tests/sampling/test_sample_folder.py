@@ -246,6 +246,28 @@ def test_the_same_command_again_draws_the_grid_anew(weights, tmp_path, monkeypat
     assert contents(tmp_path / "large")["samples.png"] == after["samples.png"]
 
 
+def test_samples_of_before_there_was_a_shift_of_times_are_the_same(
+    weights, tmp_path, monkeypatch, caplog
+):
+    """But those at shifted times are others, in both directions."""
+    out = tmp_path / "out"
+    run_as(monkeypatch, weights, out)
+    file = out / "samples.json"
+    held = json.loads(file.read_text())
+    assert held["identity"].pop("time_shift") is None
+    file.write_text(json.dumps(held))
+    before = contents(out)
+    run_as(monkeypatch, weights, out)
+    assert "holds these samples already, none is made again" in caplog.text
+    assert contents(out) == before
+    shifted = SampleConfig("euler", 2, time_shift=3.0)
+    with pytest.raises(ValueError, match="with time_shift None, this run has 3.0: delete it or"):
+        run_as(monkeypatch, weights, out, sample=shifted)
+    run_as(monkeypatch, weights, tmp_path / "shifted", sample=shifted)
+    with pytest.raises(ValueError, match="with time_shift 3.0, this run has None: delete it or"):
+        run_as(monkeypatch, weights, tmp_path / "shifted")
+
+
 def test_parts_that_a_crash_has_left_are_deleted(weights, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(parts, "delete_parts", lambda folder: exit("killed"))
