@@ -31,6 +31,7 @@ from sra_fast.checkpoint.pipeline_parts import (
     check_one_number,
     make_transformer,
     open_vae,
+    pipeline_of,
     refuse_unlike,
     vae_facts,
     write_parts,
@@ -209,8 +210,8 @@ def import_pipeline(
         f"a DiT of diffusers says its size itself: expected no --input_size {input_size}",
     )
     _check_config(config, folder)
-    in_pipeline = folder.parent if folder.name == "transformer" else None
-    check_dit_scheduler(in_pipeline)
+    pipeline = pipeline_of(folder)
+    check_dit_scheduler(pipeline)
     state = _read_transformer(folder)
     warn_of_foreign_heads([state], str(folder))
     state = checked(state, str(folder))
@@ -223,7 +224,7 @@ def import_pipeline(
     model = cfg.build()
     fill(model, state)
     export_config = {"model": asdict(cfg), "diffusion": {"path": "linear"}}
-    facts = None if in_pipeline is None else _facts(in_pipeline, cfg)
+    facts = None if pipeline is None else _facts(pipeline, cfg)
     write_export(Path(out), model.state_dict(), export_config, None, facts)
 
 

@@ -32,6 +32,11 @@ def check_numbers(config: dict, names: Sequence[str], folder: Path) -> None:
         )
 
 
+def pipeline_of(transformer: Path) -> Path | None:
+    """The pipeline's folder that a transformer's folder lies in; None: it was copied by itself."""
+    return transformer.parent if transformer.name == "transformer" else None
+
+
 def check_one_number(facts: DataFacts, pipeline: str) -> None:
     """ValueError for latents with a scale or a shift of their own in every channel, which a
     pipeline would decode as something else.

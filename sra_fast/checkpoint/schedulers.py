@@ -1,8 +1,7 @@
-"""What the scheduler of a diffusers pipeline says about the weights beside it.
+"""Reads the scheduler's configuration of a diffusers pipeline.
 
-Its class and its spacing of times choose a sampler, and are not taken. What the network was trained
-with is in the same file: the noise levels, what is predicted, which way time runs, how times are
-shifted.
+It tells how the network was trained: its noise levels, what it predicts, which way time runs, how
+times are shifted. Class and spacing of times only choose a sampler, and are not taken.
 """
 
 import json

@@ -16,6 +16,7 @@ from sra_fast.checkpoint.pipeline_parts import (
     check_one_number,
     make_transformer,
     open_vae,
+    pipeline_of,
     refuse_unlike,
     vae_facts,
     write_parts,
@@ -99,11 +100,10 @@ def import_transformer(
             f"the weights in {folder} are not those of its config.json: {name} should be {value}, "
             f"it is {arguments[name]}",
         )
-    # of a transformer by itself nothing lies beside it
-    in_pipeline = folder.parent if folder.name == "transformer" else None
-    facts = None if in_pipeline is None else _facts(in_pipeline, arguments)
+    pipeline = pipeline_of(folder)
+    facts = None if pipeline is None else _facts(pipeline, arguments)
     tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
-    diffusion = DiffusionConfig(time_shift=time_shift_of(in_pipeline, tokens))
+    diffusion = DiffusionConfig(time_shift=time_shift_of(pipeline, tokens))
     export_state(state, {**arguments, "time_scale": TIME_SCALE}, out, seed, diffusion, facts)
 
 

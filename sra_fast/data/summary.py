@@ -71,8 +71,8 @@ def _statistics_lines(recipe: dict, statistics: dict) -> list[str]:
     low, high = PLAUSIBLE_DEVIATION
     if not low <= scale * deviation <= high:
         lines.append(
-            f"warning: a model expects about 1; train with --data.latent_scale {1 / deviation:.4g}, "
-            "or with --data.latent_statistics true"
+            "warning: a model expects about 1; train with "
+            f"--data.latent_scale {1 / deviation:.4g}, or with --data.latent_statistics true"
         )
     return lines
 

@@ -49,9 +49,9 @@ def vae_is_there(path: str) -> bool:
 
 
 def vae_identity(vae) -> dict:
-    """What decides the latents: ``sha256`` of the encoder's weights, ``scaling_factor``,
-    ``shift_factor``, and ``latents_mean`` and ``latents_std``, lists of a number for each channel, if
-    the VAE has them. ``Normalization.of_vae`` reads it.
+    """What decides the latents: ``sha256`` of the encoder's weights, ``scaling_factor`` and
+    ``shift_factor``; if the VAE has them, ``latents_mean`` and ``latents_std``, a number for each
+    channel. ``Normalization.of_vae`` reads it.
 
     The decoder is left out: decoders are fine-tuned and swapped without a change of the latents.
 

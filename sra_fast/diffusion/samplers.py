@@ -276,15 +276,7 @@ def check_sampling(settings: SampleConfig, model: ModelConfig | DiffusionTransfo
         least <= settings.steps <= most,
         f"sample.steps for {method} must lie in [{least}, {most}], got {settings.steps}",
     )
-    shift = settings.time_shift
-    require_that(
-        shift is None or 0 < shift < math.inf,
-        f"sample.time_shift must be positive and finite, got {shift}",
-    )
-    require_that(
-        shift in (None, 1) or model.process == "flow_matching",
-        f"sample.time_shift is of SiT and MMDiT; a {model.family} has none, got {shift}",
-    )
+    _check_shift("sample.time_shift", settings.time_shift, model)
     low, high = settings.interval
     require_that(
         0 <= low <= high <= 1,
@@ -298,6 +290,19 @@ def check_sampling(settings: SampleConfig, model: ModelConfig | DiffusionTransfo
     require_that(
         0 <= channels <= model.in_channels,
         f"sample.guided_channels must lie in [0, {model.in_channels}], got {channels}",
+    )
+
+
+def _check_shift(name: str, shift: float | None, model: ModelConfig | DiffusionTransformer) -> None:
+    """ValueError for a shift of times that is no positive number, or that the model's process does
+    not have.
+    """
+    require_that(
+        shift is None or 0 < shift < math.inf, f"{name} must be positive and finite, got {shift}"
+    )
+    require_that(
+        shift in (None, 1) or model.process == "flow_matching",
+        f"{name} is of SiT and MMDiT (flow_matching); {model.process} has none, got {shift}",
     )
 
 
@@ -337,8 +342,9 @@ def sample(
         ``[B, C, H, W]`` in the sampler's ``state_dtype``.
 
     Raises:
-        ValueError: a method of another process, a number of steps that it does not have, guidance
-            without a null class, or a sampler that gives something else than images like ``z``.
+        ValueError: a method of another process, a number of steps or a shift that it does not have,
+            guidance without a null class, or a sampler that gives something else than images like
+            ``z``.
     """
     method = resolve_sampler(method, model.process)
     sampler = _sampler_class(method)()
@@ -346,6 +352,7 @@ def sample(
     low, high = sampler.steps
     if not low <= num_steps <= high:
         raise ValueError(f"steps of {method} must lie in [{low}, {high}], got {num_steps}")
+    _check_shift("time_shift", time_shift, model)
     guided = Guidance(model, condition, guidance, interval, guided_channels, call)
     x = z.to(sampler.state_dtype)
     found = sampler(guided, x, num_steps, path, time_shift, noise)

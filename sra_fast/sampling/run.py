@@ -83,9 +83,9 @@ class Options:
     """path or hub id of a diffusers AutoencoderKL that decodes latents; default: the one that made
     the training data, if it is still there"""
     latent_scale: float | list[float] | None = None
-    """for weights of other projects: a latent is (z - latent_shift) * latent_scale, z being the
-    VAE's; one number, or a list of one for each channel; a run knows it; default: the scaling_factor
-    of the VAE, divided by its latents_std if it has that"""
+    """for weights of other projects (a run knows it): a latent is (z - latent_shift) *
+    latent_scale, z being the VAE's; one number, or one for each channel; default: the
+    scaling_factor of the VAE, divided by its latents_std if it has that"""
     latent_shift: float | list[float] | None = None
     """see latent_scale; default: the latents_mean or the shift_factor of the VAE"""
     num_heads: int | None = None

@@ -1,6 +1,4 @@
-"""Latents that are normalized channel by channel: with the data's own statistics, with the VAE's, or
-with given numbers.
-"""
+"""Latents normalized channel by channel: by the data's statistics, the VAE's, or given numbers."""
 
 import json
 import logging
@@ -370,7 +368,8 @@ def test_a_vae_without_them_has_the_identity_that_it_had(tmp_path):
         ),
         (
             dict(latents_mean=MEAN, latents_std=[*STD[:5], 0.0]),
-            "latents_std in the VAE's config.json must be positive and finite, got 0.0 in channel 5",
+            "latents_std in the VAE's config.json must be positive and finite, "
+            "got 0.0 in channel 5",
         ),
     ],
 )

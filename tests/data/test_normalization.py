@@ -1,4 +1,4 @@
-"""Scale and shift of latents, one number or one for each channel: both directions against float64."""
+"""Scale and shift of latents, as one number or one per channel: both directions in float64."""
 
 import math
 

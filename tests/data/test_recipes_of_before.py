@@ -1,4 +1,4 @@
-"""Folders that an older version began: what it did not keep of a VAE is no reason to refuse them."""
+"""Preprocessing resumes in folders of older versions, which kept less of the VAE."""
 
 import json
 

@@ -284,12 +284,20 @@ def test_the_training_s_shift_samples_unless_another_is_given():
     [
         ("SiT", 0.0, "sample.time_shift must be positive and finite, got 0.0"),
         ("SiT", math.nan, "sample.time_shift must be positive and finite, got nan"),
-        ("DiT", 3.0, "sample.time_shift is of SiT and MMDiT; a DiT has none, got 3.0"),
+        (
+            "DiT",
+            3.0,
+            r"sample.time_shift is of SiT and MMDiT \(flow_matching\); "
+            "gaussian_diffusion has none, got 3.0",
+        ),
     ],
 )
 def test_a_shift_that_is_none_is_refused(family, shift, message):
     with pytest.raises(ValueError, match=message):
         check_sampling(SampleConfig(time_shift=shift), Golden(family).model())
+    golden = Golden(family)
+    with pytest.raises(ValueError, match=message.removeprefix("sample.")):
+        sample(golden.model(), golden["z"], golden["ys"], "auto", 2, time_shift=shift)
 
 
 def test_ddpm_without_a_learned_variance_has_the_posterior_s():

@@ -398,7 +398,7 @@ def test_runs_of_an_edited_study_are_not_reused(tmp_path, run_fake, monkeypatch)
 
 
 def test_runs_of_other_parts_from_outside_are_refused(tmp_path, run_fake, monkeypatch):
-    """A module that SRA_FAST_IMPORT names, one beside it that it imports, or a file of a package."""
+    """Edits are noticed in a module of SRA_FAST_IMPORT, in what it imports, and in packages."""
     monkeypatch.syspath_prepend(tmp_path)
     package = tmp_path / "study_package"
     package.mkdir()

@@ -404,7 +404,8 @@ def test_other_settings_of_a_run_that_goes_on_are_said(tmp_path, caplog):
     initial_of(tmp_path / "w.pt")
     (said,) = [text for text in caplog.messages if "goes on" in text]
     assert said == (
-        f"the run goes on from {tmp_path}/w.pt with other settings: optim.lr 0.0001 (it was 0.007), "
+        f"the run goes on from {tmp_path}/w.pt with other settings: "
+        "optim.lr 0.0001 (it was 0.007), "
         "optim.betas (0.9, 0.999) (it was (0.5, 0.6)), model.class_dropout_prob 0.1 (it was 0.3), "
         "align.distance smooth_l1 (it was cosine_token)"
     )
